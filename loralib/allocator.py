@@ -1,0 +1,318 @@
+"""Rank allocation: schedule, importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
+
+Budget     b(t) = b₀ up to init_warmup; then b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, whole singular values,
+           masked every mask_interval steps; b_T for the last final_warmup steps with the mask held.
+Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁); Ū that of |I − Ī| (β₂); its score S = Ī · Ū.
+Importance of singular value i of a layer: S(e_i) + mean of S over the innermost B[:, i] + the same over A[i, :].
+With one scale this is AdaLoRA's. LoRA² leaves the outer factors out ("inner"); "full" adds the mean score of each of
+them, a constant within a layer, though not across layers, over which the threshold is global.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralib.layers import lora_layers
+
+IMPORTANCES = ("inner", "full")
+
+
+class _Scores:
+    """Ī and Ū of equally shaped parameters, stacked (n, *shape), float32; ``rows[j]`` lists parameter j's layers."""
+
+    def __init__(self, parameters: list[nn.Parameter], rows: list[list[int]]) -> None:
+        self.parameters = parameters
+        self.parameter_index = [j for j, layers in enumerate(rows) for _ in layers]
+        self.layer_index = [layer for layers in rows for layer in layers]
+        shape = (len(parameters), *parameters[0].shape)
+        self.sensitivity = torch.zeros(shape, dtype=torch.float32, device=parameters[0].device)
+        self.uncertainty = torch.zeros_like(self.sensitivity)
+
+    def update(self, beta1: float, beta2: float) -> None:
+        weights = torch.stack([p.detach() for p in self.parameters]).float()
+        # No gradient in this step (an unused module) is a gradient of zero: the averages decay.
+        gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]).float()
+        if self.sensitivity.device != weights.device:
+            self.sensitivity = self.sensitivity.to(weights.device)
+            self.uncertainty = self.uncertainty.to(weights.device)
+        current = weights.mul_(gradients).abs_()
+        self.sensitivity.lerp_(current, 1 - beta1)
+        self.uncertainty.lerp_(current.sub_(self.sensitivity).abs_(), 1 - beta2)
+
+    def add_to(self, totals: Tensor, mean_over: tuple[int, ...]) -> None:
+        """Adds each parameter's score, averaged over ``mean_over``, to its layers' rows of ``totals`` (layers, r)."""
+        entries = self.sensitivity * self.uncertainty
+        values = entries.mean(mean_over) if mean_over else entries
+        values = values.unsqueeze(-1) if values.dim() == 1 else values
+        totals.index_add_(
+            0,
+            torch.tensor(self.layer_index, device=totals.device),
+            values[self.parameter_index].expand(-1, totals.shape[1]).contiguous(),
+        )
+
+
+class RankAllocator:
+    """Prunes the singular values of all layers against one global budget.
+
+    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
+
+    Args:
+        model: holds low-rank layers with singular values, all of rank ``lora_r``.
+        lora_r: initial rank of each layer. target_rank: average final rank of a layer.
+        init_warmup: steps before pruning starts. final_warmup: last steps, with the mask held.
+        mask_interval: steps between two maskings.
+        beta1, beta2: of the moving averages of sensitivity and uncertainty, in (0, 1).
+        total_step: optimiser steps of the whole training; may be set later by :meth:`set_total_step`.
+        target_total_rank: final number of singular values over all layers, in place of target_rank × layers.
+        importance: ``"inner"`` or ``"full"``, see the module's text.
+
+    Raises:
+        ValueError: for a value out of range or a contradiction; the message says what to change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lora_r: int,
+        target_rank: int,
+        init_warmup: int,
+        final_warmup: int,
+        mask_interval: int,
+        beta1: float,
+        beta2: float,
+        total_step: int | None = None,
+        target_total_rank: int | None = None,
+        importance: str = "inner",
+    ) -> None:
+        check_allocator_arguments(
+            lora_r, target_rank, init_warmup, final_warmup, mask_interval, beta1, beta2, importance, total_step
+        )
+        # By name, so that ties do not depend on the order in which modules were registered.
+        layers = dict(sorted((n, m) for n, m in lora_layers(model).items() if m.lora_E is not None))
+        if not layers:
+            raise ValueError("no layer with singular values (AdaLoRA, LoRA²) to allocate ranks to: inject one first")
+        wrong = [name for name, layer in layers.items() if layer.r != lora_r]
+        if wrong:
+            raise ValueError(f"lora_r is {lora_r} but {wrong[0]} has rank {layers[wrong[0]].r}: give its own rank")
+        self._names, self._layers = list(layers), list(layers.values())
+        self.initial_total_rank = lora_r * len(layers)
+        self.target_total_rank = target_rank * len(layers) if target_total_rank is None else target_total_rank
+        if not 1 <= self.target_total_rank <= self.initial_total_rank:
+            raise ValueError(
+                f"target_total_rank must lie between 1 and {self.initial_total_rank} "
+                f"(lora_r × {len(layers)} layers), got {target_total_rank}"
+            )
+        self.lora_r, self.importance = lora_r, importance
+        self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
+        self.beta1, self.beta2 = beta1, beta2
+        self.total_step = total_step
+        self._scores = self._score_groups()
+        self._values = [layer.lora_E for layer in self._layers]
+        self._mask = torch.ones(len(layers), lora_r, dtype=torch.bool, device=self._values[0].device)
+        self._threshold: float | None = None
+        self._final_mask_set = False
+
+    def _score_groups(self) -> list[tuple[_Scores, tuple[int, ...]]]:
+        """Scored parameters grouped by role and shape, each with the dimensions its scores are averaged over."""
+        found: dict[tuple, dict[int, tuple[nn.Parameter, list[int]]]] = defaultdict(dict)
+
+        def add(role: str, mean_over: tuple[int, ...], parameter: nn.Parameter, row: int) -> None:
+            members = found[(role, mean_over, parameter.shape)]
+            members.setdefault(id(parameter), (parameter, []))[1].append(row)
+
+        for row, layer in enumerate(self._layers):
+            add("E", (), layer.lora_E, row)
+            add("B", (1,), layer.lora_B[-1], row)
+            add("A", (2,), layer.lora_A[-1], row)
+            if self.importance == "full":
+                for factor in [*layer.lora_B[:-1], *layer.lora_A[:-1]]:
+                    add("outer", (1, 2), factor, row)
+        return [
+            (_Scores([p for p, _ in members.values()], [rows for _, rows in members.values()]), mean_over)
+            for (_, mean_over, _), members in found.items()
+        ]
+
+    def set_total_step(self, total_step: int) -> None:
+        """Say how many optimiser steps the training has.
+
+        Raises:
+            ValueError: unless init_warmup + final_warmup < total_step.
+        """
+        check_schedule(self.init_warmup, self.final_warmup, total_step)
+        self.total_step = total_step
+
+    @property
+    def scored_parameters(self) -> int:
+        """Number of parameters whose sensitivity is tracked."""
+        return sum(p.numel() for scores, _ in self._scores for p in scores.parameters)
+
+    @property
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """Module name → which of its r singular values are live."""
+        return dict(zip(self._names, self._mask.tolist(), strict=True))
+
+    @property
+    def live_rank(self) -> int:
+        """Live singular values over all layers."""
+        return int(self._mask.sum())
+
+    def schedule(self, step: int) -> tuple[int, bool]:
+        """(budget, whether to mask) at ``step``, counted from 1.
+
+        Raises:
+            RuntimeError: before the total number of steps is known.
+        """
+        if self.total_step is None:
+            raise RuntimeError("call set_total_step() before training: the budget depends on it")
+        start, target = self.initial_total_rank, self.target_total_rank
+        if step <= self.init_warmup:
+            return start, False
+        if step > self.total_step - self.final_warmup:
+            return target, True
+        progress = (step - self.init_warmup) / (self.total_step - self.init_warmup - self.final_warmup)
+        return int(target + (start - target) * (1 - progress) ** 3), step % self.mask_interval == 0
+
+    @torch.no_grad()
+    def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, float | None]:
+        """Update the scores from the current gradients, and mask where the schedule says so.
+
+        Args:
+            model: the model the allocator was made for (a wrapper around it will do).
+            global_step: optimiser steps done, counted from 1.
+
+        Returns:
+            (budget, threshold): the largest importance that was masked, or None where nothing was.
+
+        Raises:
+            RuntimeError: before the total number of steps is known.
+            ValueError: for another model.
+        """
+        budget, mask_now = self.schedule(global_step)
+        self._check_model(model)
+        if global_step < self.total_step - self.final_warmup:
+            for scores, _ in self._scores:
+                scores.update(self.beta1, self.beta2)
+        if not mask_now:
+            return budget, None
+        if global_step <= self.total_step - self.final_warmup:
+            self._choose_mask(budget)
+        elif not self._final_mask_set:
+            self._choose_mask(budget)
+            self._final_mask_set = True
+        self.apply_mask()
+        return budget, self._threshold
+
+    def _check_model(self, model: nn.Module) -> None:
+        if getattr(self, "_checked", None) is model:
+            return
+        if not any(module is self._layers[0] for module in model.modules()):
+            raise ValueError("update_and_mask() got another model than the allocator was made for")
+        self._checked = model
+
+    def importance_scores(self) -> Tensor:
+        """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
+        totals = torch.zeros(self._mask.shape, dtype=torch.float32, device=self._scores[0][0].sensitivity.device)
+        for scores, mean_over in self._scores:
+            scores.add_to(totals, mean_over)
+        return totals
+
+    def _choose_mask(self, budget: int) -> None:
+        """Keep the ``budget`` most important singular values; of equal ones, those of later names and indices stay."""
+        pruned = self.initial_total_rank - budget
+        importance, order = self.importance_scores().flatten().sort(stable=True)
+        mask = torch.ones_like(order, dtype=torch.bool)
+        mask[order[:pruned]] = False
+        self._mask = mask.view_as(self._mask)
+        self._threshold = float(importance[pruned - 1]) if pruned else None
+
+    @torch.no_grad()
+    def apply_mask(self) -> None:
+        """Set the pruned singular values to 0."""
+        keep = self._mask.to(self._values[0].device, self._values[0].dtype)
+        torch._foreach_mul_(self._values, list(keep.unbind()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs: tensors (on the CPU) and plain values."""
+        return {
+            "layers": list(self._names),
+            "settings": self._settings(),
+            "sensitivity": [scores.sensitivity.cpu() for scores, _ in self._scores],
+            "uncertainty": [scores.uncertainty.cpu() for scores, _ in self._scores],
+            "mask": self._mask.cpu(),
+            "threshold": self._threshold,
+            "final_mask_set": self._final_mask_set,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        names = "lora_r importance init_warmup final_warmup mask_interval beta1 beta2 total_step target_total_rank"
+        return {name: getattr(self, name) for name in names.split()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state.
+
+        Raises:
+            ValueError: if it belongs to other layers or other settings, or a part is missing; nothing is changed then.
+        """
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            raise ValueError(f"an allocator state has the keys {', '.join(sorted(expected))}; got {sorted(state)}")
+        if state["layers"] != self._names:
+            raise ValueError("the allocator state belongs to other layers: resume with the same target modules")
+        ours = self._settings()
+        for name, value in state["settings"].items():
+            if name not in ours or (ours[name] != value and not (name == "total_step" and ours[name] is None)):
+                raise ValueError(f"the allocator state was saved with {name}={value}, now it is {ours.get(name)}")
+        pairs = [(self._mask, state["mask"])]
+        for (scores, _), first, second in zip(self._scores, state["sensitivity"], state["uncertainty"], strict=True):
+            pairs += [(scores.sensitivity, first), (scores.uncertainty, second)]
+        if any(mine.shape != theirs.shape for mine, theirs in pairs):
+            raise ValueError("the allocator state has tensors of other shapes: resume with the same ranks and widths")
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+        self.total_step = state["settings"]["total_step"]
+        self._threshold, self._final_mask_set = state["threshold"], state["final_mask_set"]
+
+
+def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None:
+    """Raises ValueError unless init_warmup + final_warmup < total_step."""
+    if init_warmup + final_warmup >= total_step:
+        raise ValueError(
+            f"init_warmup + final_warmup = {init_warmup} + {final_warmup} = {init_warmup + final_warmup} leaves no "
+            f"step to prune in: the training has {total_step}; lower them or train longer"
+        )
+
+
+def check_allocator_arguments(
+    lora_r: int,
+    target_rank: int,
+    init_warmup: int,
+    final_warmup: int,
+    mask_interval: int,
+    beta1: float,
+    beta2: float,
+    importance: str = "inner",
+    total_step: int | None = None,
+) -> None:
+    """What can be said of the arguments without a model. Raises ValueError with what to change."""
+    for name, value, least in (
+        ("lora_r", lora_r, 1),
+        ("target_rank", target_rank, 1),
+        ("mask_interval", mask_interval, 1),
+        ("init_warmup", init_warmup, 0),
+        ("final_warmup", final_warmup, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+    if target_rank > lora_r:
+        raise ValueError(f"target_rank ({target_rank}) is larger than lora_r ({lora_r}): lower it, or raise lora_r")
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
+    if importance not in IMPORTANCES:
+        raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}")
+    if total_step is not None:
+        check_schedule(init_warmup, final_warmup, total_step)

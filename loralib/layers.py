@@ -1,0 +1,344 @@
+"""Linear layers whose frozen weight W gets a trainable low-rank update ΔW.
+
+    LoRA      ΔW = s · B A                          (arXiv 2106.09685, section 4.1)
+    AdaLoRA   ΔW = s · P diag(e) Q                  (arXiv 2303.10512, eq. 3)
+    LoRA²     ΔW = s · B₀ B₁ diag(e) A₁ A₀          (arXiv 2408.06854, eqs. 4 and 7)
+    n scales  ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀
+
+with s = lora_alpha / r. B₀ is (out, k), A₀ is (k, in): the outer scale; B₁ (k, r), e (r) and A₁ (r, k) live at the
+second scale, and so on inwards. Every layer is an ``nn.Linear``, so the frozen weight keeps its name in a state dict,
+and ΔW is never formed while training: the small factors are folded first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GAUSSIAN_STD = 0.02
+INITS = ("gaussian", "orthogonal")
+
+
+def _positive_int(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+class LoRALayer(nn.Linear):
+    """What all layers share: factors, forward pass, merging. Use one of the subclasses.
+
+    Attributes:
+        lora_B: left factors from the outermost inward, shapes (out, k₁), (k₁, k₂), …, (kₙ₋₁, r).
+        lora_A: right factors from the outermost inward, shapes (k₁, in), (k₂, k₁), …, (r, kₙ₋₁).
+        lora_E: singular values e, shape (r,); ``None`` for plain LoRA.
+        widths: (k₁, …, kₙ₋₁); ``()`` is a single scale.
+        scaling: s = lora_alpha / r. It stays at the initial r while singular values are pruned.
+        merged: whether ``weight`` currently holds W + ΔW.
+    """
+
+    has_singular_values = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        widths: Sequence[int] = (),
+        init: str = "gaussian",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._add_factors(r, lora_alpha, lora_dropout, widths, init, fan_in_fan_out=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        *,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> LoRALayer:
+        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
+
+        Args:
+            linear: an ``nn.Linear``, or a layer with a weight stored (in, out) such as GPT-2's ``Conv1D``.
+            fan_in_fan_out: the weight is stored (in, out).
+            kwargs: what the class takes beyond the common arguments (``k``, ``widths``, ``init``).
+
+        Raises:
+            ValueError: for a value out of range. TypeError: for an unknown argument.
+        """
+        widths, init = cls._own_arguments(**kwargs)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        rows, columns = linear.weight.shape
+        layer.in_features, layer.out_features = (rows, columns) if fan_in_fan_out else (columns, rows)
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)
+        layer._add_factors(r, lora_alpha, lora_dropout, widths, init, fan_in_fan_out)
+        return layer.train(linear.training)
+
+    @classmethod
+    def _own_arguments(cls, widths: Sequence[int] = (), init: str = "gaussian") -> tuple[Sequence[int], str]:
+        return widths, init
+
+    def _add_factors(
+        self, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str, fan_in_fan_out: bool
+    ) -> None:
+        self.r = _positive_int("r", r)
+        self.widths = tuple(_positive_int("a width (k)", k) for k in widths)
+        if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        self.lora_alpha = float(lora_alpha)
+        self.scaling = self.lora_alpha / self.r
+        self.init = init
+        self.fan_in_fan_out = fan_in_fan_out
+        self.merged = False
+        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        # A buffer, so that it follows the layer to another device; never part of a state dict.
+        self.register_buffer("_weight_before_merge", None, persistent=False)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+        # Half-precision factors would lose small steps: they are kept in float32 even beside a bfloat16 weight.
+        options = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        inner = [*self.widths, self.r]
+        b_shapes = zip([self.out_features, *self.widths], inner, strict=True)
+        a_shapes = zip(inner, [self.in_features, *self.widths], strict=True)
+        self.lora_B = nn.ParameterList(torch.empty(shape, **options) for shape in b_shapes)
+        self.lora_E = nn.Parameter(torch.empty(self.r, **options)) if self.has_singular_values else None
+        self.lora_A = nn.ParameterList(torch.empty(shape, **options) for shape in a_shapes)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """Draw the factors anew; ΔW is zero afterwards (e = 0).
+
+        Raises:
+            RuntimeError: while merged.
+        """
+        self._refuse_if_merged()
+        nn.init.zeros_(self.lora_E)
+        for factor in [*self.lora_B, *self.lora_A]:
+            if self.init == "orthogonal":
+                nn.init.orthogonal_(factor)
+            else:
+                nn.init.normal_(factor, std=GAUSSIAN_STD)
+
+    def _refuse_if_merged(self) -> None:
+        if self.merged:
+            raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn anew")
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """The trainable factors: B outermost inward, e where there is one, A outermost inward."""
+        return [*self.lora_B, *([] if self.lora_E is None else [self.lora_E]), *self.lora_A]
+
+    def folded_core(self) -> Tensor:
+        """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r)."""
+        values = self.lora_E * self.scaling
+        if not self.widths:
+            return torch.diag(values)
+        left, right = self.lora_B[1], self.lora_A[1]
+        for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
+            left, right = left @ inner_b, inner_a @ right
+        return (left * values) @ right
+
+    def delta_weight(self) -> Tensor:
+        """The update ΔW with its scaling, shape (out, in), in the factors' dtype. For merging and inspection."""
+        return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out).
+
+        Raises:
+            RuntimeError: in training mode with gradients on while merged.
+        """
+        out = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("a merged layer does not train: call unmerge() before training")
+            return out
+        hidden = F.linear(self.lora_dropout(x).to(out.dtype), self.lora_A[0].to(out.dtype))
+        hidden = hidden @ self.folded_core().to(out.dtype).T
+        rows = out.view(-1, self.out_features)
+        return rows.addmm_(hidden.flatten(0, -2), self.lora_B[0].to(out.dtype).T).view_as(out)
+
+    def merge(self) -> None:
+        """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit."""
+        if self.merged:
+            return
+        with torch.no_grad():
+            delta = self.delta_weight()
+            merged = self.weight.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
+            self._weight_before_merge = self.weight.data
+            self.weight.data = merged.to(self.weight.dtype)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo ``merge()`` exactly. Does nothing where nothing is merged."""
+        if not self.merged:
+            return
+        self.weight.data = self._weight_before_merge
+        self._weight_before_merge = None
+        self.merged = False
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, widths={self.widths}, lora_alpha={self.lora_alpha:g}"
+
+
+class Linear(LoRALayer):
+    """LoRA: ΔW = s · B A, B (out, r) zero and A (r, in) Kaiming-uniform at the start (arXiv 2106.09685, section 4.1).
+
+    Args:
+        in_features, out_features: sizes of the frozen layer.
+        r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of the update.
+        bias: whether the frozen layer has a bias.
+
+    Raises:
+        ValueError: for a rank, alpha or dropout out of range.
+    """
+
+    has_singular_values = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, r, lora_alpha, lora_dropout, bias, device=device, dtype=dtype)
+
+    @classmethod
+    def _own_arguments(cls) -> tuple[Sequence[int], str]:
+        return (), "gaussian"
+
+    def reset_lora_parameters(self) -> None:
+        """Draw A anew and set B to zero.
+
+        Raises:
+            RuntimeError: while merged.
+        """
+        self._refuse_if_merged()
+        nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[0])
+
+    def folded_core(self) -> Tensor:
+        """s times the identity, (r, r)."""
+        return torch.eye(self.r, device=self.lora_A[0].device, dtype=self.lora_A[0].dtype) * self.scaling
+
+
+class MultiScaleLinear(LoRALayer):
+    """ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀ with n = len(widths) + 1 scales (arXiv 2408.06854, continued inwards).
+
+    Args:
+        in_features, out_features, r, lora_alpha, lora_dropout, bias: as for :class:`Linear`.
+        widths: from the outermost inward: ``()`` is AdaLoRA's layer, ``(k,)`` LoRA²'s, ``(k₁, k₂)`` has three scales.
+        init: ``"gaussian"`` draws every factor from N(0, 0.02²), ``"orthogonal"`` gives it orthonormal rows or
+            columns. e = 0 with either.
+
+    Raises:
+        ValueError: for a rank, width, alpha, dropout or init out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        widths: Sequence[int] = (8,),
+        init: str = "gaussian",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, r, lora_alpha, lora_dropout, bias,
+            widths=widths, init=init, device=device, dtype=dtype,
+        )  # fmt: skip
+
+    @classmethod
+    def _own_arguments(cls, widths: Sequence[int] = (8,), init: str = "gaussian") -> tuple[Sequence[int], str]:
+        return widths, init
+
+
+class SVDLinear(MultiScaleLinear):
+    """AdaLoRA's layer, one scale: ΔW = s · P diag(e) Q with P (out, r), Q (r, in) (arXiv 2303.10512, eq. 3)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        init: str = "gaussian",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, r, lora_alpha, lora_dropout, bias, (), init, device=device, dtype=dtype
+        )
+
+    @classmethod
+    def _own_arguments(cls, init: str = "gaussian") -> tuple[Sequence[int], str]:
+        return (), init
+
+
+class LoRA2Linear(MultiScaleLinear):
+    """LoRA²'s layer, two scales: ΔW = s · B₀ B₁ diag(e) A₁ A₀, B₀ (out, k), A₀ (k, in) (arXiv 2408.06854, eq. 4)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        k: int = 8,
+        init: str = "gaussian",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, r, lora_alpha, lora_dropout, bias, (k,), init, device=device, dtype=dtype
+        )
+
+    @classmethod
+    def _own_arguments(cls, k: int = 8, init: str = "gaussian") -> tuple[Sequence[int], str]:
+        return (k,), init
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """All low-rank layers of a model by module name, found by type."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}

@@ -1,0 +1,156 @@
+"""Injection: names, sharing, and the exact parameter counts of METHOD at real size."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2Model
+
+import loralib
+
+SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
+DEBERTA = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+    "vocab_size": 128100,
+    "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "type_vocab_size": 0,
+}  # fmt: skip
+ROBERTA_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+TINY = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
+
+
+def build(model_type, **config):
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **config))
+
+
+def adapter_size(model):
+    return sum(p.numel() for p in loralib.lora_state_dict(model).values())
+
+
+@pytest.mark.parametrize(
+    "kind, options, modules, expected",
+    [
+        ("lora2", {"k": 1}, SIX, 167_616),
+        ("lora2", {"k": 1}, ["query", "key"], 37_440),
+        ("lora2", {"k": 1}, ["query", "key", "value"], 56_160),
+        ("lora2", {"k": 8}, SIX, 1_336_896),
+        ("lora", {}, SIX, 1_327_104),
+    ],
+)
+def test_counts_on_debertav3_base(kind, options, modules, expected):
+    model = build("deberta-v2", **DEBERTA)
+    assert len(loralib.inject(model, kind, modules, r=8, **options)) == 12 * len(modules)
+    assert adapter_size(model) == expected
+
+
+def test_count_on_roberta_large():
+    model = build("roberta", **ROBERTA_LARGE)
+    loralib.inject(model, "lora2", SIX, r=8, k=1)
+    assert adapter_size(model) == 445_824
+
+
+@pytest.mark.parametrize("model_type", ["deberta-v2", "roberta", "bert", "electra"])
+def test_the_six_published_names_mean_the_same_on_every_encoder(model_type):
+    model = build(model_type, **TINY)
+    names = loralib.inject(model, "lora2", SIX, r=2, k=2)
+    assert len(names) == len(set(names)) == 12
+    for layer in range(2):
+        of_layer = [n.split(f"layer.{layer}.")[1] for n in names if f"layer.{layer}." in n]
+        attention = [n.removesuffix("_proj") for n in of_layer[:3]]
+        assert attention == ["attention.self.query", "attention.self.key", "attention.self.value"]
+        assert of_layer[3:] == ["attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+def test_suffix_and_regular_expression_patterns():
+    model = build("bert", **TINY)
+    assert loralib.match_modules(model, ["self.query"]) == [
+        f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)
+    ]
+    assert loralib.match_modules(model, r".*layer\.1\..*\.(key|value)") == [
+        f"bert.encoder.layer.1.attention.self.{n}" for n in ("key", "value")
+    ]
+    for bad in ("nothing", "LayerNorm", "((", []):
+        with pytest.raises(ValueError) as error:
+            loralib.match_modules(model, bad)
+        assert "\n" not in str(error.value)
+
+
+def test_a_refused_injection_changes_nothing():
+    model = build("bert", **TINY)
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    for kind, options in [
+        ("nope", {}), ("lora", {"k": 2}), ("adalora", {"widths": (2,)}), ("lora", {"init": "orthogonal"}),
+        ("adalora", {"share_outer": True}), ("multiscale", {"widths": (), "share_outer": True}), ("lora2", {"r": 0}),
+        ("lora2", {"k": -1}),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError):
+            loralib.inject(model, kind, ["query"], **options)
+    assert [(n, type(m)) for n, m in model.named_modules()] == before
+    assert all(p.requires_grad for p in model.parameters())
+    loralib.inject(model, "lora2", ["query"])
+    with pytest.raises(ValueError, match="already"):
+        loralib.inject(model, "lora2", ["query", "key"])
+    assert len(loralib.lora_layers(model)) == 2
+
+
+def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():
+    model = build("deberta-v2", **DEBERTA)
+    loralib.inject(model, "lora2", SIX, r=8, k=5, share_outer=True)
+    layers = loralib.lora_layers(model)
+    outer = 4 * (768 + 768) * 5 + 2 * (768 + 3072) * 5
+    inner = 72 * (2 * 5 * 8 + 8)
+    assert adapter_size(model) == outer + inner
+    assert len({id(layer.lora_B[0]) for layer in layers.values()}) == 6
+    queries = [layer for name, layer in layers.items() if name.endswith("query_proj")]
+    assert len({id(layer.lora_A[0]) for layer in queries}) == 1 and len({id(q.lora_A[1]) for q in queries}) == 12
+
+
+def test_shared_factors_survive_saving_and_loading():
+    def fresh():
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **TINY))
+        loralib.inject(model, "lora2", SIX, r=2, k=3, share_outer=True)
+        return model
+
+    first, second = fresh(), fresh()
+    state = loralib.lora_state_dict(first)
+    assert not second.load_state_dict(state, strict=False).unexpected_keys
+    for name, layer in loralib.lora_layers(second).items():
+        for mine, theirs in zip(layer.lora_parameters(), first.get_submodule(name).lora_parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_mark_only_lora_as_trainable(bias):
+    model = build("bert", **TINY)
+    with pytest.raises(ValueError, match="inject"):
+        loralib.mark_only_lora_as_trainable(model)
+    loralib.inject(model, "lora2", ["query", "value"], r=2, k=2)
+    loralib.mark_only_lora_as_trainable(model, bias)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    factors = {n for n in trainable if "lora_" in n}
+    assert len(factors) == 4 * 5
+    biases = {n for n, _ in model.named_parameters() if n.endswith("bias")}
+    lora_biases = {n for n in biases if "self.query" in n or "self.value" in n}
+    assert trainable - factors == {"none": set(), "all": biases, "lora_only": lora_biases}[bias]
+    assert set(loralib.lora_state_dict(model, bias)) == trainable
+    with pytest.raises(ValueError, match="bias"):
+        loralib.lora_state_dict(model, "some")
+
+
+def test_conv1d_is_wrapped_and_merged_in_its_own_layout():
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16)).eval()
+    ids = torch.randint(0, 20, (2, 5))
+    expected = model(ids).last_hidden_state
+    names = loralib.inject(model, "lora2", ["c_attn", "mlp.c_proj"], r=2, k=2)
+    assert len(names) == 4 and torch.allclose(model(ids).last_hidden_state, expected, atol=1e-6)
+    for layer in loralib.lora_layers(model).values():
+        nn.init.normal_(layer.lora_E)
+        for factor in [*layer.lora_A, *layer.lora_B]:
+            nn.init.normal_(factor, std=0.3)
+        assert layer.delta_weight().shape == (layer.out_features, layer.in_features)
+    adapted = model(ids).last_hidden_state
+    assert not torch.allclose(adapted, expected, atol=1e-2)
+    for layer in loralib.lora_layers(model).values():
+        layer.merge()
+    torch.testing.assert_close(model(ids).last_hidden_state, adapted, rtol=1e-4, atol=1e-4)

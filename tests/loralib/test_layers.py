@@ -1,0 +1,193 @@
+"""Layers against the formulas of METHOD, written out densely, and against peft."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import loralib
+
+WIDTHS = [(), (1,), (3,), (8,), (4, 2), (5, 4, 3)]
+
+
+def random_layer(widths, r=4, in_features=11, out_features=7, alpha=12.0, **kwargs):
+    layer = loralib.MultiScaleLinear(in_features, out_features, r, alpha, widths=widths, **kwargs)
+    with torch.no_grad():
+        for p in layer.lora_parameters():
+            p.normal_()
+    return layer
+
+
+def dense_delta(layer):
+    """s · B₀ … diag(e) … A₀, multiplied out from left to right in float64."""
+    product = torch.eye(layer.out_features, dtype=torch.float64)
+    for factor in layer.lora_B:
+        product = product @ factor.double()
+    product = product @ torch.diag(layer.lora_E.double())
+    for factor in reversed(list(layer.lora_A)):
+        product = product @ factor.double()
+    return product * layer.lora_alpha / layer.r
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_forward_and_gradients_equal_the_dense_formula(widths):
+    layer = random_layer(widths)
+    x = torch.randn(2, 5, 11, requires_grad=True)
+    weight = torch.randn(2, 5, 7)
+    out = layer(x)
+    (out * weight).sum().backward()
+    got = [p.grad.clone() for p in layer.lora_parameters()] + [x.grad.clone()]
+
+    layer.zero_grad()
+    x64 = x.detach().double().requires_grad_()
+    expected = x64 @ (layer.weight.double() + dense_delta(layer)).T + layer.bias.double()
+    (expected * weight.double()).sum().backward()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+    for mine, theirs in zip(got, [p.grad for p in layer.lora_parameters()] + [x64.grad], strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer.delta_weight().double(), dense_delta(layer), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+def test_parameter_shapes_and_count(widths):
+    layer = loralib.MultiScaleLinear(11, 7, 4, 8, widths=widths)
+    k = [*widths, 4]
+    assert [tuple(p.shape) for p in layer.lora_B] == list(zip([7, *widths], k, strict=True))
+    assert [tuple(p.shape) for p in layer.lora_A] == list(zip(k, [11, *widths], strict=True))
+    inner = sum(2 * a * b for a, b in zip(widths, k[1:], strict=True))
+    assert sum(p.numel() for p in layer.lora_parameters()) == (11 + 7) * k[0] + inner + 4
+
+
+def test_named_classes_are_the_multi_scale_layer_with_their_widths():
+    assert loralib.SVDLinear(11, 7, 4, 8).widths == ()
+    assert loralib.LoRA2Linear(11, 7, 4, 8, k=5).widths == (5,)
+    assert loralib.LoRA2Linear(11, 7, 4, 8).widths == (8,)
+    names = dict(loralib.LoRA2Linear(11, 7, 4, 8, k=5).named_parameters())
+    assert set(names) == {"weight", "bias", "lora_B.0", "lora_B.1", "lora_E", "lora_A.0", "lora_A.1"}
+    assert not hasattr(loralib.Linear(11, 7, 4, 8).lora_E, "shape")
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_initialisation(init):
+    torch.manual_seed(0)
+    layer = loralib.LoRA2Linear(500, 400, 8, 16, k=8, init=init)
+    assert torch.equal(layer.delta_weight(), torch.zeros(400, 500))
+    for factor in [*layer.lora_B, *layer.lora_A]:
+        if init == "gaussian":
+            if factor.numel() > 1000:
+                assert abs(factor.std().item() - 0.02) < 0.001 and abs(factor.mean().item()) < 0.002
+        else:
+            tall = factor if factor.shape[0] >= factor.shape[1] else factor.T
+            torch.testing.assert_close(tall.T @ tall, torch.eye(tall.shape[1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", *WIDTHS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_is_explicit_idempotent_and_undone_exactly(kind, dtype):
+    layer = loralib.Linear(11, 7, 4, 8) if kind == "lora" else random_layer(kind)
+    if kind == "lora":
+        nn.init.normal_(layer.lora_B[0])
+    layer.weight.data, layer.bias.data = layer.weight.data.to(dtype), layer.bias.data.to(dtype)
+    x = torch.randn(3, 11, dtype=dtype)
+    before, out = layer.weight.clone(), layer(x)
+    for switch in (layer.train, layer.eval):
+        assert switch() is layer and not layer.merged and torch.equal(layer.weight, before)
+    layer.merge()
+    once = layer.weight.clone()
+    layer.merge()
+    assert layer.merged and torch.equal(layer.weight, once) and not torch.equal(once, before)
+    error = (layer(x) - out).float().norm() / out.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.03)
+    assert set(layer.state_dict()) >= {"weight"} and "_weight_before_merge" not in layer.state_dict()
+    layer.unmerge()
+    layer.unmerge()
+    assert not layer.merged and torch.equal(layer.weight, before) and torch.equal(layer(x), out)
+
+
+def test_a_merged_layer_refuses_to_train_or_be_reset():
+    layer = random_layer((3,))
+    layer.merge()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.train()(torch.randn(2, 11))
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.reset_lora_parameters()
+
+
+def test_from_linear_shares_the_frozen_parameters_and_mode():
+    linear = nn.Linear(11, 7).eval()
+    layer = loralib.LoRA2Linear.from_linear(linear, 4, 8, 0.1, k=3)
+    assert layer.weight is linear.weight and layer.bias is linear.bias and not layer.training
+    assert not layer.weight.requires_grad and not layer.bias.requires_grad
+    x = torch.randn(2, 11)
+    assert torch.equal(layer(x), linear(x))
+    assert loralib.SVDLinear.from_linear(nn.Linear(3, 2, bias=False), 1, 1).bias is None
+    with pytest.raises(TypeError):
+        loralib.SVDLinear.from_linear(linear, 4, 8, k=3)
+    half = loralib.LoRA2Linear.from_linear(nn.Linear(11, 7, dtype=torch.bfloat16), 4, 8)
+    assert {p.dtype for p in half.lora_parameters()} == {torch.float32}
+    assert half(torch.randn(2, 11, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"r": 0}, {"r": -1}, {"r": 2.5}, {"r": True}, {"k": 0}, {"lora_alpha": 0}, {"lora_alpha": float("nan")},
+     {"lora_alpha": "x"}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"init": "zeros"}],
+)  # fmt: skip
+def test_values_out_of_range_are_refused_in_one_line(arguments):
+    with pytest.raises(ValueError) as error:
+        loralib.LoRA2Linear(4, 3, **({"r": 2, "lora_alpha": 4} | arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_dropout_acts_on_the_update_only():
+    torch.manual_seed(0)
+    layer = random_layer((3,), lora_dropout=0.5)
+    x = torch.randn(4000, 11)
+    frozen = nn.functional.linear(x, layer.weight, layer.bias)
+    update = layer(x) - frozen
+    kept = nn.functional.linear(x, layer.delta_weight())
+    assert not torch.allclose(update, kept, atol=1e-3)
+    slope = (update * kept).sum() / (kept * kept).sum()  # dropout rescales: right on average
+    assert abs(slope.item() - 1) < 0.05
+    layer.eval()
+    torch.testing.assert_close(layer(x) - frozen, kept, rtol=1e-4, atol=1e-4)
+
+
+def tiny_mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 6))
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_agrees_with_peft_layer_on_the_same_factors(kind):
+    base = tiny_mlp()
+    ours = copy.deepcopy(base)
+    loralib.inject(ours, kind, ["0", "2"], r=4, lora_alpha=8)
+    if kind == "lora":
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"])
+    else:
+        config = peft.AdaLoraConfig(
+            init_r=4, target_r=2, lora_alpha=8, target_modules=["0", "2"], total_step=10, tinit=1, tfinal=1, deltaT=1
+        )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for name, layer in loralib.lora_layers(ours).items():
+            peer = theirs.base_model.model.get_submodule(name)
+            for p in layer.lora_parameters():
+                p.normal_()
+            a, b = peer.lora_A["default"], peer.lora_B["default"]
+            (a.weight if kind == "lora" else a).copy_(layer.lora_A[0])
+            (b.weight if kind == "lora" else b).copy_(layer.lora_B[0])
+            if kind == "adalora":
+                peer.lora_E["default"].copy_(layer.lora_E.unsqueeze(1))
+    x = torch.randn(5, 10)
+    out, peer_out = ours(x), theirs(x)
+    # peft divides by r + 1e-5 in AdaLoRA: a relative difference of 2.5e-6.
+    torch.testing.assert_close(out, peer_out, rtol=1e-4, atol=1e-4)
+    out.square().sum().backward()
+    peer_out.square().sum().backward()
+    for name, layer in loralib.lora_layers(ours).items():
+        a = theirs.base_model.model.get_submodule(name).lora_A["default"]
+        torch.testing.assert_close(layer.lora_A[0].grad, (a.weight if kind == "lora" else a).grad, rtol=1e-4, atol=1e-2)

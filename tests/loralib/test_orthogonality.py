@@ -1,0 +1,128 @@
+"""The regulariser against a plain loop over explicit products, and against peft's AdaLoRA."""
+
+import itertools
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import loralib
+
+
+def model_of(widths, share_outer=False, init=None, count=4):
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(9, 7)}) for _ in range(count))})
+    loralib.inject(model, "multiscale", ["q"], r=4, widths=widths, share_outer=share_outer, init=init)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    return model
+
+
+def chain(factors):
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product @ factor
+    return product
+
+
+def loop_value(model, terms, squared):
+    """Eq. 5 term by term with P and Q multiplied out; a shared factor once."""
+    chosen = {"uv", "UV", "PQ"} if terms == "all" else set(terms.split("+"))
+    norms, seen = [], set()
+
+    def add(key, tall):
+        if key in seen:
+            return
+        seen.add(key)
+        tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
+        deviation = tall.T @ tall - torch.eye(tall.shape[1])
+        norms.append(deviation.square().sum() if squared else deviation.square().sum().sqrt())
+
+    for layer in loralib.lora_layers(model).values():
+        left, right = list(layer.lora_B), [a.T for a in layer.lora_A]
+        one = len(left) == 1
+        for term, oriented, owners in (("uv", left, layer.lora_B), ("UV", right, layer.lora_A)):
+            if term in chosen or (one and "PQ" in chosen):
+                for factor, owner in zip(oriented, owners, strict=True):
+                    add(id(owner), factor)
+            if "PQ" in chosen and not one:
+                # PᵀP is r × r whatever the widths, so it is not taken on the smaller side.
+                product = chain(oriented)
+                deviation = product.T @ product - torch.eye(product.shape[1])
+                norms.append(deviation.square().sum() if squared else deviation.square().sum().sqrt())
+    return sum(norms) / len(norms)
+
+
+TERMS = ["all", "uv", "UV", "PQ", "uv+UV", "uv+PQ", "UV+PQ"]
+
+
+@pytest.mark.parametrize("widths, share", [((), False), ((2,), False), ((6,), False), ((3, 5), False), ((3,), True)])
+@pytest.mark.parametrize("terms, squared", list(itertools.product(TERMS, [False, True])))
+def test_value_and_gradient_equal_the_loop(widths, share, terms, squared):
+    model = model_of(widths, share)
+    value = loralib.compute_orth_regu(model, 0.3, terms, squared)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
+    expected = 0.3 * loop_value(model, terms, squared)
+    want = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():
+    base = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 6))
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = base
+
+        def forward(self, x):
+            return SimpleNamespace(loss=self.net(x).sum() * 0)
+
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, target_modules=["0", "1"], orth_reg_weight=0.5, total_step=9, tinit=1, tfinal=1, deltaT=1
+    )
+    theirs = peft.get_peft_model(WithLoss(), config)
+    ours = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 6))
+    loralib.inject(ours, "adalora", ["0", "1"], r=4)
+    with torch.no_grad():
+        for name, layer in loralib.lora_layers(ours).items():
+            peer = theirs.base_model.model.get_submodule(f"net.{name}")
+            layer.lora_A[0].copy_(peer.lora_A["default"])
+            layer.lora_B[0].copy_(peer.lora_B["default"])
+    torch.testing.assert_close(loralib.compute_orth_regu(ours, 0.5), theirs.base_model(torch.randn(2, 10)).loss)
+
+
+def test_orthonormal_factors_give_zero_with_a_finite_gradient():
+    model = nn.Sequential(nn.Linear(9, 7))
+    loralib.inject(model, "lora2", ["0"], r=4, k=4, init="orthogonal")
+    layer = model[0]
+    with torch.no_grad():
+        for factors, size in ((layer.lora_B, 7), (layer.lora_A, 9)):
+            factors[0].copy_(torch.eye(size)[:, :4] if factors is layer.lora_B else torch.eye(4, size))
+            factors[1].copy_(torch.eye(4))
+    value = loralib.compute_orth_regu(model, 1.0)
+    value.backward()
+    assert value.item() == 0
+    assert all(torch.equal(f.grad, torch.zeros_like(f)) for f in [*layer.lora_A, *layer.lora_B])
+
+
+def test_bad_arguments_are_refused():
+    model = model_of((2,))
+    for terms in ("", "pq", "uv+uv", "uv,UV", "all+uv"):
+        with pytest.raises(ValueError):
+            loralib.compute_orth_regu(model, 0.1, terms)
+    with pytest.raises(ValueError):
+        loralib.compute_orth_regu(model, -1)
+    plain = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="inject"):
+        loralib.compute_orth_regu(plain)
+    loralib.inject(plain, "lora", ["0"])
+    with pytest.raises(ValueError, match="singular values"):
+        loralib.compute_orth_regu(plain)
