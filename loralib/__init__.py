@@ -5,6 +5,7 @@ from loralib.checkpoint import lora_state_dict
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
+from loralib.precision import cast_frozen
 
 __all__ = [
     "Linear",
@@ -14,6 +15,7 @@ __all__ = [
     "OrthogonalityRegulariser",
     "RankAllocator",
     "SVDLinear",
+    "cast_frozen",
     "compute_orth_regu",
     "inject",
     "lora_layers",
