@@ -1,0 +1,69 @@
+"""The order of the training examples: a pure function of seed and epoch, whatever the number of processes.
+
+Accelerate deals a sampler's order out in consecutive batches, one process after the other. So when the order is the
+same, one process with batches of 32, two with 16, or four accumulation steps of 8 see the same 32 examples in one
+optimiser step. (Only the last step of an epoch may differ: there accelerate fills up what is missing on a process.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+_POOL_BATCHES = 50  # batches sorted together: more gives less padding, fewer gives more chance to what meets in a batch
+
+
+class SeededRandomSampler(Sampler[int]):
+    """A random order of n examples that depends on (seed, epoch) alone, never on a global generator.
+
+    Args:
+        n: number of examples, at least 1.
+        seed: any whole number from 0.
+    """
+
+    def __init__(self, n: int, seed: int):
+        if n < 1:
+            raise ValueError(f"a sampler needs at least one example, got {n}")
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of that epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        return generator.permutation(self.n)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order(np.random.default_rng([self.seed, self.epoch])).tolist())
+
+
+class LengthBucketSampler(SeededRandomSampler):
+    """As `SeededRandomSampler`, with examples of similar length in the same effective batch, to save padding.
+
+    A random order is cut into pools of 50 batches, each pool sorted by length and cut into batches, and the batches are
+    put in random order. What does not fill a batch is a random choice of examples at the end of the epoch.
+
+    Args:
+        lengths: tokens of each example.
+        effective_batch_size: examples of one optimiser step, over all processes and accumulation steps.
+    """
+
+    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int):
+        super().__init__(len(lengths), seed)
+        if effective_batch_size < 1:
+            raise ValueError(f"effective_batch_size must be at least 1, got {effective_batch_size}")
+        self.lengths, self.batch = np.asarray(lengths), effective_batch_size
+
+    def _order(self, generator: np.random.Generator) -> np.ndarray:
+        order = generator.permutation(self.n)
+        batches = self.n // self.batch
+        body, rest = np.split(order, [batches * self.batch])
+        pool = np.arange(len(body)) // (_POOL_BATCHES * self.batch)
+        body = body[np.lexsort((self.lengths[body], pool))].reshape(batches, self.batch)
+        rest = rest[np.argsort(self.lengths[rest], kind="stable")]
+        return np.concatenate([body[generator.permutation(batches)].ravel(), rest])

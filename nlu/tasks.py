@@ -1,0 +1,197 @@
+"""The GLUE tasks (Wang et al. 2018, arXiv 1804.07461), one row each: whatever differs between tasks stands here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nlu.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the pipeline has to know about one task.
+
+    Attributes:
+        name: the name on the command line and on the hub (`nyu-mll/glue`).
+        text_fields: the one or two text columns, under the hub's names, in the order the encoder reads them.
+        labels: the class words, by class number as on the hub; None for a regression task.
+        metric: the main metric's key; the best checkpoint is the one where it is highest.
+        metrics: every metric reported, the main one first. All are fractions, higher is better.
+        train_splits, validation_splits, test_splits: the splits' names, as on the hub.
+        value_range: the lowest and highest label of a regression task, or None for no bounds.
+        official_folders: the folders of the official release's TSV files that may hold the task.
+        official_files: (split, file) pairs where the release's name is not `train.tsv`, `dev*.tsv` or `test*.tsv`.
+        official_text: the TSV columns of `text_fields`, in the same order; empty where the names are the same.
+        official_label: the TSV column of the label.
+        official_header: the columns of a train or dev TSV file that comes without a header line.
+        short_rows_skipped: how many rows with missing fields the release's file may hold; they are left out, as the
+            hub's copy leaves them out.
+        submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
+        submission_labels: the words the GLUE server wants, by class number; None for a regression task.
+    """
+
+    name: str
+    text_fields: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    metric: str
+    metrics: tuple[str, ...]
+    train_splits: tuple[str, ...] = ("train",)
+    validation_splits: tuple[str, ...] = ("validation",)
+    test_splits: tuple[str, ...] = ("test",)
+    value_range: tuple[float, float] | None = None
+    official_folders: tuple[str, ...] = ()
+    official_files: tuple[tuple[str, str], ...] = ()
+    official_text: tuple[str, ...] = ()
+    official_label: str = "label"
+    official_header: tuple[str, ...] | None = None
+    short_rows_skipped: int = 0
+    submission_files: tuple[tuple[str, int], ...] = ()
+    submission_labels: tuple[str, ...] | None = None
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the label is a number and the loss a squared error."""
+        return self.labels is None
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the classification head: 1 for regression."""
+        return 1 if self.labels is None else len(self.labels)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Every split, training first."""
+        return self.train_splits + self.validation_splits + self.test_splits
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+_MNLI = ("entailment", "neutral", "contradiction")
+_PAIR = ("sentence1", "sentence2")
+
+_ROWS = (
+    Task(
+        "cola",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        "matthews_correlation",
+        ("matthews_correlation", "accuracy"),
+        official_folders=("CoLA",),
+        official_header=("source", "label", "mark", "sentence"),
+        submission_files=(("CoLA.tsv", 1063),),
+        submission_labels=("0", "1"),
+    ),
+    Task(
+        "sst2",
+        ("sentence",),
+        ("negative", "positive"),
+        "accuracy",
+        ("accuracy",),
+        official_folders=("SST-2",),
+        submission_files=(("SST-2.tsv", 1821),),
+        submission_labels=("0", "1"),
+    ),
+    Task(
+        "mrpc",
+        _PAIR,
+        ("not_equivalent", "equivalent"),
+        "accuracy",
+        ("accuracy", "f1"),
+        official_folders=("MRPC",),
+        official_text=("#1 String", "#2 String"),
+        official_label="Quality",
+        submission_files=(("MRPC.tsv", 1725),),
+        submission_labels=("0", "1"),
+    ),
+    Task(
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        "accuracy",
+        ("accuracy", "f1"),
+        official_folders=("QQP",),
+        official_label="is_duplicate",
+        short_rows_skipped=20,
+        submission_files=(("QQP.tsv", 390965),),
+        submission_labels=("0", "1"),
+    ),
+    Task(
+        "stsb",
+        _PAIR,
+        None,
+        "pearson",
+        ("pearson", "spearmanr"),
+        value_range=(0.0, 5.0),
+        official_folders=("STS-B",),
+        official_label="score",
+        submission_files=(("STS-B.tsv", 1379),),
+    ),
+    Task(
+        "mnli",
+        ("premise", "hypothesis"),
+        _MNLI,
+        "accuracy",
+        ("accuracy",),
+        validation_splits=("validation_matched", "validation_mismatched"),
+        test_splits=("test_matched", "test_mismatched"),
+        official_folders=("MNLI",),
+        official_text=_PAIR,
+        official_label="gold_label",
+        submission_files=(("MNLI-m.tsv", 9796), ("MNLI-mm.tsv", 9847)),
+        submission_labels=_MNLI,
+    ),
+    Task(
+        "qnli",
+        ("question", "sentence"),
+        _ENTAILMENT,
+        "accuracy",
+        ("accuracy",),
+        official_folders=("QNLI",),
+        submission_files=(("QNLI.tsv", 5463),),
+        submission_labels=_ENTAILMENT,
+    ),
+    Task(
+        "rte",
+        _PAIR,
+        _ENTAILMENT,
+        "accuracy",
+        ("accuracy",),
+        official_folders=("RTE",),
+        submission_files=(("RTE.tsv", 3000),),
+        submission_labels=_ENTAILMENT,
+    ),
+    Task(
+        "wnli",
+        _PAIR,
+        ("not_entailment", "entailment"),
+        "accuracy",
+        ("accuracy",),
+        official_folders=("WNLI",),
+        submission_files=(("WNLI.tsv", 146),),
+        submission_labels=("0", "1"),
+    ),
+    # The diagnostic set has hidden labels only: a model trained on MNLI predicts it.
+    Task(
+        "ax",
+        ("premise", "hypothesis"),
+        _MNLI,
+        "matthews_correlation",
+        ("matthews_correlation", "accuracy"),
+        train_splits=(),
+        validation_splits=(),
+        official_folders=("diagnostic", "AX"),
+        official_files=(("test", "diagnostic.tsv"),),
+        official_text=_PAIR,
+        submission_files=(("AX.tsv", 1104),),
+        submission_labels=_MNLI,
+    ),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name (`-` and capitals as in "SST-2" are accepted); UsageError with the names otherwise."""
+    task = TASKS.get(name.lower().replace("-", "")) if isinstance(name, str) else None
+    if task is None:
+        raise UsageError(f"unknown task {name!r}: --task_name takes one of {', '.join(TASKS)}")
+    return task

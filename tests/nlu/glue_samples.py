@@ -1,0 +1,86 @@
+"""Invented rows for every GLUE task, and writers of each file format, for the data tests."""
+
+import csv
+import json
+from pathlib import Path
+
+from nlu.tasks import Task
+
+TEXTS = [
+    'He said "yes" to it.',
+    'An opening quote: " and a trailing space ',
+    "naïve café — 東京 😀",
+    "no-break\u00a0space, line separator \u2028 inside",
+    "it 's",
+    "",
+]
+OFFICIAL_COLUMNS = {
+    # as the release's files have them; test files have `index` and no label
+    "cola": ["sentence"],
+    "sst2": ["sentence"],
+    "mrpc": ["#1 ID", "#2 ID", "#1 String", "#2 String"],
+    "qqp": ["qid1", "qid2", "question1", "question2"],
+    "stsb": ["genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"],
+    "mnli": ["promptID", "pairID", "genre", "sentence1_binary_parse", "sentence1", "sentence2", "label1"],
+    "qnli": ["question", "sentence"],
+    "rte": ["sentence1", "sentence2"],
+    "wnli": ["sentence1", "sentence2"],
+    "ax": ["sentence1", "sentence2"],
+}
+OFFICIAL_TEXT = {
+    "mrpc": {"sentence1": "#1 String", "sentence2": "#2 String"},
+    "mnli": {"premise": "sentence1", "hypothesis": "sentence2"},
+    "ax": {"premise": "sentence1", "hypothesis": "sentence2"},
+}
+OFFICIAL_LABEL = {"mrpc": "Quality", "qqp": "is_duplicate", "stsb": "score", "mnli": "gold_label"}
+OFFICIAL_WORDS = {
+    "mnli": ["entailment", "neutral", "contradiction"],
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
+}
+
+
+def sample_rows(task: Task, split: str, n: int = 12) -> list[dict]:
+    """n rows in the hub's form."""
+    rows = []
+    for i in range(n):
+        row = {field: f"{TEXTS[(i + j) % len(TEXTS)]}" for j, field in enumerate(task.text_fields)}
+        if split.startswith("test"):
+            row["label"] = -1.0 if task.is_regression else -1
+        else:
+            row["label"] = round(i * 0.4, 2) if task.is_regression else i % len(task.labels)
+        rows.append({**row, "idx": i})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_official(path: Path, task: Task, split: str, rows: list[dict]) -> None:
+    """A TSV file as the official release has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names, label = OFFICIAL_TEXT.get(task.name, {}), OFFICIAL_LABEL.get(task.name, "label")
+    test = split.startswith("test")
+    columns = ["index", *OFFICIAL_COLUMNS[task.name]] + ([] if test else [label])
+    if task.name in ("cola", "sst2", "mrpc") and not test:
+        columns = columns[1:]
+    lines = ["\t".join(columns)]
+    for row in rows:
+        values = {names.get(field, field): row[field] for field in task.text_fields}
+        code = row["label"]
+        values[label] = OFFICIAL_WORDS[task.name][code] if task.name in OFFICIAL_WORDS and not test else str(code)
+        values |= {"index": str(row["idx"]), "#1 ID": f"1{row['idx']}", "#2 ID": f"2{row['idx']}", "label1": "neutral"}
+        lines.append("\t".join(values.get(column, "none") for column in columns))
+    if task.name == "cola" and not test:
+        lines = [f"gj04\t{row['label']}\t{'' if row['label'] else '*'}\t{row['sentence']}" for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""The samplers: every example once, a pure function of seed and epoch, the same steps for any number of processes."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
+
+from nlu.batching import LengthBucketSampler, SeededRandomSampler
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 40), st.integers(0, 2**63), st.integers(0, 9)
+)
+@settings(max_examples=200, deadline=None)
+def test_every_example_once_and_pure(lengths, batch, seed, epoch):
+    for make in (lambda: LengthBucketSampler(lengths, batch, seed), lambda: SeededRandomSampler(len(lengths), seed)):
+        sampler = make()
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
+        again = make()
+        list(again)
+        again.set_epoch(epoch)
+        torch.manual_seed(random.randrange(1000))
+        np.random.seed(random.randrange(1000))
+        assert list(again) == order
+
+
+def test_epochs_and_seeds_differ():
+    for make in (lambda seed: LengthBucketSampler(range(200), 8, seed), lambda seed: SeededRandomSampler(200, seed)):
+        orders = set()
+        for seed in range(5):
+            sampler = make(seed)
+            for epoch in range(5):
+                sampler.set_epoch(epoch)
+                orders.add(tuple(sampler))
+        assert len(orders) == 25
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 1), (2, 2), (4, 2)])
+def test_steps_hold_the_same_examples_for_any_split(processes, accumulation):
+    lengths = np.random.default_rng(0).integers(5, 90, 32 * 40)
+    sampler = LengthBucketSampler(lengths, 32, seed=6)
+    sampler.set_epoch(2)
+    expected = [sorted(batch) for batch in BatchSampler(sampler, 32, drop_last=False)]
+    per_device = 32 // processes // accumulation
+    shards = [
+        list(BatchSamplerShard(BatchSampler(sampler, per_device, drop_last=False), processes, rank))
+        for rank in range(processes)
+    ]
+    steps = [
+        sorted(i for shard in shards for batch in shard[first : first + accumulation] for i in batch)
+        for first in range(0, len(shards[0]), accumulation)
+    ]
+    assert steps == expected
+
+
+def test_batches_are_of_similar_length_in_random_order():
+    lengths = np.random.default_rng(1).integers(5, 100, 6400)
+
+    def padding(sampler):
+        batches = lengths[np.fromiter(sampler, int)].reshape(-1, 32)
+        return (batches.max(1, keepdims=True) - batches).sum() / batches.sum(), batches.mean(1)
+
+    wasted, means = padding(LengthBucketSampler(lengths, 32, 0))
+    assert wasted < 0.1 * padding(SeededRandomSampler(6400, 0))[0]
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25  # neighbours in time are unrelated in length
+    assert 0.3 < np.mean(np.diff(means) > 0) < 0.7
+
+
+def test_order_does_not_follow_the_length_within_an_epoch():
+    lengths = np.repeat([10, 50], 1600)
+    first_half = lengths[list(LengthBucketSampler(lengths, 32, 3))[:1600]]
+    assert 0.25 < (first_half == 50).mean() < 0.75
+
+
+def test_fast_for_the_largest_task():
+    lengths = np.random.default_rng(0).integers(5, 90, 392702)
+    sampler = LengthBucketSampler(lengths, 32, 0)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        list(sampler)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="at least one example"):
+        SeededRandomSampler(0, 1)
+    with pytest.raises(ValueError, match="effective_batch_size"):
+        LengthBucketSampler([1], 0, 1)

@@ -1,0 +1,327 @@
+"""GLUE's data: every format gives the same rows, real files the published counts, bad files name their line."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from glue_samples import sample_rows, write_csv, write_jsonl, write_official
+
+from nlu.data import limit, load_own_files, load_task_data
+from nlu.errors import UsageError
+from nlu.tasks import TASKS, get_task
+
+REAL = Path(os.environ.get("GLUE_TEST_DIR") or Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "glue")
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real GLUE data at {REAL}")
+OFFICIAL_FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "ax": "diagnostic"}
+
+
+def official_path(root: Path, task, split: str) -> Path:
+    name = "diagnostic.tsv" if task.name == "ax" else split.replace("validation", "dev") + ".tsv"
+    return root / OFFICIAL_FOLDERS.get(task.name, task.name.upper()) / name
+
+
+def test_get_task_names_the_tasks():
+    assert get_task("SST-2") is TASKS["sst2"]
+    with pytest.raises(
+        UsageError, match=r"unknown task 'colla'.*cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, ax"
+    ):
+        get_task("colla")
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("form", ["jsonl", "json", "json_list", "parquet", "parquet_pieces", "csv", "tsv"])
+def test_every_format_round_trips(tmp_path, name, form):
+    task = TASKS[name]
+    expected = {split: sample_rows(task, split) for split in task.splits}
+    for split, rows in expected.items():
+        stem = tmp_path / name / split
+        if form in ("jsonl", "json"):
+            write_jsonl(stem.with_suffix(f".{form}"), rows)
+        elif form == "json_list":
+            stem.parent.mkdir(exist_ok=True)
+            stem.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        elif form == "csv":
+            write_csv(stem.with_suffix(".csv"), rows)
+        elif form == "tsv":
+            write_official(official_path(tmp_path, task, split), task, split, rows)
+        else:
+            stem.parent.mkdir(exist_ok=True)
+            pieces = [rows] if form == "parquet" else [rows[:5], rows[5:]]
+            for i, piece in enumerate(pieces):
+                file = stem.with_suffix(".parquet") if form == "parquet" else Path(f"{stem}-0000{i}-of-00002.parquet")
+                pq.write_table(pa.Table.from_pylist(piece), file)
+    loaded = load_task_data(task, tmp_path, need=task.splits)
+    assert list(loaded) == list(task.splits)
+    for split, rows in expected.items():
+        if task.is_regression:
+            assert loaded[split]["label"][:] == pytest.approx([row["label"] for row in rows], abs=1e-6)
+        else:
+            assert loaded[split]["label"][:] == [row["label"] for row in rows]
+        for column in (*task.text_fields, "idx"):
+            assert loaded[split][column][:] == [row[column] for row in rows]
+        assert loaded[split].column_names == [*task.text_fields, "label", "idx"]
+
+
+def test_mrpc_as_microsoft_publishes_it(tmp_path):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    rows = [f'{i % 2}\t{100 + i}\t{200 + i}\t"first {i}\tsecond {i}\n' for i in range(6)]
+    folder = tmp_path / "MRPC"
+    folder.mkdir()
+    (folder / "msr_paraphrase_train.txt").write_text(header + "".join(rows), encoding="utf-8")
+    (folder / "msr_paraphrase_test.txt").write_text(header + rows[3], encoding="utf-8")
+    (folder / "dev_ids.tsv").write_text("101\t201\n104\t204\n")
+    loaded = load_task_data("mrpc", tmp_path)
+    assert loaded["train"]["idx"][:] == [0, 2, 3, 5]
+    assert loaded["validation"]["idx"][:] == [1, 4]
+    assert loaded["validation"]["sentence1"][:] == ['"first 1', '"first 4']
+    assert loaded["validation"]["label"][:] == [1, 0]
+    assert loaded["test"]["label"][:] == [1]
+    (folder / "dev_ids.tsv").write_text("101\t201\n104\t999\n")
+    with pytest.raises(UsageError, match=r"dev_ids.tsv, line 2: this pair of ids is not in msr_paraphrase_train.txt"):
+        load_task_data("mrpc", tmp_path)
+
+
+def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path):
+    task = TASKS["qqp"]
+    path = tmp_path / "QQP" / "train.tsv"
+    write_official(path, task, "train", sample_rows(task, "train", 5))
+    lines = path.read_text("utf-8").split("\n")
+    lines[2] = "\t".join(lines[2].split("\t")[:3])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    train = load_task_data(task, tmp_path, need=["train"])["train"]
+    assert train["idx"][:] == [0, 2, 3, 4]
+    path.write_text("\n".join(lines[:1] + lines[2:3] * 21), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"train.tsv, line 2: 3 fields where 6 are expected"):
+        load_task_data(task, tmp_path, need=["train"])
+
+
+# rows and label counts of the real files, from the table in their SOURCES.md
+COUNTS = {
+    ("cola", "train"): {0: 2528, 1: 6023},
+    ("cola", "validation"): {0: 322, 1: 721},
+    ("cola", "test"): {-1: 1063},
+    ("sst2", "train"): {0: 29780, 1: 37569},
+    ("sst2", "validation"): {0: 428, 1: 444},
+    ("sst2", "test"): {-1: 1821},
+    ("mrpc", "train"): {0: 1194, 1: 2474},
+    ("mrpc", "validation"): {0: 129, 1: 279},
+    ("mrpc", "test"): {0: 578, 1: 1147},
+    ("stsb", "train"): 5749,
+    ("stsb", "validation"): 1500,
+    ("stsb", "test"): 1379,
+    ("rte", "train"): {0: 1249, 1: 1241},
+    ("rte", "validation"): {0: 146, 1: 131},
+    ("rte", "test"): {-1: 3000},
+    ("wnli", "train"): {0: 323, 1: 312},
+    ("wnli", "validation"): {0: 40, 1: 31},
+    ("wnli", "test"): {-1: 146},
+    ("qnli", "train"): {0: 5027, 1: 4972},
+    ("qnli", "validation"): {0: 2702, 1: 2761},
+    ("qnli", "test"): {-1: 5463},
+    ("mnli", "train"): {0: 3408, 1: 3313, 2: 3278},
+    ("mnli", "validation_matched"): {0: 3479, 1: 3123, 2: 3213},
+    ("mnli", "validation_mismatched"): {0: 346, 1: 319, 2: 335},
+}
+
+
+@real
+@pytest.mark.parametrize("name", sorted({task for task, _ in COUNTS}))
+def test_real_rows_and_labels(name):
+    wanted = {split: count for (task, split), count in COUNTS.items() if task == name}
+    for split, dataset in load_task_data(name, REAL, need=list(wanted)).items():
+        if name == "stsb":
+            assert len(dataset) == wanted[split]
+        else:
+            assert Counter(dataset["label"][:]) == wanted[split]
+        assert dataset["idx"][:] == sorted(set(dataset["idx"][:]))
+    if name == "stsb":
+        train = load_task_data(name, REAL, need=["train"])["train"]["label"][:]
+        assert sum(train) / len(train) == pytest.approx(2.7010, abs=5e-5)
+
+
+@real
+@pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "wnli"])
+def test_real_rows_survive_the_official_format(tmp_path, name):
+    task = TASKS[name]
+    for split in ("validation", "test"):
+        rows = [json.loads(line) for line in (REAL / name / f"{split}.jsonl").read_text("utf-8").split("\n") if line]
+        write_official(official_path(tmp_path, task, split), task, split, rows)
+        expected = load_task_data(task, REAL, need=[split])[split]
+        read = load_task_data(task, tmp_path, need=[split])[split]
+        for column in (*task.text_fields, "label"):
+            if not (name == "mrpc" and split == "test" and column == "label"):  # the release hides what the hub shows
+                assert read[column][:] == expected[column][:]
+
+
+def test_missing_split_says_where_it_looked(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"no validation split of cola: looked for validation.jsonl .*dev.tsv in .*CoLA"
+    ):
+        load_task_data("cola", tmp_path, need=["validation"])
+    with pytest.raises(UsageError, match="no such folder"):
+        load_task_data("cola", tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="has no split 'dev'"):
+        load_task_data("cola", tmp_path, need=["dev"])
+    with pytest.raises(UsageError, match="ax has only test"):
+        load_task_data("ax", tmp_path, need=["train"])
+
+
+GOOD = {"sentence": "a", "label": 1, "idx": 0}
+BAD_LINES = {
+    "not json": ("{", r"line 2: not valid JSON"),
+    "not an object": ("[1]", r"line 2: expected an object"),
+    "no text": (json.dumps({"label": 1, "idx": 1}), r"line 2: no column 'sentence'"),
+    "text is a number": (json.dumps({**GOOD, "sentence": 3}), r"line 2: column 'sentence' must be text, got 3"),
+    "text is null": (json.dumps({**GOOD, "sentence": None}), r"line 2: column 'sentence' must be text, got None"),
+    "half a surrogate": ('{"sentence": "\\ud800", "label": 1, "idx": 1}', r"line 2: .*surrogate"),
+    "label outside": (json.dumps({**GOOD, "label": 2}), r"line 2: label 2 is not one of cola's: 0, 1 or unacceptable"),
+    "label hidden": (json.dumps({**GOOD, "label": -1}), r"line 2: label -1 \(hidden\) in a train split"),
+    "label true": (json.dumps({**GOOD, "label": True}), r"line 2: label True is not"),
+    "label 1.0": (json.dumps({**GOOD, "label": 1.0}), r"line 2: label 1.0 is not"),
+    "label is a list": (json.dumps({**GOOD, "label": [1]}), r"line 2: label \[1\] is not"),
+    "idx negative": (json.dumps({**GOOD, "idx": -3}), r"line 2: column 'idx'"),
+    "number too long": ('{"sentence": "a", "label": ' + "9" * 5000 + "}", r"line 2: not usable JSON"),
+    "nested too deep": ("[" * 200000, r"line 2: not usable JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_json_lines_name_file_and_line(tmp_path, case):
+    line, message = BAD_LINES[case]
+    path = tmp_path / "cola" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_task_data("cola", tmp_path, need=["train"])
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.jsonl", b"", "the file is empty"),
+        ("train.jsonl", b"\n \n", "the file is empty"),
+        ("train.jsonl", b'{"sentence": "a"}\n', "line 1: no column 'label'"),
+        ("train.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence": "\xff"}', "line 2: not UTF-8"),
+        ("train.json", b"[]", "the file has no rows"),
+        ("train.csv", b"sentence,label\n", "the file has no rows"),
+        ("train.csv", b"sentence,label\na,1\nb\n", "line 3: 1 fields where 2 are expected"),
+        ("train.csv", b'sentence,label\n"a\nb",1\nc,7\n', "line 4: label '7' is not"),
+        ("train.csv", b'sentence,label\n"a,1\n', "not valid CSV"),
+        ("train.csv", b"sentence,sentence,label\na,b,1\n", "two columns are called 'sentence'"),
+        ("train.tsv", b"gj04\t1\t\ta\ngj04\t1\tb\n", "line 2: 3 fields where 4 are expected"),
+        ("train.tsv", b"gj04\tx\t\ta\n", "line 1: label 'x' is not"),
+        ("train.parquet", b"PAR1 not really", "not a readable Parquet file"),
+    ],
+)
+def test_bad_files(tmp_path, file, content, message):
+    path = tmp_path / "cola" / file
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        load_task_data("cola", tmp_path, need=["train"])
+
+
+@pytest.mark.parametrize("label", ["5.1", "-1", "nan", "inf", "1_0", "", "x"])
+def test_scores_outside_the_range(tmp_path, label):
+    write_csv(tmp_path / "stsb" / "train.csv", [{"sentence1": "a", "sentence2": "b", "label": label}])
+    with pytest.raises(UsageError, match=r"line 2: label .*a number from 0 to 5"):
+        load_task_data("stsb", tmp_path, need=["train"])
+
+
+def test_hub_and_its_failure(monkeypatch):
+    rows = sample_rows(TASKS["rte"], "train", 4)
+    hub = datasets.DatasetDict(train=datasets.Dataset.from_list([{**row, "more": 1} for row in rows]))
+    asked = []
+    monkeypatch.setattr("nlu.data.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or hub)
+    loaded = load_task_data("rte", cache_dir="cache", need=["train"])
+    assert asked == [(("nyu-mll/glue", "rte"), {"cache_dir": "cache"})]
+    assert loaded["train"].to_list() == rows
+    with pytest.raises(UsageError, match=r"no split 'validation'; pass --glue_dir"):
+        load_task_data("rte", need=["validation"])
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub\nsecond line")
+
+    monkeypatch.setattr("nlu.data.load_dataset", unreachable)
+    with pytest.raises(UsageError, match=r"from the hub: .*reach the hub.*; pass --glue_dir DIR") as caught:
+        load_task_data("rte")
+    assert "\n" not in str(caught.value)
+
+
+def test_limit():
+    dataset = datasets.Dataset.from_dict({"a": [1, 2, 3]})
+    assert limit(dataset, 2)["a"][:] == [1, 2]
+    assert limit(dataset, 9)["a"][:] == limit(dataset, None)["a"][:] == [1, 2, 3]
+    with pytest.raises(UsageError, match="at least 1"):
+        limit(dataset, 0)
+
+
+# ---- one's own files -------------------------------------------------------------------------------------------------
+
+
+def own(tmp_path, name: str, text: str) -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_own_word_classes(tmp_path):
+    train = own(tmp_path, "a.csv", 'text,label\n"x, y",sad\nz,glad\nw,sad\n')
+    valid = own(tmp_path, "b.jsonl", '{"text": "q", "label": "sad"}\n')
+    task, splits = load_own_files(train, valid, own(tmp_path, "c.tsv", 'text\n"tab\n'))
+    assert (task.labels, task.metrics, task.text_fields) == (("glad", "sad"), ("accuracy", "f1"), ("text",))
+    assert splits["train"]["label"][:] == [1, 0, 1]
+    assert splits["validation"].to_list() == [{"text": "q", "label": 1, "idx": 0}]
+    assert splits["test"].to_list() == [{"text": '"tab', "label": -1, "idx": 0}]
+    with pytest.raises(UsageError, match=r"b.csv, line 3: label 'calm' is not among the training labels: 'glad, sad'"):
+        load_own_files(train, own(tmp_path, "b.csv", "text,label\na,sad\nb,calm\n"))
+
+
+def test_own_integer_classes_are_numbered_in_order(tmp_path):
+    train = own(tmp_path, "a.csv", "sentence1,sentence2,label\na,b,10\na,b,-1\na,b,2\n")
+    task, splits = load_own_files(train, own(tmp_path, "b.json", '[{"sentence1":"", "sentence2":"", "label":10}]'))
+    assert task.labels == ("-1", "2", "10") and task.metrics == ("accuracy",)
+    assert splits["train"]["label"][:] == [2, 0, 1]
+    assert splits["validation"]["label"][:] == [2]
+
+
+def test_own_regression(tmp_path):
+    train = own(tmp_path, "a.csv", "sentence,label\na,0.5\nb,2\n")
+    task, splits = load_own_files(train, test_file=own(tmp_path, "t.csv", "sentence\na\n"))
+    assert task.is_regression and task.num_labels == 1 and task.metric == "pearson"
+    assert splits["train"]["label"][:] == [0.5, 2.0]
+    assert splits["test"]["label"][0] != splits["test"]["label"][0]  # NaN
+    with pytest.raises(UsageError, match=r"v.csv, line 2: label 'high' is not a number"):
+        load_own_files(train, own(tmp_path, "v.csv", "sentence,label\na,high\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
+        ("a.csv", "body,label\na,1\n", "no text column"),
+        ("a.csv", "sentence\na\n", "no column 'label'"),
+        ("a.csv", "sentence,label\na,\nb,x\n", "line 2: label '' is not a word"),
+        ("a.jsonl", '{"text":"a","label":1}\n{"text":"a","label":"x"}\n', "line 2: .*all numbers or all words"),
+        ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":1}\n', "line 2: .*all numbers or all words"),
+        ("a.jsonl", '{"text":"a","label":true}\n', "line 1: .*all numbers or all words"),
+        ("a.xlsx", "x", "told by the suffix"),
+    ],
+)
+def test_own_bad_files(tmp_path, name, text, message):
+    with pytest.raises(UsageError, match=message):
+        load_own_files(own(tmp_path, name, text))
+
+
+def test_own_files_must_agree(tmp_path):
+    train = own(tmp_path, "a.csv", "sentence,label\na,0\nb,1\n")
+    with pytest.raises(UsageError, match="the text columns must be sentence, as in"):
+        load_own_files(train, own(tmp_path, "b.csv", "text,label\na,0\n"))
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_own_files(tmp_path / "missing.csv")

@@ -1,0 +1,109 @@
+"""GLUE's metrics against their textbook formulas, scikit-learn and SciPy."""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nlu.errors import UsageError
+from nlu.metrics.scores import compute_glue_metrics
+from nlu.tasks import TASKS
+
+SCRIPT = Path(__file__).resolve().parents[2] / "nlu" / "metrics" / "glue.py"
+MAIN = {"cola": "matthews_correlation", "stsb": "pearson", "ax": "matthews_correlation"}
+
+
+def from_counts(predictions, references) -> dict[str, float]:
+    """Accuracy, F1 and Matthews' correlation of two classes from the four counts."""
+    pairs = list(zip(predictions, references, strict=True))
+    tp, tn, fp, fn = (pairs.count(pair) for pair in [(1, 1), (0, 0), (1, 0), (0, 1)])
+    root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return {
+        "accuracy": (tp + tn) / len(pairs),
+        "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0,
+        "matthews_correlation": (tp * tn - fp * fn) / root if root else 0.0,
+    }
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_keys_and_main_metric(name):
+    task = TASKS[name]
+    values = compute_glue_metrics(task, [0, 1, 1, 0], [0, 1, 0, 1])
+    assert tuple(values) == task.metrics and task.metric == task.metrics[0] == MAIN.get(name, "accuracy")
+    assert set(TASKS["mrpc"].metrics) == set(TASKS["qqp"].metrics) == {"accuracy", "f1"}
+    assert all(type(value) is float for value in values.values())
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_two_classes_from_the_four_counts(pairs):
+    predictions, references = zip(*pairs, strict=True)
+    expected = from_counts(predictions, references)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("cola", "mrpc", "qqp", "sst2", "rte"):
+            for key, value in compute_glue_metrics(TASKS[name], predictions, references).items():
+                assert value == pytest.approx(expected[key], abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9, width=32), st.floats(0, 5, width=32)), min_size=1, max_size=60))
+@settings(max_examples=150, deadline=None)
+def test_correlations_are_never_nan(pairs):
+    predictions, references = zip(*pairs, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values = compute_glue_metrics(TASKS["stsb"], predictions, references)
+    assert all(-1 - 1e-9 <= value <= 1 + 1e-9 for value in values.values())
+
+
+def test_correlations_against_scipy():
+    generator = np.random.default_rng(0)
+    references = generator.uniform(0, 5, 500)
+    predictions = (references + generator.normal(0, 1, 500)).astype(np.float32)
+    values = compute_glue_metrics(TASKS["stsb"], predictions[:, None], references)
+    centred = predictions - predictions.mean(), references - references.mean()
+    pearson = (centred[0] @ centred[1]) / (np.linalg.norm(centred[0]) * np.linalg.norm(centred[1]))
+    assert values["pearson"] == pytest.approx(pearson, abs=1e-6)
+    assert values["spearmanr"] == pytest.approx(scipy.stats.spearmanr(predictions, references)[0], abs=1e-12)
+
+
+def test_three_classes_against_scikit_learn():
+    generator = np.random.default_rng(0)
+    predictions, references = generator.integers(0, 3, (2, 400))
+    assert compute_glue_metrics(TASKS["mnli"], predictions, references)["accuracy"] == np.mean(
+        predictions == references
+    )
+    values = compute_glue_metrics(TASKS["ax"], predictions, references)
+    assert values["matthews_correlation"] == sklearn.metrics.matthews_corrcoef(references, predictions)
+
+
+def test_constant_predictions_score_zero():
+    assert compute_glue_metrics(TASKS["cola"], [1, 1, 1], [0, 1, 1])["matthews_correlation"] == 0.0
+    assert compute_glue_metrics(TASKS["stsb"], [2.5] * 3, [0, 1, 2]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert compute_glue_metrics(TASKS["stsb"], [1.0, 2.0], [3, 3]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert compute_glue_metrics(TASKS["mrpc"], [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
+
+
+def test_bad_predictions():
+    with pytest.raises(UsageError, match="training diverged"):
+        compute_glue_metrics(TASKS["stsb"], [float("nan"), 1.0], [1, 2])
+    for predictions, references in (([], []), ([1], [1, 0]), ([[0.1, 0.9]], [1])):
+        with pytest.raises(ValueError, match="one prediction for each label"):
+            compute_glue_metrics(TASKS["rte"], predictions, references)
+
+
+@pytest.mark.parametrize("name", ["cola", "stsb", "mrpc", "mnli"])
+def test_the_evaluate_module_loads_offline(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    evaluate = pytest.importorskip("evaluate")
+    metric = evaluate.load(str(SCRIPT), name, cache_dir=str(tmp_path))
+    predictions, references = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
+    assert metric.compute(predictions=predictions, references=references) == pytest.approx(
+        compute_glue_metrics(TASKS[name], predictions, references)
+    )
