@@ -1,0 +1,341 @@
+"""An experiment file (`configs/experiments/NAME.yaml`) read into a checked list of runs.
+
+name: example
+description: one sentence, shown by the tables
+base:                                   # arguments of every run, any flag of nlu/run_glue.py
+  max_steps: 600
+grid:                                   # one run for each combination
+  method: [lora, lora2]                 # a list: the axis is the flag of that name
+  variant:                              # a mapping: a label and the arguments it stands for
+    inner: {importance: inner}
+    full: {importance: full}
+  task_name: [cola, rte]
+  seed: [1, 2, 3]
+exclude: [{method: lora, variant: full}]            # combinations left out
+overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]   # later ones win
+reference: {variant: inner}             # what the tables compare with (default: the rows whose method is lora)
+select:                                 # optional: choose one argument on a held-out part of the training set
+  argument: learning_rate
+  per: [method, task_name]              # axes for each of whose combinations a value is chosen
+  values: [1.0e-3, 2.0e-3]
+  seeds: [101]
+  set: {holdout_fraction: 0.15}
+  overrides: [{when: {method: full}, values: [1.0e-5, 2.0e-5]}]
+"""
+
+import itertools
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nlu.errors import UsageError
+
+REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
+SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
+_TOP = {"name", "description", "command", "base", "base_from", "grid", "exclude", "overrides", "reference", "select"}
+_SELECT = {"argument", "per", "values", "seeds", "set", "overrides"}
+_YAML_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as text; people write it as a number
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of nlu/run_glue.py. `folder` is its place below the experiment's folder, unique there."""
+
+    experiment: str
+    stage: str  # "select": scored on a held-out part of the training set; "final": scored on the validation set
+    folder: str
+    axes: dict[str, Any]  # grid axis → label
+    arguments: dict[str, Any]
+    reference: bool = False
+    command: tuple[str, ...] = ()  # empty: nlu/run_glue.py
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The stage that chooses `argument`: its runs, and the combination of axes (a key) that each belongs to."""
+
+    argument: str
+    per: tuple[str, ...]
+    candidates: dict[tuple, dict[Any, list[Run]]]  # key → value → runs, one for each seed
+
+    def key(self, run: Run) -> tuple:
+        return tuple(run.axes[axis] for axis in self.per)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for values in self.candidates.values() for runs in values.values() for run in runs]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment; with a selection its final runs lack the argument that is yet to be chosen."""
+
+    name: str
+    description: str
+    runs: list[Run]
+    selection: Selection | None = None
+
+
+def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
+    """Read and check an experiment file.
+
+    Args:
+        path: the YAML file.
+        settings: arguments given on the command line; they win over `base`, `grid` labels and `overrides`.
+
+    Raises:
+        UsageError: unreadable file, unknown or missing key, empty grid, a flag set in two places that cannot both hold,
+            runs that cannot be told apart by name.
+    """
+    content = _read_yaml(Path(path))
+    try:
+        experiment = _Reader(content, settings or {}, Path(path).parent).experiment()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return experiment
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); look in configs/experiments/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+class _Reader:
+    """The checks of one file, from the top key down."""
+
+    def __init__(self, content: Any, settings: dict[str, Any], folder: Path) -> None:
+        self.content = _mapping(content, "the file", _TOP)
+        self.settings = _arguments(settings, "--set")
+        self.name = self.content.get("name")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise UsageError("name must be a word of letters, digits, _ . and - (it becomes a folder)")
+        self.base = {**self._base_from(folder), **_arguments(self.content.get("base"), "base")}
+        self.grid = self._grid()
+        self.overrides = [
+            (self._when(o.get("when"), "overrides"), self._override_arguments(o.get("set"), "overrides"))
+            for o in _mappings(self.content.get("overrides"), "overrides", {"when", "set"})
+        ]
+        for key in self.settings:
+            if key in self.grid:
+                raise UsageError(f"--set {key} contradicts the grid, which has {key} as an axis")
+
+    def experiment(self) -> Experiment:
+        combinations = self._combinations()
+        selection = self._selection(combinations)
+        reference = self._when(self.content.get("reference"), "reference") if "reference" in self.content else None
+        runs = []
+        for axes in combinations:
+            arguments = self._resolve(axes)
+            self._check_complete(arguments)
+            is_reference = _matches(axes, reference) if reference is not None else arguments["method"] == "lora"
+            runs.append(
+                Run(self.name, "final", _run_name(axes), axes, arguments, is_reference, self._command(arguments))
+            )
+        every_run = runs + (selection.runs if selection else [])
+        _check_names(every_run)
+        return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
+
+    def _base_from(self, folder: Path) -> dict[str, Any]:
+        name = self.content.get("base_from")
+        if name is None:
+            return {}
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UsageError("base_from must be the name of a file in the same folder")
+        return _arguments(_mapping(_read_yaml(folder / name), f"base_from {name}", _TOP).get("base"), f"{name}: base")
+
+    def _grid(self) -> dict[str, dict[Any, dict[str, Any]]]:
+        """Axis → label → arguments."""
+        raw = self.content.get("grid")
+        if not isinstance(raw, dict) or not raw:
+            raise UsageError("grid is empty; give at least method, task_name and seed")
+        grid = {}
+        for axis, labels in raw.items():
+            if isinstance(labels, dict):
+                choices = {label: _arguments(value, f"grid.{axis}.{label}") for label, value in labels.items()}
+            elif isinstance(labels, list):
+                _arguments({axis: None}, "grid")
+                values = [_scalar(value, f"grid.{axis}") for value in labels]
+                if len(set(map(str, values))) != len(values):
+                    raise UsageError(f"grid.{axis} lists a value twice")
+                choices = {value: {axis: value} for value in values}
+            else:
+                raise UsageError(f"grid.{axis} must be a list of values or a mapping of labels to arguments")
+            if not choices:
+                raise UsageError(f"grid.{axis} is empty")
+            grid[axis] = choices
+        return grid
+
+    def _combinations(self) -> list[dict[str, Any]]:
+        rules = self.content.get("exclude") or []
+        if not isinstance(rules, list):
+            raise UsageError("exclude must be a list of mappings of grid axes to labels")
+        excluded = [self._when(rule, "exclude") for rule in rules]
+        every = [dict(zip(self.grid, labels, strict=True)) for labels in itertools.product(*self.grid.values())]
+        kept = [axes for axes in every if not any(_matches(axes, rule) for rule in excluded)]
+        if not kept:
+            raise UsageError("exclude leaves no run")
+        return kept
+
+    def _resolve(self, axes: dict[str, Any]) -> dict[str, Any]:
+        arguments = dict(self.base)
+        for axis, label in axes.items():
+            arguments.update(self.grid[axis][label])
+        for when, values in self.overrides:
+            if _matches(axes, when):
+                arguments.update(values)
+        return {**arguments, **self.settings}
+
+    def _when(self, rule: Any, where: str) -> dict[str, list]:
+        if not isinstance(rule, dict) or not rule:
+            raise UsageError(f"{where} needs a mapping of grid axes to labels, such as {{task_name: rte}}")
+        checked = {}
+        for axis, labels in rule.items():
+            if axis not in self.grid:
+                raise UsageError(f"{where} names {axis}, which is no axis of the grid ({', '.join(self.grid)})")
+            labels = labels if isinstance(labels, list) else [labels]
+            checked[axis] = [_scalar(label, where) for label in labels]
+            for label in checked[axis]:
+                if label not in self.grid[axis]:
+                    raise UsageError(f"{where} names {axis} {label}, which the grid does not have")
+        return checked
+
+    def _override_arguments(self, values: Any, where: str) -> dict[str, Any]:
+        values = _arguments(values, where)
+        for key in values:
+            if isinstance(self.content["grid"].get(key), list):
+                raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
+        return values
+
+    def _selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
+        if "select" not in self.content:
+            return None
+        raw = _mapping(self.content["select"], "select", _SELECT)
+        argument, per = raw.get("argument"), raw.get("per")
+        if not isinstance(argument, str) or argument in self.grid or argument in self.settings:
+            raise UsageError("select.argument must name one flag that neither the grid nor --set fixes")
+        if not isinstance(per, list) or not per or any(axis not in self.grid for axis in per) or "seed" in per:
+            raise UsageError(f"select.per must list axes of the grid ({', '.join(self.grid)}), seed not among them")
+        extra = _arguments(raw.get("set"), "select.set")
+        if "holdout_fraction" not in extra:
+            raise UsageError("select.set needs holdout_fraction: choosing on the validation set would leak it")
+        values = _value_list(raw.get("values"), "select.values")
+        overrides = [
+            (self._when(o.get("when"), "select.overrides"), _value_list(o.get("values"), "select.overrides"))
+            for o in _mappings(raw.get("overrides"), "select.overrides", {"when", "values"})
+        ]
+        seeds = _value_list(raw.get("seeds"), "select.seeds")
+        candidates: dict[tuple, dict[Any, list[Run]]] = {}
+        for axes in combinations:
+            key = tuple(axes[axis] for axis in per)
+            if key in candidates:
+                continue
+            chosen_values = values
+            for when, own in overrides:
+                if _matches(axes, when):
+                    chosen_values = own
+            candidates[key] = {
+                value: [self._candidate(axes, per, argument, value, seed, extra) for seed in seeds]
+                for value in chosen_values
+            }
+        if any(argument in self._resolve(axes) for axes in combinations):
+            raise UsageError(f"{argument} is both selected and set in base, grid or overrides; leave one")
+        return Selection(argument, tuple(per), candidates)
+
+    def _candidate(self, axes: dict, per: list[str], argument: str, value: Any, seed: Any, extra: dict) -> Run:
+        arguments = {**self._resolve(axes), **extra, argument: value, "seed": seed}
+        self._check_complete(arguments)
+        named = {**{axis: axes[axis] for axis in per}, argument: value, "seed": seed}
+        command = self._command(arguments)
+        return Run(self.name, "select", f"select/{_run_name(named)}", named, arguments, command=command)
+
+    def _command(self, arguments: dict[str, Any]) -> tuple[str, ...]:
+        text = self.content.get("command")
+        if text is None:
+            return ()
+        if not isinstance(text, str):
+            raise UsageError("command must be one line of text")
+        try:
+            return tuple(word.format_map(arguments) for word in shlex.split(text))
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            raise UsageError(f"command {text!r}: {error} is no argument of every run") from None
+
+    def _check_complete(self, arguments: dict[str, Any]) -> None:
+        for key in REQUIRED[:3] if self.content.get("command") else REQUIRED:
+            if arguments.get(key) is None:
+                raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
+
+
+def run_label(axes: dict[str, Any], skip: tuple[str, ...] = ("task_name", "seed")) -> str:
+    """What a table calls a run: the labels of its axes but task and seed; numbers carry their axis' name."""
+    kept = {axis: label for axis, label in axes.items() if axis not in skip}
+    return ", ".join(label if isinstance(label, str) else f"{axis}={label}" for axis, label in kept.items())
+
+
+def _run_name(axes: dict[str, Any]) -> str:
+    parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in axes.items()]
+    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", "-".join(parts))
+
+
+def _check_names(runs: list[Run]) -> None:
+    seen: dict[str, Run] = {}
+    for run in runs:
+        clash = seen.setdefault(run.folder.lower(), run)  # some file systems do not tell upper from lower case
+        if clash is not run:
+            raise UsageError(f"two runs would share the folder {run.folder}; give their axes labels that differ")
+
+
+def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
+    return all(axes[axis] in labels for axis, labels in rule.items())
+
+
+def _mapping(value: Any, where: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} must be a mapping with keys among {', '.join(sorted(known))}")
+    for key in value:
+        if key not in known:
+            raise UsageError(f"{where} has the unknown key {key}; known: {', '.join(sorted(known))}")
+    return value
+
+
+def _mappings(value: Any, where: str, known: set[str]) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UsageError(f"{where} must be a list of mappings with the keys {', '.join(sorted(known))}")
+    return [_mapping(item, where, known) for item in value]
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} must be a mapping of run_glue flags to values")
+    for key in value:
+        if not isinstance(key, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", key):
+            raise UsageError(f"{where} has {key!r}, which is no flag's name (write it without dashes in front)")
+        if key in SET_BY_THE_SWEEP:
+            raise UsageError(f"{where} sets {key}, which the sweep sets itself")
+    return {key: _scalar(item, f"{where}.{key}") for key, item in value.items()}
+
+
+def _value_list(value: Any, where: str) -> list:
+    if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
+        raise UsageError(f"{where} must be a list of different values, at least one")
+    return [_scalar(item, where) for item in value]
+
+
+def _scalar(value: Any, where: str) -> Any:
+    """One flag's value; text such as 1e-3 becomes the number that was meant."""
+    if isinstance(value, str) and _YAML_FLOAT.fullmatch(value):
+        return float(value)
+    if value is not None and not isinstance(value, str | int | float | bool):
+        raise UsageError(f"{where} must be one value, not {type(value).__name__}; write lists as run_glue does (a,b)")
+    return value

@@ -1,0 +1,69 @@
+"""A stand-in for nlu/run_glue.py in the sweep's tests: the same record, no training, behaviour by its flags.
+
+`--weight_decay` says how it behaves: 0 finishes, 1 fails with a record, 2 exits with code 2 and one line, 3 dies by
+SIGKILL, 4 runs until SIGTERM, then leaves an interrupted record and exits 143, but finishes when started again.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    for name in ("method", "task_name", "model_name_or_path", "root_output_dir"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--holdout_fraction", type=float, default=0.0)
+    parser.add_argument("--weight_decay", type=float, default=0.0)
+    parser.add_argument("--importance", default="inner")
+    parser.add_argument("--glue_dir")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--overwrite_output_dir", action="store_true")
+    args = parser.parse_args()
+    folder = Path(args.root_output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    resumed = path.exists() and not args.overwrite_output_dir
+    record = {
+        "format_version": 1,
+        "task": args.task_name,
+        "method": args.method,
+        "seed": args.seed,
+        # Best at 2e-3, so that a selection has something to find.
+        "last": 0.8 - abs(args.learning_rate - 2e-3) * 10 + args.seed / 1000,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "resumes": int(resumed),
+        "arguments": vars(args),
+        "command": " ".join(sys.argv),
+    }
+
+    def write(status: str, error: str | None = None) -> None:
+        path.write_text(json.dumps({**record, "status": status, "error": error}))
+
+    behaviour = int(args.weight_decay)
+    if behaviour == 2:
+        print("error: target_rank 9 is larger than lora_r 8", file=sys.stderr)
+        return 2
+    if behaviour == 1:
+        write("failed", "the loss is nan at step 3")
+        return 1
+    write("running")
+    if behaviour == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == 4 and not resumed:
+        signal.signal(signal.SIGTERM, lambda *_: (write("interrupted"), sys.exit(143)))
+        (folder / "started").touch()
+        time.sleep(60)
+    (folder / "rank_pattern.json").write_text(json.dumps({"encoder.query": [True, False]}))
+    write("finished")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
