@@ -1,0 +1,93 @@
+"""Dropout that draws its mask from whole random words, for CPUs where `bernoulli_` dominates a small step.
+
+torch fills a Bernoulli mask one Mersenne-Twister number at a time on one thread. Here one 64-bit word of a
+counter-free generator (SFC64) decides four elements, each with 16 bits: the probability of dropping is `p` rounded to a
+multiple of 2⁻¹⁶. The generator is seeded from torch's own, so `torch.manual_seed`, checkpointed RNG states and the
+recomputation of gradient checkpointing behave as with `torch.nn.Dropout` (the draws themselves differ).
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+_LEVELS = 1 << 16
+
+
+def _covers(tensor: torch.Tensor, p: float) -> bool:
+    in_range = 0 < round(p * _LEVELS) < _LEVELS
+    return in_range and tensor.device.type == "cpu" and tensor.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _random_int16(count: int) -> torch.Tensor:
+    """`count` independent uniform 16-bit integers, reproducible from torch's default generator."""
+    seed = int(torch.randint(2**62, ()))
+    words = np.random.SFC64(seed).random_raw((count + 3) // 4)
+    return torch.from_numpy(words).view(torch.int16)[:count]
+
+
+def drop_mask(like: torch.Tensor, p: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A fresh mask of `like`'s shape that is 1 with probability `p` (dropped) and 0 otherwise.
+
+    `dtype` (default: that of `like`) is the mask's type. Off the CPU, or where `p` is nearer to 0 or 1 than 2⁻¹⁷, the
+    mask comes from `bernoulli_`.
+    """
+    mask = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+    if not _covers(like, p):
+        return mask.bernoulli_(p)
+    threshold = round(p * _LEVELS) - _LEVELS // 2
+    torch.lt(_random_int16(mask.numel()).view(mask.shape), threshold, out=mask)
+    return mask
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, p: float) -> torch.Tensor:
+        dropped = drop_mask(x, p, dtype=torch.int8)
+        ctx.save_for_backward(dropped)
+        ctx.scale = 1 / (1 - p)
+        return _apply(x, dropped, ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (dropped,) = ctx.saved_tensors
+        return _Dropout.differentiable_apply(grad, dropped, ctx.scale), None
+
+    @staticmethod
+    def differentiable_apply(grad: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor:
+        if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: no writing in place
+            return grad * (1 - dropped).to(grad.dtype) * scale
+        return _apply(grad, dropped, scale)
+
+
+def _apply(x: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor:
+    kept = dropped.to(x.dtype).mul_(-scale).add_(scale)
+    return kept.mul_(x)
+
+
+class FastDropout(nn.Dropout):
+    """`torch.nn.Dropout` with the mask of `drop_mask`; the stock module's behaviour wherever that does not apply."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and not self.inplace and x.is_floating_point() and _covers(x, self.p):
+            return _Dropout.apply(x, self.p)
+        return super().forward(x)
+
+
+def enable_fast_dropout(model: nn.Module) -> int:
+    """Let every plain `nn.Dropout` in `model` draw its mask fast; returns how many were switched.
+
+    Only the class of each module changes: parameters, hooks, state dict and `p` stay. Subclasses of `nn.Dropout` are
+    left alone.
+    """
+    plain = [module for module in model.modules() if type(module) is nn.Dropout]
+    for module in plain:
+        module.__class__ = FastDropout
+    return len(plain)
+
+
+def disable_fast_dropout(model: nn.Module) -> int:
+    """Undo `enable_fast_dropout`; returns how many modules were switched back."""
+    fast = [module for module in model.modules() if type(module) is FastDropout]
+    for module in fast:
+        module.__class__ = nn.Dropout
+    return len(fast)
