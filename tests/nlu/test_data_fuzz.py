@@ -1,0 +1,99 @@
+"""Files that were damaged at random end in rows or in one line of error, never in anything else."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from glue_samples import sample_rows, write_csv, write_jsonl, write_official
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nlu.data import load_own_files, load_task_data
+from nlu.errors import UsageError
+from nlu.tasks import TASKS
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+ROW = st.fixed_dictionaries(
+    {}, optional={"sentence": st.text(max_size=6) | JSON, "label": st.integers(-2, 3) | JSON, "idx": JSON, "text": JSON}
+)
+FAST = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+FORMS = {"cola": "train.jsonl", "stsb": "train.csv", "mnli": "train.tsv", "rte": "train.parquet", "qqp": "train.json"}
+
+
+def original(name: str) -> bytes:
+    """A good file of the task, in the format chosen for it."""
+    task, folder = TASKS[name], Path(tempfile.mkdtemp())
+    path, rows = folder / FORMS[name], sample_rows(TASKS[name], "train", 6)
+    if path.suffix == ".tsv":
+        write_official(path, task, "train", rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        {".csv": write_csv, ".jsonl": write_jsonl, ".json": write_jsonl}[path.suffix](path, rows)
+    content = path.read_bytes()
+    shutil.rmtree(folder)
+    return content
+
+
+def rows_or_one_line(load) -> None:
+    try:
+        for dataset in load().values():
+            assert len(dataset) > 0
+            dataset.to_list()
+    except UsageError as error:
+        assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 600
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_damaged_bytes(tmp_path, name):
+    good = original(name)
+    path = tmp_path / name / FORMS[name]
+    path.parent.mkdir()
+    edits = st.tuples(st.integers(0, len(good)), st.integers(0, 4), st.binary(max_size=3) | st.sampled_from(TOKENS))
+
+    @given(st.lists(edits, min_size=1, max_size=4), st.none() | st.integers(0, len(good)))
+    @settings(max_examples=150, **FAST)
+    def check(changes, end):
+        content = good[:end]
+        for start, removed, added in changes:
+            content = content[:start] + added + content[start + removed :]
+        path.write_bytes(content)
+        rows_or_one_line(lambda: load_task_data(name, tmp_path, need=["train"]))
+
+    check()
+
+
+TOKENS = [b"\t", b"\n", b"\r", b'"', b",", b"{", b"}", b"[", b":", b"-1", b"NaN", b"1e999", b"null", b"\\ud800", b"\x00"]
+
+
+@given(st.lists(ROW, max_size=4))
+@settings(max_examples=250, **FAST)
+def test_json_rows_of_any_shape(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cola" / "train.jsonl"
+        write_jsonl_any(path, rows)
+        rows_or_one_line(lambda: load_task_data("cola", folder, need=["train"]))
+        rows_or_one_line(lambda: load_own_files(path, path, path)[1])
+
+
+def write_jsonl_any(path: Path, rows: list) -> None:
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@given(st.text(st.sampled_from("a1-.,\t\"\n\r \x00é"), max_size=40), st.sampled_from([".csv", ".tsv"]))
+@settings(max_examples=250, **FAST)
+def test_delimited_text_of_any_shape(body, suffix):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"own{suffix}"
+        separator = "," if suffix == ".csv" else "\t"
+        path.write_bytes(f"sentence{separator}label\n{body}".encode())
+        rows_or_one_line(lambda: load_own_files(path, path)[1])

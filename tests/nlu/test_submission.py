@@ -1,0 +1,157 @@
+"""The GLUE server's files: written, checked against the rules, zipped."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlu.errors import UsageError
+from nlu.submission import check_submission, main, make_submission, write_predictions
+from nlu.tasks import TASKS, Task
+
+ROOT = Path(__file__).resolve().parents[2]
+# the server's names, the sizes of the official test sets and the words of its sample submission
+SERVER = {
+    "CoLA.tsv": ("cola", "test", 1063, "01"),
+    "SST-2.tsv": ("sst2", "test", 1821, "01"),
+    "MRPC.tsv": ("mrpc", "test", 1725, "01"),
+    "QQP.tsv": ("qqp", "test", 390965, "01"),
+    "STS-B.tsv": ("stsb", "test", 1379, None),
+    "MNLI-m.tsv": ("mnli", "test_matched", 9796, ["entailment", "neutral", "contradiction"]),
+    "MNLI-mm.tsv": ("mnli", "test_mismatched", 9847, ["entailment", "neutral", "contradiction"]),
+    "QNLI.tsv": ("qnli", "test", 5463, ["entailment", "not_entailment"]),
+    "RTE.tsv": ("rte", "test", 3000, ["entailment", "not_entailment"]),
+    "WNLI.tsv": ("wnli", "test", 146, "01"),
+    "AX.tsv": ("ax", "test", 1104, ["entailment", "neutral", "contradiction"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """One folder a task, with predictions for whole test sets."""
+    root = tmp_path_factory.mktemp("runs")
+    generator = np.random.default_rng(0)
+    for task, split, rows, words in SERVER.values():
+        predictions = generator.uniform(-1, 6, rows) if words is None else generator.integers(0, len(words), rows)
+        write_predictions(TASKS[task], split, generator.permutation(rows), predictions, root / task / "predictions")
+    return sorted(root.iterdir())
+
+
+def test_files_are_the_servers(runs):
+    for folder in runs:
+        for name, path in check_submission(folder).items():
+            task, _, rows, words = SERVER[name]
+            assert task == folder.name
+            lines = path.read_text().split("\n")
+            assert lines[0] == "index\tprediction" and lines[-1] == "" and len(lines) == rows + 2
+            assert [line.split("\t")[0] for line in lines[1:-1]] == [str(i) for i in range(rows)]
+            values = {line.split("\t")[1] for line in lines[1:-1]}
+            if words is None:
+                assert min(map(float, values)) == 0 and max(map(float, values)) == 5 and "0.000" in values
+            else:
+                assert values == set(words)
+
+
+def test_predictions_follow_their_index(tmp_path):
+    path = write_predictions(TASKS["rte"], "test", [2, 0, 1], np.array([1, 0, 1]), tmp_path)
+    assert path.read_text() == "index\tprediction\n0\tentailment\n1\tnot_entailment\n2\tnot_entailment\n"
+    path = write_predictions(TASKS["stsb"], "test", [0, 1, 2], np.float32([5.5, -0.2, 3.14159]), tmp_path)
+    assert path.read_text() == "index\tprediction\n0\t5.000\n1\t0.000\n2\t3.142\n"
+    own = Task("custom", ("text",), ("sad", "glad"), "accuracy", ("accuracy",), submission_labels=("sad", "glad"))
+    path = write_predictions(own, "test", [0], [1], tmp_path)
+    assert (path.name, path.read_text()) == ("custom_test.tsv", "index\tprediction\n0\tglad\n")
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "indices", "predictions", "message"),
+    [
+        ("rte", "test", [0, 0], [1, 1], "2 predictions for 1 different rows"),
+        ("rte", "test", [0, 1], [1], "1 predictions for 2 different rows"),
+        ("rte", "test", [0], [2], "not a class from 0 to 1"),
+        ("rte", "test", [0], [0.5], "not a class"),
+        ("stsb", "test", [0], [float("nan")], "not a finite number"),
+        ("mnli", "test", [0], [0], "choose from test_matched, test_mismatched"),
+    ],
+)
+def test_bad_predictions_write_nothing(tmp_path, task, split, indices, predictions, message):
+    with pytest.raises(UsageError, match=message):
+        write_predictions(TASKS[task], split, indices, predictions, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, capsys):
+    out = tmp_path / "submission.zip"
+    assert main([*map(str, runs[:3]), "--out", str(out), "--allow_partial"]) == 0
+    assert len(zipfile.ZipFile(out).namelist()) == 3
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    assert "with 11 of 11 files" in capsys.readouterr().out
+    with zipfile.ZipFile(out) as archive:
+        assert archive.namelist() == list(SERVER) and archive.testzip() is None
+        assert archive.read("CoLA.tsv") == (runs[0].parent / "cola" / "predictions" / "CoLA.tsv").read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_refused_submission_leaves_the_old_zip(runs, tmp_path, capsys):
+    out = tmp_path / "submission.zip"
+    out.write_text("old")
+    with pytest.raises(UsageError, match=r"wants all eleven files; missing: CoLA.tsv, SST-2.tsv"):
+        make_submission([runs[-1]], out)
+    other = tmp_path / "other"
+    write_predictions(TASKS["wnli"], "test", range(146), [0] * 146, other)
+    assert main([*map(str, runs), str(other), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: WNLI.tsv is there twice") and error.count("\n") == 1
+    assert out.read_text() == "old"
+
+
+def wnli(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)
+
+
+ROWS = ["index\tprediction", *(f"{i}\t{i % 2}" for i in range(146))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("wnli.tsv", wnli(ROWS), "the server takes no such file"),
+        ("WNLI.tsv", wnli(["id\tlabel", *ROWS[1:]]), "line 1: the header must be"),
+        ("WNLI.tsv", wnli(ROWS[1:]), "line 1: the header must be"),
+        ("WNLI.tsv", wnli([*ROWS[:5], *ROWS[6:]]), "line 6: index '5' where 4 comes next"),
+        ("WNLI.tsv", wnli([*ROWS[:5], "4\tentailment", *ROWS[6:]]), "line 6: label 'entailment' is not one of 0, 1"),
+        ("WNLI.tsv", wnli(ROWS[:-1]), "145 rows where the test set has 146"),
+        ("WNLI.tsv", wnli([*ROWS, "146\t0"]), "147 rows where"),
+        ("WNLI.tsv", wnli([*ROWS[:3], "2\t1\t0.7", *ROWS[4:]]), "line 4: 3 fields where 2 are expected"),
+        ("WNLI.tsv", "", "the file is empty"),
+        ("STS-B.tsv", "index\tprediction\n0\t5.001\n", "line 2: '5.001' is not a score from 0 to 5"),
+        ("STS-B.tsv", "index\tprediction\n0\tnan\n", "line 2: 'nan' is not a score"),
+    ],
+)
+def test_what_breaks_a_rule_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        check_submission(tmp_path)
+
+
+def test_empty_folder_and_missing_folder(tmp_path):
+    with pytest.raises(UsageError, match="no predictions there"):
+        check_submission(tmp_path)
+    with pytest.raises(UsageError, match="no such folder"):
+        check_submission(tmp_path / "x")
+
+
+@pytest.mark.parametrize("command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.submission"]])
+def test_commands(tmp_path, command):
+    result = subprocess.run(
+        [*command, str(tmp_path / "none")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
