@@ -86,7 +86,7 @@ def test_bad_predictions_write_nothing(tmp_path, task, split, indices, predictio
 def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, capsys):
     out = tmp_path / "submission.zip"
     assert main([*map(str, runs[:3]), "--out", str(out), "--allow_partial"]) == 0
-    assert len(zipfile.ZipFile(out).namelist()) == 3
+    assert zipfile.ZipFile(out).namelist() == ["CoLA.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"]
     assert main([*map(str, runs), "--out", str(out)]) == 0
     assert "with 11 of 11 files" in capsys.readouterr().out
     with zipfile.ZipFile(out) as archive:

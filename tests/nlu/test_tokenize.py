@@ -20,6 +20,7 @@ def make_tokenizer(**options) -> PreTrainedTokenizerFast:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    options = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **options}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
