@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 from nlu.errors import UsageError
 from nlu.own_files import load_own_files
-from nlu.readers import Table, read_table, read_tsv, shown
+from nlu.readers import Table, read_table, read_tsv
 from nlu.rows import build_dataset, read_labels
 from nlu.tasks import Task, get_task
 
@@ -131,7 +131,7 @@ def _load_hub(task: Task, splits: list[str], cache_dir: str | Path | None) -> di
     try:
         loaded = load_dataset(HUB_DATASET, task.name, cache_dir=None if cache_dir is None else str(cache_dir))
     except Exception as error:  # the hub's client raises dozens of unrelated types, all meaning the same to the user
-        reason = shown(str(error).split("\n")[0])
+        reason = str(error).split("\n")[0][:200]
         raise UsageError(
             f"cannot load {HUB_DATASET} ({task.name}) from the hub: {reason}; pass --glue_dir DIR"
         ) from error

@@ -14,7 +14,7 @@ from nlu.tasks import Task
 
 
 def load_own_files(
-    train_file: str | Path,
+    train_file: str | Path | None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
 ) -> tuple[Task, dict[str, Dataset]]:
@@ -31,6 +31,8 @@ def load_own_files(
     Raises:
         UsageError: a file is missing or malformed, or has a label that the training file lacks; names file and line.
     """
+    if train_file is None:
+        raise UsageError("one's own files need --train_file, even to evaluate or predict: its labels define the task")
     paths = {"train": train_file, "validation": validation_file, "test": test_file}
     tables = {split: _own_table(Path(path), split) for split, path in paths.items() if path is not None}
     kind = _label_kind(tables["train"])

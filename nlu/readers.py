@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nlu.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 class MissingColumn(UsageError):
@@ -110,25 +113,27 @@ def _lines(text: str) -> list[str]:
 # ---- JSON -----------------------------------------------------------------------------------------------------------
 
 
-def _parse_json(path: Path, place: str, text: str) -> object:
+def _parse_json(path: Path, line: int, text: str) -> object:
+    """Parse text that begins on that line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        place = f"line {line + error.lineno - 1}"
         raise UsageError(f"{path}, {place}: not valid JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}, {place}: not usable JSON (a number too long, or nested too deep)") from error
+        raise UsageError(f"{path}, line {line}: not usable JSON (a number too long, or nested too deep)") from error
 
 
 def _read_json(path: Path, required: list[str], optional: list[str]) -> Table:
     text = _read_text(path)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        rows, unit = _parse_json(path, "the whole file", text), "row"
+        rows, unit = _parse_json(path, 1, text), "row"
         places: Sequence[int] = range(1, len(rows) + 1)
     else:
         unit, rows, places = "line", [], []
         for number, line in enumerate(_lines(text), 1):
             if line.strip():
-                rows.append(_parse_json(path, f"line {number}", line))
+                rows.append(_parse_json(path, number, line))
                 places.append(number)
     table = Table(path, {}, places, unit, typed=True)
     if not rows:
@@ -225,6 +230,7 @@ def read_tsv(
     wanted = _wanted(path, header, required, optional)
     short = {row for row, fields in enumerate(rows) if len(fields) < len(header)} if skip_short else set()
     if short and len(short) <= skip_short:
+        logger.warning("%s: %d rows with missing fields are left out, as in the hub's copy", path, len(short))
         kept = [row for row in range(len(rows)) if row not in short]
         table = _from_rows(path, list(header), [rows[row] for row in kept], [places[row] for row in kept], wanted)
         table.columns["row"] = kept

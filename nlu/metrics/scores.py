@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -13,8 +14,24 @@ from nlu.errors import UsageError
 from nlu.tasks import Task
 
 
-def _correlation(function, predictions: np.ndarray, references: np.ndarray) -> float:
-    """Pearson's or Spearman's correlation; 0 where one side is constant, since it then tells nothing of the other."""
+def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
+    return float(accuracy_score(references, predictions))
+
+
+def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
+    """F1 of class 1, as GLUE has it; 0 where the class is neither there nor predicted."""
+    return float(f1_score(references, predictions, labels=[1], average="macro", zero_division=0))
+
+
+def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
+    """Matthews' correlation; 0 where one side is constant, since it then tells nothing of the other."""
+    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> float:
+    """Pearson's or Spearman's correlation; 0 where one side is constant."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
     with warnings.catch_warnings():
@@ -24,22 +41,12 @@ def _correlation(function, predictions: np.ndarray, references: np.ndarray) -> f
 
 
 _METRICS = {
-    "accuracy": lambda predictions, references: float(accuracy_score(references, predictions)),
-    # F1 of class 1, as GLUE has it; 0 where the class is neither there nor predicted
-    "f1": lambda predictions, references: float(
-        f1_score(references, predictions, labels=[1], average="macro", zero_division=0)
-    ),
-    "matthews_correlation": lambda predictions, references: _matthews(predictions, references),
-    "pearson": lambda predictions, references: _correlation(pearsonr, predictions, references),
-    "spearmanr": lambda predictions, references: _correlation(spearmanr, predictions, references),
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews,
+    "pearson": partial(_correlation, pearsonr),
+    "spearmanr": partial(_correlation, spearmanr),
 }
-
-
-def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Matthews' correlation; 0 where one side is constant."""
-    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        return 0.0
-    return float(matthews_corrcoef(references, predictions))
 
 
 def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence) -> dict[str, float]:
@@ -54,14 +61,30 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
 
     Raises:
         UsageError: the predictions of a regression task are not finite (training diverged).
-        ValueError: the two differ in length, are empty, or have more dimensions.
+        ValueError: the two differ in length, are empty, have more dimensions, or hold what is no label of the task (a
+            fraction of a class, a hidden label).
     """
-    dtype = np.float64 if task.is_regression else np.int64
-    predictions, references = np.asarray(predictions, dtype=dtype), np.asarray(references, dtype=dtype)
+    predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim == 2 and predictions.shape[1] == 1:
         predictions = predictions[:, 0]
     if predictions.ndim != 1 or predictions.shape != references.shape or not len(predictions):
         raise ValueError(f"one prediction for each label is needed, got {predictions.shape} for {references.shape}")
-    if not np.isfinite(predictions).all():
-        raise UsageError("the model predicts NaN or infinity: training diverged; lower --learning_rate")
+    if task.is_regression:
+        predictions, references = predictions.astype(np.float64), references.astype(np.float64)
+        if not np.isfinite(predictions).all():
+            raise UsageError("the model predicts NaN or infinity: training diverged; lower --learning_rate")
+        low, high = task.value_range or (-np.inf, np.inf)
+        if not ((references >= low) & (references <= high)).all():
+            raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")
+    else:
+        predictions, references = _classes(task, "predictions", predictions), _classes(task, "references", references)
     return {name: _METRICS[name](predictions, references) for name in task.metrics}
+
+
+def _classes(task: Task, what: str, values: np.ndarray) -> np.ndarray:
+    numbers = values.astype(np.int64)
+    if (numbers != values).any() or numbers.min() < 0 or numbers.max() >= task.num_labels:
+        raise ValueError(
+            f"{task.name}: the {what} must be classes from 0 to {task.num_labels - 1} (-1 is a hidden label)"
+        )
+    return numbers

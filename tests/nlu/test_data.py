@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_mrpc_as_microsoft_publishes_it(tmp_path):
         load_task_data("mrpc", tmp_path)
 
 
-def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path):
+def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path, caplog):
     task = TASKS["qqp"]
     path = tmp_path / "QQP" / "train.tsv"
     write_official(path, task, "train", sample_rows(task, "train", 5))
@@ -94,7 +95,7 @@ def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path):
     lines[2] = "\t".join(lines[2].split("\t")[:3])
     path.write_text("\n".join(lines), encoding="utf-8")
     train = load_task_data(task, tmp_path, need=["train"])["train"]
-    assert train["idx"][:] == [0, 2, 3, 4]
+    assert train["idx"][:] == [0, 2, 3, 4] and "train.tsv: 1 rows with missing fields are left out" in caplog.text
     path.write_text("\n".join(lines[:1] + lines[2:3] * 21), encoding="utf-8")
     with pytest.raises(UsageError, match=r"train.tsv, line 2: 3 fields where 6 are expected"):
         load_task_data(task, tmp_path, need=["train"])
@@ -158,6 +159,16 @@ def test_real_rows_survive_the_official_format(tmp_path, name):
                 assert read[column][:] == expected[column][:]
 
 
+@real
+def test_reading_and_checking_is_fast():
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        load_task_data("sst2", REAL, need=["train"])
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2
+
+
 def test_missing_split_says_where_it_looked(tmp_path):
     with pytest.raises(
         UsageError, match=r"no validation split of cola: looked for validation.jsonl .*dev.tsv in .*CoLA"
@@ -209,6 +220,8 @@ def test_bad_json_lines_name_file_and_line(tmp_path, case):
         ("train.jsonl", b'{"sentence": "a"}\n', "line 1: no column 'label'"),
         ("train.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence": "\xff"}', "line 2: not UTF-8"),
         ("train.json", b"[]", "the file has no rows"),
+        ("train.json", b'[{"sentence": "a", "label": 1},\n{"sentence"]', "line 2: not valid JSON"),
+        ("train.json", b'[{"sentence": "a", "label": 1},\n{"sentence": "a", "label": 3}]', "row 2: label 3 is not"),
         ("train.csv", b"sentence,label\n", "the file has no rows"),
         ("train.csv", b"sentence,label\na,1\nb\n", "line 3: 1 fields where 2 are expected"),
         ("train.csv", b'sentence,label\n"a\nb",1\nc,7\n', "line 4: label '7' is not"),
@@ -323,5 +336,7 @@ def test_own_files_must_agree(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0\nb,1\n")
     with pytest.raises(UsageError, match="the text columns must be sentence, as in"):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,0\n"))
+    with pytest.raises(UsageError, match="need --train_file"):
+        load_own_files(None, train)
     with pytest.raises(UsageError, match="cannot be read"):
         load_own_files(tmp_path / "missing.csv")

@@ -96,6 +96,11 @@ def test_bad_predictions():
     for predictions, references in (([], []), ([1], [1, 0]), ([[0.1, 0.9]], [1])):
         with pytest.raises(ValueError, match="one prediction for each label"):
             compute_glue_metrics(TASKS["rte"], predictions, references)
+    for predictions, references in (([0.4], [1]), ([2], [1]), ([0], [-1])):
+        with pytest.raises(ValueError, match="must be classes from 0 to 1"):
+            compute_glue_metrics(TASKS["rte"], predictions, references)
+    with pytest.raises(ValueError, match="hidden labels"):
+        compute_glue_metrics(TASKS["stsb"], [1.0, 2.0], [-1.0, -1.0])
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mrpc", "mnli"])
