@@ -1,0 +1,424 @@
+"""Command line of ``nlu/run_glue.py``: published flags, methods, argument files, and what contradicts what."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from loralib.allocator import check_allocator_arguments
+from loralib.orthogonality import parse_terms
+from nlu.errors import UsageError
+from nlu.tasks import get_task
+
+METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
+SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
+LOW_RANK = frozenset({"lora", "adalora", "lora2"})
+SVD = frozenset({"adalora", "lora2"})
+
+# Flags that only some methods read; given with another method they would be silently ignored, so they are refused.
+FLAG_METHODS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_module"), LOW_RANK),
+    **dict.fromkeys(("lora_k", "lora_widths", "lora_share_outer"), frozenset({"lora2"})),
+    **dict.fromkeys(
+        ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
+         "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"),
+        SVD,
+    ),
+}  # fmt: skip
+
+EPILOG = """examples:
+  LoRA² on local CoLA:    python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola \\
+                          --glue_dir data/glue --method lora2 --do_train --do_eval --root_output_dir output/cola
+  the same from a file:   python nlu/run_glue.py arguments.yaml --learning_rate 1e-3
+  your own data:          … --train_file train.csv --validation_file dev.csv (columns sentence[1,2] or text, and label)
+An interrupted run goes on from its last checkpoint when the same command is given again."""
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Hub name or local folder of the pretrained encoder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's downloads are kept."})
+    cls_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout before the classifier, in [0, 1). Default: the model's own."}
+    )
+    lora_path: str | None = field(
+        default=None, metadata={"help": "Start from the factors of this saved adapter folder (the head starts anew)."}
+    )
+    no_fast_attention: bool = field(
+        default=False, metadata={"help": "Use transformers' own DeBERTa attention instead of the exact, faster one."}
+    )
+
+
+@dataclass
+class DataArguments:
+    task_name: str | None = field(
+        default=None, metadata={"help": "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli or ax."}
+    )
+    glue_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of GLUE data: <task>/<split>.jsonl|parquet|csv or the official release's TSV "
+                  "folders. Default: the environment variable GLUE_DIR, else the hub's nyu-mll/glue."},
+    )  # fmt: skip
+    train_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON-lines training data."})
+    validation_file: str | None = field(default=None, metadata={"help": "Your own validation data."})
+    test_file: str | None = field(default=None, metadata={"help": "Your own data to predict with --do_predict."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad every batch to max_seq_length, not to its longest row."}
+    )
+    length_bucketing: bool = field(
+        default=False, metadata={"help": "Batch examples of similar length together: less padding, other batches."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
+    holdout_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this share of the training set, drawn by --holdout_seed and kept out of "
+                  "training, instead of on the validation set: for choosing hyperparameters."},
+    )  # fmt: skip
+    holdout_seed: int = field(default=0, metadata={"help": "Seed of that draw."})
+
+
+@dataclass
+class MethodArguments:
+    method: str | None = field(
+        default=None,
+        metadata={"help": "A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."},
+    )
+    apply_lora: bool = field(default=False, metadata={"help": "Published flag; with --lora_type it means --method."})
+    apply_adalora: bool = field(default=False, metadata={"help": "Published flag: with rank allocation."})
+    lora_type: str | None = field(
+        default=None, metadata={"help": "Published flag: svd is --method lora2, frd is --method lora."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank r: singular values a layer starts with."})
+    lora_k: int | None = field(default=None, metadata={"help": "LoRA²: width k of the outer scale (8 by default)."})
+    lora_widths: str | None = field(
+        default=None, metadata={"help": "LoRA² with any number of scales: widths from the outermost inward, as 8,8."}
+    )
+    lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
+    lora_module: str = field(
+        default=SIX_MODULES,
+        metadata={"help": "Comma-separated modules: the six published names, module-name suffixes, or a regular "
+                  "expression."},
+    )  # fmt: skip
+    lora_init: str = field(default="gaussian", metadata={"help": "gaussian (the paper's) or orthogonal."})
+    lora_share_outer: bool = field(
+        default=False, metadata={"help": "All layers of one module type share their outer factors."}
+    )
+    orth_terms: str = field(default="all", metadata={"help": "Regulariser: all, or some of uv, UV, PQ joined by +."})
+    orth_squared: bool = field(default=False, metadata={"help": "Squared norms in the regulariser."})
+    reg_orth_coef: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
+    rank_allocation: bool = field(default=True, metadata={"help": "Prune singular values to the target rank."})
+    target_rank: int | None = field(
+        default=None, metadata={"help": "Average singular values a layer keeps. Default: half of lora_r."}
+    )
+    target_total_rank: int | None = field(
+        default=None, metadata={"help": "Singular values all layers keep together, in place of --target_rank."}
+    )
+    init_warmup: int | None = field(
+        default=None, metadata={"help": "Steps before pruning starts. Default: a tenth of the training."}
+    )
+    final_warmup: int | None = field(
+        default=None, metadata={"help": "Last steps, with the ranks held. Default: half of the training."}
+    )
+    mask_interval: int = field(default=10, metadata={"help": "Steps between two allocations."})
+    beta1: float = field(default=0.85, metadata={"help": "Moving average of the sensitivity, in (0, 1)."})
+    beta2: float = field(default=0.85, metadata={"help": "Moving average of the uncertainty, in (0, 1)."})
+    importance: str = field(
+        default="inner", metadata={"help": "inner: the paper's importance; full: outer factors scored too."}
+    )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """The Trainer's arguments; output_dir is set from root_output_dir."""
+
+    root_output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the run: results.json, adapter/, model/ (checkpoints), log/."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace what another or a finished run left in root_output_dir."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows a process evaluates at once."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+
+
+@dataclass
+class Arguments:
+    """All arguments of one run, and the plain values they came from (for the record)."""
+
+    model: ModelArguments
+    data: DataArguments
+    method: MethodArguments
+    training: RunArguments
+    method_config: str
+
+    def record(self) -> dict[str, Any]:
+        """Every argument by name, as JSON can hold it; secrets left out."""
+        values: dict[str, Any] = {}
+        for part in (self.model, self.data, self.method):
+            values |= vars(part)
+        values |= {k: v for k, v in self.training.to_dict().items() if "token" not in k}
+        return values | {"method_config": self.method_config}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message.splitlines()[0]} (--help lists the arguments)")
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser behind the command line; also what tests check scripts and configs against."""
+    return _Parser(
+        (ModelArguments, DataArguments, MethodArguments, RunArguments),
+        prog="run_glue.py",
+        description="Fine-tune an encoder on a GLUE task, or your own, with LoRA² or another method.",
+        usage="run_glue.py [arguments.yaml] --model_name_or_path MODEL --task_name TASK [--flag value …]",
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Arguments from the command line, checked as far as that needs neither data nor model.
+
+    Later ones win: defaults, the method's file, an argument file (first argument), the command line.
+
+    Raises:
+        UsageError: for anything unknown, malformed or contradictory; one line that says what to change.
+    """
+    explicit = list(argv)
+    if explicit and not explicit[0].startswith("-"):
+        explicit[:1] = _file_flags(Path(explicit[0]))
+    explicit = _translate(explicit)
+    parser = build_parser()
+    if {"-h", "--help"} & set(explicit):
+        parser.parse_args(["--help"])
+    given = _given_names(parser, explicit)
+    config, base, method_flags = _method_file(_value(explicit, "method"), explicit)
+    # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
+    device = [] if torch.accelerator.is_available() else ["--use_cpu=True"]
+    try:
+        model, data, method, training = parser.parse_args_into_dataclasses([*device, *method_flags, *explicit])
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    method.method = base
+    arguments = Arguments(model, data, method, training, config)
+    _refuse_ignored_flags(given, base)
+    _check(arguments)
+    return arguments
+
+
+def _file_flags(path: Path) -> list[str]:
+    """An argument file (a mapping of argument names to values) as command-line flags."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot read the argument file {path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: an argument file is a mapping of argument names to values")
+    return mapping_flags(values, str(path))
+
+
+def mapping_flags(values: dict[str, Any], source: str) -> list[str]:
+    """{"lora_r": 8, "do_train": true} → ["--lora_r", "8", "--do_train", "True"].
+
+    Raises:
+        UsageError: for a value that is no plain string, number or boolean; ``source`` names the file.
+    """
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
+            raise UsageError(f"{source}: {name} needs a plain value, got {value!r}")
+        flags.append(f"--{name}={value}")
+    return flags
+
+
+_RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
+
+
+def _translate(argv: list[str]) -> list[str]:
+    """Published and older flags in today's spelling."""
+    out: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        bare = name.removeprefix("--").replace("-", "_")
+        if not name.startswith("--"):
+            out.append(token)
+        elif bare == "local_rank":  # torch.distributed.launch passes it; the environment says the same
+            if not equals:
+                next(tokens, None)
+        elif bare == "warmup_ratio":
+            ratio = value if equals else next(tokens, "")
+            out += ["--warmup_steps", _ratio(ratio)]
+        elif bare in _RENAMED:
+            out.append(f"--{_RENAMED[bare]}{equals}{value}")
+        else:
+            out.append(f"--{bare}{equals}{value}")
+    return out
+
+
+def _ratio(text: str) -> str:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio < 1:
+        raise UsageError(f"--warmup_ratio must lie in [0, 1), got {text!r}; for a number of steps use --warmup_steps")
+    return text
+
+
+def _given_names(parser: HfArgumentParser, flags: list[str]) -> set[str]:
+    known = {option: action.dest for action in parser._actions for option in action.option_strings}
+    return {known[f.partition("=")[0]] for f in flags if f.partition("=")[0] in known}
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    """The last value given for a flag, from the bare list of flags."""
+    found = None
+    for position, flag in enumerate(flags):
+        head, equals, value = flag.partition("=")
+        if head == f"--{name}":
+            found = value if equals else (flags[position + 1] if position + 1 < len(flags) else "")
+    return found
+
+
+def _is_set(flags: list[str], name: str) -> bool:
+    value = _value(flags, name)
+    return value is not None and value.lower() not in ("false", "no", "0")
+
+
+def _method_file(name: str | None, flags: list[str]) -> tuple[str, str, list[str]]:
+    """(config name, base method, default flags) from --method or the published flags that stand for it."""
+    lora_type = _value(flags, "lora_type")
+    published = lora_type is not None or _is_set(flags, "apply_lora") or _is_set(flags, "apply_adalora")
+    if lora_type not in (None, "svd", "frd"):
+        raise UsageError(f"--lora_type is svd or frd, got {lora_type!r}")
+    if lora_type == "frd" and _is_set(flags, "apply_adalora"):
+        raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
+    meant = "lora" if lora_type == "frd" or (published and lora_type is None) else "lora2"
+    if published and lora_type is None and _is_set(flags, "apply_adalora"):
+        meant = "lora2"
+    config = name or meant
+    path = METHOD_FOLDER / f"{config}.yaml"
+    if Path(config).name != config or not path.is_file():
+        names = ", ".join(sorted(p.stem for p in METHOD_FOLDER.glob("*.yaml")))
+        raise UsageError(f"unknown method {config!r}: --method takes one of {names}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = values.pop("method")
+    if published and name is not None and (base in SVD) != (meant == "lora2"):
+        raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")
+    defaults = mapping_flags(values, str(path.name))
+    if published and name is None and meant == "lora2" and not _is_set(flags, "apply_adalora"):
+        defaults.append("--rank_allocation=False")  # svd layers without --apply_adalora: nothing is pruned
+    return config, base, defaults
+
+
+def _refuse_ignored_flags(given: set[str], method: str) -> None:
+    for name in sorted(given):
+        if name in FLAG_METHODS and method not in FLAG_METHODS[name]:
+            raise UsageError(
+                f"--{name} has no meaning with --method {method} (only with {', '.join(sorted(FLAG_METHODS[name]))}): "
+                "leave it out"
+            )
+
+
+def _check(arguments: Arguments) -> None:
+    """Contradictions that need neither data nor model."""
+    data, method, training, model = arguments.data, arguments.method, arguments.training, arguments.model
+    if training.root_output_dir is None:
+        raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
+    if data.task_name is None and data.train_file is None and data.test_file is None:
+        raise UsageError("nothing to train on: give --task_name, or --train_file and --validation_file")
+    if data.task_name is not None:
+        data.task_name = get_task(data.task_name).name
+        if data.train_file or data.validation_file or data.test_file:
+            raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    if training.label_names is not None or training.push_to_hub:
+        raise UsageError("--label_names and --push_to_hub are not supported here: leave them out")
+    for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+        if getattr(data, name) is not None and getattr(data, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(data, name)}")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(training, name)}")
+    if training.max_steps == 0 or (training.max_steps < 0 and not training.num_train_epochs > 0):
+        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive")
+    if not training.learning_rate > 0:
+        raise UsageError(f"--learning_rate must be positive, got {training.learning_rate}")
+    if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
+        raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
+    if model.cls_dropout is not None and not 0 <= model.cls_dropout < 1:
+        raise UsageError(f"--cls_dropout must lie in [0, 1), got {model.cls_dropout}")
+    if training.fp16 and training.bf16:
+        raise UsageError("--fp16 and --bf16 exclude each other")
+    _check_method(method)
+
+
+def _check_method(method: MethodArguments) -> None:
+    if method.method not in LOW_RANK:
+        return
+    if method.lora_widths is not None and method.lora_k is not None:
+        raise UsageError("--lora_k and --lora_widths exclude each other: --lora_widths 8 is --lora_k 8")
+    widths = parse_widths(method)
+    if method.lora_share_outer and not widths:
+        raise UsageError("--lora_share_outer needs two or more scales: leave it out, or give --lora_k")
+    for name, value in (("lora_r", method.lora_r), *(("lora_k", k) for k in widths or ())):
+        if value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if not 0 < method.lora_alpha < float("inf"):
+        raise UsageError(f"--lora_alpha must be positive, got {method.lora_alpha}")
+    if not 0 <= method.lora_dropout < 1:
+        raise UsageError(f"--lora_dropout must lie in [0, 1), got {method.lora_dropout}")
+    if method.lora_init not in ("gaussian", "orthogonal"):
+        raise UsageError(f"--lora_init is gaussian or orthogonal, got {method.lora_init!r}")
+    if not 0 <= method.reg_orth_coef < float("inf"):
+        raise UsageError(f"--reg_orth_coef must not be negative, got {method.reg_orth_coef}")
+    if method.target_rank is None:
+        method.target_rank = max(1, method.lora_r // 2)
+    try:
+        parse_terms(method.orth_terms)
+        check_allocator_arguments(
+            method.lora_r, method.target_rank, method.init_warmup or 0, method.final_warmup or 0,
+            method.mask_interval, method.beta1, method.beta2, method.importance,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def parse_widths(method: MethodArguments) -> tuple[int, ...] | None:
+    """LoRA²'s widths from the outermost inward; None for methods that have none.
+
+    Raises:
+        UsageError: for widths that are no comma-separated whole numbers.
+    """
+    if method.method != "lora2":
+        return None
+    if method.lora_widths is None:
+        return (8 if method.lora_k is None else method.lora_k,)
+    try:
+        return tuple(int(part) for part in method.lora_widths.split(","))
+    except ValueError:
+        raise UsageError(f"--lora_widths takes whole numbers such as 8,8, got {method.lora_widths!r}") from None
+
+
+def command_line() -> str:
+    """The command as given, for the record."""
+    return " ".join(["python", *sys.argv])

@@ -1,0 +1,388 @@
+"""Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method.
+
+    python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola --method lora2 \\
+        --do_train --do_eval --root_output_dir output/cola
+
+``--help`` explains every argument. The run leaves results.json, rank_pattern.json, adapter/, model/ and log/ in
+root_output_dir; given again, an interrupted run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    set_seed,
+)
+
+import loralib
+from nlu.arguments import LOW_RANK, Arguments, command_line, parse_arguments
+from nlu.checkpointing import last_whole_checkpoint
+from nlu.data import limit, load_own_files, load_task_data, tokenize
+from nlu.errors import UsageError
+from nlu.files import read_json, write_json
+from nlu.methods import (
+    AppliedMethod,
+    allocates,
+    apply_method,
+    count_parameters,
+    inject_factors,
+    live_adapter_params,
+    schedule_of,
+)
+from nlu.metrics.scores import compute_glue_metrics
+from nlu.records import (
+    RecordCallback,
+    RunRecord,
+    check_run_folder,
+    git_commit,
+    machine,
+    now,
+    one_line,
+    peak_memory_bytes,
+    versions,
+)
+from nlu.tasks import Task, get_task
+from nlu.trainer import GlueTrainer, effective_batch_size
+
+logger = logging.getLogger("nlu")
+
+
+@dataclass
+class Splits:
+    """Token ids of one task: training rows, validation sets (MNLI has two), test sets by name."""
+
+    train: Dataset | None
+    validation: dict[str, Dataset]
+    test: dict[str, Dataset]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line. Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        return run(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: Arguments) -> int:
+    """One run from data to records."""
+    training = arguments.training
+    folder = Path(training.root_output_dir)
+    state = check_run_folder(
+        folder, read_json(folder / "results.json"), arguments.record(), training.overwrite_output_dir
+    )
+    if state == "finished":
+        print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
+        return 0
+
+    task, splits = load_data(arguments)
+    total_steps = plan_steps(arguments, splits)
+    config, tokenizer = load_config(arguments, task)
+    check_model_arguments(arguments, config, total_steps)
+    splits = tokenize_splits(arguments, task, splits, tokenizer)
+
+    claim_folder(folder, state, training.should_save)
+    set_seed(training.seed)
+    model = load_model(arguments, config)
+    applied = apply_method(model, arguments.method, total_steps)
+    set_precision(arguments, applied)
+    trainer = build_trainer(arguments, task, applied, splits, tokenizer)
+    record = start_record(arguments, task, applied, trainer, splits, folder, state)
+    try:
+        train_and_evaluate(arguments, trainer, folder, state)
+        if training.do_predict:
+            predict(arguments, task, trainer, splits, folder)
+        if training.should_save:
+            save_adapter(applied, folder)
+    except BaseException as error:
+        record.error = one_line(error)
+        if training.should_save:
+            record.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+    record.log_history = trainer.state.log_history
+    if training.should_save:
+        report(record.write("finished"))
+    return 0
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
+    """The task and its rows as text, cut to the asked-for numbers; a held-out part in place of validation if asked."""
+    data, training = arguments.data, arguments.training
+    need = [name for name, wanted in (("train", training.do_train), ("validation", training.do_eval),
+                                      ("test", training.do_predict)) if wanted]  # fmt: skip
+    if data.task_name is None:
+        task, splits = load_own_files(data.train_file, data.validation_file, data.test_file)
+    else:
+        task = get_task(data.task_name)
+        if data.holdout_fraction is not None and "validation" in need:
+            need.remove("validation")
+        splits = load_task_data(task, data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir, need)
+    if data.holdout_fraction is not None:
+        parts = splits["train"].train_test_split(data.holdout_fraction, seed=data.holdout_seed)
+        splits |= {"train": parts["train"], task.validation_splits[0]: parts["test"]}
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    return task, {name: limit(rows, limits[name.split("_")[0]]) for name, rows in splits.items()}
+
+
+def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
+    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training."""
+    training = arguments.training
+    if not training.do_train:
+        return 0
+    if training.max_steps > 0:
+        return training.max_steps
+    batch = training.per_device_train_batch_size * max(1, training.n_gpu) * training.world_size
+    rows = len(splits["train"])
+    batches = rows // batch if training.dataloader_drop_last else math.ceil(rows / batch)
+    per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
+    return math.ceil(training.num_train_epochs * per_epoch)
+
+
+def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset], tokenizer: Any) -> Splits:
+    """Token ids; what is only read, not trained on, is sorted by length, so that its batches need little padding."""
+    data = arguments.data
+    tokens = tokenize(splits, task, tokenizer, data.max_seq_length, data.pad_to_max_length)
+    by_length = {name: rows.sort("length") for name, rows in tokens.items() if name != "train"}
+    return Splits(
+        tokens.get("train"),
+        {name: by_length[name] for name in task.validation_splits if name in by_length},
+        {name: by_length[name] for name in task.test_splits if name in by_length},
+    )
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any]:
+    """The encoder's configuration, with the task's labels in it, and its tokenizer."""
+    model = arguments.model
+    source = {"revision": model.model_revision, "cache_dir": model.cache_dir}
+    labels = {"num_labels": task.num_labels, "problem_type": "regression" if task.is_regression else None}
+    if task.labels is not None:
+        labels |= {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
+    try:
+        config = AutoConfig.from_pretrained(model.model_name_or_path, **source, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason}") from None
+    if model.cls_dropout is not None:
+        for name in ("cls_dropout", "classifier_dropout"):
+            if hasattr(config, name) or name == "cls_dropout":
+                setattr(config, name, model.cls_dropout)
+    return config, tokenizer
+
+
+def check_model_arguments(arguments: Arguments, config: Any, total_steps: int) -> None:
+    """Module patterns and the pruning schedule, on a model without weights: refused before anything is loaded."""
+    if arguments.method.method in LOW_RANK:
+        with torch.device("meta"):
+            inject_factors(AutoModelForSequenceClassification.from_config(config), arguments.method)
+    if arguments.training.do_train and allocates(arguments.method):
+        schedule_of(arguments.method, total_steps)
+
+
+def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
+    """The pretrained encoder in float32 with a fresh head."""
+    model = arguments.model
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
+        dtype=torch.float32,
+    )  # fmt: skip
+    return loaded
+
+
+def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
+    """bfloat16 without autocast where only our own layers and the head train: no weight is cast in any step."""
+    training = arguments.training
+    if training.bf16 and not applied.needs_autocast:
+        loralib.cast_frozen(applied.model, torch.bfloat16)
+        training.bf16, training.mixed_precision = False, "no"
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    arguments: Arguments, task: Task, applied: AppliedMethod, splits: Splits, tokenizer: Any
+) -> GlueTrainer:
+    """The Trainer with data, metrics and the folders of this run."""
+    training, data = arguments.training, arguments.data
+    training.output_dir = str(Path(training.root_output_dir) / "model")
+    training.label_names = ["labels"]
+    training.metric_for_best_model, training.greater_is_better = f"eval_{task.metric}", True
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
+
+    validation = list(splits.validation.values()) or [None]
+    bucketed = data.length_bucketing and splits.train is not None
+    return GlueTrainer(
+        task,
+        applied,
+        train_lengths=splits.train["length"][:] if bucketed else None,
+        second_eval_dataset=validation[1] if len(validation) > 1 else None,
+        args=training,
+        train_dataset=splits.train,
+        eval_dataset=validation[0],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training.fp16 else None),
+        compute_metrics=metrics,
+    )
+
+
+def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Class numbers, or for regression the number itself, from logits (n, labels)."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits[:, 0] if task.is_regression else logits.argmax(-1)
+
+
+def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path, state: str) -> None:
+    """Train from the last whole checkpoint, if there is one, and evaluate at the end."""
+    training = arguments.training
+    if training.do_train:
+        checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
+        if checkpoint is not None:
+            logger.warning("going on from %s", checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if training.do_eval:
+        done = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
+        if trainer.state.global_step not in done:
+            trainer.evaluate()
+
+
+def predict(arguments: Arguments, task: Task, trainer: GlueTrainer, splits: Splits, folder: Path) -> None:
+    """Write the GLUE server's TSV files for the test sets into ``predictions/``."""
+    from nlu.submission import write_predictions
+
+    for split, rows in splits.test.items():
+        output = trainer.predict(rows.remove_columns("labels") if "labels" in rows.column_names else rows)
+        if arguments.training.should_save:
+            write_predictions(task, split, rows["idx"][:], to_labels(task, output.predictions), folder / "predictions")
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+def claim_folder(folder: Path, state: str, is_main: bool) -> None:
+    """Make the run's folder; what another run left there goes away only now that nothing can be refused any more."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()  # every process has read the folder
+    if is_main:
+        if state == "new" and folder.is_dir():
+            for name in ("model", "adapter", "predictions", "log"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            for name in ("results.json", "rank_pattern.json"):
+                (folder / name).unlink(missing_ok=True)
+        (folder / "log").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "log" / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in ("nlu", "loralib", "transformers"):
+            logging.getLogger(name).addHandler(handler)
+
+
+def start_record(
+    arguments: Arguments,
+    task: Task,
+    applied: AppliedMethod,
+    trainer: GlueTrainer,
+    splits: Splits,
+    folder: Path,
+    state: str,
+) -> RunRecord:
+    """The run's record with all that is known before training; announces the budget."""
+    model, allocator, training = applied.model, applied.allocator, arguments.training
+    counts = count_parameters(model)
+    previous = read_json(folder / "results.json") if state == "resume" else None
+    static = {
+        "task": task.name,
+        "method": arguments.method.method,
+        "method_config": arguments.method_config,
+        "seed": training.seed,
+        "model": Path(arguments.model.model_name_or_path).name,
+        **counts,
+        "scored_params": allocator.scored_parameters if allocator else None,
+        "initial_budget": allocator.initial_total_rank if allocator else None,
+        "final_budget": allocator.target_total_rank if allocator else None,
+        "effective_batch_size": effective_batch_size(training),
+        "train_examples": len(splits.train) if splits.train is not None else 0,
+        "eval_examples": sum(map(len, splits.validation.values())),
+        "arguments": arguments.record(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "machine": machine(),
+        "command": command_line(),
+        "started_at": previous["started_at"] if previous else now(),
+        "resumes": previous["resumes"] + 1 if previous else 0,
+    }
+
+    def live() -> dict[str, Any]:
+        steps, seconds = trainer.state.global_step, trainer.train_seconds
+        return {
+            "live_adapter_params": live_adapter_params(model, allocator, counts["adapter_params"]),
+            "live_budget": allocator.live_rank if allocator else None,
+            "steps": steps,
+            "train_seconds": seconds,
+            "steps_per_second": steps / seconds if seconds else None,
+            "seconds_per_step": seconds / steps if steps else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    record = RunRecord(folder, static, task.metric, live)
+    trainer.add_callback(RecordCallback(record))
+    if training.should_save:
+        record.write("running")
+        budget = f", singular values {static['initial_budget']} → {static['final_budget']}" if allocator else ""
+        print(
+            f"{static['method_config']} on {task.name}: adapter {counts['adapter_params']:,}, head "
+            f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
+            f"batch {static['effective_batch_size']}, seed {training.seed}"
+        )
+    return record
+
+
+def save_adapter(applied: AppliedMethod, folder: Path) -> None:
+    """rank_pattern.json, and the adapter folder."""
+    if applied.allocator is not None:
+        write_json(folder / "rank_pattern.json", applied.allocator.rank_pattern)
+
+
+def report(record: dict[str, Any]) -> None:
+    """The outcome in two lines."""
+    if record["best"] is not None:
+        print(f"{record['metric']}: best {record['best']:.4f} at step {record['best_step']}, last {record['last']:.4f}")
+    if record["steps"]:
+        print(
+            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each; {record['live_adapter_params']:,} live"
+        )
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_warning()
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""The Trainer with a method's regulariser, allocator and checkpoints in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from nlu.batching import LengthBucketSampler, SeededRandomSampler
+from nlu.checkpointing import rotate, seal
+from nlu.methods import AppliedMethod
+from nlu.records import peak_memory_bytes
+from nlu.tasks import Task
+
+EXTRA_STATE = "extra_state.pt"
+
+
+class MethodCallback(TrainerCallback):
+    """Drives the rank allocator and keeps the time.
+
+    The allocator runs after the optimiser step and before the gradients are cleared, as in the published loop; the
+    step counted from 1 is ``global_step + 1`` there.
+    """
+
+    def __init__(self, trainer: GlueTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.restore_logging()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.train_seconds += time.perf_counter() - self.trainer.step_started
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        allocator = self.trainer.applied.allocator
+        if allocator is not None:
+            self.trainer.budget, _ = allocator.update_and_mask(self.trainer.model, state.global_step + 1)
+
+
+class GlueTrainer(Trainer):
+    """transformers' Trainer for one task and one method.
+
+    Args:
+        task: says whether the loss is a squared error or a cross entropy.
+        applied: the method, already applied to its model.
+        train_lengths: tokens of each training example, for batches of similar length; None for a plain random order.
+        second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mm``.
+        kwargs: as for the Trainer.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        applied: AppliedMethod,
+        train_lengths: list[int] | None = None,
+        second_eval_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.task, self.applied = task, applied
+        self.train_lengths = train_lengths
+        self.second_eval_dataset = second_eval_dataset
+        self.train_seconds = 0.0
+        self.step_started = 0.0
+        self.budget = applied.allocator.initial_total_rank if applied.allocator else None
+        self._restored: dict[str, Any] = {}
+        super().__init__(model=applied.model, compute_loss_func=self._task_loss, **kwargs)
+        self.add_callback(MethodCallback(self))
+        for callback in applied.callbacks:
+            self.add_callback(callback)
+
+    # ---- loss ---------------------------------------------------------------------------------------------------
+
+    def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Summed over the rows and divided by those of the whole optimiser step, so that accumulation is exact."""
+        logits = outputs["logits"].float()
+        if self.task.is_regression:
+            total = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        else:
+            smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
+            total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.applied.regulariser is None or not model.training:
+            return result
+        return result + self.applied.regulariser() / self.current_gradient_accumulation_steps
+
+    # ---- data ---------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.train_lengths is None:
+            return SeededRandomSampler(len(self.train_dataset), seed)
+        return LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and self.second_eval_dataset is not None:
+            metrics |= super().evaluate(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mm")
+        return metrics
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {"seconds": round(self.train_seconds, 3), "memory_bytes": peak_memory_bytes()}
+            if self.applied.allocator is not None:
+                logs |= {"budget": self.budget, "live": self.applied.allocator.live_rank}
+        super().log(logs, *args, **kwargs)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Only what trains: the frozen base is not written again. A parameter that layers share is stored once."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
+        if state_dict is not None:
+            trained = {name: state_dict[name] for name in trained}
+        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Frozen weights are missing from a checkpoint by design; anything unknown in it is not."""
+        if load_result.unexpected_keys:
+            raise ValueError(f"the checkpoint holds parameters this model lacks: {load_result.unexpected_keys[:3]}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Everything a resumed run needs, written beside its final place and renamed into it when whole."""
+        run_folder = Path(self._get_output_dir(trial=trial))
+        final = run_folder / f"checkpoint-{self.state.global_step}"
+        temporary = run_folder / f".writing-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self._barrier()
+        self.store_flos()
+        self.save_model(str(temporary), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(temporary))
+        self._save_scaler(str(temporary))
+        self._save_rng_state(str(temporary))
+        if self.state.best_global_step:
+            best = run_folder / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        self._barrier()
+        if self.args.should_save:
+            torch.save(self._extra_state(), temporary / EXTRA_STATE)
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(os.path.join(temporary, TRAINER_STATE_NAME))
+            seal(temporary, final)
+            best = self.state.best_model_checkpoint
+            rotate(run_folder, self.args.save_total_limit, Path(best) if best else None)
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {
+            "stateful": {name: part.state_dict() for name, part in self.applied.stateful.items()},
+            "budget": self.budget,
+            "train_seconds": self.train_seconds,
+            # The Trainer keeps the loss since the last logging step outside its own saved state.
+            "unlogged_loss": self._tr_loss.detach().cpu(),
+            "logged_loss": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._restored = torch.load(Path(checkpoint) / EXTRA_STATE, map_location="cpu", weights_only=True)
+        for name, part in self.applied.stateful.items():
+            part.load_state_dict(self._restored["stateful"][name])
+        self.budget = self._restored["budget"]
+        self.train_seconds = self._restored["train_seconds"]
+
+    def restore_logging(self) -> None:
+        """Take up the running loss where the checkpoint left it; called when training begins."""
+        if self._restored:
+            self._tr_loss += self._restored["unlogged_loss"].to(self._tr_loss.device)
+            self._total_loss_scalar = self._restored["logged_loss"]
+            self._globalstep_last_logged = self._restored["last_logged_step"]
+
+
+def effective_batch_size(args: Any) -> int:
+    """Rows of one optimiser step, over all processes and accumulation steps."""
+    return args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * args.world_size
