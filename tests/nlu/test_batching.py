@@ -80,6 +80,15 @@ def test_order_does_not_follow_the_length_within_an_epoch():
     assert 0.25 < (first_half == 50).mean() < 0.75
 
 
+def test_company_changes_between_epochs():
+    sampler = LengthBucketSampler(np.random.default_rng(0).permutation(6400), 32, 0)
+    batches = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        batches.append({frozenset(batch) for batch in BatchSampler(sampler, 32, drop_last=False)})
+    assert not batches[0] & batches[1]
+
+
 def test_fast_for_the_largest_task():
     lengths = np.random.default_rng(0).integers(5, 90, 392702)
     sampler = LengthBucketSampler(lengths, 32, 0)

@@ -34,6 +34,29 @@ def test_get_task_names_the_tasks():
         get_task("colla")
 
 
+# the hub's class names, in the order of its numbers
+HUB_WORDS = {
+    "cola": "unacceptable acceptable",
+    "sst2": "negative positive",
+    "mrpc": "not_equivalent equivalent",
+    "qqp": "not_duplicate duplicate",
+    "mnli": "entailment neutral contradiction",
+    "qnli": "entailment not_entailment",
+    "rte": "entailment not_entailment",
+    "wnli": "not_entailment entailment",
+}
+
+
+@pytest.mark.parametrize("name", HUB_WORDS)
+def test_class_words_are_the_hubs_and_may_stand_for_numbers(tmp_path, name):
+    words = HUB_WORDS[name].split()
+    rows = [{**dict.fromkeys(TASKS[name].text_fields, "a"), "label": word} for word in words]
+    write_csv(tmp_path / name / "train.csv", rows)
+    train = load_task_data(name, tmp_path, need=["train"])["train"]
+    assert train.features["label"].names == words
+    assert train["label"][:] == list(range(len(words))) == train["idx"][:]
+
+
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("form", ["jsonl", "json", "json_list", "parquet", "parquet_pieces", "csv", "tsv"])
 def test_every_format_round_trips(tmp_path, name, form):
