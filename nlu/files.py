@@ -50,3 +50,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object; delete it to run it again")
     return value
+
+
+def remove_stale(page: Path, mark: str, keep: set[Path], suffixes: tuple[str, ...]) -> None:
+    """Remove generated files that are generated no more from a page's folder; only if the page there bears the mark."""
+    if page.exists() and page.read_text(encoding="utf-8").startswith(mark):
+        for path in {path for suffix in suffixes for path in page.parent.glob(f"*.{suffix}")} - keep:
+            path.unlink()

@@ -85,6 +85,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     measured, output = args.measured_dir / experiment.name, args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
+    if not places.forced:
+        _check_arguments([*selecting, *final], places)
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0
@@ -123,6 +125,18 @@ def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[R
     if not final and not selecting:
         raise UsageError(f"--only {only} matches no run; names look like {experiment.runs[0].folder}")
     return selecting, final
+
+
+def _check_arguments(runs: list[Run], places: Places) -> None:
+    """Have run_glue's own parser read every command, so that a wrong flag shows now and not after hours."""
+    from nlu.arguments import parse_arguments  # loads torch and transformers: only where there is something to check
+
+    for run in runs:
+        if not run.command:
+            try:
+                parse_arguments(command_line(run, places)[len(places.command) :])
+            except UsageError as error:
+                raise UsageError(f"{run.folder}: {error}") from None
 
 
 def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], places: Places) -> None:

@@ -121,19 +121,19 @@ class Places:
 
 
 def command_line(run: Run, places: Places) -> list[str]:
-    """The command of one run: true is a bare flag, false and null are left out."""
+    """The command of one run: true is a bare flag, null is left out."""
     words = list(run.command) if run.command and not places.forced else [*places.command]
     for key, value in run.arguments.items():
         if value is True:
             words.append(f"--{key}")
-        elif value is not False and value is not None:
-            words += [f"--{key}", str(value)]
+        elif value is not None:
+            words.append(f"--{key}={value}")
     return [*words, "--root_output_dir", str(places.working(run))]
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that decide a run's result: no folders of this machine, of paths the last part."""
-    kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value not in (None, False)}
+    kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
     return {key: Path(str(value)).name if key in PATH_ARGUMENTS else value for key, value in kept.items()}
 
 

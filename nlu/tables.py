@@ -8,7 +8,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nlu.errors import UsageError
-from nlu.files import write_text
+from nlu.files import remove_stale, write_text
 from nlu.measured import (
     MeasuredExperiment,
     Row,
@@ -172,16 +172,12 @@ def write_tables(measured: Path, published: Path, output: Path) -> list[Path]:
     """
     pages = build_pages(measured, published)
     page = output / "README.md"
-    ours = page.exists() and page.read_text(encoding="utf-8").startswith(GENERATED)
     lines = [GENERATED, "# Tables", ""]
     paths = []
     for heading, text, tables in pages:
         lines += [f"## {heading}", ""] + ([text, ""] if text else []) + [table.markdown() for table in tables]
         paths += [path for table in tables for path in table.write(output)]
-    if ours:
-        stale = {path for suffix in ("md", "csv", "tex") for path in output.glob(f"*.{suffix}")} - {*paths, page}
-        for path in stale:
-            path.unlink()
+    remove_stale(page, GENERATED, {*paths, page}, ("md", "csv", "tex"))
     write_text(page, "\n".join(lines))
     return [*paths, page]
 
