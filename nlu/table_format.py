@@ -55,13 +55,13 @@ class Table:
     def markdown(self) -> str:
         """A title, the table (text left, figures right) and the notes."""
         lines = [f"### {self.title}", "", _md_line(self.header)]
-        lines.append("|" + "|".join(" ---: " if self._is_figure(i) else " --- " for i in range(len(self.header))) + "|")
+        lines.append("|" + "|".join(" ---: " if self.is_figure(i) else " --- " for i in range(len(self.header))) + "|")
         lines += [_md_line([f"**{cell}**" if isinstance(cell, Bold) else cell for cell in row]) for row in self.rows]
         return "\n".join([*lines, "", *[f"- {note}" for note in self.notes]]) + "\n"
 
     def latex(self) -> str:
         """A `table` environment for the booktabs package; the notes follow the caption."""
-        align = "".join("r" if self._is_figure(i) else "l" for i in range(len(self.header)))
+        align = "".join("r" if self.is_figure(i) else "l" for i in range(len(self.header)))
         body = [
             " & ".join(rf"\textbf{{{latex(cell)}}}" if isinstance(cell, Bold) else latex(cell) for cell in row)
             for row in self.rows
@@ -105,9 +105,10 @@ class Table:
             write_text(path, content)
         return paths
 
-    def _is_figure(self, column: int) -> bool:
+    def is_figure(self, column: int) -> bool:
+        """Whether a column holds figures only (dashes and empty cells aside) and so is set to the right."""
         cells = [row[column] for row in self.rows if row[column] not in ("", NONE)]
-        return bool(cells) and all(cell.lstrip("+-−<[")[:1].isdigit() for cell in cells)
+        return bool(cells) and all(cell.lstrip("+-−< ")[:1].isdigit() for cell in cells)
 
 
 NONE = "–"
