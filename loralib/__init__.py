@@ -1,13 +1,23 @@
 """Low-rank adaptation on one or more scales: LoRA, AdaLoRA and LoRA² layers, rank allocation, regularisation."""
 
+from loralib.adapter_files import AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
-from loralib.checkpoint import lora_state_dict
+from loralib.checkpoint import (
+    compact,
+    load_adapter,
+    lora_state_dict,
+    merge_adapter,
+    save_adapter,
+    unmerge_adapter,
+)
+from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 
 __all__ = [
+    "AdapterConfig",
     "Linear",
     "LoRA2Linear",
     "LoRALayer",
@@ -15,11 +25,18 @@ __all__ = [
     "OrthogonalityRegulariser",
     "RankAllocator",
     "SVDLinear",
+    "base_fingerprint",
     "cast_frozen",
+    "compact",
     "compute_orth_regu",
     "inject",
+    "load_adapter",
     "lora_layers",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "match_modules",
+    "merge_adapter",
+    "read_adapter_config",
+    "save_adapter",
+    "unmerge_adapter",
 ]

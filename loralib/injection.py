@@ -29,14 +29,14 @@ PUBLISHED_MODULES = {
 }
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, weight stored (in, out); told by name and shape so that no library need be imported."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, LoRALayer) or _is_conv1d(module)
+def is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module)
 
 
 def module_type(name: str) -> str:
@@ -56,7 +56,7 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not patterns:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
-    names = [name for name, module in model.named_modules() if name and _is_linear(module)]
+    names = [name for name, module in model.named_modules() if name and is_linear(module)]
     chosen: set[str] = set()
     for pattern in patterns:
         found = _match_one(pattern, names)
@@ -124,7 +124,7 @@ def inject(
     for name in names:
         old = model.get_submodule(name)
         layers[name] = KINDS[kind].from_linear(
-            old, r, lora_alpha, lora_dropout, fan_in_fan_out=_is_conv1d(old), **options
+            old, r, lora_alpha, lora_dropout, fan_in_fan_out=is_conv1d(old), **options
         )
     if share_outer:
         _share_outer_factors(layers)

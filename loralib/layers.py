@@ -38,7 +38,8 @@ class LoRALayer(nn.Linear):
         lora_A: right factors from the outermost inward, shapes (k₁, in), (k₂, k₁), …, (r, kₙ₋₁).
         lora_E: singular values e, shape (r,); ``None`` for plain LoRA.
         widths: (k₁, …, kₙ₋₁); ``()`` is a single scale.
-        scaling: s = lora_alpha / r. It stays at the initial r while singular values are pruned.
+        r: stored rank. initial_r: the rank at the start; they differ after :meth:`keep_singular_values`.
+        scaling: s = lora_alpha / initial_r. It stays so while singular values are pruned.
         merged: whether ``weight`` currently holds W + ΔW.
     """
 
@@ -99,7 +100,7 @@ class LoRALayer(nn.Linear):
     def _add_factors(
         self, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str, fan_in_fan_out: bool
     ) -> None:
-        self.r = _positive_int("r", r)
+        self.r = self.initial_r = _positive_int("r", r)
         self.widths = tuple(_positive_int("a width (k)", k) for k in widths)
         if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
             raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
@@ -136,7 +137,8 @@ class LoRALayer(nn.Linear):
             RuntimeError: while merged.
         """
         self._refuse_if_merged()
-        nn.init.zeros_(self.lora_E)
+        if self.lora_E is not None:
+            nn.init.zeros_(self.lora_E)
         for factor in [*self.lora_B, *self.lora_A]:
             if self.init == "orthogonal":
                 nn.init.orthogonal_(factor)
@@ -146,6 +148,34 @@ class LoRALayer(nn.Linear):
     def _refuse_if_merged(self) -> None:
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn anew")
+
+    @torch.no_grad()
+    def keep_singular_values(self, kept: Sequence[int]) -> None:
+        """Drop all but those of the r inner dimensions: e, the columns of the innermost B and the rows of the
+        innermost A. The scaling stays. With none kept the layer has no factors left, and is its frozen layer.
+
+        The shrunk parameters are new objects: make the optimiser afterwards.
+
+        Raises:
+            ValueError: for indices that are not increasing from 0 to r − 1.
+        """
+        kept = list(kept)
+        if kept != sorted(set(kept) & set(range(self.r))):
+            raise ValueError(f"the kept indices must increase from 0 to {self.r - 1}, got {kept}")
+        if len(kept) == self.r:
+            return
+        if kept:
+            self.lora_B[-1] = self._like(self.lora_B[-1], self.lora_B[-1][:, kept])
+            self.lora_A[-1] = self._like(self.lora_A[-1], self.lora_A[-1][kept])
+            if self.lora_E is not None:
+                self.lora_E = self._like(self.lora_E, self.lora_E[kept])
+        else:
+            self.lora_B, self.lora_E, self.lora_A = nn.ParameterList(), None, nn.ParameterList()
+        self.r = len(kept)
+
+    @staticmethod
+    def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.clone(memory_format=torch.contiguous_format), requires_grad=old.requires_grad)
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """The trainable factors: B outermost inward, e where there is one, A outermost inward."""
@@ -163,6 +193,8 @@ class LoRALayer(nn.Linear):
 
     def delta_weight(self) -> Tensor:
         """The update ΔW with its scaling, shape (out, in), in the factors' dtype. For merging and inspection."""
+        if self.r == 0:
+            return self.weight.new_zeros(self.out_features, self.in_features)
         return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,6 +207,8 @@ class LoRALayer(nn.Linear):
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("a merged layer does not train: call unmerge() before training")
+            return out
+        if self.r == 0:
             return out
         hidden = F.linear(self.lora_dropout(x).to(out.dtype), self.lora_A[0].to(out.dtype))
         hidden = hidden @ self.folded_core().to(out.dtype).T
@@ -199,6 +233,10 @@ class LoRALayer(nn.Linear):
         self.weight.data = self._weight_before_merge
         self._weight_before_merge = None
         self.merged = False
+
+    def base_weight(self) -> Tensor:
+        """The frozen weight as stored, without the update even while merged."""
+        return self._weight_before_merge if self.merged else self.weight.data
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, widths={self.widths}, lora_alpha={self.lora_alpha:g}"
@@ -243,8 +281,9 @@ class Linear(LoRALayer):
             RuntimeError: while merged.
         """
         self._refuse_if_merged()
-        nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[0])
+        if self.r:
+            nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B[0])
 
     def folded_core(self) -> Tensor:
         """s times the identity, (r, r)."""

