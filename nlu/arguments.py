@@ -19,18 +19,23 @@ from nlu.tasks import get_task
 
 METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
-LOW_RANK = frozenset({"lora", "adalora", "lora2"})
+LOW_RANK = frozenset({"lora", "adalora", "lora2", "sora"})
 SVD = frozenset({"adalora", "lora2"})
+ADAPTERS = frozenset({"hadapter", "padapter"})
 
 # Flags that only some methods read; given with another method they would be silently ignored, so they are refused.
 FLAG_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_module"), LOW_RANK),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), LOW_RANK),
+    "lora_module": LOW_RANK | {"peft"},
     **dict.fromkeys(("lora_k", "lora_widths", "lora_share_outer"), frozenset({"lora2"})),
     **dict.fromkeys(
         ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
          "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"),
         SVD,
     ),
+    "adapter_size": ADAPTERS,
+    "sora_lambda": frozenset({"sora"}),
+    "peft_config": frozenset({"peft"}),
 }  # fmt: skip
 
 EPILOG = """examples:
@@ -136,6 +141,14 @@ class MethodArguments:
     beta2: float = field(default=0.85, metadata={"help": "Moving average of the uncertainty, in (0, 1)."})
     importance: str = field(
         default="inner", metadata={"help": "inner: the paper's importance; full: outer factors scored too."}
+    )
+    adapter_size: int = field(default=16, metadata={"help": "Bottleneck of the Houlsby and Pfeiffer adapters."})
+    sora_lambda: float = field(
+        default=0.375,
+        metadata={"help": "SoRA: weight λ of the gates' L1 penalty; each step shrinks them by λ × learning rate."},
+    )
+    peft_config: str | None = field(
+        default=None, metadata={"help": "A config file of the peft package, or the name of one in configs/peft/."}
     )
 
 
@@ -373,6 +386,12 @@ def _check(arguments: Arguments) -> None:
 
 
 def _check_method(method: MethodArguments) -> None:
+    if method.method in ADAPTERS and method.adapter_size < 1:
+        raise UsageError(f"--adapter_size must be at least 1, got {method.adapter_size}")
+    if method.method == "peft" and method.peft_config is None:
+        raise UsageError("--method peft needs --peft_config: a file of the peft package, or a name in configs/peft/")
+    if not 0 <= method.sora_lambda < float("inf"):
+        raise UsageError(f"--sora_lambda must not be negative, got {method.sora_lambda}")
     if method.method not in LOW_RANK:
         return
     if method.lora_widths is not None and method.lora_k is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,11 @@ from transformers import TrainerCallback
 
 import loralib
 from loralib.allocator import check_schedule
+from nlu.adapters import add_adapters
 from nlu.arguments import SVD, MethodArguments, parse_widths
 from nlu.errors import UsageError
+from nlu.peft_methods import PeftAdaLora, inject_peft, load_peft_config
+from nlu.sora import ProximalGates, inject_sora
 
 
 @dataclass
@@ -22,6 +25,7 @@ class AppliedMethod:
     Attributes:
         model: what to train; ``requires_grad`` says which parameters do.
         allocator: prunes singular values after every optimiser step, or None.
+        gates: SoRA's, which close ranks without a budget, or None.
         regulariser: its (weighted) value is added to the loss, or None.
         callbacks: further steps of the method inside the training loop.
         stateful: what must travel in a checkpoint beside the trainable parameters; each has state_dict/load_state_dict.
@@ -30,10 +34,16 @@ class AppliedMethod:
 
     model: nn.Module
     allocator: loralib.RankAllocator | None = None
+    gates: ProximalGates | None = None
     regulariser: Callable[[], Tensor] | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     stateful: dict[str, Any] = field(default_factory=dict)
     needs_autocast: bool = False
+
+    @property
+    def ranks(self) -> loralib.RankAllocator | ProximalGates | None:
+        """What knows which ranks are live; None where the method prunes none."""
+        return self.allocator or self.gates
 
 
 def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -56,12 +66,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def live_adapter_params(model: nn.Module, allocator: loralib.RankAllocator | None, adapter_params: int) -> int:
+def live_adapter_params(
+    model: nn.Module, ranks: loralib.RankAllocator | ProximalGates | None, adapter_params: int
+) -> int:
     """Adapter parameters without those that belong to pruned singular values: e_i, B[:, i] and A[i, :] innermost."""
-    if allocator is None:
+    if ranks is None:
         return adapter_params
     pruned = 0
-    for name, mask in allocator.rank_pattern.items():
+    for name, mask in ranks.rank_pattern.items():
         layer = model.get_submodule(name)
         per_value = 1 + layer.lora_B[-1].shape[0] + layer.lora_A[-1].shape[1]
         pruned += per_value * mask.count(False)
@@ -88,6 +100,11 @@ def allocates(args: MethodArguments) -> bool:
     return args.method in SVD and args.rank_allocation
 
 
+def module_patterns(args: MethodArguments) -> list[str]:
+    """``--lora_module`` as a list."""
+    return [pattern.strip() for pattern in args.lora_module.split(",")]
+
+
 def inject_factors(model: nn.Module, args: MethodArguments) -> list[str]:
     """Replace the selected modules of the encoder by the method's layers; returns their names.
 
@@ -99,7 +116,7 @@ def inject_factors(model: nn.Module, args: MethodArguments) -> list[str]:
         return loralib.inject(
             model,
             "multiscale" if args.method == "lora2" else args.method,
-            [pattern.strip() for pattern in args.lora_module.split(",")],
+            module_patterns(args),
             r=args.lora_r,
             widths=widths,
             lora_alpha=args.lora_alpha,
@@ -113,14 +130,12 @@ def inject_factors(model: nn.Module, args: MethodArguments) -> list[str]:
 
 def _low_rank(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
     inject_factors(model, args)
-    loralib.mark_only_lora_as_trainable(model)
-    for parameter in head_parameters(model):
-        parameter.requires_grad_(True)
+    _train_only(model, [p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()])
     applied = AppliedMethod(model)
     if args.method in SVD and args.reg_orth_coef > 0:
         regulariser = loralib.OrthogonalityRegulariser(model, args.orth_terms, args.orth_squared)
         applied.regulariser = lambda: args.reg_orth_coef * regulariser()
-    if allocates(args):
+    if allocates(args) and total_steps:
         init_warmup, final_warmup = schedule_of(args, total_steps)
         try:
             applied.allocator = loralib.RankAllocator(
@@ -133,10 +148,62 @@ def _low_rank(model: nn.Module, args: MethodArguments, total_steps: int) -> Appl
     return applied
 
 
+def _train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Freeze all but the given parameters and the head."""
+    model.requires_grad_(False)
+    for parameter in [*parameters, *head_parameters(model)]:
+        parameter.requires_grad_(True)
+
+
+def _full(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
+    _train_only(model, model.parameters())
+    return AppliedMethod(model, needs_autocast=True)
+
+
+def _bitfit(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
+    _train_only(model, [p for name, p in model.base_model.named_parameters() if name.split(".")[-1] == "bias"])
+    return AppliedMethod(model, needs_autocast=True)
+
+
+def _adapters(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
+    adapters = add_adapters(model, args.method, args.adapter_size)
+    _train_only(model, [p for adapter in adapters for p in adapter.parameters()])
+    return AppliedMethod(model)
+
+
+def _sora(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
+    try:
+        inject_sora(
+            model, module_patterns(args), r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout
+        )
+    except ValueError as error:
+        raise UsageError(f"--lora_module: {error}") from None
+    _train_only(model, [p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()])
+    gates = ProximalGates(model, args.sora_lambda)
+    return AppliedMethod(model, gates=gates, callbacks=[gates])
+
+
+def _peft(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
+    config = load_peft_config(args.peft_config, total_steps)
+    tuner = inject_peft(model, config, module_patterns(args))
+    _train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
+    applied = AppliedMethod(model, needs_autocast=True)
+    if config.peft_type.value == "ADALORA":
+        loop = PeftAdaLora(tuner)
+        applied.regulariser, applied.callbacks, applied.stateful = loop.regulariser, [loop], {"peft": loop}
+    return applied
+
+
 METHODS: dict[str, Callable[[nn.Module, MethodArguments, int], AppliedMethod]] = {
     "lora": _low_rank,
     "adalora": _low_rank,
     "lora2": _low_rank,
+    "full": _full,
+    "bitfit": _bitfit,
+    "hadapter": _adapters,
+    "padapter": _adapters,
+    "sora": _sora,
+    "peft": _peft,
 }
 
 
@@ -144,9 +211,27 @@ def apply_method(model: nn.Module, args: MethodArguments, total_steps: int) -> A
     """Make ``model`` ready for the chosen method, in place.
 
     Args:
-        total_steps: optimiser steps of the whole training; the rank allocation is scheduled over them.
+        total_steps: optimiser steps of the whole training; the rank allocation is scheduled over them. 0 where nothing
+            is trained: there is no allocation then.
 
     Raises:
         UsageError: for arguments that do not fit the model or the length of the training.
     """
     return METHODS[args.method](model, args, total_steps)
+
+
+def check_method_fits(model: nn.Module, args: MethodArguments, total_steps: int) -> None:
+    """Raise what :func:`apply_method` would, on a model without weights (on the meta device).
+
+    Args:
+        total_steps: as there.
+    """
+    if args.method != "peft":
+        METHODS[args.method](model, args, total_steps)
+        return
+    config = load_peft_config(args.peft_config, total_steps)  # not all of peft's layers can be made without weights
+    if config.target_modules is None:
+        try:
+            loralib.match_modules(model, module_patterns(args))
+        except ValueError as error:
+            raise UsageError(f"--lora_module: {error}") from None

@@ -36,19 +36,17 @@ from transformers import (
 )
 
 import loralib
-from nlu.arguments import LOW_RANK, Arguments, command_line, parse_arguments
+from nlu.arguments import Arguments, command_line, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, tokenize
 from nlu.errors import UsageError
 from nlu.files import read_json, write_json
 from nlu.methods import (
     AppliedMethod,
-    allocates,
     apply_method,
+    check_method_fits,
     count_parameters,
-    inject_factors,
     live_adapter_params,
-    schedule_of,
 )
 from nlu.metrics.scores import compute_glue_metrics
 from nlu.records import (
@@ -201,11 +199,9 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any]:
 
 def check_model_arguments(arguments: Arguments, config: Any, total_steps: int) -> None:
     """Module patterns and the pruning schedule, on a model without weights: refused before anything is loaded."""
-    if arguments.method.method in LOW_RANK:
-        with torch.device("meta"):
-            inject_factors(AutoModelForSequenceClassification.from_config(config), arguments.method)
-    if arguments.training.do_train and allocates(arguments.method):
-        schedule_of(arguments.method, total_steps)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+        check_method_fits(model, arguments.method, total_steps)
 
 
 def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
@@ -317,7 +313,7 @@ def start_record(
     state: str,
 ) -> RunRecord:
     """The run's record with all that is known before training; announces the budget."""
-    model, allocator, training = applied.model, applied.allocator, arguments.training
+    model, ranks, training = applied.model, applied.ranks, arguments.training
     counts = count_parameters(model)
     previous = read_json(folder / "results.json") if state == "resume" else None
     static = {
@@ -327,9 +323,9 @@ def start_record(
         "seed": training.seed,
         "model": Path(arguments.model.model_name_or_path).name,
         **counts,
-        "scored_params": allocator.scored_parameters if allocator else None,
-        "initial_budget": allocator.initial_total_rank if allocator else None,
-        "final_budget": allocator.target_total_rank if allocator else None,
+        "scored_params": ranks.scored_parameters if ranks else None,
+        "initial_budget": ranks.initial_total_rank if ranks else None,
+        "final_budget": ranks.target_total_rank if ranks else None,
         "effective_batch_size": effective_batch_size(training),
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
@@ -345,8 +341,8 @@ def start_record(
     def live() -> dict[str, Any]:
         steps, seconds = trainer.state.global_step, trainer.train_seconds
         return {
-            "live_adapter_params": live_adapter_params(model, allocator, counts["adapter_params"]),
-            "live_budget": allocator.live_rank if allocator else None,
+            "live_adapter_params": live_adapter_params(model, ranks, counts["adapter_params"]),
+            "live_budget": ranks.live_rank if ranks else None,
             "steps": steps,
             "train_seconds": seconds,
             "steps_per_second": steps / seconds if seconds else None,
@@ -358,7 +354,8 @@ def start_record(
     trainer.add_callback(RecordCallback(record))
     if training.should_save:
         record.write("running")
-        budget = f", singular values {static['initial_budget']} → {static['final_budget']}" if allocator else ""
+        final = static["final_budget"] or "as gated"
+        budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
         print(
             f"{static['method_config']} on {task.name}: adapter {counts['adapter_params']:,}, head "
             f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
@@ -369,8 +366,8 @@ def start_record(
 
 def save_adapter(applied: AppliedMethod, folder: Path) -> None:
     """rank_pattern.json, and the adapter folder."""
-    if applied.allocator is not None:
-        write_json(folder / "rank_pattern.json", applied.allocator.rank_pattern)
+    if applied.ranks is not None:
+        write_json(folder / "rank_pattern.json", applied.ranks.rank_pattern)
 
 
 def report(record: dict[str, Any]) -> None:

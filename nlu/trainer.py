@@ -118,8 +118,8 @@ class GlueTrainer(Trainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= {"seconds": round(self.train_seconds, 3), "memory_bytes": peak_memory_bytes()}
-            if self.applied.allocator is not None:
-                logs |= {"budget": self.budget, "live": self.applied.allocator.live_rank}
+            if self.applied.ranks is not None:
+                logs |= {"budget": self.budget, "live": self.applied.ranks.live_rank}
         super().log(logs, *args, **kwargs)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------

@@ -1,0 +1,77 @@
+"""Bottleneck adapters: Houlsby et al. 2019 (arXiv 1902.00751, section 2.1) and Pfeiffer et al. 2021 (arXiv 2005.00247).
+
+An adapter is x + up(activation(down(x))), two linear layers with biases around a bottleneck of m features:
+2·d·m + m + d parameters at hidden size d. Houlsby puts one behind the attention's output projection and one behind the
+feed-forward network's, Pfeiffer only the latter; each stands after the projection's dropout and before the residual
+is added and the sum normalised. The layer norms stay frozen: the parameter counts of the published DeBERTaV3-base
+tables (arXiv 2303.10512, Table 1) are those of the adapters alone.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from loralib import match_modules
+from nlu.errors import UsageError
+
+PLACES = {"hadapter": ("attention.output", "layer.output"), "padapter": ("layer.output",)}
+ACTIVATIONS = {"hadapter": nn.GELU, "padapter": nn.ReLU}
+INIT_STD = 1e-2  # Houlsby et al., section 3.6: near the identity at the start; robust below 1e-2
+
+
+class BottleneckAdapter(nn.Module):
+    """x + up(activation(down(x))) over the last dimension; near the identity at the start.
+
+    Args:
+        features: size d of the last dimension. size: the bottleneck m. activation: between the two layers.
+
+    Raises:
+        ValueError: for a bottleneck below 1.
+    """
+
+    def __init__(self, features: int, size: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"adapter_size must be a positive whole number, got {size!r}")
+        self.down = nn.Linear(features, size)
+        self.activation = activation()
+        self.up = nn.Linear(size, features)
+        for layer in (self.down, self.up):
+            nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, d) → (…, d), in x's dtype, the bottleneck computed in the adapter's."""
+        change = self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
+        return x + change.to(x.dtype)
+
+
+def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapter]:
+    """Insert trainable adapters into an encoder in place; what else trains is not touched.
+
+    Args:
+        model: DeBERTa-v2/v3, RoBERTa, BERT, ELECTRA, or any model whose blocks name their parts alike.
+        kind: ``"hadapter"`` or ``"padapter"``. size: the bottleneck.
+
+    Returns:
+        The adapters, in the model's order of places.
+
+    Raises:
+        UsageError: for an unknown kind, a size below 1, or a model without such blocks. The model is unchanged then.
+    """
+    if kind not in PLACES:
+        raise UsageError(f"unknown adapter {kind!r}: take one of {', '.join(PLACES)}")
+    try:
+        projections = match_modules(model, PLACES[kind])
+        blocks = [model.get_submodule(name.rpartition(".")[0]) for name in projections]
+        if not all(isinstance(getattr(block, "dropout", None), nn.Module) for block in blocks):
+            raise ValueError(f"{projections[0]} has no dropout beside it to put the adapter behind")
+        adapters = [BottleneckAdapter(block.dense.out_features, size, ACTIVATIONS[kind]) for block in blocks]
+    except ValueError as error:
+        raise UsageError(f"method {kind}: {error}") from None
+    for block, adapter in zip(blocks, adapters, strict=True):
+        adapter.to(block.dense.weight.device)
+        block.dropout = nn.Sequential(OrderedDict(dropout=block.dropout, adapter=adapter))
+    return adapters
