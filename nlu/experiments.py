@@ -15,8 +15,7 @@ exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]   # later ones win
 reference: {variant: inner}             # what the tables compare with (default: the rows whose method is lora)
 select:                                 # optional: choose one argument on a held-out part of the training set
-  argument: learning_rate
-  per: [method, task_name]              # axes for each of whose combinations a value is chosen
+  argument: learning_rate               # for each combination of the axes but seed
   values: [1.0e-3, 2.0e-3]
   seeds: [101]
   set: {holdout_fraction: 0.15}
@@ -37,7 +36,7 @@ from nlu.errors import UsageError
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 _TOP = {"name", "description", "command", "base", "base_from", "grid", "exclude", "overrides", "reference", "select"}
-_SELECT = {"argument", "per", "values", "seeds", "set", "overrides"}
+_SELECT = {"argument", "values", "seeds", "set", "overrides"}
 _YAML_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as text; people write it as a number
 
 
@@ -56,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Selection:
-    """The stage that chooses `argument`: its runs, and the combination of axes (a key) that each belongs to."""
+    """The stage that chooses `argument`: its runs, each under a key, its combination of the axes but seed."""
 
     argument: str
     per: tuple[str, ...]
@@ -218,11 +217,9 @@ class _Reader:
         if "select" not in self.content:
             return None
         raw = _mapping(self.content["select"], "select", _SELECT)
-        argument, per = raw.get("argument"), raw.get("per")
+        argument, per = raw.get("argument"), [axis for axis in self.grid if axis != "seed"]
         if not isinstance(argument, str) or argument in self.grid or argument in self.settings:
             raise UsageError("select.argument must name one flag that neither the grid nor --set fixes")
-        if not isinstance(per, list) or not per or any(axis not in self.grid for axis in per) or "seed" in per:
-            raise UsageError(f"select.per must list axes of the grid ({', '.join(self.grid)}), seed not among them")
         extra = _arguments(raw.get("set"), "select.set")
         if "holdout_fraction" not in extra:
             raise UsageError("select.set needs holdout_fraction: choosing on the validation set would leak it")

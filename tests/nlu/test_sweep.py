@@ -141,7 +141,6 @@ def test_the_selection_takes_the_best_held_out_value_and_records_it(run, tmp_pat
         "overrides": [{"when": {"method": "lora", "task_name": "rte"}, "set": {"importance": "full"}}],
         "select": {
             "argument": "learning_rate",
-            "per": ["method", "task_name"],
             "values": [1e-3, 2e-3, 4e-3],
             "seeds": [101, 102],
             "set": {"holdout_fraction": 0.2},
@@ -175,7 +174,6 @@ def test_a_value_whose_run_failed_is_never_chosen_and_no_value_at_all_blocks(run
         "grid": {"method": ["lora", "lora2"], "task_name": ["cola"], "seed": [1]},
         "select": {
             "argument": "weight_decay",  # 1 makes the stand-in fail and leave a failed record
-            "per": ["method"],
             "values": [1, 0.5],
             "seeds": [7],
             "set": {"holdout_fraction": 0.2},
@@ -192,7 +190,6 @@ def test_a_value_whose_run_failed_is_never_chosen_and_no_value_at_all_blocks(run
 def test_only_keeps_matching_runs_and_the_selection_that_they_need(run, tmp_path):
     selection = {
         "argument": "learning_rate",
-        "per": ["method"],
         "values": [1e-3, 2e-3],
         "seeds": [7],
         "set": {"holdout_fraction": 0.2},
@@ -202,8 +199,7 @@ def test_only_keeps_matching_runs_and_the_selection_that_they_need(run, tmp_path
     assert names == [
         "lora2-cola-seed=1",
         "lora2-rte-seed=1",
-        "select/lora2-learning_rate=0.001-seed=7",
-        "select/lora2-learning_rate=0.002-seed=7",
+        *(f"select/lora2-{task}-learning_rate={rate}-seed=7" for task in ("cola", "rte") for rate in (0.001, 0.002)),
     ]
     assert run(BASIC, "--only", "nothing")[0] == 2
 
@@ -225,7 +221,7 @@ def _with(**changes):
     return {**BASIC, **changes}
 
 
-SELECT = {"argument": "learning_rate", "per": ["method"], "values": [1], "seeds": [1], "set": {"holdout_fraction": 0.1}}
+SELECT = {"argument": "learning_rate", "values": [1], "seeds": [1], "set": {"holdout_fraction": 0.1}}
 
 
 @pytest.mark.parametrize(
@@ -251,7 +247,6 @@ SELECT = {"argument": "learning_rate", "per": ["method"], "values": [1], "seeds"
         (_with(select={**SELECT, "set": {}}), "holdout_fraction"),
         (_with(select={**SELECT, "argument": "seed"}), "select.argument"),
         (_with(select={**SELECT, "values": []}), "select.values"),
-        (_with(select={**SELECT, "per": ["seed"]}), "select.per"),
         (_with(select=SELECT, base={"model_name_or_path": "m", "learning_rate": 1}), "both selected and set"),
     ],
 )
@@ -293,9 +288,7 @@ def test_a_damaged_record_is_named_and_nothing_starts(run, tmp_path):
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(
-                    ["name", "base", "grid", "method", "task_name", "seed", "select", "per", "when", "set"]
-                ),
+                st.sampled_from(["name", "base", "grid", "method", "task_name", "seed", "select", "when", "set"]),
                 inner,
                 max_size=4,
             )
