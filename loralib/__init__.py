@@ -4,7 +4,6 @@ from loralib.adapter_files import AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
 from loralib.checkpoint import (
     compact,
-    load_adapter,
     lora_state_dict,
     merge_adapter,
     save_adapter,
@@ -13,6 +12,7 @@ from loralib.checkpoint import (
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
+from loralib.loading import load_adapter
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 

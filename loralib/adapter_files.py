@@ -33,6 +33,7 @@ class LayerGroup:
     Attributes:
         kind: lora, adalora, lora2 or multiscale. r: rank at the start, which with lora_alpha gives the scaling.
         widths: from the outermost inward. init: of the factors, for layers with singular values.
+        fan_in_fan_out: whether the modules store their weight as (in, out), as GPT-2's ``Conv1D`` does.
         rank_pattern: module name -> one character for each singular value (LoRA: rank) that the layer had, "1" where
             it is live and stored, "0" where it was pruned.
     """
@@ -43,6 +44,7 @@ class LayerGroup:
     lora_alpha: float
     lora_dropout: float
     init: str
+    fan_in_fan_out: bool
     rank_pattern: dict[str, str]
 
 
@@ -55,7 +57,8 @@ class AdapterConfig:
         groups: the low-rank layers.
         tied: parameter name -> name of the stored tensor that is the same parameter (outer factors that layers share).
         head: names of the other trained parameters, and of saved buffers of their modules.
-        architecture: class of the model. base_model, base_revision: as given when it was saved; may be None.
+        architecture: class of the model. base_config: what its ``config`` said of the head (labels, problem type), for
+            building the base again. base_model, base_revision: as given when it was saved; may be None.
         base_fingerprint: see :func:`loralib.fingerprint.base_fingerprint`.
         card: what the saver wanted to add: task, metric, score, labels …
         library_version: of loralib. weights_sha256: of the tensors' file.
@@ -66,6 +69,7 @@ class AdapterConfig:
     tied: dict[str, str]
     head: list[str]
     architecture: str
+    base_config: dict[str, Any]
     base_model: str | None
     base_revision: str | None
     base_fingerprint: str
@@ -185,7 +189,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     if "peft_type" in values:
-        raise ValueError(f"{folder} is a peft adapter: turn it into ours with `python -m loralib.export import`")
+        raise ValueError(f"{folder} is a peft adapter: `python -m loralib.export {folder} --to loralib OUT` imports it")
     if values.get("format_version") != FORMAT_VERSION:
         version = values.get("format_version")
         raise ValueError(f"{path}: format_version is {version!r}, this loralib reads {FORMAT_VERSION}: update loralib")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loralib.adapter_files import AdapterConfig
+from loralib.adapter_files import AdapterConfig, LayerGroup
 
 _SHOWN = ("task", "metric", "score", "notes")
 _NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
@@ -15,8 +15,9 @@ def model_card(config: AdapterConfig, counts: dict[str, int]) -> str:
         counts: stored values of the "adapter" (low-rank factors) and of the "head" (everything else trained).
     """
     base = config.base_model or "not recorded"
+    names = {_name(group) for group in config.groups} or {"Parameter"}
     lines = ["---", "library_name: loralib", "tags:", "- lora2", "- adapter", "---", ""]
-    lines += [f"# {_NAMES.get(config.kind, config.kind)} adapter for a {config.architecture}", ""]
+    lines += [f"# {' and '.join(sorted(names))} adapter for a {config.architecture}", ""]
     rows = [("base model", base), ("base revision", config.base_revision or "not recorded")]
     rows += [(key, _cell(config.card[key])) for key in _SHOWN if key in config.card]
     rows += [("adapter parameters", f"{counts['adapter']:,}"), ("other trained parameters", f"{counts['head']:,}")]
@@ -26,7 +27,7 @@ def model_card(config: AdapterConfig, counts: dict[str, int]) -> str:
         rows.append(
             (
                 f"{len(live)} layers",
-                f"{_NAMES[group.kind]}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}; stored ranks "
+                f"{_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}; stored ranks "
                 f"{min(live)} to {max(live)}, {sum(live)} in all",
             )
         )
@@ -47,6 +48,10 @@ def model_card(config: AdapterConfig, counts: dict[str, int]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _name(group: LayerGroup) -> str:
+    return _NAMES["lora2" if group.kind == "multiscale" and len(group.widths) == 1 else group.kind]
 
 
 def _cell(value: object) -> str:

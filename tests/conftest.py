@@ -1,5 +1,6 @@
 """A real pretrained encoder, and adapters trained on it for a few steps of real data."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -40,10 +41,12 @@ class Encoder:
         self.path, self.rows = path, rows
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
-    def base(self, dtype=torch.float32):
         torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=1, dtype=dtype)
-        return model.eval()
+        self._base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32).eval()
+
+    def base(self):
+        """A new copy each time."""
+        return copy.deepcopy(self._base)
 
     def batch(self, start, size=16):
         rows = self.rows[start : start + size]

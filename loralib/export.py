@@ -1,0 +1,255 @@
+"""Adapters for other tools: as a peft adapter, merged into a plain checkpoint, or from a peft adapter.
+
+    python -m loralib.export ADAPTER --to peft OUT
+    python -m loralib.export ADAPTER --to merged OUT --base MODEL
+    python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL [--kind lora2 --r 8 --widths 8]
+
+A merged weight is W + ΔW rounded to the checkpoint's precision. In float32 the logits stay within 1e-5. In bfloat16
+(--dtype bfloat16) a weight has 8 significant bits, so that part of a small update is rounded away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from loralib.adapter_files import (
+    CONFIG_FILE,
+    AdapterConfig,
+    FolderWriter,
+    read_adapter,
+    read_adapter_config,
+    read_json_object,
+)
+from loralib.checkpoint import save_adapter
+from loralib.injection import KINDS
+from loralib.loading import build_layers, check_adapter, copy_head, install_adapter
+from loralib.peft_format import TASK_TYPES, export_peft, read_peft
+
+
+def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
+    """Add a saved adapter's updates to the weights of the plain base ``model``, in place, and copy its head.
+
+    Unlike :func:`loralib.load_adapter` and ``merge_adapter`` this leaves no module of ours in the model.
+
+    Raises:
+        ValueError: as :func:`loralib.load_adapter`; the model is unchanged then.
+    """
+    config, tensors = read_adapter(folder)
+    check_adapter(model, config, tensors, allow_other_base)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    for layer in build_layers(model, config, tensors, compact=True).values():
+        layer.merge()  # the layer's weight is the model's own parameter
+    copy_head(model, config, tensors)
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    return config
+
+
+def import_peft(model: nn.Module, folder: str | os.PathLike[str], kind: str = "lora", **options: Any) -> None:
+    """Put a LoRA adapter of peft's on the plain base ``model`` as layers of ours, in place.
+
+    Args:
+        kind, options: ``"lora"`` takes it over unchanged. Another kind is a start from its truncated singular value
+            decomposition: ``r``, ``widths`` ((k,) for ``"lora2"``), ``lora_alpha``, ``seed``, see
+            :func:`loralib.peft_format.read_peft`.
+
+    Raises:
+        ValueError: for a damaged adapter, one that is more than LoRA, or a base that it does not fit; the model is
+            unchanged then.
+    """
+    groups, tensors, head = read_peft(folder, kind, **options)
+    config = AdapterConfig(kind, groups, {}, head, "", {}, None, None, "", {}, "", "")
+    check_adapter(model, config, tensors, allow_other_base=True)
+    install_adapter(model, config, tensors)
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+
+def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
+    """A transformers model in float32, for evaluation.
+
+    Args:
+        source: name or path. architecture: name of a class of transformers. options: for its ``from_pretrained``.
+
+    Raises:
+        ValueError: where transformers lacks the class, or the model cannot be loaded.
+    """
+    import transformers
+
+    if not hasattr(transformers, architecture):
+        raise ValueError(f"transformers has no class {architecture}: load the model yourself and use merge_into()")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns that the head is new; the adapter brings it
+    try:
+        model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--base {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return model.eval()
+
+
+def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
+    """The base of an adapter of ours, of its class and with its labels; ``source`` is a name or path.
+
+    Raises:
+        ValueError: as :func:`load_base`.
+    """
+    options: dict[str, Any] = {}
+    if config.base_config:
+        names = {int(number): name for number, name in config.base_config["id2label"].items()}
+        options = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        options["problem_type"] = config.base_config["problem_type"]
+    return load_base(source, config.architecture, **options)
+
+
+def export_merged(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    allow_other_base: bool = False,
+) -> None:
+    """Write a plain transformers checkpoint, with the base's tokenizer or processor where it has one.
+
+    Args:
+        base: name or path of the base model. dtype: of the written weights; the merge itself is in float32.
+
+    Raises:
+        ValueError: as :func:`loralib.load_adapter`, or for a base that cannot be loaded, or a folder with other files.
+    """
+    import transformers
+
+    config = read_adapter_config(adapter)
+    writer = FolderWriter(Path(folder), set(), "config.json")
+    model = load_base_of(config, base)
+    merge_into(model, adapter, allow_other_base=allow_other_base)
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(base)
+    except (OSError, ValueError, ImportError):
+        processor = None  # a model of other things than text or images
+    with writer as new:
+        model.to(dtype).save_pretrained(new)
+        if processor is not None:
+            processor.save_pretrained(new)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help shows the arguments)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m loralib.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", help="folder of the adapter")
+    parser.add_argument("out", help="folder to write: new or empty, or an adapter to replace")
+    parser.add_argument("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
+    parser.add_argument("--base", help="name or path of the base model; for peft only its record")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: of the written weights")
+    parser.add_argument("--allow_other_base", action="store_true", help="merged: accept other base weights")
+    parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact), or a start by SVD")
+    parser.add_argument("--r", type=int, help="loralib: rank of a start by SVD (8)")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", metavar="K", help="loralib: widths of its scales, outermost first"
+    )
+    parser.add_argument("--lora_alpha", type=float, help="loralib: alpha of a start by SVD (16)")
+    return parser
+
+
+_BELONGS_TO = {
+    "dtype": "merged", "allow_other_base": "merged",
+    "kind": "loralib", "r": "loralib", "widths": "loralib", "lora_alpha": "loralib",
+}  # fmt: skip
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The command; raises ValueError with one line for bad arguments or input."""
+    arguments = _parser().parse_args(argv)
+    for name, target in _BELONGS_TO.items():
+        if getattr(arguments, name) not in (None, False) and arguments.to != target:
+            raise ValueError(f"--{name} belongs to --to {target}: leave it out")
+    if arguments.to == "peft":
+        ranks = export_peft(arguments.adapter, arguments.out, arguments.base)
+        least, most = min(ranks.values()), max(ranks.values())
+        print(f"{arguments.out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
+        return
+    if arguments.base is None:
+        raise ValueError(f"--to {arguments.to} needs the base model: give --base NAME_OR_PATH")
+    if arguments.to == "merged":
+        dtype = getattr(torch, arguments.dtype or "float32")
+        export_merged(
+            arguments.adapter, arguments.out, arguments.base,
+            dtype=dtype, allow_other_base=arguments.allow_other_base,
+        )  # fmt: skip
+        print(f"{arguments.out}: plain {str(dtype).removeprefix('torch.')} checkpoint")
+        return
+    _run_import(arguments)
+
+
+def _run_import(arguments: argparse.Namespace) -> None:
+    kind = arguments.kind or "lora"
+    given = {name: getattr(arguments, name) for name in ("r", "widths", "lora_alpha")}
+    options = {name: value for name, value in given.items() if value is not None}
+    if kind == "lora" and options:
+        raise ValueError(f"--{next(iter(options))} belongs to a start by SVD: give --kind lora2, adalora or multiscale")
+    if kind in ("lora2", "multiscale"):
+        options.setdefault("widths", [8])
+    labels = _label_count(arguments.adapter)
+    model = load_base(arguments.base, _class_for(arguments.adapter, arguments.base), **labels)
+    import_peft(model, arguments.adapter, kind, **options)
+    name = read_json_object(Path(arguments.adapter) / CONFIG_FILE).get("base_model_name_or_path")
+    save_adapter(model, arguments.out, base_model=name and Path(name).name, compact=False)
+    print(f"{arguments.out}: {kind} adapter")
+
+
+def _class_for(adapter: str, base: str) -> str:
+    """The class of the model that a peft adapter is for, by its task type."""
+    import transformers
+
+    task_type = read_json_object(Path(adapter) / CONFIG_FILE).get("task_type")
+    ending = next((ending for ending, name in TASK_TYPES.items() if name == task_type), None)
+    if ending is not None:
+        return f"AutoModelFor{ending}"
+    try:
+        return (transformers.AutoConfig.from_pretrained(base).architectures or ["AutoModel"])[0]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def _label_count(adapter: str) -> dict[str, int]:
+    """``num_labels`` as the rows of the classifier's last matrix, where the peft adapter holds one."""
+    _, tensors, head = read_peft(adapter)
+    matrices = [n for n in sorted(head) if n.endswith(".weight") and {"classifier", "score"} & set(n.split("."))]
+    return {"num_labels": tensors[matrices[-1]].shape[0]} if matrices else {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
+    try:
+        run(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Adapters in peft's format: ours written as theirs, theirs read as ours. Needs neither peft nor the base model.
+
+An adapter with singular values becomes an ordinary LoRA pair of its true rank: with the thin QR decompositions
+B₀ = Q_b R_b and A₀ᵀ = Q_a R_a, ΔW = Q_b (R_b · core · R_aᵀ) Q_aᵀ, and the singular value decomposition of the small
+matrix in the middle gives ΔW = U diag(σ) Vᵀ in float64. Values of σ below the rounding of the stored float32 are
+dropped; the pair is (U √σ, √σ Vᵀ) with peft's scaling lora_alpha / r set to 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from loralib.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    FolderWriter,
+    LayerGroup,
+    read_adapter,
+    read_json_object,
+    write_synced,
+)
+from loralib.layers import GAUSSIAN_STD
+
+PREFIX = "base_model.model."
+TASK_TYPES = {
+    "SequenceClassification": "SEQ_CLS",
+    "CausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+}
+_HEADS = {"classifier", "score", "qa_outputs"}
+
+Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
+
+
+# ---- decomposition --------------------------------------------------------------------------------------------------
+
+
+def decompose(left: Tensor, core: Tensor, right: Tensor) -> Decomposition:
+    """Singular value decomposition of left · core · right at its numerical rank ρ, without forming it.
+
+    Args:
+        left: (out, p). core: (p, q). right: (q, in).
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, sigma, vt = torch.linalg.svd(r_left @ core.double() @ r_right.T, full_matrices=False)
+    floor = float(sigma.max()) * torch.finfo(torch.float32).eps if len(sigma) else 0.0
+    rank = int((sigma > floor).sum())
+    return q_left @ u[:, :rank], sigma[:rank], vt[:rank] @ q_right.T
+
+
+def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """(B, A) of one module with ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
+
+    Plain LoRA keeps its A as it is, and its scaling goes into B.
+    """
+
+    def stored(part: str) -> Tensor:
+        return tensors[tied.get(f"{name}.{part}", f"{name}.{part}")].double()
+
+    if "1" not in group.rank_pattern[name]:
+        return torch.zeros(0, 0), torch.zeros(0, 0)
+    scaling = group.lora_alpha / group.r
+    left, right = stored("lora_B.0"), stored("lora_A.0")
+    if group.kind == "lora":
+        return (left * scaling).float(), right.float()
+    core = torch.diag(stored("lora_E") * scaling)
+    for i in range(len(group.widths), 0, -1):
+        core = stored(f"lora_B.{i}") @ core @ stored(f"lora_A.{i}")
+    u, sigma, vt = decompose(left, core, right)
+    root = sigma.sqrt()
+    return (u * root).float(), (root[:, None] * vt).float()
+
+
+def start_factors(
+    decomposition: Decomposition, r: int, widths: Sequence[int], scaling: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Factors of a layer with singular values whose update is the best approximation of what was decomposed.
+
+    By Eckart and Young that keeps the min(ρ, r, *widths) largest σ: e = σ / scaling, B₀ = U, A₀ = Vᵀ, identities
+    inside. What is left of the factors is drawn from N(0, 0.02²) with e = 0, as at any start.
+
+    Returns:
+        "lora_B.0" … "lora_E", "lora_A.0" … → tensor, float32.
+    """
+    u, sigma, vt = decomposition
+    rank = min([len(sigma), r, *widths])
+    inner = [*widths, r]
+    factors: dict[str, Tensor] = {}
+    for i, size in enumerate(inner):
+        for side, outer, size_outside in (("B", u[:, :rank], u.shape[0]), ("A", vt[:rank].T, vt.shape[1])):
+            rows = size_outside if i == 0 else inner[i - 1]
+            factor = torch.randn(rows, size, generator=generator) * GAUSSIAN_STD
+            factor[:, :rank] = outer.float() if i == 0 else torch.eye(rows, rank)
+            factors[f"lora_{side}.{i}"] = factor if side == "B" else factor.T.contiguous()
+    factors["lora_E"] = torch.zeros(r)
+    factors["lora_E"][:rank] = (sigma[:rank] / scaling).float()
+    return factors
+
+
+# ---- ours as theirs -------------------------------------------------------------------------------------------------
+
+
+def export_peft(
+    adapter: str | os.PathLike[str], folder: str | os.PathLike[str], base_model: str | None = None
+) -> dict[str, int]:
+    """Write an adapter of ours as a LoRA adapter that peft, and whatever else reads its format, loads.
+
+    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``); modules that were pruned whole are left out;
+    the head goes to ``modules_to_save``.
+
+    Args:
+        adapter: folder of :func:`loralib.save_adapter`. folder: new, empty, or a peft adapter's, which is replaced.
+        base_model: for ``base_model_name_or_path``; the adapter's own record where not given.
+
+    Returns:
+        Module name -> rank.
+
+    Raises:
+        ValueError: for a damaged adapter, one without a low-rank update, or trained parameters that peft cannot hold.
+    """
+    config, tensors = read_adapter(adapter)
+    pairs = {
+        name: layer_pair(group, name, tensors, config.tied) for group in config.groups for name in group.rank_pattern
+    }
+    ranks = {name: right.shape[0] for name, (_, right) in pairs.items() if right.shape[0]}
+    if not ranks:
+        raise ValueError(f"{adapter} holds no low-rank update: peft's LoRA format cannot express it")
+    for name in config.head:
+        if name.rpartition(".")[0] in config.ranks:
+            raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
+    state = {PREFIX + name: tensors[name] for name in config.head}
+    for name in ranks:
+        left, right = pairs[name]
+        state[f"{PREFIX}{name}.lora_A.weight"] = right.contiguous()
+        state[f"{PREFIX}{name}.lora_B.weight"] = left.contiguous()
+    values = _peft_config(config, ranks, base_model or config.base_model)
+    with FolderWriter(Path(folder), {CONFIG_FILE, WEIGHTS_FILE, "README.md"}, CONFIG_FILE) as new:
+        write_synced(new / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
+        write_synced(new / WEIGHTS_FILE, safetensors.torch.save(state, metadata={"format": "pt"}))
+    return ranks
+
+
+def _peft_config(config: AdapterConfig, ranks: dict[str, int], base_model: str | None) -> dict[str, Any]:
+    task_type = next((t for ending, t in TASK_TYPES.items() if config.architecture.endswith(ending)), None)
+    if task_type in ("SEQ_CLS", "TOKEN_CLS") and not any(_HEADS & set(name.split(".")) for name in config.head):
+        task_type = None  # with it peft insists on finding the head in the file
+    most = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != most}
+    dropout = max(group.lora_dropout for group in config.groups)
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "revision": config.base_revision,
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "lora_dropout": dropout,
+        "target_modules": list(ranks),
+        "modules_to_save": _modules_to_save(config.head, task_type) or None,
+        "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),
+        "bias": "none",
+    }
+
+
+def _modules_to_save(head: list[str], task_type: str | None) -> list[str]:
+    """The modules that own the head's parameters; peft itself takes a classifier whole for SEQ_CLS and TOKEN_CLS."""
+    modules: dict[str, None] = {}
+    for name in head:
+        parts = name.split(".")[:-1]
+        whole = [i for i, part in enumerate(parts) if part in _HEADS]
+        modules[".".join(parts[: whole[0] + 1] if task_type and whole else parts)] = None
+    return list(modules)
+
+
+# ---- theirs as ours -------------------------------------------------------------------------------------------------
+
+
+def read_peft(
+    folder: str | os.PathLike[str],
+    kind: str = "lora",
+    r: int = 8,
+    widths: Sequence[int] = (),
+    lora_alpha: float = 16.0,
+    seed: int = 0,
+) -> tuple[list[LayerGroup], dict[str, Tensor], list[str]]:
+    """A LoRA adapter of peft's as groups, tensors and names of head parameters of ours.
+
+    Args:
+        kind: ``"lora"`` takes the pairs over as they are; the other kinds start from their truncated decomposition,
+            see :func:`start_factors`. r, widths, lora_alpha: of those kinds. seed: of what is drawn.
+
+    Raises:
+        ValueError: for a damaged adapter, or one that is more than LoRA (DoRA, biases, embeddings, convolutions).
+    """
+    scales = {"adalora": (0,), "lora2": (1,)}.get(kind, range(100))
+    if kind != "lora" and len(widths) not in scales:
+        raise ValueError(f"kind {kind!r} takes {scales[0]} widths, got {list(widths)}: see multiscale for any number")
+    path = Path(folder) / CONFIG_FILE
+    values = read_json_object(path)
+    _refuse_other_than_lora(path, values)
+    try:
+        state = safetensors.torch.load_file(Path(folder) / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{Path(folder) / WEIGHTS_FILE} cannot be read ({' '.join(str(error).split())})") from None
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    names = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    generator = torch.Generator().manual_seed(seed)
+    groups: dict[tuple, LayerGroup] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        right, left = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight", None)
+        rank = right.shape[0]
+        if left is None or left.dim() != 2 or right.dim() != 2 or left.shape[1] != rank:
+            raise ValueError(f"{folder}: {name} has no pair of matrices of one rank")
+        scaling = _peft_scaling(values, name, rank)
+        if kind == "lora":
+            key = (kind, rank, [], scaling * rank)
+            factors = {"lora_B.0": left, "lora_A.0": right}
+        else:
+            key = (kind, r, list(widths), float(lora_alpha))
+            found = decompose(left, torch.eye(rank) * scaling, right)
+            factors = start_factors(found, r, widths, lora_alpha / r, generator)
+        tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
+        # The dropout is a setting of their training; fan_in_fan_out follows the base's module.
+        group = groups.setdefault(str(key), LayerGroup(*key, 0.0, "gaussian", False, {}))
+        group.rank_pattern[name] = "1" * key[1]
+    odd = next((name for name in state if "lora_" in name), None)
+    if not names or odd:
+        raise ValueError(f"{folder}: {odd or 'no pair of LoRA matrices'} is nothing that can be imported")
+    return list(groups.values()), {**tensors, **state}, list(state)
+
+
+def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA can be imported")
+    for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"):
+        if values.get(key):
+            raise ValueError(f"{path}: adapters with {key} cannot be imported")
+    if values.get("bias", "none") != "none":
+        raise ValueError(f"{path}: adapters with trained biases cannot be imported")
+
+
+def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
+    """lora_alpha / r, or with rank-stabilised scaling lora_alpha / √r, by peft's rule for its patterns."""
+    patterns = values.get("alpha_pattern") or {}
+    matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(matches, values["lora_alpha"])
+    return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank

@@ -1,0 +1,280 @@
+"""Exports, judged by peft and by plain transformers, on a trained adapter over real weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import loralib
+from loralib.export import export_merged, import_peft, main, merge_into
+from loralib.peft_format import decompose, export_peft, start_factors
+
+SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def numerical_rank(layer):
+    return int(torch.linalg.matrix_rank(layer.delta_weight().detach().double(), rtol=1e-6))
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_peft_gives_the_same_logits(encoder, lora2, tmp_path, pruned, capsys):
+    model, _, folder = lora2
+    if pruned:  # whole modules, as the allocator may leave them
+        model = encoder.base()
+        loralib.load_adapter(model, folder)
+        for layer in list(loralib.lora_layers(model).values())[::3]:
+            layer.lora_E = None if layer.lora_E is None else nn.Parameter(torch.zeros_like(layer.lora_E))
+        folder = loralib.save_adapter(model, tmp_path / "pruned")
+    assert main([str(folder), "--to", "peft", str(tmp_path / "peft"), "--base", "some/base"]) == 0
+    theirs = PeftModel.from_pretrained(encoder.base(), tmp_path / "peft")
+    torch.testing.assert_close(encoder.logits(theirs), encoder.logits(model), **CLOSE)
+    assert (encoder.logits(encoder.base()) - encoder.logits(model)).abs().max() > 0.05
+    ranks = {name: rank for name, layer in loralib.lora_layers(model).items() if (rank := numerical_rank(layer))}
+    state = load_file(tmp_path / "peft/adapter_model.safetensors")
+    assert ranks == {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): tensor.shape[0]
+        for name, tensor in state.items()
+        if name.endswith("lora_A.weight")
+    }
+    assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
+    assert "modules of rank" in capsys.readouterr().out
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(encoder.logits(merged), encoder.logits(model), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("lora", {}), ("adalora", {}), ("lora2", {"k": 1}), ("lora2", {"k": 3, "share_outer": True}),
+        ("multiscale", {"widths": (6, 2)}), ("multiscale", {"widths": (2, 6)}),
+    ],
+)  # fmt: skip
+def test_every_kind_exports_at_its_true_rank(encoder, tmp_path, kind, options):
+    model = encoder.base()
+    loralib.inject(model, kind, ["query", "intermediate"], r=4, lora_alpha=6, **options)
+    loralib.mark_only_lora_as_trainable(model)
+    torch.manual_seed(3)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, std=0.3)
+    folder = loralib.save_adapter(model, tmp_path / "ours")
+    ranks = export_peft(folder, tmp_path / "peft")
+    expected = min(4, *options.get("widths", ()), options.get("k", 4))
+    assert set(ranks.values()) == {expected}
+    theirs = PeftModel.from_pretrained(encoder.base(), tmp_path / "peft")
+    scale = encoder.logits(model).abs().max()
+    torch.testing.assert_close(encoder.logits(theirs), encoder.logits(model), atol=1e-5 * max(1, scale), rtol=1e-5)
+
+
+def test_conv1d_exports(tmp_path):
+    def gpt2():
+        torch.manual_seed(0)
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16, bos_token_id=0)
+        return GPT2LMHeadModel(config).eval()
+
+    model = gpt2()
+    loralib.inject(model, "lora2", ["c_attn", "mlp.c_proj"], r=4, k=3)
+    loralib.mark_only_lora_as_trainable(model)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, std=0.5)
+    folder = loralib.save_adapter(model, tmp_path / "ours")
+    export_peft(folder, tmp_path / "peft")
+    ids = torch.arange(1, 13).view(2, 6)
+    theirs = PeftModel.from_pretrained(gpt2(), tmp_path / "peft")
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, **CLOSE)
+    plain = gpt2()
+    merge_into(plain, folder)
+    assert type(plain.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    torch.testing.assert_close(plain(ids).logits, model(ids).logits, **CLOSE)
+
+
+def test_roberta_head_goes_to_modules_to_save_whole(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    def roberta():
+        torch.manual_seed(0)
+        config = RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                               vocab_size=40, num_labels=3)  # fmt: skip
+        return RobertaForSequenceClassification(config).eval()
+
+    model = roberta()
+    loralib.inject(model, "lora2", ["query"], r=2, k=2)
+    loralib.mark_only_lora_as_trainable(model)
+    model.classifier.requires_grad_(True)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter)
+    export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"] and config["task_type"] == "SEQ_CLS"
+    ids = torch.arange(4, 16).view(2, 6)
+    theirs = PeftModel.from_pretrained(roberta(), tmp_path / "peft")
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, **CLOSE)
+
+
+# ---- merged ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_merged_checkpoint_is_plain_transformers(encoder, lora2, tmp_path):
+    out = tmp_path / "merged"
+    assert main([str(lora2[2]), "--to", "merged", str(out), "--base", str(encoder.path)]) == 0
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.num_labels == 1
+    assert not any(type(m).__module__.startswith("loralib") for m in model.modules())
+    torch.testing.assert_close(encoder.logits(model), encoder.logits(lora2[0]), **CLOSE)
+    text = ["A plane is taking off.", "Ein Flugzeug."]
+    assert AutoTokenizer.from_pretrained(out)(text) == encoder.tokenizer(text)
+
+
+def test_drift_of_a_bfloat16_merge_is_that_of_bfloat16_weights(encoder, lora2, tmp_path):
+    export_merged(lora2[2], tmp_path / "merged", str(encoder.path), dtype=torch.bfloat16)
+    stored = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert stored.dtype == torch.bfloat16
+    logits = encoder.logits(lora2[0])
+    drift = (encoder.logits(stored.float()) - logits).abs().max()
+    moved = (encoder.logits(encoder.base()) - logits).abs().max()
+    assert 0 < drift < 0.1 * moved
+
+
+def test_merge_refuses_another_base_and_changes_nothing(encoder, lora2):
+    base = encoder.base()
+    with torch.no_grad():
+        base.bert.embeddings.word_embeddings.weight[7] += 1
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    with pytest.raises(ValueError, match="weights are not those"):
+        merge_into(base, lora2[2])
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+    merge_into(base, lora2[2], allow_other_base=True)
+
+
+# ---- import ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peft_adapter(encoder, tmp_path):
+    """A LoRA of peft's own on real weights, two ranks, with the logits peft gives."""
+    torch.manual_seed(5)
+    settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
+                          rank_pattern={"value": 3}, alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
+    theirs = get_peft_model(encoder.base(), settings)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs", encoder.logits(theirs)
+
+
+def test_a_peft_lora_imports_with_the_same_logits(encoder, peft_adapter, tmp_path, capsys):
+    folder, logits = peft_adapter
+    out = tmp_path / "ours"
+    assert main([str(folder), "--to", "loralib", str(out), "--base", str(encoder.path)]) == 0
+    model = encoder.base()
+    config = loralib.load_adapter(model, out)
+    assert config.kind == "lora" and set(config.ranks.values()) == {3, 6}
+    torch.testing.assert_close(encoder.logits(model), logits, **CLOSE)
+    export_peft(out, tmp_path / "back")  # and back
+    torch.testing.assert_close(encoder.logits(PeftModel.from_pretrained(encoder.base(), tmp_path / "back")), logits,
+                               **CLOSE)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, r, widths", [("lora2", 8, (8,)), ("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))]
+)
+def test_a_start_by_svd_is_the_best_approximation(encoder, peft_adapter, kind, r, widths):
+    exact, start = encoder.base(), encoder.base()
+    import_peft(exact, peft_adapter[0])
+    import_peft(start, peft_adapter[0], kind, r=r, widths=widths, lora_alpha=4.0)
+    kept = min(r, *widths, 99)
+    for name, layer in loralib.lora_layers(start).items():
+        whole = exact.get_submodule(name).delta_weight().detach()
+        sigma = torch.linalg.svdvals(whole.double())
+        error = torch.linalg.matrix_norm((whole - layer.delta_weight()).double())
+        torch.testing.assert_close(error, sigma[kept:].square().sum().sqrt(), atol=1e-5, rtol=1e-4)
+    if kept >= 6:
+        torch.testing.assert_close(encoder.logits(start), peft_adapter[1], **CLOSE)
+    pattern = encoder.train(start, steps=6, lr=1e-3)  # and it trains and prunes
+    assert len(pattern) == 12
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"), ({"peft_type": "IA3"}, "only LORA")],
+)  # fmt: skip
+def test_what_is_more_than_lora_is_refused(encoder, peft_adapter, change, says):
+    path = peft_adapter[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    base = encoder.base()
+    with pytest.raises(ValueError, match=says):
+        import_peft(base, peft_adapter[0])
+    assert not loralib.lora_layers(base)
+
+
+def test_rank_stabilised_scaling_is_kept(encoder, tmp_path):
+    torch.manual_seed(5)
+    theirs = get_peft_model(encoder.base(), LoraConfig(r=4, lora_alpha=3, target_modules=["key"], use_rslora=True,
+                                                       init_lora_weights=False))  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = encoder.base()
+    import_peft(ours, tmp_path / "theirs")
+    torch.testing.assert_close(encoder.logits(ours), encoder.logits(theirs), **CLOSE)
+
+
+# ---- parts and errors -----------------------------------------------------------------------------------------------
+
+
+def test_decomposition_against_a_dense_svd():
+    torch.manual_seed(0)
+    left, right = torch.randn(20, 5), torch.randn(4, 9)
+    core = torch.randn(5, 4) @ torch.diag(torch.tensor([1.0, 0, 2, 1]))
+    u, sigma, vt = decompose(left, core, right)
+    dense = left.double() @ core.double() @ right.double()
+    assert len(sigma) == 3
+    torch.testing.assert_close(u * sigma @ vt, dense)
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(dense)[:3])
+    factors = start_factors((u, sigma, vt), 6, (5, 4), 2.0, torch.Generator().manual_seed(0))
+    chain = factors["lora_B.0"] @ factors["lora_B.1"] @ factors["lora_B.2"] @ torch.diag(factors["lora_E"])
+    chain = chain @ factors["lora_A.2"] @ factors["lora_A.1"] @ factors["lora_A.0"] * 2
+    torch.testing.assert_close(chain, dense.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["nowhere", "--to", "peft", "out"], "no adapter folder"),
+        (["nowhere", "--to", "merged", "out"], "--base"),
+        (["nowhere", "--to", "onnx", "out"], "invalid choice"),
+        (["nowhere", "--to", "peft", "out", "--dtype", "bfloat16"], "belongs to --to merged"),
+        (["nowhere", "--to", "loralib", "out", "--base", "x", "--r", "4"], "belongs to a start by SVD"),
+        (["nowhere"], "required"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_and_dead_adapters_write_nothing(encoder, lora2, peft_adapter, tmp_path, capsys):
+    copy = shutil.copytree(lora2[2], tmp_path / "copy")
+    weights = load_file(copy / "adapter_model.safetensors")
+    save_file({n: t + 1 for n, t in weights.items()}, copy / "adapter_model.safetensors")
+    head_only = encoder.base().requires_grad_(False)
+    head_only.classifier.requires_grad_(True)
+    loralib.save_adapter(head_only, tmp_path / "head")
+    refused = {copy: "changed", tmp_path / "head": "no low-rank update", peft_adapter[0]: "peft adapter"}
+    for adapter, says in refused.items():
+        assert main([str(adapter), "--to", "peft", str(tmp_path / "out")]) == 2
+        assert says in capsys.readouterr().err
+    assert main([str(lora2[2]), "--to", "merged", str(tmp_path / "out"), "--base", str(tmp_path)]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("x")
+    assert main([str(lora2[2]), "--to", "peft", str(tmp_path / "mine")]) == 2
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
