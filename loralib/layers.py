@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loralib.fused import adapted_linear
+
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
 
@@ -113,7 +115,7 @@ class LoRALayer(nn.Linear):
         self.init = init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
-        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_dropout = nn.Dropout(lora_dropout)
         # A buffer, so that it follows the layer to another device; never part of a state dict.
         self.register_buffer("_weight_before_merge", None, persistent=False)
         self.weight.requires_grad_(False)
@@ -198,22 +200,23 @@ class LoRALayer(nn.Linear):
         return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out).
+        """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out), in the dtype of ``weight`` (or autocast's).
 
         Raises:
             RuntimeError: in training mode with gradients on while merged.
         """
-        out = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
-        if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError("a merged layer does not train: call unmerge() before training")
-            return out
-        if self.r == 0:
-            return out
-        hidden = F.linear(self.lora_dropout(x).to(out.dtype), self.lora_A[0].to(out.dtype))
-        hidden = hidden @ self.folded_core().to(out.dtype).T
-        rows = out.view(-1, self.out_features)
-        return rows.addmm_(hidden.flatten(0, -2), self.lora_B[0].to(out.dtype).T).view_as(out)
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError("a merged layer does not train: call unmerge() before training")
+        if self.merged or self.r == 0:
+            return F.linear(x, weight, self.bias)
+        dropped = self.lora_dropout(x) if self.training and self.lora_dropout.p > 0 else None
+        core, scale = self._core_and_scale()
+        return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
+
+    def _core_and_scale(self) -> tuple[Tensor | None, float]:
+        """The core as the forward pass wants it: a matrix, or None for the identity times a number."""
+        return self.folded_core(), 1.0
 
     def merge(self) -> None:
         """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit."""
@@ -284,6 +287,9 @@ class Linear(LoRALayer):
         if self.r:
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
             nn.init.zeros_(self.lora_B[0])
+
+    def _core_and_scale(self) -> tuple[Tensor | None, float]:
+        return None, self.scaling
 
     def folded_core(self) -> Tensor:
         """s times the identity, (r, r)."""
