@@ -1,0 +1,149 @@
+"""The fused layer against the separate operations, written out, in every mode that training may use."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import loralib
+from loralib.fused import adapted_linear, product
+
+
+def separate(x, weight, bias, a, core, b, scale=1.0, dropped=None):
+    core = torch.eye(a.shape[0], dtype=a.dtype) if core is None else core
+    low = (x if dropped is None else dropped) @ a.T @ core.T @ b.T
+    return x @ weight.T + (0 if bias is None else bias) + scale * low
+
+
+def arguments(n=(2, 5), in_features=11, out_features=7, k=3, dtype=torch.float64, **without):
+    torch.manual_seed(0)
+    shapes = {"x": (*n, in_features), "weight": (out_features, in_features), "bias": (out_features,),
+              "a": (k, in_features), "core": (k, k), "b": (out_features, k), "dropped": (*n, in_features)}  # fmt: skip
+    return {name: None if without.get(name, False) is None else torch.randn(shape, dtype=dtype, requires_grad=True)
+            for name, shape in shapes.items()}  # fmt: skip
+
+
+MISSING = [{}, {"dropped": None}, {"core": None}, {"bias": None, "dropped": None, "core": None}]
+
+
+@pytest.mark.parametrize("without", MISSING)
+@pytest.mark.parametrize("n", [(2, 5), (4,), (), (0, 5), (1, 1, 2)])
+def test_values_and_gradients_equal_the_separate_operations(without, n):
+    given = arguments(n, **without)
+    expected, found = (function(**given, scale=1.7) for function in (separate, adapted_linear))
+    torch.testing.assert_close(found, expected)
+    leaves = [t for t in given.values() if t is not None]
+    weight = torch.randn_like(expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, leaves, weight), torch.autograd.grad(expected, leaves, weight), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("without", MISSING)
+def test_second_derivatives(without):
+    names, tensors = zip(*arguments((3,), 4, 3, 2, **without).items(), strict=True)
+    present = [i for i, t in enumerate(tensors) if t is not None]
+
+    def run(*leaves):
+        values = dict(zip([names[i] for i in present], leaves, strict=True))
+        return adapted_linear(**dict.fromkeys(names) | values, scale=0.5)
+
+    leaves = tuple(tensors[i] for i in present)
+    assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("shape", [(300, 200, 100), (64, 768, 8), (1, 1, 1)])
+def test_float32_products_agree_with_float64(shape):
+    n, k, m = shape
+    x, weight, bias = torch.randn(n, k), torch.randn(m, k), torch.randn(m)
+    with torch.no_grad():
+        for left, right, offset in ((x, weight, bias), (x, weight, None), (x.T, torch.randn(m, n).T.T, None)):
+            expected = left.double() @ right.double().T + (0 if offset is None else offset.double())
+            torch.testing.assert_close(product(left, right, offset).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def trained_layer(dtype=torch.float32, **options):
+    torch.manual_seed(1)
+    layer = loralib.LoRA2Linear(16, 24, 4, 8, k=3, **options)
+    with torch.no_grad():
+        for p in layer.lora_parameters():
+            p.normal_(std=0.3)
+    layer.weight.data = layer.weight.data.to(dtype)
+    return layer
+
+
+def gradients(layer, run):
+    layer.zero_grad()
+    run(layer).float().square().sum().backward()
+    return [p.grad for p in layer.lora_parameters()]
+
+
+def test_autocast_equals_bfloat16_weights_and_is_near_float32():
+    x = torch.randn(6, 16)
+    layer, half = trained_layer(), trained_layer(torch.bfloat16)
+    exact, stored = layer(x), half(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = layer(x)
+    assert exact.dtype == torch.float32 and cast.dtype == stored.dtype == torch.bfloat16
+    torch.testing.assert_close(cast, stored, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(cast.float(), exact, rtol=0.05, atol=0.1)
+    for mine in (gradients(half, lambda m: m(x)), gradients(layer, lambda m: m(x.bfloat16().float()))):
+        assert all(g.dtype == torch.float32 for g in mine)
+
+
+def test_float32_inputs_to_bfloat16_weights_get_float32_gradients():
+    x = torch.randn(6, 16, requires_grad=True)
+    trained_layer(torch.bfloat16)(x).sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_used_twice_and_checkpointed_with_dropout():
+    x = torch.randn(6, 16)
+
+    def twice(layer):
+        torch.manual_seed(2)
+        return layer(x) + layer(x.flip(0))
+
+    def recomputed(layer):
+        torch.manual_seed(2)
+        return checkpoint(layer, x, use_reentrant=False) + checkpoint(layer, x.flip(0), use_reentrant=False)
+
+    layer = trained_layer(lora_dropout=0.4)
+    expected = gradients(layer, twice)
+    torch.testing.assert_close(gradients(layer, recomputed), expected)
+    copied = copy.deepcopy(layer)
+    parts = [gradients(copied, lambda m, i=i: (torch.manual_seed(2), m(x), m(x.flip(0)))[1 + i]) for i in range(2)]
+    both = gradients(copied.eval(), twice)
+    assert all(torch.isfinite(g).all() for g in [*parts[0], *both])
+    assert not torch.allclose(both[0], expected[0])  # eval drops nothing
+
+
+def test_an_unfrozen_weight_and_bias_train_too():
+    layer, plain = trained_layer(), nn.Linear(16, 24)
+    layer.weight.requires_grad_(True), layer.bias.requires_grad_(True)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    x, weight = torch.randn(6, 16), torch.randn(6, 24)
+    for module in (layer, plain):
+        (module(x) * weight).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+def test_only_the_input_and_the_hidden_values_are_kept():
+    layer, x = trained_layer(), torch.randn(50, 16)
+    own = {id(p) for p in layer.parameters()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x.requires_grad_())
+    large = {tuple(t.shape) for t in kept if id(t) not in own and t.numel() > 24 * 4}
+    assert large == {(50, 16), (50, 3)}
+
+
+def test_traces_whole_under_torch_compile():
+    layer, x = trained_layer(), torch.randn(6, 16)
+    expected = layer(x), gradients(layer, lambda m: m(x))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close((compiled(x), gradients(layer, lambda m: compiled(x))), expected)
