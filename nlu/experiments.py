@@ -1,7 +1,9 @@
 """An experiment file (`configs/experiments/NAME.yaml`) read into a checked list of runs.
 
 name: example
-description: one sentence, shown by the tables
+description: one sentence, printed at the start
+command: bash scripts/run_{task_name}.sh   # optional, in place of nlu/run_glue.py; the run's arguments fill the braces
+base_from: other.yaml                   # optional: a file beside this one, whose base goes under this file's
 base:                                   # arguments of every run, any flag of nlu/run_glue.py
   max_steps: 600
 grid:                                   # one run for each combination
@@ -12,7 +14,7 @@ grid:                                   # one run for each combination
   task_name: [cola, rte]
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
-overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]   # later ones win
+overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]   # they win over the grid, later ones over earlier ones
 reference: {variant: inner}             # what the tables compare with (default: the rows whose method is lora)
 select:                                 # optional: choose one argument on a held-out part of the training set
   argument: learning_rate               # for each combination of the axes but seed

@@ -87,6 +87,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:
         _check_arguments([*selecting, *final], places)
+    print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments import load_experiment
-from nlu.sweep_runs import comparable, portable
+from nlu.sweep_runs import Places, command_line, comparable, portable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run_glue.py")
@@ -315,6 +315,31 @@ def test_the_repository_s_experiments_load(path):
     experiment = load_experiment(path, {"model_name_or_path": "encoder"})
     assert experiment.name == path.stem and experiment.description
     assert any(run.reference for run in experiment.runs)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs/experiments").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_run_glue_accepts_every_command_of_the_experiments(path, tmp_path):
+    from nlu.arguments import parse_arguments
+
+    places = Places(tmp_path, tmp_path, [])
+    experiment = load_experiment(path, {"model_name_or_path": "encoder"})
+    runs = experiment.runs + (experiment.selection.runs if experiment.selection else [])
+    parsed = 0
+    for run in {
+        tuple(run.arguments[key] for key in sorted(run.arguments) if key != "seed"): run for run in runs
+    }.values():
+        if run.command:
+            assert (REPOSITORY / run.command[-1]).is_file()
+            assert f"METHOD={run.arguments['method']}" in run.command
+            continue
+        record = parse_arguments(command_line(run, places)).record()
+        for key, value in run.arguments.items():
+            if value is not None and key not in ("method", "bf16", "eval_strategy", "save_strategy"):
+                assert record[key] == value, key
+        parsed += 1
+    assert parsed or experiment.runs[0].command
 
 
 def test_the_evidence_protocol_is_fair():
