@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from loralib.allocator import check_allocator_arguments
 from loralib.orthogonality import parse_terms
 from nlu.errors import UsageError
+from nlu.flags import SVD, file_flags, method_file, translate
 from nlu.tasks import get_task
 
-METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
-LOW_RANK = frozenset({"lora", "adalora", "lora2", "sora"})
-SVD = frozenset({"adalora", "lora2"})
-ADAPTERS = frozenset({"hadapter", "padapter"})
+LOW_RANK = frozenset({"lora", "adalora", "lora2"})
 
 # Flags that only some methods read; given with another method they would be silently ignored, so they are refused.
 FLAG_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), LOW_RANK),
-    "lora_module": LOW_RANK | {"peft"},
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_module"), LOW_RANK),
     **dict.fromkeys(("lora_k", "lora_widths", "lora_share_outer"), frozenset({"lora2"})),
     **dict.fromkeys(
         ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
          "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"),
         SVD,
     ),
-    "adapter_size": ADAPTERS,
-    "sora_lambda": frozenset({"sora"}),
-    "peft_config": frozenset({"peft"}),
 }  # fmt: skip
 
 EPILOG = """examples:
@@ -59,6 +51,9 @@ class ModelArguments:
     )
     no_fast_attention: bool = field(
         default=False, metadata={"help": "Use transformers' own DeBERTa attention instead of the exact, faster one."}
+    )
+    no_fast_dropout: bool = field(
+        default=False, metadata={"help": "On a CPU, use torch's own dropout instead of the faster one (other draws)."}
     )
 
 
@@ -212,13 +207,13 @@ def parse_arguments(argv: list[str]) -> Arguments:
     """
     explicit = list(argv)
     if explicit and not explicit[0].startswith("-"):
-        explicit[:1] = _file_flags(Path(explicit[0]))
-    explicit = _translate(explicit)
+        explicit[:1] = file_flags(Path(explicit[0]))
+    explicit = translate(explicit)
     parser = build_parser()
     if {"-h", "--help"} & set(explicit):
         parser.parse_args(["--help"])
     given = _given_names(parser, explicit)
-    config, base, method_flags = _method_file(_value(explicit, "method"), explicit)
+    config, base, method_flags = method_file(explicit)
     # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
     device = [] if torch.accelerator.is_available() else ["--use_cpu=True"]
     try:
@@ -232,114 +227,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return arguments
 
 
-def _file_flags(path: Path) -> list[str]:
-    """An argument file (a mapping of argument names to values) as command-line flags."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"cannot read the argument file {path}: {reason}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: an argument file is a mapping of argument names to values")
-    return mapping_flags(values, str(path))
-
-
-def mapping_flags(values: dict[str, Any], source: str) -> list[str]:
-    """{"lora_r": 8, "do_train": true} → ["--lora_r", "8", "--do_train", "True"].
-
-    Raises:
-        UsageError: for a value that is no plain string, number or boolean; ``source`` names the file.
-    """
-    flags = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
-            raise UsageError(f"{source}: {name} needs a plain value, got {value!r}")
-        flags.append(f"--{name}={value}")
-    return flags
-
-
-_RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
-
-
-def _translate(argv: list[str]) -> list[str]:
-    """Published and older flags in today's spelling."""
-    out: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        name, equals, value = token.partition("=")
-        bare = name.removeprefix("--").replace("-", "_")
-        if not name.startswith("--"):
-            out.append(token)
-        elif bare == "local_rank":  # torch.distributed.launch passes it; the environment says the same
-            if not equals:
-                next(tokens, None)
-        elif bare == "warmup_ratio":
-            ratio = value if equals else next(tokens, "")
-            out += ["--warmup_steps", _ratio(ratio)]
-        elif bare in _RENAMED:
-            out.append(f"--{_RENAMED[bare]}{equals}{value}")
-        else:
-            out.append(f"--{bare}{equals}{value}")
-    return out
-
-
-def _ratio(text: str) -> str:
-    try:
-        ratio = float(text)
-    except ValueError:
-        ratio = -1.0
-    if not 0 <= ratio < 1:
-        raise UsageError(f"--warmup_ratio must lie in [0, 1), got {text!r}; for a number of steps use --warmup_steps")
-    return text
-
-
 def _given_names(parser: HfArgumentParser, flags: list[str]) -> set[str]:
     known = {option: action.dest for action in parser._actions for option in action.option_strings}
     return {known[f.partition("=")[0]] for f in flags if f.partition("=")[0] in known}
-
-
-def _value(flags: list[str], name: str) -> str | None:
-    """The last value given for a flag, from the bare list of flags."""
-    found = None
-    for position, flag in enumerate(flags):
-        head, equals, value = flag.partition("=")
-        if head == f"--{name}":
-            found = value if equals else (flags[position + 1] if position + 1 < len(flags) else "")
-    return found
-
-
-def _is_set(flags: list[str], name: str) -> bool:
-    value = _value(flags, name)
-    return value is not None and value.lower() not in ("false", "no", "0")
-
-
-def _method_file(name: str | None, flags: list[str]) -> tuple[str, str, list[str]]:
-    """(config name, base method, default flags) from --method or the published flags that stand for it."""
-    lora_type = _value(flags, "lora_type")
-    published = lora_type is not None or _is_set(flags, "apply_lora") or _is_set(flags, "apply_adalora")
-    if lora_type not in (None, "svd", "frd"):
-        raise UsageError(f"--lora_type is svd or frd, got {lora_type!r}")
-    if lora_type == "frd" and _is_set(flags, "apply_adalora"):
-        raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
-    meant = "lora" if lora_type == "frd" or (published and lora_type is None) else "lora2"
-    if published and lora_type is None and _is_set(flags, "apply_adalora"):
-        meant = "lora2"
-    config = name or meant
-    path = METHOD_FOLDER / f"{config}.yaml"
-    if Path(config).name != config or not path.is_file():
-        names = ", ".join(sorted(p.stem for p in METHOD_FOLDER.glob("*.yaml")))
-        raise UsageError(f"unknown method {config!r}: --method takes one of {names}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    base = values.pop("method")
-    if published and name is not None and (base in SVD) != (meant == "lora2"):
-        raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")
-    defaults = mapping_flags(values, str(path.name))
-    if published and name is None and meant == "lora2" and not _is_set(flags, "apply_adalora"):
-        defaults.append("--rank_allocation=False")  # svd layers without --apply_adalora: nothing is pruned
-    return config, base, defaults
 
 
 def _refuse_ignored_flags(given: set[str], method: str) -> None:

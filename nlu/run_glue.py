@@ -39,7 +39,9 @@ import loralib
 from nlu.arguments import Arguments, command_line, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, tokenize
+from nlu.deberta_attention import enable_fast_attention
 from nlu.errors import UsageError
+from nlu.fast_dropout import enable_fast_dropout
 from nlu.files import read_json, write_json
 from nlu.methods import (
     AppliedMethod,
@@ -211,6 +213,10 @@ def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
         model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
         dtype=torch.float32,
     )  # fmt: skip
+    if not model.no_fast_attention:
+        enable_fast_attention(loaded)
+    if not model.no_fast_dropout:
+        enable_fast_dropout(loaded)
     return loaded
 
 

