@@ -270,8 +270,6 @@ def _check(arguments: Arguments) -> None:
         raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
     if model.cls_dropout is not None and not 0 <= model.cls_dropout < 1:
         raise UsageError(f"--cls_dropout must lie in [0, 1), got {model.cls_dropout}")
-    if training.fp16 and training.bf16:
-        raise UsageError("--fp16 and --bf16 exclude each other")
     _check_method(method)
 
 

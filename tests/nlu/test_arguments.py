@@ -1,0 +1,161 @@
+"""The command line: the published flags, precedence, and one line for whatever is wrong."""
+
+import json
+import shlex
+
+import pytest
+
+from nlu.arguments import parse_arguments
+from nlu.errors import UsageError
+
+PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
+    --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup 8000 --final_warmup 50000 --mask_interval 100
+    --beta1 0.85 --beta2 0.85 --lora_module query,key,value,intermediate,layer.output,attention.output
+    --lora_alpha 16 --do_train --do_eval --max_seq_length 256 --per_device_train_batch_size 32 --learning_rate 5e-4
+    --num_train_epochs 7 --warmup_steps 1000 --cls_dropout 0.15 --weight_decay 0 --evaluation_strategy steps
+    --eval_steps 3000 --save_strategy steps --save_steps 30000 --logging_steps 500 --seed 6
+    --root_output_dir ./output/glue/mnli --overwrite_output_dir"""
+BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
+
+
+def parse(text):
+    return parse_arguments(shlex.split(text))
+
+
+def test_the_published_command_means_lora2():
+    arguments = parse(PUBLISHED)
+    method, training = arguments.method, arguments.training
+    assert (method.method, method.lora_k, method.lora_r, method.target_rank) == ("lora2", None, 8, 3)
+    assert (method.init_warmup, method.final_warmup, method.mask_interval) == (8000, 50000, 100)
+    assert method.rank_allocation and method.reg_orth_coef == 0.1 and method.lora_alpha == 16
+    assert training.eval_strategy == "steps" and training.eval_steps == 3000 and training.save_steps == 30000
+    assert training.learning_rate == 5e-4 and training.warmup_steps == 1000 and training.num_train_epochs == 7
+    assert training.overwrite_output_dir and arguments.model.cls_dropout == 0.15
+    assert arguments.data.max_seq_length == 256 and training.seed == 6
+
+
+def test_flags_that_a_launcher_adds_are_accepted():
+    assert parse(f"--local-rank=0 {BASE}").method.method == "lora2"
+    assert parse(f"--local_rank 1 {BASE}").method.method == "lora2"
+
+
+@pytest.mark.parametrize(
+    "flags, method, allocation",
+    [
+        ("--apply_lora --lora_type frd", "lora", None),
+        ("--apply_lora", "lora", None),
+        ("--apply_lora --lora_type svd --apply_adalora", "lora2", True),
+        ("--apply_lora --lora_type svd", "lora2", False),
+        ("--method adalora --apply_lora --lora_type svd --apply_adalora", "adalora", True),
+        ("--method lora2", "lora2", True),
+        ("", "lora2", True),
+    ],
+)
+def test_published_flags_and_their_method(flags, method, allocation):
+    parsed = parse(f"{BASE} {flags}").method
+    assert parsed.method == method and (allocation is None or parsed.rank_allocation is allocation)
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [("--warmup_ratio 0.1", 0.1), ("--warmup_ratio=0.06", 0.06), ("--warmup_steps 200", 200)],
+)
+def test_warmup(flags, steps):
+    assert parse(f"{BASE} {flags}").training.warmup_steps == steps
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_an_argument_file_comes_first_and_flags_override_it(tmp_path, suffix):
+    values = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out",
+              "method": "adalora", "lora_r": 6, "learning_rate": 1e-3, "cls_dropout": None}  # fmt: skip
+    path = tmp_path / f"run{suffix}"
+    path.write_text(json.dumps(values))  # JSON is YAML too
+    parsed = parse(f"{path} --lora_r 5")
+    assert parsed.method.lora_r == 5 and parsed.method.method == "adalora"
+    assert parsed.training.learning_rate == 1e-3 and parsed.training.do_train
+    assert parse(f"{path} --method lora2").method.method == "lora2"
+
+
+def test_the_default_target_is_half_the_rank():
+    assert parse(f"{BASE} --lora_r 8").method.target_rank == 4
+    assert parse(f"{BASE} --lora_r 1").method.target_rank == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--target_rank 9 --lora_r 8", "target_rank (9) is larger than lora_r (8)"),
+        ("--task_name nope", "unknown task"),
+        ("--method nope", "unknown method"),
+        ("--method ../methods/lora", "unknown method"),
+        ("--method lora --lora_type svd", "contradicts"),
+        ("--method adalora --lora_type frd", "contradicts"),
+        ("--lora_type frd --apply_adalora", "svd"),
+        ("--lora_type other", "svd or frd"),
+        ("--lora_r 0", "lora_r"),
+        ("--lora_r -3", "lora_r"),
+        ("--lora_r two", "lora_r"),
+        ("--lora_k 0", "lora_k"),
+        ("--lora_k 8 --lora_widths 4,4", "exclude"),
+        ("--lora_widths 4,x", "lora_widths"),
+        ("--mask_interval 0", "mask_interval"),
+        ("--beta1 1.0", "beta1"),
+        ("--beta2 0", "beta2"),
+        ("--lora_alpha 0", "lora_alpha"),
+        ("--lora_dropout 1", "lora_dropout"),
+        ("--lora_init zeros", "lora_init"),
+        ("--orth_terms PP", "terms"),
+        ("--importance outer", "importance"),
+        ("--reg_orth_coef -1", "reg_orth_coef"),
+        ("--method lora --target_rank 3", "no meaning with --method lora"),
+        ("--method adalora --lora_k 3", "no meaning with --method adalora"),
+        ("--no_such_flag 1", "no_such_flag"),
+        ("--lora 3", "--lora"),
+        ("--warmup_ratio 1.0", "warmup_ratio"),
+        ("--warmup_ratio x", "warmup_ratio"),
+        ("--warmup_steps -1", "warmup_steps"),
+        ("--max_seq_length 0", "max_seq_length"),
+        ("--max_train_samples 0", "max_train_samples"),
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size"),
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps"),
+        ("--max_steps 0", "step"),
+        ("--num_train_epochs 0", "step"),
+        ("--learning_rate 0", "learning_rate"),
+        ("--learning_rate nan", "learning_rate"),
+        ("--holdout_fraction 1", "holdout_fraction"),
+        ("--cls_dropout 1.5", "cls_dropout"),
+        ("--train_file x.csv", "exclude each other"),
+        ("--evaluation_strategy sometimes", "sometimes"),
+        ("--bf16 --fp16", "fp16 and bf16"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(flags, words):
+    with pytest.raises(UsageError) as error:
+        parse(f"{BASE} {flags}")
+    message = str(error.value)
+    assert words in message and "\n" not in message and len(message) < 400
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("--task_name cola --do_train --root_output_dir o", "model_name_or_path"),
+        ("--model_name_or_path m --do_train --root_output_dir o", "nothing to train on"),
+        ("--model_name_or_path m --task_name cola --root_output_dir o", "nothing to do"),
+        ("--model_name_or_path m --task_name cola --do_train", "root_output_dir"),
+        ("missing.yaml --do_train", "missing.yaml"),
+    ],
+)
+def test_what_is_missing_is_named(command, words):
+    with pytest.raises(UsageError) as error:
+        parse(command)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b", "lora_r: [1, 2]", "a: b: c", "3", "lora_r: {x: 1}", "\x00"])
+def test_a_malformed_argument_file_is_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as error:
+        parse(f"{path} {BASE}")
+    assert "run.yaml" in str(error.value) and "\n" not in str(error.value)

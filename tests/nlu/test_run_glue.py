@@ -1,0 +1,240 @@
+"""Whole runs on a tiny encoder: records, methods, MNLI's two sets, prediction, refusals that lose nothing."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import matthews_corrcoef
+
+from nlu import run_glue
+from nlu.run_glue import main
+from tests.nlu.conftest import GLUE, REPOSITORY, make_rows, write_rows
+
+
+def read(flags, name="results.json"):
+    return json.loads((Path(flags[flags.index("--root_output_dir") + 1]) / name).read_text())
+
+
+def replaced(flags, **changes):
+    flags = list(flags)
+    for name, value in changes.items():
+        flags[flags.index(f"--{name}") + 1] = str(value)
+    return flags
+
+
+def test_a_run_leaves_a_record_that_tells_all(base_flags, tmp_path, capsys):
+    assert main([*base_flags, "--method", "lora2", "--lora_k", "3", "--reg_orth_coef", "0.1"]) == 0
+    record = read(base_flags)
+    assert record["status"] == "finished" and record["error"] is None
+    assert (record["task"], record["method"], record["seed"]) == ("cola", "lora2", 3)
+    assert record["metric"] == "matthews_correlation"
+    assert [e["step"] for e in record["evaluations"]] == [3, 6]
+    scores = [e["matthews_correlation"] for e in record["evaluations"]]
+    assert record["best"] == max(scores) and record["last"] == scores[-1]
+    assert all(math.isfinite(e["loss"]) for e in record["evaluations"])
+    per_layer = [(16, 16)] * 4 + [(16, 32), (32, 16)]
+    assert record["adapter_params"] == 2 * sum((i + o) * 3 + 2 * 3 * 4 + 4 for i, o in per_layer)
+    assert record["head_params"] == 16 * 2 + 2 + 16 * 16 + 16
+    assert record["scored_params"] == 12 * (4 + 2 * 3 * 4)
+    assert (record["initial_budget"], record["final_budget"], record["live_budget"]) == (48, 24, 24)
+    pattern = read(base_flags, "rank_pattern.json")
+    assert len(pattern) == 12 and sum(map(sum, pattern.values())) == 24
+    assert record["live_adapter_params"] == record["adapter_params"] - 24 * (1 + 3 + 3)
+    assert record["steps"] == 6 and len(record["history"]) == 6
+    assert [row["budget"] for row in record["history"]][-1] == 24
+    assert record["steps_per_second"] == pytest.approx(6 / record["train_seconds"])
+    assert record["effective_batch_size"] == 8 and record["train_examples"] == 50 and record["eval_examples"] == 20
+    assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
+    assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
+    printed = capsys.readouterr().out
+    assert f"adapter {record['adapter_params']:,}" in printed and "best" in printed
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
+
+
+def test_checkpoints_hold_what_trains_and_not_the_base(base_flags, tmp_path):
+    assert main([*base_flags, "--method", "lora2"]) == 0
+    kept = sorted(p.name for p in (tmp_path / "run" / "model").iterdir())
+    assert kept == ["checkpoint-4", "checkpoint-6"]
+    weights = load_file(tmp_path / "run" / "model" / "checkpoint-6" / "model.safetensors")
+    assert all("lora_" in name or name.startswith(("classifier", "bert.pooler")) for name in weights)
+    record = read(base_flags)
+    assert sum(w.numel() for w in weights.values()) == record["adapter_params"] + record["head_params"]
+
+
+@pytest.mark.parametrize("task, metrics", [
+    ("mrpc", {"accuracy", "f1"}), ("stsb", {"pearson", "spearmanr"}), ("mnli", {"accuracy", "accuracy_mm"}),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_pairs_regression_and_three_classes(base_flags, task, metrics, method):
+    assert main([*replaced(base_flags, task_name=task), "--method", method]) == 0
+    record = read(base_flags)
+    assert metrics <= set(record["evaluations"][-1]) and record["method"] == method
+    assert record["eval_examples"] == (34 if task == "mnli" else 20)
+
+
+def test_it_learns(base_flags):
+    flags = replaced(base_flags, max_steps=150, eval_steps=150, save_steps=1000, logging_steps=50)
+    assert main([*flags, "--method", "lora2", "--lora_init", "orthogonal"]) == 0
+    assert read(flags)["last"] > 0.5
+    losses = [row["loss"] for row in read(flags)["history"]]
+    assert losses[-1] < losses[0]
+
+
+def test_the_score_is_scikit_learns_on_the_models_own_logits(base_flags, monkeypatch):
+    seen = {}
+    build = run_glue.build_trainer
+
+    def keep(*args):
+        seen["trainer"] = build(*args)
+        return seen["trainer"]
+
+    monkeypatch.setattr(run_glue, "build_trainer", keep)
+    assert main([*base_flags, "--method", "lora2"]) == 0
+    trainer = seen["trainer"]
+    trainer.model.eval()
+    guesses, labels = [], []
+    for row in trainer.eval_dataset:
+        inputs = {k: torch.tensor([row[k]]) for k in ("input_ids", "attention_mask", "token_type_ids")}
+        with torch.no_grad():
+            guesses.append(int(trainer.model(**inputs).logits.argmax()))
+        labels.append(row["labels"])
+    expected = 0.0 if len(set(guesses)) == 1 else matthews_corrcoef(labels, guesses)
+    assert read(base_flags)["last"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
+    """Rows of the last batch of the epoch included: 50 rows are 6 batches of 8 and one of 2."""
+    task, losses = "stsb" if regression else "cola", []
+    quiet = ["--cls_dropout", "0", "--method", "lora2", "--overwrite_output_dir", "--max_grad_norm", "0"]
+    for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
+        flags = replaced(base_flags, task_name=task, per_device_train_batch_size=batch, max_steps=9, learning_rate=1e-3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "dropout", lambda x, *args, **kwargs: x)
+            load = run_glue.load_model
+
+            def without_dropout(*args, load=load):
+                model = load(*args)
+                for module in model.modules():
+                    if isinstance(module, torch.nn.Dropout):
+                        module.p = 0.0
+                    if hasattr(module, "dropout_prob"):
+                        module.dropout_prob = 0.0
+                return model
+
+            patch.setattr(run_glue, "load_model", without_dropout)
+            patch.setattr(run_glue, "enable_fast_dropout", lambda model: 0)
+            assert main([*flags, *quiet, "--gradient_accumulation_steps", str(accumulate)]) == 0
+        losses.append([row["loss"] for row in read(flags)["history"]])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
+
+
+def test_predictions_are_in_the_servers_format(base_flags, tmp_path):
+    assert main([*base_flags, "--do_predict", "--method", "lora"]) == 0
+    lines = (tmp_path / "run" / "predictions" / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(12)]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
+
+
+def test_your_own_files(base_flags, tmp_path):
+    for seed, (name, count) in enumerate({"train": 40, "dev": 16, "new": 8}.items()):
+        rows = make_rows(("sentence1", "sentence2"), False, count, seed, labels=3)
+        for row in rows:
+            row["label"] = ["bad", "fair", "good"][row["label"]]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    flags = list(base_flags)
+    for name in ("--task_name", "--glue_dir"):
+        del flags[flags.index(name) : flags.index(name) + 2]
+    flags += ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")]
+    assert main(flags) == 0
+    assert read(base_flags)["task"] == "custom" and read(base_flags)["metric"] == "accuracy"
+
+
+def test_a_held_out_part_of_training_replaces_validation(base_flags):
+    assert main([*base_flags, "--holdout_fraction", "0.2"]) == 0
+    record = read(base_flags)
+    assert (record["train_examples"], record["eval_examples"]) == (40, 10)
+
+
+def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, capsys):
+    assert main(base_flags) == 0
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert main(base_flags) == 0
+    assert "finished" in capsys.readouterr().out
+    assert main([*base_flags, "--lora_dropout", "0.1"]) == 2
+    captured = capsys.readouterr().err
+    assert "lora_dropout" in captured and "overwrite_output_dir" in captured and captured.count("\n") == 1
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    assert main([*base_flags, "--lora_dropout", "0.1", "--overwrite_output_dir"]) == 0
+    assert read(base_flags)["arguments"]["lora_dropout"] == 0.1
+
+
+def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    assert main(base_flags) == 2
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+    assert main([*base_flags, "--overwrite_output_dir"]) == 0
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (["--init_warmup", "4", "--final_warmup", "2"], "4 + 2 = 6"),
+        (["--lora_module", "nothing"], "matches no linear layer"),
+        (["--lora_module", "query,(("], "regular expression"),
+        (["--glue_dir", "nowhere"], "nowhere"),
+        (["--task_name", "rte"], "rte"),
+        (["--model_name_or_path", "nowhere/at-all"], "nowhere/at-all"),
+        (["--max_seq_length", "2"], "max_seq_length"),
+    ],
+)
+def test_refused_before_a_model_is_loaded_and_nothing_is_written(
+    base_flags, tmp_path, capsys, monkeypatch, extra, words
+):
+    monkeypatch.setattr(run_glue, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    assert main([*base_flags, "--method", "lora2", *extra]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_runs_from_anywhere_and_fails_in_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "nlu" / "run_glue.py"), "--task_name", "cola", "--bogus"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_bfloat16_trains_float32_factors_on_bfloat16_weights(base_flags, monkeypatch):
+    seen = {}
+    precision = run_glue.set_precision
+
+    def keep(arguments, applied):
+        precision(arguments, applied)
+        seen["model"] = applied.model
+
+    monkeypatch.setattr(run_glue, "set_precision", keep)
+    assert main([*base_flags, "--method", "lora2", "--bf16", "--length_bucketing"]) == 0
+    dtypes = {(p.requires_grad, p.dtype) for p in seen["model"].parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    assert math.isfinite(read(base_flags)["evaluations"][-1]["loss"])
+
+
+@pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
+@pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "rte", "wnli"])
+def test_real_data_trains(base_flags, task):
+    flags = [*replaced(base_flags, task_name=task, glue_dir=GLUE, max_steps=3), "--max_train_samples", "60"]
+    assert main([*flags, "--max_eval_samples", "40"]) == 0
+    assert read(flags)["steps"] == 3 and read(flags)["eval_examples"] == 40
