@@ -17,17 +17,22 @@ from nlu.flags import SVD, file_flags, method_file, translate
 from nlu.tasks import get_task
 
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
-LOW_RANK = frozenset({"lora", "adalora", "lora2"})
+LOW_RANK = frozenset({"lora", "adalora", "lora2", "sora"})
+ADAPTERS = frozenset({"hadapter", "padapter"})
 
 # Flags that only some methods read; given with another method they would be silently ignored, so they are refused.
 FLAG_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_module"), LOW_RANK),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), LOW_RANK),
+    "lora_module": LOW_RANK | {"peft"},
     **dict.fromkeys(("lora_k", "lora_widths", "lora_share_outer"), frozenset({"lora2"})),
     **dict.fromkeys(
         ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
          "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"),
         SVD,
     ),
+    "adapter_size": ADAPTERS,
+    "sora_lambda": frozenset({"sora"}),
+    "peft_config": frozenset({"peft"}),
 }  # fmt: skip
 
 EPILOG = """examples:
@@ -163,21 +168,21 @@ class RunArguments(TrainingArguments):
 
 @dataclass
 class Arguments:
-    """All arguments of one run, and the plain values they came from (for the record)."""
+    """All arguments of one run; ``record`` has every one by name, as JSON can hold it, secrets left out."""
 
     model: ModelArguments
     data: DataArguments
     method: MethodArguments
     training: RunArguments
     method_config: str
+    record: dict[str, Any] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
-        """Every argument by name, as JSON can hold it; secrets left out."""
-        values: dict[str, Any] = {}
+    def __post_init__(self) -> None:
+        # Taken now: the Trainer's arguments are completed later by what follows from the task and the folder.
         for part in (self.model, self.data, self.method):
-            values |= vars(part)
-        values |= {k: v for k, v in self.training.to_dict().items() if "token" not in k}
-        return values | {"method_config": self.method_config}
+            self.record |= vars(part)
+        self.record |= {k: v for k, v in self.training.to_dict().items() if "token" not in k}
+        self.record["method_config"] = self.method_config
 
 
 class _Parser(HfArgumentParser):
@@ -221,10 +226,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     except ValueError as error:
         raise UsageError(" ".join(str(error).split())) from None
     method.method = base
-    arguments = Arguments(model, data, method, training, config)
     _refuse_ignored_flags(given, base)
-    _check(arguments)
-    return arguments
+    _check(model, data, method, training)
+    return Arguments(model, data, method, training, config)
 
 
 def _given_names(parser: HfArgumentParser, flags: list[str]) -> set[str]:
@@ -241,9 +245,8 @@ def _refuse_ignored_flags(given: set[str], method: str) -> None:
             )
 
 
-def _check(arguments: Arguments) -> None:
+def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, training: RunArguments) -> None:
     """Contradictions that need neither data nor model."""
-    data, method, training, model = arguments.data, arguments.method, arguments.training, arguments.model
     if training.root_output_dir is None:
         raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
     if data.task_name is None and data.train_file is None and data.test_file is None:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -48,6 +49,7 @@ from nlu.methods import (
     apply_method,
     check_method_fits,
     count_parameters,
+    head_parameters,
     live_adapter_params,
 )
 from nlu.metrics.scores import compute_glue_metrics
@@ -92,7 +94,7 @@ def run(arguments: Arguments) -> int:
     training = arguments.training
     folder = Path(training.root_output_dir)
     state = check_run_folder(
-        folder, read_json(folder / "results.json"), arguments.record(), training.overwrite_output_dir
+        folder, read_json(folder / "results.json"), arguments.record, training.overwrite_output_dir
     )
     if state == "finished":
         print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
@@ -209,10 +211,23 @@ def check_model_arguments(arguments: Arguments, config: Any, total_steps: int) -
 def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
     """The pretrained encoder in float32 with a fresh head."""
     model = arguments.model
-    loaded = AutoModelForSequenceClassification.from_pretrained(
-        model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
-        dtype=torch.float32,
-    )  # fmt: skip
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns that the head is new, which is meant to be so
+    try:
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    head = {id(p) for p in head_parameters(loaded)}
+    encoder = {name for name, p in loaded.named_parameters() if id(p) not in head}
+    missing = sorted(encoder & set(info["missing_keys"]))
+    if missing:
+        raise UsageError(f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {missing[0]}, …")
     if not model.no_fast_attention:
         enable_fast_attention(loaded)
     if not model.no_fast_dropout:
@@ -335,7 +350,7 @@ def start_record(
         "effective_batch_size": effective_batch_size(training),
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
-        "arguments": arguments.record(),
+        "arguments": arguments.record,
         "versions": versions(),
         "git_commit": git_commit(),
         "machine": machine(),

@@ -14,7 +14,7 @@ from sklearn.metrics import matthews_corrcoef
 
 from nlu import run_glue
 from nlu.run_glue import main
-from tests.nlu.conftest import GLUE, REPOSITORY, make_rows, write_rows
+from tests.nlu.tiny import GLUE, REPOSITORY, make_rows, write_rows
 
 
 def read(flags, name="results.json"):
@@ -79,11 +79,10 @@ def test_pairs_regression_and_three_classes(base_flags, task, metrics, method):
 
 
 def test_it_learns(base_flags):
-    flags = replaced(base_flags, max_steps=150, eval_steps=150, save_steps=1000, logging_steps=50)
-    assert main([*flags, "--method", "lora2", "--lora_init", "orthogonal"]) == 0
-    assert read(flags)["last"] > 0.5
+    flags = replaced(base_flags, max_steps=300, eval_steps=300, save_steps=1000, logging_steps=50, lora_alpha=8)
+    assert main([*flags, "--method", "lora2", "--lora_init", "orthogonal", "--reg_orth_coef", "0"]) == 0
     losses = [row["loss"] for row in read(flags)["history"]]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_score_is_scikit_learns_on_the_models_own_logits(base_flags, monkeypatch):
