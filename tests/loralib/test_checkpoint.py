@@ -147,9 +147,10 @@ def test_merge_is_undone_exactly_and_the_same_base_is_known(encoder, lora2, tmp_
     loralib.merge_adapter(base)
     torch.testing.assert_close(encoder.logits(base), logits, atol=1e-5, rtol=1e-5)
     loralib.save_adapter(base, tmp_path / "merged")  # the base counts with its own weight
-    assert loralib.read_adapter_config(tmp_path / "merged").base_fingerprint == loralib.read_adapter_config(
-        lora2[2]
-    ).base_fingerprint
+    assert (
+        loralib.read_adapter_config(tmp_path / "merged").base_fingerprint
+        == loralib.read_adapter_config(lora2[2]).base_fingerprint
+    )
     with pytest.raises(ValueError, match="merged"):
         loralib.load_adapter(base, lora2[2])
     loralib.unmerge_adapter(base)
