@@ -236,6 +236,12 @@ def mean_of(row: Row, key: str, tasks: Iterable[str] | None = None) -> float | N
     return fmean(values) if values else None
 
 
+def range_of(row: Row, key: str) -> tuple[float, float] | None:
+    """Lowest and highest of one number of the records (a head is smaller for one label than for three)."""
+    values = [record.raw[key] for record in row.every if isinstance(record.raw.get(key), int | float)]
+    return (min(values), max(values)) if values else None
+
+
 def rank_pattern(record: Record) -> dict[str, list[bool]] | None:
     """The run's rank_pattern.json (module → which singular values live), or None where it has none."""
     pattern = read_json(record.folder / "rank_pattern.json")

@@ -8,6 +8,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nlu.errors import UsageError
+from nlu.experiments import run_label
 from nlu.files import remove_stale, write_text
 from nlu.measured import (
     MeasuredExperiment,
@@ -18,6 +19,7 @@ from nlu.measured import (
     mean_and_deviation,
     mean_of,
     paired,
+    range_of,
 )
 from nlu.published import NAMES, PAPER_TABLES, published_table
 from nlu.table_format import NONE, Table, bold_best, count, number, p_value
@@ -95,28 +97,67 @@ def paired_table(experiment: MeasuredExperiment) -> Table | None:
     return Table(f"{experiment.name}_paired", f"{experiment.name}: paired comparisons", header, cells, notes, data)
 
 
+FIXED = {
+    "adapter_params": "adapter parameters",
+    "head_params": "head",
+    "total_params": "whole model",
+    "scored_params": "scored",
+    "initial_budget": "singular values, start",
+    "final_budget": "budget, end",
+}
+LEARNT = {"live_adapter_params": "live adapter parameters, end", "live_budget": "live singular values, end"}
+
+
 def cost_table(experiment: MeasuredExperiment) -> Table:
-    """Parameters, budget, memory: means over all runs of a row."""
-    keys = {
-        "adapter_params": "adapter parameters",
-        "live_adapter_params": "of these live at the end",
-        "head_params": "head",
-        "total_params": "whole model",
-        "scored_params": "scored",
-        "initial_budget": "singular values, start",
-        "final_budget": "budget, end",
-        "live_budget": "live, end",
-    }
+    """Parameters, budget and memory of each row."""
     cells, data = [], []
     for row in experiment.rows:
-        values = {key: mean_of(row, key) for key in keys}
+        ranges = {key: range_of(row, key) or (None, None) for key in FIXED}
+        means = {key: mean_of(row, key) for key in LEARNT}
         memory = mean_of(row, "peak_memory_bytes")
         megabytes = None if memory is None else memory / 2**20
-        cells.append([row.label, *[count(value) for value in values.values()], number(megabytes, 0)])
-        data.append({"row": row.label, **values, "peak_memory_mib": megabytes})
-    notes = ["Measured here; means over all tasks and seeds. Peak memory is the process's, or the device's on a GPU."]
-    header = ["", *keys.values(), "peak memory, MiB"]
+        fixed = [count(low) if low == high else f"{count(low)} to {count(high)}" for low, high in ranges.values()]
+        cells.append([row.label, *fixed, *[count(mean) for mean in means.values()], number(megabytes, 0)])
+        line = {"row": row.label}
+        for key, (low, high) in ranges.items():
+            line |= {f"{key}_min": low, f"{key}_max": high}
+        data.append(line | means | {"peak_memory_mib": megabytes})
+    notes = [
+        "Measured here. A range spans the tasks (a head has a row for each label); what is live at the end and the "
+        "peak memory (of the process, or of the device on a GPU) are means over all tasks and seeds."
+    ]
+    header = ["", *FIXED.values(), *LEARNT.values(), "peak memory, MiB"]
     return Table(f"{experiment.name}_cost", f"{experiment.name}: parameters and memory", header, cells, notes, data)
+
+
+def chosen_table(experiment: MeasuredExperiment) -> Table | None:
+    """The learning rates of the final runs where a selection chose them; None without one."""
+    tried: dict[tuple[str, str], set[float]] = {}
+    for record in experiment.held_out:
+        if "learning_rate" in record.axes:
+            label = run_label(record.axes, ("task_name", "seed", "learning_rate"))
+            tried.setdefault((label, record.task), set()).add(record.axes["learning_rate"])
+    if not tried:
+        return None
+    cells, data = [], []
+    for row in experiment.rows:
+        line = {"row": row.label}
+        texts = []
+        for task in experiment.tasks:
+            rates = sorted({record.raw["arguments"]["learning_rate"] for record in row.records.get(task, [])})
+            values = tried.get((row.label, task), set())
+            at_edge = values and any(rate in (min(values), max(values)) for rate in rates)
+            texts.append(", ".join(f"{rate:g}" for rate in rates) + (" †" if at_edge else "") if rates else NONE)
+            line[task] = "/".join(map(str, rates))
+        cells.append([row.label, *texts])
+        data.append(line)
+    notes = [
+        "Measured here: the learning rate of each cell, chosen by the last score on held-out training data; the values "
+        "tried and their scores are in selection.json beside the records.",
+        "† the smallest or largest value tried: a better one may lie beyond.",
+    ]
+    header = ["", *[NAMES.get(task, task) for task in experiment.tasks]]
+    return Table(f"{experiment.name}_chosen", f"{experiment.name}: chosen learning rates", header, cells, notes, data)
 
 
 def time_table(experiment: MeasuredExperiment) -> Table:
@@ -139,7 +180,7 @@ def measured_tables(experiment: MeasuredExperiment) -> list[Table]:
     if not experiment.rows:
         return []
     tables = [score_table(experiment, which) for which in WHICH]
-    tables += [paired_table(experiment), cost_table(experiment), time_table(experiment)]
+    tables += [paired_table(experiment), chosen_table(experiment), cost_table(experiment), time_table(experiment)]
     return [table for table in tables if table is not None]
 
 

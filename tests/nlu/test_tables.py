@@ -150,6 +150,28 @@ def test_only_finished_runs_on_the_validation_set_count(measured):
     assert any("12 finished runs; 2 that did not finish give no score" in note for note in last.notes)
 
 
+def test_chosen_rates_are_shown_and_those_at_an_edge_marked(measured, tmp_path):
+    for method in ("lora", "lora2"):
+        for rate in (5e-4, 1e-3, 2e-3) if method == "lora" else (1e-3, 2e-3):
+            axes = {"method": method, "task_name": "cola", "learning_rate": rate, "seed": 101}
+            changes = {"arguments": {"holdout_fraction": 0.1}, "sweep": {"experiment": "trial", "axes": axes}}
+            write_record(measured / "trial/select", method, "cola", 101, [0.5], axes, **changes)
+    tables.main(["--measured_dir", str(measured), "--output_dir", str(tmp_path / "tables")])
+    text = (tmp_path / "tables/trial_chosen.md").read_text()
+    assert "| lora | 0.001 | 0.001 |" in text and "| lora2 | 0.001 † | 0.001 |" in text
+
+
+def test_parameters_that_differ_between_tasks_are_a_range_and_what_is_learnt_a_mean(tmp_path):
+    write_record(tmp_path / "trial", "lora2", "rte", 1, [0.5], head_params=770, live_adapter_params=100)
+    write_record(tmp_path / "trial", "lora2", "stsb", 1, [0.5], head_params=385, live_adapter_params=201)
+    (experiment,) = load_measured(tmp_path)
+    assert tables.cost_table(experiment).rows == [
+        ["lora2", "8,100", "385 to 770", "100,000", "24", "16", "8", "150.5", "8", "1024"]
+    ]
+    line = tables.cost_table(experiment).data[0]
+    assert (line["head_params_min"], line["head_params_max"], line["adapter_params_min"]) == (385, 770, 8100)
+
+
 def test_mnli_and_qqp_have_two_columns_and_count_once(tmp_path):
     evaluations = [{"step": 100, "accuracy": 0.8, "accuracy_mm": 0.6}]
     write_record(tmp_path / "trial", "lora", "mnli", 1, [0.8], evaluations=evaluations)
