@@ -1,0 +1,163 @@
+"""Bottleneck adapters and SoRA's gates against their formulas, written out again."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import loralib
+from nlu.adapters import BottleneckAdapter, add_adapters
+from nlu.errors import UsageError
+from nlu.sora import ProximalGates, inject_sora, soft_threshold_
+from tests.nlu.tiny import SHAPES, TINY
+
+INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])
+
+
+def tiny(model_type):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **TINY | {"vocab_size": 30} | SHAPES[model_type])
+    return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def test_adapter_is_the_papers_formula():
+    torch.manual_seed(1)
+    adapter = BottleneckAdapter(6, 3, torch.nn.GELU)
+    torch.nn.init.normal_(adapter.down.bias)
+    torch.nn.init.normal_(adapter.up.bias)
+    x = torch.randn(4, 6)
+    down, up = adapter.down, adapter.up
+    hidden = (x @ down.weight.T + down.bias).detach().double().numpy()
+    gelu = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    expected = x.double().numpy() + gelu @ up.weight.detach().double().numpy().T + up.bias.detach().double().numpy()
+    np.testing.assert_allclose(adapter(x).detach().numpy(), expected, atol=1e-5)
+    assert sum(p.numel() for p in adapter.parameters()) == 2 * 6 * 3 + 3 + 6
+
+
+def test_adapter_starts_near_the_identity_and_keeps_the_input_dtype():
+    adapter = BottleneckAdapter(64, 16, torch.nn.ReLU)
+    assert max(layer.weight.abs().max() for layer in (adapter.down, adapter.up)) <= 0.02
+    x = torch.randn(5, 64)
+    assert 0 < (adapter(x) - x).abs().max() < 0.05
+    assert adapter(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+@pytest.mark.parametrize("kind, a_layer", [("hadapter", 2), ("padapter", 1)])
+def test_adapters_stand_before_the_residual_and_the_norm(model_type, kind, a_layer):
+    model = tiny(model_type)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    adapters = add_adapters(model, kind, 4)
+    assert len(adapters) == 2 * a_layer
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
+    # Behind the feed-forward network's projection: LayerNorm(x + adapter(projection)), x from the attention block.
+    block = model.base_model.encoder.layer[1].output
+    seen = {}
+    block.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, output=output))
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.up.weight, std=0.5)
+    model(INPUT)
+    hidden, residual = seen["inputs"]
+    expected = block.LayerNorm(residual + adapters[-1](block.dense(hidden)))
+    torch.testing.assert_close(seen["output"], expected)
+
+
+def test_adapters_survive_a_copy_and_a_state_dict():
+    model = tiny("bert")
+    add_adapters(model, "hadapter", 4)
+    twin = tiny("bert")
+    for adapter in add_adapters(twin, "hadapter", 4):
+        torch.nn.init.ones_(adapter.up.weight)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(INPUT).logits, model(INPUT).logits)
+    other = copy.deepcopy(model)
+    torch.nn.init.ones_(other.base_model.encoder.layer[0].output.dropout.adapter.up.weight)
+    assert not torch.equal(other(INPUT).logits, model(INPUT).logits)
+
+
+@pytest.mark.parametrize("kind, size, message", [("adapter", 4, "unknown adapter"), ("hadapter", 0, "adapter_size")])
+def test_adapters_refuse_what_does_not_fit(kind, size, message):
+    with pytest.raises(UsageError, match=message):
+        add_adapters(tiny("bert"), kind, size)
+    with pytest.raises(UsageError, match="matches no linear layer"):
+        add_adapters(torch.nn.Sequential(torch.nn.Linear(2, 2)), "padapter", 4)
+
+
+# ---- SoRA ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=8), st.floats(0, 2, width=32))
+def test_soft_threshold_minimises_the_proximal_objective(values, threshold):
+    """T(x, ξ) is the minimiser of ½(z − x)² + ξ|z|: no other point of a fine grid is lower."""
+    gate = torch.tensor(values)
+    soft_threshold_([gate], threshold)
+    grid = np.linspace(-4, 4, 801)
+    for x, z in zip(values, gate.tolist(), strict=True):
+        objective = 0.5 * (grid - x) ** 2 + threshold * np.abs(grid)
+        assert 0.5 * (z - x) ** 2 + threshold * abs(z) <= objective.min() + 1e-5
+        assert abs(x) > threshold or z == 0
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_sora_starts_as_the_base_and_is_lora_with_a_gate(model_type):
+    model = tiny(model_type)
+    expected = model(INPUT).logits
+    inject_sora(model, ["query", "value"], r=3, lora_alpha=6.0, lora_dropout=0.0)
+    assert torch.equal(model(INPUT).logits, expected)
+    for layer in loralib.lora_layers(model).values():
+        assert layer.lora_E.std() > 0.05 and not layer.lora_B[0].any()
+        torch.nn.init.normal_(layer.lora_B[0])
+        gated = 2.0 * layer.lora_B[0] @ torch.diag(layer.lora_E) @ layer.lora_A[0]
+        torch.testing.assert_close(layer.delta_weight(), gated)
+
+
+def test_gates_shrink_by_lambda_times_the_rate_just_used():
+    model = tiny("bert")
+    inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
+    layers = loralib.lora_layers(model)
+    gates = ProximalGates(model, sparsity=5.0)
+    others = [p for p in model.parameters() if p is not next(iter(layers.values())).lora_E]
+    optimizer = torch.optim.SGD(
+        [{"params": others, "lr": 9.0}, {"params": [layers[n].lora_E for n in layers][:1]}], lr=0.1
+    )
+    start = {name: layer.lora_E.detach().clone() for name, layer in layers.items()}
+    gates.on_optimizer_step(None, None, None, optimizer=optimizer)
+    name = next(iter(layers))
+    rate = gates.learning_rate(optimizer)
+    shrunk = np.sign(start[name].numpy()) * np.maximum(np.abs(start[name].numpy()) - 5.0 * rate, 0)
+    np.testing.assert_allclose(layers[name].lora_E.detach().numpy(), shrunk, atol=1e-6)
+
+
+def test_gates_follow_a_proximal_gradient_reference():
+    """SGD on ½‖g − c‖² with the proximal step: a NumPy loop of the paper's update, and its limit T(c, λ)."""
+    model = tiny("bert")
+    inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
+    layer = next(iter(loralib.lora_layers(model).values()))
+    gates = ProximalGates(model, sparsity=0.5)
+    optimizer = torch.optim.SGD([x.lora_E for x in loralib.lora_layers(model).values()], lr=0.1)
+    target = np.array([1.5, -0.3, 0.4, -2.0])
+    reference = layer.lora_E.detach().double().numpy().copy()
+    for _ in range(200):
+        optimizer.zero_grad()
+        (0.5 * (layer.lora_E - torch.tensor(target)) ** 2).sum().backward()
+        optimizer.step()
+        gates.on_optimizer_step(None, None, None, optimizer=optimizer)
+        step = reference - 0.1 * (reference - target)
+        reference = np.sign(step) * np.maximum(np.abs(step) - 0.05, 0)
+        np.testing.assert_allclose(layer.lora_E.detach().numpy(), reference, atol=1e-5)
+    np.testing.assert_allclose(reference, [1.0, 0, 0, -1.5], atol=1e-6)
+    name = next(iter(gates.rank_pattern))
+    assert gates.rank_pattern[name] == [True, False, False, True]
+    assert gates.live_rank == sum(int((x.lora_E != 0).sum()) for x in loralib.lora_layers(model).values())
+
+
+def test_a_negative_penalty_is_refused():
+    model = tiny("bert")
+    inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
+    with pytest.raises(ValueError, match="sora_lambda"):
+        ProximalGates(model, -1.0)
