@@ -14,7 +14,7 @@ from loralib.allocator import check_schedule
 from nlu.adapters import add_adapters
 from nlu.arguments import SVD, MethodArguments, parse_widths
 from nlu.errors import UsageError
-from nlu.peft_methods import PeftAdaLora, inject_peft, load_peft_config
+from nlu.peft_methods import PeftAdaLora, check_targets, inject_peft, load_peft_config
 from nlu.sora import ProximalGates, inject_sora
 
 
@@ -229,9 +229,5 @@ def check_method_fits(model: nn.Module, args: MethodArguments, total_steps: int)
     if args.method != "peft":
         METHODS[args.method](model, args, total_steps)
         return
-    config = load_peft_config(args.peft_config, total_steps)  # not all of peft's layers can be made without weights
-    if config.target_modules is None:
-        try:
-            loralib.match_modules(model, module_patterns(args))
-        except ValueError as error:
-            raise UsageError(f"--lora_module: {error}") from None
+    config = load_peft_config(args.peft_config, total_steps)
+    check_targets(model, config, module_patterns(args))  # not all of peft's layers can be made without weights

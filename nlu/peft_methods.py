@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,7 +70,7 @@ def load_peft_config(name: str, total_steps: int) -> Any:
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path}: {reason}") from None
-    if config.is_prompt_learning or kind not in peft.PEFT_TYPE_TO_TUNER_MAPPING:
+    if config.is_prompt_learning or not hasattr(config, "target_modules"):
         raise UsageError(f"{path}: {kind.value} changes the input, not layers; name a method that changes layers")
     return config
 
@@ -83,6 +84,23 @@ def _schedule(path: Path, values: dict[str, Any], total_steps: int) -> None:
     values["total_step"] = total_steps or warmups + 1
 
 
+def check_targets(model: nn.Module, config: Any, target_modules: list[str]) -> None:
+    """Raise what :func:`inject_peft` would for modules that are not there, without touching ``model``.
+
+    Raises:
+        UsageError: see there.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    try:
+        if config.target_modules is None:
+            match_modules(model, target_modules)
+        elif not any(check_target_module_exists(config, name) for name, _ in model.named_modules()):
+            raise ValueError(f"target_modules {config.target_modules} match no module of the model")
+    except (ValueError, re.error) as error:
+        raise UsageError(f"--method peft, {config.peft_type.value}: {error}") from None
+
+
 def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any:
     """Put the config's layers into ``model`` in place; returns peft's tuner object around it.
 
@@ -94,7 +112,7 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
     """
     peft = import_peft()
     try:
-        if getattr(config, "target_modules", None) is None:
+        if config.target_modules is None:
             config.target_modules = match_modules(model, target_modules)
         return peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
     except (ValueError, TypeError) as error:
