@@ -334,7 +334,7 @@ def test_run_glue_accepts_every_command_of_the_experiments(path, tmp_path):
             assert (REPOSITORY / run.command[-1]).is_file()
             assert f"METHOD={run.arguments['method']}" in run.command
             continue
-        record = parse_arguments(command_line(run, places)).record()
+        record = parse_arguments(command_line(run, places)).record
         for key, value in run.arguments.items():
             if value is not None and key not in ("method", "bf16", "eval_strategy", "save_strategy"):
                 assert record[key] == value, key
