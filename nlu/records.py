@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from nlu.errors import UsageError
 from nlu.files import write_json
 
 FORMAT_VERSION = 1
@@ -165,66 +164,3 @@ class RecordCallback(TrainerCallback):
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-# What may differ between a run and its continuation: where it lies, how it reports, how fast it goes.
-_FREE = frozenset(
-    {
-        "cache_dir",
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "ddp_backend",
-        "ddp_timeout",
-        "disable_tqdm",
-        "glue_dir",
-        "local_rank",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_dir",
-        "output_dir",
-        "overwrite_output_dir",
-        "per_device_eval_batch_size",
-        "report_to",
-        "resume_from_checkpoint",
-        "root_output_dir",
-        "run_name",
-        "save_total_limit",
-        "test_file",
-        "train_file",
-        "validation_file",
-    }
-)
-
-
-def changed_arguments(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the arguments that make ``new`` another run than ``old``."""
-    plain = finite(new)
-    return sorted(k for k in set(old) | set(plain) if k not in _FREE and old.get(k) != plain.get(k))
-
-
-def check_run_folder(folder: Path, previous: dict[str, Any] | None, new: dict[str, Any], overwrite: bool) -> str:
-    """What the folder holds: "new", "resume" (the same run, interrupted) or "finished".
-
-    Raises:
-        UsageError: if another run lies there and ``overwrite`` is off.
-    """
-    if previous is None:
-        if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()) and not overwrite:
-            raise UsageError(
-                f"{folder} holds other files: name an empty --root_output_dir, or give --overwrite_output_dir"
-            )
-        return "new"
-    changed = changed_arguments(previous.get("arguments", {}), new)
-    if not changed:
-        if previous.get("status") != "finished":
-            return "resume"
-        return "new" if overwrite else "finished"
-    if overwrite:
-        return "new"
-    raise UsageError(
-        f"{folder} holds another run (other {', '.join(changed[:5])}): name another --root_output_dir, or give "
-        "--overwrite_output_dir to replace it"
-    )

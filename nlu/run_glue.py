@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +36,14 @@ from transformers import (
 )
 
 import loralib
+from nlu.adapter_io import check_warm_start, load_warm_start, read_warm_start, save_run_adapter
 from nlu.arguments import Arguments, command_line, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, tokenize
 from nlu.deberta_attention import enable_fast_attention
 from nlu.errors import UsageError
 from nlu.fast_dropout import enable_fast_dropout
-from nlu.files import read_json, write_json
+from nlu.files import read_json
 from nlu.methods import (
     AppliedMethod,
     apply_method,
@@ -56,7 +56,6 @@ from nlu.metrics.scores import compute_glue_metrics
 from nlu.records import (
     RecordCallback,
     RunRecord,
-    check_run_folder,
     git_commit,
     machine,
     now,
@@ -64,6 +63,7 @@ from nlu.records import (
     peak_memory_bytes,
     versions,
 )
+from nlu.run_folder import check_run_folder, claim_run_folder
 from nlu.tasks import Task, get_task
 from nlu.trainer import GlueTrainer, effective_batch_size
 
@@ -93,9 +93,7 @@ def run(arguments: Arguments) -> int:
     """One run from data to records."""
     training = arguments.training
     folder = Path(training.root_output_dir)
-    state = check_run_folder(
-        folder, read_json(folder / "results.json"), arguments.record, training.overwrite_output_dir
-    )
+    state = check_run_folder(folder, arguments.record, training.overwrite_output_dir)
     if state == "finished":
         print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
         return 0
@@ -103,22 +101,25 @@ def run(arguments: Arguments) -> int:
     task, splits = load_data(arguments)
     total_steps = plan_steps(arguments, splits)
     config, tokenizer = load_config(arguments, task)
-    check_model_arguments(arguments, config, total_steps)
+    warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
+    check_model_arguments(arguments, config, total_steps, warm_start)
     splits = tokenize_splits(arguments, task, splits, tokenizer)
 
-    claim_folder(folder, state, training.should_save)
+    wait_for_all()  # every process has read the folder
+    if training.should_save:
+        claim_run_folder(folder, state)
     set_seed(training.seed)
     model = load_model(arguments, config)
     applied = apply_method(model, arguments.method, total_steps)
+    if warm_start is not None:
+        load_warm_start(*warm_start, model)
     set_precision(arguments, applied)
     trainer = build_trainer(arguments, task, applied, splits, tokenizer)
-    record = start_record(arguments, task, applied, trainer, splits, folder, state)
+    record = start_record(arguments, task, applied, trainer, splits, folder, state, warm_start)
     try:
         train_and_evaluate(arguments, trainer, folder, state)
         if training.do_predict:
             predict(arguments, task, trainer, splits, folder)
-        if training.should_save:
-            save_adapter(applied, folder)
     except BaseException as error:
         record.error = one_line(error)
         if training.should_save:
@@ -126,8 +127,15 @@ def run(arguments: Arguments) -> int:
         raise
     record.log_history = trainer.state.log_history
     if training.should_save:
+        save_run_adapter(arguments, applied, record.write("running"), folder)
         report(record.write("finished"))
     return 0
+
+
+def wait_for_all() -> None:
+    """A barrier where there are several processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -201,11 +209,13 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def check_model_arguments(arguments: Arguments, config: Any, total_steps: int) -> None:
-    """Module patterns and the pruning schedule, on a model without weights: refused before anything is loaded."""
+def check_model_arguments(arguments: Arguments, config: Any, total_steps: int, warm_start: Any) -> None:
+    """Module patterns, schedule and warm start, on a model without weights: refused before anything is loaded."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
         check_method_fits(model, arguments.method, total_steps)
+    if warm_start is not None:
+        check_warm_start(warm_start[0], model, arguments)
 
 
 def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
@@ -307,23 +317,6 @@ def predict(arguments: Arguments, task: Task, trainer: GlueTrainer, splits: Spli
 # ---- records -------------------------------------------------------------------------------------------------------
 
 
-def claim_folder(folder: Path, state: str, is_main: bool) -> None:
-    """Make the run's folder; what another run left there goes away only now that nothing can be refused any more."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()  # every process has read the folder
-    if is_main:
-        if state == "new" and folder.is_dir():
-            for name in ("model", "adapter", "predictions", "log"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            for name in ("results.json", "rank_pattern.json"):
-                (folder / name).unlink(missing_ok=True)
-        (folder / "log").mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log" / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        for name in ("nlu", "loralib", "transformers"):
-            logging.getLogger(name).addHandler(handler)
-
-
 def start_record(
     arguments: Arguments,
     task: Task,
@@ -332,6 +325,7 @@ def start_record(
     splits: Splits,
     folder: Path,
     state: str,
+    warm_start: Any,
 ) -> RunRecord:
     """The run's record with all that is known before training; announces the budget."""
     model, ranks, training = applied.model, applied.ranks, arguments.training
@@ -350,6 +344,7 @@ def start_record(
         "effective_batch_size": effective_batch_size(training),
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
+        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
         "arguments": arguments.record,
         "versions": versions(),
         "git_commit": git_commit(),
@@ -383,12 +378,6 @@ def start_record(
             f"batch {static['effective_batch_size']}, seed {training.seed}"
         )
     return record
-
-
-def save_adapter(applied: AppliedMethod, folder: Path) -> None:
-    """rank_pattern.json, and the adapter folder."""
-    if applied.ranks is not None:
-        write_json(folder / "rank_pattern.json", applied.ranks.rank_pattern)
 
 
 def report(record: dict[str, Any]) -> None:

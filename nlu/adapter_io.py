@@ -1,0 +1,99 @@
+"""The adapter a run leaves, and the one it may start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import loralib
+from loralib.adapter_files import AdapterConfig, read_adapter
+from loralib.checkpoint import factor_names
+from nlu.arguments import LOW_RANK, Arguments
+from nlu.errors import UsageError
+from nlu.files import write_json
+from nlu.methods import AppliedMethod
+
+
+def save_run_adapter(arguments: Arguments, applied: AppliedMethod, record: dict[str, Any], folder: Path) -> None:
+    """``rank_pattern.json`` and ``adapter/`` of a finished run; pruned singular values are left out of the latter."""
+    ranks = applied.ranks
+    if ranks is not None:
+        write_json(folder / "rank_pattern.json", ranks.rank_pattern)
+    source = Path(arguments.model.model_name_or_path)
+    loralib.save_adapter(
+        applied.model,
+        folder / "adapter",
+        rank_pattern=ranks.rank_pattern if ranks is not None else None,
+        base_model=source.name if source.exists() else arguments.model.model_name_or_path,
+        base_revision=None if source.exists() else arguments.model.model_revision,
+        card={
+            "task": record["task"],
+            "method": record["method_config"],
+            "metric": record["metric"],
+            "score": record["last"],
+            "seed": record["seed"],
+            "max_seq_length": arguments.data.max_seq_length,
+        },
+    )
+
+
+def read_warm_start(path: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """The adapter at ``path``, every checksum checked; UsageError where it cannot be used."""
+    try:
+        return read_adapter(path)
+    except ValueError as error:
+        raise UsageError(f"--lora_path: {error}") from None
+
+
+def check_warm_start(config: AdapterConfig, model: nn.Module, arguments: Arguments) -> None:
+    """Refuse an adapter whose layers are not those of the method; ``model`` may lie on the meta device.
+
+    Raises:
+        UsageError: for another method than a low-rank one, or other modules, ranks, widths or sharing.
+    """
+    if arguments.method.method not in LOW_RANK:
+        raise UsageError(f"--lora_path starts low-rank methods, not --method {arguments.method.method}")
+    layers = loralib.lora_layers(model)
+    saved = {name: (group.r, tuple(group.widths)) for group in config.groups for name in group.rank_pattern}
+    if set(saved) != set(layers):
+        odd = sorted(set(saved) ^ set(layers))[0]
+        raise UsageError(f"--lora_path: the adapter adapts other modules (see {odd}): give the same --lora_module")
+    for name, layer in layers.items():
+        if saved[name] != (layer.r, layer.widths) or any(
+            (group.kind == "lora") != (layer.lora_E is None) for group in config.groups
+        ):
+            raise UsageError(
+                f"--lora_path: the adapter has rank {saved[name][0]} and widths {list(saved[name][1])} in {name}, the "
+                f"method rank {layer.r} and widths {list(layer.widths)}: give the same --method, --lora_r and --lora_k"
+            )
+
+
+@torch.no_grad()
+def load_warm_start(config: AdapterConfig, tensors: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Copy the adapter's factors into the model's; pruned singular values start anew at e = 0, the head is left alone.
+
+    Raises:
+        UsageError: if the adapter was trained on another base.
+    """
+    if loralib.base_fingerprint(model, config.head) != config.base_fingerprint:
+        raise UsageError(
+            f"--lora_path: the adapter was trained on other base weights ({config.base_model}): give the same "
+            "--model_name_or_path"
+        )
+    for group in config.groups:
+        for name, flags in group.rank_pattern.items():
+            layer = model.get_submodule(name)
+            live = [i for i, flag in enumerate(flags) if flag == "1"]
+            for factor_name, parameter in zip(factor_names(name, layer), layer.lora_parameters(), strict=True):
+                stored = tensors.get(config.tied.get(factor_name, factor_name))
+                if stored is None:  # the layer was pruned whole
+                    continue
+                if parameter is layer.lora_B[-1]:
+                    parameter[:, live] = stored.to(parameter)
+                elif parameter is layer.lora_A[-1] or parameter is layer.lora_E:
+                    parameter[live] = stored.to(parameter)
+                else:
+                    parameter.copy_(stored)

@@ -1,0 +1,114 @@
+"""The adapter that a run leaves, and the warm start from one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import loralib
+from nlu import run_glue
+from nlu.run_glue import main
+from tests.nlu.tiny import make_encoder
+
+
+def with_value(flags, name, value):
+    flags = list(flags)
+    flags[flags.index(f"--{name}") + 1] = str(value)
+    return flags
+
+
+@pytest.fixture
+def trained(base_flags, tmp_path):
+    """An MNLI run with pruned ranks; its adapter folder."""
+    flags = with_value(with_value(base_flags, "task_name", "mnli"), "root_output_dir", tmp_path / "mnli")
+    assert main([*flags, "--method", "lora2", "--lora_k", "3"]) == 0
+    return tmp_path / "mnli" / "adapter"
+
+
+def test_the_saved_adapter_gives_the_trained_models_logits(base_flags, tmp_path, encoder, monkeypatch):
+    seen = {}
+    apply = run_glue.apply_method
+
+    def remember(model, args, steps):
+        seen["model"] = model
+        return apply(model, args, steps)
+
+    monkeypatch.setattr(run_glue, "apply_method", remember)
+    assert main([*base_flags, "--method", "lora2", "--no_fast_dropout"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    config = loralib.load_adapter(model, tmp_path / "run" / "adapter")
+    ids = torch.randint(5, 20, (4, 9))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, seen["model"].eval()(ids).logits)
+    assert config.card["task"] == "cola" and config.base_model == encoder.name
+    pattern = json.loads((tmp_path / "run" / "rank_pattern.json").read_text())
+    assert {n: sum(flags) for n, flags in pattern.items()} == config.ranks
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_warm_start_takes_the_factors_and_records_the_source(base_flags, tmp_path, monkeypatch, share):
+    sharing = ["--lora_share_outer"] if share else []
+    flags = with_value(with_value(base_flags, "task_name", "mnli"), "root_output_dir", tmp_path / "mnli")
+    assert main([*flags, "--method", "lora2", "--lora_k", "3", *sharing]) == 0
+    source = tmp_path / "mnli" / "adapter"
+    config, tensors = loralib.adapter_files.read_adapter(source)
+    started = {}
+    load = run_glue.load_warm_start
+
+    def keep(config, tensors, model):
+        load(config, tensors, model)
+        started.update({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(run_glue, "load_warm_start", keep)
+    assert main([*base_flags, "--method", "lora2", "--lora_k", "3", *sharing, "--lora_path", str(source)]) == 0
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert record["warm_start"]["task"] == "mnli"
+    assert record["warm_start"]["weights_sha256"] == config.weights_sha256
+    for group in config.groups:
+        for name, flags in group.rank_pattern.items():
+            live = torch.tensor([flag == "1" for flag in flags])
+            values = started[f"{name}.lora_E"]
+            assert torch.equal(values[~live], torch.zeros(int((~live).sum())))
+            if live.any():
+                assert torch.equal(values[live], tensors[f"{name}.lora_E"])
+                assert torch.equal(started[f"{name}.lora_B.1"][:, live], tensors[f"{name}.lora_B.1"])
+                assert started[f"{name}.lora_B.1"].abs().min() > 0  # pruned ones can grow again
+    assert started["classifier.weight"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (["--method", "lora2", "--lora_k", "2"], "widths"),
+        (["--method", "lora2", "--lora_k", "3", "--lora_r", "3"], "rank"),
+        (["--method", "adalora"], "widths"),
+        (["--method", "lora2", "--lora_k", "3", "--lora_module", "query"], "modules"),
+        (["--method", "bitfit"], "low-rank"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(base_flags, trained, tmp_path, capsys, extra, words):
+    flags = list(base_flags)
+    for name in ("--lora_r", "--lora_alpha"):
+        del flags[flags.index(name) : flags.index(name) + 2]
+    own = [] if "bitfit" in extra else ["--lora_r", "4"] if "--lora_r" not in extra else []
+    assert main([*flags, *own, *extra, "--lora_path", str(trained)]) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_path, capsys):
+    lora2 = [*base_flags, "--method", "lora2", "--lora_k", "3"]
+    other = make_encoder(tmp_path / "other")
+    model = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.add_(1)
+    model.bert.save_pretrained(other)
+    assert main([*with_value(lora2, "model_name_or_path", other), "--lora_path", str(trained)]) == 2
+    assert "other base weights" in capsys.readouterr().err
+    weights = Path(trained) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    assert main([*lora2, "--lora_path", str(trained), "--overwrite_output_dir"]) == 2
+    assert "truncated" in capsys.readouterr().err
+    assert main([*lora2, "--lora_path", str(tmp_path / "none"), "--overwrite_output_dir"]) == 2
