@@ -30,7 +30,7 @@ from loralib.adapter_files import (
 )
 from loralib.checkpoint import save_adapter
 from loralib.injection import KINDS
-from loralib.loading import build_layers, check_adapter, copy_head, install_adapter
+from loralib.loading import build_layers, check_adapter, copy_head, install_adapter, keep_flags
 from loralib.peft_format import TASK_TYPES, export_peft, read_peft
 
 
@@ -44,12 +44,10 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     """
     config, tensors = read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    for layer in build_layers(model, config, tensors, compact=True).values():
-        layer.merge()  # the layer's weight is the model's own parameter
-    copy_head(model, config, tensors)
-    for parameter, flag in zip(model.parameters(), flags, strict=True):
-        parameter.requires_grad_(flag)
+    with keep_flags(model):
+        for layer in build_layers(model, config, tensors, compact=True).values():
+            layer.merge()  # the layer's weight is the model's own parameter
+        copy_head(model, config, tensors)
     return config
 
 

@@ -211,10 +211,10 @@ class LoRALayer(nn.Linear):
         if self.merged or self.r == 0:
             return F.linear(x, weight, self.bias)
         dropped = self.lora_dropout(x) if self.training and self.lora_dropout.p > 0 else None
-        core, scale = self._core_and_scale()
+        core, scale = self.core_and_scale()
         return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
 
-    def _core_and_scale(self) -> tuple[Tensor | None, float]:
+    def core_and_scale(self) -> tuple[Tensor | None, float]:
         """The core as the forward pass wants it: a matrix, or None for the identity times a number."""
         return self.folded_core(), 1.0
 
@@ -288,7 +288,7 @@ class Linear(LoRALayer):
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
             nn.init.zeros_(self.lora_B[0])
 
-    def _core_and_scale(self) -> tuple[Tensor | None, float]:
+    def core_and_scale(self) -> tuple[Tensor | None, float]:
         return None, self.scaling
 
     def folded_core(self) -> Tensor:

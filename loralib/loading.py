@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +33,7 @@ def load_adapter(
 
     Args:
         compact: leave pruned singular values out instead of setting them to zero, as :func:`compact` does: the better
-            start for more training; the logits then agree to rounding. A layer that was pruned whole has no factors
-            either way.
+            start for more training; the logits then agree to rounding.
         allow_other_base: also accept a base whose weights are not those that the adapter was trained on.
 
     Returns:
@@ -49,11 +50,24 @@ def load_adapter(
 
 
 def check_adapter(
-    model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], allow_other_base: bool = False
+    model: nn.Module,
+    config: AdapterConfig,
+    tensors: dict[str, Tensor],
+    allow_other_base: bool = False,
+    any_head_shape: bool = False,
 ) -> None:
-    """Raises ValueError where the adapter does not fit the model, see :func:`load_adapter`."""
+    """Raises ValueError where the adapter does not fit the model, see :func:`load_adapter`.
+
+    Args:
+        any_head_shape: the head's tensors need not have the shapes of the model's head.
+    """
     _check_modules(model, config)
-    _check_tensors(model, config, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    state = model.state_dict(keep_vars=True)
+    head = {name: tuple(state[name].shape) for name in config.head}
+    if any_head_shape:
+        head = {name: shapes.get(name, shape) for name, shape in head.items()}
+    _compare({**head, **_expected_shapes(model, config)}, shapes, config)
     if not allow_other_base and base_fingerprint(model, config.head) != config.base_fingerprint:
         origin = config.base_model or "unnamed"
         revision = f", revision {config.base_revision}" if config.base_revision else ""
@@ -84,6 +98,15 @@ def copy_head(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor
             state[name].requires_grad_(True)
 
 
+@contextmanager
+def keep_flags(model: nn.Module) -> Iterator[None]:
+    """Every ``requires_grad`` of the model is afterwards what it was before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
 def build_layers(
     model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], compact: bool = False
 ) -> dict[str, LoRALayer]:
@@ -102,9 +125,8 @@ def build_layers(
                 old, group.r, group.lora_alpha, group.lora_dropout, fan_in_fan_out=_is_transposed(old), **options
             )
             live = [i for i, flag in enumerate(flags) if flag == "1"]
-            layer.keep_singular_values(live if compact or not live else range(len(flags)))
-            if live:
-                parameters.update(_fill(name, layer, live, tensors))
+            layer.keep_singular_values(live if compact else range(len(flags)))
+            parameters.update(_fill(name, layer, live, tensors))
     for alias, stored in config.tied.items():
         layer_name, _, factor = alias.rpartition(".lora_")
         side, index = factor.split(".")
@@ -118,6 +140,7 @@ def _fill(name: str, layer: LoRALayer, live: list[int], tensors: dict[str, Tenso
     parameters = layer.lora_parameters()
     for factor_name, parameter in zip(factor_names(name, layer), parameters, strict=True):
         if factor_name not in tensors:
+            parameter.data.zero_()  # of a layer that was pruned whole, or replaced by the factor it is tied to
             continue
         values = filled[factor_name] = parameter
         if len(live) == layer.r:
@@ -153,10 +176,9 @@ def _check_modules(model: nn.Module, config: AdapterConfig) -> None:
             raise ValueError(f"the model has no parameter {name}: {theirs}")
 
 
-def _check_tensors(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-    """Names and shapes of all tensors against the configuration and the model."""
-    state = model.state_dict(keep_vars=True)
-    expected = {name: tuple(state[name].shape) for name in config.head}
+def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the factors that the adapter's file must hold, by the configuration and the model."""
+    expected: dict[str, tuple[int, ...]] = {}
     for group in config.groups:
         for name, flags in group.rank_pattern.items():
             if len(flags) > group.r or not set(flags) <= {"0", "1"}:
@@ -167,7 +189,7 @@ def _check_tensors(model: nn.Module, config: AdapterConfig, tensors: dict[str, T
         shape = expected.pop(alias, None)
         if shape is None or expected.get(stored) != shape or not re.search(r"\.lora_[AB]\.\d+$", alias):
             raise ValueError(f"the adapter's configuration ties {alias} to {stored}, which does not fit")
-    _compare(expected, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, config)
+    return expected
 
 
 def _compare(expected: dict[str, tuple], found: dict[str, tuple], config: AdapterConfig) -> None:

@@ -84,7 +84,8 @@ class Encoder:
     @torch.no_grad()
     def logits(self, model):
         model.eval()
-        return model(**self.batch(160, 24)).logits
+        inputs = {name: tensor for name, tensor in self.batch(160, 24).items() if name != "labels"}
+        return model(**inputs).logits
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,197 @@
+"""Regulariser and rank allocation in someone else's training: a helper for plain loops, a mix-in for the Trainer.
+
+A plain loop adds two lines::
+
+    low_rank = LowRankTraining(model, total_steps=1000, target_rank=4)
+    ...
+        loss = loss + low_rank.penalty()      # before backward()
+        loss.backward()
+        optimizer.step()
+        low_rank.after_step()                 # before the gradients are cleared
+        optimizer.zero_grad()
+
+and a transformers Trainer as well::
+
+    class MyTrainer(LowRankTrainerMixin, Trainer): ...
+    trainer = MyTrainer(model=model, low_rank=LowRankTraining(model, target_rank=4), ...)
+
+transformers is imported only once a trainer is made.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralib.allocator import RankAllocator
+from loralib.layers import lora_layers
+from loralib.orthogonality import OrthogonalityRegulariser
+
+STATE_FILE = "low_rank.pt"
+
+
+class LowRankTraining:
+    """What AdaLoRA and LoRA² add to a training loop.
+
+    Args:
+        model: holds low-rank layers with singular values, all of one rank.
+        total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
+        target_rank: average singular values a layer keeps; None prunes nothing.
+        regu_weight: of the orthogonality regulariser; 0 for none. terms, squared: see
+            :class:`loralib.OrthogonalityRegulariser`.
+        init_warmup, final_warmup: steps before pruning and with the ranks held; a tenth and half of all where None.
+        allocator_options: mask_interval (10), beta1 and beta2 (0.85), importance … of :class:`loralib.RankAllocator`.
+
+    Raises:
+        ValueError: for a value out of range, or a model without such layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int | None = None,
+        *,
+        target_rank: int | None = None,
+        regu_weight: float = 0.1,
+        terms: str = "all",
+        squared: bool = False,
+        init_warmup: int | None = None,
+        final_warmup: int | None = None,
+        **allocator_options: Any,
+    ) -> None:
+        if not regu_weight >= 0:
+            raise ValueError(f"regu_weight must not be negative, got {regu_weight!r}")
+        self.model, self.regu_weight, self.step = model, regu_weight, 0
+        self.total_steps: int | None = None
+        self.allocator: RankAllocator | None = None
+        self._regulariser = OrthogonalityRegulariser(model, terms, squared) if regu_weight else None
+        self._target_rank, self._warmups = target_rank, (init_warmup, final_warmup)
+        self._options = {"mask_interval": 10, "beta1": 0.85, "beta2": 0.85, **allocator_options}
+        self._saved: dict[str, Any] | None = None
+        if total_steps is not None:
+            self.start(total_steps)
+
+    def start(self, total_steps: int) -> None:
+        """Begin a training of ``total_steps`` optimiser steps: plan the pruning, and take up a state loaded before.
+
+        Raises:
+            ValueError: where the steps are too few, or the loaded state belongs to another training.
+        """
+        if self._target_rank is not None:
+            init, final = self._warmups
+            ranks = [layer.r for layer in lora_layers(self.model).values() if layer.lora_E is not None]
+            self.allocator = RankAllocator(
+                self.model,
+                lora_r=ranks[0] if ranks else 1,
+                target_rank=self._target_rank,
+                init_warmup=total_steps // 10 if init is None else init,
+                final_warmup=total_steps // 2 if final is None else final,
+                total_step=total_steps,
+                **self._options,
+            )
+        self.total_steps, self.step = total_steps, 0
+        if self._saved is not None:
+            saved, self._saved = self._saved, None
+            self.load_state_dict(saved)
+
+    def penalty(self) -> Tensor | float:
+        """The weighted regulariser, to add to the loss of one optimiser step; 0 where it is off."""
+        return self.regu_weight * self._regulariser() if self._regulariser is not None else 0.0
+
+    def after_step(self) -> None:
+        """Call after ``optimizer.step()`` and before the gradients are cleared.
+
+        Raises:
+            RuntimeError: where pruning is asked for and :meth:`start` was never called.
+        """
+        if self._target_rank is not None and self.allocator is None:
+            raise RuntimeError("call start(total_steps) before training: the pruning is planned over them")
+        self.step += 1
+        if self.allocator is not None:
+            self.allocator.update_and_mask(self.model, self.step)
+
+    @property
+    def rank_pattern(self) -> dict[str, list[bool]] | None:
+        """For :func:`loralib.save_adapter`; None where nothing is pruned."""
+        return self.allocator.rank_pattern if self.allocator is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs beside the model and the optimiser."""
+        return {"step": self.step, "allocator": self.allocator.state_dict() if self.allocator is not None else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; before :meth:`start` it is kept until then.
+
+        Raises:
+            ValueError: where it belongs to another training.
+        """
+        if self._target_rank is not None and self.allocator is None:
+            self._saved = state
+            return
+        if (state["allocator"] is None) != (self.allocator is None):
+            raise ValueError(
+                "only one of the saved training and this one prunes: give the same target_rank"
+            )
+        if self.allocator is not None:
+            self.allocator.load_state_dict(state["allocator"])
+        self.step = state["step"]
+
+
+class LowRankTrainerMixin:
+    """Put before transformers' Trainer (or a subclass) in the bases of a class.
+
+    Adds the regulariser to the training loss, drives the allocator after every optimiser step, and carries its state
+    in the checkpoints, so that ``resume_from_checkpoint`` goes on where it was.
+
+    Args:
+        low_rank: made for the same model; its ``total_steps`` are the Trainer's.
+        args, kwargs: the Trainer's.
+    """
+
+    def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.low_rank = low_rank
+        self.add_callback(_allocator_callback(low_rank))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's loss plus the penalty, which counts once for each optimiser step."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return result
+        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already.
+        scaled = self.compute_loss_func is not None or (
+            self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+        penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self.low_rank.state_dict(), os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
+            self.low_rank.load_state_dict(state)
+
+
+def _allocator_callback(low_rank: LowRankTraining) -> Any:
+    from transformers import TrainerCallback
+
+    class AllocatorCallback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0 or low_rank.total_steps is None:  # otherwise the training is resumed
+                low_rank.start(state.max_steps)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            low_rank.after_step()
+
+    return AllocatorCallback()

@@ -1,0 +1,135 @@
+"""Several adapters on one base: every row as if its adapter were alone, and the base as it was."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+
+import loralib
+
+
+@pytest.fixture(scope="module")
+def three(encoder, lora2, tmp_path_factory):
+    """Name -> (folder, logits of the loaded adapter alone): pruned LoRA², LoRA, and a trained head of three outputs."""
+    root = tmp_path_factory.mktemp("three")
+    lora = encoder.base()
+    loralib.inject(lora, "lora", ["query", "value"], r=2)
+    encoder.train(lora, steps=4, head=("classifier", "pooler"))
+    wide = encoder.base()
+    loralib.inject(wide, "adalora", ["key"], r=2)
+    encoder.train(wide, steps=6, target_rank=1, head=())
+    wide.classifier = nn.Linear(384, 3)
+    folders = {
+        "lora2": lora2[2],
+        "lora": loralib.save_adapter(lora, root / "lora"),
+        "wide": loralib.save_adapter(wide, root / "wide"),
+    }
+    models = {"lora2": lora2[0], "lora": lora, "wide": wide}
+    return {name: (folders[name], encoder.logits(model)) for name, model in models.items()}
+
+
+def test_switching_and_mixing_leave_the_base_alone(encoder, three):
+    base = encoder.base()
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    types, bare = [type(m) for m in base.modules()], encoder.logits(base)
+    adapters = loralib.MultiAdapter(base)
+    for name, (folder, _) in three.items():
+        adapters.load(name, folder)
+    assert adapters.names == list(three) and adapters.active is None
+    assert torch.equal(encoder.logits(base), bare)
+    for name in ("lora", "lora2", "wide", "lora"):
+        adapters.activate(name)
+        assert adapters.active == name
+        torch.testing.assert_close(encoder.logits(base), three[name][1], atol=2e-6, rtol=1e-5)
+    adapters.activate(None)
+
+    batch = {n: t for n, t in encoder.batch(160, 24).items() if n != "labels"}
+    choices = [None, "lora2", "lora", "lora2", "lora", None, "lora"] * 4
+    mixed = adapters.run(choices[:24], **batch).logits
+    alone = {**{name: logits for name, (_, logits) in three.items()}, None: bare}
+    for i, name in enumerate(choices[:24]):
+        torch.testing.assert_close(mixed[i], alone[name][i], atol=2e-6, rtol=1e-5)
+    assert adapters._one_pass
+
+    mixed = adapters.run(["wide", "lora2"] * 12, **batch).logits
+    assert mixed.shape == (24, 3) and torch.isneginf(mixed[1::2, 1:]).all()
+    torch.testing.assert_close(mixed[::2], alone["wide"][::2], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[1::2, :1], alone["lora2"][1::2], atol=2e-6, rtol=1e-5)
+
+    assert torch.equal(encoder.logits(base), bare)
+    adapters.close()
+    assert [type(m) for m in base.modules()] == types and all(p.requires_grad for p in base.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+    assert not any(m._forward_hooks for m in base.modules()) and torch.equal(encoder.logits(base), bare)
+
+
+def test_names_are_checked(encoder, three):
+    adapters = loralib.MultiAdapter(encoder.base())
+    adapters.load("lora", three["lora"][0])
+    batch = {n: t for n, t in encoder.batch(0, 4).items() if n != "labels"}
+    for bad, says in [
+        (lambda: adapters.load("lora", three["lora2"][0]), "loaded already"),
+        (lambda: adapters.activate("other"), "there are: lora"),
+        (lambda: adapters.run(["lora", "other", None, None], **batch), "no adapter 'other'"),
+        (lambda: adapters.run(["lora"] * 3, **batch), "no input has 3 rows"),
+        (lambda: adapters.remove("other"), "no adapter"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            bad()
+    adapters.activate("lora")
+    adapters.remove("lora")
+    assert adapters.names == [] and adapters.active is None
+    other = encoder.base()
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="weights are not those"):
+        loralib.MultiAdapter(other).load("lora", three["lora"][0])
+    loralib.inject(other, "lora", ["query"])
+    with pytest.raises(ValueError, match="plain base"):
+        loralib.MultiAdapter(other)
+
+
+def tiny(model_type):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if model_type == "gpt2":
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, pad_token_id=0)
+        return GPT2ForSequenceClassification(config).eval()
+    if model_type == "deberta-v2":
+        sizes |= {"relative_attention": True, "share_att_key": True, "pos_att_type": "p2c|c2p", "position_buckets": 4,
+                  "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model(model_type, **sizes, vocab_size=40)
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "model_type, modules, head, one_pass",
+    [
+        ("gpt2", ["c_attn", "c_proj"], "score", True),
+        ("roberta", ["query", "intermediate"], "classifier", True),
+        ("deberta-v2", ["query", "key", "intermediate"], "classifier", False),  # projects positions with query and key
+    ],
+)
+def test_rows_on_other_architectures(tmp_path, model_type, modules, head, one_pass):
+    alone, ids = {}, torch.arange(2, 38).view(6, 6)
+    for name, kind, r in (("a", "lora2", 3), ("b", "lora", 2)):
+        model = tiny(model_type)
+        loralib.inject(model, kind, modules, r=r)
+        loralib.mark_only_lora_as_trainable(model)
+        model.get_submodule(head).requires_grad_(True)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(parameter, std=0.5)
+        loralib.save_adapter(model, tmp_path / name)
+        alone[name] = model(ids).logits
+    base = tiny(model_type)
+    alone[None] = base(ids).logits
+    adapters = loralib.MultiAdapter(base)
+    for name in "ab":
+        adapters.load(name, tmp_path / name)
+    rows = ["a", "b", None, "b", "a", "a"]
+    for _ in range(2):
+        mixed = adapters.run(rows, ids).logits
+        for i, name in enumerate(rows):
+            torch.testing.assert_close(mixed[i], alone[name][i], atol=1e-5, rtol=1e-5)
+    assert adapters._one_pass == one_pass
