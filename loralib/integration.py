@@ -133,9 +133,7 @@ class LowRankTraining:
             self._saved = state
             return
         if (state["allocator"] is None) != (self.allocator is None):
-            raise ValueError(
-                "only one of the saved training and this one prunes: give the same target_rank"
-            )
+            raise ValueError("only one of the saved training and this one prunes: give the same target_rank")
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.step = state["step"]

@@ -11,6 +11,7 @@ from torch import nn
 import loralib
 from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.checkpoint import factor_names
+from loralib.peft_format import decompose
 from nlu.arguments import LOW_RANK, Arguments
 from nlu.errors import UsageError
 from nlu.files import write_json
@@ -38,6 +39,16 @@ def save_run_adapter(arguments: Arguments, applied: AppliedMethod, record: dict[
             "max_seq_length": arguments.data.max_seq_length,
         },
     )
+
+
+@torch.no_grad()
+def spectra(model: nn.Module) -> dict[str, list[float]] | None:
+    """Module name → singular values of ΔW, descending, to five significant digits; None without low-rank layers."""
+    found = {}
+    for name, layer in loralib.lora_layers(model).items():
+        _, values, _ = decompose(layer.lora_B[0], layer.folded_core(), layer.lora_A[0])
+        found[name] = [float(f"{value:.5g}") for value in values.tolist()]
+    return found or None
 
 
 def read_warm_start(path: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:

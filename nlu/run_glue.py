@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import loralib
-from nlu.adapter_io import check_warm_start, load_warm_start, read_warm_start, save_run_adapter
+from nlu.adapter_io import check_warm_start, load_warm_start, read_warm_start, save_run_adapter, spectra
 from nlu.arguments import Arguments, command_line, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, tokenize
@@ -127,6 +127,7 @@ def run(arguments: Arguments) -> int:
         raise
     record.log_history = trainer.state.log_history
     if training.should_save:
+        record.static["spectra"] = spectra(model)
         save_run_adapter(arguments, applied, record.write("running"), folder)
         report(record.write("finished"))
     return 0

@@ -21,7 +21,7 @@ RUNS = {
     "LoRA": ["--method", "lora"],
 }
 RANK = 8
-SCALE = 16  # lora_alpha / r, the same for all four: the scale decides more than the method does
+SCALE = 4  # lora_alpha / r, the same for all four: the scale decides more than the method does
 
 
 def command(arguments: argparse.Namespace, method: list[str], folder: Path) -> list[str]:
@@ -32,7 +32,7 @@ def command(arguments: argparse.Namespace, method: list[str], folder: Path) -> l
         "--model_name_or_path", arguments.model, "--task_name", arguments.task_name,
         "--glue_dir", arguments.glue_dir, "--root_output_dir", str(folder),
         "--do_train", "--do_eval", "--bf16", "--length_bucketing", "--max_seq_length", "128",
-        "--per_device_train_batch_size", "32", "--max_steps", str(steps), "--learning_rate", "1e-3",
+        "--per_device_train_batch_size", "32", "--max_steps", str(steps), "--learning_rate", "3e-3",
         "--warmup_ratio", "0.1", "--weight_decay", "0.01", "--seed", str(arguments.seed),
         "--eval_strategy", "steps", "--eval_steps", str(max(1, steps // 3)), "--logging_steps", str(max(1, steps // 6)),
         "--save_strategy", "no", "--lora_r", str(RANK), "--lora_alpha", str(RANK * SCALE), *method,

@@ -42,6 +42,10 @@ def test_the_saved_adapter_gives_the_trained_models_logits(base_flags, tmp_path,
     ids = torch.randint(5, 20, (4, 9))
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, seen["model"].eval()(ids).logits)
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    for name, layer in loralib.lora_layers(model).items():
+        expected = torch.linalg.svdvals(layer.delta_weight())[: len(record["spectra"][name])]
+        torch.testing.assert_close(torch.tensor(record["spectra"][name]), expected, rtol=1e-3, atol=1e-6)
     assert config.card["task"] == "cola" and config.base_model == encoder.name
     pattern = json.loads((tmp_path / "run" / "rank_pattern.json").read_text())
     assert {n: sum(flags) for n, flags in pattern.items()} == config.ranks
