@@ -72,12 +72,15 @@ class OrthogonalityRegulariser:
                 position = {id(factor): i for i, factor in enumerate(dict.fromkeys(factors))}
                 stacked = torch.stack(list(dict.fromkeys(factors)))
                 stacked = stacked.mT if is_right else stacked
+                tall = stacked.shape[-1] <= stacked.shape[-2]
+                gram = _Gram.apply(stacked) if tall or (with_product and product_gram is None) else None
                 if with_factors:
-                    deviations.append(self._deviation(_smaller_gram(stacked)))
+                    deviations.append(self._deviation(gram if tall else _Gram.apply(stacked.mT)))
                 if with_product:
-                    if len(position) < len(factors):
-                        stacked = stacked[[position[id(factor)] for factor in factors]]
-                    product_gram = stacked.mT @ (stacked if product_gram is None else product_gram @ stacked)
+                    shared = len(position) < len(factors)
+                    inner = gram if product_gram is None else stacked
+                    inner = inner[[position[id(factor)] for factor in factors]] if shared else inner
+                    product_gram = inner if product_gram is None else inner.mT @ product_gram @ inner
             if with_product:
                 deviations.append(self._deviation(product_gram))
         return torch.cat(deviations).mean()
@@ -88,8 +91,18 @@ class OrthogonalityRegulariser:
         return flat.square().sum(1) if self.squared else torch.linalg.vector_norm(flat, dim=1)
 
 
-def _smaller_gram(stacked: Tensor) -> Tensor:
-    return stacked.mT @ stacked if stacked.shape[-1] <= stacked.shape[-2] else stacked @ stacked.mT
+class _Gram(torch.autograd.Function):
+    """(n, m, s) → (n, s, s): XᵀX, whose gradient is one product X (G + Gᵀ) where autograd would make two and add."""
+
+    @staticmethod
+    def forward(ctx, stacked: Tensor) -> Tensor:
+        ctx.save_for_backward(stacked)
+        return stacked.mT @ stacked
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (stacked,) = ctx.saved_tensors
+        return stacked @ (grad + grad.mT)
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:

@@ -1,0 +1,304 @@
+"""What is measured: one training step of each peer, built and run in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import loralib
+from loralib.fused import product
+from nlu.speed import speed_up
+
+SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
+PEFT_SIX = r".*encoder\.layer\..*\.(query_proj|key_proj|value_proj|dense)"
+SCHEDULE = {"init": 2, "final": 2, "interval": 100, "total": 100_000}
+LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
+    a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step."""
+
+    title: str
+    maker: str
+    method: str
+    k: int = 0
+    fast_attention: bool = False
+    weights: str = "float32"
+
+
+PEERS = {
+    "full": Peer("full fine-tuning, transformers", "transformers", "full"),
+    "full-fast": Peer("full fine-tuning, fast attention", "here", "full", fast_attention=True),
+    "peft-lora": Peer("LoRA, peft", "peft", "lora"),
+    "peft-lora-bf16": Peer("LoRA, peft, weights stored in bfloat16", "peft", "lora", weights="bfloat16"),
+    "peft-adalora": Peer("AdaLoRA, peft", "peft", "adalora"),
+    "lora": Peer("LoRA, here", "here", "lora", fast_attention=True, weights="bfloat16"),
+    "adalora": Peer("AdaLoRA, here", "here", "adalora", fast_attention=True, weights="bfloat16"),
+    "lora2-stock": Peer("LoRA² k=8, here, stock attention", "here", "lora2", 8, weights="bfloat16"),
+    "lora2": Peer("LoRA² k=8, here", "here", "lora2", 8, fast_attention=True, weights="bfloat16"),
+    "lora2-k1": Peer("LoRA² k=1, here", "here", "lora2", 1, fast_attention=True, weights="bfloat16"),
+    "limit": Peer("matrix products alone", "limit", "limit"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One setting that all peers are measured in. `batches` are (rows, tokens) pairs, run one after the other."""
+
+    precision: str
+    layers: int
+    batches: tuple[tuple[int, int], ...]
+    device: str
+    hidden: int = 768
+    intermediate: int = 3072
+    heads: int = 12
+    vocabulary: int = 128_100
+
+
+@dataclass
+class Trained:
+    """A model ready to step: what else belongs to the step, and the part of it that is not the model's own."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: bool
+    regulariser: Callable[[], torch.Tensor] | None = None
+    allocate: Callable[[int], Any] | None = None
+    step: int = field(default=SCHEDULE["init"] + 1)
+
+
+def build_model(shape: Shape) -> nn.Module:
+    """DeBERTaV3-base's architecture with random weights: no download, the same arithmetic."""
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=512,
+        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
+        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7, num_labels=2,
+    )  # fmt: skip
+    return DebertaV2ForSequenceClassification(config).train()
+
+
+def build(peer: Peer, shape: Shape) -> Trained:
+    """The peer's model, adapters and optimiser on the shape's device."""
+    model = build_model(shape)
+    half = shape.precision == "bfloat16"
+    cast = half and peer.weights == "bfloat16"
+    regulariser = allocate = None
+    if peer.maker == "peft":
+        if cast:
+            model = model.to(torch.bfloat16)
+        model, allocate = _with_peft(model, peer)
+    elif peer.method != "full":
+        kind = {"k": peer.k} if peer.method == "lora2" else {}
+        loralib.inject(model, peer.method, SIX, r=RANK, lora_alpha=ALPHA, **kind)
+        loralib.mark_only_lora_as_trainable(model)
+        for head in (model.pooler, model.classifier):
+            head.requires_grad_(True)
+        if cast:
+            loralib.cast_frozen(model, torch.bfloat16)
+    model.to(shape.device)
+    if peer.maker == "here":
+        speed_up(model, peer.fast_attention)
+    if peer.maker == "here" and peer.method in ("adalora", "lora2"):
+        regulariser = loralib.OrthogonalityRegulariser(model)
+        allocator = loralib.RankAllocator(
+            model, RANK, 3, SCHEDULE["init"], SCHEDULE["final"], SCHEDULE["interval"], 0.85, 0.85, SCHEDULE["total"]
+        )
+        allocate = lambda step: allocator.update_and_mask(model, step)  # noqa: E731
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
+    return Trained(model, optimizer, half and not cast, regulariser, allocate)
+
+
+def _with_peft(model: nn.Module, peer: Peer) -> tuple[nn.Module, Callable[[int], Any] | None]:
+    import peft
+
+    common = {"target_modules": PEFT_SIX, "lora_alpha": ALPHA, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
+    if peer.method == "lora":
+        return peft.get_peft_model(model, peft.LoraConfig(r=RANK, **common)), None
+    config = peft.AdaLoraConfig(
+        init_r=RANK, target_r=3, tinit=SCHEDULE["init"], tfinal=SCHEDULE["final"], deltaT=SCHEDULE["interval"],
+        beta1=0.85, beta2=0.85, total_step=SCHEDULE["total"], orth_reg_weight=REGULARISER, **common,
+    )  # fmt: skip
+    model = peft.get_peft_model(model, config)
+    return model, model.base_model.update_and_allocate
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_batches(shape: Shape) -> list[dict[str, torch.Tensor]]:
+    """Random token ids; the padding of the last row stands for a batch of sequences of one length."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for rows, tokens in shape.batches:
+        ids = torch.randint(5, min(shape.vocabulary, 1000), (rows, tokens), generator=generator)
+        labels = torch.randint(0, 2, (rows,), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        made.append({name: value.to(shape.device) for name, value in batch.items()})
+    return made
+
+
+def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
+    """What transformers' Trainer does in a step: forward, backward, clip, update, then the method's own part."""
+    with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=trained.autocast):
+        loss = trained.model(**batch).loss
+    if trained.regulariser is not None:
+        loss = loss + REGULARISER * trained.regulariser()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in trained.optimizer.param_groups for p in group["params"]], 1.0)
+    trained.optimizer.step()
+    if trained.allocate is not None:
+        trained.step += 1 + (trained.step % SCHEDULE["interval"] == SCHEDULE["interval"] - 1)  # never a masking step
+        trained.allocate(trained.step)
+    trained.optimizer.zero_grad()
+
+
+def method_step(trained: Trained) -> None:
+    """Regulariser, forward and backward, and allocator alone, on the gradients that the parameters hold."""
+    if trained.regulariser is not None:
+        (REGULARISER * trained.regulariser()).backward()
+    else:
+        trained.model(stub=True).loss.backward()
+    trained.step += 1 + (trained.step % SCHEDULE["interval"] == SCHEDULE["interval"] - 1)
+    trained.allocate(trained.step)
+
+
+def prepare_method_step(trained: Trained) -> None:
+    """Give every trained parameter a gradient. peft regularises in its forward pass, so its encoder is cut out."""
+    for parameter in trained.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+    if trained.regulariser is None:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        inner = trained.model.base_model.model
+        inner.forward = lambda **_: SequenceClassifierOutput(loss=torch.zeros((), device=inner.device))
+        trained.model = trained.model.base_model
+
+
+class Limit:
+    """The dense products of the frozen layers, forward and towards the input, and nothing else: the fastest way there
+    is to run them here. A step cannot be shorter, so its time over the step's is the share of the limit reached."""
+
+    def __init__(self, shape: Shape) -> None:
+        dtype = getattr(torch, shape.precision)
+        sizes = 4 * [(shape.hidden, shape.hidden)] + [(shape.intermediate, shape.hidden)]
+        sizes += [(shape.hidden, shape.intermediate)]
+        self.layers = shape.layers
+        self.weights = [torch.randn(size, device=shape.device).to(dtype) for size in sizes]
+        self.inputs = {
+            rows * tokens: {n: torch.randn(rows * tokens, n, device=shape.device).to(dtype)
+                            for n in (shape.hidden, shape.intermediate)}
+            for rows, tokens in shape.batches
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, tokens: int) -> None:
+        values = self.inputs[tokens]
+        for _ in range(self.layers):
+            for weight in self.weights:
+                product(values[weight.shape[1]], weight)
+                product(values[weight.shape[0]], weight.T)
+
+    def flops(self, tokens: int) -> int:
+        """Of `step`, counting a multiplication and an addition as two."""
+        return self.layers * sum(4 * tokens * weight.numel() for weight in self.weights)
+
+
+# ---- the process of one peer ---------------------------------------------------------------------------------------
+
+
+def _memory(device: str, reset: bool) -> int:
+    """Peak bytes since the last reset: allocated on the CUDA device, or this process's resident memory (0: unknown)."""
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return peak
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def _release() -> None:
+    """Give what the allocator holds back to the system, so that the next peak is the next step's own."""
+    import ctypes
+    import platform
+
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def serve(connection: Any, key: str, threads: int) -> None:
+    """Answer ("build", shape), ("step", n[, "last"]), ("method", n) and ("memory",) until None comes."""
+    torch.set_num_threads(threads)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    peer, state = PEERS[key], None
+    import transformers.models.deberta_v2.modeling_deberta_v2  # noqa: F401  (so that it is no part of the peak)
+
+    if peer.maker == "peft":
+        import peft  # noqa: F401
+    baseline = _memory("cpu", reset=True)
+    while (request := connection.recv()) is not None:
+        try:
+            state, answer = _answer(request, peer, state, baseline)
+        except Exception as error:
+            answer = error
+        connection.send(answer)
+
+
+def _answer(request: tuple, peer: Peer, state: Any, baseline: int) -> tuple[Any, Any]:
+    kind, *values = request
+    if kind == "build":
+        del state
+        _release()
+        shape = values[0]
+        work = Limit(shape) if peer.maker == "limit" else build(peer, shape)
+        _release()
+        _memory(shape.device, reset=True)
+        return (shape, work, make_batches(shape)), None
+    shape, work, batches = state
+    if kind == "memory":
+        return state, max(0, _memory(shape.device, reset=False) - (0 if shape.device == "cuda" else baseline))
+    seconds = []
+    for i in range(values[0]):
+        batch = batches[i % len(batches)]
+        _synchronise(shape.device)
+        start = time.perf_counter()
+        if kind == "method":
+            method_step(work)
+        elif peer.maker == "limit":
+            work.step(batch["input_ids"].numel())
+        else:
+            train_step(work, batch)
+        _synchronise(shape.device)
+        seconds.append(time.perf_counter() - start)
+    if kind == "step" and isinstance(work, Limit):
+        return state, (seconds, [work.flops(b["input_ids"].numel()) for b in batches])
+    if kind == "step" and work.allocate is not None and values[1:] == ["last"]:
+        prepare_method_step(work)
+    return state, (seconds, None)

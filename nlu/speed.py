@@ -1,0 +1,37 @@
+"""What makes a training step cheaper without changing what it computes, in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+from torch import nn
+
+from nlu.deberta_attention import enable_fast_attention
+from nlu.fast_dropout import enable_fast_dropout
+
+# mallopt's parameters, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's allocator reuse a freed activation in place of giving its pages back to the kernel.
+
+    By default every tensor beyond 32 MiB, and at first every one beyond 128 KiB, is mapped afresh, zeroed and page-
+    faulted in, in every step: a tenth of a step of DeBERTaV3-base. The process's peak memory stays what it was; it is
+    only not given back in between. Returns whether the setting took hold; without glibc nothing is done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def speed_up(model: nn.Module, fast_attention: bool = True) -> int:
+    """Fast dropout, memory kept by the process and, where wanted and covered, the fast DeBERTa attention.
+
+    Returns the number of attention modules replaced. `disable_fast_attention` and `disable_fast_dropout` undo it.
+    """
+    keep_freed_memory()
+    enable_fast_dropout(model)
+    return enable_fast_attention(model) if fast_attention else 0

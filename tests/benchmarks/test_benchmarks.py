@@ -1,0 +1,90 @@
+"""The benchmark measures what it says: every peer steps, learns and is put into the table."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.lengths import epoch_batches
+from benchmarks.peers import PEERS, Limit, Shape, build, make_batches, method_step, prepare_method_step, train_step
+from benchmarks.report import Measurement, markdown
+
+SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=2, vocabulary=60)
+TRAINED = [key for key, peer in PEERS.items() if peer.maker != "limit"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("key", TRAINED)
+def test_every_peer_lowers_its_loss(key, precision):
+    shape = dataclasses.replace(SMALL, precision=precision)
+    trained, (batch,) = build(PEERS[key], shape), make_batches(shape)
+    before = {n: p.detach().clone() for n, p in trained.model.named_parameters() if p.requires_grad}
+    dtypes = {p.dtype for p in trained.model.parameters() if not p.requires_grad}
+    assert dtypes <= {torch.bfloat16 if precision == "bfloat16" and PEERS[key].weights == "bfloat16" else torch.float32}
+    losses = []
+    for _ in range(12):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=trained.autocast):
+            losses.append(trained.model.eval()(**batch).loss.item())
+        trained.model.train()
+        train_step(trained, batch)
+    assert losses[-1] < losses[0]
+    changed = [n for n, p in trained.model.named_parameters() if n in before and not torch.equal(before[n], p)]
+    assert changed
+    if trained.allocate is not None:
+        prepare_method_step(trained)
+        method_step(trained)
+
+
+def test_adapter_peers_train_the_same_number_of_parameters():
+    def count(key):
+        return sum(p.numel() for n, p in build(PEERS[key], SMALL).model.named_parameters() if "lora_" in n and
+                   p.requires_grad)  # fmt: skip
+
+    assert count("peft-lora") == count("lora")
+    assert count("peft-adalora") == count("adalora")
+
+
+def test_the_limit_counts_its_own_operations():
+    limit = Limit(dataclasses.replace(SMALL, layers=3))
+    forward = 2 * 12 * (4 * 24 * 24 + 2 * 24 * 32)
+    assert limit.flops(12) == 3 * 2 * forward
+    limit.step(12)
+
+
+def test_epoch_batches_hold_every_example_and_bucketing_saves_padding():
+    lengths = [5 + (37 * i) % 90 for i in range(130)]
+    plain, bucketed = (epoch_batches(lengths, 16, flag) for flag in (False, True))
+    assert sum(rows for rows, _ in plain) == sum(rows for rows, _ in bucketed) == 130
+    assert max(t for _, t in plain) == max(t for _, t in bucketed) == max(lengths)
+    assert sum(r * t for r, t in bucketed) < 0.8 * sum(r * t for r, t in plain)
+
+
+def test_one_run_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
+    arguments = ["--peers", "lora,lora2,limit", "--lengths", "6", "--rounds", "2", "--threads", "1", "--name", "x"]
+    assert run.main(arguments) == 0
+    assert capsys.readouterr().out.strip() == (tmp_path / "x.md").read_text().strip()
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert {m["key"] for m in record["measurements"]} == {"lora", "lora2", "limit"}
+    assert all(len(m["seconds"]) == 2 for m in record["measurements"])
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+
+
+def test_ratios_are_medians_over_medians():
+    def row(key, seconds, method=()):
+        return Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None)
+
+    found = [row("peft-lora", [4.0, 2.0, 9.0]), row("lora2", [1.0, 3.0, 1.0], [0.5])]
+    text = markdown({"machine": {"device": "d", "threads": 1, "system": "s", "versions": {}}, "rounds": 3,
+                     "started_at": "now"}, found)  # fmt: skip
+    assert "| float32, s | step, LoRA² : peft LoRA, stock attention | 0.250 |" in text
+    assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
+
+
+@pytest.mark.parametrize("arguments", [["--peers", "x"], ["--lengths", "0"], ["--lengths", "cola"], ["--rounds", "0"]])
+def test_bad_arguments(arguments, capsys):
+    assert run.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
