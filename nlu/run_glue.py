@@ -64,6 +64,7 @@ from nlu.records import (
     versions,
 )
 from nlu.run_folder import check_run_folder, claim_run_folder
+from nlu.speed import keep_freed_memory
 from nlu.tasks import Task, get_task
 from nlu.trainer import GlueTrainer, effective_batch_size
 
@@ -239,6 +240,7 @@ def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
     missing = sorted(encoder & set(info["missing_keys"]))
     if missing:
         raise UsageError(f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {missing[0]}, …")
+    keep_freed_memory()
     if not model.no_fast_attention:
         enable_fast_attention(loaded)
     if not model.no_fast_dropout:

@@ -8,9 +8,10 @@ import sys
 from tests.nlu.tiny import REPOSITORY, make_encoder, make_rows, write_rows
 
 # The published flags; the schedule is cut to what 60 rows allow, and nothing else is changed.
-PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora --lora_type svd
-    --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup {init} --final_warmup {final} --mask_interval {mask}
-    --beta1 0.85 --beta2 0.85 --lora_module query,key,value,intermediate,layer.output,attention.output
+PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
+    --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup {init} --final_warmup {final}
+    --mask_interval {mask} --beta1 0.85 --beta2 0.85
+    --lora_module query,key,value,intermediate,layer.output,attention.output
     --lora_alpha 16 --do_train --do_eval --max_seq_length 256 --per_device_train_batch_size 32 --learning_rate 5e-4
     --num_train_epochs 7 --warmup_steps {warmup} --cls_dropout 0.15 --weight_decay 0 --evaluation_strategy steps
     --eval_steps {eval} --save_strategy steps --save_steps {save} --logging_steps {log} --seed 6
