@@ -110,7 +110,7 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(base_flags, monkeyp
 @pytest.mark.parametrize("regression", [False, True])
 def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
     """Rows of the last batch of the epoch included: 50 rows are 6 batches of 8 and one of 2."""
-    task, losses = "stsb" if regression else "cola", []
+    task, losses, patterns = "stsb" if regression else "cola", [], []
     quiet = ["--cls_dropout", "0", "--method", "lora2", "--overwrite_output_dir", "--max_grad_norm", "0"]
     for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
         flags = replaced(base_flags, task_name=task, per_device_train_batch_size=batch, max_steps=9, learning_rate=1e-3)
@@ -131,6 +131,8 @@ def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
             patch.setattr(run_glue, "enable_fast_dropout", lambda model: 0)
             assert main([*flags, *quiet, "--gradient_accumulation_steps", str(accumulate)]) == 0
         losses.append([row["loss"] for row in read(flags)["history"]])
+        patterns.append(read(flags, "rank_pattern.json"))
+    assert patterns[1] == patterns[0] and patterns[2] == patterns[0]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
 
