@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +73,22 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], kind: str = "l
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bar while weights load, and no warning that the head is new, which the adapter brings."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
     """A transformers model in float32, for evaluation.
 
@@ -85,14 +102,11 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
 
     if not hasattr(transformers, architecture):
         raise ValueError(f"transformers has no class {architecture}: load the model yourself and use merge_into()")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns that the head is new; the adapter brings it
-    try:
-        model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"--base {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    with quiet_transformers():
+        try:
+            model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"--base {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     return model.eval()
 
 
@@ -136,7 +150,7 @@ def export_merged(
         processor = transformers.AutoProcessor.from_pretrained(base)
     except (OSError, ValueError, ImportError):
         processor = None  # a model of other things than text or images
-    with writer as new:
+    with writer as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)

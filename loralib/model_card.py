@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
 
-_SHOWN = ("task", "metric", "score", "notes")
+_SHOWN = ("task", "method", "metric", "score", "notes")
 _NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
 
 

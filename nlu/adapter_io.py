@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ import loralib
 from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.checkpoint import factor_names
 from loralib.peft_format import decompose
-from nlu.arguments import LOW_RANK, Arguments
+from nlu.arguments import ADAPTERS, LOW_RANK, Arguments
 from nlu.errors import UsageError
 from nlu.files import write_json
 from nlu.methods import AppliedMethod
+from nlu.tasks import Task
 
 
-def save_run_adapter(arguments: Arguments, applied: AppliedMethod, record: dict[str, Any], folder: Path) -> None:
+def save_run_adapter(
+    arguments: Arguments, task: Task, applied: AppliedMethod, record: dict[str, Any], folder: Path
+) -> None:
     """``rank_pattern.json`` and ``adapter/`` of a finished run; pruned singular values are left out of the latter."""
     ranks = applied.ranks
     if ranks is not None:
         write_json(folder / "rank_pattern.json", ranks.rank_pattern)
     source = Path(arguments.model.model_name_or_path)
+    method = arguments.method
+    # What predict.py needs to put the method's own modules into the base before it loads them.
+    rebuild = {} if method.method not in ADAPTERS | {"peft"} else {"method_arguments": asdict(method)}
     loralib.save_adapter(
         applied.model,
         folder / "adapter",
@@ -37,6 +44,8 @@ def save_run_adapter(arguments: Arguments, applied: AppliedMethod, record: dict[
             "score": record["last"],
             "seed": record["seed"],
             "max_seq_length": arguments.data.max_seq_length,
+            "text_fields": list(task.text_fields),
+            **rebuild,
         },
     )
 

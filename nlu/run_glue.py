@@ -129,7 +129,7 @@ def run(arguments: Arguments) -> int:
     record.log_history = trainer.state.log_history
     if training.should_save:
         record.static["spectra"] = spectra(model)
-        save_run_adapter(arguments, applied, record.write("running"), folder)
+        save_run_adapter(arguments, task, applied, record.write("running"), folder)
         report(record.write("finished"))
     return 0
 

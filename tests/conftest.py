@@ -89,16 +89,16 @@ class Encoder:
 
 
 @pytest.fixture(scope="session")
-def encoder(encoder_path, stsb_rows):
+def pretrained(encoder_path, stsb_rows):
     return Encoder(encoder_path, stsb_rows)
 
 
 @pytest.fixture(scope="session")
-def lora2(encoder, tmp_path_factory):
+def lora2(pretrained, tmp_path_factory):
     """(model, its rank pattern, its adapter folder) of LoRA² (k=8, r=8) on all six module types, pruned."""
-    model = encoder.base()
+    model = pretrained.base()
     loralib.inject(model, "lora2", SIX, r=8, k=8)
-    pattern = encoder.train(model)
+    pattern = pretrained.train(model)
     folder = tmp_path_factory.mktemp("adapters") / "lora2"
     loralib.save_adapter(model, folder, rank_pattern=pattern, base_model="all-MiniLM-L6-v2", card={"task": "stsb"})
     return model, pattern, folder

@@ -31,33 +31,33 @@ def assert_unchanged(model, before):
 # ---- real weights ---------------------------------------------------------------------------------------------------
 
 
-def test_a_trained_adapter_reloads_with_the_same_bits(encoder, lora2):
+def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2):
     model, pattern, folder = lora2
-    base = encoder.base()
-    untouched = encoder.logits(base)
+    base = pretrained.base()
+    untouched = pretrained.logits(base)
     config = loralib.load_adapter(base, folder)
-    assert torch.equal(encoder.logits(base), encoder.logits(model))
-    assert (encoder.logits(base) - untouched).abs().max() > 0.05
+    assert torch.equal(pretrained.logits(base), pretrained.logits(model))
+    assert (pretrained.logits(base) - untouched).abs().max() > 0.05
     assert config.kind == "lora2" and config.base_model == "all-MiniLM-L6-v2" and config.card == {"task": "stsb"}
     assert config.ranks == {name: sum(flags) for name, flags in pattern.items()}
     assert len(set(config.ranks.values())) > 2 and sum(config.ranks.values()) == 36 * 2
     assert sorted(n for n, p in base.named_parameters() if p.requires_grad) == sorted(
         {*loralib.lora_state_dict(base), "classifier.weight", "classifier.bias"}
     )
-    small = encoder.base()
+    small = pretrained.base()
     loralib.load_adapter(small, folder, compact=True)
-    torch.testing.assert_close(encoder.logits(small), encoder.logits(model), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(pretrained.logits(small), pretrained.logits(model), atol=1e-6, rtol=1e-6)
     assert {name: layer.r for name, layer in loralib.lora_layers(small).items()} == config.ranks
     card = (folder / "README.md").read_text()
     assert "stsb" in card and "all-MiniLM-L6-v2" in card and "load_adapter" in card
 
 
-def test_saved_whole_it_reloads_bit_for_bit(encoder, lora2, tmp_path):
+def test_saved_whole_it_reloads_bit_for_bit(pretrained, lora2, tmp_path):
     model = lora2[0]
     loralib.save_adapter(model, tmp_path / "whole", compact=False)
-    base = encoder.base()
+    base = pretrained.base()
     loralib.load_adapter(base, tmp_path / "whole")
-    assert torch.equal(encoder.logits(base), encoder.logits(model))
+    assert torch.equal(pretrained.logits(base), pretrained.logits(model))
     assert all(layer.r == 8 for layer in loralib.lora_layers(base).values())
 
 
@@ -85,23 +85,23 @@ def test_stored_size_is_what_the_rank_pattern_says(lora2):
         ("multiscale", {"widths": (6, 4), "lora_dropout": 0.1}),
     ],
 )
-def test_every_kind_on_bfloat16_frozen_weights(encoder, tmp_path, kind, options):
-    model = encoder.base()
+def test_every_kind_on_bfloat16_frozen_weights(pretrained, tmp_path, kind, options):
+    model = pretrained.base()
     loralib.inject(model, kind, ["query", "layer.output"], r=4, **options)
     loralib.mark_only_lora_as_trainable(model)
     model.classifier.requires_grad_(True)
     loralib.cast_frozen(model, torch.bfloat16)
-    pattern = encoder.train(model, steps=6)
+    pattern = pretrained.train(model, steps=6)
     loralib.save_adapter(model, tmp_path / "a", rank_pattern=pattern)
-    again = encoder.base()
+    again = pretrained.base()
     loralib.load_adapter(again, tmp_path / "a")
-    assert torch.isfinite(encoder.logits(again)).all()
+    assert torch.isfinite(pretrained.logits(again)).all()
     loralib.cast_frozen(again, torch.bfloat16)
-    assert torch.equal(encoder.logits(again), encoder.logits(model))
+    assert torch.equal(pretrained.logits(again), pretrained.logits(model))
     assert {n: type(m) for n, m in loralib.lora_layers(again).items()} == {
         n: type(m) for n, m in loralib.lora_layers(model).items()
     }
-    small = encoder.base()
+    small = pretrained.base()
     loralib.load_adapter(small, tmp_path / "a", compact=True)
     if pattern:
         loralib.compact(model, pattern)
@@ -114,20 +114,20 @@ def test_every_kind_on_bfloat16_frozen_weights(encoder, tmp_path, kind, options)
 
 
 @pytest.mark.parametrize("trained", ["bias", "."])
-def test_methods_without_layers_save_the_trained_parameters(encoder, tmp_path, trained):
-    model = encoder.base().requires_grad_(False)
+def test_methods_without_layers_save_the_trained_parameters(pretrained, tmp_path, trained):
+    model = pretrained.base().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name or "classifier" in name)
-    encoder.train(model, steps=2, lr=1e-3)
+    pretrained.train(model, steps=2, lr=1e-3)
     loralib.save_adapter(model, tmp_path / "a")
-    base = encoder.base()
+    base = pretrained.base()
     config = loralib.load_adapter(base, tmp_path / "a")
     assert config.kind == "parameters" and config.groups == []
-    assert torch.equal(encoder.logits(base), encoder.logits(model))
+    assert torch.equal(pretrained.logits(base), pretrained.logits(model))
 
 
-def test_another_revision_of_the_base_is_refused(encoder, lora2):
-    base = encoder.base()
+def test_another_revision_of_the_base_is_refused(pretrained, lora2):
+    base = pretrained.base()
     with torch.no_grad():
         base.bert.encoder.layer[5].intermediate.dense.weight[3, 5] *= 1.02
     before = snapshot(base)
@@ -136,16 +136,16 @@ def test_another_revision_of_the_base_is_refused(encoder, lora2):
     assert "\n" not in str(error.value)
     assert_unchanged(base, before)
     loralib.load_adapter(base, lora2[2], allow_other_base=True)
-    assert (encoder.logits(base) - encoder.logits(lora2[0])).abs().max() < 1e-2
+    assert (pretrained.logits(base) - pretrained.logits(lora2[0])).abs().max() < 1e-2
 
 
-def test_merge_is_undone_exactly_and_the_same_base_is_known(encoder, lora2, tmp_path):
-    base = encoder.base()
+def test_merge_is_undone_exactly_and_the_same_base_is_known(pretrained, lora2, tmp_path):
+    base = pretrained.base()
     loralib.load_adapter(base, lora2[2])
-    before, logits = {n: t.clone() for n, t in base.state_dict().items()}, encoder.logits(base)
+    before, logits = {n: t.clone() for n, t in base.state_dict().items()}, pretrained.logits(base)
     loralib.merge_adapter(base)
     loralib.merge_adapter(base)
-    torch.testing.assert_close(encoder.logits(base), logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pretrained.logits(base), logits, atol=1e-5, rtol=1e-5)
     loralib.save_adapter(base, tmp_path / "merged")  # the base counts with its own weight
     assert (
         loralib.read_adapter_config(tmp_path / "merged").base_fingerprint

@@ -23,18 +23,18 @@ def numerical_rank(layer):
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_peft_gives_the_same_logits(encoder, lora2, tmp_path, pruned, capsys):
+def test_peft_gives_the_same_logits(pretrained, lora2, tmp_path, pruned, capsys):
     model, _, folder = lora2
     if pruned:  # whole modules, as the allocator may leave them
-        model = encoder.base()
+        model = pretrained.base()
         loralib.load_adapter(model, folder)
         for layer in list(loralib.lora_layers(model).values())[::3]:
             layer.lora_E = None if layer.lora_E is None else nn.Parameter(torch.zeros_like(layer.lora_E))
         folder = loralib.save_adapter(model, tmp_path / "pruned")
     assert main([str(folder), "--to", "peft", str(tmp_path / "peft"), "--base", "some/base"]) == 0
-    theirs = PeftModel.from_pretrained(encoder.base(), tmp_path / "peft")
-    torch.testing.assert_close(encoder.logits(theirs), encoder.logits(model), **CLOSE)
-    assert (encoder.logits(encoder.base()) - encoder.logits(model)).abs().max() > 0.05
+    theirs = PeftModel.from_pretrained(pretrained.base(), tmp_path / "peft")
+    torch.testing.assert_close(pretrained.logits(theirs), pretrained.logits(model), **CLOSE)
+    assert (pretrained.logits(pretrained.base()) - pretrained.logits(model)).abs().max() > 0.05
     ranks = {name: rank for name, layer in loralib.lora_layers(model).items() if (rank := numerical_rank(layer))}
     state = load_file(tmp_path / "peft/adapter_model.safetensors")
     assert ranks == {
@@ -45,7 +45,7 @@ def test_peft_gives_the_same_logits(encoder, lora2, tmp_path, pruned, capsys):
     assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
     assert "modules of rank" in capsys.readouterr().out
     merged = theirs.merge_and_unload()
-    torch.testing.assert_close(encoder.logits(merged), encoder.logits(model), **CLOSE)
+    torch.testing.assert_close(pretrained.logits(merged), pretrained.logits(model), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_peft_gives_the_same_logits(encoder, lora2, tmp_path, pruned, capsys):
         ("multiscale", {"widths": (6, 2)}), ("multiscale", {"widths": (2, 6)}),
     ],
 )  # fmt: skip
-def test_every_kind_exports_at_its_true_rank(encoder, tmp_path, kind, options):
-    model = encoder.base()
+def test_every_kind_exports_at_its_true_rank(pretrained, tmp_path, kind, options):
+    model = pretrained.base()
     loralib.inject(model, kind, ["query", "intermediate"], r=4, lora_alpha=6, **options)
     loralib.mark_only_lora_as_trainable(model)
     torch.manual_seed(3)
@@ -66,9 +66,9 @@ def test_every_kind_exports_at_its_true_rank(encoder, tmp_path, kind, options):
     ranks = export_peft(folder, tmp_path / "peft")
     expected = min(4, *options.get("widths", ()), options.get("k", 4))
     assert set(ranks.values()) == {expected}
-    theirs = PeftModel.from_pretrained(encoder.base(), tmp_path / "peft")
-    scale = encoder.logits(model).abs().max()
-    torch.testing.assert_close(encoder.logits(theirs), encoder.logits(model), atol=1e-5 * max(1, scale), rtol=1e-5)
+    theirs = PeftModel.from_pretrained(pretrained.base(), tmp_path / "peft")
+    logits = pretrained.logits(model)
+    torch.testing.assert_close(pretrained.logits(theirs), logits, atol=1e-5 * max(1, logits.abs().max()), rtol=1e-5)
 
 
 def test_conv1d_exports(tmp_path):
@@ -119,29 +119,29 @@ def test_roberta_head_goes_to_modules_to_save_whole(tmp_path):
 # ---- merged ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_merged_checkpoint_is_plain_transformers(encoder, lora2, tmp_path):
+def test_the_merged_checkpoint_is_plain_transformers(pretrained, lora2, tmp_path):
     out = tmp_path / "merged"
-    assert main([str(lora2[2]), "--to", "merged", str(out), "--base", str(encoder.path)]) == 0
+    assert main([str(lora2[2]), "--to", "merged", str(out), "--base", str(pretrained.path)]) == 0
     model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.num_labels == 1
     assert not any(type(m).__module__.startswith("loralib") for m in model.modules())
-    torch.testing.assert_close(encoder.logits(model), encoder.logits(lora2[0]), **CLOSE)
+    torch.testing.assert_close(pretrained.logits(model), pretrained.logits(lora2[0]), **CLOSE)
     text = ["A plane is taking off.", "Ein Flugzeug."]
-    assert AutoTokenizer.from_pretrained(out)(text) == encoder.tokenizer(text)
+    assert AutoTokenizer.from_pretrained(out)(text) == pretrained.tokenizer(text)
 
 
-def test_drift_of_a_bfloat16_merge_is_that_of_bfloat16_weights(encoder, lora2, tmp_path):
-    export_merged(lora2[2], tmp_path / "merged", str(encoder.path), dtype=torch.bfloat16)
+def test_drift_of_a_bfloat16_merge_is_that_of_bfloat16_weights(pretrained, lora2, tmp_path):
+    export_merged(lora2[2], tmp_path / "merged", str(pretrained.path), dtype=torch.bfloat16)
     stored = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype="auto")
     assert stored.dtype == torch.bfloat16
-    logits = encoder.logits(lora2[0])
-    drift = (encoder.logits(stored.float()) - logits).abs().max()
-    moved = (encoder.logits(encoder.base()) - logits).abs().max()
+    logits = pretrained.logits(lora2[0])
+    drift = (pretrained.logits(stored.float()) - logits).abs().max()
+    moved = (pretrained.logits(pretrained.base()) - logits).abs().max()
     assert 0 < drift < 0.1 * moved
 
 
-def test_merge_refuses_another_base_and_changes_nothing(encoder, lora2):
-    base = encoder.base()
+def test_merge_refuses_another_base_and_changes_nothing(pretrained, lora2):
+    base = pretrained.base()
     with torch.no_grad():
         base.bert.embeddings.word_embeddings.weight[7] += 1
     before = {n: t.clone() for n, t in base.state_dict().items()}
@@ -155,37 +155,37 @@ def test_merge_refuses_another_base_and_changes_nothing(encoder, lora2):
 
 
 @pytest.fixture
-def peft_adapter(encoder, tmp_path):
+def peft_adapter(pretrained, tmp_path):
     """A LoRA of peft's own on real weights, two ranks, with the logits peft gives."""
     torch.manual_seed(5)
     settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
                           rank_pattern={"value": 3}, alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
-    theirs = get_peft_model(encoder.base(), settings)
+    theirs = get_peft_model(pretrained.base(), settings)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
     theirs.save_pretrained(tmp_path / "theirs")
-    return tmp_path / "theirs", encoder.logits(theirs)
+    return tmp_path / "theirs", pretrained.logits(theirs)
 
 
-def test_a_peft_lora_imports_with_the_same_logits(encoder, peft_adapter, tmp_path, capsys):
+def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_path, capsys):
     folder, logits = peft_adapter
     out = tmp_path / "ours"
-    assert main([str(folder), "--to", "loralib", str(out), "--base", str(encoder.path)]) == 0
-    model = encoder.base()
+    assert main([str(folder), "--to", "loralib", str(out), "--base", str(pretrained.path)]) == 0
+    model = pretrained.base()
     config = loralib.load_adapter(model, out)
     assert config.kind == "lora" and set(config.ranks.values()) == {3, 6}
-    torch.testing.assert_close(encoder.logits(model), logits, **CLOSE)
+    torch.testing.assert_close(pretrained.logits(model), logits, **CLOSE)
     export_peft(out, tmp_path / "back")  # and back
-    torch.testing.assert_close(encoder.logits(PeftModel.from_pretrained(encoder.base(), tmp_path / "back")), logits,
-                               **CLOSE)  # fmt: skip
+    back = PeftModel.from_pretrained(pretrained.base(), tmp_path / "back")
+    torch.testing.assert_close(pretrained.logits(back), logits, **CLOSE)
 
 
 @pytest.mark.parametrize(
     "kind, r, widths", [("lora2", 8, (8,)), ("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))]
 )
-def test_a_start_by_svd_is_the_best_approximation(encoder, peft_adapter, kind, r, widths):
-    exact, start = encoder.base(), encoder.base()
+def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind, r, widths):
+    exact, start = pretrained.base(), pretrained.base()
     import_peft(exact, peft_adapter[0])
     import_peft(start, peft_adapter[0], kind, r=r, widths=widths, lora_alpha=4.0)
     kept = min(r, *widths, 99)
@@ -195,8 +195,8 @@ def test_a_start_by_svd_is_the_best_approximation(encoder, peft_adapter, kind, r
         error = torch.linalg.matrix_norm((whole - layer.delta_weight()).double())
         torch.testing.assert_close(error, sigma[kept:].square().sum().sqrt(), atol=1e-5, rtol=1e-4)
     if kept >= 6:
-        torch.testing.assert_close(encoder.logits(start), peft_adapter[1], **CLOSE)
-    pattern = encoder.train(start, steps=6, lr=1e-3)  # and it trains and prunes
+        torch.testing.assert_close(pretrained.logits(start), peft_adapter[1], **CLOSE)
+    pattern = pretrained.train(start, steps=6, lr=1e-3)  # and it trains and prunes
     assert len(pattern) == 12
 
 
@@ -204,23 +204,23 @@ def test_a_start_by_svd_is_the_best_approximation(encoder, peft_adapter, kind, r
     "change, says",
     [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"), ({"peft_type": "IA3"}, "only LORA")],
 )  # fmt: skip
-def test_what_is_more_than_lora_is_refused(encoder, peft_adapter, change, says):
+def test_what_is_more_than_lora_is_refused(pretrained, peft_adapter, change, says):
     path = peft_adapter[0] / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    base = encoder.base()
+    base = pretrained.base()
     with pytest.raises(ValueError, match=says):
         import_peft(base, peft_adapter[0])
     assert not loralib.lora_layers(base)
 
 
-def test_rank_stabilised_scaling_is_kept(encoder, tmp_path):
+def test_rank_stabilised_scaling_is_kept(pretrained, tmp_path):
     torch.manual_seed(5)
-    theirs = get_peft_model(encoder.base(), LoraConfig(r=4, lora_alpha=3, target_modules=["key"], use_rslora=True,
+    theirs = get_peft_model(pretrained.base(), LoraConfig(r=4, lora_alpha=3, target_modules=["key"], use_rslora=True,
                                                        init_lora_weights=False))  # fmt: skip
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = encoder.base()
+    ours = pretrained.base()
     import_peft(ours, tmp_path / "theirs")
-    torch.testing.assert_close(encoder.logits(ours), encoder.logits(theirs), **CLOSE)
+    torch.testing.assert_close(pretrained.logits(ours), pretrained.logits(theirs), **CLOSE)
 
 
 # ---- parts and errors -----------------------------------------------------------------------------------------------
@@ -260,11 +260,11 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     assert not list(tmp_path.iterdir())
 
 
-def test_damage_and_dead_adapters_write_nothing(encoder, lora2, peft_adapter, tmp_path, capsys):
+def test_damage_and_dead_adapters_write_nothing(pretrained, lora2, peft_adapter, tmp_path, capsys):
     copy = shutil.copytree(lora2[2], tmp_path / "copy")
     weights = load_file(copy / "adapter_model.safetensors")
     save_file({n: t + 1 for n, t in weights.items()}, copy / "adapter_model.safetensors")
-    head_only = encoder.base().requires_grad_(False)
+    head_only = pretrained.base().requires_grad_(False)
     head_only.classifier.requires_grad_(True)
     loralib.save_adapter(head_only, tmp_path / "head")
     refused = {copy: "changed", tmp_path / "head": "no low-rank update", peft_adapter[0]: "peft adapter"}

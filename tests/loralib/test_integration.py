@@ -13,8 +13,8 @@ class MyTrainer(loralib.LowRankTrainerMixin, Trainer):
     pass
 
 
-def injected(encoder, kind="lora2"):
-    model = encoder.base()
+def injected(pretrained, kind="lora2"):
+    model = pretrained.base()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -27,12 +27,12 @@ def injected(encoder, kind="lora2"):
     return model
 
 
-def rows(encoder, count=STEPS * BATCH):
-    inputs = encoder.tokenizer(
-        [r["sentence1"] for r in encoder.rows[:count]], [r["sentence2"] for r in encoder.rows[:count]],
+def rows(pretrained, count=STEPS * BATCH):
+    inputs = pretrained.tokenizer(
+        [r["sentence1"] for r in pretrained.rows[:count]], [r["sentence2"] for r in pretrained.rows[:count]],
         padding=True, truncation=True, max_length=32, return_tensors="pt",
     )  # fmt: skip
-    labels = torch.tensor([r["label"] for r in encoder.rows[:count]])
+    labels = torch.tensor([r["label"] for r in pretrained.rows[:count]])
     return [{**{n: t[i] for n, t in inputs.items()}, "labels": labels[i]} for i in range(count)]
 
 
@@ -68,12 +68,12 @@ def assert_same(first, second, **close):
 
 
 @pytest.fixture(scope="module")
-def plain_loop(encoder):
+def plain_loop(pretrained):
     """(adapter, rank pattern) after a loop of our own, and what the loop's parts say at each step."""
-    model = injected(encoder).train()
+    model = injected(pretrained).train()
     training = low_rank(model, total_steps=STEPS)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    data, live = rows(encoder), []
+    data, live = rows(pretrained), []
     for step in range(STEPS):
         part = data[step * BATCH : (step + 1) * BATCH]
         loss = model(**{n: torch.stack([row[n] for row in part]) for n in part[0]}).loss
@@ -92,21 +92,21 @@ def test_the_loop_prunes_to_the_target(plain_loop):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_trainer_with_the_mixin_does_the_same(encoder, plain_loop, tmp_path, accumulate):
-    model = injected(encoder)
+def test_a_trainer_with_the_mixin_does_the_same(pretrained, plain_loop, tmp_path, accumulate):
+    model = injected(pretrained)
     # BERT's own loss ignores the number of rows in a step, so that it would count twice with two batches a step
-    trainer = MyTrainer(model=model, args=arguments(tmp_path, accumulate), train_dataset=rows(encoder),
+    trainer = MyTrainer(model=model, args=arguments(tmp_path, accumulate), train_dataset=rows(pretrained),
                         low_rank=low_rank(model), compute_loss_func=squared_error)  # fmt: skip
     trainer.train()
     assert_same(adapter(model), plain_loop[0], atol=1e-5, rtol=1e-4)
     assert trainer.low_rank.rank_pattern == plain_loop[1]
 
 
-def test_a_resumed_trainer_ends_with_the_same_bits(encoder, tmp_path):
+def test_a_resumed_trainer_ends_with_the_same_bits(pretrained, tmp_path):
     def run(folder, resume=None, **changes):
-        model = injected(encoder)
+        model = injected(pretrained)
         trainer = MyTrainer(model=model, args=arguments(folder, save_strategy="steps", save_steps=4, **changes),
-                            train_dataset=rows(encoder), low_rank=low_rank(model))  # fmt: skip
+                            train_dataset=rows(pretrained), low_rank=low_rank(model))  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return adapter(model), trainer.low_rank.state_dict()
 
@@ -117,17 +117,17 @@ def test_a_resumed_trainer_ends_with_the_same_bits(encoder, tmp_path):
     assert torch.equal(state["allocator"]["mask"], resumed_state["allocator"]["mask"])
 
 
-def test_evaluation_has_no_penalty(encoder, tmp_path):
-    model = injected(encoder)
+def test_evaluation_has_no_penalty(pretrained, tmp_path):
+    model = injected(pretrained)
     trainer = MyTrainer(model=model, args=arguments(tmp_path), low_rank=low_rank(model))
-    data = rows(encoder, 8)
+    data = rows(pretrained, 8)
     loss = trainer.evaluate(data)["eval_loss"]
     inputs = {n: torch.stack([row[n] for row in data]) for n in data[0]}
     assert loss == pytest.approx(float(model.eval()(**inputs).loss.detach()), rel=1e-4)
 
 
-def test_adalora_without_pruning_and_bad_settings(encoder):
-    model = injected(encoder, "adalora")
+def test_adalora_without_pruning_and_bad_settings(pretrained):
+    model = injected(pretrained, "adalora")
     training = loralib.LowRankTraining(model, regu_weight=0.2)
     torch.testing.assert_close(training.penalty(), loralib.compute_orth_regu(model, 0.2))
     training.after_step()
@@ -142,4 +142,4 @@ def test_adalora_without_pruning_and_bad_settings(encoder):
     with pytest.raises(ValueError, match="leaves no step"):
         low_rank(model, total_steps=1, init_warmup=1)
     with pytest.raises(ValueError, match="no layer with singular values"):
-        loralib.LowRankTraining(injected(encoder, "lora"))
+        loralib.LowRankTraining(injected(pretrained, "lora"))

@@ -9,15 +9,15 @@ import loralib
 
 
 @pytest.fixture(scope="module")
-def three(encoder, lora2, tmp_path_factory):
+def three(pretrained, lora2, tmp_path_factory):
     """Name -> (folder, logits of the loaded adapter alone): pruned LoRA², LoRA, and a trained head of three outputs."""
     root = tmp_path_factory.mktemp("three")
-    lora = encoder.base()
+    lora = pretrained.base()
     loralib.inject(lora, "lora", ["query", "value"], r=2)
-    encoder.train(lora, steps=4, head=("classifier", "pooler"))
-    wide = encoder.base()
+    pretrained.train(lora, steps=4, head=("classifier", "pooler"))
+    wide = pretrained.base()
     loralib.inject(wide, "adalora", ["key"], r=2)
-    encoder.train(wide, steps=6, target_rank=1, head=())
+    pretrained.train(wide, steps=6, target_rank=1, head=())
     wide.classifier = nn.Linear(384, 3)
     folders = {
         "lora2": lora2[2],
@@ -25,25 +25,25 @@ def three(encoder, lora2, tmp_path_factory):
         "wide": loralib.save_adapter(wide, root / "wide"),
     }
     models = {"lora2": lora2[0], "lora": lora, "wide": wide}
-    return {name: (folders[name], encoder.logits(model)) for name, model in models.items()}
+    return {name: (folders[name], pretrained.logits(model)) for name, model in models.items()}
 
 
-def test_switching_and_mixing_leave_the_base_alone(encoder, three):
-    base = encoder.base()
+def test_switching_and_mixing_leave_the_base_alone(pretrained, three):
+    base = pretrained.base()
     before = {n: t.clone() for n, t in base.state_dict().items()}
-    types, bare = [type(m) for m in base.modules()], encoder.logits(base)
+    types, bare = [type(m) for m in base.modules()], pretrained.logits(base)
     adapters = loralib.MultiAdapter(base)
     for name, (folder, _) in three.items():
         adapters.load(name, folder)
     assert adapters.names == list(three) and adapters.active is None
-    assert torch.equal(encoder.logits(base), bare)
+    assert torch.equal(pretrained.logits(base), bare)
     for name in ("lora", "lora2", "wide", "lora"):
         adapters.activate(name)
         assert adapters.active == name
-        torch.testing.assert_close(encoder.logits(base), three[name][1], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(pretrained.logits(base), three[name][1], atol=2e-6, rtol=1e-5)
     adapters.activate(None)
 
-    batch = {n: t for n, t in encoder.batch(160, 24).items() if n != "labels"}
+    batch = {n: t for n, t in pretrained.batch(160, 24).items() if n != "labels"}
     choices = [None, "lora2", "lora", "lora2", "lora", None, "lora"] * 4
     mixed = adapters.run(choices[:24], **batch).logits
     alone = {**{name: logits for name, (_, logits) in three.items()}, None: bare}
@@ -56,17 +56,17 @@ def test_switching_and_mixing_leave_the_base_alone(encoder, three):
     torch.testing.assert_close(mixed[::2], alone["wide"][::2], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(mixed[1::2, :1], alone["lora2"][1::2], atol=2e-6, rtol=1e-5)
 
-    assert torch.equal(encoder.logits(base), bare)
+    assert torch.equal(pretrained.logits(base), bare)
     adapters.close()
     assert [type(m) for m in base.modules()] == types and all(p.requires_grad for p in base.parameters())
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
-    assert not any(m._forward_hooks for m in base.modules()) and torch.equal(encoder.logits(base), bare)
+    assert not any(m._forward_hooks for m in base.modules()) and torch.equal(pretrained.logits(base), bare)
 
 
-def test_names_are_checked(encoder, three):
-    adapters = loralib.MultiAdapter(encoder.base())
+def test_names_are_checked(pretrained, three):
+    adapters = loralib.MultiAdapter(pretrained.base())
     adapters.load("lora", three["lora"][0])
-    batch = {n: t for n, t in encoder.batch(0, 4).items() if n != "labels"}
+    batch = {n: t for n, t in pretrained.batch(0, 4).items() if n != "labels"}
     for bad, says in [
         (lambda: adapters.load("lora", three["lora2"][0]), "loaded already"),
         (lambda: adapters.activate("other"), "there are: lora"),
@@ -79,7 +79,7 @@ def test_names_are_checked(encoder, three):
     adapters.activate("lora")
     adapters.remove("lora")
     assert adapters.names == [] and adapters.active is None
-    other = encoder.base()
+    other = pretrained.base()
     with torch.no_grad():
         other.bert.embeddings.word_embeddings.weight.mul_(1.1)
     with pytest.raises(ValueError, match="weights are not those"):

@@ -1,0 +1,309 @@
+"""Labels and probabilities for a file of any size, from a trained adapter or a merged checkpoint.
+
+    python nlu/predict.py --adapter output/cola/adapter --base microsoft/deberta-v3-base --input new.jsonl
+    cat new.tsv | python nlu/predict.py --model merged --text_fields sentence1,sentence2 --input - --input_format tsv
+
+Rows come out in the order they went in, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or with "score" in
+place of label and probabilities for a regression task. "line" is the line of the input that the row ends on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TextIO
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import loralib
+from loralib.export import load_base_of, quiet_transformers
+from nlu.arguments import MethodArguments
+from nlu.deberta_attention import enable_fast_attention
+from nlu.errors import UsageError
+from nlu.methods import apply_method
+from nlu.streaming import FORMATS, Row, RowReader
+from nlu.tasks import TASKS
+
+BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
+
+
+@dataclass
+class Predictor:
+    """A model ready to predict: what it reads, and the names of its classes (None for regression)."""
+
+    model: nn.Module
+    tokenizer: Any
+    text_fields: tuple[str, ...]
+    labels: list[str] | None
+    max_length: int
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[tuple[str, ...]], batch_size: int) -> list[list[float]]:
+        """For each row its class probabilities, or the one predicted number; batched by length."""
+        encoded = self.tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=self.max_length)
+        order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
+        results: list[list[float]] = [[]] * len(texts)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = {name: [values[i] for i in chosen] for name, values in encoded.items()}
+            batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
+            logits = self.model(**batch).logits.float()
+            values = logits if self.labels is None else logits.softmax(-1)
+            for i, value in zip(chosen, values.tolist(), strict=True):
+                results[i] = value
+        return results
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def load_predictor(arguments: argparse.Namespace) -> Predictor:
+    """The adapter on its base, or the merged checkpoint, on the accelerator where there is one.
+
+    Raises:
+        UsageError: for a damaged adapter, a base that is missing or does not fit, or text fields nobody names.
+    """
+    card: dict[str, Any] = {}
+    try:
+        if arguments.adapter is not None:
+            config = loralib.read_adapter_config(arguments.adapter)
+            card, source = config.card, arguments.base or config.base_model
+            if source is None:
+                raise UsageError("the adapter does not record its base model: give --base NAME_OR_PATH")
+            model = load_base_of(config, source)
+            if "method_arguments" in card:  # methods that add modules: the adapter's tensors belong to those
+                apply_method(model, MethodArguments(**card["method_arguments"]), 0)
+            loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
+        else:
+            source = arguments.model
+            with quiet_transformers():
+                model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        hint = "" if arguments.base or arguments.model else " (--base names the base model, or its folder)"
+        raise UsageError(" ".join(str(error).split())[:400] + hint) from None
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
+    enable_fast_attention(model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    number = model.config.num_labels
+    names = None if number == 1 else [model.config.id2label[i] for i in range(number)]
+    length = arguments.max_seq_length or card.get("max_seq_length") or 512
+    length = min(length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", length))
+    return Predictor(model.eval().to(device), tokenizer, _text_fields(arguments, card), names, length)
+
+
+def _text_fields(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
+    if arguments.text_fields is not None:
+        fields = tuple(arguments.text_fields.split(","))
+    else:
+        task = TASKS.get(str(card.get("task")))
+        fields = tuple(card.get("text_fields") or (task.text_fields if task else ()))
+    if len(fields) not in (1, 2) or not all(fields):
+        raise UsageError("which columns hold the text? give --text_fields NAME, or --text_fields NAME,NAME for pairs")
+    return fields
+
+
+# ---- rows in, rows out ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_output(path: str) -> Iterator[TextIO]:
+    """Standard output for "-"; otherwise a file that appears only once it is complete."""
+    if path == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {target.parent}")
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def row_writer(output: TextIO, kind: str, labels: list[str] | None) -> Callable[[int, list[float]], None]:
+    """A function that writes one row, given its line and what the predictor says of it."""
+
+    def as_json(line: int, values: list[float]) -> None:
+        if labels is None:
+            row: dict[str, Any] = {"line": line, "score": values[0]}
+        else:
+            best = labels[values.index(max(values))]
+            row = {"line": line, "label": best, "probabilities": dict(zip(labels, values, strict=True))}
+        output.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    if kind == "jsonl":
+        return as_json
+    table = csv.writer(output, lineterminator="\n")
+    table.writerow(["line", "score"] if labels is None else ["line", "label", *(f"probability_{n}" for n in labels)])
+
+    def as_csv(line: int, values: list[float]) -> None:
+        table.writerow([line, *([] if labels is None else [labels[values.index(max(values))]]), *values])
+
+    return as_csv
+
+
+def predict_rows(
+    rows: Iterable[Row],
+    predictor: Predictor,
+    write: Callable[[int, list[float]], None],
+    on_bad_row: Callable[[Row], None],
+    batch_size: int,
+    after_buffer: Callable[[], None],
+) -> tuple[int, int]:
+    """Read, predict and write in buffers of ``batch_size`` × 32 rows. Returns (rows written, rows skipped)."""
+    written = skipped = 0
+    buffer: list[Row] = []
+
+    def flush() -> None:
+        nonlocal written
+        if buffer:
+            for row, values in zip(buffer, predictor([row.texts for row in buffer], batch_size), strict=True):
+                write(row.line, values)
+            written += len(buffer)
+            buffer.clear()
+        after_buffer()
+
+    for row in rows:
+        if row.error is not None:
+            on_bad_row(row)
+            skipped += 1
+            continue
+        buffer.append(row)
+        if len(buffer) == batch_size * BATCHES_IN_BUFFER:
+            flush()
+    flush()
+    return written, skipped
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help lists the arguments)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="predict.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--adapter", help="folder of a trained adapter (<root_output_dir>/adapter of a run)")
+    model.add_argument("--model", help="folder of a merged checkpoint, or any classifier of transformers")
+    parser.add_argument("--base", help="name or folder of the adapter's base model, where its own record is not enough")
+    parser.add_argument("--allow_other_base", action="store_true", help="accept a base with other weights")
+    parser.add_argument("--input", required=True, help="a .jsonl, .csv or .tsv file, or - for standard input")
+    parser.add_argument("--input_format", choices=FORMATS, help="default: by the suffix; jsonl for standard input")
+    parser.add_argument("--text_fields", help="columns with the text: NAME or NAME,NAME; default: those of training")
+    parser.add_argument("--output", default="-", help="file to write, or - for standard output (default)")
+    parser.add_argument("--output_format", choices=("jsonl", "csv"), help="default: csv for a .csv file, else jsonl")
+    parser.add_argument("--on_error", choices=("stop", "skip"), default="stop",
+                        help="what to do with a bad row, after naming its line (default: stop)")  # fmt: skip
+    parser.add_argument("--batch_size", type=_positive, default=64, help="rows computed at once (64)")
+    parser.add_argument("--max_seq_length", type=_positive, help="tokens kept of a row; default: that of training")
+    return parser
+
+
+def _input_format(arguments: argparse.Namespace) -> str:
+    if arguments.input_format is not None:
+        return arguments.input_format
+    suffix = Path(arguments.input).suffix.lower().removeprefix(".")
+    if arguments.input == "-" or suffix == "json":
+        return "jsonl"
+    if suffix not in FORMATS:
+        raise UsageError(
+            f"{arguments.input}: the suffix does not tell the format: give --input_format jsonl, csv or tsv"
+        )
+    return suffix
+
+
+@contextmanager
+def _open_input(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    with open(name, "rb") as stream:
+        yield stream
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Predict from end to end; UsageError for whatever the user can put right."""
+    if arguments.input != "-" and (not os.path.exists(arguments.input) or os.path.isdir(arguments.input)):
+        raise UsageError(f"--input {arguments.input}: there is no such file")
+    kind = _input_format(arguments)
+    output_kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
+    if arguments.model is not None and arguments.base is not None:
+        raise UsageError("--base belongs to --adapter: a merged checkpoint needs none")
+    with _open_input(arguments.input) as stream:
+        predictor = load_predictor(arguments)
+        reader = RowReader(stream, arguments.input, kind, predictor.text_fields)
+        size = os.path.getsize(arguments.input) if os.path.isfile(arguments.input) else None
+        # disable=None: only a terminal shows it
+        bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="predicting")
+
+        def on_bad_row(row: Row) -> None:
+            message = f"{arguments.input}, line {row.line}: {row.error}"
+            if arguments.on_error == "stop":
+                raise UsageError(f"{message} (--on_error skip leaves such rows out)")
+            bar.write(f"skipped: {message}", file=sys.stderr)
+
+        with bar, open_output(arguments.output) as output:
+            written, skipped = predict_rows(
+                reader,
+                predictor,
+                row_writer(output, output_kind, predictor.labels),
+                on_bad_row,
+                arguments.batch_size,
+                lambda: bar.update(reader.bytes_read - bar.n),
+            )
+    print(f"{written} rows predicted, {skipped} skipped", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
+    try:
+        run(build_parser().parse_args(argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""Predictions from an adapter and a merged checkpoint: right, in order, streamed, and strict about bad rows."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+import loralib
+from loralib.export import export_merged
+from nlu import predict, run_glue
+from nlu.predict import main
+from nlu.streaming import Row, RowReader
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def rows(pretrained):
+    return [{name: row[name] for name in ("sentence1", "sentence2")} for row in pretrained.rows[:40]]
+
+
+@pytest.fixture(scope="module")
+def expected(pretrained, lora2, rows):
+    """One prediction at a time, nothing padded, through transformers alone."""
+    base = pretrained.base()
+    loralib.load_adapter(base, lora2[2])
+    with torch.no_grad():
+        return [float(base(**pretrained.tokenizer(*r.values(), return_tensors="pt")).logits) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def input_files(rows, tmp_path_factory):
+    """The rows as .jsonl, .csv (with an embedded line break) and .tsv."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with open(folder / "rows.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(folder / "rows.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "sentence2", "sentence1"])
+        writer.writeheader()
+        writer.writerows({"id": i, **row} for i, row in enumerate(rows))
+    with open(folder / "rows.tsv", "w") as file:
+        file.write("sentence1\tsentence2\n" + "".join(f"{r['sentence1']}\t{r['sentence2']}\r\n" for r in rows))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("buffer", [1, 32])
+def test_scores_are_those_of_each_row_alone(
+    pretrained, lora2, input_files, expected, tmp_path, monkeypatch, suffix, buffer
+):
+    monkeypatch.setattr(predict, "BATCHES_IN_BUFFER", buffer)
+    out = tmp_path / "out.jsonl"
+    flags = ["--adapter", str(lora2[2]), "--base", str(pretrained.path), "--output", str(out), "--batch_size", "7"]
+    assert main([*flags, "--input", str(input_files / f"rows.{suffix}")]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    first = 1 if suffix == "jsonl" else 2
+    assert [row["line"] for row in found] == list(range(first, first + 40))
+    assert [row["score"] for row in found] == pytest.approx(expected, abs=2e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_merged_checkpoint_predicts_the_same_from_a_pipe(pretrained, lora2, input_files, expected, tmp_path):
+    export_merged(lora2[2], tmp_path / "merged", str(pretrained.path))
+    flags = ["--model", str(tmp_path / "merged"), "--text_fields", "sentence1,sentence2", "--input", "-"]
+    result = subprocess.run(
+        [sys.executable, "nlu/predict.py", *flags, "--output_format", "csv"],
+        input=(input_files / "rows.jsonl").read_text(), capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stderr == "40 rows predicted, 0 skipped\n"  # no bar: not a terminal
+    table = list(csv.reader(io.StringIO(result.stdout)))
+    assert table[0] == ["line", "score"] and [int(line) for line, _ in table[1:]] == list(range(1, 41))
+    assert [float(score) for _, score in table[1:]] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.fixture(scope="module")
+def classifier(pretrained, tmp_path_factory):
+    """An adapter folder with two named classes, and its model."""
+    model = pretrained.base()
+    model.config.id2label = {0: "low", 1: "high"}
+    torch.manual_seed(0)
+    model.classifier = torch.nn.Linear(384, 2)
+    loralib.inject(model, "lora", ["query"], r=2)
+    loralib.mark_only_lora_as_trainable(model)
+    model.classifier.requires_grad_(True)
+    card = {"task": "custom", "text_fields": ["sentence1"], "max_seq_length": 16}
+    folder = tmp_path_factory.mktemp("classes") / "a"
+    return loralib.save_adapter(model, folder, base_model="hub/name", card=card), model
+
+
+def test_classes_come_with_probabilities(pretrained, classifier, input_files, rows, tmp_path, capsys):
+    flags = ["--adapter", str(classifier[0]), "--base", str(pretrained.path), "--input", str(input_files / "rows.csv")]
+    assert main(flags) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main([*flags, "--output", str(tmp_path / "out.csv")]) == 0
+    table = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
+    with torch.no_grad():
+        for row, line, cells in zip(rows, found, table, strict=True):
+            tokens = pretrained.tokenizer(row["sentence1"], truncation=True, max_length=16, return_tensors="pt")
+            low, high = classifier[1].eval()(**tokens).logits.softmax(-1)[0].tolist()
+            assert line["probabilities"] == pytest.approx({"low": low, "high": high}, abs=1e-5)
+            assert line["label"] == cells["label"] == ("low" if low > high else "high")
+            assert float(cells["probability_high"]) == pytest.approx(high, abs=1e-5)
+
+
+BAD = {
+    2: '{"sentence1": "a"}', 3: "not json", 4: '{"sentence1": "a", "sentence2": 3}', 5: '["a", "b"]',
+    7: '{"sentence1": "\\ud800", "sentence2": "b"}', 8: '{"sentence1": "a", "sentence2": "b" ',
+}  # fmt: skip
+
+
+def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, capsys):
+    good = '{"sentence1": "A plane.", "sentence2": "A train."}'
+    lines = [BAD.get(i, good if i != 6 else "") for i in range(1, 11)]
+    (tmp_path / "in.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"sentence1": "\xff", "sentence2": "b"}')
+    flags = ["--adapter", str(lora2[2]), "--base", str(pretrained.path), "--input", str(tmp_path / "in.jsonl")]
+    assert main([*flags, "--output", str(tmp_path / "out.jsonl"), "--on_error", "skip"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in found] == [1, 9, 10]
+    messages = capsys.readouterr().err.splitlines()
+    assert messages[-1] == "3 rows predicted, 7 skipped"
+    assert [int(m.split("line ")[1].split(":")[0]) for m in messages[:-1]] == [*BAD, 11]
+    (tmp_path / "out.jsonl").unlink()
+    assert main([*flags, "--output", str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "in.jsonl, line 2: no field 'sentence2'" in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--input", "none.jsonl"], "no such file"),
+        (["--input", "."], "no such file"),
+        (["--input", "in.txt"], "--input_format"),
+        (["--input", "in.csv"], "no column 'sentence1'"),
+        (["--input", "empty.csv"], "is empty"),
+        (["--input", "in.jsonl", "--base", "nowhere"], "nowhere"),
+        (["--input", "in.jsonl", "--batch_size", "0"], "from 1"),
+        (["--input", "in.jsonl", "--speed", "9"], "unrecognized"),
+        (["--input", "in.jsonl", "--model", "m"], "not allowed with"),
+        (["--input", "in.jsonl", "--output", "no/where.jsonl"], "no folder"),
+        (["--input", "in.jsonl", "--text_fields", "a,b,c"], "--text_fields"),
+        (["--input", "in.jsonl", "--adapter", "none"], "no adapter folder"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("in.csv", "a,b\n1,2\n"), ("empty.csv", ""), ("in.jsonl", "{}\n"), ("in.txt", "a")):
+        Path(name).write_text(text)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main(["--adapter", str(lora2[2]), "--base", str(pretrained.path), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
+    assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+# ---- streaming ------------------------------------------------------------------------------------------------------
+
+
+def read(text, kind, fields=("a", "b")):
+    return list(RowReader(io.BytesIO(text.encode()), "name", kind, fields))
+
+
+def test_csv_quotes_line_breaks_and_damage():
+    text = '\ufeffa,b,c\n"x, ""y""","two\nlines",1\nonly,two\n"bad"quote,b,c\n\nlast,row,1'
+    assert [(r.line, r.texts, bool(r.error)) for r in read(text, "csv")] == [
+        (3, ('x, "y"', "two\nlines"), False), (4, (), True), (5, (), True), (7, ("last", "row"), False)
+    ]  # fmt: skip
+    assert read('b\ta\n"x\t y\n', "tsv") == [Row(2, (" y", '"x'))]
+    never = read('a,b\n"x,' + "y\n" * 200_000 + "1,2\n", "csv")  # a quote that never closes ends at csv's field limit
+    assert never[0].error and never[-1].texts == ("1", "2")
+
+
+def test_a_line_without_an_end_is_one_bad_row(monkeypatch):
+    monkeypatch.setattr("nlu.streaming.LONGEST_LINE", 64)
+    found = read('{"a": "' + "x" * 1000 + '", "b": ""}\n{"a": "", "b": ""}', "jsonl")
+    assert [(row.line, bool(row.error)) for row in found] == [(1, True), (2, False)]
+
+
+def test_memory_does_not_grow_with_the_input():
+    """An endless input: rows come out while it is read, and no more than a buffer of them is held."""
+    read_so_far, written, held = count(), [], []
+
+    class Endless(Exception):
+        pass
+
+    def rows():
+        for i in read_so_far:
+            held.append(i - len(written))
+            if i == 20_000:
+                raise Endless
+            yield Row(i, ("text",))
+
+    def predictor(texts, batch_size):
+        return [[1.0]] * len(texts)
+
+    with pytest.raises(Endless):
+        predict.predict_rows(rows(), predictor, lambda line, _: written.append(line), pytest.fail, 4, lambda: None)
+    assert len(written) > 19_000 and written == sorted(written) and max(held) <= 4 * predict.BATCHES_IN_BUFFER
+
+
+# ---- after a run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora2", "bitfit", "hadapter", "padapter", "peft", "full"])
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_glue, tmp_path, method, task):
+    flags = [*base_flags, "--task_name", task, "--method", method]
+    if method != "lora2":
+        drop = {"--lora_r", "--lora_alpha"}
+        flags = [f for i, f in enumerate(flags) if f not in drop and flags[i - 1] not in drop]
+    assert run_glue.main([*flags, *(["--peft_config", "ia3"] if method == "peft" else [])]) == 0
+    run, rows = tmp_path / "run", tiny_glue / task / "validation.jsonl"
+    assert main(["--adapter", str(run / "adapter"), "--base", str(encoder), "--input", str(rows),
+                 "--output", str(tmp_path / "out.jsonl")]) == 0  # fmt: skip
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    truth = [json.loads(line)["label"] for line in rows.read_text().splitlines()]
+    scores = json.loads((run / "results.json").read_text())["evaluations"][-1]
+    if task == "stsb":
+        pearson = torch.corrcoef(torch.tensor([[row["score"] for row in found], truth]))[0, 1]
+        assert float(pearson) == pytest.approx(scores["pearson"], abs=1e-4)
+    else:
+        names = ["unacceptable", "acceptable"]
+        right = [names.index(row["label"]) == label for row, label in zip(found, truth, strict=True)]
+        assert sum(right) / len(right) == pytest.approx(scores["accuracy"])
