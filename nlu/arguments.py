@@ -75,6 +75,9 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON-lines training data."})
     validation_file: str | None = field(default=None, metadata={"help": "Your own validation data."})
     test_file: str | None = field(default=None, metadata={"help": "Your own data to predict with --do_predict."})
+    predict_task: str | None = field(
+        default=None, metadata={"help": "With --do_predict: predict this task's test set too; ax with mnli."}
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones are cut."})
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every batch to max_seq_length, not to its longest row."}

@@ -20,7 +20,6 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -53,6 +52,7 @@ from nlu.methods import (
     live_adapter_params,
 )
 from nlu.metrics.scores import compute_glue_metrics
+from nlu.predictions import load_predict_task, predict, to_labels
 from nlu.records import (
     RecordCallback,
     RunRecord,
@@ -105,6 +105,7 @@ def run(arguments: Arguments) -> int:
     warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
     check_model_arguments(arguments, config, total_steps, warm_start)
     splits = tokenize_splits(arguments, task, splits, tokenizer)
+    tests = [(task, splits.test), *load_predict_task(arguments, task, tokenizer)]
 
     wait_for_all()  # every process has read the folder
     if training.should_save:
@@ -120,7 +121,7 @@ def run(arguments: Arguments) -> int:
     try:
         train_and_evaluate(arguments, trainer, folder, state)
         if training.do_predict:
-            predict(arguments, task, trainer, splits, folder)
+            predict(arguments, tests, trainer, folder)
     except BaseException as error:
         record.error = one_line(error)
         if training.should_save:
@@ -288,12 +289,6 @@ def build_trainer(
     )
 
 
-def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class numbers, or for regression the number itself, from logits (n, labels)."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return logits[:, 0] if task.is_regression else logits.argmax(-1)
-
-
 def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path, state: str) -> None:
     """Train from the last whole checkpoint, if there is one, and evaluate at the end."""
     training = arguments.training
@@ -306,16 +301,6 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
         done = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
         if trainer.state.global_step not in done:
             trainer.evaluate()
-
-
-def predict(arguments: Arguments, task: Task, trainer: GlueTrainer, splits: Splits, folder: Path) -> None:
-    """Write the GLUE server's TSV files for the test sets into ``predictions/``."""
-    from nlu.submission import write_predictions
-
-    for split, rows in splits.test.items():
-        output = trainer.predict(rows.remove_columns("labels") if "labels" in rows.column_names else rows)
-        if arguments.training.should_save:
-            write_predictions(task, split, rows["idx"][:], to_labels(task, output.predictions), folder / "predictions")
 
 
 # ---- records -------------------------------------------------------------------------------------------------------

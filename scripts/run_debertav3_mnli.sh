@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # MNLI on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854), AdaLoRA's own where METHOD is an adalora.
+# With --do_predict --predict_task ax the model predicts GLUE's diagnostic set too.
 # What can be changed from outside stands at the top of launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MNLI on RoBERTa-large: LoRA's settings (arXiv 2106.09685, Table 9, and its launch scripts); the rank allocation, for which
 # no settings were published on this backbone, is chosen here: the shares of the steps that DeBERTaV3-base's has.
+# With --do_predict --predict_task ax the model predicts GLUE's diagnostic set too.
 # What can be changed from outside stands at the top of launch.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

@@ -1,0 +1,60 @@
+"""AX, predicted by the model that a run trains on MNLI, in a folder that the submission checker takes."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from nlu.run_glue import main
+from tests.nlu.tiny import make_rows, write_rows
+
+
+@pytest.fixture
+def mnli_flags(encoder, tiny_glue, tmp_path):
+    glue = tmp_path / "glue"
+    fields = ("premise", "hypothesis")
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        (glue / "mnli").mkdir(parents=True, exist_ok=True)
+        (glue / "mnli" / f"{split}.jsonl").write_bytes((tiny_glue / "mnli" / f"{split}.jsonl").read_bytes())
+    for task, split, count in (("mnli", "test_matched", 5), ("mnli", "test_mismatched", 7), ("ax", "test", 9)):
+        rows = make_rows(fields, False, count, seed=count, labels=3)
+        write_rows(glue / task / f"{split}.jsonl", [row | {"label": -1} for row in rows])
+    return [
+        "--model_name_or_path", str(encoder), "--task_name", "mnli", "--glue_dir", str(glue), "--do_train",
+        "--do_predict", "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "True", "--root_output_dir",
+        str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+def rows_of(path: Path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_ax_is_predicted_beside_mnli(mnli_flags, tmp_path):
+    assert main([*mnli_flags, "--predict_task", "ax"]) == 0
+    folder = tmp_path / "run/predictions"
+    counts = {path.name: len(rows_of(path)) for path in folder.iterdir()}
+    assert counts == {"MNLI-m.tsv": 5, "MNLI-mm.tsv": 7, "AX.tsv": 9}
+    rows = rows_of(folder / "AX.tsv")
+    assert [row["index"] for row in rows] == [str(i) for i in range(9)]
+    assert {row["prediction"] for row in rows} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_ax_gets_the_answers_of_the_trained_model(mnli_flags, tmp_path):
+    """The same rows, once as MNLI's test set and once as AX: the same words."""
+    glue = tmp_path / "glue"
+    (glue / "ax/test.jsonl").write_bytes((glue / "mnli/test_mismatched.jsonl").read_bytes())
+    assert main([*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]) == 0
+    folder = tmp_path / "run/predictions"
+    assert rows_of(folder / "AX.tsv") == rows_of(folder / "MNLI-mm.tsv")
+
+
+@pytest.mark.parametrize("task, drop, message", [
+    ("ax", "--do_predict", "needs --do_predict"), ("qnli", None, "other classes"), ("mnli", None, "other classes"),
+    ("nosuch", None, "unknown task"),
+])  # fmt: skip
+def test_a_task_that_does_not_go_with_it_is_refused(task, drop, message, mnli_flags, tmp_path, capsys):
+    assert main([*(f for f in mnli_flags if f != drop), "--predict_task", task]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
