@@ -181,7 +181,9 @@ def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset]
     """Token ids; what is only read, not trained on, is sorted by length, so that its batches need little padding."""
     data = arguments.data
     tokens = tokenize(splits, task, tokenizer, data.max_seq_length, data.pad_to_max_length)
-    by_length = {name: rows.sort("length") for name, rows in tokens.items() if name != "train"}
+    by_length = {
+        n: rows.select(np.argsort(rows["length"][:], kind="stable")) for n, rows in tokens.items() if n != "train"
+    }
     return Splits(
         tokens.get("train"),
         {name: by_length[name] for name in task.validation_splits if name in by_length},
