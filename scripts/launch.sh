@@ -107,6 +107,8 @@ launch() {
     COMMAND+=(--model_name_or_path "${MODEL:-$BACKBONE}" --task_name "$TASK" --method "$METHOD" --do_train --do_eval
         --per_device_train_batch_size "$PER_DEVICE" --gradient_accumulation_steps "$ACCUMULATION"
         --per_device_eval_batch_size 64 --max_seq_length "$MAX_SEQ_LENGTH" --seed "${SEED:-$PUBLISHED_SEED}")
+    # Every trainable parameter takes part in every step: there are no unused ones to look for.
+    ((NPROC * NNODES == 1)) || COMMAND+=(--ddp_find_unused_parameters False)
     add learning_rate "$LEARNING_RATE"
     add num_train_epochs "$EPOCHS"
     add weight_decay "$WEIGHT_DECAY"
@@ -127,7 +129,7 @@ launch() {
     esac
     COMMAND+=(--eval_strategy steps --eval_steps "$EVAL_STEPS" --save_strategy steps --save_steps "$EVAL_STEPS"
         --save_total_limit 2 --logging_steps "$(at_least_1 $((EVAL_STEPS / 10)))"
-        --root_output_dir "output/glue/${BACKBONE##*/}/$TASK/$METHOD/seed-${SEED:-$PUBLISHED_SEED}" "$@")
+        --root_output_dir "output/glue/$(basename "${MODEL:-$BACKBONE}")/$TASK/$METHOD/seed-${SEED:-$PUBLISHED_SEED}" "$@")
 
     echo "$TASK with $METHOD on ${MODEL:-$BACKBONE}, seed ${SEED:-$PUBLISHED_SEED}, about $STEPS steps"
     echo "effective batch $BATCH = $NNODES machine(s) × $NPROC process(es) × $PER_DEVICE example(s) × $ACCUMULATION accumulated"

@@ -4,12 +4,14 @@ import gc
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from peft.tuners.adalora import AdaLoraModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlu import run_glue
@@ -112,6 +114,29 @@ def test_exactly_what_a_method_names_moves(method, shape, task, encoders, tiny_g
     assert moved["buffers"] == set()
     assert record["status"] == "finished" and record["best"] is not None and record["steps"] == 4
     assert record["method_config"] == ("peft" if method == "peft_adalora" else method)
+
+
+@pytest.mark.parametrize("method", ["bitfit", "padapter", "sora", "peft_adalora"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(method, encoders, tiny_glue, tmp_path):
+    flags = [
+        "--model_name_or_path", str(encoders["bert"]), "--task_name", "mrpc", "--glue_dir", str(tiny_glue),
+        "--do_train", "--do_eval", "--max_steps", "6", "--per_device_train_batch_size", "8", "--learning_rate", "1e-2",
+        "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3", "--disable_tqdm", "True",
+        *flags_of(method, tmp_path), *(["--sora_lambda", "10"] if method == "sora" else []),
+    ]  # fmt: skip
+    outcomes = []
+    for name in ("straight", "resumed"):
+        run = tmp_path / name
+        assert main([*flags, "--root_output_dir", str(run)]) == 0
+        if name == "resumed":
+            record = json.loads((run / "results.json").read_text()) | {"status": "interrupted"}
+            (run / "results.json").write_text(json.dumps(record))
+            shutil.rmtree(run / "model/checkpoint-6")
+            assert main([*flags, "--root_output_dir", str(run)]) == 0
+            assert json.loads((run / "results.json").read_text())["resumes"] == 1
+        outcomes.append(load_file(run / "model/checkpoint-6/model.safetensors"))
+    assert outcomes[0].keys() == outcomes[1].keys()
+    assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
 
 
 def test_the_contract_covers_every_method_and_config():

@@ -15,6 +15,7 @@ from tests.nlu.tiny import REPOSITORY, make_encoder
 METHODS = {
     "lora2": "--lora_r 4 --target_rank 2 --mask_interval 1 --init_warmup 1 --final_warmup 2 --lora_alpha 32",
     "sora": "--sora_lambda 8 --lora_alpha 32",
+    "bitfit": "",
 }
 
 
@@ -29,6 +30,7 @@ def flags(tmp_path_factory, tiny_glue):
         "--model_name_or_path", str(folder), "--task_name", "mrpc", "--glue_dir", str(tiny_glue), "--do_train",
         "--max_train_samples", "48", "--cls_dropout", "0", "--num_train_epochs", "2", "--learning_rate", "1e-2",
         "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "True",
+        "--ddp_find_unused_parameters", "False",
     ]  # fmt: skip
 
 
@@ -66,7 +68,8 @@ def test_two_processes_are_one(method, two, flags, tmp_path):
     first, second = states(two / method)
     assert {state["batch"] for state in (one, accumulated, first, second)} == {8}
     assert first["ranks"] == second["ranks"] == one["ranks"] == accumulated["ranks"]
-    assert 0 < sum(map(sum, one["ranks"].values())) < sum(map(len, one["ranks"].values()))
+    if one["ranks"] is not None:
+        assert 0 < sum(map(sum, one["ranks"].values())) < sum(map(len, one["ranks"].values()))
     for name, expected in one["trained"].items():
         assert torch.equal(first["trained"][name], second["trained"][name])
         torch.testing.assert_close(first["trained"][name], expected, rtol=1e-3, atol=1e-5)

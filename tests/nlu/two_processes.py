@@ -24,7 +24,7 @@ def run(flags: list[str]) -> None:
         original(arguments, trainer, folder, *rest)
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
-            "ranks": trainer.applied.ranks.rank_pattern,
+            "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
             "batch": run_glue.effective_batch_size(trainer.args),
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
