@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,8 +227,16 @@ def check_method_fits(model: nn.Module, args: MethodArguments, total_steps: int)
     Args:
         total_steps: as there.
     """
-    if args.method != "peft":
-        METHODS[args.method](model, args, total_steps)
-        return
-    config = load_peft_config(args.peft_config, total_steps)
-    check_targets(model, config, module_patterns(args))  # not all of peft's layers can be made without weights
+    if args.method == "peft":
+        config = load_peft_config(args.peft_config, total_steps)
+        check_targets(model, config, module_patterns(args))  # not all of peft's layers can be made without weights
+        looks_at_whole_parameters = config.peft_type.value == "ADALORA"
+    else:
+        applied = METHODS[args.method](model, args, total_steps)
+        looks_at_whole_parameters = applied.ranks is not None or applied.regulariser is not None
+    # What FSDP splits over the devices, no process has whole.
+    if looks_at_whole_parameters and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError(
+            "pruning and the orthogonality regulariser need whole parameters, which FSDP splits: use torchrun, or a "
+            "method without them (lora, full, hadapter, …)"
+        )

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlu import run_glue
 from nlu.arguments import MethodArguments
-from nlu.methods import METHODS, apply_method, count_parameters, live_adapter_params
+from nlu.errors import UsageError
+from nlu.methods import METHODS, apply_method, check_method_fits, count_parameters, live_adapter_params
 from nlu.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, load_peft_config
 from nlu.run_glue import main
 from tests.nlu.tiny import REPOSITORY, SHAPES, TINY, make_encoder
@@ -367,3 +368,17 @@ def test_contradictions_are_refused_before_anything_is_written(flags, message, b
     assert main([*plain, *flags]) == 2
     assert message in capsys.readouterr().err
     assert not Path(base_flags[base_flags.index("--root_output_dir") + 1]).exists()
+
+
+@pytest.mark.parametrize("method, refused", [
+    ("lora2", True), ("adalora", True), ("sora", True), ("peft_adalora", True), ("lora", False), ("dora", False),
+])  # fmt: skip
+def test_fsdp_is_refused_where_parameters_must_be_whole(method, refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    args = MethodArguments(**CONFIGS[method])
+    args.target_rank = args.lora_r
+    if refused:
+        with pytest.raises(UsageError, match="FSDP"):
+            check_method_fits(tiny_bert(), args, 1000)
+    else:
+        check_method_fits(tiny_bert(), args, 1000)
