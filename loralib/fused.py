@@ -43,6 +43,24 @@ def add_product_(out: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> 
     return out.addmm_(x, weight.T, alpha=scale)
 
 
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left, values, right):
+        ctx.save_for_backward(left, values, right)
+        return (left * values) @ right
+
+    @staticmethod
+    def backward(ctx, grad):
+        left, values, right = ctx.saved_tensors
+        grad_scaled = grad @ right.T
+        return grad_scaled * values, (grad_scaled * left).sum(0), (left * values).T @ grad
+
+
+def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
+    """left · diag(values) · right as one node of the graph: it is evaluated once a layer, so its cost is overhead."""
+    return _Fold.apply(left, values, right)
+
+
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 

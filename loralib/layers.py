@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loralib.fused import adapted_linear
+from loralib.fused import adapted_linear, fold
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
@@ -189,6 +189,8 @@ class LoRALayer(nn.Linear):
         if not self.widths:
             return torch.diag(values)
         left, right = self.lora_B[1], self.lora_A[1]
+        if len(self.widths) == 1:
+            return fold(left, values, right)
         for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
             left, right = left @ inner_b, inner_a @ right
         return (left * values) @ right

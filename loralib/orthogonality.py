@@ -13,6 +13,7 @@ factors themselves and count once: the value is then AdaLoRA's.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,88 @@ def parse_terms(terms: str) -> frozenset[str]:
     return frozenset(parts)
 
 
+class _OuterGrams(torch.autograd.Function):
+    """Tall factors X (m, s), or wide ones as X = Aᵀ → their XᵀX, (n, s, s), in the order given.
+
+    One stack and one product for each shape, and back again one product, X (G + Gᵀ), where autograd makes two and adds.
+    """
+
+    @staticmethod
+    def forward(ctx, shapes: list[tuple[bool, list[int]]], *factors: Tensor) -> Tensor:
+        stacks = [torch.stack([factors[i] for i in rows]) for _, rows in shapes]
+        grams = [x @ x.mT if wide else x.mT @ x for x, (wide, _) in zip(stacks, shapes, strict=True)]
+        ctx.save_for_backward(*stacks)
+        ctx.shapes = shapes
+        return torch.cat(grams)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        both = grad + grad.mT
+        gradients, start = [], 0
+        for stacked, (wide, rows) in zip(ctx.saved_tensors, ctx.shapes, strict=True):
+            part = both[start : start + len(rows)]
+            gradients += (part @ stacked if wide else stacked @ part).unbind()
+            start += len(rows)
+        return None, *gradients
+
+
+class _Chains:
+    """The sides of layers (factors from the outermost inward) whose inner sizes agree, worked on as one stack.
+
+    Every factor is looked at as B is, (outer, inner); an A is transposed. What layers share is computed once and, where
+    a product needs it, repeated.
+    """
+
+    def __init__(self, chains: list[tuple[bool, list[nn.Parameter]]], with_factors: bool, with_product: bool) -> None:
+        self.with_factors, self.with_product = with_factors, with_product
+        unique = list({id(factors[0]): (wide, factors[0]) for wide, factors in chains}.values())
+        by_shape: dict[tuple, list[int]] = defaultdict(list)
+        for i, (wide, factor) in enumerate(unique):
+            by_shape[(wide, *factor.shape)].append(i)
+        order = [i for rows in by_shape.values() for i in rows]
+        self.outer = [unique[i][1] for i in order]
+        self.shapes, start = [], 0
+        for (wide, *_), rows in by_shape.items():
+            self.shapes.append((wide, list(range(start, start + len(rows)))))
+            start += len(rows)
+        place = {id(factor): i for i, factor in enumerate(self.outer)}
+        chains = sorted(chains, key=lambda chain: place[id(chain[1][0])])
+        tall = [max(factor.shape) == factor.shape[int(wide)] for wide, factor in unique]
+        self.tall = [j for j, i in enumerate(order) if tall[i]]
+        self.flat = [unique[i] for i in order if not tall[i]]
+        self.outer_of = [place[id(factors[0])] for _, factors in chains]
+        self.inner = list(zip(*[[(wide, f) for f in factors[1:]] for wide, factors in chains], strict=True))
+
+    def norms(self, deviation: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """‖Gram − I‖ of the chosen terms."""
+        found = []
+        gram = _OuterGrams.apply(self.shapes, *self.outer)
+        if self.with_factors:
+            found.append(deviation(gram[self.tall] if self.flat else gram))
+            # A factor wider than it is tall reaches the identity on its other side only.
+            found += [deviation((f.T @ f if wide else f @ f.T).unsqueeze(0)) for wide, f in self.flat]
+        if len(self.outer) < len(self.outer_of):
+            gram = gram[self.outer_of]
+        for level in self.inner:
+            unique = {id(factor): factor.mT if wide else factor for wide, factor in level}
+            stacked = torch.stack(list(unique.values()))
+            if self.with_factors:
+                tall = stacked.shape[-1] <= stacked.shape[-2]
+                found.append(deviation(stacked.mT @ stacked if tall else stacked @ stacked.mT))
+            if self.with_product:
+                if len(unique) < len(level):
+                    position = {key: i for i, key in enumerate(unique)}
+                    stacked = stacked[[position[id(factor)] for _, factor in level]]
+                gram = stacked.mT @ gram @ stacked
+        if self.with_product:
+            found.append(deviation(gram))
+        return found
+
+
 class OrthogonalityRegulariser:
     """The regulariser of one model, its layers found once. Calling it gives the unweighted value, a scalar.
 
-    Factors are handled stacked by shape, all layers at once. A factor that layers share counts once.
+    Factors are handled stacked by shape, all layers and both sides at once. A factor that layers share counts once.
 
     Args:
         model: holds low-rank layers with singular values. terms: see :func:`parse_terms`.
@@ -49,60 +128,28 @@ class OrthogonalityRegulariser:
 
     def __init__(self, model: nn.Module, terms: str = "all", squared: bool = False) -> None:
         chosen = parse_terms(terms)
-        layers = [layer for layer in lora_layers(model).values() if layer.lora_E is not None]
+        layers = [layer for layer in lora_layers(model).values() if layer.lora_E is not None and layer.r > 0]
         if not layers:
             raise ValueError("no layer with singular values (AdaLoRA, LoRA²) to regularise: inject one first")
         self.squared = squared
-        # A chain is one side of one layer: its factors from the outermost inward. Chains in a group share their shapes.
-        self._groups: dict[tuple, list[list[nn.Parameter]]] = defaultdict(list)
+        groups: dict[tuple, list] = defaultdict(list)
         for layer in layers:
             for term, factors in (("uv", layer.lora_B), ("UV", layer.lora_A)):
                 one_scale = len(factors) == 1
                 with_factors = term in chosen or (one_scale and "PQ" in chosen)
                 with_product = "PQ" in chosen and not one_scale
                 if with_factors or with_product:
-                    key = (term == "UV", with_factors, with_product, tuple(factor.shape for factor in factors))
-                    self._groups[key].append(list(factors))
+                    wide = term == "UV"
+                    groups[(with_factors, with_product, *layer.widths, layer.r)].append((wide, list(factors)))
+        self._groups = [_Chains(chains, *key[:2]) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
-        deviations = []
-        for (is_right, with_factors, with_product, _), chains in self._groups.items():
-            product_gram = None
-            for factors in zip(*chains, strict=True):
-                position = {id(factor): i for i, factor in enumerate(dict.fromkeys(factors))}
-                stacked = torch.stack(list(dict.fromkeys(factors)))
-                stacked = stacked.mT if is_right else stacked
-                tall = stacked.shape[-1] <= stacked.shape[-2]
-                gram = _Gram.apply(stacked) if tall or (with_product and product_gram is None) else None
-                if with_factors:
-                    deviations.append(self._deviation(gram if tall else _Gram.apply(stacked.mT)))
-                if with_product:
-                    shared = len(position) < len(factors)
-                    inner = gram if product_gram is None else stacked
-                    inner = inner[[position[id(factor)] for factor in factors]] if shared else inner
-                    product_gram = inner if product_gram is None else inner.mT @ product_gram @ inner
-            if with_product:
-                deviations.append(self._deviation(product_gram))
-        return torch.cat(deviations).mean()
+        return torch.cat([norm for chains in self._groups for norm in chains.norms(self._deviation)]).mean()
 
     def _deviation(self, gram: Tensor) -> Tensor:
         """(n, s, s) → (n,): ‖Gram − I‖_F, squared where asked for; the gradient at exactly 0 is 0."""
         flat = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).flatten(1)
         return flat.square().sum(1) if self.squared else torch.linalg.vector_norm(flat, dim=1)
-
-
-class _Gram(torch.autograd.Function):
-    """(n, m, s) → (n, s, s): XᵀX, whose gradient is one product X (G + Gᵀ) where autograd would make two and add."""
-
-    @staticmethod
-    def forward(ctx, stacked: Tensor) -> Tensor:
-        ctx.save_for_backward(stacked)
-        return stacked.mT @ stacked
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (stacked,) = ctx.saved_tensors
-        return stacked @ (grad + grad.mT)
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:

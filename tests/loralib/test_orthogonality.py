@@ -60,7 +60,10 @@ def loop_value(model, terms, squared):
 TERMS = ["all", "uv", "UV", "PQ", "uv+UV", "uv+PQ", "UV+PQ"]
 
 
-@pytest.mark.parametrize("widths, share", [((), False), ((2,), False), ((6,), False), ((3, 5), False), ((3,), True)])
+SHAPES = [((), False), ((2,), False), ((6,), False), ((20,), False), ((20,), True), ((3, 5), False), ((3,), True)]
+
+
+@pytest.mark.parametrize("widths, share", SHAPES)
 @pytest.mark.parametrize("terms, squared", list(itertools.product(TERMS, [False, True])))
 def test_value_and_gradient_equal_the_loop(widths, share, terms, squared):
     model = model_of(widths, share)
