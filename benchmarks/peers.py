@@ -49,6 +49,7 @@ PEERS = {
     "lora2-stock": Peer("LoRA² k=8, here, stock attention", "here", "lora2", 8, weights="bfloat16"),
     "lora2": Peer("LoRA² k=8, here", "here", "lora2", 8, fast_attention=True, weights="bfloat16"),
     "lora2-k1": Peer("LoRA² k=1, here", "here", "lora2", 1, fast_attention=True, weights="bfloat16"),
+    "published": Peer("LoRA² k=8 as first published: padded to 320, float32, stock attention", "plain", "lora2", 8),
     "limit": Peer("matrix products alone", "limit", "limit"),
 }
 

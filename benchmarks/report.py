@@ -76,6 +76,7 @@ def targets(settings: dict[str, dict[str, Measurement]]) -> list[str]:
         say(name, "step, LoRA² : LoRA here", get("lora2"), get("lora"))
         say(name, "step, LoRA² : AdaLoRA here", get("lora2"), get("adalora"))
         say(name, "regulariser + allocator, LoRA² : peft AdaLoRA", get("lora2"), get("peft-adalora"), "method_median")
+        say(name, "an epoch, LoRA² : as first published", get("lora2"), get("published"))
         say(name, "peak memory, LoRA² : peft LoRA", get("lora2"), get("peft-lora"), "memory_bytes")
         other = settings.get(name.replace("bfloat16", "float32", 1)) if name.startswith("bfloat16") else None
         if other:

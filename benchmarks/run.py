@@ -74,7 +74,9 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
 
     def same(precision: str, layers: int, batch: int, length: int) -> tuple[str, dict[str, Shape]]:
         shape = Shape(precision, layers, ((batch, length),), arguments.device, vocabulary=arguments.vocabulary)
-        return f"{precision}, {layers} layers, batch {batch}, length {length}", dict.fromkeys(arguments.peers, shape)
+        return f"{precision}, {layers} layers, batch {batch}, length {length}", {
+            key: shape for key in arguments.peers if key != "published"
+        }
 
     if arguments.scaling:
         arguments.peers = ["peft-lora-bf16", "lora2"]
@@ -90,7 +92,9 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
                 for key in arguments.peers:
                     bucketed = PEERS[key].maker in ("here", "limit")
                     batches = real_batches(length, arguments.glue_dir, arguments.batch, bucketed)
-                    shapes[key] = Shape(precision, arguments.layers, batches, arguments.device)
+                    batches = ((arguments.batch, 320),) if key == "published" else batches
+                    kept = "float32" if key == "published" else precision
+                    shapes[key] = Shape(kept, arguments.layers, batches, arguments.device)
                 settings.append((f"{precision}, {arguments.layers} layers, batch {arguments.batch}, {length}", shapes))
             else:
                 raise UsageError(f"--lengths: {length!r} is neither a number of tokens nor mrpc or rte")
@@ -132,7 +136,7 @@ class Workers:
 
 def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) -> list[Measurement]:
     """Step every peer in turn, a warming round first; then the methods' own part of a step by itself."""
-    precision = next(iter(shapes.values())).precision
+    precision = name.split(",")[0]
     keys = [key for key in shapes if precision == "bfloat16" or key != "peft-lora-bf16"]
     seconds: dict[str, list[float]] = {key: [] for key in keys}
     method: dict[str, list[float]] = {key: [] for key in keys}
@@ -149,11 +153,10 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
                 seconds[key].append(statistics.fmean(times))
     memory = {key: workers.ask(key, "memory") for key in keys}
     with_method = [key for key in keys if PEERS[key].method in ("adalora", "lora2")]
-    for turn in range(4 * rounds):
+    for _ in range(2 * rounds):
         for key in with_method:
-            times, _ = workers.ask(key, "method", 1)
-            if turn >= rounds:
-                method[key].append(times[0])
+            times, _ = workers.ask(key, "method", 5)  # the first of them wakes the process up
+            method[key].append(statistics.median(times[1:]))
     found = []
     for key in keys:
         tokens = statistics.fmean(rows * length for rows, length in shapes[key].batches)

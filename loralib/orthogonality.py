@@ -60,6 +60,21 @@ class _OuterGrams(torch.autograd.Function):
         return None, *gradients
 
 
+class _Stacked(torch.autograd.Function):
+    """Equally sized inner factors as one (n, s, t): `narrow` of them as they are, then the others transposed."""
+
+    @staticmethod
+    def forward(ctx, narrow: int, *factors: Tensor) -> Tensor:
+        ctx.narrow = narrow
+        parts = [torch.stack(factors[:narrow])] if narrow else []
+        parts += [torch.stack(factors[narrow:]).mT] if narrow < len(factors) else []
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return None, *grad[: ctx.narrow].unbind(), *grad[ctx.narrow :].mT.contiguous().unbind()
+
+
 class _Chains:
     """The sides of layers (factors from the outermost inward) whose inner sizes agree, worked on as one stack.
 
@@ -71,7 +86,7 @@ class _Chains:
         self.with_factors, self.with_product = with_factors, with_product
         unique = list({id(factors[0]): (wide, factors[0]) for wide, factors in chains}.values())
         by_shape: dict[tuple, list[int]] = defaultdict(list)
-        for i, (wide, factor) in enumerate(unique):
+        for i, (wide, factor) in sorted(enumerate(unique), key=lambda item: item[1][0]):
             by_shape[(wide, *factor.shape)].append(i)
         order = [i for rows in by_shape.values() for i in rows]
         self.outer = [unique[i][1] for i in order]
@@ -85,7 +100,17 @@ class _Chains:
         self.tall = [j for j, i in enumerate(order) if tall[i]]
         self.flat = [unique[i] for i in order if not tall[i]]
         self.outer_of = [place[id(factors[0])] for _, factors in chains]
-        self.inner = list(zip(*[[(wide, f) for f in factors[1:]] for wide, factors in chains], strict=True))
+        self.inner = [
+            self._level([(wide, factors[j]) for wide, factors in chains]) for j in range(1, len(chains[0][1]))
+        ]
+
+    @staticmethod
+    def _level(level: list[tuple[bool, nn.Parameter]]) -> tuple[int, list[nn.Parameter], list[int] | None]:
+        """(how many are not transposed, the distinct factors, whose each chain's is, None where each has its own)."""
+        unique = {id(factor): (wide, factor) for wide, factor in level}
+        position = {key: i for i, key in enumerate(unique)}
+        repeated = None if len(unique) == len(level) else [position[id(factor)] for _, factor in level]
+        return sum(not wide for wide, _ in unique.values()), [factor for _, factor in unique.values()], repeated
 
     def norms(self, deviation: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """‖Gram − I‖ of the chosen terms."""
@@ -97,16 +122,13 @@ class _Chains:
             found += [deviation((f.T @ f if wide else f @ f.T).unsqueeze(0)) for wide, f in self.flat]
         if len(self.outer) < len(self.outer_of):
             gram = gram[self.outer_of]
-        for level in self.inner:
-            unique = {id(factor): factor.mT if wide else factor for wide, factor in level}
-            stacked = torch.stack(list(unique.values()))
+        for narrow, factors, repeated in self.inner:
+            stacked = _Stacked.apply(narrow, *factors)
             if self.with_factors:
                 tall = stacked.shape[-1] <= stacked.shape[-2]
                 found.append(deviation(stacked.mT @ stacked if tall else stacked @ stacked.mT))
             if self.with_product:
-                if len(unique) < len(level):
-                    position = {key: i for i, key in enumerate(unique)}
-                    stacked = stacked[[position[id(factor)] for _, factor in level]]
+                stacked = stacked if repeated is None else stacked[repeated]
                 gram = stacked.mT @ gram @ stacked
         if self.with_product:
             found.append(deviation(gram))
