@@ -58,7 +58,8 @@ class _Fold(torch.autograd.Function):
 
 def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
     """left · diag(values) · right as one node of the graph: it is evaluated once a layer, so its cost is overhead."""
-    return _Fold.apply(left, values, right)
+    with torch.autocast(left.device.type, enabled=False):
+        return _Fold.apply(left, values, right)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

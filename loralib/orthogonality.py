@@ -163,10 +163,12 @@ class OrthogonalityRegulariser:
                 if with_factors or with_product:
                     wide = term == "UV"
                     groups[(with_factors, with_product, *layer.widths, layer.r)].append((wide, list(factors)))
+        self._device_type = layers[0].lora_E.device.type
         self._groups = [_Chains(chains, *key[:2]) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
-        return torch.cat([norm for chains in self._groups for norm in chains.norms(self._deviation)]).mean()
+        with torch.autocast(self._device_type, enabled=False):  # Gram − I is a small difference
+            return torch.cat([norm for chains in self._groups for norm in chains.norms(self._deviation)]).mean()
 
     def _deviation(self, gram: Tensor) -> Tensor:
         """(n, s, s) → (n,): ‖Gram − I‖_F, squared where asked for; the gradient at exactly 0 is 0."""

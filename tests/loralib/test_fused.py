@@ -94,6 +94,33 @@ def test_autocast_equals_bfloat16_weights_and_is_near_float32():
         assert all(g.dtype == torch.float32 for g in mine)
 
 
+@pytest.mark.parametrize("widths", [(), (3,), (4, 2)])
+def test_gradients_under_autocast_are_near_float32(widths):
+    torch.manual_seed(1)
+    layer = loralib.MultiScaleLinear(16, 24, 4, 8, widths=widths)
+    with torch.no_grad():
+        for p in layer.lora_parameters():
+            p.normal_(std=0.3)
+    model, x = nn.Sequential(layer), torch.randn(6, 16)
+    exact = (
+        gradients(layer, lambda m: m(x)),
+        torch.autograd.grad(
+            loralib.compute_orth_regu(model), layer.lora_parameters(), allow_unused=True, materialize_grads=True
+        ),
+    )
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):  # as the Trainer does it: losses inside, the backward pass outside
+        value, loss = loralib.compute_orth_regu(model), layer(x).float().square().sum()
+    loss.backward()
+    cast = (
+        [p.grad for p in layer.lora_parameters()],
+        torch.autograd.grad(value, layer.lora_parameters(), allow_unused=True, materialize_grads=True),
+    )
+    torch.testing.assert_close(cast[1], exact[1])
+    for mine, theirs in zip(cast[0], exact[0], strict=True):
+        assert mine.dtype == torch.float32 and (mine - theirs).norm() < 0.03 * theirs.norm()
+
+
 def test_float32_inputs_to_bfloat16_weights_get_float32_gradients():
     x = torch.randn(6, 16, requires_grad=True)
     trained_layer(torch.bfloat16)(x).sum().backward()
