@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from loralib.injection import KINDS
+from loralib.layers import INITS
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+_WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+MOST_SCALES = 17  # a reader's limit, so that a few bytes of a stranger's cannot ask for endless memory
 _FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
 
 
@@ -197,13 +203,75 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     if values["config_sha256"] != _config_digest(values):
         raise ValueError(f"{path} was changed after it was saved (its checksum does not fit): save the adapter anew")
     del values["config_sha256"]
-    config = AdapterConfig(**values)
-    for group in config.groups:
+    _check_values(path, "", values, _VALUES)
+    for group in values["groups"]:
+        if not isinstance(group, dict):
+            raise ValueError(f"{path}: groups holds something else than groups of layers")
         _check_keys(path, "groups: ", group, set(LayerGroup.__dataclass_fields__))
-        if group["kind"] not in KINDS:
-            raise ValueError(f"{path}: unknown kind {group['kind']!r}: it is one of {', '.join(KINDS)}")
-    config.groups = [LayerGroup(**group) for group in config.groups]
-    return config
+        _check_values(path, "groups: ", group, _GROUP_VALUES)
+        if len(group["widths"]) not in _SCALES[group["kind"]]:
+            raise ValueError(f"{path}: groups: kind {group['kind']} cannot have {len(group['widths'])} widths")
+    names = [name for group in values["groups"] for name in group["rank_pattern"]]
+    if len(names) != len(set(names)):
+        raise ValueError(f"{path}: groups: a module is in two of them")
+    return AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _maps_to_text(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _is_base_config(value: Any) -> bool:
+    if value == {}:
+        return True
+    if not isinstance(value, dict) or set(value) != {"id2label", "problem_type"}:
+        return False
+    labels, problem = value["id2label"], value["problem_type"]
+    kinds = (None, "regression", "single_label_classification", "multi_label_classification")
+    return _maps_to_text(labels) and set(labels) == {str(i) for i in range(len(labels))} and problem in kinds
+
+
+_SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(MOST_SCALES)}
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("kind", "architecture", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
+    **dict.fromkeys(("base_model", "base_revision"), lambda value: value is None or _is_text(value)),
+    "groups": lambda value: isinstance(value, list),
+    "tied": _maps_to_text,
+    "head": lambda value: isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value),
+    "base_config": _is_base_config,
+    "card": lambda value: isinstance(value, dict),
+    "library": lambda value: value == "loralib",
+}
+_GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
+    "kind": lambda value: _is_text(value) and value in KINDS,
+    "r": _is_count,
+    "widths": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "lora_alpha": lambda value: _is_number(value) and 0 < value < math.inf,
+    "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
+    "init": lambda value: _is_text(value) and value in INITS,
+    "fan_in_fan_out": lambda value: isinstance(value, bool),
+    "rank_pattern": lambda value: _maps_to_text(value) and all(set(flags) <= {"0", "1"} for flags in value.values()),
+}
+
+
+def _check_values(path: Path, where: str, values: dict[str, Any], checks: dict[str, Callable[[Any], Any]]) -> None:
+    """A checksum shows damage, not good faith: whoever wrote the folder could make it fit."""
+    for name, fits in checks.items():
+        if not fits(values[name]):
+            shown = json.dumps(values[name])[:80]
+            raise ValueError(f"{path}: {where}{name} cannot be {shown}: save the adapter anew")
 
 
 def _check_keys(path: Path, where: str, values: dict[str, Any], expected: set[str]) -> None:
@@ -227,6 +295,15 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
     if hashlib.sha256(data).hexdigest() != config.weights_sha256:
         raise ValueError(f"{path} is truncated or was changed ({len(data)} bytes, wrong checksum): copy it anew")
     try:
-        return config, safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error})") from None
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no safetensors file ({' '.join(str(error).split())[:200]})") from None
+    check_finite(path, tensors)
+    return config, tensors
+
+
+def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity, or a type that is neither real nor whole numbers."""
+    for name, tensor in tensors.items():
+        if not (tensor.is_floating_point() or tensor.dtype in _WHOLE) or not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{path}: {name} holds NaN, infinity or no numbers: the training it is from has failed")

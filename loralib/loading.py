@@ -181,8 +181,11 @@ def _expected_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple
     expected: dict[str, tuple[int, ...]] = {}
     for group in config.groups:
         for name, flags in group.rank_pattern.items():
-            if len(flags) > group.r or not set(flags) <= {"0", "1"}:
-                raise ValueError(f"the adapter's rank pattern of {name} is not up to {group.r} times 0 or 1: {flags!r}")
+            if len(flags) > group.r:
+                raise ValueError(f"the adapter's rank pattern of {name} has {len(flags)} values, its rank is {group.r}")
+            most = max(1024, *model.get_submodule(name).weight.shape)
+            if max(group.r, *group.widths, 0) > most:  # where all is pruned no tensor vouches for them
+                raise ValueError(f"the adapter's rank or width of {name} is beyond {most}")
             if "1" in flags:
                 expected.update(_factor_shapes(name, model.get_submodule(name), group, flags.count("1")))
     for alias, stored in config.tied.items():

@@ -27,6 +27,7 @@ from loralib.adapter_files import (
     AdapterConfig,
     FolderWriter,
     LayerGroup,
+    check_finite,
     read_adapter,
     read_json_object,
     write_synced,
@@ -218,8 +219,9 @@ def read_peft(
     _refuse_other_than_lora(path, values)
     try:
         state = safetensors.torch.load_file(Path(folder) / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{Path(folder) / WEIGHTS_FILE} cannot be read ({' '.join(str(error).split())})") from None
+    check_finite(Path(folder) / WEIGHTS_FILE, state)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     names = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     generator = torch.Generator().manual_seed(seed)
@@ -261,6 +263,18 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
 def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
     """lora_alpha / r, or with rank-stabilised scaling lora_alpha / √r, by peft's rule for its patterns."""
     patterns = values.get("alpha_pattern") or {}
-    matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(matches, values["lora_alpha"])
+    try:
+        matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({_safe(pattern)})$", name))
+        alpha = next(matches, values.get("lora_alpha"))
+    except (AttributeError, TypeError, re.error) as error:
+        raise ValueError(f"alpha_pattern does not map patterns to numbers ({error})") from None
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"lora_alpha of {name} must be a positive number, got {alpha!r:.80}")
     return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
+
+
+def _safe(pattern: str) -> str:
+    """The pattern, unless it repeats a group: such a one can take for ever to match."""
+    if re.search(r"\)[*+?{]", pattern):
+        raise ValueError(f"alpha_pattern {pattern!r:.80} repeats a group, which is not read here")
+    return pattern
