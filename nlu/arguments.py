@@ -14,6 +14,7 @@ from loralib.allocator import check_allocator_arguments
 from loralib.orthogonality import parse_terms
 from nlu.errors import UsageError
 from nlu.flags import SVD, file_flags, method_file, translate
+from nlu.ranges import check_ranges
 from nlu.tasks import get_task
 
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
@@ -225,9 +226,14 @@ def parse_arguments(argv: list[str]) -> Arguments:
     # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
     device = [] if torch.accelerator.is_available() else ["--use_cpu=True"]
     try:
-        model, data, method, training = parser.parse_args_into_dataclasses([*device, *method_flags, *explicit])
-    except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        model, data, method, training = parser.parse_args_into_dataclasses(
+            [*device, *method_flags, *explicit], look_for_args_file=False
+        )
+    except UsageError:
+        raise
+    except Exception as error:  # transformers' own checks raise whatever they run into
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UsageError(kind + " ".join(str(error).split())[:400]) from None
     method.method = base
     _refuse_ignored_flags(given, base)
     _check(model, data, method, training)
@@ -262,20 +268,11 @@ def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, 
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
     if training.label_names is not None or training.push_to_hub:
         raise UsageError("--label_names and --push_to_hub are not supported here: leave them out")
-    for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-        if getattr(data, name) is not None and getattr(data, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(data, name)}")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(training, name)}")
-    if training.max_steps == 0 or (training.max_steps < 0 and not training.num_train_epochs > 0):
-        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive")
-    if not training.learning_rate > 0:
-        raise UsageError(f"--learning_rate must be positive, got {training.learning_rate}")
+    check_ranges(vars(model) | vars(data) | vars(training))
+    if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
+        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
     if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
         raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
-    if model.cls_dropout is not None and not 0 <= model.cls_dropout < 1:
-        raise UsageError(f"--cls_dropout must lie in [0, 1), got {model.cls_dropout}")
     _check_method(method)
 
 

@@ -31,9 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nlu.errors import UsageError
+from nlu.files import parse_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
@@ -102,11 +101,11 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); look in configs/experiments/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 class _Reader:
@@ -286,6 +285,8 @@ def _run_name(axes: dict[str, Any]) -> str:
 def _check_names(runs: list[Run]) -> None:
     seen: dict[str, Run] = {}
     for run in runs:
+        if run.folder.rpartition("/")[2].startswith("."):
+            raise UsageError(f"a run's folder would be {run.folder}: give its axes labels that begin with no dot")
         clash = seen.setdefault(run.folder.lower(), run)  # some file systems do not tell upper from lower case
         if clash is not run:
             raise UsageError(f"two runs would share the folder {run.folder}; give their axes labels that differ")

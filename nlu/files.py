@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nlu.errors import UsageError
 
 
@@ -50,6 +52,28 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object; delete it to run it again")
     return value
+
+
+class _NoAliases(yaml.SafeLoader):
+    """YAML's safe loader without aliases, with which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read here: write the value out")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as plain values: no objects, no aliases.
+
+    Raises:
+        ValueError: for text that is no YAML or nested too deeply; one line.
+    """
+    try:
+        return _NoAliases(text).get_single_data()
+    # The others: impossible dates, numbers of thousands of digits, tags that do not fit their value.
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+        raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:300]})") from None
 
 
 def remove_stale(page: Path, mark: str, keep: set[Path], suffixes: tuple[str, ...]) -> None:

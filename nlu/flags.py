@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nlu.errors import UsageError
+from nlu.files import parse_yaml
 
 METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
 SVD = frozenset({"adalora", "lora2"})
@@ -18,9 +17,9 @@ def file_flags(path: Path) -> list[str]:
     """An argument file (a mapping of argument names to values) as command-line flags."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        values = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes that are no UTF-8, no JSON, no YAML
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(f"cannot read the argument file {path}: {reason}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: an argument file is a mapping of argument names to values")
@@ -38,7 +37,8 @@ def mapping_flags(values: dict[str, Any], source: str) -> list[str]:
         if value is None:
             continue
         if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
-            raise UsageError(f"{source}: {name} needs a plain value, got {value!r}")
+            # Its kind, not its content: a few lines of YAML can stand for gigabytes.
+            raise UsageError(f"{source}: {str(name)[:80]!r} needs a plain value, got a {type(value).__name__}")
         flags.append(f"--{name}={value}")
     return flags
 
@@ -113,7 +113,7 @@ def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
     if Path(config).name != config or not path.is_file():
         names = ", ".join(sorted(p.stem for p in METHOD_FOLDER.glob("*.yaml")))
         raise UsageError(f"unknown method {config!r}: --method takes one of {names}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = parse_yaml(path.read_text(encoding="utf-8"))
     base = values.pop("method")
     if published and name is not None and (base in SVD) != (meant == "lora2"):
         raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")

@@ -15,10 +15,9 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import yaml
-
 from nlu.errors import UsageError
 from nlu.experiments import Experiment, Run, load_experiment
+from nlu.files import parse_yaml
 from nlu.launchers import LocalLauncher, SlurmLauncher
 from nlu.sweep_runs import Places, SweepLoop, choose, chosen_runs, command_line
 
@@ -165,8 +164,8 @@ def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
         if not equals or not key:
             raise UsageError(f"{flag} {text} must have the form KEY=VALUE")
         try:
-            pairs[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            pairs[key] = parse_yaml(value)
+        except ValueError:
             pairs[key] = value
     return pairs
 
