@@ -269,13 +269,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--base belongs to --adapter: a merged checkpoint needs none")
     with _open_input(arguments.input) as stream:
         predictor = load_predictor(arguments)
-        reader = RowReader(stream, arguments.input, kind, predictor.text_fields)
+        reader = RowReader(
+            stream, "standard input" if arguments.input == "-" else arguments.input, kind, predictor.text_fields
+        )
         size = os.path.getsize(arguments.input) if os.path.isfile(arguments.input) else None
         # disable=None: only a terminal shows it
         bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="predicting")
 
         def on_bad_row(row: Row) -> None:
-            message = f"{arguments.input}, line {row.line}: {row.error}"
+            message = f"{reader.name}, line {row.line}: {row.error}"
             if arguments.on_error == "stop":
                 raise UsageError(f"{message} (--on_error skip leaves such rows out)")
             bar.write(f"skipped: {message}", file=sys.stderr)
