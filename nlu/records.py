@@ -22,6 +22,11 @@ from nlu.files import write_json
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "peft")
+# Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
+TIME_FIELDS = frozenset(
+    {"seconds", "memory_bytes", "train_seconds", "steps_per_second", "seconds_per_step", "peak_memory_bytes",
+     "started_at", "resumes"}
+)  # fmt: skip
 _WRITE_INTERVAL = 10.0  # seconds between two writes while training
 
 

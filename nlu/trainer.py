@@ -41,10 +41,14 @@ class MethodCallback(TrainerCallback):
         self.trainer.restore_logging()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.epoch_ended = False
         self.trainer.step_started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.train_seconds += time.perf_counter() - self.trainer.step_started
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.epoch_ended = True
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         allocator = self.trainer.applied.allocator
@@ -76,6 +80,7 @@ class GlueTrainer(Trainer):
         self.second_eval_dataset = second_eval_dataset
         self.train_seconds = 0.0
         self.step_started = 0.0
+        self.epoch_ended = False
         self.budget = applied.allocator.initial_total_rank if applied.allocator else None
         self._restored: dict[str, Any] = {}
         super().__init__(model=applied.model, compute_loss_func=self._task_loss, **kwargs)
@@ -106,8 +111,35 @@ class GlueTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.train_lengths is None:
-            return SeededRandomSampler(len(self.train_dataset), seed)
-        return LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+            self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
+        else:
+            self.train_sampler = LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+        return self.train_sampler
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed after the last step: the Trainer would do one more
+            self.control.should_training_stop = True
+            return
+        # The Trainer's own call does not reach the sampler through the batches it skips in a resumed epoch.
+        self.train_sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Once for the last step of an epoch: the epoch's end follows it and may ask for an evaluation.
+
+        A checkpoint written before that evaluation would lose it: a run resumed there starts with the next epoch.
+        """
+        last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
+        if self.epoch_ended or not last_step:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """The best weights, and the ranks that were live with them."""
+        super()._load_best_model()
+        state = torch.load(Path(self.state.best_model_checkpoint) / EXTRA_STATE, map_location="cpu", weights_only=True)
+        self._load_stateful(state)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -154,13 +186,14 @@ class GlueTrainer(Trainer):
         self._save_optimizer_and_scheduler(str(temporary))
         self._save_scaler(str(temporary))
         self._save_rng_state(str(temporary))
+        unlogged_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).cpu()  # one number a process
         if self.state.best_global_step:
             best = run_folder / f"checkpoint-{self.state.best_global_step}"
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         self._barrier()
         if self.args.should_save:
-            torch.save(self._extra_state(), temporary / EXTRA_STATE)
+            torch.save(self._extra_state(unlogged_loss), temporary / EXTRA_STATE)
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -174,13 +207,13 @@ class GlueTrainer(Trainer):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 
-    def _extra_state(self) -> dict[str, Any]:
+    def _extra_state(self, unlogged_loss: Tensor) -> dict[str, Any]:
         return {
             "stateful": {name: part.state_dict() for name, part in self.applied.stateful.items()},
             "budget": self.budget,
             "train_seconds": self.train_seconds,
             # The Trainer keeps the loss since the last logging step outside its own saved state.
-            "unlogged_loss": self._tr_loss.detach().cpu(),
+            "unlogged_loss": unlogged_loss,
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
@@ -190,15 +223,20 @@ class GlueTrainer(Trainer):
         if checkpoint is None:
             return
         self._restored = torch.load(Path(checkpoint) / EXTRA_STATE, map_location="cpu", weights_only=True)
-        for name, part in self.applied.stateful.items():
-            part.load_state_dict(self._restored["stateful"][name])
+        self._load_stateful(self._restored)
         self.budget = self._restored["budget"]
         self.train_seconds = self._restored["train_seconds"]
+
+    def _load_stateful(self, state: dict[str, Any]) -> None:
+        for name, part in self.applied.stateful.items():
+            part.load_state_dict(state["stateful"][name])
 
     def restore_logging(self) -> None:
         """Take up the running loss where the checkpoint left it; called when training begins."""
         if self._restored:
-            self._tr_loss += self._restored["unlogged_loss"].to(self._tr_loss.device)
+            losses = self._restored["unlogged_loss"]
+            own = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
+            self._tr_loss += own.to(self._tr_loss.device)
             self._total_loss_scalar = self._restored["logged_loss"]
             self._globalstep_last_logged = self._restored["last_logged_step"]
 

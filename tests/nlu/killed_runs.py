@@ -1,0 +1,129 @@
+"""Runs that die at a chosen point, and what a run leaves that must not depend on it; driven by test_exact_resume.py.
+
+usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to break off or null])
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from nlu import run_glue, trainer
+from nlu.records import TIME_FIELDS
+
+EVENTS = (
+    "on_step_begin",
+    "on_pre_optimizer_step",
+    "on_optimizer_step",
+    "on_step_end",
+    "on_log",
+    "on_evaluate",
+    "on_save",
+)
+WRITES = ("half a file", "before the rename")
+
+
+class BrokenOff(BaseException):
+    """Ends a run at once, past every handler for errors."""
+
+
+def break_off() -> None:
+    raise BrokenOff
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def dying(point: str, step: int, die: Callable[[], None]):
+    """While it lasts, a run dies at ``point`` of optimiser step ``step`` (steps finished so far)."""
+    build, torch_save, seal = run_glue.build_trainer, torch.save, trainer.seal
+    built = []
+
+    def callback(self, args, state, control, **kwargs):
+        if state.global_step >= step:
+            die()
+
+    def build_dying(*args):
+        built.append(build(*args))
+        if point in EVENTS:
+            built[0].add_callback(type("Dying", (TrainerCallback,), {point: callback})())
+        return built[0]
+
+    def save_half(value, path, *args, **kwargs):
+        torch_save(value, path, *args, **kwargs)
+        if point == "half a file" and built[0].state.global_step >= step:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    def seal_dying(*args):
+        if point == "before the rename" and built[0].state.global_step >= step:
+            die()
+        seal(*args)
+
+    with (
+        mock.patch.object(run_glue, "build_trainer", build_dying),
+        mock.patch.object(torch, "save", save_half),
+        mock.patch.object(trainer, "seal", seal_dying),
+    ):
+        yield
+
+
+def run_killed(flags: list[str], point: str | None, step: int) -> None:
+    """The target of a process that is meant to be killed; without a point it runs to its end."""
+    torch.set_num_threads(1)
+    if point is None:
+        sys.exit(run_glue.main(flags))
+    with dying(point, step, kill):
+        run_glue.main(flags)
+
+
+def run_broken_off(flags: list[str], step: int | None) -> None:
+    """A run in this process that ends after the first checkpoint from ``step`` on, or goes to its end."""
+    if step is None:
+        assert run_glue.main(flags) == 0
+        return
+    try:
+        with dying("on_save", step, break_off):
+            run_glue.main(flags)
+    except BrokenOff:
+        return
+    raise AssertionError(f"the run was over before step {step}")
+
+
+def timeless(record):
+    """A record without the fields that hold times, and without what names the folder."""
+    if isinstance(record, dict):
+        gone = TIME_FIELDS | {"arguments", "command"}
+        return {name: timeless(value) for name, value in record.items() if name not in gone}
+    return [timeless(value) for value in record] if isinstance(record, list) else record
+
+
+def outcome(folder: Path) -> dict:
+    """All that a finished run leaves: its record without times, the ranks, and every bit of the adapter."""
+    record = json.loads((folder / "results.json").read_text())
+    assert record["status"] == "finished"
+    ranks = folder / "rank_pattern.json"
+    (weights,) = (folder / "adapter").glob("*.safetensors")
+    return {
+        "record": timeless(record),
+        "ranks": json.loads(ranks.read_text()) if ranks.exists() else None,
+        "weights": {name: tensor.numpy().tobytes() for name, tensor in load_file(weights).items()},
+    }
+
+
+if __name__ == "__main__":
+    for flags, step in json.loads(Path(sys.argv[1]).read_text()):
+        run_broken_off(flags, step)

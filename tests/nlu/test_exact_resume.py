@@ -1,0 +1,117 @@
+"""A run that was killed and started again leaves the same bits as one that was not: weights, ranks, scores, record."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nlu.run_glue import main
+from tests.nlu import killed_runs
+from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_killed
+from tests.nlu.tiny import REPOSITORY
+
+TRIALS = int(os.environ.get("SOAK_TRIALS", "3"))  # each is killed twice
+# 50 rows are 7 batches of 8, so 4 optimiser steps an epoch: nothing here falls on the same step as anything else.
+UNALIGNED = """--max_steps 14 --gradient_accumulation_steps 2 --save_steps 3 --eval_steps 5 --logging_steps 4
+    --lora_dropout 0.2 --length_bucketing True --mask_interval 2 --save_total_limit 2 --method lora2"""
+STEPS = "--max_steps 12 --save_steps 2 --eval_steps 4 --logging_steps 3"
+EPOCHS = "--max_steps -1 --num_train_epochs 2 --logging_steps 3 --eval_strategy epoch"
+
+
+def flags_of(base_flags, folder, options):
+    flags = list(base_flags)
+    flags[flags.index("--root_output_dir") + 1] = str(folder)
+    return [*flags, "--save_total_limit", "50", "--method", "lora2", *options.split()]
+
+
+@pytest.mark.parametrize(
+    "options, step",
+    [
+        pytest.param(STEPS, 8, id="in an epoch"),
+        pytest.param(STEPS.replace("save_steps 2", "save_steps 7"), 7, id="at the end of an epoch"),
+        pytest.param(STEPS.replace("eval_steps 4", "eval_steps 5"), 8, id="evaluation at other steps than saving"),
+        pytest.param(f"{STEPS} --gradient_accumulation_steps 3", 8, id="accumulation"),
+        pytest.param(f"{STEPS} --bf16 True --length_bucketing True --lora_dropout 0.2", 8, id="bfloat16, bucketing"),
+        pytest.param(f"{STEPS} --gradient_checkpointing True", 8, id="gradient checkpointing"),
+        pytest.param(f"{STEPS} --no_fast_dropout True --no_fast_attention True", 8, id="stock dropout"),
+        pytest.param(f"{STEPS} --lr_scheduler_type cosine --warmup_steps 4", 2, id="warm-up"),
+        pytest.param(f"{STEPS} --max_steps 6 --eval_steps 3", 6, id="after the last step"),
+        pytest.param(f"{EPOCHS} --save_strategy epoch", 7, id="epochs"),
+        pytest.param(f"{EPOCHS} --save_steps 7", 7, id="saved before the epoch is evaluated"),
+        pytest.param(f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 8, id="best model at the end"),
+        pytest.param(f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8, id="best only"),
+        pytest.param(f"{STEPS} --method adalora", 8, id="adalora"),
+        pytest.param(f"{STEPS} --method sora --lora_alpha 32 --sora_lambda 8", 8, id="sora"),
+        pytest.param(f"{STEPS} --method lora", 8, id="lora"),
+    ],
+)
+def test_going_on_from_a_checkpoint_changes_no_bit(base_flags, tmp_path, options, step):
+    assert main(flags_of(base_flags, tmp_path / "whole", options)) == 0
+    flags = flags_of(base_flags, tmp_path / "broken", options)
+    run_broken_off(flags, step)
+    assert main(flags) == 0
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert json.loads((tmp_path / "broken" / "results.json").read_text())["resumes"] == 1
+
+
+def test_the_best_models_adapter_has_the_ranks_of_its_step(base_flags, tmp_path, monkeypatch):
+    """The best score comes before the ranks are at their target."""
+    scores = iter([0.1, 0.9, *[0.2] * 20])
+    monkeypatch.setattr("nlu.run_glue.compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    options = f"{STEPS} --max_steps 20 --eval_steps 2 --init_warmup 1 --final_warmup 2 --mask_interval 1"
+    assert main(flags_of(base_flags, tmp_path / "run", f"{options} --load_best_model_at_end True")) == 0
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    live = sum(map(sum, json.loads((tmp_path / "run" / "rank_pattern.json").read_text()).values()))
+    assert record["best_step"] == 4 and record["final_budget"] < live == record["live_budget"]
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start with everything imported, so that killing many of them is cheap."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.nlu.killed_runs"])
+    return context
+
+
+def start(processes, flags, point, step):
+    process = processes.Process(target=run_killed, args=(flags, point, step))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def test_killed_at_random_points(processes, base_flags, tmp_path):
+    """SIGKILL, twice a run, at any event of any step and amid the writing of a checkpoint."""
+    options = UNALIGNED
+    assert start(processes, flags_of(base_flags, tmp_path / "whole", options), None, 0) == 0
+    expected = outcome(tmp_path / "whole")
+    source = random.Random(int(os.environ.get("SOAK_SEED", "0")))
+    for trial in range(TRIALS):
+        flags = flags_of(base_flags, tmp_path / str(trial), options)
+        first = source.randint(0, 9)
+        points = [(source.choice(EVENTS + WRITES), step) for step in (first, source.randint(first, 12))]
+        for point, step in points:
+            assert start(processes, flags, point, step) == -signal.SIGKILL, (point, step)
+        assert start(processes, flags, None, 0) == 0
+        assert outcome(tmp_path / str(trial)) == expected, points
+        assert not list((tmp_path / str(trial) / "model").glob(".writing-*")), points
+
+
+def test_two_processes_go_on_exactly(base_flags, tmp_path):
+    """In the second epoch and between two logging steps: row order, running loss and ranks."""
+    options = "--max_steps 12 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
+    whole, broken = (flags_of(base_flags, tmp_path / name, options) for name in ("whole", "broken"))
+    (tmp_path / "runs.json").write_text(json.dumps([[whole, None], [broken, 10], [broken, None]]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [sys.executable, *launcher, killed_runs.__file__, str(tmp_path / "runs.json")],
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
