@@ -21,9 +21,14 @@ from nlu.tasks import Task
 
 
 def save_run_adapter(
-    arguments: Arguments, task: Task, applied: AppliedMethod, record: dict[str, Any], folder: Path
+    arguments: Arguments, task: Task, applied: AppliedMethod, record: dict[str, Any], step: int, folder: Path
 ) -> None:
-    """``rank_pattern.json`` and ``adapter/`` of a finished run; pruned singular values are left out of the latter."""
+    """``rank_pattern.json`` and ``adapter/`` of a finished run; pruned singular values are left out of the latter.
+
+    Args:
+        step: whose weights the model holds; the card tells the score that they had.
+    """
+    scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     ranks = applied.ranks
     if ranks is not None:
         write_json(folder / "rank_pattern.json", ranks.rank_pattern)
@@ -41,7 +46,7 @@ def save_run_adapter(
             "task": record["task"],
             "method": record["method_config"],
             "metric": record["metric"],
-            "score": record["last"],
+            "score": scores.get(step, record["last"]),
             "seed": record["seed"],
             "max_seq_length": arguments.data.max_seq_length,
             "text_fields": list(task.text_fields),

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from loralib.allocator import check_allocator_arguments
 from loralib.orthogonality import parse_terms
@@ -35,6 +36,20 @@ FLAG_METHODS: dict[str, frozenset[str]] = {
     "sora_lambda": frozenset({"sora"}),
     "peft_config": frozenset({"peft"}),
 }  # fmt: skip
+
+# Flags of the Trainer that a run would ignore or that would break it, each with what to do.
+REFUSED_FLAGS = {
+    "label_names": "the label's name is fixed",
+    "push_to_hub": "a run uploads nothing",
+    "resume_from_checkpoint": "the same command goes on from the run's last checkpoint by itself",
+    "metric_for_best_model": "the best checkpoint is the one where the task's main metric is highest",
+    "greater_is_better": "the best checkpoint is the one where the task's main metric is highest",
+    "train_sampling_strategy": "the order is random; --length_bucketing batches similar lengths together",
+    "auto_find_batch_size": "it would change the effective batch; set --per_device_train_batch_size",
+    "prediction_loss_only": "every evaluation computes the task's metrics",
+    "batch_eval_metrics": "the metrics are computed over the whole set",
+    "eval_do_concat_batches": "the metrics are computed over the whole set",
+}
 
 EPILOG = """examples:
   LoRA² on local CoLA:    python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola \\
@@ -235,6 +250,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UsageError(kind + " ".join(str(error).split())[:400]) from None
     method.method = base
+    for name in sorted(given & set(REFUSED_FLAGS)):
+        raise UsageError(f"--{name} is not supported here ({REFUSED_FLAGS[name]}): leave it out")
     _refuse_ignored_flags(given, base)
     _check(model, data, method, training)
     return Arguments(model, data, method, training, config)
@@ -264,10 +281,15 @@ def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, 
         data.task_name = get_task(data.task_name).name
         if data.train_file or data.validation_file or data.test_file:
             raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
+    elif training.do_eval and data.validation_file is None and data.holdout_fraction is None:
+        raise UsageError("nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval out")
+    elif training.do_predict and data.test_file is None:
+        raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
-    if training.label_names is not None or training.push_to_hub:
-        raise UsageError("--label_names and --push_to_hub are not supported here: leave them out")
+    absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
+    if absent:
+        raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
     check_ranges(vars(model) | vars(data) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
         raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")

@@ -131,7 +131,7 @@ def run(arguments: Arguments) -> int:
     record.log_history = trainer.state.log_history
     if training.should_save:
         record.static["spectra"] = spectra(model)
-        save_run_adapter(arguments, task, applied, record.write("running"), folder)
+        save_run_adapter(arguments, task, applied, record.write("running"), trainer.weights_step, folder)
         report(record.write("finished"))
     return 0
 
@@ -154,10 +154,13 @@ def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
         task, splits = load_own_files(data.train_file, data.validation_file, data.test_file)
     else:
         task = get_task(data.task_name)
-        if data.holdout_fraction is not None and "validation" in need:
-            need.remove("validation")
+        if data.holdout_fraction is not None:
+            need = ["train", *(name for name in need if name == "test")]
         splits = load_task_data(task, data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir, need)
     if data.holdout_fraction is not None:
+        rows = len(splits["train"])
+        if math.ceil(rows * data.holdout_fraction) >= rows:
+            raise UsageError(f"--holdout_fraction {data.holdout_fraction} of {rows} rows leaves none to train on")
         parts = splits["train"].train_test_split(data.holdout_fraction, seed=data.holdout_seed)
         splits |= {"train": parts["train"], task.validation_splits[0]: parts["test"]}
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}

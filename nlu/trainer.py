@@ -141,6 +141,16 @@ class GlueTrainer(Trainer):
         state = torch.load(Path(self.state.best_model_checkpoint) / EXTRA_STATE, map_location="cpu", weights_only=True)
         self._load_stateful(state)
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Only training drops an incomplete last batch: every row is evaluated and predicted."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        if is_training:
+            self.args.dataloader_drop_last = drop
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.second_eval_dataset is not None:
@@ -230,6 +240,14 @@ class GlueTrainer(Trainer):
     def _load_stateful(self, state: dict[str, Any]) -> None:
         for name, part in self.applied.stateful.items():
             part.load_state_dict(state["stateful"][name])
+
+    @property
+    def weights_step(self) -> int:
+        """The optimiser step whose weights the model holds: the last one, or the best checkpoint's after training."""
+        best = self.state.best_model_checkpoint
+        if not self.args.load_best_model_at_end or best is None:
+            return self.state.global_step
+        return int(Path(best).name.rpartition("-")[2])
 
     def restore_logging(self) -> None:
         """Take up the running loss where the checkpoint left it; called when training begins."""

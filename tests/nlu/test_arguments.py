@@ -128,6 +128,13 @@ def test_the_default_target_is_half_the_rank():
         ("--train_file x.csv", "exclude each other"),
         ("--evaluation_strategy sometimes", "sometimes"),
         ("--bf16 --fp16", "fp16 and bf16"),
+        ("--report_to tensorbord", "tensorbord"),
+        ("--resume_from_checkpoint out/model/checkpoint-3", "by itself"),
+        ("--metric_for_best_model f1", "metric_for_best_model"),
+        ("--auto_find_batch_size", "effective batch"),
+        ("--prediction_loss_only", "prediction_loss_only"),
+        ("--batch_eval_metrics", "batch_eval_metrics"),
+        ("--push_to_hub", "push_to_hub"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(flags, words):
@@ -143,6 +150,9 @@ def test_what_is_wrong_is_said_in_one_line(flags, words):
         ("--task_name cola --do_train --root_output_dir o", "model_name_or_path"),
         ("--model_name_or_path m --do_train --root_output_dir o", "nothing to train on"),
         ("--model_name_or_path m --task_name cola --root_output_dir o", "nothing to do"),
+        ("--model_name_or_path m --train_file a.csv --do_train --do_eval --root_output_dir o", "--validation_file"),
+        ("--model_name_or_path m --train_file a.csv --do_train --eval_strategy epoch --root_output_dir o", "evaluate"),
+        ("--model_name_or_path m --train_file a.csv --do_predict --root_output_dir o", "--test_file"),
         ("--model_name_or_path m --task_name cola --do_train", "root_output_dir"),
         ("missing.yaml --do_train", "missing.yaml"),
     ],

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
 
+import loralib
 from nlu import run_glue
 from nlu.run_glue import main
 from tests.nlu.tiny import GLUE, REPOSITORY, make_rows, write_rows
@@ -239,3 +240,47 @@ def test_real_data_trains(base_flags, task):
     flags = [*replaced(base_flags, task_name=task, glue_dir=GLUE, max_steps=3), "--max_train_samples", "60"]
     assert main([*flags, "--max_eval_samples", "40"]) == 0
     assert read(flags)["steps"] == 3 and read(flags)["eval_examples"] == 40
+
+
+@pytest.mark.parametrize("method", ["lora2", "sora"])
+def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_path, monkeypatch, method):
+    """Best at step 3 of 6, before the last pruning: weights, live ranks and the adapter's score are those of step 3."""
+    scores = iter([0.5, 0.2])
+    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    flags = replaced(base_flags, save_steps=3)
+    extra = ["--init_warmup", "3", "--final_warmup", "1"] if method == "lora2" else ["--sora_lambda", "10"]
+    assert main([*flags, "--method", method, "--load_best_model_at_end", *extra]) == 0
+    record, run = read(flags), tmp_path / "run"
+    assert (record["status"], record["best_step"], record["last"]) == ("finished", 3, 0.2)
+    config = loralib.read_adapter_config(run / "adapter")
+    assert config.card["score"] == 0.5
+    pattern = read(flags, "rank_pattern.json")
+    assert {n: "".join("01"[flag] for flag in flags) for n, flags in pattern.items()} == config.groups[0].rank_pattern
+    at_best = load_file(run / "model" / "checkpoint-3" / "model.safetensors")
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    for name, flags_of_layer in pattern.items():
+        values = at_best[f"{name}.lora_E"]
+        kept = stored.get(f"{name}.lora_E", torch.zeros(0))  # absent where the layer was pruned whole
+        torch.testing.assert_close(kept, values[values != 0], rtol=0, atol=0)
+        assert flags_of_layer == (values != 0).tolist()
+    assert record["live_budget"] == sum(map(sum, pattern.values()))
+
+
+def test_every_row_is_evaluated_when_training_drops_incomplete_batches(base_flags):
+    flags = replaced(base_flags, max_steps=-1)
+    extra = ["--dataloader_drop_last", "--num_train_epochs", "1", "--per_device_eval_batch_size", "16", "--do_predict"]
+    assert main([*flags, *extra]) == 0
+    record = read(flags)
+    assert record["steps"] == 50 // 8 and "matthews_correlation" in record["evaluations"][-1]
+    accuracy = record["evaluations"][-1]["accuracy"] * 20  # of all 20 rows, not of the 16 in whole batches
+    assert accuracy == pytest.approx(round(accuracy))
+    predictions = Path(flags[flags.index("--root_output_dir") + 1]) / "predictions" / "CoLA.tsv"
+    assert len(predictions.read_text().splitlines()) == 1 + 12
+
+
+def test_a_held_out_part_is_evaluated_without_training(base_flags, capsys):
+    flags = [flag for flag in base_flags if flag != "--do_train"]
+    assert main([*flags, "--holdout_fraction", "0.2"]) == 0
+    assert read(flags)["eval_examples"] == 10
+    assert main([*replaced(flags, root_output_dir="unused"), "--holdout_fraction", "0.999"]) == 2
+    assert "leaves none to train on" in capsys.readouterr().err and not Path("unused").exists()
