@@ -115,7 +115,7 @@ def build(peer: Peer, shape: Shape) -> Trained:
     model.to(shape.device)
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)
-    if peer.maker == "here" and peer.method in ("adalora", "lora2"):
+    if peer.maker in ("here", "plain") and peer.method in ("adalora", "lora2"):
         regulariser = loralib.OrthogonalityRegulariser(model)
         allocator = loralib.RankAllocator(
             model, RANK, 3, SCHEDULE["init"], SCHEDULE["final"], SCHEDULE["interval"], 0.85, 0.85, SCHEDULE["total"]
