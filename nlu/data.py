@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from torch import nn
 
 from nlu.errors import UsageError
 from nlu.own_files import load_own_files
@@ -14,7 +15,7 @@ from nlu.readers import Table, read_table, read_tsv
 from nlu.rows import build_dataset, read_labels
 from nlu.tasks import Task, get_task
 
-__all__ = ["limit", "load_own_files", "load_task_data", "tokenize"]
+__all__ = ["limit", "load_own_files", "load_task_data", "longest_input", "tokenize"]
 
 HUB_DATASET = "nyu-mll/glue"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -105,6 +106,17 @@ def tokenize(
         hidden = split in task.test_splits and _any_hidden(task, dataset["label"][:])
         result[split] = dataset.remove_columns("label") if hidden else dataset.rename_column("label", "labels")
     return result
+
+
+def longest_input(model: nn.Module) -> int | None:
+    """The most tokens that a model with a table of positions reads; None for one without (DeBERTa).
+
+    RoBERTa's table has padding's row and those before it on top, which no token uses.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "wpe") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def _any_hidden(task: Task, labels: list) -> bool:

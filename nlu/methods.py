@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,8 +103,28 @@ def allocates(args: MethodArguments) -> bool:
 
 
 def module_patterns(args: MethodArguments) -> list[str]:
-    """``--lora_module`` as a list."""
-    return [pattern.strip() for pattern in args.lora_module.split(",")]
+    """``--lora_module`` as a list; the comma of a quantifier such as ``{1,2}`` belongs to its expression."""
+    return [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)]
+
+
+def encoder_modules(model: nn.Module, args: MethodArguments) -> list[str]:
+    """Names of the encoder's linear layers that ``--lora_module`` selects; the head trains whole and gets no update.
+
+    Raises:
+        UsageError: for a pattern that selects none of them.
+    """
+    head = {id(p) for p in head_parameters(model)}
+    chosen: dict[str, None] = {}
+    for pattern in module_patterns(args):
+        try:
+            names = loralib.match_modules(model, pattern)
+        except ValueError as error:
+            raise UsageError(f"--lora_module: {error}") from None
+        inside = [name for name in names if id(model.get_submodule(name).weight) not in head]
+        if not inside:
+            raise UsageError(f"--lora_module: {pattern!r} selects only the head, which trains whole: leave it out")
+        chosen |= dict.fromkeys(inside)
+    return list(chosen)
 
 
 def inject_factors(model: nn.Module, args: MethodArguments) -> list[str]:
@@ -117,7 +138,7 @@ def inject_factors(model: nn.Module, args: MethodArguments) -> list[str]:
         return loralib.inject(
             model,
             "multiscale" if args.method == "lora2" else args.method,
-            module_patterns(args),
+            encoder_modules(model, args),
             r=args.lora_r,
             widths=widths,
             lora_alpha=args.lora_alpha,
@@ -173,10 +194,9 @@ def _adapters(model: nn.Module, args: MethodArguments, total_steps: int) -> Appl
 
 
 def _sora(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
+    modules = encoder_modules(model, args)
     try:
-        inject_sora(
-            model, module_patterns(args), r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout
-        )
+        inject_sora(model, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
     except ValueError as error:
         raise UsageError(f"--lora_module: {error}") from None
     _train_only(model, [p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()])
@@ -186,7 +206,7 @@ def _sora(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedM
 
 def _peft(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
     config = load_peft_config(args.peft_config, total_steps)
-    tuner = inject_peft(model, config, module_patterns(args))
+    tuner = inject_peft(model, config, encoder_modules(model, args) if config.target_modules is None else [])
     _train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
     applied = AppliedMethod(model, needs_autocast=True)
     if config.peft_type.value == "ADALORA":
@@ -229,7 +249,8 @@ def check_method_fits(model: nn.Module, args: MethodArguments, total_steps: int)
     """
     if args.method == "peft":
         config = load_peft_config(args.peft_config, total_steps)
-        check_targets(model, config, module_patterns(args))  # not all of peft's layers can be made without weights
+        modules = encoder_modules(model, args) if config.target_modules is None else []
+        check_targets(model, config, modules)  # not all of peft's layers can be made without weights
         looks_at_whole_parameters = config.peft_type.value == "ADALORA"
     else:
         applied = METHODS[args.method](model, args, total_steps)

@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib.export import load_base_of, quiet_transformers
 from nlu.arguments import MethodArguments
+from nlu.data import longest_input
 from nlu.deberta_attention import enable_fast_attention
 from nlu.errors import UsageError
 from nlu.methods import apply_method
@@ -102,7 +103,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     number = model.config.num_labels
     names = None if number == 1 else [model.config.id2label[i] for i in range(number)]
     length = arguments.max_seq_length or card.get("max_seq_length") or 512
-    length = min(length, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", length))
+    length = min(length, tokenizer.model_max_length, longest_input(model) or length)
     return Predictor(model.eval().to(device), tokenizer, _text_fields(arguments, card), names, length)
 
 

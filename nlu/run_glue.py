@@ -39,7 +39,7 @@ import loralib
 from nlu.adapter_io import check_warm_start, load_warm_start, read_warm_start, save_run_adapter, spectra
 from nlu.arguments import Arguments, command_line, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
-from nlu.data import limit, load_own_files, load_task_data, tokenize
+from nlu.data import limit, load_own_files, load_task_data, longest_input, tokenize
 from nlu.deberta_attention import enable_fast_attention
 from nlu.errors import UsageError
 from nlu.fast_dropout import enable_fast_dropout
@@ -104,7 +104,7 @@ def run(arguments: Arguments) -> int:
     total_steps = plan_steps(arguments, splits)
     config, tokenizer = load_config(arguments, task)
     warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
-    check_model_arguments(arguments, config, total_steps, warm_start)
+    check_model_arguments(arguments, config, tokenizer, total_steps, warm_start)
     splits = tokenize_splits(arguments, task, splits, tokenizer)
     tests = [(task, splits.test), *load_predict_task(arguments, task, tokenizer)]
 
@@ -211,17 +211,26 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason}") from None
+    if tokenizer.pad_token is None:
+        raise UsageError(
+            f"--model_name_or_path {model.model_name_or_path}: its tokenizer has no padding token, which batches need: "
+            "save a copy with pad_token set (and pad_token_id in config.json)"
+        )
     if model.cls_dropout is not None:
-        for name in ("cls_dropout", "classifier_dropout"):
+        for name in ("cls_dropout", "classifier_dropout", "seq_classif_dropout"):
             if hasattr(config, name) or name == "cls_dropout":
                 setattr(config, name, model.cls_dropout)
     return config, tokenizer
 
 
-def check_model_arguments(arguments: Arguments, config: Any, total_steps: int, warm_start: Any) -> None:
-    """Module patterns, schedule and warm start, on a model without weights: refused before anything is loaded."""
+def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int, warm_start: Any) -> None:
+    """Module patterns, schedule and warm start, on a model without weights: refused before anything is loaded.
+
+    The tokenizer learns how many tokens the model reads, where its own files do not say so.
+    """
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
         check_method_fits(model, arguments.method, total_steps)
     if warm_start is not None:
         check_warm_start(warm_start[0], model, arguments)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import loralib
 from nlu import run_glue
+from nlu.data import longest_input
 from nlu.run_glue import main
-from tests.nlu.tiny import GLUE, REPOSITORY, make_rows, write_rows
+from tests.nlu.tiny import GLUE, REPOSITORY, make_encoder, make_rows, write_rows
 
 
 def read(flags, name="results.json"):
@@ -284,3 +286,31 @@ def test_a_held_out_part_is_evaluated_without_training(base_flags, capsys):
     assert read(flags)["eval_examples"] == 10
     assert main([*replaced(flags, root_output_dir="unused"), "--holdout_fraction", "0.999"]) == 2
     assert "leaves none to train on" in capsys.readouterr().err and not Path("unused").exists()
+
+
+@pytest.mark.parametrize("shape, positions", [("bert", 64), ("roberta", 64), ("deberta-v2", None)])
+def test_inputs_are_cut_to_the_models_table_of_positions(base_flags, tmp_path, shape, positions):
+    """RoBERTa's table of 66 has room for 64 tokens. The tokenizer's own files name no limit here."""
+    folder = make_encoder(tmp_path / shape, shape)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(folder)
+    with torch.device("meta"):
+        assert longest_input(AutoModel.from_config(AutoConfig.from_pretrained(folder))) == positions
+    rows = [{"text": "the good cat " * 40, "label": i % 2} for i in range(16)]
+    write_rows(tmp_path / "long.jsonl", rows)
+    flags = list(base_flags)
+    for name in ("--task_name", "--glue_dir"):
+        del flags[flags.index(name) : flags.index(name) + 2]
+    files = ["--train_file", str(tmp_path / "long.jsonl"), "--validation_file", str(tmp_path / "long.jsonl")]
+    flags = replaced(flags, model_name_or_path=folder, max_steps=3)
+    assert main([*flags, *files, "--max_seq_length", "100"]) == 0
+
+
+def test_a_tokenizer_without_padding_is_refused_in_one_line(base_flags, encoder, tmp_path, capsys):
+    folder = make_encoder(tmp_path / "unpadded")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert main(replaced(base_flags, model_name_or_path=folder)) == 2
+    assert "padding token" in capsys.readouterr().err and not (tmp_path / "run").exists()
