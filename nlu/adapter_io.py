@@ -94,11 +94,18 @@ def check_warm_start(config: AdapterConfig, model: nn.Module, arguments: Argumen
                 f"--lora_path: the adapter has rank {saved[name][0]} and widths {list(saved[name][1])} in {name}, the "
                 f"method rank {layer.r} and widths {list(layer.widths)}: give the same --method, --lora_r and --lora_k"
             )
+    sources: dict[int, str] = {}  # what each of the model's outer factors would be taken from
+    for name in (name for name, rank in config.ranks.items() if rank):
+        stored = config.tied.get(f"{name}.lora_B.0", f"{name}.lora_B.0")
+        if sources.setdefault(id(layers[name].lora_B[0]), stored) != stored:
+            raise UsageError("--lora_path: the adapter's layers share no outer factors: leave --lora_share_outer out")
 
 
 @torch.no_grad()
 def load_warm_start(config: AdapterConfig, tensors: dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Copy the adapter's factors into the model's; pruned singular values start anew at e = 0, the head is left alone.
+    """Start from the adapter's update; pruned singular values start anew at e = 0, the head is left alone.
+
+    The factors are copied; where lora_alpha differs, the singular values (LoRA's B) make up for it, so that ΔW stays.
 
     Raises:
         UsageError: if the adapter was trained on another base.
@@ -111,11 +118,14 @@ def load_warm_start(config: AdapterConfig, tensors: dict[str, torch.Tensor], mod
     for group in config.groups:
         for name, flags in group.rank_pattern.items():
             layer = model.get_submodule(name)
+            rescale = group.lora_alpha / group.r / layer.scaling
             live = [i for i, flag in enumerate(flags) if flag == "1"]
             for factor_name, parameter in zip(factor_names(name, layer), layer.lora_parameters(), strict=True):
                 stored = tensors.get(config.tied.get(factor_name, factor_name))
                 if stored is None:  # the layer was pruned whole
                     continue
+                if parameter is (layer.lora_B[0] if layer.lora_E is None else layer.lora_E):
+                    stored = stored * rescale
                 if parameter is layer.lora_B[-1]:
                     parameter[:, live] = stored.to(parameter)
                 elif parameter is layer.lora_A[-1] or parameter is layer.lora_E:

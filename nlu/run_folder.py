@@ -88,8 +88,11 @@ def claim_run_folder(folder: Path, state: str) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-    (folder / "log").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "log" / "run.log", encoding="utf-8")
+    try:
+        (folder / "log").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "log" / "run.log", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--root_output_dir {folder} cannot be written to ({error.strerror or error})") from None
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("nlu", "loralib", "transformers"):
         logging.getLogger(name).addHandler(handler)

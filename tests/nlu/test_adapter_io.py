@@ -1,5 +1,6 @@
 """The adapter that a run leaves, and the warm start from one."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 import loralib
 from nlu import run_glue
+from nlu.adapter_io import load_warm_start
+from nlu.arguments import SIX_MODULES
 from nlu.run_glue import main
 from tests.nlu.tiny import make_encoder
 
@@ -116,3 +119,30 @@ def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_p
     assert main([*lora2, "--lora_path", str(trained), "--overwrite_output_dir"]) == 2
     assert "truncated" in capsys.readouterr().err
     assert main([*lora2, "--lora_path", str(tmp_path / "none"), "--overwrite_output_dir"]) == 2
+
+
+def test_a_warm_start_with_another_alpha_starts_from_the_same_update(trained, encoder):
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
+    saved, other = copy.deepcopy(model), copy.deepcopy(model)
+    config = loralib.load_adapter(saved, trained)
+    loralib.inject(other, "multiscale", SIX_MODULES.split(","), r=4, widths=(3,), lora_alpha=8)
+    assert config.groups[0].lora_alpha == 32
+    load_warm_start(config, loralib.adapter_files.read_adapter(trained)[1], other)
+    theirs = loralib.lora_layers(other)
+    for name, layer in loralib.lora_layers(saved).items():
+        torch.testing.assert_close(theirs[name].delta_weight(), layer.delta_weight(), rtol=1e-5, atol=1e-9)
+        assert theirs[name].scaling == 2.0 and layer.delta_weight().any() == any(
+            flag == "1" for flag in config.groups[0].rank_pattern[name]
+        )
+
+
+def test_shared_outer_factors_cannot_start_from_ones_that_are_not(base_flags, trained, tmp_path, capsys):
+    flags = [*base_flags, "--method", "lora2", "--lora_k", "3", "--lora_path", str(trained), "--lora_share_outer"]
+    assert main(flags) == 2
+    assert "leave --lora_share_outer out" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(base_flags, tmp_path, capsys):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "deeper")
+    assert main(with_value(base_flags, "root_output_dir", tmp_path / "dangling")) == 2
+    assert "cannot be written to" in capsys.readouterr().err
