@@ -29,7 +29,7 @@ def tiny(shape: str) -> torch.nn.Module:
     else:
         sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                   "intermediate_size": 128, "head_dim": 16}  # fmt: skip
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes), trust_remote_code=False)
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     text = Path(args.text).read_text(encoding="utf-8")
     if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        ids = torch.tensor(AutoTokenizer.from_pretrained(args.model)(text)["input_ids"])
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
+        ids = torch.tensor(AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)(text)["input_ids"])
     else:
         model, ids = tiny(args.shape), torch.tensor(list(text.encode()))
 

@@ -104,11 +104,16 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
     """
     import transformers
 
-    if not hasattr(transformers, architecture):
-        raise ValueError(f"transformers has no class {architecture}: load the model yourself and use merge_into()")
+    model_class = getattr(transformers, architecture, None)  # the name may be a stranger's
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known and (model_class is None or not architecture.startswith("AutoModel")):
+        raise ValueError(
+            f"transformers has no model class {architecture}: load the model yourself and use merge_into()"
+        )
     with quiet_transformers():
         try:
-            model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32, **options)
+            # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
+            model = model_class.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"--base {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     return model.eval()
@@ -151,7 +156,7 @@ def export_merged(
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(base)
+        processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         processor = None  # a model of other things than text or images
     with writer as new, quiet_transformers():
@@ -245,7 +250,8 @@ def _class_for(adapter: str, base: str) -> str:
     if ending is not None:
         return f"AutoModelFor{ending}"
     try:
-        return (transformers.AutoConfig.from_pretrained(base).architectures or ["AutoModel"])[0]
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        return (config.architectures or ["AutoModel"])[0]
     except (OSError, ValueError) as error:
         raise ValueError(f"--base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nlu.arguments import ADAPTERS, LOW_RANK, Arguments
 from nlu.errors import UsageError
 from nlu.files import write_json
 from nlu.methods import AppliedMethod
+from nlu.peft_methods import config_path
 from nlu.tasks import Task
 
 
@@ -35,7 +37,9 @@ def save_run_adapter(
     source = Path(arguments.model.model_name_or_path)
     method = arguments.method
     # What predict.py needs to put the method's own modules into the base before it loads them.
-    rebuild = {} if method.method not in ADAPTERS | {"peft"} else {"method_arguments": asdict(method)}
+    rebuild: dict[str, Any] = {} if method.method not in ADAPTERS | {"peft"} else {"method_arguments": asdict(method)}
+    if method.method == "peft":
+        rebuild["peft_config"] = json.loads(config_path(method.peft_config).read_text(encoding="utf-8"))
     loralib.save_adapter(
         applied.model,
         folder / "adapter",

@@ -31,7 +31,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.export import load_base_of, quiet_transformers
-from nlu.arguments import MethodArguments
+from nlu.arguments import ADAPTERS, MethodArguments
 from nlu.data import longest_input
 from nlu.deberta_attention import enable_fast_attention
 from nlu.errors import UsageError
@@ -87,13 +87,15 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
                 raise UsageError("the adapter does not record its base model: give --base NAME_OR_PATH")
             model = load_base_of(config, source)
             if "method_arguments" in card:  # methods that add modules: the adapter's tensors belong to those
-                apply_method(model, MethodArguments(**card["method_arguments"]), 0)
+                _rebuild(model, card)
             loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
         else:
             source = arguments.model
             with quiet_transformers():
-                model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    source, dtype=torch.float32, trust_remote_code=False
+                )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         hint = "" if arguments.base or arguments.model else " (--base names the base model, or its folder)"
         raise UsageError(" ".join(str(error).split())[:400] + hint) from None
@@ -105,6 +107,23 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     length = arguments.max_seq_length or card.get("max_seq_length") or 512
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
     return Predictor(model.eval().to(device), tokenizer, _text_fields(arguments, card), names, length)
+
+
+def _rebuild(model: nn.Module, card: dict[str, Any]) -> None:
+    """Put a method's own modules into the base, as the adapter's card describes them; it may be a stranger's."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            method = MethodArguments(**card["method_arguments"])
+            if method.method not in ADAPTERS | {"peft"}:
+                raise ValueError(f"no method that adds modules: {method.method!r:.80}")
+            if method.method == "peft":  # never the file that the card names
+                path = Path(folder) / "peft_config.json"
+                path.write_text(json.dumps(card["peft_config"]), encoding="utf-8")
+                method.peft_config = str(path)
+            apply_method(model, method, 0)
+        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UsageError(f"the adapter's card does not describe its method ({reason})") from None
 
 
 def _text_fields(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:

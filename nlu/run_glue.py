@@ -15,6 +15,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 if __package__ in (None, ""):
@@ -201,7 +202,7 @@ def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset]
 def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any]:
     """The encoder's configuration, with the task's labels in it, and its tokenizer."""
     model = arguments.model
-    source = {"revision": model.model_revision, "cache_dir": model.cache_dir}
+    source = {"revision": model.model_revision, "cache_dir": model.cache_dir, "trust_remote_code": False}
     labels = {"num_labels": task.num_labels, "problem_type": "regression" if task.is_regression else None}
     if task.labels is not None:
         labels |= {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
@@ -229,7 +230,7 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     The tokenizer learns how many tokens the model reads, where its own files do not say so.
     """
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
         check_method_fits(model, arguments.method, total_steps)
     if warm_start is not None:
@@ -244,7 +245,7 @@ def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
     try:
         loaded, info = AutoModelForSequenceClassification.from_pretrained(
             model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
-            dtype=torch.float32, output_loading_info=True,
+            dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -311,7 +312,10 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
         checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
         if checkpoint is not None:
             logger.warning("going on from %s", checkpoint)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except UnpicklingError:  # only tensors and plain values are read, nothing that could run
+            raise UsageError(f"the checkpoint {checkpoint} was not made here (it holds objects): delete it") from None
     if training.do_eval:
         done = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
         if trainer.state.global_step not in done:

@@ -1,0 +1,84 @@
+"""What must not change a number: running again, threads, checkpointed activations; and the precision of importance.
+
+Two processes and accumulation against one batch: test_two_processes.py and test_run_glue.py. The order of modules:
+tests/loralib/test_allocator.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nlu import run_glue
+from nlu.run_glue import main
+
+
+def outcome(flags, folder):
+    """(trained weights, masks, losses, scores) of one run in ``folder``, with dropout and pruning in it."""
+    assert main([*flags, "--root_output_dir", str(folder), "--mask_interval", "1", "--lora_dropout", "0.1"]) == 0
+    record = json.loads((folder / "results.json").read_text())
+    weights = load_file(Path(folder) / "model" / "checkpoint-6" / "model.safetensors")
+    masks = json.loads((folder / "rank_pattern.json").read_text())
+    assert record["live_budget"] < record["initial_budget"]
+    return weights, masks, [row["loss"] for row in record["history"]], [e["loss"] for e in record["evaluations"]]
+
+
+def assert_same_bits(first, second):
+    assert first[1:] == second[1:]
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+
+
+@pytest.mark.parametrize("extra", [[], ["--bf16", "--length_bucketing"]], ids=["float32", "bfloat16"])
+def test_the_seed_alone_fixes_a_run(base_flags, tmp_path, extra):
+    torch.manual_seed(111)
+    first = outcome([*base_flags, *extra], tmp_path / "first")
+    torch.manual_seed(222)
+    torch.rand(5)
+    assert_same_bits(first, outcome([*base_flags, *extra], tmp_path / "second"))
+    other = outcome([*base_flags, *extra, "--seed", "4"], tmp_path / "other")
+    assert other[2] != first[2] and not all(torch.equal(other[0][n], w) for n, w in first[0].items())
+
+
+def test_threads_do_not_choose_the_masks(base_flags, tmp_path):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(outcome(base_flags, tmp_path / str(threads)))
+    finally:
+        torch.set_num_threads(before)
+    one, two = found
+    assert one[1] == two[1]
+    torch.testing.assert_close(two[2], one[2], rtol=1e-4, atol=1e-6)
+    for name, weight in one[0].items():
+        torch.testing.assert_close(two[0][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointed_activations_change_nothing(base_flags, tmp_path):
+    """Dropout is drawn again as it was, so the run is the same to the bit but for the order of sums."""
+    plain = outcome(base_flags, tmp_path / "plain")
+    lean = outcome([*base_flags, "--gradient_checkpointing"], tmp_path / "lean")
+    assert lean[1] == plain[1]
+    torch.testing.assert_close(lean[2], plain[2], rtol=1e-5, atol=1e-6)
+    for name, weight in plain[0].items():
+        torch.testing.assert_close(lean[0][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_importance_stays_float32_in_bfloat16_training(base_flags, tmp_path, monkeypatch):
+    seen = {}
+    original = run_glue.train_and_evaluate
+
+    def keep(arguments, trainer, *rest):
+        original(arguments, trainer, *rest)
+        seen["allocator"] = trainer.applied.allocator
+
+    monkeypatch.setattr(run_glue, "train_and_evaluate", keep)
+    outcome([*base_flags, "--bf16"], tmp_path / "run")
+    state = seen["allocator"].state_dict()
+    assert {t.dtype for t in [*state["sensitivity"], *state["uncertainty"]]} == {torch.float32}
+    assert seen["allocator"].importance_scores().dtype == torch.float32
+    averages = torch.cat([t.flatten() for t in state["sensitivity"]])
+    assert (averages != averages.bfloat16().float()).any()  # held in float32, not merely of that type

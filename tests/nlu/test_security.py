@@ -1,0 +1,206 @@
+"""What SECURITY.md promises: no code and no pickle from data, adapters, models or checkpoints is ever run."""
+
+import ast
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import loralib
+from loralib.adapter_files import CONFIG_FILE, _config_digest
+from loralib.export import load_base
+from nlu import predict
+from nlu.checkpointing import MANIFEST, seal
+from nlu.run_glue import main
+from tests.nlu.tiny import REPOSITORY
+
+FOLDERS = ("loralib", "nlu", "scripts", "benchmarks", "examples")
+SOURCES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {
+    "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.full_load", "yaml.unsafe_load",
+    "yaml.load_all", "torch.hub.load", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle",
+}  # fmt: skip
+
+
+def dotted(node):
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def constant(call, name):
+    return next((k.value.value for k in call.keywords if k.arg == name and isinstance(k.value, ast.Constant)), None)
+
+
+def breaches(source: str) -> list[str]:
+    """Lines of a source text that break a promise."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] == ["UnpicklingError"]:
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"{line}: imports {m}" for m in modules if m.split(".")[0] in FORBIDDEN_IMPORTS]
+        if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+            spread = "trust_remote_code as a key: see that its value is False"
+            found.append(f"{line}: {spread}")
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        if name in FORBIDDEN_CALLS:
+            found.append(f"{line}: calls {name}")
+        if name == "torch.load" and constant(node, "weights_only") is not True:
+            found.append(f"{line}: torch.load without weights_only=True")
+        remote = [k for k in node.keywords if k.arg == "trust_remote_code"]
+        if remote and constant(node, "trust_remote_code") is not False:
+            found.append(f"{line}: trust_remote_code is not False")
+        owner, _, method = name.rpartition(".")
+        loads = owner.split(".")[-1].startswith("Auto") and method in ("from_pretrained", "from_config")
+        if loads and not remote and not any(k.arg is None for k in node.keywords):
+            found.append(f"{line}: {name} without trust_remote_code=False")
+        if constant(node, "shell") is True:
+            found.append(f"{line}: a shell")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_no_source_file_breaks_a_promise(path):
+    allowed = "trust_remote_code as a key" if path.name == "run_glue.py" else None  # load_config: {…: False}
+    assert [b for b in breaches(path.read_text(encoding="utf-8")) if not allowed or allowed not in b] == []
+
+
+@pytest.mark.parametrize("line", [
+    "import pickle", "from joblib import load", "eval(x)", "os.system(x)", "yaml.load(x, Loader=yaml.Loader)",
+    "torch.load(x)", "torch.load(x, weights_only=False)", "AutoModel.from_pretrained(x)",
+    "AutoModel.from_pretrained(x, trust_remote_code=True)", "AutoModel.from_pretrained(x, trust_remote_code=y)",
+    "f(**{'trust_remote_code': True})", "subprocess.run(x, shell=True)", "np.load(x)",
+])  # fmt: skip
+def test_the_scan_sees_a_breach(line):
+    assert breaches(line)
+
+
+# ---- code ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A file that is written if the strangers' code below ever runs."""
+    return tmp_path / "trapped"
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(encoder, base_flags, tmp_path, trap, monkeypatch,
+                                                                    capsys, where):  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to run the code"))
+    folder = tmp_path / "model"
+    shutil.copytree(encoder, folder)
+    (folder / "code.py").write_text(f"open({str(trap)!r}, 'w')\nclass C: pass\n")
+    config = json.loads((folder / where).read_text())
+    names = {
+        "AutoConfig": "code.C",
+        "AutoModelForSequenceClassification": "code.C",
+        "AutoTokenizer": ["code.C", "code.C"],
+    }
+    config |= {"auto_map": names} | ({"model_type": "own"} if where == "config.json" else {"tokenizer_class": "C"})
+    (folder / where).write_text(json.dumps(config))
+    flags = [*base_flags, "--model_name_or_path", str(folder)]
+    code = main(flags)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert not trap.exists()
+    if where == "config.json":
+        assert code == 2 and error[-1].startswith("error: ") and not (tmp_path / "run").exists()
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_the_bomb_works(trap):
+    pickle.loads(pickle.dumps(Bomb(trap)))
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("name", ["extra_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsys, name):
+    """Its manifest fits: whoever made the checkpoint made that too."""
+    assert main(base_flags) == 0
+    run = tmp_path / "run"
+    record = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    shutil.rmtree(run / "model" / "checkpoint-6")  # so that there is something left to train
+    for checkpoint in list((run / "model").glob("checkpoint-*")):
+        (checkpoint / MANIFEST).unlink()
+        torch.save({"x": Bomb(trap)}, checkpoint / name)
+        shutil.move(checkpoint, tmp_path / "aside")
+        seal(tmp_path / "aside", checkpoint)
+    assert main(base_flags) == 2
+    assert not trap.exists()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "checkpoint" in error
+    assert json.loads((run / "results.json").read_text())["status"] == "failed"
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["os", "AutoTokenizer", "pipeline", "BertConfig", "__name__", "NoSuchModel"])
+def test_an_adapter_cannot_name_anything_but_a_model(name):
+    with pytest.raises(ValueError, match="no model class"):
+        load_base("anywhere", name)
+
+
+def edit(folder, change):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    change(config)
+    config["config_sha256"] = _config_digest(config)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+
+CARDS = [
+    {"method": "os.system"},
+    {"method": "full"},
+    {"method": "hadapter", "adapter_size": "x"},
+    {"typo": 1},
+    [],
+    None,
+    {"method": "peft", "peft_config": "/etc/passwd"},
+    {"method": "peft", "lora_module": 3},
+]
+
+
+def test_an_adapters_card_is_only_data(base_flags, encoder, tmp_path, capsys):
+    flags = [flag for flag in base_flags if flag not in ("--lora_r", "4", "--lora_alpha", "32")]
+    assert main([*flags, "--method", "hadapter", "--max_steps", "1"]) == 0
+    folder = tmp_path / "run" / "adapter"
+    (tmp_path / "new.jsonl").write_text('{"sentence": "a cat"}\n')
+    flags = ["--adapter", str(folder), "--base", str(encoder), "--input", str(tmp_path / "new.jsonl")]
+    assert predict.main([*flags, "--output", str(tmp_path / "good.jsonl")]) == 0
+    for card in CARDS:
+        edit(folder, lambda config, card=card: config["card"].update(method_arguments=card))
+        assert predict.main([*flags, "--output", str(tmp_path / "out.jsonl")]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: the adapter's card") and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_few_bytes_cannot_ask_for_endless_memory(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5), "v": torch.nn.Linear(6, 5)})
+
+    model = net()
+    loralib.inject(model, "lora2", ["q", "v"], r=3, k=2)
+    model["v"].lora_E.data.fill_(1.0)
+    folder = loralib.save_adapter(model, tmp_path / "a", rank_pattern={"q": [False] * 3, "v": [True] * 3})
+    for change in ({"r": 10**12}, {"widths": [10**12]}):
+        edit(folder, lambda config, change=change: config["groups"][0].update(change))
+        with pytest.raises(ValueError, match="beyond"):
+            loralib.load_adapter(net(), folder)
