@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,31 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Put W + ΔW into the weight of every low-rank layer; merging twice changes nothing."""
-    for layer in lora_layers(model).values():
+    """Put W + ΔW into the weight of every low-rank layer; merging twice changes nothing.
+
+    Raises:
+        ValueError: as :func:`refuse_tied_weights`; nothing is merged then.
+    """
+    layers = lora_layers(model)
+    refuse_tied_weights(model, layers)
+    for layer in layers.values():
         layer.merge()
+
+
+def refuse_tied_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError where another module uses the weight of a named one too (an output layer tied to the
+    embedding): a merge would change both."""
+    users: dict[int, list[str]] = defaultdict(list)
+    for module_name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(module_name, recurse=False):
+            users[id(parameter)].append(parameter_name)
+    for name in names:
+        own = f"{name}.weight" if name else "weight"
+        others = [user for user in users[id(model.get_submodule(name).weight)] if user != own]
+        if others:
+            raise ValueError(
+                f"{own} is tied to {others[0]}, which a merge would change too: untie them, or keep the adapter unmerged"
+            )
 
 
 def unmerge_adapter(model: nn.Module) -> None:

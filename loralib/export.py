@@ -33,7 +33,7 @@ from loralib.adapter_files import (
     read_adapter_config,
     read_json_object,
 )
-from loralib.checkpoint import save_adapter
+from loralib.checkpoint import refuse_tied_weights, save_adapter
 from loralib.injection import KINDS
 from loralib.loading import build_layers, check_adapter, copy_head, install_adapter, keep_flags
 from loralib.peft_format import TASK_TYPES, export_peft, read_peft
@@ -45,10 +45,12 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     Unlike :func:`loralib.load_adapter` and ``merge_adapter`` this leaves no module of ours in the model.
 
     Raises:
-        ValueError: as :func:`loralib.load_adapter`; the model is unchanged then.
+        ValueError: as :func:`loralib.load_adapter`, or for a weight that is tied to another module's; the model is
+            unchanged then.
     """
     config, tensors = read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
+    refuse_tied_weights(model, config.ranks)
     with keep_flags(model):
         for layer in build_layers(model, config, tensors, compact=True).values():
             layer.merge()  # the layer's weight is the model's own parameter
