@@ -70,7 +70,7 @@ def refuse_tied_weights(model: nn.Module, names: Iterable[str]) -> None:
         others = [user for user in users[id(model.get_submodule(name).weight)] if user != own]
         if others:
             raise ValueError(
-                f"{own} is tied to {others[0]}, which a merge would change too: untie them, or keep the adapter unmerged"
+                f"{own} is tied to {others[0]}, which a merge would change too: untie them, or do not merge"
             )
 
 
