@@ -183,6 +183,9 @@ class RunArguments(TrainingArguments):
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows a process evaluates at once."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is not finite ends the run in place of being left out."}
+    )
 
 
 @dataclass

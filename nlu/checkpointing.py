@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_WRITING, _REPLACED = ".writing-", ".replaced-"
 
 
 def _sha256(path: Path) -> str:
@@ -44,10 +45,29 @@ def seal(temporary: Path, final: Path) -> None:
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST, temporary]:
         fsync(path)
+    aside = final.with_name(_REPLACED + final.name)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, aside)
     os.replace(temporary, final)
     fsync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def writing_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of that step is written before it is whole."""
+    return folder / f"{_WRITING}{step}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a run that was killed while it saved has left: parts go, a checkpoint half replaced comes back."""
+    for path in folder.glob(f"{_WRITING}*"):
+        shutil.rmtree(path)
+    for path in folder.glob(f"{_REPLACED}*"):
+        final = path.with_name(path.name.removeprefix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            os.replace(path, final)
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -1,5 +1,33 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read: one line each, without a traceback."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
 
 
 class UsageError(ValueError):
     """Bad arguments or bad input: one line that says what is wrong and what to do; commands exit with code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on (a loss that is not finite, a full disk): one line; commands exit with code 1."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Say on stderr, in one line, what ended a command, and return its exit code.
+
+    2: bad arguments or input; 1: a run that cannot go on, a full disk included; 128 + the signal's number: stopped.
+    Any other exception is raised again.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{error or 'stopped'}: give the same command again to go on", file=sys.stderr)
+        return 128 + getattr(error, "signum", signal.SIGINT)
+    if isinstance(error, (UsageError, RunError)):
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"error: {error}: make room, and give the same command again", file=sys.stderr)
+        return 1
+    raise error

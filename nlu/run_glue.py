@@ -9,6 +9,7 @@ root_output_dir; given again, an interrupted run goes on from its last checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -42,7 +43,7 @@ from nlu.arguments import Arguments, command_line, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, longest_input, tokenize
 from nlu.deberta_attention import enable_fast_attention
-from nlu.errors import UsageError
+from nlu.errors import RunError, UsageError, exit_code
 from nlu.fast_dropout import enable_fast_dropout
 from nlu.files import read_json
 from nlu.methods import (
@@ -65,10 +66,10 @@ from nlu.records import (
     peak_memory_bytes,
     versions,
 )
-from nlu.run_folder import check_run_folder, claim_run_folder
+from nlu.run_folder import check_run_folder, hold_run_folder
 from nlu.speed import keep_freed_memory
 from nlu.tasks import Task, get_task
-from nlu.trainer import GlueTrainer, effective_batch_size
+from nlu.trainer import GlueTrainer, effective_batch_size, updates_per_epoch
 
 logger = logging.getLogger("nlu")
 
@@ -83,13 +84,15 @@ class Splits:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line. Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
+    """Run from the command line. Returns the exit code, with one line on stderr unless it is 0.
+
+    2: bad arguments or input; 1: a run that cannot go on; 128 + the signal's number: stopped, to be gone on with.
+    """
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         return run(arguments)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, RunError, OSError, KeyboardInterrupt) as error:
+        return exit_code(error)
 
 
 def run(arguments: Arguments) -> int:
@@ -110,31 +113,43 @@ def run(arguments: Arguments) -> int:
     tests = [(task, splits.test), *load_predict_task(arguments, task, tokenizer)]
 
     wait_for_all()  # every process has read the folder
-    if training.should_save:
-        claim_run_folder(folder, state)
-    set_seed(training.seed)
-    model = load_model(arguments, config)
-    applied = apply_method(model, arguments.method, total_steps)
-    if warm_start is not None:
-        load_warm_start(*warm_start, model)
-    set_precision(arguments, applied)
-    trainer = build_trainer(arguments, task, applied, splits, tokenizer)
-    record = start_record(arguments, task, applied, trainer, splits, folder, state, warm_start)
+    held = hold_run_folder(folder, state, arguments.record, training.overwrite_output_dir)
+    with held if training.should_save else contextlib.nullcontext():
+        wait_for_all()  # it is ready
+        set_seed(training.seed)
+        model = load_model(arguments, config)
+        applied = apply_method(model, arguments.method, total_steps)
+        if warm_start is not None:
+            load_warm_start(*warm_start, model)
+        set_precision(arguments, applied)
+        trainer = build_trainer(arguments, task, applied, splits, tokenizer)
+        record = start_record(arguments, task, applied, trainer, splits, folder, state, warm_start)
+        with trainer.signals:
+            run_recorded(arguments, tests, trainer, record, folder, state)
+    return 0
+
+
+def run_recorded(
+    arguments: Arguments, tests: list, trainer: GlueTrainer, record: RunRecord, folder: Path, state: str
+) -> None:
+    """Training, evaluation, prediction and the adapter; whatever ends it early is in the record."""
+    save = arguments.training.should_save
     try:
         train_and_evaluate(arguments, trainer, folder, state)
-        if training.do_predict:
+        if arguments.training.do_predict:
             predict(arguments, tests, trainer, folder)
+        record.log_history = trainer.state.log_history
+        if save:
+            record.static["spectra"] = spectra(trainer.model)
+            running = record.write("running")
+            save_run_adapter(arguments, trainer.task, trainer.applied, running, trainer.weights_step, folder)
+            report(record.write("finished"))
     except BaseException as error:
         record.error = one_line(error)
-        if training.should_save:
-            record.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        if save:
+            with contextlib.suppress(OSError):  # a full disk: the record stays as it was
+                record.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
-    record.log_history = trainer.state.log_history
-    if training.should_save:
-        record.static["spectra"] = spectra(model)
-        save_run_adapter(arguments, task, applied, record.write("running"), trainer.weights_step, folder)
-        report(record.write("finished"))
-    return 0
 
 
 def wait_for_all() -> None:
@@ -175,11 +190,7 @@ def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
         return 0
     if training.max_steps > 0:
         return training.max_steps
-    batch = training.per_device_train_batch_size * max(1, training.n_gpu) * training.world_size
-    rows = len(splits["train"])
-    batches = rows // batch if training.dataloader_drop_last else math.ceil(rows / batch)
-    per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
-    return math.ceil(training.num_train_epochs * per_epoch)
+    return math.ceil(training.num_train_epochs * updates_per_epoch(training, len(splits["train"])))
 
 
 def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset], tokenizer: Any) -> Splits:
@@ -306,7 +317,7 @@ def build_trainer(
 
 
 def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path, state: str) -> None:
-    """Train from the last whole checkpoint, if there is one, and evaluate at the end."""
+    """Train from the last whole checkpoint, if there is one, and evaluate what training ended with."""
     training = arguments.training
     if training.do_train:
         checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
@@ -318,7 +329,7 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
             raise UsageError(f"the checkpoint {checkpoint} was not made here (it holds objects): delete it") from None
     if training.do_eval:
         done = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
-        if trainer.state.global_step not in done:
+        if trainer.weights_step not in done:
             trainer.evaluate()
 
 
@@ -339,6 +350,12 @@ def start_record(
     model, ranks, training = applied.model, applied.ranks, arguments.training
     counts = count_parameters(model)
     previous = read_json(folder / "results.json") if state == "resume" else None
+    batch = effective_batch_size(training)
+    if previous and previous["effective_batch_size"] != batch:
+        raise UsageError(
+            f"{folder} was trained with {previous['effective_batch_size']} rows a step, now they would be "
+            f"{batch}: start as many processes as before"
+        )
     static = {
         "task": task.name,
         "method": arguments.method.method,
@@ -349,7 +366,7 @@ def start_record(
         "scored_params": ranks.scored_parameters if ranks else None,
         "initial_budget": ranks.initial_total_rank if ranks else None,
         "final_budget": ranks.target_total_rank if ranks else None,
-        "effective_batch_size": effective_batch_size(training),
+        "effective_batch_size": batch,
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
         "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -19,12 +21,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from nlu.batching import LengthBucketSampler, SeededRandomSampler
-from nlu.checkpointing import rotate, seal
+from nlu.checkpointing import last_whole_checkpoint, rotate, seal, writing_folder
+from nlu.errors import RunError
+from nlu.interruption import Interrupted, SignalWatch
 from nlu.methods import AppliedMethod
-from nlu.records import peak_memory_bytes
+from nlu.records import one_line, peak_memory_bytes
 from nlu.tasks import Task
 
 EXTRA_STATE = "extra_state.pt"
+_MOST_UNCHECKED = 1000  # losses that wait on the device, at most, to be looked at
 
 
 class MethodCallback(TrainerCallback):
@@ -38,7 +43,7 @@ class MethodCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.restore_logging()
+        self.trainer.restore_progress()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = False
@@ -82,7 +87,10 @@ class GlueTrainer(Trainer):
         self.step_started = 0.0
         self.epoch_ended = False
         self.budget = applied.allocator.initial_total_rank if applied.allocator else None
+        self.signals = SignalWatch()
+        self._saved_step: int | None = None
         self._restored: dict[str, Any] = {}
+        self._unchecked: list[tuple[int, str, Tensor]] = []
         super().__init__(model=applied.model, compute_loss_func=self._task_loss, **kwargs)
         self.add_callback(MethodCallback(self))
         for callback in applied.callbacks:
@@ -109,14 +117,34 @@ class GlueTrainer(Trainer):
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.train_lengths is None:
-            self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
-        else:
-            self.train_sampler = LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+        self.train_sampler = self._make_sampler()
         return self.train_sampler
 
+    def _make_sampler(self) -> SeededRandomSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.train_lengths is None:
+            return SeededRandomSampler(len(self.train_dataset), seed)
+        return LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """``idx`` of the training rows that all processes together see in that optimiser step, counted from 1."""
+        epoch, position = divmod(step - 1, updates_per_epoch(self.args, len(self.train_dataset)))
+        sampler, size = self._make_sampler(), effective_batch_size(self.args)
+        sampler.set_epoch(epoch)
+        return self.train_dataset[list(sampler)[position * size : (position + 1) * size]]["idx"]
+
     # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            RunError: for a loss, gradient or weight that is not finite, and for a checkpoint that cannot be written.
+            Interrupted: after a signal, the state saved.
+        """
+        result = super().train(*args, **kwargs)
+        self.check_finite(weights=True)
+        return result
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed after the last step: the Trainer would do one more
@@ -124,16 +152,61 @@ class GlueTrainer(Trainer):
             return
         # The Trainer's own call does not reach the sampler through the batches it skips in a resumed epoch.
         self.train_sampler.set_epoch(epoch)
-        super()._run_epoch(epoch=epoch, **kwargs)
+        with self.signals.deferred():
+            super()._run_epoch(epoch=epoch, **kwargs)
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._unchecked.append((self.state.global_step + 1, "loss", loss))
+        return loss
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Once for the last step of an epoch: the epoch's end follows it and may ask for an evaluation.
 
         A checkpoint written before that evaluation would lose it: a run resumed there starts with the next epoch.
         """
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
-        if self.epoch_ended or not last_step:
-            super()._maybe_log_save_evaluate(*args, **kwargs)
+        if not self.epoch_ended and last_step:
+            return
+        if grad_norm is not None and self.accelerator.scaler is None:  # float16 skips steps that overflow
+            self._unchecked.append((self.state.global_step, "gradient", torch.as_tensor(grad_norm)))
+        due = self.control.should_log or self.control.should_evaluate or self.control.should_save
+        if due or self.args.device.type == "cpu" or len(self._unchecked) > _MOST_UNCHECKED:
+            self.check_finite()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        signum = self.signals.agreed()
+        if signum is not None:
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
+
+    def check_finite(self, weights: bool = False) -> None:
+        """Look at the losses and gradients since the last check, and at the trained weights if asked for.
+
+        Raises:
+            RunError: names the first step with a value that is not finite, its rows and the last good checkpoint.
+        """
+        if self._unchecked:
+            values = torch.stack([value.detach().float().reshape(()) for _, _, value in self._unchecked]).tolist()
+            for (step, what, _), value in zip(self._unchecked, values, strict=True):
+                if not math.isfinite(value):
+                    self._diverged(step, f"the {what} is {value}")
+            self._unchecked.clear()
+        if weights:
+            trained = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
+            if not torch.stack(trained).all():
+                self._diverged(self.state.global_step, "a trained weight is not finite")
+
+    def _diverged(self, step: int, what: str) -> None:
+        rows = self.rows_of_step(step)
+        shown = ", ".join(map(str, rows[:32])) + (", …" if len(rows) > 32 else "")
+        good = last_whole_checkpoint(Path(self.args.output_dir))
+        raise RunError(
+            f"{what} at step {step}, whose rows have the idx {shown}; last good checkpoint: {good or 'none'}. Lower "
+            "--learning_rate, or look at these rows"
+        )
 
     def _load_best_model(self) -> None:
         """The best weights, and the ranks that were live with them."""
@@ -184,9 +257,21 @@ class GlueTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Everything a resumed run needs, written beside its final place and renamed into it when whole."""
+        self.check_finite(weights=True)
         run_folder = Path(self._get_output_dir(trial=trial))
+        temporary = writing_folder(run_folder, self.state.global_step)
+        try:
+            self._write_checkpoint(run_folder, temporary)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(
+                f"the checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); last good "
+                f"checkpoint: {last_whole_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
+            ) from error
+        self._saved_step = self.state.global_step
+
+    def _write_checkpoint(self, run_folder: Path, temporary: Path) -> None:
         final = run_folder / f"checkpoint-{self.state.global_step}"
-        temporary = run_folder / f".writing-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -249,16 +334,26 @@ class GlueTrainer(Trainer):
             return self.state.global_step
         return int(Path(best).name.rpartition("-")[2])
 
-    def restore_logging(self) -> None:
-        """Take up the running loss where the checkpoint left it; called when training begins."""
+    def restore_progress(self) -> None:
+        """Take up the running loss where the checkpoint left it, and the best one; called when training begins."""
         if self._restored:
             losses = self._restored["unlogged_loss"]
             own = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
             self._tr_loss += own.to(self._tr_loss.device)
             self._total_loss_scalar = self._restored["logged_loss"]
             self._globalstep_last_logged = self._restored["last_logged_step"]
+            self.args.eval_on_start = False  # done, before the first step
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved
 
 
 def effective_batch_size(args: Any) -> int:
     """Rows of one optimiser step, over all processes and accumulation steps."""
     return args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * args.world_size
+
+
+def updates_per_epoch(args: Any, rows: int) -> int:
+    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
+    batch = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
+    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))

@@ -1,0 +1,77 @@
+"""SIGTERM and Ctrl-C: training finishes its step and saves before it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME = 1.0  # seconds: a launcher and the terminal may both send the one signal that was meant
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run. Attributes: signum, its number; commands exit with 128 + signum."""
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class SignalWatch:
+    """While entered, the first signal waits for the end of a training step; outside of training it acts at once.
+
+    A second signal, a second or more after the first, ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._first = 0.0
+        self._deferring = False
+        self._previous: dict[int, Any] = {}
+        self._group: Any = None
+
+    def __enter__(self) -> SignalWatch:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if not self._deferring:
+            raise Interrupted(number)
+        if self.requested is None:
+            self.requested, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first >= _SAME:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait inside, until somebody asks for `agreed`."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def agreed(self) -> int | None:
+        """The signal to stop for, the same on all processes: each must ask at the same step."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self.requested
+        if self._group is None:  # on the CPU, so that asking does not wait for a GPU
+            self._group = dist.new_group(backend="gloo")
+        wanted = torch.tensor(self.requested or 0)
+        dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)
+        return int(wanted) or None
