@@ -53,6 +53,8 @@ def translate(argv: list[str]) -> list[str]:
     for token in tokens:
         name, equals, value = token.partition("=")
         bare = name.removeprefix("--").replace("-", "_")
+        if value == "--":  # argparse would make an empty list of it
+            raise UsageError(f"{name} needs a value, got --")
         if not name.startswith("--"):
             out.append(token)
         elif bare == "local_rank":  # torch.distributed.launch passes it; the environment says the same

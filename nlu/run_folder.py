@@ -51,9 +51,11 @@ _FREE = frozenset(
 )
 
 
-def changed_arguments(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changed_arguments(old: Any, new: dict[str, Any]) -> list[str]:
     """Names of the arguments that make ``new`` another run than ``old``."""
     plain = finite(new)
+    if not isinstance(old, dict) or not all(map(str.isidentifier, old)):
+        old = {}  # a damaged record is no record of this run
     return sorted(k for k in set(old) | set(plain) if k not in _FREE and old.get(k) != plain.get(k))
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nlu.arguments import Arguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments import Experiment, load_experiment
+from nlu.run_folder import check_run_folder
 
 CASES = int(os.environ.get("GENERATED_CASES", 1000))
 MANY = settings(
@@ -24,9 +25,7 @@ MANY = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 GOOD = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out"}
-# The help page would end the process, and these look at the machine's network or devices.
-UNTRIED = {"help"}
-FLAGS = sorted({action.dest for action in build_parser()._actions} - UNTRIED)
+FLAGS = sorted({action.dest for action in build_parser()._actions} - {"help"})  # whose page would end the process
 # Published spellings and near misses.
 NAMES = [*FLAGS, "evaluation_strategy", "warmup_ratio", "output_dir", "local-rank", "lora", "lora-r", "", "=", "-"]
 
@@ -78,6 +77,8 @@ def test_command_lines(pairs, complete):
 
 @MANY
 @given(st.dictionaries(st.sampled_from(FLAGS), odd_text, max_size=3))
+@example({"learning_rate": "--"})
+@example({"lora_widths": "--"})
 def test_values_of_known_flags(values):
     one_line_or(Arguments, lambda: parse_arguments(flags_of({**GOOD, **values})))
 
@@ -117,6 +118,15 @@ def test_a_few_lines_that_stand_for_gigabytes(tmp_path, content):
     for read in (lambda: parse_arguments([str(path)]), lambda: load_experiment(path)):
         with pytest.raises(UsageError, match="aliases"):
             read()
+
+
+@MANY
+@given(st.dictionaries(st.sampled_from(["arguments", "status", "resumes"]), anything) | anything, st.booleans())
+def test_records_in_a_run_folder(tmp_path, record, overwrite):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    one_line_or(str, lambda: check_run_folder(tmp_path, {"lora_r": 8}, overwrite))
+    assert json.dumps(record) == path.read_text(encoding="utf-8")
 
 
 # ---- experiments ----------------------------------------------------------------------------------------------------
@@ -160,6 +170,7 @@ experiments = st.fixed_dictionaries(
 
 @MANY
 @given(experiments)
+@example({"name": "e", "grid": {"\n": []}})
 def test_experiment_files(tmp_path, values):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
