@@ -173,7 +173,7 @@ class GlueTrainer(Trainer):
         if grad_norm is not None and self.accelerator.scaler is None:  # float16 skips steps that overflow
             self._unchecked.append((self.state.global_step, "gradient", torch.as_tensor(grad_norm)))
         due = self.control.should_log or self.control.should_evaluate or self.control.should_save
-        if due or self.args.device.type == "cpu" or len(self._unchecked) > _MOST_UNCHECKED:
+        if due or self.checks_every_step or len(self._unchecked) > _MOST_UNCHECKED:
             self.check_finite()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         signum = self.signals.agreed()
@@ -181,6 +181,11 @@ class GlueTrainer(Trainer):
             if self._saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
             raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
+
+    @property
+    def checks_every_step(self) -> bool:
+        """Whether looking at a loss costs nothing; on a GPU it would make the CPU wait in every step."""
+        return self.args.device.type == "cpu"
 
     def check_finite(self, weights: bool = False) -> None:
         """Look at the losses and gradients since the last check, and at the trained weights if asked for.

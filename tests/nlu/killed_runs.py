@@ -1,6 +1,7 @@
 """Runs that die at a chosen point, and what a run leaves that must not depend on it; driven by test_exact_resume.py.
 
-usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to break off or null])
+usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to end or null, how])
+where how is "break off", or "signal" for a SIGTERM to the last process only.
 """
 
 import json
@@ -124,6 +125,17 @@ def outcome(folder: Path) -> dict:
     }
 
 
+def run_signalled(flags: list[str], point: str, step: int, signum: int) -> int:
+    """Exit code of a run in this process that gets the signal at ``point`` of ``step``."""
+    with dying(point, step, lambda: os.kill(os.getpid(), signum)):
+        return run_glue.main(flags)
+
+
 if __name__ == "__main__":
-    for flags, step in json.loads(Path(sys.argv[1]).read_text()):
-        run_broken_off(flags, step)
+    for flags, step, how in json.loads(Path(sys.argv[1]).read_text()):
+        if how == "break off":
+            run_broken_off(flags, step)
+        elif os.environ["RANK"] == "1":
+            assert run_signalled(flags, "on_step_begin", step, signal.SIGTERM) == 128 + signal.SIGTERM
+        else:
+            assert run_glue.main(flags) == 128 + signal.SIGTERM

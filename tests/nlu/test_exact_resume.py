@@ -103,10 +103,13 @@ def test_killed_at_random_points(processes, base_flags, tmp_path):
 
 
 def test_two_processes_go_on_exactly(base_flags, tmp_path):
-    """In the second epoch and between two logging steps: row order, running loss and ranks."""
+    """Row order, running loss and ranks, from the second epoch and between two logging steps; and both processes stop
+    at the same step for a signal that one of them gets."""
     options = "--max_steps 12 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
     whole, broken = (flags_of(base_flags, tmp_path / name, options) for name in ("whole", "broken"))
-    (tmp_path / "runs.json").write_text(json.dumps([[whole, None], [broken, 10], [broken, None]]))
+    how = "break off"
+    runs = [[whole, None, how], [broken, 2, "signal"], [broken, 10, how], [broken, None, how]]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [sys.executable, *launcher, killed_runs.__file__, str(tmp_path / "runs.json")],

@@ -1,0 +1,392 @@
+"""What can go wrong in a long run: signals, full disks, damaged files, two runs in one folder, losses that explode."""
+
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from nlu import checkpointing, records, trainer
+from nlu.arguments import parse_arguments
+from nlu.checkpointing import checkpoints, is_whole, last_whole_checkpoint, remove_leftovers, rotate, seal
+from nlu.errors import UsageError
+from nlu.run_folder import check_run_folder
+from nlu.run_glue import main
+from nlu.trainer import GlueTrainer, MethodCallback
+from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
+
+
+@pytest.fixture
+def flags(base_flags):
+    """Nine steps, seven of them an epoch."""
+    flags = [*base_flags, "--method", "lora2", "--mask_interval", "1"]
+    flags[flags.index("--max_steps") + 1] = "9"
+    return flags
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return tmp_path / "run"
+
+
+def record(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+_STRAIGHT = {}
+
+
+def straight_outcome(flags, run_folder):
+    """What the run leaves when nothing goes wrong; its folder is gone again, and other tests need not run it anew."""
+    key = tuple(flag for flag in flags if flag != str(run_folder))
+    if key not in _STRAIGHT:
+        assert main(flags) == 0
+        _STRAIGHT[key] = outcome(run_folder)
+        shutil.rmtree(run_folder)
+    return _STRAIGHT[key]
+
+
+def error_line(capsys):
+    """The one line on stderr that is an error; there is no traceback."""
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    (line,) = [line for line in captured.splitlines() if line.startswith("error: ")]
+    return line
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "point, step, saved",
+    [("on_step_begin", 2, 3), ("on_evaluate", 3, 3), ("on_save", 4, 4), ("on_step_begin", 6, 7)],
+    ids=["in a step", "in an evaluation", "in a save", "in an epoch's last step"],
+)
+def test_a_signal_lets_the_step_finish_and_saves_it(flags, run_folder, capsys, point, step, saved):
+    expected = straight_outcome(flags, run_folder)
+    signum = signal.SIGINT if step == 3 else signal.SIGTERM
+    assert run_signalled(flags, point, step, signum) == 128 + signum
+    assert f"after step {saved}" in capsys.readouterr().err.splitlines()[-1]
+    assert record(run_folder)["status"] == "interrupted" and record(run_folder)["steps"] == saved
+    assert checkpoints(run_folder / "model")[-1].name == f"checkpoint-{saved}"
+    assert main(flags) == 0 and record(run_folder)["resumes"] == 1
+    assert outcome(run_folder) == expected
+
+
+def test_a_signal_outside_of_training_acts_at_once(flags, run_folder):
+    flags[flags.index("--eval_strategy") + 1] = "no"  # only evaluated at the end
+    expected = straight_outcome(flags, run_folder)
+    assert run_signalled(flags, "on_evaluate", 9, signal.SIGTERM) == 143
+    assert main(flags) == 0
+    assert outcome(run_folder) == expected
+
+
+def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
+    clock = iter(range(10**9))
+    monkeypatch.setattr("nlu.interruption.time.monotonic", lambda: float(next(clock)))
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with dying("on_pre_optimizer_step", 2, twice):
+        assert main(flags) == 143
+    assert checkpoints(run_folder / "model")[-1].name == "checkpoint-2"
+
+
+def test_handlers_are_given_back(flags):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = list(logging.getLogger("nlu").handlers)
+    assert run_signalled(flags, "on_step_begin", 1, signal.SIGTERM) == 143
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert logging.getLogger("nlu").handlers == handlers
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def poison_loss(monkeypatch, value, step):
+    """The loss of that step becomes ``value``; returns where its rows are put."""
+    seen, task_loss, compute = [], GlueTrainer._task_loss, GlueTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = task_loss(self, *args, **kwargs)
+        return loss * value if self.model.training and self.state.global_step + 1 == step else loss
+
+    def watch(self, model, inputs, *args, **kwargs):
+        if model.training and self.state.global_step + 1 == step:
+            seen.extend((self, ids[mask.bool()].tolist()) for ids, mask in
+                        zip(inputs["input_ids"], inputs["attention_mask"], strict=True))  # fmt: skip
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(GlueTrainer, "_task_loss", poisoned)
+    monkeypatch.setattr(GlueTrainer, "compute_loss", watch)
+    return seen
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
+    flags, run_folder, capsys, monkeypatch, value, lazy
+):
+    """At once on a CPU; elsewhere at the next logging, evaluation or saving, and still with the first bad step."""
+    seen = poison_loss(monkeypatch, value, 3)
+    if lazy:
+        flags[flags.index("--logging_steps") + 1] = "100"
+        flags[flags.index("--eval_strategy") + 1] = "no"
+        monkeypatch.setattr(GlueTrainer, "checks_every_step", False)
+    more = ["--gradient_accumulation_steps", "2", "--length_bucketing"]
+    assert main([*flags, *more]) == 1
+    line = error_line(capsys)
+    assert "the loss is" in line and "at step 3" in line and "checkpoint-2" in line
+    rows = [int(word) for word in line.partition("idx ")[2].partition(";")[0].split(", ")]
+    of_idx = {row["idx"]: row["input_ids"] for row in seen[0][0].train_dataset}
+    assert [of_idx[i] for i in rows] == [ids for _, ids in seen]
+    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
+    assert record(run_folder)["status"] == "failed" and "at step 3" in record(run_folder)["error"]
+    assert not (run_folder / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(flags, run_folder, capsys, monkeypatch):
+    step = GlueTrainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(GlueTrainer, "training_step", poisoned)
+    assert main(flags) == 1
+    assert "the gradient is" in (line := error_line(capsys)) and "at step 4" in line
+    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(flags, run_folder, capsys, monkeypatch):
+    def poisoned(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
+
+    monkeypatch.setattr(MethodCallback, "on_optimizer_step", poisoned)
+    assert main(flags) == 1
+    assert "a trained weight is not finite at step 4" in error_line(capsys)
+    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
+
+
+# ---- disks -----------------------------------------------------------------------------------------------------------
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for_torch(*args, **kwargs):
+    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nsecond line")
+
+
+def full_for_safetensors(*args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    "owner, name, fault",
+    [(trainer, "save_file", full_for_safetensors), (torch, "save", full_for_torch), (trainer, "seal", full)],
+    ids=["weights", "optimiser", "manifest"],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault):
+    expected = straight_outcome(flags, run_folder)
+    with pytest.MonkeyPatch.context() as patch, dying("on_save", 2, lambda: patch.setattr(owner, name, fault)):
+        assert main(flags) == 1
+    line = error_line(capsys)
+    assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
+    assert [p.name for p in (run_folder / "model").iterdir()] == ["checkpoint-2"]
+    assert is_whole(run_folder / "model" / "checkpoint-2") and record(run_folder)["status"] == "failed"
+    assert main(flags) == 0
+    assert outcome(run_folder) == expected
+
+
+def test_a_full_disk_for_the_record_is_one_line_too(flags, run_folder, capsys):
+    with pytest.MonkeyPatch.context() as patch, dying("on_log", 1, lambda: patch.setattr(records, "write_json", full)):
+        assert main(flags) == 1
+    assert "No space left" in error_line(capsys)
+    assert record(run_folder)["status"] == "running"  # as it was
+    assert main(flags) == 0
+
+
+def test_a_small_disk_that_fills_up(flags, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs rights that this user lacks")
+    try:
+        flags = [*flags, "--root_output_dir", str(disk / "run"), "--save_total_limit", "50", "--save_steps", "1"]
+        assert main(flags) == 1
+        line = error_line(capsys)
+        assert "make room" in line.lower()
+        last = last_whole_checkpoint(disk / "run" / "model")
+        assert last is not None and last.name in line
+        assert not list((disk / "run" / "model").glob(".writing-*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(flags, run_folder, name, caplog):
+    expected = straight_outcome(flags, run_folder)
+    run_broken_off(flags, 4)
+    truncate(run_folder / "model" / "checkpoint-4" / name)
+    assert main(flags) == 0
+    assert "checkpoint-4 is incomplete or damaged" in caplog.text and "going on from" in caplog.text
+    assert outcome(run_folder) == expected
+
+
+def test_with_no_whole_checkpoint_it_starts_anew(flags, run_folder):
+    expected = straight_outcome(flags, run_folder)
+    run_broken_off(flags, 2)
+    (run_folder / "model" / "checkpoint-2" / "scheduler.pt").unlink()
+    assert main(flags) == 0
+    assert outcome(run_folder) == expected
+
+
+def make_checkpoint(folder, step):
+    folder.mkdir(exist_ok=True)
+    temporary = checkpointing.writing_folder(folder, step)
+    temporary.mkdir()
+    (temporary / "weights").write_text(str(step))
+    seal(temporary, folder / f"checkpoint-{step}")
+
+
+def test_the_only_good_checkpoint_is_never_deleted(tmp_path):
+    for step in (2, 4, 6, 10):
+        make_checkpoint(tmp_path, step)
+    for step in (4, 6, 10):
+        truncate(tmp_path / f"checkpoint-{step}" / "weights")
+    rotate(tmp_path, 1)
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_checkpoints_go_by_step_whatever_the_clock_said(tmp_path):
+    for step in (2, 4, 10):
+        make_checkpoint(tmp_path, step)
+        os.utime(tmp_path / f"checkpoint-{step}", (1e9 - step, 1e9 - step))
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
+    rotate(tmp_path, 1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+def test_a_checkpoint_half_replaced_comes_back(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, 2)
+    replace, calls = os.replace, []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", once)
+        with pytest.raises(KeyboardInterrupt):
+            make_checkpoint(tmp_path, 2)
+    assert last_whole_checkpoint(tmp_path) is None
+    remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"] and is_whole(tmp_path / "checkpoint-2")
+
+
+def test_leftovers_of_a_killed_run_go_away(flags, run_folder):
+    run_broken_off(flags, 4)
+    (run_folder / "model" / ".writing-5").mkdir()
+    (run_folder / "model" / ".writing-5" / "model.safetensors").write_bytes(b"half")
+    (run_folder / ".results.json.x1").write_text("{")
+    assert main(flags) == 0
+    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".writing-*"))
+
+
+def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder):
+    (run_folder / "log").mkdir(parents=True)
+    (run_folder / "log" / "run.log").write_text("")
+    (run_folder / ".lock").write_text("")
+    (run_folder / ".results.json.x1").write_text("{")
+    assert main(flags) == 0
+
+
+def test_a_damaged_record_is_named_and_can_be_replaced(flags, run_folder, capsys):
+    run_broken_off(flags, 2)
+    truncate(run_folder / "results.json")
+    assert main(flags) == 2
+    assert "results.json" in (line := error_line(capsys)) and "--overwrite_output_dir" in line
+    assert main([*flags, "--overwrite_output_dir"]) == 0 and record(run_folder)["resumes"] == 0
+
+
+def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folder, tmp_path):
+    flags = [*flags, "--load_best_model_at_end", "--eval_steps", "2", "--save_total_limit", "20"]
+    expected = straight_outcome(flags, run_folder)
+    run_broken_off(flags, 6)
+    run_folder.rename(tmp_path / "moved")
+    assert main([*flags, "--root_output_dir", str(tmp_path / "moved")]) == 0
+    assert outcome(tmp_path / "moved") == expected
+
+
+# ---- two runs, other processes, the clock ----------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_refused(flags, run_folder):
+    asked = parse_arguments(flags).record
+    seen = []
+
+    def second():
+        with pytest.raises(UsageError, match="in use by a run that is at work"):
+            check_run_folder(run_folder, asked, overwrite=True)
+        seen.append(True)
+
+    with dying("on_step_begin", 8, second):
+        assert main(flags) == 0
+    assert seen and check_run_folder(run_folder, asked, overwrite=False) == "finished"
+
+
+def test_a_lock_taken_at_the_last_moment_is_respected(flags, run_folder, capsys, monkeypatch):
+    """Two runs that both found the folder free: the one that comes second leaves it alone."""
+    monkeypatch.setattr("nlu.run_glue.check_run_folder", lambda *args: "new")
+    run_folder.mkdir()
+    with (run_folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(flags) == 2
+    assert "in use" in error_line(capsys)
+    assert [p.name for p in run_folder.iterdir()] == [".lock"]
+
+
+def test_other_rows_a_step_are_refused(flags, run_folder, capsys):
+    run_broken_off(flags, 2)
+    content = record(run_folder) | {"effective_batch_size": 16}
+    (run_folder / "results.json").write_text(json.dumps(content))
+    assert main(flags) == 2
+    assert "16 rows a step" in error_line(capsys)
+
+
+def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
+    expected = straight_outcome(flags, run_folder)
+    moment = iter(range(10**9, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(moment)))
+    run_broken_off(flags, 4)
+    assert main(flags) == 0
+    assert outcome(run_folder) == expected
+    left = record(run_folder)
+    seconds = [row["seconds"] for row in left["history"]]
+    assert seconds == sorted(seconds) and seconds[0] >= 0 and left["train_seconds"] >= seconds[-1] - 1e-3
+    assert all(row["memory_bytes"] > 0 for row in left["history"])
