@@ -139,3 +139,4 @@ if __name__ == "__main__":
             assert run_signalled(flags, "on_step_begin", step, signal.SIGTERM) == 128 + signal.SIGTERM
         else:
             assert run_glue.main(flags) == 128 + signal.SIGTERM
+        run_glue.wait_for_all()  # the other process has let go of the folder
