@@ -293,6 +293,10 @@ def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, 
     absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
     if absent:
         raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
+    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
+        raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
+    if training.fsdp and training.world_size < 2:
+        raise UsageError("--fsdp splits a model over several processes: start it with torchrun or accelerate launch")
     check_ranges(vars(model) | vars(data) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
         raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")

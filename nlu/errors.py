@@ -10,6 +10,9 @@ import sys
 class UsageError(ValueError):
     """Bad arguments or bad input: one line that says what is wrong and what to do; commands exit with code 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what was given, and is shown, may hold line breaks
+
 
 class RunError(RuntimeError):
     """A run that cannot go on (a loss that is not finite, a full disk): one line; commands exit with code 1."""

@@ -95,7 +95,7 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
     try:
         experiment = _Reader(content, settings or {}, Path(path).parent).experiment()
     except UsageError as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None  # a key may hold line breaks
+        raise UsageError(f"{path}: {error}") from None
     return experiment
 
 

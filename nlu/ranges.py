@@ -1,9 +1,12 @@
-"""Ranges of numeric arguments that transformers, torch or numpy would only trip over in the middle of a run."""
+"""Arguments that transformers, torch or numpy would only trip over in the middle of a run."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from nlu.errors import UsageError
 
@@ -45,3 +48,29 @@ def check_ranges(values: dict[str, Any]) -> None:
                 raise UsageError(f"--{name} must be at least {low} {limit}, got {value}")
         elif name in _POSITIVE and not 0 < value < math.inf:
             raise UsageError(f"--{name} must be positive and finite, got {value}")
+
+
+def check_optimisation(training: TrainingArguments, model: torch.nn.Module, total_steps: int) -> None:
+    """Have transformers choose the optimiser and make the schedule, on a parameter that is then thrown away.
+
+    Args:
+        model: may lie on the meta device; some optimisers look at its modules.
+        total_steps: optimiser steps of the training.
+
+    Raises:
+        UsageError: for an optimiser whose package is missing, or arguments that they do not take.
+    """
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    try:
+        flag = "--optim"
+        Trainer.get_optimizer_cls_and_kwargs(training, model)
+        flag = "--lr_scheduler_type"
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimiser,
+            num_warmup_steps=training.get_warmup_steps(total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"{flag}: {' '.join(str(error).split())[:300]}") from None

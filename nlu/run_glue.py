@@ -56,6 +56,7 @@ from nlu.methods import (
 )
 from nlu.metrics.scores import compute_glue_metrics
 from nlu.predictions import load_predict_task, predict, to_labels
+from nlu.ranges import check_optimisation
 from nlu.records import (
     RecordCallback,
     RunRecord,
@@ -243,6 +244,8 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
+        if total_steps:
+            check_optimisation(arguments.training, model, total_steps)
         check_method_fits(model, arguments.method, total_steps)
     if warm_start is not None:
         check_warm_start(warm_start[0], model, arguments)
