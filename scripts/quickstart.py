@@ -21,7 +21,7 @@ RUNS = {
     "LoRA": ["--method", "lora"],
 }
 RANK = 8
-SCALE = 4  # lora_alpha / r, the same for all four: the scale decides more than the method does
+SCALE = 2  # lora_alpha / r, the same for all four: the scale decides more than the method does
 
 
 def command(arguments: argparse.Namespace, method: list[str], folder: Path) -> list[str]:
