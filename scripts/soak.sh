@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The long checks that scripts/test.sh runs in small. Usage: bash scripts/soak.sh [cases of a kind, 10000] [killed runs, 10]
+# The last figures are in docs/soak.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+if [ ! -x "$(command -v "$PYTHON")" ]; then
+  bash scripts/setup.sh test
+fi
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Other points and other cases each time, as many as asked for; each run is killed twice.
+SOAK_SEED="${SOAK_SEED:-$RANDOM}"
+export SOAK_SEED
+echo "SOAK_SEED=$SOAK_SEED"
+SOAK_TRIALS="${2:-10}" "$PYTHON" -m pytest --durations=5 tests/nlu/test_exact_resume.py tests/nlu/test_faults.py
+GENERATED_CASES="${1:-10000}" "$PYTHON" -m pytest --durations=0 -n "${TEST_WORKERS:-2}" \
+  tests/nlu/test_bad_input.py tests/loralib/test_strange_adapters.py
