@@ -122,7 +122,7 @@ def change_tensors(tensors, changes):
         elif what == "empty":
             tensors[name] = torch.zeros(0)
         elif what == "nan":
-            tensors[name] = torch.full_like(old, math.nan)
+            tensors[name] = torch.full(old.shape, math.nan)
         elif isinstance(what, torch.dtype):
             tensors[name] = old.to(what)
 
