@@ -32,7 +32,7 @@ from tqdm import tqdm
 from benchmarks.lengths import real_batches
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.records import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -178,8 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parse(argv)
         settings = plan(arguments)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     started = datetime.now(timezone.utc)
     workers = Workers(arguments.peers, arguments.threads)
     found: list[Measurement] = []

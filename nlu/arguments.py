@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from loralib.allocator import check_allocator_arguments
 from loralib.orthogonality import parse_terms
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 from nlu.flags import SVD, file_flags, method_file, translate
 from nlu.ranges import check_ranges
 from nlu.tasks import get_task
@@ -251,7 +251,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         raise
     except Exception as error:  # transformers' own checks raise whatever they run into
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise UsageError(kind + " ".join(str(error).split())[:400]) from None
+        raise UsageError(kind + reason(error, 400)) from None
     method.method = base
     for name in sorted(given & set(REFUSED_FLAGS)):
         raise UsageError(f"--{name} is not supported here ({REFUSED_FLAGS[name]}): leave it out")

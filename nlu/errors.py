@@ -18,6 +18,11 @@ class RunError(RuntimeError):
     """A run that cannot go on (a loss that is not finite, a full disk): one line; commands exit with code 1."""
 
 
+def reason(error: BaseException, most: int | None = None) -> str:
+    """What another library's exception says, as one line of at most ``most`` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def exit_code(error: BaseException) -> int:
     """Say on stderr, in one line, what ended a command, and return its exit code.
 

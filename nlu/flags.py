@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 from nlu.files import parse_yaml
 
 METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
@@ -19,8 +19,7 @@ def file_flags(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes that are no UTF-8, no JSON, no YAML
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"cannot read the argument file {path}: {reason}") from None
+        raise UsageError(f"cannot read the argument file {path}: {reason(error, 300)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: an argument file is a mapping of argument names to values")
     return mapping_flags(values, str(path))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from loralib import match_modules
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 
 PEFT_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "peft"
 ADAPTER = "default"
@@ -59,17 +59,15 @@ def load_peft_config(name: str, total_steps: int) -> Any:
         values = json.loads(path.read_text(encoding="utf-8"))
         kind = peft.PeftType(values.pop("peft_type"))
     except (OSError, UnicodeDecodeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
         raise UsageError(
-            f"{path}: no peft config ({reason}): a JSON mapping with a peft_type this peft knows"
+            f"{path}: no peft config ({reason(error)}): a JSON mapping with a peft_type this peft knows"
         ) from None
     if kind == peft.PeftType.ADALORA:
         _schedule(path, values, total_steps)
     try:
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
     except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path}: {reason}") from None
+        raise UsageError(f"{path}: {reason(error)}") from None
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
         raise UsageError(f"{path}: {kind.value} changes the input, not layers; name a method that changes layers")
     return config
@@ -116,8 +114,7 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
             config.target_modules = match_modules(model, target_modules)
         return peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"--method peft, {config.peft_type.value}: {reason}") from None
+        raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
 
 
 class PeftAdaLora(TrainerCallback):

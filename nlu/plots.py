@@ -11,7 +11,7 @@ if __package__ in (None, ""):
 import matplotlib
 from tqdm import tqdm
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.figures import STYLE, Drawing, draw
 from nlu.files import remove_stale, write_bytes, write_text
 from nlu.measured import load_measured
@@ -70,8 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths = write_figures(args.measured_dir, args.output_dir)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     print(f"{len(paths)} files in {args.output_dir}; start with README.md there")
     return 0
 

@@ -34,8 +34,9 @@ from loralib.export import load_base_of, quiet_transformers
 from nlu.arguments import ADAPTERS, MethodArguments
 from nlu.data import longest_input
 from nlu.deberta_attention import enable_fast_attention
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code, reason
 from nlu.methods import apply_method
+from nlu.records import one_line
 from nlu.streaming import FORMATS, Row, RowReader
 from nlu.tasks import TASKS
 
@@ -98,7 +99,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         hint = "" if arguments.base or arguments.model else " (--base names the base model, or its folder)"
-        raise UsageError(" ".join(str(error).split())[:400] + hint) from None
+        raise UsageError(reason(error, 400) + hint) from None
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
     enable_fast_attention(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -122,8 +123,7 @@ def _rebuild(model: nn.Module, card: dict[str, Any]) -> None:
                 method.peft_config = str(path)
             apply_method(model, method, 0)
         except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise UsageError(f"the adapter's card does not describe its method ({reason})") from None
+            raise UsageError(f"the adapter's card does not describe its method ({one_line(error)[:300]})") from None
 
 
 def _text_fields(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
@@ -319,8 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(build_parser().parse_args(argv))
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

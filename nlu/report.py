@@ -11,7 +11,7 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.figures import draw
 from nlu.files import write_text
 from nlu.measured import MeasuredExperiment, load_measured
@@ -159,8 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         write_text(args.output, build_report(args.measured_dir, args.published_dir))
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     print(f"{args.output}: open it in a browser")
     return 0
 

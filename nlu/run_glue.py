@@ -24,7 +24,6 @@ if __package__ in (None, ""):
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
 from datasets import Dataset
 from safetensors import SafetensorError
@@ -39,38 +38,28 @@ from transformers import (
 
 import loralib
 from nlu.adapter_io import check_warm_start, load_warm_start, read_warm_start, save_run_adapter, spectra
-from nlu.arguments import Arguments, command_line, parse_arguments
+from nlu.arguments import Arguments, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, longest_input, tokenize
-from nlu.deberta_attention import enable_fast_attention
-from nlu.errors import RunError, UsageError, exit_code
-from nlu.fast_dropout import enable_fast_dropout
-from nlu.files import read_json
+from nlu.errors import RunError, UsageError, exit_code, reason
 from nlu.methods import (
     AppliedMethod,
     apply_method,
     check_method_fits,
-    count_parameters,
     head_parameters,
-    live_adapter_params,
 )
 from nlu.metrics.scores import compute_glue_metrics
 from nlu.predictions import load_predict_task, predict, to_labels
 from nlu.ranges import check_optimisation
 from nlu.records import (
-    RecordCallback,
     RunRecord,
-    git_commit,
-    machine,
-    now,
     one_line,
-    peak_memory_bytes,
-    versions,
 )
 from nlu.run_folder import check_run_folder, hold_run_folder
-from nlu.speed import keep_freed_memory
+from nlu.run_record import report, start_record
+from nlu.speed import speed_up
 from nlu.tasks import Task, get_task
-from nlu.trainer import GlueTrainer, effective_batch_size, updates_per_epoch
+from nlu.trainer import GlueTrainer, updates_per_epoch, wait_for_all
 
 logger = logging.getLogger("nlu")
 
@@ -124,7 +113,8 @@ def run(arguments: Arguments) -> int:
             load_warm_start(*warm_start, model)
         set_precision(arguments, applied)
         trainer = build_trainer(arguments, task, applied, splits, tokenizer)
-        record = start_record(arguments, task, applied, trainer, splits, folder, state, warm_start)
+        eval_rows = sum(map(len, splits.validation.values()))
+        record = start_record(arguments, trainer, eval_rows, folder, state, warm_start)
         with trainer.signals:
             run_recorded(arguments, tests, trainer, record, folder, state)
     return 0
@@ -151,12 +141,6 @@ def run_recorded(
             with contextlib.suppress(OSError):  # a full disk: the record stays as it was
                 record.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
-
-
-def wait_for_all() -> None:
-    """A barrier where there are several processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------
@@ -222,8 +206,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(model.model_name_or_path, **source, **labels)
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason}") from None
+        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason(error, 300)}") from None
     if tokenizer.pad_token is None:
         raise UsageError(
             f"--model_name_or_path {model.model_name_or_path}: its tokenizer has no padding token, which batches need: "
@@ -262,8 +245,7 @@ def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
             dtype=torch.float32, output_loading_info=True, trust_remote_code=False,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason}") from None
+        raise UsageError(f"--model_name_or_path {model.model_name_or_path}: {reason(error, 300)}") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
     head = {id(p) for p in head_parameters(loaded)}
@@ -271,11 +253,7 @@ def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
     missing = sorted(encoder & set(info["missing_keys"]))
     if missing:
         raise UsageError(f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {missing[0]}, …")
-    keep_freed_memory()
-    if not model.no_fast_attention:
-        enable_fast_attention(loaded)
-    if not model.no_fast_dropout:
-        enable_fast_dropout(loaded)
+    speed_up(loaded, not model.no_fast_attention, not model.no_fast_dropout)
     return loaded
 
 
@@ -334,88 +312,6 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
         done = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
         if trainer.weights_step not in done:
             trainer.evaluate()
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
-def start_record(
-    arguments: Arguments,
-    task: Task,
-    applied: AppliedMethod,
-    trainer: GlueTrainer,
-    splits: Splits,
-    folder: Path,
-    state: str,
-    warm_start: Any,
-) -> RunRecord:
-    """The run's record with all that is known before training; announces the budget."""
-    model, ranks, training = applied.model, applied.ranks, arguments.training
-    counts = count_parameters(model)
-    previous = read_json(folder / "results.json") if state == "resume" else None
-    batch = effective_batch_size(training)
-    if previous and previous["effective_batch_size"] != batch:
-        raise UsageError(
-            f"{folder} was trained with {previous['effective_batch_size']} rows a step, now they would be "
-            f"{batch}: start as many processes as before"
-        )
-    static = {
-        "task": task.name,
-        "method": arguments.method.method,
-        "method_config": arguments.method_config,
-        "seed": training.seed,
-        "model": Path(arguments.model.model_name_or_path).name,
-        **counts,
-        "scored_params": ranks.scored_parameters if ranks else None,
-        "initial_budget": ranks.initial_total_rank if ranks else None,
-        "final_budget": ranks.target_total_rank if ranks else None,
-        "effective_batch_size": batch,
-        "train_examples": len(splits.train) if splits.train is not None else 0,
-        "eval_examples": sum(map(len, splits.validation.values())),
-        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
-        "arguments": arguments.record,
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "machine": machine(),
-        "command": command_line(),
-        "started_at": previous["started_at"] if previous else now(),
-        "resumes": previous["resumes"] + 1 if previous else 0,
-    }
-
-    def live() -> dict[str, Any]:
-        steps, seconds = trainer.state.global_step, trainer.train_seconds
-        return {
-            "live_adapter_params": live_adapter_params(model, ranks, counts["adapter_params"]),
-            "live_budget": ranks.live_rank if ranks else None,
-            "steps": steps,
-            "train_seconds": seconds,
-            "steps_per_second": steps / seconds if seconds else None,
-            "seconds_per_step": seconds / steps if steps else None,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-
-    record = RunRecord(folder, static, task.metric, live)
-    trainer.add_callback(RecordCallback(record))
-    if training.should_save:
-        record.write("running")
-        final = static["final_budget"] or "as gated"
-        budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
-        print(
-            f"{static['method_config']} on {task.name}: adapter {counts['adapter_params']:,}, head "
-            f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
-            f"batch {static['effective_batch_size']}, seed {training.seed}"
-        )
-    return record
-
-
-def report(record: dict[str, Any]) -> None:
-    """The outcome in two lines."""
-    if record["best"] is not None:
-        print(f"{record['metric']}: best {record['best']:.4f} at step {record['best_step']}, last {record['last']:.4f}")
-    if record["steps"]:
-        print(
-            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each; {record['live_adapter_params']:,} live"
-        )
 
 
 if __name__ == "__main__":

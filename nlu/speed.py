@@ -27,11 +27,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def speed_up(model: nn.Module, fast_attention: bool = True) -> int:
-    """Fast dropout, memory kept by the process and, where wanted and covered, the fast DeBERTa attention.
+def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool = True) -> int:
+    """Memory kept by the process and, where wanted, fast dropout and (where covered) the fast DeBERTa attention.
 
     Returns the number of attention modules replaced. `disable_fast_attention` and `disable_fast_dropout` undo it.
     """
     keep_freed_memory()
-    enable_fast_dropout(model)
+    if fast_dropout:
+        enable_fast_dropout(model)
     return enable_fast_attention(model) if fast_attention else 0

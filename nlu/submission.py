@@ -15,7 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.files import write_bytes
 from nlu.readers import read_tsv, shown
 from nlu.rows import as_number
@@ -173,8 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         taken = make_submission(options.folders, options.out, options.allow_partial)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     for name, path in taken.items():
         print(f"{name:<10} {_SERVER[name][1]:>7,} rows  {path}")
     print(f"wrote {options.out} with {len(taken)} of {len(_SERVER)} files")

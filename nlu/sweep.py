@@ -15,7 +15,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.experiments import Experiment, Run, load_experiment
 from nlu.files import parse_yaml
 from nlu.launchers import LocalLauncher, SlurmLauncher
@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run_sweep(args)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
 
 
 def run_sweep(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.experiments import run_label
 from nlu.files import remove_stale, write_text
 from nlu.measured import (
@@ -271,8 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         paths = write_tables(args.measured_dir, args.published_dir, args.output_dir)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(error)
     print(f"{len(paths)} files in {args.output_dir}; start with README.md there")
     return 0
 

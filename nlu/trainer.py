@@ -280,7 +280,7 @@ class GlueTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self._barrier()
+        wait_for_all()
         self.store_flos()
         self.save_model(str(temporary), _internal_call=True)
         self._save_optimizer_and_scheduler(str(temporary))
@@ -291,7 +291,7 @@ class GlueTrainer(Trainer):
             best = run_folder / f"checkpoint-{self.state.best_global_step}"
             if best == final or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
-        self._barrier()
+        wait_for_all()
         if self.args.should_save:
             torch.save(self._extra_state(unlogged_loss), temporary / EXTRA_STATE)
             for callback in [*self.callback_handler.callbacks, self.control]:
@@ -301,11 +301,7 @@ class GlueTrainer(Trainer):
             seal(temporary, final)
             best = self.state.best_model_checkpoint
             rotate(run_folder, self.args.save_total_limit, Path(best) if best else None)
-        self._barrier()
-
-    def _barrier(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
 
     def _extra_state(self, unlogged_loss: Tensor) -> dict[str, Any]:
         return {
@@ -350,6 +346,12 @@ class GlueTrainer(Trainer):
             self.args.eval_on_start = False  # done, before the first step
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved
+
+
+def wait_for_all() -> None:
+    """A barrier where there are several processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
 
 
 def effective_batch_size(args: Any) -> int:

@@ -114,7 +114,16 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(base_flags, monkeyp
 def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
     """Rows of the last batch of the epoch included: 50 rows are 6 batches of 8 and one of 2."""
     task, losses, patterns = "stsb" if regression else "cola", [], []
-    quiet = ["--cls_dropout", "0", "--method", "lora2", "--overwrite_output_dir", "--max_grad_norm", "0"]
+    quiet = [
+        "--no_fast_dropout",
+        "--cls_dropout",
+        "0",
+        "--method",
+        "lora2",
+        "--overwrite_output_dir",
+        "--max_grad_norm",
+        "0",
+    ]
     for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
         flags = replaced(base_flags, task_name=task, per_device_train_batch_size=batch, max_steps=9, learning_rate=1e-3)
         with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +140,6 @@ def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
                 return model
 
             patch.setattr(run_glue, "load_model", without_dropout)
-            patch.setattr(run_glue, "enable_fast_dropout", lambda model: 0)
             assert main([*flags, *quiet, "--gradient_accumulation_steps", str(accumulate)]) == 0
         losses.append([row["loss"] for row in read(flags)["history"]])
         patterns.append(read(flags, "rank_pattern.json"))

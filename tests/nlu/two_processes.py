@@ -14,6 +14,7 @@ if __package__ in (None, ""):
 import torch
 
 from nlu import run_glue
+from nlu.trainer import effective_batch_size
 
 
 def run(flags: list[str]) -> None:
@@ -25,7 +26,7 @@ def run(flags: list[str]) -> None:
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
             "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
-            "batch": run_glue.effective_batch_size(trainer.args),
+            "batch": effective_batch_size(trainer.args),
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 
