@@ -71,7 +71,8 @@ class ModelArguments:
         default=None, metadata={"help": "Start from the factors of this saved adapter folder (the head starts anew)."}
     )
     no_fast_attention: bool = field(
-        default=False, metadata={"help": "Use transformers' own DeBERTa attention instead of the exact, faster one."}
+        default=False,
+        metadata={"help": "Use transformers' own attention, not the exact, faster one (DeBERTa; on a CPU BERT, RoBERTa …)."},
     )
     no_fast_dropout: bool = field(
         default=False, metadata={"help": "On a CPU, use torch's own dropout instead of the faster one (other draws)."}

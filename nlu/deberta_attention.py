@@ -93,7 +93,7 @@ def _merge_heads(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     return torch.mul(view, scale, out=x.new_empty(view.shape)).flatten(2)
 
 
-class _DisentangledAttention(torch.autograd.Function):
+class DisentangledAttention(torch.autograd.Function):
     """softmax(scale·q kᵀ + scale·skew(q pkᵀ) + skew(k pqᵀ)ᵀ, masked) with dropout, times v; pq is scaled already."""
 
     @staticmethod
@@ -218,7 +218,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         if output_attentions or torch.compiler.is_compiling():
             context, probs = _plain_attention(*inputs, self.dropout)
             return context, probs if output_attentions else None
-        return _DisentangledAttention.apply(*inputs, self.dropout.p if self.dropout.training else 0.0), None
+        return DisentangledAttention.apply(*inputs, self.dropout.p if self.dropout.training else 0.0), None
 
     def _positions(
         self, rel_embeddings: torch.Tensor | None, length: int, scale: float, dtype: torch.dtype

@@ -7,6 +7,7 @@ import platform
 
 from torch import nn
 
+from nlu.cpu_attention import enable_cpu_attention
 from nlu.deberta_attention import enable_fast_attention
 from nlu.fast_dropout import enable_fast_dropout
 
@@ -28,11 +29,15 @@ def keep_freed_memory() -> bool:
 
 
 def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool = True) -> int:
-    """Memory kept by the process and, where wanted, fast dropout and (where covered) the fast DeBERTa attention.
+    """Memory kept by the process and, where wanted, fast dropout and (where covered) the fast attention.
 
-    Returns the number of attention modules replaced. `disable_fast_attention` and `disable_fast_dropout` undo it.
+    Returns the number of DeBERTa attention modules replaced. `disable_fast_attention`, `disable_cpu_attention` and
+    `disable_fast_dropout` undo it.
     """
     keep_freed_memory()
     if fast_dropout:
         enable_fast_dropout(model)
-    return enable_fast_attention(model) if fast_attention else 0
+    if not fast_attention:
+        return 0
+    enable_cpu_attention(model)
+    return enable_fast_attention(model)
