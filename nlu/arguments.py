@@ -72,7 +72,9 @@ class ModelArguments:
     )
     no_fast_attention: bool = field(
         default=False,
-        metadata={"help": "Use transformers' own attention, not the exact, faster one (DeBERTa; on a CPU BERT, RoBERTa …)."},
+        metadata={
+            "help": "Use transformers' own attention, not the exact faster one (DeBERTa; on a CPU BERT, RoBERTa …)."
+        },
     )
     no_fast_dropout: bool = field(
         default=False, metadata={"help": "On a CPU, use torch's own dropout instead of the faster one (other draws)."}

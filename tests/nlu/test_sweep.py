@@ -348,8 +348,13 @@ def test_the_evidence_protocol_is_fair():
     ranks = {"lora": 8, "lora_r1": 1, "adalora": 8, "lora2": 8, "lora2_k1": 8}
     scaled = [run for run in experiment.runs if run.axes["method"] in ranks]
     assert {run.arguments["lora_alpha"] / ranks[run.axes["method"]] for run in scaled} == {4}
-    for name in ("max_steps", "per_device_train_batch_size", "max_seq_length", "warmup_steps", "weight_decay", "bf16"):
-        assert len({run.arguments[name] for run in experiment.runs}) == 1
+    same = ("max_steps", "eval_steps", "per_device_train_batch_size", "max_seq_length", "warmup_steps", "weight_decay")
+    for task in ("cola", "mrpc", "rte", "stsb"):
+        runs = [run.arguments for run in experiment.runs if run.axes["task_name"] == task]
+        for name in same:
+            assert len({arguments[name] for arguments in runs}) == 1
+        pruned = [arguments for arguments in runs if arguments["method"] in ("adalora", "lora2", "lora2_k1")]
+        assert len({(a["init_warmup"], a["final_warmup"], a["mask_interval"], a["target_rank"]) for a in pruned}) == 1
     assert len(experiment.selection.candidates) == 7 * 4
     for values in experiment.selection.candidates.values():
         assert len(values) == 4 and max(values) / min(values) == pytest.approx(16)
