@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = """\
 Runs what has no finished record yet and goes on with what was interrupted, so the same command can be stopped
 (Ctrl-C or SIGTERM: the runs save and end) and started again at any time. A failing run does not stop the others; the
-sweep then ends with exit code 1.
+sweep then ends with exit code 1. What another experiment has finished with the same arguments is copied, not run again.
 
 Records (results.json, rank_pattern.json) are copied to results/measured/EXPERIMENT/RUN/ when a run ends, with this
 machine's folders taken out of them; checkpoints, adapters and logs stay in output/EXPERIMENT/. Runs made with other

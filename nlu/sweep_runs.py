@@ -1,6 +1,7 @@
 """The runs of a sweep while they run: their commands, states, records, and the loop that keeps N of them going."""
 
 import contextlib
+import json
 import re
 import shutil
 import signal
@@ -99,15 +100,30 @@ class Places:
         if rank_pattern.exists() and record["status"] == "finished":
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(rank_pattern, target / "rank_pattern.json")
-        block = {
-            "experiment": run.experiment,
-            "stage": run.stage,
-            "axes": run.axes,
-            "reference": run.reference,
-            "arguments": comparable(run.arguments),
-        }
-        write_json(self.record(run), {**portable(record), "sweep": block})
+        write_json(self.record(run), {**portable(record), "sweep": _sweep_block(run)})
         return record
+
+    def adopt(self, runs: list[Run]) -> int:
+        """Take over what another experiment beside this one has finished with the same arguments; returns how many.
+
+        The copied record keeps its commit, machine and times, and says where it was taken from (`sweep.copied_from`).
+        """
+        wanted = {_key(run.arguments): run for run in runs if not run.command and self.state(run) == "new"}
+        adopted = 0
+        for path in sorted(self.measured.parent.rglob("results.json")):
+            record = {} if path.is_relative_to(self.measured) else read_json(path) or {}
+            made = record.get("sweep", {})
+            run = wanted.pop(_key(made.get("arguments")), None) if record.get("status") == "finished" else None
+            if run is None or "copied_from" in made:
+                continue
+            target = self.record(run).parent
+            target.mkdir(parents=True, exist_ok=True)
+            if (path.parent / "rank_pattern.json").exists():
+                shutil.copyfile(path.parent / "rank_pattern.json", target / "rank_pattern.json")
+            block = _sweep_block(run) | {"copied_from": str(path.parent.relative_to(self.measured.parent))}
+            write_json(self.record(run), record | {"sweep": block})
+            adopted += 1
+        return adopted
 
     def write_selection(self, selection: Selection, choice: dict[tuple, dict[str, Any]]) -> None:
         """Leave the choices and what they rest on in selection.json beside the records."""
@@ -118,6 +134,21 @@ class Places:
         }
         if choice:
             write_json(self.measured / "selection.json", content)
+
+
+def _sweep_block(run: Run) -> dict[str, Any]:
+    """What a record says of the sweep that asked for it."""
+    return {
+        "experiment": run.experiment,
+        "stage": run.stage,
+        "axes": run.axes,
+        "reference": run.reference,
+        "arguments": comparable(run.arguments),
+    }
+
+
+def _key(arguments: dict[str, Any] | None) -> str | None:
+    return None if arguments is None else json.dumps(comparable(arguments), sort_keys=True)
 
 
 def command_line(run: Run, places: Places) -> list[str]:
@@ -219,6 +250,8 @@ class SweepLoop:
 
     def run(self, runs: list[Run]) -> None:
         """Run what is not finished; returns when all have ended, or after a signal when those running have ended."""
+        if adopted := self.places.adopt(runs):
+            self.bar.write(f"{adopted} run(s) taken over: another experiment finished them with the same arguments")
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
         running: dict[str, tuple[Run, Job]] = {}

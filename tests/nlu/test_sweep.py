@@ -51,6 +51,30 @@ def _records(folder, pattern="**/results.json"):
     return {str(path.parent.relative_to(folder / "measured")): json.loads(path.read_text()) for path in paths}
 
 
+def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(run, tmp_path):
+    grid = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
+    assert run(BASIC | {"name": "first", "grid": grid})[0] == 0
+    first = _records(tmp_path)["first/lora-cola-seed=1"]
+    grid = {
+        "rank": {"eight": {"method": "lora"}, "two": {"method": "lora", "learning_rate": 0.5}},
+        "task_name": ["cola"],
+    }
+    code, out, err = run(BASIC | {"name": "second", "grid": grid | {"seed": [1, 2]}})
+    assert code == 0 and "1 run(s) taken over" in out + err and "3 run(s) finished now, 1 before" in out
+    records = _records(tmp_path)
+    taken = records["second/eight-cola-seed=1"]
+    assert taken["sweep"].pop("copied_from") == "first/lora-cola-seed=1"
+    assert taken["sweep"] == first["sweep"] | {
+        "experiment": "second", "axes": {"rank": "eight", "task_name": "cola", "seed": 1},
+    }  # fmt: skip
+    assert {k: v for k, v in taken.items() if k != "sweep"} == {k: v for k, v in first.items() if k != "sweep"}
+    assert not any("copied_from" in r["sweep"] for name, r in records.items() if name != "second/eight-cola-seed=1")
+    # A copy is no source of copies, and another argument is another run.
+    (tmp_path / "measured/first/lora-cola-seed=1/results.json").unlink()
+    grid["rank"].pop("two")
+    assert "taken over" not in "".join(run(BASIC | {"name": "third", "grid": grid | {"seed": [1]}})[1:])
+
+
 def test_every_combination_runs_once_and_leaves_a_portable_record(run, tmp_path):
     assert run(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
     records = _records(tmp_path)
