@@ -29,7 +29,8 @@ FLAG_METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(("lora_k", "lora_widths", "lora_share_outer"), frozenset({"lora2"})),
     **dict.fromkeys(
         ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
-         "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"),
+         "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance",
+         "value_lr_ratio"),
         SVD,
     ),
     "adapter_size": ADAPTERS,
@@ -163,6 +164,9 @@ class MethodArguments:
     beta2: float = field(default=0.85, metadata={"help": "Moving average of the uncertainty, in (0, 1)."})
     importance: str = field(
         default="inner", metadata={"help": "inner: the paper's importance; full: outer factors scored too."}
+    )
+    value_lr_ratio: float = field(
+        default=1.0, metadata={"help": "Learning rate of the singular values, as a multiple of --learning_rate."}
     )
     adapter_size: int = field(default=16, metadata={"help": "Bottleneck of the Houlsby and Pfeiffer adapters."})
     sora_lambda: float = field(
@@ -300,7 +304,7 @@ def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, 
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp and training.world_size < 2:
         raise UsageError("--fsdp splits a model over several processes: start it with torchrun or accelerate launch")
-    check_ranges(vars(model) | vars(data) | vars(training))
+    check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
         raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
     if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:

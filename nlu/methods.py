@@ -31,6 +31,7 @@ class AppliedMethod:
         regulariser: its (weighted) value is added to the loss, or None.
         callbacks: further steps of the method inside the training loop.
         stateful: what must travel in a checkpoint beside the trainable parameters; each has state_dict/load_state_dict.
+        own_rates: (parameters, what the learning rate is multiplied by for them).
         needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
     """
 
@@ -40,6 +41,7 @@ class AppliedMethod:
     regulariser: Callable[[], Tensor] | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     stateful: dict[str, Any] = field(default_factory=dict)
+    own_rates: list[tuple[list[nn.Parameter], float]] = field(default_factory=list)
     needs_autocast: bool = False
 
     @property
@@ -157,6 +159,9 @@ def _low_rank(model: nn.Module, args: MethodArguments, total_steps: int) -> Appl
     if args.method in SVD and args.reg_orth_coef > 0:
         regulariser = loralib.OrthogonalityRegulariser(model, args.orth_terms, args.orth_squared)
         applied.regulariser = lambda: args.reg_orth_coef * regulariser()
+    if args.value_lr_ratio != 1:
+        values = [layer.lora_E for layer in loralib.lora_layers(model).values()]
+        applied.own_rates.append((values, args.value_lr_ratio))
     if allocates(args) and total_steps:
         init_warmup, final_warmup = schedule_of(args, total_steps)
         try:

@@ -114,6 +114,18 @@ class GlueTrainer(Trainer):
             return result
         return result + self.applied.regulariser() / self.current_gradient_accumulation_steps
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer's, with a group of its own for what has a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        for parameters, ratio in self.applied.own_rates:
+            apart = {id(parameter) for parameter in parameters}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in apart]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in apart]
+                    optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
+        return optimizer
+
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:

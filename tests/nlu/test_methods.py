@@ -140,6 +140,33 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(method, encoders, tiny_gl
     assert all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
 
 
+def test_singular_values_have_their_own_learning_rate_also_after_a_resume(encoders, tiny_glue, tmp_path):
+    flags = [
+        "--model_name_or_path", str(encoders["bert"]), "--task_name", "mrpc", "--glue_dir", str(tiny_glue),
+        "--do_train", "--max_steps", "4", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3",
+        "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9", "--disable_tqdm", "True",
+        "--method", "lora2", "--rank_allocation", "False", "--lr_scheduler_type", "constant",
+    ]  # fmt: skip
+    weights = {}
+    for ratio in ("1", "4"):
+        run = tmp_path / ratio
+        assert main([*flags, "--value_lr_ratio", ratio, "--root_output_dir", str(run)]) == 0
+        weights[ratio] = load_file(run / "model/checkpoint-1/model.safetensors")
+    for name, one in weights["1"].items():  # the first step is proportional to the rate
+        if name.endswith("lora_E"):
+            torch.testing.assert_close(weights["4"][name], 4 * one, rtol=1e-3, atol=1e-6)
+            assert one.abs().max() > 0
+        else:
+            torch.testing.assert_close(weights["4"][name], one)
+    last = load_file(run / "model/checkpoint-4/model.safetensors")
+    (run / "results.json").write_text((run / "results.json").read_text().replace('"finished"', '"interrupted"'))
+    for step in (3, 4):
+        shutil.rmtree(run / f"model/checkpoint-{step}")
+    assert main([*flags, "--value_lr_ratio", "4", "--root_output_dir", str(run)]) == 0
+    again = load_file(run / "model/checkpoint-4/model.safetensors")
+    assert all(torch.equal(last[name], again[name]) for name in last)
+
+
 def test_the_contract_covers_every_method_and_config():
     bases = {CONFIGS[method]["method"] for method in MOVES}
     assert bases == set(METHODS)
@@ -358,6 +385,8 @@ def test_a_missing_peft_or_config_says_what_to_do(base_flags, tmp_path, capsys, 
     (["--method", "sora", "--sora_lambda", "-1"], "--sora_lambda"),
     (["--method", "lora", "--sora_lambda", "1"], "no meaning"),
     (["--method", "full", "--adapter_size", "8"], "no meaning"),
+    (["--method", "lora", "--value_lr_ratio", "4"], "no meaning"),
+    (["--method", "lora2", "--value_lr_ratio", "0"], "positive"),
     (["--method", "sora", "--target_rank", "2"], "no meaning"),
     (["--method", "dora", "--lora_r", "2"], "no meaning"),
     (["--method", "sora", "--lora_module", "nosuch"], "matches no linear layer"),
