@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loralib.layers import lora_layers
 
 IMPORTANCES = ("inner", "full")
+_OUTER = (1, 2)  # an outer factor's score is its mean over all entries: it belongs to no one singular value
 
 
 class _Scores:
@@ -130,7 +131,7 @@ class RankAllocator:
             add("A", (2,), layer.lora_A[-1], row)
             if self.importance == "full":
                 for factor in [*layer.lora_B[:-1], *layer.lora_A[:-1]]:
-                    add("outer", (1, 2), factor, row)
+                    add("outer", _OUTER, factor, row)
         return [
             (_Scores([p for p, _ in members.values()], [rows for _, rows in members.values()]), mean_over)
             for (_, mean_over, _), members in found.items()
@@ -213,11 +214,23 @@ class RankAllocator:
             raise ValueError("update_and_mask() got another model than the allocator was made for")
         self._checked = model
 
-    def importance_scores(self) -> Tensor:
-        """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
+    def importance_scores(self, importance: str | None = None) -> Tensor:
+        """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`.
+
+        Args:
+            importance: ``"inner"`` or ``"full"``; None for the allocator's own. An allocator that scores all factors
+                knows both, so that one run can say how far the two orders agree.
+
+        Raises:
+            ValueError: for ``"full"`` where only the inner factors are scored, and for another word.
+        """
+        importance = self.importance if importance is None else importance
+        if importance not in IMPORTANCES[: 1 + IMPORTANCES.index(self.importance)]:
+            raise ValueError(f"importance {importance!r} is not tracked: this allocator scores {self.importance!r}")
         totals = torch.zeros(self._mask.shape, dtype=torch.float32, device=self._scores[0][0].sensitivity.device)
         for scores, mean_over in self._scores:
-            scores.add_to(totals, mean_over)
+            if importance == "full" or mean_over != _OUTER:
+                scores.add_to(totals, mean_over)
         return totals
 
     def _choose_mask(self, budget: int) -> None:

@@ -11,6 +11,7 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
+from nlu.claims import claims_tables
 from nlu.errors import UsageError, exit_code
 from nlu.figures import draw
 from nlu.files import write_text
@@ -63,8 +64,15 @@ def build_report(measured: Path, published: Path) -> str:
     """
     experiments = [experiment for experiment in load_measured(measured) if experiment.rows]
     sections = [_measured_section(each) for each in tqdm(experiments, desc="report", disable=not experiments)]
+    claims = "\n".join(_table(table) for table in claims_tables(experiments, published))
     papers = "\n".join(_table(published_table(paper, published)) for paper in PAPER_TABLES)
-    links = "".join(f'<li><a href="#{_anchor(e.name)}">Measured: {html.escape(e.name)}</a></li>' for e in experiments)
+    claims_section = f"""<section id="claims" aria-labelledby="claims-title">
+<h2 id="claims-title">The paper's claims</h2>
+{claims or "<p>None of the experiments that test them has been run.</p>"}
+</section>"""
+    links = '<li><a href="#claims">The paper\'s claims</a></li>' + "".join(
+        f'<li><a href="#{_anchor(e.name)}">Measured: {html.escape(e.name)}</a></li>' for e in experiments
+    )
     runs = sum(len(row.every) for experiment in experiments for row in experiment.rows)
     measured_text = f"{runs} finished runs of {len(experiments)} experiments." if experiments else "None yet."
     return f"""<!DOCTYPE html>
@@ -79,11 +87,12 @@ def build_report(measured: Path, published: Path) -> str:
 <a class="skip" href="#main">Skip to the results</a>
 <header>
 <h1>LoRA² on GLUE: published and measured results</h1>
-<p>Measured here: {measured_text} Published numbers stand in tables of their own and never mix with measured ones.
+<p>Measured here: {measured_text} Published numbers stand in tables, or (the claims) columns, of their own.
 Averages, deviations, intervals and tests are computed from the records in results/measured/ by this repository.</p>
 </header>
 <nav aria-label="Contents"><ul>{links}<li><a href="#published">Published tables</a></li></ul></nav>
 <main id="main">
+{claims_section}
 {"".join(sections)}
 <section id="published" aria-labelledby="published-title">
 <h2 id="published-title">Published tables</h2>

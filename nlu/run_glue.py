@@ -37,7 +37,14 @@ from transformers import (
 )
 
 import loralib
-from nlu.adapter_io import check_warm_start, load_warm_start, read_warm_start, save_run_adapter, spectra
+from nlu.adapter_io import (
+    check_warm_start,
+    importance_scores,
+    load_warm_start,
+    read_warm_start,
+    save_run_adapter,
+    spectra,
+)
 from nlu.arguments import Arguments, parse_arguments
 from nlu.checkpointing import last_whole_checkpoint
 from nlu.data import limit, load_own_files, load_task_data, longest_input, tokenize
@@ -132,6 +139,7 @@ def run_recorded(
         record.log_history = trainer.state.log_history
         if save:
             record.static["spectra"] = spectra(trainer.model)
+            record.static["importance_scores"] = importance_scores(trainer.applied.allocator)
             running = record.write("running")
             save_run_adapter(arguments, trainer.task, trainer.applied, running, trainer.weights_step, folder)
             report(record.write("finished"))

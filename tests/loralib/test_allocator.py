@@ -244,6 +244,25 @@ def test_resuming_from_the_state_is_exact(stop, tmp_path):
     assert torch.equal(fresh.importance_scores(), whole_allocator.importance_scores())
 
 
+def test_an_allocator_that_scores_all_factors_knows_the_inner_scores_too():
+    both = []
+    for importance in ("inner", "full"):
+        model = model_of()
+        allocator = loralib.RankAllocator(model, 4, 2, **SETTINGS | {"importance": importance})
+        for t in range(1, 8):  # before anything is pruned: both see the same weights and gradients
+            random_step(model, torch.Generator().manual_seed(t))
+            allocator.update_and_mask(model, t) if t <= SETTINGS["init_warmup"] else None
+        both.append(allocator)
+    inner, full = both
+    assert torch.equal(full.importance_scores("inner"), inner.importance_scores())
+    assert torch.equal(full.importance_scores("full"), full.importance_scores())
+    assert (full.importance_scores() > full.importance_scores("inner")).all()
+    with pytest.raises(ValueError, match="not tracked"):
+        inner.importance_scores("full")
+    with pytest.raises(ValueError, match="not tracked"):
+        full.importance_scores("outer")
+
+
 def test_a_state_of_another_run_is_refused_and_changes_nothing():
     model = model_of()
     allocator = loralib.RankAllocator(model, 4, 2, **SETTINGS)

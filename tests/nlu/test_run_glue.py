@@ -60,6 +60,18 @@ def test_a_run_leaves_a_record_that_tells_all(base_flags, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
 
 
+def test_the_record_has_the_scores_that_decided_the_ranks(base_flags):
+    assert main([*base_flags, "--method", "lora2", "--importance", "full"]) == 0
+    record, pattern = read(base_flags), read(base_flags, "rank_pattern.json")
+    scores = record["importance_scores"]
+    assert set(scores) == {"inner", "full"} and set(scores["full"]) == set(pattern)
+    dead = [
+        s for name, live in pattern.items() for s, alive in zip(scores["full"][name], live, strict=True) if not alive
+    ]
+    kept = [s for name, live in pattern.items() for s, alive in zip(scores["full"][name], live, strict=True) if alive]
+    assert len(dead) == 24 and max(dead) <= min(kept)
+
+
 def test_checkpoints_hold_what_trains_and_not_the_base(base_flags, tmp_path):
     assert main([*base_flags, "--method", "lora2"]) == 0
     kept = sorted(p.name for p in (tmp_path / "run" / "model").iterdir())

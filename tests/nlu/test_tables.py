@@ -282,3 +282,20 @@ def test_csv_reads_back_to_the_cells(cells):
 def test_a_published_average_needs_every_column():
     assert published_average({"cola": 1.0, "qqp_acc": 4.0, "qqp_f1": 2.0}, ["cola", "qqp_acc", "qqp_f1"]) == 2.0
     assert published_average({"cola": 1.0}, ["cola", "rte"]) is None
+
+
+def test_score_against_learning_rate_from_the_held_out_runs(tmp_path):
+    folder = tmp_path / "trial"
+    write_record(folder, "lora", "cola", 1, [0.5])
+    for rate, scores in {1e-3: (0.2, 0.6), 4e-3: (0.0, 0.5)}.items():
+        for task, score in zip(("cola", "rte"), scores, strict=True):
+            axes = {"method": "lora", "task_name": task, "learning_rate": rate, "seed": 9}
+            write_record(
+                folder, "lora", task, 9, [0.9, score], axes, arguments={"learning_rate": rate, "holdout_fraction": 0.1}
+            )
+    (experiment,) = load_measured(tmp_path)
+    table = tables.sensitivity_table(experiment)
+    assert table.rows == [["lora", "2", "40.00 (0.001)", "25.00 (0.004)", "15.00"]]
+    assert table.header[2:4] == ["lowest learning rate", "highest"]
+    (line,) = table.data
+    assert line["score_1"] == pytest.approx(40) and line["value_2"] == 4e-3
