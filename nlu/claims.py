@@ -144,7 +144,7 @@ def agreement_table(experiments: Iterable[MeasuredExperiment]) -> Table | None:
     notes = [
         "Measured here: the last scores of runs that scored all factors. Spearman's rank correlation of the two "
         "orders, within each layer (mean over the layers) and over all singular values of the model, where the "
-        "threshold lies; same survivors: share of the values kept by the full scores that the inner ones would keep too.",
+        "threshold lies; same survivors: share of the values kept by the full scores that the inner ones would keep.",
         "The paper argues that the outer factors add the same to every singular value, which holds within a layer.",
     ]
     header = ["experiment", "", "runs", "within layers", "across layers", "same survivors"]
