@@ -7,9 +7,11 @@ import fcntl
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.checkpointing import remove_leftovers
 from nlu.errors import UsageError
 from nlu.files import read_json
@@ -50,13 +52,18 @@ _FREE = frozenset(
     }
 )
 
+_DEFAULTS = {f.name: f.default for part in (ModelArguments, DataArguments, MethodArguments) for f in fields(part)}
+
 
 def changed_arguments(old: Any, new: dict[str, Any]) -> list[str]:
-    """Names of the arguments that make ``new`` another run than ``old``."""
+    """Names of the arguments that make ``new`` another run than ``old``.
+
+    An argument that this version has and the record's did not counts as left at its default.
+    """
     plain = finite(new)
     if not isinstance(old, dict) or not all(map(str.isidentifier, old)):
         old = {}  # a damaged record is no record of this run
-    return sorted(k for k in set(old) | set(plain) if k not in _FREE and old.get(k) != plain.get(k))
+    return sorted(k for k in set(old) | set(plain) if k not in _FREE and old.get(k, _DEFAULTS.get(k)) != plain.get(k))
 
 
 def check_run_folder(folder: Path, new: dict[str, Any], overwrite: bool) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
+from nlu.run_folder import changed_arguments
 
 PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
     --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup 8000 --final_warmup 50000
@@ -170,3 +171,12 @@ def test_a_malformed_argument_file_is_refused(tmp_path, content):
     with pytest.raises(UsageError) as error:
         parse(f"{path} {BASE}")
     assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_argument_that_an_older_record_lacks_counts_as_its_default():
+    new = parse_arguments(["--model_name_or_path", "m", "--task_name", "cola", "--do_train", "--max_steps", "3"]).record
+    old = {name: value for name, value in new.items() if name not in ("value_lr_ratio", "lora_k")}
+    assert changed_arguments(old, new) == []
+    assert changed_arguments(old, new | {"value_lr_ratio": 2.0}) == ["value_lr_ratio"]
+    assert changed_arguments({k: v for k, v in new.items() if k != "max_steps"}, new) == ["max_steps"]
+    assert "task_name" in changed_arguments({}, new)
