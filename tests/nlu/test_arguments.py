@@ -174,7 +174,19 @@ def test_a_malformed_argument_file_is_refused(tmp_path, content):
 
 
 def test_an_argument_that_an_older_record_lacks_counts_as_its_default():
-    new = parse_arguments(["--model_name_or_path", "m", "--task_name", "cola", "--do_train", "--max_steps", "3"]).record
+    new = parse_arguments(
+        [
+            "--model_name_or_path",
+            "m",
+            "--task_name",
+            "cola",
+            "--do_train",
+            "--max_steps",
+            "3",
+            "--root_output_dir",
+            "run",
+        ]
+    ).record
     old = {name: value for name, value in new.items() if name not in ("value_lr_ratio", "lora_k")}
     assert changed_arguments(old, new) == []
     assert changed_arguments(old, new | {"value_lr_ratio": 2.0}) == ["value_lr_ratio"]
