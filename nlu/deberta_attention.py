@@ -185,6 +185,21 @@ def _plain_attention(
     return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
 
 
+def _first_token_attention(
+    query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the query of the first token alone, (B, 1, H·d), whose distance to key j is −j: nothing to skew."""
+    length = key.size(1)
+    query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    if pos_key is not None:
+        scores = scores + torch.matmul(query, pos_key[:, length - 1 :].unsqueeze(1).transpose(-1, -2))
+    if pos_query is not None:
+        scores = scores + (key * pos_query[:, :length].flip(1).unsqueeze(1)).sum(-1).unsqueeze(-2)
+    probs = dropout(torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1))
+    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
+
+
 class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
     """`DisentangledSelfAttention` with the same parameters and results; see the module's docstring."""
 
@@ -198,10 +213,12 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         rel_embeddings: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the stock module. `relative_pos` is the ordered distances (1-D) that `FastDebertaV2Encoder` hands out, or
-        None; any other relative positions (a caller's own), and queries of another length, go the stock way."""
+        None; with it a single query is the first token's. Any other relative positions (a caller's own), and queries
+        of another length, go the stock way."""
         queries = hidden_states if query_states is None else query_states
         own_positions = self.relative_attention and relative_pos is not None and relative_pos.dim() != 1
-        if own_positions or queries.size(-2) != hidden_states.size(-2):
+        first_alone = queries.size(-2) == 1 and (relative_pos is not None or not self.relative_attention)
+        if own_positions or not (queries.size(-2) == hidden_states.size(-2) or first_alone):
             logger.warning_once("attention with a caller's own relative positions: using the stock implementation")
             if relative_pos is not None and relative_pos.dim() == 1:
                 relative_pos = None
@@ -215,8 +232,9 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         mask = attention_mask.bool()
         mask = mask.view((1,) * (4 - mask.dim()) + mask.shape).transpose(0, 1)
         inputs = (query, key, value, pos_key, pos_query, mask, self.num_attention_heads, scale)
-        if output_attentions or torch.compiler.is_compiling():
-            context, probs = _plain_attention(*inputs, self.dropout)
+        if first_alone or output_attentions or torch.compiler.is_compiling():
+            attend = _first_token_attention if first_alone else _plain_attention
+            context, probs = attend(*inputs, self.dropout)
             return context, probs if output_attentions else None
         return DisentangledAttention.apply(*inputs, self.dropout.p if self.dropout.training else 0.0), None
 

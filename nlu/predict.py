@@ -35,6 +35,7 @@ from nlu.arguments import ADAPTERS, MethodArguments
 from nlu.data import longest_input
 from nlu.deberta_attention import enable_fast_attention
 from nlu.errors import UsageError, exit_code, reason
+from nlu.first_token import enable_first_token
 from nlu.methods import apply_method
 from nlu.records import one_line
 from nlu.streaming import FORMATS, Row, RowReader
@@ -102,6 +103,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         raise UsageError(reason(error, 400) + hint) from None
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
     enable_fast_attention(model)
+    enable_first_token(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     number = model.config.num_labels
     names = None if number == 1 else [model.config.id2label[i] for i in range(number)]

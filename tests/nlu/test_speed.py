@@ -6,6 +6,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from nlu.deberta_attention import disable_fast_attention
 from nlu.fast_dropout import disable_fast_dropout
+from nlu.first_token import disable_first_token
 from nlu.speed import keep_freed_memory, speed_up
 
 
@@ -32,5 +33,5 @@ def test_speed_up_says_how_many_attentions_and_is_undone():
     kinds = [type(module) for module in model.modules()]
     assert speed_up(model, fast_attention=False) == 0
     assert speed_up(model) == 2
-    assert disable_fast_attention(model) == 2 and disable_fast_dropout(model) > 2
+    assert disable_first_token(model) and disable_fast_attention(model) == 2 and disable_fast_dropout(model) > 2
     assert [type(module) for module in model.modules()] == kinds
