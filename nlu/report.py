@@ -11,14 +11,14 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
-from nlu.claims import claims_tables
 from nlu.errors import UsageError, exit_code
-from nlu.figures import draw
 from nlu.files import write_text
-from nlu.measured import MeasuredExperiment, load_measured
 from nlu.plots import image
-from nlu.published import PAPER_TABLES, published_table
-from nlu.table_format import Bold, Table
+from nlu.reporting.claims import claims_tables
+from nlu.reporting.figures import draw
+from nlu.reporting.measured import MeasuredExperiment, load_measured
+from nlu.reporting.published import PAPER_TABLES, published_table
+from nlu.reporting.table_format import Bold, Table
 from nlu.tables import measured_tables
 
 ROOT = Path(__file__).resolve().parents[1]

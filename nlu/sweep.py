@@ -16,10 +16,10 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nlu.errors import UsageError, exit_code
-from nlu.experiments import Experiment, Run, load_experiment
 from nlu.files import parse_yaml
-from nlu.launchers import LocalLauncher, SlurmLauncher
-from nlu.sweep_runs import Places, SweepLoop, choose, chosen_runs, command_line
+from nlu.sweeping.experiments import Experiment, Run, load_experiment
+from nlu.sweeping.launchers import LocalLauncher, SlurmLauncher
+from nlu.sweeping.runs import Places, SweepLoop, choose, chosen_runs, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,7 @@ examples:
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
   python nlu/sweep.py configs/experiments/paper_table1.yaml --launcher slurm \\
       --slurm slurm_partition=gpu --slurm gpus_per_node=1
-The format of an experiment file is explained at the top of nlu/experiments.py."""
+The format of an experiment file is explained at the top of nlu/sweeping/experiments.py."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,11 +8,10 @@ from statistics import fmean
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nlu.claims import claims_tables
 from nlu.errors import UsageError, exit_code
-from nlu.experiments import run_label
 from nlu.files import remove_stale, write_text
-from nlu.measured import (
+from nlu.reporting.claims import claims_tables
+from nlu.reporting.measured import (
     MeasuredExperiment,
     Row,
     average,
@@ -23,8 +22,9 @@ from nlu.measured import (
     paired,
     range_of,
 )
-from nlu.published import NAMES, PAPER_TABLES, published_table
-from nlu.table_format import NONE, Table, bold_best, count, number, p_value
+from nlu.reporting.published import NAMES, PAPER_TABLES, published_table
+from nlu.reporting.table_format import NONE, Table, bold_best, count, number, p_value
+from nlu.sweeping.experiments import run_label
 
 ROOT = Path(__file__).resolve().parents[1]
 WHICH = {"last": "score at the last evaluation", "best": "best score of all evaluations of a run"}

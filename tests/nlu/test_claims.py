@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from nlu.claims import CLAIMS, agreement_table, claims_table, claims_tables, verdict
 from nlu.errors import UsageError
-from nlu.experiments import load_experiment, run_label
-from nlu.measured import Paired, load_measured
+from nlu.reporting.claims import CLAIMS, agreement_table, claims_table, claims_tables, verdict
+from nlu.reporting.measured import Paired, load_measured
+from nlu.sweeping.experiments import load_experiment, run_label
 from tests.nlu.records import write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]

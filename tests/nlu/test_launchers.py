@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nlu.launchers import RUN_GLUE, LocalLauncher
 from nlu.run_glue import main
+from nlu.sweeping.launchers import RUN_GLUE, LocalLauncher
 
 
 def wait(job, seconds=120):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from nlu import report
-from nlu.figures import draw
-from nlu.measured import load_measured
-from nlu.published import PAPER_TABLES
+from nlu.reporting.figures import draw
+from nlu.reporting.measured import load_measured
+from nlu.reporting.published import PAPER_TABLES
 from nlu.tables import build_pages
 from tests.nlu.records import write_record
 

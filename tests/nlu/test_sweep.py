@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from nlu import sweep
 from nlu.errors import UsageError
-from nlu.experiments import load_experiment
-from nlu.sweep_runs import Places, command_line, comparable, portable
+from nlu.sweeping.experiments import load_experiment
+from nlu.sweeping.runs import Places, command_line, comparable, portable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run_glue.py")

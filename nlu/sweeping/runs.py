@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from nlu.errors import UsageError
-from nlu.experiments import Run, Selection
 from nlu.files import read_json, write_json
-from nlu.launchers import Job, LocalLauncher, SlurmLauncher
+from nlu.sweeping.experiments import Run, Selection
+from nlu.sweeping.launchers import Job, LocalLauncher, SlurmLauncher
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers")

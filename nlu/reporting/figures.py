@@ -13,8 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nlu.experiments import run_label
-from nlu.measured import (
+from nlu.reporting.measured import (
     MeasuredExperiment,
     Record,
     Row,
@@ -24,7 +23,8 @@ from nlu.measured import (
     rank_pattern,
     sorted_tasks,
 )
-from nlu.published import NAMES
+from nlu.reporting.published import NAMES
+from nlu.sweeping.experiments import run_label
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")

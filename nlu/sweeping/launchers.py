@@ -27,7 +27,7 @@ class Job(Protocol):
         """End it at once."""
 
 
-RUN_GLUE = Path(__file__).resolve().parent / "run_glue.py"
+RUN_GLUE = Path(__file__).resolve().parents[1] / "run_glue.py"
 
 
 class LocalLauncher:

@@ -11,9 +11,9 @@ from scipy import stats
 
 from nlu.errors import UsageError
 from nlu.files import read_json
-from nlu.measured import MeasuredExperiment, Paired, Record, Row, paired
-from nlu.published import published_average
-from nlu.table_format import NONE, Table, number
+from nlu.reporting.measured import MeasuredExperiment, Paired, Record, Row, paired
+from nlu.reporting.published import published_average
+from nlu.reporting.table_format import NONE, Table, number
 
 NO_LOSS_MARGIN = 0.5  # points: what "without loss" may lose before it is called a loss
 
@@ -118,7 +118,7 @@ def _published_difference(claim: Claim, folder: Path) -> float | None:
         averages.append(published_average(found[0], content["columns"]) if len(found) == 1 else None)
     if None in averages:
         raise UsageError(
-            f"{path} is absent or lacks a row that nlu/claims.py refers to; restore it from the repository"
+            f"{path} is absent or lacks a row that nlu/reporting/claims.py refers to; restore it from the repository"
         )
     return averages[0] - averages[1]
 

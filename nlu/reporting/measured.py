@@ -10,8 +10,8 @@ import numpy as np
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.experiments import run_label
 from nlu.files import read_json
+from nlu.sweeping.experiments import run_label
 
 FORMAT_VERSION = 1
 TASK_ORDER = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")

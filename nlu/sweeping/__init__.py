@@ -1,0 +1,1 @@
+"""Experiment files, the runs of a sweep, and how they are started."""
