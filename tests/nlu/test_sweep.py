@@ -371,7 +371,7 @@ def test_the_evidence_protocol_is_fair():
     experiment = load_experiment(REPOSITORY / "configs/experiments/evidence.yaml", {"model_name_or_path": "encoder"})
     ranks = {"lora": 8, "lora_r1": 1, "adalora": 8, "lora2": 8, "lora2_k1": 8}
     scaled = [run for run in experiment.runs if run.axes["method"] in ranks]
-    assert {run.arguments["lora_alpha"] / ranks[run.axes["method"]] for run in scaled} == {4}
+    assert {run.arguments["lora_alpha"] / ranks[run.axes["method"]] for run in scaled} == {2}
     same = ("max_steps", "eval_steps", "per_device_train_batch_size", "max_seq_length", "warmup_steps", "weight_decay")
     for task in ("cola", "mrpc", "rte", "stsb"):
         runs = [run.arguments for run in experiment.runs if run.axes["task_name"] == task]
@@ -382,9 +382,40 @@ def test_the_evidence_protocol_is_fair():
     assert len(experiment.selection.candidates) == 7 * 4
     for values in experiment.selection.candidates.values():
         assert len(values) == 4 and max(values) / min(values) == pytest.approx(16)
+    grids = {run.axes["method"]: set() for run in experiment.selection.runs}
+    for run in experiment.selection.runs:
+        grids[run.axes["method"]].add(run.arguments["learning_rate"] * (25 if run.axes["method"] == "full" else 1))
+    assert {tuple(sorted(round(value, 9) for value in grid)) for grid in grids.values()} == {
+        (5e-4, 1.25e-3, 3.2e-3, 8e-3)
+    }
     assert not {r.arguments["seed"] for r in experiment.selection.runs} & {r.arguments["seed"] for r in experiment.runs}
     seeds = {m: {r.arguments["seed"] for r in experiment.runs if r.axes["method"] == m} for m in ("full", "lora2")}
     assert len(seeds["full"]) == 3 and len(seeds["lora2"]) == 5
+
+
+@pytest.mark.parametrize("name", ["beyond", "importance", "rank_at_fixed_k", "ranks_needed", "scales",
+                                  "table3_regulariser", "table4_modules"])  # fmt: skip
+def test_what_builds_on_the_evidence_keeps_its_schedule_and_its_chosen_learning_rates(name):
+    """A run that is the evidence's own, but for the choice made there, so that it is taken over and not run again."""
+    encoder = {"model_name_or_path": "encoder"}
+    evidence = load_experiment(REPOSITORY / "configs/experiments/evidence.yaml", encoder)
+    chosen = json.loads((REPOSITORY / "results/measured/evidence/selection.json").read_text())["choices"]
+    rates = {(entry["method"], entry["task_name"]): entry["chosen"] for entry in chosen}
+    known = {}
+    for run in evidence.runs:
+        if (rate := rates.get((run.axes["method"], run.axes["task_name"]))) is not None:
+            key = (run.arguments["method"], run.arguments["task_name"], run.arguments["seed"])
+            known[key] = comparable({**run.arguments, "learning_rate": rate})
+    experiment = load_experiment(REPOSITORY / f"configs/experiments/{name}.yaml", encoder)
+    runs = [comparable(run.arguments) for run in experiment.runs]
+    same = [arguments for arguments in runs if arguments in known.values()]
+    expected = {key[1:] for key in known if key[0] in ("lora2", "lora2_k1") and key[2] <= 3}
+    assert {(a["task_name"], a["seed"]) for a in same} >= expected
+    copied = {arguments["method"] for arguments in same}
+    for arguments in runs:  # a changed run has the rate of the method that it changes
+        key = (arguments["method"], arguments["task_name"])
+        if arguments["method"] in copied and key in rates:
+            assert arguments["learning_rate"] == rates[key]
 
 
 def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys):
