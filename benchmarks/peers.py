@@ -196,8 +196,9 @@ def prepare_method_step(trained: Trained) -> None:
 
 
 class Limit:
-    """The dense products of the frozen layers, forward and towards the input, and nothing else: the fastest way there
-    is to run them here. A step cannot be shorter, so its time over the step's is the share of the limit reached."""
+    """The dense products of the frozen layers for every token, forward and towards the input, and nothing else, the
+    fastest way there is to run them here. Its time over a step's is the share of the limit reached; a step that skips
+    what no one reads (the last layer's other tokens) has that counted as done, so that peers stay comparable."""
 
     def __init__(self, shape: Shape) -> None:
         dtype = getattr(torch, shape.precision)
