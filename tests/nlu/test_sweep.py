@@ -393,7 +393,7 @@ def test_the_evidence_protocol_is_fair():
     assert len(seeds["full"]) == 3 and len(seeds["lora2"]) == 5
 
 
-@pytest.mark.parametrize("name", ["beyond", "importance", "rank_at_fixed_k", "ranks_needed", "scales",
+@pytest.mark.parametrize("name", ["importance", "rank_at_fixed_k", "ranks_needed", "scales",
                                   "table3_regulariser", "table4_modules"])  # fmt: skip
 def test_what_builds_on_the_evidence_keeps_its_schedule_and_its_chosen_learning_rates(name):
     """A run that is the evidence's own, but for the choice made there, so that it is taken over and not run again."""
