@@ -162,6 +162,13 @@ def test_the_effective_batch_stays(processes, nodes, per_device, accumulation, m
     (["--per_device_train_batch_size", "8"], {}, "would change the batch"),
     (["--gradient_accumulation_steps=2"], {}, "would change the batch"),
     (["--max_steps", "-3"], {}, "want positive numbers"),
+    (["--per-device-train-batch-size", "8"], {}, "would change the batch"),
+    (["--task_name", "mrpc"], {}, "this script is for rte, not for mrpc"),
+    (["--method=nosuch"], {}, "no method 'nosuch'"),
+    ([], {"NODE_RANK": "x"}, "NODE_RANK must be a number from 0 to NNODES − 1 = 0"),
+    ([], {"NODE_RANK": "2", "NNODES": "2"}, "NODE_RANK must be a number from 0 to NNODES − 1 = 1"),
+    ([], {"MASTER_PORT": "abc"}, "MASTER_PORT must be a positive number"),
+    ([], {"ACCELERATE": "nosuch.yaml"}, "there is no file 'nosuch.yaml'"),
 ])  # fmt: skip
 def test_scripts_refuse_with_one_line(flags, environment, message):
     code, told, _ = dry_run("run_debertav3_rte.sh", *flags, **environment)
@@ -188,6 +195,22 @@ def test_fewer_epochs_scale_the_schedule_and_more_do_not():
     assert (more.init_warmup, more.final_warmup) == (600, 1800)
     own = arguments_of(dry_run("run_debertav3_rte.sh", "--max_steps", "500", "--init_warmup", "7")[2]).method
     assert own.init_warmup == 7
+
+
+def test_flags_that_follow_are_what_the_first_line_the_settings_and_the_folder_say():
+    flags = ["--seed=3", "--method", "adalora", "--model-name-or-path", "models/mine", "--task_name", "RTE"]
+    code, told, words = dry_run("run_debertav3_rte.sh", *flags)
+    assert code == 0 and "rte with adalora on models/mine, seed 3" in told
+    arguments = arguments_of(words)
+    assert (arguments.method.lora_r, arguments.training.seed) == (2, 3)
+    assert arguments.training.root_output_dir.endswith("output/glue/mine/rte/adalora/seed-3")
+
+
+def test_fewer_rows_and_hyphens_shorten_the_schedule_too():
+    told, words = dry_run("run_debertav3_rte.sh", "--max_train_samples", "320")[1:]
+    assert "about 500 steps" in told and "shorter than the published 3900" in told
+    assert arguments_of(words).method.init_warmup == 600 * 500 // 3900
+    assert "about 100 steps" in dry_run("run_debertav3_rte.sh", "--max-steps=100")[1]
 
 
 def test_several_machines_go_through():
