@@ -30,7 +30,7 @@ FLAG_METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
          "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance",
-         "live_rank_scaling", "value_lr_ratio"),
+         "value_lr_ratio"),
         SVD,
     ),
     "adapter_size": ADAPTERS,
@@ -164,9 +164,6 @@ class MethodArguments:
     beta2: float = field(default=0.85, metadata={"help": "Moving average of the uncertainty, in (0, 1)."})
     importance: str = field(
         default="inner", metadata={"help": "inner: the paper's importance; full: outer factors scored too."}
-    )
-    live_rank_scaling: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / live singular values of a layer, not / lora_r."}
     )
     value_lr_ratio: float = field(
         default=1.0, metadata={"help": "Learning rate of the singular values, as a multiple of --learning_rate."}
@@ -340,8 +337,6 @@ def _check_method(method: MethodArguments) -> None:
         raise UsageError(f"--lora_init is gaussian or orthogonal, got {method.lora_init!r}")
     if not 0 <= method.reg_orth_coef < float("inf"):
         raise UsageError(f"--reg_orth_coef must not be negative, got {method.reg_orth_coef}")
-    if method.live_rank_scaling and not method.rank_allocation:
-        raise UsageError("--live_rank_scaling follows the rank allocation: leave it out, or --rank_allocation on")
     if method.target_rank is None:
         method.target_rank = max(1, method.lora_r // 2)
     try:

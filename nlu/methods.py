@@ -168,7 +168,6 @@ def _low_rank(model: nn.Module, args: MethodArguments, total_steps: int) -> Appl
             applied.allocator = loralib.RankAllocator(
                 model, args.lora_r, args.target_rank, init_warmup, final_warmup, args.mask_interval,
                 args.beta1, args.beta2, total_steps, args.target_total_rank, args.importance,
-                args.live_rank_scaling,
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(str(error)) from None
