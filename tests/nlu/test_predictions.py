@@ -50,6 +50,19 @@ def test_ax_gets_the_answers_of_the_trained_model(mnli_flags, tmp_path):
     assert rows_of(folder / "AX.tsv") == rows_of(folder / "MNLI-mm.tsv")
 
 
+def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path, capsys):
+    flags = [f for f in mnli_flags if f not in ("--do_train", "--max_steps", "2", "--save_strategy", "no")]
+    assert main([*flags, "--predict_task", "ax"]) == 2
+    assert "no trained head" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.tsv"))
+
+
+def test_ax_cannot_be_trained_on(mnli_flags, capsys):
+    flags = ["ax" if flag == "mnli" else flag for flag in mnli_flags]
+    assert main(flags) == 2
+    assert "ax has a test set only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task, drop, message", [
     ("ax", "--do_predict", "needs --do_predict"), ("qnli", None, "other classes"), ("mnli", None, "other classes"),
     ("nosuch", None, "unknown task"),
