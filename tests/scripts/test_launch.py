@@ -12,6 +12,8 @@ import yaml
 
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
+from nlu.sweeping.experiments import load_experiment
+from nlu.sweeping.runs import Places, command_line
 from nlu.trainer import effective_batch_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +135,37 @@ def test_every_method_is_understood(method):
     values = {**vars(arguments.method), **vars(arguments.training)}
     assert {key: values[key] for key in config} == config, "the method's file wins over the task's settings"
     assert arguments.method_config == method
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs/experiments").glob("paper_*.yaml")])
+def test_what_reproduces_a_papers_table_is_understood(name, tmp_path):
+    """Each row on one of its tasks, by turns: the script's settings, the row's own flags, the sweep's folder."""
+    runs = [run for run in load_experiment(ROOT / f"configs/experiments/{name}.yaml").runs if run.axes["seed"] == 2]
+    by_label, scripts = {}, set()
+    for run in runs:
+        by_label.setdefault(next(v for k, v in run.axes.items() if k not in ("task_name", "seed")), []).append(run)
+    for i, of_label in enumerate(by_label.values()):
+        run = of_label[i % len(of_label)]
+        prefix, script, *flags = _split_at_script(command_line(run, Places(tmp_path, tmp_path, [])))
+        environment = dict(word.split("=", 1) for word in prefix if "=" in word)
+        code, told, words = dry_run(script, *flags, **environment)
+        assert code == 0 and "seed 2, about" in told, told
+        arguments = arguments_of(words)
+        assert arguments.data.task_name == run.arguments["task_name"] and arguments.training.seed == 2
+        assert arguments.training.root_output_dir == str(tmp_path / run.folder)
+        for key in run.arguments.keys() - {"method", "seed", "task_name"}:
+            assert arguments.record[key] == run.arguments[key], key
+        scripts.add(script)
+    assert len(scripts) == min(len(by_label), len({run.axes["task_name"] for run in runs}))
+
+
+def _split_at_script(words):
+    i = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+    return [words[:i], Path(words[i]).name, *words[i + 1 :]]
+
+
+def test_wnli_is_understood():
+    assert settings("run_debertav3_wnli.sh", METHOD="lora2")["task_name"] == "wnli"
 
 
 def test_full_fine_tuning_keeps_its_own_learning_rate():
