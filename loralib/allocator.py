@@ -70,7 +70,6 @@ class RankAllocator:
         total_step: optimiser steps of the whole training; may be set later by :meth:`set_total_step`.
         target_total_rank: final number of singular values over all layers, in place of target_rank × layers.
         importance: ``"inner"`` or ``"full"``, see the module's text.
-        live_rank_scaling: scale a layer's update by lora_alpha / (its live singular values) in place of lora_alpha / r.
 
     Raises:
         ValueError: for a value out of range or a contradiction; the message says what to change.
@@ -89,7 +88,6 @@ class RankAllocator:
         total_step: int | None = None,
         target_total_rank: int | None = None,
         importance: str = "inner",
-        live_rank_scaling: bool = False,
     ) -> None:
         check_allocator_arguments(
             lora_r, target_rank, init_warmup, final_warmup, mask_interval, beta1, beta2, importance, total_step
@@ -109,13 +107,12 @@ class RankAllocator:
                 f"target_total_rank must lie between 1 and {self.initial_total_rank} "
                 f"(lora_r × {len(layers)} layers), got {target_total_rank}"
             )
-        self.lora_r, self.importance, self.live_rank_scaling = lora_r, importance, live_rank_scaling
+        self.lora_r, self.importance = lora_r, importance
         self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
         self.beta1, self.beta2 = beta1, beta2
         self.total_step = total_step
         self._scores = self._score_groups()
         self._values = [layer.lora_E for layer in self._layers]
-        self._alphas = [layer.lora_alpha for layer in self._layers]
         self._mask = torch.ones(len(layers), lora_r, dtype=torch.bool, device=self._values[0].device)
         self._threshold: float | None = None
         self._final_mask_set = False
@@ -247,15 +244,9 @@ class RankAllocator:
 
     @torch.no_grad()
     def apply_mask(self) -> None:
-        """Set the pruned singular values to 0, and where it is asked for the layers' scaling by what is left."""
+        """Set the pruned singular values to 0."""
         keep = self._mask.to(self._values[0].device, self._values[0].dtype)
         torch._foreach_mul_(self._values, list(keep.unbind()))
-        self._rescale()
-
-    def _rescale(self) -> None:
-        if self.live_rank_scaling:
-            for layer, alpha, live in zip(self._layers, self._alphas, self._mask.sum(1).tolist(), strict=True):
-                layer.set_lora_alpha(alpha * layer.initial_r / max(1, live))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs: tensors (on the CPU) and plain values."""
@@ -271,7 +262,6 @@ class RankAllocator:
 
     def _settings(self) -> dict[str, Any]:
         names = "lora_r importance init_warmup final_warmup mask_interval beta1 beta2 total_step target_total_rank"
-        names += " live_rank_scaling"
         return {name: getattr(self, name) for name in names.split()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -298,7 +288,6 @@ class RankAllocator:
             mine.copy_(theirs)
         self.total_step = state["settings"]["total_step"]
         self._threshold, self._final_mask_set = state["threshold"], state["final_mask_set"]
-        self._rescale()
 
 
 def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None:

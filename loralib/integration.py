@@ -177,8 +177,16 @@ class LowRankTrainerMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
-            self.low_rank.load_state_dict(state)
+            self._load_low_rank(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The best checkpoint's weights (``load_best_model_at_end``), and the ranks that were live with them."""
+        super()._load_best_model()
+        self._load_low_rank(self.state.best_model_checkpoint)
+
+    def _load_low_rank(self, checkpoint: str) -> None:
+        state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
+        self.low_rank.load_state_dict(state)
 
 
 def _allocator_callback(low_rank: LowRankTraining) -> Any:

@@ -104,11 +104,14 @@ class LoRALayer(nn.Linear):
     ) -> None:
         self.r = self.initial_r = _positive_int("r", r)
         self.widths = tuple(_positive_int("a width (k)", k) for k in widths)
-        self.set_lora_alpha(lora_alpha)
+        if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
         if init not in INITS:
             raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        self.lora_alpha = float(lora_alpha)
+        self.scaling = self.lora_alpha / self.r
         self.init = init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
@@ -143,17 +146,6 @@ class LoRALayer(nn.Linear):
                 nn.init.orthogonal_(factor)
             else:
                 nn.init.normal_(factor, std=GAUSSIAN_STD)
-
-    def set_lora_alpha(self, lora_alpha: float) -> None:
-        """Scale the update by ``lora_alpha`` / initial_r from now on.
-
-        Raises:
-            ValueError: unless it is a positive number.
-        """
-        if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
-            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
-        self.lora_alpha = float(lora_alpha)
-        self.scaling = self.lora_alpha / self.initial_r
 
     def _refuse_if_merged(self) -> None:
         if self.merged:

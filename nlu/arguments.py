@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from nlu.flags import SVD, file_flags, method_file, translate
 from nlu.ranges import check_ranges
 from nlu.tasks import get_task
 
+logger = logging.getLogger("nlu")
+
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
 LOW_RANK = frozenset({"lora", "adalora", "lora2", "sora"})
 ADAPTERS = frozenset({"hadapter", "padapter"})
@@ -30,13 +33,17 @@ FLAG_METHODS: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
          "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance",
-         "live_rank_scaling", "value_lr_ratio"),
+         "value_lr_ratio"),
         SVD,
     ),
     "adapter_size": ADAPTERS,
     "sora_lambda": frozenset({"sora"}),
     "peft_config": frozenset({"peft"}),
 }  # fmt: skip
+
+ALLOCATION_FLAGS = frozenset(
+    {"target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"}
+)
 
 # Flags of the Trainer that a run would ignore or that would break it, each with what to do.
 REFUSED_FLAGS = {
@@ -165,9 +172,6 @@ class MethodArguments:
     importance: str = field(
         default="inner", metadata={"help": "inner: the paper's importance; full: outer factors scored too."}
     )
-    live_rank_scaling: bool = field(
-        default=False, metadata={"help": "Scale by lora_alpha / live singular values of a layer, not / lora_r."}
-    )
     value_lr_ratio: float = field(
         default=1.0, metadata={"help": "Learning rate of the singular values, as a multiple of --learning_rate."}
     )
@@ -266,6 +270,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     for name in sorted(given & set(REFUSED_FLAGS)):
         raise UsageError(f"--{name} is not supported here ({REFUSED_FLAGS[name]}): leave it out")
     _refuse_ignored_flags(given, base)
+    _refuse_contradictions(given, config, method)
+    _one_device(training)
     _check(model, data, method, training)
     return Arguments(model, data, method, training, config)
 
@@ -284,6 +290,28 @@ def _refuse_ignored_flags(given: set[str], method: str) -> None:
             )
 
 
+def _refuse_contradictions(given: set[str], config: str, method: MethodArguments) -> None:
+    """What one given flag makes of another: it would be ignored, though a run would record it."""
+    if {"target_rank", "target_total_rank"} <= given:
+        raise UsageError("--target_rank and --target_total_rank say the same in two ways: give one of them")
+    if "peft_config" in given and config != "peft":
+        raise UsageError(f"--method {config} has a peft_config of its own: give --method peft with --peft_config")
+    for switch, off, flags in (
+        ("rank_allocation", not method.rank_allocation, ALLOCATION_FLAGS),
+        ("reg_orth_coef", method.reg_orth_coef == 0, {"orth_terms", "orth_squared"}),
+    ):
+        ignored = sorted(given & flags)
+        if switch in given and off and ignored:
+            raise UsageError(f"--{ignored[0]} has no meaning with --{switch} {getattr(method, switch)}: leave it out")
+
+
+def _one_device(training: RunArguments) -> None:
+    """A process trains on one device: DataParallel over all that it sees would multiply the batch unasked."""
+    if training.n_gpu > 1:
+        logger.warning("%d devices are visible, one is used: start with torchrun for more", training.n_gpu)
+        training._n_gpu = 1
+
+
 def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, training: RunArguments) -> None:
     """Contradictions that need neither data nor model."""
     if training.root_output_dir is None:
@@ -291,7 +319,10 @@ def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, 
     if data.task_name is None and data.train_file is None and data.test_file is None:
         raise UsageError("nothing to train on: give --task_name, or --train_file and --validation_file")
     if data.task_name is not None:
-        data.task_name = get_task(data.task_name).name
+        task = get_task(data.task_name)
+        data.task_name = task.name
+        if not task.train_splits and (training.do_train or training.do_eval):
+            raise UsageError(f"{task.name} has a test set only: give --task_name mnli --predict_task {task.name}")
         if data.train_file or data.validation_file or data.test_file:
             raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
     elif training.do_eval and data.validation_file is None and data.holdout_fraction is None:
@@ -340,8 +371,6 @@ def _check_method(method: MethodArguments) -> None:
         raise UsageError(f"--lora_init is gaussian or orthogonal, got {method.lora_init!r}")
     if not 0 <= method.reg_orth_coef < float("inf"):
         raise UsageError(f"--reg_orth_coef must not be negative, got {method.reg_orth_coef}")
-    if method.live_rank_scaling and not method.rank_allocation:
-        raise UsageError("--live_rank_scaling follows the rank allocation: leave it out, or --rank_allocation on")
     if method.target_rank is None:
         method.target_rank = max(1, method.lora_r // 2)
     try:

@@ -70,15 +70,13 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     }
 
 
-def live_adapter_params(
-    model: nn.Module, ranks: loralib.RankAllocator | ProximalGates | None, adapter_params: int
-) -> int:
+def live_adapter_params(applied: AppliedMethod, adapter_params: int) -> int:
     """Adapter parameters without those that belong to pruned singular values: e_i, B[:, i] and A[i, :] innermost."""
-    if ranks is None:
-        return adapter_params
+    if "peft" in applied.stateful:
+        return adapter_params - applied.stateful["peft"].pruned_params()
     pruned = 0
-    for name, mask in ranks.rank_pattern.items():
-        layer = model.get_submodule(name)
+    for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
+        layer = applied.model.get_submodule(name)
         per_value = 1 + layer.lora_B[-1].shape[0] + layer.lora_A[-1].shape[1]
         pruned += per_value * mask.count(False)
     return adapter_params - pruned
@@ -168,7 +166,6 @@ def _low_rank(model: nn.Module, args: MethodArguments, total_steps: int) -> Appl
             applied.allocator = loralib.RankAllocator(
                 model, args.lora_r, args.target_rank, init_warmup, final_warmup, args.mask_interval,
                 args.beta1, args.beta2, total_steps, args.target_total_rank, args.importance,
-                args.live_rank_scaling,
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(str(error)) from None
@@ -210,8 +207,14 @@ def _sora(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedM
     return AppliedMethod(model, gates=gates, callbacks=[gates])
 
 
+def _refuse_ignored_modules(config: Any, args: MethodArguments) -> None:
+    if config.target_modules is not None and args.lora_module != MethodArguments.lora_module:
+        raise UsageError(f"--lora_module: {args.peft_config} names its own target_modules: change them there")
+
+
 def _peft(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
     config = load_peft_config(args.peft_config, total_steps)
+    _refuse_ignored_modules(config, args)
     tuner = inject_peft(model, config, encoder_modules(model, args) if config.target_modules is None else [])
     _train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
     applied = AppliedMethod(model, needs_autocast=True)
@@ -255,6 +258,7 @@ def check_method_fits(model: nn.Module, args: MethodArguments, total_steps: int)
     """
     if args.method == "peft":
         config = load_peft_config(args.peft_config, total_steps)
+        _refuse_ignored_modules(config, args)
         modules = encoder_modules(model, args) if config.target_modules is None else []
         check_targets(model, config, modules)  # not all of peft's layers can be made without weights
         looks_at_whole_parameters = config.peft_type.value == "ADALORA"

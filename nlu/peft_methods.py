@@ -142,6 +142,15 @@ class PeftAdaLora(TrainerCallback):
         """Where peft's documentation calls it: after the step, before the gradients are cleared."""
         self.tuner.update_and_allocate(state.global_step + 1)
 
+    def pruned_params(self) -> int:
+        """Parameters that belong to pruned singular values, a row of A and a column of B with each."""
+        factors = dict(self.tuner.model.named_parameters())
+        pruned = 0
+        for name, kept in (self.config.rank_pattern or {}).items():
+            a, b = (factors[name.replace("lora_E", f"lora_{side}")] for side in "AB")
+            pruned += kept.count(False) * (1 + a.shape[1] + b.shape[0])
+        return pruned
+
     def state_dict(self) -> dict[str, Any]:
         """The scores' moving averages and the ranks, for a checkpoint."""
         allocator = self.tuner.rankallocator

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
-from nlu.checkpointing import remove_leftovers
+from nlu.checkpointing import last_whole_checkpoint, remove_leftovers
 from nlu.errors import UsageError
 from nlu.files import read_json
 from nlu.records import finite
@@ -52,6 +52,9 @@ _FREE = frozenset(
     }
 )
 
+# What a finished run may be asked for on top: it goes on from its last checkpoint, to predict.
+_PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
+
 _DEFAULTS = {f.name: f.default for part in (ModelArguments, DataArguments, MethodArguments) for f in fields(part)}
 
 
@@ -67,7 +70,7 @@ def changed_arguments(old: Any, new: dict[str, Any]) -> list[str]:
 
 
 def check_run_folder(folder: Path, new: dict[str, Any], overwrite: bool) -> str:
-    """What the folder holds: "new", "resume" (the same run, interrupted) or "finished".
+    """What the folder holds: "new", "resume" (the same run, interrupted, or finished but for predictions), "finished".
 
     Args:
         new: the arguments of the run that is about to start.
@@ -102,6 +105,13 @@ def _folder_state(folder: Path, new: dict[str, Any], overwrite: bool) -> str:
         return "new" if overwrite else "finished"
     if overwrite:
         return "new"
+    if previous.get("status") == "finished" and new["do_predict"] and set(changed) <= _PREDICTING:
+        if last_whole_checkpoint(folder / "model"):
+            return "resume"
+        raise UsageError(
+            f"{folder} holds this run, finished without predictions and without a checkpoint to predict from: use "
+            "nlu/predict.py with its adapter, or give --overwrite_output_dir to train again"
+        )
     raise UsageError(
         f"{folder} holds another run (other {', '.join(changed[:5])}): name another --root_output_dir, or give "
         "--overwrite_output_dir to replace it"

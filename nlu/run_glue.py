@@ -261,6 +261,11 @@ def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:
     missing = sorted(encoder & set(info["missing_keys"]))
     if missing:
         raise UsageError(f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {missing[0]}, …")
+    if arguments.training.do_predict and not arguments.training.do_train and set(info["missing_keys"]) - encoder:
+        raise UsageError(
+            f"--model_name_or_path {model.model_name_or_path} has no trained head, and nothing trains it before "
+            "--do_predict: give --do_train, or predict a trained adapter with nlu/predict.py"
+        )
     speed_up(loaded, not model.no_fast_attention, not model.no_fast_dropout)
     return loaded
 

@@ -52,7 +52,7 @@ def start_record(
     def live() -> dict[str, Any]:
         steps, seconds = trainer.state.global_step, trainer.train_seconds
         return {
-            "live_adapter_params": live_adapter_params(model, ranks, counts["adapter_params"]),
+            "live_adapter_params": live_adapter_params(trainer.applied, counts["adapter_params"]),
             "live_budget": ranks.live_rank if ranks else None,
             "steps": steps,
             "train_seconds": seconds,

@@ -30,13 +30,14 @@ add() {
 
 # given NAME ARGUMENTS…: prints the value that a flag has among the arguments (the last one); fails where it has none
 given() {
-    local flag=--$1 value= found=1
+    local wanted=--$1 name value= found=1
     shift
     while (($#)); do
-        case $1 in
-            "$flag") value=${2-} found=0 ;;
-            "$flag"=*) value=${1#*=} found=0 ;;
-        esac
+        name=${1%%=*}
+        if [[ --${name#--} == "$name" && --$(tr - _ <<<"${name#--}") == "$wanted" ]]; then # run_glue takes --max-steps too
+            [[ $1 == *=* ]] && value=${1#*=} || value=${2-}
+            found=0
+        fi
         shift
     done
     echo "$value"
@@ -45,9 +46,11 @@ given() {
 
 # Optimiser steps of a training of so many epochs, and of this one, into PUBLISHED_STEPS and STEPS
 count_steps() {
-    local per_epoch=$(((TRAIN_EXAMPLES + BATCH - 1) / BATCH)) epochs
+    local rows=$TRAIN_EXAMPLES per_epoch epochs limit
+    PUBLISHED_STEPS=$((EPOCHS * ((rows + BATCH - 1) / BATCH)))
+    limit=$(given max_train_samples "$@") && ((limit < rows)) && rows=$limit
+    per_epoch=$(((rows + BATCH - 1) / BATCH))
     epochs=$(given num_train_epochs "$@") || epochs=$EPOCHS
-    PUBLISHED_STEPS=$((EPOCHS * per_epoch))
     STEPS=$(given max_steps "$@") || STEPS=$(awk "BEGIN { s = $epochs * $per_epoch; print int(s) + (s > int(s)) }")
     [[ $STEPS =~ ^[0-9]+$ && $STEPS -gt 0 ]] || fail "--max_steps and --num_train_epochs want positive numbers"
 }
@@ -87,14 +90,22 @@ starter() {
 }
 
 launch() {
+    local name value
+    # What the settings, the first line and the folder depend on may come as a flag too, which then wins.
+    for name in METHOD:method SEED:seed MODEL:model_name_or_path; do
+        if value=$(given "${name#*:}" "$@"); then printf -v "${name%:*}" %s "$value"; fi
+    done
+    value=$(given task_name "$@") && [[ ${value,,} != "$TASK" ]] && fail "this script is for $TASK, not for $value: take $value's own"
     METHOD=${METHOD:-lora2} NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
     MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
     CONFIG=$ROOT/configs/methods/$METHOD.yaml
     [[ -f $CONFIG ]] || fail "no method '$METHOD': METHOD is one of $(cd "$ROOT/configs/methods" && echo *.yaml | sed 's/\.yaml//g')"
-    local name
-    for name in NPROC NNODES; do
+    for name in NPROC NNODES MASTER_PORT; do
         [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name must be a positive number, got '${!name}'"
     done
+    [[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) ||
+        fail "NODE_RANK must be a number from 0 to NNODES − 1 = $((NNODES - 1)), got '$NODE_RANK'"
+    [[ -z ${ACCELERATE:-} || -f $ACCELERATE ]] || fail "there is no file '$ACCELERATE': ACCELERATE is a file in configs/accelerate/"
     for name in per_device_train_batch_size gradient_accumulation_steps; do
         given $name "$@" >/dev/null && fail "--$name would change the batch of $BATCH: set PER_DEVICE, and NPROC, instead"
     done

@@ -33,10 +33,8 @@ PAPER_TABLES = (
     ),
     PaperTable("lora_table2", "Table 2 of LoRA: RoBERTa-large", "lora_table2_roberta_large", "paper_roberta_large"),
     PaperTable("table2", "Table 2 of LoRA²: time a step", "lora2_table2_time", "paper_table1"),
-    PaperTable(
-        "table3", "Table 3 of LoRA²: terms of the regulariser", "lora2_table3_regulariser", "table3_regulariser"
-    ),
-    PaperTable("table4", "Table 4 of LoRA²: target modules", "lora2_table4_modules", "table4_modules"),
+    PaperTable("table3", "Table 3 of LoRA²: terms of the regulariser", "lora2_table3_regulariser", "paper_table3"),
+    PaperTable("table4", "Table 4 of LoRA²: target modules", "lora2_table4_modules", "paper_table4"),
 )
 
 

@@ -356,30 +356,3 @@ def test_budget_falls_monotonically_to_the_target_and_is_what_is_live(r, count, 
     assert all(budget == r * count for budget in budgets[:warm])
     if final:
         assert allocator.live_rank == target
-
-
-def test_live_rank_scaling_divides_by_what_is_left_and_survives_saving(tmp_path):
-    model = model_of(count=3)
-    plain = copy.deepcopy(model)
-    allocator = loralib.RankAllocator(model, 4, 2, live_rank_scaling=True, **SETTINGS)
-    reference = loralib.RankAllocator(plain, 4, 2, **SETTINGS)
-    for t in range(1, 41):
-        random_step(model, torch.Generator().manual_seed(t))
-        random_step(plain, torch.Generator().manual_seed(t))
-        allocator.update_and_mask(model, t)
-        reference.update_and_mask(plain, t)
-    layers, plain_layers = loralib.lora_layers(model), loralib.lora_layers(plain)
-    live = {name: sum(mask) for name, mask in allocator.rank_pattern.items()}
-    assert set(live.values()) != {2}  # the layers keep different numbers
-    for name, layer in layers.items():
-        assert layer.scaling == pytest.approx(plain_layers[name].scaling * 4 / max(1, live[name]))
-    fresh = model_of(count=3)
-    resumed = loralib.RankAllocator(fresh, 4, 2, live_rank_scaling=True, **SETTINGS)
-    resumed.load_state_dict(allocator.state_dict())
-    assert [m.scaling for m in loralib.lora_layers(fresh).values()] == [m.scaling for m in layers.values()]
-    with pytest.raises(ValueError, match="live_rank_scaling=True"):
-        loralib.RankAllocator(fresh, 4, 2, **SETTINGS).load_state_dict(allocator.state_dict())
-    expected = {name: layer.delta_weight() for name, layer in layers.items()}
-    loralib.compact(model, allocator.rank_pattern)
-    for name, layer in loralib.lora_layers(model).items():
-        torch.testing.assert_close(layer.delta_weight(), expected[name])

@@ -117,6 +117,23 @@ def test_a_resumed_trainer_ends_with_the_same_bits(pretrained, tmp_path):
     assert torch.equal(state["allocator"]["mask"], resumed_state["allocator"]["mask"])
 
 
+def test_the_best_checkpoint_comes_back_with_its_ranks(pretrained, tmp_path):
+    falling = iter(range(100, 0, -1))
+    model = injected(pretrained)
+    trainer = MyTrainer(
+        model=model, train_dataset=rows(pretrained), eval_dataset=rows(pretrained, 8), low_rank=low_rank(model),
+        args=arguments(tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+                       load_best_model_at_end=True, metric_for_best_model="order", greater_is_better=True),
+        compute_metrics=lambda _: {"order": next(falling)},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2") and trainer.state.global_step == STEPS
+    live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
+    pattern = trainer.low_rank.rank_pattern
+    assert sum(map(sum, pattern.values())) > 12  # more than at the end
+    assert all(not value or pattern[name][i] for name, values in live.items() for i, value in enumerate(values))
+
+
 def test_evaluation_has_no_penalty(pretrained, tmp_path):
     model = injected(pretrained)
     trainer = MyTrainer(model=model, args=arguments(tmp_path), low_rank=low_rank(model))

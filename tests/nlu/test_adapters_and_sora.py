@@ -121,16 +121,15 @@ def test_gates_shrink_by_lambda_times_the_rate_just_used():
     inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
     layers = loralib.lora_layers(model)
     gates = ProximalGates(model, sparsity=5.0)
-    others = [p for p in model.parameters() if p is not next(iter(layers.values())).lora_E]
-    optimizer = torch.optim.SGD(
-        [{"params": others, "lr": 9.0}, {"params": [layers[n].lora_E for n in layers][:1]}], lr=0.1
-    )
-    start = {name: layer.lora_E.detach().clone() for name, layer in layers.items()}
+    values = [layer.lora_E for layer in layers.values()]
+    others = [p for p in model.parameters() if all(p is not e for e in values)]
+    optimizer = torch.optim.SGD([{"params": others, "lr": 9.0}, {"params": values, "lr": 0.1}], lr=0.3)
+    with torch.no_grad():
+        for e in values:
+            e.copy_(torch.tensor([0.2, -0.7, 1.5, -0.5]))
     gates.on_optimizer_step(None, None, None, optimizer=optimizer)
-    name = next(iter(layers))
-    rate = gates.learning_rate(optimizer)
-    shrunk = np.sign(start[name].numpy()) * np.maximum(np.abs(start[name].numpy()) - 5.0 * rate, 0)
-    np.testing.assert_allclose(layers[name].lora_E.detach().numpy(), shrunk, atol=1e-6)
+    for e in values:  # 5 × 0.1 nearer to 0, and no further than 0
+        np.testing.assert_allclose(e.detach().numpy(), [0, -0.2, 1.0, 0], atol=1e-6)
 
 
 def test_gates_follow_a_proximal_gradient_reference():

@@ -5,9 +5,10 @@ import shlex
 
 import pytest
 
-from nlu.arguments import parse_arguments
+from nlu.arguments import _one_device, parse_arguments
 from nlu.errors import UsageError
 from nlu.run_folder import changed_arguments
+from nlu.trainer import effective_batch_size
 
 PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
     --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup 8000 --final_warmup 50000
@@ -192,3 +193,11 @@ def test_an_argument_that_an_older_record_lacks_counts_as_its_default():
     assert changed_arguments(old, new | {"value_lr_ratio": 2.0}) == ["value_lr_ratio"]
     assert changed_arguments({k: v for k, v in new.items() if k != "max_steps"}, new) == ["max_steps"]
     assert "task_name" in changed_arguments({}, new)
+
+
+def test_one_process_uses_one_device_so_that_the_batch_is_the_one_asked_for():
+    training = parse(f"{BASE} --per_device_train_batch_size 32").training
+    training._n_gpu = 8  # what transformers finds on a machine with eight GPUs, without torchrun
+    assert effective_batch_size(training) == 256
+    _one_device(training)
+    assert training.n_gpu == 1 and effective_batch_size(training) == 32

@@ -101,6 +101,61 @@ def test_who_asks_for_hidden_states_or_attention_gets_whole_ones(kind):
     assert first.shape[1] == 1  # and who does not ask is served fast again
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_whoever_calls_the_encoder_itself_gets_the_whole_sequence(kind):
+    model, inputs = build(kind).eval(), batch()
+    speed_up(model)
+    assert model(**inputs).logits.shape == (3, 2)
+    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    assert model.base_model(**asked).last_hidden_state.shape[1] == 11
+    with pytest.raises((AttributeError, TypeError)):
+        model(input_ids="no tensor")  # a call that fails half way leaves nothing behind
+    assert model.base_model(**asked).last_hidden_state.shape[1] == 11
+    states = model.forward(**asked, output_hidden_states=True).hidden_states
+    assert {state.shape[1] for state in states} == {11}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_checkpointed_layers_repeat_what_they_did_whatever_is_asked_in_between(kind):
+    model, inputs = build(kind), batch()
+    expected = loss_and_grads(model, inputs)[1]
+    speed_up(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**inputs).loss
+    with torch.no_grad():
+        model(**inputs, output_hidden_states=True)
+    model.zero_grad()
+    loss.backward()
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).abs().max() <= 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_hooks_and_subclasses_of_the_attention_keep_their_say(kind):
+    model, inputs = build(kind).eval(), batch()
+    attention = model.base_model.encoder.layer[-1].attention
+
+    def halve(module, args, output):
+        return (output[0] / 2, *output[1:])
+
+    attention.self.register_forward_hook(halve)
+    expected = model(**inputs).logits
+    assert enable_first_token(model)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    disable_first_token(model)
+    attention.self.__class__ = type("Mine", (type(attention.self),), {})
+    assert not enable_first_token(model)
+
+
+def test_compiled_models_compute_the_same():
+    model, inputs = build("bert").eval(), batch()
+    expected = model(**inputs).logits
+    speed_up(model)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, expected)
+
+
 def test_it_is_undone_and_leaves_other_models_alone():
     for kind in ("bert", "roberta", "deberta-v2"):
         model = build(kind)

@@ -50,6 +50,36 @@ def test_ax_gets_the_answers_of_the_trained_model(mnli_flags, tmp_path):
     assert rows_of(folder / "AX.tsv") == rows_of(folder / "MNLI-mm.tsv")
 
 
+def test_predictions_can_be_asked_of_a_run_that_has_finished(mnli_flags, tmp_path, capsys):
+    """The same files as when they are asked for at once; without a checkpoint it says what to do."""
+    at_once = [*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2"]
+    assert main(at_once) == 0
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "run/predictions").iterdir()}
+    later = [flag for flag in at_once if flag not in ("--do_predict", "--predict_task", "ax")]
+    for strategy, code in (("no", 2), ("steps", 0)):
+        folder = tmp_path / strategy
+        own = ["--root_output_dir", str(folder), "--save_strategy", strategy, "--save_steps", "1"]
+        assert main([*later, *own]) == 0
+        weights = (folder / "adapter/adapter_model.safetensors").read_bytes()
+        assert main([*later, *own, "--do_predict", "--predict_task", "ax"]) == code
+        assert (folder / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert "without a checkpoint" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "steps/predictions").iterdir()} == expected
+
+
+def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path, capsys):
+    flags = [f for f in mnli_flags if f not in ("--do_train", "--max_steps", "2", "--save_strategy", "no")]
+    assert main([*flags, "--predict_task", "ax"]) == 2
+    assert "no trained head" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.tsv"))
+
+
+def test_ax_cannot_be_trained_on(mnli_flags, capsys):
+    flags = ["ax" if flag == "mnli" else flag for flag in mnli_flags]
+    assert main(flags) == 2
+    assert "ax has a test set only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task, drop, message", [
     ("ax", "--do_predict", "needs --do_predict"), ("qnli", None, "other classes"), ("mnli", None, "other classes"),
     ("nosuch", None, "unknown task"),

@@ -12,6 +12,8 @@ import yaml
 
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
+from nlu.sweeping.experiments import load_experiment
+from nlu.sweeping.runs import Places, command_line
 from nlu.trainer import effective_batch_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +137,37 @@ def test_every_method_is_understood(method):
     assert arguments.method_config == method
 
 
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs/experiments").glob("paper_*.yaml")])
+def test_what_reproduces_a_papers_table_is_understood(name, tmp_path):
+    """Each row on one of its tasks, by turns: the script's settings, the row's own flags, the sweep's folder."""
+    runs = [run for run in load_experiment(ROOT / f"configs/experiments/{name}.yaml").runs if run.axes["seed"] == 2]
+    by_label, scripts = {}, set()
+    for run in runs:
+        by_label.setdefault(next(v for k, v in run.axes.items() if k not in ("task_name", "seed")), []).append(run)
+    for i, of_label in enumerate(by_label.values()):
+        run = of_label[i % len(of_label)]
+        prefix, script, *flags = _split_at_script(command_line(run, Places(tmp_path, tmp_path, [])))
+        environment = dict(word.split("=", 1) for word in prefix if "=" in word)
+        code, told, words = dry_run(script, *flags, **environment)
+        assert code == 0 and "seed 2, about" in told, told
+        arguments = arguments_of(words)
+        assert arguments.data.task_name == run.arguments["task_name"] and arguments.training.seed == 2
+        assert arguments.training.root_output_dir == str(tmp_path / run.folder)
+        for key in run.arguments.keys() - {"method", "seed", "task_name"}:
+            assert arguments.record[key] == run.arguments[key], key
+        scripts.add(script)
+    assert len(scripts) == min(len(by_label), len({run.axes["task_name"] for run in runs}))
+
+
+def _split_at_script(words):
+    i = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+    return [words[:i], Path(words[i]).name, *words[i + 1 :]]
+
+
+def test_wnli_is_understood():
+    assert settings("run_debertav3_wnli.sh", METHOD="lora2")["task_name"] == "wnli"
+
+
 def test_full_fine_tuning_keeps_its_own_learning_rate():
     assert settings("run_debertav3_rte.sh", METHOD="full")["learning_rate"] == 2e-5
 
@@ -162,6 +195,13 @@ def test_the_effective_batch_stays(processes, nodes, per_device, accumulation, m
     (["--per_device_train_batch_size", "8"], {}, "would change the batch"),
     (["--gradient_accumulation_steps=2"], {}, "would change the batch"),
     (["--max_steps", "-3"], {}, "want positive numbers"),
+    (["--per-device-train-batch-size", "8"], {}, "would change the batch"),
+    (["--task_name", "mrpc"], {}, "this script is for rte, not for mrpc"),
+    (["--method=nosuch"], {}, "no method 'nosuch'"),
+    ([], {"NODE_RANK": "x"}, "NODE_RANK must be a number from 0 to NNODES − 1 = 0"),
+    ([], {"NODE_RANK": "2", "NNODES": "2"}, "NODE_RANK must be a number from 0 to NNODES − 1 = 1"),
+    ([], {"MASTER_PORT": "abc"}, "MASTER_PORT must be a positive number"),
+    ([], {"ACCELERATE": "nosuch.yaml"}, "there is no file 'nosuch.yaml'"),
 ])  # fmt: skip
 def test_scripts_refuse_with_one_line(flags, environment, message):
     code, told, _ = dry_run("run_debertav3_rte.sh", *flags, **environment)
@@ -188,6 +228,22 @@ def test_fewer_epochs_scale_the_schedule_and_more_do_not():
     assert (more.init_warmup, more.final_warmup) == (600, 1800)
     own = arguments_of(dry_run("run_debertav3_rte.sh", "--max_steps", "500", "--init_warmup", "7")[2]).method
     assert own.init_warmup == 7
+
+
+def test_flags_that_follow_are_what_the_first_line_the_settings_and_the_folder_say():
+    flags = ["--seed=3", "--method", "adalora", "--model-name-or-path", "models/mine", "--task_name", "RTE"]
+    code, told, words = dry_run("run_debertav3_rte.sh", *flags)
+    assert code == 0 and "rte with adalora on models/mine, seed 3" in told
+    arguments = arguments_of(words)
+    assert (arguments.method.lora_r, arguments.training.seed) == (2, 3)
+    assert arguments.training.root_output_dir.endswith("output/glue/mine/rte/adalora/seed-3")
+
+
+def test_fewer_rows_and_hyphens_shorten_the_schedule_too():
+    told, words = dry_run("run_debertav3_rte.sh", "--max_train_samples", "320")[1:]
+    assert "about 500 steps" in told and "shorter than the published 3900" in told
+    assert arguments_of(words).method.init_warmup == 600 * 500 // 3900
+    assert "about 100 steps" in dry_run("run_debertav3_rte.sh", "--max-steps=100")[1]
 
 
 def test_several_machines_go_through():
