@@ -113,8 +113,9 @@ class Places:
         for path in sorted(self.measured.parent.rglob("results.json")):
             record = {} if path.is_relative_to(self.measured) else read_json(path) or {}
             made = record.get("sweep", {})
-            run = wanted.pop(_key(made.get("arguments")), None) if record.get("status") == "finished" else None
-            if run is None or "copied_from" in made:
+            original = record.get("status") == "finished" and "copied_from" not in made
+            run = wanted.pop(_key(made.get("arguments")), None) if original else None
+            if run is None:
                 continue
             target = self.record(run).parent
             target.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,11 @@ def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(
     }  # fmt: skip
     assert {k: v for k, v in taken.items() if k != "sweep"} == {k: v for k, v in first.items() if k != "sweep"}
     assert not any("copied_from" in r["sweep"] for name, r in records.items() if name != "second/eight-cola-seed=1")
-    # A copy is no source of copies, and another argument is another run.
+    # A copy is no source of copies, hides no original that is listed after it, and another argument is another run.
+    for name in ("a-copy", "one-more"):
+        assert "1 run(s) taken over" in "".join(
+            run(BASIC | {"name": name, "grid": {**grid, "rank": {"eight": grid["rank"]["eight"]}, "seed": [1]}})[1:]
+        )
     (tmp_path / "measured/first/lora-cola-seed=1/results.json").unlink()
     grid["rank"].pop("two")
     assert "taken over" not in "".join(run(BASIC | {"name": "third", "grid": grid | {"seed": [1]}})[1:])
