@@ -173,14 +173,13 @@ def _spectra(experiment: MeasuredExperiment) -> Drawing | None:
         width = max(map(len, spectra))
         table = np.array([[*values, *[0.0] * (width - len(values))] for values in spectra])
         middle, low, high = np.median(table, axis=0), *np.quantile(table, [0.1, 0.9], axis=0)
-        shown = middle > 1e-8  # a logarithmic axis has no place for what is pruned in half of the modules
+        shown = middle > 1e-5  # a logarithmic axis has no place for what is pruned in half of the modules
         index = np.arange(1, width + 1)
         axes.plot(index[shown], middle[shown], label=row.label, markersize=3.5, linewidth=1.2, **style)
         axes.fill_between(
-            index[shown], np.maximum(low, 1e-8)[shown], high[shown], color=style["color"], alpha=0.12, lw=0
+            index[shown], np.maximum(low, 1e-5)[shown], high[shown], color=style["color"], alpha=0.12, lw=0
         )
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-5))
 
     rows = [row for row in experiment.rows if any(record.raw.get("spectra") for record in row.every)]
     if not rows:
@@ -241,7 +240,9 @@ def _learning_rates(experiment: MeasuredExperiment, records: list[Record], name:
     records = [record for record in records if LEARNING_RATE in record.axes]
     if not records:
         return None
-    labels = list(dict.fromkeys(_without_rate(record) for record in records))
+    found = list(dict.fromkeys(_without_rate(record) for record in records))
+    known = [row.label for row in experiment.rows if row.label in found]
+    labels = known + [label for label in found if label not in known]  # a row's style is the same in every figure
     tasks = sorted_tasks({record.task for record in records})
     figure, panels = _grid_of_panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=False):
@@ -253,8 +254,8 @@ def _learning_rates(experiment: MeasuredExperiment, records: list[Record], name:
             _line_with_band(axes, by_rate, label, style, spread=True)
         axes.set_xscale("log")
         rates = sorted({record.axes[LEARNING_RATE] for record in records})
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        axes.tick_params(axis="x", labelrotation=30)
+        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=60, ha="right", rotation_mode="anchor")
+        axes.tick_params(axis="x", labelsize=8)
         axes.minorticks_off()
         axes.set_title(NAMES.get(task, task), loc="left")
     held_out = name == "selection"
