@@ -73,7 +73,7 @@ def test_a_run_has_its_share_of_the_threads_and_another_command_its_own_process(
 def test_forked_children_have_the_share_too(tmp_path):
     """In a process of its own: the server takes its environment when it first starts."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom nlu import launchers\n"
+        "import sys\nfrom pathlib import Path\nfrom nlu.sweeping import launchers\n"
         "def show(argv, log, folder):\n"
         "    import os, torch\n"
         "    Path(log).write_text(f\"{os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()}\")\n"
