@@ -66,7 +66,7 @@ from nlu.run_folder import check_run_folder, hold_run_folder
 from nlu.run_record import report, start_record
 from nlu.speed import speed_up
 from nlu.tasks import Task, get_task
-from nlu.trainer import GlueTrainer, updates_per_epoch, wait_for_all
+from nlu.trainer import GlueTrainer, end_processes, updates_per_epoch, wait_for_all
 
 logger = logging.getLogger("nlu")
 
@@ -329,4 +329,7 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_warning()
-    sys.exit(main())
+    code = main()
+    if code == 0:  # after an error the others may never come
+        end_processes()
+    sys.exit(code)

@@ -366,6 +366,13 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def end_processes() -> None:
+    """Leave the process group together: one that ends while another still talks to it can abort that one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def effective_batch_size(args: Any) -> int:
     """Rows of one optimiser step, over all processes and accumulation steps."""
     return args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * args.world_size

@@ -14,7 +14,7 @@ if __package__ in (None, ""):
 import torch
 
 from nlu import run_glue
-from nlu.trainer import effective_batch_size
+from nlu.trainer import effective_batch_size, end_processes
 
 
 def run(flags: list[str]) -> None:
@@ -40,3 +40,4 @@ def run(flags: list[str]) -> None:
 if __name__ == "__main__":
     for flags in json.loads(Path(sys.argv[1]).read_text()):
         run(flags)
+    end_processes()
