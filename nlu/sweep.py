@@ -99,11 +99,12 @@ def run_sweep(args: argparse.Namespace) -> int:
             loop.run(selecting)
             if not loop.stopped_by:
                 choice = choose(selection, places)
-                if selection:
+                if selection and selection.candidates:
                     places.write_selection(selection, choice)
                 runnable, blocked = chosen_runs(final, selection, choice)
                 places.check_unchanged(runnable, args.rerun_changed)
-                loop.block(blocked, "its selection runs have not all ended, or none of them finished")
+                if blocked:
+                    loop.block(blocked, selection.why_missing)
                 loop.run(runnable)
         return loop.summary()
 

@@ -3,7 +3,8 @@
 name: example
 description: one sentence, printed at the start
 command: bash scripts/run_{task_name}.sh   # optional, in place of nlu/run_glue.py; the run's arguments fill the braces
-base_from: other.yaml                   # optional: a file beside this one, whose base goes under this file's
+builds_on: other.yaml                   # optional: a file beside this one; its base and overrides go under this
+                                        # file's, and the argument it chooses is taken from its finished selection
 base:                                   # arguments of every run, any flag of nlu/run_glue.py
   max_steps: 600
 grid:                                   # one run for each combination
@@ -14,7 +15,7 @@ grid:                                   # one run for each combination
   task_name: [cola, rte]
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
-overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]   # they win over the grid, later ones over earlier ones
+overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
 reference: {variant: inner}             # what the tables compare with (default: the rows whose method is lora)
 select:                                 # optional: choose one argument on a held-out part of the training set
   argument: learning_rate               # for each combination of the axes but seed
@@ -27,18 +28,17 @@ select:                                 # optional: choose one argument on a hel
 import itertools
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError
 from nlu.files import parse_yaml
+from nlu.sweeping.yaml_values import checked_arguments, mapping, mappings, scalar, value_list
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
-SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
-_TOP = {"name", "description", "command", "base", "base_from", "grid", "exclude", "overrides", "reference", "select"}
+_TOP = {"name", "description", "command", "base", "builds_on", "grid", "exclude", "overrides", "reference", "select"}
 _SELECT = {"argument", "values", "seeds", "set", "overrides"}
-_YAML_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as text; people write it as a number
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Selection:
-    """The stage that chooses `argument`: its runs, each under a key, its combination of the axes but seed."""
+    """What chooses `argument`: a stage of its own, with runs under each combination of the axes but seed (the key), or
+    the stage of the experiment `taken_from`, whose axes are flags, so that a run's arguments tell its key."""
 
     argument: str
     per: tuple[str, ...]
     candidates: dict[tuple, dict[Any, list[Run]]]  # key → value → runs, one for each seed
+    taken_from: str | None = None
 
     def key(self, run: Run) -> tuple:
-        return tuple(run.axes[axis] for axis in self.per)
+        source = run.arguments if self.taken_from else run.axes
+        return tuple(source.get(axis) for axis in self.per)
+
+    @property
+    def why_missing(self) -> str:
+        """What to say of a run for which there is no choice."""
+        if self.taken_from:
+            return f"{self.taken_from} has not chosen its {self.argument}; run that experiment first"
+        return "its selection runs have not all ended, or none of them finished"
 
     @property
     def runs(self) -> list[Run]:
@@ -108,20 +118,41 @@ def _read_yaml(path: Path) -> Any:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
 
+@dataclass(frozen=True)
+class _Foundation:
+    """What a file takes over from the one that it builds on."""
+
+    name: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    overrides: tuple[tuple[dict[str, list], dict[str, Any]], ...] = ()  # (flag → values, arguments)
+    argument: str | None = None  # what its selection chooses, for each combination of `per`
+    per: tuple[str, ...] = ()
+
+    def under(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for a run whose own are `own`, which win."""
+        found = {**self.base, **own}
+        arguments = dict(self.base)
+        for when, values in self.overrides:
+            if all(found.get(flag) in wanted for flag, wanted in when.items()):
+                arguments.update(values)
+        return {**arguments, **own}
+
+
 class _Reader:
     """The checks of one file, from the top key down."""
 
     def __init__(self, content: Any, settings: dict[str, Any], folder: Path) -> None:
-        self.content = _mapping(content, "the file", _TOP)
-        self.settings = _arguments(settings, "--set")
+        self.content = mapping(content, "the file", _TOP)
+        self.settings = checked_arguments(settings, "--set")
         self.name = self.content.get("name")
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
             raise UsageError("name must be a word of letters, digits, _ . and - (it becomes a folder)")
-        self.base = {**self._base_from(folder), **_arguments(self.content.get("base"), "base")}
+        self.foundation = self._builds_on(folder)
+        self.base = checked_arguments(self.content.get("base"), "base")
         self.grid = self._grid()
         self.overrides = [
             (self._when(o.get("when"), "overrides"), self._override_arguments(o.get("set"), "overrides"))
-            for o in _mappings(self.content.get("overrides"), "overrides", {"when", "set"})
+            for o in mappings(self.content.get("overrides"), "overrides", {"when", "set"})
         ]
         for key in self.settings:
             if key in self.grid:
@@ -143,13 +174,35 @@ class _Reader:
         _check_names(every_run)
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
 
-    def _base_from(self, folder: Path) -> dict[str, Any]:
-        name = self.content.get("base_from")
+    def _builds_on(self, folder: Path) -> _Foundation:
+        name = self.content.get("builds_on")
         if name is None:
-            return {}
+            return _Foundation()
         if not isinstance(name, str) or Path(name).name != name:
-            raise UsageError("base_from must be the name of a file in the same folder")
-        return _arguments(_mapping(_read_yaml(folder / name), f"base_from {name}", _TOP).get("base"), f"{name}: base")
+            raise UsageError("builds_on must be the name of a file in the same folder")
+        content = _read_yaml(folder / name)
+        if isinstance(content, dict) and "builds_on" in content:
+            raise UsageError(f"builds_on {name}, which builds on another file itself; name that one")
+        try:
+            return _Reader(content, {}, folder).as_foundation()
+        except UsageError as error:
+            raise UsageError(f"builds_on {name}: {error}") from None
+
+    def as_foundation(self) -> _Foundation:
+        """What another file may take over; its conditions must be on flags, since that file has other axes.
+
+        Raises:
+            UsageError: an axis with labels in a condition or in the selection.
+        """
+        select = mapping(self.content.get("select", {}), "select", _SELECT)
+        per = tuple(axis for axis in self.grid if axis != "seed") if select else ()
+        for axis in {*per, *(axis for when, _ in self.overrides for axis in when)}:
+            if isinstance(self.content["grid"][axis], dict):
+                raise UsageError(f"{axis} has labels and is no flag, so nothing can build on this file")
+        argument = select.get("argument")
+        if argument is not None and not isinstance(argument, str):
+            raise UsageError("select.argument must name one flag")
+        return _Foundation(self.name, self.base, tuple(self.overrides), argument, per)
 
     def _grid(self) -> dict[str, dict[Any, dict[str, Any]]]:
         """Axis → label → arguments."""
@@ -159,10 +212,10 @@ class _Reader:
         grid = {}
         for axis, labels in raw.items():
             if isinstance(labels, dict):
-                choices = {label: _arguments(value, f"grid.{axis}.{label}") for label, value in labels.items()}
+                choices = {label: checked_arguments(value, f"grid.{axis}.{label}") for label, value in labels.items()}
             elif isinstance(labels, list):
-                _arguments({axis: None}, "grid")
-                values = [_scalar(value, f"grid.{axis}") for value in labels]
+                checked_arguments({axis: None}, "grid")
+                values = [scalar(value, f"grid.{axis}") for value in labels]
                 if len(set(map(str, values))) != len(values):
                     raise UsageError(f"grid.{axis} lists a value twice")
                 choices = {value: {axis: value} for value in values}
@@ -188,6 +241,7 @@ class _Reader:
         arguments = dict(self.base)
         for axis, label in axes.items():
             arguments.update(self.grid[axis][label])
+        arguments = self.foundation.under(arguments)
         for when, values in self.overrides:
             if _matches(axes, when):
                 arguments.update(values)
@@ -201,14 +255,14 @@ class _Reader:
             if axis not in self.grid:
                 raise UsageError(f"{where} names {axis}, which is no axis of the grid ({', '.join(self.grid)})")
             labels = labels if isinstance(labels, list) else [labels]
-            checked[axis] = [_scalar(label, where) for label in labels]
+            checked[axis] = [scalar(label, where) for label in labels]
             for label in checked[axis]:
                 if label not in self.grid[axis]:
                     raise UsageError(f"{where} names {axis} {label}, which the grid does not have")
         return checked
 
     def _override_arguments(self, values: Any, where: str) -> dict[str, Any]:
-        values = _arguments(values, where)
+        values = checked_arguments(values, where)
         for key in values:
             if isinstance(self.content["grid"].get(key), list):
                 raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
@@ -216,20 +270,20 @@ class _Reader:
 
     def _selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
         if "select" not in self.content:
-            return None
-        raw = _mapping(self.content["select"], "select", _SELECT)
+            return self._taken_selection(combinations)
+        raw = mapping(self.content["select"], "select", _SELECT)
         argument, per = raw.get("argument"), [axis for axis in self.grid if axis != "seed"]
         if not isinstance(argument, str) or argument in self.grid or argument in self.settings:
             raise UsageError("select.argument must name one flag that neither the grid nor --set fixes")
-        extra = _arguments(raw.get("set"), "select.set")
+        extra = checked_arguments(raw.get("set"), "select.set")
         if "holdout_fraction" not in extra:
             raise UsageError("select.set needs holdout_fraction: choosing on the validation set would leak it")
-        values = _value_list(raw.get("values"), "select.values")
+        values = value_list(raw.get("values"), "select.values")
         overrides = [
-            (self._when(o.get("when"), "select.overrides"), _value_list(o.get("values"), "select.overrides"))
-            for o in _mappings(raw.get("overrides"), "select.overrides", {"when", "values"})
+            (self._when(o.get("when"), "select.overrides"), value_list(o.get("values"), "select.overrides"))
+            for o in mappings(raw.get("overrides"), "select.overrides", {"when", "values"})
         ]
-        seeds = _value_list(raw.get("seeds"), "select.seeds")
+        seeds = value_list(raw.get("seeds"), "select.seeds")
         candidates: dict[tuple, dict[Any, list[Run]]] = {}
         for axes in combinations:
             key = tuple(axes[axis] for axis in per)
@@ -246,6 +300,16 @@ class _Reader:
         if any(argument in self._resolve(axes) for axes in combinations):
             raise UsageError(f"{argument} is both selected and set in base, grid or overrides; leave one")
         return Selection(argument, tuple(per), candidates)
+
+    def _taken_selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
+        """The choice of the file that this one builds on, unless this file sets the argument itself."""
+        argument = self.foundation.argument
+        lacking = [axes for axes in combinations if argument is not None and argument not in self._resolve(axes)]
+        if not lacking:
+            return None
+        if len(lacking) < len(combinations):
+            raise UsageError(f"{argument} is set for some runs and left to {self.foundation.name} for others")
+        return Selection(argument, self.foundation.per, {}, self.foundation.name)
 
     def _candidate(self, axes: dict, per: list[str], argument: str, value: Any, seed: Any, extra: dict) -> Run:
         arguments = {**self._resolve(axes), **extra, argument: value, "seed": seed}
@@ -294,48 +358,3 @@ def _check_names(runs: list[Run]) -> None:
 
 def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
     return all(axes[axis] in labels for axis, labels in rule.items())
-
-
-def _mapping(value: Any, where: str, known: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} must be a mapping with keys among {', '.join(sorted(known))}")
-    for key in value:
-        if key not in known:
-            raise UsageError(f"{where} has the unknown key {key}; known: {', '.join(sorted(known))}")
-    return value
-
-
-def _mappings(value: Any, where: str, known: set[str]) -> list[dict[str, Any]]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise UsageError(f"{where} must be a list of mappings with the keys {', '.join(sorted(known))}")
-    return [_mapping(item, where, known) for item in value]
-
-
-def _arguments(value: Any, where: str) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} must be a mapping of run_glue flags to values")
-    for key in value:
-        if not isinstance(key, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", key):
-            raise UsageError(f"{where} has {key!r}, which is no flag's name (write it without dashes in front)")
-        if key in SET_BY_THE_SWEEP:
-            raise UsageError(f"{where} sets {key}, which the sweep sets itself")
-    return {key: _scalar(item, f"{where}.{key}") for key, item in value.items()}
-
-
-def _value_list(value: Any, where: str) -> list:
-    if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
-        raise UsageError(f"{where} must be a list of different values, at least one")
-    return [_scalar(item, where) for item in value]
-
-
-def _scalar(value: Any, where: str) -> Any:
-    """One flag's value; text such as 1e-3 becomes the number that was meant."""
-    if isinstance(value, str) and _YAML_FLOAT.fullmatch(value):
-        return float(value)
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise UsageError(f"{where} must be one value, not {type(value).__name__}; write lists as run_glue does (a,b)")
-    return value

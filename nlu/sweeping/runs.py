@@ -182,8 +182,15 @@ def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str,
     """For each key whose candidates have all ended: the value with the highest mean held-out score.
 
     A value with a failed run (a diverged loss, say) cannot be chosen. `edge` says that the winner is the smallest or
-    largest value tried, so a better one may lie beyond.
+    largest value tried, so a better one may lie beyond. What another experiment chose is read from its records.
     """
+    if selection and selection.taken_from:
+        path = places.measured.parent / selection.taken_from / "selection.json"
+        try:
+            choices = (read_json(path) or {"choices": []})["choices"]
+            return {tuple(entry[axis] for axis in selection.per): {"chosen": entry["chosen"]} for entry in choices}
+        except (KeyError, TypeError):
+            raise UsageError(f"{path} is no list of choices; run {selection.taken_from} again") from None
     chosen = {}
     for key, values in (selection.candidates if selection else {}).items():
         scores: dict[Any, float | None] = {}

@@ -163,7 +163,7 @@ experiments = st.fixed_dictionaries(
     optional={
         "description": anything,
         "command": st.sampled_from(["run {task_name}", "run {x.__class__}", "run {0}", "run {", "'"]) | anything,
-        "base_from": st.sampled_from(["other.yaml", "../other.yaml", "/etc/passwd", "."]) | anything,
+        "builds_on": st.sampled_from(["other.yaml", "../other.yaml", "/etc/passwd", "."]) | anything,
         "exclude": st.lists(mappings, max_size=2) | anything,
         "overrides": st.lists(st.fixed_dictionaries({"when": mappings, "set": mappings}), max_size=2) | anything,
         "reference": mappings,

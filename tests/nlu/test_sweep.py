@@ -1,4 +1,4 @@
-"""The sweep with real child processes (a stand-in for run_glue), its experiment files, and what it does on failures."""
+"""The sweep with real child processes (a stand-in for run_glue), and what it does on failures."""
 
 import json
 import os
@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.sweeping.experiments import load_experiment
-from nlu.sweeping.runs import Places, command_line, comparable, portable
+from nlu.sweeping.runs import comparable, portable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run_glue.py")
@@ -309,119 +307,6 @@ def test_a_damaged_record_is_named_and_nothing_starts(run, tmp_path):
     assert not list((tmp_path / "output").rglob("results.json"))
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(["name", "base", "grid", "method", "task_name", "seed", "select", "when", "set"]),
-                inner,
-                max_size=4,
-            )
-        ),
-        max_leaves=12,
-    )
-)
-def test_any_content_loads_or_raises_one_usage_error(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    for candidate in (content, {**BASIC, **content} if isinstance(content, dict) else {**BASIC, "grid": content}):
-        path.write_text(yaml.safe_dump(candidate))
-        try:
-            experiment = load_experiment(path)
-        except UsageError as error:
-            assert "\n" not in str(error)
-        else:
-            assert experiment.runs
-
-
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "configs/experiments").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_the_repository_s_experiments_load(path):
-    experiment = load_experiment(path, {"model_name_or_path": "encoder"})
-    assert experiment.name == path.stem and experiment.description
-    assert any(run.reference for run in experiment.runs)
-
-
-@pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "configs/experiments").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_run_glue_accepts_every_command_of_the_experiments(path, tmp_path):
-    from nlu.arguments import parse_arguments
-
-    places = Places(tmp_path, tmp_path, [])
-    experiment = load_experiment(path, {"model_name_or_path": "encoder"})
-    runs = experiment.runs + (experiment.selection.runs if experiment.selection else [])
-    parsed = 0
-    for run in {
-        tuple(run.arguments[key] for key in sorted(run.arguments) if key != "seed"): run for run in runs
-    }.values():
-        if run.command:
-            assert (REPOSITORY / run.command[-1]).is_file()
-            assert f"METHOD={run.arguments['method']}" in run.command
-            continue
-        record = parse_arguments(command_line(run, places)).record
-        for key, value in run.arguments.items():
-            if value is not None and key not in ("method", "bf16", "eval_strategy", "save_strategy"):
-                assert record[key] == value, key
-        parsed += 1
-    assert parsed or experiment.runs[0].command
-
-
-def test_the_evidence_protocol_is_fair():
-    """Equal scale, steps and batch for the LoRA-like methods; four learning rates, a factor of 16; no shared seeds."""
-    experiment = load_experiment(REPOSITORY / "configs/experiments/evidence.yaml", {"model_name_or_path": "encoder"})
-    ranks = {"lora": 8, "lora_r1": 1, "adalora": 8, "lora2": 8, "lora2_k1": 8}
-    scaled = [run for run in experiment.runs if run.axes["method"] in ranks]
-    assert {run.arguments["lora_alpha"] / ranks[run.axes["method"]] for run in scaled} == {2}
-    same = ("max_steps", "eval_steps", "per_device_train_batch_size", "max_seq_length", "warmup_steps", "weight_decay")
-    for task in ("cola", "mrpc", "rte", "stsb"):
-        runs = [run.arguments for run in experiment.runs if run.axes["task_name"] == task]
-        for name in same:
-            assert len({arguments[name] for arguments in runs}) == 1
-        pruned = [arguments for arguments in runs if arguments["method"] in ("adalora", "lora2", "lora2_k1")]
-        assert len({(a["init_warmup"], a["final_warmup"], a["mask_interval"], a["target_rank"]) for a in pruned}) == 1
-    assert len(experiment.selection.candidates) == 7 * 4
-    for values in experiment.selection.candidates.values():
-        assert len(values) == 4 and max(values) / min(values) == pytest.approx(16)
-    grids = {run.axes["method"]: set() for run in experiment.selection.runs}
-    for run in experiment.selection.runs:
-        grids[run.axes["method"]].add(run.arguments["learning_rate"] * (25 if run.axes["method"] == "full" else 1))
-    assert {tuple(sorted(round(value, 9) for value in grid)) for grid in grids.values()} == {
-        (5e-4, 1.25e-3, 3.2e-3, 8e-3)
-    }
-    assert not {r.arguments["seed"] for r in experiment.selection.runs} & {r.arguments["seed"] for r in experiment.runs}
-    seeds = {m: {r.arguments["seed"] for r in experiment.runs if r.axes["method"] == m} for m in ("full", "lora2")}
-    assert len(seeds["full"]) == 3 and len(seeds["lora2"]) == 5
-
-
-@pytest.mark.parametrize("name", ["importance", "rank_at_fixed_k", "ranks_needed", "scales",
-                                  "table3_regulariser", "table4_modules"])  # fmt: skip
-def test_what_builds_on_the_evidence_keeps_its_schedule_and_its_chosen_learning_rates(name):
-    """A run that is the evidence's own, but for the choice made there, so that it is taken over and not run again."""
-    encoder = {"model_name_or_path": "encoder"}
-    evidence = load_experiment(REPOSITORY / "configs/experiments/evidence.yaml", encoder)
-    chosen = json.loads((REPOSITORY / "results/measured/evidence/selection.json").read_text())["choices"]
-    rates = {(entry["method"], entry["task_name"]): entry["chosen"] for entry in chosen}
-    known = {}
-    for run in evidence.runs:
-        if (rate := rates.get((run.axes["method"], run.axes["task_name"]))) is not None:
-            key = (run.arguments["method"], run.arguments["task_name"], run.arguments["seed"])
-            known[key] = comparable({**run.arguments, "learning_rate": rate})
-    experiment = load_experiment(REPOSITORY / f"configs/experiments/{name}.yaml", encoder)
-    runs = [comparable(run.arguments) for run in experiment.runs]
-    same = [arguments for arguments in runs if arguments in known.values()]
-    expected = {key[1:] for key in known if key[0] in ("lora2", "lora2_k1") and key[2] <= 3}
-    assert {(a["task_name"], a["seed"]) for a in same} >= expected
-    copied = {arguments["method"] for arguments in same}
-    for arguments in runs:  # a changed run has the rate of the method that it changes
-        key = (arguments["method"], arguments["task_name"])
-        if arguments["method"] in copied and key in rates:
-            assert arguments["learning_rate"] == rates[key]
-
-
 def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys):
     path = tmp_path / "experiment.yaml"
     grid = {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}
@@ -438,18 +323,6 @@ def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys):
     path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
     with pytest.raises(UsageError, match="'task' is no argument of every run"):
         load_experiment(path)
-
-
-def test_base_from_lies_under_the_file_s_own_base_and_cannot_leave_the_folder(tmp_path):
-    (tmp_path / "shared.yaml").write_text("base: {model_name_or_path: m, max_steps: 5, bf16: true}")
-    path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(_with(base_from="shared.yaml", base={"max_steps": 7})))
-    arguments = load_experiment(path).runs[0].arguments
-    assert (arguments["max_steps"], arguments["bf16"], arguments["model_name_or_path"]) == (7, True, "m")
-    for name in ("../shared.yaml", "absent.yaml"):
-        path.write_text(yaml.safe_dump(_with(base_from=name)))
-        with pytest.raises(UsageError, match=r"base_from|cannot be read"):
-            load_experiment(path)
 
 
 @pytest.mark.parametrize(
