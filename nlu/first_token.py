@@ -11,6 +11,7 @@ the encoder itself gets whole sequences. The decision travels as an argument, so
 
 from __future__ import annotations
 
+import functools
 import inspect
 from contextvars import ContextVar
 from typing import Any
@@ -25,6 +26,7 @@ from nlu.deberta_attention import FastDisentangledSelfAttention
 
 _ALONE: ContextVar[bool] = ContextVar("first token alone", default=False)
 _HOOKS = "_first_token_hooks"
+_signature = functools.cache(inspect.signature)
 
 
 def _first_row(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -143,7 +145,7 @@ def _covers(model: nn.Module, last: nn.Module, modules: list[nn.Module], classes
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A call of the classifier begins: nothing but the first token is read unless more is asked for."""
-    given = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
     given |= given.get("kwargs", {})
     for name in ("output_hidden_states", "output_attentions"):
         asked = given.get(name)

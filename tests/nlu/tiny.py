@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, BertTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertTokenizerFast
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GLUE = Path(os.environ.get("GLUE_TEST_DIR", REPOSITORY.parent / "shared" / "data" / "glue"))
@@ -56,3 +56,10 @@ def make_rows(fields: tuple[str, ...], regression: bool, count: int, seed: int, 
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tiny_bert() -> torch.nn.Module:
+    """A random BERT classifier of two layers, in memory."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert", **TINY | {"vocab_size": 30})
+    return AutoModelForSequenceClassification.from_config(config)
