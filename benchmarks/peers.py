@@ -28,7 +28,8 @@ LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 @dataclass(frozen=True)
 class Peer:
     """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
-    a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step."""
+    a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step. `compiled`
+    is `--torch_compile`, measured only when named: it takes minutes to compile."""
 
     title: str
     maker: str
@@ -36,6 +37,7 @@ class Peer:
     k: int = 0
     fast_attention: bool = False
     weights: str = "float32"
+    compiled: bool = False
 
 
 PEERS = {
@@ -49,6 +51,12 @@ PEERS = {
     "lora2-stock": Peer("LoRA² k=8, here, stock attention", "here", "lora2", 8, weights="bfloat16"),
     "lora2": Peer("LoRA² k=8, here", "here", "lora2", 8, fast_attention=True, weights="bfloat16"),
     "lora2-k1": Peer("LoRA² k=1, here", "here", "lora2", 1, fast_attention=True, weights="bfloat16"),
+    "lora2-compiled": Peer(
+        "LoRA² k=8, here, --torch_compile", "here", "lora2", 8, fast_attention=True, weights="bfloat16", compiled=True
+    ),
+    "lora2-stock-compiled": Peer(
+        "LoRA² k=8, here, stock attention, --torch_compile", "here", "lora2", 8, weights="bfloat16", compiled=True
+    ),
     "published": Peer("LoRA² k=8 as first published: padded to 320, float32, stock attention", "plain", "lora2", 8),
     "limit": Peer("matrix products alone", "limit", "limit"),
 }
@@ -123,6 +131,8 @@ def build(peer: Peer, shape: Shape) -> Trained:
         allocate = lambda step: allocator.update_and_mask(model, step)  # noqa: E731
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
+    if peer.compiled:
+        model = torch.compile(model)
     return Trained(model, optimizer, half and not cast, regulariser, allocate)
 
 

@@ -1,6 +1,7 @@
 """The benchmark measures what it says: every peer steps, learns and is put into the table."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from benchmarks.peers import PEERS, Limit, Shape, build, make_batches, method_st
 from benchmarks.report import Measurement, markdown
 
 SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=2, vocabulary=60)
-TRAINED = [key for key, peer in PEERS.items() if peer.maker != "limit"]
+TRAINED = [key for key, peer in PEERS.items() if peer.maker != "limit" and not peer.compiled]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -35,6 +36,20 @@ def test_every_peer_lowers_its_loss(key, precision):
     if trained.allocate is not None:
         prepare_method_step(trained)
         method_step(trained)
+
+
+@pytest.mark.parametrize("key", ["lora2", "lora2-stock"])
+def test_a_compiled_peer_takes_the_same_step(key, monkeypatch):
+    """Traced, not generated: no C++ compiler is needed for that."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain, compiled, (batch,) = build(PEERS[key], SMALL), build(PEERS[f"{key}-compiled"], SMALL), make_batches(SMALL)
+    assert type(compiled.model) is not type(plain.model)
+    losses = [[trained.model.eval()(**batch).loss.item() for _ in range(2)] for trained in (plain, compiled)]
+    for trained in (plain, compiled):
+        train_step(trained, batch)
+    after = [trained.model(**batch).loss.item() for trained in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and after[0] == pytest.approx(after[1], rel=1e-5)
+    assert after[0] < losses[0][0]
 
 
 def test_adapter_peers_train_the_same_number_of_parameters():
