@@ -47,6 +47,8 @@ CLAIMS = (
           (_TABLE1, _K1, {"method": "lora", "setting": "r=1"})),
     Claim("LoRA² k=1 over LoRA r=8, an eighth of the parameters", "Table 1", "evidence", "lora2_k1", "lora",
           (_TABLE1, _K1, {"method": "lora", "setting": "r=8"})),
+    Claim("LoRA² k=8 over LoRA r=8, with twice the steps", "Table 1", "training_length", "lora2, twice", "lora, twice",
+          (_TABLE1, _K8, {"method": "lora", "setting": "r=8"})),
     Claim("all terms of the regulariser over those of the factors alone", "Table 3", "table3_regulariser",
           "all", "uv_and_UV", (_TABLE3, {"regulariser": "all"}, {"regulariser": "uv+UV"})),
     Claim("all terms of the regulariser over none", "section 3.3", "table3_regulariser", "all", "none"),

@@ -145,7 +145,7 @@ def test_a_faulty_foundation_is_refused_in_one_line(load, change, foundation, me
 
 
 @pytest.mark.parametrize("name", ["beyond", "importance", "rank_at_fixed_k", "ranks_needed", "scales",
-                                  "table3_regulariser", "table4_modules"])  # fmt: skip
+                                  "table3_regulariser", "table4_modules", "training_length"])  # fmt: skip
 def test_the_unchanged_runs_of_what_builds_on_the_evidence_are_the_evidence_s_own(name):
     """But for the chosen rate, so that they are taken over and not run again."""
     folder = REPOSITORY / "configs/experiments"

@@ -1,0 +1,104 @@
+"""peft's own methods: its AdaLoRA's regulariser, allocation and resume, and configs that cannot be used."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from peft.tuners.adalora import AdaLoraModel
+
+from nlu.methods import AppliedMethod, live_adapter_params
+from nlu.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, load_peft_config
+from nlu.run_glue import main
+from tests.nlu.tiny import tiny_bert
+
+
+def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
+    values = json.loads((PEFT_FOLDER / "adalora.json").read_text()) | {"tinit": 1, "tfinal": 2, "deltaT": 1}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    model = tiny_bert()
+    tuner = inject_peft(model, load_peft_config(str(tmp_path / "a.json"), 8), ["query", "value"])
+    assert isinstance(tuner, AdaLoraModel)
+    loop = PeftAdaLora(tuner)
+    inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
+    model.eval()
+    torch.testing.assert_close(loop.regulariser(), tuner(**inputs).loss - model(**inputs).loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    budgets = []
+    for step in range(8):
+        (model(**inputs).loss + loop.regulariser()).backward()
+        optimizer.step()
+        loop.on_optimizer_step(None, type("State", (), {"global_step": step}), None)
+        optimizer.zero_grad()
+        budgets.append(sum(int(p.count_nonzero()) for n, p in model.named_parameters() if "lora_E" in n))
+    assert budgets[0] == 48 and budgets[-1] == 32 and budgets == sorted(budgets, reverse=True)
+    applied = AppliedMethod(model, stateful={"peft": loop})
+    hidden = model.config.hidden_size
+    assert live_adapter_params(applied, 10_000) == 10_000 - (48 - 32) * (1 + 2 * hidden)
+
+
+def test_pefts_adalora_resumes(tmp_path):
+    """Its scores travel in the checkpoint: a restored loop allocates as the one that was not interrupted."""
+    values = json.loads((PEFT_FOLDER / "adalora.json").read_text()) | {"tinit": 1, "tfinal": 2, "deltaT": 1}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    loops = []
+    for _ in range(2):
+        model = tiny_bert()
+        loops.append(PeftAdaLora(inject_peft(model, load_peft_config(str(tmp_path / "a.json"), 8), ["query"])))
+    inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
+
+    def steps(loop, first, last):
+        loop.tuner.model.eval()
+        for step in range(first, last):
+            trained = [p for p in loop.tuner.model.parameters() if p.requires_grad]
+            (loop.tuner.model(**inputs).loss + loop.regulariser()).backward()
+            with torch.no_grad():
+                for p in trained:
+                    p -= 0.5 * p.grad
+            loop.on_optimizer_step(None, type("State", (), {"global_step": step}), None)
+            loop.tuner.model.zero_grad()
+
+    steps(loops[0], 0, 4)
+    torch.save(loops[0].state_dict(), tmp_path / "state.pt")
+    loops[1].tuner.model.load_state_dict(loops[0].tuner.model.state_dict())
+    loops[1].load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(loops[0], 4, 8)
+    steps(loops[1], 4, 8)
+    pairs = zip(loops[0].tuner.model.parameters(), loops[1].tuner.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert loops[0].config.rank_pattern == loops[1].config.rank_pattern
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "no peft config"), ("[]", "no peft config"), ('{"r": 8}', "no peft config"),
+    ('{"peft_type": "NOSUCH"}', "no peft config"), ('{"peft_type": "LORA", "rank": 8}', "unexpected keyword"),
+    ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}', "changes the input"),
+    ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 10 leaves no step of 10"),
+    ('{"peft_type": "LORA", "target_modules": ["nosuch"]}', "nosuch"),
+])  # fmt: skip
+def test_a_bad_peft_config_is_one_line(content, message, tmp_path, base_flags, capsys):
+    (tmp_path / "config.json").write_text(content)
+    flags = [f for f in base_flags if f not in ("--lora_r", "4", "--lora_alpha", "32")]
+    assert main([*flags, "--method", "peft", "--peft_config", str(tmp_path / "config.json"), "--max_steps", "10"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_peft_or_config_says_what_to_do(base_flags, tmp_path, capsys, monkeypatch):
+    flags = [f for f in base_flags if f not in ("--lora_r", "4", "--lora_alpha", "32")]
+    assert main([*flags, "--method", "peft", "--peft_config", "nosuch"]) == 2
+    assert "dora" in capsys.readouterr().err
+    assert main([*flags, "--method", "peft"]) == 2
+    assert "--peft_config" in capsys.readouterr().err
+    original = importlib.import_module
+
+    def without_peft(name, package=None):
+        if name == "peft":
+            raise ImportError(name)
+        return original(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", without_peft)
+    assert main([*flags, "--method", "dora"]) == 2
+    assert "pip install 'peft" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
