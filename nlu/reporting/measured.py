@@ -14,6 +14,7 @@ from nlu.files import read_json
 from nlu.sweeping.experiments import run_label
 
 FORMAT_VERSION = 1
+FIRST = "evidence"  # the experiment that answers the main question, and on whose choices others rest
 TASK_ORDER = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 METHOD_ORDER = ("full", "bitfit", "hadapter", "padapter", "lora", "sora", "adalora", "lora2", "peft")
 # Tasks whose score in the published tables is the mean of two columns: column → metric of the record.
@@ -89,7 +90,7 @@ class MeasuredExperiment:
 
 
 def load_measured(folder: Path) -> list[MeasuredExperiment]:
-    """Read every record below a folder, sorted by experiment.
+    """Read every record below a folder, sorted by experiment, the one that others build on first.
 
     Failed, interrupted and running records give no score. Records scored on a held-out part of the training set
     (`holdout_fraction`) are kept apart.
@@ -118,7 +119,7 @@ def load_measured(folder: Path) -> list[MeasuredExperiment]:
         experiment.rows.sort(key=_row_rank)
         for row in experiment.rows:
             row.records = {task: sorted(row.records[task], key=lambda r: r.seed) for task in sorted_tasks(row.records)}
-    return [experiments[name] for name in sorted(experiments)]
+    return [experiments[name] for name in sorted(experiments, key=lambda name: (name != FIRST, name))]
 
 
 def _record(raw: dict[str, Any], experiment: str, path: Path) -> Record:
