@@ -91,10 +91,12 @@ def markdown(record: dict[str, Any], found: list[Measurement]) -> str:
     names = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
         f"{machine['device']}, {machine['threads']} threads, {machine['system']}; {names}; {record['started_at']}; "
-        f"medians of {record['rounds']} rounds in which the peers step in turn.",
+        f"medians of {record['rounds']} rounds in which the peers step by turns, in another order each time.",
         "",
     ]
     for name, rows in settings.items():
         lines += [f"## {name}", "", *_rows(rows), ""]
+    if record.get("failure"):
+        lines += [f"Ended early: {record['failure']}", ""]
     ratios = targets(settings)
     return "\n".join([*lines, *(["## Ratios", "", *ratios, ""] if ratios else [])])

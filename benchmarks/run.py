@@ -1,8 +1,8 @@
 """Measure a training step of LoRA² here beside its peers: full fine-tuning, peft's LoRA and AdaLoRA, plain attention.
 
-Each peer is a process of its own; they step in turn, so that whatever else the machine does hits all alike, and medians
-are compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is printed and
-written, with the machine and the versions, to benchmarks/results/NAME.json and NAME.md.
+Each peer is a process of its own; they step by turns, so that whatever else the machine does hits all alike, and
+medians are compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is
+printed and written, with the machine and the versions, to benchmarks/results/NAME.json and NAME.md.
 
     python benchmarks/run.py --quick                          # under 3 minutes on 2 cores: 2 layers, length 64
     python benchmarks/run.py --lengths 64,128,256             # real size, 12 layers
@@ -13,10 +13,12 @@ written, with the machine and the versions, to benchmarks/results/NAME.json and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing as mp
 import os
 import platform
+import random
 import statistics
 import sys
 from datetime import datetime, timezone
@@ -102,6 +104,10 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
     return settings
 
 
+class PeerError(RuntimeError):
+    """A peer's process ended or raised: what was measured before it still counts."""
+
+
 class Workers:
     """One process per peer, alive for the whole run."""
 
@@ -121,16 +127,16 @@ class Workers:
         try:
             answer = self.connections[key].recv()
         except EOFError:
-            raise RuntimeError(
-                f"the process of {key} ended: too little memory? measure fewer --peers at once"
-            ) from None
+            advice = "too little memory? measure fewer --peers at once, or a smaller --batch"
+            raise PeerError(f"the process of {key} ended: {advice}") from None
         if isinstance(answer, Exception):
-            raise RuntimeError(f"{key}: {answer}") from answer
+            raise PeerError(f"{key}: {answer}") from answer
         return answer
 
     def close(self) -> None:
         for connection in self.connections.values():
-            connection.send(None)
+            with contextlib.suppress(OSError):  # that of a process which has ended
+                connection.send(None)
         for process in self.processes:
             process.join(timeout=10)
 
@@ -145,7 +151,8 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
     for key in tqdm(keys, desc=f"build: {name}", leave=False):
         workers.ask(key, "build", shapes[key])
     for turn in tqdm(range(rounds + 1), desc=name, leave=False):
-        for key in keys:
+        # In another order each time: what ran before leaves caches and memory in a state that the next one pays for.
+        for key in random.Random(turn).sample(keys, len(keys)):
             count = len(shapes[key].batches)
             times, products = workers.ask(key, "step", count, *(["last"] if turn == rounds else []))
             if products is not None:
@@ -183,15 +190,19 @@ def main(argv: list[str] | None = None) -> int:
     started = datetime.now(timezone.utc)
     workers = Workers(arguments.peers, arguments.threads)
     found: list[Measurement] = []
+    failure = None
     try:
         for name, shapes in tqdm(settings, desc="settings"):
             found += measure(workers, name, shapes, arguments.rounds)
+    except PeerError as error:
+        failure = f"{name}: {' '.join(str(error).split())}"
     finally:
         workers.close()
     record = {
         "started_at": started.isoformat(timespec="seconds"),
         "machine": machine(arguments),
         "rounds": arguments.rounds,
+        "failure": failure,
         "measurements": [m.record() for m in found],
     }
     table = markdown(record, found)
@@ -200,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
-    return 0
+    if failure:
+        print(f"error: {failure}; the table has what was measured before", file=sys.stderr)
+    return 1 if failure else 0
 
 
 if __name__ == "__main__":

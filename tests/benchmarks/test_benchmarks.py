@@ -88,6 +88,28 @@ def test_one_run_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert record["machine"]["versions"]["torch"] == torch.__version__
 
 
+def test_a_peer_that_ends_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys):
+    """One whose process is gone, and one that raises: the table has the first setting, the last line the reason."""
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
+    measure = run.measure
+
+    def second_fails(workers, name, shapes, rounds):
+        if "length 7" in name:
+            workers.processes[-1].kill()
+        return measure(workers, name, shapes, rounds)
+
+    monkeypatch.setattr(run, "measure", second_fails)
+    flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1", "--name", "x"]
+    assert run.main(["--peers", "lora,limit", "--lengths", "6,7", *flags]) == 1
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "length 7" in last and "the process of limit ended" in last
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert len(record["measurements"]) == 2 and "length 7" in record["failure"]
+    assert "Ended early" in (tmp_path / "x.md").read_text() and "length 6" in out
+
+
 def test_ratios_are_medians_over_medians():
     def row(key, seconds, method=()):
         return Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None)
