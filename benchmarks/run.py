@@ -123,10 +123,10 @@ class Workers:
             self.processes.append(process)
 
     def ask(self, key: str, *request: Any) -> Any:
-        self.connections[key].send(request)
         try:
+            self.connections[key].send(request)
             answer = self.connections[key].recv()
-        except EOFError:
+        except (EOFError, OSError):
             advice = "too little memory? measure fewer --peers at once, or a smaller --batch"
             raise PeerError(f"the process of {key} ended: {advice}") from None
         if isinstance(answer, Exception):

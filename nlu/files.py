@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete it to run it again") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds no JSON object; delete it to run it again")

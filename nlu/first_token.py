@@ -145,14 +145,15 @@ def _covers(model: nn.Module, last: nn.Module, modules: list[nn.Module], classes
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A call of the classifier begins: nothing but the first token is read unless more is asked for."""
+    if torch.compiler.is_compiling():
+        return
     given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
     given |= given.get("kwargs", {})
     for name in ("output_hidden_states", "output_attentions"):
         asked = given.get(name)
         if getattr(model.config, name) if asked is None else asked:
             return
-    if not torch.compiler.is_compiling():
-        _ALONE.set(True)
+    _ALONE.set(True)
 
 
 def _end(*_: Any) -> None:

@@ -63,6 +63,7 @@ class Selection:
     per: tuple[str, ...]
     candidates: dict[tuple, dict[Any, list[Run]]]  # key → value → runs, one for each seed
     taken_from: str | None = None
+    values: dict[tuple, list] = field(default_factory=dict)  # what the other experiment tries, key → values
 
     def key(self, run: Run) -> tuple:
         source = run.arguments if self.taken_from else run.axes
@@ -127,6 +128,7 @@ class _Foundation:
     overrides: tuple[tuple[dict[str, list], dict[str, Any]], ...] = ()  # (flag → values, arguments)
     argument: str | None = None  # what its selection chooses, for each combination of `per`
     per: tuple[str, ...] = ()
+    values: dict[tuple, list] = field(default_factory=dict)  # the values tried for each of them
 
     def under(self, own: dict[str, Any]) -> dict[str, Any]:
         """The arguments for a run whose own are `own`, which win."""
@@ -184,9 +186,12 @@ class _Reader:
         if isinstance(content, dict) and "builds_on" in content:
             raise UsageError(f"builds_on {name}, which builds on another file itself; name that one")
         try:
-            return _Reader(content, {}, folder).as_foundation()
+            foundation = _Reader(content, {}, folder).as_foundation()
         except UsageError as error:
             raise UsageError(f"builds_on {name}: {error}") from None
+        if foundation.name == self.name:
+            raise UsageError(f"name {self.name} is that of {name}, whose records these would become; give another")
+        return foundation
 
     def as_foundation(self) -> _Foundation:
         """What another file may take over; its conditions must be on flags, since that file has other axes.
@@ -194,15 +199,13 @@ class _Reader:
         Raises:
             UsageError: an axis with labels in a condition or in the selection.
         """
-        select = mapping(self.content.get("select", {}), "select", _SELECT)
-        per = tuple(axis for axis in self.grid if axis != "seed") if select else ()
+        combinations = self._combinations()
+        raw, per = self._select_block(combinations)
         for axis in {*per, *(axis for when, _ in self.overrides for axis in when)}:
             if isinstance(self.content["grid"][axis], dict):
                 raise UsageError(f"{axis} has labels and is no flag, so nothing can build on this file")
-        argument = select.get("argument")
-        if argument is not None and not isinstance(argument, str):
-            raise UsageError("select.argument must name one flag")
-        return _Foundation(self.name, self.base, tuple(self.overrides), argument, per)
+        argument, values = (raw["argument"], self._candidate_values(raw, per, combinations)) if raw else (None, {})
+        return _Foundation(self.name, self.base, tuple(self.overrides), argument, tuple(per), values)
 
     def _grid(self) -> dict[str, dict[Any, dict[str, Any]]]:
         """Axis → label → arguments."""
@@ -241,11 +244,10 @@ class _Reader:
         arguments = dict(self.base)
         for axis, label in axes.items():
             arguments.update(self.grid[axis][label])
-        arguments = self.foundation.under(arguments)
         for when, values in self.overrides:
             if _matches(axes, when):
                 arguments.update(values)
-        return {**arguments, **self.settings}
+        return self.foundation.under({**arguments, **self.settings})
 
     def _when(self, rule: Any, where: str) -> dict[str, list]:
         if not isinstance(rule, dict) or not rule:
@@ -269,47 +271,71 @@ class _Reader:
         return values
 
     def _selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
-        if "select" not in self.content:
+        raw, per = self._select_block(combinations)
+        if raw is None:
             return self._taken_selection(combinations)
-        raw = mapping(self.content["select"], "select", _SELECT)
-        argument, per = raw.get("argument"), [axis for axis in self.grid if axis != "seed"]
-        if not isinstance(argument, str) or argument in self.grid or argument in self.settings:
-            raise UsageError("select.argument must name one flag that neither the grid nor --set fixes")
-        extra = checked_arguments(raw.get("set"), "select.set")
+        argument, extra = raw["argument"], checked_arguments(raw.get("set"), "select.set")
         if "holdout_fraction" not in extra:
             raise UsageError("select.set needs holdout_fraction: choosing on the validation set would leak it")
-        values = value_list(raw.get("values"), "select.values")
+        if self._lacking(combinations) and argument != self.foundation.argument:
+            raise UsageError(
+                f"{self.foundation.argument} is chosen by {self.foundation.name}; set it, or select it here"
+            )
+        seeds = value_list(raw.get("seeds"), "select.seeds")
+        first = {tuple(axes[axis] for axis in per): axes for axes in reversed(combinations)}
+        candidates = {
+            key: {value: [self._candidate(first[key], per, argument, value, seed, extra) for seed in seeds]
+                  for value in values}
+            for key, values in self._candidate_values(raw, per, combinations).items()
+        }  # fmt: skip
+        return Selection(argument, tuple(per), candidates)
+
+    def _select_block(self, combinations: list[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[str]]:
+        """The checked select mapping, None without one, and the axes that a choice is made for each combination of."""
+        if "select" not in self.content:
+            return None, []
+        raw = mapping(self.content["select"], "select", _SELECT)
+        argument = raw.get("argument")
+        if not isinstance(argument, str) or argument in self.grid or argument in self.settings:
+            raise UsageError("select.argument must name one flag that neither the grid nor --set fixes")
+        checked_arguments({argument: None}, "select.argument")
+        if any(argument in self._resolve(axes) for axes in combinations):
+            raise UsageError(f"{argument} is both selected and set in base, grid or overrides; leave one")
+        return raw, [axis for axis in self.grid if axis != "seed"]
+
+    def _candidate_values(self, raw: dict[str, Any], per: list[str], combinations: list[dict]) -> dict[tuple, list]:
+        """What is tried for each key."""
         overrides = [
             (self._when(o.get("when"), "select.overrides"), value_list(o.get("values"), "select.overrides"))
             for o in mappings(raw.get("overrides"), "select.overrides", {"when", "values"})
         ]
-        seeds = value_list(raw.get("seeds"), "select.seeds")
-        candidates: dict[tuple, dict[Any, list[Run]]] = {}
+        found = {}
         for axes in combinations:
-            key = tuple(axes[axis] for axis in per)
-            if key in candidates:
-                continue
-            chosen_values = values
+            values = value_list(raw.get("values"), "select.values")
             for when, own in overrides:
-                if _matches(axes, when):
-                    chosen_values = own
-            candidates[key] = {
-                value: [self._candidate(axes, per, argument, value, seed, extra) for seed in seeds]
-                for value in chosen_values
-            }
-        if any(argument in self._resolve(axes) for axes in combinations):
-            raise UsageError(f"{argument} is both selected and set in base, grid or overrides; leave one")
-        return Selection(argument, tuple(per), candidates)
+                values = own if _matches(axes, when) else values
+            found[tuple(axes[axis] for axis in per)] = values
+        return found
+
+    def _lacking(self, combinations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The arguments of the runs that have to take what the foundation chooses."""
+        argument = self.foundation.argument
+        resolved = [self._resolve(axes) for axes in combinations] if argument is not None else []
+        return [arguments for arguments in resolved if argument not in arguments]
 
     def _taken_selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
         """The choice of the file that this one builds on, unless this file sets the argument itself."""
-        argument = self.foundation.argument
-        lacking = [axes for axes in combinations if argument is not None and argument not in self._resolve(axes)]
+        foundation, lacking = self.foundation, self._lacking(combinations)
         if not lacking:
             return None
         if len(lacking) < len(combinations):
-            raise UsageError(f"{argument} is set for some runs and left to {self.foundation.name} for others")
-        return Selection(argument, self.foundation.per, {}, self.foundation.name)
+            raise UsageError(f"{foundation.argument} is set for some runs and left to {foundation.name} for others")
+        for arguments in lacking:
+            key = tuple(arguments.get(axis) for axis in foundation.per)
+            if key not in foundation.values:
+                what = ", ".join(f"{axis} {value}" for axis, value in zip(foundation.per, key, strict=True))
+                raise UsageError(f"{foundation.name} chooses no {foundation.argument} for {what}; set it here")
+        return Selection(foundation.argument, foundation.per, {}, foundation.name, foundation.values)
 
     def _candidate(self, axes: dict, per: list[str], argument: str, value: Any, seed: Any, extra: dict) -> Run:
         arguments = {**self._resolve(axes), **extra, argument: value, "seed": seed}

@@ -130,11 +130,14 @@ class Places:
         """Leave the choices and what they rest on in selection.json beside the records."""
         content = {
             "argument": selection.argument,
+            "models": sorted({_model(run) for run in selection.runs}),
             "rule": "highest mean score of the last evaluation on a held-out part of the training set; ties: the first",
             "choices": list(choice.values()),
         }
         if choice:
             write_json(self.measured / "selection.json", content)
+        else:
+            (self.measured / "selection.json").unlink(missing_ok=True)
 
 
 def _sweep_block(run: Run) -> dict[str, Any]:
@@ -146,6 +149,10 @@ def _sweep_block(run: Run) -> dict[str, Any]:
         "reference": run.reference,
         "arguments": comparable(run.arguments),
     }
+
+
+def _model(run: Run) -> str:
+    return str(comparable(run.arguments).get("model_name_or_path"))
 
 
 def _key(arguments: dict[str, Any] | None) -> str | None:
@@ -185,12 +192,7 @@ def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str,
     largest value tried, so a better one may lie beyond. What another experiment chose is read from its records.
     """
     if selection and selection.taken_from:
-        path = places.measured.parent / selection.taken_from / "selection.json"
-        try:
-            choices = (read_json(path) or {"choices": []})["choices"]
-            return {tuple(entry[axis] for axis in selection.per): {"chosen": entry["chosen"]} for entry in choices}
-        except (KeyError, TypeError):
-            raise UsageError(f"{path} is no list of choices; run {selection.taken_from} again") from None
+        return _taken_choices(selection, places.measured.parent / selection.taken_from / "selection.json")
     chosen = {}
     for key, values in (selection.candidates if selection else {}).items():
         scores: dict[Any, float | None] = {}
@@ -214,13 +216,43 @@ def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str,
     return chosen
 
 
+def _taken_choices(selection: Selection, path: Path) -> dict[tuple, dict[str, Any]]:
+    """What selection.json of another experiment says, where that experiment still asks the same question."""
+    made = read_json(path)
+    if made is None:
+        return {}
+    found: dict[tuple, dict[str, Any]] = {}
+    try:
+        same = made["argument"] == selection.argument
+        for entry in made["choices"]:
+            key = tuple(entry[axis] for axis in selection.per)
+            same = same and key not in found and entry["chosen"] in selection.values.get(key, [entry["chosen"]])
+            found[key] = {"chosen": entry["chosen"], "models": list(made["models"])}
+    except (KeyError, TypeError):
+        same = False
+    if not same:
+        raise UsageError(f"{path} is not what {selection.taken_from} chooses now; run that experiment again")
+    return {key: entry for key, entry in found.items() if key in selection.values}
+
+
 def chosen_runs(
     final: list[Run], selection: Selection | None, choice: dict[tuple, dict[str, Any]]
 ) -> tuple[list[Run], list[Run]]:
-    """The final runs with the chosen argument put in, and those for which there is no choice."""
+    """The final runs with the chosen argument put in, and those for which there is no choice.
+
+    Raises:
+        UsageError: the choice was made by another experiment for another model.
+    """
     if selection is None:
         return final, []
     ready = [run for run in final if selection.key(run) in choice]
+    for run in ready if selection.taken_from else ():
+        model, models = _model(run), choice[selection.key(run)]["models"]
+        if model not in models:
+            raise UsageError(
+                f"{selection.taken_from} chose {selection.argument} for {', '.join(models)}, not for {model}: run that "
+                f"experiment with {model} first (another --measured_dir), or pass --set {selection.argument}=VALUE"
+            )
     filled = [
         replace(run, arguments={**run.arguments, selection.argument: choice[selection.key(run)]["chosen"]})
         for run in ready

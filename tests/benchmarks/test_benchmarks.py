@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -88,15 +91,21 @@ def test_one_run_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert record["machine"]["versions"]["torch"] == torch.__version__
 
 
-def test_a_peer_that_ends_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys):
-    """One whose process is gone, and one that raises: the table has the first setting, the last line the reason."""
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_peer_that_ends_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys, gone):
+    """One whose process is gone, or stopped before it answers: the table has the first setting, the end the reason."""
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
     measure = run.measure
 
     def second_fails(workers, name, shapes, rounds):
         if "length 7" in name:
-            workers.processes[-1].kill()
+            process = workers.processes[-1]
+            os.kill(process.pid, signal.SIGKILL if gone else signal.SIGSTOP)
+            if gone:
+                process.join()
+            else:
+                threading.Timer(0.3, process.kill).start()
         return measure(workers, name, shapes, rounds)
 
     monkeypatch.setattr(run, "measure", second_fails)

@@ -97,32 +97,52 @@ def test_what_a_file_builds_on_lies_under_everything_of_its_own(load):
     }
 
 
+def test_the_conditions_there_see_what_the_command_line_and_overrides_set(load):
+    """Method, schedule and chosen rate are then those of the same method and task."""
+    changed = {**DERIVED, "grid": {**DERIVED["grid"], "task_name": ["cola"]}}
+    changed["base"] = {"method": "lora2"}
+    changed["overrides"] = [{"when": {"change": "small"}, "set": {"method": "lora"}}]
+    del changed["grid"]["task_name"]
+    runs = load(changed, {"task_name": "rte"}, foundation=FOUNDATION).runs
+    found = {run.axes["change"]: (run.arguments["max_steps"], run.arguments.get("init_warmup")) for run in runs}
+    assert found == {"none": (9, 2), "small": (9, None), "other": (9, None)}
+
+
 def test_the_argument_chosen_there_is_the_one_of_the_method_and_task_that_a_run_has(load, tmp_path):
     experiment = load(DERIVED, foundation=FOUNDATION)
     places = Places(tmp_path / "measured/derived", tmp_path / "output", [])
     ready, waiting = chosen_runs(experiment.runs, experiment.selection, choose(experiment.selection, places))
     assert not ready and len(waiting) == 6 and "foundation has not chosen" in experiment.selection.why_missing
     (tmp_path / "measured/foundation").mkdir(parents=True)
-    rates = {("lora", "cola"): 1, ("lora", "rte"): 2, ("lora2", "cola"): 3}
+    rates = {("lora", "cola"): 0.1, ("lora", "rte"): 0.2, ("lora2", "cola"): 0.2}
     entries = [{"method": method, "task_name": task, "chosen": rate} for (method, task), rate in rates.items()]
     path = tmp_path / "measured/foundation/selection.json"
-    path.write_text(json.dumps({"choices": entries}))
+    good = {"argument": "learning_rate", "models": ["encoder"], "choices": entries}
+    path.write_text(json.dumps(good))
     ready, waiting = chosen_runs(experiment.runs, experiment.selection, choose(experiment.selection, places))
     assert {(run.axes["change"], run.axes["task_name"]): run.arguments["learning_rate"] for run in ready} == {
-        ("none", "cola"): 3, ("small", "cola"): 3, ("other", "cola"): 1, ("other", "rte"): 2
+        ("none", "cola"): 0.2, ("small", "cola"): 0.2, ("other", "cola"): 0.1, ("other", "rte"): 0.2
     }  # fmt: skip
     assert {run.axes["task_name"] for run in waiting} == {"rte"}
-    path.write_text('{"choices": [{"method": "lora"}]}')
-    with pytest.raises(UsageError, match="no list of choices"):
-        choose(experiment.selection, places)
+    bad = [{"choices": []}, good | {"argument": "weight_decay"}, good | {"choices": [{"method": "lora"}]},
+           good | {"choices": None}, good | {"choices": entries * 2}]  # fmt: skip
+    # 0.3 is what an older file tried; the others are no rate at all.
+    bad += [good | {"choices": [entries[0] | {"chosen": value}]} for value in (0.3, None, True, [0.1], float("nan"))]
+    for content in bad:
+        path.write_text(json.dumps(content))
+        with pytest.raises(UsageError, match="is not what foundation chooses now"):
+            choose(experiment.selection, places)
+    path.write_text(json.dumps(good | {"models": ["another"]}))
+    with pytest.raises(UsageError, match="for another, not for encoder"):
+        chosen_runs(experiment.runs, experiment.selection, choose(experiment.selection, places))
 
 
 def test_what_a_file_sets_or_chooses_itself_is_not_taken(load):
     every = {**DERIVED, "base": {**DERIVED["base"], "learning_rate": 1}}
     assert load(every, foundation=FOUNDATION).selection is None
     assert load(DERIVED, {"learning_rate": 1}, foundation=FOUNDATION).selection is None
-    own = load({**DERIVED, "select": {**SELECT, "argument": "weight_decay"}}, foundation=FOUNDATION).selection
-    assert own.argument == "weight_decay" and own.taken_from is None
+    own = load({**DERIVED, "select": SELECT}, foundation=FOUNDATION).selection
+    assert own.taken_from is None and len(own.runs) == 3 * 2 * 2
     without = {key: value for key, value in FOUNDATION.items() if key != "select"}
     assert load(DERIVED, foundation=without).selection is None
 
@@ -136,6 +156,13 @@ def test_what_a_file_sets_or_chooses_itself_is_not_taken(load):
         ({}, {"grids": {}}, "foundation.yaml: the file has the unknown key"),
         ({}, {"grid": {**BASIC["grid"], "method": {"a": {"method": "lora"}}}, "overrides": []}, "method has labels"),
         ({"overrides": [{"when": {"change": "none"}, "set": {"learning_rate": 1}}]}, {}, "set for some runs"),
+        ({"select": {**SELECT, "argument": "weight_decay"}}, {}, "learning_rate is chosen by foundation"),
+        ({"base": {"method": "adalora"}}, {}, "chooses no learning_rate for method adalora, task_name cola"),
+        ({"name": "foundation"}, {}, "whose records these would become"),
+        ({}, {"select": {**SELECT, "argument": "output_dir"}}, "which the sweep sets itself"),
+        ({}, {"select": {**SELECT, "argument": "method"}}, "neither the grid nor --set fixes"),
+        ({}, {"base": {"learning_rate": 1}}, "both selected and set"),
+        ({}, {"select": {"values": [1]}}, "select.argument must name"),
     ],
 )
 def test_a_faulty_foundation_is_refused_in_one_line(load, change, foundation, message):
@@ -155,7 +182,8 @@ def test_the_unchanged_runs_of_what_builds_on_the_evidence_are_the_evidence_s_ow
     known = {run.folder: comparable(run.arguments) for run in evidence.runs if run.axes["seed"] <= 3}
     unchanged = [run for run in experiment.runs if comparable(run.arguments) in known.values()]
     methods = {run.arguments["method"] for run in unchanged}
-    assert methods & {"lora2", "lora2_k1"} and len(unchanged) >= len(methods) * 4 * 3
+    tasks = {run.arguments["task_name"] for run in experiment.runs}
+    assert methods & {"lora2", "lora2_k1"} and len(unchanged) >= len(methods) * len(tasks) * 3
 
 
 @pytest.mark.parametrize(
