@@ -2,10 +2,13 @@
 
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.request import urlopen
+from xml.etree import ElementTree
 
 import pytest
 
 from nlu import report
+from nlu.plots import image
 from nlu.reporting.figures import draw
 from nlu.reporting.measured import load_measured
 from nlu.reporting.published import PAPER_TABLES
@@ -63,6 +66,14 @@ def test_the_page_needs_no_other_file(page):
         for name in ("src", "href"):
             if name in attributes:
                 assert attributes[name].startswith("data:" if tag == "img" else "#")
+
+
+def test_every_figure_is_a_whole_image(page, measured):
+    (experiment,) = load_measured(measured)
+    for shown, drawing in zip(page.all("img"), draw(experiment), strict=True):
+        read = urlopen(shown["src"]).read()
+        assert read == image(drawing, "svg") and ElementTree.fromstring(read).tag.endswith("svg")
+        assert "#" not in shown["src"]  # a browser would end the image there
 
 
 def test_every_table_and_figure_is_there_once(page, measured):
