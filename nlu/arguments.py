@@ -99,7 +99,7 @@ class DataArguments:
         metadata={"help": "Folder of GLUE data: <task>/<split>.jsonl|parquet|csv or the official release's TSV "
                   "folders. Default: the environment variable GLUE_DIR, else the hub's nyu-mll/glue."},
     )  # fmt: skip
-    train_file: str | None = field(default=None, metadata={"help": "Your own CSV, TSV or JSON-lines training data."})
+    train_file: str | None = field(default=None, metadata={"help": "Your own training data: CSV, TSV, JSONL, Parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "Your own validation data."})
     test_file: str | None = field(default=None, metadata={"help": "Your own data to predict with --do_predict."})
     predict_task: str | None = field(

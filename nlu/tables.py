@@ -22,7 +22,7 @@ from nlu.reporting.measured import (
     paired,
     range_of,
 )
-from nlu.reporting.published import NAMES, PAPER_TABLES, published_table
+from nlu.reporting.published import NAMES, PAPER_TABLES, PaperTable, published_table
 from nlu.reporting.table_format import NONE, Table, bold_best, count, number, p_value
 from nlu.sweeping.experiments import run_label
 
@@ -237,16 +237,20 @@ def build_pages(measured: Path, published: Path) -> list[tuple[str, str, list[Ta
     claims = claims_tables(experiments.values(), published)
     pages = [("The paper's claims", "", claims)] if claims else []
     for paper in PAPER_TABLES:
-        found = paper.experiment in experiments and experiments[paper.experiment].rows
-        text = f"Measured here under the same settings: see {paper.experiment} below."
-        if not found:
-            text = f"Not measured here; `python nlu/sweep.py configs/experiments/{paper.experiment}.yaml` would."
-        pages.append((paper.title, text, [published_table(paper, published)]))
+        pages.append((paper.title, _measured_where(paper, experiments), [published_table(paper, published)]))
     for experiment in experiments.values():
         tables = measured_tables(experiment)
         if tables:
             pages.append((f"Measured: {experiment.name}", "", tables))
     return pages
+
+
+def _measured_where(paper: PaperTable, experiments: dict[str, MeasuredExperiment]) -> str:
+    if paper.experiment is None:
+        return "Times are measured by `python benchmarks/run.py`; what it found is in benchmarks/README.md."
+    if paper.experiment in experiments and experiments[paper.experiment].rows:
+        return f"Measured here under the same settings: see {paper.experiment} below."
+    return f"Not measured here; `python nlu/sweep.py configs/experiments/{paper.experiment}.yaml` would."
 
 
 def write_tables(measured: Path, published: Path, output: Path) -> list[Path]:

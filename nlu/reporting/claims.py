@@ -11,7 +11,7 @@ from scipy import stats
 
 from nlu.errors import UsageError
 from nlu.files import read_json
-from nlu.reporting.measured import MeasuredExperiment, Paired, Record, Row, paired
+from nlu.reporting.measured import MeasuredExperiment, Paired, Record, Row, paired, rank_pattern
 from nlu.reporting.published import published_average
 from nlu.reporting.table_format import NONE, Table, number
 
@@ -137,8 +137,9 @@ def agreement_table(experiments: Iterable[MeasuredExperiment]) -> Table | None:
             both = [r for r in row.every if {"inner", "full"} <= set(r.raw.get("importance_scores") or {})]
             if not both:
                 continue
-            found = [_agreement(record) for record in both]
-            means = {key: fmean(values) for key in found[0] if (values := [f[key] for f in found])}
+            every = [record for other in experiment.rows for record in other.every]
+            found = [_agreement(record) | {"kept_by_both": _kept_by_both(record, every)} for record in both]
+            means = {key: _mean_of_known([f[key] for f in found]) for key in found[0]}
             cells.append([experiment.name, row.label, str(len(both)), *[number(mean, 3) for mean in means.values()]])
             data.append({"experiment": experiment.name, "row": row.label, "runs": len(both), **means})
     if not cells:
@@ -146,10 +147,13 @@ def agreement_table(experiments: Iterable[MeasuredExperiment]) -> Table | None:
     notes = [
         "Measured here: the last scores of runs that scored all factors. Spearman's rank correlation of the two "
         "orders, within each layer (mean over the layers) and over all singular values of the model, where the "
-        "threshold lies; same survivors: share of the values kept by the full scores that the inner ones would keep.",
+        "threshold lies; same survivors: share of the values kept by the full scores that the inner ones would keep, "
+        "after a training that the full scores pruned.",
+        "Kept by both: share of the values live at the end that a training of its own, pruned by the inner scores from "
+        "the same seed, kept too. A choice by lot would share the fraction that is kept.",
         "The paper argues that the outer factors add the same to every singular value, which holds within a layer.",
     ]
-    header = ["experiment", "", "runs", "within layers", "across layers", "same survivors"]
+    header = ["experiment", "", "runs", "within layers", "across layers", "same survivors", "kept by both"]
     title = "Do the inner factors rank the singular values as all factors do?"
     return Table("claims_importance", title, header, cells, notes, data)
 
@@ -161,10 +165,30 @@ def _agreement(record: Record) -> dict[str, float]:
     kept = record.raw["live_budget"]
     survivors = [set(sorted(range(len(flat)), key=lambda j, k=k: flat[j][k])[-kept:]) for k in (0, 1)]
     return {
-        "within_layers": fmean(value for value in within if value is not None),
+        "within_layers": _mean_of_known(within),
         "across_layers": _spearman(*zip(*flat, strict=True)),
         "same_survivors": len(survivors[0] & survivors[1]) / kept,
     }
+
+
+def _kept_by_both(record: Record, every: Iterable[Record]) -> float | None:
+    """Share of the run's live values that the run with inner importance has too, all else equal; None without one."""
+
+    def rest(other: Record) -> dict[str, Any]:
+        return {name: value for name, value in other.axes.items() if name != "importance"}
+
+    for other in every:
+        if rest(other) == rest(record) and set(other.raw.get("importance_scores") or {}) == {"inner"}:
+            ours, theirs = rank_pattern(record), rank_pattern(other)
+            if ours and theirs and ours.keys() == theirs.keys():
+                live = [(name, i) for name, alive in ours.items() for i, kept in enumerate(alive) if kept]
+                return fmean(theirs[name][i] for name, i in live) if live else None
+    return None
+
+
+def _mean_of_known(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def _spearman(first: Any, second: Any) -> float | None:

@@ -88,4 +88,22 @@ def test_agreement_of_two_orders(tmp_path):
     across = stats.spearmanr([*inner["a"], *inner["b"]], [*full["a"], *full["b"]]).statistic
     assert line["across_layers"] == pytest.approx(across) and across < 0
     assert line["same_survivors"] == 0  # inner keeps all of a, full all of b
+    assert line["kept_by_both"] is None and table.rows[0][-1] == "–"  # no training with inner scores beside them
     assert json.dumps(table.rows)
+
+
+def test_two_trainings_keep_the_same_values_or_not(tmp_path):
+    scores = {"inner": {"a": [1.0, 2.0]}, "full": {"a": [2.0, 1.0]}}
+    patterns = {"full": {"a": [True, True, False, False]}, "inner": {"a": [True, False, True, False]}}
+    for importance in ("full", "inner"):
+        axes = {"method": "lora2", "importance": importance, "task_name": "rte", "seed": 1}
+        folder = write_record(
+            tmp_path / "importance", "lora2", "rte", 1, [0.5], axes, live_budget=1, importance_scores=scores,
+        )  # fmt: skip
+        (folder / "rank_pattern.json").write_text(json.dumps(patterns[importance]))
+    scored_alone = tmp_path / "importance/lora2-inner-rte-1/results.json"
+    record = json.loads(scored_alone.read_text())
+    del record["importance_scores"]["full"]
+    scored_alone.write_text(json.dumps(record))
+    (line,) = agreement_table(load_measured(tmp_path)).data
+    assert line["runs"] == 1 and line["kept_by_both"] == 0.5
