@@ -19,8 +19,11 @@ import multiprocessing as mp
 import os
 import platform
 import random
+import re
+import signal
 import statistics
 import sys
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,77 +38,162 @@ from benchmarks.lengths import real_batches
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
 from nlu.errors import UsageError, exit_code
+from nlu.files import write_text
 from nlu.records import versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
+TASKS = ("mrpc", "rte")  # whose real lengths can be asked for
+PUBLISHED_LENGTH = 320  # what the published code pads every sequence to
+USUAL = {
+    "layers": 12,
+    "batch": 32,
+    "lengths": "64,128,256",
+    "precisions": ",".join(PRECISIONS),
+    "peers": ",".join(key for key, peer in PEERS.items() if not peer.compiled),
+    "rounds": 5,
+}
+QUICK = {"layers": 2, "lengths": "64", "rounds": 3}
+SCALED = ("layers", "batch", "lengths", "precisions", "peers")
+SCALING_PEERS = ["peft-lora-bf16", "lora2"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, those left out filled in; whatever would end or waste a long measuring is refused here.
+
+    Raises:
+        UsageError: bad arguments.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 layers, length 64, few rounds: under 3 minutes")
     parser.add_argument("--scaling", action="store_true", help="vary layers, batch and length, two peers")
-    parser.add_argument("--layers", type=int, default=12, help="encoder layers (12)")
-    parser.add_argument("--batch", type=int, default=32, help="sequences a step (32)")
-    parser.add_argument("--lengths", default="64,128,256", help="tokens a sequence, or mrpc or rte: their real lengths")
-    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="float32, bfloat16 or both")
-    usual = ",".join(key for key, peer in PEERS.items() if not peer.compiled)
-    parser.add_argument("--peers", default=usual, help=f"rows, of {', '.join(PEERS)} (all but the compiled)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one to warm up (5)")
+    parser.add_argument("--layers", type=int, help="encoder layers (12)")
+    parser.add_argument("--batch", type=int, help="sequences a step (32)")
+    parser.add_argument("--lengths", help="tokens a sequence, or mrpc or rte: their real lengths (64,128,256)")
+    parser.add_argument("--precisions", help="float32, bfloat16 or both (both)")
+    parser.add_argument("--peers", help=f"rows, of {', '.join(PEERS)} (all but the compiled)")
+    parser.add_argument("--rounds", type=int, help="timed rounds after one to warm up (5)")
     parser.add_argument("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads a peer (all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--name", default=None, help="name of the files in benchmarks/results (by date)")
     arguments = parser.parse_args(argv)
-    arguments.peers, arguments.precisions = arguments.peers.split(","), arguments.precisions.split(",")
-    for chosen, known, what in ((arguments.peers, PEERS, "peers"), (arguments.precisions, PRECISIONS, "precisions")):
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            raise UsageError(f"--{what}: {unknown[0]!r} is none of {', '.join(known)}")
-    for name in ("layers", "batch", "rounds", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    if arguments.quick:
-        arguments.layers, arguments.lengths, arguments.rounds = 2, "64", 3
+    _check_mode(arguments)
+    arguments.named_peers = arguments.peers is not None
+    for name, value in {**USUAL, **(QUICK if arguments.quick else {})}.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    _check_values(arguments)
     # The vocabulary costs a step nothing where embeddings are frozen, but minutes to fill at random for every peer.
     arguments.vocabulary = 8_000 if arguments.quick or arguments.scaling else 128_100
     return arguments
 
 
+def _check_mode(arguments: argparse.Namespace) -> None:
+    """--quick and --scaling settle some arguments: one given beside them would be ignored."""
+    if arguments.quick and arguments.scaling:
+        raise UsageError("--quick and --scaling measure different settings: give one of them")
+    for mode, settled in (("quick", QUICK), ("scaling", SCALED)):
+        given = [name for name in settled if getattr(arguments, name) is not None]
+        if getattr(arguments, mode) and given:
+            raise UsageError(f"--{mode} settles --{given[0]} itself: leave out one of the two")
+
+
+def _check_values(arguments: argparse.Namespace) -> None:
+    """Split what is a list, and check each value."""
+    for what, known in (("peers", PEERS), ("precisions", PRECISIONS), ("lengths", None)):
+        chosen = getattr(arguments, what).split(",")
+        unknown = [value for value in chosen if known and value not in known]
+        if unknown:
+            raise UsageError(f"--{what}: {unknown[0]!r} is none of {', '.join(known)}")
+        setattr(arguments, what, chosen if known else [_length(value) for value in chosen])
+        twice = [value for i, value in enumerate(getattr(arguments, what)) if value in getattr(arguments, what)[:i]]
+        if twice:
+            raise UsageError(f"--{what}: {twice[0]} is there twice: name each once")
+    for name in ("layers", "batch", "rounds", "threads"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.device not in ("cpu", "cuda"):
+        raise UsageError(f"--device: {arguments.device!r} is neither cpu nor cuda")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device here: leave --device out, or give cpu")
+    if arguments.name is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", arguments.name):
+        raise UsageError(f"--name: {arguments.name!r} must be 1 to 100 letters, digits, dots, underscores and dashes")
+
+
+def _length(text: str) -> int | str:
+    if text in TASKS:
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--lengths: {text!r} is neither a number of tokens nor mrpc or rte")
+    return int(text)
+
+
 def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
-    """The settings to measure: a name, and the shape of each peer (they differ only where batching policies do)."""
+    """The settings to measure: a name, and the shape of each peer (they differ only where batching policies do).
 
-    def same(precision: str, layers: int, batch: int, length: int) -> tuple[str, dict[str, Shape]]:
-        shape = Shape(precision, layers, ((batch, length),), arguments.device, vocabulary=arguments.vocabulary)
-        return f"{precision}, {layers} layers, batch {batch}, length {length}", {
-            key: shape for key in arguments.peers if key != "published"
-        }
-
+    Raises:
+        UsageError: data that cannot be read; a peer that was named and would be measured nowhere, or a setting nobody
+            would be measured in.
+    """
     if arguments.scaling:
-        arguments.peers = ["peft-lora-bf16", "lora2"]
         grid = [(n, 16, 64) for n in (1, 2, 4)] + [(2, b, 64) for b in (8, 32)] + [(2, 8, s) for s in (128, 256, 512)]
-        return [same("bfloat16", *cell) for cell in grid]
+        return [_setting(arguments, SCALING_PEERS, "bfloat16", *cell) for cell in grid]
     settings = []
     for precision in arguments.precisions:
-        for length in arguments.lengths.split(","):
-            if length.isdigit() and int(length) > 0:
-                settings.append(same(precision, arguments.layers, arguments.batch, int(length)))
-            elif length in ("mrpc", "rte"):
-                shapes = {}
-                for key in arguments.peers:
-                    bucketed = PEERS[key].maker in ("here", "limit")
-                    batches = real_batches(length, arguments.glue_dir, arguments.batch, bucketed)
-                    batches = ((arguments.batch, 320),) if key == "published" else batches
-                    kept = "float32" if key == "published" else precision
-                    shapes[key] = Shape(kept, arguments.layers, batches, arguments.device)
-                settings.append((f"{precision}, {arguments.layers} layers, batch {arguments.batch}, {length}", shapes))
-            else:
-                raise UsageError(f"--lengths: {length!r} is neither a number of tokens nor mrpc or rte")
+        for length in arguments.lengths:
+            peers = [key for key in arguments.peers if _missing(key, precision, length) is None]
+            if not peers:
+                key = arguments.peers[0]
+                raise UsageError(
+                    f"--peers: {key} is measured with {_missing(key, precision, length)} only, so nothing is left in "
+                    f"{precision} at {length}: change one of them"
+                )
+            settings.append(_setting(arguments, peers, precision, arguments.layers, arguments.batch, length))
+    nowhere = [key for key in arguments.peers if not any(key in shapes for _, shapes in settings)]
+    if nowhere and arguments.named_peers:
+        needed = _missing(nowhere[0], arguments.precisions[0], arguments.lengths[0])
+        raise UsageError(f"--peers: {nowhere[0]} is measured with {needed} only: leave it out, or add that")
     return settings
+
+
+def _missing(key: str, precision: str, length: int | str) -> str | None:
+    """What a peer needs to be measured and a setting does not have; None: nothing."""
+    if key == "published" and length not in TASKS:
+        return "--lengths mrpc or rte"
+    if key == "peft-lora-bf16" and precision != "bfloat16":
+        return "--precisions bfloat16"
+    return None
+
+
+def _setting(
+    arguments: argparse.Namespace, peers: list[str], precision: str, layers: int, batch: int, length: int | str
+) -> tuple[str, dict[str, Shape]]:
+    shapes = {}
+    for key in peers:
+        if key == "published":
+            kept, batches = "float32", ((batch, PUBLISHED_LENGTH),)
+        elif length in TASKS:
+            bucketed = PEERS[key].maker in ("here", "limit")
+            kept, batches = precision, real_batches(length, arguments.glue_dir, batch, bucketed)
+        else:
+            kept, batches = precision, ((batch, length),)
+        shapes[key] = Shape(kept, layers, batches, arguments.device, vocabulary=arguments.vocabulary)
+    shown = length if length in TASKS else f"length {length}"
+    return f"{precision}, {layers} layers, batch {batch}, {shown}", shapes
 
 
 class PeerError(RuntimeError):
     """A peer's process ended or raised: what was measured before it still counts."""
+
+
+@dataclass
+class Outcome:
+    """What was measured; what ended it early, and the exit code for that."""
+
+    found: list[Measurement] = field(default_factory=list)
+    failure: str | None = None
+    code: int = 0
 
 
 class Workers:
@@ -114,6 +202,14 @@ class Workers:
     def __init__(self, peers: list[str], threads: int) -> None:
         context = mp.get_context("spawn")
         self.connections, self.processes = {}, []
+        # Ctrl-C reaches every process of a terminal: the peers ignore it (they inherit that), so that one line is said.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._start(context, peers, threads)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def _start(self, context: mp.context.SpawnContext, peers: list[str], threads: int) -> None:
         for key in peers:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, key, threads), daemon=True)
@@ -133,6 +229,13 @@ class Workers:
             raise PeerError(f"{key}: {answer}") from answer
         return answer
 
+    def stop(self) -> None:
+        """End the processes in the middle of what they do."""
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.join(timeout=10)
+
     def close(self) -> None:
         for connection in self.connections.values():
             with contextlib.suppress(OSError):  # that of a process which has ended
@@ -143,8 +246,7 @@ class Workers:
 
 def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) -> list[Measurement]:
     """Step every peer in turn, a warming round first; then the methods' own part of a step by itself."""
-    precision = name.split(",")[0]
-    keys = [key for key in shapes if precision == "bfloat16" or key != "peft-lora-bf16"]
+    keys = list(shapes)
     seconds: dict[str, list[float]] = {key: [] for key in keys}
     method: dict[str, list[float]] = {key: [] for key in keys}
     flops: dict[str, list[int]] = {}
@@ -181,39 +283,56 @@ def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"device": device, "threads": arguments.threads, "system": platform.system(), "versions": versions()}
 
 
+def measure_all(arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]]) -> Outcome:
+    """Measure one setting after the other; a peer that fails and Ctrl-C end it, and leave what came before."""
+    outcome = Outcome()
+    name = "before the first setting"
+    workers = Workers(list(dict.fromkeys(key for _, shapes in settings for key in shapes)), arguments.threads)
+    try:
+        for name, shapes in tqdm(settings, desc="settings"):
+            outcome.found += measure(workers, name, shapes, arguments.rounds)
+    except PeerError as error:
+        outcome.failure, outcome.code = f"{name}: {' '.join(str(error).split())}", 1
+    except KeyboardInterrupt:
+        workers.stop()
+        outcome.failure, outcome.code = f"{name}: stopped", 128 + signal.SIGINT
+    finally:
+        workers.close()
+    return outcome
+
+
+def write(record: dict[str, Any], table: str, name: str) -> None:
+    """Put record and table in benchmarks/results."""
+    RESULTS.mkdir(exist_ok=True)
+    # Not with_suffix, which would take the .2 of v1.2 for a suffix.
+    write_text(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(RESULTS / f"{name}.md", table)
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     try:
         arguments = parse(argv)
         settings = plan(arguments)
     except UsageError as error:
         return exit_code(error)
     started = datetime.now(timezone.utc)
-    workers = Workers(arguments.peers, arguments.threads)
-    found: list[Measurement] = []
-    failure = None
-    try:
-        for name, shapes in tqdm(settings, desc="settings"):
-            found += measure(workers, name, shapes, arguments.rounds)
-    except PeerError as error:
-        failure = f"{name}: {' '.join(str(error).split())}"
-    finally:
-        workers.close()
-    record = {
-        "started_at": started.isoformat(timespec="seconds"),
-        "machine": machine(arguments),
-        "rounds": arguments.rounds,
-        "failure": failure,
-        "measurements": [m.record() for m in found],
-    }
-    table = markdown(record, found)
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / (arguments.name or started.strftime("%Y%m%d-%H%M%S"))
-    target.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
-    if failure:
-        print(f"error: {failure}; the table has what was measured before", file=sys.stderr)
-    return 1 if failure else 0
+    outcome = measure_all(arguments, settings)
+    if outcome.found:  # else there is nothing to write, least of all over an earlier table of that name
+        record = {
+            "started_at": started.isoformat(timespec="seconds"),
+            "machine": machine(arguments),
+            "rounds": arguments.rounds,
+            "failure": outcome.failure,
+            "measurements": [m.record() for m in outcome.found],
+        }
+        table = markdown(record, outcome.found)
+        write(record, table, arguments.name or started.strftime("%Y%m%d-%H%M%S"))
+        print(table)
+    if outcome.failure:
+        left = "the table has what was measured before" if outcome.found else "nothing was measured before, or written"
+        print(f"error: {outcome.failure}; {left}", file=sys.stderr)
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Lines differ in colour (Okabe and Ito's palette), dash and marker; heat maps carry their numbers.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from nlu.reporting.legends import add_legend, labelled_lines
 from nlu.reporting.measured import (
     MeasuredExperiment,
     Record,
@@ -79,7 +83,8 @@ def draw(experiment: MeasuredExperiment) -> list[Drawing]:
             drawings.append(_learning_curves(experiment))
             drawings.append(_budgets(experiment))
             drawings.append(_spectra(experiment))
-            drawings += [_rank_map(experiment, row) for row in experiment.rows]
+            stems = _file_stems([row.label for row in experiment.rows])
+            drawings += [_rank_map(experiment, row, stems[row.label]) for row in experiment.rows]
         drawings.append(_learning_rates(experiment, experiment.held_out, "selection"))
     return [drawing for drawing in drawings if drawing is not None]
 
@@ -94,34 +99,42 @@ def module_place(name: str) -> tuple[int, str] | None:
 
 
 def _score_against_parameters(experiment: MeasuredExperiment) -> Drawing | None:
-    points = [(row, average(row, "last", experiment.tasks)) for row in experiment.rows]
-    points = [(row, value) for row, value in points if value is not None]
+    points = [
+        (row, mean_of(row, "adapter_params") or mean_of(row, "total_params"), average(row, "last", experiment.tasks))
+        for row in experiment.rows
+    ]
+    points = [point for point in points if None not in point[1:]]
     if len(points) < 2:
         return None
     figure = Figure(figsize=(6.0, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for (row, value), style in zip(points, _styles(len(points)), strict=True):
-        parameters = mean_of(row, "adapter_params") or mean_of(row, "total_params")
-        low, high = average_interval(row, "last", experiment.tasks) or (value, value)
-        axes.errorbar(
-            parameters,
-            value,
-            yerr=[[value - low], [high - value]],
-            label=row.label,
-            capsize=3,
-            markersize=7,
-            **{**style, "linestyle": "none"},
-        )
+    sizes = _nested_sizes([(math.log10(parameters), value) for _, parameters, value in points])
+    handles = {}
+    for (row, parameters, value), size, style in zip(points, sizes, _styles(len(points)), strict=True):
+        interval = average_interval(row, "last", experiment.tasks)
+        bar = [[value - interval[0]], [interval[1] - value]] if interval else None
+        hollow = {**style, "linestyle": "none", "markerfacecolor": "none", "markeredgewidth": 1.4}
+        axes.errorbar(parameters, value, yerr=bar, label=row.label, capsize=3, markersize=size, **hollow)
+        handles[row.label] = Line2D([], [], markersize=7, **hollow)  # in the legend all are of one size
     axes.set_xscale("log")
     axes.set_xlabel("trainable parameters without the head (log scale)")
     axes.set_ylabel("average score at the last evaluation")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    best = max(points, key=lambda point: point[1])
+    add_legend(figure, handles)
+    best = max(points, key=lambda point: point[2])
     text = (
         f"Average over {_names(experiment.tasks)} against trainable parameters, with 95 % bootstrap intervals over "
-        f"seeds. Highest: {best[0].label}, {best[1]:.2f}."
+        f"seeds. Highest: {best[0].label}, {best[2]:.2f}."
     )
     return Drawing(f"{experiment.name}_parameters", "Score against parameters", text, figure)
+
+
+def _nested_sizes(places: list[tuple[float, float]]) -> list[float]:
+    """Sizes of hollow markers: one on the spot of others goes around them, so that all can be seen."""
+    spans = [max(values) - min(values) or 1.0 for values in zip(*places, strict=True)]
+    return [
+        7.0 + 5.0 * sum(abs(x - u) < 0.03 * spans[0] and abs(y - v) < 0.03 * spans[1] for u, v in places[:i])
+        for i, (x, y) in enumerate(places)
+    ]
 
 
 def _learning_curves(experiment: MeasuredExperiment) -> Drawing:
@@ -192,7 +205,7 @@ def _spectra(experiment: MeasuredExperiment) -> Drawing | None:
     return Drawing(f"{experiment.name}_spectra", "Spectra of ΔW", text, figure)
 
 
-def _rank_map(experiment: MeasuredExperiment, row: Row) -> Drawing | None:
+def _rank_map(experiment: MeasuredExperiment, row: Row, stem: str) -> Drawing | None:
     """The paper's Figure 3: live rank by layer and module."""
     maps: dict[str, dict[tuple[int, str], float]] = {}
     for task, records in row.records.items():
@@ -218,7 +231,7 @@ def _rank_map(experiment: MeasuredExperiment, row: Row) -> Drawing | None:
         image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         axes.set_yticks(range(len(modules)), modules)
         axes.set_xticks(range(len(layers)), [str(layer + 1) for layer in layers])
-        axes.set_title(NAMES.get(task, task), loc="left")
+        axes.set_title(NAMES.get(task, task), loc="left", parse_math=False)
         axes.grid(False)
         for (i, j), value in np.ndenumerate(grid):
             if not np.isnan(value):
@@ -231,7 +244,6 @@ def _rank_map(experiment: MeasuredExperiment, row: Row) -> Drawing | None:
         f"{row.label}: singular values that live at the end of training, by layer and module, mean over seeds "
         f"({_names(list(maps))}); {whole:.2f} a module on average."
     )
-    stem = re.sub(r"[^A-Za-z0-9._=-]+", "_", row.label)
     return Drawing(f"{experiment.name}_ranks_{stem}", f"Live ranks: {row.label}", text, figure)
 
 
@@ -257,7 +269,7 @@ def _learning_rates(experiment: MeasuredExperiment, records: list[Record], name:
         axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=60, ha="right", rotation_mode="anchor")
         axes.tick_params(axis="x", labelsize=8)
         axes.minorticks_off()
-        axes.set_title(NAMES.get(task, task), loc="left")
+        axes.set_title(NAMES.get(task, task), loc="left", parse_math=False)
     held_out = name == "selection"
     where = "held-out training data" if held_out else "validation set"
     _finish(figure, panels, "learning rate (log scale)", f"last score, {where}")
@@ -283,7 +295,7 @@ def _panels(
         for row in rows or experiment.rows:
             if task in row.records:
                 curve(axes, row, row.records[task], styles[row.label])
-        axes.set_title(NAMES.get(task, task), loc="left")
+        axes.set_title(NAMES.get(task, task), loc="left", parse_math=False)
     _finish(figure, panels, xlabel, ylabel)
     return figure
 
@@ -291,7 +303,7 @@ def _panels(
 def _grid_of_panels(number: int) -> tuple[Figure, list[Axes]]:
     columns = min(2, number)
     lines = -(-number // columns)
-    figure = Figure(figsize=(3.9 * columns + 0.4, 2.6 * lines + 1.0), layout="constrained")
+    figure = Figure(figsize=(3.9 * columns + 0.4, 2.6 * lines + 0.6), layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).ravel())
     for spare in panels[number:]:
         spare.set_visible(False)
@@ -301,15 +313,12 @@ def _grid_of_panels(number: int) -> tuple[Figure, list[Axes]]:
 def _finish(figure: Figure, panels: list[Axes], xlabel: str, ylabel: str) -> None:
     """Axis labels at the outer panels, one legend for all below them."""
     columns = min(2, len(panels))
-    handles: dict[str, object] = {}
     for i, axes in enumerate(panels):
         if i + columns >= len(panels):
             axes.set_xlabel(xlabel)
         if i % columns == 0:
             axes.set_ylabel(ylabel)
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, max(1, len(handles))))
+    add_legend(figure, labelled_lines(panels))
 
 
 def _line_with_band(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict, spread: bool) -> None:
@@ -329,6 +338,18 @@ def _styles(number: int) -> Iterator[dict]:
             "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)],
             "marker": MARKERS[i % len(MARKERS)],
         }
+
+
+def _file_stems(labels: list[str]) -> dict[str, str]:
+    """A name for each label's file, numbered where labels differ only in what a file's name cannot hold."""
+    stems: dict[str, str] = {}
+    taken: set[str] = set()  # in lower case: some file systems do not tell the two apart
+    for label in labels:
+        plain = re.sub(r"[^A-Za-z0-9._=-]+", "_", label)
+        numbered = (plain if n == 1 else f"{plain}_{n}" for n in itertools.count(1))
+        stems[label] = next(stem for stem in numbered if stem.lower() not in taken)
+        taken.add(stems[label].lower())
+    return stems
 
 
 def _has_budget(record: Record) -> bool:

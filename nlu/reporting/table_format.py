@@ -54,10 +54,10 @@ class Table:
 
     def markdown(self) -> str:
         """A title, the table (text left, figures right) and the notes."""
-        lines = [f"### {self.title}", "", _md_line(self.header)]
+        lines = [f"### {one_line(self.title)}", "", _md_line(self.header)]
         lines.append("|" + "|".join(" ---: " if self.is_figure(i) else " --- " for i in range(len(self.header))) + "|")
         lines += [_md_line([f"**{cell}**" if isinstance(cell, Bold) else cell for cell in row]) for row in self.rows]
-        return "\n".join([*lines, "", *[f"- {note}" for note in self.notes]]) + "\n"
+        return "\n".join([*lines, "", *[f"- {one_line(note)}" for note in self.notes]]) + "\n"
 
     def latex(self) -> str:
         """A `table` environment for the booktabs package; the notes follow the caption."""
@@ -140,8 +140,13 @@ def bold_best(cells: list[str], values: list[float | None]) -> list[str]:
 
 def latex(text: str) -> str:
     """Text with LaTeX's special characters written out."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in one_line(text))
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks, which would end a row of a table, a heading or (in LaTeX) a paragraph."""
+    return " ".join(text.splitlines())
 
 
 def _md_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in cells) + " |"

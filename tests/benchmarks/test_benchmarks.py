@@ -119,6 +119,47 @@ def test_a_peer_that_ends_leaves_what_was_measured_before(tmp_path, monkeypatch,
     assert "Ended early" in (tmp_path / "x.md").read_text() and "length 6" in out
 
 
+def test_a_stop_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
+    measure, processes = run.measure, []
+
+    def second_is_stopped(workers, name, shapes, rounds):
+        processes[:] = workers.processes
+        if "length 7" in name:
+            signal.raise_signal(signal.SIGINT)
+        return measure(workers, name, shapes, rounds)
+
+    monkeypatch.setattr(run, "measure", second_is_stopped)
+    flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1", "--name", "x"]
+    assert run.main(["--peers", "limit", "--lengths", "6,7", *flags]) == 130
+    out, err = capsys.readouterr()
+    assert "length 7: stopped" in err.strip().splitlines()[-1] and "Traceback" not in err
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert [m["setting"] for m in record["measurements"]] == ["float32, 12 layers, batch 32, length 6"]
+    assert "stopped" in record["failure"] and "length 6" in out
+    assert processes and not any(process.is_alive() for process in processes)
+
+
+def test_a_stop_before_anything_was_measured_keeps_the_earlier_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.json").write_text("earlier")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "measure", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert run.main(["--peers", "limit", "--lengths", "6", "--name", "x"]) == 130
+    assert "nothing was measured" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_peers_ignore_the_terminals_ctrl_c():
+    workers = run.Workers(["limit"], 1)
+    try:
+        os.kill(workers.processes[0].pid, signal.SIGINT)
+        workers.ask("limit", "build", SMALL)
+        assert workers.processes[0].is_alive() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        workers.close()
+
+
 def test_ratios_are_medians_over_medians():
     def row(key, seconds, method=()):
         return Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None)
@@ -128,9 +169,3 @@ def test_ratios_are_medians_over_medians():
                      "started_at": "now"}, found)  # fmt: skip
     assert "| float32, s | step, LoRA² : peft LoRA, stock attention | 0.250 |" in text
     assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
-
-
-@pytest.mark.parametrize("arguments", [["--peers", "x"], ["--lengths", "0"], ["--lengths", "cola"], ["--rounds", "0"]])
-def test_bad_arguments(arguments, capsys):
-    assert run.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("error: ")

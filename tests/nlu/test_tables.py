@@ -270,6 +270,21 @@ def test_latex_text_has_no_bare_special_character(text):
             assert found != character or escaped[i - 1] == "\\"
 
 
+@pytest.mark.parametrize("broken", ["two\nlines", "two\r\nlines", "two\u2028lines"])
+def test_a_line_break_ends_no_row_of_a_table(broken):
+    table = Table("stem", broken, ["method", broken], [[broken, "1"]], [broken])
+    assert table.markdown().splitlines() == [
+        "### two lines",
+        "",
+        "| method | two lines |",
+        "| --- | ---: |",
+        "| two lines | 1 |",
+        "",
+        "- two lines",
+    ]
+    assert r"two lines & 1 \\" in table.latex().splitlines()
+
+
 @settings(max_examples=60)
 @given(
     st.lists(st.tuples(*[st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=6)] * 2), min_size=1)
