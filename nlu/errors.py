@@ -9,7 +9,8 @@ import sys
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What the path that was given can be the cause of; any other OSError is a fault whose traceback is wanted.
 _BAD_PATH = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 
@@ -46,6 +47,6 @@ def exit_code(error: BaseException) -> int:
         print(f"error: {reason(error)}: make room, and give the same command again", file=sys.stderr)
         return 1
     if isinstance(error, OSError) and error.errno in _BAD_PATH:
-        print(f"error: {reason(error)}: name a folder or file that can be used so", file=sys.stderr)
+        print(f"error: {reason(error)}: check the path and its permissions", file=sys.stderr)
         return 2
     raise error

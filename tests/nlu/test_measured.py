@@ -1,5 +1,6 @@
 """Records and folders that tables.py, plots.py and report.py refuse: one line, exit code 2, nothing changed."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nlu import plots, report, tables
-from nlu.errors import UsageError
+from nlu.errors import UsageError, exit_code
 from nlu.reporting.measured import load_measured, rank_pattern
 from tests.nlu.records import write_record
 
@@ -65,6 +66,18 @@ def test_an_output_that_cannot_be_written_is_one_line(measured, tmp_path, capsys
     assert _call(name, measured, output) == 2
     _one_line(capsys, str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@commands
+def test_an_output_below_a_link_to_nothing_is_one_line(measured, tmp_path, capsys, name):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    assert _call(name, measured, tmp_path / "link" / "x" if name == "report" else tmp_path / "link") == 2
+    _one_line(capsys, str(tmp_path / "link"), "check the path")
+
+
+def test_an_error_that_no_path_explains_keeps_its_traceback():
+    with pytest.raises(OSError, match="broken"):
+        exit_code(OSError(errno.EIO, "broken"))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
