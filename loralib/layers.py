@@ -211,10 +211,16 @@ class LoRALayer(nn.Linear):
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
         if self.merged or self.r == 0:
-            return F.linear(x, weight, self.bias)
+            return self._dense(x, weight)
         dropped = self.lora_dropout(x) if self.training and self.lora_dropout.p > 0 else None
         core, scale = self.core_and_scale()
         return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
+
+    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def core_and_scale(self) -> tuple[Tensor | None, float]:
         """The core as the forward pass wants it: a matrix, or None for the identity times a number."""

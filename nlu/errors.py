@@ -6,6 +6,13 @@ import errno
 import signal
 import sys
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the path that was given can be the cause of; any other OSError is a fault whose traceback is wanted.
+_BAD_PATH = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
 
 class UsageError(ValueError):
     """Bad arguments or bad input: one line that says what is wrong and what to do; commands exit with code 2."""
@@ -26,7 +33,8 @@ def reason(error: BaseException, most: int | None = None) -> str:
 def exit_code(error: BaseException) -> int:
     """Say on stderr, in one line, what ended a command, and return its exit code.
 
-    2: bad arguments or input; 1: a run that cannot go on, a full disk included; 128 + the signal's number: stopped.
+    2: bad arguments or input, a path that cannot be written among them; 1: a run that cannot go on, a full disk
+    included; 128 + the signal's number: stopped.
     Any other exception is raised again.
     """
     if isinstance(error, KeyboardInterrupt):
@@ -35,7 +43,10 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, (UsageError, RunError)):
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"error: {error}: make room, and give the same command again", file=sys.stderr)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        print(f"error: {reason(error)}: make room, and give the same command again", file=sys.stderr)
         return 1
+    if isinstance(error, OSError) and error.errno in _BAD_PATH:
+        print(f"error: {reason(error)}: check the path and its permissions", file=sys.stderr)
+        return 2
     raise error

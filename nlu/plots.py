@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         paths = write_figures(args.measured_dir, args.output_dir)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         return exit_code(error)
     print(f"{len(paths)} files in {args.output_dir}; start with README.md there")
     return 0

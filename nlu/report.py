@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         write_text(args.output, build_report(args.measured_dir, args.published_dir))
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         return exit_code(error)
     print(f"{args.output}: open it in a browser")
     return 0

@@ -147,7 +147,8 @@ def chosen_table(experiment: MeasuredExperiment) -> Table | None:
         line = {"row": row.label}
         texts = []
         for task in experiment.tasks:
-            rates = sorted({record.raw["arguments"]["learning_rate"] for record in row.records.get(task, [])})
+            arguments = [record.raw.get("arguments") or {} for record in row.records.get(task, [])]
+            rates = sorted({given["learning_rate"] for given in arguments if given.get("learning_rate") is not None})
             values = tried.get((row.label, task), set())
             at_edge = values and any(rate in (min(values), max(values)) for rate in rates)
             texts.append(", ".join(f"{rate:g}" for rate in rates) + (" †" if at_edge else "") if rates else NONE)
@@ -318,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         paths = write_tables(args.measured_dir, args.published_dir, args.output_dir)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         return exit_code(error)
     print(f"{len(paths)} files in {args.output_dir}; start with README.md there")
     return 0

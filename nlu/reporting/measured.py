@@ -11,6 +11,7 @@ from scipy import stats
 
 from nlu.errors import UsageError
 from nlu.files import read_json
+from nlu.reporting.record_check import check_record, experiment_name
 from nlu.sweeping.experiments import run_label
 
 FORMAT_VERSION = 1
@@ -22,7 +23,6 @@ TWO_COLUMNS = {
     "qqp": {"qqp_acc": "accuracy", "qqp_f1": "f1"},
     "mnli": {"mnli_m": "accuracy", "mnli_mm": "accuracy_mm"},
 }
-REQUIRED = ("task", "method", "seed", "metric", "evaluations", "best_step", "adapter_params", "head_params")
 RESAMPLES = 9_999
 
 
@@ -96,13 +96,13 @@ def load_measured(folder: Path) -> list[MeasuredExperiment]:
     (`holdout_fraction`) are kept apart.
 
     Raises:
-        UsageError: a damaged record, one of another format, or two records of the same run.
+        UsageError: no folder of records, a damaged record, one of another format, or two records of the same run.
     """
     experiments: dict[str, MeasuredExperiment] = {}
     seen: dict[tuple, Path] = {}
-    for path in sorted(Path(folder).rglob("results.json")):
-        raw = read_json(path)
-        name = raw.get("sweep", {}).get("experiment") or path.relative_to(folder).parts[0]
+    for path in _record_files(folder):
+        raw = read_json(path) or {}
+        name = experiment_name(raw, path, path.relative_to(folder).parts[0])
         experiment = experiments.setdefault(name, MeasuredExperiment(name, [], [], 0))
         if raw.get("status") != "finished":
             experiment.failed += 1
@@ -114,7 +114,10 @@ def load_measured(folder: Path) -> list[MeasuredExperiment]:
         other = seen.setdefault((name, record.label, record.task, record.seed), path)
         if other is not path:
             raise UsageError(f"{path} and {other} are records of the same run; delete one")
-        _row(experiment, record).records.setdefault(record.task, []).append(record)
+        beside = _row(experiment, record).records.setdefault(record.task, [])
+        if beside and beside[0].raw["metric"] != raw["metric"]:
+            raise UsageError(f"{path} and {beside[0].folder} differ in their metric; delete one")
+        beside.append(record)
     for experiment in experiments.values():
         experiment.rows.sort(key=_row_rank)
         for row in experiment.rows:
@@ -122,31 +125,41 @@ def load_measured(folder: Path) -> list[MeasuredExperiment]:
     return [experiments[name] for name in sorted(experiments, key=lambda name: (name != FIRST, name))]
 
 
+def _record_files(folder: Path) -> list[Path]:
+    """The records below a folder; none only where it is empty, because a mistyped name would empty the output.
+
+    Raises:
+        UsageError: no such folder, or one with other things in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder; name the one with the measured records")
+    found = sorted(folder.rglob("results.json"))
+    if not found and any(folder.iterdir()):
+        raise UsageError(f"{folder}: no results.json is below it; name the folder with the measured records")
+    return found
+
+
 def _record(raw: dict[str, Any], experiment: str, path: Path) -> Record:
-    missing = [key for key in REQUIRED if raw.get(key) is None]
-    if raw.get("format_version") != FORMAT_VERSION or missing:
-        reason = f"lacks {', '.join(missing)}" if missing else f"has format_version {raw.get('format_version')}"
-        raise UsageError(f"{path} {reason}; it was not written by this version of nlu/run_glue.py")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise UsageError(
+            f"{path} has format_version {raw.get('format_version')}; it was not written by this version of "
+            "nlu/run_glue.py"
+        )
+    metrics = TWO_COLUMNS.get(str(raw.get("task")), {})
+    check_record(raw, path, list(metrics.values()))
+    columns = metrics or {raw["task"]: raw["metric"]}
     sweep = raw.get("sweep", {})
     axes = sweep.get("axes") or {}
     label = run_label(axes) or str(raw.get("method_config") or raw["method"])
     reference = bool(sweep["reference"]) if "reference" in sweep else raw["method"] == "lora"
     evaluations = raw["evaluations"]
-    best = [e for e in evaluations if e.get("step") == raw["best_step"]]
+    best = [e for e in evaluations if e["step"] == raw["best_step"]]
     if not best:
         raise UsageError(f"{path}: none of its evaluations is of best_step {raw['best_step']}")
-    columns = TWO_COLUMNS.get(raw["task"], {raw["task"]: raw["metric"]})
-    try:
-        scores = {
-            which: {
-                c: 100 * float(evaluation[metric])
-                for c, metric in columns.items()
-                if evaluation.get(metric) is not None
-            }
-            for which, evaluation in (("best", best[-1]), ("last", evaluations[-1]))
-        }
-    except (TypeError, ValueError):
-        raise UsageError(f"{path}: an evaluation holds a score that is no number") from None
+    scores = {
+        which: {column: 100 * float(evaluation[metric]) for column, metric in columns.items() if metric in evaluation}
+        for which, evaluation in (("best", best[-1]), ("last", evaluations[-1]))
+    }
     if not all(scores.values()):
         raise UsageError(f"{path}: an evaluation lacks {' and '.join(columns.values())}")
     return Record(experiment, label, raw["task"], raw["seed"], reference, axes, scores, raw, path.parent)
@@ -245,7 +258,11 @@ def range_of(row: Row, key: str) -> tuple[float, float] | None:
 
 def rank_pattern(record: Record) -> dict[str, list[bool]] | None:
     """The run's rank_pattern.json (module → which singular values live), or None where it has none."""
-    pattern = read_json(record.folder / "rank_pattern.json")
+    path = record.folder / "rank_pattern.json"
+    pattern = read_json(path) or {}
+    for module, live in pattern.items():
+        if not isinstance(live, list) or not all(isinstance(each, bool) for each in live):
+            raise UsageError(f"{path}: {module} must be a list of true and false; restore the file, or delete it")
     return pattern or None
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
@@ -48,3 +49,188 @@ def test_dtypes_gradients_and_closeness_to_float32():
 def test_an_integer_dtype_is_refused():
     with pytest.raises(ValueError, match="floating"):
         loralib.cast_frozen(small_model(), torch.int8)
+
+
+# ---- whatever else trains ------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Attention whose query, key and value meet in one product, then a perceptron, each after a LayerNorm."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + nn.functional.scaled_dot_product_attention(self.query(y), self.key(y), self.value(y))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class Tiny(nn.Module):
+    """Embeddings, two blocks and a head that is called by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Embedding(20, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids):
+        x = self.embeddings(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(input=x.mean(1))
+
+
+def tiny(kind="lora2", bias="none", modules=("query", "up"), also=("head",)):
+    torch.manual_seed(0)
+    model = Tiny()
+    loralib.inject(model, kind, list(modules), r=4)
+    for layer in loralib.lora_layers(model).values():
+        for factor in layer.lora_parameters():
+            nn.init.normal_(factor, std=0.3)
+    loralib.mark_only_lora_as_trainable(model, bias)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in also):
+            parameter.requires_grad_(True)
+    return model
+
+
+IDS = torch.arange(24).reshape(4, 6) % 20
+
+
+def check_against_float32(model, call=lambda model: model(IDS), logits=torch.float32, atol=0.05):
+    """Gradients exist, are float32, finite and within 5 % of the float32 model's; returns the cast model."""
+    half = copy.deepcopy(model)
+    loralib.cast_frozen(half, torch.bfloat16)
+    outputs = [call(m) for m in (model, half)]
+    assert outputs[1].dtype == logits
+    torch.testing.assert_close(outputs[1].float(), outputs[0], rtol=0, atol=atol)
+    for output in outputs:
+        output.float().square().sum().backward()
+    pairs = [(name, p, half.get_parameter(name)) for name, p in model.named_parameters() if p.requires_grad]
+    for name, full, cast in pairs:
+        assert cast.dtype == cast.grad.dtype == torch.float32 and cast.grad.isfinite().all(), name
+        assert not (full.grad.abs() > 1e-3).any() or cast.grad.any(), name
+    assert all(p.grad is None for p in half.parameters() if not p.requires_grad)
+    error = sum((full.grad - cast.grad).square().sum() for _, full, cast in pairs)
+    assert error.sqrt() < 0.05 * sum(full.grad.square().sum() for _, full, _ in pairs).sqrt()
+    return half
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("kind", ["lora", "lora2", "adalora"])
+def test_biases_may_train(kind, bias):
+    half = check_against_float32(tiny(kind, bias))
+    block = half.blocks[0]
+    assert block.query.weight.dtype == torch.bfloat16  # the large weight is halved whatever its bias does
+    assert block.key.weight.dtype == (torch.float32 if bias == "all" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("modules", [("query",), ("value",), ("query", "key", "value", "up", "down")])
+def test_whichever_modules_are_low_rank(modules, bias):
+    check_against_float32(tiny("lora2", bias, modules))
+
+
+@pytest.mark.parametrize(
+    "also",
+    [("norm",), ("norm1",), ("embeddings",), ("head", "norm", "embeddings"), ("head", "blocks.1.value"),
+     ("key.weight",), ("query.weight", "head"), ("norm1.bias", "up.bias", "head.weight")],
+)  # fmt: skip
+def test_any_other_parameter_may_train(also):
+    logits = torch.float32 if any(part.startswith("head") for part in also) and "head.weight" not in also else None
+    check_against_float32(tiny(also=also), logits=logits or torch.bfloat16)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "deberta-v2", "distilbert"])
+def test_the_encoders_of_transformers(architecture, bias):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if architecture == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+    if architecture == "deberta-v2":
+        sizes |= {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm",
+                  "position_buckets": 8}  # fmt: skip
+    config = AutoConfig.for_model(architecture, vocab_size=50, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    loralib.inject(model, "lora2", [".*(query|query_proj|q_lin)"], r=4, k=2)
+    loralib.mark_only_lora_as_trainable(model, bias)
+    model.classifier.requires_grad_(True)
+    ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
+    check_against_float32(model, lambda m: m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+
+
+@pytest.mark.parametrize("trains", ["self_attn.out_proj.bias", "self_attn.in_proj_bias", "norm2.weight"])
+def test_attention_of_torch_and_a_parameter_of_the_model_itself(trains):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((16,), 1.5))
+            self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.last = nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.last(self.layer(x * self.scale))
+
+    torch.manual_seed(0)
+    model = Scaled()
+    loralib.inject(model, "lora", ["linear1"], r=2)
+    loralib.mark_only_lora_as_trainable(model)
+    model.scale.requires_grad_(True)
+    model.layer.get_parameter(trains).requires_grad_(True)
+    x = torch.randn(2, 3, 16)
+    check_against_float32(model, lambda m: m(x), torch.bfloat16)
+
+
+def test_a_weight_shared_with_a_module_that_trains():
+    model = tiny(also=())
+    model.head = nn.Linear(16, 20)
+    model.head.weight = model.embeddings.weight
+    model.head.weight.requires_grad_(False)
+    half = check_against_float32(model, logits=torch.bfloat16, atol=0.3)
+    assert half.head.weight is half.embeddings.weight and half.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("also", [("head",), ("head", "norm")])
+def test_a_second_call_changes_nothing(also):
+    once, twice = tiny(also=also), tiny(also=also)
+    loralib.cast_frozen(once, torch.bfloat16)
+    for _ in range(3):
+        loralib.cast_frozen(twice, torch.bfloat16)
+    assert torch.equal(once(IDS), twice(IDS))
+    for a, b in zip(once.modules(), twice.modules(), strict=True):
+        assert len(a._forward_pre_hooks) == len(b._forward_pre_hooks) <= 1
+        assert len(a._forward_hooks) == len(b._forward_hooks) <= 1
+
+
+def test_a_second_call_follows_what_trains_by_then():
+    model = tiny(also=("head", "norm"))
+    loralib.cast_frozen(model, torch.bfloat16)
+    for block in model.blocks:
+        block.requires_grad_(False)
+    model.embeddings.requires_grad_(True)
+    loralib.cast_frozen(model, torch.bfloat16)
+    assert model.blocks[0].norm1.weight.dtype == torch.bfloat16
+    model(IDS).sum().backward()
+    assert model.embeddings.weight.grad.dtype == torch.float32
+
+
+def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
+    model = tiny()
+    loralib.cast_frozen(model, torch.bfloat16)
+    hooked = [name for name, m in model.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert hooked == ["head"]
+
+
+def test_a_merged_layer_takes_a_float32_bias():
+    model = tiny(bias="lora_only").eval()
+    loralib.cast_frozen(model, torch.bfloat16)
+    with torch.no_grad():
+        before = model(IDS)
+        loralib.merge_adapter(model)
+        torch.testing.assert_close(model(IDS), before, rtol=0, atol=0.05)

@@ -128,6 +128,7 @@ def test_the_files_are_whole_and_the_same_each_time(measured, tmp_path):
 
 
 def test_without_a_finished_run_the_page_says_so(tmp_path):
+    (tmp_path / "none").mkdir()
     assert plots.main(["--measured_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "figures")]) == 0
     assert "No finished run" in (tmp_path / "figures/README.md").read_text()
     (tmp_path / "bad/x").mkdir(parents=True)
