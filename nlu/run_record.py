@@ -12,6 +12,9 @@ from nlu.methods import count_parameters, live_adapter_params
 from nlu.records import RecordCallback, RunRecord, git_commit, machine, now, peak_memory_bytes, versions
 from nlu.trainer import GlueTrainer, effective_batch_size
 
+# Read once, with the code: a process forked later from this one runs this code, whatever the checkout holds by then.
+COMMIT = git_commit()
+
 
 def start_record(
     arguments: Arguments, trainer: GlueTrainer, eval_rows: int, folder: Path, state: str, warm_start: Any
@@ -42,7 +45,7 @@ def start_record(
         "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
         "arguments": arguments.record,
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": COMMIT,
         "machine": machine(),
         "command": command_line(),
         "started_at": previous["started_at"] if previous else now(),

@@ -69,21 +69,26 @@ class LocalLauncher:
         return _LocalJob(process.pid, process.poll)
 
     def _fork(self, argv: list[str], log: Path) -> Job:
-        paths = [str(RUN_GLUE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with _environment({**self.environment, "PYTHONPATH": os.pathsep.join(paths)}):
-            forkserver.ensure_running()  # it keeps the environment it starts with, and its children have it
+        root = RUN_GLUE.parents[1]
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with _environment({**self.environment, "PYTHONPATH": os.pathsep.join(paths)}, root):
+            # It keeps the environment it starts with, and its children have it; what lies in the folder it starts in
+            # goes before PYTHONPATH, so that from within another checkout it would load that one's code.
+            forkserver.ensure_running()
         process = self.context.Process(target=_run_glue, args=(argv, str(log), os.getcwd()))
         process.start()
         return _LocalJob(process.pid, lambda: process.exitcode)
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
+def _environment(variables: dict[str, str], folder: Path) -> Iterator[None]:
+    before, here = dict(os.environ), os.getcwd()
     os.environ.update(variables)
+    os.chdir(folder)
     try:
         yield
     finally:
+        os.chdir(here)
         os.environ.clear()
         os.environ.update(before)
 
