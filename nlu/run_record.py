@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu.arguments import Arguments, command_line
+from nlu.digests import data_digest, model_digest
 from nlu.errors import UsageError
 from nlu.files import read_json
 from nlu.methods import count_parameters, live_adapter_params
@@ -21,7 +22,7 @@ def start_record(
 ) -> RunRecord:
     """The run's record with all that is known before training; announces the budget."""
     task, model, ranks, training = trainer.task, trainer.applied.model, trainer.applied.ranks, arguments.training
-    counts = count_parameters(model)
+    data, counts = arguments.data, count_parameters(model)
     previous = read_json(folder / "results.json") if state == "resume" else None
     batch = effective_batch_size(training)
     if previous and previous["effective_batch_size"] != batch:
@@ -35,6 +36,8 @@ def start_record(
         "method_config": arguments.method_config,
         "seed": training.seed,
         "model": Path(arguments.model.model_name_or_path).name,
+        "model_digest": model_digest(arguments.model.model_name_or_path),
+        "data_digest": data_digest(data.task_name, data.glue_dir, (data.train_file, data.validation_file)),
         **counts,
         "scored_params": ranks.scored_parameters if ranks else None,
         "initial_budget": ranks.initial_total_rank if ranks else None,

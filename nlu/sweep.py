@@ -17,9 +17,11 @@ if __package__ in (None, ""):
 
 from nlu.errors import UsageError, exit_code
 from nlu.files import parse_yaml
+from nlu.sweeping.choosing import choose, chosen_runs
 from nlu.sweeping.experiments import Experiment, Run, load_experiment
 from nlu.sweeping.launchers import LocalLauncher, SlurmLauncher
-from nlu.sweeping.runs import Places, SweepLoop, choose, chosen_runs, command_line
+from nlu.sweeping.places import Places, command_line
+from nlu.sweeping.runs import SweepLoop
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -141,8 +143,13 @@ def _check_arguments(runs: list[Run], places: Places) -> None:
 
 def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], places: Places) -> None:
     runnable, waiting = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
+    elsewhere = places.finished_elsewhere([*selecting, *runnable])
     for run in [*selecting, *runnable]:
-        print(f"{places.state(run):<12}{run.folder}\n    {shlex.join(command_line(run, places))}")
+        state, line = places.state(run), shlex.join(command_line(run, places))
+        if run.folder in elsewhere:
+            source = elsewhere[run.folder].parent.relative_to(places.measured.parent)
+            state, line = "taken over", f"finished with the same arguments as {source}"
+        print(f"{state:<12}{run.folder}\n    {line}")
     for run in waiting:
         line = shlex.join(command_line(run, places))
         print(f"{'waiting':<12}{run.folder}\n    {line} --{experiment.selection.argument} CHOSEN-BY-THE-SELECTION")

@@ -12,6 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from nlu.digests import data_digest, model_digest
+
 
 def main() -> int:
     parser = argparse.ArgumentParser()
@@ -35,6 +39,8 @@ def main() -> int:
         "task": args.task_name,
         "method": args.method,
         "seed": args.seed,
+        "model_digest": model_digest(args.model_name_or_path),
+        "data_digest": data_digest(args.task_name, args.glue_dir, ()),
         # Best at 2e-3, so that a selection has something to find.
         "last": 0.8 - abs(args.learning_rate - 2e-3) * 10 + args.seed / 1000,
         "threads": os.environ.get("OMP_NUM_THREADS"),
