@@ -15,7 +15,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nlu.errors import UsageError, exit_code
+from nlu.errors import UsageError, exit_code, reason
 from nlu.files import parse_yaml
 from nlu.sweeping.choosing import choose, chosen_runs
 from nlu.sweeping.experiments import Experiment, Run, load_experiment
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return run_sweep(args)
-    except UsageError as error:
+    except (UsageError, OSError, KeyboardInterrupt) as error:
         return exit_code(error)
 
 
@@ -81,8 +81,10 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
-    command = shlex.split(args.command) if args.command else [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
+    command = _command(args.command)
     measured, output = args.measured_dir / experiment.name, args.output_dir / experiment.name
+    _check_writable(measured, "measured_dir")
+    _check_writable(output, "output_dir")
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:
@@ -109,6 +111,27 @@ def run_sweep(args: argparse.Namespace) -> int:
                     loop.block(blocked, selection.why_missing)
                 loop.run(runnable)
         return loop.summary()
+
+
+def _command(text: str | None) -> list[str]:
+    """The words of --command, or those that start run_glue.py."""
+    if text is None:
+        return [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--command {text} cannot be split into words: {reason(error)}") from None
+    if not words:
+        raise UsageError("--command is empty; give what starts one run, or leave it out")
+    return words
+
+
+def _check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder that is none, or in which nothing can be made, before hours of work go nowhere."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")
 
 
 def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[Run]]:

@@ -11,7 +11,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 
 
 class Job(Protocol):
@@ -140,8 +140,8 @@ class SlurmLauncher:
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=parameters.pop("cluster", "slurm"))
             self.executor.update_parameters(**parameters)
-        except (RuntimeError, ValueError, NameError, TypeError) as error:
-            raise UsageError(f"submitit: {' '.join(str(error).split())}") from None
+        except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
+            raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.command_function = submitit.helpers.CommandFunction
 
     def start(self, command: list[str], log: Path) -> Job:

@@ -12,12 +12,12 @@ from nlu.digests import data_digest, model_digest
 from nlu.errors import UsageError
 from nlu.files import read_json, write_json
 from nlu.sweeping.experiments import Run, Selection
+from nlu.sweeping.names import place_free
 
 logger = logging.getLogger("nlu")
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers")
-PATH_ARGUMENTS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "peft_config")
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
@@ -197,7 +197,7 @@ def _sweep_block(run: Run) -> dict[str, Any]:
     return {
         "experiment": run.experiment,
         "stage": run.stage,
-        "axes": run.axes,
+        "axes": place_free(run.axes),
         "reference": run.reference,
         "arguments": comparable(run.arguments),
     }
@@ -226,7 +226,7 @@ def command_line(run: Run, places: Places) -> list[str]:
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that decide a run's result: no folders of this machine, of paths the last part."""
     kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
-    return {key: Path(str(value)).name if key in PATH_ARGUMENTS else value for key, value in kept.items()}
+    return place_free(kept)
 
 
 def portable(value: Any) -> Any:
