@@ -32,7 +32,8 @@ sweep then ends with exit code 1. What another experiment has finished with the 
 
 Records (results.json, rank_pattern.json) are copied to results/measured/EXPERIMENT/RUN/ when a run ends, with this
 machine's folders taken out of them; checkpoints, adapters and logs stay in output/EXPERIMENT/. Runs made with other
-arguments than the file now asks for are refused before anything starts; --rerun_changed replaces them."""
+arguments than the file now asks for, or with a model or data that hold something else under the same name, are refused
+before anything starts; --rerun_changed replaces them."""
 
 EPILOG = """\
 examples:
