@@ -38,7 +38,7 @@ def exit_code(error: BaseException) -> int:
     Any other exception is raised again.
     """
     if isinstance(error, KeyboardInterrupt):
-        print(f"{error or 'stopped'}: give the same command again to go on", file=sys.stderr)
+        print(f"{str(error) or 'stopped'}: give the same command again to go on", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     if isinstance(error, (UsageError, RunError)):
         print(f"error: {error}", file=sys.stderr)

@@ -62,6 +62,18 @@ class _NoAliases(yaml.SafeLoader):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read here: write the value out")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys all differ: YAML lets the last of equal keys win, silently."""
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.YAMLError(f"line {line} gives the key {key_node.value} of line {lines[key]} again")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
 
 def parse_yaml(text: str) -> Any:
     """YAML as plain values: no objects, no aliases.

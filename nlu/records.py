@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from nlu.files import write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "peft")
 # Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
@@ -41,17 +42,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_commit() -> str | None:
-    """The repository's commit, with ``-dirty`` where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+def git_commit(root: Path = ROOT) -> str | None:
+    """A checkout's commit, with ``-dirty`` where tracked files differ from it; None outside a checkout.
+
+    What lies under ``results`` does not count: runs and tables write there, and no run loads code from it.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,top)results")
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+    return f"{commit}-dirty" if changed else commit
 
 
 def machine() -> dict[str, Any]:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from nlu.arguments import Arguments, command_line
+from nlu.digests import data_digest, model_digest
 from nlu.errors import UsageError
 from nlu.files import read_json
 from nlu.methods import count_parameters, live_adapter_params
 from nlu.records import RecordCallback, RunRecord, git_commit, machine, now, peak_memory_bytes, versions
 from nlu.trainer import GlueTrainer, effective_batch_size
+
+# Read once, with the code: a process forked later from this one runs this code, whatever the checkout holds by then.
+COMMIT = git_commit()
 
 
 def start_record(
@@ -18,7 +22,7 @@ def start_record(
 ) -> RunRecord:
     """The run's record with all that is known before training; announces the budget."""
     task, model, ranks, training = trainer.task, trainer.applied.model, trainer.applied.ranks, arguments.training
-    counts = count_parameters(model)
+    data, counts = arguments.data, count_parameters(model)
     previous = read_json(folder / "results.json") if state == "resume" else None
     batch = effective_batch_size(training)
     if previous and previous["effective_batch_size"] != batch:
@@ -32,6 +36,8 @@ def start_record(
         "method_config": arguments.method_config,
         "seed": training.seed,
         "model": Path(arguments.model.model_name_or_path).name,
+        "model_digest": model_digest(arguments.model.model_name_or_path),
+        "data_digest": data_digest(data.task_name, data.glue_dir, (data.train_file, data.validation_file)),
         **counts,
         "scored_params": ranks.scored_parameters if ranks else None,
         "initial_budget": ranks.initial_total_rank if ranks else None,
@@ -42,7 +48,7 @@ def start_record(
         "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
         "arguments": arguments.record,
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": COMMIT,
         "machine": machine(),
         "command": command_line(),
         "started_at": previous["started_at"] if previous else now(),

@@ -15,11 +15,13 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from nlu.errors import UsageError, exit_code
+from nlu.errors import UsageError, exit_code, reason
 from nlu.files import parse_yaml
+from nlu.sweeping.choosing import choose, chosen_runs
 from nlu.sweeping.experiments import Experiment, Run, load_experiment
 from nlu.sweeping.launchers import LocalLauncher, SlurmLauncher
-from nlu.sweeping.runs import Places, SweepLoop, choose, chosen_runs, command_line
+from nlu.sweeping.places import Places, command_line
+from nlu.sweeping.runs import SweepLoop
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +32,8 @@ sweep then ends with exit code 1. What another experiment has finished with the 
 
 Records (results.json, rank_pattern.json) are copied to results/measured/EXPERIMENT/RUN/ when a run ends, with this
 machine's folders taken out of them; checkpoints, adapters and logs stay in output/EXPERIMENT/. Runs made with other
-arguments than the file now asks for are refused before anything starts; --rerun_changed replaces them."""
+arguments than the file now asks for, or with a model or data that hold something else under the same name, are refused
+before anything starts; --rerun_changed replaces them."""
 
 EPILOG = """\
 examples:
@@ -66,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return run_sweep(args)
-    except UsageError as error:
+    except (UsageError, OSError, KeyboardInterrupt) as error:
         return exit_code(error)
 
 
@@ -79,8 +82,10 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
-    command = shlex.split(args.command) if args.command else [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
+    command = _command(args.command)
     measured, output = args.measured_dir / experiment.name, args.output_dir / experiment.name
+    _check_writable(measured, "measured_dir")
+    _check_writable(output, "output_dir")
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:
@@ -107,6 +112,27 @@ def run_sweep(args: argparse.Namespace) -> int:
                     loop.block(blocked, selection.why_missing)
                 loop.run(runnable)
         return loop.summary()
+
+
+def _command(text: str | None) -> list[str]:
+    """The words of --command, or those that start run_glue.py."""
+    if text is None:
+        return [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--command {text} cannot be split into words: {reason(error)}") from None
+    if not words:
+        raise UsageError("--command is empty; give what starts one run, or leave it out")
+    return words
+
+
+def _check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder that is none, or in which nothing can be made, before hours of work go nowhere."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")
 
 
 def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[Run]]:
@@ -141,8 +167,13 @@ def _check_arguments(runs: list[Run], places: Places) -> None:
 
 def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], places: Places) -> None:
     runnable, waiting = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
+    elsewhere = places.finished_elsewhere([*selecting, *runnable])
     for run in [*selecting, *runnable]:
-        print(f"{places.state(run):<12}{run.folder}\n    {shlex.join(command_line(run, places))}")
+        state, line = places.state(run), shlex.join(command_line(run, places))
+        if run.folder in elsewhere:
+            source = elsewhere[run.folder].parent.relative_to(places.measured.parent)
+            state, line = "taken over", f"finished with the same arguments as {source}"
+        print(f"{state:<12}{run.folder}\n    {line}")
     for run in waiting:
         line = shlex.join(command_line(run, places))
         print(f"{'waiting':<12}{run.folder}\n    {line} --{experiment.selection.argument} CHOSEN-BY-THE-SELECTION")

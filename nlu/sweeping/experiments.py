@@ -12,7 +12,7 @@ grid:                                   # one run for each combination
   variant:                              # a mapping: a label and the arguments it stands for
     inner: {importance: inner}
     full: {importance: full}
-  task_name: [cola, rte]
+  task_name: [cola, rte]                # or, in base or as an axis, train_file and validation_file: one's own data
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
@@ -32,9 +32,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 from nlu.files import parse_yaml
-from nlu.sweeping.yaml_values import checked_arguments, mapping, mappings, scalar, value_list
+from nlu.sweeping.names import check_names, run_name
+from nlu.sweeping.yaml_values import candidates, checked_arguments, different, mapping, mappings, scalar, value_list
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 _TOP = {"name", "description", "command", "base", "builds_on", "grid", "exclude", "overrides", "reference", "select"}
@@ -147,8 +148,8 @@ class _Reader:
         self.content = mapping(content, "the file", _TOP)
         self.settings = checked_arguments(settings, "--set")
         self.name = self.content.get("name")
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
-            raise UsageError("name must be a word of letters, digits, _ . and - (it becomes a folder)")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
+            raise UsageError("name must be a word of letters, digits, _ . and -, 100 at most (it becomes a folder)")
         self.foundation = self._builds_on(folder)
         self.base = checked_arguments(self.content.get("base"), "base")
         self.grid = self._grid()
@@ -170,10 +171,10 @@ class _Reader:
             self._check_complete(arguments)
             is_reference = _matches(axes, reference) if reference is not None else arguments["method"] == "lora"
             runs.append(
-                Run(self.name, "final", _run_name(axes), axes, arguments, is_reference, self._command(arguments))
+                Run(self.name, "final", run_name(axes), axes, arguments, is_reference, self._command(arguments))
             )
         every_run = runs + (selection.runs if selection else [])
-        _check_names(every_run)
+        check_names(run.folder for run in every_run)
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
 
     def _builds_on(self, folder: Path) -> _Foundation:
@@ -211,19 +212,24 @@ class _Reader:
         """Axis → label → arguments."""
         raw = self.content.get("grid")
         if not isinstance(raw, dict) or not raw:
-            raise UsageError("grid is empty; give at least method, task_name and seed")
+            raise UsageError("grid is empty; give at least method, task_name (or train_file) and seed")
         grid = {}
         for axis, labels in raw.items():
             if isinstance(labels, dict):
-                choices = {label: checked_arguments(value, f"grid.{axis}.{label}") for label, value in labels.items()}
+                choices = {
+                    scalar(label, f"grid.{axis}"): checked_arguments(value, f"grid.{axis}.{label}")
+                    for label, value in labels.items()
+                }
             elif isinstance(labels, list):
                 checked_arguments({axis: None}, "grid")
                 values = [scalar(value, f"grid.{axis}") for value in labels]
-                if len(set(map(str, values))) != len(values):
-                    raise UsageError(f"grid.{axis} lists a value twice")
+                if not different(values):
+                    raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")
                 choices = {value: {axis: value} for value in values}
             else:
                 raise UsageError(f"grid.{axis} must be a list of values or a mapping of labels to arguments")
+            if len(choices) != len(labels):
+                raise UsageError(f"grid.{axis} has a label twice (1e-3 and 0.001 are one)")
             if not choices:
                 raise UsageError(f"grid.{axis} is empty")
             grid[axis] = choices
@@ -306,12 +312,12 @@ class _Reader:
     def _candidate_values(self, raw: dict[str, Any], per: list[str], combinations: list[dict]) -> dict[tuple, list]:
         """What is tried for each key."""
         overrides = [
-            (self._when(o.get("when"), "select.overrides"), value_list(o.get("values"), "select.overrides"))
+            (self._when(o.get("when"), "select.overrides"), candidates(o.get("values"), "select.overrides.values"))
             for o in mappings(raw.get("overrides"), "select.overrides", {"when", "values"})
         ]
         found = {}
         for axes in combinations:
-            values = value_list(raw.get("values"), "select.values")
+            values = candidates(raw.get("values"), "select.values")
             for when, own in overrides:
                 values = own if _matches(axes, when) else values
             found[tuple(axes[axis] for axis in per)] = values
@@ -342,7 +348,7 @@ class _Reader:
         self._check_complete(arguments)
         named = {**{axis: axes[axis] for axis in per}, argument: value, "seed": seed}
         command = self._command(arguments)
-        return Run(self.name, "select", f"select/{_run_name(named)}", named, arguments, command=command)
+        return Run(self.name, "select", f"select/{run_name(named)}", named, arguments, command=command)
 
     def _command(self, arguments: dict[str, Any]) -> tuple[str, ...]:
         text = self.content.get("command")
@@ -351,13 +357,18 @@ class _Reader:
         if not isinstance(text, str):
             raise UsageError("command must be one line of text")
         try:
-            return tuple(word.format_map(arguments) for word in shlex.split(text))
+            words = shlex.split(text)
+        except ValueError as error:
+            raise UsageError(f"command {text!r} cannot be split into words: {reason(error)}") from None
+        try:
+            return tuple(word.format_map(arguments) for word in words)
         except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
             raise UsageError(f"command {text!r}: {error} is no argument of every run") from None
 
     def _check_complete(self, arguments: dict[str, Any]) -> None:
+        own_files = arguments.get("train_file") is not None
         for key in REQUIRED[:3] if self.content.get("command") else REQUIRED:
-            if arguments.get(key) is None:
+            if arguments.get(key) is None and not (key == "task_name" and own_files):
                 raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
 
 
@@ -365,21 +376,6 @@ def run_label(axes: dict[str, Any], skip: tuple[str, ...] = ("task_name", "seed"
     """What a table calls a run: the labels of its axes but task and seed; numbers carry their axis' name."""
     kept = {axis: label for axis, label in axes.items() if axis not in skip}
     return ", ".join(label if isinstance(label, str) else f"{axis}={label}" for axis, label in kept.items())
-
-
-def _run_name(axes: dict[str, Any]) -> str:
-    parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in axes.items()]
-    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", "-".join(parts))
-
-
-def _check_names(runs: list[Run]) -> None:
-    seen: dict[str, Run] = {}
-    for run in runs:
-        if run.folder.rpartition("/")[2].startswith("."):
-            raise UsageError(f"a run's folder would be {run.folder}: give its axes labels that begin with no dot")
-        clash = seen.setdefault(run.folder.lower(), run)  # some file systems do not tell upper from lower case
-        if clash is not run:
-            raise UsageError(f"two runs would share the folder {run.folder}; give their axes labels that differ")
 
 
 def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:

@@ -11,7 +11,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 
 
 class Job(Protocol):
@@ -69,21 +69,26 @@ class LocalLauncher:
         return _LocalJob(process.pid, process.poll)
 
     def _fork(self, argv: list[str], log: Path) -> Job:
-        paths = [str(RUN_GLUE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with _environment({**self.environment, "PYTHONPATH": os.pathsep.join(paths)}):
-            forkserver.ensure_running()  # it keeps the environment it starts with, and its children have it
+        root = RUN_GLUE.parents[1]
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with _environment({**self.environment, "PYTHONPATH": os.pathsep.join(paths)}, root):
+            # It keeps the environment it starts with, and its children have it; what lies in the folder it starts in
+            # goes before PYTHONPATH, so that from within another checkout it would load that one's code.
+            forkserver.ensure_running()
         process = self.context.Process(target=_run_glue, args=(argv, str(log), os.getcwd()))
         process.start()
         return _LocalJob(process.pid, lambda: process.exitcode)
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
+def _environment(variables: dict[str, str], folder: Path) -> Iterator[None]:
+    before, here = dict(os.environ), os.getcwd()
     os.environ.update(variables)
+    os.chdir(folder)
     try:
         yield
     finally:
+        os.chdir(here)
         os.environ.clear()
         os.environ.update(before)
 
@@ -135,8 +140,8 @@ class SlurmLauncher:
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=parameters.pop("cluster", "slurm"))
             self.executor.update_parameters(**parameters)
-        except (RuntimeError, ValueError, NameError, TypeError) as error:
-            raise UsageError(f"submitit: {' '.join(str(error).split())}") from None
+        except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
+            raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.command_function = submitit.helpers.CommandFunction
 
     def start(self, command: list[str], log: Path) -> Job:

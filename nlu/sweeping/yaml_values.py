@@ -1,11 +1,13 @@
 """The values of an experiment file, each checked as it is read; whatever is wrong raises a UsageError of one line."""
 
+import math
 import re
 from typing import Any
 
 from nlu.errors import UsageError
 
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
+_KINDS = {int: "number", float: "number", str: "text", bool: "switch"}
 _YAML_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as text; people write it as a number
 
 
@@ -44,15 +46,32 @@ def checked_arguments(value: Any, where: str) -> dict[str, Any]:
 
 def value_list(value: Any, where: str) -> list:
     """One value or more, no two alike."""
-    if not isinstance(value, list) or not value or len(set(map(str, value))) != len(value):
+    values = [scalar(item, where) for item in value] if isinstance(value, list) else []
+    if not values or not different(values):
         raise UsageError(f"{where} must be a list of different values, at least one")
-    return [scalar(item, where) for item in value]
+    return values
+
+
+def candidates(value: Any, where: str) -> list:
+    """Values to choose among: of one kind, so that the smallest and the largest of them are known."""
+    values = value_list(value, where)
+    kinds = {_KINDS.get(type(item)) for item in values}
+    if None in kinds or len(kinds) > 1:
+        raise UsageError(f"{where} must be all numbers, all text or all true and false, without null")
+    return values
+
+
+def different(values: list) -> bool:
+    """Whether no two are equal or written alike; 1, 1.0 and true are equal."""
+    return len(set(values)) == len(values) == len(set(map(str, values)))
 
 
 def scalar(value: Any, where: str) -> Any:
     """One flag's value; text such as 1e-3 becomes the number that was meant."""
     if isinstance(value, str) and _YAML_FLOAT.fullmatch(value):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where} is {value}, which is no number to run with")
     if value is not None and not isinstance(value, str | int | float | bool):
         raise UsageError(f"{where} must be one value, not {type(value).__name__}; write lists as run_glue does (a,b)")
     return value

@@ -12,17 +12,22 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from nlu.digests import data_digest, model_digest
+
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    for name in ("method", "task_name", "model_name_or_path", "root_output_dir"):
+    for name in ("method", "model_name_or_path", "root_output_dir"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--holdout_fraction", type=float, default=0.0)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--importance", default="inner")
-    parser.add_argument("--glue_dir")
+    for name in ("task_name", "train_file", "validation_file", "glue_dir"):
+        parser.add_argument(f"--{name}")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--overwrite_output_dir", action="store_true")
     args = parser.parse_args()
@@ -32,9 +37,11 @@ def main() -> int:
     resumed = path.exists() and not args.overwrite_output_dir
     record = {
         "format_version": 1,
-        "task": args.task_name,
+        "task": args.task_name or "custom",
         "method": args.method,
         "seed": args.seed,
+        "model_digest": model_digest(args.model_name_or_path),
+        "data_digest": data_digest(args.task_name, args.glue_dir, (args.train_file, args.validation_file)),
         # Best at 2e-3, so that a selection has something to find.
         "last": 0.8 - abs(args.learning_rate - 2e-3) * 10 + args.seed / 1000,
         "threads": os.environ.get("OMP_NUM_THREADS"),

@@ -1,6 +1,7 @@
 """How the sweep starts a run here: forked from a server that has imported run_glue, with the same result."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nlu.records import git_commit
 from nlu.run_glue import main
+from nlu.sweeping import launchers
 from nlu.sweeping.launchers import RUN_GLUE, LocalLauncher
 
 
@@ -61,16 +64,23 @@ def test_a_forked_run_can_be_ended(launcher, base_flags, tmp_path, end):
     assert wait(job) == (143 if end == "stop" else -9)
 
 
-def test_a_run_has_its_share_of_the_threads_and_another_command_its_own_process(tmp_path):
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 8), (2, 4), (3, 2), (10**6, 1)])
+def test_a_run_has_its_share_of_the_threads(tmp_path, monkeypatch, jobs, threads):
+    monkeypatch.setattr(launchers, "available_cores", lambda: 8)
     log = tmp_path / "log"
     code = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    assert wait(LocalLauncher(10**6).start([sys.executable, "-c", code], log)) == 0
-    assert log.read_text() == "1\n"
+    assert wait(LocalLauncher(jobs).start([sys.executable, "-c", code], log)) == 0
+    assert log.read_text() == f"{threads}\n"
+
+
+def test_another_command_has_its_own_process(tmp_path):
+    log = tmp_path / "log"
     job = LocalLauncher(1).start([sys.executable, "-c", "import sys; sys.exit(7)"], log)
     assert wait(job) == 7
 
 
-def test_forked_children_have_the_share_too(tmp_path):
+@pytest.mark.parametrize(("jobs", "threads"), [(2, "4"), (8, "1")])
+def test_forked_children_have_the_share_too(tmp_path, jobs, threads):
     """In a process of its own: the server takes its environment when it first starts."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom nlu.sweeping import launchers\n"
@@ -78,13 +88,68 @@ def test_forked_children_have_the_share_too(tmp_path):
         "    import os, torch\n"
         "    Path(log).write_text(f\"{os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()}\")\n"
         "launchers._run_glue = show\n"
+        "launchers.available_cores = lambda: 8\n"
         "if __name__ == '__main__':\n"
-        "    job = launchers.LocalLauncher(10**6).start([sys.executable, str(launchers.RUN_GLUE)], Path(sys.argv[1]))\n"
+        "    job = launchers.LocalLauncher(%d).start([sys.executable, str(launchers.RUN_GLUE)], Path(sys.argv[1]))\n"
         "    while job.poll() is None: pass\n"
     )
     script = tmp_path / "show.py"
-    script.write_text(code)
+    script.write_text(code % jobs)
     log = tmp_path / "shown"
     environment = {"PYTHONPATH": str(RUN_GLUE.parents[1]), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "5"}
     subprocess.run([sys.executable, str(script), str(log)], check=True, timeout=120, env=environment)
-    assert log.read_text() == "1 1"
+    environment_s, torch_s = log.read_text().split()
+    assert environment_s == threads and int(torch_s) <= int(threads)  # torch takes no more than there are cores
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """This repository's code as a checkout of its own with one commit, and a function that calls git there."""
+    root = tmp_path / "checkout"
+    for name in ("nlu", "loralib", "configs"):
+        shutil.copytree(RUN_GLUE.parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "results/measured").mkdir(parents=True)
+    (root / "results/measured/selection.json").write_text("{}")
+
+    def git(*words):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    return root, git
+
+
+def test_runs_of_one_server_name_the_commit_whose_code_they_loaded(checkout, base_flags, tmp_path):
+    root, git = checkout
+    loaded = git("rev-parse", "HEAD")
+    script = tmp_path / "two_runs.py"
+    script.write_text(
+        "import subprocess, sys\nfrom pathlib import Path\nfrom nlu.sweeping import launchers\n"
+        "if __name__ == '__main__':\n"
+        "    launcher, flags = launchers.LocalLauncher(1), sys.argv[2:]\n"
+        "    for number in '12':\n"
+        "        flags[flags.index('--root_output_dir') + 1] = sys.argv[1] + number\n"
+        "        job = launcher.start([sys.executable, str(launchers.RUN_GLUE), *flags], Path(sys.argv[1] + '.log'))\n"
+        "        while job.poll() is None: pass\n"
+        "        (launchers.RUN_GLUE.parent / 'tasks.py').open('a').write('# another line\\n')\n"
+    )
+    environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    flags = [*base_flags, "--method", "lora", "--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run"), *flags], check=True, timeout=120, env=environment
+    )
+    records = [json.loads((tmp_path / f"run{number}/results.json").read_text()) for number in "12"]
+    assert [record["git_commit"] for record in records] == [loaded, loaded]
+
+
+def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(checkout, tmp_path):
+    root, git = checkout
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(root) == commit
+    (root / "results/measured/selection.json").write_text('{"chosen": 1}')
+    assert git_commit(root) == commit
+    (root / "nlu/tasks.py").write_text("")
+    assert git_commit(root) == f"{commit}-dirty"
+    assert git_commit(tmp_path) is None

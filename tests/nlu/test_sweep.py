@@ -1,12 +1,13 @@
 """The sweep with real child processes (a stand-in for run_glue), and what it does on failures."""
 
+import errno
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import yaml
 
 from nlu import sweep
 from nlu.errors import UsageError
+from nlu.sweeping import launchers
 from nlu.sweeping.experiments import load_experiment
-from nlu.sweeping.runs import comparable, portable
+from nlu.sweeping.places import comparable, portable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run_glue.py")
@@ -77,7 +79,8 @@ def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(
     assert "taken over" not in "".join(run(BASIC | {"name": "third", "grid": grid | {"seed": [1]}})[1:])
 
 
-def test_every_combination_runs_once_and_leaves_a_portable_record(run, tmp_path):
+def test_every_combination_runs_once_and_leaves_a_portable_record(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "available_cores", lambda: 8)
     assert run(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
     records = _records(tmp_path)
     expected = {f"trial/{m}-{t}-seed={s}" for m in ("lora", "lora2") for t in ("cola", "rte") for s in (1, 2)}
@@ -87,7 +90,7 @@ def test_every_combination_runs_once_and_leaves_a_portable_record(run, tmp_path)
     assert str(tmp_path) not in json.dumps(records)
     assert record["sweep"]["axes"] == {"method": "lora2", "task_name": "rte", "seed": 2}
     assert record["sweep"]["reference"] is False and records["trial/lora-rte-seed=2"]["sweep"]["reference"] is True
-    assert record["threads"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert record["threads"] == "4"
     assert (tmp_path / "measured/trial/lora2-rte-seed=2/rank_pattern.json").exists()
     assert (tmp_path / "output/trial/lora2-rte-seed=2/results.json").exists()
 
@@ -240,7 +243,9 @@ def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
     code, out, err = run(content, "--launcher", "slurm", "--slurm", "cluster=local", "--slurm", "timeout_min=1")
     assert code == 1 and "1 run(s) finished now" in out and "target_rank 9 is larger" in err
     assert list(_records(tmp_path)) == ["trial/lora-cola-seed=1"]
-    assert run(BASIC, "--launcher", "slurm", "--slurm", "nonsense_parameter=1", "--slurm", "cluster=local")[0] == 2
+    for wrong in ("nonsense_parameter=1", "timeout_min=abc"):
+        code, _, err = run(BASIC, "--launcher", "slurm", "--slurm", wrong, "--slurm", "cluster=local")
+        assert code == 2 and err.startswith("error: submitit: ")
 
 
 def _with(**changes):
@@ -273,6 +278,22 @@ SELECT = {"argument": "learning_rate", "values": [1], "seeds": [1], "set": {"hol
         (_with(select={**SELECT, "set": {}}), "holdout_fraction"),
         (_with(select={**SELECT, "argument": "seed"}), "select.argument"),
         (_with(select={**SELECT, "values": []}), "select.values"),
+        (_with(select={**SELECT, "values": [None, 0.001]}), "select.values must be all numbers"),
+        (_with(select={**SELECT, "values": ["fast", 0.001]}), "select.values must be all numbers"),
+        (_with(select={**SELECT, "values": [True, 2]}), "select.values must be all numbers"),
+        (_with(select={**SELECT, "values": [1, 1.0]}), "select.values must be a list of different values"),
+        (_with(select={**SELECT, "values": [float("nan"), 1]}), "select.values is nan"),
+        (_with(select={**SELECT, "overrides": [{"when": {"method": "lora"}, "values": [None]}]}), "without null"),
+        (_with(base={"model_name_or_path": "m", "learning_rate": float("nan")}), "base.learning_rate is nan"),
+        (_with(base={"model_name_or_path": "m", "learning_rate": "1e999"}), "base.learning_rate is inf"),
+        (_with(base={"model_name_or_path": "m", "run_name": date(2024, 1, 1)}), "must be one value, not date"),
+        (_with(grid={**BASIC["grid"], "day": {date(2024, 1, 1): {}}}), "grid.day must be one value, not date"),
+        (_with(grid={**BASIC["grid"], "seed": [1, True]}), "lists a value twice"),
+        (_with(grid={**BASIC["grid"], "seed": [2, 2.0]}), "lists a value twice"),
+        (_with(grid={**BASIC["grid"], "run_name": ["ä", "ö"]}), "A-Z, 0-9"),
+        (_with(grid={**BASIC["grid"], "run_name": ["a" * 300]}), "give its axes shorter labels"),
+        (_with(name="a" * 300), "name must be"),
+        (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
         (_with(select=SELECT, base={"model_name_or_path": "m", "learning_rate": 1}), "both selected and set"),
     ],
 )
@@ -291,11 +312,29 @@ def test_a_faulty_file_is_refused_in_one_line_before_anything_starts(run, tmp_pa
         ("--only", "("),
         ("--slurm", "a=b"),
         ("--command", "/no/such"),
+        ("--command", "foo 'bar"),
+        ("--command", " "),
+        ("--set", "learning_rate=.nan"),
+        ("--output_dir", __file__),
+        ("--measured_dir", f"{__file__}/below"),
     ],
 )
 def test_faulty_flags_are_refused_in_one_line(run, flags):
     code, _, err = run(BASIC, *flags)
     assert code == 2 and err.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [(KeyboardInterrupt(), 130, "stopped"), (OSError(errno.ENOSPC, "No space left"), 1, "make room")],
+)
+def test_what_stops_the_sweep_before_its_runs_is_one_line(run, monkeypatch, error, code, message):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(sweep, "_wanted", stop)
+    got, _, err = run(BASIC)
+    assert got == code and message in err and err.count("\n") == 1
 
 
 def test_a_damaged_record_is_named_and_nothing_starts(run, tmp_path):
