@@ -3,6 +3,7 @@
 import argparse
 import html
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,11 +16,12 @@ from nlu.errors import UsageError, exit_code
 from nlu.files import write_text
 from nlu.plots import image
 from nlu.reporting.claims import claims_tables
-from nlu.reporting.figures import draw
-from nlu.reporting.measured import MeasuredExperiment, load_measured
+from nlu.reporting.figures import Drawing, draw
+from nlu.reporting.measured import load_measured
 from nlu.reporting.published import PAPER_TABLES, published_table
 from nlu.reporting.table_format import Bold, Table
-from nlu.tables import measured_tables
+from nlu.reporting.tuned import TUNED
+from nlu.tables import TUNED_TITLE, measured_tables, tuned_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = """\
@@ -66,15 +68,23 @@ def build_report(measured: Path, published: Path) -> str:
         UsageError: a damaged or missing file, which it names.
     """
     experiments = [experiment for experiment in load_measured(measured) if experiment.rows]
-    sections = [_measured_section(each) for each in tqdm(experiments, desc="report", disable=not experiments)]
+    sections = [
+        _section(f"Measured: {each.name}", _anchor(each.name), measured_tables(each), draw(each))
+        for each in tqdm(experiments, desc="report", disable=not experiments)
+    ]
+    tuned = tuned_tables(experiments)
+    sections += [_section(TUNED_TITLE, _anchor(TUNED), tuned, [])] if tuned else []
     claims = "\n".join(_table(table) for table in claims_tables(experiments, published))
     papers = "\n".join(_table(published_table(paper, published)) for paper in PAPER_TABLES)
     claims_section = f"""<section id="claims" aria-labelledby="claims-title">
 <h2 id="claims-title">The paper's claims</h2>
 {claims or "<p>None of the experiments that test them has been run.</p>"}
 </section>"""
+    titles = {_anchor(e.name): f"Measured: {e.name}" for e in experiments} | (
+        {_anchor(TUNED): TUNED_TITLE} if tuned else {}
+    )
     links = '<li><a href="#claims">The paper\'s claims</a></li>' + "".join(
-        f'<li><a href="#{_anchor(e.name)}">Measured: {html.escape(e.name)}</a></li>' for e in experiments
+        f'<li><a href="#{anchor}">{html.escape(title)}</a></li>' for anchor, title in titles.items()
     )
     runs = sum(len(row.every) for experiment in experiments for row in experiment.rows)
     measured_text = f"{runs} finished runs of {len(experiments)} experiments." if experiments else "None yet."
@@ -107,19 +117,17 @@ Averages, deviations, intervals and tests are computed from the records in resul
 """
 
 
-def _measured_section(experiment: MeasuredExperiment) -> str:
-    anchor = _anchor(experiment.name)
-    tables = "\n".join(_table(table) for table in measured_tables(experiment))
+def _section(title: str, anchor: str, tables: list[Table], drawings: Iterable[Drawing]) -> str:
+    text = "\n".join(_table(table) for table in tables)
     figures = "\n".join(
         f'<figure><img alt="{html.escape(drawing.title)}: {html.escape(drawing.text)}" '
         f'src="data:image/svg+xml,{quote(image(drawing, "svg"), safe=PLAIN)}">'
         f"<figcaption><strong>{html.escape(drawing.title)}.</strong> {html.escape(drawing.text)}</figcaption></figure>"
-        for drawing in draw(experiment)
+        for drawing in drawings
     )
-    title = f'<h2 id="{anchor}-title">Measured: {html.escape(experiment.name)}</h2>'
     return f"""<section id="{anchor}" aria-labelledby="{anchor}-title">
-{title}
-{tables}
+<h2 id="{anchor}-title">{html.escape(title)}</h2>
+{text}
 <div class="figures">
 {figures}
 </div>

@@ -14,6 +14,7 @@ from nlu.files import read_json
 from nlu.reporting.measured import MeasuredExperiment, Paired, Record, Row, paired, rank_pattern
 from nlu.reporting.published import published_average
 from nlu.reporting.table_format import NONE, Table, number
+from nlu.reporting.tuned import TUNED, scale_tuned
 
 NO_LOSS_MARGIN = 0.5  # points: what "without loss" may lose before it is called a loss
 
@@ -46,6 +47,14 @@ CLAIMS = (
     Claim("LoRA² k=1 over LoRA r=1, the same parameters", "Table 1", "evidence", "lora2_k1", "lora_r1",
           (_TABLE1, _K1, {"method": "lora", "setting": "r=1"})),
     Claim("LoRA² k=1 over LoRA r=8, an eighth of the parameters", "Table 1", "evidence", "lora2_k1", "lora",
+          (_TABLE1, _K1, {"method": "lora", "setting": "r=8"})),
+    Claim("LoRA² k=8 over LoRA r=8, each at its better scale", "Table 1", TUNED, "lora2", "lora",
+          (_TABLE1, _K8, {"method": "lora", "setting": "r=8"})),
+    Claim("LoRA² k=8 over AdaLoRA, each at its better scale", "Table 1", TUNED, "lora2", "adalora",
+          (_TABLE1, _K8, {"method": "adalora", "setting": "r=8"})),
+    Claim("LoRA² k=1 over LoRA r=1, each at its better scale", "Table 1", TUNED, "lora2_k1", "lora_r1",
+          (_TABLE1, _K1, {"method": "lora", "setting": "r=1"})),
+    Claim("LoRA² k=1 over LoRA r=8, each at its better scale", "Table 1", TUNED, "lora2_k1", "lora",
           (_TABLE1, _K1, {"method": "lora", "setting": "r=8"})),
     Claim("LoRA² k=8 over LoRA r=8, with twice the steps", "Table 1", "training_length", "lora2, twice", "lora, twice",
           (_TABLE1, _K8, {"method": "lora", "setting": "r=8"})),
@@ -202,4 +211,6 @@ def claims_tables(experiments: Iterable[MeasuredExperiment], published: Path) ->
     """Both tables, where there is something to show."""
     experiments = list(experiments)
     by_name = {experiment.name: experiment for experiment in experiments}
+    if tuned := scale_tuned(experiments):
+        by_name[TUNED] = tuned
     return list(filter(None, chain([claims_table(by_name, published)], [agreement_table(experiments)])))
