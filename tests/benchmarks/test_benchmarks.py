@@ -119,6 +119,15 @@ def test_a_peer_that_ends_leaves_what_was_measured_before(tmp_path, monkeypatch,
     assert "Ended early" in (tmp_path / "x.md").read_text() and "length 6" in out
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own reaction to SIGINT: what runs in the background (nohup, &) inherits that it is ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_stop_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
@@ -141,6 +150,7 @@ def test_a_stop_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys):
     assert processes and not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_stop_before_anything_was_measured_keeps_the_earlier_table(tmp_path, monkeypatch, capsys):
     (tmp_path / "x.json").write_text("earlier")
     monkeypatch.setattr(run, "RESULTS", tmp_path)
@@ -150,6 +160,7 @@ def test_a_stop_before_anything_was_measured_keeps_the_earlier_table(tmp_path, m
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_peers_ignore_the_terminals_ctrl_c():
     workers = run.Workers(["limit"], 1)
     try:
