@@ -67,14 +67,14 @@ def _kept_parameters(model: nn.Module) -> set[int]:
 
 
 def _head(module: nn.Module) -> set[nn.Module]:
-    """The modules trained whole that end the model; a last part that is trained in part is searched for its own end."""
+    """The modules trained whole that end the model, and those that end a last part trained in part (BERT's pooler)."""
     found: set[nn.Module] = set()
     for child in reversed(list(module.children())):
         parameters = list(child.parameters())
         if parameters and all(p.requires_grad for p in parameters):
             found.update(child.modules())
         elif parameters:
-            return found or _head(child)
+            return found | _head(child)
     return found
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import loralib
 
@@ -234,3 +234,21 @@ def test_a_merged_layer_takes_a_float32_bias():
         before = model(IDS)
         loralib.merge_adapter(model)
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=0.05)
+
+
+def test_a_pooler_inside_the_encoder_belongs_to_the_head():
+    """BERT's pooler, trained, lies before the classifier and inside the encoder: nothing between them is rounded."""
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100
+    )
+    model = BertForSequenceClassification(config).eval()
+    loralib.inject(model, "lora2", ["query", "value"], r=4, k=2)
+    loralib.mark_only_lora_as_trainable(model)
+    for part in (model.bert.pooler, model.classifier):
+        part.requires_grad_(True)
+    loralib.cast_frozen(model, torch.bfloat16)
+    seen = []
+    model.bert.pooler.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert model(torch.randint(0, 100, (2, 7))).logits.dtype == torch.float32 and seen == [torch.float32]
+    hooked = {name for name, module in model.named_modules() if module._forward_pre_hooks}
+    assert hooked == {"bert.pooler.dense", "classifier"}
