@@ -37,7 +37,7 @@ from tqdm import tqdm
 from benchmarks.lengths import real_batches
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
-from nlu.errors import UsageError, exit_code
+from nlu.errors import UsageError, exit_code, reason
 from nlu.files import write_text
 from nlu.records import versions
 
@@ -292,7 +292,7 @@ def measure_all(arguments: argparse.Namespace, settings: list[tuple[str, dict[st
         for name, shapes in tqdm(settings, desc="settings"):
             outcome.found += measure(workers, name, shapes, arguments.rounds)
     except PeerError as error:
-        outcome.failure, outcome.code = f"{name}: {' '.join(str(error).split())}", 1
+        outcome.failure, outcome.code = f"{name}: {reason(error)}", 1
     except KeyboardInterrupt:
         workers.stop()
         outcome.failure, outcome.code = f"{name}: stopped", 128 + signal.SIGINT

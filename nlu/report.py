@@ -68,21 +68,19 @@ def build_report(measured: Path, published: Path) -> str:
         UsageError: a damaged or missing file, which it names.
     """
     experiments = [experiment for experiment in load_measured(measured) if experiment.rows]
-    sections = [
-        _section(f"Measured: {each.name}", _anchor(each.name), measured_tables(each), draw(each))
-        for each in tqdm(experiments, desc="report", disable=not experiments)
-    ]
-    tuned = tuned_tables(experiments)
-    sections += [_section(TUNED_TITLE, _anchor(TUNED), tuned, [])] if tuned else []
+    titles, sections = {}, []
+    for each in tqdm(experiments, desc="report", disable=not experiments):
+        titles[_anchor(each.name)] = title = f"Measured: {each.name}"
+        sections.append(_section(title, _anchor(each.name), measured_tables(each), draw(each)))
+    if tuned := tuned_tables(experiments):
+        titles[_anchor(TUNED)] = TUNED_TITLE
+        sections.append(_section(TUNED_TITLE, _anchor(TUNED), tuned, []))
     claims = "\n".join(_table(table) for table in claims_tables(experiments, published))
     papers = "\n".join(_table(published_table(paper, published)) for paper in PAPER_TABLES)
     claims_section = f"""<section id="claims" aria-labelledby="claims-title">
 <h2 id="claims-title">The paper's claims</h2>
 {claims or "<p>None of the experiments that test them has been run.</p>"}
 </section>"""
-    titles = {_anchor(e.name): f"Measured: {e.name}" for e in experiments} | (
-        {_anchor(TUNED): TUNED_TITLE} if tuned else {}
-    )
     links = '<li><a href="#claims">The paper\'s claims</a></li>' + "".join(
         f'<li><a href="#{anchor}">{html.escape(title)}</a></li>' for anchor, title in titles.items()
     )

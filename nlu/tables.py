@@ -17,6 +17,7 @@ from nlu.reporting.measured import (
     Row,
     average,
     average_interval,
+    held_out_scores,
     load_measured,
     mean_and_deviation,
     mean_of,
@@ -26,7 +27,6 @@ from nlu.reporting.measured import (
 from nlu.reporting.published import NAMES, PAPER_TABLES, PaperTable, published_table
 from nlu.reporting.table_format import NONE, Table, bold_best, count, number, p_value
 from nlu.reporting.tuned import scale_tuned, scales_table
-from nlu.sweeping.experiments import run_label
 
 ROOT = Path(__file__).resolve().parents[1]
 WHICH = {"last": "score at the last evaluation", "best": "best score of all evaluations of a run"}
@@ -138,11 +138,7 @@ def cost_table(experiment: MeasuredExperiment) -> Table:
 
 def chosen_table(experiment: MeasuredExperiment) -> Table | None:
     """The learning rates of the final runs where a selection chose them; None without one."""
-    tried: dict[tuple[str, str], set[float]] = {}
-    for record in experiment.held_out:
-        if "learning_rate" in record.axes:
-            label = run_label(record.axes, ("task_name", "seed", "learning_rate"))
-            tried.setdefault((label, record.task), set()).add(record.axes["learning_rate"])
+    tried = held_out_scores(experiment)
     if not tried:
         return None
     cells, data = [], []
@@ -152,7 +148,7 @@ def chosen_table(experiment: MeasuredExperiment) -> Table | None:
         for task in experiment.tasks:
             arguments = [record.raw.get("arguments") or {} for record in row.records.get(task, [])]
             rates = sorted({given["learning_rate"] for given in arguments if given.get("learning_rate") is not None})
-            values = tried.get((row.label, task), set())
+            values = tried.get(row.label, {}).get(task, {})
             at_edge = values and any(rate in (min(values), max(values)) for rate in rates)
             texts.append(", ".join(f"{rate:g}" for rate in rates) + (" †" if at_edge else "") if rates else NONE)
             line[task] = "/".join(map(str, rates))
@@ -169,12 +165,7 @@ def chosen_table(experiment: MeasuredExperiment) -> Table | None:
 
 def sensitivity_table(experiment: MeasuredExperiment) -> Table | None:
     """Held-out score against the learning rate, averaged over the tasks; None without a selection of several values."""
-    found: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for record in experiment.held_out:
-        rate = record.axes.get("learning_rate")
-        if rate is not None:
-            label = run_label(record.axes, ("task_name", "seed", "learning_rate"))
-            found.setdefault(label, {}).setdefault(record.task, {}).setdefault(rate, []).append(record.score("last"))
+    found = held_out_scores(experiment)
     labels = [row.label for row in experiment.rows if row.label in found]
     most = max((len({rate for by in found[label].values() for rate in by}) for label in labels), default=0)
     if most < 2:

@@ -243,6 +243,17 @@ def paired(row: Row, reference: Row, which: str) -> Paired | None:
     )
 
 
+def held_out_scores(experiment: MeasuredExperiment) -> dict[str, dict[str, dict[float, list[float]]]]:
+    """Row's label → task → learning rate → last scores on held-out training data, where a selection tried rates."""
+    found: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for record in experiment.held_out:
+        rate = record.axes.get("learning_rate")
+        if rate is not None:
+            label = run_label(record.axes, ("task_name", "seed", "learning_rate"))
+            found.setdefault(label, {}).setdefault(record.task, {}).setdefault(rate, []).append(record.score("last"))
+    return found
+
+
 def mean_of(row: Row, key: str, tasks: Iterable[str] | None = None) -> float | None:
     """Mean of one number of the records; None where no record has it."""
     records = row.every if tasks is None else [r for task in tasks for r in row.records.get(task, [])]

@@ -7,10 +7,9 @@ that whose best learning rate scored more on the held-out part of the training s
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 
-from nlu.reporting.measured import MeasuredExperiment, Record, Row
+from nlu.reporting.measured import MeasuredExperiment, Record, Row, held_out_scores
 from nlu.reporting.published import NAMES
 from nlu.reporting.table_format import NONE, Table
-from nlu.sweeping.experiments import run_label
 
 TUNED = "scale_tuned"
 USUAL, OTHER = "evidence", "scale"
@@ -84,11 +83,7 @@ def _methods(
 
 def _held_out(experiment: MeasuredExperiment, row: Row, task: str) -> float | None:
     """The row's score on held-out training data at its best learning rate; None without such runs."""
-    by_rate: dict[float, list[float]] = {}
-    for record in experiment.held_out:
-        label = run_label(record.axes, ("task_name", "seed", "learning_rate"))
-        if label == row.label and record.task == task and "learning_rate" in record.axes:
-            by_rate.setdefault(record.axes["learning_rate"], []).append(record.score("last"))
+    by_rate = held_out_scores(experiment).get(row.label, {}).get(task, {})
     return max(map(fmean, by_rate.values()), default=None)
 
 

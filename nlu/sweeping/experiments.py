@@ -117,7 +117,7 @@ def _read_yaml(path: Path) -> Any:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); look in configs/experiments/") from None
     except ValueError as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: {reason(error)}") from None
 
 
 @dataclass(frozen=True)
