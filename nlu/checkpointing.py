@@ -10,6 +10,8 @@ import re
 import shutil
 from pathlib import Path
 
+from nlu.files import feed
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -19,9 +21,7 @@ _WRITING, _REPLACED = ".writing-", ".replaced-"
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    feed(digest, path)
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nlu.errors import UsageError
+from nlu.files import feed
 from nlu.tasks import get_task
 
 # Weights and what decides how they are read; not what a training leaves beside them.
@@ -74,9 +75,7 @@ def _contents(files: list[Path]) -> str:
     whole = hashlib.sha256()
     for path in files:
         whole.update(json.dumps([path.name, path.stat().st_size]).encode())
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                whole.update(block)
+        feed(whole, path)
     return whole.hexdigest()[:16]
 
 

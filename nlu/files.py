@@ -32,6 +32,13 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def feed(digest: Any, path: Path) -> None:
+    """A file's content into one of hashlib's digests, a block at a time: weights need not fit in memory."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented; NaN and infinity raise ValueError because other readers refuse them."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
