@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from nlu.batching import LengthBucketSampler, SeededRandomSampler
-from nlu.data import load_task_data
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
+from nlu.data.glue import load_task_data
 from nlu.tasks import get_task
 
 SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by cost

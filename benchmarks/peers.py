@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loralib
 from loralib.fused import product
-from nlu.speed import speed_up
+from nlu.fast.speed import speed_up
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 PEFT_SIX = r".*encoder\.layer\..*\.(query_proj|key_proj|value_proj|dense)"

@@ -38,8 +38,8 @@ from benchmarks.lengths import real_batches
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
 from nlu.errors import UsageError, exit_code, reason
-from nlu.files import write_text
-from nlu.records import versions
+from nlu.runs.files import write_text
+from nlu.runs.record import versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")

@@ -16,9 +16,9 @@ from loralib.checkpoint import factor_names
 from loralib.peft_format import decompose
 from nlu.arguments import ADAPTERS, LOW_RANK, Arguments
 from nlu.errors import UsageError
-from nlu.files import write_json
-from nlu.methods import AppliedMethod
-from nlu.peft_methods import config_path
+from nlu.methods.peft_methods import config_path
+from nlu.methods.registry import AppliedMethod
+from nlu.runs.files import write_json
 from nlu.tasks import Task
 
 

@@ -32,13 +32,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib.export import load_base_of, quiet_transformers
 from nlu.arguments import ADAPTERS, MethodArguments
-from nlu.data import longest_input
-from nlu.deberta_attention import enable_fast_attention
+from nlu.data.glue import longest_input
+from nlu.data.streaming import FORMATS, Row, RowReader
 from nlu.errors import UsageError, exit_code, reason
-from nlu.first_token import enable_first_token
-from nlu.methods import apply_method
-from nlu.records import one_line
-from nlu.streaming import FORMATS, Row, RowReader
+from nlu.fast.deberta_attention import enable_fast_attention
+from nlu.fast.first_token import enable_first_token
+from nlu.methods.registry import apply_method
+from nlu.runs.record import one_line
 from nlu.tasks import TASKS
 
 BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output

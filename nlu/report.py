@@ -13,14 +13,14 @@ if __package__ in (None, ""):
 from tqdm import tqdm
 
 from nlu.errors import UsageError, exit_code
-from nlu.files import write_text
+from nlu.experiments.claims import claims_tables
+from nlu.experiments.figures import Drawing, draw
+from nlu.experiments.measured import load_measured
+from nlu.experiments.published import PAPER_TABLES, published_table
+from nlu.experiments.table_format import Bold, Table
+from nlu.experiments.tuned import TUNED
 from nlu.plots import image
-from nlu.reporting.claims import claims_tables
-from nlu.reporting.figures import Drawing, draw
-from nlu.reporting.measured import load_measured
-from nlu.reporting.published import PAPER_TABLES, published_table
-from nlu.reporting.table_format import Bold, Table
-from nlu.reporting.tuned import TUNED
+from nlu.runs.files import write_text
 from nlu.tables import TUNED_TITLE, measured_tables, tuned_tables
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -46,25 +46,25 @@ from nlu.adapter_io import (
     spectra,
 )
 from nlu.arguments import Arguments, parse_arguments
-from nlu.checkpointing import last_whole_checkpoint
-from nlu.data import limit, load_own_files, load_task_data, longest_input, tokenize
+from nlu.data.glue import limit, load_own_files, load_task_data, longest_input, tokenize
+from nlu.data.predictions import load_predict_task, predict, to_labels
 from nlu.errors import RunError, UsageError, exit_code, reason
-from nlu.methods import (
+from nlu.fast.speed import speed_up
+from nlu.methods.registry import (
     AppliedMethod,
     apply_method,
     check_method_fits,
     head_parameters,
 )
 from nlu.metrics.scores import compute_glue_metrics
-from nlu.predictions import load_predict_task, predict, to_labels
 from nlu.ranges import check_optimisation
-from nlu.records import (
+from nlu.runs.checkpoints import last_whole_checkpoint
+from nlu.runs.folder import check_run_folder, hold_run_folder
+from nlu.runs.record import (
     RunRecord,
     one_line,
 )
-from nlu.run_folder import check_run_folder, hold_run_folder
-from nlu.run_record import report, start_record
-from nlu.speed import speed_up
+from nlu.runs.start import report, start_record
 from nlu.tasks import Task, get_task
 from nlu.trainer import GlueTrainer, end_processes, updates_per_epoch, wait_for_all
 

@@ -16,12 +16,12 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nlu.errors import UsageError, exit_code, reason
-from nlu.files import parse_yaml
-from nlu.sweeping.choosing import choose, chosen_runs
-from nlu.sweeping.experiments import Experiment, Run, load_experiment
-from nlu.sweeping.launchers import LocalLauncher, SlurmLauncher
-from nlu.sweeping.places import Places, command_line
-from nlu.sweeping.runs import SweepLoop
+from nlu.experiments.choosing import choose, chosen_runs
+from nlu.experiments.files import Experiment, Run, load_experiment
+from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
+from nlu.experiments.loop import SweepLoop
+from nlu.experiments.places import Places, command_line
+from nlu.runs.files import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +41,7 @@ examples:
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
   python nlu/sweep.py configs/experiments/paper_table1.yaml --launcher slurm \\
       --slurm slurm_partition=gpu --slurm gpus_per_node=1
-The format of an experiment file is explained at the top of nlu/sweeping/experiments.py."""
+The format of an experiment file is explained at the top of nlu/experiments/files.py."""
 
 
 def build_parser() -> argparse.ArgumentParser:

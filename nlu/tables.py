@@ -10,9 +10,8 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nlu.errors import UsageError, exit_code
-from nlu.files import remove_stale, write_text
-from nlu.reporting.claims import claims_tables
-from nlu.reporting.measured import (
+from nlu.experiments.claims import claims_tables
+from nlu.experiments.measured import (
     MeasuredExperiment,
     Row,
     average,
@@ -24,9 +23,10 @@ from nlu.reporting.measured import (
     paired,
     range_of,
 )
-from nlu.reporting.published import NAMES, PAPER_TABLES, PaperTable, published_table
-from nlu.reporting.table_format import NONE, Table, bold_best, count, number, p_value
-from nlu.reporting.tuned import scale_tuned, scales_table
+from nlu.experiments.published import NAMES, PAPER_TABLES, PaperTable, published_table
+from nlu.experiments.table_format import NONE, Table, bold_best, count, number, p_value
+from nlu.experiments.tuned import scale_tuned, scales_table
+from nlu.runs.files import remove_stale, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 WHICH = {"last": "score at the last evaluation", "best": "best score of all evaluations of a run"}

@@ -20,12 +20,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from nlu.batching import LengthBucketSampler, SeededRandomSampler
-from nlu.checkpointing import last_whole_checkpoint, rotate, seal, writing_folder
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.errors import RunError
-from nlu.interruption import Interrupted, SignalWatch
-from nlu.methods import AppliedMethod
-from nlu.records import one_line, peak_memory_bytes
+from nlu.methods.registry import AppliedMethod
+from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal, writing_folder
+from nlu.runs.record import one_line, peak_memory_bytes
+from nlu.runs.signals import Interrupted, SignalWatch
 from nlu.tasks import Task
 
 EXTRA_STATE = "extra_state.pt"

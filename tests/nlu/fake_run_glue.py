@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nlu.digests import data_digest, model_digest
+from nlu.runs.digests import data_digest, model_digest
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from nlu import run_glue, trainer
-from nlu.records import TIME_FIELDS
+from nlu.runs.record import TIME_FIELDS
 
 EVENTS = (
     "on_step_begin",

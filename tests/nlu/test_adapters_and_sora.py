@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
-from nlu.adapters import BottleneckAdapter, add_adapters
 from nlu.errors import UsageError
-from nlu.sora import ProximalGates, inject_sora, soft_threshold_
+from nlu.methods.adapters import BottleneckAdapter, add_adapters
+from nlu.methods.sora import ProximalGates, inject_sora, soft_threshold_
 from tests.nlu.tiny import SHAPES, TINY
 
 INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])

@@ -7,7 +7,7 @@ import pytest
 
 from nlu.arguments import _one_device, parse_arguments
 from nlu.errors import UsageError
-from nlu.run_folder import changed_arguments
+from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
 
 PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from nlu.arguments import Arguments, build_parser, parse_arguments
 from nlu.errors import UsageError
-from nlu.run_folder import check_run_folder
-from nlu.sweeping.experiments import Experiment, load_experiment
+from nlu.experiments.files import Experiment, load_experiment
+from nlu.runs.folder import check_run_folder
 
 CASES = int(os.environ.get("GENERATED_CASES", 1000))
 MANY = settings(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from nlu.batching import LengthBucketSampler, SeededRandomSampler
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 
 
 @given(

@@ -7,10 +7,10 @@ import pytest
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.reporting.claims import CLAIMS, agreement_table, claims_table, claims_tables, verdict
-from nlu.reporting.measured import Paired, load_measured
-from nlu.reporting.tuned import TUNED, USUAL
-from nlu.sweeping.experiments import load_experiment, run_label
+from nlu.experiments.claims import CLAIMS, agreement_table, claims_table, claims_tables, verdict
+from nlu.experiments.files import load_experiment, run_label
+from nlu.experiments.measured import Paired, load_measured
+from nlu.experiments.tuned import TUNED, USUAL
 from tests.nlu.records import write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]

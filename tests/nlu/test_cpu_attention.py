@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from nlu.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
-from nlu.speed import speed_up
+from nlu.fast.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
+from nlu.fast.speed import speed_up
 
 
 def build(kind="bert", dropout=0.0, **extra):
@@ -85,7 +85,9 @@ def test_dropout_keeps_the_expectation_and_follows_the_seed():
 
 def test_what_is_not_covered_goes_to_sdpa(monkeypatch):
     asked = []
-    monkeypatch.setattr("nlu.cpu_attention.sdpa_attention_forward", lambda *a, **k: asked.append(a) or (a[1], None))
+    monkeypatch.setattr(
+        "nlu.fast.cpu_attention.sdpa_attention_forward", lambda *a, **k: asked.append(a) or (a[1], None)
+    )
     query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
     causal, plain = torch.nn.Module(), torch.nn.Module()
     causal.is_causal, plain.is_causal = True, False

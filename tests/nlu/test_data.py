@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from glue_samples import sample_rows, write_csv, write_jsonl, write_official
 
-from nlu.data import limit, load_own_files, load_task_data
+from nlu.data.glue import limit, load_own_files, load_task_data
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, get_task
 
@@ -274,7 +274,7 @@ def test_hub_and_its_failure(monkeypatch):
     rows = sample_rows(TASKS["rte"], "train", 4)
     hub = datasets.DatasetDict(train=datasets.Dataset.from_list([{**row, "more": 1} for row in rows]))
     asked = []
-    monkeypatch.setattr("nlu.data.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or hub)
+    monkeypatch.setattr("nlu.data.glue.load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or hub)
     loaded = load_task_data("rte", cache_dir="cache", need=["train"])
     assert asked == [(("nyu-mll/glue", "rte"), {"cache_dir": "cache"})]
     assert loaded["train"].to_list() == rows
@@ -284,7 +284,7 @@ def test_hub_and_its_failure(monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub\nsecond line")
 
-    monkeypatch.setattr("nlu.data.load_dataset", unreachable)
+    monkeypatch.setattr("nlu.data.glue.load_dataset", unreachable)
     with pytest.raises(UsageError, match=r"from the hub: .*reach the hub.*; pass --glue_dir DIR") as caught:
         load_task_data("rte")
     assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2ForSequenceClassification
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 
-from nlu.deberta_attention import FastDisentangledSelfAttention, disable_fast_attention, enable_fast_attention
+from nlu.fast.deberta_attention import FastDisentangledSelfAttention, disable_fast_attention, enable_fast_attention
 
 GLUE = Path(os.environ.get("GLUE_TEST_DIR", Path(__file__).resolve().parents[3] / "shared/data/glue"))
 
@@ -281,7 +281,7 @@ def test_what_is_not_covered_stays_stock_and_is_logged(what, monkeypatch):
     elif what == "own forward":
         attention.forward = attention.forward
     lines = []
-    monkeypatch.setattr("nlu.deberta_attention.logger.warning", lines.append)
+    monkeypatch.setattr("nlu.fast.deberta_attention.logger.warning", lines.append)
     assert enable_fast_attention(model) == 0
     assert len(lines) == 1 and "fast attention left out of deberta.encoder" in lines[0]
     assert type(model.deberta.encoder) is stock.DebertaV2Encoder

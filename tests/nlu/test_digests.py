@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nlu import digests
-from nlu.digests import data_digest, model_digest
 from nlu.errors import UsageError
-from nlu.sweeping.choosing import chosen_runs
-from nlu.sweeping.experiments import Run, Selection
+from nlu.experiments.choosing import chosen_runs
+from nlu.experiments.files import Run, Selection
+from nlu.runs import digests
+from nlu.runs.digests import data_digest, model_digest
 
 
 @pytest.fixture(autouse=True)

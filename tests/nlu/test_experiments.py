@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlu.errors import UsageError
-from nlu.sweeping.choosing import choose, chosen_runs
-from nlu.sweeping.experiments import load_experiment
-from nlu.sweeping.places import Places, command_line, comparable
+from nlu.experiments.choosing import choose, chosen_runs
+from nlu.experiments.files import load_experiment
+from nlu.experiments.places import Places, command_line, comparable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASIC = {

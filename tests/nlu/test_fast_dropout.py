@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nlu.fast_dropout import FastDropout, disable_fast_dropout, drop_mask, enable_fast_dropout
+from nlu.fast.dropout import FastDropout, disable_fast_dropout, drop_mask, enable_fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 3 / 2**16])

@@ -15,12 +15,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from nlu import checkpointing, records, trainer
+from nlu import trainer
 from nlu.arguments import parse_arguments
-from nlu.checkpointing import checkpoints, is_whole, last_whole_checkpoint, remove_leftovers, rotate, seal
 from nlu.errors import UsageError
-from nlu.run_folder import check_run_folder
 from nlu.run_glue import main
+from nlu.runs import checkpoints as checkpointing
+from nlu.runs import record as records
+from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, remove_leftovers, rotate, seal
+from nlu.runs.folder import check_run_folder
 from nlu.trainer import GlueTrainer, MethodCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 
@@ -92,7 +94,7 @@ def test_a_signal_outside_of_training_acts_at_once(flags, run_folder):
 
 def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
     clock = iter(range(10**9))
-    monkeypatch.setattr("nlu.interruption.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("nlu.runs.signals.time.monotonic", lambda: float(next(clock)))
 
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nlu.records import git_commit
+from nlu.experiments import launchers
+from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.run_glue import main
-from nlu.sweeping import launchers
-from nlu.sweeping.launchers import RUN_GLUE, LocalLauncher
+from nlu.runs.record import git_commit
 
 
 def wait(job, seconds=120):
@@ -83,7 +83,7 @@ def test_another_command_has_its_own_process(tmp_path):
 def test_forked_children_have_the_share_too(tmp_path, jobs, threads):
     """In a process of its own: the server takes its environment when it first starts."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom nlu.sweeping import launchers\n"
+        "import sys\nfrom pathlib import Path\nfrom nlu.experiments import launchers\n"
         "def show(argv, log, folder):\n"
         "    import os, torch\n"
         "    Path(log).write_text(f\"{os.environ['OMP_NUM_THREADS']} {torch.get_num_threads()}\")\n"
@@ -126,7 +126,7 @@ def test_runs_of_one_server_name_the_commit_whose_code_they_loaded(checkout, bas
     loaded = git("rev-parse", "HEAD")
     script = tmp_path / "two_runs.py"
     script.write_text(
-        "import subprocess, sys\nfrom pathlib import Path\nfrom nlu.sweeping import launchers\n"
+        "import subprocess, sys\nfrom pathlib import Path\nfrom nlu.experiments import launchers\n"
         "if __name__ == '__main__':\n"
         "    launcher, flags = launchers.LocalLauncher(1), sys.argv[2:]\n"
         "    for number in '12':\n"

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nlu import plots
-from nlu.reporting import figures
-from nlu.reporting.figures import STYLE, draw
-from nlu.reporting.measured import load_measured
+from nlu.experiments import figures
+from nlu.experiments.figures import STYLE, draw
+from nlu.experiments.measured import load_measured
 from tests.nlu.records import write_record
 
 LONG = [f"change {i:02} of the regulariser, of the widths and of the scales" for i in range(18)]

@@ -16,8 +16,8 @@ import loralib
 from nlu import run_glue
 from nlu.arguments import MethodArguments
 from nlu.errors import UsageError
-from nlu.methods import METHODS, apply_method, check_method_fits, count_parameters, live_adapter_params
-from nlu.peft_methods import PEFT_FOLDER
+from nlu.methods.peft_methods import PEFT_FOLDER
+from nlu.methods.registry import METHODS, apply_method, check_method_fits, count_parameters, live_adapter_params
 from nlu.run_glue import main
 from tests.nlu.tiny import REPOSITORY, SHAPES, make_encoder, tiny_bert
 

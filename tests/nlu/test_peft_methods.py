@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft.tuners.adalora import AdaLoraModel
 
-from nlu.methods import AppliedMethod, live_adapter_params
-from nlu.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, load_peft_config
+from nlu.methods.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, load_peft_config
+from nlu.methods.registry import AppliedMethod, live_adapter_params
 from nlu.run_glue import main
 from tests.nlu.tiny import tiny_bert
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nlu import plots
-from nlu.reporting.figures import draw, module_place
-from nlu.reporting.measured import load_measured
+from nlu.experiments.figures import draw, module_place
+from nlu.experiments.measured import load_measured
 from tests.nlu.records import write_record
 
 TASKS = ("cola", "rte")

@@ -15,8 +15,8 @@ import torch
 import loralib
 from loralib.export import export_merged
 from nlu import predict, run_glue
+from nlu.data.streaming import Row, RowReader
 from nlu.predict import main
-from nlu.streaming import Row, RowReader
 
 ROOT = Path(__file__).parents[2]
 
@@ -180,7 +180,7 @@ def test_csv_quotes_line_breaks_and_damage():
 
 
 def test_a_line_without_an_end_is_one_bad_row(monkeypatch):
-    monkeypatch.setattr("nlu.streaming.LONGEST_LINE", 64)
+    monkeypatch.setattr("nlu.data.streaming.LONGEST_LINE", 64)
     found = read('{"a": "' + "x" * 1000 + '", "b": ""}\n{"a": "", "b": ""}', "jsonl")
     assert [(row.line, bool(row.error)) for row in found] == [(1, True), (2, False)]
 

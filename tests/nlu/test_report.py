@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 
 from nlu import report
+from nlu.experiments.figures import draw
+from nlu.experiments.measured import load_measured
+from nlu.experiments.published import PAPER_TABLES
 from nlu.plots import image
-from nlu.reporting.figures import draw
-from nlu.reporting.measured import load_measured
-from nlu.reporting.published import PAPER_TABLES
 from nlu.tables import build_pages
 from tests.nlu.records import write_record
 

@@ -13,8 +13,8 @@ import loralib
 from loralib.adapter_files import CONFIG_FILE, _config_digest
 from loralib.export import load_base
 from nlu import predict
-from nlu.checkpointing import MANIFEST, seal
 from nlu.run_glue import main
+from nlu.runs.checkpoints import MANIFEST, seal
 from tests.nlu.tiny import REPOSITORY
 
 FOLDERS = ("loralib", "nlu", "scripts", "benchmarks", "examples")

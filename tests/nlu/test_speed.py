@@ -4,10 +4,10 @@ import resource
 import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from nlu.deberta_attention import disable_fast_attention
-from nlu.fast_dropout import disable_fast_dropout
-from nlu.first_token import disable_first_token
-from nlu.speed import keep_freed_memory, speed_up
+from nlu.fast.deberta_attention import disable_fast_attention
+from nlu.fast.dropout import disable_fast_dropout
+from nlu.fast.first_token import disable_first_token
+from nlu.fast.speed import keep_freed_memory, speed_up
 
 
 def test_freed_memory_is_used_again_without_page_faults():

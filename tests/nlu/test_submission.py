@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nlu.data.submission import check_submission, main, make_submission, write_predictions
 from nlu.errors import UsageError
-from nlu.submission import check_submission, main, make_submission, write_predictions
 from nlu.tasks import TASKS, Task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,9 @@ def test_empty_folder_and_missing_folder(tmp_path):
         check_submission(tmp_path / "x")
 
 
-@pytest.mark.parametrize("command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.submission"]])
+@pytest.mark.parametrize(
+    "command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.data.submission"]]
+)
 def test_commands(tmp_path, command):
     result = subprocess.run(
         [*command, str(tmp_path / "none")],

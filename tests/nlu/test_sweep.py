@@ -15,9 +15,9 @@ import yaml
 
 from nlu import sweep
 from nlu.errors import UsageError
-from nlu.sweeping import launchers
-from nlu.sweeping.experiments import load_experiment
-from nlu.sweeping.places import comparable, portable
+from nlu.experiments import launchers
+from nlu.experiments.files import load_experiment
+from nlu.experiments.places import comparable, portable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run_glue.py")

@@ -16,9 +16,9 @@ from scipy.special import stdtr
 
 from nlu import tables
 from nlu.errors import UsageError
-from nlu.reporting.measured import average, average_interval, load_measured, paired
-from nlu.reporting.published import PAPER_TABLES, published_average, published_table
-from nlu.reporting.table_format import Table, latex
+from nlu.experiments.measured import average, average_interval, load_measured, paired
+from nlu.experiments.published import PAPER_TABLES, published_average, published_table
+from nlu.experiments.table_format import Table, latex
 from tests.nlu.records import write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import yaml
 
 from nlu import sweep
 from nlu.errors import UsageError
-from nlu.sweeping.experiments import load_experiment
+from nlu.experiments.files import load_experiment
 from tests.nlu.test_digests import model, nothing_known  # noqa: F401 - a fixture
 from tests.nlu.test_sweep import BASIC, _records, run  # noqa: F401 - a fixture
 

@@ -6,7 +6,7 @@ from glue_samples import sample_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nlu.data import load_own_files, load_task_data, tokenize
+from nlu.data.glue import load_own_files, load_task_data, tokenize
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
 

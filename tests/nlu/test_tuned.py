@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nlu.reporting.measured import load_measured
-from nlu.reporting.tuned import OTHER, SAME, TUNED, USUAL, scale_tuned, scales_table
-from nlu.sweeping.experiments import load_experiment, run_label
+from nlu.experiments.files import load_experiment, run_label
+from nlu.experiments.measured import load_measured
+from nlu.experiments.tuned import OTHER, SAME, TUNED, USUAL, scale_tuned, scales_table
 from nlu.tables import tuned_tables
 from tests.nlu.records import write_record
 

@@ -12,8 +12,8 @@ import yaml
 
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
-from nlu.sweeping.experiments import load_experiment
-from nlu.sweeping.places import Places, command_line
+from nlu.experiments.files import load_experiment
+from nlu.experiments.places import Places, command_line
 from nlu.trainer import effective_batch_size
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""Many runs: experiment files, choosing, launching; statistics, tables, figures."""

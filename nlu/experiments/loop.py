@@ -1,0 +1,138 @@
+"""The loop that keeps N runs of a sweep going, and says how they ended."""
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nlu.errors import UsageError
+from nlu.experiments.files import Run
+from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
+from nlu.experiments.places import Places, command_line, comparable
+from nlu.runs.files import read_json, write_json
+
+_POLL_SECONDS = 0.1
+_PROGRESS_SECONDS = 2.0
+
+
+@dataclass
+class SweepLoop:
+    """Keeps `jobs` runs going, shows one progress bar, collects what failed; a context manager for signals and bar."""
+
+    launcher: LocalLauncher | SlurmLauncher
+    jobs: int
+    places: Places
+    total: int
+    finished: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    stopped_by: int = 0
+    _stop_count: int = 0
+
+    def __enter__(self) -> "SweepLoop":
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        self.bar = tqdm(total=self.total, desc=self.places.measured.name, bar_format=layout, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self.stopped_by = self.stopped_by or number
+        self._stop_count += 1
+
+    def run(self, runs: list[Run]) -> None:
+        """Run what is not finished; returns when all have ended, or after a signal when those running have ended."""
+        if adopted := self.places.adopt(runs):
+            self.bar.write(f"{adopted} run(s) taken over: another experiment finished them with the same arguments")
+        pending = [run for run in runs if self.places.state(run) != "finished"]
+        self.bar.total -= len(runs) - len(pending)
+        running: dict[str, tuple[Run, Job]] = {}
+        told, shown = 0, 0.0
+        try:
+            while (pending and not self.stopped_by) or running:
+                while pending and not self.stopped_by and len(running) < self.jobs:
+                    run = pending.pop(0)
+                    running[run.folder] = (run, self._start(run))
+                for folder, (run, job) in list(running.items()):
+                    code = job.poll()
+                    if code is not None:
+                        del running[folder]
+                        self._ended(run, code)
+                if self._stop_count > told:
+                    told = self._stop_count
+                    for _, job in running.values():
+                        job.stop() if told == 1 else job.kill()
+                if time.monotonic() - shown > _PROGRESS_SECONDS:
+                    shown = time.monotonic()
+                    self._show([run for run, _ in running.values()])
+                time.sleep(_POLL_SECONDS)
+        except BaseException:
+            for _, job in running.values():
+                job.stop()
+            raise
+        self._show([])
+
+    def block(self, runs: list[Run], reason: str) -> None:
+        """Count runs that cannot start as failed."""
+        for run in runs:
+            self.failures[run.folder] = reason
+
+    def summary(self) -> int:
+        """Print how the sweep ended; returns its exit code."""
+        for folder, reason in self.failures.items():
+            print(f"failed: {folder}: {reason}", file=sys.stderr)
+        already = self.total - self.bar.total
+        counts = f"{self.finished} run(s) finished now, {already} before, {len(self.failures)} failed"
+        print(f"{counts}; records in {self.places.measured}")
+        if self.stopped_by:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 128 + self.stopped_by
+        return 1 if self.failures else 0
+
+    def _start(self, run: Run) -> Job:
+        command = command_line(run, self.places)
+        if self.places.state(run) == "changed" or self.places.started_otherwise(run):
+            command.append("--overwrite_output_dir")
+            shutil.rmtree(self.places.record(run).parent, ignore_errors=True)
+        self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.places.started(run), comparable(run.arguments))
+        return self.launcher.start(command, self.places.log(run))
+
+    def _ended(self, run: Run, code: int) -> None:
+        try:
+            record = self.places.publish(run)
+        except UsageError as error:  # this run's record is damaged; the others go on
+            self.failures[run.folder] = str(error)
+            return
+        if code == 0 and record is not None and record["status"] == "finished":
+            self.finished += 1
+        elif not self.stopped_by:
+            error = (record or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
+            self.failures[run.folder] = f"exit code {code}: {error} (log: {self.places.log(run)})"
+
+    def _show(self, running: list[Run]) -> None:
+        parts = sum(self._fraction(run) for run in running)
+        self.bar.n = min(self.finished + len(self.failures) + parts, self.bar.total)
+        names = ", ".join(run.folder for run in running[:2]) + (", …" if len(running) > 2 else "")
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        self.bar.set_postfix_str(f"{self.finished}/{self.bar.total} runs{failed} {names}")
+
+    def _fraction(self, run: Run) -> float:
+        """How much of a running run is done, where it says so: the last logged step of `max_steps`."""
+        with contextlib.suppress(UsageError, KeyError, IndexError, TypeError, ZeroDivisionError):
+            record = read_json(self.places.working(run) / "results.json")
+            return min(1.0, record["history"][-1]["step"] / run.arguments["max_steps"])
+        return 0.0
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

@@ -1,0 +1,338 @@
+"""An exact, faster drop-in for the disentangled self-attention of Hugging Face's DeBERTa-v2 and -v3.
+
+The stock module multiplies queries and keys with the embeddings of all `2·span` relative positions, repeated for every
+sequence of the batch, and picks the wanted entries with two gathers whose index tensors are (batch·heads, L, L).
+Two observations make that cheap:
+
+* only the 2·L − 1 distances δ = i − j from −(L−1) to L−1 occur among L tokens, so only those are projected and
+  multiplied, once for the whole batch;
+* the score of query i and key j depends on the position through δ alone. With the positions ordered by δ, row r of the
+  (rows, positions) product holds the wanted scores contiguously, shifted by one for each row, so a strided ("skewed")
+  view *is* the gather.
+
+The scores are those of DeBERTa (arXiv 2006.03654, eq. 4): c2p_ij = q_i · pos_k(δ), p2c_ij = k_j · pos_q(δ). One
+autograd function does all of it, keeps one (heads, batch, L, L) tensor for the backward pass (a probability with its
+sign bit set where dropout removed it), and works in blocks of rows so that a long sequence multiplies few positions
+more than it reads.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
+from transformers.utils import logging
+
+from nlu.fast.dropout import drop_mask
+
+logger = logging.get_logger(__name__)
+
+_BLOCK = 128  # rows a block: L + _BLOCK − 1 positions are multiplied per row, in place of 2·L − 1
+
+
+def _skew(product: torch.Tensor, length: int) -> torch.Tensor:
+    """View (..., R, length + R − 1) as (..., R, length): out[r, c] = product[r, R − 1 − r + c]. No copy."""
+    *lead, rows, width = product.shape
+    strides = [*product.stride()[:-2], width - 1, 1]
+    return product.as_strided([*lead, rows, length], strides, product.storage_offset() + rows - 1)
+
+
+def _unskew(scores: torch.Tensor) -> torch.Tensor:
+    """The adjoint of `_skew`: (..., R, L) into zeros of (..., R, L + R − 1)."""
+    *lead, rows, length = scores.shape
+    out = scores.new_zeros([*lead, rows, length + rows - 1])
+    _skew(out, length).copy_(scores)
+    return out
+
+
+def _blocks(length: int) -> list[tuple[int, int, slice]]:
+    """(first row, end row, the slice of the 2·L − 1 ordered positions that those rows meet)."""
+    starts = range(0, length, _BLOCK)
+    ends = [min(start + _BLOCK, length) for start in starts]
+    return [(s, e, slice(length - e, 2 * length - 1 - s)) for s, e in zip(starts, ends, strict=True)]
+
+
+def _position_scores(content: torch.Tensor, positions: torch.Tensor, rows: tuple[int, int, slice]) -> torch.Tensor:
+    """content (H, B, L, d), positions (H, 2L−1, d) -> (H, B, R, L) skewed view of the products of a block of rows."""
+    start, end, span = rows
+    heads, batch, length, _ = content.shape
+    part = content[:, :, start:end].reshape(heads, batch * (end - start), -1)
+    product = torch.bmm(part, positions[:, span].transpose(1, 2))
+    return _skew(product.view(heads, batch, end - start, -1), length)
+
+
+def _position_grads(
+    grad: torch.Tensor, content: torch.Tensor, positions: torch.Tensor, grad_content, grad_positions
+) -> None:
+    """Add the gradients of `_position_scores` over all blocks; grad is (H, B, rows, L), either target may be None."""
+    heads, batch, length, _ = content.shape
+    for start, end, span in _blocks(length):
+        product = _unskew(grad[:, :, start:end]).view(heads, batch * (end - start), -1)
+        if grad_positions is not None:
+            part = content[:, :, start:end].reshape(heads, batch * (end - start), -1)
+            grad_positions[:, span] += torch.bmm(product.transpose(1, 2), part)
+        if grad_content is None:
+            continue
+        if end - start == length:
+            grad_content.view(heads, batch * length, -1).baddbmm_(product, positions[:, span])
+        else:
+            grad_content[:, :, start:end] += torch.bmm(product, positions[:, span]).view(heads, batch, end - start, -1)
+
+
+def _split_heads(x: torch.Tensor, heads: int, scale: float = 1.0) -> torch.Tensor:
+    """(B, L, H·d) -> (H, B, L, d) times `scale`: heads outermost, so that a position product is one matrix a head."""
+    view = x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3)
+    return torch.mul(view, scale, out=x.new_empty(view.shape))
+
+
+def _merge_heads(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """(H, B, L, d) -> (B, L, H·d) times `scale`."""
+    view = x.permute(1, 2, 0, 3)
+    return torch.mul(view, scale, out=x.new_empty(view.shape)).flatten(2)
+
+
+class DisentangledAttention(torch.autograd.Function):
+    """softmax(scale·q kᵀ + scale·skew(q pkᵀ) + skew(k pqᵀ)ᵀ, masked) with dropout, times v; pq is scaled already."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, pos_key, pos_query, mask, heads, scale, dropout_p):
+        """query, key, value (B, L, H·d); pos_key (H, 2L−1, d) by falling δ, pos_query by rising δ, or None; mask
+        (H or 1, B or 1, L or 1, L) bool, True where a key may be attended to. Returns the context (B, L, H·d)."""
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, value = (_split_heads(x, heads, s) for x, s in ((query, scale), (key, 1.0), (value, 1.0)))
+            probs = torch.softmax(_scores(query, key, pos_key, pos_query, mask), dim=-1)
+            if dropout_p > 0:
+                probs.addcmul_(probs, drop_mask(probs, dropout_p), value=-2)  # sign bit: dropped
+            kept = probs.relu() if dropout_p > 0 else probs
+            context = torch.bmm(kept.flatten(0, 1), value.flatten(0, 1)).view_as(value)
+            ctx.save_for_backward(query, key, value, pos_key, pos_query, mask, probs)
+            ctx.scale, ctx.dropout_p = scale, dropout_p
+            return _merge_heads(context, 1 / (1 - dropout_p))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, pos_key, pos_query, mask, probs = ctx.saved_tensors
+        need_query, need_key, need_value, need_pos_key, need_pos_query = ctx.needs_input_grad[:5]
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = _split_heads(grad, query.size(0), 1 / (1 - ctx.dropout_p)).flatten(0, 1)
+            kept = probs.relu() if ctx.dropout_p > 0 else probs
+            grad_value = torch.bmm(kept.flatten(0, 1).transpose(1, 2), grad).view_as(value) if need_value else None
+            del kept
+            grad_scores = torch.bmm(grad, value.flatten(0, 1).transpose(1, 2)).view_as(probs)
+            if ctx.dropout_p > 0:
+                grad_scores = torch.ops.aten.threshold_backward(grad_scores, probs, 0)
+                probs = probs.abs()
+            grad_scores = torch._softmax_backward_data(grad_scores, probs, -1, probs.dtype)
+            # A query that may attend to nothing gets the uniform distribution, which does not depend on its scores.
+            grad_scores *= mask.any(-1, keepdim=True).to(grad_scores.dtype)
+            flat = grad_scores.flatten(0, 1)
+            grad_query = torch.bmm(flat, key.flatten(0, 1)).view_as(query) if need_query else None
+            grad_key = torch.bmm(flat.transpose(1, 2), query.flatten(0, 1)).view_as(key) if need_key else None
+            grad_pos_key = torch.zeros_like(pos_key) if need_pos_key else None
+            grad_pos_query = torch.zeros_like(pos_query) if need_pos_query else None
+            if pos_key is not None and (need_query or need_pos_key):
+                _position_grads(grad_scores, query, pos_key, grad_query, grad_pos_key)
+            if pos_query is not None and (need_key or need_pos_query):
+                _position_grads(grad_scores.transpose(-1, -2), key, pos_query, grad_key, grad_pos_query)
+            grads = ((grad_query, ctx.scale), (grad_key, 1.0), (grad_value, 1.0))
+            merged = [None if g is None else _merge_heads(g, s) for g, s in grads]
+        return *merged, grad_pos_key, grad_pos_query, None, None, None, None
+
+
+def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
+    """The masked attention scores (H, B, L, L), each sum made in place in one buffer."""
+    heads, batch, length, _ = query.shape
+    scores = query.new_empty(heads, batch, length, length)
+    for rows in _blocks(length) if pos_query is not None else ():
+        scores[..., rows[0] : rows[1]].copy_(_position_scores(key, pos_query, rows).transpose(-1, -2))
+    for rows in _blocks(length) if pos_key is not None else ():
+        block = scores[:, :, rows[0] : rows[1]]
+        positional = _position_scores(query, pos_key, rows)
+        block.copy_(positional) if pos_query is None else block.add_(positional)
+    content = (query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
+    if pos_key is None and pos_query is None:
+        torch.bmm(*content, out=scores.flatten(0, 1))
+    else:
+        scores.flatten(0, 1).baddbmm_(*content)
+    lowest = torch.finfo(scores.dtype).min
+    if scores.dtype == torch.float16:  # so narrow that a sum would overflow
+        return scores.masked_fill_(~mask, lowest)
+    # lowest + score == lowest in a wide-exponent type, so adding is filling; a masked_fill_ costs 20 times as much.
+    return scores.add_(mask.to(scores.dtype).sub_(1).mul_(-lowest))
+
+
+def _plain_attention(
+    query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in ordinary differentiable operations, for `torch.compile` and for returning the probabilities."""
+
+    def skew(product: torch.Tensor) -> torch.Tensor:
+        length = product.size(-2)
+        flat = product.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 2)]
+        return flat.unflatten(-1, (length, 2 * length - 2))[..., :length] if length > 1 else product
+
+    query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    if pos_key is not None:
+        scores = scores + skew(torch.matmul(query, pos_key.unsqueeze(1).transpose(-1, -2)))
+    if pos_query is not None:
+        scores = scores + skew(torch.matmul(key, pos_query.unsqueeze(1).transpose(-1, -2))).transpose(-1, -2)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = dropout(torch.softmax(scores, dim=-1))
+    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
+
+
+def _first_token_attention(
+    query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the query of the first token alone, (B, 1, H·d), whose distance to key j is −j: nothing to skew."""
+    length = key.size(1)
+    query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    if pos_key is not None:
+        scores = scores + torch.matmul(query, pos_key[:, length - 1 :].unsqueeze(1).transpose(-1, -2))
+    if pos_query is not None:
+        scores = scores + (key * pos_query[:, :length].flip(1).unsqueeze(1)).sum(-1).unsqueeze(-2)
+    probs = dropout(torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1))
+    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
+
+
+class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
+    """`DisentangledSelfAttention` with the same parameters and results; see the module's docstring."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        output_attentions: bool = False,
+        query_states: torch.Tensor | None = None,
+        relative_pos: torch.Tensor | None = None,
+        rel_embeddings: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As the stock module. `relative_pos` is the ordered distances (1-D) that `FastDebertaV2Encoder` hands out, or
+        None; with it a single query is the first token's. Any other relative positions (a caller's own), and queries
+        of another length, go the stock way."""
+        queries = hidden_states if query_states is None else query_states
+        own_positions = self.relative_attention and relative_pos is not None and relative_pos.dim() != 1
+        first_alone = queries.size(-2) == 1 and (relative_pos is not None or not self.relative_attention)
+        if own_positions or not (queries.size(-2) == hidden_states.size(-2) or first_alone):
+            logger.warning_once("attention with a caller's own relative positions: using the stock implementation")
+            if relative_pos is not None and relative_pos.dim() == 1:
+                relative_pos = None
+            return super().forward(
+                hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
+            )
+        query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
+        parts = 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
+        scale = 1 / math.sqrt(self.attention_head_size * parts)
+        pos_key, pos_query = self._positions(rel_embeddings, hidden_states.size(-2), scale, query.dtype)
+        mask = attention_mask.bool()
+        mask = mask.view((1,) * (4 - mask.dim()) + mask.shape).transpose(0, 1)
+        inputs = (query, key, value, pos_key, pos_query, mask, self.num_attention_heads, scale)
+        if first_alone or output_attentions or torch.compiler.is_compiling():
+            attend = _first_token_attention if first_alone else _plain_attention
+            context, probs = attend(*inputs, self.dropout)
+            return context, probs if output_attentions else None
+        return DisentangledAttention.apply(*inputs, self.dropout.p if self.dropout.training else 0.0), None
+
+    def _positions(
+        self, rel_embeddings: torch.Tensor | None, length: int, scale: float, dtype: torch.dtype
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The projected relative positions of a sequence of `length`, a row per head and distance (H, 2·length − 1, d):
+        for c2p by falling distance, for p2c by rising distance and scaled; None where the model has none."""
+        c2p, p2c = (self.relative_attention and kind in self.pos_att_type for kind in ("c2p", "p2c"))
+        if not (c2p or p2c):
+            return None, None
+        first, last, index = self._occurring(length, rel_embeddings.device)
+        rows = self.pos_dropout(rel_embeddings[first:last]).unsqueeze(0)
+
+        def project(projection: nn.Module) -> torch.Tensor:
+            projected = projection(rows).to(dtype).squeeze(0)
+            projected = projected if index is None else projected.index_select(0, index)
+            return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(0, 1)
+
+        pos_key = project(self.key_proj if self.share_att_key else self.pos_key_proj) if c2p else None
+        pos_query = project(self.query_proj if self.share_att_key else self.pos_query_proj) if p2c else None
+        return pos_key.flip(1) if c2p else None, (pos_query * scale).contiguous() if p2c else None
+
+    def _occurring(self, length: int, device) -> tuple[int, int, torch.Tensor | None]:
+        """Rows [first, last) of the embeddings hold every position that occurs among `length` tokens; the index picks
+        the row, counted from `first`, of each distance −(length−1) … length−1, None where that is the row itself."""
+        span, farthest = self.pos_ebd_size, length - 1
+        exact = self.position_buckets // 2 if self.position_buckets > 0 else span - 1
+        if farthest <= exact and farthest < span:
+            return span - farthest, span + farthest + 1, None
+        if self.position_buckets > 0:
+            growth = math.log(farthest / exact) / math.log((self.max_relative_positions - 1) / exact)
+            farthest = exact + math.ceil(growth * (exact - 1)) + 1  # one more, for float32 rounding
+        first, last = max(0, span - farthest), min(2 * span, span + farthest + 1)
+        distances = torch.arange(1 - length, length, device=device)
+        if self.position_buckets > 0:
+            distances = stock.make_log_bucket_position(distances, self.position_buckets, self.max_relative_positions)
+        index = (distances.to(torch.long) + span).clamp(0, 2 * span - 1) - first
+        return first, last, index
+
+
+class FastDebertaV2Encoder(stock.DebertaV2Encoder):
+    """The stock encoder without the (L, L) relative positions, which the fast attention works out for itself."""
+
+    def get_rel_pos(self, hidden_states, query_states=None, relative_pos=None):
+        if relative_pos is not None or not self.relative_attention or query_states is not None:
+            return super().get_rel_pos(hidden_states, query_states, relative_pos)
+        length = hidden_states.size(-2)
+        return torch.arange(1 - length, length, device=hidden_states.device)
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why the fast attention does not cover a module, None if it does."""
+    if type(module) is not stock.DisentangledSelfAttention:
+        return f"is a {type(module).__name__}, not transformers' DisentangledSelfAttention"
+    if "forward" in vars(module):
+        return "has its own forward"
+    if not isinstance(module.dropout, nn.Dropout):
+        return f"drops attention with a {type(module.dropout).__name__}"
+    buckets = module.position_buckets if module.relative_attention else 0
+    if buckets > 0 and not 2 <= buckets // 2 < module.max_relative_positions - 1:
+        return f"has {buckets} buckets for {module.max_relative_positions} positions"
+    return None
+
+
+def enable_fast_attention(model: nn.Module) -> int:
+    """Replace the self-attention of every DeBERTa-v2/v3 encoder in `model`; returns the number of attention modules.
+
+    Only the class of the modules changes, so parameters, hooks and the state dict stay as they are, and
+    `disable_fast_attention` undoes it. An encoder with a subclass or configuration that is not covered keeps the stock
+    implementation, with a line in the log saying why. A model without DeBERTa-v2 encoders is left alone (returns 0).
+    """
+    replaced = 0
+    for name, encoder in model.named_modules():
+        if not isinstance(encoder, stock.DebertaV2Encoder) or type(encoder) is FastDebertaV2Encoder:
+            continue
+        attentions = [layer.attention.self for layer in encoder.layer]
+        reasons = [reason for reason in map(_why_not, attentions) if reason]
+        if type(encoder) is not stock.DebertaV2Encoder:
+            reasons.insert(0, f"is a {type(encoder).__name__}, not transformers' DebertaV2Encoder")
+        if reasons:
+            logger.warning(f"fast attention left out of {name or 'the encoder'}: a module of it {reasons[0]}")
+            continue
+        encoder.__class__ = FastDebertaV2Encoder
+        for attention in attentions:
+            attention.__class__ = FastDisentangledSelfAttention
+        replaced += len(attentions)
+    return replaced
+
+
+def disable_fast_attention(model: nn.Module) -> int:
+    """Undo `enable_fast_attention`; returns the number of attention modules that were switched back."""
+    back = {
+        FastDebertaV2Encoder: stock.DebertaV2Encoder,
+        FastDisentangledSelfAttention: stock.DisentangledSelfAttention,
+    }
+    switched = [module for module in model.modules() if type(module) in back]
+    attentions = sum(type(module) is FastDisentangledSelfAttention for module in switched)
+    for module in switched:
+        module.__class__ = back[type(module)]
+    return attentions

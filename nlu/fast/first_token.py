@@ -1,0 +1,171 @@
+"""The last layer for the first token alone, where a classifier reads nothing else.
+
+The heads of BERT, RoBERTa and DeBERTa for sequence classification look at the last layer's first token and at no other.
+Its keys and values are needed for the whole sequence; its query, attention output and feed-forward part only for that
+token: 10 of a layer's 12 hidden² products fall away, a fourteenth of a 12-layer encoder and a seventh of a 6-layer one,
+forward and backward, with the same logits and gradients (dropout draws its masks in other shapes).
+
+A layer does so only inside a call of the classifier that asks for no hidden states or attention weights: whoever calls
+the encoder itself gets whole sequences. The decision travels as an argument, so that gradient checkpointing repeats it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
+from transformers.models.roberta import modeling_roberta as roberta
+
+from nlu.fast.deberta_attention import FastDisentangledSelfAttention
+
+_ALONE: ContextVar[bool] = ContextVar("first token alone", default=False)
+_HOOKS = "_first_token_hooks"
+_signature = functools.cache(inspect.signature)
+
+
+def _first_row(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Of a mask (B, 1, L or 1, L) what concerns the first query, (B, 1, 1, L)."""
+    return None if mask is None else mask[..., :1, :]
+
+
+class _Layer:
+    """A layer told in its call whether it is to compute the first token alone."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs, first_token_alone=_ALONE.get())
+
+
+class FirstTokenDebertaV2Layer(_Layer, deberta.DebertaV2Layer):
+    """`DebertaV2Layer` that returns (B, 1, hidden) where the first token is all that is asked for."""
+
+    def forward(self, hidden_states, attention_mask, query_states=None, *args, first_token_alone=False, **kwargs):
+        """As the stock layer, for `hidden_states` (B, L, hidden)."""
+        if first_token_alone and query_states is None:
+            query_states, attention_mask = hidden_states[:, :1], _first_row(attention_mask)
+        return super().forward(hidden_states, attention_mask, query_states, *args, **kwargs)
+
+
+class _BertAttention:
+    """Attention, output projection and residual of `hidden_states` (B, L, hidden), of the first alone if asked to."""
+
+    def forward(self, hidden_states, attention_mask=None, *args, first_token_alone=False, **kwargs):
+        sliceable = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
+        if not (first_token_alone and sliceable):  # flash and flex attention have masks of their own
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        context, weights = self.self(hidden_states, attention_mask=attention_mask, first_token_alone=True, **kwargs)
+        return self.output(context, hidden_states[:, :1]), weights
+
+
+class _BertSelfAttention:
+    """transformers' own cross-attention, of the first token to the sequence, where that is asked for."""
+
+    def forward(self, hidden_states, *args, first_token_alone=False, **kwargs):
+        if not first_token_alone:
+            return super().forward(hidden_states, *args, **kwargs)
+        mask = _first_row(kwargs.pop("attention_mask"))
+        return self.cross_attend(hidden_states[:, :1], hidden_states, mask, **kwargs)
+
+
+class FirstTokenBertLayer(_Layer, bert.BertLayer):
+    pass
+
+
+class FirstTokenBertAttention(_BertAttention, bert.BertAttention):
+    pass
+
+
+class FirstTokenBertSelfAttention(_BertSelfAttention, bert.BertSelfAttention):
+    cross_attend = bert.BertCrossAttention.forward
+
+
+class FirstTokenRobertaLayer(_Layer, roberta.RobertaLayer):
+    pass
+
+
+class FirstTokenRobertaAttention(_BertAttention, roberta.RobertaAttention):
+    pass
+
+
+class FirstTokenRobertaSelfAttention(_BertSelfAttention, roberta.RobertaSelfAttention):
+    cross_attend = roberta.RobertaCrossAttention.forward
+
+
+# Classifier → the classes of its last layer, of that layer's attention, and of the self-attention in it.
+_COVERED = {
+    deberta.DebertaV2ForSequenceClassification: {deberta.DebertaV2Layer: FirstTokenDebertaV2Layer},
+    bert.BertForSequenceClassification: {
+        bert.BertLayer: FirstTokenBertLayer,
+        bert.BertAttention: FirstTokenBertAttention,
+        bert.BertSelfAttention: FirstTokenBertSelfAttention,
+    },
+    roberta.RobertaForSequenceClassification: {
+        roberta.RobertaLayer: FirstTokenRobertaLayer,
+        roberta.RobertaAttention: FirstTokenRobertaAttention,
+        roberta.RobertaSelfAttention: FirstTokenRobertaSelfAttention,
+    },
+}
+_STOCK = {fast: stock for classes in _COVERED.values() for stock, fast in classes.items()}
+
+
+def enable_first_token(model: nn.Module) -> bool:
+    """Let the last layer of a DeBERTa-v2/v3, BERT or RoBERTa sequence classifier compute its first token alone.
+
+    Only classes of modules change; `disable_first_token` undoes it. Other models, subclasses, and DeBERTa without
+    `enable_fast_attention`, are left alone. Returns whether the layer was changed.
+    """
+    classes = _COVERED.get(type(model), {})
+    last = model.base_model.encoder.layer[-1] if classes else None
+    modules = [last, last.attention, last.attention.self][: len(classes)] if classes else []
+    if not modules or not _covers(model, last, modules, classes):
+        return False
+    for module in modules:
+        module.__class__ = classes[type(module)]
+    hooks = [
+        model.register_forward_pre_hook(_begin, with_kwargs=True),
+        model.register_forward_hook(_end, always_call=True),
+    ]
+    setattr(last, _HOOKS, hooks)
+    return True
+
+
+def _covers(model: nn.Module, last: nn.Module, modules: list[nn.Module], classes: dict) -> bool:
+    if any(type(module) not in classes or "forward" in vars(module) for module in modules):
+        return False
+    if isinstance(last, deberta.DebertaV2Layer):
+        encoder, fast = model.base_model.encoder, type(last.attention.self) is FastDisentangledSelfAttention
+        return fast and model.base_model.z_steps <= 1 and (encoder.conv is None or len(encoder.layer) > 1)
+    return not (last.is_decoder or last.add_cross_attention)
+
+
+def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A call of the classifier begins: nothing but the first token is read unless more is asked for."""
+    if torch.compiler.is_compiling():
+        return
+    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+    given |= given.get("kwargs", {})
+    for name in ("output_hidden_states", "output_attentions"):
+        asked = given.get(name)
+        if getattr(model.config, name) if asked is None else asked:
+            return
+    _ALONE.set(True)
+
+
+def _end(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _ALONE.set(False)
+
+
+def disable_first_token(model: nn.Module) -> bool:
+    """Undo `enable_first_token`; returns whether there was anything to undo."""
+    modules = [module for module in model.modules() if type(module) in _STOCK]
+    for module in modules:
+        module.__class__ = _STOCK[type(module)]
+        for hook in vars(module).pop(_HOOKS, ()):
+            hook.remove()
+    return bool(modules)

@@ -1,0 +1,1 @@
+"""How each method changes the model: one file a family."""

@@ -1,0 +1,169 @@
+"""Any layer-changing method of the ``peft`` package, from its own config file.
+
+The layers are put into the model in place, without peft's wrapper, so that names, the head and everything else stay as
+for the other methods. AdaLoRA, the one method that acts inside the training loop, gets its allocator driven and its
+regulariser added here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from loralib import match_modules
+from nlu.errors import UsageError, reason
+
+PEFT_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "peft"
+ADAPTER = "default"
+
+
+def import_peft() -> ModuleType:
+    """The package; UsageError with the command that installs it where it is missing."""
+    try:
+        return importlib.import_module("peft")
+    except ImportError:
+        raise UsageError("--method peft needs the peft package: pip install 'peft>=0.18,<1'") from None
+
+
+def config_path(name: str) -> Path:
+    """The file that ``--peft_config`` names: a path, or the stem of a file in configs/peft/."""
+    path = PEFT_FOLDER / f"{name}.json" if Path(name).name == name and not name.endswith(".json") else Path(name)
+    if not path.is_file():
+        ready = ", ".join(sorted(p.stem for p in PEFT_FOLDER.glob("*.json")))
+        raise UsageError(f"--peft_config: there is no file {name}; give a peft config file, or one of {ready}")
+    return path
+
+
+def load_peft_config(name: str, total_steps: int) -> Any:
+    """A peft config object from its JSON file.
+
+    Args:
+        name: see :func:`config_path`.
+        total_steps: of the training, for the methods that schedule over it; 0 for none.
+
+    Raises:
+        UsageError: for a missing or malformed file, an unknown method, key or value, a method that adds to the input
+            instead of changing layers, or a schedule longer than the training.
+    """
+    peft = import_peft()
+    path = config_path(name)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = peft.PeftType(values.pop("peft_type"))
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"{path}: no peft config ({reason(error)}): a JSON mapping with a peft_type this peft knows"
+        ) from None
+    if kind == peft.PeftType.ADALORA:
+        _schedule(path, values, total_steps)
+    try:
+        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {reason(error)}") from None
+    if config.is_prompt_learning or not hasattr(config, "target_modules"):
+        raise UsageError(f"{path}: {kind.value} changes the input, not layers; name a method that changes layers")
+    return config
+
+
+def _schedule(path: Path, values: dict[str, Any], total_steps: int) -> None:
+    warmups = values.get("tinit", 0) + values.get("tfinal", 0)
+    if total_steps and warmups >= total_steps:
+        raise UsageError(
+            f"{path}: tinit + tfinal = {warmups} leaves no step of {total_steps} to allocate in: lower them"
+        )
+    values["total_step"] = total_steps or warmups + 1
+
+
+def check_targets(model: nn.Module, config: Any, target_modules: list[str]) -> None:
+    """Raise what :func:`inject_peft` would for modules that are not there, without touching ``model``.
+
+    Raises:
+        UsageError: see there.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    try:
+        if config.target_modules is None:
+            match_modules(model, target_modules)
+        elif not any(check_target_module_exists(config, name) for name, _ in model.named_modules()):
+            raise ValueError(f"target_modules {config.target_modules} match no module of the model")
+    except (ValueError, re.error) as error:
+        raise UsageError(f"--method peft, {config.peft_type.value}: {error}") from None
+
+
+def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any:
+    """Put the config's layers into ``model`` in place; returns peft's tuner object around it.
+
+    Args:
+        target_modules: patterns for :func:`loralib.match_modules`, used where the config names none itself.
+
+    Raises:
+        UsageError: for what peft refuses, or a pattern that matches nothing.
+    """
+    peft = import_peft()
+    try:
+        if config.target_modules is None:
+            config.target_modules = match_modules(model, target_modules)
+        return peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
+
+
+class PeftAdaLora(TrainerCallback):
+    """What peft's AdaLoRA does inside a training loop: regulariser and rank allocation.
+
+    Args:
+        tuner: peft's ``AdaLoraModel``, its config's ``total_step`` set.
+    """
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner = tuner
+        self.config = tuner.peft_config[ADAPTER]
+        names = (f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}")
+        self._factors = [(n, p) for n, p in tuner.model.named_parameters() if n.endswith(names)]
+
+    def regulariser(self) -> Tensor:
+        """orth_reg_weight × the mean over P and Q of all layers of ‖PᵀP − I‖_F, ‖QQᵀ − I‖_F."""
+        norms = []
+        for name, p in self._factors:
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=p.dtype, device=p.device)))
+        return self.config.orth_reg_weight * torch.stack(norms).mean()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where peft's documentation calls it: after the step, before the gradients are cleared."""
+        self.tuner.update_and_allocate(state.global_step + 1)
+
+    def pruned_params(self) -> int:
+        """Parameters that belong to pruned singular values, a row of A and a column of B with each."""
+        factors = dict(self.tuner.model.named_parameters())
+        pruned = 0
+        for name, kept in (self.config.rank_pattern or {}).items():
+            a, b = (factors[name.replace("lora_E", f"lora_{side}")] for side in "AB")
+            pruned += kept.count(False) * (1 + a.shape[1] + b.shape[0])
+        return pruned
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores' moving averages and the ranks, for a checkpoint."""
+        allocator = self.tuner.rankallocator
+        return {
+            "ipt": dict(allocator.ipt),
+            "exp_avg_ipt": dict(allocator.exp_avg_ipt),
+            "exp_avg_unc": dict(allocator.exp_avg_unc),
+            "rank_pattern": self.config.rank_pattern,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
+        for key in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+            setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
+        self.config.rank_pattern = state["rank_pattern"]

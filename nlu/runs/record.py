@@ -1,0 +1,177 @@
+"""The one JSON that a run leaves: what was asked for, what came out, where and with what."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from nlu.runs.files import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "peft")
+# Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
+TIME_FIELDS = frozenset(
+    {"seconds", "memory_bytes", "train_seconds", "steps_per_second", "seconds_per_step", "peak_memory_bytes",
+     "started_at", "resumes"}
+)  # fmt: skip
+_WRITE_INTERVAL = 10.0  # seconds between two writes while training
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit(root: Path = ROOT) -> str | None:
+    """A checkout's commit, with ``-dirty`` where tracked files differ from it; None outside a checkout.
+
+    What lies under ``results`` does not count: runs and tables write there, and no run loads code from it.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,top)results")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on."""
+    described: dict[str, Any] = {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": "cpu",
+    }
+    if torch.cuda.is_available():
+        described["device"] = torch.cuda.get_device_name()
+        described["device_count"] = torch.cuda.device_count()
+    return described
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory: of the CUDA device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line for the record."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+class RunRecord:
+    """Collects ``results.json`` and writes it, whole each time.
+
+    Args:
+        folder: the run's root_output_dir. static: what is known before training.
+        metric: key of the main metric. live: gives the fields that change while training.
+    """
+
+    def __init__(self, folder: Path, static: dict[str, Any], metric: str, live: Callable[[], dict[str, Any]]) -> None:
+        self.path = folder / "results.json"
+        self.static, self.metric, self.live = static, metric, live
+        self.log_history: list[dict[str, Any]] = []
+        self.error: str | None = None
+        self._last_write = 0.0
+
+    def write(self, status: str) -> dict[str, Any]:
+        """Write the record with that status (running, finished, failed, interrupted); returns it."""
+        evaluations = self.evaluations()
+        scores = [(e[self.metric], e["step"]) for e in evaluations if self.metric in e]
+        best = max(scores, key=lambda pair: (pair[0], -pair[1]), default=(None, None))
+        record = {
+            "format_version": FORMAT_VERSION,
+            "status": status,
+            "error": self.error,
+            **self.static,
+            "metric": self.metric,
+            "best": best[0],
+            "best_step": best[1],
+            "last": scores[-1][0] if scores else None,
+            "evaluations": evaluations,
+            **self.live(),
+            "history": self.history(),
+        }
+        write_json(self.path, finite(record))
+        self._last_write = time.monotonic()
+        return record
+
+    def write_sometimes(self) -> None:
+        """Write, unless that was done a moment ago."""
+        if time.monotonic() - self._last_write > _WRITE_INTERVAL:
+            self.write("running")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Every evaluation: step, epoch, loss and the task's metrics (MNLI's mismatched set with the suffix _mm)."""
+        merged: dict[int, dict[str, Any]] = {}
+        timing = ("_runtime", "_per_second", "_preparation_time")
+        for entry in self.log_history:
+            for key, value in entry.items():
+                if key.startswith("eval_") and not key.endswith(timing):
+                    row = merged.setdefault(entry["step"], {"step": entry["step"], "epoch": entry.get("epoch")})
+                    name = key.removeprefix("eval_")
+                    row[f"{name.removeprefix('mm_')}_mm" if name.startswith("mm_") else name] = value
+        return [merged[step] for step in sorted(merged)]
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every logging step: loss, learning rate, seconds, memory, budget."""
+        return [{k: v for k, v in entry.items() if k != "epoch"} for entry in self.log_history if "loss" in entry]
+
+
+def finite(value: Any) -> Any:
+    """The same with NaN and infinity as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RecordCallback(TrainerCallback):
+    """Keeps ``results.json`` current while the Trainer works."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self.record = record
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.record.log_history = state.log_history
+        if state.is_world_process_zero:
+            self.record.write_sometimes()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.record.write("running")
+
+
+def now() -> str:
+    """The time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,1 +1,0 @@
-"""Experiment files, the runs of a sweep, and how they are started."""
