@@ -1,7 +1,6 @@
 """Legends lie inside their figures and show every label as it is, whatever labels there are."""
 
 from collections import Counter
-from pathlib import Path
 
 import matplotlib
 import pytest
@@ -17,7 +16,6 @@ LONG = [f"change {i:02} of the regulariser, of the widths and of the scales" for
 SHORT = [f"k{i}" for i in range(18)]
 ENDLESS = ["W" * 140, "word " * 30 + "end"]
 ODD = ["_hidden", "cost $x_1$ and $y^2$", "$", "two\nlines", "a b", "a+b", "A b", "a_b_2"]
-MEASURED = Path(__file__).resolve().parents[2] / "results/measured"
 
 
 def _experiment(folder, labels, tasks=("cola",), rates=()):
@@ -67,15 +65,6 @@ def test_the_legend_of_learning_rates_is_inside(tmp_path):
     (drawing,) = draw(_experiment(tmp_path, LONG, rates=(1e-3, 2e-3)))
     assert drawing.stem == "trial_learning_rate"
     _assert_inside(drawing)
-
-
-def test_the_repository_s_own_legends_are_inside(monkeypatch):
-    """Of the experiment with the most rows, in one panel; all experiments would take a minute."""
-    monkeypatch.setattr(figures, "average_interval", lambda *_: None)  # slow, and no part of a legend
-    monkeypatch.setattr(figures, "_rank_map", lambda *_: None)
-    (experiment,) = load_measured(MEASURED / "methods")
-    for drawing in draw(experiment):
-        _assert_inside(drawing)
 
 
 def test_every_label_is_in_the_legend_as_it_is(tmp_path):
