@@ -28,6 +28,7 @@ class Task:
             hub's copy leaves them out.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
         submission_labels: the words the GLUE server wants, by class number; None for a regression task.
+        positive: the number of the class whose F1 is reported; GLUE's second class.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Task:
     short_rows_skipped: int = 0
     submission_files: tuple[tuple[str, int], ...] = ()
     submission_labels: tuple[str, ...] | None = None
+    positive: int = 1
 
     @property
     def is_regression(self) -> bool:

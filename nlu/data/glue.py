@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from torch import nn
 
 from nlu.data.own_files import load_own_files
 from nlu.data.rows import build_dataset, read_labels
 from nlu.data.tables import Table, read_table, read_tsv
 from nlu.errors import UsageError
-from nlu.tasks import Task, get_task
+from nlu.tasks import TASKS, Task, get_task
 
-__all__ = ["limit", "load_own_files", "load_task_data", "longest_input", "tokenize"]
+__all__ = ["limit", "load_own_files", "load_task_data", "longest_input", "reorder_labels", "tokenize"]
 
 HUB_DATASET = "nyu-mll/glue"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -38,19 +40,60 @@ def load_task_data(
         need: the splits to load; "validation" and "test" stand for all of a task's validation and test splits.
 
     Returns:
-        Split name -> rows with the task's text fields, `label` (class number or float; -1 where hidden) and `idx`.
+        Split name -> rows with the task's text fields, `label` (its number in `task.labels`, or a float; -1 where
+        hidden) and `idx`.
 
     Raises:
         UsageError: a needed split is missing, or a file is malformed, naming the file and the line.
     """
     task = get_task(task) if isinstance(task, str) else task
-    splits = _needed(task, need)
+    hub = TASKS.get(task.name, task)  # files and the hub number the classes in this order, whatever the order of `task`
+    splits = _needed(hub, need)
     if glue_dir is None:
-        return _load_hub(task, splits, cache_dir)
-    root = Path(glue_dir)
-    if not root.is_dir():
-        raise UsageError(f"--glue_dir {root}: no such folder")
-    return {split: _load_split(task, split, root) for split in splits}
+        rows = _load_hub(hub, splits, cache_dir)
+    else:
+        root = Path(glue_dir)
+        if not root.is_dir():
+            raise UsageError(f"--glue_dir {root}: no such folder")
+        rows = {split: _load_split(hub, split, root) for split in splits}
+    return rows if task.labels == hub.labels else reorder_labels(hub, rows, task.labels)[1]
+
+
+def reorder_labels(task: Task, splits: dict[str, Dataset], order: Sequence[str]) -> tuple[Task, dict[str, Dataset]]:
+    """Number the classes of a task and of its rows in another order, such as the one a checkpoint was trained with.
+
+    Args:
+        splits: rows with a `label` column in the order of `task.labels`; a hidden label (-1) stays hidden.
+        order: the words of `task.labels` in the new order.
+
+    Returns:
+        The task whose labels, submission labels and positive class follow `order`, and the renumbered splits.
+
+    Raises:
+        ValueError: `order` does not hold exactly the task's labels.
+    """
+    order = tuple(order)
+    if task.labels is None or sorted(order) != sorted(task.labels):
+        raise ValueError(f"the labels of {task.name} are {task.labels}, not {order}")
+    if order == task.labels:
+        return task, splits
+    new_number = [order.index(word) for word in task.labels]
+    server = task.submission_labels
+    reordered = replace(
+        task,
+        labels=order,
+        submission_labels=server and tuple(server[task.labels.index(word)] for word in order),
+        positive=new_number[task.positive],
+    )
+    numbers = np.array([*new_number, -1])  # the last place is the one that -1 looks up
+
+    def renumber(rows: Dataset) -> Dataset:
+        labels = numbers[np.asarray(rows["label"][:])]
+        names = rows.column_names
+        rows = rows.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=list(order)))
+        return rows.select_columns(names)
+
+    return reordered, {name: renumber(rows) for name, rows in splits.items()}
 
 
 def limit(dataset: Dataset, n: int | None) -> Dataset:

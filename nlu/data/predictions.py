@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from nlu.arguments import Arguments
-from nlu.data.glue import limit, load_task_data, tokenize
+from nlu.data.glue import limit, load_task_data, reorder_labels, tokenize
 from nlu.data.submission import write_predictions
 from nlu.errors import UsageError
 from nlu.tasks import Task, get_task
@@ -29,9 +29,12 @@ def load_predict_task(arguments: Arguments, task: Task, tokenizer: Any) -> list[
     other = get_task(data.predict_task)
     if not arguments.training.do_predict:
         raise UsageError("--predict_task needs --do_predict")
-    if (other.labels, len(other.text_fields)) != (task.labels, len(task.text_fields)) or other.name == task.name:
+    same_classes = sorted(other.labels or ()) == sorted(task.labels or ())
+    if not same_classes or len(other.text_fields) != len(task.text_fields) or other.name == task.name:
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
     splits = load_task_data(other, data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir, ["test"])
+    if task.labels is not None:
+        other, splits = reorder_labels(other, splits, task.labels)
     splits = {name: limit(rows, data.max_predict_samples) for name, rows in splits.items()}
     tokens = tokenize(splits, other, tokenizer, data.max_seq_length, data.pad_to_max_length)
     return [(other, {name: rows.sort("length") for name, rows in tokens.items()})]

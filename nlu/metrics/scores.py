@@ -18,9 +18,9 @@ def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
     return float(accuracy_score(references, predictions))
 
 
-def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    """F1 of class 1, as GLUE has it; 0 where the class is neither there nor predicted."""
-    return float(f1_score(references, predictions, labels=[1], average="macro", zero_division=0))
+def _f1(predictions: np.ndarray, references: np.ndarray, positive: int) -> float:
+    """F1 of the positive class; 0 where the class is neither there nor predicted."""
+    return float(f1_score(references, predictions, labels=[positive], average="macro", zero_division=0))
 
 
 def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -42,7 +42,6 @@ def _correlation(function: Callable, predictions: np.ndarray, references: np.nda
 
 _METRICS = {
     "accuracy": _accuracy,
-    "f1": _f1,
     "matthews_correlation": _matthews,
     "pearson": partial(_correlation, pearsonr),
     "spearmanr": partial(_correlation, spearmanr),
@@ -78,7 +77,8 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
             raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")
     else:
         predictions, references = _classes(task, "predictions", predictions), _classes(task, "references", references)
-    return {name: _METRICS[name](predictions, references) for name in task.metrics}
+    functions = {**_METRICS, "f1": partial(_f1, positive=task.positive)}
+    return {name: functions[name](predictions, references) for name in task.metrics}
 
 
 def _classes(task: Task, what: str, values: np.ndarray) -> np.ndarray:
