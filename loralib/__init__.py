@@ -11,12 +11,12 @@ from loralib.checkpoint import (
 )
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
-from loralib.integration import LowRankTrainerMixin, LowRankTraining
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
 from loralib.loading import load_adapter
 from loralib.multi import MultiAdapter
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
+from loralib.training import LowRankTrainerMixin, LowRankTraining
 
 __all__ = [
     "AdapterConfig",

@@ -1,7 +1,7 @@
 """Rank allocation: schedule, importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
 
 Budget     b(t) = b₀ up to init_warmup; then b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, whole singular values,
-           masked every mask_interval steps; b_T for the last final_warmup steps with the mask held.
+           masked every mask_interval steps and at T; b_T for the last final_warmup steps with the mask held.
 Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁); Ū that of |I − Ī| (β₂); its score S = Ī · Ū.
 Importance of singular value i of a layer: S(e_i) + mean of S over the innermost B[:, i] + the same over A[i, :].
 With one scale this is AdaLoRA's. LoRA² leaves the outer factors out ("inner"); "full" adds the mean score of each of
@@ -153,13 +153,17 @@ class RankAllocator:
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """Module name → which of its r singular values are live."""
-        return dict(zip(self._names, self._mask.tolist(), strict=True))
+        """Module name → which of its r singular values are not 0 in the weights as they are now.
+
+        Between two maskings the optimiser moves pruned singular values away from 0, so these are not always the
+        ones that the last mask kept.
+        """
+        return dict(zip(self._names, (torch.stack(self._values).detach() != 0).tolist(), strict=True))
 
     @property
     def live_rank(self) -> int:
-        """Live singular values over all layers."""
-        return int(self._mask.sum())
+        """Singular values over all layers that are not 0 in the weights as they are now."""
+        return int(torch.stack(self._values).count_nonzero())
 
     def schedule(self, step: int) -> tuple[int, bool]:
         """(budget, whether to mask) at ``step``, counted from 1.
@@ -175,7 +179,8 @@ class RankAllocator:
         if step > self.total_step - self.final_warmup:
             return target, True
         progress = (step - self.init_warmup) / (self.total_step - self.init_warmup - self.final_warmup)
-        return int(target + (start - target) * (1 - progress) ** 3), step % self.mask_interval == 0
+        budget = int(target + (start - target) * (1 - progress) ** 3)
+        return budget, step % self.mask_interval == 0 or step == self.total_step
 
     @torch.no_grad()
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, float | None]:

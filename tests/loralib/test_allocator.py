@@ -356,3 +356,20 @@ def test_budget_falls_monotonically_to_the_target_and_is_what_is_live(r, count, 
     assert all(budget == r * count for budget in budgets[:warm])
     if final:
         assert allocator.live_rank == target
+
+
+@pytest.mark.parametrize("total_step, final_warmup", [(23, 0), (40, 0), (23, 5)])
+def test_the_last_step_masks_and_the_ranks_are_those_of_the_weights(total_step, final_warmup):
+    model = model_of()
+    schedule = {"init_warmup": 2, "final_warmup": final_warmup, "total_step": total_step, "mask_interval": 10}
+    allocator = loralib.RankAllocator(model, 4, 2, **SETTINGS | schedule)
+    for t in range(1, total_step + 1):
+        random_step(model, torch.Generator().manual_seed(t))
+        with torch.no_grad():  # as AdamW moves a pruned value
+            for layer in loralib.lora_layers(model).values():
+                layer.lora_E += 1e-3
+        budget, masked = allocator.update_and_mask(model, t)
+        pattern = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
+        assert allocator.rank_pattern == pattern
+        assert allocator.live_rank == sum(map(sum, pattern.values())) == (12 if masked is None else budget)
+    assert allocator.live_rank == 6
