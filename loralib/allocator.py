@@ -19,41 +19,44 @@ from torch import Tensor, nn
 from loralib.layers import lora_layers
 
 IMPORTANCES = ("inner", "full")
-_OUTER = (1, 2)  # an outer factor's score is its mean over all entries: it belongs to no one singular value
 
 
 class _Scores:
-    """Ī and Ū of equally shaped parameters, stacked (n, *shape), float32; ``rows[j]`` lists parameter j's layers."""
+    """Ī and Ū of equally shaped parameters, stacked (n, *shape), float32.
 
-    def __init__(self, parameters: list[nn.Parameter], rows: list[list[int]]) -> None:
-        self.parameters = parameters
-        self.parameter_index = [j for j, layers in enumerate(rows) for _ in layers]
-        self.layer_index = [layer for layers in rows for layer in layers]
+    Args:
+        rows: which layers each of the parameters belongs to.
+        axis: the dimension of a parameter along which singular values lie; None for outer factors.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], rows: list[list[int]], axis: int | None) -> None:
+        self.parameters, self.axis = parameters, axis
+        device = parameters[0].device
+        self.parameter_index = torch.tensor([j for j, layers in enumerate(rows) for _ in layers], device=device)
+        self.layer_index = torch.tensor([layer for layers in rows for layer in layers], device=device)
         shape = (len(parameters), *parameters[0].shape)
-        self.sensitivity = torch.zeros(shape, dtype=torch.float32, device=parameters[0].device)
+        self.sensitivity = torch.zeros(shape, dtype=torch.float32, device=device)
         self.uncertainty = torch.zeros_like(self.sensitivity)
 
     def update(self, beta1: float, beta2: float) -> None:
         weights = torch.stack([p.detach() for p in self.parameters]).float()
         # No gradient in this step (an unused module) is a gradient of zero: the averages decay.
         gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]).float()
-        if self.sensitivity.device != weights.device:
-            self.sensitivity = self.sensitivity.to(weights.device)
-            self.uncertainty = self.uncertainty.to(weights.device)
+        if self.sensitivity.device != weights.device:  # the model was moved
+            for name in ("sensitivity", "uncertainty", "parameter_index", "layer_index"):
+                setattr(self, name, getattr(self, name).to(weights.device))
         current = weights.mul_(gradients).abs_()
         self.sensitivity.lerp_(current, 1 - beta1)
         self.uncertainty.lerp_(current.sub_(self.sensitivity).abs_(), 1 - beta2)
 
-    def add_to(self, totals: Tensor, mean_over: tuple[int, ...]) -> None:
-        """Adds each parameter's score, averaged over ``mean_over``, to its layers' rows of ``totals`` (layers, r)."""
+    def add_to(self, totals: Tensor) -> None:
+        """Adds each singular value's mean score to its layers' rows of ``totals`` (layers, r)."""
         entries = self.sensitivity * self.uncertainty
-        values = entries.mean(mean_over) if mean_over else entries
-        values = values.unsqueeze(-1) if values.dim() == 1 else values
-        totals.index_add_(
-            0,
-            torch.tensor(self.layer_index, device=totals.device),
-            values[self.parameter_index].expand(-1, totals.shape[1]).contiguous(),
-        )
+        others = [i for i in range(1, entries.dim()) if self.axis is None or i != 1 + self.axis]
+        values = entries.mean(others) if others else entries
+        values = values.unsqueeze(-1) if self.axis is None else values
+        values = values.index_select(0, self.parameter_index)
+        totals.index_add_(0, self.layer_index, values.expand(-1, totals.shape[1]).contiguous())
 
 
 class RankAllocator:
@@ -117,24 +120,17 @@ class RankAllocator:
         self._threshold: float | None = None
         self._final_mask_set = False
 
-    def _score_groups(self) -> list[tuple[_Scores, tuple[int, ...]]]:
-        """Scored parameters grouped by role and shape, each with the dimensions its scores are averaged over."""
+    def _score_groups(self) -> list[_Scores]:
+        """The scored parameters, grouped by shape and by the dimension of their singular values."""
         found: dict[tuple, dict[int, tuple[nn.Parameter, list[int]]]] = defaultdict(dict)
-
-        def add(role: str, mean_over: tuple[int, ...], parameter: nn.Parameter, row: int) -> None:
-            members = found[(role, mean_over, parameter.shape)]
-            members.setdefault(id(parameter), (parameter, []))[1].append(row)
-
         for row, layer in enumerate(self._layers):
-            add("E", (), layer.lora_E, row)
-            add("B", (1,), layer.lora_B[-1], row)
-            add("A", (2,), layer.lora_A[-1], row)
-            if self.importance == "full":
-                for factor in [*layer.lora_B[:-1], *layer.lora_A[:-1]]:
-                    add("outer", _OUTER, factor, row)
+            for parameter, axis in zip(layer.lora_parameters(), layer.singular_axes(), strict=True):
+                if axis is not None or self.importance == "full":
+                    members = found[(axis, parameter.shape)]
+                    members.setdefault(id(parameter), (parameter, []))[1].append(row)
         return [
-            (_Scores([p for p, _ in members.values()], [rows for _, rows in members.values()]), mean_over)
-            for (_, mean_over, _), members in found.items()
+            _Scores([p for p, _ in members.values()], [rows for _, rows in members.values()], axis)
+            for (axis, _), members in found.items()
         ]
 
     def set_total_step(self, total_step: int) -> None:
@@ -149,7 +145,7 @@ class RankAllocator:
     @property
     def scored_parameters(self) -> int:
         """Number of parameters whose sensitivity is tracked."""
-        return sum(p.numel() for scores, _ in self._scores for p in scores.parameters)
+        return sum(p.numel() for scores in self._scores for p in scores.parameters)
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]]:
@@ -200,7 +196,7 @@ class RankAllocator:
         budget, mask_now = self.schedule(global_step)
         self._check_model(model)
         if global_step < self.total_step - self.final_warmup:
-            for scores, _ in self._scores:
+            for scores in self._scores:
                 scores.update(self.beta1, self.beta2)
         if not mask_now:
             return budget, None
@@ -232,18 +228,17 @@ class RankAllocator:
         importance = self.importance if importance is None else importance
         if importance not in IMPORTANCES[: 1 + IMPORTANCES.index(self.importance)]:
             raise ValueError(f"importance {importance!r} is not tracked: this allocator scores {self.importance!r}")
-        totals = torch.zeros(self._mask.shape, dtype=torch.float32, device=self._scores[0][0].sensitivity.device)
-        for scores, mean_over in self._scores:
-            if importance == "full" or mean_over != _OUTER:
-                scores.add_to(totals, mean_over)
+        totals = torch.zeros(self._mask.shape, dtype=torch.float32, device=self._scores[0].sensitivity.device)
+        for scores in self._scores:
+            if importance == "full" or scores.axis is not None:
+                scores.add_to(totals)
         return totals
 
     def _choose_mask(self, budget: int) -> None:
         """Keep the ``budget`` most important singular values; of equal ones, those of later names and indices stay."""
         pruned = self.initial_total_rank - budget
         importance, order = self.importance_scores().flatten().sort(stable=True)
-        mask = torch.ones_like(order, dtype=torch.bool)
-        mask[order[:pruned]] = False
+        mask = torch.ones_like(order, dtype=torch.bool).index_fill_(0, order[:pruned], False)
         self._mask = mask.view_as(self._mask)
         self._threshold = float(importance[pruned - 1]) if pruned else None
 
@@ -258,8 +253,8 @@ class RankAllocator:
         return {
             "layers": list(self._names),
             "settings": self._settings(),
-            "sensitivity": [scores.sensitivity.cpu() for scores, _ in self._scores],
-            "uncertainty": [scores.uncertainty.cpu() for scores, _ in self._scores],
+            "sensitivity": [scores.sensitivity.cpu() for scores in self._scores],
+            "uncertainty": [scores.uncertainty.cpu() for scores in self._scores],
             "mask": self._mask.cpu(),
             "threshold": self._threshold,
             "final_mask_set": self._final_mask_set,
@@ -285,7 +280,7 @@ class RankAllocator:
             if name not in ours or (ours[name] != value and not (name == "total_step" and ours[name] is None)):
                 raise ValueError(f"the allocator state was saved with {name}={value}, now it is {ours.get(name)}")
         pairs = [(self._mask, state["mask"])]
-        for (scores, _), first, second in zip(self._scores, state["sensitivity"], state["uncertainty"], strict=True):
+        for scores, first, second in zip(self._scores, state["sensitivity"], state["uncertainty"], strict=True):
             pairs += [(scores.sensitivity, first), (scores.uncertainty, second)]
         if any(mine.shape != theirs.shape for mine, theirs in pairs):
             raise ValueError("the allocator state has tensors of other shapes: resume with the same ranks and widths")

@@ -219,17 +219,12 @@ def _layer_tensors(
         kept = live[layer_name]
         if not kept:
             continue
-        for name, parameter in zip(factor_names(layer_name, layer), layer.lora_parameters(), strict=True):
+        names, parameters = factor_names(layer_name, layer), layer.lora_parameters()
+        for name, parameter, values in zip(names, parameters, layer.select(kept), strict=True):
             if owners.setdefault(id(parameter), name) != name:
                 tied[name] = owners[id(parameter)]
-                continue
-            values = parameter.detach()
-            if len(kept) < layer.r:
-                if parameter is layer.lora_B[-1]:
-                    values = values[:, kept]
-                elif parameter is layer.lora_A[-1] or parameter is layer.lora_E:
-                    values = values[kept]
-            tensors[name] = values
+            else:
+                tensors[name] = values
     return tensors, tied
 
 

@@ -159,29 +159,67 @@ class LoRALayer(nn.Linear):
         The shrunk parameters are new objects: make the optimiser afterwards.
 
         Raises:
-            ValueError: for indices that are not increasing from 0 to r − 1.
+            ValueError: for indices that do not increase from 0 to r − 1.
         """
-        kept = list(kept)
-        if kept != sorted(set(kept) & set(range(self.r))):
-            raise ValueError(f"the kept indices must increase from 0 to {self.r - 1}, got {kept}")
+        shrunk = self.select(kept)
         if len(kept) == self.r:
             return
         if kept:
-            self.lora_B[-1] = self._like(self.lora_B[-1], self.lora_B[-1][:, kept])
-            self.lora_A[-1] = self._like(self.lora_A[-1], self.lora_A[-1][kept])
+            scales = len(self.lora_B)
+            self.lora_B[-1] = nn.Parameter(shrunk[scales - 1], self.lora_B[-1].requires_grad)
+            self.lora_A[-1] = nn.Parameter(shrunk[-1], self.lora_A[-1].requires_grad)
             if self.lora_E is not None:
-                self.lora_E = self._like(self.lora_E, self.lora_E[kept])
+                self.lora_E = nn.Parameter(shrunk[scales], self.lora_E.requires_grad)
         else:
             self.lora_B, self.lora_E, self.lora_A = nn.ParameterList(), None, nn.ParameterList()
         self.r = len(kept)
 
-    @staticmethod
-    def _like(old: nn.Parameter, values: Tensor) -> nn.Parameter:
-        return nn.Parameter(values.clone(memory_format=torch.contiguous_format), requires_grad=old.requires_grad)
-
     def lora_parameters(self) -> list[nn.Parameter]:
         """The trainable factors: B outermost inward, e where there is one, A outermost inward."""
         return [*self.lora_B, *([] if self.lora_E is None else [self.lora_E]), *self.lora_A]
+
+    def singular_axes(self) -> list[int | None]:
+        """For each of :meth:`lora_parameters`, the dimension along which its r singular values lie; None for an outer
+        factor, which belongs to all of them."""
+        if self.r == 0:
+            return []
+        outer: list[int | None] = [None] * len(self.widths)
+        return [*outer, 1, *([] if self.lora_E is None else [0]), *outer, 0]
+
+    def select(self, kept: Sequence[int]) -> list[Tensor]:
+        """The values of :meth:`lora_parameters`, in that order, restricted to the kept singular values: contiguous
+        copies, and of an outer factor the tensor itself, without history.
+
+        Raises:
+            ValueError: for indices that do not increase from 0 to r − 1.
+        """
+        values = [parameter.detach() for parameter in self.lora_parameters()]
+        index = self._singular_index(kept)
+        pairs = zip(values, self.singular_axes(), strict=True)
+        return [value if axis is None else value.index_select(axis, index.to(value.device)) for value, axis in pairs]
+
+    @torch.no_grad()
+    def scatter(self, kept: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Write what :meth:`select` gives into those places; the factors' other entries stay as they are.
+
+        Raises:
+            ValueError: for indices that do not increase from 0 to r − 1, or tensors of other shapes; nothing is
+                written then.
+        """
+        index = self._singular_index(kept)
+        expected, found = [t.shape for t in self.select(kept)], [t.shape for t in tensors]
+        if found != expected:
+            raise ValueError(f"the factors need shapes {[*map(tuple, expected)]}, got {[*map(tuple, found)]}")
+        for parameter, axis, values in zip(self.lora_parameters(), self.singular_axes(), tensors, strict=True):
+            if axis is None:
+                parameter.copy_(values)
+            else:
+                parameter.index_copy_(axis, index.to(parameter.device), values.to(parameter))
+
+    def _singular_index(self, kept: Sequence[int]) -> Tensor:
+        if list(kept) != sorted(set(kept) & set(range(self.r))):
+            raise ValueError(f"the kept indices must increase from 0 to {self.r - 1}, got {list(kept)}")
+        return torch.tensor(list(kept), dtype=torch.long)
 
     def folded_core(self) -> Tensor:
         """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,12 +121,13 @@ def build_layers(
             options["widths"] = group.widths
         for name, flags in group.rank_pattern.items():
             old = model.get_submodule(name)
-            layers[name] = layer = KINDS[group.kind].from_linear(
+            layer = layers[name] = KINDS[group.kind].from_linear(
                 old, group.r, group.lora_alpha, group.lora_dropout, fan_in_fan_out=_is_transposed(old), **options
             )
             live = [i for i, flag in enumerate(flags) if flag == "1"]
             layer.keep_singular_values(live if compact else range(len(flags)))
-            parameters.update(_fill(name, layer, live, tensors))
+            parameters.update(zip(factor_names(name, layer), layer.lora_parameters(), strict=True))
+            _fill(layer, range(layer.r) if compact else live, [tensors.get(n) for n in factor_names(name, layer)])
     for alias, stored in config.tied.items():
         layer_name, _, factor = alias.rpartition(".lora_")
         side, index = factor.split(".")
@@ -134,24 +135,13 @@ def build_layers(
     return layers
 
 
-def _fill(name: str, layer: LoRALayer, live: list[int], tensors: dict[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Copy what is stored into the layer, zeros in pruned places; returns the parameters that were stored, by name."""
-    filled: dict[str, nn.Parameter] = {}
-    parameters = layer.lora_parameters()
-    for factor_name, parameter in zip(factor_names(name, layer), parameters, strict=True):
-        if factor_name not in tensors:
-            parameter.data.zero_()  # of a layer that was pruned whole, or replaced by the factor it is tied to
-            continue
-        values = filled[factor_name] = parameter
-        if len(live) == layer.r:
-            values.data.copy_(tensors[factor_name])
-        elif parameter is layer.lora_B[-1]:
-            values.data.zero_()[:, live] = tensors[factor_name].to(values)
-        elif parameter is layer.lora_A[-1] or parameter is layer.lora_E:
-            values.data.zero_()[live] = tensors[factor_name].to(values)
-        else:
-            values.data.copy_(tensors[factor_name])
-    return filled
+def _fill(layer: LoRALayer, live: Sequence[int], stored: list[Tensor | None]) -> None:
+    """Copy what is stored into the factors; all else becomes zero. A factor that is not stored belongs to a layer that
+    was pruned whole, or is replaced by the one it is tied to."""
+    for parameter in layer.lora_parameters():
+        parameter.data.zero_()
+    pairs = zip(layer.select(live), stored, strict=True)
+    layer.scatter(live, [zero if given is None else given for zero, given in pairs])
 
 
 def _is_transposed(module: nn.Module) -> bool:

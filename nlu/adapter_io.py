@@ -141,15 +141,9 @@ def load_warm_start(config: AdapterConfig, tensors: dict[str, torch.Tensor], mod
             layer = model.get_submodule(name)
             rescale = group.lora_alpha / group.r / layer.scaling
             live = [i for i, flag in enumerate(flags) if flag == "1"]
-            for factor_name, parameter in zip(factor_names(name, layer), layer.lora_parameters(), strict=True):
-                stored = tensors.get(config.tied.get(factor_name, factor_name))
-                if stored is None:  # the layer was pruned whole
-                    continue
-                if parameter is (layer.lora_B[0] if layer.lora_E is None else layer.lora_E):
-                    stored = stored * rescale
-                if parameter is layer.lora_B[-1]:
-                    parameter[:, live] = stored.to(parameter)
-                elif parameter is layer.lora_A[-1] or parameter is layer.lora_E:
-                    parameter[live] = stored.to(parameter)
-                else:
-                    parameter.copy_(stored)
+            if not live:  # nothing is stored of a layer that was pruned whole
+                continue
+            stored = [tensors[config.tied.get(factor, factor)] for factor in factor_names(name, layer)]
+            amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
+            parameters = layer.lora_parameters()
+            layer.scatter(live, [t * rescale if p is amplitude else t for p, t in zip(parameters, stored, strict=True)])

@@ -71,14 +71,14 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def live_adapter_params(applied: AppliedMethod, adapter_params: int) -> int:
-    """Adapter parameters without those that belong to pruned singular values: e_i, B[:, i] and A[i, :] innermost."""
+    """Adapter parameters without those that belong to pruned singular values."""
     if "peft" in applied.stateful:
         return adapter_params - applied.stateful["peft"].pruned_params()
     pruned = 0
     for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
         layer = applied.model.get_submodule(name)
-        per_value = 1 + layer.lora_B[-1].shape[0] + layer.lora_A[-1].shape[1]
-        pruned += per_value * mask.count(False)
+        pruned += sum(t.numel() for t in layer.lora_parameters())
+        pruned -= sum(t.numel() for t in layer.select([i for i, live in enumerate(mask) if live]))
     return adapter_params - pruned
 
 

@@ -191,3 +191,30 @@ def test_agrees_with_peft_layer_on_the_same_factors(kind):
     for name, layer in loralib.lora_layers(ours).items():
         a = theirs.base_model.model.get_submodule(name).lora_A["default"]
         torch.testing.assert_close(layer.lora_A[0].grad, (a.weight if kind == "lora" else a).grad, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["lora", *WIDTHS])
+def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places(kind):
+    layer = loralib.Linear(11, 7, 4, 8) if kind == "lora" else random_layer(kind)
+    nn.init.normal_(layer.lora_B[0])
+    before = [p.detach().clone() for p in layer.lora_parameters()]
+    kept, others = [1, 3], [0, 2]
+    parts = []
+    for indices in (kept, others):
+        part = copy.deepcopy(layer)
+        part.keep_singular_values(indices)
+        assert all(torch.equal(p, t) for p, t in zip(part.lora_parameters(), layer.select(indices), strict=True))
+        parts.append(part.delta_weight())
+    torch.testing.assert_close(sum(parts), layer.delta_weight())
+    selected = [t.clone() for t in layer.select(kept)]
+    with torch.no_grad():
+        for p, axis in zip(layer.lora_parameters(), layer.singular_axes(), strict=True):
+            p.index_fill_(axis, torch.tensor(kept), 0) if axis is not None else p.zero_()
+    layer.scatter(kept, selected)
+    assert all(torch.equal(p, t) for p, t in zip(layer.lora_parameters(), before, strict=True))
+    assert [t.shape[axis] for t, axis in zip(layer.select([]), layer.singular_axes(), strict=True) if axis is not None]
+    for wrong in ([3, 1], [1, 1], [4], [-1]):
+        with pytest.raises(ValueError, match="increase"):
+            layer.select(wrong)
+    with pytest.raises(ValueError, match="shapes"):
+        layer.scatter([1], selected)
