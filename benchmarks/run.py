@@ -37,8 +37,8 @@ from tqdm import tqdm
 from benchmarks.lengths import real_batches
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
+from loralib.files import write_text
 from nlu.errors import UsageError, exit_code, reason
-from nlu.runs.files import write_text
 from nlu.runs.record import versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,12 +13,12 @@ from torch import nn
 import loralib
 from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.checkpoint import factor_names
+from loralib.files import write_json
 from loralib.peft_format import decompose
 from nlu.arguments import ADAPTERS, LOW_RANK, Arguments
 from nlu.errors import UsageError
 from nlu.methods.peft_methods import config_path
 from nlu.methods.registry import AppliedMethod
-from nlu.runs.files import write_json
 from nlu.tasks import Task
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError, reason
-from nlu.runs.files import parse_yaml
+from nlu.readers import parse_yaml
 
 METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
 SVD = frozenset({"adalora", "lora2"})

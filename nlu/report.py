@@ -12,6 +12,7 @@ if __package__ in (None, ""):
 
 from tqdm import tqdm
 
+from loralib.files import write_text
 from nlu.errors import UsageError, exit_code
 from nlu.experiments.claims import claims_tables
 from nlu.experiments.figures import Drawing, draw
@@ -20,7 +21,6 @@ from nlu.experiments.published import PAPER_TABLES, published_table
 from nlu.experiments.table_format import Bold, Table
 from nlu.experiments.tuned import TUNED
 from nlu.plots import image
-from nlu.runs.files import write_text
 from nlu.tables import TUNED_TITLE, measured_tables, tuned_tables
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ from nlu.experiments.files import Experiment, Run, load_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import SweepLoop
 from nlu.experiments.places import Places, command_line
-from nlu.runs.files import parse_yaml
+from nlu.readers import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 

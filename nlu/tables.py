@@ -9,6 +9,7 @@ from statistics import fmean
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from loralib.files import write_text
 from nlu.errors import UsageError, exit_code
 from nlu.experiments.claims import claims_tables
 from nlu.experiments.measured import (
@@ -24,9 +25,8 @@ from nlu.experiments.measured import (
     range_of,
 )
 from nlu.experiments.published import NAMES, PAPER_TABLES, PaperTable, published_table
-from nlu.experiments.table_format import NONE, Table, bold_best, count, number, p_value
+from nlu.experiments.table_format import NONE, Table, bold_best, count, number, p_value, remove_stale
 from nlu.experiments.tuned import scale_tuned, scales_table
-from nlu.runs.files import remove_stale, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 WHICH = {"last": "score at the last evaluation", "best": "best score of all evaluations of a run"}

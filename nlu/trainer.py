@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from loralib.files import new_folder_of, remove_leftovers, start_folder
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.errors import RunError
 from nlu.methods.registry import AppliedMethod
-from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal, writing_folder
+from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal
 from nlu.runs.record import one_line, peak_memory_bytes
 from nlu.runs.signals import Interrupted, SignalWatch
 from nlu.tasks import Task
@@ -276,22 +276,22 @@ class GlueTrainer(Trainer):
         """Everything a resumed run needs, written beside its final place and renamed into it when whole."""
         self.check_finite(weights=True)
         run_folder = Path(self._get_output_dir(trial=trial))
-        temporary = writing_folder(run_folder, self.state.global_step)
+        final = run_folder / f"checkpoint-{self.state.global_step}"
         try:
-            self._write_checkpoint(run_folder, temporary)
+            self._write_checkpoint(run_folder, final)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if self.args.should_save:
+                remove_leftovers(final)
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); last good "
                 f"checkpoint: {last_whole_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
             ) from error
         self._saved_step = self.state.global_step
 
-    def _write_checkpoint(self, run_folder: Path, temporary: Path) -> None:
-        final = run_folder / f"checkpoint-{self.state.global_step}"
+    def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
+        temporary = new_folder_of(final)
         if self.args.should_save:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            start_folder(final)
         wait_for_all()
         self.store_flos()
         self.save_model(str(temporary), _internal_call=True)
@@ -310,9 +310,9 @@ class GlueTrainer(Trainer):
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
             self.state.save_to_json(os.path.join(temporary, TRAINER_STATE_NAME))
-            seal(temporary, final)
+            seal(final)
             best = self.state.best_model_checkpoint
-            rotate(run_folder, self.args.save_total_limit, Path(best) if best else None)
+            rotate(run_folder, self.args.save_total_limit, {final, Path(best or final)})
         wait_for_all()
 
     def _extra_state(self, unlogged_loss: Tensor) -> dict[str, Any]:

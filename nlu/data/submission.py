@@ -15,10 +15,10 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from loralib.files import write_bytes
 from nlu.data.rows import as_number
 from nlu.data.tables import read_tsv, shown
 from nlu.errors import UsageError, exit_code
-from nlu.runs.files import write_bytes
 from nlu.tasks import TASKS, Task
 
 _SERVER = {name: (task, rows) for task in TASKS.values() for name, rows in task.submission_files}

@@ -8,8 +8,8 @@ from typing import Any
 from nlu.errors import UsageError
 from nlu.experiments.files import Run, Selection
 from nlu.experiments.places import Places, model_name
+from nlu.readers import read_json
 from nlu.runs.digests import model_digest
-from nlu.runs.files import read_json
 
 
 def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str, Any]]:

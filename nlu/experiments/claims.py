@@ -14,7 +14,7 @@ from nlu.experiments.measured import MeasuredExperiment, Paired, Record, Row, pa
 from nlu.experiments.published import published_average
 from nlu.experiments.table_format import NONE, Table, number
 from nlu.experiments.tuned import TUNED, scale_tuned
-from nlu.runs.files import read_json
+from nlu.readers import read_json
 
 NO_LOSS_MARGIN = 0.5  # points: what "without loss" may lose before it is called a loss
 

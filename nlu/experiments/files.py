@@ -35,7 +35,7 @@ from typing import Any
 from nlu.errors import UsageError, reason
 from nlu.experiments.names import check_names, run_name
 from nlu.experiments.yaml_values import candidates, checked_arguments, different, mapping, mappings, scalar, value_list
-from nlu.runs.files import parse_yaml
+from nlu.readers import parse_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 _TOP = {"name", "description", "command", "base", "builds_on", "grid", "exclude", "overrides", "reference", "select"}

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from loralib.files import write_json
 from nlu.errors import UsageError
 from nlu.experiments.files import Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.places import Places, command_line, comparable
-from nlu.runs.files import read_json, write_json
+from nlu.readers import read_json
 
 _POLL_SECONDS = 0.1
 _PROGRESS_SECONDS = 2.0

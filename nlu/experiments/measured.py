@@ -12,7 +12,7 @@ from scipy import stats
 from nlu.errors import UsageError
 from nlu.experiments.files import run_label
 from nlu.experiments.record_check import check_record, experiment_name
-from nlu.runs.files import read_json
+from nlu.readers import read_json
 
 FORMAT_VERSION = 1
 FIRST = "evidence"  # the experiment that answers the main question, and on whose choices others rest

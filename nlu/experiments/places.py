@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loralib.files import write_json
 from nlu.errors import UsageError
 from nlu.experiments.files import Run, Selection
 from nlu.experiments.names import place_free
+from nlu.readers import read_json
 from nlu.runs.digests import data_digest, model_digest
-from nlu.runs.files import read_json, write_json
 
 logger = logging.getLogger("nlu")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from nlu.errors import UsageError
 from nlu.experiments.table_format import Table, bold_best, number
-from nlu.runs.files import read_json
+from nlu.readers import read_json
 
 NAMES = {
     "cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "qqp_acc": "QQP acc", "qqp_f1": "QQP F1",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nlu.runs.files import write_text
+from loralib.files import write_text
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -150,3 +150,10 @@ def one_line(text: str) -> str:
 
 def _md_line(cells: list[str]) -> str:
     return "| " + " | ".join(one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def remove_stale(page: Path, mark: str, keep: set[Path], suffixes: tuple[str, ...]) -> None:
+    """Remove generated files that are generated no more from a page's folder; only if the page there bears the mark."""
+    if page.exists() and page.read_text(encoding="utf-8").startswith(mark):
+        for path in {path for suffix in suffixes for path in page.parent.glob(f"*.{suffix}")} - keep:
+            path.unlink()

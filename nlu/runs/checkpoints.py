@@ -1,69 +1,35 @@
-"""Checkpoints that are whole or absent: written aside, checked by hash, renamed into place."""
+"""Checkpoints of a run: each has a manifest of its files' digests, by which a damaged one is known."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from nlu.runs.files import feed
+from loralib.files import new_folder_of, remove_leftovers, replace_folder, write_json
+from nlu.runs.digests import sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_WRITING, _REPLACED = ".writing-", ".replaced-"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    feed(digest, path)
-    return digest.hexdigest()
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of the new folder of ``checkpoint`` and put it in its place, replacing what is there."""
+    new = new_folder_of(checkpoint)
+    files = sorted(path for path in new.rglob("*") if path.is_file())
+    write_json(new / MANIFEST, {path.relative_to(new).as_posix(): sha256(path) for path in files})
+    replace_folder(checkpoint)
 
 
-def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def seal(temporary: Path, final: Path) -> None:
-    """Hash and flush every file of ``temporary``, then rename it to ``final`` (replacing what is there)."""
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {path.relative_to(temporary).as_posix(): _sha256(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*files, temporary / MANIFEST, temporary]:
-        fsync(path)
-    aside = final.with_name(_REPLACED + final.name)
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(temporary, final)
-    fsync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def writing_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of that step is written before it is whole."""
-    return folder / f"{_WRITING}{step}"
-
-
-def remove_leftovers(folder: Path) -> None:
-    """What a run that was killed while it saved has left: parts go, a checkpoint half replaced comes back."""
-    for path in folder.glob(f"{_WRITING}*"):
-        shutil.rmtree(path)
-    for path in folder.glob(f"{_REPLACED}*"):
-        final = path.with_name(path.name.removeprefix(_REPLACED))
-        if final.exists():
-            shutil.rmtree(path)
-        else:
-            os.replace(path, final)
+def clean(folder: Path) -> None:
+    """Recover a checkpoint of which a killed run had replaced one half, and remove what it had not completed."""
+    for path in folder.glob(".checkpoint-*.*"):
+        remove_leftovers(folder / path.stem.removeprefix("."))
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -71,7 +37,7 @@ def is_whole(checkpoint: Path) -> bool:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         names = {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()}
-        return names == {*manifest, MANIFEST} and all(_sha256(checkpoint / n) == h for n, h in manifest.items())
+        return names == {*manifest, MANIFEST} and all(sha256(checkpoint / n) == h for n, h in manifest.items())
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
@@ -87,17 +53,20 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for path in reversed(checkpoints(folder)):
         if is_whole(path):
             return path
-        logger.warning("%s is incomplete or damaged: passed over in favour of the one before", path)
+        logger.warning("%s is incomplete or damaged, so the one before it is used", path)
     return None
 
 
-def rotate(folder: Path, limit: int | None, keep: Path | None = None) -> None:
-    """Delete the oldest checkpoints beyond ``limit``; never ``keep``, nor the newest whole one."""
+def rotate(folder: Path, limit: int | None, spared: Collection[Path]) -> None:
+    """Delete the oldest checkpoints beyond ``limit``, except the ``spared`` ones.
+
+    Args:
+        limit: checkpoints to keep; None or less than 1 for all of them.
+        spared: the checkpoint that was just sealed, which is known to be whole and is not read again, and others.
+    """
     if limit is None or limit < 1:
         return
     present = checkpoints(folder)
-    newest = last_whole_checkpoint(folder)
-    spare = {path for path in (keep, newest) if path is not None}
     for path in present[: max(0, len(present) - limit)]:
-        if path not in spare:
+        if path not in spared:
             shutil.rmtree(path)

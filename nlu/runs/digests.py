@@ -8,9 +8,9 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nlu.errors import UsageError
-from nlu.runs.files import feed
 from nlu.tasks import get_task
 
 # Weights and what decides how they are read; not what a training leaves beside them.
@@ -61,6 +61,20 @@ def data_digest(
             files += [path for folder in folders for path in folder.glob("*") if path.name.startswith(_DATA_FILES)]
     sizes = sorted({(path.name, path.stat().st_size) for path in files if path.is_file()})
     return _short(json.dumps(sizes).encode()) if sizes else None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal."""
+    digest = hashlib.sha256()
+    feed(digest, path)
+    return digest.hexdigest()
+
+
+def feed(digest: Any, path: Path) -> None:
+    """A file's content into one of hashlib's digests, a block at a time: weights need not fit in memory."""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
 
 
 def _known() -> dict[str, str]:

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
-from nlu.runs.checkpoints import last_whole_checkpoint, remove_leftovers
-from nlu.runs.files import read_json
+from nlu.readers import read_json
+from nlu.runs.checkpoints import clean, last_whole_checkpoint
 from nlu.runs.record import finite
 
 PARTS = ("model", "adapter", "predictions", "log")
@@ -187,5 +187,5 @@ def _clean(folder: Path, state: str) -> None:
             part.unlink()
     for part in folder.glob(".adapter.*"):
         shutil.rmtree(part, ignore_errors=True)
-    remove_leftovers(folder / "model")
+    clean(folder / "model")
     (folder / "log").mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from nlu.runs.files import write_json
+from loralib.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT_VERSION = 1

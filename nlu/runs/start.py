@@ -8,8 +8,8 @@ from typing import Any
 from nlu.arguments import Arguments, command_line
 from nlu.errors import UsageError
 from nlu.methods.registry import count_parameters, live_adapter_params
+from nlu.readers import read_json
 from nlu.runs.digests import data_digest, model_digest
-from nlu.runs.files import read_json
 from nlu.runs.record import RecordCallback, RunRecord, git_commit, machine, now, peak_memory_bytes, versions
 from nlu.trainer import GlueTrainer, effective_batch_size
 

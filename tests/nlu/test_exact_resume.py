@@ -99,7 +99,7 @@ def test_killed_at_random_points(processes, base_flags, tmp_path):
             assert start(processes, flags, point, step) == -signal.SIGKILL, (point, step)
         assert start(processes, flags, None, 0) == 0
         assert outcome(tmp_path / str(trial)) == expected, points
-        assert not list((tmp_path / str(trial) / "model").glob(".writing-*")), points
+        assert not list((tmp_path / str(trial) / "model").glob(".*")), points
 
 
 def test_two_processes_go_on_exactly(base_flags, tmp_path):

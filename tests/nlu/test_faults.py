@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from loralib.files import start_folder
 from nlu import trainer
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import checkpoints as checkpointing
 from nlu.runs import record as records
-from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, remove_leftovers, rotate, seal
+from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.folder import check_run_folder
 from nlu.trainer import GlueTrainer, MethodCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
@@ -236,7 +237,7 @@ def test_a_small_disk_that_fills_up(flags, tmp_path, capsys):
         assert "make room" in line.lower()
         last = last_whole_checkpoint(disk / "run" / "model")
         assert last is not None and last.name in line
-        assert not list((disk / "run" / "model").glob(".writing-*"))
+        assert not list((disk / "run" / "model").glob(".*"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -267,57 +268,41 @@ def test_with_no_whole_checkpoint_it_starts_anew(flags, run_folder):
 
 
 def make_checkpoint(folder, step):
-    folder.mkdir(exist_ok=True)
-    temporary = checkpointing.writing_folder(folder, step)
-    temporary.mkdir()
-    (temporary / "weights").write_text(str(step))
-    seal(temporary, folder / f"checkpoint-{step}")
+    checkpoint = folder / f"checkpoint-{step}"
+    (start_folder(checkpoint) / "weights").write_text(str(step))
+    seal(checkpoint)
+    return checkpoint
 
 
-def test_the_only_good_checkpoint_is_never_deleted(tmp_path):
-    for step in (2, 4, 6, 10):
-        make_checkpoint(tmp_path, step)
-    for step in (4, 6, 10):
-        truncate(tmp_path / f"checkpoint-{step}" / "weights")
-    rotate(tmp_path, 1)
-    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+def test_a_checkpoint_that_was_just_sealed_is_not_read_again(tmp_path, monkeypatch):
+    """With full fine-tuning a checkpoint has gigabytes; sealing reads each of its files once, to write the manifest."""
+    hashed = []
+    sha256 = checkpointing.sha256
+    monkeypatch.setattr(checkpointing, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for step in (2, 4, 6):
+        rotate(tmp_path, 2, {make_checkpoint(tmp_path, step)})
+    assert hashed == ["weights"] * 3
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_checkpoints_go_by_step_whatever_the_clock_said(tmp_path):
-    for step in (2, 4, 10):
-        make_checkpoint(tmp_path, step)
-        os.utime(tmp_path / f"checkpoint-{step}", (1e9 - step, 1e9 - step))
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-10"
-    rotate(tmp_path, 1)
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-10"]
-
-
-def test_a_checkpoint_half_replaced_comes_back(tmp_path, monkeypatch):
-    make_checkpoint(tmp_path, 2)
-    replace, calls = os.replace, []
-
-    def once(*args):
-        calls.append(args)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        replace(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", once)
-        with pytest.raises(KeyboardInterrupt):
-            make_checkpoint(tmp_path, 2)
-    assert last_whole_checkpoint(tmp_path) is None
-    remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"] and is_whole(tmp_path / "checkpoint-2")
+    made = [make_checkpoint(tmp_path, step) for step in (2, 4, 10)]
+    for step, path in enumerate(made):
+        os.utime(path, (1e9 - step, 1e9 - step))
+    truncate(made[1] / "weights")
+    assert last_whole_checkpoint(tmp_path) == made[2]
+    truncate(made[2] / "weights")
+    assert last_whole_checkpoint(tmp_path) == made[0]
+    rotate(tmp_path, 1, {made[0]})
+    assert checkpoints(tmp_path) == [made[0], made[2]]
 
 
 def test_leftovers_of_a_killed_run_go_away(flags, run_folder):
     run_broken_off(flags, 4)
-    (run_folder / "model" / ".writing-5").mkdir()
-    (run_folder / "model" / ".writing-5" / "model.safetensors").write_bytes(b"half")
+    (start_folder(run_folder / "model" / "checkpoint-5") / "model.safetensors").write_bytes(b"half")
     (run_folder / ".results.json.x1").write_text("{")
     assert main(flags) == 0
-    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".writing-*"))
+    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
 
 
 def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder):

@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_line(measured, tmp_path, capsys, monkeypatch, name):
         with open("/dev/full", "wb", buffering=0) as file:
             file.write(content)
 
-    for module in ("nlu.runs.files", "nlu.plots"):
+    for module in ("loralib.files", "nlu.plots"):
         monkeypatch.setattr(f"{module}.write_bytes", full)
     assert _call(name, measured, tmp_path / "output") == 1
     _one_line(capsys, "No space left", "make room")

@@ -1,47 +1,14 @@
-"""Files that are either whole or absent."""
+"""JSON and YAML files, read as plain values."""
+
+from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nlu.errors import UsageError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old content or the new, never a part."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically (temporary file beside it, fsync, rename); folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; these files are meant to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def feed(digest: Any, path: Path) -> None:
-    """A file's content into one of hashlib's digests, a block at a time: weights need not fit in memory."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically, indented; NaN and infinity raise ValueError because other readers refuse them."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -93,10 +60,3 @@ def parse_yaml(text: str) -> Any:
     # The others: impossible dates, numbers of thousands of digits, tags that do not fit their value.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:300]})") from None
-
-
-def remove_stale(page: Path, mark: str, keep: set[Path], suffixes: tuple[str, ...]) -> None:
-    """Remove generated files that are generated no more from a page's folder; only if the page there bears the mark."""
-    if page.exists() and page.read_text(encoding="utf-8").startswith(mark):
-        for path in {path for suffix in suffixes for path in page.parent.glob(f"*.{suffix}")} - keep:
-            path.unlink()

@@ -1,0 +1,146 @@
+"""A kill at any moment leaves the old content or the new, whole, and nothing beside it after the next writing."""
+
+import os
+import shutil
+from functools import partial
+
+import pytest
+
+from loralib import files
+from loralib.files import FolderWriter, recover_folder, replace_folder, start_folder, write_json, write_text
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: the code under test catches nothing, so nothing runs after it."""
+
+
+def kill_at(monkeypatch, number):
+    """The call of that number that changes or flushes the disk ends the process in its place; returns the calls."""
+    calls = []
+    for owner, name in ((os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")):
+
+        def counted(call, *args, **kwargs):
+            calls.append(call.__name__)
+            if len(calls) == number:
+                raise Killed
+            return call(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, partial(counted, getattr(owner, name)))
+    return calls
+
+
+def fill(folder, content):
+    """Two files that must belong together, one of them in a folder of its own."""
+    new = start_folder(folder)
+    (new / "inner").mkdir()
+    for path in (new / "a", new / "inner" / "b"):
+        path.write_text(content)
+    replace_folder(folder)
+
+
+def content_of(folder):
+    assert sorted(path.name for path in folder.rglob("*")) == ["a", "b", "inner"]
+    (content,) = {(folder / name).read_text() for name in ("a", "inner/b")}
+    return content
+
+
+@pytest.mark.parametrize("recovers", ["a reader", "the next writer"])
+def test_a_kill_at_any_moment_leaves_one_whole_folder(tmp_path, monkeypatch, recovers):
+    outcomes = []
+    for number in range(1, 100):
+        folder = tmp_path / str(number) / "x"
+        fill(folder, "old")
+        with monkeypatch.context() as patch:
+            calls = kill_at(patch, number)
+            try:
+                fill(folder, "new")
+            except Killed:
+                pass
+            else:
+                break
+        if recovers == "a reader":
+            recover_folder(folder)
+            outcomes.append(content_of(folder))
+        fill(folder, "again")
+        assert content_of(folder) == "again"
+        assert list(folder.parent.iterdir()) == [folder]
+    assert calls.count("rename") == 2 and calls.count("fsync") >= 5
+    if recovers == "a reader":
+        assert outcomes == sorted(outcomes, reverse=True) and {"old", "new"} == set(outcomes)
+
+
+def test_only_a_half_done_exchange_is_recovered(tmp_path):
+    """A reader must not touch the folder that a writer is filling, nor bring back one that the user has removed."""
+    folder = tmp_path / "x"
+    (start_folder(folder) / "a").write_text("half")
+    recover_folder(folder)
+    assert not folder.exists() and (files.new_folder_of(folder) / "a").read_text() == "half"
+    fill(folder, "old")
+    shutil.rmtree(folder)
+    recover_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_may_finish_the_exchange_of_a_writer_at_work(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "x", os.rename
+    fill(folder, "old")
+
+    def reader_comes_first(source, target):
+        if target == folder:
+            monkeypatch.undo()
+            recover_folder(folder)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", reader_comes_first)
+    fill(folder, "new")
+    assert content_of(folder) == "new" and list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+    for content in ("old", "new"):
+        with FolderWriter(folder, {"a"}, "a") as new:
+            (new / "a").write_text(content)
+    with pytest.raises(KeyError), FolderWriter(folder, {"a"}, "a") as new:
+        raise KeyError
+    rename = os.rename
+
+    def broken(source, target):
+        if target == folder and source == files.new_folder_of(folder):
+            monkeypatch.undo()
+            raise OSError("broken")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", broken)
+    with pytest.raises(OSError, match="broken"), FolderWriter(folder, {"a"}, "a") as new:
+        (new / "a").write_text("newer")
+    assert list(tmp_path.iterdir()) == [folder] and (folder / "a").read_text() in ("new", "newer")
+
+
+def test_what_is_the_users_is_never_replaced(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        FolderWriter(tmp_path / "file", {"a"}, "a")
+    for present in ({"a", "mine"}, {"b"}):
+        folder = tmp_path / "-".join(sorted(present))
+        folder.mkdir()
+        for name in present:
+            (folder / name).touch()
+        with pytest.raises(ValueError, match="other files"):
+            FolderWriter(folder, {"a", "b"}, "a")
+
+
+def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "x.json"
+    write_json(path, {"é": 1})
+    assert path.read_text(encoding="utf-8") == '{\n "é": 1\n}\n' and path.stat().st_mode & 0o777 == 0o644
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            with pytest.raises(Killed):
+                write_text(path, "new")
+        assert "é" in path.read_text(encoding="utf-8") and list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+    write_text(path, "new")
+    assert path.read_text() == "new"
