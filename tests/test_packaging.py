@@ -1,0 +1,69 @@
+"""The package's metadata, the lock file and the one command agree with each other."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import loralib
+from nlu.__main__ import PROGRAMS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def requirements(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def locked():
+    return [(r.name.lower(), next(iter(r.specifier)).version, r) for r in requirements("requirements.lock")]
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])
+def test_the_lock_has_a_version_in_range_for_every_requirement(name):
+    for requirement in requirements(name):
+        versions = [version for locked_name, version, _ in locked() if locked_name == requirement.name.lower()]
+        assert versions, f"{requirement.name} is not in requirements.lock"
+        assert all(version in requirement.specifier for version in versions)
+
+
+def test_the_lock_names_no_index_and_no_local_version():
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert "://" not in text and "index-url" not in text
+    assert not re.search(r"==\S*\+", text)
+
+
+def test_every_requirement_has_an_upper_bound_and_is_listed_once():
+    wanted = requirements("requirements.txt")
+    assert len({r.name for r in wanted}) == len(wanted)
+    assert all("<" in str(r.specifier) for r in wanted)
+
+
+def test_the_library_needs_torch_and_safetensors_only():
+    script = "import sys; sys.modules['transformers'] = None; import loralib; print(loralib.__version__)"
+    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == loralib.__version__
+    library = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert re.findall(r'"([a-z]+)[>=<]', library.group(1)) == ["torch", "safetensors"]
+    listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert set(re.findall(r'"([^"]+)"', library.group(1))) <= set(listed)
+
+
+def test_the_command_lists_its_programs_and_refuses_others(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in PROGRAMS)
+    assert main(["trian"]) == 2
+    assert "choose from train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_program_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert "usage" in capsys.readouterr().out
