@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.checkpoint import factor_names
 from loralib.files import write_json
 from loralib.peft_format import decompose
-from nlu.arguments import ADAPTERS, LOW_RANK, Arguments
+from nlu.arguments import Arguments
 from nlu.errors import UsageError
-from nlu.methods.peft_methods import config_path
-from nlu.methods.registry import AppliedMethod
+from nlu.methods.method import AppliedMethod
+from nlu.methods.registry import METHODS, card_of
 from nlu.tasks import Task
 
 
@@ -35,11 +33,6 @@ def save_run_adapter(
     if ranks is not None:
         write_json(folder / "rank_pattern.json", ranks.rank_pattern)
     source = Path(arguments.model.model_name_or_path)
-    method = arguments.method
-    # What predict.py needs to put the method's own modules into the base before it loads them.
-    rebuild: dict[str, Any] = {} if method.method not in ADAPTERS | {"peft"} else {"method_arguments": asdict(method)}
-    if method.method == "peft":
-        rebuild["peft_config"] = json.loads(config_path(method.peft_config).read_text(encoding="utf-8"))
     loralib.save_adapter(
         applied.model,
         folder / "adapter",
@@ -54,7 +47,7 @@ def save_run_adapter(
             "seed": record["seed"],
             "max_seq_length": arguments.data.max_seq_length,
             "text_fields": list(task.text_fields),
-            **rebuild,
+            **card_of(arguments.method),
         },
     )
 
@@ -100,7 +93,7 @@ def check_warm_start(config: AdapterConfig, model: nn.Module, arguments: Argumen
     Raises:
         UsageError: for another method than a low-rank one, or other modules, ranks, widths or sharing.
     """
-    if arguments.method.method not in LOW_RANK:
+    if not METHODS[arguments.method.method].takes_warm_start:
         raise UsageError(f"--lora_path starts low-rank methods, not --method {arguments.method.method}")
     layers = loralib.lora_layers(model)
     saved = {name: (group.r, tuple(group.widths)) for group in config.groups for name in group.rank_pattern}

@@ -12,38 +12,13 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from loralib.allocator import check_allocator_arguments
-from loralib.orthogonality import parse_terms
 from nlu.errors import UsageError, reason
-from nlu.flags import SVD, file_flags, method_file, translate
+from nlu.flags import file_flags, method_file, translate
+from nlu.methods.registry import FLAGS, MethodArguments, check_arguments, flag_methods
 from nlu.ranges import check_ranges
-from nlu.tasks import get_task
+from nlu.tasks import TASKS, get_task
 
 logger = logging.getLogger("nlu")
-
-SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
-LOW_RANK = frozenset({"lora", "adalora", "lora2", "sora"})
-ADAPTERS = frozenset({"hadapter", "padapter"})
-
-# Flags that only some methods read; given with another method they would be silently ignored, so they are refused.
-FLAG_METHODS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), LOW_RANK),
-    "lora_module": LOW_RANK | {"peft"},
-    **dict.fromkeys(("lora_k", "lora_widths", "lora_share_outer"), frozenset({"lora2"})),
-    **dict.fromkeys(
-        ("lora_init", "orth_terms", "orth_squared", "reg_orth_coef", "rank_allocation", "target_rank",
-         "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance",
-         "value_lr_ratio"),
-        SVD,
-    ),
-    "adapter_size": ADAPTERS,
-    "sora_lambda": frozenset({"sora"}),
-    "peft_config": frozenset({"peft"}),
-}  # fmt: skip
-
-ALLOCATION_FLAGS = frozenset(
-    {"target_rank", "target_total_rank", "init_warmup", "final_warmup", "mask_interval", "beta1", "beta2", "importance"}
-)
 
 # Flags of the Trainer that a run would ignore or that would break it, each with what to do.
 REFUSED_FLAGS = {
@@ -91,9 +66,7 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    task_name: str | None = field(
-        default=None, metadata={"help": "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli or ax."}
-    )
+    task_name: str | None = field(default=None, metadata={"help": f"One of {', '.join(TASKS)}."})
     glue_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of GLUE data: <task>/<split>.jsonl|parquet|csv or the official release's TSV "
@@ -124,68 +97,6 @@ class DataArguments:
 
 
 @dataclass
-class MethodArguments:
-    method: str | None = field(
-        default=None,
-        metadata={"help": "A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."},
-    )
-    apply_lora: bool = field(default=False, metadata={"help": "Published flag; with --lora_type it means --method."})
-    apply_adalora: bool = field(default=False, metadata={"help": "Published flag: with rank allocation."})
-    lora_type: str | None = field(
-        default=None, metadata={"help": "Published flag: svd is --method lora2, frd is --method lora."}
-    )
-    lora_r: int = field(default=8, metadata={"help": "Rank r: singular values a layer starts with."})
-    lora_k: int | None = field(default=None, metadata={"help": "LoRA²: width k of the outer scale (8 by default)."})
-    lora_widths: str | None = field(
-        default=None, metadata={"help": "LoRA² with any number of scales: widths from the outermost inward, as 8,8."}
-    )
-    lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
-    lora_module: str = field(
-        default=SIX_MODULES,
-        metadata={"help": "Comma-separated modules: the six published names, module-name suffixes, or a regular "
-                  "expression."},
-    )  # fmt: skip
-    lora_init: str = field(default="gaussian", metadata={"help": "gaussian (the paper's) or orthogonal."})
-    lora_share_outer: bool = field(
-        default=False, metadata={"help": "All layers of one module type share their outer factors."}
-    )
-    orth_terms: str = field(default="all", metadata={"help": "Regulariser: all, or some of uv, UV, PQ joined by +."})
-    orth_squared: bool = field(default=False, metadata={"help": "Squared norms in the regulariser."})
-    reg_orth_coef: float = field(default=0.1, metadata={"help": "Weight of the orthogonality regulariser."})
-    rank_allocation: bool = field(default=True, metadata={"help": "Prune singular values to the target rank."})
-    target_rank: int | None = field(
-        default=None, metadata={"help": "Average singular values a layer keeps. Default: half of lora_r."}
-    )
-    target_total_rank: int | None = field(
-        default=None, metadata={"help": "Singular values all layers keep together, in place of --target_rank."}
-    )
-    init_warmup: int | None = field(
-        default=None, metadata={"help": "Steps before pruning starts. Default: a tenth of the training."}
-    )
-    final_warmup: int | None = field(
-        default=None, metadata={"help": "Last steps, with the ranks held. Default: half of the training."}
-    )
-    mask_interval: int = field(default=10, metadata={"help": "Steps between two allocations."})
-    beta1: float = field(default=0.85, metadata={"help": "Moving average of the sensitivity, in (0, 1)."})
-    beta2: float = field(default=0.85, metadata={"help": "Moving average of the uncertainty, in (0, 1)."})
-    importance: str = field(
-        default="inner", metadata={"help": "inner: the paper's importance; full: outer factors scored too."}
-    )
-    value_lr_ratio: float = field(
-        default=1.0, metadata={"help": "Learning rate of the singular values, as a multiple of --learning_rate."}
-    )
-    adapter_size: int = field(default=16, metadata={"help": "Bottleneck of the Houlsby and Pfeiffer adapters."})
-    sora_lambda: float = field(
-        default=0.375,
-        metadata={"help": "SoRA: weight λ of the gates' L1 penalty; each step shrinks them by λ × learning rate."},
-    )
-    peft_config: str | None = field(
-        default=None, metadata={"help": "A config file of the peft package, or the name of one in configs/peft/."}
-    )
-
-
-@dataclass
 class RunArguments(TrainingArguments):
     """The Trainer's arguments; output_dir is set from root_output_dir."""
 
@@ -208,7 +119,7 @@ class Arguments:
 
     model: ModelArguments
     data: DataArguments
-    method: MethodArguments
+    method: Any
     training: RunArguments
     method_config: str
     record: dict[str, Any] = field(default_factory=dict)
@@ -270,9 +181,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
     for name in sorted(given & set(REFUSED_FLAGS)):
         raise UsageError(f"--{name} is not supported here ({REFUSED_FLAGS[name]}): leave it out")
     _refuse_ignored_flags(given, base)
-    _refuse_contradictions(given, config, method)
+    _refuse_replaced_flags(given, _given_names(parser, method_flags), config, base)
     _one_device(training)
-    _check(model, data, method, training)
+    _check(model, data, method, training, given)
     return Arguments(model, data, method, training, config)
 
 
@@ -283,26 +194,17 @@ def _given_names(parser: HfArgumentParser, flags: list[str]) -> set[str]:
 
 def _refuse_ignored_flags(given: set[str], method: str) -> None:
     for name in sorted(given):
-        if name in FLAG_METHODS and method not in FLAG_METHODS[name]:
+        readers = flag_methods(name)
+        if readers and method not in readers:
             raise UsageError(
-                f"--{name} has no meaning with --method {method} (only with {', '.join(sorted(FLAG_METHODS[name]))}): "
-                "leave it out"
+                f"--{name} has no meaning with --method {method} (only with {', '.join(readers)}): leave it out"
             )
 
 
-def _refuse_contradictions(given: set[str], config: str, method: MethodArguments) -> None:
-    """What one given flag makes of another: it would be ignored, though a run would record it."""
-    if {"target_rank", "target_total_rank"} <= given:
-        raise UsageError("--target_rank and --target_total_rank say the same in two ways: give one of them")
-    if "peft_config" in given and config != "peft":
-        raise UsageError(f"--method {config} has a peft_config of its own: give --method peft with --peft_config")
-    for switch, off, flags in (
-        ("rank_allocation", not method.rank_allocation, ALLOCATION_FLAGS),
-        ("reg_orth_coef", method.reg_orth_coef == 0, {"orth_terms", "orth_squared"}),
-    ):
-        ignored = sorted(given & flags)
-        if switch in given and off and ignored:
-            raise UsageError(f"--{ignored[0]} has no meaning with --{switch} {getattr(method, switch)}: leave it out")
+def _refuse_replaced_flags(given: set[str], from_file: set[str], config: str, method: str) -> None:
+    for name in sorted(given & from_file & FLAGS.keys()):
+        if FLAGS[name].fixed:
+            raise UsageError(f"--method {config} has a {name} of its own: give --method {method} with --{name}")
 
 
 def _one_device(training: RunArguments) -> None:
@@ -312,7 +214,7 @@ def _one_device(training: RunArguments) -> None:
         training._n_gpu = 1
 
 
-def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, training: RunArguments) -> None:
+def _check(model: ModelArguments, data: DataArguments, method: Any, training: RunArguments, given: set[str]) -> None:
     """Contradictions that need neither data nor model."""
     if training.root_output_dir is None:
         raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
@@ -343,60 +245,7 @@ def _check(model: ModelArguments, data: DataArguments, method: MethodArguments, 
         raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
     if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
         raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
-    _check_method(method)
-
-
-def _check_method(method: MethodArguments) -> None:
-    if method.method in ADAPTERS and method.adapter_size < 1:
-        raise UsageError(f"--adapter_size must be at least 1, got {method.adapter_size}")
-    if method.method == "peft" and method.peft_config is None:
-        raise UsageError("--method peft needs --peft_config: a file of the peft package, or a name in configs/peft/")
-    if not 0 <= method.sora_lambda < float("inf"):
-        raise UsageError(f"--sora_lambda must not be negative, got {method.sora_lambda}")
-    if method.method not in LOW_RANK:
-        return
-    if method.lora_widths is not None and method.lora_k is not None:
-        raise UsageError("--lora_k and --lora_widths exclude each other: --lora_widths 8 is --lora_k 8")
-    widths = parse_widths(method)
-    if method.lora_share_outer and not widths:
-        raise UsageError("--lora_share_outer needs two or more scales: leave it out, or give --lora_k")
-    for name, value in (("lora_r", method.lora_r), *(("lora_k", k) for k in widths or ())):
-        if value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
-    if not 0 < method.lora_alpha < float("inf"):
-        raise UsageError(f"--lora_alpha must be positive, got {method.lora_alpha}")
-    if not 0 <= method.lora_dropout < 1:
-        raise UsageError(f"--lora_dropout must lie in [0, 1), got {method.lora_dropout}")
-    if method.lora_init not in ("gaussian", "orthogonal"):
-        raise UsageError(f"--lora_init is gaussian or orthogonal, got {method.lora_init!r}")
-    if not 0 <= method.reg_orth_coef < float("inf"):
-        raise UsageError(f"--reg_orth_coef must not be negative, got {method.reg_orth_coef}")
-    if method.target_rank is None:
-        method.target_rank = max(1, method.lora_r // 2)
-    try:
-        parse_terms(method.orth_terms)
-        check_allocator_arguments(
-            method.lora_r, method.target_rank, method.init_warmup or 0, method.final_warmup or 0,
-            method.mask_interval, method.beta1, method.beta2, method.importance,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def parse_widths(method: MethodArguments) -> tuple[int, ...] | None:
-    """LoRA²'s widths from the outermost inward; None for methods that have none.
-
-    Raises:
-        UsageError: for widths that are no comma-separated whole numbers.
-    """
-    if method.method != "lora2":
-        return None
-    if method.lora_widths is None:
-        return (8 if method.lora_k is None else method.lora_k,)
-    try:
-        return tuple(int(part) for part in method.lora_widths.split(","))
-    except ValueError:
-        raise UsageError(f"--lora_widths takes whole numbers such as 8,8, got {method.lora_widths!r}") from None
+    check_arguments(method, given)
 
 
 def command_line() -> str:

@@ -10,7 +10,7 @@ from nlu.errors import UsageError, reason
 from nlu.readers import parse_yaml
 
 METHOD_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "methods"
-SVD = frozenset({"adalora", "lora2"})
+_SVD = ("adalora", "lora2")  # what the published --lora_type svd can mean
 
 
 def file_flags(path: Path) -> list[str]:
@@ -116,7 +116,7 @@ def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
         raise UsageError(f"unknown method {config!r}: --method takes one of {names}")
     values = parse_yaml(path.read_text(encoding="utf-8"))
     base = values.pop("method")
-    if published and name is not None and (base in SVD) != (meant == "lora2"):
+    if published and name is not None and (base in _SVD) != (meant == "lora2"):
         raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")
     defaults = mapping_flags(values, str(path.name))
     if published and name is None and meant == "lora2" and not _is_set(flags, "apply_adalora"):

@@ -31,14 +31,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.export import load_base_of, quiet_transformers
-from nlu.arguments import ADAPTERS, MethodArguments
 from nlu.data.glue import longest_input
 from nlu.data.streaming import FORMATS, Row, RowReader
 from nlu.errors import UsageError, exit_code, reason
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
-from nlu.methods.registry import apply_method
-from nlu.runs.record import one_line
+from nlu.methods.registry import rebuild
 from nlu.tasks import TASKS
 
 BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
@@ -88,8 +86,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
             if source is None:
                 raise UsageError("the adapter does not record its base model: give --base NAME_OR_PATH")
             model = load_base_of(config, source)
-            if "method_arguments" in card:  # methods that add modules: the adapter's tensors belong to those
-                _rebuild(model, card)
+            rebuild(model, card)
             loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
         else:
             source = arguments.model
@@ -110,22 +107,6 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     length = arguments.max_seq_length or card.get("max_seq_length") or 512
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
     return Predictor(model.eval().to(device), tokenizer, _text_fields(arguments, card), names, length)
-
-
-def _rebuild(model: nn.Module, card: dict[str, Any]) -> None:
-    """Put a method's own modules into the base, as the adapter's card describes them; it may be a stranger's."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            method = MethodArguments(**card["method_arguments"])
-            if method.method not in ADAPTERS | {"peft"}:
-                raise ValueError(f"no method that adds modules: {method.method!r:.80}")
-            if method.method == "peft":  # never the file that the card names
-                path = Path(folder) / "peft_config.json"
-                path.write_text(json.dumps(card["peft_config"]), encoding="utf-8")
-                method.peft_config = str(path)
-            apply_method(model, method, 0)
-        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"the adapter's card does not describe its method ({one_line(error)[:300]})") from None
 
 
 def _text_fields(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:

@@ -50,12 +50,8 @@ from nlu.data.glue import limit, load_own_files, load_task_data, longest_input, 
 from nlu.data.predictions import load_predict_task, predict, to_labels
 from nlu.errors import RunError, UsageError, exit_code, reason
 from nlu.fast.speed import speed_up
-from nlu.methods.registry import (
-    AppliedMethod,
-    apply_method,
-    check_method_fits,
-    head_parameters,
-)
+from nlu.methods.method import AppliedMethod, head_parameters
+from nlu.methods.registry import apply_method, check_method_fits
 from nlu.metrics.scores import compute_glue_metrics
 from nlu.ranges import check_optimisation
 from nlu.runs.checkpoints import last_whole_checkpoint

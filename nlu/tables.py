@@ -24,9 +24,10 @@ from nlu.experiments.measured import (
     paired,
     range_of,
 )
-from nlu.experiments.published import NAMES, PAPER_TABLES, PaperTable, published_table
+from nlu.experiments.published import PAPER_TABLES, PaperTable, published_table
 from nlu.experiments.table_format import NONE, Table, bold_best, count, number, p_value, remove_stale
 from nlu.experiments.tuned import scale_tuned, scales_table
+from nlu.tasks import HEADINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 WHICH = {"last": "score at the last evaluation", "best": "best score of all evaluations of a run"}
@@ -47,7 +48,7 @@ def score_table(experiment: MeasuredExperiment, which: str) -> Table:
     cells = [[row.label, count(mean_of(row, "adapter_params")), _seeds(row)] for row in rows]
     data = [{"row": row.label, "adapter_params": mean_of(row, "adapter_params"), "seeds": _seeds(row)} for row in rows]
     for column in experiment.columns:
-        header.append(NAMES.get(column, column))
+        header.append(HEADINGS.get(column, column))
         summaries = [_summary(row.column(column, which)) for row in rows]
         _append(cells, [_with_deviation(*summary) for summary in summaries], [mean for mean, _ in summaries])
         for line, (mean, deviation) in zip(data, summaries, strict=True):
@@ -159,7 +160,7 @@ def chosen_table(experiment: MeasuredExperiment) -> Table | None:
         "tried and their scores are in selection.json beside the records.",
         "† the smallest or largest value tried: a better one may lie beyond.",
     ]
-    header = ["", *[NAMES.get(task, task) for task in experiment.tasks]]
+    header = ["", *[HEADINGS.get(task, task) for task in experiment.tasks]]
     return Table(f"{experiment.name}_chosen", f"{experiment.name}: chosen learning rates", header, cells, notes, data)
 
 
@@ -199,7 +200,7 @@ def sensitivity_table(experiment: MeasuredExperiment) -> Table | None:
 
 def time_table(experiment: MeasuredExperiment) -> Table:
     """Seconds a training step, task by task: the shape of the paper's Table 2."""
-    header = ["", *[NAMES.get(task, task) for task in experiment.tasks]]
+    header = ["", *[HEADINGS.get(task, task) for task in experiment.tasks]]
     cells, data = [], []
     for row in experiment.rows:
         values = {task: mean_of(row, "seconds_per_step", [task]) for task in experiment.tasks}

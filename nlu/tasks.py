@@ -1,4 +1,4 @@
-"""The GLUE tasks (Wang et al. 2018, arXiv 1804.07461), one row each: whatever differs between tasks stands here."""
+"""The GLUE tasks (Wang et al. 2018, arXiv 1804.07461), one row each, in the order in which tables show them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ class Task:
 
     Attributes:
         name: the name on the command line and on the hub (`nyu-mll/glue`).
+        display: the name in tables and figures.
         text_fields: the one or two text columns, under the hub's names, in the order the encoder reads them.
         labels: the class words, by class number as on the hub; None for a regression task.
         metric: the main metric's key; the best checkpoint is the one where it is highest.
         metrics: every metric reported, the main one first. All are fractions, higher is better.
+        columns: where the published tables have several columns for the task, (column, its metric, its heading) for
+            each; empty where there is one column, of the main metric. The task's score is the mean of its columns.
         train_splits, validation_splits, test_splits: the splits' names, as on the hub.
         value_range: the lowest and highest label of a regression task, or None for no bounds.
         official_folders: the folders of the official release's TSV files that may hold the task.
@@ -32,10 +35,12 @@ class Task:
     """
 
     name: str
+    display: str
     text_fields: tuple[str, ...]
     labels: tuple[str, ...] | None
     metric: str
     metrics: tuple[str, ...]
+    columns: tuple[tuple[str, str, str], ...] = ()
     train_splits: tuple[str, ...] = ("train",)
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
@@ -61,6 +66,11 @@ class Task:
         return 1 if self.labels is None else len(self.labels)
 
     @property
+    def score_columns(self) -> dict[str, str]:
+        """Column of the published tables → metric of the record, in the tables' order."""
+        return {column: metric for column, metric, _ in self.columns} or {self.name: self.metric}
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Every split, training first."""
         return self.train_splits + self.validation_splits + self.test_splits
@@ -73,6 +83,7 @@ _PAIR = ("sentence1", "sentence2")
 _ROWS = (
     Task(
         "cola",
+        "CoLA",
         ("sentence",),
         ("unacceptable", "acceptable"),
         "matthews_correlation",
@@ -84,6 +95,7 @@ _ROWS = (
     ),
     Task(
         "sst2",
+        "SST-2",
         ("sentence",),
         ("negative", "positive"),
         "accuracy",
@@ -94,6 +106,7 @@ _ROWS = (
     ),
     Task(
         "mrpc",
+        "MRPC",
         _PAIR,
         ("not_equivalent", "equivalent"),
         "accuracy",
@@ -106,10 +119,12 @@ _ROWS = (
     ),
     Task(
         "qqp",
+        "QQP",
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         "accuracy",
         ("accuracy", "f1"),
+        columns=(("qqp_acc", "accuracy", "QQP acc"), ("qqp_f1", "f1", "QQP F1")),
         official_folders=("QQP",),
         official_label="is_duplicate",
         short_rows_skipped=20,
@@ -118,6 +133,7 @@ _ROWS = (
     ),
     Task(
         "stsb",
+        "STS-B",
         _PAIR,
         None,
         "pearson",
@@ -129,10 +145,12 @@ _ROWS = (
     ),
     Task(
         "mnli",
+        "MNLI",
         ("premise", "hypothesis"),
         _MNLI,
         "accuracy",
         ("accuracy",),
+        columns=(("mnli_m", "accuracy", "MNLI-m"), ("mnli_mm", "accuracy_mm", "MNLI-mm")),
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
         official_folders=("MNLI",),
@@ -143,6 +161,7 @@ _ROWS = (
     ),
     Task(
         "qnli",
+        "QNLI",
         ("question", "sentence"),
         _ENTAILMENT,
         "accuracy",
@@ -153,6 +172,7 @@ _ROWS = (
     ),
     Task(
         "rte",
+        "RTE",
         _PAIR,
         _ENTAILMENT,
         "accuracy",
@@ -163,6 +183,7 @@ _ROWS = (
     ),
     Task(
         "wnli",
+        "WNLI",
         _PAIR,
         ("not_entailment", "entailment"),
         "accuracy",
@@ -174,6 +195,7 @@ _ROWS = (
     # The diagnostic set has hidden labels only: a model trained on MNLI predicts it.
     Task(
         "ax",
+        "AX",
         ("premise", "hypothesis"),
         _MNLI,
         "matthews_correlation",
@@ -189,6 +211,8 @@ _ROWS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+# Column of a published table → its heading.
+HEADINGS = {task.name: task.display for task in _ROWS} | {c: text for t in _ROWS for c, _, text in t.columns}
 
 
 def get_task(name: str) -> Task:

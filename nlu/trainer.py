@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from loralib.files import new_folder_of, remove_leftovers, start_folder
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.errors import RunError
-from nlu.methods.registry import AppliedMethod
+from nlu.methods.method import AppliedMethod
 from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal
 from nlu.runs.record import one_line, peak_memory_bytes
 from nlu.runs.signals import Interrupted, SignalWatch

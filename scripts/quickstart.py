@@ -57,7 +57,7 @@ def summary_row(name: str, record: dict, metrics: tuple[str, ...]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--glue_dir", help="folder of GLUE data; without it STS-B from the package index")
-    parser.add_argument("--task_name", default="stsb", choices=[t for t in TASKS if t != "ax"])
+    parser.add_argument("--task_name", default="stsb", choices=[t.name for t in TASKS.values() if t.train_splits])
     parser.add_argument("--model", help="hub name or folder of an encoder; without it the packaged MiniLM")
     parser.add_argument("--max_steps", type=int, default=300, help="optimiser steps a method, batch 32")
     parser.add_argument("--seed", type=int, default=6)

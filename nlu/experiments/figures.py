@@ -28,7 +28,7 @@ from nlu.experiments.measured import (
     rank_pattern,
     sorted_tasks,
 )
-from nlu.experiments.published import NAMES
+from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", "-.", ":")
@@ -231,7 +231,7 @@ def _rank_map(experiment: MeasuredExperiment, row: Row, stem: str) -> Drawing | 
         image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=top, aspect="auto")
         axes.set_yticks(range(len(modules)), modules)
         axes.set_xticks(range(len(layers)), [str(layer + 1) for layer in layers])
-        axes.set_title(NAMES.get(task, task), loc="left", parse_math=False)
+        axes.set_title(HEADINGS.get(task, task), loc="left", parse_math=False)
         axes.grid(False)
         for (i, j), value in np.ndenumerate(grid):
             if not np.isnan(value):
@@ -269,7 +269,7 @@ def _learning_rates(experiment: MeasuredExperiment, records: list[Record], name:
         axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=60, ha="right", rotation_mode="anchor")
         axes.tick_params(axis="x", labelsize=8)
         axes.minorticks_off()
-        axes.set_title(NAMES.get(task, task), loc="left", parse_math=False)
+        axes.set_title(HEADINGS.get(task, task), loc="left", parse_math=False)
     held_out = name == "selection"
     where = "held-out training data" if held_out else "validation set"
     _finish(figure, panels, "learning rate (log scale)", f"last score, {where}")
@@ -295,7 +295,7 @@ def _panels(
         for row in rows or experiment.rows:
             if task in row.records:
                 curve(axes, row, row.records[task], styles[row.label])
-        axes.set_title(NAMES.get(task, task), loc="left", parse_math=False)
+        axes.set_title(HEADINGS.get(task, task), loc="left", parse_math=False)
     _finish(figure, panels, xlabel, ylabel)
     return figure
 
@@ -366,4 +366,4 @@ def _module_rank(module: str) -> tuple[int, str]:
 
 
 def _names(tasks: list[str]) -> str:
-    return ", ".join(NAMES.get(task, task) for task in tasks)
+    return ", ".join(HEADINGS.get(task, task) for task in tasks)

@@ -1,5 +1,6 @@
 """The measured records (`results/measured/**/results.json`) and the statistics that tables and figures show."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +14,10 @@ from nlu.errors import UsageError
 from nlu.experiments.files import run_label
 from nlu.experiments.record_check import check_record, experiment_name
 from nlu.readers import read_json
+from nlu.tasks import TASKS
 
 FORMAT_VERSION = 1
 FIRST = "evidence"  # the experiment that answers the main question, and on whose choices others rest
-TASK_ORDER = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-METHOD_ORDER = ("full", "bitfit", "hadapter", "padapter", "lora", "sora", "adalora", "lora2", "peft")
-# Tasks whose score in the published tables is the mean of two columns: column → metric of the record.
-TWO_COLUMNS = {
-    "qqp": {"qqp_acc": "accuracy", "qqp_f1": "f1"},
-    "mnli": {"mnli_m": "accuracy", "mnli_mm": "accuracy_mm"},
-}
 RESAMPLES = 9_999
 
 
@@ -145,9 +140,10 @@ def _record(raw: dict[str, Any], experiment: str, path: Path) -> Record:
             f"{path} has format_version {raw.get('format_version')}; it was not written by this version of "
             "nlu/run_glue.py"
         )
-    metrics = TWO_COLUMNS.get(str(raw.get("task")), {})
-    check_record(raw, path, list(metrics.values()))
-    columns = metrics or {raw["task"]: raw["metric"]}
+    task = TASKS.get(str(raw.get("task")))
+    several = task.score_columns if task is not None and task.columns else {}
+    check_record(raw, path, list(several.values()))
+    columns = several or {raw["task"]: raw["metric"]}
     sweep = raw.get("sweep", {})
     axes = sweep.get("axes") or {}
     label = run_label(axes) or str(raw.get("method_config") or raw["method"])
@@ -281,19 +277,20 @@ def sorted_tasks(tasks: Iterable[str]) -> list[str]:
     return sorted(tasks, key=_task_rank)
 
 
-def column_rank(column: str) -> tuple[int, int, str]:
+def column_rank(column: str) -> tuple[int, str]:
     """Sort key: the published order of the tasks; of two columns of a task the first published first."""
-    task = next((task for task, columns in TWO_COLUMNS.items() if column in columns), column)
-    position = list(TWO_COLUMNS.get(task, {column: ""})).index(column)
-    return (*_task_rank(task)[:1], position, column)
+    order = [name for task in TASKS.values() for name in task.score_columns]
+    return (order.index(column) if column in order else len(order), column)
 
 
 def _task_rank(task: str) -> tuple[int, str]:
-    return (TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER), task)
+    return (list(TASKS).index(task) if task in TASKS else len(TASKS), task)
 
 
 def _row_rank(row: Row) -> tuple:
-    method = METHOD_ORDER.index(row.method) if row.method in METHOD_ORDER else len(METHOD_ORDER)
+    from nlu.methods.registry import METHODS  # loads torch: only where there are rows to sort
+
+    method = METHODS[row.method].order if row.method in METHODS else math.inf
     axes = row.every[0].axes if row.every else {}
     numbers = [label for label in axes.values() if isinstance(label, int | float)]
     parameters = row.every[0].raw["adapter_params"] if row.every else 0

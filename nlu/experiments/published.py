@@ -8,12 +8,7 @@ from typing import Any
 from nlu.errors import UsageError
 from nlu.experiments.table_format import Table, bold_best, number
 from nlu.readers import read_json
-
-NAMES = {
-    "cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "qqp_acc": "QQP acc", "qqp_f1": "QQP F1",
-    "stsb": "STS-B", "mnli": "MNLI", "mnli_m": "MNLI-m", "mnli_mm": "MNLI-mm", "qnli": "QNLI", "rte": "RTE",
-    "wnli": "WNLI",
-}  # fmt: skip
+from nlu.tasks import HEADINGS
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def _score_table(paper: PaperTable, content: dict[str, Any], notes: list[str]) -
         deviations = [row.get("std", {}).get(column) for row in rows]
         texts = [number(row.get(column), digits) for row in rows]
         texts = [f"{t} ± {d}" if d is not None else t for t, d in zip(texts, deviations, strict=True)]
-        cells[NAMES[column]] = bold_best(texts, [row.get(column) for row in rows])
+        cells[HEADINGS[column]] = bold_best(texts, [row.get(column) for row in rows])
     recomputed = [published_average(row, columns) for row in rows]
     cells["average, printed"] = [number(row.get("avg_printed"), digits) for row in rows]
     marked = [
@@ -94,7 +89,7 @@ def _time_table(paper: PaperTable, content: dict[str, Any], notes: list[str]) ->
     methods = [key for key in rows[0] if key != "task"]
     header = ["task", *methods, f"{methods[1]} : {methods[0]}"]
     lines = [
-        [NAMES[row["task"]], *[number(row[m]) for m in methods], number(row[methods[1]] / row[methods[0]])]
+        [HEADINGS[row["task"]], *[number(row[m]) for m in methods], number(row[methods[1]] / row[methods[0]])]
         for row in rows
     ]
     notes.append(f"Unit: {content['unit']}. The last column is computed.")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from statistics import fmean
 
 from nlu.experiments.measured import MeasuredExperiment, Record, Row, held_out_scores
-from nlu.experiments.published import NAMES
 from nlu.experiments.table_format import NONE, Table
+from nlu.tasks import HEADINGS
 
 TUNED = "scale_tuned"
 USUAL, OTHER = "evidence", "scale"
@@ -57,7 +57,7 @@ def scales_table(experiments: Iterable[MeasuredExperiment]) -> Table | None:
         f"Measured here: the scale α/r taken on each task, in brackets the best held-out scores of {USUAL} and of "
         f"{OTHER} that decided, each at its best learning rate, in percent. One seed: small differences mean nothing.",
     ]
-    header = ["", *[NAMES.get(task, task) for task in tasks]]
+    header = ["", *[HEADINGS.get(task, task) for task in tasks]]
     return Table(f"{TUNED}_scales", f"{TUNED}: which scale suits which method", header, cells, notes, data)
 
 

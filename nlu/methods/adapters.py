@@ -10,11 +10,13 @@ tables (arXiv 2303.10512, Table 1) are those of the adapters alone.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
 from loralib import match_modules
 from nlu.errors import UsageError
+from nlu.methods.method import AppliedMethod, Flag, Method, train_only
 
 PLACES = {"hadapter": ("attention.output", "layer.output"), "padapter": ("layer.output",)}
 ACTIVATIONS = {"hadapter": nn.GELU, "padapter": nn.ReLU}
@@ -75,3 +77,25 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
         adapter.to(block.dense.weight.device)
         block.dropout = nn.Sequential(OrderedDict(dropout=block.dropout, adapter=adapter))
     return adapters
+
+
+ADAPTER_SIZE = Flag(
+    "adapter_size", int, 16, "Bottleneck of the Houlsby and Pfeiffer adapters.",
+    lambda size: size >= 1, "must be at least 1",
+)  # fmt: skip
+
+
+def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    adapters = add_adapters(model, args.method, args.adapter_size)
+    train_only(model, [p for adapter in adapters for p in adapter.parameters()])
+    return AppliedMethod(model)
+
+
+def _method(name: str, display: str, order: int) -> Method:
+    return Method(
+        name, display, order, _apply, (ADAPTER_SIZE,), card=lambda args: {},
+        rebuild=lambda model, args, card: add_adapters(model, args.method, args.adapter_size),
+    )  # fmt: skip
+
+
+METHODS = (_method("hadapter", "Houlsby adapters", 30), _method("padapter", "Pfeiffer adapters", 40))

@@ -20,9 +20,12 @@ from transformers import TrainerCallback
 
 from loralib import match_modules
 from nlu.errors import UsageError, reason
+from nlu.methods.low_rank import LORA_MODULE, module_patterns
+from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
 
 PEFT_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "peft"
 ADAPTER = "default"
+_PEFT_CONFIG = "give a JSON mapping with a peft_type that this peft knows"
 
 
 def import_peft() -> ModuleType:
@@ -42,42 +45,52 @@ def config_path(name: str) -> Path:
     return path
 
 
-def load_peft_config(name: str, total_steps: int) -> Any:
-    """A peft config object from its JSON file.
+def read_peft_config(name: str) -> tuple[Path, Any]:
+    """The file that ``--peft_config`` names, and what it holds.
+
+    Raises:
+        UsageError: for a missing file, or one that is no JSON.
+    """
+    path = config_path(name)
+    try:
+        return path, json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: no peft config ({reason(error)}): {_PEFT_CONFIG}") from None
+
+
+def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
+    """A peft config object.
 
     Args:
-        name: see :func:`config_path`.
+        values: what the config file holds. source: the name for it in messages.
         total_steps: of the training, for the methods that schedule over it; 0 for none.
 
     Raises:
-        UsageError: for a missing or malformed file, an unknown method, key or value, a method that adds to the input
-            instead of changing layers, or a schedule longer than the training.
+        UsageError: for an unknown method, key or value, a method that adds to the input instead of changing layers, or
+            a schedule longer than the training.
     """
     peft = import_peft()
-    path = config_path(name)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind = peft.PeftType(values.pop("peft_type"))
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{path}: no peft config ({reason(error)}): a JSON mapping with a peft_type this peft knows"
-        ) from None
+        kind = peft.PeftType(values["peft_type"])
+        options = {key: value for key, value in values.items() if key != "peft_type"}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"{source}: no peft config ({reason(error)}): {_PEFT_CONFIG}") from None
     if kind == peft.PeftType.ADALORA:
-        _schedule(path, values, total_steps)
+        _schedule(source, options, total_steps)
     try:
-        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
+        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {reason(error)}") from None
+        raise UsageError(f"{source}: {reason(error)}") from None
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
-        raise UsageError(f"{path}: {kind.value} changes the input, not layers; name a method that changes layers")
+        raise UsageError(f"{source}: {kind.value} changes the input, not layers; name a method that changes layers")
     return config
 
 
-def _schedule(path: Path, values: dict[str, Any], total_steps: int) -> None:
+def _schedule(source: str | Path, values: dict[str, Any], total_steps: int) -> None:
     warmups = values.get("tinit", 0) + values.get("tfinal", 0)
     if total_steps and warmups >= total_steps:
         raise UsageError(
-            f"{path}: tinit + tfinal = {warmups} leaves no step of {total_steps} to allocate in: lower them"
+            f"{source}: tinit + tfinal = {warmups} leaves no step of {total_steps} to allocate in: lower them"
         )
     values["total_step"] = total_steps or warmups + 1
 
@@ -167,3 +180,60 @@ class PeftAdaLora(TrainerCallback):
         for key in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
         self.config.rank_pattern = state["rank_pattern"]
+
+
+# ---- the method ----------------------------------------------------------------------------------------------------
+
+
+PEFT_CONFIG = Flag(
+    "peft_config", str | None, None, "A config file of the peft package, or the name of one in configs/peft/.",
+    fixed=True,
+)  # fmt: skip
+
+
+def _check(args: Any, given: set[str]) -> None:
+    if args.peft_config is None:
+        raise UsageError("--method peft needs --peft_config: a file of the peft package, or a name in configs/peft/")
+
+
+def _config_of(args: Any, total_steps: int) -> Any:
+    path, values = read_peft_config(args.peft_config)
+    config = make_peft_config(values, path, total_steps)
+    if config.target_modules is not None and args.lora_module != LORA_MODULE.default:
+        raise UsageError(f"--lora_module: {args.peft_config} names its own target_modules: change them there")
+    return config
+
+
+def _modules_of(model: nn.Module, config: Any, args: Any) -> list[str]:
+    return [] if config.target_modules is not None else encoder_modules(model, module_patterns(args.lora_module))
+
+
+def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    config = _config_of(args, total_steps)
+    tuner = inject_peft(model, config, _modules_of(model, config, args))
+    train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
+    applied = AppliedMethod(model, needs_autocast=True)
+    if config.peft_type.value == "ADALORA":
+        loop = PeftAdaLora(tuner)
+        applied.regulariser, applied.callbacks, applied.stateful = loop.regulariser, [loop], {"peft": loop}
+        applied.pruned_params = loop.pruned_params
+    return applied
+
+
+def _check_fits(model: nn.Module, args: Any, total_steps: int) -> bool:
+    config = _config_of(args, total_steps)
+    check_targets(model, config, _modules_of(model, config, args))  # not all layers can be made without weights
+    return config.peft_type.value == "ADALORA"
+
+
+def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
+    config = make_peft_config(card["peft_config"], "the card's peft_config", 0)  # never the file that the card names
+    inject_peft(model, config, _modules_of(model, config, args))
+
+
+METHODS = (
+    Method(
+        "peft", "peft", 100, _apply, (LORA_MODULE, PEFT_CONFIG), _check, _check_fits,
+        card=lambda args: {"peft_config": read_peft_config(args.peft_config)[1]}, rebuild=_rebuild,
+    ),
+)  # fmt: skip

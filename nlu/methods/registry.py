@@ -1,62 +1,153 @@
-"""What a fine-tuning method does to a model: which parts it adds, what trains, what is counted."""
+"""Every method by name: each file of this package lists its own in a tuple ``METHODS``, and is found by that."""
 
 from __future__ import annotations
 
+import importlib
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import pkgutil
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import nn
 
-import loralib
-from loralib.allocator import check_schedule
-from nlu.arguments import SVD, MethodArguments, parse_widths
-from nlu.errors import UsageError
-from nlu.methods.adapters import add_adapters
-from nlu.methods.peft_methods import PeftAdaLora, check_targets, inject_peft, load_peft_config
-from nlu.methods.sora import ProximalGates, inject_sora
+import nlu.methods
+from nlu.errors import UsageError, reason
+from nlu.methods.method import AppliedMethod, Flag, Method, head_parameters
+
+
+def _registered() -> dict[str, Method]:
+    found: list[Method] = []
+    for module in pkgutil.iter_modules(nlu.methods.__path__, f"{nlu.methods.__name__}."):
+        if module.name != __name__:
+            found += getattr(importlib.import_module(module.name), "METHODS", ())
+    return {method.name: method for method in sorted(found, key=lambda method: method.order)}
+
+
+METHODS: dict[str, Method] = _registered()
+
+
+def _flags() -> dict[str, Flag]:
+    flags: dict[str, Flag] = {}
+    for method in METHODS.values():
+        for flag in method.flags:
+            if flags.setdefault(flag.name, flag) is not flag:
+                raise TypeError(f"two methods declare --{flag.name} differently: share one Flag")
+    return flags
+
+
+FLAGS = _flags()
 
 
 @dataclass
-class AppliedMethod:
-    """A model made ready for training.
+class _MethodChoice:
+    method: str | None = field(
+        default=None,
+        metadata={"help": "A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."},
+    )
+    apply_lora: bool = field(default=False, metadata={"help": "Published flag; with --lora_type it means --method."})
+    apply_adalora: bool = field(default=False, metadata={"help": "Published flag: with rank allocation."})
+    lora_type: str | None = field(
+        default=None, metadata={"help": "Published flag: svd is --method lora2, frd is --method lora."}
+    )
 
-    Attributes:
-        model: what to train; ``requires_grad`` says which parameters do.
-        allocator: prunes singular values after every optimiser step, or None.
-        gates: SoRA's, which close ranks without a budget, or None.
-        regulariser: its (weighted) value is added to the loss, or None.
-        callbacks: further steps of the method inside the training loop.
-        stateful: what must travel in a checkpoint beside the trainable parameters; each has state_dict/load_state_dict.
-        own_rates: (parameters, what the learning rate is multiplied by for them).
-        needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
+
+# The name of the base method, the published flags that stand for one, and every method's flags.
+MethodArguments: Any = make_dataclass(
+    "MethodArguments",
+    [(f.name, f.kind, field(default=f.default, metadata={"help": f.help})) for f in FLAGS.values()],
+    bases=(_MethodChoice,),
+    namespace={"__module__": __name__},
+)
+
+
+def flag_methods(name: str) -> list[str]:
+    """The methods that read a flag; none for a flag that is no method's."""
+    return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
+
+
+def check_arguments(args: Any, given: set[str]) -> None:
+    """Refuse values out of range and contradictions, before any model is looked at; fills in what follows from others.
+
+    Args:
+        args: with the base method in ``args.method``. given: the flags on the command line.
+
+    Raises:
+        UsageError: one line that says what to change.
     """
-
-    model: nn.Module
-    allocator: loralib.RankAllocator | None = None
-    gates: ProximalGates | None = None
-    regulariser: Callable[[], Tensor] | None = None
-    callbacks: list[TrainerCallback] = field(default_factory=list)
-    stateful: dict[str, Any] = field(default_factory=dict)
-    own_rates: list[tuple[list[nn.Parameter], float]] = field(default_factory=list)
-    needs_autocast: bool = False
-
-    @property
-    def ranks(self) -> loralib.RankAllocator | ProximalGates | None:
-        """What knows which ranks are live; None where the method prunes none."""
-        return self.allocator or self.gates
+    method = METHODS[args.method]
+    for flag in method.flags:
+        flag.check(getattr(args, flag.name))
+        switch = flag.needs
+        if switch is not None and {flag.name, switch.name} <= given and not getattr(args, switch.name):
+            value = getattr(args, switch.name)
+            raise UsageError(f"--{flag.name} has no meaning with --{switch.name} {value}: leave it out")
+    method.check(args, given)
 
 
-def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The classification head: all that lies outside the encoder, and the encoder's pooler where it has one."""
-    inside = {id(p) for p in model.base_model.parameters()}
-    yield from (p for p in model.parameters() if id(p) not in inside)
-    pooler = getattr(model.base_model, "pooler", None)
-    if pooler is not None and model.base_model is not model:
-        yield from pooler.parameters()
+def apply_method(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    """Make ``model`` ready for the chosen method, in place.
+
+    Args:
+        total_steps: optimiser steps of the whole training; the rank allocation is scheduled over them. 0 where nothing
+            is trained: there is no allocation then.
+
+    Raises:
+        UsageError: for arguments that do not fit the model or the length of the training.
+    """
+    return METHODS[args.method].apply(model, args, total_steps)
+
+
+def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> None:
+    """Raise what :func:`apply_method` would, on a model without weights (on the meta device).
+
+    Args:
+        total_steps: as there.
+    """
+    method = METHODS[args.method]
+    if method.check_fits is not None:
+        looks_at_whole_parameters = method.check_fits(model, args, total_steps)
+    else:
+        applied = method.apply(model, args, total_steps)
+        looks_at_whole_parameters = applied.ranks is not None or applied.regulariser is not None
+    # What FSDP splits over the devices, no process has whole.
+    if looks_at_whole_parameters and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError(
+            "pruning and the orthogonality regulariser need whole parameters, which FSDP splits: use torchrun, or a "
+            "method without them (lora, full, hadapter, …)"
+        )
+
+
+# ---- the adapter's card --------------------------------------------------------------------------------------------
+
+
+def card_of(args: Any) -> dict[str, Any]:
+    """What an adapter's card must hold so that :func:`rebuild` can put the method's modules into a base."""
+    method = METHODS[args.method]
+    if method.card is None:
+        return {}
+    values = {flag.name: getattr(args, flag.name) for flag in method.flags}
+    return {"method_arguments": {"method": method.name, **values}, **method.card(args)}
+
+
+def rebuild(model: nn.Module, card: dict[str, Any]) -> None:
+    """Put a method's own modules into the base, as the adapter's card describes them; nothing where it describes none.
+
+    Raises:
+        UsageError: for a card that describes no such method; it may be a stranger's.
+    """
+    if "method_arguments" not in card:
+        return
+    try:
+        args = MethodArguments(**card["method_arguments"])
+        method = METHODS.get(args.method)
+        if method is None or method.card is None:
+            raise ValueError(f"no method that adds modules: {args.method!r:.80}")
+        method.rebuild(model, args, card)
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"the adapter's card does not describe its method ({reason(error, 300)})") from None
+
+
+# ---- counting ------------------------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -71,203 +162,5 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def live_adapter_params(applied: AppliedMethod, adapter_params: int) -> int:
-    """Adapter parameters without those that belong to pruned singular values."""
-    if "peft" in applied.stateful:
-        return adapter_params - applied.stateful["peft"].pruned_params()
-    pruned = 0
-    for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
-        layer = applied.model.get_submodule(name)
-        pruned += sum(t.numel() for t in layer.lora_parameters())
-        pruned -= sum(t.numel() for t in layer.select([i for i, live in enumerate(mask) if live]))
-    return adapter_params - pruned
-
-
-def schedule_of(args: MethodArguments, total_steps: int) -> tuple[int, int]:
-    """(init_warmup, final_warmup), the defaults filled in: a tenth and half of the training.
-
-    Raises:
-        UsageError: if they leave no step to prune in.
-    """
-    init = total_steps // 10 if args.init_warmup is None else args.init_warmup
-    final = total_steps // 2 if args.final_warmup is None else args.final_warmup
-    try:
-        check_schedule(init, final, total_steps)
-    except ValueError as error:
-        raise UsageError(f"--{error}" if str(error).startswith("init_warmup") else str(error)) from None
-    return init, final
-
-
-def allocates(args: MethodArguments) -> bool:
-    """Whether the method prunes singular values during training."""
-    return args.method in SVD and args.rank_allocation
-
-
-def module_patterns(args: MethodArguments) -> list[str]:
-    """``--lora_module`` as a list; the comma of a quantifier such as ``{1,2}`` belongs to its expression."""
-    return [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)]
-
-
-def encoder_modules(model: nn.Module, args: MethodArguments) -> list[str]:
-    """Names of the encoder's linear layers that ``--lora_module`` selects; the head trains whole and gets no update.
-
-    Raises:
-        UsageError: for a pattern that selects none of them.
-    """
-    head = {id(p) for p in head_parameters(model)}
-    chosen: dict[str, None] = {}
-    for pattern in module_patterns(args):
-        try:
-            names = loralib.match_modules(model, pattern)
-        except ValueError as error:
-            raise UsageError(f"--lora_module: {error}") from None
-        inside = [name for name in names if id(model.get_submodule(name).weight) not in head]
-        if not inside:
-            raise UsageError(f"--lora_module: {pattern!r} selects only the head, which trains whole: leave it out")
-        chosen |= dict.fromkeys(inside)
-    return list(chosen)
-
-
-def inject_factors(model: nn.Module, args: MethodArguments) -> list[str]:
-    """Replace the selected modules of the encoder by the method's layers; returns their names.
-
-    Raises:
-        UsageError: for a pattern that matches nothing.
-    """
-    widths = parse_widths(args)
-    try:
-        return loralib.inject(
-            model,
-            "multiscale" if args.method == "lora2" else args.method,
-            encoder_modules(model, args),
-            r=args.lora_r,
-            widths=widths,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            share_outer=args.lora_share_outer,
-            init=args.lora_init if args.method in SVD else None,
-        )
-    except ValueError as error:
-        raise UsageError(f"--lora_module: {error}") from None
-
-
-def _low_rank(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    inject_factors(model, args)
-    _train_only(model, [p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()])
-    applied = AppliedMethod(model)
-    if args.method in SVD and args.reg_orth_coef > 0:
-        regulariser = loralib.OrthogonalityRegulariser(model, args.orth_terms, args.orth_squared)
-        applied.regulariser = lambda: args.reg_orth_coef * regulariser()
-    if args.value_lr_ratio != 1:
-        values = [layer.lora_E for layer in loralib.lora_layers(model).values()]
-        applied.own_rates.append((values, args.value_lr_ratio))
-    if allocates(args) and total_steps:
-        init_warmup, final_warmup = schedule_of(args, total_steps)
-        try:
-            applied.allocator = loralib.RankAllocator(
-                model, args.lora_r, args.target_rank, init_warmup, final_warmup, args.mask_interval,
-                args.beta1, args.beta2, total_steps, args.target_total_rank, args.importance,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        applied.stateful["allocator"] = applied.allocator
-    return applied
-
-
-def _train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Freeze all but the given parameters and the head."""
-    model.requires_grad_(False)
-    for parameter in [*parameters, *head_parameters(model)]:
-        parameter.requires_grad_(True)
-
-
-def _full(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    _train_only(model, model.parameters())
-    return AppliedMethod(model, needs_autocast=True)
-
-
-def _bitfit(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    _train_only(model, [p for name, p in model.base_model.named_parameters() if name.split(".")[-1] == "bias"])
-    return AppliedMethod(model, needs_autocast=True)
-
-
-def _adapters(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    adapters = add_adapters(model, args.method, args.adapter_size)
-    _train_only(model, [p for adapter in adapters for p in adapter.parameters()])
-    return AppliedMethod(model)
-
-
-def _sora(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    modules = encoder_modules(model, args)
-    try:
-        inject_sora(model, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
-    except ValueError as error:
-        raise UsageError(f"--lora_module: {error}") from None
-    _train_only(model, [p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()])
-    gates = ProximalGates(model, args.sora_lambda)
-    return AppliedMethod(model, gates=gates, callbacks=[gates])
-
-
-def _refuse_ignored_modules(config: Any, args: MethodArguments) -> None:
-    if config.target_modules is not None and args.lora_module != MethodArguments.lora_module:
-        raise UsageError(f"--lora_module: {args.peft_config} names its own target_modules: change them there")
-
-
-def _peft(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    config = load_peft_config(args.peft_config, total_steps)
-    _refuse_ignored_modules(config, args)
-    tuner = inject_peft(model, config, encoder_modules(model, args) if config.target_modules is None else [])
-    _train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
-    applied = AppliedMethod(model, needs_autocast=True)
-    if config.peft_type.value == "ADALORA":
-        loop = PeftAdaLora(tuner)
-        applied.regulariser, applied.callbacks, applied.stateful = loop.regulariser, [loop], {"peft": loop}
-    return applied
-
-
-METHODS: dict[str, Callable[[nn.Module, MethodArguments, int], AppliedMethod]] = {
-    "lora": _low_rank,
-    "adalora": _low_rank,
-    "lora2": _low_rank,
-    "full": _full,
-    "bitfit": _bitfit,
-    "hadapter": _adapters,
-    "padapter": _adapters,
-    "sora": _sora,
-    "peft": _peft,
-}
-
-
-def apply_method(model: nn.Module, args: MethodArguments, total_steps: int) -> AppliedMethod:
-    """Make ``model`` ready for the chosen method, in place.
-
-    Args:
-        total_steps: optimiser steps of the whole training; the rank allocation is scheduled over them. 0 where nothing
-            is trained: there is no allocation then.
-
-    Raises:
-        UsageError: for arguments that do not fit the model or the length of the training.
-    """
-    return METHODS[args.method](model, args, total_steps)
-
-
-def check_method_fits(model: nn.Module, args: MethodArguments, total_steps: int) -> None:
-    """Raise what :func:`apply_method` would, on a model without weights (on the meta device).
-
-    Args:
-        total_steps: as there.
-    """
-    if args.method == "peft":
-        config = load_peft_config(args.peft_config, total_steps)
-        _refuse_ignored_modules(config, args)
-        modules = encoder_modules(model, args) if config.target_modules is None else []
-        check_targets(model, config, modules)  # not all of peft's layers can be made without weights
-        looks_at_whole_parameters = config.peft_type.value == "ADALORA"
-    else:
-        applied = METHODS[args.method](model, args, total_steps)
-        looks_at_whole_parameters = applied.ranks is not None or applied.regulariser is not None
-    # What FSDP splits over the devices, no process has whole.
-    if looks_at_whole_parameters and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UsageError(
-            "pruning and the orthogonality regulariser need whole parameters, which FSDP splits: use torchrun, or a "
-            "method without them (lora, full, hadapter, …)"
-        )
+    """Adapter parameters without those of pruned ranks."""
+    return adapter_params - applied.pruned_params()

@@ -20,6 +20,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from loralib import inject, lora_layers
+from nlu.errors import UsageError
+from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns
+from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
 
 
 def soft_threshold_(gates: Iterable[torch.Tensor], threshold: float) -> None:
@@ -88,3 +91,26 @@ class ProximalGates(TrainerCallback):
         """After ``optimizer.step()``, before the schedule moves on: the rate is the one just used."""
         threshold = self.sparsity * self.learning_rate(optimizer)
         soft_threshold_([layer.lora_E for layer in self._layers.values()], threshold)
+
+
+SORA_LAMBDA = Flag(
+    "sora_lambda", float, 0.375,
+    "SoRA: weight λ of the gates' L1 penalty; each step shrinks them by λ × learning rate.",
+    lambda sparsity: 0 <= sparsity < math.inf, "must not be negative",
+)  # fmt: skip
+
+
+def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    modules = encoder_modules(model, module_patterns(args.lora_module))
+    try:
+        inject_sora(model, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
+    except ValueError as error:
+        raise UsageError(f"--lora_module: {error}") from None
+    train_only(model, [p for layer in lora_layers(model).values() for p in layer.lora_parameters()])
+    gates = ProximalGates(model, args.sora_lambda)
+    applied = AppliedMethod(model, gates=gates, callbacks=[gates])
+    applied.pruned_params = lambda: pruned_factor_params(applied)
+    return applied
+
+
+METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA), takes_warm_start=True),)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 import loralib
 from nlu import run_glue
 from nlu.adapter_io import load_warm_start
-from nlu.arguments import SIX_MODULES
+from nlu.methods.low_rank import SIX_MODULES
 from nlu.run_glue import main
 from tests.nlu.tiny import make_encoder
 

@@ -14,10 +14,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import run_glue
-from nlu.arguments import MethodArguments
 from nlu.errors import UsageError
 from nlu.methods.peft_methods import PEFT_FOLDER
-from nlu.methods.registry import METHODS, apply_method, check_method_fits, count_parameters, live_adapter_params
+from nlu.methods.registry import (
+    METHODS,
+    MethodArguments,
+    apply_method,
+    check_method_fits,
+    count_parameters,
+    live_adapter_params,
+)
 from nlu.run_glue import main
 from tests.nlu.tiny import REPOSITORY, SHAPES, make_encoder, tiny_bert
 

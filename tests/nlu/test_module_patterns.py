@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlu import run_glue
 from nlu.arguments import parse_arguments
-from nlu.methods.registry import apply_method, head_parameters
+from nlu.methods.method import head_parameters
+from nlu.methods.registry import apply_method
 from tests.nlu.tiny import TINY
 
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from peft.tuners.adalora import AdaLoraModel
 
-from nlu.methods.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, load_peft_config
-from nlu.methods.registry import AppliedMethod, live_adapter_params
+from nlu.methods.method import AppliedMethod
+from nlu.methods.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, make_peft_config
+from nlu.methods.registry import live_adapter_params
 from nlu.run_glue import main
 from tests.nlu.tiny import tiny_bert
 
 
-def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
+def test_pefts_adalora_has_pefts_own_regulariser_and_allocation():
     values = json.loads((PEFT_FOLDER / "adalora.json").read_text()) | {"tinit": 1, "tfinal": 2, "deltaT": 1}
-    (tmp_path / "a.json").write_text(json.dumps(values))
     model = tiny_bert()
-    tuner = inject_peft(model, load_peft_config(str(tmp_path / "a.json"), 8), ["query", "value"])
+    tuner = inject_peft(model, make_peft_config(values, "a.json", 8), ["query", "value"])
     assert isinstance(tuner, AdaLoraModel)
     loop = PeftAdaLora(tuner)
     inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
@@ -32,7 +32,7 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
         optimizer.zero_grad()
         budgets.append(sum(int(p.count_nonzero()) for n, p in model.named_parameters() if "lora_E" in n))
     assert budgets[0] == 48 and budgets[-1] == 32 and budgets == sorted(budgets, reverse=True)
-    applied = AppliedMethod(model, stateful={"peft": loop})
+    applied = AppliedMethod(model, pruned_params=loop.pruned_params)
     hidden = model.config.hidden_size
     assert live_adapter_params(applied, 10_000) == 10_000 - (48 - 32) * (1 + 2 * hidden)
 
@@ -40,11 +40,10 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
 def test_pefts_adalora_resumes(tmp_path):
     """Its scores travel in the checkpoint: a restored loop allocates as the one that was not interrupted."""
     values = json.loads((PEFT_FOLDER / "adalora.json").read_text()) | {"tinit": 1, "tfinal": 2, "deltaT": 1}
-    (tmp_path / "a.json").write_text(json.dumps(values))
     loops = []
     for _ in range(2):
         model = tiny_bert()
-        loops.append(PeftAdaLora(inject_peft(model, load_peft_config(str(tmp_path / "a.json"), 8), ["query"])))
+        loops.append(PeftAdaLora(inject_peft(model, make_peft_config(values, "a.json", 8), ["query"])))
     inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
 
     def steps(loop, first, last):

@@ -1,0 +1,198 @@
+"""Low-rank updates of loralib: LoRA (arXiv 2106.09685), AdaLoRA (2303.10512) and LoRA² (2408.06854).
+
+They are presets of one layer; those with singular values may be regularised and pruned to a rank budget.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import nn
+
+import loralib
+from loralib.allocator import check_allocator_arguments, check_schedule
+from loralib.orthogonality import parse_terms
+from nlu.errors import UsageError
+from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
+
+SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
+
+
+def _at_least_1(value: int) -> bool:
+    return value >= 1
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+LORA_R = Flag("lora_r", int, 8, "Rank r: singular values a layer starts with.", _at_least_1, "must be at least 1")
+LORA_ALPHA = Flag(
+    "lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.",
+    lambda alpha: 0 < alpha < math.inf, "must be positive",
+)  # fmt: skip
+LORA_DROPOUT = Flag(
+    "lora_dropout", float, 0.0, "Dropout on the input of the update.", lambda p: 0 <= p < 1, "must lie in [0, 1)"
+)
+LORA_MODULE = Flag(
+    "lora_module", str, SIX_MODULES,
+    "Comma-separated modules: the six published names, module-name suffixes, or a regular expression.",
+)  # fmt: skip
+LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
+
+_REG_ORTH_COEF = Flag(
+    "reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", _not_negative, "must not be negative"
+)
+_RANK_ALLOCATION = Flag("rank_allocation", bool, True, "Prune singular values to the target rank.")
+
+
+def _allocation(name: str, kind: Any, default: Any, text: str) -> Flag:
+    return Flag(name, kind, default, text, needs=_RANK_ALLOCATION)
+
+
+_SINGULAR_VALUE_FLAGS = (
+    Flag(
+        "lora_init", str, "gaussian", "gaussian (the paper's) or orthogonal.",
+        ("gaussian", "orthogonal").__contains__, "is gaussian or orthogonal",
+    ),
+    _REG_ORTH_COEF,
+    Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +.", needs=_REG_ORTH_COEF),
+    Flag("orth_squared", bool, False, "Squared norms in the regulariser.", needs=_REG_ORTH_COEF),
+    _RANK_ALLOCATION,
+    _allocation(
+        "target_rank", int | None, None, "Average singular values a layer keeps. Default: half of lora_r."
+    ),
+    _allocation(
+        "target_total_rank", int | None, None, "Singular values all layers keep together, in place of --target_rank."
+    ),
+    _allocation("init_warmup", int | None, None, "Steps before pruning starts. Default: a tenth of the training."),
+    _allocation("final_warmup", int | None, None, "Last steps, with the ranks held. Default: half of the training."),
+    _allocation("mask_interval", int, 10, "Steps between two allocations."),
+    _allocation("beta1", float, 0.85, "Moving average of the sensitivity, in (0, 1)."),
+    _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
+    _allocation("importance", str, "inner", "inner: the paper's importance; full: outer factors scored too."),
+    Flag(
+        "value_lr_ratio", float, 1.0, "Learning rate of the singular values, as a multiple of --learning_rate.",
+        lambda ratio: 0 < ratio < math.inf, "must be positive and finite",
+    ),
+)  # fmt: skip
+_SCALE_FLAGS = (
+    Flag("lora_k", int | None, None, "LoRA²: width k of the outer scale (8 by default).", _at_least_1,
+         "must be at least 1"),
+    Flag("lora_widths", str | None, None,
+         "LoRA² with any number of scales: widths from the outermost inward, as 8,8."),
+    Flag("lora_share_outer", bool, False, "All layers of one module type share their outer factors."),
+)  # fmt: skip
+
+
+def module_patterns(lora_module: str) -> list[str]:
+    """``--lora_module`` as a list; the comma of a quantifier such as ``{1,2}`` belongs to its expression."""
+    return [pattern.strip() for pattern in re.split(r",(?!\d*\})", lora_module)]
+
+
+def _widths(args: Any) -> tuple[int, ...]:
+    """LoRA²'s widths from the outermost inward.
+
+    Raises:
+        UsageError: for widths that are not comma-separated whole numbers from 1.
+    """
+    if args.lora_widths is None:
+        return (8 if args.lora_k is None else args.lora_k,)
+    if args.lora_k is not None:
+        raise UsageError("--lora_k and --lora_widths exclude each other: --lora_widths 8 is --lora_k 8")
+    parts = [part.strip() for part in args.lora_widths.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise UsageError(f"--lora_widths takes whole numbers from 1, such as 8,8, got {args.lora_widths!r}")
+    return tuple(map(int, parts))
+
+
+def _check_ranks(args: Any, given: set[str]) -> None:
+    if {"target_rank", "target_total_rank"} <= given:
+        raise UsageError("--target_rank and --target_total_rank say the same in two ways: give one of them")
+    if args.target_rank is None:
+        args.target_rank = max(1, args.lora_r // 2)
+    try:
+        parse_terms(args.orth_terms)
+        check_allocator_arguments(
+            args.lora_r, args.target_rank, args.init_warmup or 0, args.final_warmup or 0,
+            args.mask_interval, args.beta1, args.beta2, args.importance,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_scales(args: Any, given: set[str]) -> None:
+    _widths(args)
+    _check_ranks(args, given)
+
+
+def _schedule(args: Any, total_steps: int) -> tuple[int, int]:
+    """(init_warmup, final_warmup), the defaults filled in: a tenth and half of the training.
+
+    Raises:
+        UsageError: if they leave no step to prune in.
+    """
+    init = total_steps // 10 if args.init_warmup is None else args.init_warmup
+    final = total_steps // 2 if args.final_warmup is None else args.final_warmup
+    try:
+        check_schedule(init, final, total_steps)
+    except ValueError as error:
+        raise UsageError(f"--{error}" if str(error).startswith("init_warmup") else str(error)) from None
+    return init, final
+
+
+def _inject(model: nn.Module, args: Any) -> None:
+    kind: str = args.method
+    options: dict[str, Any] = {}
+    if kind != "lora":
+        options["init"] = args.lora_init
+    if kind == "lora2":
+        widths = _widths(args)
+        options["share_outer"] = args.lora_share_outer
+        if len(widths) == 1:
+            options["k"] = widths[0]
+        else:
+            kind, options["widths"] = "multiscale", widths
+    modules = encoder_modules(model, module_patterns(args.lora_module))
+    try:
+        loralib.inject(
+            model, kind, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, **options
+        )
+    except ValueError as error:
+        raise UsageError(f"--lora_module: {error}") from None
+
+
+def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    _inject(model, args)
+    layers = loralib.lora_layers(model).values()
+    train_only(model, [p for layer in layers for p in layer.lora_parameters()])
+    applied = AppliedMethod(model)
+    if args.method == "lora":
+        return applied
+    if args.reg_orth_coef > 0:
+        regulariser = loralib.OrthogonalityRegulariser(model, args.orth_terms, args.orth_squared)
+        applied.regulariser = lambda: args.reg_orth_coef * regulariser()
+    if args.value_lr_ratio != 1:
+        applied.own_rates.append(([layer.lora_E for layer in layers], args.value_lr_ratio))
+    if args.rank_allocation and total_steps:
+        init_warmup, final_warmup = _schedule(args, total_steps)
+        try:
+            applied.allocator = loralib.RankAllocator(
+                model, args.lora_r, args.target_rank, init_warmup, final_warmup, args.mask_interval,
+                args.beta1, args.beta2, total_steps, args.target_total_rank, args.importance,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        applied.stateful["allocator"] = applied.allocator
+        applied.pruned_params = lambda: pruned_factor_params(applied)
+    return applied
+
+
+_ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
+METHODS = (
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS, takes_warm_start=True),
+    Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_ranks, takes_warm_start=True),
+    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_scales, takes_warm_start=True),
+)

@@ -1,0 +1,157 @@
+"""What a method is: its flags, what it does to a model, and the parts that all methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+import loralib
+from nlu.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag of the command line that belongs to methods.
+
+    Attributes:
+        name, kind, default, help: the flag without its dashes, its Python type, and what ``--help`` says.
+        holds, rule: a test of a given value, and the end of the sentence "--name …" for a value that fails it.
+        needs: a flag that must not be switched off (False or 0) for this one to have a meaning.
+        fixed: a value in the method's file stands for the method itself, so that the command line cannot replace it.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    holds: Callable[[Any], bool] | None = None
+    rule: str = ""
+    needs: Flag | None = None
+    fixed: bool = False
+
+    def check(self, value: Any) -> None:
+        """Raises UsageError for a value out of the flag's range; None means that the flag is not set."""
+        if value is not None and self.holds is not None and not self.holds(value):
+            raise UsageError(f"--{self.name} {self.rule}, got {value!r}")
+
+
+@dataclass
+class AppliedMethod:
+    """A model made ready for training.
+
+    Attributes:
+        model: what to train; ``requires_grad`` says which parameters do.
+        allocator: prunes singular values after every optimiser step, or None.
+        gates: SoRA's, which close ranks without a budget, or None.
+        regulariser: its (weighted) value is added to the loss, or None.
+        callbacks: further steps of the method inside the training loop.
+        stateful: what must travel in a checkpoint beside the trainable parameters; each has state_dict/load_state_dict.
+        own_rates: (parameters, what the learning rate is multiplied by for them).
+        needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
+        pruned_params: counts the adapter's parameters that belong to pruned ranks.
+    """
+
+    model: nn.Module
+    allocator: loralib.RankAllocator | None = None
+    gates: Any = None
+    regulariser: Callable[[], Tensor] | None = None
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    stateful: dict[str, Any] = field(default_factory=dict)
+    own_rates: list[tuple[list[nn.Parameter], float]] = field(default_factory=list)
+    needs_autocast: bool = False
+    pruned_params: Callable[[], int] = lambda: 0
+
+    @property
+    def ranks(self) -> Any:
+        """What knows which ranks are live (the allocator or SoRA's gates); None where the method prunes none."""
+        return self.allocator or self.gates
+
+
+def _accept(*_: Any) -> None:
+    """The check of a method whose flags contradict nothing."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune an encoder; ``args`` below are the run's ``MethodArguments``.
+
+    Attributes:
+        name: the base method that a file in configs/methods/ names.
+        display: its name in tables and figures.
+        order: its place in tables, ascending.
+        apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what does not train.
+        flags: what the command line may set; every other method's flags are refused.
+        check: (args, given): refuses contradictions between flags; ``given`` are the names on the command line.
+        check_fits: (model, args, total_steps): raises what ``apply`` would, on a model without weights, and returns
+            whether the method looks at whole parameters, which FSDP splits. Default: ``apply`` itself.
+        card: (args) → what ``rebuild`` needs from an adapter's card; None where the adapter's tensors say everything.
+        rebuild: (model, args, card): puts the method's modules into a base before the adapter's tensors are loaded.
+        takes_warm_start: whether ``--lora_path`` can start it.
+    """
+
+    name: str
+    display: str
+    order: int
+    apply: Callable[[nn.Module, Any, int], AppliedMethod]
+    flags: tuple[Flag, ...] = ()
+    check: Callable[[Any, set[str]], None] = _accept
+    check_fits: Callable[[nn.Module, Any, int], bool] | None = None
+    card: Callable[[Any], dict[str, Any]] | None = None
+    rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] = _accept
+    takes_warm_start: bool = False
+
+
+# ---- the head, the encoder's layers, and what trains ---------------------------------------------------------------
+
+
+def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The classification head: all that lies outside the encoder, and the encoder's pooler where it has one."""
+    inside = {id(p) for p in model.base_model.parameters()}
+    yield from (p for p in model.parameters() if id(p) not in inside)
+    pooler = getattr(model.base_model, "pooler", None)
+    if pooler is not None and model.base_model is not model:
+        yield from pooler.parameters()
+
+
+def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Freeze everything except the given parameters and the head."""
+    model.requires_grad_(False)
+    for parameter in [*parameters, *head_parameters(model)]:
+        parameter.requires_grad_(True)
+
+
+def encoder_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Names of the encoder's linear layers that the patterns select; the head trains whole and gets no update.
+
+    Args:
+        patterns: as :func:`loralib.match_modules` takes them.
+
+    Raises:
+        UsageError: for a pattern that selects none of them.
+    """
+    head = {id(p) for p in head_parameters(model)}
+    chosen: dict[str, None] = {}
+    for pattern in patterns:
+        try:
+            names = loralib.match_modules(model, pattern)
+        except ValueError as error:
+            raise UsageError(f"--lora_module: {error}") from None
+        inside = [name for name in names if id(model.get_submodule(name).weight) not in head]
+        if not inside:
+            raise UsageError(f"--lora_module: {pattern!r} selects only the head, which trains whole: leave it out")
+        chosen |= dict.fromkeys(inside)
+    return list(chosen)
+
+
+def pruned_factor_params(applied: AppliedMethod) -> int:
+    """Parameters of low-rank layers that belong to pruned singular values."""
+    pruned = 0
+    for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
+        layer = applied.model.get_submodule(name)
+        pruned += sum(t.numel() for t in layer.lora_parameters())
+        pruned -= sum(t.numel() for t in layer.select([i for i, live in enumerate(mask) if live]))
+    return pruned
