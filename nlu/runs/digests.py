@@ -1,4 +1,7 @@
-"""What a model's folder and a task's files hold, in a few letters: records have no folders, and names are shared."""
+"""SHA-256 digests of the contents that a run reads, so that a change behind an unchanged path is seen.
+
+Nothing here imports torch or transformers.
+"""
 
 from __future__ import annotations
 
@@ -6,92 +9,210 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nlu.errors import UsageError
-from nlu.tasks import get_task
+from nlu.errors import UsageError, reason
+from nlu.flags import METHOD_FOLDER
+from nlu.readers import parse_yaml
+from nlu.tasks import TASKS, Task
 
-# Weights and what decides how they are read; not what a training leaves beside them.
+PEFT_FOLDER = METHOD_FOLDER.with_name("peft")
+CACHE_VARIABLE = "LORA2_DIGEST_CACHE"
+# What decides how a model computes: not what a training leaves beside it.
 _MODEL_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
-_DATA_FILES = ("train", "validation", "dev", "msr_paraphrase_train", "mrpc_dev_ids")  # how their names begin
-_KNOWN = "LORA2_MODEL_DIGESTS"
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_MSR_FILES = ("msr_paraphrase_train.txt", "dev_ids.tsv", "mrpc_dev_ids.tsv")  # both of MRPC's first two splits
+_CACHED_FROM = 1 << 24  # bytes: smaller files are read again about as fast as their digest is looked up
+_SETTLED = 2.0  # seconds: a file that changed less long ago may change again without its times showing it
+
+
+def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Flag name → digest of the contents that the flag names.
+
+    A name on the hub, or a path with nothing behind it, has no digest. Digests do not depend on where the files lie.
+
+    Args:
+        arguments: of ``nlu/run_glue.py``, by name; those that are left out count as not given.
+
+    Returns:
+        model_name_or_path: configuration, weights and tokenizer. lora_path: both files of the adapter. glue_dir: the
+        task's training and validation files (with --holdout_fraction only the former). train_file, validation_file.
+        method, peft_config: the values in the file. With --do_predict test_file: the test rows, of GLUE's tasks too.
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    found = {}
+    for flag in ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir"):
+        with _named(flag, arguments.get(flag)):
+            files = _files(flag, arguments)
+            if files:
+                found[flag] = _together(sorted((path.name, file_digest(path)) for path in files))
+    return found | _config_digests(arguments)
 
 
 def model_digest(name: str | Path | None) -> str | None:
-    """A digest of a local model's configuration, weights and tokenizer; None for a name on the hub, or for none.
-
-    Weights are read once: what was computed is kept in the environment, under the files' paths, sizes and times, so
-    that the runs that a sweep starts have it too.
-
-    Raises:
-        UsageError: a file that cannot be read.
-    """
-    if not name:
-        return None
-    try:
-        files = sorted({path for pattern in _MODEL_FILES for path in Path(name).glob(pattern) if path.is_file()})
-        if not files:
-            return None
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        stamp = _short(json.dumps(stats).encode())
-        known = _known()
-        if stamp not in known:
-            known[stamp] = _contents(files)
-            os.environ[_KNOWN] = json.dumps(known)
-    except OSError as error:
-        raise UsageError(f"--model_name_or_path {name}: {error.filename}: {error.strerror}") from None
-    return known[stamp]
+    """The digest of a local model; None for a name on the hub."""
+    return content_digests({"model_name_or_path": name}).get("model_name_or_path")
 
 
 def data_digest(
     task_name: str | None, glue_dir: str | Path | None, own_files: Iterable[str | Path | None]
 ) -> str | None:
-    """A digest of the names and sizes of the files to train and evaluate on; None for data from the hub."""
-    files = [Path(name) for name in own_files if name is not None]
-    glue_dir = glue_dir or os.environ.get("GLUE_DIR")
-    with contextlib.suppress(UsageError):  # a task of somebody's own command
-        if task_name is not None and glue_dir is not None:
-            task = get_task(task_name)
-            folders = [Path(glue_dir) / folder for folder in (task.name, *task.official_folders)]
-            files += [path for folder in folders for path in folder.glob("*") if path.name.startswith(_DATA_FILES)]
-    sizes = sorted({(path.name, path.stat().st_size) for path in files if path.is_file()})
-    return _short(json.dumps(sizes).encode()) if sizes else None
+    """One digest of the files to train and evaluate on; None for data from the hub."""
+    named = dict(zip(("train_file", "validation_file"), own_files, strict=False))
+    found = content_digests({"task_name": task_name, "glue_dir": glue_dir, **named})
+    return _together(found) if found else None
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal."""
+    """The SHA-256 of a file's contents, in hexadecimal; the file need not fit in memory."""
     digest = hashlib.sha256()
-    feed(digest, path)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def feed(digest: Any, path: Path) -> None:
-    """A file's content into one of hashlib's digests, a block at a time: weights need not fit in memory."""
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+# ---- which files ----------------------------------------------------------------------------------------------------
 
 
-def _known() -> dict[str, str]:
-    with contextlib.suppress(ValueError):
-        known = json.loads(os.environ.get(_KNOWN, "{}"))
-        if isinstance(known, dict):
-            return known
-    return {}
+def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
+    """The files whose contents make the digest of a flag."""
+    value, predicts = arguments.get(flag), arguments.get("do_predict")
+    folder = arguments.get("glue_dir") or os.environ.get("GLUE_DIR")
+    task = TASKS.get(str(arguments.get("task_name")))  # an experiment's own command may have other tasks
+    if flag == "model_name_or_path":
+        return _matching(value, _MODEL_FILES)
+    if flag == "lora_path":
+        return _matching(value, _ADAPTER_FILES)
+    if flag == "glue_dir":
+        held_out = arguments.get("holdout_fraction")
+        splits = [] if task is None else [*task.train_splits, *([] if held_out else task.validation_splits)]
+        return [path for split in splits for path in _split_files(task, split, folder)]
+    if flag == "test_file" and task is not None:
+        tasks = [task, TASKS.get(str(arguments.get("predict_task")))] if predicts else []
+        return [path for t in tasks if t for split in t.test_splits for path in _split_files(t, split, folder)]
+    wanted = value and (flag != "test_file" or predicts)
+    return [Path(value)] if wanted and Path(value).is_file() else []
 
 
-def _contents(files: list[Path]) -> str:
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(json.dumps([path.name, path.stat().st_size]).encode())
-        feed(whole, path)
-    return whole.hexdigest()[:16]
+def _matching(folder: Any, patterns: Iterable[str]) -> list[Path]:
+    if not folder:
+        return []
+    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
 
 
-def _short(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _split_files(task: Task, split: str, glue_dir: Any) -> list[Path]:
+    """The files that :func:`nlu.data.glue.load_task_data` may read a split from."""
+    if not glue_dir:
+        return []
+    for suffix in (".jsonl", ".json", ".parquet", ".csv"):
+        own = Path(glue_dir) / task.name
+        found = _matching(own, [f"{split}{suffix}"]) or _matching(own, [f"{split}-*-of-*{suffix}"])
+        if found:
+            return found
+    names = [dict(task.official_files).get(split, split.replace("validation", "dev") + ".tsv")]
+    if task.name == "mrpc":
+        names += ["msr_paraphrase_test.txt"] if split == "test" else _MSR_FILES
+    folders = dict.fromkeys((task.name, *task.official_folders))
+    return [path for folder in folders for path in _matching(Path(glue_dir) / folder, names)]
+
+
+def _config_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Of a method's file and a peft file the values count: a comment or another order of lines changes no run."""
+    found = {}
+    name = arguments.get("method_config") or arguments.get("method")
+    method = _values("method", METHOD_FOLDER / f"{name}.yaml") if name else None
+    if method is not None:
+        found["method"] = _together(method)
+    peft = arguments.get("peft_config") or (method.get("peft_config") if isinstance(method, dict) else None)
+    if peft:
+        ready = PEFT_FOLDER / f"{peft}.json"
+        values = _values("peft_config", ready if Path(peft).name == peft and ready.is_file() else Path(peft))
+        if values is not None:
+            found["peft_config"] = _together(values)
+    return found
+
+
+def _values(flag: str, path: Path) -> Any:
+    """What a JSON or YAML file holds; None where there is no file."""
+    if not path.is_file():
+        return None
+    with _named(flag, path):
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+
+
+def _together(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _named(flag: str, value: Any) -> Iterator[None]:
+    """Errors of reading as a UsageError that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"--{flag}: {error.filename or value} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--{flag}: {value} cannot be read ({reason(error, 300)})") from None
+
+
+# ---- digests that are computed once ---------------------------------------------------------------------------------
+
+_known: dict[tuple[Any, ...], str] = {}
+
+
+def file_digest(path: Path) -> str:
+    """As :func:`sha256`, but a file that has not changed is read once a process, and a large one once a user.
+
+    The digest of a large file is kept in a file of its own in the folder that the environment variable
+    LORA2_DIGEST_CACHE names (by default ``~/.cache/lora2/digests``), under path, size, times in nanoseconds, device and
+    inode. An entry that cannot be written is left out; one that is damaged is not used.
+    """
+    key = _stamp(path)
+    if key not in _known:
+        digest = _cached(key)
+        if digest is None:
+            digest = sha256(path)
+            if _stamp(path) != key or time.time() - max(key[2:4]) / 1e9 < _SETTLED:
+                return digest
+            _cache(key, digest)
+        _known[key] = digest
+    return _known[key]
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    stat = path.stat()
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
+
+
+def _entry(key: tuple[Any, ...]) -> Path:
+    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lora2" / "digests"
+    return Path(folder) / f"{_together(key)[:32]}.json"
+
+
+def _cached(key: tuple[Any, ...]) -> str | None:
+    """An entry counts only if its own digest fits: whoever was killed, or wrote at the same time, it is whole."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):
+        if key[1] >= _CACHED_FROM:
+            entry = json.loads(_entry(key).read_text(encoding="utf-8"))
+            if entry["check"] == _together([key, entry["sha256"]]):
+                return entry["sha256"]
+    return None
+
+
+def _cache(key: tuple[Any, ...], digest: str) -> None:
+    if key[1] < _CACHED_FROM:
+        return
+    from loralib.files import write_json  # the package imports torch, and this module must not
+
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
+        write_json(_entry(key), {"path": key[0], "sha256": digest, "check": _together([key, digest])})

@@ -1,8 +1,14 @@
 """Models and data are told apart by what they hold, in records that name no folder."""
 
+import errno
+import hashlib
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +17,16 @@ from nlu.errors import UsageError
 from nlu.experiments.choosing import chosen_runs
 from nlu.experiments.files import Run, Selection
 from nlu.runs import digests
-from nlu.runs.digests import data_digest, model_digest
+from nlu.runs.digests import content_digests, data_digest, file_digest, model_digest
+from tests.nlu.tiny import REPOSITORY
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch):
-    monkeypatch.setenv("LORA2_MODEL_DIGESTS", "{}")
+def nothing_known(monkeypatch, tmp_path_factory):
+    """No digest is known from before, and every file is large enough to be looked up, and old enough."""
+    monkeypatch.setenv("LORA2_DIGEST_CACHE", str(tmp_path_factory.mktemp("digests")))
+    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests, "_CACHED_FROM", 0)
     monkeypatch.delenv("GLUE_DIR", raising=False)
 
 
@@ -28,41 +38,162 @@ def model(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
+def of(**arguments):
+    return content_digests(arguments)
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, nlu.runs.digests; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
 def test_a_model_is_its_files_wherever_they_lie(tmp_path):
     one = model(tmp_path / "a/checkpoint-500")
-    digest = model_digest(one)
-    assert len(digest) == 16 and model_digest(shutil.copytree(one, tmp_path / "copy")) == digest
-    assert model_digest(str(model(tmp_path / "b/checkpoint-500", b"Weights"))) != digest
+    digest = of(model_name_or_path=str(one))
+    assert of(model_name_or_path=shutil.copytree(one, tmp_path / "copy")) == digest
+    assert of(model_name_or_path=model(tmp_path / "b/checkpoint-500", b"Weights")) != digest
     (one / "optimizer.pt").write_text("no part of the model")
     (one / "training_args.bin").write_text("nor this")
-    assert model_digest(one) == digest
+    assert of(model_name_or_path=one) == digest
     (one / "tokenizer.json").write_text("[]")
-    assert model_digest(one) != digest
-    assert model_digest("org/name-on-the-hub") is None and model_digest(tmp_path) is None
+    assert of(model_name_or_path=one) != digest
+    assert of(model_name_or_path="org/name-on-the-hub") == of(model_name_or_path=tmp_path) == of() == {}
 
 
-def test_weights_are_read_once_by_a_sweep_and_all_its_runs(tmp_path, monkeypatch):
-    folder = model(tmp_path / "encoder")
-    digest = model_digest(folder)
-    monkeypatch.setattr(digests, "_contents", lambda files: pytest.fail("the weights were read again"))
-    assert model_digest(folder) == digest
-    monkeypatch.undo()
-    monkeypatch.setenv("LORA2_MODEL_DIGESTS", "no JSON")
-    assert model_digest(folder) == digest
+def test_a_flipped_label_is_seen_in_every_file_that_the_run_reads_and_in_no_other(tmp_path, tiny_glue):
+    folder = shutil.copytree(tiny_glue, tmp_path / "glue")
+    asked = {"task_name": "cola", "glue_dir": str(folder)}
+    for name, options, seen in (
+        ("cola/train.jsonl", {}, {"glue_dir"}),
+        ("cola/validation.jsonl", {}, {"glue_dir"}),
+        ("cola/validation.jsonl", {"holdout_fraction": 0.2}, set()),
+        ("cola/test.jsonl", {}, set()),
+        ("cola/test.jsonl", {"do_predict": True}, {"test_file"}),
+        ("mrpc/train.jsonl", {"do_predict": True}, set()),
+    ):
+        before, text = of(**asked, **options), (folder / name).read_text()
+        flipped = text.replace('"label": 0', '"label": 2', 1).replace('"label": 1', '"label": 0', 1)
+        (folder / name).write_text(flipped.replace('"label": 2', '"label": 1', 1))
+        assert len((folder / name).read_text()) == len(text) != 0
+        after = of(**asked, **options)
+        assert {flag for flag in before if before[flag] != after[flag]} == seen and set(before) == set(after)
 
 
-def test_data_are_the_names_and_sizes_of_what_is_trained_and_evaluated_on(tmp_path):
-    (tmp_path / "cola").mkdir()
-    assert data_digest("cola", tmp_path, ()) is None
-    (tmp_path / "cola/train.jsonl").write_text("one")
-    digest = data_digest("cola", tmp_path, ())
-    (tmp_path / "cola/test.jsonl").write_text("no part of it")
-    assert data_digest("cola", shutil.copytree(tmp_path, tmp_path / "copy"), (None,)) == digest is not None
-    (tmp_path / "cola/train.jsonl").write_text("longer")
-    assert data_digest("cola", tmp_path, ()) != digest
-    assert data_digest("cola", None, ()) is None and data_digest("mine", tmp_path, ()) is None
-    own = tmp_path / "cola/train.jsonl"
-    assert data_digest(None, None, (own, None)) != data_digest(None, None, (str(own), tmp_path / "cola/test.jsonl"))
+def test_the_official_files_and_ones_own_count_too(tmp_path, monkeypatch):
+    (tmp_path / "CoLA").mkdir()
+    (tmp_path / "CoLA/dev.tsv").write_text("a")
+    monkeypatch.setenv("GLUE_DIR", str(tmp_path))
+    assert set(of(task_name="cola")) == {"glue_dir"}
+    assert of(task_name="mine") == of(task_name="mrpc") == {}
+    own = {f"{name}_file": tmp_path / f"{name}.csv" for name in ("train", "validation", "test")}
+    assert of(**own) == {}  # whoever reads them says that they are missing
+    for path in own.values():
+        path.write_text(path.name)
+    assert set(of(**own)) == {"train_file", "validation_file"}
+    assert len(set(of(**own, do_predict=True).values())) == 3
+
+
+def test_configurations_are_their_values(tmp_path, monkeypatch):
+    path = tmp_path / "method.yaml"
+    path.write_text("method: peft\npeft_config: ia3\n")
+    monkeypatch.setattr(digests, "METHOD_FOLDER", tmp_path)
+    digest = of(method="method")
+    assert set(digest) == {"method", "peft_config"}
+    path.write_text("# A comment\npeft_config: ia3\nmethod: peft\n")
+    assert of(method="peft", method_config="method") == digest
+    (tmp_path / "own.json").write_text('{"r": 1}')
+    one = of(peft_config=str(tmp_path / "own.json"))
+    (tmp_path / "own.json").write_text('{"r": 2}')
+    assert of(peft_config=str(tmp_path / "own.json")) != one
+    (tmp_path / "own.json").write_text('{"r": ')
+    with pytest.raises(UsageError, match=r"--peft_config: .*own\.json cannot be read"):
+        of(peft_config=str(tmp_path / "own.json"))
+
+
+def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "train.csv").write_text("x")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(digests, "sha256", refuse)
+    with pytest.raises(UsageError, match=r"--train_file: .*train.csv cannot be read \(Permission denied\)"):
+        of(train_file=tmp_path / "train.csv")
+
+
+# ---- digests that are computed once ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the files that are read."""
+    names, sha256 = [], digests.sha256
+    monkeypatch.setattr(digests, "sha256", lambda path: names.append(path.name) or sha256(path))
+    return names
+
+
+def old(path, content=b"weights"):
+    """A file that was written a minute ago; its inode's time cannot be set, so the clock goes on."""
+    path.write_bytes(content)
+    os.utime(path, (time.time() - 60, time.time() - 60))
+    return path
+
+
+@pytest.fixture
+def later(monkeypatch):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 60)
+
+
+@pytest.mark.usefixtures("later")
+def test_a_large_file_is_read_once_by_all_processes_of_a_user(tmp_path, read, monkeypatch):
+    path = old(tmp_path / "weights")
+    digest = file_digest(path)
+    assert file_digest(path) == digest and read == ["weights"]
+    monkeypatch.setattr(digests, "_known", {})  # another process
+    assert file_digest(path) == digest and read == ["weights"]
+    monkeypatch.setattr(digests, "_known", {})
+    monkeypatch.setattr(digests, "_CACHED_FROM", 8)  # and a small one once by each
+    assert file_digest(path) == digest and read == ["weights"] * 2
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("how", ["in place", "renamed", "with the same times"])
+def test_a_change_is_seen_whatever_the_size(tmp_path, how):
+    path = old(tmp_path / "weights")
+    digest, times = file_digest(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    if how == "renamed":
+        old(tmp_path / "other", b"Weights").replace(path)
+    else:
+        path.write_bytes(b"Weights")
+    if how == "with the same times":
+        os.utime(path, ns=times)
+    assert file_digest(path) == hashlib.sha256(b"Weights").hexdigest() != digest
+
+
+def test_a_file_that_was_just_written_is_not_kept(tmp_path, read):
+    """A second change within the clock's grain would not show in its times."""
+    (tmp_path / "x").write_text("x")
+    assert file_digest(tmp_path / "x") == file_digest(tmp_path / "x") and read == ["x", "x"]
+
+
+@pytest.mark.usefixtures("later")
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"sha256": "0", "check": "0"}', b"\xff", None])
+def test_a_damaged_cache_or_none_is_no_harm(tmp_path, read, monkeypatch, damage):
+    path = old(tmp_path / "weights")
+    digest = file_digest(path)
+    folder = Path(os.environ["LORA2_DIGEST_CACHE"])
+    for entry in folder.iterdir():
+        entry.write_bytes(b"" if damage is None else damage)
+    if damage is None:
+        monkeypatch.setenv("LORA2_DIGEST_CACHE", str(path / "no folder"))
+    monkeypatch.setattr(digests, "_known", {})
+    assert file_digest(path) == digest and read == ["weights"] * 2
+    monkeypatch.setattr(digests, "_known", {})
+    assert file_digest(path) == digest and len(read) == (3 if damage is None else 2)
+
+
+# ---- experiments -----------------------------------------------------------------------------------------------------
 
 
 def test_a_choice_made_for_another_model_of_the_same_name_is_not_taken(tmp_path):
