@@ -9,11 +9,13 @@ from loralib.checkpoint import (
     save_adapter,
     unmerge_adapter,
 )
+from loralib.exact_factors import ExactFactors
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
 from loralib.loading import load_adapter
 from loralib.multi import MultiAdapter
+from loralib.optimisation import parameter_groups
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 from loralib.training import LowRankTrainerMixin, LowRankTraining
@@ -22,6 +24,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdapterConfig",
+    "ExactFactors",
     "Linear",
     "LoRA2Linear",
     "LoRALayer",
@@ -43,6 +46,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "match_modules",
     "merge_adapter",
+    "parameter_groups",
     "read_adapter_config",
     "save_adapter",
     "unmerge_adapter",

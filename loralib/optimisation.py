@@ -1,0 +1,104 @@
+"""Learning rates of their own for singular values, LoRA's B and the head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from loralib.exact_factors import factors_are_orthonormal, svd_layers
+from loralib.layers import LoRALayer, lora_layers
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    value_lr_ratio: float | str = 1.0,
+    b_lr_ratio: float = 1.0,
+    head_lr: float | None = None,
+) -> list[dict]:
+    """Groups for an optimiser: every trainable parameter once, by its rate. Weight decay is the caller's.
+
+    Args:
+        lr: learning rate of the factors.
+        value_lr_ratio: rate of the singular values e, in multiples of ``lr``. ``"auto"`` chooses it per layer, see
+            :func:`matching_value_ratio`.
+        b_lr_ratio: rate of LoRA's B, in multiples of ``lr`` (LoRA+, arXiv 2402.12354, which takes 16).
+        head_lr: rate of what trains besides the factors; ``lr`` where None.
+
+    Raises:
+        ValueError: for a rate out of range, a ratio of something the model lacks, ``"auto"`` where factors are not
+            orthonormal, and a model in which nothing trains.
+    """
+    for name, value in (("lr", lr), ("b_lr_ratio", b_lr_ratio), ("head_lr", lr if head_lr is None else head_lr)):
+        _check_positive(name, value)
+    layers = [layer for layer in lora_layers(model).values() if layer.r > 0]
+    ratios: dict[int, float] = {}
+    if value_lr_ratio != 1:
+        ratios |= _value_ratios(model, value_lr_ratio)
+    if b_lr_ratio != 1:
+        plain = [layer for layer in layers if layer.lora_E is None]
+        if not plain:
+            raise ValueError("b_lr_ratio is for LoRA layers, which this model lacks: give value_lr_ratio instead")
+        ratios |= {id(layer.lora_B[0]): b_lr_ratio for layer in plain}
+    factors = {id(p) for layer in layers for p in layer.lora_parameters()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            own = lr * ratios.get(id(parameter), 1.0)
+            rate = own if id(parameter) in factors or head_lr is None else head_lr
+            groups.setdefault(rate, []).append(parameter)
+    if not groups:
+        raise ValueError("nothing trains: call mark_only_lora_as_trainable() first")
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _value_ratios(model: nn.Module, ratio: float | str) -> dict[int, float]:
+    layers = svd_layers(model)
+    if not layers:
+        raise ValueError("value_lr_ratio is for layers with singular values (AdaLoRA, LoRA²), which this model lacks")
+    if ratio != "auto":
+        _check_positive("value_lr_ratio", ratio)
+        return {id(layer.lora_E): float(ratio) for layer in layers.values()}
+    if not factors_are_orthonormal(model):
+        raise ValueError("value_lr_ratio 'auto' needs orthonormal factors: inject with init='orthogonal'")
+    return {id(layer.lora_E): matching_value_ratio(layer) for layer in layers.values()}
+
+
+@torch.no_grad()
+def matching_value_ratio(layer: LoRALayer) -> float:
+    """The rate of e, in multiples of the factors', with which the first Adam step moves W as far as LoRA's would.
+
+    Adam's first step moves every entry by its rate against the gradient's sign. LoRA of rank ρ = min(k, r) at the same
+    α/r moves W by s·lr·√(out·ρ/3) in the Frobenius norm (A is Kaiming-uniform, so its entries have variance 1/(3·in)).
+    Here ΔW = s·γ·lr·P diag(d) Q with d the signs of p_iᵀ G q_i, whose norm is s·γ·lr·√(dᵀHd), H = PᵀP ∘ QQᵀ. For a
+    gradient G of independent normal entries the p_iᵀ G q_i have the covariance H, so that
+    E[d_i d_j] = (2/π) arcsin(H_ij/√(H_ii H_jj)).
+    With k ≥ r, H = I and γ = √(out/3); with k = 1, √(dᵀHd) is Σ‖p_i‖‖q_i‖.
+
+    Returns:
+        γ.
+    """
+    left, right = _gram(list(layer.lora_B)), _gram([a.T for a in layer.lora_A])
+    both = left * right
+    scale = both.diagonal().sqrt()
+    correlation = (both / (scale[:, None] * scale)).clamp(-1, 1)
+    moved = (both * (2 / math.pi) * correlation.asin()).sum().sqrt()
+    rank = min([*layer.widths, layer.r])
+    return math.sqrt(layer.out_features * rank / 3) / float(moved)
+
+
+def _gram(factors: list[Tensor]) -> Tensor:
+    """PᵀP of P = F₀ F₁ …, (r, r) in float64, without forming P."""
+    first = factors[0].double()
+    gram = first.T @ first
+    for factor in factors[1:]:
+        gram = factor.double().T @ gram @ factor.double()
+    return gram
