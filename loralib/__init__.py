@@ -9,6 +9,7 @@ from loralib.checkpoint import (
     save_adapter,
     unmerge_adapter,
 )
+from loralib.diagnostics import UpdateStatistics, update_statistics
 from loralib.exact_factors import ExactFactors
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
@@ -35,6 +36,7 @@ __all__ = [
     "OrthogonalityRegulariser",
     "RankAllocator",
     "SVDLinear",
+    "UpdateStatistics",
     "base_fingerprint",
     "cast_frozen",
     "compact",
@@ -50,4 +52,5 @@ __all__ = [
     "read_adapter_config",
     "save_adapter",
     "unmerge_adapter",
+    "update_statistics",
 ]

@@ -106,6 +106,9 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace what another or a finished run left in root_output_dir."}
     )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classification head. Default: --learning_rate."}
+    )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows a process evaluates at once."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_nan_inf_filter: bool = field(

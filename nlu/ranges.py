@@ -26,7 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
-_POSITIVE = ("learning_rate", "logging_steps", "eval_steps", "save_steps")
+_POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
 
 
 def check_ranges(values: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from loralib.files import new_folder_of, remove_leftovers, start_folder
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.errors import RunError
-from nlu.methods.method import AppliedMethod
+from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal
 from nlu.runs.record import one_line, peak_memory_bytes
 from nlu.runs.signals import Interrupted, SignalWatch
@@ -117,7 +117,10 @@ class GlueTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer's, with a group of its own for what has a learning rate of its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        for parameters, ratio in self.applied.own_rates:
+        rates = self.applied.own_rates()
+        if self.args.head_learning_rate is not None:
+            rates.append((list(head_parameters(self.model)), self.args.head_learning_rate / self.args.learning_rate))
+        for parameters, ratio in rates:
             apart = {id(parameter) for parameter in parameters}
             for group in list(optimizer.param_groups):
                 own = [p for p in group["params"] if id(p) in apart]
@@ -250,6 +253,7 @@ class GlueTrainer(Trainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= {"seconds": round(self.train_seconds, 3), "memory_bytes": peak_memory_bytes()}
+            logs |= self.applied.statistics()
             if self.applied.ranks is not None:
                 logs |= {"budget": self.budget, "live": self.applied.ranks.live_rank}
         super().log(logs, *args, **kwargs)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
+from statistics import fmean
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback
 
 import loralib
 from loralib.allocator import check_allocator_arguments, check_schedule
+from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.orthogonality import parse_terms
 from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
@@ -52,11 +56,23 @@ def _allocation(name: str, kind: Any, default: Any, text: str) -> Flag:
     return Flag(name, kind, default, text, needs=_RANK_ALLOCATION)
 
 
+def _ratio(text: str) -> float | str:
+    """A number, or ``"auto"``."""
+    return text if text == "auto" else float(text)
+
+
+_LORA_INIT = Flag(
+    "lora_init", str, "gaussian", "gaussian (the paper's) or orthogonal.",
+    ("gaussian", "orthogonal").__contains__, "is gaussian or orthogonal",
+)  # fmt: skip
+_ORTHOGONALITY = Flag(
+    "orthogonality", str, "penalty",
+    "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step.",
+    ("penalty", "retraction").__contains__, "is penalty or retraction",
+)  # fmt: skip
 _SINGULAR_VALUE_FLAGS = (
-    Flag(
-        "lora_init", str, "gaussian", "gaussian (the paper's) or orthogonal.",
-        ("gaussian", "orthogonal").__contains__, "is gaussian or orthogonal",
-    ),
+    _LORA_INIT,
+    _ORTHOGONALITY,
     _REG_ORTH_COEF,
     Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +.", needs=_REG_ORTH_COEF),
     Flag("orth_squared", bool, False, "Squared norms in the regulariser.", needs=_REG_ORTH_COEF),
@@ -74,8 +90,9 @@ _SINGULAR_VALUE_FLAGS = (
     _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
     _allocation("importance", str, "inner", "inner: the paper's importance; full: outer factors scored too."),
     Flag(
-        "value_lr_ratio", float, 1.0, "Learning rate of the singular values, as a multiple of --learning_rate.",
-        lambda ratio: 0 < ratio < math.inf, "must be positive and finite",
+        "value_lr_ratio", _ratio, 1.0,
+        "Learning rate of the singular values, as a multiple of --learning_rate; auto: as fast as LoRA's first step.",
+        lambda ratio: ratio == "auto" or 0 < ratio < math.inf, "must be positive and finite, or auto",
     ),
 )  # fmt: skip
 _SCALE_FLAGS = (
@@ -108,7 +125,19 @@ def _widths(args: Any) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _check_factors(args: Any, given: set[str]) -> None:
+    """The start, the rates and the two ways to orthogonality."""
+    for flag, value in (("orthogonality", "retraction"), ("value_lr_ratio", "auto")):
+        if getattr(args, flag) == value and args.lora_init == "gaussian":
+            raise UsageError(f"--{flag} {value} needs orthonormal factors: give --lora_init orthogonal")
+    if args.orthogonality == "retraction":
+        for flag in sorted({"reg_orth_coef", "orth_terms", "orth_squared"} & given):
+            raise UsageError(f"--{flag} has no meaning with --orthogonality retraction: leave it out")
+        args.reg_orth_coef = 0.0
+
+
 def _check_ranks(args: Any, given: set[str]) -> None:
+    _check_factors(args, given)
     if {"target_rank", "target_total_rank"} <= given:
         raise UsageError("--target_rank and --target_total_rank say the same in two ways: give one of them")
     if args.target_rank is None:
@@ -164,18 +193,63 @@ def _inject(model: nn.Module, args: Any) -> None:
         raise UsageError(f"--lora_module: {error}") from None
 
 
+def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], float]]:
+    try:
+        groups = loralib.parameter_groups(model, 1.0, value_lr_ratio=args.value_lr_ratio)
+    except ValueError as error:  # a warm start whose factors are not orthonormal
+        raise UsageError(f"--value_lr_ratio {args.value_lr_ratio}: {error}") from None
+    return [(group["params"], group["lr"]) for group in groups if group["lr"] != 1]
+
+
+def _statistics(model: nn.Module) -> dict[str, float]:
+    """For the history: the mean ‖ΔW‖_F of all layers and of each module type, singular values, orthonormality."""
+    found = loralib.update_statistics(model)
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for name, norm in found.delta_norms.items():
+        published = (short for short, pattern in PUBLISHED_MODULES.items() if re.fullmatch(pattern, name))
+        by_type[next(published, module_type(name))].append(norm)
+    numbers = {
+        "delta_norm": fmean(found.delta_norms.values()),
+        "largest_value": found.largest_value,
+        "smallest_value": found.smallest_value,
+        "orthonormality": found.deviation,
+    }
+    numbers |= {f"delta_norm/{name}": fmean(norms) for name, norms in by_type.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+class _Retraction(TrainerCallback):
+    """Exact factors in the Trainer's loop; made when training begins, because a warm start is loaded by then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            self.exact = loralib.ExactFactors(self.model)
+        except ValueError as error:
+            raise UsageError(f"--orthogonality retraction: {error}") from None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.exact.project_gradients()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.exact.retract()
+
+
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     _inject(model, args)
     layers = loralib.lora_layers(model).values()
     train_only(model, [p for layer in layers for p in layer.lora_parameters()])
-    applied = AppliedMethod(model)
+    applied = AppliedMethod(model, statistics=lambda: _statistics(model))
     if args.method == "lora":
         return applied
     if args.reg_orth_coef > 0:
         regulariser = loralib.OrthogonalityRegulariser(model, args.orth_terms, args.orth_squared)
         applied.regulariser = lambda: args.reg_orth_coef * regulariser()
-    if args.value_lr_ratio != 1:
-        applied.own_rates.append(([layer.lora_E for layer in layers], args.value_lr_ratio))
+    if args.orthogonality == "retraction":
+        applied.callbacks.append(_Retraction(model))
+    applied.own_rates = lambda: _own_rates(model, args)
     if args.rank_allocation and total_steps:
         init_warmup, final_warmup = _schedule(args, total_steps)
         try:

@@ -50,7 +50,9 @@ class AppliedMethod:
         regulariser: its (weighted) value is added to the loss, or None.
         callbacks: further steps of the method inside the training loop.
         stateful: what must travel in a checkpoint beside the trainable parameters; each has state_dict/load_state_dict.
-        own_rates: (parameters, what the learning rate is multiplied by for them).
+        own_rates: gives (parameters, what the learning rate is multiplied by for them), asked for when the optimiser is
+            made.
+        statistics: gives numbers by name for the history, asked for at every logging step.
         needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
         pruned_params: counts the adapter's parameters that belong to pruned ranks.
     """
@@ -61,7 +63,8 @@ class AppliedMethod:
     regulariser: Callable[[], Tensor] | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
     stateful: dict[str, Any] = field(default_factory=dict)
-    own_rates: list[tuple[list[nn.Parameter], float]] = field(default_factory=list)
+    own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
+    statistics: Callable[[], dict[str, float]] = dict
     needs_autocast: bool = False
     pruned_params: Callable[[], int] = lambda: 0
 

@@ -108,11 +108,12 @@ def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> None:
         looks_at_whole_parameters = method.check_fits(model, args, total_steps)
     else:
         applied = method.apply(model, args, total_steps)
-        looks_at_whole_parameters = applied.ranks is not None or applied.regulariser is not None
+        parts = (applied.ranks, applied.regulariser, *applied.callbacks)
+        looks_at_whole_parameters = any(part is not None for part in parts)
     # What FSDP splits over the devices, no process has whole.
     if looks_at_whole_parameters and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UsageError(
-            "pruning and the orthogonality regulariser need whole parameters, which FSDP splits: use torchrun, or a "
+            "pruning and orthogonality need whole parameters, which FSDP splits: use torchrun, or a "
             "method without them (lora, full, hadapter, …)"
         )
 

@@ -1,0 +1,72 @@
+"""Starts, exact factors and rates of parts in the pipeline: what a run's history and checkpoints show."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nlu.run_glue import main
+
+
+@pytest.fixture
+def flags(encoder, tiny_glue):
+    return [
+        "--model_name_or_path", str(encoder), "--task_name", "mrpc", "--glue_dir", str(tiny_glue),
+        "--do_train", "--max_steps", "4", "--per_device_train_batch_size", "8", "--learning_rate", "2e-3",
+        "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "9", "--disable_tqdm", "True",
+        "--logging_steps", "1", "--lr_scheduler_type", "constant",
+    ]  # fmt: skip
+
+
+def run(flags, folder, *more):
+    assert main([*flags, *more, "--root_output_dir", str(folder)]) == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def interrupt(folder, step):
+    """As if the run had stopped after that step."""
+    path = folder / "results.json"
+    path.write_text(path.read_text().replace('"finished"', '"interrupted"'))
+    for checkpoint in (folder / "model").glob("checkpoint-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def weights(folder, step):
+    return load_file(folder / f"model/checkpoint-{step}/model.safetensors")
+
+
+PLUS = ["--method", "lora2_plus"]
+
+
+@pytest.mark.parametrize("options", [PLUS, ["--method", "lora2_plus_k1", "--value_lr_ratio", "auto"]])
+def test_retraction_keeps_factors_orthonormal_and_resumes_exactly(flags, options, tmp_path):
+    record = run(flags, tmp_path, *options)
+    last = weights(tmp_path, 4)
+    for name, factor in last.items():
+        if "lora_A" in name or "lora_B" in name:
+            wide = (factor if factor.shape[0] <= factor.shape[1] else factor.T).double()
+            assert torch.linalg.matrix_norm(wide @ wide.T - torch.eye(len(wide))) < 2e-6
+    entries = record["history"]
+    assert [entry["orthonormality"] < 2e-6 for entry in entries] == [True] * 4
+    assert 0 < entries[0]["delta_norm"] < entries[-1]["delta_norm"]
+    assert entries[-1]["smallest_value"] <= entries[-1]["largest_value"]
+    by_type = [value for name, value in entries[-1].items() if name.startswith("delta_norm/")]
+    assert sum(by_type) / len(by_type) == pytest.approx(entries[-1]["delta_norm"])  # as many layers of each type
+    interrupt(tmp_path, 2)
+    run(flags, tmp_path, *options)
+    again = weights(tmp_path, 4)
+    assert all(torch.equal(last[name], again[name]) for name in last)
+
+
+def test_the_head_has_its_own_rate(flags, tmp_path):
+    """Without weight decay, Adam's first step moves an entry by its rate."""
+    biases = []
+    for rate in ("1e-4", "4e-4"):
+        run([*flags, "--save_steps", "1"], tmp_path / rate, "--method", "lora", "--head_learning_rate", rate)
+        biases.append(weights(tmp_path / rate, 1)["classifier.bias"])
+    assert float((biases[1] - biases[0]).abs().max()) == pytest.approx(3e-4, rel=1e-2)
+    factors = [name for name in weights(tmp_path / "1e-4", 1) if "lora_B" in name]
+    assert all(torch.equal(weights(tmp_path / "1e-4", 1)[n], weights(tmp_path / "4e-4", 1)[n]) for n in factors)
