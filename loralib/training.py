@@ -1,4 +1,4 @@
-"""Regulariser and rank allocation in someone else's training: a helper for plain loops, a mix-in for the Trainer.
+"""Regulariser and rank allocation in any training: a helper for plain loops, a mix-in for transformers' Trainer.
 
 A plain loop adds two lines::
 
@@ -15,13 +15,12 @@ and a transformers Trainer as well::
     class MyTrainer(LowRankTrainerMixin, Trainer): ...
     trainer = MyTrainer(model=model, low_rank=LowRankTraining(model, target_rank=4), ...)
 
-transformers is imported only once a trainer is made.
+transformers is imported only when a trainer is made.
 """
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,8 +115,13 @@ class LowRankTraining:
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]] | None:
-        """For :func:`loralib.save_adapter`; None where nothing is pruned."""
+        """Module name → which singular values are not 0 in the weights now; None where nothing is pruned."""
         return self.allocator.rank_pattern if self.allocator is not None else None
+
+    @property
+    def budget(self) -> int | None:
+        """Singular values that the schedule allows at this step; None where nothing is pruned."""
+        return self.allocator.schedule(self.step)[0] if self.allocator is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the model and the optimiser."""
@@ -145,8 +149,12 @@ class LowRankTrainerMixin:
     Adds the regulariser to the training loss, drives the allocator after every optimiser step, and carries its state
     in the checkpoints, so that ``resume_from_checkpoint`` goes on where it was.
 
+    Evaluating and saving change nothing: between two maskings the weights are scored and saved as they are. The last
+    step of a training masks, so that the final ranks are the target.
+
     Args:
-        low_rank: made for the same model; its ``total_steps`` are the Trainer's.
+        low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
+            ``penalty``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
         args, kwargs: the Trainer's.
     """
 
@@ -170,23 +178,20 @@ class LowRankTrainerMixin:
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Overridden because the Trainer's checkpoint has no public place for a further state.
+
+        ``on_save`` comes too late for a subclass that writes its checkpoints as a whole.
+        """
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             torch.save(self.low_rank.state_dict(), os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_low_rank(checkpoint)
-
-    def _load_best_model(self) -> None:
-        """The best checkpoint's weights (``load_best_model_at_end``), and the ranks that were live with them."""
-        super()._load_best_model()
-        self._load_low_rank(self.state.best_model_checkpoint)
-
-    def _load_low_rank(self, checkpoint: str) -> None:
-        state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
-        self.low_rank.load_state_dict(state)
+            state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+            self.low_rank.load_state_dict(state)
 
 
 def _allocator_callback(low_rank: LowRankTraining) -> Any:
@@ -194,7 +199,9 @@ def _allocator_callback(low_rank: LowRankTraining) -> Any:
 
     class AllocatorCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 0 or low_rank.total_steps is None:  # otherwise the training is resumed
+            resumed = state.global_step > 0 and low_rank.total_steps is not None
+            fresh = low_rank.step == 0 and low_rank.total_steps == state.max_steps
+            if not resumed and not fresh:
                 low_rank.start(state.max_steps)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

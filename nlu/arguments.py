@@ -29,6 +29,7 @@ REFUSED_FLAGS = {
     "greater_is_better": "the best checkpoint is the one where the task's main metric is highest",
     "train_sampling_strategy": "the order is random; --length_bucketing batches similar lengths together",
     "auto_find_batch_size": "it would change the effective batch; set --per_device_train_batch_size",
+    "average_tokens_across_devices": "the loss is always the mean over the rows of all processes",
     "prediction_loss_only": "every evaluation computes the task's metrics",
     "batch_eval_metrics": "the metrics are computed over the whole set",
     "eval_do_concat_batches": "the metrics are computed over the whole set",

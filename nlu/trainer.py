@@ -1,24 +1,29 @@
-"""The Trainer with a method's regulariser, allocator and checkpoints in it."""
+"""transformers' Trainer with a method's loop, row-exact losses and checkpoints that are whole or absent."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
 
+import loralib
 from loralib.files import new_folder_of, remove_leftovers, start_folder
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.errors import RunError
@@ -28,16 +33,13 @@ from nlu.runs.record import one_line, peak_memory_bytes
 from nlu.runs.signals import Interrupted, SignalWatch
 from nlu.tasks import Task
 
-EXTRA_STATE = "extra_state.pt"
+PROGRESS_FILE = "progress.pt"
+_IGNORED = -100  # the class number that torch's cross entropy leaves out
 _MOST_UNCHECKED = 1000  # losses that wait on the device, at most, to be looked at
 
 
-class MethodCallback(TrainerCallback):
-    """Drives the rank allocator and keeps the time.
-
-    The allocator runs after the optimiser step and before the gradients are cleared, as in the published loop; the
-    step counted from 1 is ``global_step + 1`` there.
-    """
+class ProgressCallback(TrainerCallback):
+    """Keeps the time of the steps, and tells the trainer where an epoch ends."""
 
     def __init__(self, trainer: GlueTrainer) -> None:
         self.trainer = trainer
@@ -55,13 +57,8 @@ class MethodCallback(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = True
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        allocator = self.trainer.applied.allocator
-        if allocator is not None:
-            self.trainer.budget, _ = allocator.update_and_mask(self.trainer.model, state.global_step + 1)
 
-
-class GlueTrainer(Trainer):
+class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
 
     Args:
@@ -86,36 +83,74 @@ class GlueTrainer(Trainer):
         self.train_seconds = 0.0
         self.step_started = 0.0
         self.epoch_ended = False
-        self.budget = applied.allocator.initial_total_rank if applied.allocator else None
         self.signals = SignalWatch()
         self._saved_step: int | None = None
         self._restored: dict[str, Any] = {}
         self._unchecked: list[tuple[int, str, Tensor]] = []
-        super().__init__(model=applied.model, compute_loss_func=self._task_loss, **kwargs)
-        self.add_callback(MethodCallback(self))
+        args, rows = kwargs["args"], kwargs.get("train_dataset")
+        self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
+        self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        super().__init__(model=applied.model, low_rank=applied.low_rank, compute_loss_func=self._task_loss, **kwargs)
+        self.add_callback(ProgressCallback(self))
         for callback in applied.callbacks:
             self.add_callback(callback)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
     def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Summed over the rows and divided by those of the whole optimiser step, so that accumulation is exact."""
+        """The loss summed over the rows, divided by the rows of the whole optimiser step.
+
+        Args:
+            outputs: with ``logits``, (rows, labels). labels: (rows,); -100, in regression NaN, leaves a row out.
+            num_items_in_batch: rows over all processes and accumulated batches; None for those given.
+        """
         logits = outputs["logits"].float()
         if self.task.is_regression:
-            total = F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+            logits = logits.squeeze(-1)
+            labels = torch.where(labels.isnan(), logits.detach(), labels.float())
+            total = F.mse_loss(logits, labels, reduction="sum")
         else:
             smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
-            total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=_IGNORED, label_smoothing=smoothing)
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
-    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.applied.regulariser is None or not model.training:
-            return result
-        return result + self.applied.regulariser() / self.current_gradient_accumulation_steps
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, int | None]:
+        """The batches of one optimiser step, and how many rows it has over all processes.
+
+        accelerate repeats rows where the processes do not divide those of an epoch's last batch; the loss leaves a
+        repeated row out.
+        """
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        own = self.args.train_batch_size
+        whole = own * self.args.world_size
+        rows = len(batches) * whole
+        left = len(self.train_dataset) % whole
+        if batches and left and self.accelerator.gradient_state.end_of_dataloader and not self.drop_last:
+            rows += left - whole
+            repeated = batches[-1]["labels"][max(0, left - own * self.args.process_index) :]
+            repeated.fill_(math.nan if self.task.is_regression else _IGNORED)
+        return batches, rows
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the Trainer's, with the loss of each row once: its own mean counts repeated rows too."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if output.label_ids is not None:
+            logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+            loss = self._task_loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(np.asarray(output.label_ids)))
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the Trainer's, with a group of its own for what has a learning rate of its own."""
+        """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.applied.own_rates()
         if self.args.head_learning_rate is not None:
@@ -131,7 +166,16 @@ class GlueTrainer(Trainer):
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's. Only training drops an incomplete last batch: every row is evaluated and predicted."""
+        self.args.dataloader_drop_last = self.drop_last
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        """Overridden because the Trainer takes no sampler: its own order depends on the number of processes."""
         self.train_sampler = self._make_sampler()
         return self.train_sampler
 
@@ -143,32 +187,42 @@ class GlueTrainer(Trainer):
 
     def rows_of_step(self, step: int) -> list[int]:
         """``idx`` of the training rows that all processes together see in that optimiser step, counted from 1."""
-        epoch, position = divmod(step - 1, updates_per_epoch(self.args, len(self.train_dataset)))
+        epoch, position = divmod(step - 1, self.updates_per_epoch)
         sampler, size = self._make_sampler(), effective_batch_size(self.args)
         sampler.set_epoch(epoch)
         return self.train_dataset[list(sampler)[position * size : (position + 1) * size]]["idx"]
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As the Trainer's.
 
         Raises:
             RunError: for a loss, gradient or weight that is not finite, and for a checkpoint that cannot be written.
             Interrupted: after a signal, the state saved.
         """
-        result = super().train(*args, **kwargs)
+        if resume_from_checkpoint is not None:
+            path = Path(resume_from_checkpoint) / PROGRESS_FILE
+            self._restored = torch.load(path, map_location="cpu", weights_only=True)
+        with self.signals.deferred():
+            result = super().train(resume_from_checkpoint, **kwargs)
+        signum = self.signals.agreed()
+        if signum is not None:  # it came after the last step
+            raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         self.check_finite(weights=True)
         return result
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed after the last step: the Trainer would do one more
+        """Overridden for two faults of resuming, which no callback can mend.
+
+        Resumed after the last step, the Trainer would train one more; and it does not tell the sampler the epoch when
+        it skips the batches of a resumed one.
+        """
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # The Trainer's own call does not reach the sampler through the batches it skips in a resumed epoch.
         self.train_sampler.set_epoch(epoch)
-        with self.signals.deferred():
-            super()._run_epoch(epoch=epoch, **kwargs)
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -178,9 +232,11 @@ class GlueTrainer(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Once for the last step of an epoch: the epoch's end follows it and may ask for an evaluation.
+        """Overridden to save after an epoch's evaluation, and to stop for a signal once the step is logged.
 
-        A checkpoint written before that evaluation would lose it: a run resumed there starts with the next epoch.
+        The Trainer calls this after the last step of an epoch and again at the epoch's end, which may ask for an
+        evaluation. A checkpoint written in between would lose that evaluation: a run resumed there starts with the
+        next epoch. So the first of the two calls is left out.
         """
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
         if not self.epoch_ended and last_step:
@@ -228,22 +284,6 @@ class GlueTrainer(Trainer):
             "--learning_rate, or look at these rows"
         )
 
-    def _load_best_model(self) -> None:
-        """The best weights, and the ranks that were live with them."""
-        super()._load_best_model()
-        state = torch.load(Path(self.state.best_model_checkpoint) / EXTRA_STATE, map_location="cpu", weights_only=True)
-        self._load_stateful(state)
-
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Only training drops an incomplete last batch: every row is evaluated and predicted."""
-        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        if is_training:
-            self.args.dataloader_drop_last = drop
-        try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
-        finally:
-            self.args.dataloader_drop_last = drop
-
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.second_eval_dataset is not None:
@@ -255,13 +295,16 @@ class GlueTrainer(Trainer):
             logs |= {"seconds": round(self.train_seconds, 3), "memory_bytes": peak_memory_bytes()}
             logs |= self.applied.statistics()
             if self.applied.ranks is not None:
-                logs |= {"budget": self.budget, "live": self.applied.ranks.live_rank}
+                logs |= {"budget": self.low_rank.budget, "live": self.applied.ranks.live_rank}
         super().log(logs, *args, **kwargs)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Only what trains: the frozen base is not written again. A parameter that layers share is stored once."""
+        """Overridden to write only what trains: the Trainer writes the frozen base with every checkpoint.
+
+        A parameter that layers share is stored once.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -272,12 +315,23 @@ class GlueTrainer(Trainer):
         save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Frozen weights are missing from a checkpoint by design; anything unknown in it is not."""
+        """Overridden because frozen weights are missing from a checkpoint by design, of which the Trainer warns.
+
+        Raises:
+            RunError: for a parameter in the checkpoint that the model lacks.
+        """
         if load_result.unexpected_keys:
-            raise ValueError(f"the checkpoint holds parameters this model lacks: {load_result.unexpected_keys[:3]}")
+            raise RunError(
+                f"the checkpoint holds a parameter that this model lacks ({load_result.unexpected_keys[0]}): give "
+                "--overwrite_output_dir to train anew"
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Everything a resumed run needs, written beside its final place and renamed into it when whole."""
+        """Overridden to write a checkpoint beside its final place and rename it when it is whole.
+
+        Raises:
+            RunError: for a weight that is not finite, and where the disk is full.
+        """
         self.check_finite(weights=True)
         run_folder = Path(self._get_output_dir(trial=trial))
         final = run_folder / f"checkpoint-{self.state.global_step}"
@@ -309,7 +363,7 @@ class GlueTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
         wait_for_all()
         if self.args.should_save:
-            torch.save(self._extra_state(unlogged_loss), temporary / EXTRA_STATE)
+            torch.save(self._progress(unlogged_loss), temporary / PROGRESS_FILE)
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
@@ -319,29 +373,14 @@ class GlueTrainer(Trainer):
             rotate(run_folder, self.args.save_total_limit, {final, Path(best or final)})
         wait_for_all()
 
-    def _extra_state(self, unlogged_loss: Tensor) -> dict[str, Any]:
+    def _progress(self, unlogged_loss: Tensor) -> dict[str, Any]:
+        """The loss since the last logging step, which the Trainer does not save, and the time."""
         return {
-            "stateful": {name: part.state_dict() for name, part in self.applied.stateful.items()},
-            "budget": self.budget,
             "train_seconds": self.train_seconds,
-            # The Trainer keeps the loss since the last logging step outside its own saved state.
             "unlogged_loss": unlogged_loss,
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._restored = torch.load(Path(checkpoint) / EXTRA_STATE, map_location="cpu", weights_only=True)
-        self._load_stateful(self._restored)
-        self.budget = self._restored["budget"]
-        self.train_seconds = self._restored["train_seconds"]
-
-    def _load_stateful(self, state: dict[str, Any]) -> None:
-        for name, part in self.applied.stateful.items():
-            part.load_state_dict(state["stateful"][name])
 
     @property
     def weights_step(self) -> int:
@@ -357,6 +396,7 @@ class GlueTrainer(Trainer):
             losses = self._restored["unlogged_loss"]
             own = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
             self._tr_loss += own.to(self._tr_loss.device)
+            self.train_seconds = self._restored["train_seconds"]
             self._total_loss_scalar = self._restored["logged_loss"]
             self._globalstep_last_logged = self._restored["last_logged_step"]
             self.args.eval_on_start = False  # done, before the first step

@@ -241,26 +241,27 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     _inject(model, args)
     layers = loralib.lora_layers(model).values()
     train_only(model, [p for layer in layers for p in layer.lora_parameters()])
-    applied = AppliedMethod(model, statistics=lambda: _statistics(model))
     if args.method == "lora":
-        return applied
-    if args.reg_orth_coef > 0:
-        regulariser = loralib.OrthogonalityRegulariser(model, args.orth_terms, args.orth_squared)
-        applied.regulariser = lambda: args.reg_orth_coef * regulariser()
-    if args.orthogonality == "retraction":
-        applied.callbacks.append(_Retraction(model))
-    applied.own_rates = lambda: _own_rates(model, args)
+        return AppliedMethod(model, statistics=lambda: _statistics(model))
+    pruning: dict[str, Any] = {}
     if args.rank_allocation and total_steps:
         init_warmup, final_warmup = _schedule(args, total_steps)
-        try:
-            applied.allocator = loralib.RankAllocator(
-                model, args.lora_r, args.target_rank, init_warmup, final_warmup, args.mask_interval,
-                args.beta1, args.beta2, total_steps, args.target_total_rank, args.importance,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        applied.stateful["allocator"] = applied.allocator
-        applied.pruned_params = lambda: pruned_factor_params(applied)
+        pruning = {
+            "total_steps": total_steps, "target_rank": args.target_rank, "target_total_rank": args.target_total_rank,
+            "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": args.mask_interval,
+            "beta1": args.beta1, "beta2": args.beta2, "importance": args.importance,
+        }  # fmt: skip
+    try:
+        low_rank = loralib.LowRankTraining(
+            model, regu_weight=args.reg_orth_coef, terms=args.orth_terms, squared=args.orth_squared, **pruning
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    applied = AppliedMethod(model, low_rank, statistics=lambda: _statistics(model))
+    applied.pruned_params = lambda: pruned_factor_params(applied)
+    applied.own_rates = lambda: _own_rates(model, args)
+    if args.orthogonality == "retraction":
+        applied.callbacks.append(_Retraction(model))
     return applied
 
 

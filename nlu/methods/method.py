@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 import loralib
@@ -45,11 +45,10 @@ class AppliedMethod:
 
     Attributes:
         model: what to train; ``requires_grad`` says which parameters do.
-        allocator: prunes singular values after every optimiser step, or None.
+        low_rank: the regulariser and the rank allocation, as :class:`loralib.LowRankTrainerMixin` drives them; by
+            default neither.
         gates: SoRA's, which close ranks without a budget, or None.
-        regulariser: its (weighted) value is added to the loss, or None.
         callbacks: further steps of the method inside the training loop.
-        stateful: what must travel in a checkpoint beside the trainable parameters; each has state_dict/load_state_dict.
         own_rates: gives (parameters, what the learning rate is multiplied by for them), asked for when the optimiser is
             made.
         statistics: gives numbers by name for the history, asked for at every logging step.
@@ -58,15 +57,22 @@ class AppliedMethod:
     """
 
     model: nn.Module
-    allocator: loralib.RankAllocator | None = None
+    low_rank: Any = None
     gates: Any = None
-    regulariser: Callable[[], Tensor] | None = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
-    stateful: dict[str, Any] = field(default_factory=dict)
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
     statistics: Callable[[], dict[str, float]] = dict
     needs_autocast: bool = False
     pruned_params: Callable[[], int] = lambda: 0
+
+    def __post_init__(self) -> None:
+        if self.low_rank is None:
+            self.low_rank = loralib.LowRankTraining(self.model, regu_weight=0)
+
+    @property
+    def allocator(self) -> loralib.RankAllocator | None:
+        """What prunes singular values against a budget; None where nothing does."""
+        return self.low_rank.allocator
 
     @property
     def ranks(self) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from loralib import match_modules
 from nlu.errors import UsageError, reason
@@ -130,8 +129,8 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
         raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
 
 
-class PeftAdaLora(TrainerCallback):
-    """What peft's AdaLoRA does inside a training loop: regulariser and rank allocation.
+class PeftAdaLora:
+    """What peft's AdaLoRA does inside a training loop, with the methods of :class:`loralib.LowRankTraining`.
 
     Args:
         tuner: peft's ``AdaLoraModel``, its config's ``total_step`` set.
@@ -142,8 +141,15 @@ class PeftAdaLora(TrainerCallback):
         self.config = tuner.peft_config[ADAPTER]
         names = (f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}")
         self._factors = [(n, p) for n, p in tuner.model.named_parameters() if n.endswith(names)]
+        self.total_steps, self.step = self.config.total_step, 0
+        self.allocator = self.budget = None  # the ranks are peft's
 
-    def regulariser(self) -> Tensor:
+    def start(self, total_steps: int) -> None:
+        """Begin a training of that many optimiser steps."""
+        self.config.total_step = self.total_steps = total_steps
+        self.step = 0
+
+    def penalty(self) -> Tensor:
         """orth_reg_weight × the mean over P and Q of all layers of ‖PᵀP − I‖_F, ‖QQᵀ − I‖_F."""
         norms = []
         for name, p in self._factors:
@@ -151,23 +157,26 @@ class PeftAdaLora(TrainerCallback):
             norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=p.dtype, device=p.device)))
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def after_step(self) -> None:
         """Where peft's documentation calls it: after the step, before the gradients are cleared."""
-        self.tuner.update_and_allocate(state.global_step + 1)
+        self.step += 1
+        self.tuner.update_and_allocate(self.step)
 
     def pruned_params(self) -> int:
         """Parameters that belong to pruned singular values, a row of A and a column of B with each."""
         factors = dict(self.tuner.model.named_parameters())
         pruned = 0
-        for name, kept in (self.config.rank_pattern or {}).items():
-            a, b = (factors[name.replace("lora_E", f"lora_{side}")] for side in "AB")
-            pruned += kept.count(False) * (1 + a.shape[1] + b.shape[0])
+        for name, values in factors.items():
+            if name.endswith(f"lora_E.{ADAPTER}"):
+                a, b = (factors[name.replace("lora_E", f"lora_{side}")] for side in "AB")
+                pruned += int((values == 0).sum()) * (1 + a.shape[1] + b.shape[0])
         return pruned
 
     def state_dict(self) -> dict[str, Any]:
         """The scores' moving averages and the ranks, for a checkpoint."""
         allocator = self.tuner.rankallocator
         return {
+            "step": self.step,
             "ipt": dict(allocator.ipt),
             "exp_avg_ipt": dict(allocator.exp_avg_ipt),
             "exp_avg_unc": dict(allocator.exp_avg_unc),
@@ -179,7 +188,7 @@ class PeftAdaLora(TrainerCallback):
         devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
         for key in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
-        self.config.rank_pattern = state["rank_pattern"]
+        self.config.rank_pattern, self.step = state["rank_pattern"], state["step"]
 
 
 # ---- the method ----------------------------------------------------------------------------------------------------
@@ -212,12 +221,10 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     config = _config_of(args, total_steps)
     tuner = inject_peft(model, config, _modules_of(model, config, args))
     train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
-    applied = AppliedMethod(model, needs_autocast=True)
-    if config.peft_type.value == "ADALORA":
-        loop = PeftAdaLora(tuner)
-        applied.regulariser, applied.callbacks, applied.stateful = loop.regulariser, [loop], {"peft": loop}
-        applied.pruned_params = loop.pruned_params
-    return applied
+    if config.peft_type.value != "ADALORA":
+        return AppliedMethod(model, needs_autocast=True)
+    loop = PeftAdaLora(tuner)
+    return AppliedMethod(model, loop, needs_autocast=True, pruned_params=loop.pruned_params)
 
 
 def _check_fits(model: nn.Module, args: Any, total_steps: int) -> bool:

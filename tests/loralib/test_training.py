@@ -160,3 +160,25 @@ def test_adalora_without_pruning_and_bad_settings(pretrained):
         low_rank(model, total_steps=1, init_warmup=1)
     with pytest.raises(ValueError, match="no layer with singular values"):
         loralib.LowRankTraining(injected(pretrained, "lora"))
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_training_that_ends_or_is_best_between_two_maskings_leaves_its_adapter(pretrained, tmp_path, best):
+    """AdamW moves pruned values between two maskings: they are in the weights, so they are in the adapter."""
+    order = iter([0, 2, 1, 0, 0])
+    model = injected(pretrained)
+    evaluated = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6,
+                 "load_best_model_at_end": True, "metric_for_best_model": "order",
+                 "greater_is_better": True}  # fmt: skip
+    trainer = MyTrainer(
+        model=model, train_dataset=rows(pretrained), eval_dataset=rows(pretrained, 4),
+        low_rank=low_rank(model, mask_interval=10, init_warmup=0, final_warmup=0),
+        args=arguments(tmp_path, max_steps=23, optim="adamw_torch", **(evaluated if best else {})),
+        compute_metrics=lambda _: {"order": next(order)},
+    )  # fmt: skip
+    trainer.train()
+    live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
+    folder = loralib.save_adapter(model, tmp_path / "adapter", rank_pattern=trainer.low_rank.rank_pattern)
+    stored = loralib.read_adapter_config(folder).groups[0].rank_pattern
+    assert {name: [flag == "1" for flag in flags] for name, flags in stored.items()} == live
+    assert sum(map(sum, live.values())) == (48 if best else 12)

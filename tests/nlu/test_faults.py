@@ -24,7 +24,7 @@ from nlu.runs import checkpoints as checkpointing
 from nlu.runs import record as records
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.folder import check_run_folder
-from nlu.trainer import GlueTrainer, MethodCallback
+from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 
 
@@ -179,7 +179,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(flags, run_folder, capsys, m
         if state.global_step == 3:
             next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
 
-    monkeypatch.setattr(MethodCallback, "on_optimizer_step", poisoned)
+    monkeypatch.setattr(ProgressCallback, "on_optimizer_step", poisoned)
     assert main(flags) == 1
     assert "a trained weight is not finite at step 4" in error_line(capsys)
     assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]

@@ -22,13 +22,13 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation():
     loop = PeftAdaLora(tuner)
     inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
     model.eval()
-    torch.testing.assert_close(loop.regulariser(), tuner(**inputs).loss - model(**inputs).loss)
+    torch.testing.assert_close(loop.penalty(), tuner(**inputs).loss - model(**inputs).loss)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     budgets = []
-    for step in range(8):
-        (model(**inputs).loss + loop.regulariser()).backward()
+    for _ in range(8):
+        (model(**inputs).loss + loop.penalty()).backward()
         optimizer.step()
-        loop.on_optimizer_step(None, type("State", (), {"global_step": step}), None)
+        loop.after_step()
         optimizer.zero_grad()
         budgets.append(sum(int(p.count_nonzero()) for n, p in model.named_parameters() if "lora_E" in n))
     assert budgets[0] == 48 and budgets[-1] == 32 and budgets == sorted(budgets, reverse=True)
@@ -48,13 +48,13 @@ def test_pefts_adalora_resumes(tmp_path):
 
     def steps(loop, first, last):
         loop.tuner.model.eval()
-        for step in range(first, last):
+        for _ in range(first, last):
             trained = [p for p in loop.tuner.model.parameters() if p.requires_grad]
-            (loop.tuner.model(**inputs).loss + loop.regulariser()).backward()
+            (loop.tuner.model(**inputs).loss + loop.penalty()).backward()
             with torch.no_grad():
                 for p in trained:
                     p -= 0.5 * p.grad
-            loop.on_optimizer_step(None, type("State", (), {"global_step": step}), None)
+            loop.after_step()
             loop.tuner.model.zero_grad()
 
     steps(loops[0], 0, 4)

@@ -130,7 +130,7 @@ def test_the_bomb_works(trap):
     assert trap.exists()
 
 
-@pytest.mark.parametrize("name", ["extra_state.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["progress.pt", "low_rank.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsys, name):
     """Its manifest fits: whoever made the checkpoint made that too."""
     assert main(base_flags) == 0

@@ -1,0 +1,40 @@
+"""What the trainer takes from transformers' private methods, and the versions in which they are as expected."""
+
+import inspect
+
+import transformers
+from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers import Trainer
+
+import loralib
+from nlu.trainer import GlueTrainer
+from tests.nlu.tiny import REPOSITORY
+
+# The oldest and the newest transformers with which these tests have passed.
+TRIED = ("5.20.0", "5.24.0")
+OVERRIDDEN = {
+    "_get_train_sampler": "train_dataset",
+    "_issue_warnings_after_load": "load_result",
+    "_load_optimizer_and_scheduler": "checkpoint",
+    "_maybe_log_save_evaluate": "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
+    "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+    "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    "_save": "output_dir state_dict",
+    "_save_checkpoint": "model trial",
+    "_save_optimizer_and_scheduler": "output_dir",
+}
+
+
+def test_the_trainers_private_methods_are_those_that_were_tried():
+    installed, (oldest, newest) = Version(transformers.__version__), map(Version, TRIED)
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    allowed = next(Requirement(line) for line in lines if line.startswith("transformers"))
+    assert oldest in allowed.specifier and Version(f"{oldest.major}.{oldest.minor - 1}") not in allowed.specifier
+    assert oldest <= installed < Version(f"{newest.major}.{newest.minor + 1}"), "try this version and name it in TRIED"
+    own = {n for kind in (loralib.LowRankTrainerMixin, GlueTrainer) for n in vars(kind) if not n.startswith("__")}
+    assert {n for n in own if n.startswith("_") and hasattr(Trainer, n)} == set(OVERRIDDEN)
+    for name, parameters in OVERRIDDEN.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", *parameters.split()]
+        overrides = [vars(kind)[name] for kind in (loralib.LowRankTrainerMixin, GlueTrainer) if name in vars(kind)]
+        assert all(method.__doc__.startswith("Overridden ") for method in overrides)
