@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import signal
 import sys
+from collections.abc import Collection, Iterable
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What the path that was given can be the cause of; any other OSError is a fault whose traceback is wanted.
@@ -28,6 +30,16 @@ class RunError(RuntimeError):
 def reason(error: BaseException, most: int | None = None) -> str:
     """What another library's exception says, as one line of at most ``most`` characters."""
     return " ".join(str(error).split())[:most]
+
+
+def refuse_unknown_flags(argv: Iterable[str], known: Collection[str]) -> None:
+    """Raise UsageError for the first `--flag` (or `--flag=value`) that is not known, with the nearest one that is."""
+    for token in argv:
+        flag = token.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, 1, 0.7)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
+            raise UsageError(f"unknown argument {flag[:80]}: {hint}")
 
 
 def exit_code(error: BaseException) -> int:

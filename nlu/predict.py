@@ -1,7 +1,7 @@
 """Labels and probabilities for a file of any size, from a trained adapter or a merged checkpoint.
 
     python nlu/predict.py --adapter output/cola/adapter --base microsoft/deberta-v3-base --input new.jsonl
-    cat new.tsv | python nlu/predict.py --model merged --text_fields sentence1,sentence2 --input - --input_format tsv
+    cat new.tsv | python nlu/predict.py --model merged --text_columns sentence1,sentence2 --input - --input_format tsv
 
 Rows come out in the order they went in, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or with "score" in
 place of label and probabilities for a regression task. "line" is the line of the input that the row ends on.
@@ -25,35 +25,42 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import loralib
 from loralib.export import load_base_of, quiet_transformers
-from nlu.data.glue import longest_input
-from nlu.data.streaming import FORMATS, Row, RowReader
-from nlu.errors import UsageError, exit_code, reason
+from nlu.data.tables import FORMATS, Row, open_binary, open_table
+from nlu.data.tokens import longest_input
+from nlu.errors import UsageError, exit_code, reason, refuse_unknown_flags
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
 from nlu.methods.registry import rebuild
 from nlu.tasks import TASKS
 
+# What transformers raises for folders that hold no model, or a damaged one.
+_MODEL_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
 BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
 
 
 @dataclass
 class Predictor:
-    """A model ready to predict: what it reads, and the names of its classes (None for regression)."""
+    """A model ready to predict, its tokenizer, the names of its classes (None for regression), and tokens of a row."""
 
     model: nn.Module
     tokenizer: Any
-    text_fields: tuple[str, ...]
     labels: list[str] | None
     max_length: int
 
     @torch.inference_mode()
-    def __call__(self, texts: Sequence[tuple[str, ...]], batch_size: int) -> list[list[float]]:
+    def __call__(self, texts: Sequence[Sequence[str]], batch_size: int) -> list[list[float]]:
         """For each row its class probabilities, or the one predicted number; batched by length."""
         encoded = self.tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=self.max_length)
         order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
@@ -72,32 +79,54 @@ class Predictor:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
-def load_predictor(arguments: argparse.Namespace) -> Predictor:
+def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the adapter, or the merged checkpoint's configuration, says of its task; UsageError where it is damaged."""
+    if arguments.adapter is None:
+        config = _configuration("--model", arguments.model)
+        return {name: getattr(config, name, None) for name in ("text_columns", "max_seq_length")}
+    try:
+        return loralib.read_adapter_config(arguments.adapter).card
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _configuration(flag: str, source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except _MODEL_ERRORS as error:
+        if os.path.isdir(source):
+            raise UsageError(f"{flag} {source}: {reason(error, 300)}") from None
+        raise UsageError(f"{flag} {source}: there is no such folder, and the hub does not give such a model") from None
+
+
+def text_columns(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
+    """The columns to read: those that are given, else those of the training; UsageError where nobody names them."""
+    if arguments.text_columns is not None:
+        fields = tuple(arguments.text_columns.split(","))
+    else:
+        task = TASKS.get(str(card.get("task")))
+        fields = tuple(card.get("text_columns") or card.get("text_fields") or (task.text_fields if task else ()))
+    if len(fields) not in (1, 2) or not all(type(field) is str and field for field in fields):
+        raise UsageError("which columns hold the text? give --text_columns NAME, or --text_columns NAME,NAME for pairs")
+    return fields
+
+
+def load_predictor(arguments: argparse.Namespace, card: dict[str, Any]) -> Predictor:
     """The adapter on its base, or the merged checkpoint, on the accelerator where there is one.
 
     Raises:
-        UsageError: for a damaged adapter, a base that is missing or does not fit, or text fields nobody names.
+        UsageError: for a damaged adapter, or a base that is missing or does not fit.
     """
-    card: dict[str, Any] = {}
     try:
         if arguments.adapter is not None:
-            config = loralib.read_adapter_config(arguments.adapter)
-            card, source = config.card, arguments.base or config.base_model
-            if source is None:
-                raise UsageError("the adapter does not record its base model: give --base NAME_OR_PATH")
-            model = load_base_of(config, source)
-            rebuild(model, card)
-            loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
+            model, source = _adapted_base(arguments, card)
         else:
-            source = arguments.model
-            with quiet_transformers():
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    source, dtype=torch.float32, trust_remote_code=False
-                )
+            model, source = _checkpoint(arguments.model), arguments.model
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        hint = "" if arguments.base or arguments.model else " (--base names the base model, or its folder)"
-        raise UsageError(reason(error, 400) + hint) from None
+    except UsageError:
+        raise
+    except _MODEL_ERRORS as error:
+        raise UsageError(reason(error, 400)) from None
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
     enable_fast_attention(model)
     enable_first_token(model)
@@ -106,18 +135,39 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     names = None if number == 1 else [model.config.id2label[i] for i in range(number)]
     length = arguments.max_seq_length or card.get("max_seq_length") or 512
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
-    return Predictor(model.eval().to(device), tokenizer, _text_fields(arguments, card), names, length)
+    return Predictor(model.eval().to(device), tokenizer, names, length)
 
 
-def _text_fields(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
-    if arguments.text_fields is not None:
-        fields = tuple(arguments.text_fields.split(","))
-    else:
-        task = TASKS.get(str(card.get("task")))
-        fields = tuple(card.get("text_fields") or (task.text_fields if task else ()))
-    if len(fields) not in (1, 2) or not all(fields):
-        raise UsageError("which columns hold the text? give --text_fields NAME, or --text_fields NAME,NAME for pairs")
-    return fields
+def _adapted_base(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[nn.Module, str]:
+    """The base with the adapter on it, and the base's name or folder."""
+    config = loralib.read_adapter_config(arguments.adapter)
+    source = arguments.base or config.base_model
+    if source is None:
+        raise UsageError("the adapter does not record its base model: give --base NAME_OR_FOLDER")
+    base = _configuration("--base" if arguments.base else "--base is missing; the adapter's record says", source)
+    head = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(base), None)
+    if config.architecture.endswith("ForSequenceClassification") and head and head.__name__ != config.architecture:
+        raise UsageError(
+            f"--base {source} has another architecture ({head.__name__}) than the adapter was trained on "
+            f"({config.architecture}): give the base {config.base_model or 'that it was trained on'}"
+        )
+    model = load_base_of(config, source)
+    rebuild(model, card)
+    loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
+    return model, source
+
+
+def _checkpoint(source: str) -> nn.Module:
+    with quiet_transformers():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise UsageError(
+            f"--model {source} is no trained classifier: it lacks {min(info['missing_keys'])}; give --adapter with it "
+            "as --base, or a merged checkpoint"
+        )
+    return model
 
 
 # ---- rows in, rows out ----------------------------------------------------------------------------------------------
@@ -183,8 +233,8 @@ def predict_rows(
     def flush() -> None:
         nonlocal written
         if buffer:
-            for row, values in zip(buffer, predictor([row.texts for row in buffer], batch_size), strict=True):
-                write(row.line, values)
+            for row, values in zip(buffer, predictor([row.values for row in buffer], batch_size), strict=True):
+                write(row.place, values)
             written += len(buffer)
             buffer.clear()
         after_buffer()
@@ -228,9 +278,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--model", help="folder of a merged checkpoint, or any classifier of transformers")
     parser.add_argument("--base", help="name or folder of the adapter's base model, where its own record is not enough")
     parser.add_argument("--allow_other_base", action="store_true", help="accept a base with other weights")
-    parser.add_argument("--input", required=True, help="a .jsonl, .csv or .tsv file, or - for standard input")
+    parser.add_argument(
+        "--input", required=True, help="a .jsonl, .json, .csv, .tsv or .parquet file, or - for standard input"
+    )
     parser.add_argument("--input_format", choices=FORMATS, help="default: by the suffix; jsonl for standard input")
-    parser.add_argument("--text_fields", help="columns with the text: NAME or NAME,NAME; default: those of training")
+    parser.add_argument("--text_columns", "--text_fields", metavar="NAME[,NAME]",
+                        help="columns with the text; default: those of training")  # fmt: skip
     parser.add_argument("--output", default="-", help="file to write, or - for standard output (default)")
     parser.add_argument("--output_format", choices=("jsonl", "csv"), help="default: csv for a .csv file, else jsonl")
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop",
@@ -240,67 +293,58 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _input_format(arguments: argparse.Namespace) -> str:
-    if arguments.input_format is not None:
-        return arguments.input_format
-    suffix = Path(arguments.input).suffix.lower().removeprefix(".")
-    if arguments.input == "-" or suffix == "json":
-        return "jsonl"
-    if suffix not in FORMATS:
-        raise UsageError(
-            f"{arguments.input}: the suffix does not tell the format: give --input_format jsonl, csv or tsv"
-        )
-    return suffix
-
-
 @contextmanager
-def _open_input(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        yield sys.stdin.buffer
+def open_input(arguments: argparse.Namespace) -> Iterator[tuple[BinaryIO, str, str]]:
+    """The input as a stream, its name for messages, and its format."""
+    if arguments.input == "-":
+        kind = arguments.input_format or "jsonl"
+        if kind == "parquet":
+            raise UsageError("--input -: Parquet is not read from a pipe; give the file's name")
+        yield sys.stdin.buffer, "standard input", kind
         return
-    with open(name, "rb") as stream:
-        yield stream
+    kind = arguments.input_format or Path(arguments.input).suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UsageError(f"--input {arguments.input}: the suffix does not tell the format: give --input_format")
+    with open_binary(arguments.input) as stream:
+        yield stream, arguments.input, kind
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Predict from end to end; UsageError for whatever the user can put right."""
-    if arguments.input != "-" and (not os.path.exists(arguments.input) or os.path.isdir(arguments.input)):
-        raise UsageError(f"--input {arguments.input}: there is no such file")
-    kind = _input_format(arguments)
-    output_kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
     if arguments.model is not None and arguments.base is not None:
         raise UsageError("--base belongs to --adapter: a merged checkpoint needs none")
-    with _open_input(arguments.input) as stream:
-        predictor = load_predictor(arguments)
-        reader = RowReader(
-            stream, "standard input" if arguments.input == "-" else arguments.input, kind, predictor.text_fields
-        )
-        size = os.path.getsize(arguments.input) if os.path.isfile(arguments.input) else None
+    output_kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
+    with open_input(arguments) as (stream, name, kind):
+        card = read_card(arguments)
+        table = open_table(stream, name, kind)
+        rows = table.rows(text_columns(arguments, card))
+        predictor = load_predictor(arguments, card)
+        size = os.path.getsize(name) if os.path.isfile(name) else None
         # disable=None: only a terminal shows it
         bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="predicting")
 
         def on_bad_row(row: Row) -> None:
-            message = f"{reader.name}, line {row.line}: {row.error}"
+            error = table.error(row.place, row.error)
             if arguments.on_error == "stop":
-                raise UsageError(f"{message} (--on_error skip leaves such rows out)")
-            bar.write(f"skipped: {message}", file=sys.stderr)
+                raise UsageError(f"{error} (--on_error skip leaves such rows out)")
+            bar.write(f"skipped: {error}", file=sys.stderr)
+
+        def after_buffer() -> None:
+            bar.update(0 if size is None else stream.tell() - bar.n)
 
         with bar, open_output(arguments.output) as output:
-            written, skipped = predict_rows(
-                reader,
-                predictor,
-                row_writer(output, output_kind, predictor.labels),
-                on_bad_row,
-                arguments.batch_size,
-                lambda: bar.update(reader.bytes_read - bar.n),
-            )
+            write = row_writer(output, output_kind, predictor.labels)
+            written, skipped = predict_rows(rows, predictor, write, on_bad_row, arguments.batch_size, after_buffer)
     print(f"{written} rows predicted, {skipped} skipped", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        run(build_parser().parse_args(argv))
+        parser = build_parser()
+        refuse_unknown_flags(argv, parser._option_string_actions)
+        run(parser.parse_args(argv))
     except UsageError as error:
         return exit_code(error)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough

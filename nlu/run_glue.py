@@ -46,13 +46,15 @@ from nlu.adapter_io import (
     spectra,
 )
 from nlu.arguments import Arguments, parse_arguments
-from nlu.data.glue import limit, load_own_files, load_task_data, longest_input, tokenize
+from nlu.data.glue import limit, load_task_data
+from nlu.data.own import load_own_files
 from nlu.data.predictions import load_predict_task, predict, to_labels
+from nlu.data.tokens import longest_input, tokenize
 from nlu.errors import RunError, UsageError, exit_code, reason
 from nlu.fast.speed import speed_up
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import apply_method, check_method_fits
-from nlu.metrics.scores import compute_glue_metrics
+from nlu.metrics import compute_glue_metrics
 from nlu.ranges import check_optimisation
 from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import check_run_folder, hold_run_folder

@@ -1,26 +1,22 @@
-"""GLUE's data, from local files or the hub, checked row by row; and its tokens."""
+"""GLUE's splits, from local files or the hub, checked row by row."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from torch import nn
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
-from nlu.data.own_files import load_own_files
-from nlu.data.rows import build_dataset, read_labels
-from nlu.data.tables import Table, read_table, read_tsv
+from nlu.data.tables import Table, read_table, shown
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, Task, get_task
 
-__all__ = ["limit", "load_own_files", "load_task_data", "longest_input", "reorder_labels", "tokenize"]
-
 HUB_DATASET = "nyu-mll/glue"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_INT32_MAX = 2**31 - 1
+_FLOAT32_MAX = 3.4028234e38
 
 
 def load_task_data(
@@ -105,69 +101,6 @@ def limit(dataset: Dataset, n: int | None) -> Dataset:
     return dataset.select(range(min(n, len(dataset))))
 
 
-def tokenize(
-    splits: dict[str, Dataset], task: Task, tokenizer, max_seq_length: int, pad_to_max_length: bool = False
-) -> dict[str, Dataset]:
-    """Turn text into token ids, in memory (nothing is written beside the source or into a cache).
-
-    Args:
-        tokenizer: a transformers tokenizer; where it allows fewer than `max_seq_length` tokens, its limit holds.
-        pad_to_max_length: pad every row to `max_seq_length` here; otherwise the collator pads to a batch's longest row.
-
-    Returns:
-        The same splits with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer has them, `labels`
-        (left out of a split whose labels are hidden), `idx`, and `length`, the number of tokens without padding.
-    """
-    pair = len(task.text_fields) == 2
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_seq_length <= special:
-        raise UsageError(f"--max_seq_length {max_seq_length} has no room for text: {special} tokens are special ones")
-    max_length = min(max_seq_length, tokenizer.model_max_length)
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(
-            *(batch[field] for field in task.text_fields),
-            truncation=True,
-            max_length=max_length,
-            padding="max_length" if pad_to_max_length else False,
-            return_attention_mask=True,
-        )
-        return {**encoded, "length": [sum(mask) for mask in encoded["attention_mask"]]}
-
-    result = {}
-    for split, dataset in splits.items():
-        dataset = dataset.select_columns([*task.text_fields, "label", "idx"])
-        dataset = dataset.map(
-            encode,
-            batched=True,
-            remove_columns=list(task.text_fields),
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            new_fingerprint=f"tokens-{split}",
-            desc=f"Tokenizing {task.name} {split}",
-        )
-        hidden = split in task.test_splits and _any_hidden(task, dataset["label"][:])
-        result[split] = dataset.remove_columns("label") if hidden else dataset.rename_column("label", "labels")
-    return result
-
-
-def longest_input(model: nn.Module) -> int | None:
-    """The most tokens that a model with a table of positions reads; None for one without (DeBERTa).
-
-    RoBERTa's table has padding's row and those before it on top, which no token uses.
-    """
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("position_embeddings", "wpe") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
-
-
-def _any_hidden(task: Task, labels: list) -> bool:
-    """Whether labels are missing: NaN where any number may be a label, -1 elsewhere."""
-    unbounded = task.is_regression and task.value_range is None
-    return any(map(math.isnan, labels)) if unbounded else min(labels) < 0
-
-
 # ---- GLUE's splits ---------------------------------------------------------------------------------------------------
 
 
@@ -201,26 +134,22 @@ def _load_hub(task: Task, splits: list[str], cache_dir: str | Path | None) -> di
 
 
 def _load_split(task: Task, split: str, root: Path) -> Dataset:
-    folders = [root / task.name, *(root / name for name in task.official_folders)]
+    hidden = split in task.test_splits
+    folder = root / task.name
     for suffix in _SUFFIXES:
-        path = folders[0] / f"{split}{suffix}"
-        paths = [path] if path.is_file() else sorted(folders[0].glob(f"{split}-*-of-*{suffix}"))
+        path = folder / f"{split}{suffix}"
+        paths = [path] if path.is_file() else sorted(folder.glob(f"{split}-*-of-*{suffix}"))
         if paths:
-            tables = [_glue_table(path, task, split) for path in paths]
+            other, optional = ([], ["label", "idx"]) if hidden else (["label"], ["idx"])
+            tables = [read_table(path, task.text_fields, other, optional) for path in paths]
             return build_dataset(task, [(table, read_labels(table, task, split)) for table in tables])
+    folders = list(dict.fromkeys([folder, *(root / name for name in task.official_folders)]))
     for folder in folders:
         table = _read_official(task, split, folder)
         if table is not None:
             return build_dataset(task, [(table, read_labels(table, task, split))])
     known = f"{split}.jsonl (.json, .parquet, .csv) or {_official_file(task, split)}"
-    looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
-    raise UsageError(f"no {split} split of {task.name}: looked for {known} in {looked}")
-
-
-def _glue_table(path: Path, task: Task, split: str) -> Table:
-    hidden = split in task.test_splits
-    required = [*task.text_fields] if hidden else [*task.text_fields, "label"]
-    return read_table(path, required, ["label", "idx"] if hidden else ["idx"])
+    raise UsageError(f"no {split} split of {task.name}: looked for {known} in {', '.join(map(str, folders))}")
 
 
 def _official_file(task: Task, split: str) -> str:
@@ -229,50 +158,116 @@ def _official_file(task: Task, split: str) -> str:
 
 def _read_official(task: Task, split: str, folder: Path) -> Table | None:
     """The split from the release's TSV files under the hub's column names; None where there is no such file."""
-    text = task.official_text or task.text_fields
-    hidden = split in task.test_splits
-    required = [*text] if hidden else [*text, task.official_label]
-    if task.name == "mrpc":
-        table = _read_msr(folder, split, required, task.official_label)
-        if table is not None:
-            return _renamed(table, task, text)
+    text, label = task.official_text or task.text_fields, task.official_label
+    other, optional = ([], [label]) if split in task.test_splits else ([label], [])
     path = folder / _official_file(task, split)
-    if not path.is_file():
-        return None
-    header = None if hidden else task.official_header
-    optional = [task.official_label] if hidden else []
-    return _renamed(read_tsv(path, required, optional, header, task.short_rows_skipped), task, text)
-
-
-def _renamed(table: Table, task: Task, text: Sequence[str]) -> Table:
-    names = {**dict(zip(text, task.text_fields, strict=True)), task.official_label: "label"}
-    table.columns = {names.get(name, name): values for name, values in table.columns.items()}
+    table = _read_msr(folder, split, text, label) if task.name == "mrpc" else None
+    if table is None and path.is_file():
+        header = None if split in task.test_splits else task.official_header
+        table = read_table(path, text, other, optional, header=header, skip=task.short_rows_skipped)
+    if table is not None:
+        names = {**dict(zip(text, task.text_fields, strict=True)), label: "label"}
+        table.columns = {names.get(name, name): values for name, values in table.columns.items()}
     return table
 
 
-def _read_msr(folder: Path, split: str, required: list[str], label: str) -> Table | None:
+def _read_msr(folder: Path, split: str, text: Sequence[str], label: str) -> Table | None:
     """MRPC as Microsoft publishes it: the rows of the training file that `dev_ids.tsv` names are GLUE's dev set.
 
     `idx` is the row in the training file for both, as on the hub. The test file has its true labels.
     """
-    if split == "test":
-        path = folder / "msr_paraphrase_test.txt"
-        return read_tsv(path, required, [label]) if path.is_file() else None
-    path = folder / "msr_paraphrase_train.txt"
-    ids_path = next((p for p in (folder / "dev_ids.tsv", folder / "mrpc_dev_ids.tsv") if p.is_file()), None)
-    if not path.is_file() or ids_path is None:
+    path = folder / f"msr_paraphrase_{'test' if split == 'test' else 'train'}.txt"
+    if not path.is_file():
         return None
+    if split == "test":
+        return read_table(path, text, optional=[label], kind="tsv")
+    ids_path = next((p for p in (folder / "dev_ids.tsv", folder / "mrpc_dev_ids.tsv") if p.is_file()), None)
+    if ids_path is None:
+        if (folder / _official_file(get_task("mrpc"), split)).is_file():
+            return None
+        raise UsageError(
+            f"{folder} has {path.name} but neither dev_ids.tsv nor mrpc_dev_ids.tsv: put that file there, since it "
+            "names the rows of GLUE's dev set"
+        )
     keys = ["#1 ID", "#2 ID"]
-    ids = read_tsv(ids_path, keys, [], header=keys)
-    table = read_tsv(path, required + keys, [])
-    dev = dict.fromkeys(zip(*(ids.columns[key] for key in keys), strict=True))
-    rows = list(zip(*(table.columns[key] for key in keys), strict=True))
-    lost = set(dev) - set(rows)
-    if lost:
-        row = next(row for row, key in enumerate(dev) if key in lost)
-        raise ids.error(row, f"this pair of ids is not in {path.name}")
-    kept = [row for row, key in enumerate(rows) if (key in dev) == (split == "validation")]
+    ids = read_table(ids_path, keys, header=keys)
+    table = read_table(path, text, [label, *keys], kind="tsv")
+    dev, rows = (list(zip(*(part.columns[key] for key in keys), strict=True)) for part in (ids, table))
+    known, wanted = set(rows), set(dev)
+    lost = next((row for row, key in enumerate(dev) if key not in known), None)
+    if lost is not None:
+        raise ids.error(lost, f"this pair of ids is not in {path.name}")
+    kept = [row for row, key in enumerate(rows) if (key in wanted) == (split == "validation")]
     if not kept:
         raise UsageError(f"{path}: no rows are left for {split} beside {ids_path.name}")
-    columns = {name: [table.columns[name][row] for row in kept] for name in required}
-    return Table(path, {**columns, "row": kept}, [table.places[row] for row in kept], "line", typed=False)
+    return table.select(kept)
+
+
+# ---- checked rows ----------------------------------------------------------------------------------------------------
+
+
+def build_dataset(task: Task, parts: list[tuple[Table, list]]) -> Dataset:
+    """One data set, in the hub's columns and types, from tables with their labels."""
+    columns: dict[str, list] = {name: [] for name in (*task.text_fields, "label", "idx")}
+    for table, labels in parts:
+        for name in task.text_fields:
+            columns[name] += table.columns[name]
+        columns["idx"] += _indices(table, len(columns["idx"]))
+        columns["label"] += labels
+    label = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
+    features = {**{name: Value("string") for name in task.text_fields}, "label": label, "idx": Value("int32")}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _indices(table: Table, start: int) -> list[int]:
+    """The column `idx`, else the number of the row in the file, counted on from `start`."""
+    values = table.columns.get("idx")
+    if values is None:
+        return [start + number for number in table.numbers]
+    if not table.reader.typed:
+        values = [int(value) if value.isdecimal() and len(value) <= 10 else value for value in values]
+    for row, value in enumerate(values):
+        if type(value) is not int or not 0 <= value <= _INT32_MAX:
+            raise table.error(row, f"column 'idx' must be a row number, got {shown(value)}")
+    return values
+
+
+def as_number(value: object) -> float | None:
+    """The number that a value of a data file is (text from CSV included), None where it is not a finite float32."""
+    if type(value) not in (int, float, str) or (type(value) is str and "_" in value):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if abs(number) <= _FLOAT32_MAX else None
+
+
+def read_labels(table: Table, task: Task, split: str) -> list[int] | list[float]:
+    """The labels as class numbers or floats; -1 where a test split hides them."""
+    hidden = split in task.test_splits
+    values = table.columns.get("label")
+    if values is None:
+        return [-1.0 if task.is_regression else -1] * len(table)
+    if task.is_regression:
+        low, high = task.value_range
+        numbers = [None if table.reader.typed and type(value) is str else as_number(value) for value in values]
+        wrong = (i for i, x in enumerate(numbers) if x is None or not (low <= x <= high or (hidden and x == -1)))
+        expected = f"a number from {low:g} to {high:g}"
+    else:
+        codes: dict[object, int] = {word: code for code, word in enumerate(task.labels)}
+        codes |= {code if table.reader.typed else str(code): code for code in range(-hidden, len(task.labels))}
+        # JSON's true and 1.0 equal 1 as dictionary keys, so the type is looked at too
+        numbers = [codes.get(value) if type(value) in (int, str) else None for value in values]
+        wrong = (i for i, x in enumerate(numbers) if x is None)
+        expected = f"{', '.join(map(str, range(len(task.labels))))} or {', '.join(task.labels)}"
+    row = next(wrong, None)
+    if row is not None:
+        raise table.error(row, _label_message(values[row], expected, task.name, split))
+    return numbers
+
+
+def _label_message(value: object, expected: str, name: str, split: str) -> str:
+    if value in (-1, "-1", "-1.0"):
+        return f"label {shown(value)} (hidden) in a {split} split; {name} needs {expected} there"
+    return f"label {shown(value)} is not one of {name}'s: {expected}"

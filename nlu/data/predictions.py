@@ -1,20 +1,38 @@
-"""What a run predicts at its end: its own test sets, and GLUE's diagnostic set AX by the model trained on MNLI."""
+"""Predictions of test sets, in the form that the GLUE server wants: one TSV file a test set, and all of them in a zip.
+
+python nlu/data/predictions.py output/glue/cola output/glue/sst2 … --out submission.zip
+"""
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
+import sys
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 from datasets import Dataset
 
-from nlu.arguments import Arguments
-from nlu.data.glue import limit, load_task_data, reorder_labels, tokenize
-from nlu.data.submission import write_predictions
-from nlu.errors import UsageError
-from nlu.tasks import Task, get_task
-from nlu.trainer import GlueTrainer
+from loralib.files import write_bytes
+from nlu.data.glue import as_number, limit, load_task_data, reorder_labels
+from nlu.data.tables import read_table, shown
+from nlu.data.tokens import tokenize
+from nlu.errors import UsageError, exit_code
+from nlu.tasks import TASKS, Task, get_task
+
+if TYPE_CHECKING:
+    from nlu.arguments import Arguments
+    from nlu.trainer import GlueTrainer
+
+_SERVER = {name: (task, rows) for task in TASKS.values() for name, rows in task.submission_files}
+_SUBFOLDER = "predictions"
 
 
 def load_predict_task(arguments: Arguments, task: Task, tokenizer: Any) -> list[tuple[Task, dict[str, Dataset]]]:
@@ -54,3 +72,162 @@ def predict(
         output = trainer.predict(rows.remove_columns("labels") if "labels" in rows.column_names else rows)
         if arguments.training.should_save:
             write_predictions(task, split, rows["idx"][:], to_labels(task, output.predictions), folder / "predictions")
+
+
+def write_predictions(
+    task: Task, split: str, indices: Sequence[int], predictions: Sequence[float], folder: str | Path
+) -> Path:
+    """Write one test split's predictions, ordered by index, and return the file.
+
+    The file is the GLUE server's (`MNLI-m.tsv`), or `<task>_<split>.tsv` for a task of one's own, with the columns
+    `index` and `prediction`. Classes are the server's words; STS-B's scores are cut to [0, 5], with three decimals.
+
+    Args:
+        indices: the `idx` of each test row.
+        predictions: (n,) class numbers, or numbers for a regression task.
+
+    Raises:
+        UsageError: a prediction is not a class of the task or not finite, or an index occurs twice.
+    """
+    if split not in task.test_splits:
+        raise UsageError(f"task {task.name} has no test split {split!r}: choose from {', '.join(task.test_splits)}")
+    indices, predictions = list(map(int, indices)), list(predictions)
+    if len(set(indices)) != len(indices) or len(indices) != len(predictions):
+        raise UsageError(f"{task.name} {split}: {len(predictions)} predictions for {len(set(indices))} different rows")
+    names = dict(zip(task.test_splits, (name for name, _ in task.submission_files), strict=False))
+    lines = ["index\tprediction"]
+    for index, prediction in sorted(zip(indices, predictions, strict=True)):
+        lines.append(f"{index}\t{_word(task, prediction)}")
+    path = Path(folder) / names.get(split, f"{task.name}_{split}.tsv")
+    _write(path, ("\n".join(lines) + "\n").encode())
+    return path
+
+
+def _word(task: Task, prediction: float) -> str:
+    if task.is_regression:
+        number = as_number(float(prediction))
+        if number is None:
+            raise UsageError(f"{task.name}: prediction {prediction} is not a finite number: training diverged")
+        if task.value_range is not None:
+            number = min(max(number, task.value_range[0]), task.value_range[1])
+        return f"{number:.3f}"
+    if prediction != int(prediction) or not 0 <= prediction < task.num_labels:
+        raise UsageError(f"{task.name}: prediction {prediction} is not a class from 0 to {task.num_labels - 1}")
+    return task.submission_labels[int(prediction)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def check_submission(folder: str | Path) -> dict[str, Path]:
+    """Check every TSV file of a folder (and of its subfolder `predictions`) against the server's rules.
+
+    Returns:
+        The server's file name -> the file.
+
+    Raises:
+        UsageError: the folder or a TSV file in it is not what the server takes: a wrong name or header, indices that
+            do not run from 0, another number of rows than the test set has, a wrong label word or STS-B score.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    found: dict[str, Path] = {}
+    for path in sorted([*folder.glob("*.tsv"), *(folder / _SUBFOLDER).glob("*.tsv")]):
+        if path.name not in _SERVER:
+            raise UsageError(f"{path}: the server takes no such file; its names are {', '.join(_SERVER)}")
+        if path.name in found:
+            raise UsageError(f"{path.name} is there twice: {found[path.name]} and {path}; remove one")
+        _check_file(path, *_SERVER[path.name])
+        found[path.name] = path
+    if not found:
+        raise UsageError(f"{folder}: no predictions there; run with --do_predict first")
+    return found
+
+
+def _check_file(path: Path, task: Task, rows: int) -> None:
+    header = ["index", "prediction"]
+    table = read_table(path, header, header=header)
+    indices, values = (table.columns[name] for name in header)
+    if [indices[0], values[0]] != header:
+        raise table.error(0, f"the header must be index<tab>prediction, got {shown(indices[0])} and {shown(values[0])}")
+    for row in range(1, len(table)):
+        if indices[row] != str(row - 1):
+            raise table.error(row, f"index {shown(indices[row])} where {row - 1} comes next")
+        if task.is_regression:
+            number, (low, high) = as_number(values[row]), task.value_range
+            if number is None or not low <= number <= high:
+                raise table.error(row, f"{shown(values[row])} is not a score from {low:g} to {high:g}")
+        elif values[row] not in task.submission_labels:
+            raise table.error(row, f"label {shown(values[row])} is not one of {', '.join(task.submission_labels)}")
+    if len(table) != rows + 1:
+        raise UsageError(f"{path}: {len(table) - 1} rows where the test set has {rows}; predict the whole test set")
+
+
+def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partial: bool = False) -> dict[str, Path]:
+    """Check the predictions of several runs and put them into one zip, its files at the top level.
+
+    Returns:
+        The server's file name -> the file taken, in the server's order.
+
+    Raises:
+        UsageError: what `check_submission` refuses, one test set in two folders, or a missing one (but for
+            `allow_partial`).
+    """
+    found: dict[str, Path] = {}
+    for folder in dict.fromkeys(map(Path, folders)):
+        for name, path in check_submission(folder).items():
+            if name in found:
+                raise UsageError(f"{name} is there twice: {found[name]} and {path}; leave out one of the folders")
+            found[name] = path
+    missing = [name for name in _SERVER if name not in found]
+    if missing and not allow_partial:
+        raise UsageError(
+            f"the server wants all eleven files; missing: {', '.join(missing)} (--allow_partial zips the rest)"
+        )
+
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in _SERVER:
+            if name in found:
+                archive.write(found[name], name)
+    _write(Path(out), content.getvalue())
+    return {name: found[name] for name in _SERVER if name in found}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="predictions.py",
+        allow_abbrev=False,
+        description="Gather the test predictions of several runs (--do_predict) into the zip for gluebenchmark.com.",
+        epilog="The server scores a zip only when it has all eleven files: the nine tasks (two for MNLI) and the "
+        "diagnostic set AX, predicted with the MNLI model. Every file is checked: its name, its header, indices from 0 "
+        "without a gap, as many rows as the official test set, label words, STS-B scores from 0 to 5.",
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="a run's --root_output_dir, or a folder of TSV files"
+    )
+    parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
+    parser.add_argument(
+        "--allow_partial",
+        action="store_true",
+        help="zip what is there although files are missing, to look at or complete",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        taken = make_submission(options.folders, options.out, options.allow_partial)
+    except UsageError as error:
+        return exit_code(error)
+    for name, path in taken.items():
+        print(f"{name:<10} {_SERVER[name][1]:>7,} rows  {path}")
+    print(f"wrote {options.out} with {len(taken)} of {len(_SERVER)} files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

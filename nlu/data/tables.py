@@ -1,14 +1,19 @@
-"""Tables from files: JSON lines, JSON, Parquet, CSV and TSV, with the place of every row kept for error messages."""
+"""The rows of JSON lines, JSON, Parquet, CSV and TSV files, as a stream in which every row knows its place.
+
+Training, prediction and GLUE's official files read through this one reader. Only a JSON list is held in memory whole.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,13 +22,26 @@ from nlu.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+LONGEST_LINE = 1 << 24  # characters; this also bounds the memory that a file without line breaks takes
+_NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
+_NOT_USABLE_JSON = "not usable JSON (a number too long, or nested too deep)"
+# What pyarrow raises for damaged files, and Python for values that it cannot hold.
+_PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, OverflowError, LookupError, TypeError)
 
-class MissingColumn(UsageError):
-    """A required column, `column`, is not in the file."""
 
-    def __init__(self, place: str, column: str, present: Iterable[str]):
-        super().__init__(f"{place}: no column {column!r}; the columns are {shown(', '.join(map(str, present)))}")
-        self.column = column
+class Row(NamedTuple):
+    """One row of a file.
+
+    Attributes:
+        place: the line that the row ends on, or its number in formats without lines; both count from 1.
+        values: the values of the columns that were asked for, in that order; None for a bad row.
+        error: what is wrong with a bad row.
+    """
+
+    place: int
+    values: list[Any] | None
+    error: str | None = None
 
 
 def shown(value: object) -> str:
@@ -32,207 +50,328 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-@dataclass
-class Table:
-    """Some columns of one file.
+def _missing(column: str, present: Iterable[str]) -> str:
+    return f"no column {column!r}; the columns are {shown(', '.join(map(str, present)))}"
+
+
+# ---- readers ---------------------------------------------------------------------------------------------------------
+
+
+class TableReader:
+    """Reads one open file or pipe row by row; `open_table` makes the reader of a format.
 
     Attributes:
-        path: the file.
-        columns: column name -> its values, one a row.
-        places: for every row the line it ends on, or its number; both count from 1.
-        unit: "line" or "row", saying which.
-        typed: whether the file tells numbers from text (JSON, Parquet); otherwise every value is text (CSV, TSV).
+        columns: the columns of the file; for JSON those of the first row.
+        typed: whether the format tells numbers from text (JSON, Parquet); otherwise every value is text.
+        unit: what `Row.place` counts, "line" or "row".
     """
 
-    path: Path
+    typed, unit = True, "line"
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = name
+        self.columns: list[str] = []
+
+    def error(self, place: int, message: str) -> UsageError:
+        """The error for one row, naming the file and the place."""
+        return UsageError(f"{self.name}, {self.unit} {place}: {message}")
+
+    def present(self, optional: Sequence[str]) -> list[str]:
+        """Those of the columns that the file has."""
+        return [name for name in optional if name in self.columns]
+
+    def rows(self, text: Sequence[str], other: Sequence[str] = (), blank: bool = False) -> Iterator[Row]:
+        """The rows, bad ones included, with the values of the columns `text` and `other`.
+
+        Args:
+            text: columns that must hold text.
+            blank: whether a text may be empty.
+
+        Raises:
+            UsageError: the file lacks a column or has two of that name, or cannot be read further.
+        """
+        for row in self._read([*text, *other]):
+            if row.error is None:
+                errors = (_text_error(name, value, blank) for name, value in zip(text, row.values, strict=False))
+                error = next(filter(None, errors), None)
+                if error is not None:
+                    row = Row(row.place, None, error)
+            yield row
+
+    def _read(self, wanted: list[str]) -> Iterator[Row]:
+        raise NotImplementedError
+
+    def _positions(self, wanted: list[str]) -> list[int]:
+        for name in wanted:
+            if name not in self.columns:
+                raise self.error(1, _missing(name, self.columns))
+            if self.columns.count(name) > 1:
+                raise self.error(1, f"two columns are called {name!r}")
+        return [self.columns.index(name) for name in wanted]
+
+
+class _Lines:
+    """The lines of a text file with their ends, counted; `fault` says what is wrong with those since it was cleared."""
+
+    def __init__(self, stream: BinaryIO, newline: str) -> None:
+        self.file = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline)
+        self.number, self.fault = 0, None
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.file.readline(LONGEST_LINE):
+            self.number += 1
+            rest = line
+            while len(rest) == LONGEST_LINE and not rest.endswith("\n"):
+                self.fault = f"the line has more than {LONGEST_LINE:,} characters"
+                rest = self.file.readline(LONGEST_LINE)
+            if not line.isascii() and not _is_unicode(line):
+                self.fault = _NOT_UTF8
+            yield line
+
+    def row(self, values: Any, error: str | None = None) -> Row:
+        """The row that ends on this line, bad where one of its lines is."""
+        fault, self.fault = self.fault or error, None
+        return Row(self.number, values, fault)
+
+
+class _Delimited(TableReader):
+    """CSV with RFC 4180 quotes, and TSV in which quotes are ordinary characters, as in GLUE's release."""
+
+    typed = False
+
+    def __init__(self, stream: BinaryIO, name: str | Path, kind: str, header: Sequence[str] | None) -> None:
+        super().__init__(name)
+        # In CSV each kind of line end ends a line; in TSV the others are ordinary characters of GLUE's texts.
+        self.lines = _Lines(stream, "" if kind == "csv" else "\n")
+        self.all_rows = self._csv() if kind == "csv" else self._tsv()
+        if header is None:
+            first = next(self.all_rows, None)
+            if first is None:
+                raise UsageError(f"{name}: the file is empty; its first line must name the columns")
+            if first.error is not None:
+                raise self.error(first.place, first.error)
+            header = first.values
+        self.columns = list(header)
+
+    def _tsv(self) -> Iterator[Row]:
+        for line in self.lines:
+            yield self.lines.row(line.removesuffix("\n").removesuffix("\r").split("\t"))
+
+    def _csv(self) -> Iterator[Row]:
+        reader = csv.reader(iter(self.lines), strict=True)
+        while True:
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                yield self.lines.row([], f"not valid CSV ({error})")
+                continue
+            if fields is None:
+                return
+            if fields:
+                yield self.lines.row(fields)
+
+    def _read(self, wanted: list[str]) -> Iterator[Row]:
+        positions, width = self._positions(wanted), len(self.columns)
+        for place, fields, error in self.all_rows:
+            if error is not None:
+                yield Row(place, None, error)
+            elif len(fields) == width:
+                yield Row(place, [fields[position] for position in positions])
+            elif len(fields) > 1 or fields[0].strip():  # not an empty line
+                names = shown(", ".join(self.columns))
+                yield Row(place, None, f"{len(fields)} fields where {width} are expected ({names})")
+
+
+class _Json(TableReader):
+    """One object a line; a `.json` file may also be one list of objects."""
+
+    def __init__(self, stream: BinaryIO, name: str | Path, kind: str) -> None:
+        super().__init__(name)
+        self.lines = _Lines(stream, "\n")
+        is_list = kind == "json" and stream.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        rows = self._list() if is_list else self._objects()
+        first = next(rows, None)
+        self.columns = list(first.values) if first is not None and type(first.values) is dict else []
+        self.all_rows = rows if first is None else itertools.chain([first], rows)
+
+    def _objects(self) -> Iterator[Row]:
+        for line in self.lines:
+            if not line.strip():
+                continue
+            try:
+                yield self.lines.row(json.loads(line))
+            except json.JSONDecodeError as error:
+                yield self.lines.row(None, f"not valid JSON ({error.msg}, column {error.colno})")
+            except (ValueError, RecursionError):
+                yield self.lines.row(None, _NOT_USABLE_JSON)
+
+    def _list(self) -> Iterator[Row]:
+        text = self.lines.file.read()
+        if not _is_unicode(text):
+            raise UsageError(f"{self.name}: {_NOT_UTF8}")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise self.error(error.lineno, f"not valid JSON ({error.msg}, column {error.colno})") from None
+        except (ValueError, RecursionError):
+            raise UsageError(f"{self.name}: {_NOT_USABLE_JSON}") from None
+        self.unit = "row"
+        return map(Row, itertools.count(1), values)
+
+    def _read(self, wanted: list[str]) -> Iterator[Row]:
+        for place, record, error in self.all_rows:
+            if error is not None:
+                yield Row(place, None, error)
+            elif type(record) is not dict:
+                yield Row(place, None, f'expected an object such as {{"{wanted[0]}": …}}, got {shown(record)}')
+            elif missing := [name for name in wanted if name not in record]:
+                yield Row(place, None, _missing(missing[0], record))
+            else:
+                yield Row(place, [record[name] for name in wanted])
+
+
+class _Parquet(TableReader):
+    unit = "row"
+
+    def __init__(self, stream: BinaryIO, name: str | Path) -> None:
+        super().__init__(name)
+        try:
+            self.file = pq.ParquetFile(stream)
+            self.columns = list(self.file.schema_arrow.names)
+        except _PARQUET_ERRORS as error:
+            raise self._damaged(error) from None
+
+    def _read(self, wanted: list[str]) -> Iterator[Row]:
+        self._positions(wanted)
+        place = itertools.count(1)
+        try:
+            for batch in self.file.iter_batches(columns=wanted):
+                columns = [batch.column(name).to_pylist() for name in wanted]
+                yield from map(Row, place, map(list, zip(*columns, strict=True)))
+        except _PARQUET_ERRORS as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: BaseException) -> UsageError:
+        return UsageError(f"{self.name}: not a readable Parquet file ({shown(str(error))})")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written as UTF-8: it holds no byte that could not be decoded and no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text_error(name: str, value: object, blank: bool) -> str | None:
+    if type(value) is not str:
+        return f"column {name!r} must be text, got {shown(value)}"
+    if not blank and not value.strip():
+        return f"column {name!r} is empty"
+    if not value.isascii() and not _is_unicode(value):
+        return f"column {name!r} holds half of a surrogate pair, which is not text"
+    return None
+
+
+def open_table(
+    stream: BinaryIO, name: str | Path, kind: str | None = None, header: Sequence[str] | None = None
+) -> TableReader:
+    """The reader of an open binary file or pipe.
+
+    Args:
+        name: the file's name for messages. kind: one of `FORMATS`; by default the suffix of the name tells it.
+        header: the columns of a CSV or TSV file that comes without a header line.
+
+    Raises:
+        UsageError: another suffix, a file that is damaged from its start, or one without a header.
+    """
+    kind = kind or Path(name).suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UsageError(f"{name}: the format is told by the suffix: .jsonl, .json, .parquet, .csv or .tsv")
+    if kind == "parquet":
+        return _Parquet(stream, name)
+    return _Delimited(stream, name, kind, header) if kind in ("csv", "tsv") else _Json(stream, name, kind)
+
+
+def open_binary(path: str | Path) -> BinaryIO:
+    """A file to read; UsageError where it is missing, is a folder, or may not be read."""
+    try:
+        return open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        raise UsageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+# ---- a whole file ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    """Some columns of one file, in memory.
+
+    Attributes:
+        reader: of the file, for its name and its kind of values.
+        columns: column name -> its values, one a row.
+        places: the place of each row, see `Row`.
+        numbers: the number of each row in the file, from 0; rows that were left out are counted.
+    """
+
+    reader: TableReader
     columns: dict[str, list]
-    places: Sequence[int]
-    unit: str
-    typed: bool
+    places: list[int]
+    numbers: list[int]
 
     def __len__(self) -> int:
         return len(self.places)
 
     def error(self, row: int, message: str) -> UsageError:
-        """The error for one row (counting from 0), naming file and line."""
-        return UsageError(f"{self.path}, {self.unit} {self.places[row]}: {message}")
+        """The error for one row of the table (counting from 0), naming the file and the place."""
+        return self.reader.error(self.places[row], message)
+
+    def select(self, rows: Sequence[int]) -> Table:
+        """The table of these rows (counting from 0)."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        places, numbers = ([values[row] for row in rows] for values in (self.places, self.numbers))
+        return Table(self.reader, columns, places, numbers)
 
 
-def read_table(path: Path, required: Iterable[str], optional: Iterable[str] = ()) -> Table:
-    """Read the named columns of a file, by its suffix: .jsonl, .json (lines or one list), .parquet, .csv or .tsv.
-
-    A CSV file has a header and RFC 4180 quotes; a TSV file has a header, and quotes are ordinary characters in it, as
-    in GLUE's release. Optional columns are read when the first row has them.
-
-    Raises:
-        UsageError: the file is missing, empty, malformed or lacks a required column; names the file and the line.
-    """
-    path, required, optional = Path(path), list(required), list(optional)
-    readers = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
-    suffix = path.suffix.lower()
-    if suffix == ".tsv":
-        return read_tsv(path, required, optional)
-    if suffix not in readers:
-        raise UsageError(f"{path}: the format is told by the suffix: .jsonl, .json, .parquet, .csv or .tsv")
-    return readers[suffix](path, required, optional)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _read_text(path: Path) -> str:
-    data = _read_bytes(path)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
-    if not text.strip():
-        raise UsageError(f"{path}: the file is empty")
-    return text
-
-
-def _wanted(path: Path, present: Iterable[str], required: list[str], optional: list[str]) -> list[str]:
-    present = list(present)
-    missing = [name for name in required if name not in present]
-    if missing:
-        raise MissingColumn(f"{path}, line 1", missing[0], present)
-    return required + [name for name in optional if name in present]
-
-
-def _lines(text: str) -> list[str]:
-    """The lines, without the empty one after the last line feed. Other Unicode line breaks are ordinary characters."""
-    lines = text.split("\n")
-    return lines[:-1] if not lines[-1].strip() else lines
-
-
-# ---- JSON -----------------------------------------------------------------------------------------------------------
-
-
-def _parse_json(path: Path, line: int, text: str) -> object:
-    """Parse text that begins on that line of the file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {line + error.lineno - 1}"
-        raise UsageError(f"{path}, {place}: not valid JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}, line {line}: not usable JSON (a number too long, or nested too deep)") from error
-
-
-def _read_json(path: Path, required: list[str], optional: list[str]) -> Table:
-    text = _read_text(path)
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        rows, unit = _parse_json(path, 1, text), "row"
-        places: Sequence[int] = range(1, len(rows) + 1)
-    else:
-        unit, rows, places = "line", [], []
-        for number, line in enumerate(_lines(text), 1):
-            if line.strip():
-                rows.append(_parse_json(path, number, line))
-                places.append(number)
-    table = Table(path, {}, places, unit, typed=True)
-    if not rows:
-        raise UsageError(f"{path}: the file has no rows")
-    for row, value in enumerate(rows):
-        if type(value) is not dict:
-            raise table.error(row, f'expected an object such as {{"{required[0]}": …}}, got {shown(value)}')
-    missing = [name for name in required if name not in rows[0]]
-    if missing:
-        raise MissingColumn(f"{path}, {unit} {places[0]}", missing[0], rows[0])
-    for name in required + [name for name in optional if name in rows[0]]:
-        try:
-            table.columns[name] = [row[name] for row in rows]
-        except KeyError:
-            row = next(index for index, value in enumerate(rows) if name not in value)
-            raise table.error(row, f"no column {name!r}, which the first row has") from None
-    return table
-
-
-# ---- Parquet --------------------------------------------------------------------------------------------------------
-
-
-def _read_parquet(path: Path, required: list[str], optional: list[str]) -> Table:
-    data = _read_bytes(path)
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        names = [name for name in file.schema_arrow.names if file.schema_arrow.names.count(name) == 1]
-        wanted = _wanted(path, names, required, optional)
-        table = file.read(columns=wanted)
-        columns = {name: table.column(name).to_pylist() for name in wanted}
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not a readable Parquet file ({shown(str(error))})") from error
-    if not table.num_rows:
-        raise UsageError(f"{path}: the file has no rows")
-    return Table(path, columns, range(1, table.num_rows + 1), "row", typed=True)
-
-
-# ---- CSV and TSV ----------------------------------------------------------------------------------------------------
-
-
-def _from_rows(path: Path, header: list[str], rows: list[list[str]], places: list[int], wanted: list[str]) -> Table:
-    table = Table(path, {}, places, "line", typed=False)
-    if not rows:
-        raise UsageError(f"{path}: the file has no rows")
-    for row, fields in enumerate(rows):
-        if len(fields) != len(header):
-            raise table.error(
-                row, f"{len(fields)} fields where {len(header)} are expected ({shown(', '.join(header))})"
-            )
-    for name in wanted:
-        if header.count(name) > 1:
-            raise UsageError(f"{path}, line 1: two columns are called {name!r}")
-        column = header.index(name)
-        table.columns[name] = [fields[column] for fields in rows]
-    return table
-
-
-def _read_csv(path: Path, required: list[str], optional: list[str]) -> Table:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    rows, places = [], []
-    try:
-        for fields in reader:
-            if fields:
-                rows.append(fields)
-                places.append(reader.line_num)
-    except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from error
-    header = rows.pop(0)
-    wanted = _wanted(path, header, required, optional)
-    return _from_rows(path, header, rows, places[1:], wanted)
-
-
-def read_tsv(
-    path: Path,
-    required: list[str],
-    optional: list[str],
+def read_table(
+    path: str | Path,
+    text: Sequence[str],
+    other: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    *,
+    kind: str | None = None,
     header: Sequence[str] | None = None,
-    skip_short: int = 0,
+    blank: bool = True,
+    skip: float = 0,
 ) -> Table:
-    """Read a tab-separated file as GLUE's release writes it: one row a line, quotes are ordinary characters.
+    """Read columns of a file into memory.
 
     Args:
-        header: the columns, for a file without a header line.
-        skip_short: leave out up to so many rows that have too few fields; a column `row` then tells where the others
-            stand in the file, counting from 0.
+        text, other, blank: see `TableReader.rows`. kind, header: see `open_table`.
+        optional: columns to read where the file (in JSON its first row) has them.
+        skip: leave out up to so many bad rows, with a warning that names the first.
 
     Raises:
-        UsageError: as `read_table`.
+        UsageError: the file is missing, empty or damaged, lacks a column, or has more bad rows; names file and place.
     """
-    lines = [line[:-1] if line.endswith("\r") else line for line in _lines(_read_text(path))]
-    rows, places = [line.split("\t") for line in lines], list(range(1, len(lines) + 1))
-    if header is None:
-        header, rows, places = rows[0], rows[1:], places[1:]
-    wanted = _wanted(path, header, required, optional)
-    short = {row for row, fields in enumerate(rows) if len(fields) < len(header)} if skip_short else set()
-    if short and len(short) <= skip_short:
-        logger.warning("%s: %d rows with missing fields are left out, as in the hub's copy", path, len(short))
-        kept = [row for row in range(len(rows)) if row not in short]
-        table = _from_rows(path, list(header), [rows[row] for row in kept], [places[row] for row in kept], wanted)
-        table.columns["row"] = kept
-        return table
-    return _from_rows(path, list(header), rows, places, wanted)
+    rows, places, numbers, bad = [], [], [], []
+    with open_binary(path) as stream:
+        reader = open_table(stream, path, kind, header)
+        names = [*text, *other, *reader.present(optional)]
+        for number, row in enumerate(reader.rows(text, names[len(text) :], blank)):
+            if row.error is None:
+                rows.append(row.values)
+                places.append(row.place)
+                numbers.append(number)
+                continue
+            bad.append(row)
+            if len(bad) > skip:
+                raise reader.error(bad[0].place, bad[0].error)
+    if bad:
+        first = f"{reader.unit} {bad[0].place}: {bad[0].error}"
+        logger.warning("%s: %d bad rows are left out; the first is %s", path, len(bad), first)
+    if not rows:
+        raise UsageError(f"{path}: the file has no rows")
+    return Table(reader, dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)), places, numbers)

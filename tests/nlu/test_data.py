@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from glue_samples import sample_rows, write_csv, write_jsonl, write_official
 
-from nlu.data.glue import limit, load_own_files, load_task_data
+from nlu.data.glue import limit, load_task_data
+from nlu.data.own import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, get_task
 
@@ -118,7 +119,7 @@ def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path, caplog):
     lines[2] = "\t".join(lines[2].split("\t")[:3])
     path.write_text("\n".join(lines), encoding="utf-8")
     train = load_task_data(task, tmp_path, need=["train"])["train"]
-    assert train["idx"][:] == [0, 2, 3, 4] and "train.tsv: 1 rows with missing fields are left out" in caplog.text
+    assert train["idx"][:] == [0, 2, 3, 4] and "train.tsv: 1 bad rows are left out" in caplog.text
     path.write_text("\n".join(lines[:1] + lines[2:3] * 21), encoding="utf-8")
     with pytest.raises(UsageError, match=r"train.tsv, line 2: 3 fields where 6 are expected"):
         load_task_data(task, tmp_path, need=["train"])
@@ -238,8 +239,8 @@ def test_bad_json_lines_name_file_and_line(tmp_path, case):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("train.jsonl", b"", "the file is empty"),
-        ("train.jsonl", b"\n \n", "the file is empty"),
+        ("train.jsonl", b"", "the file has no rows"),
+        ("train.jsonl", b"\n \n", "the file has no rows"),
         ("train.jsonl", b'{"sentence": "a"}\n', "line 1: no column 'label'"),
         ("train.jsonl", b'{"sentence": "a", "label": 1}\n{"sentence": "\xff"}', "line 2: not UTF-8"),
         ("train.json", b"[]", "the file has no rows"),
@@ -321,7 +322,7 @@ def test_own_word_classes(tmp_path):
 
 def test_own_integer_classes_are_numbered_in_order(tmp_path):
     train = own(tmp_path, "a.csv", "sentence1,sentence2,label\na,b,10\na,b,-1\na,b,2\n")
-    task, splits = load_own_files(train, own(tmp_path, "b.json", '[{"sentence1":"", "sentence2":"", "label":10}]'))
+    task, splits = load_own_files(train, own(tmp_path, "b.json", '[{"sentence1":"a", "sentence2":"b", "label":10}]'))
     assert task.labels == ("-1", "2", "10") and task.metrics == ("accuracy",)
     assert splits["train"]["label"][:] == [2, 0, 1]
     assert splits["validation"]["label"][:] == [2]

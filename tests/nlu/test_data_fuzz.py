@@ -12,7 +12,8 @@ from glue_samples import sample_rows, write_csv, write_jsonl, write_official
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nlu.data.glue import load_own_files, load_task_data
+from nlu.data.glue import load_task_data
+from nlu.data.own import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nlu.errors import UsageError
-from nlu.metrics.scores import compute_glue_metrics
+from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
 
-SCRIPT = Path(__file__).resolve().parents[2] / "nlu" / "metrics" / "glue.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "nlu" / "metrics.py"
 MAIN = {"cola": "matthews_correlation", "stsb": "pearson", "ax": "matthews_correlation"}
 
 

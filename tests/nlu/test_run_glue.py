@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import loralib
 from nlu import run_glue
-from nlu.data.glue import longest_input
+from nlu.data.tokens import longest_input
 from nlu.run_glue import main
 from tests.nlu.tiny import GLUE, REPOSITORY, make_encoder, make_rows, write_rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlu.data.submission import check_submission, main, make_submission, write_predictions
+from nlu.data.predictions import check_submission, main, make_submission, write_predictions
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, Task
 
@@ -126,7 +126,7 @@ ROWS = ["index\tprediction", *(f"{i}\t{i % 2}" for i in range(146))]
         ("WNLI.tsv", wnli(ROWS[:-1]), "145 rows where the test set has 146"),
         ("WNLI.tsv", wnli([*ROWS, "146\t0"]), "147 rows where"),
         ("WNLI.tsv", wnli([*ROWS[:3], "2\t1\t0.7", *ROWS[4:]]), "line 4: 3 fields where 2 are expected"),
-        ("WNLI.tsv", "", "the file is empty"),
+        ("WNLI.tsv", "", "the file has no rows"),
         ("STS-B.tsv", "index\tprediction\n0\t5.001\n", "line 2: '5.001' is not a score from 0 to 5"),
         ("STS-B.tsv", "index\tprediction\n0\tnan\n", "line 2: 'nan' is not a score"),
     ],
@@ -145,7 +145,7 @@ def test_empty_folder_and_missing_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.data.submission"]]
+    "command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.data.predictions"]]
 )
 def test_commands(tmp_path, command):
     result = subprocess.run(

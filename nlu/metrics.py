@@ -1,4 +1,7 @@
-"""GLUE's metrics by scikit-learn and SciPy, with a value for every prediction a model can make."""
+"""GLUE's metrics by scikit-learn and SciPy, with a value for every prediction a model can make.
+
+The file is also a module for `evaluate.load("nlu/metrics.py", "cola")`, which needs no network.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from nlu.errors import UsageError
-from nlu.tasks import Task
+from nlu.tasks import Task, get_task
 
 
 def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
@@ -88,3 +91,23 @@ def _classes(task: Task, what: str, values: np.ndarray) -> np.ndarray:
             f"{task.name}: the {what} must be classes from 0 to {task.num_labels - 1} (-1 is a hidden label)"
         )
     return numbers
+
+
+if __name__.startswith("evaluate_modules"):  # a copy of this file that evaluate.load() imports; evaluate takes seconds
+    import datasets
+    import evaluate
+
+    class Glue(evaluate.Metric):
+        """The metrics of the task that `config_name` names."""
+
+        def _info(self) -> evaluate.MetricInfo:
+            kind = datasets.Value("float64" if get_task(self.config_name).is_regression else "int64")
+            return evaluate.MetricInfo(
+                description="The metrics of the General Language Understanding Evaluation benchmark.",
+                citation="Wang et al. 2018, GLUE, arXiv:1804.07461",
+                inputs_description="predictions and references: class numbers, or numbers for STS-B.",
+                features=datasets.Features({"predictions": kind, "references": kind}),
+            )
+
+        def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
+            return compute_glue_metrics(get_task(self.config_name), predictions, references)

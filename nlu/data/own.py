@@ -7,10 +7,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from nlu.data.rows import as_number, build_dataset
-from nlu.data.tables import MissingColumn, Table, read_table, shown
+from nlu.data.glue import as_number, build_dataset
+from nlu.data.tables import Table, open_binary, open_table, read_table, shown
 from nlu.errors import UsageError
 from nlu.tasks import Task
+
+_TEXT_COLUMNS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 
 
 def load_own_files(
@@ -39,7 +41,7 @@ def load_own_files(
     text = tuple(name for name in tables["train"].columns if name != "label")
     for table in tables.values():
         if tuple(name for name in table.columns if name != "label") != text:
-            raise UsageError(f"{table.path}: the text columns must be {' and '.join(text)}, as in {train_file}")
+            raise UsageError(f"{table.reader.name}: the text columns must be {' and '.join(text)}, as in {train_file}")
     keys = {split: _own_labels(table, kind) for split, table in tables.items() if "label" in table.columns}
     if kind is float:
         task = Task("custom", text, None, "pearson", ("pearson", "spearmanr"))
@@ -60,20 +62,21 @@ def load_own_files(
 
 
 def _own_table(path: Path, split: str) -> Table:
-    label = ([], ["label"]) if split == "test" else (["label"], [])
-    for text in (["sentence1", "sentence2"], ["sentence"], ["text"]):
-        try:
-            return read_table(path, text + label[0], label[1])
-        except MissingColumn as error:
-            if error.column == "label":
-                raise
-    raise UsageError(f"{path}: no text column; name it 'sentence' or 'text', or a pair 'sentence1' and 'sentence2'")
+    with open_binary(path) as stream:
+        columns = open_table(stream, path).columns
+    text = next((names for names in _TEXT_COLUMNS if set(names) <= set(columns)), None)
+    if text is None:
+        raise UsageError(
+            f"{path}: no text column; the columns are {shown(', '.join(columns))}; name it 'sentence' or 'text', or a "
+            "pair 'sentence1' and 'sentence2'"
+        )
+    return read_table(path, text, *(([], ["label"]) if split == "test" else (["label"], [])), blank=False)
 
 
 def _label_kind(table: Table) -> type:
     """int or str for classes, float for regression, from all labels of the training file."""
     values = table.columns["label"]
-    if table.typed:
+    if table.reader.typed:
         kinds = set(map(type, values))
         if kinds <= {int, float} or kinds == {str}:
             return str if kinds == {str} else float if float in kinds else int
@@ -103,7 +106,7 @@ def _own_labels(table: Table, kind: type) -> list:
         read, wanted = lambda value: value if type(value) is str and value.strip() else None, "a word"
     labels = []
     for row, value in enumerate(table.columns["label"]):
-        mismatched = table.typed and kind is not str and type(value) is str
+        mismatched = table.reader.typed and kind is not str and type(value) is str
         labels.append(None if mismatched else read(value))
         if labels[-1] is None:
             raise table.error(row, f"label {shown(value)} is not {wanted}")
