@@ -44,14 +44,14 @@ def load_own_files(
             raise UsageError(f"{table.reader.name}: the text columns must be {' and '.join(text)}, as in {train_file}")
     keys = {split: _own_labels(table, kind) for split, table in tables.items() if "label" in table.columns}
     if kind is float:
-        task = Task("custom", text, None, "pearson", ("pearson", "spearmanr"))
+        task = Task("custom", "own data", text, None, "pearson", ("pearson", "spearmanr"))
         labels = keys
     else:
         names = tuple(map(str, sorted(set(keys["train"]))))
         if len(names) < 2:
             raise UsageError(f"{train_file}: every label is {shown(names[0])}; two classes or more are needed")
         metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-        task = Task("custom", text, names, "accuracy", metrics, submission_labels=names)
+        task = Task("custom", "own data", text, names, "accuracy", metrics, submission_labels=names)
         labels = {split: _class_numbers(tables[split], names, keys[split], split) for split in keys}
     hidden = math.nan if kind is float else -1
     splits = {
