@@ -12,6 +12,7 @@ from loralib.checkpoint import (
 from loralib.diagnostics import UpdateStatistics, update_statistics
 from loralib.exact_factors import ExactFactors
 from loralib.fingerprint import base_fingerprint
+from loralib.initialisation import initialise
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
 from loralib.loading import load_adapter
@@ -41,6 +42,7 @@ __all__ = [
     "cast_frozen",
     "compact",
     "compute_orth_regu",
+    "initialise",
     "inject",
     "load_adapter",
     "lora_layers",
