@@ -1,21 +1,22 @@
 """Low-rank adaptation on one or more scales: LoRA, AdaLoRA and LoRA² layers, rank allocation, regularisation."""
 
-from loralib.adapter_files import AdapterConfig, read_adapter_config
-from loralib.allocator import RankAllocator
-from loralib.checkpoint import (
+from loralib.adapter import (
     compact,
+    load_adapter,
     lora_state_dict,
     merge_adapter,
     save_adapter,
+    start_from_adapter,
     unmerge_adapter,
 )
+from loralib.adapter_checks import base_fingerprint
+from loralib.adapter_files import AdapterConfig, read_adapter_config
+from loralib.allocator import RankAllocator
 from loralib.diagnostics import UpdateStatistics, update_statistics
 from loralib.exact_factors import ExactFactors
-from loralib.fingerprint import base_fingerprint
 from loralib.initialisation import initialise
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
-from loralib.loading import load_adapter
 from loralib.multi import MultiAdapter
 from loralib.optimisation import parameter_groups
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
@@ -53,6 +54,7 @@ __all__ = [
     "parameter_groups",
     "read_adapter_config",
     "save_adapter",
+    "start_from_adapter",
     "unmerge_adapter",
     "update_statistics",
 ]

@@ -1,7 +1,8 @@
-"""The adapter folder: adapter_config.json, adapter_model.safetensors and README.md; read strictly, written whole.
+"""The adapter folder: its files, how they are written, read and checked, and the model card.
 
-The configuration names no file, so a folder cannot point outside itself. It carries the SHA-256 of the tensors' file
-and of its own content (sorted keys, without that line), so that a truncated or edited folder is refused.
+A folder holds adapter_config.json, adapter_model.safetensors and README.md. The configuration names no file, so a
+folder cannot point outside itself. It holds the SHA-256 of the tensors' file and of its own content (sorted keys,
+without that entry), so that a truncated or edited folder is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,26 +21,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from loralib.files import FolderWriter, recover_folder
 from loralib.injection import KINDS
 from loralib.layers import INITS
 
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-_WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-MOST_SCALES = 17  # a reader's limit, so that a few bytes of a stranger's cannot ask for endless memory
+MOST_SCALES = 17  # a folder from a stranger must not ask for endless memory
 _FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
+_WHOLE_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 @dataclass
 class LayerGroup:
-    """Low-rank layers that share their settings.
+    """Low-rank layers with the same settings.
 
     Attributes:
-        kind: lora, adalora, lora2 or multiscale. r: rank at the start, which with lora_alpha gives the scaling.
+        kind: lora, adalora, lora2 or multiscale. r: initial rank; lora_alpha / r is the scaling.
         widths: from the outermost inward. init: of the factors, for layers with singular values.
         fan_in_fan_out: whether the modules store their weight as (in, out), as GPT-2's ``Conv1D`` does.
-        rank_pattern: module name -> one character for each singular value (LoRA: rank) that the layer had, "1" where
-            it is live and stored, "0" where it was pruned.
+        rank_pattern: module name -> one character for each singular value (LoRA: rank) of the layer: "1" if it is live
+            and stored, "0" if it is pruned.
     """
 
     kind: str
@@ -53,20 +53,24 @@ class LayerGroup:
     fan_in_fan_out: bool
     rank_pattern: dict[str, str]
 
+    def live(self, name: str) -> list[int]:
+        """Indices of the live singular values of a module."""
+        return [i for i, flag in enumerate(self.rank_pattern[name]) if flag == "1"]
+
 
 @dataclass
 class AdapterConfig:
-    """What ``adapter_config.json`` holds.
+    """The content of ``adapter_config.json``.
 
     Attributes:
-        kind: that of all layers, "mixed", or "parameters" where there are none (BitFit, full fine-tuning).
+        kind: the kind of all layers, "mixed", or "parameters" if there are no layers (BitFit, full fine-tuning).
         groups: the low-rank layers.
-        tied: parameter name -> name of the stored tensor that is the same parameter (outer factors that layers share).
-        head: names of the other trained parameters, and of saved buffers of their modules.
-        architecture: class of the model. base_config: what its ``config`` said of the head (labels, problem type), for
-            building the base again. base_model, base_revision: as given when it was saved; may be None.
-        base_fingerprint: see :func:`loralib.fingerprint.base_fingerprint`.
-        card: what the saver wanted to add: task, metric, score, labels …
+        tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
+        head: names of the other trained parameters, and of the saved buffers of their modules.
+        architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
+            needed to build the base again. base_model, base_revision: as given to ``save_adapter``; may be None.
+        base_fingerprint: see :func:`loralib.base_fingerprint`.
+        card: anything that the caller added: task, metric, score, …
         library_version: of loralib. weights_sha256: of the tensors' file.
     """
 
@@ -90,15 +94,24 @@ class AdapterConfig:
         """Module name -> live rank, over all groups."""
         return {name: flags.count("1") for group in self.groups for name, flags in group.rank_pattern.items()}
 
+    def head_options(self) -> dict[str, Any]:
+        """Arguments of transformers' ``from_pretrained`` with which the base has the labels that the adapter's head
+        was trained for: id2label, label2id and problem_type. Empty for a model of another library."""
+        if not self.base_config:
+            return {}
+        id2label = {int(number): name for number, name in self.base_config["id2label"].items()}
+        label2id = {name: number for number, name in id2label.items()}
+        return {"id2label": id2label, "label2id": label2id, "problem_type": self.base_config["problem_type"]}
+
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor], card: str) -> None:
-    """Write the three files so that the folder is either as before or complete.
+def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Write the three files. A kill or an error leaves the folder as it was before or complete.
 
     Raises:
-        ValueError: where the folder holds anything but an adapter, or the card holds what JSON cannot.
+        ValueError: if the folder holds other files than an adapter's, or the card holds values that JSON cannot hold.
     """
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config.weights_sha256 = hashlib.sha256(weights).hexdigest()
@@ -107,57 +120,12 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor
         values["config_sha256"] = _config_digest(values)
         text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the card must hold only what JSON can ({error})") from None
+        raise ValueError(f"the card may only hold values of JSON ({error})") from None
+    head = sum(tensors[name].numel() for name in config.head)
+    card = model_card(config, sum(tensor.numel() for tensor in tensors.values()) - head, head)
     with FolderWriter(folder, _FILES, CONFIG_FILE) as new:
         for name, content in ((CONFIG_FILE, text.encode()), (WEIGHTS_FILE, weights), (CARD_FILE, card.encode())):
-            write_synced(new / name, content)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class FolderWriter:
-    """Fills a new folder beside ``folder`` and puts it in its place when the block ends without an error.
-
-    Args:
-        folder: may be absent, empty, or hold nothing but ``replaceable`` files with ``marker`` among them.
-
-    Raises:
-        ValueError: where it holds anything else, so that nothing of the user's is deleted.
-    """
-
-    def __init__(self, folder: Path, replaceable: set[str], marker: str) -> None:
-        self.folder = Path(os.path.abspath(folder))
-        if self.folder.exists():
-            if not self.folder.is_dir():
-                raise ValueError(f"{folder} is a file: name a folder to write to")
-            present = {path.name for path in self.folder.iterdir()}
-            if present and (marker not in present or present - replaceable):
-                other = sorted(present - replaceable) or sorted(present)
-                raise ValueError(f"{folder} holds other files ({other[0]}): name a new or an empty folder")
-
-    def __enter__(self) -> Path:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._new = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name}."))
-        self._new.chmod(0o755)  # mkdtemp makes it private; an adapter is meant to be shared
-        return self._new
-
-    def __exit__(self, error_type: type | None, *_: object) -> None:
-        if error_type is not None:
-            shutil.rmtree(self._new)
-            return
-        if not self.folder.exists():
-            os.rename(self._new, self.folder)
-            return
-        aside = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name}."))
-        os.rename(self.folder, aside)  # onto an empty folder: allowed
-        os.rename(self._new, self.folder)
-        shutil.rmtree(aside)
+            (new / name).write_bytes(content)
 
 
 def _config_digest(values: dict[str, Any]) -> str:
@@ -169,29 +137,23 @@ def _config_digest(values: dict[str, Any]) -> str:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """Read configuration and tensors and compare both with their checksums.
 
     Raises:
-        ValueError: where the file is missing, unreadable or holds something else.
+        ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {path.parent} is no adapter folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
+    config = read_adapter_config(folder)
+    return config, read_tensors(Path(folder) / WEIGHTS_FILE, config.weights_sha256)
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """Read and check ``adapter_config.json``.
 
     Raises:
-        ValueError: missing, malformed, edited, of another format, or with a missing or an unknown key.
+        ValueError: if it is missing, malformed, edited or of another format, or if a key is missing or unknown.
     """
+    recover_folder(Path(os.path.abspath(folder)))  # if the writer was killed between its two renames
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     if "peft_type" in values:
@@ -206,7 +168,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     _check_values(path, "", values, _VALUES)
     for group in values["groups"]:
         if not isinstance(group, dict):
-            raise ValueError(f"{path}: groups holds something else than groups of layers")
+            raise ValueError(f"{path}: groups must be a list of objects")
         _check_keys(path, "groups: ", group, set(LayerGroup.__dataclass_fields__))
         _check_values(path, "groups: ", group, _GROUP_VALUES)
         if len(group["widths"]) not in _SCALES[group["kind"]]:
@@ -215,6 +177,50 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     if len(names) != len(set(names)):
         raise ValueError(f"{path}: groups: a module is in two of them")
     return AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: if the file is missing or unreadable or holds no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: {path.parent} is no adapter folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return values
+
+
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors in a safetensors file.
+
+    Args:
+        sha256: the checksum that the file must have; None accepts any.
+
+    Raises:
+        ValueError: if the file is missing, changed or no safetensors file, or a tensor holds NaN, infinity or values
+            that are neither real nor whole numbers.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path} is truncated or was changed ({len(data)} bytes, wrong checksum): copy it anew")
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is no safetensors file ({' '.join(str(error).split())[:200]})") from None
+    for name, tensor in tensors.items():
+        numbers = tensor.is_floating_point() or tensor.dtype in _WHOLE_NUMBERS
+        if not numbers or not bool(tensor.float().isfinite().all()):
+            raise ValueError(f"{path}: {name} holds NaN, infinity or no numbers: the training has failed")
+    return tensors
 
 
 def _is_count(value: Any) -> bool:
@@ -239,14 +245,15 @@ def _is_base_config(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"id2label", "problem_type"}:
         return False
     labels, problem = value["id2label"], value["problem_type"]
-    kinds = (None, "regression", "single_label_classification", "multi_label_classification")
-    return _maps_to_text(labels) and set(labels) == {str(i) for i in range(len(labels))} and problem in kinds
+    problems = (None, "regression", "single_label_classification", "multi_label_classification")
+    return _maps_to_text(labels) and set(labels) == {str(i) for i in range(len(labels))} and problem in problems
 
 
 _SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(MOST_SCALES)}
 _VALUES: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("kind", "architecture", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
+    **dict.fromkeys(("kind", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
     **dict.fromkeys(("base_model", "base_revision"), lambda value: value is None or _is_text(value)),
+    "architecture": lambda value: _is_text(value) and value.isidentifier(),
     "groups": lambda value: isinstance(value, list),
     "tied": _maps_to_text,
     "head": lambda value: isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value),
@@ -267,7 +274,7 @@ _GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
 
 
 def _check_values(path: Path, where: str, values: dict[str, Any], checks: dict[str, Callable[[Any], Any]]) -> None:
-    """A checksum shows damage, not good faith: whoever wrote the folder could make it fit."""
+    """The checksum only shows damage: the author of a malicious folder can make it fit, so values are checked too."""
     for name, fits in checks.items():
         if not fits(values[name]):
             shown = json.dumps(values[name])[:80]
@@ -280,30 +287,71 @@ def _check_keys(path: Path, where: str, values: dict[str, Any], expected: set[st
             raise ValueError(f"{path}: {where}{problem} key {sorted(names)[0]!r}")
 
 
-def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Configuration and tensors, both checked against their checksums.
+# ---- model card -----------------------------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: as :func:`read_adapter_config`; or where the tensors' file is missing, truncated or changed.
-    """
-    config = read_adapter_config(folder)
-    path = Path(folder) / WEIGHTS_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
-    if hashlib.sha256(data).hexdigest() != config.weights_sha256:
-        raise ValueError(f"{path} is truncated or was changed ({len(data)} bytes, wrong checksum): copy it anew")
-    try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no safetensors file ({' '.join(str(error).split())[:200]})") from None
-    check_finite(path, tensors)
-    return config, tensors
+_SHOWN = ("task", "method", "metric", "score", "notes")
+_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
+_CARD = """---
+library_name: loralib
+tags:
+- lora2
+- adapter
+---
+
+# {title} adapter for a {architecture}
+
+| | |
+|---|---|
+{rows}
+
+## How to load
+
+Load the base model with its own library, with a head of the same size, then:
+
+```python
+import loralib
+
+loralib.load_adapter(model, "path/to/this/folder")
+```
+
+`python -m loralib.export path/to/this/folder --to peft OUT` makes a peft adapter of it, and `--to merged` a
+plain checkpoint.
+"""
 
 
-def check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError where a tensor holds NaN or infinity, or a type that is neither real nor whole numbers."""
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() or tensor.dtype in _WHOLE) or not bool(tensor.float().isfinite().all()):
-            raise ValueError(f"{path}: {name} holds NaN, infinity or no numbers: the training it is from has failed")
+def model_card(config: AdapterConfig, adapter_parameters: int, head_parameters: int) -> str:
+    """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
+    names = {_name(group) for group in config.groups} or {"Parameter"}
+    rows = [("base model", config.base_model or "not recorded")]
+    rows += [("base revision", config.base_revision or "not recorded")]
+    rows += [(key, _cell(config.card[key])) for key in _SHOWN if key in config.card]
+    if labels := label_order(config):
+        rows += [("labels", _cell(labels))]
+    rows += [("adapter parameters", f"{adapter_parameters:,}"), ("other trained parameters", f"{head_parameters:,}")]
+    for group in config.groups:
+        live = [flags.count("1") for flags in group.rank_pattern.values()]
+        scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
+        settings = f"{_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}"
+        ranks = f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
+        rows.append((f"{len(live)} layers", f"{settings}; {ranks}"))
+    return _CARD.format(
+        title=" and ".join(sorted(names)),
+        architecture=config.architecture,
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows),
+    )
+
+
+def label_order(config: AdapterConfig) -> str:
+    """The labels in the order of a trained head's outputs, "0 entailment, 1 neutral, 2 contradiction"; empty without a
+    head or with a single output."""
+    labels = config.head_options().get("id2label", {}) if config.head else {}
+    return ", ".join(f"{number} {name}" for number, name in sorted(labels.items())) if len(labels) > 1 else ""
+
+
+def _name(group: LayerGroup) -> str:
+    return _NAMES["lora2" if group.kind == "multiscale" and len(group.widths) == 1 else group.kind]
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())

@@ -4,12 +4,12 @@
     python -m loralib.export ADAPTER --to merged OUT --base MODEL
     python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL [--kind lora2 --r 8 --widths 8]
 
-A merged weight is W + ΔW rounded to the checkpoint's precision. In float32 the logits stay within 1e-5. In bfloat16
-(--dtype bfloat16) a weight has 8 significant bits. Measured on 200 rows of STS-B, scores from 0 to 5, all-MiniLM-L6-v2
-with LoRA² (k = 8) trained for 200 steps, against the unmerged adapter in float32: largest difference 3.6e-6 merged in
-float32, 0.016 (mean 0.005) with the merged weights rounded to bfloat16 and 0.033 (mean 0.008) with the computation in
-bfloat16 too. Rounding the base alone, the adapter left in float32, gave 0.029 (mean 0.005): the drift is that of
-bfloat16 weights, and merging adds nothing to it.
+A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 the logits stay within 1e-5. In bfloat16
+(--dtype bfloat16) a weight has 8 significant bits. Measured against the unmerged adapter in float32 on 200 rows of
+STS-B (scores from 0 to 5; all-MiniLM-L6-v2, LoRA² with k = 8, 200 steps), the largest difference is 3.6e-6 after a
+merge in float32, 0.016 (mean 0.005) after rounding the merged weights to bfloat16, and 0.033 (mean 0.008) if the
+computation is in bfloat16 too. Rounding the base alone and leaving the adapter in float32 gives 0.029 (mean 0.005), so
+the difference comes from weights in bfloat16, not from the merge.
 """
 
 from __future__ import annotations
@@ -25,63 +25,18 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from loralib.adapter_files import (
-    CONFIG_FILE,
-    AdapterConfig,
-    FolderWriter,
-    read_adapter,
-    read_adapter_config,
-    read_json_object,
-)
-from loralib.checkpoint import refuse_tied_weights, save_adapter
+from loralib.adapter import merge_into, save_adapter
+from loralib.adapter_files import CONFIG_FILE, AdapterConfig, label_order, read_adapter_config, read_json_object
+from loralib.files import FolderWriter
 from loralib.injection import KINDS
-from loralib.loading import build_layers, check_adapter, copy_head, install_adapter, keep_flags
-from loralib.peft_format import TASK_TYPES, export_peft, read_peft
-
-
-def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
-    """Add a saved adapter's updates to the weights of the plain base ``model``, in place, and copy its head.
-
-    Unlike :func:`loralib.load_adapter` and ``merge_adapter`` this leaves no module of ours in the model.
-
-    Raises:
-        ValueError: as :func:`loralib.load_adapter`, or for a weight that is tied to another module's; the model is
-            unchanged then.
-    """
-    config, tensors = read_adapter(folder)
-    check_adapter(model, config, tensors, allow_other_base)
-    refuse_tied_weights(model, config.ranks)
-    with keep_flags(model):
-        for layer in build_layers(model, config, tensors, compact=True).values():
-            layer.merge()  # the layer's weight is the model's own parameter
-        copy_head(model, config, tensors)
-    return config
-
-
-def import_peft(model: nn.Module, folder: str | os.PathLike[str], kind: str = "lora", **options: Any) -> None:
-    """Put a LoRA adapter of peft's on the plain base ``model`` as layers of ours, in place.
-
-    Args:
-        kind, options: ``"lora"`` takes it over unchanged. Another kind is a start from its truncated singular value
-            decomposition: ``r``, ``widths`` ((k,) for ``"lora2"``), ``lora_alpha``, ``seed``, see
-            :func:`loralib.peft_format.read_peft`.
-
-    Raises:
-        ValueError: for a damaged adapter, one that is more than LoRA, or a base that it does not fit; the model is
-            unchanged then.
-    """
-    groups, tensors, head = read_peft(folder, kind, **options)
-    config = AdapterConfig(kind, groups, {}, head, "", {}, None, None, "", {}, "", "")
-    check_adapter(model, config, tensors, allow_other_base=True)
-    install_adapter(model, config, tensors)
-
+from loralib.peft_format import TASK_TYPES, export_peft, import_peft, read_peft
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bar while weights load, and no warning that the head is new, which the adapter brings."""
+    """Show no bar while weights load, and no warning that the head is new: the adapter brings its values."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -102,11 +57,11 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
         source: name or path. architecture: name of a class of transformers. options: for its ``from_pretrained``.
 
     Raises:
-        ValueError: where transformers lacks the class, or the model cannot be loaded.
+        ValueError: if transformers lacks the class, or the model cannot be loaded.
     """
     import transformers
 
-    model_class = getattr(transformers, architecture, None)  # the name may be a stranger's
+    model_class = getattr(transformers, architecture, None)  # the name may come from a stranger's folder
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not known and (model_class is None or not architecture.startswith("AutoModel")):
         raise ValueError(
@@ -122,17 +77,12 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
 
 
 def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
-    """The base of an adapter of ours, of its class and with its labels; ``source`` is a name or path.
+    """The base model of an adapter of ours, with the adapter's class and labels; ``source`` is a name or path.
 
     Raises:
         ValueError: as :func:`load_base`.
     """
-    options: dict[str, Any] = {}
-    if config.base_config:
-        names = {int(number): name for number, name in config.base_config["id2label"].items()}
-        options = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-        options["problem_type"] = config.base_config["problem_type"]
-    return load_base(source, config.architecture, **options)
+    return load_base(source, config.architecture, **config.head_options())
 
 
 def export_merged(
@@ -143,7 +93,7 @@ def export_merged(
     dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
 ) -> None:
-    """Write a plain transformers checkpoint, with the base's tokenizer or processor where it has one.
+    """Write a plain transformers checkpoint with the adapter's label names, and the base's tokenizer or processor.
 
     Args:
         base: name or path of the base model. dtype: of the written weights; the merge itself is in float32.
@@ -154,13 +104,13 @@ def export_merged(
     import transformers
 
     config = read_adapter_config(adapter)
-    writer = FolderWriter(Path(folder), set(), "config.json")
+    writer = FolderWriter(folder, set(), "config.json")  # refuses a folder with other files before the base is loaded
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
     try:
         processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
-        processor = None  # a model of other things than text or images
+        processor = None  # a model that reads neither text nor images
     with writer as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
         if processor is not None:
@@ -204,7 +154,7 @@ _BELONGS_TO = {
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """The command; raises ValueError with one line for bad arguments or input."""
+    """Run the command. Raises ValueError with one line for bad arguments or input."""
     arguments = _parser().parse_args(argv)
     for name, target in _BELONGS_TO.items():
         if getattr(arguments, name) not in (None, False) and arguments.to != target:
@@ -213,6 +163,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         ranks = export_peft(arguments.adapter, arguments.out, arguments.base)
         least, most = min(ranks.values()), max(ranks.values())
         print(f"{arguments.out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
+        _print_labels(arguments.adapter, " (load the base with these names, see README.md there)")
         return
     if arguments.base is None:
         raise ValueError(f"--to {arguments.to} needs the base model: give --base NAME_OR_PATH")
@@ -223,8 +174,15 @@ def run(argv: Sequence[str] | None = None) -> None:
             dtype=dtype, allow_other_base=arguments.allow_other_base,
         )  # fmt: skip
         print(f"{arguments.out}: plain {str(dtype).removeprefix('torch.')} checkpoint")
+        _print_labels(arguments.adapter)
         return
     _run_import(arguments)
+
+
+def _print_labels(adapter: str, hint: str = "") -> None:
+    config = read_adapter_config(adapter)
+    if labels := label_order(config):
+        print(f"labels: {labels}{hint}")
 
 
 def _run_import(arguments: argparse.Namespace) -> None:
@@ -244,7 +202,7 @@ def _run_import(arguments: argparse.Namespace) -> None:
 
 
 def _class_for(adapter: str, base: str) -> str:
-    """The class of the model that a peft adapter is for, by its task type."""
+    """The model class that belongs to a peft adapter's task type."""
     import transformers
 
     task_type = read_json_object(Path(adapter) / CONFIG_FILE).get("task_type")
@@ -259,7 +217,7 @@ def _class_for(adapter: str, base: str) -> str:
 
 
 def _label_count(adapter: str) -> dict[str, int]:
-    """``num_labels`` as the rows of the classifier's last matrix, where the peft adapter holds one."""
+    """``num_labels``: the rows of the classifier's last matrix, if the peft adapter has a classifier."""
     _, tensors, head = read_peft(adapter)
     matrices = [n for n in sorted(head) if n.endswith(".weight") and {"classifier", "score"} & set(n.split("."))]
     return {"num_labels": tensors[matrices[-1]].shape[0]} if matrices else {}

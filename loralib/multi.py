@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from loralib.adapter import build_layers, keep_flags
+from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.fused import add_update_
 from loralib.layers import LoRALayer, lora_layers
-from loralib.loading import build_layers, check_adapter, keep_flags
 
 PADDING = float("-inf")
 

@@ -1,9 +1,9 @@
-"""Adapters in peft's format: ours written as theirs, theirs read as ours. Needs neither peft nor the base model.
+"""Adapters in peft's format: write ours as a LoRA of peft, read a LoRA of peft as ours. Neither needs peft.
 
-An adapter with singular values becomes an ordinary LoRA pair of its true rank: with the thin QR decompositions
-B₀ = Q_b R_b and A₀ᵀ = Q_a R_a, ΔW = Q_b (R_b · core · R_aᵀ) Q_aᵀ, and the singular value decomposition of the small
-matrix in the middle gives ΔW = U diag(σ) Vᵀ in float64. Values of σ below the rounding of the stored float32 are
-dropped; the pair is (U √σ, √σ Vᵀ) with peft's scaling lora_alpha / r set to 1.
+An adapter with singular values becomes an ordinary LoRA pair of its true rank. The thin QR decompositions B₀ = Q_b R_b
+and A₀ᵀ = Q_a R_a give ΔW = Q_b (R_b · core · R_aᵀ) Q_aᵀ, and the singular value decomposition of the small matrix in
+the middle gives ΔW = U diag(σ) Vᵀ in float64. Values of σ below the rounding of the stored float32 are dropped. The
+pair is (U √σ, √σ Vᵀ), and peft's scaling lora_alpha / r is 1.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from loralib.adapter import install_adapter
+from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import (
+    CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
-    FolderWriter,
     LayerGroup,
-    check_finite,
     read_adapter,
     read_json_object,
-    write_synced,
+    read_tensors,
 )
+from loralib.files import FolderWriter
 from loralib.layers import GAUSSIAN_STD
 
 PREFIX = "base_model.model."
@@ -43,6 +44,21 @@ TASK_TYPES = {
     "QuestionAnswering": "QUESTION_ANS",
 }
 _HEADS = {"classifier", "score", "qa_outputs"}
+_CARD = """---
+library_name: peft
+base_model: {base}
+---
+
+# LoRA adapter for a {architecture}
+
+```python
+from peft import PeftModel
+from transformers import {architecture}
+
+model = {architecture}.from_pretrained({arguments})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+"""
 
 Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
 
@@ -51,7 +67,7 @@ Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descendin
 
 
 def decompose(left: Tensor, core: Tensor, right: Tensor) -> Decomposition:
-    """Singular value decomposition of left · core · right at its numerical rank ρ, without forming it.
+    """Singular value decomposition of left · core · right at its numerical rank ρ; the product is not formed.
 
     Args:
         left: (out, p). core: (p, q). right: (q, in).
@@ -90,10 +106,10 @@ def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: d
 def start_factors(
     decomposition: Decomposition, r: int, widths: Sequence[int], scaling: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Factors of a layer with singular values whose update is the best approximation of what was decomposed.
+    """Factors of a layer with singular values whose update is the best approximation of the decomposed matrix.
 
-    By Eckart and Young that keeps the min(ρ, r, *widths) largest σ: e = σ / scaling, B₀ = U, A₀ = Vᵀ, identities
-    inside. What is left of the factors is drawn from N(0, 0.02²) with e = 0, as at any start.
+    By the theorem of Eckart and Young it keeps the min(ρ, r, *widths) largest σ: e = σ / scaling, B₀ = U, A₀ = Vᵀ, and
+    the inner factors are identities. The other entries are drawn from N(0, 0.02²) with e = 0, as at any start.
 
     Returns:
         "lora_B.0" … "lora_E", "lora_A.0" … → tensor, float32.
@@ -113,20 +129,21 @@ def start_factors(
     return factors
 
 
-# ---- ours as theirs -------------------------------------------------------------------------------------------------
+# ---- write a peft adapter -------------------------------------------------------------------------------------------
 
 
 def export_peft(
     adapter: str | os.PathLike[str], folder: str | os.PathLike[str], base_model: str | None = None
 ) -> dict[str, int]:
-    """Write an adapter of ours as a LoRA adapter that peft, and whatever else reads its format, loads.
+    """Write an adapter of ours as a LoRA adapter in peft's format.
 
-    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``); modules that were pruned whole are left out;
-    the head goes to ``modules_to_save``.
+    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned whole are left out.
+    The head goes to ``modules_to_save``. peft's format has no place for label names: they are the base model's, and
+    README.md shows the call that loads it with the adapter's names.
 
     Args:
         adapter: folder of :func:`loralib.save_adapter`. folder: new, empty, or a peft adapter's, which is replaced.
-        base_model: for ``base_model_name_or_path``; the adapter's own record where not given.
+        base_model: for ``base_model_name_or_path``; by default the one that the adapter records.
 
     Returns:
         Module name -> rank.
@@ -149,11 +166,18 @@ def export_peft(
         left, right = pairs[name]
         state[f"{PREFIX}{name}.lora_A.weight"] = right.contiguous()
         state[f"{PREFIX}{name}.lora_B.weight"] = left.contiguous()
-    values = _peft_config(config, ranks, base_model or config.base_model)
-    with FolderWriter(Path(folder), {CONFIG_FILE, WEIGHTS_FILE, "README.md"}, CONFIG_FILE) as new:
-        write_synced(new / CONFIG_FILE, (json.dumps(values, indent=2) + "\n").encode())
-        write_synced(new / WEIGHTS_FILE, safetensors.torch.save(state, metadata={"format": "pt"}))
+    base_model = base_model or config.base_model
+    with FolderWriter(folder, {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}, CONFIG_FILE) as new:
+        text = json.dumps(_peft_config(config, ranks, base_model), indent=2) + "\n"
+        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
+        (new / CARD_FILE).write_text(_peft_card(config, base_model), encoding="utf-8")
+        (new / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
     return ranks
+
+
+def _peft_card(config: AdapterConfig, base_model: str | None) -> str:
+    arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
+    return _CARD.format(base=json.dumps(base_model), architecture=config.architecture, arguments=", ".join(arguments))
 
 
 def _peft_config(config: AdapterConfig, ranks: dict[str, int], base_model: str | None) -> dict[str, Any]:
@@ -182,7 +206,7 @@ def _peft_config(config: AdapterConfig, ranks: dict[str, int], base_model: str |
 
 
 def _modules_to_save(head: list[str], task_type: str | None) -> list[str]:
-    """The modules that own the head's parameters; peft itself takes a classifier whole for SEQ_CLS and TOKEN_CLS."""
+    """The modules that own the head's parameters. For SEQ_CLS and TOKEN_CLS peft itself saves a whole classifier."""
     modules: dict[str, None] = {}
     for name in head:
         parts = name.split(".")[:-1]
@@ -191,7 +215,22 @@ def _modules_to_save(head: list[str], task_type: str | None) -> list[str]:
     return list(modules)
 
 
-# ---- theirs as ours -------------------------------------------------------------------------------------------------
+# ---- read a peft adapter --------------------------------------------------------------------------------------------
+
+
+def import_peft(model: nn.Module, folder: str | os.PathLike[str], kind: str = "lora", **options: Any) -> None:
+    """Put a LoRA adapter of peft on the plain base ``model`` as layers of ours, in place.
+
+    Args:
+        kind, options: see :func:`read_peft`.
+
+    Raises:
+        ValueError: as :func:`read_peft`, or for a base that the adapter does not fit; the model is unchanged then.
+    """
+    groups, tensors, head = read_peft(folder, kind, **options)
+    config = AdapterConfig(kind, groups, {}, head, "", {}, None, None, "", {}, "", "")
+    check_adapter(model, config, tensors, allow_other_base=True)
+    install_adapter(model, config, tensors)
 
 
 def read_peft(
@@ -202,11 +241,13 @@ def read_peft(
     lora_alpha: float = 16.0,
     seed: int = 0,
 ) -> tuple[list[LayerGroup], dict[str, Tensor], list[str]]:
-    """A LoRA adapter of peft's as groups, tensors and names of head parameters of ours.
+    """Groups, tensors and names of head parameters of a LoRA adapter of peft.
 
     Args:
-        kind: ``"lora"`` takes the pairs over as they are; the other kinds start from their truncated decomposition,
-            see :func:`start_factors`. r, widths, lora_alpha: of those kinds. seed: of what is drawn.
+        kind: ``"lora"`` keeps the pairs unchanged. The other kinds start from the truncated singular value
+            decomposition of each pair, see :func:`start_factors`.
+        r, widths, lora_alpha: settings of the other kinds; widths is (k,) for ``"lora2"``.
+        seed: of the factors that are drawn at random.
 
     Raises:
         ValueError: for a damaged adapter, or one that is more than LoRA (DoRA, biases, embeddings, convolutions).
@@ -217,12 +258,7 @@ def read_peft(
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     _refuse_other_than_lora(path, values)
-    try:
-        state = safetensors.torch.load_file(Path(folder) / WEIGHTS_FILE)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{Path(folder) / WEIGHTS_FILE} cannot be read ({' '.join(str(error).split())})") from None
-    check_finite(Path(folder) / WEIGHTS_FILE, state)
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
     names = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     generator = torch.Generator().manual_seed(seed)
     groups: dict[tuple, LayerGroup] = {}
@@ -241,12 +277,12 @@ def read_peft(
             found = decompose(left, torch.eye(rank) * scaling, right)
             factors = start_factors(found, r, widths, lora_alpha / r, generator)
         tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
-        # The dropout is a setting of their training; fan_in_fan_out follows the base's module.
+        # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.
         group = groups.setdefault(str(key), LayerGroup(*key, 0.0, "gaussian", False, {}))
         group.rank_pattern[name] = "1" * key[1]
     odd = next((name for name in state if "lora_" in name), None)
     if not names or odd:
-        raise ValueError(f"{folder}: {odd or 'no pair of LoRA matrices'} is nothing that can be imported")
+        raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")
     return list(groups.values()), {**tensors, **state}, list(state)
 
 
@@ -261,7 +297,7 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
 
 
 def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
-    """lora_alpha / r, or with rank-stabilised scaling lora_alpha / √r, by peft's rule for its patterns."""
+    """lora_alpha / r, or lora_alpha / √r with rank-stabilised scaling. Patterns match as they do in peft."""
     patterns = values.get("alpha_pattern") or {}
     try:
         matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({_safe(pattern)})$", name))
@@ -274,7 +310,7 @@ def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
 
 
 def _safe(pattern: str) -> str:
-    """The pattern, unless it repeats a group: such a one can take for ever to match."""
+    """The pattern, unless it repeats a group, which can take exponential time to match."""
     if re.search(r"\)[*+?{]", pattern):
-        raise ValueError(f"alpha_pattern {pattern!r:.80} repeats a group, which is not read here")
+        raise ValueError(f"alpha_pattern {pattern!r:.80} repeats a group: write it without the repetition")
     return pattern

@@ -37,14 +37,6 @@ from transformers import (
 )
 
 import loralib
-from nlu.adapter_io import (
-    check_warm_start,
-    importance_scores,
-    load_warm_start,
-    read_warm_start,
-    save_run_adapter,
-    spectra,
-)
 from nlu.arguments import Arguments, parse_arguments
 from nlu.data.glue import limit, load_task_data
 from nlu.data.own import load_own_files
@@ -56,6 +48,14 @@ from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import apply_method, check_method_fits
 from nlu.metrics import compute_glue_metrics
 from nlu.ranges import check_optimisation
+from nlu.runs.adapter import (
+    check_warm_start,
+    importance_scores,
+    load_warm_start,
+    read_warm_start,
+    save_run_adapter,
+    spectra,
+)
 from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import check_run_folder, hold_run_folder
 from nlu.runs.record import (
@@ -237,7 +237,7 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
             check_optimisation(arguments.training, model, total_steps)
         check_method_fits(model, arguments.method, total_steps)
     if warm_start is not None:
-        check_warm_start(warm_start[0], model, arguments)
+        check_warm_start(*warm_start, model, arguments)
 
 
 def load_model(arguments: Arguments, config: Any) -> torch.nn.Module:

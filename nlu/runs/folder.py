@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from loralib.files import remove_leftovers
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
 from nlu.readers import read_json
@@ -185,7 +186,6 @@ def _clean(folder: Path, state: str) -> None:
     for name in FILES:
         for part in folder.glob(f".{name}.*"):
             part.unlink()
-    for part in folder.glob(".adapter.*"):
-        shutil.rmtree(part, ignore_errors=True)
+    remove_leftovers(folder / "adapter")
     clean(folder / "model")
     (folder / "log").mkdir(exist_ok=True)

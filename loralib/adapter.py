@@ -1,0 +1,409 @@
+"""A model's adapter: save it, load it, start a training from it, merge it, and drop pruned singular values.
+
+Every use of a saved adapter goes through the same steps: :func:`read_adapter` checks the folder, :func:`check_adapter`
+or :func:`check_start` compares it with the model, and only then the model is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralib.adapter_checks import (
+    base_fingerprint,
+    check_adapter,
+    check_base,
+    check_start,
+    factor_names,
+    is_transposed,
+    refuse_tied_weights,
+)
+from loralib.adapter_files import AdapterConfig, LayerGroup, read_adapter, write_adapter
+from loralib.injection import KINDS, check_bias
+from loralib.layers import LoRALayer, lora_layers
+
+RankPattern = Mapping[str, Sequence[bool]]
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
+
+    ``model.load_state_dict(state, strict=False)`` loads it into a model with the same layers.
+
+    Args:
+        bias: biases to add: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
+
+    Raises:
+        ValueError: for another ``bias``.
+    """
+    check_bias(bias)
+    layers = lora_layers(model)
+    wanted = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
+    if bias == "lora_only":
+        wanted |= {id(layer.bias) for layer in layers.values() if layer.bias is not None}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()  # gives a shared parameter once
+        if id(parameter) in wanted or (bias == "all" and name.split(".")[-1] == "bias")
+    }
+
+
+# ---- live singular values -------------------------------------------------------------------------------------------
+
+
+def compact(model: nn.Module, rank_pattern: RankPattern | None = None) -> dict[str, int]:
+    """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
+
+    The weights alone say what is pruned: a singular value e_i that is exactly 0. If every e of the model is 0, the
+    model is untrained and keeps all. Plain LoRA has no singular values and keeps its rank.
+
+    Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
+    parameters: make the optimiser afterwards. The rank allocator refuses a compacted model.
+
+    Args:
+        rank_pattern: module name -> one flag for each singular value, as the allocator has it. It is only checked
+            against the layers: a value that the optimiser moved away from 0 after the last masking is live.
+
+    Returns:
+        Module name -> rank it has now.
+
+    Raises:
+        ValueError: if the pattern names other layers or has other ranks; nothing is changed then.
+    """
+    layers = lora_layers(model)
+    _check_pattern(layers, rank_pattern)
+    for name, kept in _live_singular_values(layers).items():
+        layers[name].keep_singular_values(kept)
+    return {name: layer.r for name, layer in layers.items()}
+
+
+def _live_singular_values(layers: dict[str, LoRALayer]) -> dict[str, list[int]]:
+    live = {
+        name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
+        for name, layer in layers.items()
+    }
+    if any(kept for name, kept in live.items() if layers[name].lora_E is not None):
+        return live
+    return {name: list(range(layer.r)) for name, layer in layers.items()}
+
+
+def _check_pattern(layers: dict[str, LoRALayer], pattern: RankPattern | None) -> None:
+    if pattern is None:
+        return
+    ranks = {name: layer.r for name, layer in layers.items() if layer.lora_E is not None}
+    odd = sorted(set(pattern) ^ set(ranks))
+    if odd:
+        raise ValueError(f"the rank pattern does not name the layers with singular values: see {odd[0]}")
+    for name, flags in pattern.items():
+        if len(flags) != ranks[name]:
+            raise ValueError(f"the rank pattern has {len(flags)} values for {name}, whose rank is {ranks[name]}")
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    rank_pattern: RankPattern | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    card: Mapping[str, Any] | None = None,
+    compact: bool = True,
+) -> Path:
+    """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
+
+    The model is not changed, and the adapter holds its weights as they are, between two maskings too. The model need
+    not have low-rank layers: the adapter then holds the trainable parameters. A kill leaves the old adapter of the
+    folder or the new one.
+
+    Args:
+        folder: new, empty, or an adapter's, which is replaced.
+        rank_pattern: only checked, see :func:`loralib.compact`.
+        base_model, base_revision: name and revision of the base on the hub, not a path of this disk; only recorded.
+        card: values of JSON, recorded under "card"; task, method, metric, score and notes also show in README.md.
+        compact: leave out the singular values that are exactly 0, see :func:`loralib.compact`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if there is nothing to save, the rank pattern does not fit, or the folder holds other files.
+    """
+    layers = lora_layers(model)
+    _check_pattern(layers, rank_pattern)
+    live = _live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
+    factors, tied = _stored_factors(layers, live)
+    head = _head_tensors(model, layers)
+    if not factors and not head:
+        raise ValueError("nothing to save: the model has no low-rank layer and no trainable parameter")
+    groups = _group(layers, live)
+    kinds = {group.kind for group in groups}
+    config = AdapterConfig(
+        kind="parameters" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+        groups=groups,
+        tied=tied,
+        head=sorted(head),
+        architecture=type(model).__name__,
+        base_config=_head_config(model),
+        base_model=base_model,
+        base_revision=base_revision,
+        base_fingerprint=base_fingerprint(model, head),
+        card=dict(card or {}),
+        library_version=_library_version(),
+        weights_sha256="",  # write_adapter fills it in
+    )
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
+    write_adapter(Path(folder), config, stored)
+    return Path(folder)
+
+
+def _head_config(model: nn.Module) -> dict[str, Any]:
+    """Labels and problem type in a transformers model's configuration; empty for any other model."""
+    config = getattr(model, "config", None)
+    labels = getattr(config, "id2label", None)
+    if not isinstance(labels, Mapping):
+        return {}
+    return {
+        "id2label": {str(number): name for number, name in labels.items()},
+        "problem_type": getattr(config, "problem_type", None),
+    }
+
+
+def _library_version() -> str:
+    try:
+        return version("lora2-glue")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
+
+
+def _stored_factors(
+    layers: dict[str, LoRALayer], live: dict[str, list[int]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store by name, each parameter once, and name -> stored name for the others."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for layer_name, layer in layers.items():
+        if not live[layer_name]:
+            continue
+        names, parameters = factor_names(layer_name, layer), layer.lora_parameters()
+        for name, parameter, values in zip(names, parameters, layer.select(live[layer_name]), strict=True):
+            if owners.setdefault(id(parameter), name) != name:
+                tied[name] = owners[id(parameter)]
+            else:
+                tensors[name] = values
+    return tensors, tied
+
+
+def _head_tensors(model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, Tensor]:
+    """Trainable parameters that are no factors, and the saved buffers of the modules that own them."""
+    factors = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
+    found: dict[str, Tensor] = {}
+    owners = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in factors:
+            found[name] = parameter
+            owners.add(name.rpartition(".")[0])
+    state = model.state_dict(keep_vars=True)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found |= {n: t for n, t in state.items() if n not in parameters and n.rpartition(".")[0] in owners}
+    return found
+
+
+def _group(layers: dict[str, LoRALayer], live: dict[str, list[int]]) -> list[LayerGroup]:
+    groups: dict[tuple, LayerGroup] = {}
+    for name, layer in layers.items():
+        kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
+        dropout = getattr(layer.lora_dropout, "p", 0.0)
+        key = (kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
+        group = groups.setdefault(key, LayerGroup(*key[:2], list(key[2]), *key[3:], {}))
+        group.rank_pattern[name] = "".join("1" if i in live[name] else "0" for i in range(layer.r))
+    return list(groups.values())
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    compact: bool = False,
+    allow_other_base: bool = False,
+) -> AdapterConfig:
+    """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
+
+    The model is the plain base, or has low-rank layers in exactly the adapter's places, which are replaced. Afterwards
+    the adapter's parameters are trainable and all others frozen. An adapter that was trained on frozen weights in
+    bfloat16 goes on the float32 base; call ``cast_frozen`` after this.
+
+    Args:
+        compact: leave pruned singular values out instead of setting them to zero, as :func:`loralib.compact` does. The
+            logits then agree to rounding.
+        allow_other_base: accept a base with other weights than those the adapter was trained on.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        ValueError: for a damaged or edited folder, a base of another architecture, shape or (unless allowed) other
+            weights, or a merged model. The model is unchanged then.
+    """
+    config, tensors = read_adapter(folder)
+    check_adapter(model, config, tensors, allow_other_base)
+    install_adapter(model, config, tensors, compact)
+    return config
+
+
+def install_adapter(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], compact: bool = False) -> None:
+    """Change the model as :func:`load_adapter` does, after :func:`check_adapter`."""
+    layers = build_layers(model, config, tensors, compact)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    copy_head(model, config, tensors)
+
+
+@torch.no_grad()
+def copy_head(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Copy the adapter's other parameters and buffers into the model's, and make the parameters trainable."""
+    state = model.state_dict(keep_vars=True)
+    for name in config.head:
+        state[name].copy_(tensors[name])
+        if isinstance(state[name], nn.Parameter):
+            state[name].requires_grad_(True)
+
+
+@contextmanager
+def keep_flags(model: nn.Module) -> Iterator[None]:
+    """Restore every ``requires_grad`` of the model at the end of the block."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+
+
+def build_layers(
+    model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], compact: bool = False
+) -> dict[str, LoRALayer]:
+    """The adapter's layers by name, over the model's weights; the model keeps its own modules."""
+    layers: dict[str, LoRALayer] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    for group in config.groups:
+        options: dict[str, Any] = {} if group.kind == "lora" else {"init": group.init}
+        if group.kind == "lora2":
+            options["k"] = group.widths[0]
+        if group.kind == "multiscale":
+            options["widths"] = group.widths
+        for name, flags in group.rank_pattern.items():
+            old, live = model.get_submodule(name), group.live(name)
+            layer = layers[name] = KINDS[group.kind].from_linear(
+                old, group.r, group.lora_alpha, group.lora_dropout, fan_in_fan_out=is_transposed(old), **options
+            )
+            layer.keep_singular_values(live if compact else range(len(flags)))
+            for parameter in layer.lora_parameters():
+                parameter.data.zero_()
+            if live:
+                layer.scatter(range(layer.r) if compact else live, _read_factors(name, layer, config, tensors))
+            parameters.update(zip(factor_names(name, layer), layer.lora_parameters(), strict=True))
+    for alias, stored in config.tied.items():
+        layer_name, _, factor = alias.rpartition(".lora_")
+        side, index = factor.split(".")
+        getattr(layers[layer_name], f"lora_{side}")[int(index)] = parameters[stored]
+    return layers
+
+
+def _read_factors(name: str, layer: LoRALayer, config: AdapterConfig, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The stored values of ``layer.lora_parameters()`` at the live singular values."""
+    return [tensors[config.tied.get(factor, factor)] for factor in factor_names(name, layer)]
+
+
+# ---- warm start -----------------------------------------------------------------------------------------------------
+
+
+def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterConfig:
+    """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
+
+    ΔW is then the adapter's. If lora_alpha differs, the singular values (LoRA: B) make up for it. Singular values that
+    were pruned start anew with e = 0 and the model's own initial factors, so that they can grow again. The head and
+    the ``requires_grad`` flags are left alone.
+
+    Args:
+        model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.
+
+    Returns:
+        The adapter's configuration.
+
+    Raises:
+        ValueError: for a damaged folder, other layers, or a base with other weights. The model is unchanged then.
+    """
+    config, tensors = read_adapter(folder)
+    check_start(model, config, tensors)
+    start(model, config, tensors)
+    return config
+
+
+def start(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Change the model as :func:`start_from_adapter` does, after :func:`check_start`.
+
+    Raises:
+        ValueError: for a base with other weights. The model is unchanged then.
+    """
+    check_base(model, config)
+    for group in config.groups:
+        for name in group.rank_pattern:
+            layer, live = model.get_submodule(name), group.live(name)
+            if live:
+                amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
+                rescale = group.lora_alpha / group.r / layer.scaling
+                pairs = zip(layer.lora_parameters(), _read_factors(name, layer, config, tensors), strict=True)
+                layer.scatter(live, [values * rescale if p is amplitude else values for p, values in pairs])
+
+
+# ---- merging --------------------------------------------------------------------------------------------------------
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Put W + ΔW into the weight of every low-rank layer. A second call changes nothing.
+
+    Raises:
+        ValueError: if another module uses one of the weights too; nothing is merged then.
+    """
+    layers = lora_layers(model)
+    refuse_tied_weights(model, layers)
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo :func:`merge_adapter` bit for bit."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
+    """Add a saved adapter's updates to the weights of the plain base ``model``, in place, and copy its head.
+
+    Unlike :func:`load_adapter` with :func:`merge_adapter` this leaves no low-rank layer in the model.
+
+    Raises:
+        ValueError: as :func:`load_adapter` and :func:`merge_adapter`; the model is unchanged then.
+    """
+    config, tensors = read_adapter(folder)
+    check_adapter(model, config, tensors, allow_other_base)
+    refuse_tied_weights(model, config.ranks)
+    with keep_flags(model):
+        for layer in build_layers(model, config, tensors, compact=True).values():
+            layer.merge()  # the layer's weight is the model's own parameter
+        copy_head(model, config, tensors)
+    return config

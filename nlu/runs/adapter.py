@@ -1,0 +1,118 @@
+"""The adapter that a run writes, what the record says of its ranks, and the adapter that a run may start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import loralib
+from loralib.adapter import start
+from loralib.adapter_checks import check_start
+from loralib.adapter_files import AdapterConfig, read_adapter
+from loralib.files import write_json
+from loralib.peft_format import decompose
+from nlu.arguments import Arguments
+from nlu.errors import UsageError
+from nlu.methods.method import AppliedMethod
+from nlu.methods.registry import METHODS, card_of
+from nlu.tasks import Task
+
+
+def save_run_adapter(
+    arguments: Arguments, task: Task, applied: AppliedMethod, record: dict[str, Any], step: int, folder: Path
+) -> None:
+    """Write ``rank_pattern.json`` and ``adapter/`` of a finished run, from the weights as they are.
+
+    Args:
+        step: the optimiser step of the model's weights; the card shows their score.
+    """
+    scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
+    ranks = applied.ranks
+    if ranks is not None:
+        write_json(folder / "rank_pattern.json", ranks.rank_pattern)
+    source = Path(arguments.model.model_name_or_path)
+    loralib.save_adapter(
+        applied.model,
+        folder / "adapter",
+        base_model=source.name if source.exists() else arguments.model.model_name_or_path,
+        base_revision=None if source.exists() else arguments.model.model_revision,
+        card={
+            "task": record["task"],
+            "method": record["method_config"],
+            "metric": record["metric"],
+            "score": scores.get(step, record["last"]),
+            "seed": record["seed"],
+            "max_seq_length": arguments.data.max_seq_length,
+            "text_fields": list(task.text_fields),
+            **card_of(arguments.method),
+        },
+    )
+
+
+@torch.no_grad()
+def spectra(model: nn.Module) -> dict[str, list[float]] | None:
+    """Module name → singular values of ΔW, descending, to five significant digits; None without low-rank layers."""
+    found = {}
+    for name, layer in loralib.lora_layers(model).items():
+        _, values, _ = decompose(layer.lora_B[0], layer.folded_core(), layer.lora_A[0])
+        found[name] = [float(f"{value:.5g}") for value in values.tolist()]
+    return found or None
+
+
+def importance_scores(allocator: loralib.RankAllocator | None) -> dict[str, dict[str, list[float]]] | None:
+    """Importance → module name → the last score of each singular value, to five significant digits.
+
+    Scores do not change after the final phase has begun, so these decided the final ranks. A run with
+    ``--importance full`` has both ``inner`` and ``full``. None without an allocator.
+    """
+    if allocator is None:
+        return None
+    kinds = ("inner", "full") if allocator.importance == "full" else ("inner",)
+    names = list(allocator.rank_pattern)
+    tables = {kind: allocator.importance_scores(kind).tolist() for kind in kinds}
+    return {
+        kind: {name: [float(f"{value:.5g}") for value in row] for name, row in zip(names, table, strict=True)}
+        for kind, table in tables.items()
+    }
+
+
+def read_warm_start(path: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The adapter at ``path``. Raises UsageError if it is missing, damaged or edited."""
+    with _usage_errors():
+        return read_adapter(path)
+
+
+def check_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module, arguments: Arguments) -> None:
+    """Refuse an adapter whose layers are not the method's. ``model`` may be on the meta device.
+
+    Raises:
+        UsageError: for a method that is not low-rank, or another kind of layers, modules, rank, widths or sharing.
+    """
+    if not METHODS[arguments.method.method].takes_warm_start:
+        raise UsageError(f"--lora_path starts low-rank methods, not --method {arguments.method.method}")
+    with _usage_errors(" (flags: --method, --lora_module, --lora_r, --lora_k, --lora_share_outer)"):
+        check_start(model, config, tensors)
+
+
+def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Start from the adapter's update, see :func:`loralib.start_from_adapter`.
+
+    Raises:
+        UsageError: if the adapter was trained on a base with other weights.
+    """
+    with _usage_errors(" (flag: --model_name_or_path)"):
+        start(model, config, tensors)
+
+
+@contextmanager
+def _usage_errors(flags: str = "") -> Iterator[None]:
+    """The loader's errors as UsageErrors that name the flags to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"--lora_path: {error}{flags}") from None
