@@ -22,7 +22,11 @@ PADDING = float("-inf")
 
 
 class _NotPerRow(Exception):
-    """A module saw an input whose first dimension is not the batch's, so that its rows are nobody's."""
+    """A module's inputs do not have the batch in their first dimension, so that they cannot be split by rows."""
+
+
+class _Ambiguous(_NotPerRow):
+    """Another dimension has as many entries as the batch has rows, so that the first one may not be the batch."""
 
 
 class _Adapter:
@@ -132,31 +136,35 @@ class MultiAdapter:
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
         """Call the model on a batch whose rows each have their own adapter.
 
-        The base computes the batch once, and every adapter adds its update to its rows. Where a module computes
-        something that all rows share (DeBERTa projects its relative positions with the query's and key's weights) that
-        cannot be; the model is then called once for each adapter on its rows, with the same result.
+        The base computes the batch once, and every adapter adds its update to its rows. Otherwise the model is called
+        once for each adapter on its rows, with the same result: if a module computes something that all rows share
+        (DeBERTa projects its relative positions with the weights of query and key), if the model's layers do not have
+        the batch first (XLNet), or if another dimension is as large as the batch, so that the two cannot be told apart.
 
         Args:
             adapters: for each row the name of an adapter, or None for the bare base.
             args, kwargs: the model's; tensors whose first dimension is the number of rows are the batch.
 
         Returns:
-            What the model returns. Where heads differ in size, the last dimension is padded with −inf after a row's own
-            values.
+            What the model returns, its tensors joined along the first dimension if that has the rows, else along the
+            second. If heads differ in size, the last dimension is padded with −inf after a row's own values.
 
         Raises:
-            ValueError: for a name that is not loaded, or where no input has that many rows.
+            ValueError: for a name that is not loaded, or if no input has that many rows.
         """
         for name in adapters:
             self._known(name)
         rows = list(adapters)
-        if not any(_has_rows(value, len(rows)) for value in [*args, *kwargs.values()]):
+        inputs = [*args, *kwargs.values()]
+        if not any(_has_rows(value, len(rows)) for value in inputs):
             raise ValueError(f"{len(rows)} adapters named, but no input has {len(rows)} rows: name one for each row")
-        if self._one_pass and len(set(rows)) > 1:
+        if self._one_pass and len(set(rows)) > 1 and not _is_ambiguous(inputs, len(rows)):
             try:
                 self._seen.clear()
                 with self._using(rows):
                     return self.model(*args, **kwargs)
+            except _Ambiguous:
+                pass  # another batch may have other sizes
             except _NotPerRow:
                 self._one_pass = False
 
@@ -189,9 +197,12 @@ class MultiAdapter:
         count = len(rows)
         if not any(name in a.head or name in a.layers for a in map(self._adapters.get, set(rows) - {None})):
             return None
+        inputs = [*args, *kwargs.values()]
         # Called twice, a module may be given the batch once and something shared the other time.
-        if name in self._seen or not any(_has_rows(value, count) for value in [*args, *kwargs.values()]):
+        if name in self._seen or not any(_has_rows(value, count) for value in inputs):
             raise _NotPerRow
+        if _is_ambiguous(inputs, count):
+            raise _Ambiguous
         self._seen.add(name)
 
         def of_adapter(adapter: str | None, chosen: list[int]) -> Any:
@@ -246,16 +257,22 @@ def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
 
 
+def _is_ambiguous(inputs: Sequence[Any], count: int) -> bool:
+    """Whether a tensor has ``count`` rows and another dimension of that size, as (length, batch, features) may."""
+    return any(_has_rows(value, count) and count in value.shape[1:] for value in inputs)
+
+
 def _join(parts: list[Any], counts: list[int], order: Tensor) -> Any:
     """Results of parts of a batch as one, its rows in the given order."""
     first = parts[0]
     if isinstance(first, Tensor):
-        if any(not _has_rows(part, count) for part, count in zip(parts, counts, strict=True)):
-            return first  # nothing that belongs to rows
-        width = max(part.shape[-1] for part in parts) if first.dim() > 1 else 0
-        if first.dim() > 1:
+        of_rows = [d for d in (0, 1) if all(p.shape[d : d + 1] == (n,) for p, n in zip(parts, counts, strict=True))]
+        if not of_rows:
+            return first  # the same for all rows
+        if first.dim() > 1 and of_rows[0] == 0:
+            width = max(part.shape[-1] for part in parts)
             parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts]
-        return torch.cat(parts)[order.to(first.device)]
+        return torch.cat(parts, of_rows[0]).index_select(of_rows[0], order.to(first.device))
     if isinstance(first, Mapping):
         return type(first)(**{key: _join([part[key] for part in parts], counts, order) for key in first})
     if isinstance(first, (tuple, list)):

@@ -98,6 +98,8 @@ def tiny(model_type):
     if model_type == "deberta-v2":
         sizes |= {"relative_attention": True, "share_att_key": True, "pos_att_type": "p2c|c2p", "position_buckets": 4,
                   "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}  # fmt: skip
+    if model_type == "xlnet":
+        sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
     return AutoModelForSequenceClassification.from_config(
         AutoConfig.for_model(model_type, **sizes, vocab_size=40)
     ).eval()
@@ -109,10 +111,11 @@ def tiny(model_type):
         ("gpt2", ["c_attn", "c_proj"], "score", True),
         ("roberta", ["query", "intermediate"], "classifier", True),
         ("deberta-v2", ["query", "key", "intermediate"], "classifier", False),  # projects positions with query and key
+        ("xlnet", ["layer_1", "layer_2"], "logits_proj", False),  # (length, batch, features) inside
     ],
 )
 def test_rows_on_other_architectures(tmp_path, model_type, modules, head, one_pass):
-    alone, ids = {}, torch.arange(2, 38).view(6, 6)
+    alone, batches = {}, (torch.arange(2, 38).view(6, 6), torch.arange(2, 26).view(6, 4))  # as long as large, and not
     for name, kind, r in (("a", "lora2", 3), ("b", "lora", 2)):
         model = tiny(model_type)
         loralib.inject(model, kind, modules, r=r)
@@ -121,15 +124,21 @@ def test_rows_on_other_architectures(tmp_path, model_type, modules, head, one_pa
         for parameter in (p for p in model.parameters() if p.requires_grad):
             nn.init.normal_(parameter, std=0.5)
         loralib.save_adapter(model, tmp_path / name)
-        alone[name] = model(ids).logits
+        alone[name] = [model(ids) for ids in batches]
     base = tiny(model_type)
-    alone[None] = base(ids).logits
+    alone[None] = [base(ids) for ids in batches]
+    calls = []
+    base.register_forward_hook(lambda *_: calls.append(1))
     adapters = loralib.MultiAdapter(base)
     for name in "ab":
         adapters.load(name, tmp_path / name)
     rows = ["a", "b", None, "b", "a", "a"]
-    for _ in range(2):
-        mixed = adapters.run(rows, ids).logits
+    for number in (0, 1, 0, 1):
+        calls.clear()
+        mixed = adapters.run(rows, batches[number])
         for i, name in enumerate(rows):
-            torch.testing.assert_close(mixed[i], alone[name][i], atol=1e-5, rtol=1e-5)
-    assert adapters._one_pass == one_pass
+            theirs = alone[name][number]
+            torch.testing.assert_close(mixed.logits[i], theirs.logits[i], atol=1e-5, rtol=1e-5)
+            if model_type == "xlnet":
+                torch.testing.assert_close(mixed.mems[1][:, i], theirs.mems[1][:, i], atol=1e-5, rtol=1e-5)
+    assert len(calls) == (1 if one_pass else 3)
