@@ -82,7 +82,8 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
     Raises:
         ValueError: as :func:`load_base`.
     """
-    return load_base(source, config.architecture, **config.head_options())
+    # The adapter brings its own head, with as many labels as it has.
+    return load_base(source, config.architecture, ignore_mismatched_sizes=True, **config.head_options())
 
 
 def export_merged(

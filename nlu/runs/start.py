@@ -32,6 +32,7 @@ def start_record(
         )
     static = {
         "task": task.name,
+        "labels": list(task.labels) if task.labels else None,
         "method": arguments.method.method,
         "method_config": arguments.method_config,
         "seed": training.seed,

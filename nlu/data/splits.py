@@ -1,0 +1,63 @@
+"""The splits that one run needs: rows as text, and then as token ids."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from nlu.arguments import Arguments
+from nlu.data.glue import limit, load_task_data
+from nlu.data.own import load_own_files
+from nlu.data.tokens import tokenize
+from nlu.errors import UsageError
+from nlu.tasks import Task, get_task
+
+
+@dataclass
+class Splits:
+    """Token ids of one task: training rows, validation sets (MNLI has two), test sets by name."""
+
+    train: Dataset | None
+    validation: dict[str, Dataset]
+    test: dict[str, Dataset]
+
+
+def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
+    """The task and its rows as text, cut to the asked-for numbers; a held-out part in place of validation if asked."""
+    data, training = arguments.data, arguments.training
+    need = [name for name, wanted in (("train", training.do_train), ("validation", training.do_eval),
+                                      ("test", training.do_predict)) if wanted]  # fmt: skip
+    if data.task_name is None:
+        task, splits = load_own_files(data.train_file, data.validation_file, data.test_file)
+    else:
+        task = get_task(data.task_name)
+        if data.holdout_fraction is not None:
+            need = ["train", *(name for name in need if name == "test")]
+        splits = load_task_data(task, data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir, need)
+    if data.holdout_fraction is not None:
+        rows = len(splits["train"])
+        if math.ceil(rows * data.holdout_fraction) >= rows:
+            raise UsageError(f"--holdout_fraction {data.holdout_fraction} of {rows} rows leaves none to train on")
+        parts = splits["train"].train_test_split(data.holdout_fraction, seed=data.holdout_seed)
+        splits |= {"train": parts["train"], task.validation_splits[0]: parts["test"]}
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    return task, {name: limit(rows, limits[name.split("_")[0]]) for name, rows in splits.items()}
+
+
+def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset], tokenizer: Any) -> Splits:
+    """Token ids; what is only read, not trained on, is sorted by length, so that its batches need little padding."""
+    data = arguments.data
+    tokens = tokenize(splits, task, tokenizer, data.max_seq_length, data.pad_to_max_length)
+    by_length = {
+        n: rows.select(np.argsort(rows["length"][:], kind="stable")) for n, rows in tokens.items() if n != "train"
+    }
+    return Splits(
+        tokens.get("train"),
+        {name: by_length[name] for name in task.validation_splits if name in by_length},
+        {name: by_length[name] for name in task.test_splits if name in by_length},
+    )

@@ -1,0 +1,33 @@
+"""torchrun with the exit code of the program: several processes end as one does.
+
+    python nlu/launch.py --standalone --nproc_per_node 2 nlu/run_glue.py --flag value …
+
+It takes torchrun's arguments. torchrun itself ends with a traceback and exit code 1 when it is told to stop, or when a
+worker refuses its arguments; here the code is 128 + the signal's number, or that of the first worker that failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run torchrun; returns the exit code. The workers have said in one line why they ended."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports failed workers again
+    try:
+        torchrun(argv)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # a worker that a signal killed has minus its number
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""From a checkpoint to a model with the task's head: configuration, order of the labels, weights, precision."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import loralib
+from nlu.arguments import Arguments
+from nlu.data.tokens import longest_input
+from nlu.errors import UsageError, reason
+from nlu.fast.speed import speed_up
+from nlu.methods.method import AppliedMethod, head_parameters
+from nlu.methods.registry import check_method_fits
+from nlu.ranges import check_optimisation
+from nlu.runs.adapter import check_warm_start
+from nlu.tasks import Task
+
+logger = logging.getLogger("nlu")
+
+_NO_NAME = re.compile(r"label_\d+", re.IGNORECASE)  # what transformers calls labels that nobody named
+_DROPOUTS = ("cls_dropout", "classifier_dropout", "seq_classif_dropout")  # before the classifier, by architecture
+
+
+@dataclass(frozen=True)
+class Head:
+    """What becomes of a checkpoint's head.
+
+    Attributes:
+        labels: the task's labels in the order in which the head numbers them; None for regression.
+        unfit: why the checkpoint's output layer, if it has one, cannot serve the task; None where it can.
+    """
+
+    labels: tuple[str, ...] | None
+    unfit: str | None = None
+
+
+def choose_head(saved: Any, task: Task, started_with: Sequence[str] | None = None) -> Head:
+    """Decide from a checkpoint's configuration what its head can do for the task.
+
+    Args:
+        saved: the checkpoint's configuration. started_with: the order of the labels in an interrupted run, which keeps
+            it whatever the checkpoint says.
+    """
+    names = [str(saved.id2label[number]) for number in sorted(saved.id2label)]
+    problem = getattr(saved, "problem_type", None)
+    if task.labels is None:
+        fits = len(names) == 1 and problem != "multi_label_classification"
+        return Head(None, None if fits else f"{len(names)} labels, and {task.name} asks for one number")
+    words = {label.lower(): label for label in task.labels}
+    found = [name.lower() for name in names]
+    if sorted(found) == sorted(words) and problem != "regression":
+        return Head(tuple(started_with or (words[name] for name in found)))
+    labels = tuple(started_with or task.labels)
+    if len(names) != len(labels):
+        return Head(labels, f"{len(names)} labels, and {task.name} has {len(labels)}")
+    if problem == "regression":
+        return Head(labels, f"the numbers of a regression, and {task.name} has classes")
+    if not all(map(_NO_NAME.fullmatch, names)):
+        return Head(labels, f"the labels {', '.join(names)}, and {task.name} has {', '.join(labels)}")
+    return Head(labels)
+
+
+def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | None = None) -> tuple[Any, Any, Head]:
+    """The encoder's configuration, with the task's labels in it, its tokenizer, and what becomes of its head.
+
+    Args:
+        started_with: see :func:`choose_head`.
+
+    Raises:
+        UsageError: for a model that is not there, or cannot be read.
+    """
+    model = arguments.model
+    source = {"revision": model.model_revision, "cache_dir": model.cache_dir, "trust_remote_code": False}
+    _refuse_missing_folder(model.model_name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(model.model_name_or_path, **source)
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
+    except Exception as error:  # a damaged file raises whatever its reader runs into
+        raise _unreadable(arguments, error) from None
+    if tokenizer.pad_token is None:
+        raise UsageError(
+            f"--model_name_or_path {model.model_name_or_path}: its tokenizer has no padding token, which batches need: "
+            "save a copy with pad_token set (and pad_token_id in config.json)"
+        )
+    head = choose_head(config, task, started_with)
+    config.problem_type = "regression" if task.is_regression else None
+    if head.labels is not None:
+        config.id2label = dict(enumerate(head.labels))
+        config.label2id = {name: number for number, name in enumerate(head.labels)}
+    elif config.num_labels != 1:
+        config.num_labels = 1
+    if model.cls_dropout is not None:
+        for name in _DROPOUTS:
+            if hasattr(config, name) or name == "cls_dropout":
+                setattr(config, name, model.cls_dropout)
+    return config, tokenizer, head
+
+
+def _refuse_missing_folder(name: str) -> None:
+    path = Path(name)
+    no_hub_name = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if not path.is_dir() and (no_hub_name or path.exists()):
+        raise UsageError(f"--model_name_or_path {name}: there is no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"--model_name_or_path {name}: the folder holds no model (it has no config.json)")
+
+
+def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
+    name = arguments.model.model_name_or_path
+    absent = "" if Path(name).exists() else "there is no such folder, and the hub gave no such model: "
+    return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
+
+
+def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int, warm_start: Any) -> None:
+    """Module patterns, schedule, precision and warm start, on a model without weights, before anything is loaded.
+
+    The tokenizer learns how many tokens the model reads, where its own files do not say so.
+
+    Raises:
+        UsageError: for whatever does not fit.
+    """
+    if config.model_type == "fnet" and (arguments.training.bf16 or arguments.training.fp16):
+        raise UsageError("FNet's Fourier transform has no half precision: leave --bf16 and --fp16 out")
+    model = _without_weights(arguments, config)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
+    with torch.device("meta"):
+        if total_steps:
+            check_optimisation(arguments.training, model, total_steps)
+        check_method_fits(model, arguments.method, total_steps)
+    if warm_start is not None:
+        check_warm_start(*warm_start, model, arguments)
+
+
+def _without_weights(arguments: Arguments, config: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # an architecture without a classifier, or values that contradict each other
+        raise _unreadable(arguments, error) from None
+
+
+def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
+    """The pretrained encoder in float32; its output layer is new where the checkpoint's does not fit the task.
+
+    Raises:
+        UsageError: for weights that are missing, or have other shapes, anywhere but in the head's output layer.
+    """
+    model, training = arguments.model, arguments.training
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns that the head is new, which is meant to be so
+    try:
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
+            dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:  # a damaged file raises whatever its reader runs into
+        raise _unreadable(arguments, error) from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = set(info["missing_keys"])
+    parts = {id(p) for p in head_parameters(loaded)}
+    encoder = {name for name, p in loaded.named_parameters() if id(p) not in parts}
+    if encoder & missing:
+        raise UsageError(
+            f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {min(encoder & missing)}, …"
+        )
+    is_new = _renew_output_layer(arguments, loaded, config, head, info) or bool(missing)
+    if training.do_predict and not training.do_train and is_new:
+        raise UsageError(
+            f"--model_name_or_path {model.model_name_or_path} has no trained head for the task, and nothing trains it "
+            "before --do_predict: give --do_train, or predict a trained adapter with nlu/predict.py"
+        )
+    speed_up(loaded, not model.no_fast_attention, not model.no_fast_dropout)
+    return loaded
+
+
+def _renew_output_layer(arguments: Arguments, model: nn.Module, config: Any, head: Head, info: dict[str, Any]) -> bool:
+    """Draw the output layer anew where it does not fit; returns whether the checkpoint had one that did not."""
+    mismatched = {key[0]: key[1:] for key in info["mismatched_keys"]}
+    if head.unfit is None and not mismatched:
+        return False
+    # The output layer is what depends on the number of labels, whatever the architecture calls it.
+    other = copy.deepcopy(config)
+    other.num_labels = config.num_labels + 1
+    wider = dict(_without_weights(arguments, other).named_parameters())
+    output = {name: p for name, p in model.named_parameters() if wider[name].shape != p.shape}
+    wrong = sorted(set(mismatched) - set(output))
+    if wrong:
+        saved, needed = (tuple(shape) for shape in mismatched[wrong[0]])
+        raise UsageError(
+            f"--model_name_or_path {arguments.model.model_name_or_path}: {wrong[0]} has the shape {saved} in the "
+            f"checkpoint, and its config.json asks for {needed}"
+        )
+    if set(output) <= set(info["missing_keys"]):
+        return False  # the checkpoint has no head at all
+    with torch.no_grad():
+        for name, parameter in output.items():
+            if name not in mismatched:  # those are new already
+                deviation = getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0
+                parameter.normal_(std=deviation)
+    if arguments.training.should_save:
+        logger.warning("a new output layer: the checkpoint's has %s", head.unfit or "another number of labels")
+    return True
+
+
+def head_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules outside the encoder, and the encoder's pooler where it has one."""
+    encoder = model.base_model
+    modules = [child for child in model.children() if child is not encoder]
+    pooler = getattr(encoder, "pooler", None)
+    return modules if pooler is None or encoder is model else [*modules, pooler]
+
+
+def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
+    """bfloat16 without autocast where only the method's own layers and the head train: no step casts a weight."""
+    training = arguments.training
+    if training.bf16 and not applied.needs_autocast:
+        loralib.cast_frozen(applied.model, torch.bfloat16)
+        training.bf16, training.mixed_precision = False, "no"

@@ -1,0 +1,196 @@
+"""From a checkpoint to the task's head: order of the labels, new output layers, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import accuracy_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+from loralib.export import export_merged
+from nlu import predict as predict_program
+from nlu.model import choose_head
+from nlu.run_glue import main
+from nlu.tasks import get_task
+from tests.nlu.killed_runs import run_broken_off
+from tests.nlu.tiny import make_encoder, make_rows, write_rows
+
+PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
+
+
+def classifier(folder, names, problem_type=None, seed=1):
+    """A tiny checkpoint with a head for labels of those names."""
+    make_encoder(folder)
+    torch.manual_seed(seed)
+    options = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    model = AutoModelForSequenceClassification.from_pretrained(folder, problem_type=problem_type, **options)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def flags_of(base_flags, folder, task, *more):
+    flags = list(base_flags)
+    for name, value in (("model_name_or_path", folder), ("task_name", task)):
+        flags[flags.index(f"--{name}") + 1] = str(value)
+    return [*flags, *more]
+
+
+def run_folder(flags):
+    return Path(flags[flags.index("--root_output_dir") + 1])
+
+
+def record_of(flags):
+    return json.loads((run_folder(flags) / "results.json").read_text())
+
+
+@pytest.mark.parametrize("task, names, problem, labels, unfit", [
+    ("mnli", PERMUTED, None, ("contradiction", "neutral", "entailment"), None),
+    ("mnli", ["LABEL_0", "label_1", "LABEL_2"], None, ("entailment", "neutral", "contradiction"), None),
+    ("mnli", ["joy", "anger", "fear"], None, ("entailment", "neutral", "contradiction"), "the labels joy"),
+    ("mnli", PERMUTED, "regression", ("entailment", "neutral", "contradiction"), "regression"),
+    ("rte", PERMUTED, None, ("entailment", "not_entailment"), "3 labels, and rte has 2"),
+    ("rte", ["score"], "regression", ("entailment", "not_entailment"), "1 labels"),
+    ("stsb", PERMUTED, None, None, "3 labels, and stsb asks for one number"),
+    ("stsb", ["similarity"], None, None, None),
+    ("stsb", ["toxic"], "multi_label_classification", None, "one number"),
+])  # fmt: skip
+def test_what_a_head_is_used_for(task, names, problem, labels, unfit):
+    head = choose_head(BertConfig(id2label=dict(enumerate(names)), problem_type=problem), get_task(task))
+    assert head.labels == labels
+    assert head.unfit is None if unfit is None else unfit in head.unfit
+
+
+def test_an_interrupted_run_keeps_its_order():
+    saved = BertConfig(id2label=dict(enumerate(PERMUTED)))
+    assert choose_head(saved, get_task("mnli"), get_task("mnli").labels).labels == get_task("mnli").labels
+
+
+def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags, tiny_glue, tmp_path):
+    """The score is that of the checkpoint's own words, by transformers alone; training goes on from its head."""
+    folder = classifier(tmp_path / "mnli", PERMUTED)
+    rows = [json.loads(line) for line in (tiny_glue / "mnli/validation_matched.jsonl").read_text().splitlines()]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+    words = get_task("mnli").labels
+    with torch.no_grad():
+        guessed = [
+            model.config.id2label[
+                int(model(**tokenizer(r["premise"], r["hypothesis"], return_tensors="pt")).logits.argmax())
+            ]
+            for r in rows
+        ]
+    expected = accuracy_score([words[row["label"]] for row in rows], [word.lower() for word in guessed])
+    flags = flags_of(base_flags, folder, "mnli")
+    untrained = [flag for flag in flags if flag != "--do_train"]
+    assert main(untrained) == 0
+    assert record_of(untrained)["last"] == pytest.approx(expected)
+    assert record_of(untrained)["labels"] == ["contradiction", "neutral", "entailment"]
+    assert expected not in (
+        0.0,
+        accuracy_score([row["label"] for row in rows], [words.index(w.lower()) for w in guessed[::-1]]),
+    )
+
+    flags[flags.index("--root_output_dir") + 1] = str(tmp_path / "trained")
+    flags += ["--save_total_limit", "9"]
+    run_broken_off(flags, 2)
+    assert record_of(flags)["labels"] == ["contradiction", "neutral", "entailment"]
+    assert main(flags) == 0
+    adapter = json.loads((tmp_path / "trained/adapter/adapter_config.json").read_text())
+    names = {"0": "contradiction", "1": "neutral", "2": "entailment"}
+    assert names in [value for value in _values(adapter) if isinstance(value, dict)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    adapter_flags = ["--adapter", str(tmp_path / "trained/adapter"), "--base", str(folder)]
+    assert predict_program.main([*adapter_flags, *output]) == 0
+    answers = [json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    score = np.mean([words[row["label"]] == answer for row, answer in zip(rows, answers, strict=True)])
+    assert record_of(flags)["last"] == pytest.approx(score)
+
+
+def _values(value):
+    yield value
+    for inner in value.values() if isinstance(value, dict) else ():
+        yield from _values(inner)
+
+
+@pytest.mark.parametrize("task, names", [("mrpc", PERMUTED), ("stsb", PERMUTED), ("mnli", ["joy", "anger", "fear"])])
+def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, caplog, task, names):
+    folder = classifier(tmp_path / "other", names)
+    flags = flags_of(base_flags, folder, task, "--save_total_limit", "9", "--learning_rate", "1e-9")
+    with caplog.at_level(logging.WARNING, logger="nlu"):
+        assert main(flags) == 0
+    assert [r.message for r in caplog.records if "new output layer" in r.message][1:] == []
+    assert any("new output layer" in r.message for r in caplog.records)
+    weights = load_file(run_folder(flags) / "model" / "checkpoint-2" / "model.safetensors")
+    saved = load_file(folder / "model.safetensors")
+    width = 1 if task == "stsb" else len(get_task(task).labels)
+    assert weights["classifier.weight"].shape == (width, 16) and weights["classifier.weight"].abs().max() < 0.2
+    torch.testing.assert_close(weights["bert.pooler.dense.weight"], saved["bert.pooler.dense.weight"])
+    output = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    write_rows(tmp_path / "rows.jsonl", make_rows(get_task(task).text_fields, task == "stsb", 4, 0))
+    assert predict_program.main(["--adapter", str(run_folder(flags) / "adapter"), "--base", str(folder), *output]) == 0
+
+
+def test_a_mismatch_elsewhere_is_refused_by_name(base_flags, tmp_path, capsys):
+    folder = classifier(tmp_path / "odd", PERMUTED)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    assert main(flags_of(base_flags, folder, "mrpc")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "bert.embeddings.position_embeddings.weight has the shape (64, 16)" in error and "(32, 16)" in error
+
+
+def test_a_merged_export_starts_another_task(base_flags, tmp_path):
+    folder = classifier(tmp_path / "mnli", PERMUTED)
+    flags = flags_of(base_flags, folder, "mnli")
+    assert main(flags) == 0
+    export_merged(run_folder(flags) / "adapter", tmp_path / "merged", str(folder))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert list(merged.config.id2label.values()) == ["contradiction", "neutral", "entailment"]
+    flags = flags_of(base_flags, tmp_path / "merged", "mrpc", "--overwrite_output_dir")
+    assert main(flags) == 0 and record_of(flags)["labels"] == list(get_task("mrpc").labels)
+
+
+def _broken(folder, how):
+    if how == "no folder":
+        return folder / "missing" / "model"
+    make_encoder(folder)
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "weights cut":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif how == "tokenizer damaged":
+        (folder / "tokenizer.json").write_text("{")
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        changes = {"unknown type": {"model_type": "nosuch"}, "no classifier": {"model_type": "sam"},
+                   "odd value": {"hidden_size": "many"}, "contradiction": {"num_attention_heads": 3}}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | changes[how]))
+    return folder
+
+
+@pytest.mark.parametrize("how, words", [
+    ("no folder", "there is no such folder"), ("no config", "no config.json"),
+    ("weights cut", "--model_name_or_path"),
+    ("tokenizer damaged", "--model_name_or_path"), ("unknown type", "nosuch"),
+    ("no classifier", "--model_name_or_path"),
+    ("odd value", "--model_name_or_path"), ("contradiction", "--model_name_or_path"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path, capsys, how, words):
+    assert main(flags_of(base_flags, _broken(tmp_path / "model", how), "cola")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: --model_name_or_path ") and words in error
+
+
+def test_fnet_in_half_precision_is_refused(base_flags, tmp_path, capsys):
+    folder = make_encoder(tmp_path / "fnet")
+    config = {"model_type": "fnet", "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1,
+              "intermediate_size": 32, "tpu_short_seq_length": 64}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(flags_of(base_flags, folder, "cola", "--bf16")) == 2
+    assert "Fourier" in capsys.readouterr().err
