@@ -21,6 +21,7 @@ from loralib.multi import MultiAdapter
 from loralib.optimisation import parameter_groups
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
+from loralib.preconditioner import Preconditioner
 from loralib.training import LowRankTrainerMixin, LowRankTraining
 
 __version__ = "0.2.0"
@@ -36,6 +37,7 @@ __all__ = [
     "MultiAdapter",
     "MultiScaleLinear",
     "OrthogonalityRegulariser",
+    "Preconditioner",
     "RankAllocator",
     "SVDLinear",
     "UpdateStatistics",

@@ -6,6 +6,7 @@ A plain loop adds two lines::
     ...
         loss = loss + low_rank.penalty()      # before backward()
         loss.backward()
+        low_rank.before_step()                # only needed with orthogonality="retraction" or a precondition
         optimizer.step()
         low_rank.after_step()                 # before the gradients are cleared
         optimizer.zero_grad()
@@ -27,10 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from loralib.allocator import RankAllocator
+from loralib.exact_factors import ExactFactors
 from loralib.layers import lora_layers
 from loralib.orthogonality import OrthogonalityRegulariser
+from loralib.preconditioner import Preconditioner
 
 STATE_FILE = "low_rank.pt"
+ORTHOGONALITIES = ("penalty", "retraction")
 
 
 class LowRankTraining:
@@ -40,13 +44,16 @@ class LowRankTraining:
         model: holds low-rank layers with singular values, all of one rank.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
         target_rank: average singular values a layer keeps; None prunes nothing.
-        regu_weight: of the orthogonality regulariser; 0 for none. terms, squared: see
-            :class:`loralib.OrthogonalityRegulariser`.
+        orthogonality: ``"penalty"``, the regulariser; ``"retraction"``, :class:`loralib.ExactFactors` in its place,
+            made at the first step, so that weights may be loaded before.
+        regu_weight: of the regulariser; 0 for none. terms, squared: see :class:`loralib.OrthogonalityRegulariser`.
+        precondition: ``"none"``, or a kind of :class:`loralib.Preconditioner`.
         init_warmup, final_warmup: steps before pruning and with the ranks held; a tenth and half of all where None.
         allocator_options: mask_interval (10), beta1 and beta2 (0.85), importance … of :class:`loralib.RankAllocator`.
 
     Raises:
-        ValueError: for a value out of range, or a model without such layers.
+        ValueError: for a value out of range, a model without such layers, and for retraction with a precondition:
+            orthonormal factors have nothing to balance.
     """
 
     def __init__(
@@ -55,6 +62,8 @@ class LowRankTraining:
         total_steps: int | None = None,
         *,
         target_rank: int | None = None,
+        orthogonality: str = "penalty",
+        precondition: str = "none",
         regu_weight: float = 0.1,
         terms: str = "all",
         squared: bool = False,
@@ -64,10 +73,18 @@ class LowRankTraining:
     ) -> None:
         if not regu_weight >= 0:
             raise ValueError(f"regu_weight must not be negative, got {regu_weight!r}")
-        self.model, self.regu_weight, self.step = model, regu_weight, 0
+        self.model, self.step = model, 0
         self.total_steps: int | None = None
         self.allocator: RankAllocator | None = None
-        self._regulariser = OrthogonalityRegulariser(model, terms, squared) if regu_weight else None
+        if orthogonality not in ORTHOGONALITIES:
+            raise ValueError(f"orthogonality must be one of {', '.join(ORTHOGONALITIES)}, got {orthogonality!r}")
+        if orthogonality == "retraction" and precondition != "none":
+            raise ValueError("a precondition has no meaning with retraction: orthonormal factors are balanced")
+        self.orthogonality = orthogonality
+        self.regu_weight = regu_weight if orthogonality == "penalty" else 0.0
+        self._exact: ExactFactors | None = None
+        self._preconditioner = None if precondition == "none" else Preconditioner(model, precondition)
+        self._regulariser = OrthogonalityRegulariser(model, terms, squared) if self.regu_weight else None
         self._target_rank, self._warmups = target_rank, (init_warmup, final_warmup)
         self._options = {"mask_interval": 10, "beta1": 0.85, "beta2": 0.85, **allocator_options}
         self._saved: dict[str, Any] | None = None
@@ -101,6 +118,22 @@ class LowRankTraining:
         """The weighted regulariser, to add to the loss of one optimiser step; 0 where it is off."""
         return self.regu_weight * self._regulariser() if self._regulariser is not None else 0.0
 
+    def before_step(self) -> None:
+        """Call before ``optimizer.step()``, once the gradients are complete and clipped.
+
+        Raises:
+            ValueError: at the first step, where the factors of a ΔW that is not 0 are not orthonormal.
+        """
+        if self._preconditioner is not None:
+            self._preconditioner.apply()
+        if self.orthogonality == "retraction":
+            self._exact_factors().project_gradients()
+
+    def _exact_factors(self) -> ExactFactors:
+        if self._exact is None:
+            self._exact = ExactFactors(self.model)
+        return self._exact
+
     def after_step(self) -> None:
         """Call after ``optimizer.step()`` and before the gradients are cleared.
 
@@ -110,8 +143,16 @@ class LowRankTraining:
         if self._target_rank is not None and self.allocator is None:
             raise RuntimeError("call start(total_steps) before training: the pruning is planned over them")
         self.step += 1
+        if self.orthogonality == "retraction":
+            self._exact_factors().retract()
         if self.allocator is not None:
             self.allocator.update_and_mask(self.model, self.step)
+
+    @property
+    def looks_at_whole_parameters(self) -> bool:
+        """Whether a step needs whole factors, which FSDP splits."""
+        parts = (self._regulariser, self._preconditioner, self._target_rank)
+        return self.orthogonality == "retraction" or any(part is not None for part in parts)
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]] | None:
@@ -154,7 +195,7 @@ class LowRankTrainerMixin:
 
     Args:
         low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
-            ``penalty``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
+            ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
         args, kwargs: the Trainer's.
     """
 
@@ -203,6 +244,9 @@ def _allocator_callback(low_rank: LowRankTraining) -> Any:
             fresh = low_rank.step == 0 and low_rank.total_steps == state.max_steps
             if not resumed and not fresh:
                 low_rank.start(state.max_steps)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            low_rank.before_step()
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             low_rank.after_step()

@@ -12,12 +12,12 @@ from statistics import fmean
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
 
 import loralib
 from loralib.allocator import check_allocator_arguments, check_schedule
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.orthogonality import parse_terms
+from loralib.preconditioner import PRECONDITIONERS
 from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
 
@@ -45,6 +45,16 @@ LORA_MODULE = Flag(
     "Comma-separated modules: the six published names, module-name suffixes, or a regular expression.",
 )  # fmt: skip
 LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
+_PRECONDITION = Flag(
+    "precondition", str, "none",
+    "Gradients of the factors: balanced or balanced_scalar (RefLoRA), riemannian, or none.",
+    ("none", *PRECONDITIONERS).__contains__, f"is one of none, {', '.join(PRECONDITIONERS)}",
+)  # fmt: skip
+_LORA_FLAGS = (
+    _PRECONDITION,
+    Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.",
+         lambda ratio: 0 < ratio < math.inf, "must be positive and finite"),
+)  # fmt: skip
 
 _REG_ORTH_COEF = Flag(
     "reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", _not_negative, "must not be negative"
@@ -73,6 +83,7 @@ _ORTHOGONALITY = Flag(
 _SINGULAR_VALUE_FLAGS = (
     _LORA_INIT,
     _ORTHOGONALITY,
+    _PRECONDITION,
     _REG_ORTH_COEF,
     Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +.", needs=_REG_ORTH_COEF),
     Flag("orth_squared", bool, False, "Squared norms in the regulariser.", needs=_REG_ORTH_COEF),
@@ -133,6 +144,8 @@ def _check_factors(args: Any, given: set[str]) -> None:
     if args.orthogonality == "retraction":
         for flag in sorted({"reg_orth_coef", "orth_terms", "orth_squared"} & given):
             raise UsageError(f"--{flag} has no meaning with --orthogonality retraction: leave it out")
+        if args.precondition != "none":
+            raise UsageError("--precondition has no meaning with --orthogonality retraction: leave one of them out")
         args.reg_orth_coef = 0.0
 
 
@@ -194,10 +207,8 @@ def _inject(model: nn.Module, args: Any) -> None:
 
 
 def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], float]]:
-    try:
-        groups = loralib.parameter_groups(model, 1.0, value_lr_ratio=args.value_lr_ratio)
-    except ValueError as error:  # a warm start whose factors are not orthonormal
-        raise UsageError(f"--value_lr_ratio {args.value_lr_ratio}: {error}") from None
+    ratio = {"b_lr_ratio": args.lora_b_lr_ratio} if args.method == "lora" else {"value_lr_ratio": args.value_lr_ratio}
+    groups = loralib.parameter_groups(model, 1.0, **ratio)
     return [(group["params"], group["lr"]) for group in groups if group["lr"] != 1]
 
 
@@ -218,56 +229,40 @@ def _statistics(model: nn.Module) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-class _Retraction(TrainerCallback):
-    """Exact factors in the Trainer's loop; made when training begins, because a warm start is loaded by then."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        try:
-            self.exact = loralib.ExactFactors(self.model)
-        except ValueError as error:
-            raise UsageError(f"--orthogonality retraction: {error}") from None
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.exact.project_gradients()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.exact.retract()
+def _pruning(args: Any, total_steps: int) -> dict[str, Any]:
+    init_warmup, final_warmup = _schedule(args, total_steps)
+    return {
+        "total_steps": total_steps, "target_rank": args.target_rank, "target_total_rank": args.target_total_rank,
+        "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": args.mask_interval,
+        "beta1": args.beta1, "beta2": args.beta2, "importance": args.importance,
+    }  # fmt: skip
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     _inject(model, args)
     layers = loralib.lora_layers(model).values()
     train_only(model, [p for layer in layers for p in layer.lora_parameters()])
-    if args.method == "lora":
-        return AppliedMethod(model, statistics=lambda: _statistics(model))
-    pruning: dict[str, Any] = {}
-    if args.rank_allocation and total_steps:
-        init_warmup, final_warmup = _schedule(args, total_steps)
-        pruning = {
-            "total_steps": total_steps, "target_rank": args.target_rank, "target_total_rank": args.target_total_rank,
-            "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": args.mask_interval,
-            "beta1": args.beta1, "beta2": args.beta2, "importance": args.importance,
+    options: dict[str, Any] = {"regu_weight": 0.0, "precondition": args.precondition}
+    if args.method != "lora":
+        options |= {
+            "orthogonality": args.orthogonality, "regu_weight": args.reg_orth_coef, "terms": args.orth_terms,
+            "squared": args.orth_squared,
         }  # fmt: skip
+        if args.rank_allocation and total_steps:
+            options |= _pruning(args, total_steps)
     try:
-        low_rank = loralib.LowRankTraining(
-            model, regu_weight=args.reg_orth_coef, terms=args.orth_terms, squared=args.orth_squared, **pruning
-        )
+        low_rank = loralib.LowRankTraining(model, **options)
     except ValueError as error:
         raise UsageError(str(error)) from None
     applied = AppliedMethod(model, low_rank, statistics=lambda: _statistics(model))
     applied.pruned_params = lambda: pruned_factor_params(applied)
     applied.own_rates = lambda: _own_rates(model, args)
-    if args.orthogonality == "retraction":
-        applied.callbacks.append(_Retraction(model))
     return applied
 
 
 _ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
 METHODS = (
-    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS, takes_warm_start=True),
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, takes_warm_start=True),
     Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_ranks, takes_warm_start=True),
     Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_scales, takes_warm_start=True),
 )

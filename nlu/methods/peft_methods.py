@@ -157,6 +157,9 @@ class PeftAdaLora:
             norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=p.dtype, device=p.device)))
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
+    def before_step(self) -> None:
+        """Nothing: peft changes no gradient."""
+
     def after_step(self) -> None:
         """Where peft's documentation calls it: after the step, before the gradients are cleared."""
         self.step += 1

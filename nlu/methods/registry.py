@@ -108,8 +108,7 @@ def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> None:
         looks_at_whole_parameters = method.check_fits(model, args, total_steps)
     else:
         applied = method.apply(model, args, total_steps)
-        parts = (applied.ranks is not None, applied.low_rank.regu_weight > 0, applied.callbacks)
-        looks_at_whole_parameters = any(parts)
+        looks_at_whole_parameters = applied.ranks is not None or applied.low_rank.looks_at_whole_parameters
     # What FSDP splits over the devices, no process has whole.
     if looks_at_whole_parameters and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UsageError(

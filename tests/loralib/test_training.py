@@ -182,3 +182,52 @@ def test_a_training_that_ends_or_is_best_between_two_maskings_leaves_its_adapter
     stored = loralib.read_adapter_config(folder).groups[0].rank_pattern
     assert {name: [flag == "1" for flag in flags] for name, flags in stored.items()} == live
     assert sum(map(sum, live.values())) == (48 if best else 12)
+
+
+@pytest.mark.parametrize("options", [{"orthogonality": "retraction"}, {"precondition": "riemannian"}])
+def test_a_trainer_calls_what_a_loop_calls_before_and_after_the_step(pretrained, tmp_path, options):
+    results = []
+    for trainer_like in (False, True):
+        model = pretrained.base()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        torch.manual_seed(0)
+        loralib.inject(model, "lora2", ["query", "value"], r=4, init="orthogonal")
+        loralib.mark_only_lora_as_trainable(model)
+        training = low_rank(model, target_rank=None, **options)
+        data = rows(pretrained)
+        if trainer_like:
+            MyTrainer(model=model, args=arguments(tmp_path), train_dataset=data, low_rank=training).train()
+        else:
+            model.train()
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            for step in range(STEPS):
+                part = data[step * BATCH : (step + 1) * BATCH]
+                loss = model(**{n: torch.stack([row[n] for row in part]) for n in part[0]}).loss
+                (loss + training.penalty()).backward()
+                training.before_step()
+                optimizer.step()
+                training.after_step()
+                optimizer.zero_grad()
+        results.append(adapter(model))
+    assert_same(*results, atol=1e-5, rtol=1e-4)
+    if "orthogonality" in options:
+        assert loralib.update_statistics(model).deviation < 1e-5
+        assert training.regu_weight == 0
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"orthogonality": "exact"}, "orthogonality must be"),
+    ({"orthogonality": "retraction", "precondition": "riemannian"}, "no meaning"),
+    ({"precondition": "natural"}, "kind must be"),
+])  # fmt: skip
+def test_options_that_mean_nothing_are_refused(pretrained, options, message):
+    with pytest.raises(ValueError, match=message):
+        loralib.LowRankTraining(injected(pretrained), **options)
+
+
+def test_an_update_without_orthonormal_factors_is_not_retracted(pretrained):
+    training = loralib.LowRankTraining(injected(pretrained), orthogonality="retraction")
+    with pytest.raises(ValueError, match="not orthonormal"):
+        training.before_step()

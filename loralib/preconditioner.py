@@ -1,0 +1,180 @@
+"""Preconditioned gradients of low-rank factors: a step then depends less on how ΔW is split into factors.
+
+"riemannian"       F between L and R, ΔW = L F R: g ← (LᵀL + δI)⁻¹ g (RRᵀ + δI)⁻¹; an outermost F has one of the two.
+                   For LoRA: g_A ← (BᵀB + δI)⁻¹ g_A, g_B ← g_B (AAᵀ + δI)⁻¹ (arXiv 2402.02347). For e:
+                   g_e ← (PᵀP ∘ QQᵀ + δI)⁻¹ g_e.
+"balanced"         X Y with nothing between, k×k: X M M⁻¹ Y is the same for every M. The step is that of the pair whose
+                   Grams agree: g_X ← g_X S⁻¹, g_Y ← S g_Y with S XᵀX S = YYᵀ (RefLoRA, arXiv 2505.18877). For LoRA
+                   X = B and Y = A; with several scales the pairs are neighbours on one side of e.
+"balanced_scalar"  its scalar form, S = ‖Y‖_F/‖X‖_F.
+
+All inverses are of k×k or r×r matrices; layers of one shape are handled as one stack. Where layers share a factor, the
+Grams are averaged over them. Adam undoes a scale that stays the same: what these change under Adam are directions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from loralib.layers import LoRALayer, lora_layers
+
+PRECONDITIONERS = ("balanced", "balanced_scalar", "riemannian")
+
+
+class Preconditioner:
+    """Changes the gradients in place. Call :meth:`apply` before ``optimizer.step()``.
+
+    Args:
+        model: holds low-rank layers. kind: see the module's text. damping: δ.
+
+    Raises:
+        ValueError: for another kind, a damping that is not positive, a model without low-rank layers, and a balanced
+            kind for AdaLoRA's layer, whose factors e separates.
+    """
+
+    def __init__(self, model: nn.Module, kind: str, damping: float = 1e-6) -> None:
+        if kind not in PRECONDITIONERS:
+            raise ValueError(f"kind must be one of {', '.join(PRECONDITIONERS)}, got {kind!r}")
+        if not damping > 0:
+            raise ValueError(f"damping must be positive, got {damping!r}")
+        layers = [layer for layer in lora_layers(model).values() if layer.r > 0]
+        if not layers:
+            raise ValueError("the model has no low-rank layers: call inject() first")
+        if kind != "riemannian" and any(layer.lora_E is not None and not layer.widths for layer in layers):
+            raise ValueError(
+                f"{kind!r} balances neighbouring factors, and e lies between AdaLoRA's two: use 'riemannian'"
+            )
+        groups: dict[tuple, list[LoRALayer]] = defaultdict(list)
+        for layer in layers:
+            factors = layer.lora_parameters()
+            groups[(factors[0].device, factors[0].dtype, *(f.shape for f in factors))].append(layer)
+        self._chains = [_Chain(group, damping) for group in groups.values()]
+        self.kind = kind
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Precondition the gradients; a factor without one is passed over."""
+        for chain in self._chains:
+            chain.read()
+            if self.kind == "riemannian":
+                chain.precondition()
+            else:
+                chain.balance(scalar=self.kind == "balanced_scalar")
+
+
+class _Link:
+    """The factors at one place of the chain B₀ … Bₙ₋₁ Aₙ₋₁ … A₀, over layers of one shape: (n, rows, columns)."""
+
+    def __init__(self, factors: list[nn.Parameter]) -> None:
+        unique = {id(f): f for f in factors}
+        place = {key: i for i, key in enumerate(unique)}
+        self.unique = list(unique.values())
+        self.of_layer = [place[id(f)] for f in factors]
+        self.shared = len(self.unique) < len(factors)
+
+    def read(self) -> None:
+        stacked = torch.stack([f.detach() for f in self.unique])
+        self.value = stacked[self.of_layer] if self.shared else stacked
+
+    def mean(self, grams: Tensor) -> Tensor:
+        """(n, …) → (distinct factors, …): averaged over the layers that share one."""
+        if not self.shared:
+            return grams
+        index = torch.tensor(self.of_layer, device=grams.device)
+        totals = grams.new_zeros(len(self.unique), *grams.shape[1:]).index_add_(0, index, grams)
+        return totals / index.bincount(minlength=len(self.unique)).to(grams.dtype)[:, None, None]
+
+    def multiply(self, left: Tensor | None, right: Tensor | None) -> None:
+        """g ← left g right, for the distinct factors."""
+        used = [i for i, f in enumerate(self.unique) if f.grad is not None]
+        if not used:
+            return
+        gradient = torch.stack([self.unique[i].grad for i in used])
+        gradient = gradient if left is None else left[used] @ gradient
+        gradient = gradient if right is None else gradient @ right[used]
+        torch._foreach_copy_([self.unique[i].grad for i in used], list(gradient.unbind()))
+
+
+class _Chain:
+    """Layers of one shape."""
+
+    def __init__(self, layers: list[LoRALayer], damping: float) -> None:
+        self.damping = damping
+        left, right = (
+            list(zip(*sides, strict=True)) for sides in ([x.lora_B for x in layers], [x.lora_A for x in layers])
+        )
+        self.links = [_Link(list(factors)) for factors in [*left, *reversed(right)]]
+        self.middle = len(left)  # e lies between the links before and from here
+        self.values = [layer.lora_E for layer in layers] if layers[0].lora_E is not None else []
+
+    def read(self) -> None:
+        for link in self.links:
+            link.read()
+        self.e = torch.stack([e.detach() for e in self.values]) if self.values else None
+
+    def _damped(self, gram: Tensor) -> Tensor:
+        return gram + self.damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+    def _outward(self, transposed: bool) -> list[Tensor | None]:
+        """For each link, the Gram of the product of all links left of it; ``transposed``: right of it."""
+        links = self.links[::-1] if transposed else self.links
+        found: list[Tensor | None] = []
+        gram: Tensor | None = None
+        for i, link in enumerate(links):
+            if i == self.middle:
+                self.at_e = gram
+                if self.e is not None:
+                    gram = self.e[:, :, None] * gram * self.e[:, None, :]
+            found.append(gram)
+            x = link.value.mT if transposed else link.value
+            gram = x.mT @ (x if gram is None else gram @ x)
+        return found[::-1] if transposed else found
+
+    def precondition(self) -> None:
+        lefts = self._outward(False)
+        both = self.at_e
+        rights = self._outward(True)
+        both = both * self.at_e
+        for link, left, right in zip(self.links, lefts, rights, strict=True):
+            sides = [None if g is None else torch.linalg.inv(self._damped(link.mean(g))) for g in (left, right)]
+            link.multiply(*sides)
+        used = [i for i, e in enumerate(self.values) if e.grad is not None]
+        if used:
+            gradients = [self.values[i].grad for i in used]
+            solved = torch.linalg.solve(self._damped(both[used]), torch.stack(gradients))
+            torch._foreach_copy_(gradients, list(solved.unbind()))
+
+    def balance(self, scalar: bool) -> None:
+        sides: list[list[Tensor | None]] = [[None, None] for _ in self.links]
+        for i, (x, y) in enumerate(zip(self.links, self.links[1:], strict=False)):
+            if i + 1 == self.middle and self.e is not None:
+                continue
+            owner = x if x.shared else y  # a shared factor has one S with all its neighbours
+            grams = [owner.mean(g) for g in (x.value.mT @ x.value, y.value @ y.value.mT)]
+            s, inverse = (_scalar_balance if scalar else _balance)(*(self._damped(g) for g in grams))
+            s, inverse = (t[owner.of_layer] if owner.shared else t for t in (s, inverse))
+            sides[i][1], sides[i + 1][0] = x.mean(inverse), y.mean(s)
+        for link, (left, right) in zip(self.links, sides, strict=True):
+            link.multiply(left, right)
+
+
+def _scalar_balance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    ratio = (y.diagonal(dim1=1, dim2=2).sum(1) / x.diagonal(dim1=1, dim2=2).sum(1)).sqrt()[:, None, None]
+    return identity * ratio, identity / ratio
+
+
+def _balance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """S and S⁻¹ with S X S = Y: the geometric mean X^(−1/2) (X^(1/2) Y X^(1/2))^(1/2) X^(−1/2) of X⁻¹ and Y."""
+    root, inverse_root = _power(x, 0.5), _power(x, -0.5)
+    inside = root @ y @ root
+    return inverse_root @ _power(inside, 0.5) @ inverse_root, root @ _power(inside, -0.5) @ root
+
+
+def _power(gram: Tensor, exponent: float) -> Tensor:
+    values, basis = torch.linalg.eigh((gram + gram.mT) / 2)
+    values = values.clamp(min=torch.finfo(gram.dtype).tiny)
+    return basis * values[:, None, :] ** exponent @ basis.mT
