@@ -1,15 +1,16 @@
-"""The exceptions a user is meant to read: one line each, without a traceback."""
+"""Errors that a user can cause, and the one line and exit code that each ends in."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Collection, Iterable
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What the path that was given can be the cause of; any other OSError is a fault whose traceback is wanted.
+# A path that the user gave can cause these; any other OSError is a fault whose traceback is wanted.
 _BAD_PATH = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENAMETOOLONG, errno.ELOOP,
@@ -42,23 +43,46 @@ def refuse_unknown_flags(argv: Iterable[str], known: Collection[str]) -> None:
             raise UsageError(f"unknown argument {flag[:80]}: {hint}")
 
 
+def one_line(error: BaseException) -> str:
+    """An exception with its type as one line, for a record."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def exit_code(error: BaseException) -> int:
     """Say on stderr, in one line, what ended a command, and return its exit code.
 
-    2: bad arguments or input, a path that cannot be written among them; 1: a run that cannot go on, a full disk
-    included; 128 + the signal's number: stopped.
+    2: bad arguments or input, among them a path that cannot be read or written, and a file that is not UTF-8; 1: a run
+    that cannot go on, among them a full disk, too little memory and a closed pipe; 128 + the signal's number: stopped.
     Any other exception is raised again.
     """
     if isinstance(error, KeyboardInterrupt):
         print(f"{str(error) or 'stopped'}: give the same command again to go on", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
-    if isinstance(error, (UsageError, RunError)):
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        print(f"error: {reason(error)}: make room, and give the same command again", file=sys.stderr)
+    if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    code, message = _explained(error)
+    if message is None:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _explained(error: BaseException) -> tuple[int, str | None]:
+    """Exit code and line of an error that a user can cause; no line for any other."""
+    if isinstance(error, UsageError):
+        return 2, str(error)
+    if isinstance(error, RunError):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return 1, f"{reason(error)}: make room, and give the same command again"
     if isinstance(error, OSError) and error.errno in _BAD_PATH:
-        print(f"error: {reason(error)}: check the path and its permissions", file=sys.stderr)
-        return 2
-    raise error
+        return 2, f"{reason(error)}: check the path and its permissions"
+    if isinstance(error, UnicodeDecodeError):
+        return 2, f"a text file is not in {error.encoding} ({reason(error, 200)}): save it as UTF-8"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+        return 1, (
+            f"there is not enough memory ({reason(error, 200) or 'MemoryError'}): lower --per_device_train_batch_size "
+            "and raise --gradient_accumulation_steps by the same factor"
+        )
+    return 1, None

@@ -29,7 +29,7 @@ from nlu.arguments import Arguments, parse_arguments
 from nlu.data.glue import reorder_labels
 from nlu.data.predictions import load_predict_task, predict, to_labels
 from nlu.data.splits import Splits, load_data, tokenize_splits
-from nlu.errors import RunError, UsageError, exit_code
+from nlu.errors import UsageError, exit_code, one_line
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.metrics import compute_glue_metrics
@@ -37,9 +37,9 @@ from nlu.model import check_model_arguments, load_config, load_model, set_precis
 from nlu.readers import read_json
 from nlu.runs.adapter import importance_scores, load_warm_start, read_warm_start, save_run_adapter, spectra
 from nlu.runs.checkpoints import last_whole_checkpoint
-from nlu.runs.folder import check_run_folder, hold_run_folder
-from nlu.runs.record import RunRecord, one_line
-from nlu.runs.start import report, start_record
+from nlu.runs.folder import RunFolder, shared_digests
+from nlu.runs.log import ConsoleLog
+from nlu.runs.record import RunRecord, report, start_record
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer, end_processes, updates_per_epoch, wait_for_all
 
@@ -51,18 +51,19 @@ def main(argv: list[str] | None = None) -> int:
 
     2: bad arguments or input; 1: a run that cannot go on; 128 + the signal's number: stopped, to be gone on with.
     """
-    try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        return run(arguments)
-    except (UsageError, RunError, OSError, KeyboardInterrupt) as error:
-        return exit_code(error)
+    with ConsoleLog() as log:
+        try:
+            return run(parse_arguments(sys.argv[1:] if argv is None else argv), log)
+        except BaseException as error:
+            return exit_code(error)
 
 
-def run(arguments: Arguments) -> int:
+def run(arguments: Arguments, log: ConsoleLog) -> int:
     """One run from data to records."""
     training = arguments.training
     folder = Path(training.root_output_dir)
-    state = check_run_folder(folder, arguments.record, training.overwrite_output_dir)
+    run_folder = RunFolder(folder, arguments.record, shared_digests(arguments.record), training.overwrite_output_dir)
+    state = run_folder.state()
     if state == "finished":
         print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
         return 0
@@ -78,7 +79,7 @@ def run(arguments: Arguments) -> int:
     tests = [(task, splits.test), *load_predict_task(arguments, task, tokenizer)]
 
     wait_for_all()  # every process has read the folder
-    held = hold_run_folder(folder, state, arguments.record, training.overwrite_output_dir)
+    held = run_folder.hold(state, log)
     with held if training.should_save else contextlib.nullcontext():
         wait_for_all()  # it is ready
         set_seed(training.seed)
@@ -89,7 +90,7 @@ def run(arguments: Arguments) -> int:
         set_precision(arguments, applied)
         trainer = build_trainer(arguments, task, applied, splits, tokenizer)
         eval_rows = sum(map(len, splits.validation.values()))
-        record = start_record(arguments, trainer, eval_rows, folder, state, warm_start)
+        record = start_record(arguments, trainer, eval_rows, run_folder, state, warm_start)
         with trainer.signals:
             run_recorded(arguments, tests, trainer, record, folder, state)
     return 0

@@ -26,10 +26,10 @@ from transformers.trainer_utils import EvalLoopOutput
 import loralib
 from loralib.files import new_folder_of, remove_leftovers, start_folder
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
-from nlu.errors import RunError
+from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal
-from nlu.runs.record import one_line, peak_memory_bytes
+from nlu.runs.record import peak_memory_bytes
 from nlu.runs.signals import Interrupted, SignalWatch
 from nlu.tasks import Task
 
@@ -184,6 +184,11 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         if self.train_lengths is None:
             return SeededRandomSampler(len(self.train_dataset), seed)
         return LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Rows of one optimiser step."""
+        return effective_batch_size(self.args)
 
     def rows_of_step(self, step: int) -> list[int]:
         """``idx`` of the training rows that all processes together see in that optimiser step, counted from 1."""

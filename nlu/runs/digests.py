@@ -53,7 +53,10 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         with _named(flag, arguments.get(flag)):
             files = _files(flag, arguments)
             if files:
-                found[flag] = _together(sorted((path.name, file_digest(path)) for path in files))
+                # The name of a user's own file says only how it is read, by its suffix.
+                own = Path(arguments.get(flag) or "")
+                names = [path.suffix if path == own else path.name for path in files]
+                found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
     return found | _config_digests(arguments)
 
 

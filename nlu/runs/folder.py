@@ -1,22 +1,32 @@
-"""The folder of one run: whose it is, and what may be put into it."""
+"""The folder of one run: which run lies in it, whether that one may go on, and the lock."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch.distributed as dist
 
 from loralib.files import remove_leftovers
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
 from nlu.readers import read_json
 from nlu.runs.checkpoints import clean, last_whole_checkpoint
+from nlu.runs.digests import content_digests
+from nlu.runs.log import ConsoleLog
 from nlu.runs.record import finite
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("model", "adapter", "predictions", "log")
 FILES = ("results.json", "rank_pattern.json")
@@ -59,7 +69,27 @@ _PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 _DEFAULTS = {f.name: f.default for part in (ModelArguments, DataArguments, MethodArguments) for f in fields(part)}
 
 
-def changed_arguments(old: Any, new: dict[str, Any]) -> list[str]:
+def shared_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """:func:`content_digests`, computed by the first process and sent to the others.
+
+    Raises:
+        UsageError: a file cannot be read; in all processes.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return content_digests(arguments)
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [content_digests(arguments)]
+        except UsageError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise UsageError(answer[0])
+    return answer[0]
+
+
+def changed_arguments(old: Any, new: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that make ``new`` another run than ``old``.
 
     An argument that this version has and the record's did not counts as left at its default.
@@ -67,56 +97,129 @@ def changed_arguments(old: Any, new: dict[str, Any]) -> list[str]:
     plain = finite(new)
     if not isinstance(old, dict) or not all(map(str.isidentifier, old)):
         old = {}  # a damaged record is no record of this run
-    return sorted(k for k in set(old) | set(plain) if k not in _FREE and old.get(k, _DEFAULTS.get(k)) != plain.get(k))
+    free = _FREE | _PREDICTING
+    return sorted(k for k in set(old) | set(plain) if k not in free and old.get(k, _DEFAULTS.get(k)) != plain.get(k))
 
 
-def check_run_folder(folder: Path, new: dict[str, Any], overwrite: bool) -> str:
-    """What the folder holds: "new", "resume" (the same run, interrupted, or finished but for predictions), "finished".
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of the run that is about to start.
 
-    Args:
-        new: the arguments of the run that is about to start.
-
-    Raises:
-        UsageError: if another run lies there and ``overwrite`` is off, or a run is at work there.
+    Attributes:
+        path: --root_output_dir. arguments: of the run, by name. digests: of the contents that they name.
+        overwrite: whether another or a finished run may be replaced.
     """
-    if (folder / LOCK).exists():
-        with (folder / LOCK).open() as file:
-            _lock(file, fcntl.LOCK_SH, folder)  # shared: the processes of one run look at the same time
-    return _folder_state(folder, new, overwrite)
 
+    path: Path
+    arguments: Mapping[str, Any]
+    digests: Mapping[str, str]
+    overwrite: bool
 
-def _folder_state(folder: Path, new: dict[str, Any], overwrite: bool) -> str:
-    try:
-        previous = read_json(folder / "results.json")
-    except UsageError as error:
-        if not overwrite:
+    def state(self) -> str:
+        """What the folder holds: "new", "resume" (this run, interrupted, or predictions are missing) or "finished".
+
+        Raises:
+            UsageError: another run lies there and ``overwrite`` is off, or a run is at work there.
+        """
+        if (self.path / LOCK).exists():
+            with (self.path / LOCK).open() as file:
+                _lock(file, self.path, shared=True)  # the processes of one run look at the same time
+        return self._state()
+
+    def _state(self) -> str:
+        previous = self._previous()
+        if previous is None:
+            return "new"
+        differences = self._differences(previous)
+        finished = previous.get("status") == "finished"
+        if self.overwrite and (differences or finished):
+            return "new"
+        if differences:
+            raise UsageError(
+                f"{self.path} holds another run ({'; '.join(differences)}): restore that, name another "
+                "--root_output_dir, or give --overwrite_output_dir to replace the run"
+            )
+        if not _digests_of(previous):
+            logger.warning("%s has no digests: whether data and base model are the same is not checked", self.path)
+        if not finished:
+            return "resume"
+        if not self._lacks_predictions(previous):
+            return "finished"
+        if last_whole_checkpoint(self.path / "model") is None:
+            raise UsageError(
+                f"{self.path} holds this run, finished, but no checkpoint to predict from: use nlu/predict.py with "
+                "its adapter, or give --overwrite_output_dir to train again"
+            )
+        return "resume"
+
+    def _previous(self) -> dict[str, Any] | None:
+        """The record in the folder; None where a run may start anew."""
+        try:
+            previous = read_json(self.path / "results.json")
+        except UsageError as error:
+            if self.overwrite:
+                return None
             reason = str(error).partition(";")[0]
             raise UsageError(f"{reason}; give --overwrite_output_dir to start the run anew") from None
-        previous = None
-    if previous is None:
-        if folder.is_dir() and not overwrite and any(not _is_a_beginning(path) for path in folder.iterdir()):
+        looks = previous is None and self.path.is_dir() and not self.overwrite
+        if looks and any(not _is_a_beginning(path) for path in self.path.iterdir()):
             raise UsageError(
-                f"{folder} holds other files: name an empty --root_output_dir, or give --overwrite_output_dir"
+                f"{self.path} holds other files: name an empty --root_output_dir, or give --overwrite_output_dir"
             )
-        return "new"
-    changed = changed_arguments(previous.get("arguments", {}), new)
-    if not changed:
-        if previous.get("status") != "finished":
-            return "resume"
-        return "new" if overwrite else "finished"
-    if overwrite:
-        return "new"
-    if previous.get("status") == "finished" and new["do_predict"] and set(changed) <= _PREDICTING:
-        if last_whole_checkpoint(folder / "model"):
-            return "resume"
-        raise UsageError(
-            f"{folder} holds this run, finished without predictions and without a checkpoint to predict from: use "
-            "nlu/predict.py with its adapter, or give --overwrite_output_dir to train again"
-        )
-    raise UsageError(
-        f"{folder} holds another run (other {', '.join(changed[:5])}): name another --root_output_dir, or give "
-        "--overwrite_output_dir to replace it"
-    )
+        return previous
+
+    def _differences(self, previous: dict[str, Any]) -> list[str]:
+        """How this run differs from the recorded one: a digest tells where there is one, and the argument elsewhere."""
+        old = _digests_of(previous)
+        same = {flag for flag in old if old[flag] == self.digests.get(flag)}
+        flags = sorted((set(old) | set(self.digests)) - same - {"test_file"}) if old else []
+        names = [n for n in changed_arguments(previous.get("arguments"), self.arguments) if n not in same | set(flags)]
+        parts = [f"other contents of {', '.join(map(self._shown, flags))}"] if flags else []
+        return parts + ([f"other {', '.join(names[:5])}"] if names else [])
+
+    def _shown(self, flag: str) -> str:
+        value = self.arguments.get("method_config" if flag == "method" else flag)
+        return f"--{flag}{f' {value}' if value else ''}{'' if flag in self.digests else ' (no file there)'}"
+
+    def _lacks_predictions(self, previous: dict[str, Any]) -> bool:
+        """Whether predictions are asked for that the recorded run did not make, or not from these contents."""
+        if not self.arguments.get("do_predict"):
+            return False
+        made, old = previous.get("arguments"), _digests_of(previous)
+        made = made if isinstance(made, dict) else {}
+        changed = any(made.get(name) != self.arguments.get(name) for name in _PREDICTING)
+        if old:
+            return changed or old.get("test_file") != self.digests.get("test_file")
+        return changed or made.get("test_file") != self.arguments.get("test_file")
+
+    @contextlib.contextmanager
+    def hold(self, state: str, log: ConsoleLog) -> Iterator[None]:
+        """Keep the folder for this run alone, with its log in it.
+
+        What another run left goes away only now that nothing can be refused any more, and so do the parts of files that
+        a killed run left. The lock goes with the process, however it ends.
+
+        Raises:
+            UsageError: a run is at work there, or has been since ``state`` was read; or the folder cannot be written.
+        """
+        with contextlib.ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                _lock(held.enter_context((self.path / LOCK).open("a")), self.path)
+                if self._state() != state:
+                    raise UsageError(f"{self.path} was changed by another run a moment ago: give the command again")
+                _clean(self.path, state)
+                log.write_to(self.path / "log" / "run.log")
+            except OSError as error:
+                reason = error.strerror or error
+                raise UsageError(f"--root_output_dir {self.path} cannot be written to ({reason})") from None
+            yield
+
+
+def _digests_of(record: dict[str, Any]) -> dict[str, str]:
+    """The digests in a record; empty for a record that was made before there were digests."""
+    digests = record.get("digests")
+    return digests if isinstance(digests, dict) else {}
 
 
 def _is_a_beginning(path: Path) -> bool:
@@ -126,58 +229,22 @@ def _is_a_beginning(path: Path) -> bool:
     return path.name == LOCK or path.name.startswith(".results.json.")
 
 
-@contextlib.contextmanager
-def hold_run_folder(folder: Path, state: str, new: dict[str, Any], overwrite: bool) -> Iterator[None]:
-    """Keep the folder for this run alone, with its log in it; the arguments are those of `check_run_folder`.
-
-    What another run left goes away only now that nothing can be refused any more, and so do the parts of files that a
-    killed run left. The lock goes with the process, however it ends.
-
-    Raises:
-        UsageError: if a run is at work there, or has been since ``state`` was read.
-    """
-    loggers = [logging.getLogger(name) for name in ("nlu", "loralib", "transformers")]
-    with contextlib.ExitStack() as held:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _lock(held.enter_context((folder / LOCK).open("a")), fcntl.LOCK_EX, folder)
-            if _folder_state(folder, new, overwrite) != state:
-                raise UsageError(f"{folder} was changed by another run a moment ago: give the command again")
-            _clean(folder, state)
-            handler = _QuietFileHandler(folder / "log" / "run.log", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--root_output_dir {folder} cannot be written to ({error.strerror or error})") from None
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        held.callback(handler.close)
-        for logger in loggers:
-            logger.addHandler(handler)
-            held.callback(logger.removeHandler, handler)
-        yield
-
-
-class _QuietFileHandler(logging.FileHandler):
-    """A full disk must not end a run because of its log."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            super().close()
-
-
-def _lock(file: TextIO, kind: int, folder: Path) -> None:
+def _lock(file: TextIO, folder: Path, shared: bool = False) -> None:
+    if fcntl is None:
+        logger.warning("%s cannot be locked on this system: start no second run there", folder)
+        return
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(
             f"{folder} is in use by a run that is at work: wait for it, or name another --root_output_dir"
         ) from None
     except OSError as error:  # some network file systems have no locks
-        logging.getLogger(__name__).warning("%s cannot be locked (%s): start no second run there", folder, error)
+        logger.warning("%s cannot be locked (%s): start no second run there", folder, error)
 
 
 def _clean(folder: Path, state: str) -> None:
+    remove_leftovers(folder / "adapter")
     if state == "new":
         for name in PARTS:
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -186,6 +253,4 @@ def _clean(folder: Path, state: str) -> None:
     for name in FILES:
         for part in folder.glob(f".{name}.*"):
             part.unlink()
-    remove_leftovers(folder / "adapter")
     clean(folder / "model")
-    (folder / "log").mkdir(exist_ok=True)

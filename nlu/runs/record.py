@@ -1,11 +1,10 @@
-"""The one JSON that a run leaves: what was asked for, what came out, where and with what."""
+"""``results.json``: the record of one run, from its arguments and contents to its scores, times and machine."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -13,12 +12,21 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
 
 from loralib.files import write_json
+from nlu.arguments import Arguments, command_line
+from nlu.errors import UsageError
+from nlu.methods.registry import count_parameters, live_adapter_params
+from nlu.readers import read_json
+from nlu.runs.digests import data_digest, model_digest
+
+if TYPE_CHECKING:
+    from nlu.runs.folder import RunFolder
+    from nlu.trainer import GlueTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMAT_VERSION = 1
@@ -76,16 +84,15 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory: of the CUDA device where there is one, else of this process."""
+    """Peak memory: of the CUDA device where there is one, else of this process; 0 where the system does not tell."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line for the record."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 class RunRecord:
@@ -175,3 +182,96 @@ class RecordCallback(TrainerCallback):
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+# ---- a run's own record --------------------------------------------------------------------------------------------
+
+# Read once, with the code: a process forked later from this one runs this code, whatever the checkout holds by then.
+COMMIT = git_commit()
+
+
+def start_record(
+    arguments: Arguments, trainer: GlueTrainer, eval_rows: int, folder: RunFolder, state: str, warm_start: Any
+) -> RunRecord:
+    """The run's record with all that is known before training; announces the budget.
+
+    Raises:
+        UsageError: the run is resumed with another number of rows a step, or another commit of a model on the hub.
+    """
+    task, model, ranks, training = trainer.task, trainer.applied.model, trainer.applied.ranks, arguments.training
+    data, counts = arguments.data, count_parameters(model)
+    previous = read_json(folder.path / "results.json") if state == "resume" else None
+    batch, commit = trainer.effective_batch_size, getattr(model.config, "_commit_hash", None)
+    if previous and previous["effective_batch_size"] != batch:
+        raise UsageError(
+            f"{folder.path} was trained with {previous['effective_batch_size']} rows a step, now they would be "
+            f"{batch}: start as many processes as before"
+        )
+    if previous and commit and previous.get("model_commit") not in (None, commit):
+        raise UsageError(
+            f"{folder.path} was made with commit {previous['model_commit']} of {arguments.model.model_name_or_path}, "
+            f"now the hub has {commit}: give --model_revision {previous['model_commit']} to a run of its own"
+        )
+    static = {
+        "task": task.name,
+        "labels": list(task.labels) if task.labels else None,
+        "method": arguments.method.method,
+        "method_config": arguments.method_config,
+        "seed": training.seed,
+        "model": Path(arguments.model.model_name_or_path).name,
+        "model_digest": model_digest(arguments.model.model_name_or_path),
+        "model_commit": commit,
+        # A run that goes on from a record without digests is not known to have read these contents throughout.
+        "digests": folder.digests if previous is None or previous.get("digests") else None,
+        "data_digest": data_digest(data.task_name, data.glue_dir, (data.train_file, data.validation_file)),
+        **counts,
+        "scored_params": ranks.scored_parameters if ranks else None,
+        "initial_budget": ranks.initial_total_rank if ranks else None,
+        "final_budget": ranks.target_total_rank if ranks else None,
+        "effective_batch_size": batch,
+        "train_examples": len(trainer.train_dataset) if trainer.train_dataset is not None else 0,
+        "eval_examples": eval_rows,
+        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
+        "arguments": arguments.record,
+        "versions": versions(),
+        "git_commit": COMMIT,
+        "machine": machine(),
+        "command": command_line(),
+        "started_at": previous["started_at"] if previous else now(),
+        "resumes": previous["resumes"] + 1 if previous else 0,
+    }
+
+    def live() -> dict[str, Any]:
+        steps, seconds = trainer.state.global_step, trainer.train_seconds
+        return {
+            "live_adapter_params": live_adapter_params(trainer.applied, counts["adapter_params"]),
+            "live_budget": ranks.live_rank if ranks else None,
+            "steps": steps,
+            "train_seconds": seconds,
+            "steps_per_second": steps / seconds if seconds else None,
+            "seconds_per_step": seconds / steps if steps else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    record = RunRecord(folder.path, static, task.metric, live)
+    trainer.add_callback(RecordCallback(record))
+    if training.should_save:
+        record.write("running")
+        final = static["final_budget"] or "as gated"
+        budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
+        print(
+            f"{static['method_config']} on {task.name}: adapter {counts['adapter_params']:,}, head "
+            f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
+            f"batch {static['effective_batch_size']}, seed {training.seed}"
+        )
+    return record
+
+
+def report(record: dict[str, Any]) -> None:
+    """The outcome in two lines."""
+    if record["best"] is not None:
+        print(f"{record['metric']}: best {record['best']:.4f} at step {record['best_step']}, last {record['last']:.4f}")
+    if record["steps"]:
+        print(
+            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each; {record['live_adapter_params']:,} live"
+        )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nlu.arguments import Arguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.files import Experiment, load_experiment
-from nlu.runs.folder import check_run_folder
+from nlu.runs.folder import RunFolder
 
 CASES = int(os.environ.get("GENERATED_CASES", 1000))
 MANY = settings(
@@ -126,11 +126,11 @@ def test_a_few_lines_that_stand_for_gigabytes(tmp_path, content):
 
 
 @MANY
-@given(st.dictionaries(st.sampled_from(["arguments", "status", "resumes"]), anything) | anything, st.booleans())
+@given(st.dictionaries(st.sampled_from(["arguments", "status", "digests"]), anything) | anything, st.booleans())
 def test_records_in_a_run_folder(tmp_path, record, overwrite):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(record), encoding="utf-8")
-    one_line_or(str, lambda: check_run_folder(tmp_path, {"lora_r": 8}, overwrite))
+    one_line_or(str, RunFolder(tmp_path, {"lora_r": 8, "do_predict": True}, {"method": "x"}, overwrite).state)
     assert json.dumps(record) == path.read_text(encoding="utf-8")
 
 

@@ -91,6 +91,10 @@ def test_the_official_files_and_ones_own_count_too(tmp_path, monkeypatch):
         path.write_text(path.name)
     assert set(of(**own)) == {"train_file", "validation_file"}
     assert len(set(of(**own, do_predict=True).values())) == 3
+    moved = own["train_file"].rename(tmp_path / "renamed.csv")
+    monkeypatch.chdir(tmp_path)
+    before = of(train_file=moved)
+    assert of(train_file="./renamed.csv") == before != of(train_file=moved.rename(tmp_path / "renamed.tsv"))
 
 
 def test_configurations_are_their_values(tmp_path, monkeypatch):

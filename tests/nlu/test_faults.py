@@ -23,7 +23,8 @@ from nlu.run_glue import main
 from nlu.runs import checkpoints as checkpointing
 from nlu.runs import record as records
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
-from nlu.runs.folder import check_run_folder
+from nlu.runs.digests import content_digests
+from nlu.runs.folder import RunFolder
 from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 
@@ -335,21 +336,22 @@ def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folde
 
 def test_a_second_run_in_the_same_folder_is_refused(flags, run_folder):
     asked = parse_arguments(flags).record
+    asked = (run_folder, asked, content_digests(asked))
     seen = []
 
     def second():
         with pytest.raises(UsageError, match="in use by a run that is at work"):
-            check_run_folder(run_folder, asked, overwrite=True)
+            RunFolder(*asked, overwrite=True).state()
         seen.append(True)
 
     with dying("on_step_begin", 8, second):
         assert main(flags) == 0
-    assert seen and check_run_folder(run_folder, asked, overwrite=False) == "finished"
+    assert seen and RunFolder(*asked, overwrite=False).state() == "finished"
 
 
 def test_a_lock_taken_at_the_last_moment_is_respected(flags, run_folder, capsys, monkeypatch):
     """Two runs that both found the folder free: the one that comes second leaves it alone."""
-    monkeypatch.setattr("nlu.run_glue.check_run_folder", lambda *args: "new")
+    monkeypatch.setattr(RunFolder, "state", lambda self: "new")
     run_folder.mkdir()
     with (run_folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,0 +1,222 @@
+"""A run is what it read: it goes on, is skipped and predicts only with the same data, base model and settings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+import nlu.flags
+from nlu.run_glue import main
+from nlu.runs import digests
+from tests.nlu.tiny import make_rows, write_rows
+
+RUN = """--do_train --do_eval --max_steps 4 --eval_steps 4 --save_steps 2 --eval_strategy steps --logging_steps 2
+    --per_device_train_batch_size 8 --learning_rate 1e-2 --disable_tqdm True --seed 3"""
+PEFT = {"peft_type": "LORA", "r": 2, "target_modules": ["query"]}
+
+
+class Finished:
+    """A finished run of that kind, with copies of all that it has read, which a test may change."""
+
+    def __init__(self, kind: str, root: Path, encoder: Path, glue: Path) -> None:
+        self.root, self.folder = root, root / "run"
+        for source, name in ((encoder, "model"), (glue, "glue"), (nlu.flags.METHOD_FOLDER, "methods")):
+            shutil.copytree(source, root / name)
+        for seed, name in enumerate(("train", "validation", "test")):
+            write_rows(root / f"{name}.jsonl", make_rows(("sentence",), False, 24, seed))
+        (root / "peft.json").write_text(json.dumps(PEFT))
+        self.given = {"model_name_or_path": "model", "root_output_dir": "run"}
+        if kind == "own":
+            self.given |= {"train_file": "train.jsonl", "validation_file": "validation.jsonl"}
+        else:
+            self.given |= {"glue_dir": "glue"}
+        if kind == "peft":
+            self.given |= {"peft_config": "peft.json"}
+        self.words = [] if kind == "own" else ["--task_name=cola"]
+        self.words += [f"--method={'peft' if kind == 'peft' else 'lora'}"]
+
+    def start(self, *more: str, **other: str) -> int:
+        """The exit code of the same command, with the files that ``other`` names in place of those given."""
+        paths = [f"--{flag}={self.root / name}" for flag, name in {**self.given, **other}.items()]
+        return main([*RUN.split(), *self.words, *paths, *more])
+
+    @property
+    def record(self) -> dict:
+        return json.loads((self.folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, encoder, tiny_glue):
+    """Kind → the folder with a finished run."""
+    runs = {}
+    for kind in ("glue", "own", "peft"):
+        runs[kind] = Finished(kind, tmp_path_factory.mktemp(kind), encoder, tiny_glue)
+        with pytest.MonkeyPatch.context() as patch:
+            use_methods(patch, runs[kind])
+            assert runs[kind].start() == 0
+    return runs
+
+
+def use_methods(patch, run):
+    for module in (nlu.flags, digests):
+        patch.setattr(module, "METHOD_FOLDER", run.root / "methods")
+
+
+@pytest.fixture
+def finished(made, monkeypatch):
+    """A function that gives the finished run of a kind; what a test changes is put back after it."""
+    changed = []
+
+    def give(kind):
+        run = made[kind]
+        changed.append((run, shutil.copytree(run.root, run.root.with_name(f"{run.root.name}-copy"))))
+        use_methods(monkeypatch, run)
+        return run
+
+    yield give
+    for run, copy in changed:
+        shutil.rmtree(run.root)
+        copy.rename(run.root)
+
+
+def flip_a_label(path):
+    """As many rows, and as many bytes."""
+    text = path.read_text()
+    path.write_text(text.replace('"label": 1', '"label": 0', 1) if '"label": 1' in text else text[::-1])
+    assert path.stat().st_size == len(text) and path.read_text() != text
+
+
+def fewer_rows(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-4]))
+
+
+def other_labels(path):
+    path.write_text(path.read_text().replace('"label": 1', '"label": 5'))
+
+
+def other_rank(path):
+    path.write_text(path.read_text().replace('"r": 2', '"r": 1'))
+
+
+def other_weights(path):
+    tensors = load_file(path)
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def removed(path):
+    path.unlink()
+
+
+CHANGES = [
+    ("glue", "glue_dir", "glue/cola/train.jsonl", flip_a_label),
+    ("glue", "glue_dir", "glue/cola/validation.jsonl", flip_a_label),
+    ("glue", "glue_dir", "glue/cola/train.jsonl", fewer_rows),
+    ("glue", "glue_dir", "glue/cola/train.jsonl", removed),
+    ("glue", "model_name_or_path", "model/model.safetensors", other_weights),
+    ("own", "train_file", "train.jsonl", flip_a_label),
+    ("own", "train_file", "train.jsonl", fewer_rows),
+    ("own", "train_file", "train.jsonl", other_labels),
+    ("own", "validation_file", "validation.jsonl", flip_a_label),
+    ("own", "validation_file", "validation.jsonl", removed),
+    ("peft", "peft_config", "peft.json", other_rank),
+    ("peft", "model_name_or_path", "model/model.safetensors", other_weights),
+]
+
+
+@pytest.mark.parametrize("asked", ["the same", "predictions", "interrupted", "another path"])
+@pytest.mark.parametrize(("kind", "flag", "name", "change"), CHANGES)
+def test_other_contents_are_refused_before_anything_is_loaded(
+    finished, capsys, monkeypatch, asked, kind, flag, name, change
+):
+    run = finished(kind)
+    path, other = run.root / name, {}
+    if asked == "another path":  # the same contents are the same run, wherever they lie
+        given = run.root / run.given[flag]
+        moved = given.rename(given.with_name(f"moved-{given.name}"))
+        path, other = moved / path.relative_to(given), {flag: moved.name}
+        assert run.start(**other) == 0 and "holds this run, finished" in capsys.readouterr().out
+    if asked == "interrupted":
+        (run.folder / "results.json").write_text(json.dumps(run.record | {"status": "interrupted"}))
+    change(path)
+    before = (run.folder / "results.json").read_bytes()
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    if asked == "predictions":
+        other |= {"test_file": "test.jsonl"} if kind == "own" else {}
+    assert run.start(*(["--do_predict"] if asked == "predictions" else []), **other) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {run.folder} holds another run (other contents of --{flag} {run.root}")
+    assert "--overwrite_output_dir" in line and line.count("--") == 3
+    assert (run.folder / "results.json").read_bytes() == before
+
+
+def test_a_method_s_file_counts_by_its_values(finished, capsys):
+    run = finished("glue")
+    path = run.root / "methods" / "lora.yaml"
+    path.write_text("# A comment changes no run.\n" + path.read_text())
+    assert run.start() == 0 and "finished" in capsys.readouterr().out
+    path.write_text(path.read_text() + "\nlora_dropout: 0.5\n")
+    assert run.start() == 2
+    assert "other contents of --method lora; other lora_dropout" in capsys.readouterr().err
+
+
+def test_another_contents_may_replace_the_run_when_asked(finished):
+    run = finished("own")
+    flip_a_label(run.root / "train.jsonl")
+    old = run.record["digests"]
+    assert run.start("--overwrite_output_dir") == 0
+    new = run.record["digests"]
+    assert {flag for flag in new if old[flag] != new[flag]} == {"train_file"}
+
+
+def test_a_new_test_file_is_predicted_without_training(finished, monkeypatch, capsys):
+    run = finished("own")
+    weights = (run.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    predictions = run.folder / "predictions" / "custom_test.tsv"
+    monkeypatch.setattr("nlu.trainer.GlueTrainer.training_step", lambda *_, **__: pytest.fail("trained"))
+    asked = ("--do_predict", f"--test_file={run.root / 'test.jsonl'}")
+    assert run.start(*asked) == 0
+    assert len(predictions.read_text().splitlines()) == 25 and run.record["steps"] == 4
+    assert (run.folder / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    capsys.readouterr()
+    for same in (asked, ()):  # also without the predictions, which are there on top
+        assert run.start(*same) == 0 and "holds this run, finished" in capsys.readouterr().out
+    write_rows(run.root / "test.jsonl", make_rows(("sentence",), False, 10, 9))
+    assert run.start(*asked) == 0
+    assert len(predictions.read_text().splitlines()) == 11 and run.record["status"] == "finished"
+
+
+def test_the_task_s_test_set_is_predicted_without_training(finished, monkeypatch):
+    run = finished("glue")
+    monkeypatch.setattr("nlu.trainer.GlueTrainer.training_step", lambda *_, **__: pytest.fail("trained"))
+    assert run.start("--do_predict") == 0
+    assert len((run.folder / "predictions" / "CoLA.tsv").read_text().splitlines()) == 13
+
+
+def test_a_record_without_digests_says_so(finished, capsys, caplog):
+    run = finished("own")
+    record = run.record
+    del record["digests"]
+    (run.folder / "results.json").write_text(json.dumps(record))
+    flip_a_label(run.root / "train.jsonl")
+    assert run.start() == 0 and "holds this run, finished" in capsys.readouterr().out
+    assert "has no digests" in caplog.text
+    assert run.start("--do_predict", f"--test_file={run.root / 'test.jsonl'}") == 0
+    assert run.record["digests"] is None  # it is not known what was trained on
+
+
+def test_another_warm_start_of_the_same_name_is_refused(finished, capsys):
+    run = finished("glue")
+    for name in ("a", "b"):
+        shutil.copytree(run.folder / "adapter", run.root / name / "adapter")
+    other = run.root / "b" / "adapter" / "adapter_config.json"
+    other.write_text(other.read_text().replace("cola", "rte"))
+    again = {"root_output_dir": "again"}
+    assert run.start(lora_path="a/adapter", **again) == 0
+    shutil.rmtree(run.root / "a")
+    (run.root / "b").rename(run.root / "a")
+    capsys.readouterr()
+    assert run.start(lora_path="a/adapter", **again) == 2
+    assert "other contents of --lora_path" in capsys.readouterr().err
