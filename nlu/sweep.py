@@ -1,14 +1,11 @@
 """Run an experiment: every combination of methods, tasks, seeds and flags that a file in configs/experiments/ names."""
 
 import argparse
-import contextlib
-import fcntl
 import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +13,29 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from nlu.errors import UsageError, exit_code, reason
-from nlu.experiments.choosing import choose, chosen_runs
-from nlu.experiments.files import Experiment, Run, load_experiment
+from nlu.experiments.choosing import choose, chosen_runs, second_round
+from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import SweepLoop
 from nlu.experiments.places import Places, command_line
+from nlu.experiments.records import locked
 from nlu.readers import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
 DESCRIPTION = """\
-Runs what has no finished record yet and goes on with what was interrupted, so the same command can be stopped
+Runs what has no finished line yet and goes on with what was interrupted, so the same command can be stopped
 (Ctrl-C or SIGTERM: the runs save and end) and started again at any time. A failing run does not stop the others; the
-sweep then ends with exit code 1. What another experiment has finished with the same arguments is copied, not run again.
+sweep then ends with exit code 1. What another experiment has finished with the same arguments and contents is taken
+over, not run again.
 
-Records (results.json, rank_pattern.json) are copied to results/measured/EXPERIMENT/RUN/ when a run ends, with this
-machine's folders taken out of them; checkpoints, adapters and logs stay in output/EXPERIMENT/. Runs made with other
-arguments than the file now asks for, or with a model or data that hold something else under the same name, are refused
-before anything starts; --rerun_changed replaces them."""
+A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXPERIMENT/RUN/. When a run ends, one line
+with what tables and figures need goes into MEASURED_DIR/EXPERIMENT.jsonl, without this machine's folders in it. The
+repository's own evidence is made with --measured_dir results/measured; by default lines go to output/measured, which
+git ignores. python nlu/report.py --measured_dir DIR makes tables and figures of them.
+
+Runs made with other arguments than the file now asks for, or with a model, data or files that hold something else under
+the same name, are refused before anything starts; --rerun_changed replaces them."""
 
 EPILOG = """\
 examples:
@@ -41,7 +43,7 @@ examples:
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
   python nlu/sweep.py configs/experiments/paper_table1.yaml --launcher slurm \\
       --slurm slurm_partition=gpu --slurm gpus_per_node=1
-The format of an experiment file is explained at the top of nlu/experiments/files.py."""
+The format of an experiment file is explained at the top of nlu/experiments/experiment.py."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor")
     add("--command", default=None, help="what starts one run (default: the experiment's, or nlu/run_glue.py)")
-    add("--measured_dir", type=Path, default=ROOT / "results" / "measured", help="records (default: results/measured)")
-    add("--output_dir", type=Path, default=ROOT / "output", help="checkpoints, adapters, logs (default: output)")
+    add("--measured_dir", type=Path, default=ROOT / "output" / "measured", help="lines (default: output/measured)")
+    add("--output_dir", type=Path, default=ROOT / "output", help="the runs' folders (default: output)")
     return parser
 
 
@@ -83,9 +85,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
     command = _command(args.command)
-    measured, output = args.measured_dir / experiment.name, args.output_dir / experiment.name
-    _check_writable(measured, "measured_dir")
-    _check_writable(output, "output_dir")
+    _check_writable(args.measured_dir, "measured_dir")
+    _check_writable(args.output_dir, "output_dir")
+    measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:
@@ -94,24 +96,26 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0
-    selection = experiment.selection
-    with _locked(places.output):
-        # A final run's chosen argument is known only after the selection; what is known now is checked now.
-        known, _ = chosen_runs(final, selection, choose(selection, places))
+    with locked(places.output, wait=False):
+        # A final run's chosen arguments are known only after the selection; what is known now is checked now.
+        known, _ = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
         places.check_unchanged([*selecting, *known], args.rerun_changed)
         launcher, jobs = _launcher(args, places, len(selecting) + len(final))
         with SweepLoop(launcher, jobs, places, total=len(selecting) + len(final)) as loop:
             loop.run(selecting)
+            if experiment.selection and not loop.stopped_by:
+                loop.run(second_round(experiment.selection, places, _keys(experiment, selecting)), planned=False)
             if not loop.stopped_by:
-                choice = choose(selection, places)
-                if selection and selection.candidates:
-                    places.write_selection(selection, choice)
-                runnable, blocked = chosen_runs(final, selection, choice)
+                runnable, waiting = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
                 places.check_unchanged(runnable, args.rerun_changed)
-                if blocked:
-                    loop.block(blocked, selection.why_missing)
+                loop.block(waiting, "its selection runs have not all ended, or none of them finished")
                 loop.run(runnable)
         return loop.summary()
+
+
+def _keys(experiment: Experiment, selecting: list[Run]) -> list[tuple]:
+    """The keys of the choices that the wanted selection runs are made for."""
+    return list(dict.fromkeys(experiment.selection.key(run) for run in selecting))
 
 
 def _command(text: str | None) -> list[str]:
@@ -171,12 +175,13 @@ def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], 
     for run in [*selecting, *runnable]:
         state, line = places.state(run), shlex.join(command_line(run, places))
         if run.folder in elsewhere:
-            source = elsewhere[run.folder].parent.relative_to(places.measured.parent)
-            state, line = "taken over", f"finished with the same arguments as {source}"
+            state, line = "taken over", f"finished with the same arguments as {elsewhere[run.folder][0]}"
         print(f"{state:<12}{run.folder}\n    {line}")
     for run in waiting:
         line = shlex.join(command_line(run, places))
-        print(f"{'waiting':<12}{run.folder}\n    {line} --{experiment.selection.argument} CHOSEN-BY-THE-SELECTION")
+        names = experiment.selection.candidates[experiment.selection.key(run)].values
+        chosen = " ".join(f"--{name} CHOSEN-BY-THE-SELECTION" for name in names)
+        print(f"{'waiting':<12}{run.folder}\n    {line} {chosen}")
 
 
 def _launcher(args: argparse.Namespace, places: Places, total: int) -> tuple[LocalLauncher | SlurmLauncher, int]:
@@ -199,18 +204,6 @@ def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
         except ValueError:
             pairs[key] = value
     return pairs
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One sweep at a time in a folder; the lock goes with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another sweep is running in {folder}; wait for it or stop it") from None
-        yield
 
 
 if __name__ == "__main__":

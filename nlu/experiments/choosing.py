@@ -1,100 +1,98 @@
-"""What a selection chooses from its held-out scores, put into the runs that need it."""
+"""What a selection chooses from its held-out losses, put into the final runs that need it."""
 
-import math
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nlu.errors import UsageError
-from nlu.experiments.files import Run, Selection
-from nlu.experiments.places import Places, model_name
-from nlu.readers import read_json
-from nlu.runs.digests import model_digest
+from nlu.experiments.experiment import Run, Selection
+from nlu.experiments.places import Places
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Values that a selection tries for one key, and their mean held-out loss at the last evaluation.
+
+    `ended` says whether every run has ended; `loss` is None where one failed or has not ended.
+    """
+
+    values: dict[str, Any]
+    ended: bool
+    loss: float | None
+
+
+def second_round(selection: Selection, places: Places, keys: Iterable[tuple] | None = None) -> list[Run]:
+    """One more run (for each seed) where the first round's best value lies at an end of what was tried.
+
+    Args:
+        keys: the keys to look at; all without it. A key whose first round has not ended has no second round yet.
+    """
+    extra = []
+    for key in selection.candidates if keys is None else keys:
+        first = _first_round(selection, places, key)
+        best = _best(first)
+        if best is None or not all(tried.ended for tried in first):
+            continue
+        for name, factor in selection.beyond.items():
+            values = selection.candidates[key].values.get(name, [])
+            further = _further(best.values[name], values, factor)
+            if further is not None:
+                extra += selection.runs_of(key, {**best.values, name: further}, extra=True)
+    return extra
 
 
 def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str, Any]]:
-    """For each key whose candidates have all ended: the value with the highest mean held-out score.
+    """For each key whose runs of both rounds have all ended: the values with the lowest mean held-out loss.
 
-    A value with a failed run, or one without a score (a diverged loss, say), cannot be chosen. `edge` says that the
-    winner is the smallest or largest value tried, so a better one may lie beyond. What another experiment chose is read
-    from its records.
+    Values with a failed run cannot be chosen; of equal losses the first listed wins.
     """
-    if selection and selection.taken_from:
-        return _taken_choices(selection, places.measured.parent / selection.taken_from / "selection.json")
     chosen = {}
-    for key, values in (selection.candidates if selection else {}).items():
-        scores: dict[Any, float | None] = {}
-        for value, runs in values.items():
-            records = [read_json(places.record(run)) for run in runs]
-            if any(record is None for record in records):
-                break
-            scores[value] = _mean_score(records)
-        usable = {value: score for value, score in scores.items() if score is not None}
-        if len(scores) < len(values) or not usable:
-            continue
-        best = max(usable, key=lambda value: usable[value])
-        chosen[key] = {
-            **dict(zip(selection.per, key, strict=True)),
-            "chosen": best,
-            "edge": len(values) > 1 and best in (min(values), max(values)),
-            "held_out_scores": [{"value": value, "score": score} for value, score in scores.items()],
-            "seeds": [run.arguments["seed"] for run in next(iter(values.values()))],
-        }
+    for key in selection.candidates if selection else ():
+        extra: dict[tuple, list[Run]] = {}
+        for run in second_round(selection, places, [key]):
+            extra.setdefault(tuple(run.tried.items()), []).append(run)
+        tried = _first_round(selection, places, key)
+        tried += [_tried(dict(values), runs, places) for values, runs in extra.items()]
+        best = _best(tried)
+        if best is not None and all(each.ended for each in tried):
+            chosen[key] = best.values
     return chosen
-
-
-def _mean_score(records: list[dict[str, Any]]) -> float | None:
-    scores = [record.get("last") if record.get("status") == "finished" else None for record in records]
-    numbers = [score for score in scores if isinstance(score, int | float) and math.isfinite(score)]
-    return sum(numbers) / len(numbers) if len(numbers) == len(scores) else None
-
-
-def _taken_choices(selection: Selection, path: Path) -> dict[tuple, dict[str, Any]]:
-    """What selection.json of another experiment says, where that experiment still asks the same question."""
-    made = read_json(path)
-    if made is None:
-        return {}
-    found: dict[tuple, dict[str, Any]] = {}
-    try:
-        same = made["argument"] == selection.argument
-        for entry in made["choices"]:
-            key = tuple(entry[axis] for axis in selection.per)
-            same = same and key not in found and entry["chosen"] in selection.values.get(key, [entry["chosen"]])
-            digests = made.get("model_digests", [])  # older files have none
-            found[key] = {"chosen": entry["chosen"], "models": list(made["models"]), "digests": list(digests)}
-    except (KeyError, TypeError):
-        same = False
-    if not same:
-        raise UsageError(f"{path} is not what {selection.taken_from} chooses now; run that experiment again")
-    return {key: entry for key, entry in found.items() if key in selection.values}
 
 
 def chosen_runs(
     final: list[Run], selection: Selection | None, choice: dict[tuple, dict[str, Any]]
 ) -> tuple[list[Run], list[Run]]:
-    """The final runs with the chosen argument put in, and those for which there is no choice.
-
-    Raises:
-        UsageError: the choice was made by another experiment for another model.
-    """
+    """The final runs with the chosen arguments put in, and those for which there is no choice."""
     if selection is None:
         return final, []
-    ready = [run for run in final if selection.key(run) in choice]
-    for run in ready if selection.taken_from else ():
-        model, made = model_name(run), choice[selection.key(run)]
-        models, digest = made["models"], model_digest(run.arguments.get("model_name_or_path"))
-        if model in models and digest is not None and made["digests"] and digest not in made["digests"]:
-            raise UsageError(
-                f"{selection.taken_from} chose {selection.argument} for another model of the name {model}: run that "
-                f"experiment with this one first (another --measured_dir), or pass --set {selection.argument}=VALUE"
-            )
-        if model not in models:
-            raise UsageError(
-                f"{selection.taken_from} chose {selection.argument} for {', '.join(models)}, not for {model}: run that "
-                f"experiment with {model} first (another --measured_dir), or pass --set {selection.argument}=VALUE"
-            )
-    filled = [
-        replace(run, arguments={**run.arguments, selection.argument: choice[selection.key(run)]["chosen"]})
-        for run in ready
-    ]
-    return filled, [run for run in final if selection.key(run) not in choice]
+    ready, waiting = [], []
+    for run in final:
+        values = choice.get(selection.key(run))
+        if values is None:
+            waiting.append(run)
+        else:
+            ready.append(replace(run, arguments={**run.arguments, **values}, tried=values))
+    return ready, waiting
+
+
+def _first_round(selection: Selection, places: Places, key: tuple) -> list[Tried]:
+    every = selection.candidates[key].combinations()
+    return [_tried(values, selection.runs_of(key, values), places) for values in every]
+
+
+def _tried(values: dict[str, Any], runs: list[Run], places: Places) -> Tried:
+    lines = [places.line(run) for run in runs]
+    losses = [line["evaluations"]["loss"][-1] for line in lines if line and line["status"] == "finished"]
+    mean = sum(losses) / len(losses) if len(losses) == len(runs) else None
+    return Tried(values, None not in lines, mean)
+
+
+def _best(tried: list[Tried]) -> Tried | None:
+    usable = [each for each in tried if each.loss is not None]
+    return min(usable, key=lambda each: each.loss, default=None)
+
+
+def _further(best: float, values: list[float], factor: float) -> float | None:
+    """The value beyond the end at which the best lies, to six digits; None inside, and without a range."""
+    if len(values) < 2 or best not in (min(values), max(values)):
+        return None
+    return float(f"{best * factor if best == max(values) else best / factor:.6g}")

@@ -1,7 +1,6 @@
 """The loop that keeps N runs of a sweep going, and says how they ended."""
 
 import contextlib
-import shutil
 import signal
 import sys
 import time
@@ -12,9 +11,10 @@ from tqdm import tqdm
 
 from loralib.files import write_json
 from nlu.errors import UsageError
-from nlu.experiments.files import Run
+from nlu.experiments.experiment import Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
-from nlu.experiments.places import Places, command_line, comparable
+from nlu.experiments.places import Places, command_line
+from nlu.experiments.records import comparable
 from nlu.readers import read_json
 
 _POLL_SECONDS = 0.1
@@ -37,7 +37,7 @@ class SweepLoop:
     def __enter__(self) -> "SweepLoop":
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-        self.bar = tqdm(total=self.total, desc=self.places.measured.name, bar_format=layout, dynamic_ncols=True)
+        self.bar = tqdm(total=self.total, desc=self.places.measured.stem, bar_format=layout, dynamic_ncols=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,10 +49,18 @@ class SweepLoop:
         self.stopped_by = self.stopped_by or number
         self._stop_count += 1
 
-    def run(self, runs: list[Run]) -> None:
-        """Run what is not finished; returns when all have ended, or after a signal when those running have ended."""
+    def run(self, runs: list[Run], *, planned: bool = True) -> None:
+        """Run what is not finished; returns when all have ended, or after a signal when those running have ended.
+
+        `planned` says whether `total` counts these runs already.
+        """
+        if not planned:
+            self.total += len(runs)
+            self.bar.total += len(runs)
         if adopted := self.places.adopt(runs):
-            self.bar.write(f"{adopted} run(s) taken over: another experiment finished them with the same arguments")
+            self.bar.write(
+                f"{adopted} run(s) taken over: another experiment finished them with the same arguments and contents"
+            )
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
         running: dict[str, tuple[Run, Job]] = {}
@@ -92,7 +100,7 @@ class SweepLoop:
             print(f"failed: {folder}: {reason}", file=sys.stderr)
         already = self.total - self.bar.total
         counts = f"{self.finished} run(s) finished now, {already} before, {len(self.failures)} failed"
-        print(f"{counts}; records in {self.places.measured}")
+        print(f"{counts}; their lines are in {self.places.measured}")
         if self.stopped_by:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 128 + self.stopped_by
@@ -102,21 +110,21 @@ class SweepLoop:
         command = command_line(run, self.places)
         if self.places.state(run) == "changed" or self.places.started_otherwise(run):
             command.append("--overwrite_output_dir")
-            shutil.rmtree(self.places.record(run).parent, ignore_errors=True)
+            self.places.forget(run)
         self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.places.started(run), comparable(run.arguments))
         return self.launcher.start(command, self.places.log(run))
 
     def _ended(self, run: Run, code: int) -> None:
         try:
-            record = self.places.publish(run)
+            line = self.places.publish(run)
         except UsageError as error:  # this run's record is damaged; the others go on
             self.failures[run.folder] = str(error)
             return
-        if code == 0 and record is not None and record["status"] == "finished":
+        if code == 0 and line is not None and line["status"] == "finished":
             self.finished += 1
         elif not self.stopped_by:
-            error = (record or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
+            error = (line or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
             self.failures[run.folder] = f"exit code {code}: {error} (log: {self.places.log(run)})"
 
     def _show(self, running: list[Run]) -> None:

@@ -1,30 +1,23 @@
-"""Where the runs of a sweep lie: their commands, states and records, and what other experiments have finished."""
+"""Where the runs of a sweep lie: their commands, states and lines, and what other experiments have finished."""
 
 import json
 import logging
-import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralib.files import write_json
 from nlu.errors import UsageError
-from nlu.experiments.files import Run, Selection
-from nlu.experiments.names import place_free
+from nlu.experiments.experiment import Run
+from nlu.experiments.records import comparable, measured_line, place_of, read_lines, write_line
 from nlu.readers import read_json
-from nlu.runs.digests import data_digest, model_digest
+from nlu.runs.digests import content_digests
 
 logger = logging.getLogger("nlu")
-
-# Where things lie says nothing about a run's result: these may differ without a run counting as another.
-PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers")
-_ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where an experiment's records (`measured`) and its large files (`output`) lie, and what starts one run.
+    """Where an experiment's lines (the file `measured`) and its run folders (`output`) lie, and what starts one run.
 
     `forced` is the command of --command: it stands in for the experiment's own.
     """
@@ -33,10 +26,7 @@ class Places:
     output: Path
     command: list[str]
     forced: bool = False
-    _named: set[Path] = field(default_factory=set, compare=False)  # damaged records that the log has named
-
-    def record(self, run: Run) -> Path:
-        return self.measured / run.folder / "results.json"
+    _memory: dict[Any, Any] = field(default_factory=dict, compare=False)
 
     def working(self, run: Run) -> Path:
         return self.output / run.folder
@@ -48,169 +38,132 @@ class Places:
         """The arguments that the working folder was started with."""
         return self.output / "logs" / f"{run.folder}.json"
 
+    def lines(self, path: Path | None = None) -> dict[str, dict[str, Any]]:
+        """Run → line of this experiment's file, or of another's; read again when the file has changed.
+
+        Raises:
+            UsageError: a damaged line, which it names.
+        """
+        path = path or self.measured
+        stamp = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+        if path not in self._memory or self._memory[path][0] != stamp:
+            self._memory[path] = (stamp, {line["run"]: line for line in read_lines(path)})
+        return self._memory[path][1]
+
+    def line(self, run: Run) -> dict[str, Any] | None:
+        """A run's line, if it was made with the run's arguments and contents."""
+        found = self.lines().get(run.folder)
+        return found if found and not self._differences(run, found.get("asked"), found) else None
+
     def state(self, run: Run) -> str:
         """What is known of a run.
 
         `finished`; `interrupted` (goes on when started again); `failed`; `new`; or `changed`: finished or interrupted,
-        but made with other arguments.
+        but made with other arguments or contents.
         """
-        record = read_json(self.record(run))
-        if record is not None and record.get("status") == "finished":
-            same = _made_with(record) == comparable(run.arguments) and not other_files(run, record)
-            return "finished" if same else "changed"
-        status = (read_json(self.working(run) / "results.json") or {}).get("status")
+        line = self.lines().get(run.folder, {})
+        if line.get("status") == "finished":
+            return "finished" if self.line(run) else "changed"
+        status = line.get("status") or (read_json(self.working(run) / "results.json") or {}).get("status")
         if status in (None, "failed"):
             return status or "new"
         return "changed" if self.started_otherwise(run) else "interrupted"
 
-    def started_otherwise(self, run: Run) -> bool:
-        """Whether the working folder was started with other arguments, or another model or data, than the run's now."""
-        started, record = read_json(self.started(run)), read_json(self.working(run) / "results.json")
-        return (started is not None and started != comparable(run.arguments)) or bool(other_files(run, record or {}))
+    def started_otherwise(self, run: Run) -> list[str]:
+        """How the working folder's arguments and contents differ from the run's now."""
+        record = read_json(self.working(run) / "results.json") or {}
+        return self._differences(run, read_json(self.started(run)), record)
+
+    def _differences(self, run: Run, asked: dict[str, Any] | None, made: dict[str, Any]) -> list[str]:
+        """How what was `asked` for, and the digests of what was read, differ from now; empty where nothing tells."""
+        old, new = asked or {}, comparable(run.arguments)
+        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)] if asked is not None else []
+        then, now = made.get("digests") or {}, self.digests(run)
+        return [f"{key} {old.get(key)} → {new.get(key)}" for key in keys] + [
+            f"{flag}: other content, {then[flag]} → {digest}"
+            for flag, digest in now.items()
+            if flag in then and then[flag] != digest
+        ]
+
+    def digests(self, run: Run) -> dict[str, str]:
+        """Flag → digest of the content that the run would read now; computed once for equal arguments."""
+        names = {name for name, value in run.arguments.items() if isinstance(value, str | bool)} | {"holdout_fraction"}
+        key = json.dumps({name: run.arguments.get(name) for name in names}, sort_keys=True)
+        if key not in self._memory:
+            self._memory[key] = content_digests(run.arguments)
+        return self._memory[key]
 
     def check_unchanged(self, runs: list[Run], rerun_changed: bool) -> None:
-        """Refuse runs whose record was made with other arguments, unless they are to be run again.
+        """Refuse runs that were made with other arguments or contents, unless they are to be run again.
 
         Raises:
-            UsageError: names the first such run and the arguments that differ.
+            UsageError: names the first such run and what differs.
         """
         changed = [run for run in runs if self.state(run) == "changed"]
         if changed and not rerun_changed:
+            line = self.lines().get(changed[0].folder)
+            found = self._differences(changed[0], line.get("asked"), line) if line else None
             raise UsageError(
                 f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments "
-                f"({self._difference(changed[0])}); pass --rerun_changed to replace them, or give the experiment a new "
-                "name"
+                f"({', '.join(found or self.started_otherwise(changed[0]))}); pass --rerun_changed to replace them, or "
+                "give the experiment a new name"
             )
 
-    def _difference(self, run: Run) -> str:
-        record = read_json(self.record(run))
-        old = (_made_with(record) if record else read_json(self.started(run))) or {}
-        new = comparable(run.arguments)
-        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-        made = record or read_json(self.working(run) / "results.json") or {}
-        return ", ".join([*(f"{key} {old.get(key)} → {new.get(key)}" for key in keys), *other_files(run, made)])
-
     def publish(self, run: Run) -> dict[str, Any] | None:
-        """Copy a finished or failed run's small files to the records, portable, with what the sweep asked for."""
+        """Write the line of a run that has finished or failed; returns it, or None where it left no such record."""
         record = read_json(self.working(run) / "results.json")
         if record is None or record.get("status") not in ("finished", "failed"):
             return None
-        target = self.record(run).parent
-        rank_pattern = self.working(run) / "rank_pattern.json"
-        if rank_pattern.exists() and record["status"] == "finished":
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(rank_pattern, target / "rank_pattern.json")
-        write_json(self.record(run), {**portable(record), "sweep": _sweep_block(run)})
-        return record
+        line = measured_line(run, record)
+        write_line(self.measured, run.folder, line)
+        return line
 
-    def finished_elsewhere(self, runs: list[Run]) -> dict[str, Path]:
-        """New runs that another experiment beside this one has finished with the same arguments: folder → its record.
+    def forget(self, run: Run) -> None:
+        """Take out a run's line, before it is made again with other arguments."""
+        if run.folder in self.lines():
+            write_line(self.measured, run.folder, None)
 
-        A neighbour's damaged record is named in the log, and is no reason to stop.
+    def finished_elsewhere(self, runs: list[Run]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Folder → (where, line) of new runs that another experiment beside this one has finished.
+
+        Arguments and the digests of all contents must be equal. A neighbour's damaged file is named in the log.
         """
-        wanted = {_key(run.arguments): run for run in runs if not run.command and self.state(run) == "new"}
-        found: dict[str, Path] = {}
-        for path in sorted(self.measured.parent.rglob("results.json")) if wanted else ():
-            record = {} if path.is_relative_to(self.measured) else self._neighbour(path)
-            made = record.get("sweep", {})
-            original = record.get("status") == "finished" and "copied_from" not in made
-            key = _key(_made_with(record)) if original else None
-            if key in wanted and not other_files(wanted[key], record):
-                found[wanted.pop(key).folder] = path
+        new = [run for run in runs if not run.command and self.state(run) == "new"]
+        wanted = {_key(comparable(run.arguments), self.digests(run)): run for run in new}
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for path in sorted(self.measured.parent.glob("*.jsonl")) if wanted else ():
+            for line in self._neighbour(path).values() if path != self.measured else ():
+                run = wanted.get(_key(line["asked"], line.get("digests") or {}))
+                if run is not None and line["status"] == "finished" and "taken_over_from" not in line:
+                    found.setdefault(run.folder, (f"{path.stem}/{line['run']}", line))
         return found
 
-    def _neighbour(self, path: Path) -> dict[str, Any]:
+    def _neighbour(self, path: Path) -> dict[str, dict[str, Any]]:
         try:
-            record = read_json(path) or {}
-            if isinstance(record.get("sweep", {}), dict):
-                return record
-            reason = f"{path} does not say how it was made"
+            return self.lines(path)
         except UsageError as error:
-            reason = str(error)
-        if path not in self._named:
-            self._named.add(path)
-            logger.warning("no run is taken over from a damaged record: %s", reason)
-        return {}
+            if ("named", path) not in self._memory:
+                self._memory["named", path] = True
+                logger.warning("no run is taken over from a damaged file: %s", error)
+            return {}
 
     def adopt(self, runs: list[Run]) -> int:
-        """Take over what another experiment beside this one has finished with the same arguments; returns how many.
+        """Take over what another experiment beside this one has finished; returns how many.
 
-        The copied record keeps its commit, machine and times, and says where it was taken from (`sweep.copied_from`).
+        The copied line keeps its commit, machine and times, and says where it was taken from (`taken_over_from`).
         """
         found = self.finished_elsewhere(runs)
         for run in runs:
             if run.folder in found:
-                self._copy(run, found[run.folder])
+                where, line = found[run.folder]
+                kept = {name: value for name, value in line.items() if name != "extra"}
+                line = {**kept, **place_of(run, line["method"]), "taken_over_from": where}
+                write_line(self.measured, run.folder, line)
         return len(found)
 
-    def _copy(self, run: Run, path: Path) -> None:
-        target = self.record(run).parent
-        target.mkdir(parents=True, exist_ok=True)
-        if (path.parent / "rank_pattern.json").exists():
-            shutil.copyfile(path.parent / "rank_pattern.json", target / "rank_pattern.json")
-        block = _sweep_block(run) | {"copied_from": str(path.parent.relative_to(self.measured.parent))}
-        write_json(self.record(run), (read_json(path) or {}) | {"sweep": block})
 
-    def write_selection(self, selection: Selection, choice: dict[tuple, dict[str, Any]]) -> None:
-        """Leave the choices and what they rest on in selection.json beside the records."""
-        digests = [(read_json(self.record(run)) or {}).get("model_digest") for run in selection.runs]
-        content = {
-            "argument": selection.argument,
-            "models": sorted({model_name(run) for run in selection.runs}),
-            "model_digests": sorted({digest for digest in digests if digest is not None}),
-            "rule": "highest mean score of the last evaluation on a held-out part of the training set; ties: the first",
-            "choices": list(choice.values()),
-        }
-        if choice:
-            write_json(self.measured / "selection.json", content)
-        else:
-            (self.measured / "selection.json").unlink(missing_ok=True)
-
-
-def _made_with(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments that the sweep which made a record asked for; None where it does not say."""
-    made = record.get("sweep")
-    arguments = made.get("arguments") if isinstance(made, dict) else None
-    return arguments if isinstance(arguments, dict) else None
-
-
-def other_files(run: Run, record: dict[str, Any]) -> list[str]:
-    """How a record's model and data differ from those that lie under the run's names now; empty where nothing tells.
-
-    Records of before digests, and models and data from the hub, are told apart by name alone.
-    """
-    get = run.arguments.get
-    now = {
-        f"model_name_or_path {model_name(run)}": ("model_digest", model_digest(get("model_name_or_path"))),
-        "the data's files": (
-            "data_digest", data_digest(get("task_name"), get("glue_dir"), (get("train_file"), get("validation_file")))
-        ),
-    }  # fmt: skip
-    return [
-        f"{what}: other content, {record[key]} → {digest}"
-        for what, (key, digest) in now.items()
-        if digest is not None and record.get(key) not in (None, digest)
-    ]
-
-
-def _sweep_block(run: Run) -> dict[str, Any]:
-    """What a record says of the sweep that asked for it."""
-    return {
-        "experiment": run.experiment,
-        "stage": run.stage,
-        "axes": place_free(run.axes),
-        "reference": run.reference,
-        "arguments": comparable(run.arguments),
-    }
-
-
-def model_name(run: Run) -> str:
-    """What a record calls a run's model: the last part of its name or path."""
-    return str(comparable(run.arguments).get("model_name_or_path"))
-
-
-def _key(arguments: dict[str, Any] | None) -> str | None:
-    return None if arguments is None else json.dumps(comparable(arguments), sort_keys=True)
+def _key(asked: dict[str, Any], digests: dict[str, str]) -> str:
+    return json.dumps([asked, digests], sort_keys=True)
 
 
 def command_line(run: Run, places: Places) -> list[str]:
@@ -222,18 +175,3 @@ def command_line(run: Run, places: Places) -> list[str]:
         elif value is not None:
             words.append(f"--{key}={value}")
     return [*words, "--root_output_dir", str(places.working(run))]
-
-
-def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that decide a run's result: no folders of this machine, of paths the last part."""
-    kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
-    return place_free(kept)
-
-
-def portable(value: Any) -> Any:
-    """A record without this machine's folders: of every absolute path only the last part stays, behind an ellipsis."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [portable(item) for item in value]
-    return _ABSOLUTE.sub(r"…/\1", value) if isinstance(value, str) else value

@@ -6,6 +6,7 @@ SIGKILL, 4 runs until SIGTERM, then leaves an interrupted record and exits 143, 
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from nlu.runs.digests import data_digest, model_digest
+from nlu.runs.digests import content_digests
 
 
 def main() -> int:
@@ -26,7 +27,8 @@ def main() -> int:
     parser.add_argument("--holdout_fraction", type=float, default=0.0)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--importance", default="inner")
-    for name in ("task_name", "train_file", "validation_file", "glue_dir"):
+    parser.add_argument("--lora_alpha", type=float)
+    for name in ("task_name", "train_file", "validation_file", "glue_dir", "lora_path", "peft_config"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--overwrite_output_dir", action="store_true")
@@ -40,10 +42,15 @@ def main() -> int:
         "task": args.task_name or "custom",
         "method": args.method,
         "seed": args.seed,
-        "model_digest": model_digest(args.model_name_or_path),
-        "data_digest": data_digest(args.task_name, args.glue_dir, (args.train_file, args.validation_file)),
-        # Best at 2e-3, so that a selection has something to find.
-        "last": 0.8 - abs(args.learning_rate - 2e-3) * 10 + args.seed / 1000,
+        "digests": content_digests(vars(args)),
+        "metric": "accuracy",
+        "best": 0.8,
+        "last": 0.7,
+        "steps": 10,
+        # Lowest at 2e-3, so that a selection has something to find.
+        "evaluations": [{"step": 10, "loss": abs(math.log(args.learning_rate / 2e-3)), "accuracy": 0.7}],
+        "adapter_params": 1000,
+        "head_params": 100,
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "resumes": int(resumed),
         "arguments": vars(args),

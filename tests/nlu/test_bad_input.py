@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nlu.arguments import Arguments, build_parser, parse_arguments
 from nlu.errors import UsageError
-from nlu.experiments.files import Experiment, load_experiment
+from nlu.experiments.experiment import Experiment, load_experiment
 from nlu.runs.folder import RunFolder
 
 CASES = int(os.environ.get("GENERATED_CASES", 1000))
@@ -147,12 +147,11 @@ grids = st.dictionaries(
 )
 selections = st.fixed_dictionaries(
     {
-        "argument": st.just("learning_rate") | anything,
-        "values": st.lists(labels, max_size=2),
+        "values": st.dictionaries(st.just("learning_rate") | flag_names, st.lists(labels, max_size=2)) | anything,
         "seeds": st.lists(labels, max_size=2),
         "set": st.just({"holdout_fraction": 0.1}) | mappings,
     },
-    optional={"overrides": anything},
+    optional={"overrides": anything, "beyond": mappings, "shared": mappings},
 )
 experiments = st.fixed_dictionaries(
     {
@@ -163,10 +162,8 @@ experiments = st.fixed_dictionaries(
     optional={
         "description": anything,
         "command": st.sampled_from(["run {task_name}", "run {x.__class__}", "run {0}", "run {", "'"]) | anything,
-        "builds_on": st.sampled_from(["other.yaml", "../other.yaml", "/etc/passwd", "."]) | anything,
         "exclude": st.lists(mappings, max_size=2) | anything,
         "overrides": st.lists(st.fixed_dictionaries({"when": mappings, "set": mappings}), max_size=2) | anything,
-        "reference": mappings,
         "select": selections | anything,
         "typo": anything,
     },

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 
 from nlu.errors import UsageError
-from nlu.experiments.choosing import chosen_runs
-from nlu.experiments.files import Run, Selection
 from nlu.runs import digests
 from nlu.runs.digests import content_digests, data_digest, file_digest, model_digest
 from tests.nlu.tiny import REPOSITORY
@@ -195,23 +193,6 @@ def test_a_damaged_cache_or_none_is_no_harm(tmp_path, read, monkeypatch, damage)
     assert file_digest(path) == digest and read == ["weights"] * 2
     monkeypatch.setattr(digests, "_known", {})
     assert file_digest(path) == digest and len(read) == (3 if damage is None else 2)
-
-
-# ---- experiments -----------------------------------------------------------------------------------------------------
-
-
-def test_a_choice_made_for_another_model_of_the_same_name_is_not_taken(tmp_path):
-    chosen, other = model(tmp_path / "a/encoder"), model(tmp_path / "b/encoder", b"other")
-    selection = Selection("learning_rate", ("method",), {}, "foundation", {("lora",): [0.1]})
-
-    def ready(folder, digests_):
-        run = Run("trial", "final", "lora", {}, {"method": "lora", "model_name_or_path": str(folder)})
-        entry = {"chosen": 0.1, "models": ["encoder"], "digests": digests_}
-        return chosen_runs([run], selection, {("lora",): entry})[0][0].arguments["learning_rate"]
-
-    assert ready(chosen, [model_digest(chosen)]) == ready(other, []) == 0.1
-    with pytest.raises(UsageError, match="another model of the name encoder"):
-        ready(other, [model_digest(chosen)])
 
 
 def test_a_run_records_its_model_and_data(base_flags):

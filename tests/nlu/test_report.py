@@ -1,112 +1,268 @@
-"""The report: one page that needs nothing else, holds every table and figure, and can be read without seeing it."""
+"""The report: tables under their questions, figures, formats, and the published tables apart."""
 
+import csv
+import re
 from html.parser import HTMLParser
-from pathlib import Path
-from urllib.request import urlopen
-from xml.etree import ElementTree
+from itertools import pairwise
 
+import matplotlib
 import pytest
+import yaml
+from matplotlib.figure import Figure
 
 from nlu import report
-from nlu.experiments.figures import draw
-from nlu.experiments.measured import load_measured
-from nlu.experiments.published import PAPER_TABLES
-from nlu.plots import image
-from nlu.tables import build_pages
-from tests.nlu.records import write_record
+from nlu.experiments import figures
+from nlu.experiments.figures import STYLE, spread_apart
+from nlu.experiments.questions import load_questions
+from nlu.experiments.statistics import finished, load_measured
+from nlu.experiments.tables import (
+    claims_table,
+    correct_claims,
+    published_table,
+    score_table,
+    training_table,
+    tuning_table,
+)
+from tests.nlu.measured_lines import line, trial, write
+from tests.nlu.tiny import REPOSITORY
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "results/published"
-VOID = {"meta", "img", "link", "br", "hr"}
+PUBLISHED = REPOSITORY / "results/published"
+QUESTIONS = {
+    "questions": [
+        {
+            "question": "Does the larger one score more?",
+            "experiments": ["trial"],
+            "claims": [
+                {
+                    "label": "LoRA² k=8",
+                    "against": "LoRA r=8",
+                    "expect": "higher",
+                    "published": 1.05,
+                    "source": "Table 1",
+                },
+                {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
+            ],
+        },
+        {"question": "And elsewhere?", "experiments": ["elsewhere"]},
+    ],
+    "published": [{"file": "lora2_table1_deberta_v3_base", "title": "Table 1"}],
+}
 
 
-class Page(HTMLParser):
-    """Collects elements, and checks that they nest."""
+@pytest.fixture
+def make(tmp_path, capsys):
+    """Write lines and questions, run the report; returns (exit code, stdout, stderr)."""
+    (tmp_path / "published").mkdir()
+    name = "lora2_table1_deberta_v3_base.json"
+    (tmp_path / "published" / name).write_bytes((PUBLISHED / name).read_bytes())
 
-    def __init__(self, text):
+    def call(lines, *flags, experiment="trial", questions=QUESTIONS):
+        write(tmp_path / "measured", experiment, lines)
+        (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
+        places = {"measured_dir": "measured", "published_dir": "published", "questions": "claims.yaml"}
+        given = [word for flag, name in places.items() for word in (f"--{flag}", str(tmp_path / name))]
+        code = report.main([*given, *flags])
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return load_measured(write(tmp_path / "lines", "trial", trial(3)))
+
+
+def test_the_page_answers_each_question_with_its_tables_and_figures(make, tmp_path):
+    assert make(trial())[0] == 0
+    page = (tmp_path / "README.md").read_text()
+    assert page.count("\n") < 250
+    headings = re.findall(r"^## (.*)", page, re.M)
+    assert headings == ["Does the larger one score more?", "And elsewhere?"]
+    answer = page.split("## ")[1].split("\n")[2]
+    assert answer.startswith("LoRA² k=8 − LoRA r=8: +2.00 points (95 % interval +2.00 to +2.00), holds.")
+    assert "2 run(s) failed and have no score." in answer
+    assert "Not measured yet: `python nlu/sweep.py configs/experiments/elsewhere.yaml`." in page
+    shown = re.findall(r"\(figures/(\w+\.png)\)", page)
+    assert shown == ["trial_parameters.png", "trial_curves.png", "trial_rates.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(shown)
+    published = (tmp_path / "published/README.md").read_text()
+    assert "89.43 †" in published and "89.43" not in page and "80.6" not in published
+
+
+def test_the_same_lines_give_the_same_bytes_and_what_is_drawn_no_more_goes(make, tmp_path):
+    make(trial())
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    make(trial()[::-1])
+    assert all(path.read_bytes() == content for path, content in first.items() if path.suffix in (".md", ".png"))
+    make([each for each in trial() if each["stage"] == "final"])
+    assert not (tmp_path / "figures/trial_rates.png").exists() and (tmp_path / "figures/trial_curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "made"),
+    [("csv", "tables/trial_claims.csv"), ("latex", "tables/trial_scores.tex"), ("svg", "figures/trial_curves.svg"),
+     ("html", "report.html")],
+)  # fmt: skip
+def test_other_formats_are_made_on_request(make, tmp_path, form, made):
+    assert make(trial(2), "--format", form)[0] == 0
+    assert not (tmp_path / "README.md").exists() and not list(tmp_path.rglob("*.png"))
+    text = (tmp_path / made).read_text()
+    if form == "csv":
+        row = next(csv.DictReader(text.splitlines()))
+        assert (float(row["difference"]), float(row["published"]), row["verdict"]) == (2.0, 1.05, "holds")
+    elif form == "latex":
+        assert r"LoRA\textsuperscript{2} k=8" in text and text.count(r"\\") == 1 + 5
+    elif form == "html":
+        _Checked().feed(text)
+        assert text.index("Does the larger one score more?") < text.index('class="finding"') < text.index("<table")
+        assert 'name="viewport"' in text and text.count('<div class="scroll"') == text.count("<table")
+        assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+class _Checked(HTMLParser):
+    """Every element that is opened is closed."""
+
+    def __init__(self):
         super().__init__()
-        self.elements, self.open, self.text = [], [], []
-        self.feed(text)
-        assert self.open == []
+        self.open = []
 
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
-        self.text.append(data)
 
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("records")
-    for method in ("lora", "lora2"):
-        for seed in (1, 2):
-            axes = {"method": method, "odd <label>": "a & b", "task_name": "rte", "seed": seed}
-            write_record(folder / "trial", method, "rte", seed, [0.5, 0.6 + seed / 100], axes)
-    return folder
+def test_only_prints_one_experiment_and_writes_nothing(make, tmp_path):
+    write(tmp_path / "measured", "other", [line("LoRA r=8", "cola", 1, [0.1])])
+    code, out, _ = make(trial(2), "--only", "other")
+    assert code == 0 and "## What did the experiment other measure?" in out and "larger" not in out
+    assert not (tmp_path / "README.md").exists()
+    code, _, err = make(trial(2), "--only", "nothing")
+    assert code == 2 and "--only nothing" in err
 
 
-@pytest.fixture(scope="module")
-def page(measured, tmp_path_factory):
-    output = tmp_path_factory.mktemp("page") / "report.html"
-    assert report.main(["--measured_dir", str(measured), "--output", str(output)]) == 0
-    return Page(output.read_text(encoding="utf-8"))
+def test_one_failing_figure_does_not_stop_the_others(make, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("'yerr' must not contain negative values")
+
+    monkeypatch.setattr(figures, "_parameters", fail)
+    code, _, err = make(trial(2))
+    assert code == 1 and "error: the figure trial_parameters was not drawn: 'yerr' must not" in err
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["trial_curves.png", "trial_rates.png"]
+    assert "trial_parameters" not in (tmp_path / "README.md").read_text()
 
 
-def test_the_page_needs_no_other_file(page):
-    assert not page.all("script") and not page.all("link")
-    for tag, attributes in page.elements:
-        for name in ("src", "href"):
-            if name in attributes:
-                assert attributes[name].startswith("data:" if tag == "img" else "#")
+def test_seeds_that_all_tie_are_drawn(make, tmp_path):
+    lines = [line(label, "cola", seed, [0.7, 0.843]) for label in ("LoRA r=8", "LoRA² k=8") for seed in range(7)]
+    assert make(lines)[0] == 0 and (tmp_path / "figures/trial_parameters.png").exists()
 
 
-def test_every_figure_is_a_whole_image(page, measured):
-    (experiment,) = load_measured(measured)
-    for shown, drawing in zip(page.all("img"), draw(experiment), strict=True):
-        read = urlopen(shown["src"]).read()
-        assert read == image(drawing, "svg") and ElementTree.fromstring(read).tag.endswith("svg")
-        assert "#" not in shown["src"]  # a browser would end the image there
+def test_several_experiments_are_compared_together(make, tmp_path):
+    write(tmp_path / "measured", "second", [line("LoRA² k=8", "cola", s, [0.5 + s / 100]) for s in (1, 2)])
+    question = {**QUESTIONS["questions"][0], "experiments": ["first", "second"]}
+    lines = [line("LoRA r=8", "cola", s, [0.4 + s / 100]) for s in (1, 2)]
+    code, out, _ = make(lines, "--only", "second", experiment="first", questions={"questions": [question]})
+    assert code == 0 and "LoRA² k=8 − LoRA r=8: +10.00 points" in out
 
 
-def test_every_table_and_figure_is_there_once(page, measured):
-    tables = [table for _, _, found in build_pages(measured, PUBLISHED) for table in found]
-    assert len(page.all("table")) == len(page.all("caption")) == len(tables) > len(PAPER_TABLES)
-    (experiment,) = load_measured(measured)
-    assert len(page.all("img")) == len(draw(experiment)) > 3
-    text = "".join(page.text)
-    for table in tables:
-        assert table.title in text
-        assert all(cell in text for row in table.rows for cell in row)
+def test_scores_and_the_mark_of_short_trainings(tmp_path):
+    lines = [line("LoRA r=8", t, s, [0.9, v + s / 10]) for t, v in (("cola", 0.2), ("stsb", 0.6)) for s in (1, 2)]
+    lines += [line("full", "cola", 1, [0.5], rate_sum=0.1), line("AdaLoRA", "cola", 1, [0.5], rate_sum=0.9)]
+    runs = finished(load_measured(write(tmp_path, "trial", lines)), ["trial"])
+    text = score_table("trial", runs).text.set_index("")
+    row = text.loc["LoRA r=8"]
+    assert (row["CoLA"], row["STS-B"], row["average"], row["seeds"]) == ("35.0 ± 7.1", "75.0 ± 7.1", "55.00", "2")
+    assert row["average of best"] == "90.00"
+    # Λ means nothing for full fine-tuning; a row that lacks a task has no average.
+    assert list(text.index) == ["full", "LoRA r=8", "AdaLoRA (short)"] and text.loc["full"]["average"] == "–"
+    training = training_table("trial", runs).text.set_index("")
+    assert training.loc["AdaLoRA"][["Λ at pruning", "Λ at the end", "‖ΔW‖"]].tolist() == ["0.90", "0.90", "3.00"]
+    assert training.loc["full"]["‖ΔW‖"] == "–" and training.loc["AdaLoRA"]["live values"] == "144 of 288"
+    assert training.loc["LoRA r=8"]["CoLA loss"] == "0.105 (0.105)"
 
 
-def test_the_page_can_be_read_without_seeing_it(page):
-    assert page.all("html")[0]["lang"] == "en" and len(page.all("h1")) == 1 and len(page.all("main")) == 1
-    assert all(len(image["alt"]) > 40 for image in page.all("img"))
-    assert all(cell.get("scope") in ("row", "col") for cell in page.all("th"))
-    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert {link["href"][1:] for link in page.all("a")} <= set(ids)
-    assert {a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a} <= set(ids)
+def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_path):
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(QUESTIONS))
+    question = load_questions(tmp_path / "claims.yaml")[0][0]
+    table = claims_table("trial", finished(runs, ["trial"]), question, correct_claims(runs, [question]))
+    assert list(table.text["task"]) == ["all tasks", "CoLA", "STS-B"]
+    assert list(table.text["published"]) == ["+1.05", "–", "–"] and list(table.text["pairs"]) == ["6", "3", "3"]
 
 
-def test_labels_are_text_never_markup(page):
-    assert "lora2, a & b" in page.text and not any(tag == "label" for tag, _ in page.elements)
+def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
+    text = tuning_table("trial", runs).text.set_index("")
+    # By hand: 60, less 2 points for each thousandth away from 1e-3; the extra rate is left out.
+    assert text.loc["LoRA² k=8", "mean of the values tried"] == f"{60 - 2 * (0.6 + 0 + 1.5 + 5.25) / 4:.2f}"
+    assert text.loc["LoRA² k=8", "CoLA"] == "0.001" and text.loc["LoRA² k=8", "at the chosen values"] == "60.00"
+    assert text.loc["LoRA r=8", "failed"] == "2 of 8"  # which count as 0
+    failed = (60 - 1.2) + 60 + (60 - 3)
+    assert text.loc["LoRA r=8", "mean of the values tried"] == f"{failed / 4:.2f}"
 
 
-def test_the_same_records_give_the_same_page(measured):
-    assert report.build_report(measured, PUBLISHED) == report.build_report(measured, PUBLISHED)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"question": []}, "unknown key question"),
+        ({"questions": [{"experiments": ["a"]}]}, "needs a question"),
+        ({"questions": [{"question": "a", "experiments": []}]}, "experiments of 'a'"),
+        ({"questions": [{"question": "a", "experiments": ["b"], "claims": [{"label": "x"}]}]}, "label and against"),
+        (
+            {"questions": [{"question": "a", "experiments": ["b"], "claims": [
+                {"label": "x", "against": "y", "expect": "more"}]}]},
+            "must expect one of higher",
+        ),
+    ],
+)  # fmt: skip
+def test_faulty_questions_are_refused_in_one_line(make, tmp_path, content, message):
+    code, _, err = make(trial(1), questions=content)
+    assert code == 2 and message in err and "claims.yaml" in err and err.count("\n") == 1
+    assert not (tmp_path / "README.md").exists()
 
 
-def test_faulty_input_leaves_the_old_page(measured, tmp_path, capsys):
-    output = tmp_path / "report.html"
-    output.write_text("old")
-    assert report.main(["--published_dir", str(tmp_path), "--output", str(output)]) == 2
-    assert output.read_text() == "old" and capsys.readouterr().err.count("error: ") == 1
+def test_published_averages_are_computed_and_the_wrong_one_is_marked():
+    table = published_table(PUBLISHED, "lora2_table1_deberta_v3_base", "Table 1")
+    # By hand: (72.3 + 95.76 + 91.42 + (92.25 + 89.74)/2 + 91.92 + (90.43 + 90.23)/2 + 94.28 + 88.45) / 8
+    assert table.data["avg_computed"].iloc[-1] == pytest.approx(89.431875)
+    marked = [cell for cell in table.text["average, computed"] if "†" in cell]
+    assert marked == ["89.43 †"]
+
+
+def test_a_gain_that_a_claim_cites_is_that_of_the_published_rows():
+    questions, _ = load_questions(REPOSITORY / "configs/experiments/claims.yaml")
+    table1 = published_table(PUBLISHED, "lora2_table1_deberta_v3_base", "").data
+    average = {(r.method, r.setting): r.avg_computed for r in table1.itertuples()}
+    gains = [average["lora2", f"k={k}"] - average["lora", f"r={r}"] for k, r in ((8, 8), (1, 1), (1, 8))]
+    cited = {c.published for q in questions for c in q.claims if c.source == "LoRA² Table 1"}
+    assert cited == {round(gain, 2) for gain in gains}
+
+
+def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
+    assert spread_apart([100.0, 5000.0]) == [100.0, 5000.0]
+    placed = spread_apart([331_776, 42_336, 332_064, 336_672])
+    assert placed[1] == 42_336
+    close = sorted(placed[i] for i in (0, 2, 3))
+    assert [b / a for a, b in pairwise(close)] == pytest.approx([figures.APART] * 2)
+
+
+def test_every_series_is_seen_and_every_label_is_in_the_legend_as_it_is(tmp_path):
+    labels = ["_hidden", "cost $x_1$", "a label that goes on and on until it no longer fits on one line", "a b", "A"]
+    lines = [line(label, "cola", 1, [0.5], adapter_params=1000) for label in labels]
+    runs = load_measured(write(tmp_path, "trial", lines))
+    drawings = {name: drawn() for name, drawn in figures.draw("trial", finished(runs, ["trial"]), runs)}
+    assert drawings["trial_rates"] is None
+    for name in ("trial_parameters", "trial_curves"):
+        figure = drawings[name].figure
+        assert isinstance(figure, Figure)
+        with matplotlib.rc_context(STYLE):
+            figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert sorted(text.get_text().replace("\n", " ") for text in legend.get_texts()) == sorted(labels)
+        box, page = legend.get_window_extent(), figure.bbox
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
+        markers = [
+            artist for artist in figure.axes[0].get_lines() if artist.get_marker() not in ("None", "", None, "_")
+        ]
+        styles = {(artist.get_color(), artist.get_marker()) for artist in markers}
+        assert len(styles) >= len(labels)

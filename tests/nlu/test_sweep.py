@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import yaml
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments import launchers
-from nlu.experiments.files import load_experiment
-from nlu.experiments.places import comparable, portable
+from nlu.experiments.experiment import load_experiment
+from nlu.experiments.records import read_lines
+from tests.nlu.test_digests import model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_run_glue.py")
@@ -46,75 +48,120 @@ def _places(folder):
     return ["--command", command, "--measured_dir", str(folder / "measured"), "--output_dir", str(folder / "output")]
 
 
-def _records(folder, pattern="**/results.json"):
-    paths = sorted((folder / "measured").glob(pattern))
-    return {str(path.parent.relative_to(folder / "measured")): json.loads(path.read_text()) for path in paths}
+def _lines(folder, experiment="trial"):
+    return {line["run"]: line for line in read_lines(folder / f"measured/{experiment}.jsonl")}
+
+
+def _record(folder, run, experiment="trial"):
+    return json.loads((folder / f"output/{experiment}/{run}/results.json").read_text())
 
 
 def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(run, tmp_path):
     grid = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
     assert run(BASIC | {"name": "first", "grid": grid})[0] == 0
-    first = _records(tmp_path)["first/lora-cola-seed=1"]
-    grid = {
-        "rank": {"eight": {"method": "lora"}, "two": {"method": "lora", "learning_rate": 0.5}},
-        "task_name": ["cola"],
-    }
-    code, out, err = run(BASIC | {"name": "second", "grid": grid | {"seed": [1, 2]}})
+    first = _lines(tmp_path, "first")["lora-cola-seed=1"]
+    ranks = {"eight": {"method": "lora"}, "two": {"method": "lora", "learning_rate": 0.5}}
+    second = BASIC | {"name": "second", "grid": {"rank": ranks, "task_name": ["cola"], "seed": [1, 2]}}
+    plan = run(second, "--dry_run")[1]
+    assert re.search(r"taken over +eight-cola-seed=1\n +finished with .* first/lora-cola-seed=1", plan)
+    code, out, err = run(second)
     assert code == 0 and "1 run(s) taken over" in out + err and "3 run(s) finished now, 1 before" in out
-    records = _records(tmp_path)
-    taken = records["second/eight-cola-seed=1"]
-    assert taken["sweep"].pop("copied_from") == "first/lora-cola-seed=1"
-    assert taken["sweep"] == first["sweep"] | {
-        "experiment": "second", "axes": {"rank": "eight", "task_name": "cola", "seed": 1},
-    }  # fmt: skip
-    assert {k: v for k, v in taken.items() if k != "sweep"} == {k: v for k, v in first.items() if k != "sweep"}
-    assert not any("copied_from" in r["sweep"] for name, r in records.items() if name != "second/eight-cola-seed=1")
-    # A copy is no source of copies, hides no original that is listed after it, and another argument is another run.
-    for name in ("a-copy", "one-more"):
-        assert "1 run(s) taken over" in "".join(
-            run(BASIC | {"name": name, "grid": {**grid, "rank": {"eight": grid["rank"]["eight"]}, "seed": [1]}})[1:]
-        )
-    (tmp_path / "measured/first/lora-cola-seed=1/results.json").unlink()
-    grid["rank"].pop("two")
-    assert "taken over" not in "".join(run(BASIC | {"name": "third", "grid": grid | {"seed": [1]}})[1:])
+    taken = _lines(tmp_path, "second")["eight-cola-seed=1"]
+    place = {"run": "eight-cola-seed=1", "label": "eight", "axes": {"rank": "eight", "task_name": "cola", "seed": 1}}
+    assert taken == first | place | {"taken_over_from": "first/lora-cola-seed=1"}
+    # A copy is no source of copies, and hides no original that is listed after it.
+    one = {"rank": {"eight": ranks["eight"]}, "task_name": ["cola"], "seed": [1]}
+    assert "1 run(s) taken over" in "".join(run(BASIC | {"name": "a-copy", "grid": one})[1:])
+    assert "1 run(s) taken over" in "".join(run(BASIC | {"name": "one-more", "grid": one})[1:])
+    (tmp_path / "measured/first.jsonl").unlink()
+    assert "taken over" not in "".join(run(BASIC | {"name": "third", "grid": one})[1:])
 
 
-def test_every_combination_runs_once_and_leaves_a_portable_record(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flag", ["model_name_or_path", "lora_path", "peft_config"])
+def test_contents_decide_what_is_the_same_run_and_names_do_not(run, tmp_path, flag):
+    """Two warm starts in folders named `adapter`, two models or two files of one name are different runs."""
+    places = [_content(tmp_path / each, flag, each) for each in "ab"]
+    small = {**BASIC, "grid": {"method": ["lora"], "task_name": ["cola"], "seed": [1]}}
+    assert run(small | {"name": "first"}, "--set", f"{flag}={places[0]}")[0] == 0
+    assert "taken over" not in "".join(run(small | {"name": "second"}, "--set", f"{flag}={places[1]}")[1:])
+    code, _, err = run(small | {"name": "first"}, "--set", f"{flag}={places[1]}")
+    assert code == 2 and f"{flag}: other content, " in err and "--rerun_changed" in err and err.count("\n") == 1
+    moved = shutil.copytree(tmp_path / "a", tmp_path / "moved") / places[0].name
+    assert "0 run(s) finished now, 1 before" in run(small | {"name": "first"}, "--set", f"{flag}={moved}")[1]
+    assert "1 run(s) taken over" in "".join(run(small | {"name": "third"}, "--set", f"{flag}={moved}")[1:])
+    axis = {"start": {"one": {flag: str(places[0])}, "other": {flag: str(places[1])}}}
+    assert run(small | {"name": "fourth", "grid": axis | small["grid"]})[0] == 0
+    taken = {line["label"]: line["taken_over_from"] for line in _lines(tmp_path, "fourth").values()}
+    assert taken == {"one, LoRA": "first/lora-cola-seed=1", "other, LoRA": "second/lora-cola-seed=1"}
+    assert run(small | {"name": "first"}, "--set", f"{flag}={places[1]}", "--rerun_changed")[0] == 0
+
+
+def _content(folder, flag, text):
+    if flag == "model_name_or_path":
+        return model(folder / "encoder", text.encode())
+    if flag == "peft_config":
+        folder.mkdir()
+        (folder / "peft.yaml").write_text(f"peft_type: {text}")
+        return folder / "peft.yaml"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_model.safetensors").write_text(text)
+    return folder / "adapter"
+
+
+def test_an_interrupted_run_does_not_go_on_with_another_model_or_other_data(run, tmp_path):
+    for name in "ab":
+        (tmp_path / name / "cola").mkdir(parents=True)
+        (tmp_path / name / "cola/train.jsonl").write_text(f"row {name}\n")
+    killed = {**BASIC, "base": {**BASIC["base"], "weight_decay": 3}}
+    killed["grid"] = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
+    assert run(killed, "--set", f"glue_dir={tmp_path}/a")[0] == 1
+    code, _, err = run(killed, "--set", f"glue_dir={tmp_path}/b")
+    assert code == 2 and "glue_dir: other content" in err
+
+
+def test_a_neighbour_s_damaged_file_is_named_and_stops_nothing(run, tmp_path, caplog):
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured/neighbour.jsonl").write_text('{"status": "fin')
+    assert run({**BASIC, "grid": {"method": ["lora"], "task_name": ["cola"], "seed": [1]}})[0] == 0
+    assert ["neighbour.jsonl:1: damaged" in message for message in caplog.messages] == [True]
+
+
+def test_every_combination_runs_once_and_leaves_a_portable_line(run, tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "available_cores", lambda: 8)
     assert run(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
-    records = _records(tmp_path)
-    expected = {f"trial/{m}-{t}-seed={s}" for m in ("lora", "lora2") for t in ("cola", "rte") for s in (1, 2)}
-    assert set(records) == expected
-    record = records["trial/lora2-rte-seed=2"]
-    assert record["arguments"]["bf16"] is True and record["arguments"]["glue_dir"] == "…/glue"
-    assert str(tmp_path) not in json.dumps(records)
-    assert record["sweep"]["axes"] == {"method": "lora2", "task_name": "rte", "seed": 2}
-    assert record["sweep"]["reference"] is False and records["trial/lora-rte-seed=2"]["sweep"]["reference"] is True
-    assert record["threads"] == "4"
-    assert (tmp_path / "measured/trial/lora2-rte-seed=2/rank_pattern.json").exists()
-    assert (tmp_path / "output/trial/lora2-rte-seed=2/results.json").exists()
+    lines = _lines(tmp_path)
+    assert list(lines) == [f"{m}-{t}-seed={s}" for m in ("lora", "lora2") for t in ("cola", "rte") for s in (1, 2)]
+    line = lines["lora2-rte-seed=2"]
+    assert line["axes"] == {"method": "lora2", "task_name": "rte", "seed": 2} and line["label"] == "LoRA²"
+    assert line["asked"] == {"model_name_or_path": "encoder", "bf16": True, **line["axes"]}
+    assert str(tmp_path) not in json.dumps(lines) and "/data" not in json.dumps(lines)
+    assert _record(tmp_path, "lora2-rte-seed=2")["threads"] == "4"
 
 
 def test_a_second_sweep_runs_only_what_is_missing(run, tmp_path):
     run(BASIC)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("results.json")}
-    (tmp_path / "measured/trial/lora-cola-seed=1/results.json").unlink()
+    path = tmp_path / "measured/trial.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line for line in whole.splitlines(True) if '"run": "lora-cola-seed=1"' not in line))
     code, out, _ = run(BASIC, "--set", "model_name_or_path=/elsewhere/encoder")  # another place, the same model
     assert code == 0 and "1 run(s) finished now, 7 before" in out
     again = [path.parent.name for path, at in before.items() if path.stat().st_mtime_ns != at]
     assert again == ["lora-cola-seed=1"]
+    assert [json.loads(line)["run"] for line in path.read_text().splitlines()] == [
+        json.loads(line)["run"] for line in whole.splitlines()
+    ]
 
 
 def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_asked(run, tmp_path):
     run({**BASIC, "grid": {**BASIC["grid"], "seed": [1]}})
     code, _, err = run(BASIC, "--set", "learning_rate=0.005")
     assert code == 2 and "learning_rate None → 0.005" in err and "--rerun_changed" in err and err.count("\n") == 1
-    assert len(_records(tmp_path)) == 4  # seed 2 was not started
+    assert len(_lines(tmp_path)) == 4  # seed 2 was not started
     assert run(BASIC, "--set", "learning_rate=0.005", "--rerun_changed")[0] == 0
-    records = _records(tmp_path)
-    assert {record["arguments"]["learning_rate"] for record in records.values()} == {0.005}
-    assert records["trial/lora-cola-seed=1"]["arguments"]["overwrite_output_dir"] is True
-    assert records["trial/lora-cola-seed=2"]["arguments"]["overwrite_output_dir"] is False
+    assert {line["asked"]["learning_rate"] for line in _lines(tmp_path).values()} == {0.005}
+    assert _record(tmp_path, "lora-cola-seed=1")["arguments"]["overwrite_output_dir"] is True
+    assert _record(tmp_path, "lora-cola-seed=2")["arguments"]["overwrite_output_dir"] is False
 
 
 def test_failing_runs_do_not_stop_the_others(run, tmp_path):
@@ -131,17 +178,17 @@ def test_failing_runs_do_not_stop_the_others(run, tmp_path):
     assert "the loss is nan at step 3" in err
     assert "exit code 2: error: target_rank 9 is larger than lora_r 8" in err
     assert re.search(r"lora-mrpc-seed=1: exit code -9", err)
-    status = {name: record["status"] for name, record in _records(tmp_path).items()}
-    assert status == {"trial/lora-cola-seed=1": "failed", "trial/lora-stsb-seed=1": "finished"}
+    status = {name: line["status"] for name, line in _lines(tmp_path).items()}
+    assert status == {"lora-cola-seed=1": "failed", "lora-stsb-seed=1": "finished"}
     fixed = {key: value for key, value in content.items() if key != "overrides"}
     code, _, err = run(fixed)  # what failed may change its arguments; what was interrupted would lose its progress
     assert code == 2 and "1 run(s), lora-mrpc-seed=1 first" in err and "weight_decay 3 → None" in err
     assert run(fixed, "--rerun_changed")[0] == 0
-    assert [record["status"] for record in _records(tmp_path).values()] == ["finished"] * 4
+    assert [line["status"] for line in _lines(tmp_path).values()] == ["finished"] * 4
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, number, code):
+def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys, number, code):
     content = {**BASIC, "base": {**BASIC["base"], "weight_decay": 4}, "grid": {**BASIC["grid"], "task_name": ["cola"]}}
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -150,51 +197,76 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, number
     first_two = [tmp_path / f"output/trial/lora-cola-seed={seed}/started" for seed in (1, 2)]
     try:
         _wait_for(lambda: all(marker.exists() for marker in first_two))
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert second.returncode == 2 and "another sweep is running" in second.stderr
+        assert sweep.main(command[2:]) == 2 and "another sweep is running" in capsys.readouterr().err
     finally:
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     assert process.returncode == code and "goes on from here" in err
     records = [json.loads(marker.with_name("results.json").read_text()) for marker in first_two]
     assert [record["status"] for record in records] == ["interrupted"] * 2
-    assert _records(tmp_path) == {} and not (tmp_path / "output/trial/lora2-cola-seed=1").exists()
-    only = subprocess.run([*command, "--only", "lora-"], capture_output=True, text=True, timeout=60)
-    assert only.returncode == 0, only.stderr
-    assert [record["resumes"] for record in _records(tmp_path).values()] == [1, 1]
+    assert _lines(tmp_path) == {} and not (tmp_path / "output/trial/lora2-cola-seed=1").exists()
+    assert sweep.main([*command[2:], "--only", "lora-"]) == 0, capsys.readouterr().err
+    assert [_record(tmp_path, run)["resumes"] for run in _lines(tmp_path)] == [1, 1]
 
 
-def test_the_selection_takes_the_best_held_out_value_and_records_it(run, tmp_path):
+SELECT = {"values": {"learning_rate": [1e-3, 2e-3]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}
+
+
+def test_the_selection_takes_the_lowest_held_out_loss_and_looks_once_beyond_an_end(run, tmp_path):
     content = {
         **BASIC,
-        "overrides": [{"when": {"method": "lora", "task_name": "rte"}, "set": {"importance": "full"}}],
         "select": {
-            "argument": "learning_rate",
-            "values": [1e-3, 2e-3, 4e-3],
+            "values": {"learning_rate": [1e-3, 2e-3, 4e-3]},
+            "beyond": {"learning_rate": 2},
             "seeds": [101, 102],
             "set": {"holdout_fraction": 0.2},
-            "overrides": [{"when": {"method": "lora"}, "values": ["1e-4", 4e-3]}],
+            "overrides": [
+                {"when": {"method": "lora"}, "values": {"learning_rate": ["1e-4", 4e-4]}, "set": {"importance": "full"}}
+            ],
         },
     }
     dry = run(content, "--dry_run")
-    assert dry[0] == 0 and dry[1].count("CHOSEN-BY-THE-SELECTION") == 8 and not (tmp_path / "output").exists()
+    assert dry[0] == 0 and dry[1].count("--learning_rate CHOSEN-BY-THE-SELECTION") == 8
+    assert not (tmp_path / "output").exists()
     code, out, _ = run(content, "--jobs", "4")
-    assert code == 0 and "28 run(s) finished now" in out  # (3 + 2) values × 2 tasks × 2 seeds, and 8
-    chosen = json.loads((tmp_path / "measured/trial/selection.json").read_text())["choices"]
-    got = {(c["method"], c["task_name"]): (c["chosen"], c["edge"]) for c in chosen}
-    # |1e-4 − 2e-3| < |4e-3 − 2e-3|; two values are both at an edge.
-    assert got[("lora", "cola")] == (1e-4, True) and got[("lora2", "rte")] == (2e-3, False)
-    score = {c["value"]: c["score"] for c in chosen[-1]["held_out_scores"]}
-    assert score[4e-3] == pytest.approx(0.8 - 2e-3 * 10 + (0.101 + 0.102) / 2)
-    final = _records(tmp_path, "trial/*/results.json")
-    assert len(final) == 8
-    assert {r["arguments"]["holdout_fraction"] for r in final.values()} == {0.0}
-    assert {r["arguments"]["learning_rate"] for n, r in final.items() if "lora2" in n} == {2e-3}
-    held_out = _records(tmp_path, "trial/select/*/results.json")
-    assert {r["arguments"]["holdout_fraction"] for r in held_out.values()} == {0.2}
-    assert {r["arguments"]["seed"] for r in held_out.values()} == {101, 102}
+    # (3 + 2) values × 2 tasks × 2 seeds, one more rate for each task and seed of lora, and 8.
+    assert code == 0 and "32 run(s) finished now" in out
+    lines = _lines(tmp_path)
+    final = {name: line for name, line in lines.items() if line["stage"] == "final"}
+    held_out = [line for line in lines.values() if line["stage"] == "select"]
+    assert list(lines)[:8] == list(final) and {line["asked"].get("holdout_fraction") for line in final.values()} == {
+        None
+    }
+    # lora's best of the first round, 4e-4, is at the upper end, and 8e-4 is closer to 2e-3; lora2's best is inside.
+    chosen = {(line["axes"]["method"], line["tried"]["learning_rate"]) for line in final.values()}
+    assert chosen == {("lora", 8e-4), ("lora2", 2e-3)}
+    assert all(line["asked"]["learning_rate"] == line["tried"]["learning_rate"] for line in lines.values())
+    assert {line["tried"]["learning_rate"] for line in held_out if "extra" in line} == {8e-4}
+    assert {line["asked"]["holdout_fraction"] for line in held_out} == {0.2}
+    assert {line["asked"].get("importance") for line in held_out if line["axes"]["method"] == "lora"} == {"full"}
+    assert {line["seed"] for line in held_out} == {101, 102} and {line["label"] for line in held_out} == {
+        "LoRA",
+        "LoRA²",
+    }
     code, out, _ = run(content)
-    assert code == 0 and "0 run(s) finished now, 28 before" in out
+    assert code == 0 and "0 run(s) finished now, 32 before" in out
+
+
+def test_two_arguments_are_chosen_together_and_a_label_may_share_a_choice(run, tmp_path):
+    content = {
+        **BASIC,
+        "grid": {"row": {"a": {"method": "lora"}, "b": {"method": "lora2"}}, "task_name": ["cola"], "seed": [1]},
+        "select": {
+            **SELECT,
+            "values": {"learning_rate": [1e-3, 2e-3], "lora_alpha": [2, 16]},
+            "shared": {"row": {"b": "a"}},
+        },
+    }
+    assert run(content)[0] == 0
+    lines = _lines(tmp_path)
+    assert [line["label"] for line in lines.values() if line["stage"] == "select"] == ["a"] * 4
+    assert {lines[f"{row}-cola-seed=1"]["tried"]["lora_alpha"] for row in "ab"} == {2}  # equal losses: the first
+    assert {lines[f"{row}-cola-seed=1"]["tried"]["learning_rate"] for row in "ab"} == {2e-3}
 
 
 def test_a_value_whose_run_failed_is_never_chosen_and_no_value_at_all_blocks(run, tmp_path):
@@ -202,30 +274,20 @@ def test_a_value_whose_run_failed_is_never_chosen_and_no_value_at_all_blocks(run
         **BASIC,
         "grid": {"method": ["lora", "lora2"], "task_name": ["cola"], "seed": [1]},
         "select": {
-            "argument": "weight_decay",  # 1 makes the stand-in fail and leave a failed record
-            "values": [1, 0.5],
-            "seeds": [7],
-            "set": {"holdout_fraction": 0.2},
-            "overrides": [{"when": {"method": "lora2"}, "values": [1]}],
+            **SELECT,
+            "values": {"weight_decay": [1, 0.5]},  # 1 makes the stand-in fail and leave a failed record
+            "overrides": [{"when": {"method": "lora2"}, "values": {"weight_decay": [1]}}],
         },
     }
     code, _, err = run(content)
     assert code == 1 and "failed: lora2-cola-seed=1: its selection runs" in err
-    chosen = json.loads((tmp_path / "measured/trial/selection.json").read_text())["choices"]
-    assert [(c["method"], c["chosen"]) for c in chosen] == [("lora", 0.5)]
-    assert list(_records(tmp_path, "trial/*/results.json")) == ["trial/lora-cola-seed=1"]
+    final = [line for line in _lines(tmp_path).values() if line["stage"] == "final"]
+    assert [(line["label"], line["tried"]) for line in final] == [("LoRA", {"weight_decay": 0.5})]
 
 
 def test_only_keeps_matching_runs_and_the_selection_that_they_need(run, tmp_path):
-    selection = {
-        "argument": "learning_rate",
-        "values": [1e-3, 2e-3],
-        "seeds": [7],
-        "set": {"holdout_fraction": 0.2},
-    }
-    assert run({**BASIC, "select": selection}, "--only", "^lora2-.*seed=1$")[0] == 0
-    names = [name.removeprefix("trial/") for name in _records(tmp_path)]
-    assert names == [
+    assert run({**BASIC, "select": SELECT}, "--only", "^lora2-.*seed=1$")[0] == 0
+    assert list(_lines(tmp_path)) == [
         "lora2-cola-seed=1",
         "lora2-rte-seed=1",
         *(f"select/lora2-{task}-learning_rate={rate}-seed=7" for task in ("cola", "rte") for rate in (0.001, 0.002)),
@@ -234,7 +296,6 @@ def test_only_keeps_matching_runs_and_the_selection_that_they_need(run, tmp_path
 
 
 def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
-    pytest.importorskip("submitit", reason="the slurm extra is not installed")
     content = {
         **BASIC,
         "grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]},
@@ -242,7 +303,7 @@ def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
     }
     code, out, err = run(content, "--launcher", "slurm", "--slurm", "cluster=local", "--slurm", "timeout_min=1")
     assert code == 1 and "1 run(s) finished now" in out and "target_rank 9 is larger" in err
-    assert list(_records(tmp_path)) == ["trial/lora-cola-seed=1"]
+    assert list(_lines(tmp_path)) == ["lora-cola-seed=1"]
     for wrong in ("nonsense_parameter=1", "timeout_min=abc"):
         code, _, err = run(BASIC, "--launcher", "slurm", "--slurm", wrong, "--slurm", "cluster=local")
         assert code == 2 and err.startswith("error: submitit: ")
@@ -252,7 +313,12 @@ def _with(**changes):
     return {**BASIC, **changes}
 
 
-SELECT = {"argument": "learning_rate", "values": [1], "seeds": [1], "set": {"holdout_fraction": 0.1}}
+def _select(**changes):
+    return {**BASIC, "select": {**SELECT, **changes}}
+
+
+def _values(*values):
+    return _select(values={"learning_rate": list(values)})
 
 
 @pytest.mark.parametrize(
@@ -274,16 +340,20 @@ SELECT = {"argument": "learning_rate", "values": [1], "seeds": [1], "set": {"hol
         (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "no axis of the grid"),
         (_with(overrides=[{"when": {"method": "lora"}, "set": {"seed": 3}}]), "is an axis"),
         (_with(exclude=[{"method": ["lora", "lora2"]}]), "leaves no run"),
-        (_with(reference={"method": "full"}), "names method full"),
-        (_with(select={**SELECT, "set": {}}), "holdout_fraction"),
-        (_with(select={**SELECT, "argument": "seed"}), "select.argument"),
-        (_with(select={**SELECT, "values": []}), "select.values"),
-        (_with(select={**SELECT, "values": [None, 0.001]}), "select.values must be all numbers"),
-        (_with(select={**SELECT, "values": ["fast", 0.001]}), "select.values must be all numbers"),
-        (_with(select={**SELECT, "values": [True, 2]}), "select.values must be all numbers"),
-        (_with(select={**SELECT, "values": [1, 1.0]}), "select.values must be a list of different values"),
-        (_with(select={**SELECT, "values": [float("nan"), 1]}), "select.values is nan"),
-        (_with(select={**SELECT, "overrides": [{"when": {"method": "lora"}, "values": [None]}]}), "without null"),
+        (_select(set={}), "holdout_fraction"),
+        (_select(values={"seed": [1]}), "select.values names seed, which the grid or --set fixes"),
+        (_select(values=[1, 2]), "select.values must be a mapping"),
+        (_values(), "select.values.learning_rate must be a list"),
+        (_values(None, 0.001), "must be all numbers"),
+        (_values("fast", 0.001), "must be all numbers"),
+        (_values(True, 2), "must be all numbers"),
+        (_values(1, 1.0), "must be a list of different values"),
+        (_values(float("nan"), 1), "select.values.learning_rate is nan"),
+        (_select(beyond={"learning_rate": 1}), "must be a factor above 1"),
+        (_select(beyond={"weight_decay": 2}), "select.beyond names weight_decay"),
+        (_select(shared={"method": {"lora2": "sora"}}), "names method sora"),
+        (_select(shared={"method": {"lora2": "lora", "lora": "lora2"}}), "which nothing tries"),
+        (_select(overrides=[{"when": {"method": "lora"}, "values": {"learning_rate": [None]}}]), "without null"),
         (_with(base={"model_name_or_path": "m", "learning_rate": float("nan")}), "base.learning_rate is nan"),
         (_with(base={"model_name_or_path": "m", "learning_rate": "1e999"}), "base.learning_rate is inf"),
         (_with(base={"model_name_or_path": "m", "run_name": date(2024, 1, 1)}), "must be one value, not date"),
@@ -294,7 +364,7 @@ SELECT = {"argument": "learning_rate", "values": [1], "seeds": [1], "set": {"hol
         (_with(grid={**BASIC["grid"], "run_name": ["a" * 300]}), "give its axes shorter labels"),
         (_with(name="a" * 300), "name must be"),
         (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
-        (_with(select=SELECT, base={"model_name_or_path": "m", "learning_rate": 1}), "both selected and set"),
+        ({**_select(), "base": {"model_name_or_path": "m", "learning_rate": 1}}, "both selected and set"),
     ],
 )
 def test_a_faulty_file_is_refused_in_one_line_before_anything_starts(run, tmp_path, content, message):
@@ -337,12 +407,11 @@ def test_what_stops_the_sweep_before_its_runs_is_one_line(run, monkeypatch, erro
     assert got == code and message in err and err.count("\n") == 1
 
 
-def test_a_damaged_record_is_named_and_nothing_starts(run, tmp_path):
-    damaged = tmp_path / "measured/trial/lora2-rte-seed=2/results.json"
-    damaged.parent.mkdir(parents=True)
-    damaged.write_text('{"status": "fin')
+def test_a_damaged_line_is_named_and_nothing_starts(run, tmp_path):
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured/trial.jsonl").write_text('{"status": "fin')
     code, _, err = run(BASIC)
-    assert code == 2 and str(damaged) in err and "delete it" in err
+    assert code == 2 and f"{tmp_path}/measured/trial.jsonl:1: damaged" in err and "delete it" in err
     assert not list((tmp_path / "output").rglob("results.json"))
 
 
@@ -357,32 +426,28 @@ def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys):
             "\n".join([*lines, f"runpy.run_path({str(FAKE)!r}, run_name='__main__')"])
         )
     assert sweep.main([str(path), *_places(tmp_path)[2:]]) == 0, capsys.readouterr().err
-    models = [record["arguments"]["model_name_or_path"] for record in _records(tmp_path).values()]
+    models = [_record(tmp_path, run)["arguments"]["model_name_or_path"] for run in _lines(tmp_path)]
     assert models == ["lora-cola", "lora-rte"]
     path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
     with pytest.raises(UsageError, match="'task' is no argument of every run"):
         load_experiment(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("/home/someone/data/glue", "…/glue"),
-        ("python nlu/run_glue.py --glue_dir=/a/b/c/ --bf16", "python nlu/run_glue.py --glue_dir=…/c --bf16"),
-        ("../shared/data", "../shared/data"),
-        ("https://example.org/a/b", "https://example.org/a/b"),
-        ("tokens/s 3 / 4", "tokens/s 3 / 4"),
-        ("File '/opt/x/y.py', line 3", "File '…/y.py', line 3"),
-    ],
-)
-def test_portable_takes_folders_out_and_nothing_else(text, expected):
-    assert portable({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
-    assert portable(expected) == expected
-
-
-def test_comparable_ignores_places_and_unset_flags():
-    one = {"glue_dir": "/a", "model_name_or_path": "/x/encoder", "seed": 1, "bf16": False, "lora_k": None}
-    assert comparable(one) == {"model_name_or_path": "encoder", "seed": 1, "bf16": False}
+def test_one_s_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run, tmp_path):
+    for name in ("train", "other", "dev"):
+        (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{name},1\n")
+    base = {**BASIC["base"], "validation_file": str(tmp_path / "dev.csv")}
+    grid = {"method": ["lora"], "train_file": [str(tmp_path / f"{name}.csv") for name in ("train", "other")]}
+    content = {"name": "own", "base": base, "grid": {**grid, "seed": [1]}}
+    code, _, err = run(content)
+    assert code == 0, err
+    lines = _lines(tmp_path, "own")
+    assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
+    (tmp_path / "other.csv").write_text("sentence,label\nother,0\n")
+    code, _, err = run(content)
+    assert code == 2 and "train_file: other content" in err and "lora-other.csv" in err
+    code, _, err = run({**content, "grid": {"method": ["lora"], "seed": [1]}})
+    assert code == 2 and "no task_name is given" in err
 
 
 def _wait_for(condition, seconds=30):

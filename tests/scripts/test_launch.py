@@ -12,7 +12,7 @@ import yaml
 
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
-from nlu.experiments.files import load_experiment
+from nlu.experiments.experiment import load_experiment
 from nlu.experiments.places import Places, command_line
 from nlu.trainer import effective_batch_size
 

@@ -1,0 +1,353 @@
+"""An experiment file (`configs/experiments/NAME.yaml`) read into a checked list of runs.
+
+name: example
+description: one sentence, printed at the start
+command: bash scripts/run_{task_name}.sh   # optional, in place of nlu/run_glue.py; the run's arguments fill the braces
+base:                                   # arguments of every run, any flag of nlu/run_glue.py
+  max_steps: 600
+grid:                                   # one run for each combination
+  method: [lora, lora2]                 # a list: the axis is the flag of that name
+  variant:                              # a mapping: a label and the arguments that it stands for
+    inner: {importance: inner}
+    full: {importance: full}
+  task_name: [cola, rte]                # or train_file and validation_file, in base or as an axis: one's own data
+  seed: [1, 2, 3]
+exclude: [{method: lora, variant: full}]            # combinations left out
+overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
+select:                                 # optional: choose arguments on a held-out part of the training set,
+  values:                               # for each combination of the axes but seed; all combinations of the values are
+    learning_rate: [1.0e-3, 2.5e-3]     # tried, and the lowest held-out loss at the last evaluation wins
+  beyond: {learning_rate: 2.5}          # optional: where the best value is at an end, one more, this factor further
+  seeds: [101]
+  set: {holdout_fraction: 0.1}
+  overrides: [{when: {method: full}, values: {learning_rate: [1.0e-5, 2.0e-5]}, set: {max_steps: 200}}]
+  shared: {variant: {full: inner}}      # optional: these labels take the choice made for those, and try nothing
+"""
+
+import itertools
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nlu.errors import UsageError, reason
+from nlu.experiments.checks import (
+    candidates,
+    check_folders,
+    checked_arguments,
+    different,
+    mapping,
+    mappings,
+    place_free,
+    scalar,
+    value_list,
+)  # fmt: skip
+from nlu.readers import parse_yaml
+
+REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
+_TOP = {"name", "description", "command", "base", "grid", "exclude", "overrides", "select"}
+_SELECT = {"values", "beyond", "seeds", "set", "overrides", "shared"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of nlu/run_glue.py. `folder` is its place below the experiment's folder, unique there."""
+
+    experiment: str
+    stage: str  # "select": scored on a held-out part of the training set; "final": scored on the validation set
+    folder: str
+    axes: dict[str, Any]  # grid axis → label
+    arguments: dict[str, Any]
+    command: tuple[str, ...] = ()  # empty: nlu/run_glue.py
+    tried: dict[str, Any] = field(default_factory=dict)  # the arguments that a selection tries, or has chosen
+    extra: bool = False  # a selection run beyond the values that the file lists
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the selection tries for one combination of axes (but seed): argument → values, in runs like `template`."""
+
+    values: dict[str, list]
+    template: Run
+
+    def combinations(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.values, each, strict=True)) for each in itertools.product(*self.values.values())]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The stage that chooses arguments: a set of candidates for each key, the labels of the axes `per`."""
+
+    per: tuple[str, ...]
+    seeds: list
+    beyond: dict[str, float]
+    candidates: dict[tuple, Candidates]
+    shared: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+    def key(self, run: Run) -> tuple:
+        """The key of the choice that a run takes."""
+        return tuple(self.shared.get(axis, {}).get(run.axes[axis], run.axes[axis]) for axis in self.per)
+
+    def runs_of(self, key: tuple, values: dict[str, Any], extra: bool = False) -> list[Run]:
+        """One run for each seed of the selection, with these values."""
+        template, found = self.candidates[key].template, []
+        for seed in self.seeds:
+            axes = dict(zip(self.per, key, strict=True))
+            arguments = {**template.arguments, **values, "seed": seed}
+            folder = f"select/{run_name({**axes, **values, 'seed': seed})}"
+            command = tuple(_fill(word, arguments) for word in template.command)
+            axes["seed"] = seed
+            found.append(Run(template.experiment, "select", folder, axes, arguments, command, values, extra))
+        return found
+
+    @property
+    def runs(self) -> list[Run]:
+        """Every run of the first round."""
+        found = []
+        for key, each in self.candidates.items():
+            found += [run for values in each.combinations() for run in self.runs_of(key, values)]
+        return found
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A checked experiment; with a selection its final runs lack the arguments that are yet to be chosen."""
+
+    name: str
+    description: str
+    runs: list[Run]
+    selection: Selection | None = None
+
+
+def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
+    """Read and check an experiment file.
+
+    Args:
+        path: the YAML file.
+        settings: arguments given on the command line; they win over `base`, `grid` labels and `overrides`.
+
+    Raises:
+        UsageError: unreadable file, unknown or missing key, empty grid, a flag set in two places that cannot both hold,
+            runs that cannot be told apart by name.
+    """
+    content = read_yaml(Path(path))
+    try:
+        return _Reader(content, settings or {}).experiment()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content.
+
+    Raises:
+        UsageError: a file that cannot be read or is no YAML.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); look in configs/experiments/") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {reason(error)}") from None
+
+
+class _Reader:
+    """The checks of one file, from the top key down."""
+
+    def __init__(self, content: Any, settings: dict[str, Any]) -> None:
+        self.content = mapping(content, "the file", _TOP)
+        self.settings = checked_arguments(settings, "--set")
+        self.name = self.content.get("name")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
+            raise UsageError("name must be a word of letters, digits, _ . and -, 100 at most (it becomes a folder)")
+        self.base = checked_arguments(self.content.get("base"), "base")
+        self.grid = self._grid()
+        self.overrides = self._overrides(self.content.get("overrides"), "overrides", {"when", "set"})
+        self.command = self._command()
+        for key in self.settings:
+            if key in self.grid:
+                raise UsageError(f"--set {key} contradicts the grid, which has {key} as an axis")
+
+    def experiment(self) -> Experiment:
+        combinations = self._combinations()
+        selection = self._selection(combinations)
+        runs = [self._run("final", axes, self._resolve(axes)) for axes in combinations]
+        check_folders(run.folder for run in [*runs, *(selection.runs if selection else [])])
+        return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
+
+    def _run(self, stage: str, axes: dict[str, Any], arguments: dict[str, Any]) -> Run:
+        own_files = arguments.get("train_file") is not None
+        for key in REQUIRED[:3] if self.command else REQUIRED:
+            if arguments.get(key) is None and not (key == "task_name" and own_files):
+                raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
+        filled = tuple(_fill(word, arguments) for word in self.command)  # a selection's template is filled later
+        return Run(self.name, stage, run_name(axes), axes, arguments, filled if stage == "final" else self.command)
+
+    def _grid(self) -> dict[str, dict[Any, dict[str, Any]]]:
+        """Axis → label → arguments."""
+        raw = self.content.get("grid")
+        if not isinstance(raw, dict) or not raw:
+            raise UsageError("grid is empty; give at least method, task_name (or train_file) and seed")
+        grid = {}
+        for axis, labels in raw.items():
+            if isinstance(labels, dict):
+                choices = {
+                    scalar(label, f"grid.{axis}"): checked_arguments(value, f"grid.{axis}.{label}")
+                    for label, value in labels.items()
+                }
+            elif isinstance(labels, list):
+                checked_arguments({axis: None}, "grid")
+                values = [scalar(value, f"grid.{axis}") for value in labels]
+                if not different(values):
+                    raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")
+                choices = {value: {axis: value} for value in values}
+            else:
+                raise UsageError(f"grid.{axis} must be a list of values or a mapping of labels to arguments")
+            if len(choices) != len(labels):
+                raise UsageError(f"grid.{axis} has a label twice (1e-3 and 0.001 are one)")
+            if not choices:
+                raise UsageError(f"grid.{axis} is empty")
+            grid[axis] = choices
+        return grid
+
+    def _combinations(self) -> list[dict[str, Any]]:
+        rules = self.content.get("exclude") or []
+        if not isinstance(rules, list):
+            raise UsageError("exclude must be a list of mappings of grid axes to labels")
+        excluded = [self._when(rule, "exclude") for rule in rules]
+        every = [dict(zip(self.grid, labels, strict=True)) for labels in itertools.product(*self.grid.values())]
+        kept = [axes for axes in every if not any(_matches(axes, rule) for rule in excluded)]
+        if not kept:
+            raise UsageError("exclude leaves no run")
+        return kept
+
+    def _resolve(self, axes: dict[str, Any]) -> dict[str, Any]:
+        arguments = dict(self.base)
+        for axis, label in axes.items():
+            arguments.update(self.grid[axis][label])
+        for rule in self.overrides:
+            if _matches(axes, rule["when"]):
+                arguments.update(rule["set"])
+        return {**arguments, **self.settings}
+
+    def _overrides(self, raw: Any, where: str, known: set[str]) -> list[dict[str, Any]]:
+        """Rules of `when` and `set`, with `known` of `values` too, each checked."""
+        rules = []
+        for rule in mappings(raw, where, known):
+            values = checked_arguments(rule.get("set"), where)
+            for key in values:
+                if isinstance(self.content["grid"].get(key), list):
+                    raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
+            tried = self._values(rule["values"], f"{where}.values") if "values" in rule else {}
+            rules.append({"when": self._when(rule.get("when"), where), "set": values, "values": tried})
+        return rules
+
+    def _when(self, rule: Any, where: str) -> dict[str, list]:
+        if not isinstance(rule, dict) or not rule:
+            raise UsageError(f"{where} needs a mapping of grid axes to labels, such as {{task_name: rte}}")
+        checked = {}
+        for axis, labels in rule.items():
+            labels = labels if isinstance(labels, list) else [labels]
+            checked[axis] = [self._label(axis, label, where) for label in labels]
+        return checked
+
+    def _label(self, axis: Any, label: Any, where: str) -> Any:
+        if axis not in self.grid:
+            raise UsageError(f"{where} names {axis}, which is no axis of the grid ({', '.join(map(str, self.grid))})")
+        label = scalar(label, where)
+        if label not in self.grid[axis]:
+            raise UsageError(f"{where} names {axis} {label}, which the grid does not have")
+        return label
+
+    def _selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
+        if "select" not in self.content:
+            return None
+        raw = mapping(self.content["select"], "select", _SELECT)
+        values, settings = self._values(raw.get("values"), "select.values"), checked_arguments(raw.get("set"), "select")
+        if "holdout_fraction" not in settings:
+            raise UsageError("select.set needs holdout_fraction: choosing on the validation set would leak it")
+        rules = self._overrides(raw.get("overrides"), "select.overrides", {"when", "set", "values"})
+        selection = Selection(
+            tuple(axis for axis in self.grid if axis != "seed"),
+            value_list(raw.get("seeds"), "select.seeds"),
+            self._beyond(raw.get("beyond"), values),
+            {},
+            self._shared(raw.get("shared")),
+        )
+        for axes in combinations:
+            key = tuple(axes[axis] for axis in selection.per)
+            tried, changed = dict(values), dict(settings)
+            for rule in rules:
+                if _matches(axes, rule["when"]):
+                    tried |= rule["values"]
+                    changed |= rule["set"]
+            resolved = self._resolve(axes)
+            for name in tried:
+                if name in resolved:
+                    raise UsageError(f"{name} is both selected and set in base, grid or overrides; leave one")
+            template = self._run("select", axes, {**resolved, **changed})
+            if key == selection.key(template):
+                selection.candidates.setdefault(key, Candidates(tried, template))
+        for axes in combinations:
+            key = selection.key(Run(self.name, "final", "", axes, {}))
+            if key not in selection.candidates:
+                raise UsageError(f"select.shared needs the choice for {', '.join(map(str, key))}, which nothing tries")
+        return selection
+
+    def _values(self, raw: Any, where: str) -> dict[str, list]:
+        if not isinstance(raw, dict) or not raw:
+            raise UsageError(f"{where} must be a mapping of flags to the values to try")
+        checked_arguments(dict.fromkeys(raw), where)
+        for name in raw:
+            if name in self.grid or name in self.settings:
+                raise UsageError(f"{where} names {name}, which the grid or --set fixes")
+        return {name: candidates(values, f"{where}.{name}") for name, values in raw.items()}
+
+    def _beyond(self, raw: Any, values: dict[str, list]) -> dict[str, float]:
+        factors = checked_arguments(raw, "select.beyond")
+        for name, factor in factors.items():
+            if name not in values or not isinstance(values[name][0], int | float) or isinstance(values[name][0], bool):
+                raise UsageError(f"select.beyond names {name}, which select.values has no numbers for")
+            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 1:
+                raise UsageError(f"select.beyond.{name} is {factor}; it must be a factor above 1")
+        return factors
+
+    def _shared(self, raw: Any) -> dict[str, dict[Any, Any]]:
+        if raw is None:
+            return {}
+        if not isinstance(raw, dict) or not all(isinstance(labels, dict) for labels in raw.values()):
+            raise UsageError("select.shared must be a mapping of an axis to a mapping of labels to labels")
+        where = "select.shared"
+        return {
+            axis: {self._label(axis, to, where): self._label(axis, of, where) for to, of in labels.items()}
+            for axis, labels in raw.items()
+        }
+
+    def _command(self) -> tuple[str, ...]:
+        text = self.content.get("command")
+        if text is None:
+            return ()
+        if not isinstance(text, str):
+            raise UsageError("command must be one line of text")
+        try:
+            return tuple(shlex.split(text))
+        except ValueError as error:
+            raise UsageError(f"command {text!r} cannot be split into words: {reason(error)}") from None
+
+
+def _fill(word: str, arguments: dict[str, Any]) -> str:
+    try:
+        return word.format_map(arguments)
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise UsageError(f"command word {word!r}: {error} is no argument of every run") from None
+
+
+def run_name(axes: dict[str, Any]) -> str:
+    """A folder's name from the labels of a run's axes; numbers carry their axis' name."""
+    parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in place_free(axes).items()]
+    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", "-".join(parts))
+
+
+def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
+    return all(axes[axis] in labels for axis, labels in rule.items())

@@ -1,0 +1,284 @@
+"""The measured runs: `MEASURED_DIR/EXPERIMENT.jsonl` holds one line for each run, with what tables and figures need.
+
+A line has the run's place (`run`, `stage`, `axes`, `label`, `task`, `method`, `seed`), what the sweep asked for
+(`asked`), the arguments that differ from the defaults, every evaluation, the final sizes and norms, times, versions,
+the commit and the digests of the contents that the run read. The full record stays in the run's own folder.
+"""
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loralib.files import write_text
+from nlu.errors import UsageError
+from nlu.experiments.checks import SET_BY_THE_SWEEP, place_free
+from nlu.experiments.experiment import Run
+
+# Where things lie says nothing about a run's result: these may differ without a run counting as another.
+PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
+COPIED = (
+    "metric", "best", "best_step", "last", "steps", "model", "adapter_params", "head_params", "total_params",
+    "live_adapter_params", "initial_budget", "final_budget", "live_budget", "effective_batch_size", "train_seconds",
+    "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit", "digests",
+)  # fmt: skip
+NO_LABEL = ("task_name", "train_file", "validation_file", "seed")  # what tables show in other places
+_ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
+
+
+# ---- from a run's record to its line ---------------------------------------------------------------------------------
+
+
+def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
+    """The line of a run that has ended; one that left no finite score counts as failed.
+
+    Args:
+        run: what the sweep asked for.
+        record: the run's `results.json`; its status is "finished" or "failed".
+    """
+    evaluations = _columns(record.get("evaluations") or [])
+    status, error = record["status"], record.get("error")
+    scores = [record.get("last"), *evaluations.get("loss", [None]), *evaluations.get(record.get("metric"), [None])]
+    if status == "finished" and None in scores:
+        status, error = "failed", "an evaluation has no finite score or loss"
+    line = {
+        **place_of(run, str(record.get("method"))),
+        "status": status,
+        "error": error,
+        "task": record.get("task"),
+        "method": record.get("method"),
+        "seed": record.get("seed"),
+        "asked": comparable(run.arguments),
+        "arguments": changed_arguments(record.get("arguments") or {}),
+        "evaluations": evaluations,
+        **{name: record.get(name) for name in COPIED},
+        **rate_sums(record),
+        "delta_norm": delta_norm(record),
+    }
+    return portable({name: value for name, value in line.items() if value is not None})
+
+
+def place_of(run: Run, method: str) -> dict[str, Any]:
+    """The part of a line that says which run of the experiment it is; `method` is the base method."""
+    kept = {axis: value for axis, value in place_free(run.axes).items() if axis not in NO_LABEL}
+    parts = [
+        _method_name(str(value), method)
+        if axis == "method" else value if isinstance(value, str) else f"{axis}={value}"
+        for axis, value in kept.items()
+    ]  # fmt: skip
+    label = ", ".join(parts) or _method_name(str(run.arguments.get("method")), method)
+    where = {"run": run.folder, "stage": run.stage, "label": label, "axes": place_free(run.axes), "tried": run.tried}
+    return where | ({"extra": True} if run.extra else {})
+
+
+def _method_name(name: str, base: str) -> str:
+    """The display name of the base method, and what a file in configs/methods/ adds to its name."""
+    from nlu.methods.registry import METHODS  # loads torch: only where a run has ended
+
+    if base not in METHODS or not name.startswith(base):
+        return name
+    return f"{METHODS[base].display} {name[len(base) :].strip('_').replace('_', ' ')}".strip()
+
+
+@cache
+def _parser() -> Any:
+    from nlu.arguments import build_parser  # loads transformers: only where a run has ended
+
+    return build_parser()
+
+
+def changed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that differ from run_glue's defaults, without places."""
+    changed = {}
+    for name, value in arguments.items():
+        default = _parser().get_default(name)
+        if value is not None and value != getattr(default, "value", default):
+            changed[name] = value
+    return comparable({name: value for name, value in changed.items() if name not in SET_BY_THE_SWEEP})
+
+
+def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that decide a run's result: no folders of this machine, of paths the last part."""
+    kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
+    return place_free(kept)
+
+
+def rate_sums(record: dict[str, Any]) -> dict[str, float]:
+    """Λ, the sum of the learning rates over the steps, when pruning starts and at the end, where the history tells.
+
+    The rates between two logging steps are interpolated. Pruning starts after the last step with the initial budget.
+    """
+    history = record.get("history") or []
+    logged = {entry["step"]: entry["learning_rate"] for entry in history if entry.get("learning_rate") is not None}
+    whole = [entry["step"] for entry in history if entry.get("budget") == record.get("initial_budget")]
+    if not logged or not record.get("steps"):
+        return {}
+    if (record.get("arguments") or {}).get("warmup_steps"):
+        logged = {1: 0.0} | logged
+    rates = np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values()))
+    pruning = (
+        {"rate_sum_pruning": _figures(rates[: max(whole)].sum())} if whole and record.get("initial_budget") else {}
+    )
+    return pruning | {"rate_sum": _figures(rates.sum())}
+
+
+def _figures(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}")
+
+
+def delta_norm(record: dict[str, Any]) -> float | None:
+    """‖ΔW‖_F over all adapted layers at the end; None for a method without such an update."""
+    logged = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
+    if logged:
+        return logged[-1]
+    spectra = record.get("spectra") or {}
+    return _figures(math.sqrt(sum(value**2 for values in spectra.values() for value in values))) if spectra else None
+
+
+def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:
+    """step, loss and metrics as one list each."""
+    names = dict.fromkeys(name for entry in evaluations for name in entry if name != "epoch")
+    return {name: [entry.get(name) for entry in evaluations] for name in names}
+
+
+def portable(value: Any) -> Any:
+    """A value without this machine's folders: of every absolute path only the last part stays, behind an ellipsis."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    return _ABSOLUTE.sub(r"…/\1", value) if isinstance(value, str) else value
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
+    """Put a run's line in place of its earlier one, or take it out (None); the file is replaced whole, under a lock."""
+    with locked(path.parent):
+        lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
+        ordered = sorted(lines.values(), key=lambda each: (each["stage"] != "final", each["run"]))
+        write_text(path, "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in ordered))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line of a file, checked; an absent file has none.
+
+    Raises:
+        UsageError: names the file and the number of the first line that is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+    lines, seen = [], {}
+    for number, each in enumerate(text.splitlines(), 1):
+        where = f"{path}:{number}"
+        try:
+            line = json.loads(each)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}: damaged ({error}); restore the line, or delete it to run it again") from None
+        check_line(line, where)
+        if line["run"] in seen:
+            raise UsageError(f"{where}: the run {line['run']} is on line {seen[line['run']]} too; delete one of them")
+        seen[line["run"]] = number
+        lines.append(line)
+    return lines
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a folder, which is made as needed; the lock goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process holds it and `wait` is false.
+    """
+    import fcntl  # absent on Windows, where everything else works
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UsageError(f"another sweep is running in {folder}; wait for it or stop it") from None
+        yield
+
+
+# ---- what a line must hold -------------------------------------------------------------------------------------------
+
+_LIMIT = 1e18  # beyond any count or score; comparing with it also refuses NaN, infinity and integers no float holds
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LIMIT
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and _number(value) and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_number, value))
+
+
+_KINDS: dict[Callable[[Any], bool], str] = {
+    _number: "a finite number",
+    _count: "a whole number, 0 or more",
+    _text: "text",
+    _numbers: "a list of finite numbers",
+}
+_EVERY_LINE = {"run": _text, "label": _text, "task": _text, "method": _text, "seed": _count}
+_FINISHED = {"metric": _text, "best": _number, "last": _number, "steps": _count, "adapter_params": _count,
+             "head_params": _count}  # fmt: skip
+_OPTIONAL = {
+    "total_params": _count, "live_adapter_params": _count, "live_budget": _count, "initial_budget": _count,
+    "delta_norm": _number, "rate_sum": _number, "rate_sum_pruning": _number, "train_seconds": _number,
+    "seconds_per_step": _number, "peak_memory_bytes": _count,
+}  # fmt: skip
+
+
+def check_line(line: Any, where: str) -> None:
+    """Refuse a line that tables could not compute with: an editor, a merge or another program may have made it.
+
+    Raises:
+        UsageError: the first field that is not what it must be.
+    """
+    if not isinstance(line, dict):
+        raise UsageError(f"{where}: no JSON object; restore the line, or delete it to run it again")
+    for name, choices in (("stage", ("select", "final")), ("status", ("finished", "failed"))):
+        if line.get(name) not in choices:
+            raise UsageError(f"{where}: {name} is {line.get(name)!r}, must be one of {', '.join(choices)}")
+    for name in ("axes", "asked"):
+        if not isinstance(line.get(name), dict):
+            raise UsageError(f"{where}: {name} is {line.get(name)!r}, must be an object")
+    finished = line["status"] == "finished"
+    needed = {"run": _text, **({**_EVERY_LINE, **_FINISHED} if finished else {})}
+    _check(line, needed | {name: kind for name, kind in _OPTIONAL.items() if line.get(name) is not None}, where)
+    if finished:
+        evaluations = line.get("evaluations")
+        if not isinstance(evaluations, dict):
+            raise UsageError(f"{where}: evaluations is {evaluations!r}, must be an object")
+        names = ("step", "loss", line["metric"])
+        _check(evaluations, dict.fromkeys(names, _numbers), f"{where}: evaluations")
+        if len({len(evaluations[name]) for name in names}) > 1:
+            raise UsageError(f"{where}: evaluations have lists of different lengths; restore the line")
+
+
+def _check(values: dict[str, Any], kinds: dict[str, Callable[[Any], bool]], where: str) -> None:
+    for name, accepts in kinds.items():
+        if not accepts(values.get(name)):
+            shown = json.dumps(values.get(name), ensure_ascii=False)[:60]
+            raise UsageError(f"{where}: {name} is {shown}, must be {_KINDS[accepts]}; restore the line, or delete it")

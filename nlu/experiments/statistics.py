@@ -1,0 +1,178 @@
+"""What the measured lines say: scores by row, paired differences with their intervals, claims and their verdicts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from nlu.errors import UsageError
+from nlu.experiments.records import read_lines
+from nlu.tasks import TASKS
+
+LEVEL = 0.5  # points: a difference within this margin counts as level
+SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
+_NAMES = ["experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra"]
+_FIGURES = [
+    "steps", "adapter_params", "head_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
+    "rate_sum_pruning", "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes",
+]  # fmt: skip
+
+
+def load_measured(folder: Path) -> pd.DataFrame:
+    """Every run below a folder, one row each, in the order in which tables show them.
+
+    Columns beside those of the lines: `experiment`; `steps_at`, `scores` and `losses` (one list each, over the
+    evaluations; scores in percent, the mean of the task's columns); `last`, `best`, `loss` (the last), `lowest_loss`.
+
+    Raises:
+        UsageError: no such folder, a damaged line, or two final runs of one experiment, label, task and seed.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder; name the one that --measured_dir of the sweep named")
+    rows = [_row(path.stem, line) for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path)]
+    frame = pd.DataFrame(rows, columns=[*_NAMES, *_FIGURES, "steps_at", "scores", "losses"])
+    frame[_FIGURES] = frame[_FIGURES].astype(float)
+    for name, source, pick in (("last", "scores", -1), ("loss", "losses", -1)):
+        frame[name] = [values[pick] if values else np.nan for values in frame[source]]
+    frame["best"] = [max(values) if values else np.nan for values in frame["scores"]]
+    frame["lowest_loss"] = [min(values) if values else np.nan for values in frame["losses"]]
+    final = frame[(frame.stage == "final") & (frame.status == "finished")]
+    twice = final[final.duplicated(["experiment", "label", "task", "seed"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise UsageError(
+            f"{folder}/{first.experiment}.jsonl has {first.label} on {first.task} with seed {first.seed} twice; give "
+            "the axes of the experiment labels that differ"
+        )
+    return _ordered(frame)
+
+
+def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: line.get(name) for name in (*_NAMES, *_FIGURES)}
+    row |= {"experiment": experiment, "extra": bool(line.get("extra")), "steps_at": [], "scores": [], "losses": []}
+    if line["status"] == "finished":
+        evaluations, task = line["evaluations"], TASKS.get(line["task"])
+        metrics = [name for name in (task.score_columns.values() if task else ()) if name in evaluations]
+        scores = np.mean([evaluations[name] for name in metrics or [line["metric"]]], axis=0)
+        row |= {"steps_at": evaluations["step"], "scores": list(100 * scores), "losses": evaluations["loss"]}
+    return row
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Methods and tasks in the order of their registries; of one method the larger first."""
+    from nlu.methods.registry import METHODS  # loads torch: only where there are rows to sort
+
+    names = list(TASKS)
+    keys = pd.DataFrame(
+        {
+            "experiment": frame.experiment,
+            "method": [METHODS[name].order if name in METHODS else np.inf for name in frame.method],
+            "size": -frame.groupby(["experiment", "label"]).adapter_params.transform("max"),
+            "label": frame.label,
+            "task": [names.index(name) if name in names else len(names) for name in frame.task],
+            "task_name": frame.task,
+            "seed": frame.seed,
+        }
+    )
+    return frame.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs)."""
+
+    mean: float
+    error: float | None
+    freedom: float | None
+    count: int
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % interval (Student's t)."""
+        return None if self.error is None else float(stats.t.ppf(0.975, self.freedom)) * self.error
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        half = self.half_width
+        return None if half is None else (self.mean - half, self.mean + half)
+
+    def p_value(self, expect: str) -> float | None:
+        """Of the hypothesis that a claim contradicts.
+
+        "higher": no difference (two-sided); "not lower": a loss of `LEVEL` or more; "level": a difference of `LEVEL` or
+        more in either direction (two one-sided tests).
+        """
+        if self.error is None:
+            return None
+        below, above = (self._tail(bound) for bound in (-LEVEL, LEVEL))
+        if expect == "higher":
+            return min(1.0, 2 * min(self._tail(0.0), 1 - self._tail(0.0)))
+        return below if expect == "not lower" else max(below, 1 - above)
+
+    def _tail(self, bound: float) -> float:
+        """How likely a mean so far above `bound` is if the truth is `bound`."""
+        if not self.error:
+            return 0.5 if self.mean == bound else float(self.mean < bound)
+        return float(stats.t.sf((self.mean - bound) / self.error, self.freedom))
+
+
+def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
+    """The mean over tasks of the mean over seeds.
+
+    The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
+    (Biometrics Bulletin 2, 1946). Where a task has one value only, the error is not known.
+    """
+    groups = values.groupby(tasks, sort=False)
+    mean, sizes = float(groups.mean().mean()), groups.size()
+    if sizes.min() < 2:
+        return Estimate(mean, None, None, len(values))
+    parts = groups.var(ddof=1) / sizes / len(sizes) ** 2
+    variance = float(parts.sum())
+    freedom = variance**2 / float((parts**2 / (sizes - 1)).sum()) if variance > 0 else np.inf
+    return Estimate(mean, variance**0.5, freedom, len(values))
+
+
+def paired(runs: pd.DataFrame, label: str, against: str, score: str = "last") -> pd.DataFrame:
+    """The differences of two labels over the (task, seed) that both have: columns task, seed and difference."""
+    pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed"])
+    # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
+    difference = (pairs[f"{score}_x"] - pairs[f"{score}_y"]).astype(float).round(9)
+    return pairs[["task", "seed"]].assign(difference=difference)
+
+
+def holm(p_values: list[float | None]) -> list[float | None]:
+    """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979); None stays None."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, i) in enumerate(known):
+        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def verdict(result: Estimate, expect: str, p: float | None) -> str:
+    """What follows for a claim: holds, level, contradicted or not shown; `p` is corrected for the number of claims."""
+    if result.interval is None or p is None:
+        return "not shown"
+    low, high = result.interval
+    level = low >= -LEVEL and high <= LEVEL
+    if expect == "higher":
+        if level:
+            return "level"
+        if p < 0.05:
+            return "holds" if result.mean > 0 else "contradicted"
+        return "not shown"
+    if p < 0.05:
+        return "holds"
+    return "contradicted" if high < -LEVEL or (expect == "level" and low > LEVEL) else "not shown"
+
+
+def finished(runs: pd.DataFrame, experiments: Iterable[str], labels: list[str] | None = None) -> pd.DataFrame:
+    """The finished final runs of some experiments, of the given labels only where there are any."""
+    kept = runs[runs.experiment.isin(list(experiments)) & (runs.stage == "final") & (runs.status == "finished")]
+    return kept if labels is None else kept[kept.label.isin(labels)]

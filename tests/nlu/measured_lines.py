@@ -1,0 +1,73 @@
+"""Lines of measured runs, made up for the tests of statistics, tables, figures and report."""
+
+import json
+from pathlib import Path
+
+METRIC = {"cola": "matthews_correlation", "stsb": "pearson"}
+SIZES = {"LoRA r=8": 331_776, "AdaLoRA": 332_064, "LoRA² k=8": 336_672, "LoRA r=1": 41_472, "LoRA² k=1": 42_336}
+BASES = {"LoRA r=8": "lora", "LoRA r=1": "lora", "AdaLoRA": "adalora", "full": "full", "BitFit": "bitfit"}
+
+
+def line(label: str, task: str, seed: int, scores: list[float], **changes) -> dict:
+    """A finished final run; `scores` are fractions, one for each evaluation. A change to None takes the field out."""
+    metric, stage = METRIC.get(task, "accuracy"), changes.get("stage", "final")
+    steps = [100 * (i + 1) for i in range(len(scores))]
+    tried = changes.get("tried", {"learning_rate": 1e-3})
+    prunes = label.startswith(("LoRA²", "AdaLoRA"))
+    made = {
+        "run": f"{stage}/{label}-{task}-{tried}-{seed}",
+        "stage": stage,
+        "status": "finished",
+        "task": task,
+        "method": BASES.get(label, "lora2"),
+        "label": label,
+        "axes": {"row": label, "task_name": task, "seed": seed},
+        "tried": tried,
+        "seed": seed,
+        "asked": {"method": label, "task_name": task, "seed": seed, **tried},
+        "arguments": {},
+        "evaluations": {"step": steps, "loss": [0.1 + 1 / step for step in steps], metric: scores},
+        "metric": metric,
+        "best": max(scores),
+        "last": scores[-1],
+        "steps": steps[-1],
+        "adapter_params": SIZES.get(label, 8000),
+        "head_params": 500,
+        "total_params": 22_000_000,
+        "live_adapter_params": SIZES.get(label, 8000) // 2 if prunes else None,
+        "initial_budget": 288 if prunes else None,
+        "live_budget": 144 if prunes else None,
+        "rate_sum": 2.0,
+        "rate_sum_pruning": 0.9 if prunes else None,
+        "delta_norm": None if label in ("full", "BitFit") else 3.0,
+        "train_seconds": 120.0,
+        "seconds_per_step": 0.25,
+        "peak_memory_bytes": 2**30,
+    }
+    return {name: value for name, value in {**made, **changes}.items() if value is not None}
+
+
+def write(folder: Path, experiment: str, lines: list[dict]) -> Path:
+    """Write an experiment's file; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
+    (folder / f"{experiment}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def trial(seeds: int = 3) -> list[dict]:
+    """Five methods on two tasks, with a tuning stage of four rates, one more for LoRA² k=8, and a failed run."""
+    lines = []
+    for number, label in enumerate(SIZES):
+        for task, level in (("cola", 0.4), ("stsb", 0.8)):
+            for seed in range(1, seeds + 1):
+                end = level + number / 100 + seed / 500
+                lines.append(line(label, task, seed, [end - 0.1, end - 0.02, end + 0.01, end]))
+            rates = [4e-4, 1e-3, 2.5e-3, 6.25e-3]
+            for rate in [*rates, *([1.5625e-2] if label == "LoRA² k=8" else [])]:
+                extra = {"extra": True} if rate not in rates else {}
+                score = level - abs(rate - 1e-3) * 20
+                if label == "LoRA r=8" and rate == 6.25e-3:
+                    extra |= {"status": "failed", "error": "the loss is nan"}
+                lines.append(line(label, task, 101, [score], stage="select", tried={"learning_rate": rate}, **extra))
+    return lines

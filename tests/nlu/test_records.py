@@ -1,0 +1,145 @@
+"""The lines of measured runs: made from a run's record, written whole and in order, read with their faults named."""
+
+import json
+import math
+from itertools import accumulate
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlu.errors import UsageError
+from nlu.experiments.experiment import Run
+from nlu.experiments.records import measured_line, portable, rate_sums, read_lines, write_line
+from nlu.run_glue import main
+from tests.nlu.measured_lines import line
+
+
+def test_a_line_holds_what_a_real_run_left(base_flags, tmp_path):
+    flags = [*base_flags, "--method", "lora2", "--lora_alpha", "8", "--warmup_steps", "2"]
+    assert main(flags) == 0
+    record = json.loads((tmp_path / "run/results.json").read_text())
+    axes = {"method": "lora2", "task_name": "cola", "seed": 3}
+    made = measured_line(Run("trial", "final", "lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
+    write_line(tmp_path / "trial.jsonl", made["run"], made)
+    assert read_lines(tmp_path / "trial.jsonl") == [json.loads(json.dumps(made))]
+    assert (made["label"], made["stage"], made["task"], made["seed"]) == ("LoRA²", "final", "cola", 3)
+    assert made["evaluations"]["step"] == [3, 6]
+    assert made["evaluations"]["matthews_correlation"][-1] == made["last"] == record["last"]
+    assert made["evaluations"]["loss"] == [entry["loss"] for entry in record["evaluations"]]
+    # What differs from the defaults, and no place.
+    assert made["arguments"]["max_steps"] == 6 and made["arguments"]["lora_alpha"] == 8.0
+    assert not {"glue_dir", "root_output_dir", "weight_decay", "lora_dropout"} & made["arguments"].keys()
+    assert str(tmp_path) not in json.dumps(made)
+    every = [entry["learning_rate"] for entry in record["history"]]  # logged at each step
+    assert made["rate_sum"] == pytest.approx(sum(every))
+    if "delta_norm" not in record["history"][-1]:
+        squares = [value**2 for values in record["spectra"].values() for value in values]
+        assert made["delta_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+    assert {"versions", "git_commit", "live_budget", "adapter_params", "train_seconds"} <= made.keys()
+
+
+@pytest.mark.parametrize("every", [1, 5, 10])
+def test_the_sums_of_the_learning_rates(every):
+    """Linear warm-up and decay: a logging step has the rate that the step took; pruning starts after step 30."""
+    rates = [1e-2 * min(step / 10, (100 - step) / 90) for step in range(100)]
+    history = [
+        {"step": step, "learning_rate": rates[step - 1], "budget": 16 if step <= 30 else 8}
+        for step in range(every, 101, every)
+    ]
+    record = {"history": history, "steps": 100, "initial_budget": 16, "arguments": {"warmup_steps": 10}}
+    exact = list(accumulate(rates))
+    sums = rate_sums(record)
+    assert sums["rate_sum"] == pytest.approx(exact[99], rel=1e-5 if every == 1 else 0.02)
+    assert sums["rate_sum_pruning"] == pytest.approx(exact[29], rel=1e-5 if every == 1 else 0.03)
+    assert rate_sums({"history": []}) == {}
+
+
+def test_the_last_norm_of_the_history_wins_over_the_spectra():
+    run = Run("trial", "final", "a", {"method": "lora"}, {"method": "lora"})
+    record = {
+        "status": "finished",
+        "method": "lora",
+        "spectra": {"layer": [3.0, 4.0]},
+        "last": 0.5,
+        "metric": "accuracy",
+    }
+    record["evaluations"] = [{"step": 1, "epoch": 1.0, "loss": 0.3, "accuracy": 0.5}]
+    assert measured_line(run, record)["delta_norm"] == 5.0
+    record["history"] = [{"step": 1, "delta_norm": 1.0}, {"step": 2, "delta_norm": 2.0}]
+    assert measured_line(run, record)["delta_norm"] == 2.0
+    record["evaluations"].append({"step": 2, "epoch": 2.0, "loss": None, "accuracy": 0.5})
+    assert measured_line(run, record)["status"] == "failed"
+
+
+def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
+    path = tmp_path / "measured/trial.jsonl"
+    lines = [line("LoRA r=8", "cola", seed, [0.1]) for seed in (3, 1, 2)]
+    lines.append(line("LoRA r=8", "cola", 9, [0.1], stage="select"))
+    for each in [lines[3], *lines[:3]]:
+        write_line(path, each["run"], each)
+    whole = path.read_bytes()
+    assert [each["seed"] for each in read_lines(path)] == [1, 2, 3, 9]
+    for each in lines:  # the same lines in another order give the same bytes
+        write_line(path, each["run"], each)
+    assert path.read_bytes() == whole
+    write_line(path, lines[0]["run"], lines[0] | {"last": 0.2})
+    assert read_lines(path)[2]["last"] == 0.2
+    write_line(path, lines[0]["run"], None)
+    assert [each["seed"] for each in read_lines(path)] == [1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ('{"run": "a"', "damaged"),
+        ("[1]", "no JSON object"),
+        ({"stage": "other"}, "stage is 'other', must be one of select, final"),
+        ({"status": "running"}, "status is 'running'"),
+        ({"axes": None}, "axes is None, must be an object"),
+        ({"last": "0.5"}, 'last is "0.5", must be a finite number'),
+        ({"last": float("nan")}, "last is NaN, must be a finite number"),
+        ({"seed": -1}, "seed is -1, must be a whole number"),
+        ({"label": ""}, "label is"),
+        ({"delta_norm": "large"}, "delta_norm"),
+        ({"evaluations": [1]}, "evaluations is"),
+        ({"evaluations": {"step": [1], "loss": [0.1]}}, "evaluations: matthews_correlation is null"),
+        ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
+        ({"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"}, "is on line 1 too"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, change, message):
+    path = tmp_path / "trial.jsonl"
+    first, second = (line("LoRA r=8", "cola", seed, [0.1]) for seed in (1, 2))
+    text = change if isinstance(change, str) else json.dumps({**second, **change})
+    path.write_text(json.dumps(first) + "\n" + text + "\n")
+    with pytest.raises(UsageError) as caught:
+        read_lines(path)
+    assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/someone/data/glue", "…/glue"),
+        ("python nlu/run_glue.py --glue_dir=/a/b/c/ --bf16", "python nlu/run_glue.py --glue_dir=…/c --bf16"),
+        ("../shared/data", "../shared/data"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("tokens/s 3 / 4", "tokens/s 3 / 4"),
+        ("File '/opt/x/y.py', line 3", "File '…/y.py', line 3"),
+    ],
+)
+def test_portable_takes_folders_out_and_nothing_else(text, expected):
+    assert portable({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
+    assert portable(expected) == expected
+
+
+@given(st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.floats() | st.text(max_size=5), max_size=6))
+def test_any_object_is_a_line_or_is_refused_in_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text(json.dumps({**line("LoRA r=8", "cola", 1, [0.1]), **content}))
+    try:
+        assert len(read_lines(path)) == 1
+    except UsageError as error:
+        assert "\n" not in str(error)

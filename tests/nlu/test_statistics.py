@@ -1,0 +1,116 @@
+"""The statistics of the report, each against formulas or a library of its own."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from nlu.errors import UsageError
+from nlu.experiments.statistics import Estimate, estimate, holm, load_measured, paired, verdict
+from tests.nlu.measured_lines import line, trial, write
+
+
+def test_one_task_is_the_paired_t_test(tmp_path):
+    ours, theirs = np.array([0.50, 0.53, 0.49, 0.55]), np.array([0.48, 0.50, 0.50, 0.49])
+    lines = [line("LoRA² k=8", "cola", seed, [0.1, score]) for seed, score in enumerate(ours)]
+    lines += [line("LoRA r=8", "cola", seed, [0.9, score]) for seed, score in enumerate(theirs)]
+    lines.append(line("LoRA r=8", "cola", 9, [0.9, 0.1]))  # a seed that only one of them has
+    pairs = paired(load_measured(write(tmp_path, "trial", lines)), "LoRA² k=8", "LoRA r=8")
+    result, test = estimate(pairs.difference, pairs.task), stats.ttest_rel(100 * ours, 100 * theirs)
+    assert (result.count, result.mean) == (4, pytest.approx(test.statistic * result.error))
+    assert result.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
+    assert result.p_value("higher") == pytest.approx(test.pvalue)
+    one_sided = [
+        stats.ttest_1samp(100 * (ours - theirs), bound, alternative=side).pvalue
+        for bound, side in ((-0.5, "greater"), (0.5, "less"))
+    ]
+    assert result.p_value("not lower") == pytest.approx(one_sided[0])
+    assert result.p_value("level") == pytest.approx(max(one_sided))
+
+
+def test_tasks_are_strata():
+    """A large difference between tasks is no uncertainty; two equal strata have Welch's degrees of freedom."""
+    first, second = np.array([1.0, 2.0, 4.0]), np.array([51.0, 50.5, 50.0, 49.0])
+    values = pd.Series([*first, *second])
+    result = estimate(values, pd.Series(["a"] * 3 + ["b"] * 4))
+    welch = stats.ttest_ind(first, -second, equal_var=False)  # the sum of the means, twice the mean of the tasks
+    low, high = welch.confidence_interval(0.95)
+    assert result.mean == pytest.approx((first.mean() + second.mean()) / 2)
+    assert result.interval == pytest.approx((low / 2, high / 2))
+    assert result.freedom == pytest.approx(welch.df)
+    assert estimate(values, pd.Series(list("aaabbbc"))).interval is None
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=6), st.integers(1, 5))
+def test_an_interval_holds_its_mean_whatever_the_last_bits(values, tasks):
+    series = pd.Series(values * tasks)
+    result = estimate(series, pd.Series([i // len(values) for i in range(len(series))]))
+    low, high = result.interval
+    assert low <= result.mean <= high and result.half_width >= 0
+    assert all(0 <= result.p_value(expect) <= 1 for expect in ("higher", "not lower", "level"))
+
+
+def test_seeds_that_tie_have_an_interval_of_no_width():
+    result = estimate(pd.Series([84.3] * 6), pd.Series(list("aaabbb")))
+    assert result.half_width == pytest.approx(0, abs=1e-9) and result.half_width >= 0
+
+
+def test_holm_against_its_definition():
+    assert holm([0.01, 0.04, 0.03, None, 0.005]) == pytest.approx([0.03, 0.06, 0.06, None, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([None]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "expect", "answer"),
+    [
+        (2.0, 0.5, "higher", "holds"),
+        (-2.0, 0.5, "higher", "contradicted"),
+        (0.3, 0.05, "higher", "level"),
+        (0.3, 1.0, "higher", "not shown"),
+        (0.1, 0.1, "level", "holds"),
+        (2.0, 0.5, "level", "contradicted"),
+        (0.1, 1.0, "level", "not shown"),
+        (0.5, 0.3, "not lower", "holds"),
+        (-2.0, 0.3, "not lower", "contradicted"),
+        (-0.4, 0.3, "not lower", "not shown"),
+        (2.0, None, "higher", "not shown"),
+    ],
+)
+def test_verdicts(mean, error, expect, answer):
+    result = Estimate(mean, error, None if error is None else 12.0, 15)
+    assert verdict(result, expect, result.p_value(expect)) == answer
+
+
+def test_a_claim_that_many_others_stand_beside_needs_a_smaller_p():
+    result = Estimate(1.2, 0.5, 12.0, 15)
+    p = result.p_value("higher")
+    assert p < 0.05 and verdict(result, "higher", p) == "holds"
+    assert verdict(result, "higher", holm([p] * 4)[0]) == "not shown"
+
+
+def test_runs_are_read_in_the_order_of_methods_and_tasks(tmp_path):
+    lines = trial(2)
+    runs = load_measured(write(tmp_path, "trial", lines[::-1]))
+    final = runs[runs.stage == "final"]
+    assert list(dict.fromkeys(final.label)) == ["LoRA r=8", "LoRA r=1", "AdaLoRA", "LoRA² k=8", "LoRA² k=1"]
+    assert list(final.task[:4]) == ["cola", "cola", "stsb", "stsb"] and list(final.seed[:2]) == [1, 2]
+    first = final.iloc[0]
+    assert first["last"] == pytest.approx(40.2) and first["best"] == pytest.approx(41.2)
+    assert first["loss"] == pytest.approx(0.1 + 1 / 400) == first["lowest_loss"]
+
+
+def test_the_score_of_a_task_with_two_columns_is_their_mean(tmp_path):
+    both = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}
+    matched = {"step": [1], "loss": [0.5], "accuracy": [0.8]}
+    made = [line("LoRA r=8", "mnli", seed, [0.8], evaluations=e) for seed, e in enumerate((both, matched))]
+    assert list(load_measured(write(tmp_path, "trial", made))["last"]) == pytest.approx([70, 80])
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        load_measured(tmp_path / "absent")
+    twice = [line("LoRA r=8", "cola", 1, [0.1], run=name) for name in "ab"]
+    with pytest.raises(UsageError, match=r"trial.jsonl has LoRA r=8 on cola with seed 1 twice"):
+        load_measured(write(tmp_path, "trial", twice))
