@@ -5,44 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import loralib
-from loralib.export import import_peft, merge_into
+from loralib.adapter import merge_into
+from loralib.peft_format import import_peft
+from tests.loralib.small import INPUTS, Net
 
 FOLDER = Path(__file__).parent / "adapters_v1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
-
-
-class Net(nn.Module):
-    """Three blocks and a classifier; the weights depend on no random number generator."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 5), "v": nn.Linear(5, 6)}) for _ in range(3))
-        self.classifier = nn.Linear(6, 2)
-        with torch.no_grad():
-            for number, parameter in enumerate(self.parameters()):
-                values = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
-                parameter.copy_((3 * values + number).sin() / 2)
-
-    def forward(self, x):
-        for block in self.layers:
-            x = x + block["v"](torch.tanh(block["q"](x)))
-        return self.classifier(x)
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_the_outputs_are_those_that_were_stored(name):
     outputs = torch.tensor(EXPECTED[name]["outputs"])
-    model = Net().eval()
+    model = Net()
     assert (model(INPUTS) - outputs).abs().max() > 0.1
     if name == "peft":
         import_peft(model, FOLDER / name)
     else:
         assert loralib.load_adapter(model, FOLDER / name).ranks == EXPECTED[name]["ranks"]
-        compacted, merged = Net().eval(), Net().eval()
+        compacted, merged = Net(), Net()
         loralib.load_adapter(compacted, FOLDER / name, compact=True)
         assert {n: layer.r for n, layer in loralib.lora_layers(compacted).items()} == EXPECTED[name]["ranks"]
         merge_into(merged, FOLDER / name)

@@ -6,65 +6,28 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
-import pytest
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import loralib
 from loralib.adapter_files import CONFIG_FILE, WEIGHTS_FILE, _config_digest
-from loralib.export import import_peft
-from loralib.peft_format import export_peft
+from loralib.peft_format import import_peft
+from tests.loralib.small import Net, assert_unchanged, state_of
 
 MANY = settings(
-    max_examples=int(os.environ.get("GENERATED_CASES", 1000)),
+    max_examples=int(os.environ.get("GENERATED_CASES", 300)),
     deadline=None,
     derandomize="GENERATED_CASES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 5), "v": nn.Linear(6, 5)}) for _ in range(2))
-        self.classifier = nn.Linear(5, 2)
-
-
-def net():
-    torch.manual_seed(0)
-    return Net()
-
-
-def make(folder, kind, **options):
-    model = net()
-    loralib.inject(model, kind, ["q", "v"], r=3, **options)
-    loralib.mark_only_lora_as_trainable(model)
-    model.classifier.requires_grad_(True)
-    for p in (p for p in model.parameters() if p.requires_grad):
-        nn.init.normal_(p)
-    layers = loralib.lora_layers(model)
-    if layers["layers.0.q"].lora_E is not None:
-        layers["layers.0.q"].lora_E.data[1] = 0
-        layers["layers.1.v"].lora_E.data.zero_()
-    return loralib.save_adapter(model, folder, base_model="m", card={"task": "cola"})
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    root = tmp_path_factory.mktemp("originals")
-    ours = [
-        make(root / "lora", "lora"),
-        make(root / "adalora", "adalora"),
-        make(root / "lora2", "lora2", k=2),
-        make(root / "shared", "lora2", k=2, share_outer=True),
-        make(root / "three", "multiscale", widths=(4, 2)),
-    ]
-    export_peft(ours[2], root / "peft")
-    return ours, root / "peft"
+FOLDER = Path(__file__).parent / "adapters_v1"
+OURS = ["lora", "adalora", "lora2", "shared_outer", "three_scales", "head"]
 
 
 WORDS = """010 ../../x /etc/passwd layers.0.q layers.0.q.lora_B.0 layers.1.v.lora_A.1 classifier.weight classifier lora
@@ -127,16 +90,15 @@ def change_tensors(tensors, changes):
             tensors[name] = old.to(what)
 
 
-def loaded_or_refused(model, load):
+def loaded_or_refused(load):
     """Whatever is refused leaves the model as it was."""
-    before = {name: (type(m), id(m)) for name, m in model.named_modules()}
-    state = {name: t.clone() for name, t in model.state_dict().items()}
+    model = Net()
+    before = state_of(model)
     try:
         load(model)
     except ValueError as error:
         assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 1000
-        assert {name: (type(m), id(m)) for name, m in model.named_modules()} == before
-        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+        assert_unchanged(model, before)
         return False
     for layer in loralib.lora_layers(model).values():
         assert layer.delta_weight().shape == layer.weight.shape
@@ -148,10 +110,10 @@ def write_json(path, content):
 
 
 @MANY
-@given(st.integers(0, 4), edits, tensor_edits)
-def test_a_folder_whose_checksums_fit(originals, tmp_path, which, changes, weights):
+@given(st.sampled_from(OURS), edits, tensor_edits)
+def test_a_folder_whose_checksums_fit(tmp_path, which, changes, weights):
     folder = tmp_path / "adapter"
-    shutil.copytree(originals[0][which], folder, dirs_exist_ok=True)
+    shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_text())
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     change_tensors(tensors, weights)
@@ -165,30 +127,30 @@ def test_a_folder_whose_checksums_fit(originals, tmp_path, which, changes, weigh
     except ValueError:  # NaN has no digest
         config["config_sha256"] = "0"
     write_json(folder / CONFIG_FILE, config)
-    fine = loaded_or_refused(net(), lambda model: loralib.load_adapter(model, folder, allow_other_base=True))
+    fine = loaded_or_refused(lambda model: loralib.load_adapter(model, folder, allow_other_base=True))
     assert fine or changes or weights
 
 
 @MANY
-@given(st.integers(0, 4), st.sampled_from([CONFIG_FILE, WEIGHTS_FILE]), st.integers(0, 3000), st.integers(0, 9),
+@given(st.sampled_from(OURS), st.sampled_from([CONFIG_FILE, WEIGHTS_FILE]), st.integers(0, 3000), st.integers(0, 9),
        st.binary(max_size=4))  # fmt: skip
-def test_a_damaged_folder(originals, tmp_path, which, name, start, removed, added):
+def test_a_damaged_folder(tmp_path, which, name, start, removed, added):
     folder = tmp_path / "adapter"
-    shutil.copytree(originals[0][which], folder, dirs_exist_ok=True)
+    shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
     content = (folder / name).read_bytes()
     start %= len(content)
     damaged = content[:start] + added + content[start + removed :]
     (folder / name).write_bytes(damaged)
-    fine = loaded_or_refused(net(), lambda model: loralib.load_adapter(model, folder))
+    fine = loaded_or_refused(lambda model: loralib.load_adapter(model, folder))
     if fine and damaged != content:  # white space in JSON, at most
         assert name == CONFIG_FILE and json.loads(damaged) == json.loads(content)
 
 
 @MANY
 @given(edits, tensor_edits, st.sampled_from(["lora", "adalora", "lora2"]))
-def test_peft_folders(originals, tmp_path, changes, weights, kind):
+def test_peft_folders(tmp_path, changes, weights, kind):
     folder = tmp_path / "peft"
-    shutil.copytree(originals[1], folder, dirs_exist_ok=True)
+    shutil.copytree(FOLDER / "peft", folder, dirs_exist_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_text())
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     change_tensors(tensors, weights)
@@ -197,5 +159,5 @@ def test_peft_folders(originals, tmp_path, changes, weights, kind):
         change(config, path, action, value)
     write_json(folder / CONFIG_FILE, config)
     widths = (2,) if kind == "lora2" else ()
-    fine = loaded_or_refused(net(), lambda model: import_peft(model, folder, kind, r=3, widths=widths))
+    fine = loaded_or_refused(lambda model: import_peft(model, folder, kind, r=3, widths=widths))
     assert fine or changes or weights

@@ -1,0 +1,58 @@
+"""A small network whose weights depend on no random number generator, and adapters on it."""
+
+import torch
+from torch import nn
+
+import loralib
+
+INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
+
+
+class Net(nn.Module):
+    """Blocks of two linear layers, and a classifier."""
+
+    def __init__(self, blocks=3, width=6, labels=2):
+        super().__init__()
+        layers = ({"q": nn.Linear(width, 5), "v": nn.Linear(5, width)} for _ in range(blocks))
+        self.layers = nn.ModuleList(map(nn.ModuleDict, layers))
+        self.classifier = nn.Linear(width, labels)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                values = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
+                parameter.copy_((3 * values + number).sin() / 2)
+        self.eval()
+
+    def forward(self, x):
+        for block in self.layers:
+            x = x + block["v"](torch.tanh(block["q"](x)))
+        return self.classifier(x)
+
+
+def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier", **options):
+    """A net with random factors and a head that trains; its first two layers have pruned singular values."""
+    model = Net() if model is None else model
+    loralib.inject(model, kind, list(modules), r=r, **options)
+    loralib.mark_only_lora_as_trainable(model)
+    model.get_submodule(head).requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, generator=generator)
+    for pruned, layer in zip(([1], range(r)), loralib.lora_layers(model).values(), strict=False):
+        if layer.lora_E is not None:
+            layer.lora_E.data[list(pruned)] = 0
+    return model.eval()
+
+
+def state_of(model):
+    """Everything that a refused call must leave alone."""
+    return (
+        {name: (type(module), id(module)) for name, module in model.named_modules()},
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        [parameter.requires_grad for parameter in model.parameters()],
+    )
+
+
+def assert_unchanged(model, before):
+    modules, state, flags = state_of(model)
+    assert modules == before[0] and flags == before[2] and state.keys() == before[1].keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before[1].items())

@@ -1,0 +1,414 @@
+"""Saved adapters: same logits on reload, exact sizes, ranks of the weights, and every damage refused."""
+
+import copy
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import loralib
+from loralib.adapter import merge_into
+from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, state_of
+
+KINDS = [
+    ("lora", {}),
+    ("adalora", {"init": "orthogonal"}),
+    ("lora2", {"k": 1}),
+    ("lora2", {"k": 2, "share_outer": True, "init": "orthogonal"}),
+    ("multiscale", {"widths": (4, 2), "lora_dropout": 0.1}),
+]
+SINGULAR = KINDS[1:]
+
+
+def ranks(model):
+    return {name: layer.r for name, layer in loralib.lora_layers(model).items()}
+
+
+def live_ranks(model):
+    return {name: int(layer.lora_E.count_nonzero()) for name, layer in loralib.lora_layers(model).items()}
+
+
+# ---- saving and loading ---------------------------------------------------------------------------------------------
+
+
+def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2, tmp_path):
+    model, pattern, folder = lora2
+    base, small, whole = pretrained.base(), pretrained.base(), pretrained.base()
+    untouched, logits = pretrained.logits(base), pretrained.logits(model)
+    config = loralib.load_adapter(base, folder)
+    assert torch.equal(pretrained.logits(base), logits) and (logits - untouched).abs().max() > 0.05
+    assert config.kind == "lora2" and config.base_model == "all-MiniLM-L6-v2" and config.card == {"task": "stsb"}
+    assert config.ranks == {name: sum(flags) for name, flags in pattern.items()} == live_ranks(model)
+    assert len(set(config.ranks.values())) > 2 and sum(config.ranks.values()) == 36 * 2
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == {
+        *loralib.lora_state_dict(base), "classifier.weight", "classifier.bias"
+    }  # fmt: skip
+    loralib.load_adapter(small, folder, compact=True)
+    torch.testing.assert_close(pretrained.logits(small), logits, atol=1e-6, rtol=1e-6)
+    assert ranks(small) == config.ranks
+    loralib.load_adapter(whole, loralib.save_adapter(model, tmp_path / "whole", compact=False))
+    assert torch.equal(pretrained.logits(whole), logits) and set(ranks(whole).values()) == {8}
+    card = (folder / "README.md").read_text()
+    assert "stsb" in card and "all-MiniLM-L6-v2" in card and "load_adapter" in card
+
+    expected = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
+    for name, rank in config.ranks.items():
+        out, width = model.get_submodule(name).weight.shape
+        expected += (8 * (out + width) + rank * (8 + 8 + 1)) * (rank > 0)
+    assert sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) == expected
+    assert 0 < (folder / "adapter_model.safetensors").stat().st_size - 4 * expected < 30_000
+
+
+@pytest.mark.parametrize("kind, options", KINDS)
+def test_every_kind_on_bfloat16_frozen_weights(tmp_path, kind, options):
+    model, again, small = adapted(kind, **options), Net(), Net()
+    loralib.cast_frozen(model, torch.bfloat16)
+    loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
+    loralib.cast_frozen(again, torch.bfloat16)
+    assert torch.equal(again(INPUTS), model(INPUTS))
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    loralib.load_adapter(small, tmp_path / "a", compact=True)
+    loralib.compact(model)
+    # shared parameters come once in both
+    assert [p.shape for p in small.parameters()] == [p.shape for p in model.parameters()]
+    loralib.save_adapter(again, tmp_path / "b")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("trained", ["bias", ""])
+def test_methods_without_layers_save_the_trained_parameters(tmp_path, trained):
+    model, base = Net(), Net()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name).data.add_(trained in name)
+    config = loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "a"))
+    assert config.kind == "parameters" and config.groups == []
+    assert torch.equal(base(INPUTS), model(INPUTS)) and not torch.equal(base(INPUTS), Net()(INPUTS))
+
+
+def test_an_injected_model_takes_the_adapter_and_buffers_travel(tmp_path):
+    def build():
+        return nn.Sequential(Net(), nn.BatchNorm1d(2))
+
+    model, plain, injected = (build() for _ in range(3))
+    adapted(model=model, head="1", k=2).train()(torch.randn(16, 6))
+    folder = shutil.move(loralib.save_adapter(model.eval(), tmp_path / "a"), tmp_path / "moved")
+    for other in (plain, adapted(model=injected, head="1", k=2)):
+        loralib.load_adapter(other.eval(), folder)
+        assert torch.equal(other(INPUTS), model(INPUTS))
+
+
+def test_nothing_to_save():
+    with pytest.raises(ValueError, match="nothing to save"):
+        loralib.save_adapter(Net().requires_grad_(False), "unused")
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop, masked", [(12, False), (20, True), (23, True)])
+def test_ranks_are_those_of_the_weights_between_two_maskings_too(tmp_path, stop, masked):
+    """AdamW moves pruned singular values away from 0 after each masking; the model that was scored has them."""
+    torch.manual_seed(0)
+    model = adapted(k=2)
+    training = loralib.LowRankTraining(model, 23, target_rank=1, init_warmup=2, final_warmup=0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, stop + 1):
+        (model(INPUTS).square().mean() + training.penalty()).backward()
+        optimizer.step()
+        training.after_step()
+        optimizer.zero_grad()
+        if step == 10:
+            pattern = training.rank_pattern
+    base = Net()
+    config = loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "a", rank_pattern=pattern))
+    assert torch.equal(base(INPUTS), model(INPUTS)) and config.ranks == live_ranks(model)
+    assert (sum(config.ranks.values()) < 18) == masked
+    assert loralib.compact(model, pattern) == config.ranks
+
+
+@pytest.mark.parametrize("kind, options", SINGULAR)
+def test_compacted_layers_of_differing_rank_do_everything(kind, options, tmp_path):
+    model, again = adapted(kind, **options), Net()
+    outputs, expected = model(INPUTS), live_ranks(model)
+    before = {n: (m.delta_weight(), m.scaling) for n, m in loralib.lora_layers(model).items()}
+    assert list(expected.values())[:3] == [2, 0, 3] and loralib.compact(model) == expected
+    torch.testing.assert_close(model(INPUTS), outputs, atol=1e-5, rtol=1e-5)
+    for name, layer in loralib.lora_layers(model).items():
+        torch.testing.assert_close(layer.delta_weight(), before[name][0], atol=1e-5, rtol=1e-5)
+        assert layer.scaling == before[name][1] and (layer.lora_parameters() == []) == (expected[name] == 0)
+    loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
+    assert torch.equal(again(INPUTS), model(INPUTS))
+    with pytest.raises(ValueError, match="has rank"):
+        loralib.RankAllocator(model, 3, 1, 1, 1, 1, 0.85, 0.85)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    (model(INPUTS).square().mean() + loralib.compute_orth_regu(model)).backward()
+    optimizer.step()
+    trained = model(INPUTS)
+    assert (trained - outputs).abs().max() > 1e-3
+    loralib.merge_adapter(model)
+    torch.testing.assert_close(model(INPUTS), trained, atol=1e-4, rtol=1e-4)
+    loralib.unmerge_adapter(model)
+    assert torch.equal(model(INPUTS), trained)
+
+
+def test_an_untrained_adapter_keeps_its_ranks_and_a_pattern_of_other_layers_is_refused():
+    fresh = Net()
+    loralib.inject(fresh, "lora2", ["q", "v"], r=3, k=2)
+    whole = {name: [True] * 3 for name in loralib.lora_layers(fresh)}
+    first = next(iter(whole))
+    for pattern, says in [
+        ({**whole, first: [True] * 4}, "whose rank is 3"),
+        ({first: [True] * 3}, "does not name"),
+        ({**whole, "other": [True] * 3}, "other"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            loralib.compact(fresh, pattern)
+    assert set(loralib.compact(fresh).values()) == {3}
+
+
+# ---- the base -------------------------------------------------------------------------------------------------------
+
+
+def test_another_revision_of_the_base_is_refused(tmp_path):
+    model, base = adapted(k=2), Net()
+    folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
+    with torch.no_grad():
+        base.layers[2]["q"].weight[3, 5] *= 1.02
+    before = state_of(base)
+    for load in (loralib.load_adapter, merge_into):
+        with pytest.raises(ValueError, match=r"weights are not those .*net, revision r1\)") as error:
+            load(base, folder)
+        assert "\n" not in str(error.value)
+        assert_unchanged(base, before)
+    loralib.load_adapter(base, folder, allow_other_base=True)
+    torch.testing.assert_close(base(INPUTS), model(INPUTS), atol=0.1, rtol=0)
+
+
+def test_merge_is_undone_exactly_and_the_same_base_is_known(tmp_path):
+    model = adapted(k=2)
+    before, outputs = {n: t.clone() for n, t in model.state_dict().items()}, model(INPUTS)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    loralib.merge_adapter(model)
+    loralib.merge_adapter(model)
+    torch.testing.assert_close(model(INPUTS), outputs, atol=1e-4, rtol=1e-4)
+    configs = map(loralib.read_adapter_config, (folder, loralib.save_adapter(model, tmp_path / "merged")))
+    assert len({config.base_fingerprint for config in configs}) == 1
+    with pytest.raises(ValueError, match="merged"):
+        loralib.load_adapter(model, folder)
+    loralib.unmerge_adapter(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+class OtherNet(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    "base, says",
+    [
+        (OtherNet, "no linear layer layers.0.q: the adapter was made for a Net, this is a OtherNet"),
+        (lambda: Net(blocks=2), "no linear layer layers.2"),
+        (lambda: Net(width=8), "shape"),
+        (lambda: Net(labels=3), "classifier.bias has shape"),
+        (lambda: adapted(modules=["q"]), "load it into the plain base"),
+        (lambda: Net().to("meta"), "meta device"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
+    folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), base()
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=says) as error:
+        loralib.load_adapter(model, folder)
+    assert "\n" not in str(error.value)
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+
+
+# ---- warm start -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, options", KINDS)
+def test_a_training_starts_from_the_update_whatever_its_alpha(tmp_path, kind, options):
+    model, start = adapted(kind, **options, lora_alpha=4), Net(labels=5)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    loralib.inject(start, kind, ["q", "v"], r=3, **options, lora_alpha=7)
+    flags = [p.requires_grad for p in start.parameters()]
+    head = start.classifier.weight.clone()
+    config = loralib.start_from_adapter(start, folder)
+    for name, layer in loralib.lora_layers(start).items():
+        theirs = model.get_submodule(name).delta_weight()
+        torch.testing.assert_close(layer.delta_weight(), theirs, atol=1e-5, rtol=1e-5)
+        assert layer.scaling == 7 / 3 and all(p.abs().max() > 0 for p in [*layer.lora_B, *layer.lora_A])
+        if layer.lora_E is not None:
+            assert int(layer.lora_E.count_nonzero()) == config.ranks[name]
+            assert layer.lora_B[-1].abs().min() > 0  # pruned values can grow again
+    assert torch.equal(start.classifier.weight, head) and [p.requires_grad for p in start.parameters()] == flags
+
+
+@pytest.mark.parametrize(
+    "kind, modules, options, says",
+    [
+        ("lora2", ["q"], {"r": 3, "k": 2}, "other modules than the model"),
+        ("lora2", ["q", "v"], {"r": 4, "k": 2}, "rank 4"),
+        ("lora2", ["q", "v"], {"r": 3, "k": 3}, r"widths \[3\]"),
+        ("lora", ["q", "v"], {"r": 3}, "LoRA of rank 3"),
+        ("lora2", ["q", "v"], {"r": 3, "k": 2, "share_outer": True}, "leave share_outer out"),
+        (None, [], {}, "other modules than the model"),
+    ],
+)
+def test_a_start_from_other_layers_is_refused(tmp_path, kind, modules, options, says):
+    folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), Net()
+    if kind is not None:
+        loralib.inject(model, kind, modules, **options)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=says):
+        loralib.start_from_adapter(model, folder)
+    assert_unchanged(model, before)
+
+
+def test_a_start_on_another_base_is_refused(tmp_path):
+    folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), Net()
+    loralib.inject(model, "lora2", ["q", "v"], r=3, k=2)
+    model.layers[0]["q"].weight.data += 1
+    before = state_of(model)
+    with pytest.raises(ValueError, match="weights are not those"):
+        loralib.start_from_adapter(model, folder)
+    assert_unchanged(model, before)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def resave(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+DAMAGE = {
+    "truncated tensors": lambda f: os.truncate(f / "adapter_model.safetensors", 100),
+    "one bit of a tensor": lambda f: (f / "adapter_model.safetensors").write_bytes(
+        (b := (f / "adapter_model.safetensors").read_bytes())[:-1] + bytes([b[-1] ^ 1])
+    ),
+    "another tensor more": lambda f: resave(f, lambda t: t.update(extra=torch.zeros(1))),
+    "no tensors": lambda f: (f / "adapter_model.safetensors").unlink(),
+    "no configuration": lambda f: (f / "adapter_config.json").unlink(),
+    "truncated configuration": lambda f: os.truncate(f / "adapter_config.json", 100),
+    "a list": lambda f: (f / "adapter_config.json").write_text("[]"),
+    "unknown key": lambda f: rewrite(f, lambda c: c.update(weights="../../elsewhere.safetensors")),
+    "missing key": lambda f: rewrite(f, lambda c: c.pop("head")),
+    "other alpha": lambda f: rewrite(f, lambda c: c["groups"][0].update(lora_alpha=17)),
+    "newer format": lambda f: rewrite(f, lambda c: c.update(format_version=2)),
+    "peft's": lambda f: rewrite(f, lambda c: c.update(peft_type="LORA")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused(tmp_path, damage):
+    folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), Net()
+    before = state_of(model)
+    DAMAGE[damage](folder)
+    with pytest.raises(ValueError) as error:
+        loralib.load_adapter(model, folder)
+    assert "\n" not in str(error.value)
+    assert_unchanged(model, before)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
+    model = adapted(k=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        loralib.save_adapter(model, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    folder = loralib.save_adapter(model, tmp_path / "a" / "b")
+    first = (folder / "adapter_config.json").read_bytes()
+    with monkeypatch.context() as full_disk, pytest.raises(OSError, match="disk full"):
+        full_disk.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        loralib.save_adapter(model, folder, base_model="x")
+    assert (folder / "adapter_config.json").read_bytes() == first
+    assert [p.name for p in folder.parent.iterdir()] == ["b"]
+    loralib.save_adapter(model, folder, base_model="x")
+    assert [p.name for p in folder.parent.iterdir()] == ["b"] and len(list(folder.iterdir())) == 3
+    for value in (object(), math.nan):
+        with pytest.raises(ValueError, match="JSON"):
+            loralib.save_adapter(model, tmp_path / "c", card={"x": value})
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    model, folder = adapted(k=2), tmp_path / "a"
+    loralib.save_adapter(model, folder, base_model="old")
+    child = os.fork()
+    if child == 0:
+        rename, calls = os.rename, []
+
+        def killed(*args):
+            calls.append(args)
+            rename(*args) if len(calls) == 1 else os._exit(9)
+
+        os.rename = killed
+        loralib.save_adapter(model, folder, base_model="new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not folder.exists()
+    base = Net()
+    assert loralib.load_adapter(base, folder).base_model == "new" and torch.equal(base(INPUTS), model(INPUTS))
+    loralib.save_adapter(model, folder, base_model="newer")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+# ---- tied weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt2():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
+@pytest.mark.parametrize("modules", [["c_attn", "lm_head"], ["c_attn", "mlp.c_proj"]])
+def test_only_a_merge_that_would_change_the_embedding_is_refused(gpt2, tmp_path, modules):
+    tokens, base, again = torch.arange(8)[None], copy.deepcopy(gpt2), copy.deepcopy(gpt2)
+    model = adapted(modules=modules, r=4, k=3, model=gpt2, head="transformer.ln_f")
+    before, plain = model(tokens).logits, base(tokens).logits
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    loralib.load_adapter(again, folder)
+    assert torch.equal(again(tokens).logits, before)
+    if "lm_head" in modules:
+        with pytest.raises(ValueError, match=r"lm_head\.weight is tied to transformer\.wte\.weight"):
+            loralib.merge_adapter(model)
+        assert torch.equal(model(tokens).logits, before)
+        with pytest.raises(ValueError, match="tied"):
+            merge_into(base, folder)
+        assert torch.equal(base(tokens).logits, plain)
+    else:  # GPT-2's Conv1D stores its weight as (in, out)
+        loralib.merge_adapter(model)
+        merge_into(base, folder)
+        for merged in (model, base):
+            torch.testing.assert_close(merged(tokens).logits, before, rtol=1e-4, atol=1e-4)
+        assert type(base.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+
+
+def test_a_lone_layer_merges_and_travels(tmp_path):
+    layer, x = loralib.LoRA2Linear(6, 5, 4, 16, k=3).eval(), torch.randn(2, 6)
+    nn.init.normal_(layer.lora_E)
+    before = layer(x)
+    folder = loralib.save_adapter(layer, tmp_path / "a")
+    nn.init.zeros_(layer.lora_E)
+    loralib.start_from_adapter(layer, folder)
+    assert torch.equal(layer(x), before)
+    loralib.merge_adapter(layer)
+    torch.testing.assert_close(layer(x), before)
