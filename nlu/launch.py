@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from nlu.errors import reason
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun; returns the exit code. The workers have said in one line why they ended."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it reports failed workers again
+    logging.disable(logging.ERROR)  # torchrun reports at length what the workers have said
     try:
         torchrun(argv)
     except SignalException as stopped:
@@ -26,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code  # a worker that a signal killed has minus its number
+    except DistError as error:  # a port in use, a machine that is not there
+        print(f"error: {reason(error, 300)}: check --master_addr and --master_port", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -81,7 +81,7 @@ starter() {
         COMMAND=("$python" -m accelerate.commands.launch --config_file "$ACCELERATE" --num_processes $((NPROC * NNODES))
             --num_machines "$NNODES" --machine_rank "$NODE_RANK" --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT")
     elif ((NPROC * NNODES > 1)); then
-        COMMAND=("$python" -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
+        COMMAND=("$python" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
             --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
     else
         COMMAND=("$python")

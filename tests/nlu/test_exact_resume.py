@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -102,19 +103,40 @@ def test_killed_at_random_points(processes, base_flags, tmp_path):
         assert not list((tmp_path / str(trial) / "model").glob(".*")), points
 
 
+TWO = "--max_steps 40 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
+LAUNCH = [sys.executable, str(REPOSITORY / "nlu" / "launch.py"), "--standalone", "--nproc_per_node", "2"]
+PLACE = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "text": True}
+
+
 def test_two_processes_go_on_exactly(base_flags, tmp_path):
-    """Row order, running loss and ranks, from the second epoch and between two logging steps; and both processes stop
-    at the same step for a signal that one of them gets."""
-    options = "--max_steps 12 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
-    whole, broken = (flags_of(base_flags, tmp_path / name, options) for name in ("whole", "broken"))
+    """Row order, running loss and ranks, from the second epoch and between two logging steps.
+
+    Both processes stop at the same step for a signal that one of them gets. A SIGTERM to the launcher stops all, with
+    the exit code of one process and without a traceback.
+    """
+    whole, broken, stopped = (flags_of(base_flags, tmp_path / name, TWO) for name in ("whole", "broken", "stopped"))
+    program = str(REPOSITORY / "nlu" / "run_glue.py")
+    launcher = subprocess.Popen([*LAUNCH, program, *stopped], **PLACE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stopped" / "model" / "checkpoint-5").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    launcher.terminate()
+    _, told = launcher.communicate(timeout=120)
+    assert launcher.returncode == 128 + signal.SIGTERM and "Traceback" not in told
+    assert "give the same command again to go on" in told
+    assert json.loads((tmp_path / "stopped" / "results.json").read_text())["status"] == "interrupted"
+
     how = "break off"
-    runs = [[whole, None, how], [broken, 2, "signal"], [broken, 10, how], [broken, None, how]]
+    runs = [[whole, None, how], [broken, 2, "signal"], [broken, 10, how], [broken, None, how], [stopped, None, how]]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [sys.executable, *launcher, killed_runs.__file__, str(tmp_path / "runs.json")],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    command = [*LAUNCH, killed_runs.__file__, str(tmp_path / "runs.json")]
+    result = subprocess.run(command, **PLACE, capture_output=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_what_two_processes_refuse_is_one_line_and_exit_code_2(base_flags):
+    command = [*LAUNCH, str(REPOSITORY / "nlu" / "run_glue.py"), *base_flags, "--lora_module", "nothing"]
+    result = subprocess.run(command, **PLACE, capture_output=True, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "matches no linear layer" in result.stderr
