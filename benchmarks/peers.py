@@ -119,7 +119,7 @@ def build(peer: Peer, shape: Shape) -> Trained:
         for head in (model.pooler, model.classifier):
             head.requires_grad_(True)
         if cast:
-            loralib.cast_frozen(model, torch.bfloat16)
+            loralib.cast_frozen(model, torch.bfloat16, head=(model.pooler, model.classifier))
     model.to(shape.device)
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)

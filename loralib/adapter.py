@@ -26,7 +26,7 @@ from loralib.adapter_checks import (
     refuse_tied_weights,
 )
 from loralib.adapter_files import AdapterConfig, LayerGroup, read_adapter, write_adapter
-from loralib.injection import KINDS, check_bias
+from loralib.injection import KINDS, check_bias, replace_modules
 from loralib.layers import LoRALayer, lora_layers
 
 RankPattern = Mapping[str, Sequence[bool]]
@@ -222,9 +222,8 @@ def _head_tensors(model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, T
 def _group(layers: dict[str, LoRALayer], live: dict[str, list[int]]) -> list[LayerGroup]:
     groups: dict[tuple, LayerGroup] = {}
     for name, layer in layers.items():
-        kind = next(kind for kind, cls in KINDS.items() if type(layer) is cls)
         dropout = getattr(layer.lora_dropout, "p", 0.0)
-        key = (kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
+        key = (layer.kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
         group = groups.setdefault(key, LayerGroup(*key[:2], list(key[2]), *key[3:], {}))
         group.rank_pattern[name] = "".join("1" if i in live[name] else "0" for i in range(layer.r))
     return list(groups.values())
@@ -268,9 +267,7 @@ def install_adapter(model: nn.Module, config: AdapterConfig, tensors: dict[str, 
     """Change the model as :func:`load_adapter` does, after :func:`check_adapter`."""
     layers = build_layers(model, config, tensors, compact)
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+    replace_modules(model, layers)
     copy_head(model, config, tensors)
 
 
@@ -300,11 +297,8 @@ def build_layers(
     layers: dict[str, LoRALayer] = {}
     parameters: dict[str, nn.Parameter] = {}
     for group in config.groups:
-        options: dict[str, Any] = {} if group.kind == "lora" else {"init": group.init}
-        if group.kind == "lora2":
-            options["k"] = group.widths[0]
-        if group.kind == "multiscale":
-            options["widths"] = group.widths
+        options = {"k": next(iter(group.widths), None), "widths": group.widths, "init": group.init}
+        options = {name: options[name] for name in KINDS[group.kind].arguments}
         for name, flags in group.rank_pattern.items():
             old, live = model.get_submodule(name), group.live(name)
             layer = layers[name] = KINDS[group.kind].from_linear(

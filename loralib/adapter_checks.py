@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
-from loralib.injection import is_conv1d, is_linear
+from loralib.injection import check_replaceable, is_conv1d, is_linear
 from loralib.layers import LoRALayer, lora_layers
 
 
@@ -111,6 +111,7 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
         for name, flags in group.rank_pattern.items():
             if name not in modules or not is_linear(modules[name]):
                 raise ValueError(f"the model has no linear layer {name}: {_architectures(model, config)}")
+            check_replaceable(name, modules[name])
             if len(flags) > group.r:
                 raise ValueError(f"the adapter's rank pattern of {name} has {len(flags)} values, its rank is {group.r}")
             most = max(1024, *modules[name].weight.shape)

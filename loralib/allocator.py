@@ -117,7 +117,7 @@ class RankAllocator:
         self._scores = self._score_groups()
         self._values = [layer.lora_E for layer in self._layers]
         self._mask = torch.ones(len(layers), lora_r, dtype=torch.bool, device=self._values[0].device)
-        self._threshold: float | None = None
+        self._threshold: Tensor | None = None
         self._final_mask_set = False
 
     def _score_groups(self) -> list[_Scores]:
@@ -179,7 +179,7 @@ class RankAllocator:
         return budget, step % self.mask_interval == 0 or step == self.total_step
 
     @torch.no_grad()
-    def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, float | None]:
+    def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
         """Update the scores from the current gradients, and mask where the schedule says so.
 
         Args:
@@ -187,7 +187,8 @@ class RankAllocator:
             global_step: optimiser steps done, counted from 1.
 
         Returns:
-            (budget, threshold): the largest importance that was masked, or None where nothing was.
+            (budget, threshold): the largest importance that was masked, a scalar tensor (reading it waits for the
+            device), or None where nothing was.
 
         Raises:
             RuntimeError: before the total number of steps is known.
@@ -240,7 +241,7 @@ class RankAllocator:
         importance, order = self.importance_scores().flatten().sort(stable=True)
         mask = torch.ones_like(order, dtype=torch.bool).index_fill_(0, order[:pruned], False)
         self._mask = mask.view_as(self._mask)
-        self._threshold = float(importance[pruned - 1]) if pruned else None
+        self._threshold = importance[pruned - 1] if pruned else None
 
     @torch.no_grad()
     def apply_mask(self) -> None:
@@ -256,7 +257,7 @@ class RankAllocator:
             "sensitivity": [scores.sensitivity.cpu() for scores in self._scores],
             "uncertainty": [scores.uncertainty.cpu() for scores in self._scores],
             "mask": self._mask.cpu(),
-            "threshold": self._threshold,
+            "threshold": None if self._threshold is None else float(self._threshold),
             "final_mask_set": self._final_mask_set,
         }
 
@@ -287,7 +288,8 @@ class RankAllocator:
         for mine, theirs in pairs:
             mine.copy_(theirs)
         self.total_step = state["settings"]["total_step"]
-        self._threshold, self._final_mask_set = state["threshold"], state["final_mask_set"]
+        self._threshold = None if state["threshold"] is None else torch.tensor(state["threshold"])
+        self._final_mask_set = state["final_mask_set"]
 
 
 def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None:

@@ -8,6 +8,7 @@ node in the graph.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -38,9 +39,21 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def add_product_(out: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     """out += scale · x weightᵀ, in place."""
-    if _ONEDNN and out.dtype == torch.float32:
+    if _ONEDNN and out.dtype == torch.float32 and out.device.type == "cpu":
         return out.add_(product(x, weight), alpha=scale)
     return out.addmm_(x, weight.T, alpha=scale)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on that type of device; None where it is off, and on "meta", which has none."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A region in which autocast is off."""
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 class _Fold(torch.autograd.Function):
@@ -58,7 +71,7 @@ class _Fold(torch.autograd.Function):
 
 def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
     """left · diag(values) · right as one node of the graph: it is evaluated once a layer, so its cost is overhead."""
-    with torch.autocast(left.device.type, enabled=False):
+    with without_autocast(left.device.type):
         return _Fold.apply(left, values, right)
 
 
@@ -77,13 +90,13 @@ class _AdaptedLinear(torch.autograd.Function):
         # The arguments themselves, so that layers with one input keep it once; a cast of the big weight is kept too.
         ctx.save_for_backward(x, weight, a, core, b, dropped, hidden, None if dense is weight else dense)
         ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out  # a matrix: a view of it, made in here, could not be written to in place
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_core, need_b, _, need_dropped, _ = ctx.needs_input_grad
-        dtype, grad = ctx.dtype, _rows(grad, ctx.dtype)
+        dtype, grad = ctx.dtype, grad.to(ctx.dtype)
         source = _rows(x if dropped is None else dropped, dtype)
         low_a, low_core, low_b = (None if t is None else t.to(dtype) for t in (a, core, b))
         if torch.is_grad_enabled():  # a second derivative is wanted: nothing may come without its history
@@ -134,9 +147,10 @@ def adapted_linear(
         (…, out).
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    with torch.autocast(device, enabled=False):
-        return _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
+    dtype = autocast_dtype(device) or weight.dtype
+    with without_autocast(device):
+        out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 @torch.no_grad()

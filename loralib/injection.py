@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
 
-KINDS: dict[str, type[LoRALayer]] = {
-    "lora": Linear,
-    "adalora": SVDLinear,
-    "lora2": LoRA2Linear,
-    "multiscale": MultiScaleLinear,
-}
+KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
 BIASES = ("none", "all", "lora_only")
 
 # The six names of the published scripts. DeBERTa calls its projections query_proj etc.; BERT, RoBERTa, ELECTRA query.
@@ -51,15 +45,22 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     module name or its last dotted parts, or a regular expression that matches a whole module name.
 
     Raises:
-        ValueError: for a pattern that selects no linear layer, or that is no valid regular expression.
+        ValueError: for a pattern that selects no linear layer, or that is no valid regular expression, or only the
+            output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not patterns:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
-    names = [name for name, module in model.named_modules() if name and is_linear(module)]
+    never_called = {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    names = [n for n, module in model.named_modules() if n and n not in never_called and is_linear(module)]
     chosen: set[str] = set()
     for pattern in patterns:
         found = _match_one(pattern, names)
+        if not found and (projections := _match_one(pattern, sorted(never_called))):
+            raise ValueError(
+                f"{projections[0]} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an "
+                "update there would be ignored; name other modules"
+            )
         if not found:
             there = ", ".join(sorted({module_type(name) for name in names})[:30])
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
@@ -96,6 +97,9 @@ def inject(
 ) -> list[str]:
     """Replace the selected linear layers of ``model`` in place.
 
+    A linear layer that several modules hold becomes one low-rank layer that all of them hold. Hooks, further attributes
+    and buffers of a replaced layer are the new layer's.
+
     Args:
         kind: ``"lora"``, ``"adalora"``, ``"lora2"`` or ``"multiscale"``.
         target_modules: patterns, see :func:`match_modules`.
@@ -110,45 +114,74 @@ def inject(
         The names of the replaced modules.
 
     Raises:
-        ValueError: for an unknown kind, a pattern that matches nothing, a layer that is low-rank already, or arguments
-            that do not belong to the kind. The model is unchanged then.
+        ValueError: for an unknown kind, a pattern that matches nothing, a layer that is low-rank already or cannot be
+            replaced, or arguments that do not belong to the kind. The model is unchanged then.
     """
-    options = _kind_options(kind, k, widths, init)
-    if share_outer and "k" not in options and not options.get("widths"):
-        raise ValueError(f"share_outer needs two or more scales; {kind!r} has one here")
-    names = match_modules(model, target_modules)
-    for name in names:
-        if isinstance(model.get_submodule(name), LoRALayer):
-            raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
-    layers: dict[str, LoRALayer] = {}
-    for name in names:
-        old = model.get_submodule(name)
-        layers[name] = KINDS[kind].from_linear(
-            old, r, lora_alpha, lora_dropout, fan_in_fan_out=is_conv1d(old), **options
-        )
-    if share_outer:
-        _share_outer_factors(layers)
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    return names
-
-
-def _kind_options(kind: str, k: int | None, widths: Sequence[int] | None, init: str | None) -> dict[str, Any]:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if k is not None and kind != "lora2":
-        raise ValueError(f"k belongs to kind 'lora2', not to {kind!r}")
-    if widths is not None and kind != "multiscale":
-        raise ValueError(f"widths belongs to kind 'multiscale', not to {kind!r}")
-    if init is not None and kind == "lora":
-        raise ValueError("init belongs to the layers with singular values; LoRA has its own initialisation")
-    options: dict[str, Any] = {} if init is None else {"init": init}
-    if kind == "lora2":
-        options["k"] = 8 if k is None else k
-    if kind == "multiscale":
-        options["widths"] = tuple((8,) if widths is None else widths)
-    return options
+    options = {n: value for n, value in (("k", k), ("widths", widths), ("init", init)) if value is not None}
+    for option in options:
+        if option not in KINDS[kind].arguments:
+            owners = ", ".join(repr(other) for other, cls in KINDS.items() if option in cls.arguments)
+            raise ValueError(f"{option} belongs to kind {owners}, not to {kind!r}")
+    defaults = KINDS[kind].arguments
+    if share_outer and "k" not in defaults and not options.get("widths", defaults.get("widths")):
+        raise ValueError(f"share_outer needs two or more scales; {kind!r} has one here")
+    modules = {name: model.get_submodule(name) for name in match_modules(model, target_modules)}
+    for name, module in modules.items():
+        if isinstance(module, LoRALayer):
+            raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
+        check_replaceable(name, module)
+    layers = {
+        name: KINDS[kind].from_linear(module, r, lora_alpha, lora_dropout, fan_in_fan_out=is_conv1d(module), **options)
+        for name, module in modules.items()
+    }
+    if share_outer:
+        _share_outer_factors(layers)
+    replace_modules(model, layers)
+    return list(layers)
+
+
+def check_replaceable(name: str, module: nn.Module) -> None:
+    """Raises ValueError where a linear layer computes something else than its own weight and forward pass say."""
+    if "forward" in vars(module):
+        raise ValueError(f"the forward method of {name} was replaced, which an update would undo: remove that first")
+    if not isinstance(module.weight, nn.Parameter):
+        raise ValueError(
+            f"the weight of {name} is computed by a hook (weight_norm, spectral_norm, pruning): remove that first"
+        )
+
+
+def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each layer wherever the model holds the module of that name, and give it what that module had besides: hooks
+    (their handles go on working), attributes, buffers."""
+    replacement = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    for name, layer in layers.items():
+        _hand_over(model.get_submodule(name), layer)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):  # named_children() gives a module once
+            if id(module) in replacement:
+                setattr(parent, child, replacement[id(module)])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
+            module.use_nested_tensor = False  # only the fused function, which never calls a layer, takes those
+
+
+def _hand_over(old: nn.Module, new: nn.Module) -> None:
+    for name, value in vars(old).items():
+        if name not in vars(new) and name not in new._parameters:
+            setattr(new, name, value)
+        elif "_hooks" in name:  # the same dictionary, since a handle removes its hook from there
+            known = list(value.values())
+            value.update((key, hook) for key, hook in vars(new)[name].items() if hook not in known)
+            vars(new)[name] = value
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for name, buffer in old._buffers.items():
+        if name not in new._buffers:
+            new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, child in old.named_children():
+        if name not in new._modules:
+            new.add_module(name, child)
 
 
 def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:

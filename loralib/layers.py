@@ -6,21 +6,22 @@
     n scales  ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀
 
 with s = lora_alpha / r. B₀ is (out, k), A₀ is (k, in): the outer scale; B₁ (k, r), e (r) and A₁ (r, k) live at the
-second scale, and so on inwards. Every layer is an ``nn.Linear``, so the frozen weight keeps its name in a state dict,
-and ΔW is never formed while training: the small factors are folded first.
+second scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets, which fix
+the number of scales and the arguments. Every layer is an ``nn.Linear``, so the frozen weight keeps its name in a state
+dict, and ΔW is never formed while training: the small factors are multiplied first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loralib.fused import adapted_linear, fold
+from loralib.fused import adapted_linear, autocast_dtype, fold
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
@@ -33,7 +34,14 @@ def _positive_int(name: str, value: int) -> int:
 
 
 class LoRALayer(nn.Linear):
-    """What all layers share: factors, forward pass, merging. Use one of the subclasses.
+    """A frozen linear layer with low-rank factors. Use one of its presets: :class:`Linear`, :class:`SVDLinear`,
+    :class:`LoRA2Linear`, :class:`MultiScaleLinear`.
+
+    Args:
+        in_features, out_features: sizes of the frozen layer.
+        r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of the update.
+        bias: whether the frozen layer has a bias.
+        args, options: what the preset's :attr:`arguments` name, in that order or by name.
 
     Attributes:
         lora_B: left factors from the outermost inward, shapes (out, k₁), (k₁, k₂), …, (kₙ₋₁, r).
@@ -43,9 +51,15 @@ class LoRALayer(nn.Linear):
         r: stored rank. initial_r: the rank at the start; they differ after :meth:`keep_singular_values`.
         scaling: s = lora_alpha / initial_r. It stays so while singular values are pruned.
         merged: whether ``weight`` currently holds W + ΔW.
+
+    Raises:
+        ValueError: for a rank, width, alpha, dropout or init out of range. TypeError: for an unknown argument.
     """
 
-    has_singular_values = True
+    kind: ClassVar[str] = "multiscale"  # the preset's name, see :func:`loralib.inject`
+    has_singular_values: ClassVar[bool] = True
+    # What the preset takes beyond the common arguments, with the defaults.
+    arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}
 
     def __init__(
         self,
@@ -55,12 +69,12 @@ class LoRALayer(nn.Linear):
         lora_alpha: float,
         lora_dropout: float = 0.0,
         bias: bool = True,
-        *,
-        widths: Sequence[int] = (),
-        init: str = "gaussian",
+        *args: Any,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
+        widths, init = self._widths_and_init(args, options)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._add_factors(r, lora_alpha, lora_dropout, widths, init, fan_in_fan_out=False)
 
@@ -73,19 +87,19 @@ class LoRALayer(nn.Linear):
         lora_dropout: float = 0.0,
         *,
         fan_in_fan_out: bool = False,
-        **kwargs: Any,
+        **options: Any,
     ) -> LoRALayer:
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
 
         Args:
             linear: an ``nn.Linear``, or a layer with a weight stored (in, out) such as GPT-2's ``Conv1D``.
             fan_in_fan_out: the weight is stored (in, out).
-            kwargs: what the class takes beyond the common arguments (``k``, ``widths``, ``init``).
+            options: what the preset's :attr:`arguments` name.
 
         Raises:
             ValueError: for a value out of range. TypeError: for an unknown argument.
         """
-        widths, init = cls._own_arguments(**kwargs)
+        widths, init = cls._widths_and_init((), options)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         rows, columns = linear.weight.shape
@@ -96,8 +110,15 @@ class LoRALayer(nn.Linear):
         return layer.train(linear.training)
 
     @classmethod
-    def _own_arguments(cls, widths: Sequence[int] = (), init: str = "gaussian") -> tuple[Sequence[int], str]:
-        return widths, init
+    def _widths_and_init(cls, args: Sequence[Any], options: dict[str, Any]) -> tuple[Sequence[int], str]:
+        """The preset's own arguments, given by place or by name, as the widths and the initialisation."""
+        by_place = dict(zip(cls.arguments, args, strict=False))
+        unknown = [*args[len(cls.arguments) :], *(set(options) - set(cls.arguments)), *(set(by_place) & set(options))]
+        if unknown:
+            known = ", ".join(cls.arguments) or "none"
+            raise TypeError(f"{cls.__name__} got {unknown[0]!r}; its arguments beyond the common ones: {known}")
+        values = cls.arguments | by_place | options
+        return (values["k"],) if "k" in values else values.get("widths", ()), values.get("init", INITS[0])
 
     def _add_factors(
         self, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str, fan_in_fan_out: bool
@@ -130,26 +151,29 @@ class LoRALayer(nn.Linear):
         self.lora_B = nn.ParameterList(torch.empty(shape, **options) for shape in b_shapes)
         self.lora_E = nn.Parameter(torch.empty(self.r, **options)) if self.has_singular_values else None
         self.lora_A = nn.ParameterList(torch.empty(shape, **options) for shape in a_shapes)
+        self.register_forward_pre_hook(_call_me)
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """Draw the factors anew; ΔW is zero afterwards (e = 0).
+        """Draw the factors anew; ΔW is zero afterwards: e is, or LoRA's B beside a Kaiming-uniform A.
 
         Raises:
             RuntimeError: while merged.
         """
-        self._refuse_if_merged()
-        if self.lora_E is not None:
-            nn.init.zeros_(self.lora_E)
+        if self.merged:
+            raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn anew")
+        if self.r == 0:
+            return
+        if self.lora_E is None:
+            nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B[0])
+            return
+        nn.init.zeros_(self.lora_E)
         for factor in [*self.lora_B, *self.lora_A]:
             if self.init == "orthogonal":
                 nn.init.orthogonal_(factor)
             else:
                 nn.init.normal_(factor, std=GAUSSIAN_STD)
-
-    def _refuse_if_merged(self) -> None:
-        if self.merged:
-            raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn anew")
 
     @torch.no_grad()
     def keep_singular_values(self, kept: Sequence[int]) -> None:
@@ -223,6 +247,8 @@ class LoRALayer(nn.Linear):
 
     def folded_core(self) -> Tensor:
         """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r)."""
+        if self.lora_E is None:
+            return torch.eye(self.r, device=self.lora_A[0].device, dtype=self.lora_A[0].dtype) * self.scaling
         values = self.lora_E * self.scaling
         if not self.widths:
             return torch.diag(values)
@@ -256,13 +282,13 @@ class LoRALayer(nn.Linear):
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is None:
             x = x.to(weight.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def core_and_scale(self) -> tuple[Tensor | None, float]:
         """The core as the forward pass wants it: a matrix, or None for the identity times a number."""
-        return self.folded_core(), 1.0
+        return (None, self.scaling) if self.lora_E is None else (self.folded_core(), 1.0)
 
     def merge(self) -> None:
         """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit."""
@@ -287,147 +313,66 @@ class LoRALayer(nn.Linear):
         """The frozen weight as stored, without the update even while merged."""
         return self._weight_before_merge if self.merged else self.weight.data
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A state dict holds W and the factors, merged or not."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self._weight_before_merge
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loading unmerges first: what is loaded is W and the factors, and ΔW is another one afterwards."""
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, widths={self.widths}, lora_alpha={self.lora_alpha:g}"
 
 
+def _call_me(module: nn.Module, args: tuple) -> None:
+    """A hook that does nothing. In evaluation ``nn.TransformerEncoderLayer`` gives the weights of its linear layers to
+    one fused function, past their forward passes, unless one of them has a hook."""
+
+
 class Linear(LoRALayer):
-    """LoRA: ΔW = s · B A, B (out, r) zero and A (r, in) Kaiming-uniform at the start (arXiv 2106.09685, section 4.1).
+    """LoRA: ΔW = s · B A with B (out, r), zero at the start, and A (r, in) (arXiv 2106.09685, section 4.1)."""
 
-    Args:
-        in_features, out_features: sizes of the frozen layer.
-        r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of the update.
-        bias: whether the frozen layer has a bias.
-
-    Raises:
-        ValueError: for a rank, alpha or dropout out of range.
-    """
-
+    kind = "lora"
     has_singular_values = False
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        bias: bool = True,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, r, lora_alpha, lora_dropout, bias, device=device, dtype=dtype)
-
-    @classmethod
-    def _own_arguments(cls) -> tuple[Sequence[int], str]:
-        return (), "gaussian"
-
-    def reset_lora_parameters(self) -> None:
-        """Draw A anew and set B to zero.
-
-        Raises:
-            RuntimeError: while merged.
-        """
-        self._refuse_if_merged()
-        if self.r:
-            nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B[0])
-
-    def core_and_scale(self) -> tuple[Tensor | None, float]:
-        return None, self.scaling
-
-    def folded_core(self) -> Tensor:
-        """s times the identity, (r, r)."""
-        return torch.eye(self.r, device=self.lora_A[0].device, dtype=self.lora_A[0].dtype) * self.scaling
+    arguments: ClassVar[dict[str, Any]] = {}
 
 
 class MultiScaleLinear(LoRALayer):
     """ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀ with n = len(widths) + 1 scales (arXiv 2408.06854, continued inwards).
 
     Args:
-        in_features, out_features, r, lora_alpha, lora_dropout, bias: as for :class:`Linear`.
         widths: from the outermost inward: ``()`` is AdaLoRA's layer, ``(k,)`` LoRA²'s, ``(k₁, k₂)`` has three scales.
         init: ``"gaussian"`` draws every factor from N(0, 0.02²), ``"orthogonal"`` gives it orthonormal rows or
             columns. e = 0 with either.
-
-    Raises:
-        ValueError: for a rank, width, alpha, dropout or init out of range.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        bias: bool = True,
-        widths: Sequence[int] = (8,),
-        init: str = "gaussian",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, bias,
-            widths=widths, init=init, device=device, dtype=dtype,
-        )  # fmt: skip
-
-    @classmethod
-    def _own_arguments(cls, widths: Sequence[int] = (8,), init: str = "gaussian") -> tuple[Sequence[int], str]:
-        return widths, init
+    arguments: ClassVar[dict[str, Any]] = {"widths": (8,), "init": INITS[0]}
 
 
 class SVDLinear(MultiScaleLinear):
-    """AdaLoRA's layer, one scale: ΔW = s · P diag(e) Q with P (out, r), Q (r, in) (arXiv 2303.10512, eq. 3)."""
+    """AdaLoRA's layer, one scale: ΔW = s · P diag(e) Q with P (out, r), Q (r, in) (arXiv 2303.10512, eq. 3).
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        bias: bool = True,
-        init: str = "gaussian",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, bias, (), init, device=device, dtype=dtype
-        )
+    Args:
+        init: as for :class:`MultiScaleLinear`.
+    """
 
-    @classmethod
-    def _own_arguments(cls, init: str = "gaussian") -> tuple[Sequence[int], str]:
-        return (), init
+    kind = "adalora"
+    arguments: ClassVar[dict[str, Any]] = {"init": INITS[0]}
 
 
 class LoRA2Linear(MultiScaleLinear):
-    """LoRA²'s layer, two scales: ΔW = s · B₀ B₁ diag(e) A₁ A₀, B₀ (out, k), A₀ (k, in) (arXiv 2408.06854, eq. 4)."""
+    """LoRA²'s layer, two scales: ΔW = s · B₀ B₁ diag(e) A₁ A₀, B₀ (out, k), A₀ (k, in) (arXiv 2408.06854, eq. 4).
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        bias: bool = True,
-        k: int = 8,
-        init: str = "gaussian",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, bias, (k,), init, device=device, dtype=dtype
-        )
+    Args:
+        k: width of the outer scale. init: as for :class:`MultiScaleLinear`.
+    """
 
-    @classmethod
-    def _own_arguments(cls, k: int = 8, init: str = "gaussian") -> tuple[Sequence[int], str]:
-        return (k,), init
+    kind = "lora2"
+    arguments: ClassVar[dict[str, Any]] = {"k": 8, "init": INITS[0]}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

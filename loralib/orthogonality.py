@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from loralib.fused import without_autocast
 from loralib.layers import lora_layers
 
 TERMS = ("uv", "UV", "PQ")
@@ -97,19 +98,22 @@ class _Chains:
         place = {id(factor): i for i, factor in enumerate(self.outer)}
         chains = sorted(chains, key=lambda chain: place[id(chain[1][0])])
         tall = [max(factor.shape) == factor.shape[int(wide)] for wide, factor in unique]
-        self.tall = [j for j, i in enumerate(order) if tall[i]]
         self.flat = [unique[i] for i in order if not tall[i]]
-        self.outer_of = [place[id(factors[0])] for _, factors in chains]
+        # Index tensors lie on the device: a list would be copied to it in every step, which waits for the device.
+        self.tall = self._index([j for j, i in enumerate(order) if tall[i]])
+        self.outer_of = self._index([place[id(factors[0])] for _, factors in chains])
         self.inner = [
             self._level([(wide, factors[j]) for wide, factors in chains]) for j in range(1, len(chains[0][1]))
         ]
 
-    @staticmethod
-    def _level(level: list[tuple[bool, nn.Parameter]]) -> tuple[int, list[nn.Parameter], list[int] | None]:
+    def _index(self, places: list[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.long, device=self.outer[0].device)
+
+    def _level(self, level: list[tuple[bool, nn.Parameter]]) -> tuple[int, list[nn.Parameter], Tensor | None]:
         """(how many are not transposed, the distinct factors, whose each chain's is, None where each has its own)."""
         unique = {id(factor): (wide, factor) for wide, factor in level}
         position = {key: i for i, key in enumerate(unique)}
-        repeated = None if len(unique) == len(level) else [position[id(factor)] for _, factor in level]
+        repeated = None if len(unique) == len(level) else self._index([position[id(factor)] for _, factor in level])
         return sum(not wide for wide, _ in unique.values()), [factor for _, factor in unique.values()], repeated
 
     def norms(self, deviation: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -117,22 +121,26 @@ class _Chains:
         found = []
         gram = _OuterGrams.apply(self.shapes, *self.outer)
         if self.with_factors:
-            found.append(deviation(gram[self.tall] if self.flat else gram))
+            found.append(deviation(_rows(gram, self.tall) if self.flat else gram))
             # A factor wider than it is tall reaches the identity on its other side only.
             found += [deviation((f.T @ f if wide else f @ f.T).unsqueeze(0)) for wide, f in self.flat]
         if len(self.outer) < len(self.outer_of):
-            gram = gram[self.outer_of]
+            gram = _rows(gram, self.outer_of)
         for narrow, factors, repeated in self.inner:
             stacked = _Stacked.apply(narrow, *factors)
             if self.with_factors:
                 tall = stacked.shape[-1] <= stacked.shape[-2]
                 found.append(deviation(stacked.mT @ stacked if tall else stacked @ stacked.mT))
             if self.with_product:
-                stacked = stacked if repeated is None else stacked[repeated]
+                stacked = stacked if repeated is None else _rows(stacked, repeated)
                 gram = stacked.mT @ gram @ stacked
         if self.with_product:
             found.append(deviation(gram))
         return found
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.index_select(0, index.to(values.device))  # a copy only where the model was moved since
 
 
 class OrthogonalityRegulariser:
@@ -163,11 +171,11 @@ class OrthogonalityRegulariser:
                 if with_factors or with_product:
                     wide = term == "UV"
                     groups[(with_factors, with_product, *layer.widths, layer.r)].append((wide, list(factors)))
-        self._device_type = layers[0].lora_E.device.type
+        self._values = layers[0].lora_E
         self._groups = [_Chains(chains, *key[:2]) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
-        with torch.autocast(self._device_type, enabled=False):  # Gram − I is a small difference
+        with without_autocast(self._values.device.type):  # Gram − I is a small difference
             return torch.cat([norm for chains in self._groups for norm in chains.norms(self._deviation)]).mean()
 
     def _deviation(self, gram: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,37 +10,56 @@ from torch import Tensor, nn
 
 from loralib.layers import LoRALayer
 
+# What computes with functions that take no half precision, told by name so that no library need be imported.
+_FLOAT32_ONLY = {"FNetBasicFourierTransform": "its Fourier transform (torch.fft)"}
 
-def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store every frozen floating-point parameter in ``dtype``; trainable ones become float32 and stay so.
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:
+    """Store every frozen floating-point parameter in ``dtype``; trainable ones and the head's become float32.
 
     The low-rank layers compute in the dtype of their frozen weight and take inputs, factors and a bias of either. Any
-    other module with a trainable parameter of its own stays float32 as a whole, and is given float32 inputs. What it
-    returns is cast to ``dtype``, but for the head: the modules trained whole that come last in the model, in the order
-    in which modules were registered. Nothing of this dtype comes after them, and their logits keep full precision.
+    other module with a trainable parameter of its own stays float32 as a whole, and is given float32 inputs; what it
+    returns is cast to ``dtype`` for the frozen modules that may follow. The head is given float32 inputs too, and what
+    it returns stays float32: without a head the logits have the dtype of what computes them last.
 
     Args:
         model: its ``requires_grad`` flags say what is frozen; set them first, and call this again when they change.
         dtype: a floating-point dtype, normally ``torch.bfloat16``.
+        head: the module or modules that end the model, for example a classifier and the pooler before it.
 
     Raises:
-        ValueError: for a dtype that is not floating point.
+        ValueError: for a dtype that is not floating point, a head outside the model, or a model with a function that
+            takes no half precision (FNet). The model is unchanged then.
     """
-    if not dtype.is_floating_point:
-        raise ValueError(f"frozen weights are stored in a floating-point dtype, got {dtype}")
-    kept = _kept_parameters(model)
+    heads = [head] if isinstance(head, nn.Module) else list(head)
+    _check(model, dtype, heads)
+    in_head = {module for part in heads for module in part.modules()}
+    kept = _kept_parameters(model, in_head)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if id(parameter) in kept else dtype)
     computing = [module for module in model.modules() if _computing(module)]
     in_float32 = {module for module in computing if any(id(p) in kept for p in _computing(module))}
-    head = _head(model)
-    inner = in_float32 - head
+    inner = in_float32 - in_head
     for module in computing:
         if module in in_float32:
             _set_border(module, torch.float32, dtype if module in inner and module is not model else None)
         else:  # beside a head alone nothing in float32 reaches it: not even a look at its inputs is needed then
             _set_border(module, dtype if inner and not isinstance(module, LoRALayer) else None, None)
+
+
+def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"frozen weights are stored in a floating-point dtype, got {dtype}")
+    names = {type(module).__name__ for module in model.modules()}
+    for name in sorted(names & set(_FLOAT32_ONLY)) if dtype.itemsize < 4 else ():
+        raise ValueError(
+            f"{type(model).__name__} cannot compute in {dtype}: {_FLOAT32_ONLY[name]} takes none; train it in float32"
+        )
+    inside = set(model.modules())
+    for part in heads:
+        if part not in inside:
+            raise ValueError(f"the head ({type(part).__name__}) is no module of the model: name one that is")
 
 
 def _computing(module: nn.Module) -> list[nn.Parameter]:
@@ -53,9 +73,10 @@ def _computing(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in parameters if p.is_floating_point()]
 
 
-def _kept_parameters(model: nn.Module) -> set[int]:
-    """Ids of what stays float32: all that trains, and what is used beside it, also where modules share a parameter."""
-    kept = {id(p) for p in model.parameters() if p.requires_grad}
+def _kept_parameters(model: nn.Module, head: Iterable[nn.Module]) -> set[int]:
+    """Ids of what stays float32: all that trains, the head, and what is used beside them, also where modules share a
+    parameter."""
+    kept = {id(p) for p in model.parameters() if p.requires_grad} | {id(p) for m in head for p in m.parameters()}
     groups = [_computing(module) for module in model.modules()]
     groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LoRALayer)]
     groups = [{id(p) for p in group} for group in groups]
@@ -64,18 +85,6 @@ def _kept_parameters(model: nn.Module) -> set[int]:
         before = len(kept)
         kept.update(*(group for group in groups if group & kept))
     return kept
-
-
-def _head(module: nn.Module) -> set[nn.Module]:
-    """The modules trained whole that end the model, and those that end a last part trained in part (BERT's pooler)."""
-    found: set[nn.Module] = set()
-    for child in reversed(list(module.children())):
-        parameters = list(child.parameters())
-        if parameters and all(p.requires_grad for p in parameters):
-            found.update(child.modules())
-        elif parameters:
-            return found | _head(child)
-    return found
 
 
 def _set_border(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dtype | None) -> None:

@@ -227,5 +227,8 @@ def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
     """bfloat16 without autocast where only the method's own layers and the head train: no step casts a weight."""
     training = arguments.training
     if training.bf16 and not applied.needs_autocast:
-        loralib.cast_frozen(applied.model, torch.bfloat16)
+        try:
+            loralib.cast_frozen(applied.model, torch.bfloat16, head=head_modules(applied.model))
+        except ValueError as error:
+            raise UsageError(f"--bf16: {error}") from None
         training.bf16, training.mixed_precision = False, "no"

@@ -1,0 +1,223 @@
+"""A low-rank layer does what the nn.Linear in whose place it stands does."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import loralib
+
+
+def randomise(model):
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for layer in loralib.lora_layers(model).values():
+            for parameter in layer.lora_parameters():
+                parameter.normal_(std=0.3)
+    return model
+
+
+def adapted(model, *modules, kind="lora2"):
+    loralib.inject(model, kind, list(modules), r=4)
+    return randomise(model)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return adapted(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), "0", "1").eval()
+
+
+X = torch.linspace(-1, 1, 24).reshape(4, 6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora2"])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 2, 6)])
+def test_the_output_may_be_written_to_in_place(kind, shape):
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
+    expected = nn.functional.relu(model(torch.ones(shape)) + 1)
+    out = model(torch.ones(shape))
+    out += 1
+    nn.functional.relu_(out)
+    torch.testing.assert_close(out, expected)
+    parameters = model[0].lora_parameters()
+    for mine, theirs in zip(
+        torch.autograd.grad(out.sum(), parameters), torch.autograd.grad(expected.sum(), parameters), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("source_merged", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_is_the_base_and_the_factors_merged_or_not(merged, source_merged, assign):
+    source, target = two_layers(), two_layers()
+    for parameter in source.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    expected, before = source(X), copy.deepcopy(source.state_dict())
+    for model, merge in ((source, source_merged), (target, merged)):
+        if merge:
+            loralib.merge_adapter(model)
+    state = saved(source)
+    assert all(torch.equal(state[name], before[name]) for name in before) and set(state) == set(before)
+    assert all(torch.equal(t, before[name]) for name, t in loralib.lora_state_dict(source).items())
+    target.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(target(X), expected)
+    loralib.merge_adapter(target)
+    torch.testing.assert_close(target(X), expected)
+    loralib.unmerge_adapter(target)
+    assert all(torch.equal(t, before[name]) for name, t in target.state_dict().items())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: torch.load(_pickled(m), weights_only=False)])
+def test_a_copy_of_a_merged_layer_unmerges_by_itself(duplicate):
+    model = two_layers().eval()
+    before, expected = copy.deepcopy(model.state_dict()), model(X)
+    loralib.merge_adapter(model)
+    other = duplicate(model)
+    torch.testing.assert_close(other(X), expected)
+    loralib.unmerge_adapter(other)
+    assert model[0].merged and all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+
+
+def _pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora2"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_torchs_encoder_layer_does_not_look_past_the_adapter(kind, padded, grad):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2", kind=kind)
+    loralib.mark_only_lora_as_trainable(model)
+    x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = padded
+    outputs = []
+    for mode in (True, False):
+        with torch.set_grad_enabled(grad):
+            outputs.append(model.train(mode)(x, src_key_padding_mask=mask if padded else None))
+    torch.testing.assert_close(outputs[0][~mask], outputs[1][~mask], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("projection", ["out_proj", "self_attn.out_proj"])
+def test_the_projection_that_attention_never_calls_is_refused(projection):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    with pytest.raises(ValueError, match="never calls it"):
+        loralib.inject(model, "lora2", [projection])
+    assert loralib.match_modules(model, r".*(out_proj|linear1)") == ["layers.0.linear1"]
+
+
+@pytest.mark.parametrize("kind, options", [("lora", {}), ("adalora", {}), ("lora2", {"share_outer": True})])
+def test_forward_backward_and_regulariser_on_the_meta_device(kind, options):
+    with torch.device("meta"):
+        model = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        loralib.inject(model, kind, ["0", "1"], r=4, lora_dropout=0.1, **options)
+        x = torch.randn(2, 3, 6)
+    out = model[1](model[0](x))
+    loss = out.sum() if kind == "lora" else out.sum() + loralib.compute_orth_regu(model)
+    loss.backward()
+    assert out.shape == (2, 3, 6) and all(p.grad.is_meta for p in model[0].lora_parameters())
+
+
+class Tied(nn.Module):
+    """One linear layer under two parents."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Tanh())
+        self.second.append(self.first[0])
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_module_under_two_parents_is_adapted_in_both(tmp_path):
+    torch.manual_seed(0)
+    base = Tied()
+    model = adapted(copy.deepcopy(base), "first.0").eval()
+    assert model.first[0] is model.second[1] and isinstance(model.first[0], loralib.LoRA2Linear)
+    weight = model.first[0].weight + model.first[0].delta_weight()
+    hidden = nn.functional.linear(X, weight, model.first[0].bias)
+    expected = nn.functional.linear(hidden.tanh(), weight, model.first[0].bias)
+    torch.testing.assert_close(model(X), expected)
+    assert len(loralib.lora_layers(model)) == 1
+    loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(base(X), model(X))
+    loralib.merge_adapter(model)
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_hooks_attributes_and_buffers_of_a_replaced_layer_are_kept():
+    model = nn.Sequential(nn.Linear(6, 5))
+    calls = []
+    handles = [
+        model[0].register_forward_hook(lambda module, inputs, output: calls.append("after") or output + 1),
+        model[0].register_forward_pre_hook(lambda module, inputs, kwargs: calls.append("before"), with_kwargs=True),
+        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
+    ]
+    model[0].note = "kept"
+    model[0].register_buffer("counts", torch.arange(3))
+    model[0].register_buffer("passing", torch.arange(2), persistent=False)
+    frozen = model(X).detach()
+    calls.clear()
+    loralib.inject(model, "lora2", ["0"])
+    out = model(X)
+    out.sum().backward()
+    torch.testing.assert_close(out, frozen)
+    assert calls == ["before", "after", "backward"]
+    assert model[0].note == "kept" and "0.counts" in model.state_dict()
+    assert model[0].passing.shape == (2,) and "0.passing" not in model.state_dict()
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(model(X), frozen - 1)
+    assert calls == ["before", "after", "backward"]
+
+
+def weight_norm(linear):
+    nn.utils.weight_norm(linear)
+
+
+def replaced_forward(linear):
+    linear.forward = lambda x: x
+
+
+@pytest.mark.parametrize("change, reason", [(weight_norm, "computed by a hook"), (replaced_forward, "was replaced")])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_layer_that_computes_something_else_is_refused(change, reason):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    change(model[1])
+    with pytest.raises(ValueError, match=reason):
+        loralib.inject(model, "lora2", ["0", "1"])
+    assert not loralib.lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_presets_are_one_layer():
+    assert issubclass(loralib.LoRA2Linear, loralib.LoRALayer) and not issubclass(loralib.Linear, loralib.LoRA2Linear)
+    for kind, cls in loralib.injection.KINDS.items():
+        model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
+        assert type(model[0]) is cls and model[0].kind == kind
+    assert loralib.SVDLinear(6, 5, 4, 8, 0.0, True, "orthogonal").init == "orthogonal"
+    assert loralib.LoRA2Linear(6, 5, 4, 8, 0.0, True, 3, "orthogonal").widths == (3,)
+    assert loralib.MultiScaleLinear(6, 5, 4, 8, 0.0, True, (4, 2)).widths == (4, 2)
+    for wrong in (
+        lambda: loralib.Linear(6, 5, 4, 8, init="gaussian"), lambda: loralib.SVDLinear(6, 5, 4, 8, 0.0, True, "x", "y"),
+        lambda: loralib.LoRA2Linear(6, 5, 4, 8, 0.0, True, 3, k=3),
+        lambda: loralib.LoRA2Linear(6, 5, 4, 8, widths=(3,)),
+        lambda: loralib.inject(nn.Sequential(nn.Linear(6, 5)), "lora2", ["0"], rank=4),
+    ):  # fmt: skip
+        with pytest.raises(TypeError):
+            wrong()
