@@ -1,0 +1,7 @@
+"""Fine-tuning encoders on GLUE: run_glue.py, predict.py, sweep.py and report.py are the programs."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# An installed package holds configs/ inside; in a checkout it stands beside nlu/.
+CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())

@@ -1,39 +1,27 @@
-"""Command line of ``nlu/run_glue.py``: published flags, methods, argument files, and what contradicts what."""
+"""Command line of ``nlu/run_glue.py``: its arguments, the published and older spellings, and the method's file."""
 
 from __future__ import annotations
 
-import logging
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
-from nlu.errors import UsageError, reason
-from nlu.flags import file_flags, method_file, translate
-from nlu.methods.registry import FLAGS, MethodArguments, check_arguments, flag_methods
-from nlu.ranges import check_ranges
-from nlu.tasks import TASKS, get_task
+from nlu import CONFIGS
+from nlu.argument_checks import check_given, check_values, one_device, share_batch
+from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
+from nlu.methods.registry import MethodArguments
+from nlu.readers import parse_yaml
+from nlu.tasks import TASKS
 
-logger = logging.getLogger("nlu")
-
-# Flags of the Trainer that a run would ignore or that would break it, each with what to do.
-REFUSED_FLAGS = {
-    "label_names": "the label's name is fixed",
-    "push_to_hub": "a run uploads nothing",
-    "resume_from_checkpoint": "the same command goes on from the run's last checkpoint by itself",
-    "metric_for_best_model": "the best checkpoint is the one where the task's main metric is highest",
-    "greater_is_better": "the best checkpoint is the one where the task's main metric is highest",
-    "train_sampling_strategy": "the order is random; --length_bucketing batches similar lengths together",
-    "auto_find_batch_size": "it would change the effective batch; set --per_device_train_batch_size",
-    "average_tokens_across_devices": "the loss is always the mean over the rows of all processes",
-    "prediction_loss_only": "every evaluation computes the task's metrics",
-    "batch_eval_metrics": "the metrics are computed over the whole set",
-    "eval_do_concat_batches": "the metrics are computed over the whole set",
-}
+METHOD_FOLDER = CONFIGS / "methods"
+_SVD = ("adalora", "lora2")  # what the published --lora_type svd can mean
+_RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
+_WINS = "--method_file_wins"
 
 EPILOG = """examples:
   LoRA² on local CoLA:    python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola \\
@@ -110,6 +98,17 @@ class RunArguments(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the classification head. Default: --learning_rate."}
     )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows a step, over all processes. The rows a process takes at once follow from it, or, where "
+                  "--per_device_train_batch_size is lower, the steps it accumulates."},
+    )  # fmt: skip
+    schedule_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of the training for which --warmup_steps, --init_warmup, --final_warmup and "
+                  "--mask_interval were chosen: they shrink in proportion in a shorter training. Default: they are "
+                  "taken as they are."},
+    )  # fmt: skip
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows a process evaluates at once."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_nan_inf_filter: bool = field(
@@ -136,9 +135,8 @@ class Arguments:
         self.record["method_config"] = self.method_config
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.splitlines()[0]} (--help lists the arguments)")
+class _Parser(OneLineParser, HfArgumentParser):
+    """transformers' parser, with one line for an error."""
 
 
 def build_parser() -> HfArgumentParser:
@@ -156,7 +154,8 @@ def build_parser() -> HfArgumentParser:
 def parse_arguments(argv: list[str]) -> Arguments:
     """Arguments from the command line, checked as far as that needs neither data nor model.
 
-    Later ones win: defaults, the method's file, an argument file (first argument), the command line.
+    Later ones win: defaults, the method's file, an argument file (first argument), the command line. What stands
+    before ``--method_file_wins`` gives way to the method's file too.
 
     Raises:
         UsageError: for anything unknown, malformed or contradictory; one line that says what to change.
@@ -168,13 +167,15 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser = build_parser()
     if {"-h", "--help"} & set(explicit):
         parser.parse_args(["--help"])
-    given = _given_names(parser, explicit)
+    named = _names(parser, explicit)
     config, base, method_flags = method_file(explicit)
+    split = explicit.index(_WINS) if _WINS in explicit else 0
+    settings, explicit = explicit[:split], explicit[split:]
     # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
     device = [] if torch.accelerator.is_available() else ["--use_cpu=True"]
     try:
         model, data, method, training = parser.parse_args_into_dataclasses(
-            [*device, *method_flags, *explicit], look_for_args_file=False
+            [*device, *settings, *method_flags, *explicit], look_for_args_file=False
         )
     except UsageError:
         raise
@@ -182,76 +183,132 @@ def parse_arguments(argv: list[str]) -> Arguments:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UsageError(kind + reason(error, 400)) from None
     method.method = base
-    for name in sorted(given & set(REFUSED_FLAGS)):
-        raise UsageError(f"--{name} is not supported here ({REFUSED_FLAGS[name]}): leave it out")
-    _refuse_ignored_flags(given, base)
-    _refuse_replaced_flags(given, _given_names(parser, method_flags), config, base)
-    _one_device(training)
-    _check(model, data, method, training, given)
+    given = _names(parser, explicit)
+    check_given(named, given & _names(parser, method_flags), config, base)
+    one_device(training)
+    check_values(model, data, method, training, given)
+    share_batch(training, named | _names(parser, method_flags))
     return Arguments(model, data, method, training, config)
 
 
-def _given_names(parser: HfArgumentParser, flags: list[str]) -> set[str]:
-    known = {option: action.dest for action in parser._actions for option in action.option_strings}
-    return {known[f.partition("=")[0]] for f in flags if f.partition("=")[0] in known}
-
-
-def _refuse_ignored_flags(given: set[str], method: str) -> None:
-    for name in sorted(given):
-        readers = flag_methods(name)
-        if readers and method not in readers:
-            raise UsageError(
-                f"--{name} has no meaning with --method {method} (only with {', '.join(readers)}): leave it out"
-            )
-
-
-def _refuse_replaced_flags(given: set[str], from_file: set[str], config: str, method: str) -> None:
-    for name in sorted(given & from_file & FLAGS.keys()):
-        if FLAGS[name].fixed:
-            raise UsageError(f"--method {config} has a {name} of its own: give --method {method} with --{name}")
-
-
-def _one_device(training: RunArguments) -> None:
-    """A process trains on one device: DataParallel over all that it sees would multiply the batch unasked."""
-    if training.n_gpu > 1:
-        logger.warning("%d devices are visible, one is used: start with torchrun for more", training.n_gpu)
-        training._n_gpu = 1
-
-
-def _check(model: ModelArguments, data: DataArguments, method: Any, training: RunArguments, given: set[str]) -> None:
-    """Contradictions that need neither data nor model."""
-    if training.root_output_dir is None:
-        raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
-    if data.task_name is None and data.train_file is None and data.test_file is None:
-        raise UsageError("nothing to train on: give --task_name, or --train_file and --validation_file")
-    if data.task_name is not None:
-        task = get_task(data.task_name)
-        data.task_name = task.name
-        if not task.train_splits and (training.do_train or training.do_eval):
-            raise UsageError(f"{task.name} has a test set only: give --task_name mnli --predict_task {task.name}")
-        if data.train_file or data.validation_file or data.test_file:
-            raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
-    elif training.do_eval and data.validation_file is None and data.holdout_fraction is None:
-        raise UsageError("nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval out")
-    elif training.do_predict and data.test_file is None:
-        raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
-    absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
-    if absent:
-        raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
-    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
-        raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
-    if training.fsdp and training.world_size < 2:
-        raise UsageError("--fsdp splits a model over several processes: start it with torchrun or accelerate launch")
-    check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
-    if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
-        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
-    if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
-        raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
-    check_arguments(method, given)
+def _names(parser: HfArgumentParser, flags: list[str]) -> set[str]:
+    """The arguments that flags set; UsageError for a flag that there is not."""
+    known = parser._option_string_actions
+    refuse_unknown_flags(flags, known)
+    return {known[flag.partition("=")[0]].dest for flag in flags if flag.startswith("--")}
 
 
 def command_line() -> str:
     """The command as given, for the record."""
     return " ".join(["python", *sys.argv])
+
+
+# ---- flags before they are parsed ----------------------------------------------------------------------------------
+
+
+def file_flags(path: Path) -> list[str]:
+    """An argument file (a mapping of argument names to values) as command-line flags."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes that are no UTF-8, no JSON, no YAML
+        raise UsageError(f"cannot read the argument file {path}: {reason(error, 300)}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: an argument file is a mapping of argument names to values")
+    return _mapping_flags(values, str(path))
+
+
+def _mapping_flags(values: dict[str, Any], source: str) -> list[str]:
+    """{"lora_r": 8, "do_train": true} → ["--lora_r", "8", "--do_train", "True"].
+
+    Raises:
+        UsageError: for a value that is no plain string, number or boolean; ``source`` names the file.
+    """
+    flags = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
+            # Its kind, not its content: a few lines of YAML can stand for gigabytes.
+            raise UsageError(f"{source}: {str(name)[:80]!r} needs a plain value, got a {type(value).__name__}")
+        flags.append(f"--{name}={value}")
+    return flags
+
+
+def translate(argv: list[str]) -> list[str]:
+    """Published and older flags in today's spelling."""
+    out: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        bare = name.removeprefix("--").replace("-", "_")
+        if value == "--":  # argparse would make an empty list of it
+            raise UsageError(f"{name} needs a value, got --")
+        if not name.startswith("--"):
+            out.append(token)
+        elif bare == "local_rank":  # torch.distributed.launch passes it; the environment says the same
+            if not equals:
+                next(tokens, None)
+        elif bare == "warmup_ratio":
+            ratio = value if equals else next(tokens, "")
+            out += ["--warmup_steps", _ratio(ratio)]
+        elif bare in _RENAMED:
+            out.append(f"--{_RENAMED[bare]}{equals}{value}")
+        else:
+            out.append(f"--{bare}{equals}{value}")
+    return out
+
+
+def _ratio(text: str) -> str:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio < 1:
+        raise UsageError(f"--warmup_ratio must lie in [0, 1), got {text!r}; for a number of steps use --warmup_steps")
+    return text
+
+
+def _value(flags: list[str], name: str) -> str | None:
+    """The last value given for a flag, from the bare list of flags."""
+    found = None
+    for position, flag in enumerate(flags):
+        head, equals, value = flag.partition("=")
+        if head == f"--{name}":
+            found = value if equals else (flags[position + 1] if position + 1 < len(flags) else "")
+    return found
+
+
+def _is_set(flags: list[str], name: str) -> bool:
+    value = _value(flags, name)
+    return value is not None and value.lower() not in ("false", "no", "0")
+
+
+def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
+    """(config name, base method, default flags) from --method or the published flags that stand for it.
+
+    Raises:
+        UsageError: for an unknown method, or published flags that contradict it or each other.
+    """
+    name = _value(flags, "method")
+    lora_type = _value(flags, "lora_type")
+    published = lora_type is not None or _is_set(flags, "apply_lora") or _is_set(flags, "apply_adalora")
+    if lora_type not in (None, "svd", "frd"):
+        raise UsageError(f"--lora_type is svd or frd, got {lora_type!r}")
+    if lora_type == "frd" and _is_set(flags, "apply_adalora"):
+        raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
+    plain = lora_type == "frd" or (_is_set(flags, "apply_lora") and lora_type is None)
+    meant = "lora" if plain and not _is_set(flags, "apply_adalora") else "lora2"
+    config = name or meant
+    path = METHOD_FOLDER / f"{config}.yaml"
+    if Path(config).name != config or not path.is_file():
+        names = ", ".join(sorted(p.stem for p in METHOD_FOLDER.glob("*.yaml")))
+        raise UsageError(f"unknown method {config!r}: --method takes one of {names}")
+    values = parse_yaml(path.read_text(encoding="utf-8"))
+    base = values.pop("method")
+    if published and name is not None and (base in _SVD) != (meant == "lora2"):
+        raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")
+    defaults = _mapping_flags(values, str(path.name))
+    if published and name is None and meant == "lora2" and not _is_set(flags, "apply_adalora"):
+        defaults.append("--rank_allocation=False")  # svd layers without --apply_adalora: nothing is pruned
+    return config, base, defaults

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import os
 import signal
 import sys
 from collections.abc import Collection, Iterable
+from importlib.util import find_spec
+from typing import NoReturn
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A path that the user gave can cause these; any other OSError is a fault whose traceback is wanted.
@@ -86,3 +89,20 @@ def _explained(error: BaseException) -> tuple[int, str | None]:
             "and raise --gradient_accumulation_steps by the same factor"
         )
     return 1, None
+
+
+def packages_missing() -> bool:
+    """Whether a package that the programs need is not installed; says so on stderr. It imports none of them."""
+    for package in ("torch", "transformers", "datasets", "pyarrow", "safetensors", "numpy", "scipy", "sklearn", "yaml"):
+        if find_spec(package) is None:
+            print(f"error: the package {package} is not installed: run bash scripts/setup.sh first", file=sys.stderr)
+            return True
+    return False
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are a UsageError each."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(f"{' '.join(message.split())} (--help lists the arguments)")

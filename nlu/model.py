@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 
 import loralib
 from nlu.arguments import Arguments
@@ -23,7 +30,6 @@ from nlu.errors import UsageError, reason
 from nlu.fast.speed import speed_up
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import check_method_fits
-from nlu.ranges import check_optimisation
 from nlu.runs.adapter import check_warm_start
 from nlu.tasks import Task
 
@@ -137,7 +143,7 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
     with torch.device("meta"):
         if total_steps:
-            check_optimisation(arguments.training, model, total_steps)
+            _check_optimisation(arguments.training, model, total_steps)
         check_method_fits(model, arguments.method, total_steps)
     if warm_start is not None:
         check_warm_start(*warm_start, model, arguments)
@@ -232,3 +238,29 @@ def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
         except ValueError as error:
             raise UsageError(f"--bf16: {error}") from None
         training.bf16, training.mixed_precision = False, "no"
+
+
+def _check_optimisation(training: TrainingArguments, model: torch.nn.Module, total_steps: int) -> None:
+    """Have transformers choose the optimiser and make the schedule, on a parameter that is then thrown away.
+
+    Args:
+        model: may lie on the meta device; some optimisers look at its modules.
+        total_steps: optimiser steps of the training.
+
+    Raises:
+        UsageError: for an optimiser whose package is missing, or arguments that they do not take.
+    """
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    try:
+        flag = "--optim"
+        Trainer.get_optimizer_cls_and_kwargs(training, model)
+        flag = "--lr_scheduler_type"
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimiser,
+            num_warmup_steps=training.get_warmup_steps(total_steps),
+            num_training_steps=total_steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(f"{flag}: {reason(error, 300)}") from None

@@ -19,10 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, TextIO
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from nlu.errors import packages_missing
+
+if packages_missing():
+    sys.exit(2)
 
 import torch
 from safetensors import SafetensorError
@@ -39,7 +44,7 @@ import loralib
 from loralib.export import load_base_of, quiet_transformers
 from nlu.data.tables import FORMATS, Row, open_binary, open_table
 from nlu.data.tokens import longest_input
-from nlu.errors import UsageError, exit_code, reason, refuse_unknown_flags
+from nlu.errors import OneLineParser, UsageError, exit_code, reason, refuse_unknown_flags
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
 from nlu.methods.registry import rebuild
@@ -254,11 +259,6 @@ def predict_rows(
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help lists the arguments)")
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"takes a whole number from 1, got {text!r}")
@@ -267,7 +267,7 @@ def _positive(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="predict.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,10 +21,16 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from nlu.errors import packages_missing
+
+if packages_missing():
+    sys.exit(2)
+
 import transformers
 from datasets import Dataset
 from transformers import DataCollatorWithPadding, EvalPrediction, set_seed
 
+from nlu.argument_checks import fit_schedule
 from nlu.arguments import Arguments, parse_arguments
 from nlu.data.glue import reorder_labels
 from nlu.data.predictions import load_predict_task, predict, to_labels
@@ -126,13 +132,15 @@ def labels_of_run(folder: Path, task: Task) -> list[str] | None:
 
 
 def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
-    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training."""
+    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training. Fits the schedule."""
     training = arguments.training
     if not training.do_train:
         return 0
-    if training.max_steps > 0:
-        return training.max_steps
-    return math.ceil(training.num_train_epochs * updates_per_epoch(training, len(splits["train"])))
+    steps = training.max_steps
+    if steps <= 0:
+        steps = math.ceil(training.num_train_epochs * updates_per_epoch(training, len(splits["train"])))
+    fit_schedule(training, arguments.method, steps)
+    return steps
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from nlu.errors import packages_missing
+
+if packages_missing():
+    sys.exit(2)
+
 from nlu.errors import UsageError, exit_code, reason
 from nlu.experiments.choosing import choose, chosen_runs, second_round
 from nlu.experiments.experiment import Experiment, Run, load_experiment

@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# CoLA on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854), AdaLoRA's own where METHOD is an adalora.
-# What can be changed from outside stands at the top of launch.sh.
+# CoLA on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854). Where AdaLoRA's launch settings
+# differ, a METHOD of AdaLoRA gets its own.
+# --help explains what the environment sets.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-TASK=cola
-BACKBONE=microsoft/deberta-v3-base
-TRAIN_EXAMPLES=8551
-BATCH=32
-LEARNING_RATE=8e-4
-EPOCHS=25
-WARMUP_STEPS=100
-WEIGHT_DECAY=0
-CLS_DROPOUT=0.1
-MAX_SEQ_LENGTH=64
-EVAL_STEPS=100
-PUBLISHED_SEED=6
-LORA_ALPHA=32
-LORA_R=4
-TARGET_RANK=3
-REG_ORTH_COEF=0.1
-INIT_WARMUP=800
-FINAL_WARMUP=3500
-MASK_INTERVAL=10
+MODEL=${MODEL:-microsoft/deberta-v3-base}
+SEED=${SEED:-6}
 
-adalora_settings() {
-    LORA_R=3 TARGET_RANK=1
-}
+# Flags that only some methods take.
+SETTINGS=()
+case $BASE in
+    lora | sora) SETTINGS=(--lora_alpha 32) ;;
+    adalora | lora2)
+        SETTINGS=(--lora_alpha 32 --lora_r 4 --target_rank 3 --reg_orth_coef 0.1 --beta1 0.85 --beta2 0.85
+            --init_warmup 800 --final_warmup 3500 --mask_interval 10)
+        ;;
+esac
+if [[ $BASE == adalora ]]; then # its own launch settings
+    SETTINGS+=(--lora_r 3 --target_rank 1)
+fi
 
-launch "$@"
+run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$ROOT/nlu/run_glue.py" \
+    --model_name_or_path "$MODEL" --task_name cola --method "$METHOD" --do_train --do_eval --seed "$SEED" \
+    --total_batch_size 32 ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"} --ddp_find_unused_parameters False \
+    --learning_rate 8e-4 --num_train_epochs 25 --warmup_steps 100 --schedule_steps 6700 \
+    --weight_decay 0 --cls_dropout 0.1 --max_seq_length 64 \
+    --eval_strategy steps --eval_steps 100 --save_strategy steps --save_steps 100 --logging_steps 10 \
+    --root_output_dir "output/glue/$(basename "$MODEL")/cola/$METHOD/seed-$SEED" \
+    "${SETTINGS[@]}" --method_file_wins "$@"

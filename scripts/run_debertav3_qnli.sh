@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# QNLI on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854), AdaLoRA's own where METHOD is an adalora.
-# What can be changed from outside stands at the top of launch.sh.
+# QNLI on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854). Where AdaLoRA's launch settings
+# differ, a METHOD of AdaLoRA gets its own.
+# --help explains what the environment sets.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-TASK=qnli
-BACKBONE=microsoft/deberta-v3-base
-TRAIN_EXAMPLES=104743
-BATCH=32
-LEARNING_RATE=1.2e-3
-EPOCHS=5
-WARMUP_STEPS=500
-WEIGHT_DECAY=0.01
-CLS_DROPOUT=0.1
-MAX_SEQ_LENGTH=512
-EVAL_STEPS=1000
-PUBLISHED_SEED=6
-LORA_ALPHA=32
-LORA_R=8
-TARGET_RANK=2
-REG_ORTH_COEF=0.1
-INIT_WARMUP=2000
-FINAL_WARMUP=8000
-MASK_INTERVAL=100
+MODEL=${MODEL:-microsoft/deberta-v3-base}
+SEED=${SEED:-6}
 
-adalora_settings() {
-    LORA_R=2 TARGET_RANK=1 LEARNING_RATE=5e-4
-}
+# Flags that only some methods take.
+SETTINGS=()
+case $BASE in
+    lora | sora) SETTINGS=(--lora_alpha 32) ;;
+    adalora | lora2)
+        SETTINGS=(--lora_alpha 32 --lora_r 8 --target_rank 2 --reg_orth_coef 0.1 --beta1 0.85 --beta2 0.85
+            --init_warmup 2000 --final_warmup 8000 --mask_interval 100)
+        ;;
+esac
+if [[ $BASE == adalora ]]; then # its own launch settings
+    SETTINGS+=(--lora_r 2 --target_rank 1 --learning_rate 5e-4)
+fi
 
-launch "$@"
+run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$ROOT/nlu/run_glue.py" \
+    --model_name_or_path "$MODEL" --task_name qnli --method "$METHOD" --do_train --do_eval --seed "$SEED" \
+    --total_batch_size 32 ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"} --ddp_find_unused_parameters False \
+    --learning_rate 1.2e-3 --num_train_epochs 5 --warmup_steps 500 --schedule_steps 16370 \
+    --weight_decay 0.01 --cls_dropout 0.1 --max_seq_length 512 \
+    --eval_strategy steps --eval_steps 1000 --save_strategy steps --save_steps 1000 --logging_steps 100 \
+    --root_output_dir "output/glue/$(basename "$MODEL")/qnli/$METHOD/seed-$SEED" \
+    "${SETTINGS[@]}" --method_file_wins "$@"

@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
 # WNLI on DeBERTaV3-base. No settings were published for it: those of RTE, chosen here, on fewer steps.
-# What can be changed from outside stands at the top of launch.sh.
+# --help explains what the environment sets.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-TASK=wnli
-BACKBONE=microsoft/deberta-v3-base
-TRAIN_EXAMPLES=635
-BATCH=32
-LEARNING_RATE=1.2e-3
-EPOCHS=20
-WARMUP_STEPS=40
-WEIGHT_DECAY=0.01
-CLS_DROPOUT=0.2
-MAX_SEQ_LENGTH=128
-EVAL_STEPS=20
-PUBLISHED_SEED=6   # chosen here
-LORA_ALPHA=32
-LORA_R=4
-TARGET_RANK=3
-REG_ORTH_COEF=0.3
-INIT_WARMUP=60
-FINAL_WARMUP=180
-MASK_INTERVAL=1
+MODEL=${MODEL:-microsoft/deberta-v3-base}
+SEED=${SEED:-6}
 
-adalora_settings() {
-    LORA_R=2 TARGET_RANK=1
-}
+# Flags that only some methods take.
+SETTINGS=()
+case $BASE in
+    lora | sora) SETTINGS=(--lora_alpha 32) ;;
+    adalora | lora2)
+        SETTINGS=(--lora_alpha 32 --lora_r 4 --target_rank 3 --reg_orth_coef 0.3 --beta1 0.85 --beta2 0.85
+            --init_warmup 60 --final_warmup 180 --mask_interval 1)
+        ;;
+esac
+if [[ $BASE == adalora ]]; then # chosen here
+    SETTINGS+=(--lora_r 2 --target_rank 1)
+fi
 
-launch "$@"
+run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$ROOT/nlu/run_glue.py" \
+    --model_name_or_path "$MODEL" --task_name wnli --method "$METHOD" --do_train --do_eval --seed "$SEED" \
+    --total_batch_size 32 ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"} --ddp_find_unused_parameters False \
+    --learning_rate 1.2e-3 --num_train_epochs 20 --warmup_steps 40 --schedule_steps 400 \
+    --weight_decay 0.01 --cls_dropout 0.2 --max_seq_length 128 \
+    --eval_strategy steps --eval_steps 20 --save_strategy steps --save_steps 20 --logging_steps 2 \
+    --root_output_dir "output/glue/$(basename "$MODEL")/wnli/$METHOD/seed-$SEED" \
+    "${SETTINGS[@]}" --method_file_wins "$@"

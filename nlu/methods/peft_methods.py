@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from loralib import match_modules
+from nlu import CONFIGS
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import LORA_MODULE, module_patterns
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
 
-PEFT_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "peft"
+PEFT_FOLDER = CONFIGS / "peft"
 ADAPTER = "default"
 _PEFT_CONFIG = "give a JSON mapping with a peft_type that this peft knows"
 

@@ -44,6 +44,10 @@ class _MethodChoice:
         default=None,
         metadata={"help": "A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."},
     )
+    method_file_wins: bool = field(
+        default=False,
+        metadata={"help": "The settings in the method's file win over the flags that stand before this one."},
+    )
     apply_lora: bool = field(default=False, metadata={"help": "Published flag; with --lora_type it means --method."})
     apply_adalora: bool = field(default=False, metadata={"help": "Published flag: with rank allocation."})
     lora_type: str | None = field(

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nlu import CONFIGS
 from nlu.errors import UsageError, reason
-from nlu.flags import METHOD_FOLDER
 from nlu.readers import parse_yaml
 from nlu.tasks import TASKS, Task
 
-PEFT_FOLDER = METHOD_FOLDER.with_name("peft")
+METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"
 CACHE_VARIABLE = "LORA2_DIGEST_CACHE"
 # What decides how a model computes: not what a training leaves beside it.
 _MODEL_FILES = (

@@ -2,13 +2,19 @@
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import pytest
 
-from nlu.arguments import _one_device, parse_arguments
+from nlu.argument_checks import fit_schedule, one_device
+from nlu.arguments import RunArguments, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
+from tests.nlu.tiny import REPOSITORY
 
 PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
     --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup 8000 --final_warmup 50000
@@ -113,7 +119,13 @@ def test_the_default_target_is_half_the_rank():
         ("--method lora --target_rank 3", "no meaning with --method lora"),
         ("--method adalora --lora_k 3", "no meaning with --method adalora"),
         ("--no_such_flag 1", "no_such_flag"),
-        ("--lora 3", "--lora"),
+        ("--learning-rat 1", "unknown argument --learning_rat: did you mean --learning_rate?"),
+        ("--total_batch_size 32 --gradient_accumulation_steps 2", "follows from --total_batch_size"),
+        ("--total_batch_size 32 --per_device_train_batch_size 12", "1, 2, 4, 8, 16, 32"),
+        ("--total_batch_size 0", "total_batch_size"),
+        ("--schedule_steps 0", "schedule_steps"),
+        ("--rank_allocation False --init_warmup 3", "--init_warmup has no meaning with --rank_allocation False"),
+        ("--lora 3", "unknown argument --lora:"),
         ("--warmup_ratio 1.0", "warmup_ratio"),
         ("--warmup_ratio x", "warmup_ratio"),
         ("--warmup_steps -1", "warmup_steps"),
@@ -199,5 +211,115 @@ def test_one_process_uses_one_device_so_that_the_batch_is_the_one_asked_for():
     training = parse(f"{BASE} --per_device_train_batch_size 32").training
     training._n_gpu = 8  # what transformers finds on a machine with eight GPUs, without torchrun
     assert effective_batch_size(training) == 256
-    _one_device(training)
+    one_device(training)
     assert training.n_gpu == 1 and effective_batch_size(training) == 32
+
+
+# ---- the batch and the schedule ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes, flags, at_once, accumulated", [
+    (1, "", 32, 1), (4, "", 8, 1), (4, "--per_device_train_batch_size 2", 2, 4), (16, "", 2, 1),
+    (16, "--per_device_train_batch_size 1", 1, 2), (1, "--per_device_train_batch_size 8", 8, 4),
+    (4, "--per_device_train_batch_size 16", 8, 1),
+])  # fmt: skip
+def test_the_total_batch_stays_however_many_processes_share_it(processes, flags, at_once, accumulated, monkeypatch):
+    monkeypatch.setattr(RunArguments, "world_size", processes)
+    training = parse(f"{BASE} --total_batch_size 32 {flags}").training
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (at_once, accumulated)
+    assert effective_batch_size(training) == 32
+
+
+@pytest.mark.parametrize("processes, flags, words", [
+    (3, "", "does not divide among 3 processes: start one of 1, 2, 4, 8, 16, 32 processes"),
+    (64, "", "does not divide among 64 processes"),
+    (2, "--per_device_train_batch_size 3", "does not divide the 16 rows of a process: give one of 1, 2, 4, 8, 16"),
+])  # fmt: skip
+def test_a_batch_that_cannot_be_shared_is_refused(processes, flags, words, monkeypatch):
+    monkeypatch.setattr(RunArguments, "world_size", processes)
+    with pytest.raises(UsageError, match=words):
+        parse(f"{BASE} --total_batch_size 32 {flags}")
+
+
+SCHEDULE = "--warmup_steps 200 --init_warmup 600 --final_warmup 1800 --mask_interval 10"
+
+
+@pytest.mark.parametrize("flags, steps, expected", [
+    (SCHEDULE, 100, (200, 600, 1800, 10)),  # without --schedule_steps they are taken literally
+    (f"{SCHEDULE} --schedule_steps 4000", 1000, (50, 150, 450, 2)),
+    (f"{SCHEDULE} --schedule_steps 4000", 100, (5, 15, 45, 1)),  # every step at least
+    (f"{SCHEDULE} --schedule_steps 4000", 4000, (200, 600, 1800, 10)),
+    (f"{SCHEDULE} --schedule_steps 4000", 9000, (200, 600, 1800, 10)),  # a longer training stretches nothing
+    ("--warmup_ratio 0.1 --schedule_steps 4000", 1000, (0.1, None, None, 2)),  # a share is one of any length
+    ("--schedule_steps 4000", 0, (0, None, None, 10)),  # nothing is trained
+])  # fmt: skip
+def test_a_shorter_training_shrinks_the_schedule_in_proportion(flags, steps, expected):
+    arguments = parse(f"{BASE} {flags}")
+    fit_schedule(arguments.training, arguments.method, steps)
+    method = arguments.method
+    found = (arguments.training.warmup_steps, method.init_warmup, method.final_warmup, method.mask_interval)
+    assert found == expected
+
+
+@pytest.mark.parametrize("before, after, rate, rank", [
+    ("--learning_rate 1e-3", "--method full", 1e-3, 8),  # without the switch the command line wins
+    ("--learning_rate 1e-3 --method full --method_file_wins", "", 2e-5, 8),
+    ("--learning_rate 1e-3 --method full --method_file_wins", "--learning_rate 3e-3", 3e-3, 8),
+    ("--lora_r 2 --target_rank 1 --learning_rate 1e-3 --method_file_wins", "--method adalora_r8", 1e-3, 12),
+    ("--lora_r 2 --target_rank 1 --method_file_wins", "--method adalora_r8 --lora_r 10", 5e-5, 10),
+])  # fmt: skip
+def test_settings_of_a_script_give_way_to_the_methods_file(before, after, rate, rank):
+    arguments = parse(f"{BASE} {before} {after}")
+    assert (arguments.training.learning_rate, arguments.method.lora_r) == (rate, rank)
+
+
+def test_a_flag_may_replace_what_a_script_sets_in_another_way():
+    arguments = parse(f"{BASE} --lora_r 4 --target_rank 3 --method_file_wins --target_total_rank 20")
+    assert arguments.method.target_total_rank == 20
+    with pytest.raises(UsageError, match="no meaning with --method lora"):
+        parse(f"{BASE} --target_rank 3 --method_file_wins --method lora")
+
+
+# ---- the packages --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["run_glue", "predict", "sweep"])
+@pytest.mark.parametrize("package", ["torch", "pyarrow"])
+def test_help_without_an_installed_package_says_what_to_run(program, package):
+    hide = f"""
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)
+sys.modules[{package!r}] = None
+sys.argv = [{program!r}, "--help"]
+runpy.run_path("nlu/{program}.py", run_name="__main__")
+"""
+    result = subprocess.run([sys.executable, "-c", hide], cwd=REPOSITORY, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"error: the package {package} is not installed: run bash scripts/setup.sh first\n"
+
+
+def test_an_installed_package_knows_the_methods(tmp_path):
+    """The wheel holds configs/; the lookup runs from the unpacked wheel, away from the checkout."""
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    source = tmp_path / "source"
+    for name in ("nlu", "loralib", "configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*REPOSITORY.glob("*.t*"), REPOSITORY / "README.md", REPOSITORY / "LICENSE"):
+        shutil.copy(path, source)
+    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = set(archive.namelist())
+        archive.extractall(tmp_path / "unpacked")
+    assert {f"nlu/{path.relative_to(source)}" for path in (source / "configs").rglob("*.*")} <= packed
+    for package in ("nlu", "loralib"):
+        assert {str(path.relative_to(source)) for path in (source / package).rglob("*.py")} <= packed
+    code = (
+        "import nlu; from nlu.arguments import parse_arguments as parse;"
+        f"print(nlu.__file__, parse({BASE!r}.split() + ['--method', 'adalora_r8']).method.lora_r)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "unpacked", capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == [str(tmp_path / "unpacked/nlu/__init__.py"), "12"]

@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import nlu.flags
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-import nlu.flags
 from nlu.run_glue import main
 from nlu.runs import digests
 from tests.nlu.tiny import make_rows, write_rows

@@ -4,40 +4,46 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from nlu.argument_checks import fit_schedule
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.places import Places, command_line
-from nlu.trainer import effective_batch_size
+from nlu.methods.low_rank import SIX_MODULES
+from nlu.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("run_*.sh"))
 METHODS = sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
-# MNLI 392,702 … : the rows of the GLUE training sets, from which the published schedules' lengths follow.
+# The rows of the GLUE training sets, from which the published schedules' lengths follow.
 TRAIN_ROWS = {
     "cola": 8551, "sst2": 67349, "mrpc": 3668, "qqp": 363846, "stsb": 5749, "mnli": 392702, "qnli": 104743, "rte": 2490,
     "wnli": 635,
 }  # fmt: skip
 
 
-def dry_run(script, *flags, **environment):
-    """(exit code, what is printed above the command, the command's words)"""
-    result = subprocess.run(
+def start(script, *flags, **environment):
+    """What a script does where DRY_RUN is set."""
+    return subprocess.run(
         ["bash", ROOT / "scripts" / script, *flags],
         env={"PATH": os.environ["PATH"], "DRY_RUN": "1", "PYTHON": "python", **environment},
         capture_output=True, text=True,
     )  # fmt: skip
-    if result.returncode:
-        return result.returncode, result.stderr, []
-    *told, command = result.stdout.strip().splitlines()
-    return 0, "\n".join(told), shlex.split(command)
+
+
+def words_of(script, *flags, **environment):
+    """The command that a script prints, in words."""
+    result = start(script, *flags, **environment)
+    assert result.returncode == 0, result.stderr
+    return shlex.split(result.stdout)
 
 
 def arguments_of(words):
@@ -45,11 +51,8 @@ def arguments_of(words):
     return parse_arguments(words[next(i for i, word in enumerate(words) if word.endswith("run_glue.py")) + 1 :])
 
 
-def settings(script, **environment):
-    code, told, words = dry_run(script, **environment)
-    assert code == 0, told
-    arguments = arguments_of(words)
-    return {**vars(arguments.model), **vars(arguments.data), **vars(arguments.method), **vars(arguments.training)}
+def settings(script, *flags, **environment):
+    return arguments_of(words_of(script, *flags, **environment)).record
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +65,16 @@ def published():
 
 
 def test_there_is_a_script_for_every_task_and_backbone():
-    names = {path.name for path in SCRIPTS}
-    assert names == {f"run_{b}_{t}.sh" for b in ("debertav3", "robertalarge") for t in GLUE} | {"run_debertav3_wnli.sh"}
+    trained = [task.name for task in TASKS.values() if task.train_splits]
+    names = {f"run_debertav3_{task}.sh" for task in trained} | {f"run_robertalarge_{task}.sh" for task in GLUE}
+    assert {path.name for path in SCRIPTS} == names
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_command_is_literal(script):
+    text = script.read_text()
+    assert 'run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC"' in text
+    assert '"$ROOT/nlu/run_glue.py"' in text and text.endswith('"${SETTINGS[@]}" --method_file_wins "$@"\n')
 
 
 @pytest.mark.parametrize("script", [path.name for path in sorted((ROOT / "scripts").glob("*.sh"))])
@@ -79,26 +90,15 @@ def test_debertav3_has_the_published_settings(task, method, published):
         expected |= published["adalora"][task]
     found = settings(f"run_debertav3_{task}.sh", METHOD=method)
     kind, amount = expected.pop("warmup").split()
-    steps = expected["num_train_epochs"] * -(-TRAIN_ROWS[task] // 32)
-    warmup = (
-        float(amount)
-        if kind == "warmup_steps"
-        else float(amount) * published["lora2"][task]["num_train_epochs"] * -(-TRAIN_ROWS[task] // 32)
-    )
-    assert found["warmup_steps"] == pytest.approx(warmup, abs=1)
+    per_epoch = -(-TRAIN_ROWS[task] // 32)
+    whole = 1 if kind == "warmup_steps" else published["lora2"][task]["num_train_epochs"] * per_epoch
+    assert found["warmup_steps"] == pytest.approx(float(amount) * whole, abs=1)
     assert {key: found["task_name" if key == "task" else key] for key in expected} == expected
-    assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 32
+    assert found["schedule_steps"] == expected["num_train_epochs"] * per_epoch
+    assert found["total_batch_size"] == found["per_device_train_batch_size"] == 32
     assert (found["beta1"], found["beta2"]) == (0.85, 0.85)
-    assert found["lora_module"].split(",") == [
-        "query",
-        "key",
-        "value",
-        "attention.output",
-        "intermediate",
-        "layer.output",
-    ]
-    assert found["init_warmup"] + found["final_warmup"] < steps
-    assert found["model_name_or_path"] == "microsoft/deberta-v3-base"
+    assert found["lora_module"] == SIX_MODULES and found["model_name_or_path"] == "microsoft/deberta-v3-base"
+    assert found["init_warmup"] + found["final_warmup"] < found["schedule_steps"]
 
 
 # arXiv 2106.09685, Table 9: batch (8 GPUs), epochs, learning rate, sequence length of LoRA on RoBERTa-large.
@@ -112,29 +112,35 @@ LORA_TABLE_9 = {
 def test_roberta_large_has_loras_settings(task):
     batch, epochs, rate, length = LORA_TABLE_9[task]
     found = settings(f"run_robertalarge_{task}.sh", METHOD="lora")
-    assert found["per_device_train_batch_size"] * found["gradient_accumulation_steps"] == 8 * batch
+    assert found["total_batch_size"] == 8 * batch
     assert (found["num_train_epochs"], found["learning_rate"], found["max_seq_length"]) == (epochs, rate, length)
     assert (found["lora_r"], found["lora_alpha"], found["lora_module"]) == (8, 16, "query,value")
     assert found["weight_decay"] == 0.1
-    steps = epochs * -(-TRAIN_ROWS[task] // (8 * batch))
-    assert found["warmup_steps"] == pytest.approx(0.06 * steps, abs=1)
+    assert found["schedule_steps"] == epochs * -(-TRAIN_ROWS[task] // (8 * batch))
+    assert found["warmup_steps"] == pytest.approx(0.06 * found["schedule_steps"], abs=1)
     allocating = settings(f"run_robertalarge_{task}.sh", METHOD="lora2_k1")
-    assert allocating["lora_module"].count(",") == 5
-    assert allocating["init_warmup"] + allocating["final_warmup"] < steps
+    assert allocating["lora_module"] == SIX_MODULES
+    assert allocating["init_warmup"] + allocating["final_warmup"] < allocating["schedule_steps"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_understood(method):
-    flags = {"METHOD": method}
-    code, told, words = dry_run(
-        "run_debertav3_mrpc.sh", *(["--peft_config", "dora"] if method == "peft" else []), **flags
-    )
-    assert code == 0 and f"mrpc with {method} on" in told
-    arguments = arguments_of(words)
+@pytest.mark.parametrize(
+    "method, backbone", [*zip(METHODS, itertools.cycle(["debertav3", "robertalarge"]), strict=False)]
+)
+def test_every_method_is_understood_and_its_file_wins_over_the_scripts_settings(method, backbone):
+    more = ["--peft_config", "dora"] if method == "peft" else []
+    found = settings(f"run_{backbone}_mrpc.sh", *more, METHOD=method)
     config = yaml.safe_load((ROOT / f"configs/methods/{method}.yaml").read_text())
-    values = {**vars(arguments.method), **vars(arguments.training)}
-    assert {key: values[key] for key in config} == config, "the method's file wins over the task's settings"
-    assert arguments.method_config == method
+    assert {key: found[key] for key in config} == config
+    assert found["method_config"] == method and found["root_output_dir"].endswith(
+        f"/mrpc/{method}/seed-{found['seed']}"
+    )
+
+
+def test_flags_win_over_the_methods_file():
+    assert settings("run_debertav3_rte.sh", METHOD="full")["learning_rate"] == 2e-5
+    assert settings("run_debertav3_rte.sh", "--learning_rate", "1e-5", METHOD="full")["learning_rate"] == 1e-5
+    adalora = settings("run_debertav3_qnli.sh", "--lora_r=9", METHOD="adalora_r8")
+    assert (adalora["lora_r"], adalora["target_rank"], adalora["learning_rate"]) == (9, 8, 5e-4)
 
 
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs/experiments").glob("paper_*.yaml")])
@@ -146,56 +152,23 @@ def test_what_reproduces_a_papers_table_is_understood(name, tmp_path):
         by_label.setdefault(next(v for k, v in run.axes.items() if k not in ("task_name", "seed")), []).append(run)
     for i, of_label in enumerate(by_label.values()):
         run = of_label[i % len(of_label)]
-        prefix, script, *flags = _split_at_script(command_line(run, Places(tmp_path, tmp_path, [])))
-        environment = dict(word.split("=", 1) for word in prefix if "=" in word)
-        code, told, words = dry_run(script, *flags, **environment)
-        assert code == 0 and "seed 2, about" in told, told
-        arguments = arguments_of(words)
-        assert arguments.data.task_name == run.arguments["task_name"] and arguments.training.seed == 2
-        assert arguments.training.root_output_dir == str(tmp_path / run.folder)
+        command = command_line(run, Places(tmp_path, tmp_path, []))
+        at = next(i for i, word in enumerate(command) if word.endswith(".sh"))
+        environment = dict(word.split("=", 1) for word in command[:at] if "=" in word)
+        script = Path(command[at]).name
+        found = settings(script, *command[at + 1 :], **environment)
+        assert found["task_name"] == run.arguments["task_name"] and found["seed"] == 2
+        assert found["root_output_dir"] == str(tmp_path / run.folder)
         for key in run.arguments.keys() - {"method", "seed", "task_name"}:
-            assert arguments.record[key] == run.arguments[key], key
+            assert found[key] == run.arguments[key], key
         scripts.add(script)
     assert len(scripts) == min(len(by_label), len({run.axes["task_name"] for run in runs}))
 
 
-def _split_at_script(words):
-    i = next(i for i, word in enumerate(words) if word.endswith(".sh"))
-    return [words[:i], Path(words[i]).name, *words[i + 1 :]]
-
-
-def test_wnli_is_understood():
-    assert settings("run_debertav3_wnli.sh", METHOD="lora2")["task_name"] == "wnli"
-
-
-def test_full_fine_tuning_keeps_its_own_learning_rate():
-    assert settings("run_debertav3_rte.sh", METHOD="full")["learning_rate"] == 2e-5
-
-
-@pytest.mark.parametrize("processes, nodes, per_device, accumulation", [
-    (1, 1, "", 1), (4, 1, "", 1), (4, 1, "2", 4), (2, 4, "", 1), (8, 2, "1", 2), (1, 1, "8", 4),
-])  # fmt: skip
-def test_the_effective_batch_stays(processes, nodes, per_device, accumulation, monkeypatch):
-    environment = {"NPROC": str(processes), "NNODES": str(nodes), "PER_DEVICE": per_device}
-    code, told, words = dry_run("run_debertav3_rte.sh", **environment)
-    assert code == 0 and "effective batch 32 = " in told
-    training = arguments_of(words).training
-    assert training.gradient_accumulation_steps == accumulation
-    monkeypatch.setattr(type(training), "world_size", processes * nodes)
-    assert effective_batch_size(training) == 32
-
-
 @pytest.mark.parametrize("flags, environment, message", [
-    ([], {"NPROC": "3"}, "does not divide among 3 processes"),
-    ([], {"NPROC": "4", "NNODES": "3"}, "does not divide among 12 processes"),
-    ([], {"NPROC": "2", "PER_DEVICE": "3"}, "no multiple of 2 processes"),
     ([], {"PER_DEVICE": "x"}, "PER_DEVICE must be a positive number"),
     ([], {"NPROC": "0"}, "NPROC must be a positive number"),
     ([], {"METHOD": "nosuch"}, "no method 'nosuch'"),
-    (["--per_device_train_batch_size", "8"], {}, "would change the batch"),
-    (["--gradient_accumulation_steps=2"], {}, "would change the batch"),
-    (["--max_steps", "-3"], {}, "want positive numbers"),
-    (["--per-device-train-batch-size", "8"], {}, "would change the batch"),
     (["--task_name", "mrpc"], {}, "this script is for rte, not for mrpc"),
     (["--method=nosuch"], {}, "no method 'nosuch'"),
     ([], {"NODE_RANK": "x"}, "NODE_RANK must be a number from 0 to NNODES − 1 = 0"),
@@ -204,54 +177,52 @@ def test_the_effective_batch_stays(processes, nodes, per_device, accumulation, m
     ([], {"ACCELERATE": "nosuch.yaml"}, "there is no file 'nosuch.yaml'"),
 ])  # fmt: skip
 def test_scripts_refuse_with_one_line(flags, environment, message):
-    code, told, _ = dry_run("run_debertav3_rte.sh", *flags, **environment)
-    assert code == 2 and message in told and len(told.strip().splitlines()) == 1
+    result = start("run_debertav3_rte.sh", *flags, **environment)
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
 def test_the_example_of_the_scripts():
     """METHOD=adalora SEED=2 NPROC=4 … --max_steps 100: torchrun, and a schedule that fits into 100 of 3,900 steps."""
-    code, told, words = dry_run("run_debertav3_rte.sh", "--max_steps", "100", METHOD="adalora", SEED="2", NPROC="4")
-    assert code == 0 and "scaled alike" in told
-    assert words[0] == "python" and words[1].endswith("nlu/launch.py") and words[2:4] == ["--nproc_per_node", "4"]
+    words = words_of("run_debertav3_rte.sh", "--max_steps", "100", METHOD="adalora", SEED="2", NPROC="4")
+    assert words[:4] == ["python", str(ROOT / "nlu/launch.py"), "--nproc_per_node", "4"]
     arguments = arguments_of(words)
     assert arguments.training.seed == 2 and arguments.training.max_steps == 100
     assert (arguments.method.lora_r, arguments.method.target_rank) == (2, 1)
-    expected = [int(steps * 100 / 3900) for steps in (600, 1800, 200)]
+    fit_schedule(arguments.training, arguments.method, 100)
     found = [arguments.method.init_warmup, arguments.method.final_warmup, arguments.training.warmup_steps]
-    assert found == expected and sum(found[:2]) < 100
+    assert found == [int(steps * 100 / 3900) for steps in (600, 1800, 200)]
 
 
-def test_fewer_epochs_scale_the_schedule_and_more_do_not():
-    half = arguments_of(dry_run("run_debertav3_rte.sh", "--num_train_epochs", "25")[2]).method
-    assert (half.init_warmup, half.final_warmup) == (300, 900)
-    more = arguments_of(dry_run("run_debertav3_rte.sh", "--num_train_epochs=100")[2]).method
-    assert (more.init_warmup, more.final_warmup) == (600, 1800)
-    own = arguments_of(dry_run("run_debertav3_rte.sh", "--max_steps", "500", "--init_warmup", "7")[2]).method
-    assert own.init_warmup == 7
-
-
-def test_flags_that_follow_are_what_the_first_line_the_settings_and_the_folder_say():
+def test_flags_that_follow_decide_the_settings_and_the_folder():
     flags = ["--seed=3", "--method", "adalora", "--model-name-or-path", "models/mine", "--task_name", "RTE"]
-    code, told, words = dry_run("run_debertav3_rte.sh", *flags)
-    assert code == 0 and "rte with adalora on models/mine, seed 3" in told
-    arguments = arguments_of(words)
-    assert (arguments.method.lora_r, arguments.training.seed) == (2, 3)
-    assert arguments.training.root_output_dir.endswith("output/glue/mine/rte/adalora/seed-3")
+    found = settings("run_debertav3_rte.sh", *flags)
+    assert (found["lora_r"], found["seed"]) == (2, 3)
+    assert found["root_output_dir"] == "output/glue/mine/rte/adalora/seed-3"
+    assert settings("run_debertav3_rte.sh", MODEL="models/mine")["model_name_or_path"] == "models/mine"
+    assert settings("run_debertav3_rte.sh", "--root_output_dir", "elsewhere")["root_output_dir"] == "elsewhere"
+    with pytest.raises(UsageError, match="no_such_flag"):
+        settings("run_debertav3_rte.sh", "--no_such_flag")
 
 
-def test_fewer_rows_and_hyphens_shorten_the_schedule_too():
-    told, words = dry_run("run_debertav3_rte.sh", "--max_train_samples", "320")[1:]
-    assert "about 500 steps" in told and "shorter than the published 3900" in told
-    assert arguments_of(words).method.init_warmup == 600 * 500 // 3900
-    assert "about 100 steps" in dry_run("run_debertav3_rte.sh", "--max-steps=100")[1]
+def test_published_seeds_stand_where_none_is_given():
+    assert (
+        settings("run_debertav3_rte.sh")["seed"] == 4 and settings("run_debertav3_rte.sh", METHOD="full")["seed"] == 4
+    )
+    assert settings("run_debertav3_rte.sh", METHOD="adalora")["seed"] == 6
+    assert settings("run_debertav3_rte.sh", METHOD="adalora", SEED="1")["seed"] == 1
 
 
-def test_several_machines_go_through():
-    _, told, words = dry_run(
+def test_rows_at_once_are_bounded():
+    found = settings("run_debertav3_rte.sh", PER_DEVICE="8")
+    assert (found["per_device_train_batch_size"], found["gradient_accumulation_steps"]) == (8, 4)
+
+
+def test_one_process_is_started_without_torchrun_and_several_machines_with_it():
+    assert words_of("run_debertav3_rte.sh")[:2] == ["python", str(ROOT / "nlu/run_glue.py")]
+    words = words_of(
         "run_debertav3_mnli.sh", NPROC="2", NNODES="4", NODE_RANK="3", MASTER_ADDR="first", MASTER_PORT="1234"
     )
     given = dict(itertools.pairwise(words))
-    assert "4 machine(s) × 2 process(es)" in told
     assert (given["--nnodes"], given["--node_rank"], given["--nproc_per_node"]) == ("4", "3", "2")
     assert (given["--master_addr"], given["--master_port"]) == ("first", "1234")
 
@@ -263,16 +234,32 @@ def test_accelerate_settings_are_ones_accelerate_knows(name):
     path = f"configs/accelerate/{name}.yaml"
     config = load_config_from_file(str(ROOT / path))
     assert str(getattr(config.distributed_type, "value", config.distributed_type)) in ("MULTI_GPU", "FSDP")
-    _, _, words = dry_run("run_debertav3_rte.sh", NPROC="2", NNODES="2", NODE_RANK="1", ACCELERATE=path)
+    words = words_of("run_debertav3_rte.sh", NPROC="2", NNODES="2", NODE_RANK="1", ACCELERATE=str(ROOT / path))
     given = dict(itertools.pairwise(words))
-    assert words[:3] == ["python", "-m", "accelerate.commands.launch"] and given["--config_file"] == path
+    assert words[:3] == ["python", "-m", "accelerate.commands.launch"] and given["--config_file"] == str(ROOT / path)
     assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == ("4", "2", "1")
+    assert str(ROOT / "nlu/launch.py") not in words
 
 
-def test_another_model_and_folder_can_be_named():
-    found = settings("run_debertav3_rte.sh", MODEL="models/mine")
-    assert found["model_name_or_path"] == "models/mine"
-    code, _, words = dry_run("run_debertav3_rte.sh", "--root_output_dir", "elsewhere", "--no_such_flag")
-    assert code == 0 and "elsewhere" in words
-    with pytest.raises(UsageError, match="no_such_flag"):
-        arguments_of(words)
+def test_help_explains_the_environment_and_starts_nothing():
+    result = start("run_debertav3_rte.sh", "--max_steps", "3", "--help", DRY_RUN="", METHOD="nosuch")
+    assert result.returncode == 0 and "run_glue.py --model" not in result.stdout
+    names = ("METHOD", "MODEL", "SEED", "NPROC", "PER_DEVICE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+             "ACCELERATE", "DRY_RUN", "PYTHON")  # fmt: skip
+    assert all(name in result.stdout for name in names)
+
+
+def test_a_machine_with_python3_alone_will_do(tmp_path):
+    """A copy without .venv, and a PATH without python."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "basename", "sed"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "python3").symlink_to("/bin/true")
+    result = subprocess.run(
+        [tools / "bash", tmp_path / "scripts/run_debertav3_rte.sh"],
+        env={"PATH": str(tools), "DRY_RUN": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout.startswith(f"{tools}/python3 {tmp_path}/nlu/run_glue.py ")

@@ -1,0 +1,202 @@
+"""What a command line must not say, checked before data or model are touched, and what follows from it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from nlu.errors import UsageError
+from nlu.methods.registry import FLAGS, check_arguments, flag_methods
+from nlu.tasks import get_task
+
+logger = logging.getLogger("nlu")
+
+# Flags of the Trainer that a run would ignore or that would break it, each with what to do.
+REFUSED_FLAGS = {
+    "label_names": "the label's name is fixed",
+    "push_to_hub": "a run uploads nothing",
+    "resume_from_checkpoint": "the same command goes on from the run's last checkpoint by itself",
+    "metric_for_best_model": "the best checkpoint is the one where the task's main metric is highest",
+    "greater_is_better": "the best checkpoint is the one where the task's main metric is highest",
+    "train_sampling_strategy": "the order is random; --length_bucketing batches similar lengths together",
+    "auto_find_batch_size": "it would change the effective batch; set --per_device_train_batch_size",
+    "average_tokens_across_devices": "the loss is always the mean over the rows of all processes",
+    "prediction_loss_only": "every evaluation computes the task's metrics",
+    "batch_eval_metrics": "the metrics are computed over the whole set",
+    "eval_do_concat_batches": "the metrics are computed over the whole set",
+}
+
+_SEEDS = 2**32  # numpy's global generator takes no larger ones
+# name → (lowest, first number above that is too large); None for the argument's value means that it is not set.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed", "holdout_seed"), (0, _SEEDS)),
+    **dict.fromkeys(
+        ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples",
+         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+         "eval_accumulation_steps", "save_total_limit", "dataloader_prefetch_factor", "total_batch_size",
+         "schedule_steps"),
+        (1, 2**31),
+    ),
+    **dict.fromkeys(
+        ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "dataloader_num_workers", "eval_delay"),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
+}  # fmt: skip
+_POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
+
+
+def check_given(named: set[str], replaced: set[str], config: str, method: str) -> None:
+    """Refuse flags that this pipeline does not support or that the method would ignore.
+
+    Args:
+        named: all arguments that flags set. replaced: those in the method's file that the command line sets again.
+        config, method: the method's file and its base method.
+
+    Raises:
+        UsageError: one line.
+    """
+    for name in sorted(named):
+        if name in REFUSED_FLAGS:
+            raise UsageError(f"--{name} is not supported here ({REFUSED_FLAGS[name]}): leave it out")
+        readers = flag_methods(name)
+        if readers and method not in readers:
+            raise UsageError(
+                f"--{name} has no meaning with --method {method} (only with {', '.join(readers)}): leave it out"
+            )
+        if name in replaced and name in FLAGS and FLAGS[name].fixed:
+            raise UsageError(f"--method {config} has a {name} of its own: give --method {method} with --{name}")
+
+
+def check_values(model: Any, data: Any, method: Any, training: Any, given: set[str]) -> None:
+    """Refuse missing arguments, values out of range and contradictions.
+
+    Args:
+        model, data, method, training: the parts of the run's arguments. given: what the command line sets.
+
+    Raises:
+        UsageError: one line.
+    """
+    if training.root_output_dir is None:
+        raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
+    if data.task_name is None and data.train_file is None and data.test_file is None:
+        raise UsageError("nothing to train on: give --task_name, or --train_file and --validation_file")
+    if data.task_name is not None:
+        task = get_task(data.task_name)
+        data.task_name = task.name
+        if not task.train_splits and (training.do_train or training.do_eval):
+            raise UsageError(f"{task.name} has a test set only: give --task_name mnli --predict_task {task.name}")
+        if data.train_file or data.validation_file or data.test_file:
+            raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
+    elif training.do_eval and data.validation_file is None and data.holdout_fraction is None:
+        raise UsageError("nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval out")
+    elif training.do_predict and data.test_file is None:
+        raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
+    if absent:
+        raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
+    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
+        raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
+    if training.fsdp and training.world_size < 2:
+        raise UsageError("--fsdp splits a model over several processes: start it with torchrun or accelerate launch")
+    _check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
+    if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
+        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
+    if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
+        raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
+    check_arguments(method, given)
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    """Check every argument that has a range.
+
+    Args:
+        values: arguments by name; those that are None, and names without a range, are passed over.
+
+    Raises:
+        UsageError: for a number out of its range, NaN and infinity included.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name in _RANGES:
+            low, high = _RANGES[name]
+            if not low <= value < high:
+                limit = "and finite" if high == math.inf else f"and below {high}"
+                raise UsageError(f"--{name} must be at least {low} {limit}, got {value}")
+        elif name in _POSITIVE and not 0 < value < math.inf:
+            raise UsageError(f"--{name} must be positive and finite, got {value}")
+
+
+def one_device(training: TrainingArguments) -> None:
+    """A process trains on one device: DataParallel over all that it sees would multiply the batch unasked."""
+    if training.n_gpu > 1:
+        logger.warning("%d devices are visible, one is used: start with torchrun for more", training.n_gpu)
+        training._n_gpu = 1
+
+
+def share_batch(training: Any, named: set[str]) -> None:
+    """Share ``--total_batch_size`` out: rows a process takes at once, and steps that it accumulates.
+
+    Args:
+        training: ``world_size`` is the number of processes; set in place. named: the arguments that are given:
+            ``per_device_train_batch_size`` is an upper bound where it is.
+
+    Raises:
+        UsageError: for a batch that the processes, or the rows at once, do not divide.
+    """
+    total, processes = training.total_batch_size, training.world_size
+    if total is None:
+        return
+    if "gradient_accumulation_steps" in named:
+        raise UsageError(
+            "--gradient_accumulation_steps follows from --total_batch_size: leave it out, or bound the rows at once "
+            "with --per_device_train_batch_size"
+        )
+    if total % processes:
+        raise UsageError(
+            f"--total_batch_size {total} does not divide among {processes} processes: start one of "
+            f"{_divisors(total)} processes"
+        )
+    share = total // processes
+    at_once = min(share, training.per_device_train_batch_size) if "per_device_train_batch_size" in named else share
+    if share % at_once:
+        raise UsageError(
+            f"--per_device_train_batch_size {at_once} does not divide the {share} rows of a process: give one of "
+            f"{_divisors(share)}"
+        )
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = at_once, share // at_once
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+
+
+def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
+    """Shrink the warm-ups and the masking interval, in place, for a training shorter than ``--schedule_steps``.
+
+    Args:
+        training, method: parts of the run's arguments. total_steps: optimiser steps of this training.
+
+    Each number n of steps becomes ⌊n · total_steps / schedule_steps⌋, the masking interval at least 1. A warm-up given
+    as a share of the training stays, and so does a number that is not set.
+    """
+    made_for = training.schedule_steps
+    if made_for is None or not 0 < total_steps < made_for:
+        return
+    logger.warning(
+        "the training has %d steps, its schedule was made for %d: warm-ups and masking interval shrink in proportion",
+        total_steps, made_for,
+    )  # fmt: skip
+    if training.warmup_steps >= 1:
+        training.warmup_steps = int(training.warmup_steps) * total_steps // made_for
+    for name, least in (("init_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
+        steps = getattr(method, name)
+        if steps is not None:
+            setattr(method, name, max(least, steps * total_steps // made_for))

@@ -1,0 +1,100 @@
+# Sourced by the scripts/run_*.sh files with their arguments: --help, what the environment sets, and `run`.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+show_help() {
+    cat <<END
+Fine-tunes an encoder on a task with the settings that stand in the script.
+
+  bash $0
+  METHOD=adalora SEED=2 NPROC=4 bash $0 --max_steps 100
+
+The environment sets:
+  METHOD       a file's name in configs/methods/ without .yaml (default: lora2)
+  MODEL        a model's folder, or another name on the hub
+  SEED         in place of the published one
+  NPROC        processes on this machine, one a GPU (default: 1)
+  PER_DEVICE   rows a process takes at once; the rest of its share of the batch is accumulated (default: all)
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   of a run over several machines, as torchrun knows them
+  ACCELERATE   a file in configs/accelerate/: \`accelerate launch\` starts the run with its settings (FSDP, for example)
+  DRY_RUN=1    prints the command and starts nothing
+  PYTHON       the interpreter (default: .venv/bin/python where scripts/setup.sh made it, else python3 or python)
+
+Flags after the script's name go to nlu/run_glue.py (--help there) and win over everything else. What the method's file
+in configs/methods/ says wins over the script's settings. The batch stays the task's, however many processes share it. In
+a shorter training (--max_steps, --num_train_epochs) warm-ups and masking interval shrink in proportion, your own too;
+--schedule_steps sets the length that they were made for.
+END
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# given NAME ARGUMENT…: prints the last value of the flag --NAME among the arguments; fails where there is none
+given() {
+    local name=$1 flag value= found=1
+    shift
+    while (($#)); do
+        flag=${1%%=*}
+        if [[ $flag == --* && ${flag//-/_} == "__$name" ]]; then # run_glue.py takes --max-steps too
+            [[ $1 == *=* ]] && value=${1#*=} || value=${2-}
+            found=0
+        fi
+        shift
+    done
+    echo "$value"
+    return $found
+}
+
+# run COMMAND…: starts it, or prints it for DRY_RUN. One process needs no launcher, and ACCELERATE brings another one: then
+# the words before nlu/run_glue.py are replaced.
+run() {
+    if [[ -n ${ACCELERATE:-} ]] || ((NPROC * NNODES == 1)); then
+        while [[ $1 != "$ROOT/nlu/run_glue.py" ]]; do shift; done
+        if [[ -n ${ACCELERATE:-} ]]; then
+            set -- -m accelerate.commands.launch --config_file "$ACCELERATE" --num_processes $((NPROC * NNODES)) \
+                --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
+                --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
+        fi
+        set -- "$PYTHON" "$@"
+    fi
+    [[ -z ${DRY_RUN:-} ]] || { printf '%q ' "$@" && echo && exit; }
+    exec "$@"
+}
+
+for word in "$@"; do
+    if [[ $word == -h || $word == --help ]]; then
+        show_help
+        exit
+    fi
+done
+
+# What the script's settings and folder depend on may come as a flag too, which then wins.
+for name in METHOD:method SEED:seed MODEL:model_name_or_path; do
+    if value=$(given "${name#*:}" "$@"); then printf -v "${name%:*}" %s "$value"; fi
+done
+task=${0##*_} task=${task%.sh}
+if value=$(given task_name "$@") && value=${value//-/} && [[ ${value,,} != "$task" ]]; then
+    fail "this script is for $task, not for $value: take the script of $value"
+fi
+METHOD=${METHOD:-lora2} NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=$ROOT/.venv/bin/python
+    [[ -x $PYTHON ]] || PYTHON=$(command -v python3 || command -v python) ||
+        fail "there is no python3: install it, or set PYTHON"
+fi
+
+[[ -f $ROOT/configs/methods/$METHOD.yaml ]] ||
+    fail "no method '$METHOD': METHOD is one of $(cd "$ROOT/configs/methods" && echo *.yaml | sed 's/\.yaml//g')"
+BASE=$(sed -n 's/^method: *//p' "$ROOT/configs/methods/$METHOD.yaml") # the method whose flags it takes
+for name in NPROC NNODES MASTER_PORT; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name must be a positive number, got '${!name}'"
+done
+[[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) ||
+    fail "NODE_RANK must be a number from 0 to NNODES − 1 = $((NNODES - 1)), got '$NODE_RANK'"
+[[ -z ${PER_DEVICE:-} || $PER_DEVICE =~ ^[1-9][0-9]*$ ]] || fail "PER_DEVICE must be a positive number, got '$PER_DEVICE'"
+[[ -z ${ACCELERATE:-} || -f $ACCELERATE ]] ||
+    fail "there is no file '$ACCELERATE': ACCELERATE is a file in configs/accelerate/"
