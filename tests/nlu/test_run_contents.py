@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import nlu.flags
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+import nlu.arguments
 from nlu.run_glue import main
 from nlu.runs import digests
 from tests.nlu.tiny import make_rows, write_rows
@@ -23,7 +23,7 @@ class Finished:
 
     def __init__(self, kind: str, root: Path, encoder: Path, glue: Path) -> None:
         self.root, self.folder = root, root / "run"
-        for source, name in ((encoder, "model"), (glue, "glue"), (nlu.flags.METHOD_FOLDER, "methods")):
+        for source, name in ((encoder, "model"), (glue, "glue"), (nlu.arguments.METHOD_FOLDER, "methods")):
             shutil.copytree(source, root / name)
         for seed, name in enumerate(("train", "validation", "test")):
             write_rows(root / f"{name}.jsonl", make_rows(("sentence",), False, 24, seed))
@@ -61,7 +61,7 @@ def made(tmp_path_factory, encoder, tiny_glue):
 
 
 def use_methods(patch, run):
-    for module in (nlu.flags, digests):
+    for module in (nlu.arguments, digests):
         patch.setattr(module, "METHOD_FOLDER", run.root / "methods")
 
 
