@@ -60,17 +60,6 @@ def test_going_on_from_a_checkpoint_changes_no_bit(base_flags, tmp_path, options
     assert json.loads((tmp_path / "broken" / "results.json").read_text())["resumes"] == 1
 
 
-def test_the_best_models_adapter_has_the_ranks_of_its_step(base_flags, tmp_path, monkeypatch):
-    """The best score comes before the ranks are at their target."""
-    scores = iter([0.1, 0.9, *[0.2] * 20])
-    monkeypatch.setattr("nlu.run_glue.compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
-    options = f"{STEPS} --max_steps 20 --eval_steps 2 --init_warmup 1 --final_warmup 2 --mask_interval 1"
-    assert main(flags_of(base_flags, tmp_path / "run", f"{options} --load_best_model_at_end True")) == 0
-    record = json.loads((tmp_path / "run" / "results.json").read_text())
-    live = sum(map(sum, json.loads((tmp_path / "run" / "rank_pattern.json").read_text()).values()))
-    assert record["best_step"] == 4 and record["final_budget"] < live == record["live_budget"]
-
-
 @pytest.fixture(scope="module")
 def processes():
     """Processes that start with everything imported, so that killing many of them is cheap."""

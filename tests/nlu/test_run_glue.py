@@ -82,10 +82,10 @@ def test_checkpoints_hold_what_trains_and_not_the_base(base_flags, tmp_path):
     assert sum(w.numel() for w in weights.values()) == record["adapter_params"] + record["head_params"]
 
 
-@pytest.mark.parametrize("task, metrics", [
-    ("mrpc", {"accuracy", "f1"}), ("stsb", {"pearson", "spearmanr"}), ("mnli", {"accuracy", "accuracy_mm"}),
+@pytest.mark.parametrize("task, metrics, method", [
+    ("mrpc", {"accuracy", "f1"}, "lora"), ("stsb", {"pearson", "spearmanr"}, "adalora"),
+    ("mnli", {"accuracy", "accuracy_mm"}, "lora"),
 ])  # fmt: skip
-@pytest.mark.parametrize("method", ["lora", "adalora"])
 def test_pairs_regression_and_three_classes(base_flags, task, metrics, method):
     assert main([*replaced(base_flags, task_name=task), "--method", method]) == 0
     record = read(base_flags)
@@ -338,3 +338,21 @@ def test_a_tokenizer_without_padding_is_refused_in_one_line(base_flags, encoder,
     tokenizer.save_pretrained(folder)
     assert main(replaced(base_flags, model_name_or_path=folder)) == 2
     assert "padding token" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_ends_or_is_best_between_two_maskings_keeps_its_adapter(base_flags, tmp_path, monkeypatch, best):
+    """The ranks of record, pattern and adapter are those of the weights that were scored."""
+    scores = iter([0.1, 0.9, 0.2, 0.2, 0.2])
+    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    extra = ["--load_best_model_at_end"] if best else []
+    flags = replaced(base_flags, max_steps=23, save_steps=6, eval_steps=6)
+    schedule = ["--init_warmup", "0", "--final_warmup", "0", "--mask_interval", "10"]
+    assert main([*flags, "--method", "lora2", *schedule, *extra]) == 0
+    record, pattern = read(flags), read(flags, "rank_pattern.json")
+    config = loralib.read_adapter_config(tmp_path / "run" / "adapter")
+    stored = {name: [flag == "1" for flag in kept] for name, kept in config.groups[0].rank_pattern.items()}
+    live = sum(map(sum, pattern.values()))
+    assert stored == pattern and record["live_budget"] == live == (48 if best else 24)
+    assert record["history"][11]["live"] == 48 and record["history"][9]["live"] < 48  # masked at step 10, not at 12
+    assert record["history"][-1]["live"] == record["history"][-1]["budget"] == 24
