@@ -13,7 +13,8 @@ from typing import Any, TextIO
 from nlu.arguments import command_line
 from nlu.runs.record import now
 
-_PROGRESS = re.compile(r"\d+%\||\d\w* \[\d\d:\d\d")  # tqdm's: with a known end, and with an unknown one
+# A bar of tqdm, up to its bracket with times and rate; what is written behind it on the same line is no part of it.
+_PROGRESS = re.compile(r".*\d\w* \[\d+:\d\d[^\]]*\]")
 
 
 class ConsoleLog:
@@ -70,8 +71,8 @@ class ConsoleLog:
         return teed
 
     def _add(self, text: str) -> None:
-        line = text.rstrip("\r\n").rpartition("\r")[2].rstrip()
-        if not line or _PROGRESS.search(line):
+        line = _PROGRESS.sub("", text.rstrip("\r\n").rpartition("\r")[2]).rstrip()
+        if not line:
             return
         if self._file is None:
             self._lines.append(line)

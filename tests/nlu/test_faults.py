@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from loralib.files import start_folder
 from nlu import trainer
 from nlu.arguments import parse_arguments
-from nlu.errors import UsageError
+from nlu.errors import RunError, UsageError, exit_code
 from nlu.run_glue import main
 from nlu.runs import checkpoints as checkpointing
 from nlu.runs import record as records
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
+from nlu.runs.log import ConsoleLog
 from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 
@@ -379,3 +380,38 @@ def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
     seconds = [row["seconds"] for row in left["history"]]
     assert seconds == sorted(seconds) and seconds[0] >= 0 and left["train_seconds"] >= seconds[-1] - 1e-3
     assert all(row["memory_bytes"] > 0 for row in left["history"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UsageError("bad"), 2, "error: bad"),
+        (RunError("diverged"), 1, "error: diverged"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "check the path"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, "check the path"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "save it as UTF-8"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "--per_device_train_batch_size"),
+        (MemoryError(), 1, "--per_device_train_batch_size"),
+        (KeyboardInterrupt(), 130, "give the same command again"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(capsys, error, code, says):
+    assert exit_code(error) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_other_errors_keep_their_traceback():
+    for error in (ValueError("a fault of ours"), OSError(errno.EIO, "broken"), SystemExit(0)):
+        with pytest.raises(type(error)):
+            exit_code(error)
+
+
+def test_without_locks_a_run_says_so(run_folder, monkeypatch, caplog):
+    """As on Windows, which has no fcntl."""
+    monkeypatch.setattr("nlu.runs.folder.fcntl", None)
+    folder = RunFolder(run_folder, {}, {}, overwrite=False)
+    with ConsoleLog() as log, folder.hold("new", log):
+        pass
+    assert "cannot be locked on this system" in caplog.text
