@@ -15,6 +15,7 @@ from nlu import CONFIGS
 from nlu.argument_checks import check_given, check_values, one_device, share_batch
 from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
 from nlu.methods.registry import MethodArguments
+from nlu.metrics import METRICS
 from nlu.readers import parse_yaml
 from nlu.tasks import TASKS
 
@@ -64,6 +65,21 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Your own training data: CSV, TSV, JSONL, Parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "Your own validation data."})
     test_file: str | None = field(default=None, metadata={"help": "Your own data to predict with --do_predict."})
+    text_columns: str | None = field(
+        default=None,
+        metadata={"help": "Columns of your own files with the text, NAME or NAME,NAME. Default: those without doubt."},
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of your own files with the label."})
+    on_error: str = field(
+        default="stop",
+        metadata={"help": "A malformed row, or one with an empty text, in your own files: stop, or skip it."},
+    )
+    metric: str | None = field(
+        default=None, metadata={"help": f"Main metric for your own data: {', '.join(METRICS)}. Default: by the labels."}
+    )
+    class_weights: str | None = field(
+        default=None, metadata={"help": "balanced: the training loss weighs each class against its share of the rows."}
+    )
     predict_task: str | None = field(
         default=None, metadata={"help": "With --do_predict: predict this task's test set too; ax with mnli."}
     )

@@ -26,6 +26,11 @@ def _f1(predictions: np.ndarray, references: np.ndarray, positive: int) -> float
     return float(f1_score(references, predictions, labels=[positive], average="macro", zero_division=0))
 
 
+def _macro_f1(predictions: np.ndarray, references: np.ndarray) -> float:
+    """The mean over the classes of each one's F1."""
+    return float(f1_score(references, predictions, average="macro", zero_division=0))
+
+
 def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
     """Matthews' correlation; 0 where one side is constant, since it then tells nothing of the other."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
@@ -43,8 +48,18 @@ def _correlation(function: Callable, predictions: np.ndarray, references: np.nda
     return value if np.isfinite(value) else 0.0
 
 
-_METRICS = {
+# What --metric calls a metric -> its key in records.
+METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "macro-f1": "macro_f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearson",
+    "spearman": "spearmanr",
+}
+_FUNCTIONS = {
     "accuracy": _accuracy,
+    "macro_f1": _macro_f1,
     "matthews_correlation": _matthews,
     "pearson": partial(_correlation, pearsonr),
     "spearmanr": partial(_correlation, spearmanr),
@@ -80,8 +95,20 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
             raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")
     else:
         predictions, references = _classes(task, "predictions", predictions), _classes(task, "references", references)
-    functions = {**_METRICS, "f1": partial(_f1, positive=task.positive)}
+    functions = {**_FUNCTIONS, "f1": partial(_f1, positive=task.positive)}
     return {name: functions[name](predictions, references) for name in task.metrics}
+
+
+def balanced_class_weights(labels: Sequence[int], num_labels: int) -> list[float]:
+    """Weights n / (classes · rows of the class), as scikit-learn's "balanced"; their mean over the rows is 1.
+
+    Raises:
+        UsageError: a class has no row.
+    """
+    counts = np.bincount(np.asarray(labels), minlength=num_labels)
+    if not counts.all():
+        raise UsageError(f"--class_weights balanced: no training row has class {int(counts.argmin())}")
+    return (counts.sum() / (num_labels * counts)).tolist()
 
 
 def _classes(task: Task, what: str, values: np.ndarray) -> np.ndarray:

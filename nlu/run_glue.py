@@ -38,7 +38,7 @@ from nlu.data.splits import Splits, load_data, tokenize_splits
 from nlu.errors import UsageError, exit_code, one_line
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
-from nlu.metrics import compute_glue_metrics
+from nlu.metrics import balanced_class_weights, compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.readers import read_json
 from nlu.runs.adapter import importance_scores, load_warm_start, read_warm_start, save_run_adapter, spectra
@@ -84,6 +84,8 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
     splits = tokenize_splits(arguments, task, splits, tokenizer)
     tests = [(task, splits.test), *load_predict_task(arguments, task, tokenizer)]
 
+    weights = class_weights(arguments, task, splits.train)
+
     wait_for_all()  # every process has read the folder
     held = run_folder.hold(state, log)
     with held if training.should_save else contextlib.nullcontext():
@@ -94,7 +96,7 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
         if warm_start is not None:
             load_warm_start(*warm_start, model)
         set_precision(arguments, applied)
-        trainer = build_trainer(arguments, task, applied, splits, tokenizer)
+        trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
         eval_rows = sum(map(len, splits.validation.values()))
         record = start_record(arguments, trainer, eval_rows, run_folder, state, warm_start)
         with trainer.signals:
@@ -143,11 +145,25 @@ def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
     return steps
 
 
+def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
+    """The weight of each class in the training loss; None where all count alike."""
+    if arguments.data.class_weights is None or train is None:
+        return None
+    if task.is_regression:
+        raise UsageError(f"--class_weights is for classes, and the labels of {task.name} are numbers: leave it out")
+    return balanced_class_weights(train["labels"][:], task.num_labels)
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
-    arguments: Arguments, task: Task, applied: AppliedMethod, splits: Splits, tokenizer: Any
+    arguments: Arguments,
+    task: Task,
+    applied: AppliedMethod,
+    splits: Splits,
+    tokenizer: Any,
+    class_weights: list[float] | None = None,
 ) -> GlueTrainer:
     """The Trainer with data, metrics and the folders of this run."""
     training, data = arguments.training, arguments.data
@@ -164,6 +180,7 @@ def build_trainer(
     return GlueTrainer(
         task,
         applied,
+        class_weights=class_weights,
         train_lengths=splits.train["length"][:] if bucketed else None,
         second_eval_dataset=validation[1] if len(validation) > 1 else None,
         args=training,

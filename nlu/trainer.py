@@ -66,6 +66,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         applied: the method, already applied to its model.
         train_lengths: tokens of each training example, for batches of similar length; None for a plain random order.
         second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mm``.
+        class_weights: of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
         kwargs: as for the Trainer.
     """
 
@@ -75,6 +76,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         applied: AppliedMethod,
         train_lengths: list[int] | None = None,
         second_eval_dataset: Any = None,
+        class_weights: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.task, self.applied = task, applied
@@ -91,6 +93,8 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
         self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
         super().__init__(model=applied.model, low_rank=applied.low_rank, compute_loss_func=self._task_loss, **kwargs)
+        device = self.args.device
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.add_callback(ProgressCallback(self))
         for callback in applied.callbacks:
             self.add_callback(callback)
@@ -110,8 +114,15 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             labels = torch.where(labels.isnan(), logits.detach(), labels.float())
             total = F.mse_loss(logits, labels, reduction="sum")
         else:
-            smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
-            total = F.cross_entropy(logits, labels, reduction="sum", ignore_index=_IGNORED, label_smoothing=smoothing)
+            training = self.model.training
+            total = F.cross_entropy(
+                logits,
+                labels,
+                self.class_weights if training else None,
+                reduction="sum",
+                ignore_index=_IGNORED,
+                label_smoothing=self.args.label_smoothing_factor if training else 0.0,
+            )
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def get_batch_samples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -10,49 +11,71 @@ from datasets import Dataset
 from nlu.data.glue import as_number, build_dataset
 from nlu.data.tables import Table, open_binary, open_table, read_table, shown
 from nlu.errors import UsageError
-from nlu.tasks import Task
+from nlu.metrics import METRICS
+from nlu.tasks import TASKS, Task
 
-_TEXT_COLUMNS = (("sentence1", "sentence2"), ("sentence",), ("text",))
+_TEXT_COLUMNS = tuple(dict.fromkeys([*(task.text_fields for task in TASKS.values()), ("text",)]))
+_OWN_NAMES = ("label", "idx")  # columns of every data set
 
 
 def load_own_files(
     train_file: str | Path | None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str = "label",
+    metric: str | None = None,
+    skip_bad_rows: bool = False,
 ) -> tuple[Task, dict[str, Dataset]]:
     """Load a task of one's own from .csv, .tsv, .json, .jsonl or .parquet files.
 
-    The text columns are `sentence1` and `sentence2`, or one of `sentence` and `text`. The column `label` of the
-    training file decides the task: whole numbers and words are classes (those of the training file, sorted), other
-    numbers are regression. A test file may do without labels.
+    The labels of the training file decide the task: whole numbers and words are classes (those of the training file,
+    sorted), other numbers are regression. A test file may do without labels.
+
+    Args:
+        text_columns: the one or two columns with the text. By default the columns of the training file that have a GLUE
+            task's names (`sentence1` and `sentence2`, `sentence`, …) or `text`, or the only one beside the label.
+        metric: a key of `METRICS`, which becomes the main metric.
+        skip_bad_rows: leave out rows that are malformed or have an empty text, with a warning; by default refuse them.
 
     Returns:
         The task, named "custom" (accuracy; F1 too for two classes; Pearson and Spearman for regression), and its splits
         in the form of `load_task_data`; hidden labels are -1, in regression NaN.
 
     Raises:
-        UsageError: a file is missing or malformed, or has a label that the training file lacks; names file and line.
+        UsageError: a file is missing or malformed, has a label that the training file lacks, or no text columns are
+            named or found, or the metric does not go with the labels; names file and line.
     """
     if train_file is None:
         raise UsageError("one's own files need --train_file, even to evaluate or predict: its labels define the task")
     paths = {"train": train_file, "validation": validation_file, "test": test_file}
-    tables = {split: _own_table(Path(path), split) for split, path in paths.items() if path is not None}
+    text = tuple(text_columns or _find_text_columns(train_file, label_column))
+    if not 1 <= len(set(text)) == len(text) <= 2 or label_column in text or not {*text}.isdisjoint(_OWN_NAMES):
+        raise UsageError(
+            f"--text_columns takes one or two different columns other than the label's, {' and '.join(_OWN_NAMES)}, "
+            f"got {','.join(text)}"
+        )
+    tables = {}
+    for split, path in paths.items():
+        if path is not None:
+            columns = ([], [label_column]) if split == "test" else ([label_column], [])
+            skip = math.inf if skip_bad_rows else 0
+            tables[split] = table = read_table(path, text, *columns, blank=False, skip=skip)
+            if label_column in table.columns:
+                table.columns["label"] = table.columns.pop(label_column)
     kind = _label_kind(tables["train"])
-    text = tuple(name for name in tables["train"].columns if name != "label")
-    for table in tables.values():
-        if tuple(name for name in table.columns if name != "label") != text:
-            raise UsageError(f"{table.reader.name}: the text columns must be {' and '.join(text)}, as in {train_file}")
-    keys = {split: _own_labels(table, kind) for split, table in tables.items() if "label" in table.columns}
+    labels = {split: _own_labels(table, kind) for split, table in tables.items() if "label" in table.columns}
     if kind is float:
-        task = Task("custom", "own data", text, None, "pearson", ("pearson", "spearmanr"))
-        labels = keys
+        names, metrics = None, ("pearson", "spearmanr")
     else:
-        names = tuple(map(str, sorted(set(keys["train"]))))
+        names = tuple(map(str, sorted(set(labels["train"]))))
         if len(names) < 2:
             raise UsageError(f"{train_file}: every label is {shown(names[0])}; two classes or more are needed")
         metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-        task = Task("custom", "own data", text, names, "accuracy", metrics, submission_labels=names)
-        labels = {split: _class_numbers(tables[split], names, keys[split], split) for split in keys}
+        labels = {split: _class_numbers(tables[split], names, labels[split], split) for split in labels}
+    metrics = _with_main_metric(metrics, metric, names)
+    task = Task("custom", "own data", text, names, metrics[0], metrics, submission_labels=names)
     hidden = math.nan if kind is float else -1
     splits = {
         split: build_dataset(task, [(table, labels.get(split, [hidden] * len(table)))])
@@ -61,16 +84,33 @@ def load_own_files(
     return task, splits
 
 
-def _own_table(path: Path, split: str) -> Table:
+def _with_main_metric(metrics: tuple[str, ...], asked: str | None, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    if asked is None:
+        return metrics
+    key = METRICS[asked]
+    if (key in ("pearson", "spearmanr")) != (names is None):
+        kind = "numbers" if names is None else "classes"
+        raise UsageError(f"--metric {asked} does not go with labels that are {kind}: choose another")
+    if key == "f1" and len(names) > 2:
+        raise UsageError(f"--metric f1 is for two classes, and there are {len(names)}: use macro-f1")
+    return tuple(dict.fromkeys((key, *metrics)))
+
+
+def _find_text_columns(path: str | Path, label_column: str) -> tuple[str, ...]:
+    """The text columns of a file, where its columns leave no doubt."""
     with open_binary(path) as stream:
         columns = open_table(stream, path).columns
-    text = next((names for names in _TEXT_COLUMNS if set(names) <= set(columns)), None)
-    if text is None:
-        raise UsageError(
-            f"{path}: no text column; the columns are {shown(', '.join(columns))}; name it 'sentence' or 'text', or a "
-            "pair 'sentence1' and 'sentence2'"
-        )
-    return read_table(path, text, *(([], ["label"]) if split == "test" else (["label"], [])), blank=False)
+    found = [names for names in _TEXT_COLUMNS if {*names} <= {*columns} - {label_column}]
+    found = [names for names in found if not any({*names} < {*others} for others in found)]
+    rest = [name for name in columns if name != label_column and name not in _OWN_NAMES]
+    if not found and len(rest) == 1:
+        return (rest[0],)
+    if len(found) == 1:
+        return found[0]
+    raise UsageError(
+        f"{path}: {'several columns' if found else 'no columns'} are known to hold the text; the columns are "
+        f"{shown(', '.join(columns))}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column NAME)"
+    )
 
 
 def _label_kind(table: Table) -> type:

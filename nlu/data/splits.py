@@ -33,7 +33,15 @@ def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
     need = [name for name, wanted in (("train", training.do_train), ("validation", training.do_eval),
                                       ("test", training.do_predict)) if wanted]  # fmt: skip
     if data.task_name is None:
-        task, splits = load_own_files(data.train_file, data.validation_file, data.test_file)
+        task, splits = load_own_files(
+            data.train_file,
+            data.validation_file,
+            data.test_file,
+            text_columns=data.text_columns.split(",") if data.text_columns else None,
+            label_column=data.label_column,
+            metric=data.metric,
+            skip_bad_rows=data.on_error == "skip",
+        )
     else:
         task = get_task(data.task_name)
         if data.holdout_fraction is not None:

@@ -106,6 +106,9 @@ def test_mrpc_as_microsoft_publishes_it(tmp_path):
     assert loaded["validation"]["sentence1"][:] == ['"first 1', '"first 4']
     assert loaded["validation"]["label"][:] == [1, 0]
     assert loaded["test"]["label"][:] == [1]
+    (folder / "dev_ids.tsv").rename(folder / "ids.txt")
+    with pytest.raises(UsageError, match=r"has msr_paraphrase_train.txt but neither dev_ids.tsv nor mrpc_dev_ids.tsv"):
+        load_task_data("mrpc", tmp_path, need=["train"])
     (folder / "dev_ids.tsv").write_text("101\t201\n104\t999\n")
     with pytest.raises(UsageError, match=r"dev_ids.tsv, line 2: this pair of ids is not in msr_paraphrase_train.txt"):
         load_task_data("mrpc", tmp_path)
@@ -342,7 +345,13 @@ def test_own_regression(tmp_path):
     ("name", "text", "message"),
     [
         ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
-        ("a.csv", "body,label\na,1\n", "no text column"),
+        (
+            "a.csv",
+            "body,more,label\na,b,1\n",
+            "no columns are known to hold the text; the columns are 'body, more, label'",
+        ),
+        ("a.csv", "sentence,text,label\na,b,1\n", "several columns are known .*--text_columns"),
+        ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty"),
         ("a.csv", "sentence\na\n", "no column 'label'"),
         ("a.csv", "sentence,label\na,\nb,x\n", "line 2: label '' is not a word"),
         ("a.jsonl", '{"text":"a","label":1}\n{"text":"a","label":"x"}\n', "line 2: .*all numbers or all words"),
@@ -358,9 +367,98 @@ def test_own_bad_files(tmp_path, name, text, message):
 
 def test_own_files_must_agree(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0\nb,1\n")
-    with pytest.raises(UsageError, match="the text columns must be sentence, as in"):
+    with pytest.raises(UsageError, match="no column 'sentence'; the columns are 'text, label'"):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,0\n"))
     with pytest.raises(UsageError, match="need --train_file"):
         load_own_files(None, train)
     with pytest.raises(UsageError, match="cannot be read"):
         load_own_files(tmp_path / "missing.csv")
+
+
+def test_own_columns_by_name_or_without_doubt(tmp_path):
+    path = own(tmp_path, "a.csv", "id,body,title,sentiment\n1,a,b,no\n2,c,d,yes\n")
+    task, splits = load_own_files(path, text_columns=["title", "body"], label_column="sentiment")
+    assert task.text_fields == ("title", "body") and splits["train"]["title"][:] == ["b", "d"]
+    assert splits["train"]["label"][:] == [0, 1]
+    for columns in (["body", "body"], ["body", "sentiment"], ["a", "b", "c"], ["idx"]):
+        with pytest.raises(UsageError, match="--text_columns takes one or two different columns"):
+            load_own_files(path, text_columns=columns, label_column="sentiment")
+    with pytest.raises(UsageError, match="line 1: no column 'text'; the columns are 'id, body, title, sentiment'"):
+        load_own_files(path, text_columns=["text"], label_column="sentiment")
+    only = own(tmp_path, "b.csv", "review,label\na,0\nb,1\n")
+    assert load_own_files(only)[0].text_fields == ("review",)
+    pair = own(tmp_path, "c.csv", "question,sentence,label\na,b,0\nc,d,1\n")
+    assert load_own_files(pair)[0].text_fields == ("question", "sentence")
+
+
+def test_own_bad_rows_can_be_skipped(tmp_path, caplog):
+    path = own(tmp_path, "a.csv", "text,label\na,0\n,1\nb,1,2\nc,1\n")
+    rows = load_own_files(path, skip_bad_rows=True)[1]["train"]
+    assert (rows["text"][:], rows["idx"][:]) == (["a", "c"], [0, 3])
+    assert "2 bad rows are left out; the first is line 3: column 'text' is empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric", "expected"),
+    [
+        ("0 1", "matthews", ("matthews_correlation", "accuracy", "f1")),
+        ("0 1", "f1", ("f1", "accuracy")),
+        ("0 1 2", "macro-f1", ("macro_f1", "accuracy")),
+        ("0.5 1.5", "spearman", ("spearmanr", "pearson")),
+        ("0.5 1.5", "accuracy", "does not go with labels that are numbers"),
+        ("0 1", "pearson", "does not go with labels that are classes"),
+        ("0 1 2", "f1", "use macro-f1"),
+    ],
+)
+def test_own_metric(tmp_path, labels, metric, expected):
+    path = own(tmp_path, "a.csv", "text,label\n" + "".join(f"a,{label}\n" for label in labels.split()))
+    if isinstance(expected, str):
+        with pytest.raises(UsageError, match=expected):
+            load_own_files(path, metric=metric)
+    else:
+        task, _ = load_own_files(path, metric=metric)
+        assert (task.metric, task.metrics) == (expected[0], expected)
+
+
+# ---- what a file can hold --------------------------------------------------------------------------------------------
+
+ODD_FILES = {
+    "byte order mark and CRLF": ("a.csv", b"\xef\xbb\xbftext,label\r\na,0\r\nb,1\r\n", None),
+    "line ends of old Macs": ("a.csv", b"text,label\ra,0\rb,1\r", None),
+    "CRLF in TSV": ("a.tsv", b"\xef\xbb\xbftext\tlabel\r\na\t0\r\nb\t1\r\n", None),
+    "Latin-1": ("a.csv", b"text,label\na,0\ncaf\xe9,1\n", "line 3: not UTF-8 text"),
+    "UTF-16": ("a.csv", "text,label\na,0\n".encode("utf-16"), "line 1: not UTF-8 text"),
+    "huge integer": ("a.jsonl", b'{"text": "a", "label": ' + b"9" * 400 + b"}", "every label is '9+"),
+    "lone surrogate": ("a.jsonl", b'{"text": "\\ud83d", "label": 1}', "line 1: column 'text' holds half"),
+    "two columns of a name": ("a.csv", b"text,label,label\na,0,1\n", "two columns are called 'label'"),
+    "empty": ("a.parquet", b"", "not a readable Parquet file"),
+    "empty CSV": ("a.csv", b"", "the file is empty"),
+    "ragged": ("a.csv", b"text,label\na,0\nb,1,2\n", "line 3: 3 fields where 2 are expected"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_FILES)
+def test_odd_files_are_read_or_refused_in_one_line(tmp_path, case):
+    name, content, message = ODD_FILES[case]
+    (tmp_path / name).write_bytes(content)
+    if message is None:
+        assert load_own_files(tmp_path / name)[1]["train"].to_list() == [
+            {"text": "a", "label": 0, "idx": 0}, {"text": "b", "label": 1, "idx": 1}
+        ]  # fmt: skip
+        return
+    with pytest.raises(UsageError, match=message):
+        load_own_files(tmp_path / name)
+
+
+def test_odd_parquet_and_paths(tmp_path):
+    nested, twice = tmp_path / "nested.parquet", tmp_path / "twice.parquet"
+    pq.write_table(pa.table({"text": [{"a": "b"}], "label": [1]}), nested)
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2 + [pa.array([1])], ["text", "text", "label"]), twice)
+    with pytest.raises(UsageError, match=r"row 1: column 'text' must be text, got \{'a': 'b'\}"):
+        load_own_files(nested)
+    with pytest.raises(UsageError, match="two columns are called 'text'"):
+        load_own_files(twice)
+    (tmp_path / "folder.csv").mkdir()
+    for path in (tmp_path / "folder.csv", "nul\0byte.csv", tmp_path / "a.csv" / "b.csv"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_own_files(path)

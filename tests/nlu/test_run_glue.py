@@ -168,18 +168,72 @@ def test_predictions_are_in_the_servers_format(base_flags, tmp_path):
     assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
 
 
-def test_your_own_files(base_flags, tmp_path):
-    for seed, (name, count) in enumerate({"train": 40, "dev": 16, "new": 8}.items()):
-        rows = make_rows(("sentence1", "sentence2"), False, count, seed, labels=3)
+@pytest.fixture
+def own_flags(base_flags, tmp_path):
+    """Flags of a run on one's own files, in which the columns have names of their own and a row is empty."""
+    for seed, (name, count) in enumerate({"train": 40, "dev": 16}.items()):
+        rows = make_rows(("title", "body"), False, count, seed, labels=3)
         for row in rows:
-            row["label"] = ["bad", "fair", "good"][row["label"]]
+            row["rating"] = ["bad", "fair", "good"][row.pop("label")]
+        rows[3]["body"] = " "
         write_rows(tmp_path / f"{name}.jsonl", rows)
     flags = list(base_flags)
     for name in ("--task_name", "--glue_dir"):
         del flags[flags.index(name) : flags.index(name) + 2]
     flags += ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")]
-    assert main(flags) == 0
-    assert read(base_flags)["task"] == "custom" and read(base_flags)["metric"] == "accuracy"
+    return [*flags, "--text_columns", "title,body", "--label_column", "rating"]
+
+
+def test_your_own_files(own_flags, tmp_path, capsys):
+    assert main(own_flags) == 2
+    assert "train.jsonl, line 4: column 'body' is empty" in capsys.readouterr().err
+    assert main([*own_flags, "--on_error", "skip", "--metric", "macro-f1"]) == 0
+    record = read(own_flags)
+    assert (record["task"], record["metric"], record["train_examples"]) == ("custom", "macro_f1", 39)
+    assert set(record["evaluations"][-1]) >= {"macro_f1", "accuracy"}
+    # the adapter, and the checkpoint it is merged into, know the columns
+    adapter, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
+    export_merged(adapter, merged, own_flags[1])
+    rows = '{"title": "the good cat", "body": "sat on it"}\n{"title": "bad", "body": "the dog ran"}\n'
+    (tmp_path / "new.jsonl").write_text(rows)
+    answers = []
+    for model in (["--adapter", str(adapter), "--base", own_flags[1]], ["--model", str(merged)]):
+        assert predict.main([*model, "--input", str(tmp_path / "new.jsonl")]) == 0
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")])
+    assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
+    assert len(answers[0]) == 2 and set(answers[0][0]["probabilities"]) == {"bad", "fair", "good"}
+
+
+def test_class_weights_weigh_the_training_loss_alone(own_flags, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "nlu.run_glue.GlueTrainer", lambda *args, **options: made.append(GlueTrainer(*args, **options)) or made[-1]
+    )
+    assert main([*own_flags, "--on_error", "skip", "--class_weights", "balanced", "--max_steps", "1"]) == 0
+    trainer = made[0]
+    counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
+    torch.testing.assert_close(trainer.class_weights, 39 / (3 * counts.float()))
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
+    for training, weights in ((True, trainer.class_weights), (False, torch.ones(3))):
+        trainer.model.train(training)
+        rows = [-logits[i].log_softmax(-1)[labels[i]] * weights[labels[i]] for i in range(4)]
+        torch.testing.assert_close(trainer._task_loss({"logits": logits}, labels, 4), sum(rows) / 4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--metric", "f2"], "--metric takes accuracy, f1, macro-f1"),
+        (["--metric", "f1"], "--metric is for your own files"),
+        (["--text_columns", "a"], "--text_columns is for your own files"),
+        (["--on_error", "ignore"], "--on_error takes stop, skip"),
+        (["--class_weights", "1,2"], "--class_weights takes balanced"),
+        (["--task_name", "stsb", "--class_weights", "balanced"], "the labels of stsb are numbers"),
+    ],
+)
+def test_flags_for_own_data_are_checked_before_the_run(base_flags, tmp_path, capsys, extra, message):
+    assert main([*base_flags, *extra]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_held_out_part_of_training_replaces_validation(base_flags):
