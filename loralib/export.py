@@ -96,6 +96,8 @@ def export_merged(
 ) -> None:
     """Write a plain transformers checkpoint with the adapter's label names, and the base's tokenizer or processor.
 
+    Its ``config.json`` also has the card's ``text_fields`` (the columns with the text) and ``max_seq_length``.
+
     Args:
         base: name or path of the base model. dtype: of the written weights; the merge itself is in float32.
 
@@ -112,6 +114,9 @@ def export_merged(
         processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         processor = None  # a model that reads neither text nor images
+    for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
+        if name in config.card:
+            setattr(model.config, name, config.card[name])
     with writer as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
         if processor is not None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +42,7 @@ from transformers import (
 
 import loralib
 from loralib.export import load_base_of, quiet_transformers
+from loralib.files import open_new
 from nlu.data.tables import FORMATS, Row, open_binary, open_table
 from nlu.data.tokens import longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason, refuse_unknown_flags
@@ -88,7 +89,7 @@ def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the adapter, or the merged checkpoint's configuration, says of its task; UsageError where it is damaged."""
     if arguments.adapter is None:
         config = _configuration("--model", arguments.model)
-        return {name: getattr(config, name, None) for name in ("text_columns", "max_seq_length")}
+        return {name: getattr(config, name, None) for name in ("text_fields", "max_seq_length")}
     try:
         return loralib.read_adapter_config(arguments.adapter).card
     except ValueError as error:
@@ -110,7 +111,7 @@ def text_columns(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[s
         fields = tuple(arguments.text_columns.split(","))
     else:
         task = TASKS.get(str(card.get("task")))
-        fields = tuple(card.get("text_columns") or card.get("text_fields") or (task.text_fields if task else ()))
+        fields = tuple(card.get("text_fields") or (task.text_fields if task else ()))
     if len(fields) not in (1, 2) or not all(type(field) is str and field for field in fields):
         raise UsageError("which columns hold the text? give --text_columns NAME, or --text_columns NAME,NAME for pairs")
     return fields
@@ -138,7 +139,8 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any]) -> Predi
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     number = model.config.num_labels
     names = None if number == 1 else [model.config.id2label[i] for i in range(number)]
-    length = arguments.max_seq_length or card.get("max_seq_length") or 512
+    trained = card.get("max_seq_length")  # of a stranger's file
+    length = arguments.max_seq_length or (trained if type(trained) is int and trained > 0 else 512)
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
     return Predictor(model.eval().to(device), tokenizer, names, length)
 
@@ -185,42 +187,34 @@ def open_output(path: str) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise UsageError(f"--output {path}: there is no folder {target.parent}")
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    if Path(path).is_dir():
+        raise UsageError(f"--output {path}: is a folder; name a file")
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"--output {path}: there is no folder {Path(path).parent}")
+    with open_new(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        yield text
+        text.detach()
 
 
 def row_writer(output: TextIO, kind: str, labels: list[str] | None) -> Callable[[int, list[float]], None]:
     """A function that writes one row, given its line and what the predictor says of it."""
-
-    def as_json(line: int, values: list[float]) -> None:
-        if labels is None:
-            row: dict[str, Any] = {"line": line, "score": values[0]}
-        else:
-            best = labels[values.index(max(values))]
-            row = {"line": line, "label": best, "probabilities": dict(zip(labels, values, strict=True))}
-        output.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    if kind == "jsonl":
-        return as_json
     table = csv.writer(output, lineterminator="\n")
-    table.writerow(["line", "score"] if labels is None else ["line", "label", *(f"probability_{n}" for n in labels)])
+    if kind == "csv":
+        names = ["score"] if labels is None else ["label", *(f"probability_{name}" for name in labels)]
+        table.writerow(["line", *names])
 
-    def as_csv(line: int, values: list[float]) -> None:
-        table.writerow([line, *([] if labels is None else [labels[values.index(max(values))]]), *values])
+    def write(line: int, values: list[float]) -> None:
+        best = None if labels is None else labels[values.index(max(values))]
+        if kind == "csv":
+            table.writerow([line, *([] if best is None else [best]), *values])
+        elif labels is None:
+            output.write(json.dumps({"line": line, "score": values[0]}) + "\n")
+        else:
+            row = {"line": line, "label": best, "probabilities": dict(zip(labels, values, strict=True))}
+            output.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    return as_csv
+    return write
 
 
 def predict_rows(
@@ -345,11 +339,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         refuse_unknown_flags(argv, parser._option_string_actions)
         run(parser.parse_args(argv))
-    except UsageError as error:
-        return exit_code(error)
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (UsageError, OSError, KeyboardInterrupt) as error:
+        return exit_code(error)
     return 0
 
 

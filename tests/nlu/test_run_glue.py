@@ -14,9 +14,11 @@ from sklearn.metrics import matthews_corrcoef
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import loralib
-from nlu import run_glue
+from loralib.export import export_merged
+from nlu import predict, run_glue
 from nlu.data.tokens import longest_input
 from nlu.run_glue import main
+from nlu.trainer import GlueTrainer
 from tests.nlu.tiny import GLUE, REPOSITORY, make_encoder, make_rows, write_rows
 
 
@@ -199,7 +201,9 @@ def test_your_own_files(own_flags, tmp_path, capsys):
     answers = []
     for model in (["--adapter", str(adapter), "--base", own_flags[1]], ["--model", str(merged)]):
         assert predict.main([*model, "--input", str(tmp_path / "new.jsonl")]) == 0
-        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")])
+        answers.append(
+            [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"line"')]
+        )
     assert [row["label"] for row in answers[0]] == [row["label"] for row in answers[1]]
     assert len(answers[0]) == 2 and set(answers[0][0]["probabilities"]) == {"bad", "fair", "good"}
 
