@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from nlu.errors import UsageError
 from nlu.methods.registry import FLAGS, check_arguments, flag_methods
+from nlu.metrics import METRICS
 from nlu.tasks import get_task
 
 logger = logging.getLogger("nlu")
@@ -105,6 +106,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp and training.world_size < 2:
         raise UsageError("--fsdp splits a model over several processes: start it with torchrun or accelerate launch")
+    _check_data(data)
     _check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
         raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
@@ -200,3 +202,14 @@ def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
         steps = getattr(method, name)
         if steps is not None:
             setattr(method, name, max(least, steps * total_steps // made_for))
+
+
+def _check_data(data: Any) -> None:
+    """The flags for one's own files, and the class weights."""
+    choices = {"on_error": ("stop", "skip"), "metric": (None, *METRICS), "class_weights": (None, "balanced")}
+    for name, allowed in choices.items():
+        if getattr(data, name) not in allowed:
+            raise UsageError(f"--{name} takes {', '.join(filter(None, allowed))}, got {getattr(data, name)!r}")
+    for name, default in (("text_columns", None), ("label_column", "label"), ("on_error", "stop"), ("metric", None)):
+        if data.task_name is not None and getattr(data, name) != default:
+            raise UsageError(f"--{name} is for your own files: leave it out, or give --train_file, not --task_name")
