@@ -1,6 +1,5 @@
 """The adapter that a run leaves, and the warm start from one."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -10,9 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 import loralib
 from nlu import run_glue
-from nlu.methods.low_rank import SIX_MODULES
 from nlu.run_glue import main
-from nlu.runs.adapter import load_warm_start
+from nlu.runs.folder import _clean
 from tests.nlu.tiny import make_encoder
 
 
@@ -85,24 +83,22 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, tmp_pat
     assert started["classifier.weight"].shape[0] == 2
 
 
-@pytest.mark.parametrize(
-    "extra, words",
-    [
-        (["--method", "lora2", "--lora_k", "2"], "widths"),
-        (["--method", "lora2", "--lora_k", "3", "--lora_r", "3"], "rank"),
-        (["--method", "adalora"], "widths"),
-        (["--method", "lora2", "--lora_k", "3", "--lora_module", "query"], "modules"),
-        (["--method", "bitfit"], "low-rank"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(base_flags, trained, tmp_path, capsys, extra, words):
+def test_an_adapter_that_does_not_fit_is_refused(base_flags, trained, tmp_path, capsys):
     flags = list(base_flags)
     for name in ("--lora_r", "--lora_alpha"):
         del flags[flags.index(name) : flags.index(name) + 2]
-    own = [] if "bitfit" in extra else ["--lora_r", "4"] if "--lora_r" not in extra else []
-    assert main([*flags, *own, *extra, "--lora_path", str(trained)]) == 2
-    assert words in capsys.readouterr().err.strip().splitlines()[-1]
-    assert not (tmp_path / "run").exists()
+    four = ["--lora_r", "4"]
+    for extra, words in [
+        (["--method", "lora2", "--lora_k", "2", *four], "widths"),
+        (["--method", "lora2", "--lora_k", "3", "--lora_r", "3"], "rank"),
+        (["--method", "adalora", *four], "widths"),
+        (["--method", "lora2", "--lora_k", "3", "--lora_module", "query", *four], "modules"),
+        (["--method", "bitfit"], "low-rank"),
+        (["--method", "lora2", "--lora_k", "3", "--lora_share_outer", *four], "leave share_outer out"),
+    ]:
+        assert main([*flags, *extra, "--lora_path", str(trained)]) == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_path, capsys):
@@ -121,25 +117,14 @@ def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_p
     assert main([*lora2, "--lora_path", str(tmp_path / "none"), "--overwrite_output_dir"]) == 2
 
 
-def test_a_warm_start_with_another_alpha_starts_from_the_same_update(trained, encoder):
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=3)
-    saved, other = copy.deepcopy(model), copy.deepcopy(model)
-    config = loralib.load_adapter(saved, trained)
-    loralib.inject(other, "multiscale", SIX_MODULES.split(","), r=4, widths=(3,), lora_alpha=8)
-    assert config.groups[0].lora_alpha == 32
-    load_warm_start(config, loralib.adapter_files.read_adapter(trained)[1], other)
-    theirs = loralib.lora_layers(other)
-    for name, layer in loralib.lora_layers(saved).items():
-        torch.testing.assert_close(theirs[name].delta_weight(), layer.delta_weight(), rtol=1e-5, atol=1e-9)
-        assert theirs[name].scaling == 2.0 and layer.delta_weight().any() == any(
-            flag == "1" for flag in config.groups[0].rank_pattern[name]
-        )
-
-
-def test_shared_outer_factors_cannot_start_from_ones_that_are_not(base_flags, trained, tmp_path, capsys):
-    flags = [*base_flags, "--method", "lora2", "--lora_k", "3", "--lora_path", str(trained), "--lora_share_outer"]
-    assert main(flags) == 2
-    assert "leave share_outer out" in capsys.readouterr().err and not (tmp_path / "run").exists()
+def test_going_on_after_a_kill_between_two_renames_keeps_the_adapter(tmp_path):
+    folder = tmp_path / "run"
+    for part in ("model", ".adapter.old", ".adapter.new"):
+        (folder / part).mkdir(parents=True)
+    (folder / ".adapter.new" / "README.md").write_text("new")
+    _clean(folder, "resume")
+    assert (folder / "adapter" / "README.md").read_text() == "new"
+    assert {path.name for path in folder.iterdir()} == {"adapter", "model", "log"}
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(base_flags, tmp_path, capsys):
