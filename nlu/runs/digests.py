@@ -60,20 +60,6 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     return found | _config_digests(arguments)
 
 
-def model_digest(name: str | Path | None) -> str | None:
-    """The digest of a local model; None for a name on the hub."""
-    return content_digests({"model_name_or_path": name}).get("model_name_or_path")
-
-
-def data_digest(
-    task_name: str | None, glue_dir: str | Path | None, own_files: Iterable[str | Path | None]
-) -> str | None:
-    """One digest of the files to train and evaluate on; None for data from the hub."""
-    named = dict(zip(("train_file", "validation_file"), own_files, strict=False))
-    found = content_digests({"task_name": task_name, "glue_dir": glue_dir, **named})
-    return _together(found) if found else None
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's contents, in hexadecimal; the file need not fit in memory."""
     digest = hashlib.sha256()

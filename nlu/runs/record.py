@@ -22,7 +22,6 @@ from nlu.arguments import Arguments, command_line
 from nlu.errors import UsageError
 from nlu.methods.registry import count_parameters, live_adapter_params
 from nlu.readers import read_json
-from nlu.runs.digests import data_digest, model_digest
 
 if TYPE_CHECKING:
     from nlu.runs.folder import RunFolder
@@ -199,7 +198,7 @@ def start_record(
         UsageError: the run is resumed with another number of rows a step, or another commit of a model on the hub.
     """
     task, model, ranks, training = trainer.task, trainer.applied.model, trainer.applied.ranks, arguments.training
-    data, counts = arguments.data, count_parameters(model)
+    counts = count_parameters(model)
     previous = read_json(folder.path / "results.json") if state == "resume" else None
     batch, commit = trainer.effective_batch_size, getattr(model.config, "_commit_hash", None)
     if previous and previous["effective_batch_size"] != batch:
@@ -219,11 +218,9 @@ def start_record(
         "method_config": arguments.method_config,
         "seed": training.seed,
         "model": Path(arguments.model.model_name_or_path).name,
-        "model_digest": model_digest(arguments.model.model_name_or_path),
         "model_commit": commit,
         # A run that goes on from a record without digests is not known to have read these contents throughout.
         "digests": folder.digests if previous is None or previous.get("digests") else None,
-        "data_digest": data_digest(data.task_name, data.glue_dir, (data.train_file, data.validation_file)),
         **counts,
         "scored_params": ranks.scored_parameters if ranks else None,
         "initial_budget": ranks.initial_total_rank if ranks else None,
