@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from loralib.layers import LoRALayer
 
 # What computes with functions that take no half precision, told by name so that no library need be imported.
-_FLOAT32_ONLY = {"FNetBasicFourierTransform": "its Fourier transform (torch.fft)"}
+_FLOAT32_ONLY = {
+    "FNetBasicFourierTransform": "its Fourier transform (torch.fft)",
+    "NystromformerSelfAttention": "its iterative inverse, which starts from a float32 identity,",
+}
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:

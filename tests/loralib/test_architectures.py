@@ -1,0 +1,115 @@
+"""LoRA² trains encoders of transformers, in float32 and beside frozen weights in bfloat16."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import loralib
+from nlu.methods.method import head_parameters, train_only
+from nlu.model import head_modules
+
+BERT = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
+    "max_position_embeddings": 64, "pad_token_id": 1,
+}  # fmt: skip
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_embeddings": 64, "pad_index": 1}
+ENCODERS = {
+    "albert": BERT | {"embedding_size": 8},
+    "bert": BERT,
+    "big_bird": BERT | {"attention_type": "original_full"},
+    "camembert": BERT,
+    "canine": BERT | {"downsampling_rate": 4, "local_transformer_stride": 8, "num_hash_buckets": 64},
+    "convbert": BERT | {"embedding_size": 16},
+    "data2vec-text": BERT,
+    "deberta": BERT | RELATIVE | {"max_relative_positions": 8},
+    "deberta-v2": BERT | RELATIVE | {"norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50},
+    "electra": BERT | {"embedding_size": 8},
+    "ernie": BERT,
+    "esm": BERT | {"mask_token_id": 2},
+    "flaubert": XLM,
+    "funnel": {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1], "vocab_size": 50},
+    "layoutlm": BERT,
+    "longformer": BERT | {"attention_window": 8},
+    "megatron-bert": BERT,
+    "mobilebert": BERT | {"embedding_size": 8, "intra_bottleneck_size": 8, "true_hidden_size": 8},
+    "modernbert": BERT | {"attn_implementation": "sdpa"},
+    "mpnet": BERT,
+    "mra": BERT | {"max_position_embeddings": 64},
+    "rembert": BERT | {"input_embedding_size": 8, "output_embedding_size": 8},
+    "roberta": BERT,
+    "roberta-prelayernorm": BERT,
+    "roc_bert": BERT | {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
+    "roformer": BERT | {"embedding_size": 8},
+    "xlm": XLM,
+    "xlm-roberta": BERT,
+    "xlm-roberta-xl": BERT,
+    "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 50},
+    "yoso": BERT | {"use_expectation": True},
+}
+REFUSED = {"fnet": "Fourier", "nystromformer": "iterative inverse"}
+
+
+def build(model_type, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, num_labels=2, **settings)
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def adapted(model):
+    """LoRA² in every linear layer of the encoder; those and the head train."""
+    head = {id(p) for p in head_parameters(model)}
+    names = [name for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in head]
+    loralib.inject(model, "lora2", names, r=2, k=2)
+    train_only(model, [p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()])
+    return model.eval()  # no dropout, so that the two runs can be compared
+
+
+def train(model, ids, labels, steps=10):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        assert output.logits.dtype == torch.float32
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
+    model = adapted(build(model_type, **ENCODERS[model_type]))
+    half = copy.deepcopy(model)
+    loralib.cast_frozen(half, torch.bfloat16, head=head_modules(half))
+    ids = torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 1, 0, 1])
+    with torch.no_grad():
+        first = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    full, cast = train(model, ids, labels), train(half, ids, labels)
+    assert full.loss < first and cast.logits.isfinite().all()
+    scale = full.logits.abs().max()
+    assert (full.logits - cast.logits).abs().max() < 0.1 * scale, (full.logits, cast.logits)
+    used = [layer for layer in loralib.lora_layers(half).values() if layer.lora_E.grad is not None]
+    assert used and all(layer.weight.dtype == torch.bfloat16 for layer in used)
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_takes_no_bfloat16_trains_in_float32_and_is_refused_otherwise(model_type):
+    model = adapted(build(model_type, **BERT | {"num_landmarks": 4}))
+    with pytest.raises(ValueError, match=REFUSED[model_type]) as error:
+        loralib.cast_frozen(model, torch.bfloat16, head=head_modules(model))
+    assert "\n" not in str(error.value)
+    ids = torch.randint(3, 50, (4, 16))
+    assert torch.isfinite(model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss)
+
+
+def test_an_encoder_without_linear_layers_is_refused():
+    """I-BERT computes with quantised layers of its own."""
+    with pytest.raises(ValueError, match="matches no linear layer; the model has: classifier") as error:
+        loralib.inject(build("ibert", **BERT), "lora2", ["query", "value"])
+    assert "\n" not in str(error.value)
