@@ -17,7 +17,7 @@ from nlu.errors import packages_missing
 if packages_missing():
     sys.exit(2)
 
-from nlu.errors import UsageError, exit_code, reason
+from nlu.errors import OneLineParser, UsageError, exit_code, reason, refuse_unknown_flags
 from nlu.experiments.choosing import choose, chosen_runs, second_round
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
@@ -53,7 +53,7 @@ The format of an experiment file is explained at the top of nlu/experiments/expe
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the sweep."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="sweep.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -73,9 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the sweep; returns the exit code: 0 all finished, 1 some failed, 2 bad input, 128 + signal when stopped."""
-    args = build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
     try:
-        return run_sweep(args)
+        refuse_unknown_flags(argv, parser._option_string_actions)
+        return run_sweep(parser.parse_args(argv))
     except (UsageError, OSError, KeyboardInterrupt) as error:
         return exit_code(error)
 

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 
+from nlu import sweep
 from nlu.argument_checks import fit_schedule, one_device
 from nlu.arguments import RunArguments, parse_arguments
 from nlu.errors import UsageError
@@ -281,6 +282,13 @@ def test_a_flag_may_replace_what_a_script_sets_in_another_way():
 
 
 # ---- the packages --------------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_names_the_nearest_flag_and_a_missing_file_in_one_line(capsys):
+    for flags, words in ((["x.yaml", "--dryrun"], "did you mean --dry_run?"), ([], "required: experiment")):
+        assert sweep.main(flags) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("program", ["run_glue", "predict", "sweep"])
