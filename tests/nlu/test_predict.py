@@ -17,6 +17,7 @@ from loralib.export import export_merged
 from nlu import predict, run_glue
 from nlu.data.tables import Row, open_table
 from nlu.predict import main
+from tests.nlu.tiny import make_encoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,6 +163,33 @@ def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monk
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
     assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, encoder, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n')
+    flags = ["--input", str(tmp_path / "in.jsonl")]
+    roberta = make_encoder(tmp_path / "roberta", "roberta")
+    changed = pretrained.base()
+    with torch.no_grad():
+        changed.bert.embeddings.word_embeddings.weight[0, 0] += 1
+    for name in ("changed", "headless"):
+        (changed if name == "changed" else changed.bert).save_pretrained(tmp_path / name)
+        pretrained.tokenizer.save_pretrained(tmp_path / name)
+    for model, says in [
+        (["--adapter", str(lora2[2])], "--base is missing"),
+        (
+            ["--adapter", str(lora2[2]), "--base", str(roberta)],
+            "another architecture (Roberta",
+        ),
+        (["--adapter", str(lora2[2]), "--base", str(encoder)], "no linear layer bert.encoder.layer.2"),
+        (["--adapter", str(lora2[2]), "--base", str(tmp_path / "changed")], "weights are not those"),
+        (["--model", str(tmp_path / "headless"), "--text_columns", "sentence1"], "is no trained classifier"),
+        (["--model", str(tmp_path), "--text_columns", "sentence1"], "--model"),
+    ]:
+        capsys.readouterr()
+        assert main([*model, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------
