@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from loralib.initialisation import STARTS
 from nlu.errors import UsageError
 from nlu.methods.registry import FLAGS, check_arguments, flag_methods
 from nlu.metrics import METRICS
@@ -46,6 +47,7 @@ _RANGES: dict[str, tuple[float, float]] = {
         ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "dataloader_num_workers", "eval_delay"),
         (0, math.inf),
     ),
+    "head_first_epochs": (0, 2**31),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
 _POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
@@ -99,6 +101,10 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    if training.head_first_epochs and not training.do_train:
+        raise UsageError("--head_first_epochs has no meaning without --do_train: leave it out")
+    if model.lora_path and method.lora_init in STARTS:
+        raise UsageError(f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out")
     absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
     if absent:
         raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")

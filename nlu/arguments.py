@@ -114,6 +114,10 @@ class RunArguments(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the classification head. Default: --learning_rate."}
     )
+    head_first_epochs: int = field(
+        default=0,
+        metadata={"help": "First train the head alone for so many epochs, on the frozen encoder's features."},
+    )
     total_batch_size: int | None = field(
         default=None,
         metadata={"help": "Rows a step, over all processes. The rows a process takes at once follow from it, or, where "

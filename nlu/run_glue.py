@@ -46,6 +46,7 @@ from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import RunFolder, shared_digests
 from nlu.runs.log import ConsoleLog
 from nlu.runs.record import RunRecord, report, start_record
+from nlu.start import prepare_start
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer, end_processes, updates_per_epoch, wait_for_all
 
@@ -199,6 +200,8 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
         checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
         if checkpoint is not None:
             logger.warning("going on from %s", checkpoint)
+        else:
+            prepare_start(trainer)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except UnpicklingError:  # only tensors and plain values are read, nothing that could run

@@ -92,7 +92,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         args, rows = kwargs["args"], kwargs.get("train_dataset")
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
         self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
-        super().__init__(model=applied.model, low_rank=applied.low_rank, compute_loss_func=self._task_loss, **kwargs)
+        super().__init__(model=applied.model, low_rank=applied.low_rank, compute_loss_func=self.task_loss, **kwargs)
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.add_callback(ProgressCallback(self))
@@ -101,7 +101,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
-    def _task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss summed over the rows, divided by the rows of the whole optimiser step.
 
         Args:
@@ -156,7 +156,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if output.label_ids is not None:
             logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-            loss = self._task_loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(np.asarray(output.label_ids)))
+            loss = self.task_loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(np.asarray(output.label_ids)))
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
         return output
 

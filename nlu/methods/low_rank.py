@@ -15,6 +15,7 @@ from torch import nn
 
 import loralib
 from loralib.allocator import check_allocator_arguments, check_schedule
+from loralib.initialisation import STARTS
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.orthogonality import parse_terms
 from loralib.preconditioner import PRECONDITIONERS
@@ -45,12 +46,23 @@ LORA_MODULE = Flag(
     "Comma-separated modules: the six published names, module-name suffixes, or a regular expression.",
 )  # fmt: skip
 LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
+_LORA_INIT = Flag(
+    "lora_init", str, "gaussian",
+    "How factors start: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
+    ("gaussian", "orthogonal", *STARTS).__contains__, f"is gaussian, orthogonal, {' or '.join(STARTS)}",
+)  # fmt: skip
+_LORA_INIT_BATCHES = Flag(
+    "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation looks at.", _at_least_1,
+    "must be at least 1",
+)  # fmt: skip
 _PRECONDITION = Flag(
     "precondition", str, "none",
     "Gradients of the factors: balanced or balanced_scalar (RefLoRA), riemannian, or none.",
     ("none", *PRECONDITIONERS).__contains__, f"is one of none, {', '.join(PRECONDITIONERS)}",
 )  # fmt: skip
 _LORA_FLAGS = (
+    _LORA_INIT,
+    _LORA_INIT_BATCHES,
     _PRECONDITION,
     Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.",
          lambda ratio: 0 < ratio < math.inf, "must be positive and finite"),
@@ -71,10 +83,6 @@ def _ratio(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-_LORA_INIT = Flag(
-    "lora_init", str, "gaussian", "gaussian (the paper's) or orthogonal.",
-    ("gaussian", "orthogonal").__contains__, "is gaussian or orthogonal",
-)  # fmt: skip
 _ORTHOGONALITY = Flag(
     "orthogonality", str, "penalty",
     "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step.",
@@ -82,6 +90,7 @@ _ORTHOGONALITY = Flag(
 )  # fmt: skip
 _SINGULAR_VALUE_FLAGS = (
     _LORA_INIT,
+    _LORA_INIT_BATCHES,
     _ORTHOGONALITY,
     _PRECONDITION,
     _REG_ORTH_COEF,
@@ -136,8 +145,20 @@ def _widths(args: Any) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def _check_start(args: Any, given: set[str]) -> None:
+    if "lora_init_batches" in given and args.lora_init not in STARTS:
+        raise UsageError(f"--lora_init_batches has no meaning with --lora_init {args.lora_init}: leave it out")
+
+
+def _check_lora(args: Any, given: set[str]) -> None:
+    _check_start(args, given)
+    if args.lora_init == "orthogonal":
+        raise UsageError("--lora_init orthogonal is for methods with singular values: LoRA has a start of its own")
+
+
 def _check_factors(args: Any, given: set[str]) -> None:
     """The start, the rates and the two ways to orthogonality."""
+    _check_start(args, given)
     for flag, value in (("orthogonality", "retraction"), ("value_lr_ratio", "auto")):
         if getattr(args, flag) == value and args.lora_init == "gaussian":
             raise UsageError(f"--{flag} {value} needs orthonormal factors: give --lora_init orthogonal")
@@ -189,7 +210,7 @@ def _inject(model: nn.Module, args: Any) -> None:
     kind: str = args.method
     options: dict[str, Any] = {}
     if kind != "lora":
-        options["init"] = args.lora_init
+        options["init"] = "gaussian" if args.lora_init == "gaussian" else "orthogonal"
     if kind == "lora2":
         widths = _widths(args)
         options["share_outer"] = args.lora_share_outer
@@ -255,6 +276,8 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     except ValueError as error:
         raise UsageError(str(error)) from None
     applied = AppliedMethod(model, low_rank, statistics=lambda: _statistics(model))
+    if args.lora_init in STARTS:
+        applied.start = (args.lora_init, args.lora_init_batches)
     applied.pruned_params = lambda: pruned_factor_params(applied)
     applied.own_rates = lambda: _own_rates(model, args)
     return applied
@@ -262,7 +285,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 
 _ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
 METHODS = (
-    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, takes_warm_start=True),
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, _check_lora, takes_warm_start=True),
     Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_ranks, takes_warm_start=True),
     Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_scales, takes_warm_start=True),
 )

@@ -121,7 +121,7 @@ def test_handlers_are_given_back(flags):
 
 def poison_loss(monkeypatch, value, step):
     """The loss of that step becomes ``value``; returns where its rows are put."""
-    seen, task_loss, compute = [], GlueTrainer._task_loss, GlueTrainer.compute_loss
+    seen, task_loss, compute = [], GlueTrainer.task_loss, GlueTrainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
         loss = task_loss(self, *args, **kwargs)
@@ -133,7 +133,7 @@ def poison_loss(monkeypatch, value, step):
                         zip(inputs["input_ids"], inputs["attention_mask"], strict=True))  # fmt: skip
         return compute(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(GlueTrainer, "_task_loss", poisoned)
+    monkeypatch.setattr(GlueTrainer, "task_loss", poisoned)
     monkeypatch.setattr(GlueTrainer, "compute_loss", watch)
     return seen
 

@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nlu import run_glue, start
+from nlu.methods.method import head_parameters
 from nlu.run_glue import main
+from tests.nlu.tiny import make_encoder
 
 
 @pytest.fixture
@@ -41,7 +44,13 @@ def weights(folder, step):
 PLUS = ["--method", "lora2_plus"]
 
 
-@pytest.mark.parametrize("options", [PLUS, ["--method", "lora2_plus_k1", "--value_lr_ratio", "auto"]])
+GRADIENT = ["--lora_init", "gradient", "--lora_init_batches", "2"]
+
+
+@pytest.mark.parametrize("options", [
+    ["--method", "lora2_plus_k1", "--value_lr_ratio", "auto"],
+    [*PLUS, *GRADIENT, "--value_lr_ratio", "auto", "--head_first_epochs", "1"],
+])  # fmt: skip
 def test_retraction_keeps_factors_orthonormal_and_resumes_exactly(flags, options, tmp_path):
     record = run(flags, tmp_path, *options)
     last = weights(tmp_path, 4)
@@ -70,3 +79,49 @@ def test_the_head_has_its_own_rate(flags, tmp_path):
     assert float((biases[1] - biases[0]).abs().max()) == pytest.approx(3e-4, rel=1e-2)
     factors = [name for name in weights(tmp_path / "1e-4", 1) if "lora_B" in name]
     assert all(torch.equal(weights(tmp_path / "1e-4", 1)[n], weights(tmp_path / "4e-4", 1)[n]) for n in factors)
+
+
+@pytest.mark.parametrize("shape", ["bert", "deberta-v2", "roberta"])
+def test_the_head_alone_learns_what_a_frozen_encoder_teaches_it(shape, tiny_glue, tmp_path, monkeypatch):
+    """One epoch on stored features against one epoch of whole forward passes, without dropout."""
+    folder = make_encoder(tmp_path / "encoder", shape)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {name: 0.0 for name in config if "dropout" in name and isinstance(config[name], float)}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = {}
+
+    def watch(trainer):
+        model = trainer.model
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        start.train_head(trainer, 1)
+        found["features"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        assert all(p.grad is None for p in model.parameters())
+        model.load_state_dict(before, strict=False)
+        head = list(head_parameters(model))
+        optimizer = torch.optim.AdamW(head, 2e-3, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(42)
+        for rows in torch.randperm(len(trainer.train_dataset), generator=generator).split(8):
+            batch = start._batch(trainer, rows)
+            loss = trainer.task_loss(model(**{n: t for n, t in batch.items() if n != "labels"}), batch["labels"])
+            for p, g in zip(head, torch.autograd.grad(loss, head), strict=True):
+                p.grad = g
+            optimizer.step()
+        found["whole"] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        found["before"] = before
+
+    monkeypatch.setattr(run_glue, "prepare_start", watch)
+    assert main([
+        "--model_name_or_path", str(folder), "--task_name", "mrpc", "--glue_dir", str(tiny_glue), "--do_train",
+        "--max_steps", "1", "--per_device_train_batch_size", "8", "--learning_rate", "2e-3", "--disable_tqdm", "True",
+        "--save_strategy", "no", "--method", "bitfit", "--root_output_dir", str(tmp_path / "run"),
+    ]) == 0  # fmt: skip
+    moved = {n for n in found["before"] if not torch.equal(found["before"][n], found["features"][n])}
+    assert moved and not any("encoder" in name or "transformer." in name for name in moved)
+    for name, parameter in found["whole"].items():
+        torch.testing.assert_close(found["features"][name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_starts_from_the_gradient_and_head_first_lowers_its_first_loss(flags, tmp_path):
+    first = run(flags, tmp_path / "a", "--method", "lora", *GRADIENT)["history"][0]["loss"]
+    later = run(flags, tmp_path / "b", "--method", "lora", *GRADIENT, "--head_first_epochs", "20")["history"][0]["loss"]
+    assert later < first

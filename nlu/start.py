@@ -1,0 +1,176 @@
+"""What is set between loading a model and its first step: the head alone, then the factors, then the optimiser.
+
+A run that goes on from a checkpoint does neither again. One process computes both, whatever their number, and the
+others receive its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import loralib
+from nlu.errors import RunError, UsageError
+from nlu.methods.method import head_parameters
+from nlu.trainer import GlueTrainer, effective_batch_size
+
+_COUNTS = ("idx", "length")  # columns that no model reads
+
+
+def prepare_start(trainer: GlueTrainer) -> None:
+    """Train the head alone and start the factors, as the run's arguments and its method ask for.
+
+    Raises:
+        UsageError: for an encoder whose head cannot be trained on stored features.
+        RunError: for a gradient or an input that is not finite.
+    """
+    args, start = trainer.args, trainer.applied.start
+    if not args.head_first_epochs and start is None:
+        return
+    if args.process_index == 0:
+        devices = [args.device.index] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(args.seed)
+            if args.head_first_epochs:
+                train_head(trainer, args.head_first_epochs)
+            if start is not None:
+                _start_factors(trainer, *start)
+    if dist.is_available() and dist.is_initialized():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data, 0)
+
+
+def _start_factors(trainer: GlueTrainer, kind: str, count: int) -> None:
+    """From ``count`` batches of the effective size, drawn by the seed, in pieces that one process takes at once."""
+    args = trainer.args
+    drawn = torch.randperm(len(trainer.train_dataset), generator=torch.Generator().manual_seed(args.seed))
+    rows = drawn[: count * effective_batch_size(args)].split(args.per_device_train_batch_size)
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+        return trainer.task_loss(outputs, batch["labels"], 1)  # a sum, so that a shorter last piece counts as its rows
+
+    try:
+        loralib.initialise(trainer.model, kind, (_batch(trainer, piece) for piece in rows), loss_of, seed=args.seed)
+    except ValueError as error:
+        raise RunError(f"--lora_init {kind}: {error}") from None
+
+
+def _batch(trainer: GlueTrainer, rows: Tensor) -> dict[str, Tensor]:
+    columns = trainer.train_dataset[rows.tolist()]
+    names = [name for name in columns if name not in _COUNTS]
+    collated = trainer.data_collator([{name: columns[name][i] for name in names} for i in range(len(rows))])
+    return {name: value.to(trainer.args.device) for name, value in collated.items()}
+
+
+# ---- the head alone ------------------------------------------------------------------------------------------------
+
+
+def train_head(trainer: GlueTrainer, epochs: int) -> None:
+    """Train the head on features of the frozen encoder, which are computed once, without dropout (arXiv 2202.10054).
+
+    Kept of a row is what the head reads: the first token's last hidden state, or all tokens' where it reads more. The
+    optimiser is AdamW with the run's rate of the head, its weight decay and its batch size; the rate stays constant.
+
+    Raises:
+        UsageError: where the head reads something else.
+    """
+    args, model, count = trainer.args, trainer.model, len(trainer.train_dataset)
+    features, restore = _features(trainer)
+    parameters = [p for p in head_parameters(model) if p.requires_grad]
+    rate = args.learning_rate if args.head_learning_rate is None else args.head_learning_rate
+    optimizer = torch.optim.AdamW(
+        parameters, rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
+    )
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(count, generator=generator).split(effective_batch_size(args)):
+            batch = _batch(trainer, rows)
+            labels = batch.pop("labels")
+            with _encoder_returns(model, restore([features[i] for i in rows.tolist()])):
+                loss = trainer.task_loss(model(**batch), labels)
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    for module, training in modes.items():
+        module.training = training
+
+
+@torch.no_grad()
+def _features(trainer: GlueTrainer) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """(tokens, hidden) of every training row, and what makes the encoder's output of some of them."""
+    model, encoder = trainer.model, trainer.model.base_model
+    seen: list[Any] = []
+    hook = encoder.register_forward_hook(lambda module, args, output: seen.append(output))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    features: list[Tensor | None] = [None] * len(trainer.train_dataset)
+    tokens: int | None = None
+    order = torch.tensor(trainer.train_dataset["length"][:]).argsort(stable=True)
+    try:
+        for rows in order.split(trainer.args.per_device_eval_batch_size):
+            batch = _batch(trainer, rows)
+            batch.pop("labels")
+            seen.clear()
+            logits = model(**batch)["logits"]
+            output = seen[-1]
+            if rows[0] == order[0]:
+                restore = _restore(encoder, type(output))
+                hook.remove()
+                tokens = _tokens_read(model, batch, output.last_hidden_state, logits, restore)
+                hook = encoder.register_forward_hook(lambda module, args, output: seen.append(output))
+            for i, row in zip(rows.tolist(), output.last_hidden_state, strict=True):
+                features[i] = row[:tokens].clone()
+    finally:
+        hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return features, restore
+
+
+def _tokens_read(model: nn.Module, batch: dict, hidden: Tensor, logits: Tensor, restore: Callable) -> int | None:
+    """1 where the first token's hidden state gives the same logits, None where all tokens' do."""
+    for tokens in (1, None):
+        with _encoder_returns(model, restore([row[:tokens] for row in hidden])):
+            try:
+                again = model(**batch)["logits"]
+            except (RuntimeError, IndexError, TypeError, AttributeError):
+                continue  # it looks for tokens that are not there
+        if torch.allclose(logits.float(), again.float(), rtol=1e-3, atol=1e-3):
+            return tokens
+    raise UsageError(
+        f"--head_first_epochs: the head of {type(model).__name__} reads more than the last hidden states: leave it out"
+    )
+
+
+def _restore(encoder: nn.Module, kind: type) -> Callable[[list[Tensor]], Any]:
+    """What makes the encoder's output from rows of hidden states; a pooler is part of the head, and trains."""
+    pooler = getattr(encoder, "pooler", None)
+
+    def restore(rows: list[Tensor]) -> Any:
+        hidden = pad_sequence(rows, batch_first=True)
+        return kind(last_hidden_state=hidden, **({} if pooler is None else {"pooler_output": pooler(hidden)}))
+
+    return restore
+
+
+@contextmanager
+def _encoder_returns(model: nn.Module, output: Any) -> Iterator[None]:
+    """The encoder returns ``output`` in place of computing anything."""
+    encoder = model.base_model
+    encoder.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del encoder.forward
