@@ -26,6 +26,7 @@ from loralib.layers import LoRALayer, lora_layers
 
 STARTS = ("gradient", "activation")
 _OVERSAMPLING = 8
+_ROUNDING = 1e-5  # singular values below this share of the largest are float32's rounding of the sums
 
 
 def initialise(
@@ -218,9 +219,10 @@ def _set_factors(results: dict[LoRALayer, tuple], generator: torch.Generator) ->
 def _leading(scaled: list[Tensor], width: int, generator: torch.Generator) -> Tensor:
     """The leading left singular vectors of the matrices side by side, (n, width).
 
-    Where they have fewer than ``width`` columns, random orthonormal ones follow, and zeros where width > n.
+    Where fewer than ``width`` stand out of rounding, random orthonormal ones follow, and zeros where width > n.
     """
-    vectors = torch.linalg.svd(torch.cat(scaled, 1), full_matrices=False)[0][:, :width]
+    vectors, values, _ = torch.linalg.svd(torch.cat(scaled, 1), full_matrices=False)
+    vectors = vectors[:, : min(width, int((values > _ROUNDING * values[0]).sum()))]
     rows, known = vectors.shape
     if known < min(width, rows):
         more = torch.randn(rows, min(width, rows) - known, generator=generator, dtype=vectors.dtype)

@@ -20,6 +20,9 @@ METHODS = {
     ),
     "sora": ("stsb", 37, "--sora_lambda 8 --lora_alpha 32"),
     "bitfit": ("mrpc", 33, ""),
+    "lora2_plus": (
+        "mrpc", 33, "--lora_r 2 --lora_k 2 --lora_init gradient --head_first_epochs 2 --learning_rate 1e-3"
+    ),
 }  # fmt: skip
 
 
