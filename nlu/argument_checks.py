@@ -104,7 +104,9 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     if training.head_first_epochs and not training.do_train:
         raise UsageError("--head_first_epochs has no meaning without --do_train: leave it out")
     if model.lora_path and method.lora_init in STARTS:
-        raise UsageError(f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out")
+        raise UsageError(
+            f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
+        )
     absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
     if absent:
         raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")

@@ -221,7 +221,7 @@ def test_class_weights_weigh_the_training_loss_alone(own_flags, tmp_path, monkey
     for training, weights in ((True, trainer.class_weights), (False, torch.ones(3))):
         trainer.model.train(training)
         rows = [-logits[i].log_softmax(-1)[labels[i]] * weights[labels[i]] for i in range(4)]
-        torch.testing.assert_close(trainer._task_loss({"logits": logits}, labels, 4), sum(rows) / 4)
+        torch.testing.assert_close(trainer.task_loss({"logits": logits}, labels, 4), sum(rows) / 4)
 
 
 @pytest.mark.parametrize(
