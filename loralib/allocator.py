@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loralib.layers import lora_layers
 
 IMPORTANCES = ("inner", "full")
+PRUNE_BY = ("importance", "value")
 
 
 class _Scores:
@@ -73,6 +74,9 @@ class RankAllocator:
         total_step: optimiser steps of the whole training; may be set later by :meth:`set_total_step`.
         target_total_rank: final number of singular values over all layers, in place of target_rank × layers.
         importance: ``"inner"`` or ``"full"``, see the module's text.
+        min_rank_per_module: singular values that every layer keeps.
+        prune_by: ``"importance"``, or ``"value"`` for |e|: with exact factors ΔW loses s·√Σe² of the pruned values, so
+            that this order loses least.
 
     Raises:
         ValueError: for a value out of range or a contradiction; the message says what to change.
@@ -91,10 +95,13 @@ class RankAllocator:
         total_step: int | None = None,
         target_total_rank: int | None = None,
         importance: str = "inner",
+        min_rank_per_module: int = 0,
+        prune_by: str = "importance",
     ) -> None:
         check_allocator_arguments(
-            lora_r, target_rank, init_warmup, final_warmup, mask_interval, beta1, beta2, importance, total_step
-        )
+            lora_r, target_rank, init_warmup, final_warmup, mask_interval, beta1, beta2, importance, total_step,
+            min_rank_per_module, prune_by,
+        )  # fmt: skip
         # By name, so that ties do not depend on the order in which modules were registered.
         layers = dict(sorted((n, m) for n, m in lora_layers(model).items() if m.lora_E is not None))
         if not layers:
@@ -110,6 +117,12 @@ class RankAllocator:
                 f"target_total_rank must lie between 1 and {self.initial_total_rank} "
                 f"(lora_r × {len(layers)} layers), got {target_total_rank}"
             )
+        if self.target_total_rank < min_rank_per_module * len(layers):
+            raise ValueError(
+                f"min_rank_per_module {min_rank_per_module} over {len(layers)} layers is more than the target of "
+                f"{self.target_total_rank} singular values: lower it, or raise the target"
+            )
+        self.min_rank_per_module, self.prune_by = min_rank_per_module, prune_by
         self.lora_r, self.importance = lora_r, importance
         self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
         self.beta1, self.beta2 = beta1, beta2
@@ -238,10 +251,18 @@ class RankAllocator:
     def _choose_mask(self, budget: int) -> None:
         """Keep the ``budget`` most important singular values; of equal ones, those of later names and indices stay."""
         pruned = self.initial_total_rank - budget
-        importance, order = self.importance_scores().flatten().sort(stable=True)
+        scores = self._values_now() if self.prune_by == "value" else self.importance_scores()
+        if self.min_rank_per_module:
+            kept = scores.topk(self.min_rank_per_module, dim=1).indices
+            scores = scores.scatter(1, kept, torch.inf)
+        importance, order = scores.flatten().sort(stable=True)
         mask = torch.ones_like(order, dtype=torch.bool).index_fill_(0, order[:pruned], False)
         self._mask = mask.view_as(self._mask)
         self._threshold = importance[pruned - 1] if pruned else None
+
+    def _values_now(self) -> Tensor:
+        """|e| of every singular value, (layers, r)."""
+        return torch.stack([e.detach().abs().float().to(self._values[0].device) for e in self._values])
 
     @torch.no_grad()
     def apply_mask(self) -> None:
@@ -263,7 +284,7 @@ class RankAllocator:
 
     def _settings(self) -> dict[str, Any]:
         names = "lora_r importance init_warmup final_warmup mask_interval beta1 beta2 total_step target_total_rank"
-        return {name: getattr(self, name) for name in names.split()}
+        return {name: getattr(self, name) for name in [*names.split(), "min_rank_per_module", "prune_by"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state.
@@ -311,6 +332,8 @@ def check_allocator_arguments(
     beta2: float,
     importance: str = "inner",
     total_step: int | None = None,
+    min_rank_per_module: int = 0,
+    prune_by: str = "importance",
 ) -> None:
     """What can be said of the arguments without a model. Raises ValueError with what to change."""
     for name, value, least in (
@@ -319,6 +342,7 @@ def check_allocator_arguments(
         ("mask_interval", mask_interval, 1),
         ("init_warmup", init_warmup, 0),
         ("final_warmup", final_warmup, 0),
+        ("min_rank_per_module", min_rank_per_module, 0),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
@@ -327,6 +351,8 @@ def check_allocator_arguments(
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
+    if prune_by not in PRUNE_BY:
+        raise ValueError(f"prune_by must be one of {', '.join(PRUNE_BY)}, got {prune_by!r}")
     if importance not in IMPORTANCES:
         raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}")
     if total_step is not None:

@@ -108,6 +108,10 @@ _SINGULAR_VALUE_FLAGS = (
     _allocation("mask_interval", int, 10, "Steps between two allocations."),
     _allocation("beta1", float, 0.85, "Moving average of the sensitivity, in (0, 1)."),
     _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
+    _allocation("min_rank_per_module", int, 0, "Singular values that every module keeps."),
+    _allocation(
+        "prune_by", str, "importance", "importance: the paper's; value: |e|, where the factors are exact."
+    ),
     _allocation("importance", str, "inner", "inner: the paper's importance; full: outer factors scored too."),
     Flag(
         "value_lr_ratio", _ratio, 1.0,
@@ -168,6 +172,8 @@ def _check_factors(args: Any, given: set[str]) -> None:
         if args.precondition != "none":
             raise UsageError("--precondition has no meaning with --orthogonality retraction: leave one of them out")
         args.reg_orth_coef = 0.0
+    elif args.prune_by == "value":
+        raise UsageError("--prune_by value needs exact factors: give --orthogonality retraction")
 
 
 def _check_ranks(args: Any, given: set[str]) -> None:
@@ -181,6 +187,7 @@ def _check_ranks(args: Any, given: set[str]) -> None:
         check_allocator_arguments(
             args.lora_r, args.target_rank, args.init_warmup or 0, args.final_warmup or 0,
             args.mask_interval, args.beta1, args.beta2, args.importance,
+            min_rank_per_module=args.min_rank_per_module, prune_by=args.prune_by,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -256,6 +263,7 @@ def _pruning(args: Any, total_steps: int) -> dict[str, Any]:
         "total_steps": total_steps, "target_rank": args.target_rank, "target_total_rank": args.target_total_rank,
         "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": args.mask_interval,
         "beta1": args.beta1, "beta2": args.beta2, "importance": args.importance,
+        "min_rank_per_module": args.min_rank_per_module, "prune_by": args.prune_by,
     }  # fmt: skip
 
 

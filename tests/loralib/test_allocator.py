@@ -373,3 +373,41 @@ def test_the_last_step_masks_and_the_ranks_are_those_of_the_weights(total_step, 
         assert allocator.rank_pattern == pattern
         assert allocator.live_rank == sum(map(sum, pattern.values())) == (12 if masked is None else budget)
     assert allocator.live_rank == 6
+
+
+@pytest.mark.parametrize("prune_by", ["importance", "value"])
+def test_every_module_keeps_its_minimum_and_the_budget_holds(prune_by):
+    model = model_of(count=4)
+    layers = loralib.lora_layers(model)
+    first = next(iter(layers.values()))
+    options = {**SETTINGS, "min_rank_per_module": 1, "prune_by": prune_by}
+    allocator = loralib.RankAllocator(model, 4, 2, target_total_rank=5, **options)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, SETTINGS["total_step"] + 1):
+        random_step(model, generator)
+        with torch.no_grad():
+            first.lora_E.mul_(1e-3)  # it would lose everything
+        values = {name: layer.lora_E.detach().abs() for name, layer in layers.items()}
+        budget, threshold = allocator.update_and_mask(model, step)
+        if threshold is not None and step <= SETTINGS["total_step"] - SETTINGS["final_warmup"]:  # then it is held
+            scores = dict(zip(allocator.rank_pattern, allocator.importance_scores(), strict=True))
+            scores = values if prune_by == "value" else scores
+            live = {name: layer.lora_E != 0 for name, layer in layers.items()}
+            assert sum(int(mask.sum()) for mask in live.values()) == budget
+            assert all(bool(mask[scores[name].argmax()]) for name, mask in live.items())
+            # Apart from each module's largest, what is kept is at least as large as what is pruned.
+            rest = {n: torch.arange(4) != s.argmax() for n, s in scores.items()}
+            kept = [scores[n][live[n] & rest[n]] for n in layers]
+            pruned = [scores[n][~live[n]] for n in layers]
+            assert float(torch.cat(kept).min()) >= float(torch.cat(pruned).max())
+    assert allocator.live_rank == 5
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"prune_by": "size"}, "prune_by must be"),
+    ({"min_rank_per_module": -1}, "min_rank_per_module must be"),
+    ({"min_rank_per_module": 3}, "more than the target"),
+])  # fmt: skip
+def test_bad_ways_to_prune_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        loralib.RankAllocator(model_of(), 4, 2, **SETTINGS, **changes)

@@ -21,7 +21,8 @@ METHODS = {
     "sora": ("stsb", 37, "--sora_lambda 8 --lora_alpha 32"),
     "bitfit": ("mrpc", 33, ""),
     "lora2_plus": (
-        "mrpc", 33, "--lora_r 2 --lora_k 2 --lora_init gradient --head_first_epochs 2 --learning_rate 1e-3"
+        "mrpc", 33, "--lora_r 1 --lora_k 1 --lora_init gradient --head_first_epochs 2 --learning_rate 1e-3 "
+        "--adam_epsilon 1e-4",
     ),
 }  # fmt: skip
 
