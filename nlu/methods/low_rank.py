@@ -21,6 +21,7 @@ from loralib.orthogonality import parse_terms
 from loralib.preconditioner import PRECONDITIONERS
 from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
+from nlu.methods.widths import check_widths, width, widths_of
 
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
 
@@ -120,8 +121,9 @@ _SINGULAR_VALUE_FLAGS = (
     ),
 )  # fmt: skip
 _SCALE_FLAGS = (
-    Flag("lora_k", int | None, None, "LoRA²: width k of the outer scale (8 by default).", _at_least_1,
-         "must be at least 1"),
+    Flag("lora_k", width, None,
+         "LoRA²: width k of the outer scale (8 by default); match:lora chooses it for LoRA's number of parameters.",
+         lambda k: isinstance(k, str) or k >= 1, "must be at least 1"),
     Flag("lora_widths", str | None, None,
          "LoRA² with any number of scales: widths from the outermost inward, as 8,8."),
     Flag("lora_share_outer", bool, False, "All layers of one module type share their outer factors."),
@@ -131,22 +133,6 @@ _SCALE_FLAGS = (
 def module_patterns(lora_module: str) -> list[str]:
     """``--lora_module`` as a list; the comma of a quantifier such as ``{1,2}`` belongs to its expression."""
     return [pattern.strip() for pattern in re.split(r",(?!\d*\})", lora_module)]
-
-
-def _widths(args: Any) -> tuple[int, ...]:
-    """LoRA²'s widths from the outermost inward.
-
-    Raises:
-        UsageError: for widths that are not comma-separated whole numbers from 1.
-    """
-    if args.lora_widths is None:
-        return (8 if args.lora_k is None else args.lora_k,)
-    if args.lora_k is not None:
-        raise UsageError("--lora_k and --lora_widths exclude each other: --lora_widths 8 is --lora_k 8")
-    parts = [part.strip() for part in args.lora_widths.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise UsageError(f"--lora_widths takes whole numbers from 1, such as 8,8, got {args.lora_widths!r}")
-    return tuple(map(int, parts))
 
 
 def _check_start(args: Any, given: set[str]) -> None:
@@ -194,7 +180,7 @@ def _check_ranks(args: Any, given: set[str]) -> None:
 
 
 def _check_scales(args: Any, given: set[str]) -> None:
-    _widths(args)
+    check_widths(args)
     _check_ranks(args, given)
 
 
@@ -218,14 +204,14 @@ def _inject(model: nn.Module, args: Any) -> None:
     options: dict[str, Any] = {}
     if kind != "lora":
         options["init"] = "gaussian" if args.lora_init == "gaussian" else "orthogonal"
+    modules = encoder_modules(model, module_patterns(args.lora_module))
     if kind == "lora2":
-        widths = _widths(args)
+        widths = widths_of(model, modules, args)
         options["share_outer"] = args.lora_share_outer
         if len(widths) == 1:
             options["k"] = widths[0]
         else:
             kind, options["widths"] = "multiscale", widths
-    modules = encoder_modules(model, module_patterns(args.lora_module))
     try:
         loralib.inject(
             model, kind, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, **options

@@ -6,9 +6,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+import loralib
 from nlu import run_glue, start
+from nlu.arguments import parse_arguments
 from nlu.methods.method import head_parameters
+from nlu.methods.registry import apply_method, count_parameters
 from nlu.run_glue import main
 from tests.nlu.tiny import make_encoder
 
@@ -125,3 +129,25 @@ def test_lora_starts_from_the_gradient_and_head_first_lowers_its_first_loss(flag
     first = run(flags, tmp_path / "a", "--method", "lora", *GRADIENT)["history"][0]["loss"]
     later = run(flags, tmp_path / "b", "--method", "lora", *GRADIENT, "--head_first_epochs", "20")["history"][0]["loss"]
     assert later < first
+
+
+@pytest.mark.parametrize("layers, hidden, wide, name, k", [
+    (6, 384, 1536, "lora", 44), (6, 384, 1536, "lora_r1", 5), (12, 768, 3072, "lora", 89),
+    (12, 768, 3072, "lora_r1", 11),
+])  # fmt: skip
+def test_the_width_matches_loras_size(layers, hidden, wide, name, k):
+    config = AutoConfig.for_model(
+        "bert", num_hidden_layers=layers, hidden_size=hidden, intermediate_size=wide, num_attention_heads=12
+    )
+    sizes = {}
+    for method in (f"lora2_shared{'' if name == 'lora' else '_small'}", name):
+        argv = ["--model_name_or_path", "x", "--task_name", "cola", "--do_train", "--root_output_dir", "x"]
+        args = parse_arguments([*argv, "--method", method]).method
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+            apply_method(model, args, 100)
+        sizes[method] = count_parameters(model)["adapter_params"]
+        if method != name:
+            assert {layer.widths for layer in loralib.lora_layers(model).values()} == {(k,)}
+    shared, plain = sizes.values()
+    assert abs(shared - plain) <= 0.1 * plain
