@@ -79,12 +79,13 @@ def compact(model: nn.Module, rank_pattern: RankPattern | None = None) -> dict[s
     """
     layers = lora_layers(model)
     _check_pattern(layers, rank_pattern)
-    for name, kept in _live_singular_values(layers).items():
+    for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
 
 
-def _live_singular_values(layers: dict[str, LoRALayer]) -> dict[str, list[int]]:
+def live_singular_values(layers: dict[str, LoRALayer]) -> dict[str, list[int]]:
+    """Module name -> indices of the singular values that are not 0; of all of them where every one is 0."""
     live = {
         name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
         for name, layer in layers.items()
@@ -140,7 +141,7 @@ def save_adapter(
     """
     layers = lora_layers(model)
     _check_pattern(layers, rank_pattern)
-    live = _live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
+    live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
     head = _head_tensors(model, layers)
     if not factors and not head:

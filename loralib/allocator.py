@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.layers import lora_layers
+from loralib.layers import trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
 PRUNE_BY = ("importance", "value")
@@ -103,7 +103,7 @@ class RankAllocator:
             min_rank_per_module, prune_by,
         )  # fmt: skip
         # By name, so that ties do not depend on the order in which modules were registered.
-        layers = dict(sorted((n, m) for n, m in lora_layers(model).items() if m.lora_E is not None))
+        layers = dict(sorted(trained_svd_layers(model).items()))
         if not layers:
             raise ValueError("no layer with singular values (AdaLoRA, LoRA²) to allocate ranks to: inject one first")
         wrong = [name for name, layer in layers.items() if layer.r != lora_r]

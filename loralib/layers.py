@@ -378,3 +378,10 @@ class LoRA2Linear(MultiScaleLinear):
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """All low-rank layers of a model by module name, found by type."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def trained_svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The low-rank layers whose singular values train. A frozen adapter is neither pruned nor regularised."""
+    return {
+        n: layer for n, layer in lora_layers(model).items() if layer.lora_E is not None and layer.lora_E.requires_grad
+    }

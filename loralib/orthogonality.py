@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.layers import lora_layers
+from loralib.layers import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
 
@@ -158,7 +158,7 @@ class OrthogonalityRegulariser:
 
     def __init__(self, model: nn.Module, terms: str = "all", squared: bool = False) -> None:
         chosen = parse_terms(terms)
-        layers = [layer for layer in lora_layers(model).values() if layer.lora_E is not None and layer.r > 0]
+        layers = list(trained_svd_layers(model).values())
         if not layers:
             raise ValueError("no layer with singular values (AdaLoRA, LoRA²) to regularise: inject one first")
         self.squared = squared

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from loralib.allocator import RankAllocator
 from loralib.exact_factors import ExactFactors
-from loralib.layers import lora_layers
+from loralib.layers import trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
 from loralib.preconditioner import Preconditioner
 
@@ -99,7 +99,7 @@ class LowRankTraining:
         """
         if self._target_rank is not None:
             init, final = self._warmups
-            ranks = [layer.r for layer in lora_layers(self.model).values() if layer.lora_E is not None]
+            ranks = [layer.r for layer in trained_svd_layers(self.model).values()]
             self.allocator = RankAllocator(
                 self.model,
                 lora_r=ranks[0] if ranks else 1,

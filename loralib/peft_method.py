@@ -1,0 +1,260 @@
+"""LoRA² as a method of the peft package. Importing this module registers it; peft >= 0.18 must be installed.
+
+    import loralib.peft_method as lora2
+    model = peft.get_peft_model(base, lora2.LoRA2Config(r=8, k=8, target_modules=["query", "value"]))
+
+``save_pretrained``, ``from_pretrained``, ``merge_and_unload`` and several adapters work as for peft's own methods, also
+in the tools that are built on peft. Each adapter of a layer is a :class:`loralib.LoRA2Linear`, so that
+:class:`loralib.LowRankTraining` regularises and prunes the adapters that train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from torch import Tensor, nn
+
+from loralib.adapter import live_singular_values
+from loralib.injection import is_conv1d
+from loralib.layers import INITS, LoRA2Linear
+
+NAME = "lora2"
+_FACTORS = ("lora_B", "lora_A")
+
+
+def _add_peft_type() -> PeftType:
+    """PeftType.LORA2. peft registers only types that its enumeration has, and offers no way to add one."""
+    if NAME.upper() in PeftType.__members__:
+        return PeftType[NAME.upper()]
+    member = str.__new__(PeftType, NAME.upper())
+    member._name_ = member._value_ = NAME.upper()
+    type.__setattr__(PeftType, NAME.upper(), member)
+    PeftType._member_map_[NAME.upper()] = PeftType._value2member_map_[NAME.upper()] = member
+    PeftType._member_names_.append(NAME.upper())
+    return member
+
+
+LORA2 = _add_peft_type()
+
+
+@dataclass
+class LoRA2Config(PeftConfig):
+    """Settings of a LoRA² adapter.
+
+    Attributes:
+        r, k, lora_alpha, lora_dropout, init: as for :class:`loralib.LoRA2Linear`.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as for peft's
+            ``LoraConfig``; a target is a linear layer.
+        rank_pattern: module name -> rank, for the modules that :meth:`LoRA2Model.compact` shrank.
+    """
+
+    r: int = 8
+    k: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    init: str = INITS[0]
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LORA2
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+
+
+class LoRA2Adapter(LoRA2Linear):
+    """One adapter of a :class:`LoRA2Layer`. Its frozen weight and bias are those of the base layer, which it does not
+    own: its parameters and its state dict are the factors alone.
+
+    In the state dict ``lora_B.0`` is ``lora_B_0``: peft finds the adapter's name in a key only where at most one part
+    follows it.
+    """
+
+    def __init__(self, base: nn.Module, config: LoRA2Config) -> None:
+        nn.Module.__init__(self)
+        self._base = (base,)  # in a tuple, so that it is no submodule
+        if is_conv1d(base):
+            self.in_features, self.out_features = base.weight.shape
+        else:  # not the shape of the weight, which says nothing where it is quantised
+            self.in_features, self.out_features = base.in_features, base.out_features
+        self._add_factors(config.r, config.lora_alpha, config.lora_dropout, (config.k,), config.init, is_conv1d(base))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self._base[0].weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self._base[0].bias
+
+    def update(self, x: Tensor) -> Tensor:
+        """x (…, in) → x ΔWᵀ (…, out), where the base layer's own product is not ours to compute."""
+        a, b = self.lora_A[0], self.lora_B[0]
+        hidden = F.linear(self.lora_dropout(x.to(a.dtype)), a)
+        return F.linear(F.linear(hidden, self.folded_core()), b)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        destination = nn.Module.state_dict(self, *args, **kwargs)
+        self._rename(destination, kwargs.get("prefix", ""), ".", "_")
+        return destination
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._rename(state_dict, prefix, "_", ".")
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+    @staticmethod
+    def _rename(state: dict[str, Any], prefix: str, old: str, new: str) -> None:
+        for factor in _FACTORS:
+            for number in range(2):
+                if (key := f"{prefix}{factor}{old}{number}") in state:
+                    state[f"{prefix}{factor}{new}{number}"] = state.pop(key)
+
+
+class LoRA2Layer(nn.Module, BaseTunerLayer):
+    """peft's wrapper around a frozen linear layer, with one :class:`LoRA2Adapter` for each adapter's name.
+
+    Raises:
+        ValueError: for another kind of layer, or a setting out of range.
+    """
+
+    adapter_layer_names = ("lora2_adapters",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoRA2Config, rank: int | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        if not isinstance(base, nn.Linear) and not is_conv1d(base):
+            raise ValueError(f"LoRA² adapts linear layers, not {type(base).__name__}: name other target_modules")
+        self.lora2_adapters = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, rank)
+
+    def update_layer(self, adapter_name: str, config: LoRA2Config, rank: int | None) -> None:
+        """Add an adapter, its ``rank`` singular values left of r (None: all)."""
+        adapter = LoRA2Adapter(self.get_base_layer(), config)
+        if rank is not None:
+            adapter.keep_singular_values(range(rank))
+        self.lora2_adapters[adapter_name] = adapter
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _has_plain_weight(self) -> bool:
+        """Whether the base layer is W x + b with W a plain tensor: neither quantised nor moved about by a hook."""
+        base = self.base_layer
+        plain = type(base) is nn.Linear or is_conv1d(base)
+        return plain and type(base.weight) is nn.Parameter and not base._forward_hooks and "forward" not in vars(base)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (…, in) → (…, out): the base layer's output plus the updates of the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self.active_adapters
+        adapters = [self.lora2_adapters[name] for name in names if name in self.lora2_adapters]
+        if adapters and self._has_plain_weight():
+            first, *adapters = adapters
+            out = first(x)
+        else:
+            out = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            if adapter.r:
+                out = out + adapter.update(x).to(out.dtype)
+        return out
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of an adapter, in the layout of the base layer's weight."""
+        delta = self.lora2_adapters[adapter].delta_weight()
+        return delta.T if self.lora2_adapters[adapter].fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + ΔW into the base layer's weight.
+
+        Args:
+            safe_merge: refuse a result that is not finite. adapter_names: by default the active adapters.
+
+        Raises:
+            ValueError: for a quantised weight, or, with ``safe_merge``, a result that is not finite; the weight is
+                unchanged then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora2_adapters]
+        if names and not self._has_plain_weight():
+            raise ValueError(f"the weight of {type(self.base_layer).__name__} is not a plain tensor: load the base "
+                             "without quantisation to merge")  # fmt: skip
+        for name in names:
+            adapter = self.lora2_adapters[name]
+            adapter.merge()
+            if safe_merge and not torch.isfinite(adapter.weight).all():
+                adapter.unmerge()
+                raise ValueError(f"the weight would not be finite with the adapter {name}: it was not merged")
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo :meth:`merge` exactly, the last adapter first. Does nothing where nothing is merged."""
+        while self.merged_adapters:
+            self.lora2_adapters[self.merged_adapters.pop()].unmerge()
+
+    def __repr__(self) -> str:
+        return f"{NAME}.{super().__repr__()}"
+
+
+class LoRA2Model(BaseTuner):
+    """peft's tuner for LoRA²; ``get_peft_model`` makes it."""
+
+    prefix = f"{NAME}_"
+    tuner_layer_cls = LoRA2Layer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: LoRA2Config,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        rank = peft_config.rank_pattern.get(current_key)
+        if isinstance(target, LoRA2Layer):
+            target.update_layer(adapter_name, peft_config, rank)
+            return
+        layer = LoRA2Layer(target, adapter_name, peft_config, rank)
+        if adapter_name not in self.active_adapters:  # a further adapter trains only once it is set active
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def compact(self, adapter_name: str = "default") -> dict[str, int]:
+        """Drop the pruned singular values of an adapter, see :func:`loralib.compact`; its config records the ranks.
+
+        Returns:
+            Module name -> rank it has now.
+        """
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoRA2Layer)}
+        adapters = {name: layer.lora2_adapters[adapter_name] for name, layer in layers.items()
+                    if adapter_name in layer.lora2_adapters}  # fmt: skip
+        for name, kept in live_singular_values(adapters).items():
+            adapters[name].keep_singular_values(kept)
+        ranks = {name: adapter.r for name, adapter in adapters.items()}
+        self.peft_config[adapter_name].rank_pattern = dict(ranks)
+        return ranks
+
+
+register_peft_method(name=NAME, config_cls=LoRA2Config, model_cls=LoRA2Model)

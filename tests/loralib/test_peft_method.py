@@ -1,0 +1,239 @@
+"""LoRA² inside peft: the same numbers as ``loralib.inject``, judged by peft's own saving, loading and merging."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+import loralib
+from loralib.peft_method import LORA2, LoRA2Config, LoRA2Layer
+from tests.loralib.small import INPUTS, Net
+from tests.nlu.tiny import tiny_bert
+
+SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}
+
+
+def randomise(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, generator=generator)
+    return model
+
+
+def net(modules=("q", "v"), base=None, **options):
+    config = LoRA2Config(**{**SHAPE, "target_modules": list(modules), **options})
+    return randomise(get_peft_model(Net() if base is None else base, config))
+
+
+def injected(modules=("q", "v"), base=None, **options):
+    model = Net() if base is None else base
+    loralib.inject(model, "lora2", list(modules), **{**SHAPE, **options})
+    loralib.mark_only_lora_as_trainable(model)
+    return randomise(model)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16)).eval()
+
+
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("base, modules", [(Net, ["q", "v"]), (gpt2, ["c_attn", "c_proj"])])
+def test_outputs_and_gradients_are_those_of_inject(base, modules, training):
+    ids = torch.arange(1, 13).view(2, 6)
+    outputs, gradients = [], []
+    for model in (net(modules, base(), lora_dropout=0.5), injected(modules, base(), lora_dropout=0.5)):
+        torch.manual_seed(1)
+        model.train(training)
+        out = model(INPUTS) if base is Net else model(input_ids=ids).logits
+        out.square().sum().backward()
+        outputs.append(out)
+        gradients.append([parameter.grad for parameter in trained(model)])
+    assert torch.equal(*outputs) and len(gradients[0]) == len(gradients[1]) >= 30
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_saved_and_loaded_under_another_name(tmp_path, low_cpu_mem_usage):
+    model = net(modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in state.values()) == sum(p.numel() for p in trained(model))
+    again = PeftModel.from_pretrained(
+        Net(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
+    )
+    assert again.peft_config["other"].peft_type is LORA2 and again.peft_config["other"].k == 4
+    assert torch.equal(again(INPUTS), model(INPUTS)) and len(trained(again)) == len(trained(model))
+    full = copy.deepcopy(again)
+    randomise(full, seed=5)
+    full.load_state_dict(again.state_dict())
+    assert torch.equal(full(INPUTS), model(INPUTS))
+
+
+def test_merged_unmerged_and_unloaded(tmp_path):
+    model = net().eval()
+    expected, before = model(INPUTS), {n: t.clone() for n, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "before")
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(INPUTS), expected, atol=1e-3, rtol=1e-4)
+    model.save_pretrained(tmp_path / "merged")
+    states = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "merged")]
+    assert states[0].keys() == states[1].keys()
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[n]) for n, tensor in model.state_dict().items())
+    layer = model.base_model.model.layers[0]["q"]
+    delta = layer.get_delta_weight("default")
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(INPUTS), expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(plain.layers[0]["q"].weight, Net().layers[0]["q"].weight + delta)
+    assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
+
+
+def test_several_adapters():
+    model, base = net(), Net()
+    model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q"]))
+    assert not any("second" in n for n, p in model.named_parameters() if p.requires_grad)
+    first = model(INPUTS)
+    model.set_adapter("second")
+    randomise(model, seed=1)
+    second = model(INPUTS)
+    assert not torch.equal(first, second)
+    with model.disable_adapter():
+        assert torch.equal(model(INPUTS), base(INPUTS))
+    model.base_model.set_adapter(["default", "second"])
+    layer, x = model.base_model.model.layers[0]["q"], torch.eye(6)
+    delta = sum(layer.get_delta_weight(name) for name in ("default", "second"))
+    torch.testing.assert_close(layer(x), x @ (base.layers[0]["q"].weight + delta).T + base.layers[0]["q"].bias)
+    both = model(INPUTS)
+    model.merge_adapter()
+    torch.testing.assert_close(model(INPUTS), both, atol=1e-3, rtol=1e-3)
+    with model.disable_adapter():  # peft unmerges then
+        assert torch.equal(model(INPUTS), base(INPUTS))
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    assert torch.equal(model(INPUTS), first) and "second" not in layer.lora2_adapters
+
+
+def prune(model, steps=6):
+    low_rank = loralib.LowRankTraining(model, steps, target_rank=1, init_warmup=1, final_warmup=2, mask_interval=1)
+    for _ in range(steps):
+        (model(INPUTS).square().mean() + low_rank.penalty()).backward()
+        with torch.no_grad():
+            for parameter in trained(model):
+                parameter -= 1e-6 * parameter.grad
+        low_rank.after_step()
+        model.zero_grad()
+    return low_rank.rank_pattern
+
+
+def test_the_regulariser_and_the_allocator_work_and_leave_other_adapters_alone(tmp_path):
+    model = net()
+    model.add_adapter("frozen", LoRA2Config(r=2, k=3, target_modules=["q", "v"]))
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "frozen" in n}
+    masks = prune(model)
+    assert list(masks.values()) == list(prune(ours := injected()).values()) and sum(map(sum, masks.values())) == 6
+    assert all(torch.equal(a, b) for a, b in zip(trained(model), trained(ours), strict=True))
+    assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in frozen.items())
+
+    expected = model(INPUTS)
+    ranks = model.base_model.compact()
+    assert list(ranks.values()) == [sum(mask) for mask in masks.values()] and 0 in ranks.values()
+    torch.testing.assert_close(model(INPUTS), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = PeftModel.from_pretrained(Net(), tmp_path)
+    assert torch.equal(again(INPUTS), model(INPUTS)) and again.peft_config["default"].rank_pattern == ranks
+    assert [layer.r for layer in loralib.lora_layers(again).values()] == list(ranks.values())
+
+
+def test_the_trainer_mixin_trains_it_as_an_injected_model(tmp_path):
+    class MyTrainer(loralib.LowRankTrainerMixin, Trainer):
+        pass
+
+    rows = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(8)]
+    outputs = []
+    for make in (net, injected):
+        model = make(["query", "value"], tiny_bert(), lora_dropout=0.1)
+        options = TrainingArguments(
+            str(tmp_path / make.__name__), max_steps=4, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
+            disable_tqdm=True, save_strategy="no", use_cpu=True,
+        )  # fmt: skip
+        low_rank = loralib.LowRankTraining(model, target_rank=1, init_warmup=0, final_warmup=1, mask_interval=1)
+        MyTrainer(model=model, args=options, train_dataset=rows, low_rank=low_rank).train()
+        assert low_rank.allocator.live_rank == 4
+        outputs.append(model.eval()(input_ids=torch.tensor([[2, 7, 9, 3]])).logits)
+    assert torch.equal(*outputs)
+
+
+class Quantised(nn.Linear):
+    """A stand-in for a quantised layer: its weight is no matrix, and its product is its own."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.dequantised = linear.weight.detach()
+        self.weight = nn.Parameter(torch.zeros(linear.weight.numel(), dtype=torch.uint8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantised, self.bias)
+
+
+def test_a_quantised_base_computes_its_own_product_and_does_not_merge():
+    base = Net()
+    for block in base.layers:
+        block["q"] = Quantised(block["q"])
+    model, plain = net(base=base), net()
+    for a, b in zip(trained(model), trained(plain), strict=True):
+        a.data.copy_(b)
+    torch.testing.assert_close(model(INPUTS), plain(INPUTS), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="not a plain tensor"):
+        model.merge_adapter()
+
+
+def test_hooks_of_the_base_layer_still_run():
+    model, seen = net(), []
+    expected = model(INPUTS)
+    model.base_model.model.layers[0]["q"].base_layer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(INPUTS), expected)
+    assert seen == [1]
+
+
+def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    model = net(["linear1"], copy.deepcopy(encoder))
+    with torch.no_grad():
+        out = model(x)
+        assert not torch.equal(out, encoder(x))
+        torch.testing.assert_close(out, model.merge_and_unload()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options, error, message", [
+    ({"r": 0}, ValueError, "r must be a positive"), ({"init": "zeros"}, ValueError, "init must be one of"),
+    ({"target_modules": ["layers"]}, ValueError, "linear layers"), ({"rank": 8}, TypeError, "rank"),
+])  # fmt: skip
+def test_what_is_refused(options, error, message):
+    base = Net()
+    with pytest.raises(error, match=message):
+        get_peft_model(base, LoRA2Config(**{"target_modules": ["q"], **options}))
+    assert not any(isinstance(module, LoRA2Layer) for module in base.modules())
+
+
+def test_a_merge_that_overflows_is_refused():
+    model = net()
+    layer = model.base_model.model.layers[1]["q"]
+    layer.lora2_adapters["default"].lora_E.data.fill_(torch.inf)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="not be finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
