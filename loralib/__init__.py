@@ -17,8 +17,8 @@ from loralib.exact_factors import ExactFactors
 from loralib.initialisation import initialise
 from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
+from loralib.learning_rates import parameter_groups
 from loralib.multi import MultiAdapter
-from loralib.optimisation import parameter_groups
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 from loralib.preconditioner import Preconditioner

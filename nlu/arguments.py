@@ -14,9 +14,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from nlu import CONFIGS
 from nlu.argument_checks import check_given, check_values, one_device, share_batch
 from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
+from nlu.json_yaml import parse_yaml
 from nlu.methods.registry import MethodArguments
 from nlu.metrics import METRICS
-from nlu.readers import parse_yaml
 from nlu.tasks import TASKS
 
 METHOD_FOLDER = CONFIGS / "methods"

@@ -8,9 +8,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A path that the user gave can cause these; any other OSError is a fault whose traceback is wanted.
@@ -101,7 +101,12 @@ def packages_missing() -> bool:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are a UsageError each."""
+    """An argparse parser that raises a UsageError for each fault, and names the nearest flag for an unknown one."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        refuse_unknown_flags(words, self._option_string_actions)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""

@@ -43,9 +43,9 @@ from transformers import (
 import loralib
 from loralib.export import load_base_of, quiet_transformers
 from loralib.files import open_new
-from nlu.data.tables import FORMATS, Row, open_binary, open_table
+from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
 from nlu.data.tokens import longest_input
-from nlu.errors import OneLineParser, UsageError, exit_code, reason, refuse_unknown_flags
+from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
 from nlu.methods.registry import rebuild
@@ -334,14 +334,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = build_parser()
-        refuse_unknown_flags(argv, parser._option_string_actions)
-        run(parser.parse_args(argv))
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        run(build_parser().parse_args(argv))
     except (UsageError, OSError, KeyboardInterrupt) as error:
         return exit_code(error)
     return 0

@@ -33,14 +33,14 @@ from transformers import DataCollatorWithPadding, EvalPrediction, set_seed
 from nlu.argument_checks import fit_schedule
 from nlu.arguments import Arguments, parse_arguments
 from nlu.data.glue import reorder_labels
-from nlu.data.predictions import load_predict_task, predict, to_labels
-from nlu.data.splits import Splits, load_data, tokenize_splits
+from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits
+from nlu.data.submission import predict, to_labels
 from nlu.errors import UsageError, exit_code, one_line
+from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.metrics import balanced_class_weights, compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
-from nlu.readers import read_json
 from nlu.runs.adapter import importance_scores, load_warm_start, read_warm_start, save_run_adapter, spectra
 from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import RunFolder, shared_digests
@@ -113,7 +113,7 @@ def run_recorded(
     try:
         train_and_evaluate(arguments, trainer, folder, state)
         if arguments.training.do_predict:
-            predict(arguments, tests, trainer, folder)
+            predict(tests, trainer, folder)
         record.log_history = trainer.state.log_history
         if save:
             record.static["spectra"] = spectra(trainer.model)

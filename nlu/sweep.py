@@ -24,7 +24,7 @@ from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import SweepLoop
 from nlu.experiments.places import Places, command_line
 from nlu.experiments.records import locked
-from nlu.readers import parse_yaml
+from nlu.json_yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 

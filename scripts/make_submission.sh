@@ -5,4 +5,4 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 command -v "$python" >/dev/null || python=python3
-exec "$python" "$root/nlu/data/predictions.py" "$@"
+exec "$python" "$root/nlu/data/submission.py" "$@"

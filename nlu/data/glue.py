@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
-from nlu.data.tables import Table, read_table, shown
+from nlu.data.file_formats import Table, read_table, shown
+from nlu.data.split_files import HUB_SUFFIXES, MSR_TRAIN, official_file, official_folders, split_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, Task, get_task
 
 HUB_DATASET = "nyu-mll/glue"
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _INT32_MAX = 2**31 - 1
 _FLOAT32_MAX = 3.4028234e38
 
@@ -27,12 +27,8 @@ def load_task_data(
 ) -> dict[str, Dataset]:
     """Load the splits of a GLUE task as the hub's `nyu-mll/glue` holds them.
 
-    A split in `glue_dir` is `<task>/<split>.jsonl`, `.json`, `.parquet` or `.csv` (also in the hub's pieces, as in
-    `<split>-00000-of-00002.parquet`), or the official release's TSV file under `<task>/` or its own folder name
-    (`CoLA/dev.tsv`, `MRPC/msr_paraphrase_train.txt` with `dev_ids.tsv`, `diagnostic/diagnostic.tsv`); the first of
-    these that is there counts.
-
     Args:
+        glue_dir: the folder with the files that `split_files` finds; without it the hub is asked.
         need: the splits to load; "validation" and "test" stand for all of a task's validation and test splits.
 
     Returns:
@@ -134,60 +130,44 @@ def _load_hub(task: Task, splits: list[str], cache_dir: str | Path | None) -> di
 
 
 def _load_split(task: Task, split: str, root: Path) -> Dataset:
+    paths = split_files(task, split, root)
+    if not paths:
+        known = f"{split}.jsonl (.json, .parquet, .csv) or {official_file(task, split)}"
+        folders = ", ".join(map(str, official_folders(task, root)))
+        raise UsageError(f"no {split} split of {task.name}: looked for {known} in {folders}")
     hidden = split in task.test_splits
-    folder = root / task.name
-    for suffix in _SUFFIXES:
-        path = folder / f"{split}{suffix}"
-        paths = [path] if path.is_file() else sorted(folder.glob(f"{split}-*-of-*{suffix}"))
-        if paths:
-            other, optional = ([], ["label", "idx"]) if hidden else (["label"], ["idx"])
-            tables = [read_table(path, task.text_fields, other, optional) for path in paths]
-            return build_dataset(task, [(table, read_labels(table, task, split)) for table in tables])
-    folders = list(dict.fromkeys([folder, *(root / name for name in task.official_folders)]))
-    for folder in folders:
-        table = _read_official(task, split, folder)
-        if table is not None:
-            return build_dataset(task, [(table, read_labels(table, task, split))])
-    known = f"{split}.jsonl (.json, .parquet, .csv) or {_official_file(task, split)}"
-    raise UsageError(f"no {split} split of {task.name}: looked for {known} in {', '.join(map(str, folders))}")
+    if paths[0].suffix in HUB_SUFFIXES:
+        other, optional = ([], ["label", "idx"]) if hidden else (["label"], ["idx"])
+        tables = [read_table(path, task.text_fields, other, optional) for path in paths]
+    else:
+        tables = [_read_official(task, split, paths)]
+    return build_dataset(task, [(table, read_labels(table, task, split)) for table in tables])
 
 
-def _official_file(task: Task, split: str) -> str:
-    return dict(task.official_files).get(split, split.replace("validation", "dev") + ".tsv")
-
-
-def _read_official(task: Task, split: str, folder: Path) -> Table | None:
-    """The split from the release's TSV files under the hub's column names; None where there is no such file."""
+def _read_official(task: Task, split: str, paths: list[Path]) -> Table:
+    """The split from the release's TSV files, under the hub's column names."""
     text, label = task.official_text or task.text_fields, task.official_label
-    other, optional = ([], [label]) if split in task.test_splits else ([label], [])
-    path = folder / _official_file(task, split)
-    table = _read_msr(folder, split, text, label) if task.name == "mrpc" else None
-    if table is None and path.is_file():
-        header = None if split in task.test_splits else task.official_header
-        table = read_table(path, text, other, optional, header=header, skip=task.short_rows_skipped)
-    if table is not None:
-        names = {**dict(zip(text, task.text_fields, strict=True)), label: "label"}
-        table.columns = {names.get(name, name): values for name, values in table.columns.items()}
+    hidden = split in task.test_splits
+    if paths[0].name == MSR_TRAIN:
+        table = _read_msr(*paths, split=split, text=text, label=label)
+    else:
+        other, optional = ([], [label]) if hidden else ([label], [])
+        header = None if hidden else task.official_header
+        table = read_table(paths[0], text, other, optional, kind="tsv", header=header, skip=task.short_rows_skipped)
+    names = {**dict(zip(text, task.text_fields, strict=True)), label: "label"}
+    table.columns = {names.get(name, name): values for name, values in table.columns.items()}
     return table
 
 
-def _read_msr(folder: Path, split: str, text: Sequence[str], label: str) -> Table | None:
+def _read_msr(path: Path, ids_path: Path | None = None, *, split: str, text: Sequence[str], label: str) -> Table:
     """MRPC as Microsoft publishes it: the rows of the training file that `dev_ids.tsv` names are GLUE's dev set.
 
     `idx` is the row in the training file for both, as on the hub. The test file has its true labels.
     """
-    path = folder / f"msr_paraphrase_{'test' if split == 'test' else 'train'}.txt"
-    if not path.is_file():
-        return None
-    if split == "test":
-        return read_table(path, text, optional=[label], kind="tsv")
-    ids_path = next((p for p in (folder / "dev_ids.tsv", folder / "mrpc_dev_ids.tsv") if p.is_file()), None)
     if ids_path is None:
-        if (folder / _official_file(get_task("mrpc"), split)).is_file():
-            return None
         raise UsageError(
-            f"{folder} has {path.name} but neither dev_ids.tsv nor mrpc_dev_ids.tsv: put that file there, since it "
-            "names the rows of GLUE's dev set"
+            f"{path.parent} has {path.name} but neither dev_ids.tsv nor mrpc_dev_ids.tsv: put that file there, since "
+            "it names the rows of GLUE's dev set"
         )
     keys = ["#1 ID", "#2 ID"]
     ids = read_table(ids_path, keys, header=keys)

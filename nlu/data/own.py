@@ -8,8 +8,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from nlu.data.file_formats import Table, open_binary, open_table, read_table, shown
 from nlu.data.glue import as_number, build_dataset
-from nlu.data.tables import Table, open_binary, open_table, read_table, shown
 from nlu.errors import UsageError
 from nlu.metrics import METRICS
 from nlu.tasks import TASKS, Task

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from nlu.arguments import Arguments
-from nlu.data.glue import limit, load_task_data
+from nlu.data.glue import limit, load_task_data, reorder_labels
 from nlu.data.own import load_own_files
 from nlu.data.tokens import tokenize
 from nlu.errors import UsageError
@@ -46,7 +46,7 @@ def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
         task = get_task(data.task_name)
         if data.holdout_fraction is not None:
             need = ["train", *(name for name in need if name == "test")]
-        splits = load_task_data(task, data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir, need)
+        splits = load_task_data(task, _glue_dir(arguments), arguments.model.cache_dir, need)
     if data.holdout_fraction is not None:
         rows = len(splits["train"])
         if math.ceil(rows * data.holdout_fraction) >= rows:
@@ -69,3 +69,29 @@ def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset]
         {name: by_length[name] for name in task.validation_splits if name in by_length},
         {name: by_length[name] for name in task.test_splits if name in by_length},
     )
+
+
+def load_predict_task(arguments: Arguments, task: Task, tokenizer: Any) -> list[tuple[Task, dict[str, Dataset]]]:
+    """The task of ``--predict_task`` with the token ids of its test sets; empty where none is asked for.
+
+    Raises:
+        UsageError: without ``--do_predict``, or for a task that asks for other classes than the trained one.
+    """
+    data = arguments.data
+    if data.predict_task is None:
+        return []
+    other = get_task(data.predict_task)
+    if not arguments.training.do_predict:
+        raise UsageError("--predict_task needs --do_predict")
+    same_classes = sorted(other.labels or ()) == sorted(task.labels or ())
+    if not same_classes or len(other.text_fields) != len(task.text_fields) or other.name == task.name:
+        raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
+    splits = load_task_data(other, _glue_dir(arguments), arguments.model.cache_dir, ["test"])
+    if task.labels is not None:
+        other, splits = reorder_labels(other, splits, task.labels)
+    splits = {name: limit(rows, data.max_predict_samples) for name, rows in splits.items()}
+    return [(other, tokenize_splits(arguments, other, splits, tokenizer).test)]
+
+
+def _glue_dir(arguments: Arguments) -> str | None:
+    return arguments.data.glue_dir or os.environ.get("GLUE_DIR")

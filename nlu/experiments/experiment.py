@@ -43,7 +43,7 @@ from nlu.experiments.checks import (
     scalar,
     value_list,
 )  # fmt: skip
-from nlu.readers import parse_yaml
+from nlu.json_yaml import parse_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 _TOP = {"name", "description", "command", "base", "grid", "exclude", "overrides", "select"}

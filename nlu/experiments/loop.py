@@ -15,7 +15,7 @@ from nlu.experiments.experiment import Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.places import Places, command_line
 from nlu.experiments.records import comparable
-from nlu.readers import read_json
+from nlu.json_yaml import read_json
 
 _POLL_SECONDS = 0.1
 _PROGRESS_SECONDS = 2.0

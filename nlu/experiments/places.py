@@ -9,7 +9,7 @@ from typing import Any
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.records import comparable, measured_line, place_of, read_lines, write_line
-from nlu.readers import read_json
+from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests
 
 logger = logging.getLogger("nlu")

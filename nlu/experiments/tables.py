@@ -11,7 +11,7 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.questions import Question
 from nlu.experiments.statistics import LEVEL, SHORT, estimate, finished, holm, paired, verdict
-from nlu.readers import read_json
+from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
 NONE = "–"

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nlu import CONFIGS
+from nlu.data.split_files import split_files
 from nlu.errors import UsageError, reason
-from nlu.readers import parse_yaml
-from nlu.tasks import TASKS, Task
+from nlu.json_yaml import parse_yaml
+from nlu.tasks import TASKS
 
 METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"
 CACHE_VARIABLE = "LORA2_DIGEST_CACHE"
@@ -27,7 +28,6 @@ _MODEL_FILES = (
     "added_tokens.json", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_MSR_FILES = ("msr_paraphrase_train.txt", "dev_ids.tsv", "mrpc_dev_ids.tsv")  # both of MRPC's first two splits
 _CACHED_FROM = 1 << 24  # bytes: smaller files are read again about as fast as their digest is looked up
 _SETTLED = 2.0  # seconds: a file that changed less long ago may change again without its times showing it
 
@@ -81,13 +81,13 @@ def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
         return _matching(value, _MODEL_FILES)
     if flag == "lora_path":
         return _matching(value, _ADAPTER_FILES)
-    if flag == "glue_dir":
+    if flag == "glue_dir" and folder:
         held_out = arguments.get("holdout_fraction")
         splits = [] if task is None else [*task.train_splits, *([] if held_out else task.validation_splits)]
-        return [path for split in splits for path in _split_files(task, split, folder)]
+        return [path for split in splits for path in split_files(task, split, folder)]
     if flag == "test_file" and task is not None:
-        tasks = [task, TASKS.get(str(arguments.get("predict_task")))] if predicts else []
-        return [path for t in tasks if t for split in t.test_splits for path in _split_files(t, split, folder)]
+        tasks = [task, TASKS.get(str(arguments.get("predict_task")))] if predicts and folder else []
+        return [path for t in tasks if t for split in t.test_splits for path in split_files(t, split, folder)]
     wanted = value and (flag != "test_file" or predicts)
     return [Path(value)] if wanted and Path(value).is_file() else []
 
@@ -96,22 +96,6 @@ def _matching(folder: Any, patterns: Iterable[str]) -> list[Path]:
     if not folder:
         return []
     return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
-
-
-def _split_files(task: Task, split: str, glue_dir: Any) -> list[Path]:
-    """The files that :func:`nlu.data.glue.load_task_data` may read a split from."""
-    if not glue_dir:
-        return []
-    for suffix in (".jsonl", ".json", ".parquet", ".csv"):
-        own = Path(glue_dir) / task.name
-        found = _matching(own, [f"{split}{suffix}"]) or _matching(own, [f"{split}-*-of-*{suffix}"])
-        if found:
-            return found
-    names = [dict(task.official_files).get(split, split.replace("validation", "dev") + ".tsv")]
-    if task.name == "mrpc":
-        names += ["msr_paraphrase_test.txt"] if split == "test" else _MSR_FILES
-    folders = dict.fromkeys((task.name, *task.official_folders))
-    return [path for folder in folders for path in _matching(Path(glue_dir) / folder, names)]
 
 
 def _config_digests(arguments: Mapping[str, Any]) -> dict[str, str]:

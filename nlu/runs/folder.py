@@ -15,7 +15,7 @@ import torch.distributed as dist
 from loralib.files import remove_leftovers
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
-from nlu.readers import read_json
+from nlu.json_yaml import read_json
 from nlu.runs.checkpoints import clean, last_whole_checkpoint
 from nlu.runs.digests import content_digests
 from nlu.runs.log import ConsoleLog

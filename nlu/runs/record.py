@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from loralib.files import write_json
 from nlu.arguments import Arguments, command_line
 from nlu.errors import UsageError
+from nlu.json_yaml import read_json
 from nlu.methods.registry import count_parameters, live_adapter_params
-from nlu.readers import read_json
 
 if TYPE_CHECKING:
     from nlu.runs.folder import RunFolder

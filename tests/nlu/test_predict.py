@@ -15,7 +15,7 @@ import torch
 import loralib
 from loralib.export import export_merged
 from nlu import predict, run_glue
-from nlu.data.tables import Row, open_table
+from nlu.data.file_formats import Row, open_table
 from nlu.predict import main
 from tests.nlu.tiny import make_encoder
 
@@ -210,7 +210,7 @@ def test_csv_quotes_line_breaks_and_damage():
 
 
 def test_a_line_without_an_end_is_one_bad_row(monkeypatch):
-    monkeypatch.setattr("nlu.data.tables.LONGEST_LINE", 64)
+    monkeypatch.setattr("nlu.data.file_formats.LONGEST_LINE", 64)
     found = read('{"a": "' + "x" * 1000 + '", "b": ""}\n{"a": "", "b": ""}', "jsonl")
     assert [(row.place, bool(row.error)) for row in found] == [(1, True), (2, False)]
 

@@ -63,7 +63,7 @@ def test_predictions_can_be_asked_of_a_run_that_has_finished(mnli_flags, tmp_pat
         weights = (folder / "adapter/adapter_model.safetensors").read_bytes()
         assert main([*later, *own, "--do_predict", "--predict_task", "ax"]) == code
         assert (folder / "adapter/adapter_model.safetensors").read_bytes() == weights
-    assert "without a checkpoint" in capsys.readouterr().err
+    assert "no checkpoint to predict from" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "steps/predictions").iterdir()} == expected
 
 

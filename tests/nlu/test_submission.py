@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlu.data.predictions import check_submission, main, make_submission, write_predictions
+from nlu.data.submission import check_submission, main, make_submission, write_predictions
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, Task
 
@@ -147,7 +147,7 @@ def test_empty_folder_and_missing_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.data.predictions"]]
+    "command", [["bash", "scripts/make_submission.sh"], [sys.executable, "-m", "nlu.data.submission"]]
 )
 def test_commands(tmp_path, command):
     result = subprocess.run(

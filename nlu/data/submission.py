@@ -1,18 +1,17 @@
 """Predictions of test sets, in the form that the GLUE server wants: one TSV file a test set, and all of them in a zip.
 
-python nlu/data/predictions.py output/glue/cola output/glue/sst2 … --out submission.zip
+python nlu/data/submission.py output/glue/cola output/glue/sst2 … --out submission.zip
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -21,41 +20,16 @@ import numpy as np
 from datasets import Dataset
 
 from loralib.files import write_bytes
-from nlu.data.glue import as_number, limit, load_task_data, reorder_labels
-from nlu.data.tables import read_table, shown
-from nlu.data.tokens import tokenize
+from nlu.data.file_formats import read_table, shown
+from nlu.data.glue import as_number
 from nlu.errors import UsageError, exit_code
-from nlu.tasks import TASKS, Task, get_task
+from nlu.tasks import TASKS, Task
 
 if TYPE_CHECKING:
-    from nlu.arguments import Arguments
-    from nlu.trainer import GlueTrainer
+    from transformers import Trainer
 
 _SERVER = {name: (task, rows) for task in TASKS.values() for name, rows in task.submission_files}
 _SUBFOLDER = "predictions"
-
-
-def load_predict_task(arguments: Arguments, task: Task, tokenizer: Any) -> list[tuple[Task, dict[str, Dataset]]]:
-    """The task of ``--predict_task`` with the token ids of its test sets; empty where none is asked for.
-
-    Raises:
-        UsageError: without ``--do_predict``, or for a task that asks for other classes than the trained one.
-    """
-    data = arguments.data
-    if data.predict_task is None:
-        return []
-    other = get_task(data.predict_task)
-    if not arguments.training.do_predict:
-        raise UsageError("--predict_task needs --do_predict")
-    same_classes = sorted(other.labels or ()) == sorted(task.labels or ())
-    if not same_classes or len(other.text_fields) != len(task.text_fields) or other.name == task.name:
-        raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
-    splits = load_task_data(other, data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir, ["test"])
-    if task.labels is not None:
-        other, splits = reorder_labels(other, splits, task.labels)
-    splits = {name: limit(rows, data.max_predict_samples) for name, rows in splits.items()}
-    tokens = tokenize(splits, other, tokenizer, data.max_seq_length, data.pad_to_max_length)
-    return [(other, {name: rows.sort("length") for name, rows in tokens.items()})]
 
 
 def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
@@ -64,14 +38,12 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
-def predict(
-    arguments: Arguments, tests: list[tuple[Task, dict[str, Dataset]]], trainer: GlueTrainer, folder: Path
-) -> None:
+def predict(tests: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path) -> None:
     """Write the GLUE server's TSV files for the test sets of each task into ``predictions/``."""
     for task, split, rows in ((task, split, rows) for task, splits in tests for split, rows in splits.items()):
         output = trainer.predict(rows.remove_columns("labels") if "labels" in rows.column_names else rows)
-        if arguments.training.should_save:
-            write_predictions(task, split, rows["idx"][:], to_labels(task, output.predictions), folder / "predictions")
+        if trainer.args.should_save:
+            write_predictions(task, split, rows["idx"][:], to_labels(task, output.predictions), folder / _SUBFOLDER)
 
 
 def write_predictions(
@@ -202,7 +174,7 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="predictions.py",
+        prog="submission.py",
         allow_abbrev=False,
         description="Gather the test predictions of several runs (--do_predict) into the zip for gluebenchmark.com.",
         epilog="The server scores a zip only when it has all eleven files: the nine tasks (two for MNLI) and the "

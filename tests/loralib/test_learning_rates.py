@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import loralib
-from loralib.optimisation import matching_value_ratio
+from loralib.learning_rates import matching_value_ratio
 
 
 def one_layer(kind, features, init=None, **options):
