@@ -93,7 +93,18 @@ def _explained(error: BaseException) -> tuple[int, str | None]:
 
 def packages_missing() -> bool:
     """Whether a package that the programs need is not installed; says so on stderr. It imports none of them."""
-    for package in ("torch", "transformers", "datasets", "pyarrow", "safetensors", "numpy", "scipy", "sklearn", "yaml"):
+    for package in (
+        "torch",
+        "transformers",
+        "datasets",
+        "pyarrow",
+        "safetensors",
+        "numpy",
+        "scipy",
+        "sklearn",
+        "yaml",
+        "jsonschema",
+    ):
         if find_spec(package) is None:
             print(f"error: the package {package} is not installed: run bash scripts/setup.sh first", file=sys.stderr)
             return True

@@ -1,4 +1,4 @@
-"""JSON and YAML files, read as plain values."""
+"""JSON and YAML files: read as plain values, and checked against a JSON Schema."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import yaml
 
 from nlu.errors import UsageError
@@ -60,3 +61,28 @@ def parse_yaml(text: str) -> Any:
     # The others: impossible dates, numbers of thousands of digits, tags that do not fit their value.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:300]})") from None
+
+
+def check(value: Any, schema: dict[str, Any], where: str) -> None:
+    """Refuse a value that a JSON Schema does not allow.
+
+    Args:
+        schema: a `description` beside a rule ends the message "VALUE …" where that rule is broken.
+        where: begins the message, before the place inside the value.
+
+    Raises:
+        UsageError: names the first place that is wrong.
+    """
+    fault = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
+    if fault is None:
+        return
+    place = ".".join(map(str, fault.absolute_path))
+    message = fault.message
+    if fault.validator in ("type", "pattern", "not", "anyOf", "exclusiveMinimum") and "description" in fault.schema:
+        message = f"{_short(fault.instance)} {fault.schema['description']}"
+    raise UsageError(": ".join(filter(None, (where, place, _short(message, 300)))))
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -1,4 +1,4 @@
-"""Checks of an experiment file's values and of the folders that follow; a fault raises a UsageError of one line."""
+"""What an experiment file and a file of questions must hold, as JSON Schemas, and the checks of the folders' names."""
 
 import math
 import re
@@ -12,74 +12,146 @@ from nlu.errors import UsageError
 PATH_ARGUMENTS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "peft_config")
 LONGEST_NAME = 200  # most file systems allow 255 bytes, and a log's suffix or a temporary file's prefix is added
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
-_KINDS = {int: "number", float: "number", str: "text", bool: "switch"}
 _YAML_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as text; people write it as a number
 
+# ---- schemas; a description ends the message "VALUE …" --------------------------------------------------------------
 
-def mapping(value: Any, where: str, known: set[str]) -> dict[str, Any]:
-    """A mapping with no other keys than `known`."""
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} must be a mapping with keys among {', '.join(sorted(known))}")
-    for key in value:
-        if key not in known:
-            raise UsageError(f"{where} has the unknown key {key}; known: {', '.join(sorted(known))}")
-    return value
-
-
-def mappings(value: Any, where: str, known: set[str]) -> list[dict[str, Any]]:
-    """A list of such mappings; nothing at all is an empty list."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise UsageError(f"{where} must be a list of mappings with the keys {', '.join(sorted(known))}")
-    return [mapping(item, where, known) for item in value]
-
-
-def checked_arguments(value: Any, where: str) -> dict[str, Any]:
-    """run_glue's flags without their dashes → one value each; nothing at all is no flag."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UsageError(f"{where} must be a mapping of run_glue flags to values")
-    for key in value:
-        if not isinstance(key, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", key):
-            raise UsageError(f"{where} has {key!r}, which is no flag's name (write it without dashes in front)")
-        if key in SET_BY_THE_SWEEP:
-            raise UsageError(f"{where} sets {key}, which the sweep sets itself")
-    return {key: scalar(item, f"{where}.{key}") for key, item in value.items()}
-
-
-def value_list(value: Any, where: str) -> list:
-    """One value or more, no two alike."""
-    values = [scalar(item, where) for item in value] if isinstance(value, list) else []
-    if not values or not different(values):
-        raise UsageError(f"{where} must be a list of different values, at least one")
-    return values
-
-
-def candidates(value: Any, where: str) -> list:
-    """Values to choose among: of one kind, so that the smallest and the largest of them are known."""
-    values = value_list(value, where)
-    kinds = {_KINDS.get(type(item)) for item in values}
-    if None in kinds or len(kinds) > 1:
-        raise UsageError(f"{where} must be all numbers, all text or all true and false, without null")
-    return values
+_KINDS = ["string", "number", "boolean"]
+_ONE = {"type": [*_KINDS, "null"], "description": "must be one value; write lists as run_glue does (a,b)"}
+_FLAG = {
+    "allOf": [
+        {
+            "type": "string",
+            "pattern": "^[a-z][a-z0-9_]*$",
+            "description": "is no flag's name (write it without dashes)",
+        },
+        {"not": {"enum": list(SET_BY_THE_SWEEP)}, "description": "is a flag that the sweep sets itself"},
+    ]
+}
+ARGUMENTS = {
+    "type": ["object", "null"],
+    "description": "must be a mapping of run_glue flags to values",
+    "propertyNames": _FLAG,
+    "additionalProperties": _ONE,
+}
+_CANDIDATES = {  # of one kind, so that the smallest and the largest of them are known
+    "type": "object",
+    "minProperties": 1,
+    "description": "must be a mapping of flags to the values to try",
+    "propertyNames": _FLAG,
+    "additionalProperties": {
+        "type": "array",
+        "minItems": 1,
+        "uniqueItems": True,
+        "anyOf": [{"items": {"type": kind}} for kind in _KINDS],
+        "description": "must be a list of all numbers, all text or all true and false, without null",
+    },
+}
+_WHEN = {
+    "type": "object",
+    "minProperties": 1,
+    "description": "must be a mapping of grid axes to labels, such as {task_name: rte}",
+    "additionalProperties": {"type": [*_KINDS, "null", "array"], "items": _ONE},
+}
 
 
-def different(values: list) -> bool:
-    """Whether no two are equal or written alike; 1, 1.0 and true are equal."""
-    return len(set(values)) == len(values) == len(set(map(str, values)))
+def _mapping(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
 
 
-def scalar(value: Any, where: str) -> Any:
-    """One flag's value; text such as 1e-3 becomes the number that was meant."""
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": ["array", "null"], "items": items}
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_TEXTS = {"type": "array", "minItems": 1, "uniqueItems": True, "items": _TEXT}
+EXPERIMENT = _mapping(
+    ["name", "grid"],
+    name={
+        "type": "string",
+        "pattern": r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$",
+        "description": "must be a word of letters, digits, _ . and -, 100 at most (it becomes a folder)",
+    },
+    description=_ONE,
+    command={"type": ["string", "null"]},
+    base=ARGUMENTS,
+    grid={
+        "type": "object",
+        "minProperties": 1,
+        "additionalProperties": {
+            "type": ["array", "object"],
+            "description": "must be a list of values or a mapping of labels to arguments",
+            "minItems": 1,
+            "items": _ONE,
+            "minProperties": 1,
+            "propertyNames": _ONE,
+            "additionalProperties": ARGUMENTS,
+        },
+    },
+    exclude=_list(_WHEN),
+    overrides=_list(_mapping(["when"], when=_WHEN, set=ARGUMENTS)),
+    select=_mapping(
+        ["values", "seeds", "set"],
+        values=_CANDIDATES,
+        beyond={
+            "type": ["object", "null"],
+            "additionalProperties": {
+                "type": "number",
+                "exclusiveMinimum": 1,
+                "description": "must be a factor above 1",
+            },
+        },
+        seeds={"type": "array", "minItems": 1, "uniqueItems": True, "items": _ONE},
+        # Choosing on the validation set would leak it.
+        set={**ARGUMENTS, "type": "object", "required": ["holdout_fraction"]},
+        overrides=_list(_mapping(["when"], when=_WHEN, set=ARGUMENTS, values=_CANDIDATES)),
+    ),
+)
+QUESTIONS = _mapping(
+    [],
+    questions=_list(
+        _mapping(
+            ["question", "experiments"],
+            question=_TEXT,
+            experiments=_TEXTS,
+            labels=_TEXTS,
+            claims=_list(
+                _mapping(
+                    ["label", "against", "expect"],
+                    label=_TEXT,
+                    against=_TEXT,
+                    expect={"enum": ["higher", "not lower", "level"]},
+                    published={"type": ["number", "null"]},
+                    source={"type": "string"},
+                )
+            ),
+        )
+    ),
+    published=_list(_mapping(["file", "title"], file=_TEXT, title=_TEXT)),
+)
+
+
+def as_meant(value: Any, where: str) -> Any:
+    """The content of a YAML file with text such as 1e-3 as the number that it stands for, in keys too.
+
+    Raises:
+        UsageError: for infinity and NaN, and for two keys that are one number.
+    """
+    if isinstance(value, dict):
+        meant = {as_meant(key, where): as_meant(item, f"{where}.{key}") for key, item in value.items()}
+        if len(meant) < len(value):
+            raise UsageError(f"{where} has a label twice (1e-3 and 0.001 are one)")
+        return meant
+    if isinstance(value, list):
+        return [as_meant(item, where) for item in value]
     if isinstance(value, str) and _YAML_FLOAT.fullmatch(value):
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{where} is {value}, which is no number to run with")
-    if value is not None and not isinstance(value, str | int | float | bool):
-        raise UsageError(f"{where} must be one value, not {type(value).__name__}; write lists as run_glue does (a,b)")
+        raise UsageError(f"{where.lstrip('.')} is {value}, which is no number to run with")
     return value
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def place_free(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ select:                                 # optional: choose arguments on a held-o
   seeds: [101]
   set: {holdout_fraction: 0.1}
   overrides: [{when: {method: full}, values: {learning_rate: [1.0e-5, 2.0e-5]}, set: {max_steps: 200}}]
-  shared: {variant: {full: inner}}      # optional: these labels take the choice made for those, and try nothing
 """
 
 import itertools
@@ -32,22 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError, reason
-from nlu.experiments.checks import (
-    candidates,
-    check_folders,
-    checked_arguments,
-    different,
-    mapping,
-    mappings,
-    place_free,
-    scalar,
-    value_list,
-)  # fmt: skip
-from nlu.json_yaml import parse_yaml
+from nlu.experiments.checks import ARGUMENTS, EXPERIMENT, as_meant, check_folders, place_free
+from nlu.json_yaml import check, parse_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
-_TOP = {"name", "description", "command", "base", "grid", "exclude", "overrides", "select"}
-_SELECT = {"values", "beyond", "seeds", "set", "overrides", "shared"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +70,10 @@ class Selection:
     seeds: list
     beyond: dict[str, float]
     candidates: dict[tuple, Candidates]
-    shared: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     def key(self, run: Run) -> tuple:
         """The key of the choice that a run takes."""
-        return tuple(self.shared.get(axis, {}).get(run.axes[axis], run.axes[axis]) for axis in self.per)
+        return tuple(run.axes[axis] for axis in self.per)
 
     def runs_of(self, key: tuple, values: dict[str, Any], extra: bool = False) -> list[Run]:
         """One run for each seed of the selection, with these values."""
@@ -153,17 +139,15 @@ def read_yaml(path: Path) -> Any:
 
 
 class _Reader:
-    """The checks of one file, from the top key down."""
+    """The checks of one file that a schema cannot make: those between its parts."""
 
     def __init__(self, content: Any, settings: dict[str, Any]) -> None:
-        self.content = mapping(content, "the file", _TOP)
-        self.settings = checked_arguments(settings, "--set")
-        self.name = self.content.get("name")
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
-            raise UsageError("name must be a word of letters, digits, _ . and -, 100 at most (it becomes a folder)")
-        self.base = checked_arguments(self.content.get("base"), "base")
-        self.grid = self._grid()
-        self.overrides = self._overrides(self.content.get("overrides"), "overrides", {"when", "set"})
+        self.content, self.settings = as_meant(content, ""), as_meant(settings, "--set")
+        check(self.content, EXPERIMENT, "")
+        check(self.settings, ARGUMENTS, "--set")
+        self.name, self.base = self.content["name"], self.content.get("base") or {}
+        self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
+        self.overrides = self._overrides(self.content.get("overrides"), "overrides")
         self.command = self._command()
         for key in self.settings:
             if key in self.grid:
@@ -184,38 +168,18 @@ class _Reader:
         filled = tuple(_fill(word, arguments) for word in self.command)  # a selection's template is filled later
         return Run(self.name, stage, run_name(axes), axes, arguments, filled if stage == "final" else self.command)
 
-    def _grid(self) -> dict[str, dict[Any, dict[str, Any]]]:
-        """Axis → label → arguments."""
-        raw = self.content.get("grid")
-        if not isinstance(raw, dict) or not raw:
-            raise UsageError("grid is empty; give at least method, task_name (or train_file) and seed")
-        grid = {}
-        for axis, labels in raw.items():
-            if isinstance(labels, dict):
-                choices = {
-                    scalar(label, f"grid.{axis}"): checked_arguments(value, f"grid.{axis}.{label}")
-                    for label, value in labels.items()
-                }
-            elif isinstance(labels, list):
-                checked_arguments({axis: None}, "grid")
-                values = [scalar(value, f"grid.{axis}") for value in labels]
-                if not different(values):
-                    raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")
-                choices = {value: {axis: value} for value in values}
-            else:
-                raise UsageError(f"grid.{axis} must be a list of values or a mapping of labels to arguments")
-            if len(choices) != len(labels):
-                raise UsageError(f"grid.{axis} has a label twice (1e-3 and 0.001 are one)")
-            if not choices:
-                raise UsageError(f"grid.{axis} is empty")
-            grid[axis] = choices
-        return grid
+    def _choices(self, axis: Any, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
+        """Label → arguments of one axis."""
+        if isinstance(labels, dict):
+            return {label: arguments or {} for label, arguments in labels.items()}
+        check({axis: None}, ARGUMENTS, "grid")
+        choices = {value: {axis: value} for value in labels}
+        if len(choices) != len(labels):
+            raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")
+        return choices
 
     def _combinations(self) -> list[dict[str, Any]]:
-        rules = self.content.get("exclude") or []
-        if not isinstance(rules, list):
-            raise UsageError("exclude must be a list of mappings of grid axes to labels")
-        excluded = [self._when(rule, "exclude") for rule in rules]
+        excluded = [self._when(rule, "exclude") for rule in self.content.get("exclude") or []]
         every = [dict(zip(self.grid, labels, strict=True)) for labels in itertools.product(*self.grid.values())]
         kept = [axes for axes in every if not any(_matches(axes, rule) for rule in excluded)]
         if not kept:
@@ -231,53 +195,39 @@ class _Reader:
                 arguments.update(rule["set"])
         return {**arguments, **self.settings}
 
-    def _overrides(self, raw: Any, where: str, known: set[str]) -> list[dict[str, Any]]:
-        """Rules of `when` and `set`, with `known` of `values` too, each checked."""
+    def _overrides(self, raw: list[dict[str, Any]] | None, where: str) -> list[dict[str, Any]]:
+        """Rules of `when` and `set`, in a selection of `values` too."""
         rules = []
-        for rule in mappings(raw, where, known):
-            values = checked_arguments(rule.get("set"), where)
+        for rule in raw or []:
+            values, tried = rule.get("set") or {}, rule.get("values", {})
             for key in values:
                 if isinstance(self.content["grid"].get(key), list):
                     raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
-            tried = self._values(rule["values"], f"{where}.values") if "values" in rule else {}
-            rules.append({"when": self._when(rule.get("when"), where), "set": values, "values": tried})
+            self._check_tried(tried, f"{where}.values")
+            rules.append({"when": self._when(rule["when"], where), "set": values, "values": tried})
         return rules
 
-    def _when(self, rule: Any, where: str) -> dict[str, list]:
-        if not isinstance(rule, dict) or not rule:
-            raise UsageError(f"{where} needs a mapping of grid axes to labels, such as {{task_name: rte}}")
-        checked = {}
-        for axis, labels in rule.items():
-            labels = labels if isinstance(labels, list) else [labels]
-            checked[axis] = [self._label(axis, label, where) for label in labels]
+    def _when(self, rule: dict[Any, Any], where: str) -> dict[Any, list]:
+        checked = {axis: labels if isinstance(labels, list) else [labels] for axis, labels in rule.items()}
+        for axis, labels in checked.items():
+            if axis not in self.grid:
+                known = ", ".join(map(str, self.grid))
+                raise UsageError(f"{where} names {axis}, which is no axis of the grid ({known})")
+            for label in labels:
+                if label not in self.grid[axis]:
+                    raise UsageError(f"{where} names {axis} {label}, which the grid does not have")
         return checked
 
-    def _label(self, axis: Any, label: Any, where: str) -> Any:
-        if axis not in self.grid:
-            raise UsageError(f"{where} names {axis}, which is no axis of the grid ({', '.join(map(str, self.grid))})")
-        label = scalar(label, where)
-        if label not in self.grid[axis]:
-            raise UsageError(f"{where} names {axis} {label}, which the grid does not have")
-        return label
-
     def _selection(self, combinations: list[dict[str, Any]]) -> Selection | None:
-        if "select" not in self.content:
+        raw = self.content.get("select")
+        if raw is None:
             return None
-        raw = mapping(self.content["select"], "select", _SELECT)
-        values, settings = self._values(raw.get("values"), "select.values"), checked_arguments(raw.get("set"), "select")
-        if "holdout_fraction" not in settings:
-            raise UsageError("select.set needs holdout_fraction: choosing on the validation set would leak it")
-        rules = self._overrides(raw.get("overrides"), "select.overrides", {"when", "set", "values"})
-        selection = Selection(
-            tuple(axis for axis in self.grid if axis != "seed"),
-            value_list(raw.get("seeds"), "select.seeds"),
-            self._beyond(raw.get("beyond"), values),
-            {},
-            self._shared(raw.get("shared")),
-        )
+        self._check_tried(raw["values"], "select.values")
+        rules = self._overrides(raw.get("overrides"), "select.overrides")
+        per = tuple(axis for axis in self.grid if axis != "seed")
+        selection = Selection(per, raw["seeds"], self._beyond(raw.get("beyond") or {}, raw["values"]), {})
         for axes in combinations:
-            key = tuple(axes[axis] for axis in selection.per)
-            tried, changed = dict(values), dict(settings)
+            tried, changed = dict(raw["values"]), dict(raw["set"])
             for rule in rules:
                 if _matches(axes, rule["when"]):
                     tried |= rule["values"]
@@ -287,49 +237,24 @@ class _Reader:
                 if name in resolved:
                     raise UsageError(f"{name} is both selected and set in base, grid or overrides; leave one")
             template = self._run("select", axes, {**resolved, **changed})
-            if key == selection.key(template):
-                selection.candidates.setdefault(key, Candidates(tried, template))
-        for axes in combinations:
-            key = selection.key(Run(self.name, "final", "", axes, {}))
-            if key not in selection.candidates:
-                raise UsageError(f"select.shared needs the choice for {', '.join(map(str, key))}, which nothing tries")
+            selection.candidates.setdefault(selection.key(template), Candidates(tried, template))
         return selection
 
-    def _values(self, raw: Any, where: str) -> dict[str, list]:
-        if not isinstance(raw, dict) or not raw:
-            raise UsageError(f"{where} must be a mapping of flags to the values to try")
-        checked_arguments(dict.fromkeys(raw), where)
-        for name in raw:
+    def _check_tried(self, values: dict[str, list], where: str) -> None:
+        for name in values:
             if name in self.grid or name in self.settings:
                 raise UsageError(f"{where} names {name}, which the grid or --set fixes")
-        return {name: candidates(values, f"{where}.{name}") for name, values in raw.items()}
 
-    def _beyond(self, raw: Any, values: dict[str, list]) -> dict[str, float]:
-        factors = checked_arguments(raw, "select.beyond")
-        for name, factor in factors.items():
-            if name not in values or not isinstance(values[name][0], int | float) or isinstance(values[name][0], bool):
+    def _beyond(self, factors: dict[str, float], values: dict[str, list]) -> dict[str, float]:
+        for name in factors:
+            if name not in values or isinstance(values[name][0], str | bool):
                 raise UsageError(f"select.beyond names {name}, which select.values has no numbers for")
-            if not isinstance(factor, int | float) or isinstance(factor, bool) or factor <= 1:
-                raise UsageError(f"select.beyond.{name} is {factor}; it must be a factor above 1")
         return factors
-
-    def _shared(self, raw: Any) -> dict[str, dict[Any, Any]]:
-        if raw is None:
-            return {}
-        if not isinstance(raw, dict) or not all(isinstance(labels, dict) for labels in raw.values()):
-            raise UsageError("select.shared must be a mapping of an axis to a mapping of labels to labels")
-        where = "select.shared"
-        return {
-            axis: {self._label(axis, to, where): self._label(axis, of, where) for to, of in labels.items()}
-            for axis, labels in raw.items()
-        }
 
     def _command(self) -> tuple[str, ...]:
         text = self.content.get("command")
         if text is None:
             return ()
-        if not isinstance(text, str):
-            raise UsageError("command must be one line of text")
         try:
             return tuple(shlex.split(text))
         except ValueError as error:

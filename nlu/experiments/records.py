@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from loralib.files import write_text
 from nlu.errors import UsageError
 from nlu.experiments.checks import SET_BY_THE_SWEEP, place_free
 from nlu.experiments.experiment import Run
+from nlu.json_yaml import check
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
@@ -184,7 +185,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, each in enumerate(text.splitlines(), 1):
         where = f"{path}:{number}"
         try:
-            line = json.loads(each)
+            line = json.loads(each, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: damaged ({error}); restore the line, or delete it to run it again") from None
         check_line(line, where)
@@ -215,38 +216,33 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 # ---- what a line must hold -------------------------------------------------------------------------------------------
 
-_LIMIT = 1e18  # beyond any count or score; comparing with it also refuses NaN, infinity and integers no float holds
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LIMIT
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and _number(value) and value >= 0
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_number, value))
-
-
-_KINDS: dict[Callable[[Any], bool], str] = {
-    _number: "a finite number",
-    _count: "a whole number, 0 or more",
-    _text: "text",
-    _numbers: "a list of finite numbers",
-}
-_EVERY_LINE = {"run": _text, "label": _text, "task": _text, "method": _text, "seed": _count}
-_FINISHED = {"metric": _text, "best": _number, "last": _number, "steps": _count, "adapter_params": _count,
-             "head_params": _count}  # fmt: skip
-_OPTIONAL = {
-    "total_params": _count, "live_adapter_params": _count, "live_budget": _count, "initial_budget": _count,
-    "delta_norm": _number, "rate_sum": _number, "rate_sum_pruning": _number, "train_seconds": _number,
-    "seconds_per_step": _number, "peak_memory_bytes": _count,
+_TEXT = {"type": "string", "minLength": 1}
+_NUMBER = {"type": "number", "minimum": -1e18, "maximum": 1e18}  # the bounds also refuse infinity
+_COUNT = {"type": "integer", "minimum": 0, "maximum": 10**18}
+_NUMBERS = {"type": "array", "minItems": 1, "items": _NUMBER}
+_LINE = {
+    "type": "object",
+    "required": ["run", "stage", "status", "axes", "asked"],
+    "properties": {
+        "stage": {"enum": ["select", "final"]},
+        "status": {"enum": ["finished", "failed"]},
+        "axes": {"type": "object"},
+        "asked": {"type": "object"},
+        **dict.fromkeys(("run", "label", "task", "method", "metric"), _TEXT),
+        **dict.fromkeys(
+            ("best", "last", "delta_norm", "rate_sum", "rate_sum_pruning", "train_seconds", "seconds_per_step"), _NUMBER
+        ),
+        **dict.fromkeys(
+            ("seed", "steps", "adapter_params", "head_params", "total_params", "live_adapter_params", "live_budget",
+             "initial_budget", "peak_memory_bytes"), _COUNT
+        ),
+    },
+    "if": {"properties": {"status": {"const": "finished"}}},
+    "then": {
+        "required": ["label", "task", "method", "seed", "metric", "best", "last", "steps", "adapter_params",
+                     "head_params", "evaluations"],
+        "properties": {"evaluations": {"type": "object"}},
+    },
 }  # fmt: skip
 
 
@@ -256,29 +252,13 @@ def check_line(line: Any, where: str) -> None:
     Raises:
         UsageError: the first field that is not what it must be.
     """
-    if not isinstance(line, dict):
-        raise UsageError(f"{where}: no JSON object; restore the line, or delete it to run it again")
-    for name, choices in (("stage", ("select", "final")), ("status", ("finished", "failed"))):
-        if line.get(name) not in choices:
-            raise UsageError(f"{where}: {name} is {line.get(name)!r}, must be one of {', '.join(choices)}")
-    for name in ("axes", "asked"):
-        if not isinstance(line.get(name), dict):
-            raise UsageError(f"{where}: {name} is {line.get(name)!r}, must be an object")
-    finished = line["status"] == "finished"
-    needed = {"run": _text, **({**_EVERY_LINE, **_FINISHED} if finished else {})}
-    _check(line, needed | {name: kind for name, kind in _OPTIONAL.items() if line.get(name) is not None}, where)
-    if finished:
-        evaluations = line.get("evaluations")
-        if not isinstance(evaluations, dict):
-            raise UsageError(f"{where}: evaluations is {evaluations!r}, must be an object")
-        names = ("step", "loss", line["metric"])
-        _check(evaluations, dict.fromkeys(names, _numbers), f"{where}: evaluations")
+    check(line, _LINE, where)
+    if line["status"] == "finished":
+        names, evaluations = ("step", "loss", line["metric"]), line["evaluations"]
+        check(evaluations, {"required": names, "properties": dict.fromkeys(names, _NUMBERS)}, f"{where}: evaluations")
         if len({len(evaluations[name]) for name in names}) > 1:
             raise UsageError(f"{where}: evaluations have lists of different lengths; restore the line")
 
 
-def _check(values: dict[str, Any], kinds: dict[str, Callable[[Any], bool]], where: str) -> None:
-    for name, accepts in kinds.items():
-        if not accepts(values.get(name)):
-            shown = json.dumps(values.get(name), ensure_ascii=False)[:60]
-            raise UsageError(f"{where}: {name} is {shown}, must be {_KINDS[accepts]}; restore the line, or delete it")
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number that JSON can hold")
