@@ -10,7 +10,7 @@ from torch import nn
 from loralib.injection import module_type
 from nlu import CONFIGS
 from nlu.errors import UsageError
-from nlu.readers import parse_yaml
+from nlu.json_yaml import parse_yaml
 
 _MATCH = "match:"
 _TOLERANCE = 0.1
