@@ -84,7 +84,7 @@ class Encoder:
     @torch.no_grad()
     def logits(self, model):
         model.eval()
-        inputs = {name: tensor for name, tensor in self.batch(160, 24).items() if name != "labels"}
+        inputs = {name: tensor for name, tensor in self.batch(160, 12).items() if name != "labels"}
         return model(**inputs).logits
 
 
