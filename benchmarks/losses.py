@@ -1,0 +1,169 @@
+"""The first losses of every method on one tiny problem, which every machine and commit can compute.
+
+The problem is a two-layer DeBERTa without dropout and 48 random sequences, all drawn on the CPU from fixed seeds. A
+method is applied and trained as ``nlu/run_glue.py`` does it, in one process and with nothing on disk.
+
+The suite compares them with tests/nlu/golden_losses.json. Where a change is meant to move numbers, renew that file, and
+say in the commit message why they moved::
+
+    PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PrinterCallback
+from transformers.utils import logging
+
+from nlu.arguments import METHOD_FOLDER, Arguments, parse_arguments
+from nlu.fast.speed import speed_up
+from nlu.methods.method import AppliedMethod
+from nlu.methods.registry import apply_method
+from nlu.model import set_precision
+from nlu.runs.record import versions
+from nlu.tasks import get_task
+from nlu.trainer import GlueTrainer
+
+STEPS = 20
+ROWS, TOKENS, BATCH, VOCABULARY = 48, 12, 8, 40
+_PEFT_ADALORA = {
+    "peft_type": "ADALORA", "init_r": 4, "target_r": 2, "lora_alpha": 16, "tinit": 3, "tfinal": 5, "deltaT": 2,
+    "orth_reg_weight": 0.1,
+}  # fmt: skip
+# What no file in configs/methods/ switches on: the name of the method's file, and flags.
+_VARIANTS = {
+    "lora balanced": ["lora", "--precondition", "balanced"],
+    "lora2 riemannian": ["lora2", "--precondition", "riemannian"],
+    "lora2 shared": ["lora2", "--lora_share_outer", "True"],
+    "lora2 full importance": ["lora2", "--importance", "full", "--orth_squared", "True"],
+    "lora2 retraction, pruned": ["lora2", "--lora_init", "orthogonal", "--orthogonality", "retraction"],
+    "lora2_plus auto": ["lora2_plus", "--value_lr_ratio", "auto"],
+}
+
+
+def method_flags() -> dict[str, list[str]]:
+    """Every method by name, as flags: a file in configs/methods/ for each, and what only flags switch on."""
+    names = sorted(path.stem for path in METHOD_FOLDER.glob("*.yaml"))
+    files = {name: [name] for name in names if name != "peft" and not re.search(r"_[rm]\d+$", name)}
+    return {name: ["--method", *flags] for name, flags in (files | _VARIANTS).items()}
+
+
+def problem() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """The model and the rows, on the CPU."""
+    torch.manual_seed(0)
+    config = DebertaV2Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm",
+        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
+        initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
+        num_labels=2,
+    )  # fmt: skip
+    model = DebertaV2ForSequenceClassification(config)
+    ids = torch.randint(5, VOCABULARY, (ROWS, TOKENS))
+    mask = (torch.arange(TOKENS) < torch.randint(3, TOKENS + 1, (ROWS, 1))).long()
+    labels = (ids[:, 1] > VOCABULARY // 2).long()
+    rows = zip(ids * mask, mask, labels, strict=True)
+    return model, [{"input_ids": i, "attention_mask": m, "labels": label} for i, m, label in rows]
+
+
+def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: str) -> Arguments:
+    """run_glue.py's arguments for the tiny problem. ``device``: "cpu", or "cuda" for what the Trainer finds."""
+    if flags[1] == "peft_adalora":  # its file's schedule is longer than this training
+        path = Path(folder) / "adalora.json"
+        path.write_text(json.dumps(_PEFT_ADALORA))
+        flags = ["--method", "peft", "--peft_config", str(path), *flags[2:]]
+    return parse_arguments([
+        "--model_name_or_path", "tiny", "--task_name", "cola", "--root_output_dir", folder, "--do_train", "True",
+        "--max_steps", str(steps), "--per_device_train_batch_size", str(BATCH), "--learning_rate", "2e-3",
+        "--warmup_steps", "0", "--seed", "0", "--save_strategy", "no", "--logging_strategy", "no", "--report_to",
+        "none", "--disable_tqdm", "True", "--use_cpu", str(device == "cpu"), "--bf16", str(dtype == "bfloat16"),
+        "--method_file_wins", *flags,
+    ])  # fmt: skip
+
+
+def prepared(
+    flags: list[str], folder: str, steps: int, device: str, dtype: str
+) -> tuple[Arguments, AppliedMethod, list]:
+    """The problem with the method applied, on the CPU still, and its rows."""
+    arguments = arguments_of(flags, folder, steps, device, dtype)
+    model, rows = problem()
+    speed_up(model)
+    applied = apply_method(model, arguments.method, steps)
+    set_precision(arguments, applied)
+    return arguments, applied, rows
+
+
+def step(
+    applied: AppliedMethod, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], autocast: bool = False
+) -> torch.Tensor:
+    """One step as the Trainer takes it, of nothing but the model's and the method's own work; returns the loss."""
+    labels = batch["labels"]
+    with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
+        logits = applied.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    loss = F.cross_entropy(logits.float(), labels) + applied.low_rank.penalty()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    applied.low_rank.before_step()
+    optimizer.step()
+    applied.low_rank.after_step()
+    for callback in applied.callbacks:
+        callback.on_optimizer_step(None, None, None, optimizer=optimizer)
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+class _Recording(GlueTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.losses: list[torch.Tensor] = []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.losses.append(super().training_step(*args, **kwargs).detach())
+        return self.losses[-1]
+
+
+def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str = "float32") -> list[float]:
+    """The losses of the first steps, the regulariser included: float32 numbers in their shortest decimal form."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
+        arguments.training.output_dir = folder
+        trainer = _Recording(get_task("cola"), applied, args=arguments.training, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [float(str(loss)) for loss in torch.stack(trainer.losses).float().cpu().numpy()]
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of a loss depend on: processor, instruction set and versions."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions()}
+
+
+def main(names: list[str]) -> None:
+    """Print the losses of the named methods, of all by default, with the machine, as JSON."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    measured = {name: losses(flags) for name, flags in method_flags().items() if not names or name in names}
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in measured.items())
+    renew = "PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json; say in the commit why they moved"
+    head = json.dumps({"renew": renew, "machine": machine()}, indent=1)
+    print(f'{head[:-2]},\n "losses": {{\n{rows}\n }}\n}}')
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
