@@ -23,7 +23,7 @@ from loralib.adapter_checks import (
     check_start,
     factor_names,
     is_transposed,
-    refuse_tied_weights,
+    refuse_merging,
 )
 from loralib.adapter_files import AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.injection import KINDS, check_bias, replace_modules
@@ -143,7 +143,7 @@ def save_adapter(
     _check_pattern(layers, rank_pattern)
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
-    head = _head_tensors(model, layers)
+    head = head_tensors(model)
     if not factors and not head:
         raise ValueError("nothing to save: the model has no low-rank layer and no trainable parameter")
     groups = _group(layers, live)
@@ -205,9 +205,9 @@ def _stored_factors(
     return tensors, tied
 
 
-def _head_tensors(model: nn.Module, layers: dict[str, LoRALayer]) -> dict[str, Tensor]:
-    """Trainable parameters that are no factors, and the saved buffers of the modules that own them."""
-    factors = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name."""
+    factors = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.lora_parameters()}
     found: dict[str, Tensor] = {}
     owners = set()
     for name, parameter in model.named_parameters():
@@ -372,10 +372,10 @@ def merge_adapter(model: nn.Module) -> None:
     """Put W + ΔW into the weight of every low-rank layer. A second call changes nothing.
 
     Raises:
-        ValueError: if another module uses one of the weights too; nothing is merged then.
+        ValueError: if a weight is quantised or sharded, or another module uses it too; nothing is merged then.
     """
     layers = lora_layers(model)
-    refuse_tied_weights(model, layers)
+    refuse_merging(model, layers)
     for layer in layers.values():
         layer.merge()
 
@@ -396,7 +396,7 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     """
     config, tensors = read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
-    refuse_tied_weights(model, config.ranks)
+    refuse_merging(model, config.ranks)
     with keep_flags(model):
         for layer in build_layers(model, config, tensors, compact=True).values():
             layer.merge()  # the layer's weight is the model's own parameter

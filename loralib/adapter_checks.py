@@ -6,13 +6,14 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
+from loralib.frozen import frozen_shape, stored_form
 from loralib.injection import check_replaceable, is_conv1d, is_linear
 from loralib.layers import LoRALayer, lora_layers
 
@@ -114,7 +115,7 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
             check_replaceable(name, modules[name])
             if len(flags) > group.r:
                 raise ValueError(f"the adapter's rank pattern of {name} has {len(flags)} values, its rank is {group.r}")
-            most = max(1024, *modules[name].weight.shape)
+            most = max(1024, *frozen_shape(modules[name], is_transposed(modules[name])))
             if max(group.r, *group.widths, 0) > most:  # a layer that is pruned whole has no tensor that limits them
                 raise ValueError(f"the adapter's rank or width of {name} is beyond {most}")
             if "1" in flags:
@@ -127,8 +128,7 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
 
 
 def _shapes_of_one(name: str, module: nn.Module, group: LayerGroup, rank: int) -> dict[str, tuple[int, ...]]:
-    rows, columns = module.weight.shape
-    out, width = (columns, rows) if is_transposed(module) else (rows, columns)
+    out, width = frozen_shape(module, is_transposed(module))
     inner = [*group.widths, rank]
     prefix = f"{name}." if name else ""
     shapes: dict[str, tuple[int, ...]] = {} if group.kind == "lora" else {f"{prefix}lora_E": (rank,)}
@@ -153,6 +153,7 @@ def _compare(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], c
 # ---- fingerprint ----------------------------------------------------------------------------------------------------
 
 _CHUNK = 1 << 22  # values hashed at once: this bounds the memory and spreads a large embedding over the threads
+_KEPT = "_fingerprint_before_sharding"
 
 
 def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
@@ -165,11 +166,20 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     Args:
         exclude: names of parameters and buffers that belong to the adapter (the head).
 
+    A quantised weight counts with the tensors that it stores. Of a sharded model this is the fingerprint that it had
+    before, since no process has all its values.
+
     Raises:
-        ValueError: for a model on the meta device.
+        ValueError: for a model on the meta device, and for a sharded one whose trainable parameters have changed since.
     """
+    tensors = _base_tensors(model, exclude)
+    if any(stored_form(tensor) == "sharded" for tensor in tensors.values()):
+        head, digest = getattr(model, _KEPT, (None, None))
+        if head != set(exclude):
+            raise ValueError("the model was sharded with other trainable parameters: set them before shard_frozen()")
+        return digest
     chunks: list[tuple[bytes, Tensor]] = []
-    for name, tensor in sorted(_base_tensors(model, exclude).items()):
+    for name, tensor in sorted(_stored_parts(tensors)):
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no values: load the base's weights first")
         flat = tensor.detach().flatten()
@@ -177,6 +187,20 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
         chunks += [(b"", part) for part in flat.split(_CHUNK)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b"".join(pool.map(_chunk_digest, chunks))).hexdigest()
+
+
+def keep_fingerprint(model: nn.Module, exclude: Collection[str]) -> None:
+    """Keep the fingerprint of a model that is about to be sharded; ``exclude`` as in :func:`base_fingerprint`."""
+    setattr(model, _KEPT, (set(exclude), base_fingerprint(model, exclude)))
+
+
+def _stored_parts(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Names and plain tensors: a quantised one as the tensors inside it."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+        else:
+            yield name, tensor
 
 
 def _base_tensors(model: nn.Module, exclude: Collection[str]) -> dict[str, Tensor]:
@@ -201,19 +225,22 @@ def _chunk_digest(chunk: tuple[bytes, Tensor]) -> bytes:
     return hashlib.sha256(label + data if label else data).digest()
 
 
-# ---- tied weights ---------------------------------------------------------------------------------------------------
+# ---- merging --------------------------------------------------------------------------------------------------------
 
 
-def refuse_tied_weights(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises ValueError if another module uses the weight of a named one too, as an output layer that is tied to the
-    embedding does: a merge would change both."""
+def refuse_merging(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError where ΔW cannot be added to the weight of a named module: where it is quantised or sharded, or
+    where another module uses it too, as an output layer that is tied to the embedding does."""
     users: dict[int, list[str]] = defaultdict(list)
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(module_name, recurse=False):
             users[id(parameter)].append(parameter_name)
     for name in names:
         own = f"{name}.weight" if name else "weight"
-        others = [user for user in users[id(model.get_submodule(name).weight)] if user != own]
+        weight = model.get_submodule(name).weight
+        if stored_form(weight) is not None:
+            raise ValueError(f"{own} is {stored_form(weight)}: save the adapter, and merge it into the plain base")
+        others = [user for user in users[id(weight)] if user != own]
         if others:
             raise ValueError(
                 f"{own} is tied to {others[0]}, which a merge would change too: untie them, or do not merge"

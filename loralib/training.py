@@ -149,12 +149,6 @@ class LowRankTraining:
             self.allocator.update_and_mask(self.model, self.step)
 
     @property
-    def looks_at_whole_parameters(self) -> bool:
-        """Whether a step needs whole factors, which FSDP splits."""
-        parts = (self._regulariser, self._preconditioner, self._target_rank)
-        return self.orthogonality == "retraction" or any(part is not None for part in parts)
-
-    @property
     def rank_pattern(self) -> dict[str, list[bool]] | None:
         """Module name → which singular values are not 0 in the weights now; None where nothing is pruned."""
         return self.allocator.rank_pattern if self.allocator is not None else None

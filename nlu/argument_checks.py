@@ -112,8 +112,8 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
-    if training.fsdp and training.world_size < 2:
-        raise UsageError("--fsdp splits a model over several processes: start it with torchrun or accelerate launch")
+    if training.fsdp:
+        raise UsageError("--fsdp would split what trains too: set ACCELERATE=configs/accelerate/fsdp.yaml instead")
     _check_data(data)
     _check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):

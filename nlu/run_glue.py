@@ -36,6 +36,7 @@ from nlu.data.glue import reorder_labels
 from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits
 from nlu.data.submission import predict, to_labels
 from nlu.errors import UsageError, exit_code, one_line
+from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
 from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
@@ -92,12 +93,16 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
     with held if training.should_save else contextlib.nullcontext():
         wait_for_all()  # it is ready
         set_seed(training.seed)
-        model = load_model(arguments, config, head)
-        applied = apply_method(model, arguments.method, total_steps)
-        if warm_start is not None:
-            load_warm_start(*warm_start, model)
-        set_precision(arguments, applied)
-        trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
+        sharded = sharding_asked_for()
+        with without_accelerates_own():
+            model = load_model(arguments, config, head)
+            applied = apply_method(model, arguments.method, total_steps)
+            if warm_start is not None:
+                load_warm_start(*warm_start, model)
+            set_precision(arguments, applied)
+            if sharded:
+                shard(model, training)
+            trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
         eval_rows = sum(map(len, splits.validation.values()))
         record = start_record(arguments, trainer, eval_rows, run_folder, state, warm_start)
         with trainer.signals:

@@ -98,8 +98,8 @@ class Method:
         apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what does not train.
         flags: what the command line may set; every other method's flags are refused.
         check: (args, given): refuses contradictions between flags; ``given`` are the names on the command line.
-        check_fits: (model, args, total_steps): raises what ``apply`` would, on a model without weights, and returns
-            whether the method looks at whole parameters, which FSDP splits. Default: ``apply`` itself.
+        check_fits: (model, args, total_steps): raises what ``apply`` would, on a model without weights. Default:
+            ``apply`` itself.
         card: (args) → what ``rebuild`` needs from an adapter's card; None where the adapter's tensors say everything.
         rebuild: (model, args, card): puts the method's modules into a base before the adapter's tensors are loaded.
         takes_warm_start: whether ``--lora_path`` can start it.
@@ -111,7 +111,7 @@ class Method:
     apply: Callable[[nn.Module, Any, int], AppliedMethod]
     flags: tuple[Flag, ...] = ()
     check: Callable[[Any, set[str]], None] = _accept
-    check_fits: Callable[[nn.Module, Any, int], bool] | None = None
+    check_fits: Callable[[nn.Module, Any, int], None] | None = None
     card: Callable[[Any], dict[str, Any]] | None = None
     rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] = _accept
     takes_warm_start: bool = False

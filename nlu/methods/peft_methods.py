@@ -231,10 +231,9 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model, loop, needs_autocast=True, pruned_params=loop.pruned_params)
 
 
-def _check_fits(model: nn.Module, args: Any, total_steps: int) -> bool:
+def _check_fits(model: nn.Module, args: Any, total_steps: int) -> None:
     config = _config_of(args, total_steps)
     check_targets(model, config, _modules_of(model, config, args))  # not all layers can be made without weights
-    return config.peft_type.value == "ADALORA"
 
 
 def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 import nlu.methods
 from nlu.errors import UsageError, reason
+from nlu.fast.sharding import sharding_asked_for
 from nlu.methods.method import AppliedMethod, Flag, Method, head_parameters
 
 
@@ -109,16 +109,13 @@ def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> None:
     """
     method = METHODS[args.method]
     if method.check_fits is not None:
-        looks_at_whole_parameters = method.check_fits(model, args, total_steps)
+        method.check_fits(model, args, total_steps)
     else:
-        applied = method.apply(model, args, total_steps)
-        looks_at_whole_parameters = applied.ranks is not None or applied.low_rank.looks_at_whole_parameters
-    # What FSDP splits over the devices, no process has whole.
-    if looks_at_whole_parameters and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UsageError(
-            "pruning and orthogonality need whole parameters, which FSDP splits: use torchrun, or a "
-            "method without them (lora, full, hadapter, …)"
-        )
+        method.apply(model, args, total_steps)
+        if sharding_asked_for() and all(p.requires_grad for p in model.parameters()):
+            raise UsageError(
+                f"FSDP splits frozen weights here, and --method {method.name} trains every weight: use torchrun"
+            )
 
 
 # ---- the adapter's card --------------------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ def changed_arguments(old: Any, new: Mapping[str, Any]) -> list[str]:
     if not isinstance(old, dict) or not all(map(str.isidentifier, old)):
         old = {}  # a damaged record is no record of this run
     free = _FREE | _PREDICTING
+    if plain.get("total_batch_size") is not None:  # the same rows a step, however many processes share them
+        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
     return sorted(k for k in set(old) | set(plain) if k not in free and old.get(k, _DEFAULTS.get(k)) != plain.get(k))
 
 

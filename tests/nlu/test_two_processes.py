@@ -1,5 +1,6 @@
-"""Two torchrun processes on the CPU against one with the same effective batch."""
+"""Two processes on the CPU, with whole and with split frozen weights, against one with the same effective batch."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import loralib
 from tests.nlu import two_processes
 from tests.nlu.tiny import REPOSITORY, make_encoder, make_rows, write_rows
 
@@ -24,6 +26,15 @@ METHODS = {
         "mrpc", 33, "--lora_r 1 --lora_k 1 --lora_init gradient --head_first_epochs 2 --learning_rate 1e-3 "
         "--adam_epsilon 1e-4",
     ),
+}  # fmt: skip
+
+# Under FSDP only lora2 runs, which has factors, regulariser, allocator and a head.
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "fsdp": [
+        "accelerate.commands.launch", "--config_file", "configs/accelerate/fsdp_cpu.yaml", "--num_processes", "2",
+        "--main_process_port", "0",
+    ],
 }  # fmt: skip
 
 
@@ -55,24 +66,40 @@ def flags_of(method, flags, rows_a_process, folder):
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def two(flags, tmp_path_factory):
-    """The folder of the runs of all methods by two processes, four rows each."""
-    root = tmp_path_factory.mktemp("two")
-    runs = [flags_of(method, flags, 4, root / method) for method in METHODS]
-    (root / "runs.json").write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def methods_of(launcher):
+    return ["lora2"] if launcher == "fsdp" else list(METHODS)
+
+
+def start(launcher, runs, folder):
+    """Do the runs, flags and step to stop after, one after another by two processes."""
+    (folder / "runs.json").write_text(json.dumps(runs))
     result = subprocess.run(
-        [*command, two_processes.__file__, str(root / "runs.json")],
+        [sys.executable, "-m", *launcher, two_processes.__file__, str(folder / "runs.json")],
         cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    return root
+
+
+@pytest.fixture(scope="module")
+def two(flags, tmp_path_factory):
+    """Launcher → the folder of the runs of all methods by two processes, four rows each."""
+    roots = {}
+    for name, launcher in LAUNCHERS.items():
+        root = roots[name] = tmp_path_factory.mktemp(name)
+        runs = [[flags_of(method, flags, 4, root / method), None] for method in methods_of(name)]
+        if name == "fsdp":
+            runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7])
+        start(launcher, runs, root)
+    return roots
 
 
 def states(folder: Path) -> list[dict]:
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("process-*.pt"))]
+
+
+def fingerprint(folder: Path) -> str:
+    return loralib.read_adapter_config(folder / "adapter").base_fingerprint
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -81,22 +108,40 @@ def test_two_processes_are_one(method, two, flags, tmp_path):
     accumulate = ["--gradient_accumulation_steps", "2"]
     two_processes.run([*flags_of(method, flags, 4, tmp_path / "accumulated"), *accumulate])
     (one,), (accumulated,) = states(tmp_path / "one"), states(tmp_path / "accumulated")
-    first, second = states(two / method)
-    assert {state["batch"] for state in (one, accumulated, first, second)} == {8}
-    assert first["ranks"] == second["ranks"] == one["ranks"] == accumulated["ranks"]
+    roots = {name: root for name, root in two.items() if method in methods_of(name)}
+    several = {name: states(root / method) for name, root in roots.items()}
+    everyone = [one, accumulated, *itertools.chain(*several.values())]
+    assert len(everyone) == 2 + 2 * len(roots)
+    assert {state["batch"] for state in everyone} == {8}
+    assert all(state["ranks"] == one["ranks"] for state in everyone)
     if one["ranks"] is not None:
         assert 0 < sum(map(sum, one["ranks"].values())) < sum(map(len, one["ranks"].values()))
     for name, expected in one["trained"].items():
-        assert torch.equal(first["trained"][name], second["trained"][name])
-        torch.testing.assert_close(first["trained"][name], expected, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(accumulated["trained"][name], expected, rtol=1e-3, atol=1e-5)
-    records = [
-        json.loads((folder / "results.json").read_text())
-        for folder in (tmp_path / "one", tmp_path / "accumulated", two / method)
-    ]
+        assert all(torch.equal(first["trained"][name], second["trained"][name]) for first, second in several.values())
+        for state in everyone:
+            torch.testing.assert_close(state["trained"][name], expected, rtol=1e-3, atol=1e-5)
+    assert {state["frozen_bytes"] for state in several["torchrun"]} == {one["frozen_bytes"]}
+    if "fsdp" in several:
+        parts = [state["frozen_bytes"] for state in several["fsdp"]]
+        assert sum(parts) == one["frozen_bytes"] and max(parts) < 0.52 * sum(parts)
+    folders = [tmp_path / "one", tmp_path / "accumulated", *(root / method for root in roots.values())]
+    assert len({fingerprint(folder) for folder in folders}) == 1
+    records = [json.loads((folder / "results.json").read_text()) for folder in folders]
     for record in records:
         assert record["effective_batch_size"] == 8 and len(record["history"]) == records[0]["steps"]
         for key in ("loss", records[0]["metric"]):
             assert record["evaluations"][-1][key] == pytest.approx(records[0]["evaluations"][-1][key], abs=1e-4)
         for row, expected in zip(record["history"], records[0]["history"], strict=True):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-4)
+
+
+def test_one_process_goes_on_where_two_with_split_weights_were_stopped(two, flags):
+    """The checkpoint holds whole factors and their optimiser's state, and says nothing of the processes."""
+    folder, (expected, _) = two["fsdp"] / "stopped", states(two["fsdp"] / "lora2")
+    assert [path.name for path in (folder / "model").iterdir()] == ["checkpoint-7"]
+    two_processes.run([*flags_of("lora2", flags, 8, folder), "--total_batch_size", "8"])
+    (resumed,) = states(folder)
+    assert json.loads((folder / "results.json").read_text())["resumes"] == 1
+    assert resumed["ranks"] == expected["ranks"]
+    for name, values in expected["trained"].items():
+        torch.testing.assert_close(resumed["trained"][name], values, rtol=1e-3, atol=1e-5)

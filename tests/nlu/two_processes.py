@@ -1,10 +1,11 @@
-"""Whole runs, under torchrun or not, that leave each process's trained parameters and ranks; driven by a test.
+"""Whole runs, by one process or several, that leave each process's trained parameters and ranks; driven by a test.
 
-usage: two_processes.py RUNS.json   (a list of lists of flags of run_glue.py, each with a --root_output_dir)
+usage: two_processes.py RUNS.json   (a list of pairs: flags of run_glue.py, and the step to stop after or null)
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,32 +13,52 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+from transformers import TrainerCallback
 
 from nlu import run_glue
 from nlu.trainer import effective_batch_size, end_processes
 
 
-def run(flags: list[str]) -> None:
+class StopAfter(TrainerCallback):
+    """Tells its own process to stop, as a scheduler does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stored_bytes(parameter: torch.Tensor) -> int:
+    """Of the part that this process has."""
+    return getattr(parameter, "to_local", lambda: parameter)().nbytes
+
+
+def run(flags: list[str], stop_after: int | None = None) -> None:
     """One run; its state at the end goes to process-RANK.pt beside its folder's files."""
     original = run_glue.train_and_evaluate
 
     def watch(arguments, trainer, folder, *rest):
+        if stop_after is not None:
+            trainer.add_callback(StopAfter(stop_after))
         original(arguments, trainer, folder, *rest)
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
             "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
             "batch": effective_batch_size(trainer.args),
+            "frozen_bytes": sum(stored_bytes(p) for p in trainer.model.parameters() if not p.requires_grad),
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 
     run_glue.train_and_evaluate = watch
     try:
-        assert run_glue.main(flags) == 0
+        assert run_glue.main(flags) == (0 if stop_after is None else 128 + signal.SIGTERM)
     finally:
         run_glue.train_and_evaluate = original
 
 
 if __name__ == "__main__":
-    for flags in json.loads(Path(sys.argv[1]).read_text()):
-        run(flags)
+    for flags, stop_after in json.loads(Path(sys.argv[1]).read_text()):
+        run(flags, stop_after)
     end_processes()

@@ -227,7 +227,7 @@ def test_one_process_is_started_without_torchrun_and_several_machines_with_it():
     assert (given["--master_addr"], given["--master_port"]) == ("first", "1234")
 
 
-@pytest.mark.parametrize("name", ["one_machine", "multi_node", "fsdp"])
+@pytest.mark.parametrize("name", ["one_machine", "multi_node", "fsdp", "fsdp_cpu"])
 def test_accelerate_settings_are_ones_accelerate_knows(name):
     from accelerate.commands.config.config_args import load_config_from_file
 

@@ -1,0 +1,70 @@
+"""Frozen weights split over several processes by FSDP2, beside factors and a head that every process has whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from loralib.adapter import head_tensors
+from loralib.adapter_checks import keep_fingerprint
+from loralib.frozen import stored_form
+
+
+def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
+    """Split every frozen parameter of ``model`` over all processes, in place; what trains stays whole on each of them.
+
+    The weights of a block (an entry of an ``nn.ModuleList``) are gathered for its forward and its backward pass and
+    freed after either. Wrap the model in ``DistributedDataParallel``, which leaves the split weights alone and averages
+    the gradients of the others once a step. Penalty, allocator, exact factors, checkpoints and
+    :func:`loralib.save_adapter` then work as in one process. Merging needs whole weights and is refused.
+
+    Args:
+        model: the same on every process, its low-rank layers in place and its ``requires_grad`` flags set, which stay
+            as they are. Call :func:`loralib.cast_frozen` before this.
+        device_type: of the devices on which the processes compute, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: for a model without a frozen parameter, or with one that is sharded or quantised already, and
+            without a process group. RuntimeError: on a torch before 2.7. The model is unchanged then.
+    """
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        raise ValueError("there is nothing to shard: every parameter of the model trains")
+    for name, parameter in frozen.items():
+        if stored_form(parameter) is not None:
+            raise ValueError(
+                f"{name} is {stored_form(parameter)} already, and FSDP splits plain weights: leave one out"
+            )
+    if torch.__version__ < (2, 7):
+        raise RuntimeError(f"sharding beside whole factors needs torch 2.7, this is {torch.__version__}")
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    keep_fingerprint(model, head_tensors(model))
+    whole = {p for p in model.parameters() if p.requires_grad or p.dim() == 0}
+    for unit in [*_units(model), model]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    split = [name for name, p in model.named_parameters(remove_duplicate=False) if stored_form(p) == "sharded"]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, split)
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """What is gathered together: each block, and the input and output embedding unless they share their weight."""
+    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    weights = [module.weight for module in embeddings if module is not None]
+    tied = len({id(weight) for weight in weights}) < len(weights)
+    apart = [] if tied else [m for m in embeddings if m is not None and not m.weight.requires_grad]
+    return [*_blocks(model), *apart]
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The entries of the outermost lists of modules, each once, but for containers, which nothing calls."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (block for block in dict.fromkeys(child) if type(block).forward is not nn.Module.forward)
+        else:
+            yield from _blocks(child)

@@ -1,0 +1,50 @@
+"""FSDP as accelerate's launch file asks for it, for the frozen weights alone.
+
+accelerate would split factors and head too, which regulariser, allocator and exact factors need whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from nlu.errors import UsageError
+
+_ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it, for a file with distributed_type: FSDP
+
+
+def sharding_asked_for() -> bool:
+    """Whether the run was launched with FSDP, on more than one process."""
+    return os.environ.get(_ASKED, "false").lower() == "true" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def without_accelerates_own() -> Iterator[None]:
+    """A region in which accelerate and transformers see no request for FSDP, and make a plain distributed run."""
+    asked = os.environ.pop(_ASKED, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_ASKED] = asked
+
+
+def shard(model: nn.Module, training: Any) -> None:
+    """Split the frozen weights over the processes, see :func:`loralib.sharding.shard_frozen`.
+
+    Args:
+        training: the run's ``TrainingArguments``, which know the device.
+
+    Raises:
+        UsageError: where that cannot be done.
+    """
+    from loralib.sharding import shard_frozen
+
+    try:
+        shard_frozen(model, training.device.type)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"FSDP: {error}") from None

@@ -1,0 +1,95 @@
+"""Split frozen weights in a group of one process; tests/nlu/test_two_processes.py has two."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import loralib
+from loralib.frozen import stored_form
+from loralib.sharding import shard_frozen
+from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, state_of
+
+
+def test_without_a_process_group_nothing_changes():
+    model = adapted()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="process group"):
+        shard_frozen(model)
+    assert_unchanged(model, before)
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def decoder(tied, checkpointing=False):
+    config = AutoConfig.for_model(
+        "llama", vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        model.train()
+    loralib.inject(model, "lora2", ["q_proj", "v_proj", "down_proj"], r=4, k=4)
+    loralib.mark_only_lora_as_trainable(model)
+    for layer in loralib.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_E)
+    return model
+
+
+@pytest.mark.parametrize("tied, checkpointing, dtype", [
+    (False, True, torch.float32), (True, False, torch.float32), (True, True, torch.bfloat16),
+])  # fmt: skip
+def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, group):
+    whole, sharded = decoder(tied, checkpointing), decoder(tied, checkpointing)
+    if dtype != torch.float32:
+        loralib.cast_frozen(whole, dtype)
+        loralib.cast_frozen(sharded, dtype)
+    fingerprint = loralib.base_fingerprint(sharded)
+    shard_frozen(sharded)
+    ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    for model in (whole, DistributedDataParallel(sharded)):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, expected), found in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        assert (stored_form(found) == "sharded") is not expected.requires_grad, name
+        if expected.requires_grad:
+            torch.testing.assert_close(found, expected)
+    assert loralib.base_fingerprint(sharded) == fingerprint
+
+
+def test_save_works_and_merge_is_refused(group, tmp_path):
+    whole, sharded = adapted(), adapted()
+    shard_frozen(sharded)
+    loralib.save_adapter(sharded, tmp_path / "a")
+    model = Net()
+    loralib.load_adapter(model, tmp_path / "a")
+    assert torch.equal(model(INPUTS), whole(INPUTS)) and torch.equal(sharded(INPUTS), whole(INPUTS))
+    with pytest.raises(ValueError, match="is sharded: save the adapter"):
+        loralib.merge_adapter(sharded)
+    sharded.classifier.requires_grad_(False)
+    with pytest.raises(ValueError, match="set them before shard_frozen"):
+        loralib.save_adapter(sharded, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match="sharded already"):
+        shard_frozen(sharded)
+
+
+def test_a_model_without_frozen_weights_is_refused_unchanged(group):
+    model = Net().requires_grad_(True)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="nothing to shard"):
+        shard_frozen(model)
+    assert_unchanged(model, before)
