@@ -30,7 +30,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module)
+    quantised = type(module).__name__ == "Linear4bit"  # bitsandbytes'; torchao leaves the layer an nn.Linear
+    return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module) or quantised
 
 
 def module_type(name: str) -> str:

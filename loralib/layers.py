@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from loralib.frozen import frozen_shape, stored_form
 from loralib.fused import adapted_linear, autocast_dtype, fold
 
 GAUSSIAN_STD = 0.02
@@ -60,6 +61,9 @@ class LoRALayer(nn.Linear):
     has_singular_values: ClassVar[bool] = True
     # What the preset takes beyond the common arguments, with the defaults.
     arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}
+    # The replaced layer where its weight is quantised: it alone knows the product. The tuple hides it from nn.Module,
+    # so that the weight has one name.
+    _quantised: tuple[nn.Module] | None = None
 
     def __init__(
         self,
@@ -92,7 +96,8 @@ class LoRALayer(nn.Linear):
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
 
         Args:
-            linear: an ``nn.Linear``, or a layer with a weight stored (in, out) such as GPT-2's ``Conv1D``.
+            linear: an ``nn.Linear``, one with a weight quantised by torchao, bitsandbytes' ``Linear4bit``, or a layer
+                with a weight stored (in, out) such as GPT-2's ``Conv1D``.
             fan_in_fan_out: the weight is stored (in, out).
             options: what the preset's :attr:`arguments` name.
 
@@ -102,9 +107,10 @@ class LoRALayer(nn.Linear):
         widths, init = cls._widths_and_init((), options)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        rows, columns = linear.weight.shape
-        layer.in_features, layer.out_features = (rows, columns) if fan_in_fan_out else (columns, rows)
+        layer.out_features, layer.in_features = frozen_shape(linear, fan_in_fan_out)
         layer.weight = linear.weight
+        if stored_form(layer.weight) == "quantised":
+            layer._quantised = linear._quantised if isinstance(linear, LoRALayer) else (linear,)
         layer.register_parameter("bias", linear.bias)
         layer._add_factors(r, lora_alpha, lora_dropout, widths, init, fan_in_fan_out)
         return layer.train(linear.training)
@@ -271,6 +277,8 @@ class LoRALayer(nn.Linear):
         Raises:
             RuntimeError: in training mode with gradients on while merged.
         """
+        if self._quantised is not None:
+            return self._beside_quantised(x)
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
@@ -279,6 +287,18 @@ class LoRALayer(nn.Linear):
         dropped = self.lora_dropout(x) if self.training and self.lora_dropout.p > 0 else None
         core, scale = self.core_and_scale()
         return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
+
+    def _beside_quantised(self, x: Tensor) -> Tensor:
+        """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
+        (base,) = self._quantised
+        base._parameters.update(weight=self.weight, bias=self.bias)  # which move to another device here alone
+        frozen = base.forward(x)  # its hooks are this layer's
+        if self.r == 0:
+            return frozen
+        core, scale = self.core_and_scale()
+        hidden = F.linear(self.lora_dropout(x).to(frozen.dtype), self.lora_A[0].to(frozen.dtype))
+        inner = hidden if core is None else F.linear(hidden, core.to(frozen.dtype))
+        return frozen.add(F.linear(inner, self.lora_B[0].to(frozen.dtype)), alpha=scale)
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""
@@ -291,9 +311,15 @@ class LoRALayer(nn.Linear):
         return (None, self.scaling) if self.lora_E is None else (self.folded_core(), 1.0)
 
     def merge(self) -> None:
-        """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit."""
+        """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit.
+
+        Raises:
+            ValueError: for a quantised or sharded weight.
+        """
         if self.merged:
             return
+        if stored_form(self.weight) is not None:
+            raise ValueError(f"the weight is {stored_form(self.weight)}, and only a plain one can be merged into")
         with torch.no_grad():
             delta = self.delta_weight()
             merged = self.weight.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)

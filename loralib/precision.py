@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralib.frozen import stored_form
 from loralib.layers import LoRALayer
 
 # What computes with functions that take no half precision, told by name so that no library need be imported.
@@ -31,8 +32,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
         head: the module or modules that end the model, for example a classifier and the pooler before it.
 
     Raises:
-        ValueError: for a dtype that is not floating point, a head outside the model, or a model with a function that
-            takes no half precision (FNet). The model is unchanged then.
+        ValueError: for a dtype that is not floating point, a head outside the model, a weight that is quantised or
+            sharded, or a model with a function that takes no half precision (FNet). The model is unchanged then.
     """
     heads = [head] if isinstance(head, nn.Module) else list(head)
     _check(model, dtype, heads)
@@ -59,6 +60,9 @@ def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None
         raise ValueError(
             f"{type(model).__name__} cannot compute in {dtype}: {_FLOAT32_ONLY[name]} takes none; train it in float32"
         )
+    for name, parameter in model.named_parameters():
+        if stored_form(parameter) is not None:
+            raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model, before that is done to it")
     inside = set(model.modules())
     for part in heads:
         if part not in inside:
