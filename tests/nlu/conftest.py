@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.nlu.tiny import make_encoder, make_rows, write_rows
+from tests.nlu.tiny import make_encoder, make_rows, tiny_run, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +32,4 @@ def tiny_glue(tmp_path_factory):
 @pytest.fixture
 def base_flags(encoder, tiny_glue, tmp_path):
     """Flags of a run of a few steps on the tiny task; append what a test is about."""
-    return [
-        "--model_name_or_path", str(encoder), "--task_name", "cola", "--glue_dir", str(tiny_glue),
-        "--root_output_dir", str(tmp_path / "run"), "--do_train", "--do_eval", "--max_steps", "6",
-        "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--lora_r", "4", "--lora_alpha", "32",
-        "--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "2",
-        "--logging_steps", "1", "--disable_tqdm", "True", "--seed", "3",
-    ]  # fmt: skip
+    return tiny_run(encoder, tiny_glue, tmp_path / "run")

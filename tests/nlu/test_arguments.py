@@ -15,16 +15,9 @@ from nlu.arguments import RunArguments, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
+from tests.nlu.test_published_command import PUBLISHED
 from tests.nlu.tiny import REPOSITORY
 
-PUBLISHED = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
-    --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup 8000 --final_warmup 50000
-    --mask_interval 100 --beta1 0.85 --beta2 0.85
-    --lora_module query,key,value,intermediate,layer.output,attention.output
-    --lora_alpha 16 --do_train --do_eval --max_seq_length 256 --per_device_train_batch_size 32 --learning_rate 5e-4
-    --num_train_epochs 7 --warmup_steps 1000 --cls_dropout 0.15 --weight_decay 0 --evaluation_strategy steps
-    --eval_steps 3000 --save_strategy steps --save_steps 30000 --logging_steps 500 --seed 6
-    --root_output_dir ./output/glue/mnli --overwrite_output_dir"""
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
 
 
@@ -188,19 +181,7 @@ def test_a_malformed_argument_file_is_refused(tmp_path, content):
 
 
 def test_an_argument_that_an_older_record_lacks_counts_as_its_default():
-    new = parse_arguments(
-        [
-            "--model_name_or_path",
-            "m",
-            "--task_name",
-            "cola",
-            "--do_train",
-            "--max_steps",
-            "3",
-            "--root_output_dir",
-            "run",
-        ]
-    ).record
+    new = parse(f"{BASE} --max_steps 3").record
     old = {name: value for name, value in new.items() if name not in ("value_lr_ratio", "lora_k")}
     assert changed_arguments(old, new) == []
     assert changed_arguments(old, new | {"value_lr_ratio": 2.0}) == ["value_lr_ratio"]
@@ -291,8 +272,7 @@ def test_the_sweep_names_the_nearest_flag_and_a_missing_file_in_one_line(capsys)
         assert words in error and len(error.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("program", ["run_glue", "predict", "sweep"])
-@pytest.mark.parametrize("package", ["torch", "pyarrow"])
+@pytest.mark.parametrize("program, package", [("run_glue", "pyarrow"), ("predict", "torch"), ("sweep", "torch")])
 def test_help_without_an_installed_package_says_what_to_run(program, package):
     hide = f"""
 import importlib.util, runpy, sys

@@ -1,6 +1,6 @@
 """Generated command lines, argument files and experiment files end in a result or in one line, never in a traceback.
 
-GENERATED_CASES in the environment sets how many of a kind (1,000); scripts/soak.sh asks for many more.
+GENERATED_CASES in the environment sets how many of a kind (300); scripts/soak.sh asks for many more.
 """
 
 import json
@@ -17,7 +17,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, load_experiment
 from nlu.runs.folder import RunFolder
 
-CASES = int(os.environ.get("GENERATED_CASES", 1000))
+CASES = int(os.environ.get("GENERATED_CASES", 300))
 MANY = settings(
     max_examples=CASES,
     deadline=None,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from loralib.files import start_folder
 from nlu import trainer
 from nlu.arguments import parse_arguments
-from nlu.errors import RunError, UsageError, exit_code
+from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import checkpoints as checkpointing
 from nlu.runs import record as records
@@ -28,23 +28,18 @@ from nlu.runs.folder import RunFolder
 from nlu.runs.log import ConsoleLog
 from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
+from tests.nlu.tiny import changed, read
 
 
 @pytest.fixture
 def flags(base_flags):
     """Nine steps, seven of them an epoch."""
-    flags = [*base_flags, "--method", "lora2", "--mask_interval", "1"]
-    flags[flags.index("--max_steps") + 1] = "9"
-    return flags
+    return [*changed(base_flags, max_steps=9), "--method", "lora2", "--mask_interval", "1"]
 
 
 @pytest.fixture
 def run_folder(tmp_path):
     return tmp_path / "run"
-
-
-def record(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 _STRAIGHT = {}
@@ -79,16 +74,20 @@ def error_line(capsys):
 def test_a_signal_lets_the_step_finish_and_saves_it(flags, run_folder, capsys, point, step, saved):
     expected = straight_outcome(flags, run_folder)
     signum = signal.SIGINT if step == 3 else signal.SIGTERM
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = list(logging.getLogger("nlu").handlers)
     assert run_signalled(flags, point, step, signum) == 128 + signum
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert logging.getLogger("nlu").handlers == handlers
     assert f"after step {saved}" in capsys.readouterr().err.splitlines()[-1]
-    assert record(run_folder)["status"] == "interrupted" and record(run_folder)["steps"] == saved
+    assert read(flags)["status"] == "interrupted" and read(flags)["steps"] == saved
     assert checkpoints(run_folder / "model")[-1].name == f"checkpoint-{saved}"
-    assert main(flags) == 0 and record(run_folder)["resumes"] == 1
+    assert main(flags) == 0 and read(flags)["resumes"] == 1
     assert outcome(run_folder) == expected
 
 
 def test_a_signal_outside_of_training_acts_at_once(flags, run_folder):
-    flags[flags.index("--eval_strategy") + 1] = "no"  # only evaluated at the end
+    flags = changed(flags, eval_strategy="no")  # only evaluated at the end
     expected = straight_outcome(flags, run_folder)
     assert run_signalled(flags, "on_evaluate", 9, signal.SIGTERM) == 143
     assert main(flags) == 0
@@ -106,14 +105,6 @@ def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
     with dying("on_pre_optimizer_step", 2, twice):
         assert main(flags) == 143
     assert checkpoints(run_folder / "model")[-1].name == "checkpoint-2"
-
-
-def test_handlers_are_given_back(flags):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    handlers = list(logging.getLogger("nlu").handlers)
-    assert run_signalled(flags, "on_step_begin", 1, signal.SIGTERM) == 143
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    assert logging.getLogger("nlu").handlers == handlers
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -138,16 +129,14 @@ def poison_loss(monkeypatch, value, step):
     return seen
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(("value", "lazy"), [(math.nan, True), (math.inf, False)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
     flags, run_folder, capsys, monkeypatch, value, lazy
 ):
     """At once on a CPU; elsewhere at the next logging, evaluation or saving, and still with the first bad step."""
     seen = poison_loss(monkeypatch, value, 3)
     if lazy:
-        flags[flags.index("--logging_steps") + 1] = "100"
-        flags[flags.index("--eval_strategy") + 1] = "no"
+        flags = changed(flags, logging_steps=100, eval_strategy="no")
         monkeypatch.setattr(GlueTrainer, "checks_every_step", False)
     more = ["--gradient_accumulation_steps", "2", "--length_bucketing"]
     assert main([*flags, *more]) == 1
@@ -157,7 +146,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
     of_idx = {row["idx"]: row["input_ids"] for row in seen[0][0].train_dataset}
     assert [of_idx[i] for i in rows] == [ids for _, ids in seen]
     assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
-    assert record(run_folder)["status"] == "failed" and "at step 3" in record(run_folder)["error"]
+    assert read(flags)["status"] == "failed" and "at step 3" in read(flags)["error"]
     assert not (run_folder / "adapter").exists()
 
 
@@ -214,7 +203,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, own
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
     assert [p.name for p in (run_folder / "model").iterdir()] == ["checkpoint-2"]
-    assert is_whole(run_folder / "model" / "checkpoint-2") and record(run_folder)["status"] == "failed"
+    assert is_whole(run_folder / "model" / "checkpoint-2") and read(flags)["status"] == "failed"
     assert main(flags) == 0
     assert outcome(run_folder) == expected
 
@@ -223,7 +212,7 @@ def test_a_full_disk_for_the_record_is_one_line_too(flags, run_folder, capsys):
     with pytest.MonkeyPatch.context() as patch, dying("on_log", 1, lambda: patch.setattr(records, "write_json", full)):
         assert main(flags) == 1
     assert "No space left" in error_line(capsys)
-    assert record(run_folder)["status"] == "running"  # as it was
+    assert read(flags)["status"] == "running"  # as it was
     assert main(flags) == 0
 
 
@@ -252,11 +241,14 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_passed_over(flags, run_folder, name, caplog):
+def test_a_damaged_checkpoint_is_passed_over_and_leftovers_go_away(flags, run_folder, name, caplog):
     expected = straight_outcome(flags, run_folder)
     run_broken_off(flags, 4)
     truncate(run_folder / "model" / "checkpoint-4" / name)
+    (start_folder(run_folder / "model" / "checkpoint-5") / "model.safetensors").write_bytes(b"half")
+    (run_folder / ".results.json.x1").write_text("{")
     assert main(flags) == 0
+    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
     assert "checkpoint-4 is incomplete or damaged" in caplog.text and "going on from" in caplog.text
     assert outcome(run_folder) == expected
 
@@ -299,14 +291,6 @@ def test_checkpoints_go_by_step_whatever_the_clock_said(tmp_path):
     assert checkpoints(tmp_path) == [made[0], made[2]]
 
 
-def test_leftovers_of_a_killed_run_go_away(flags, run_folder):
-    run_broken_off(flags, 4)
-    (start_folder(run_folder / "model" / "checkpoint-5") / "model.safetensors").write_bytes(b"half")
-    (run_folder / ".results.json.x1").write_text("{")
-    assert main(flags) == 0
-    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
-
-
 def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder):
     (run_folder / "log").mkdir(parents=True)
     (run_folder / "log" / "run.log").write_text("")
@@ -320,7 +304,7 @@ def test_a_damaged_record_is_named_and_can_be_replaced(flags, run_folder, capsys
     truncate(run_folder / "results.json")
     assert main(flags) == 2
     assert "results.json" in (line := error_line(capsys)) and "--overwrite_output_dir" in line
-    assert main([*flags, "--overwrite_output_dir"]) == 0 and record(run_folder)["resumes"] == 0
+    assert main([*flags, "--overwrite_output_dir"]) == 0 and read(flags)["resumes"] == 0
 
 
 def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folder, tmp_path):
@@ -363,7 +347,7 @@ def test_a_lock_taken_at_the_last_moment_is_respected(flags, run_folder, capsys,
 
 def test_other_rows_a_step_are_refused(flags, run_folder, capsys):
     run_broken_off(flags, 2)
-    content = record(run_folder) | {"effective_batch_size": 16}
+    content = read(flags) | {"effective_batch_size": 16}
     (run_folder / "results.json").write_text(json.dumps(content))
     assert main(flags) == 2
     assert "16 rows a step" in error_line(capsys)
@@ -376,36 +360,10 @@ def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
     run_broken_off(flags, 4)
     assert main(flags) == 0
     assert outcome(run_folder) == expected
-    left = record(run_folder)
+    left = read(flags)
     seconds = [row["seconds"] for row in left["history"]]
     assert seconds == sorted(seconds) and seconds[0] >= 0 and left["train_seconds"] >= seconds[-1] - 1e-3
     assert all(row["memory_bytes"] > 0 for row in left["history"])
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "says"),
-    [
-        (UsageError("bad"), 2, "error: bad"),
-        (RunError("diverged"), 1, "error: diverged"),
-        (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "check the path"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, "check the path"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "save it as UTF-8"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "--per_device_train_batch_size"),
-        (MemoryError(), 1, "--per_device_train_batch_size"),
-        (KeyboardInterrupt(), 130, "give the same command again"),
-    ],
-)
-def test_what_a_user_can_cause_is_one_line(capsys, error, code, says):
-    assert exit_code(error) == code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
-
-
-def test_other_errors_keep_their_traceback():
-    for error in (ValueError("a fault of ours"), OSError(errno.EIO, "broken"), SystemExit(0)):
-        with pytest.raises(type(error)):
-            exit_code(error)
 
 
 def test_without_locks_a_run_says_so(run_folder, monkeypatch, caplog):

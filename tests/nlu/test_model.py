@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from nlu.model import choose_head
 from nlu.run_glue import main
 from nlu.tasks import get_task
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import make_encoder, make_rows, write_rows
+from tests.nlu.tiny import changed, make_encoder, make_rows, read, write_rows
 
 PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
 
@@ -34,18 +33,7 @@ def classifier(folder, names, problem_type=None, seed=1):
 
 
 def flags_of(base_flags, folder, task, *more):
-    flags = list(base_flags)
-    for name, value in (("model_name_or_path", folder), ("task_name", task)):
-        flags[flags.index(f"--{name}") + 1] = str(value)
-    return [*flags, *more]
-
-
-def run_folder(flags):
-    return Path(flags[flags.index("--root_output_dir") + 1])
-
-
-def record_of(flags):
-    return json.loads((run_folder(flags) / "results.json").read_text())
+    return [*changed(base_flags, model_name_or_path=folder, task_name=task), *more]
 
 
 @pytest.mark.parametrize("task, names, problem, labels, unfit", [
@@ -87,17 +75,16 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     flags = flags_of(base_flags, folder, "mnli")
     untrained = [flag for flag in flags if flag != "--do_train"]
     assert main(untrained) == 0
-    assert record_of(untrained)["last"] == pytest.approx(expected)
-    assert record_of(untrained)["labels"] == ["contradiction", "neutral", "entailment"]
+    assert read(untrained)["last"] == pytest.approx(expected)
+    assert read(untrained)["labels"] == ["contradiction", "neutral", "entailment"]
     assert expected not in (
         0.0,
         accuracy_score([row["label"] for row in rows], [words.index(w.lower()) for w in guessed[::-1]]),
     )
 
-    flags[flags.index("--root_output_dir") + 1] = str(tmp_path / "trained")
-    flags += ["--save_total_limit", "9"]
+    flags = [*changed(flags, root_output_dir=tmp_path / "trained"), "--save_total_limit", "9"]
     run_broken_off(flags, 2)
-    assert record_of(flags)["labels"] == ["contradiction", "neutral", "entailment"]
+    assert read(flags)["labels"] == ["contradiction", "neutral", "entailment"]
     assert main(flags) == 0
     adapter = json.loads((tmp_path / "trained/adapter/adapter_config.json").read_text())
     names = {"0": "contradiction", "1": "neutral", "2": "entailment"}
@@ -108,7 +95,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     assert predict_program.main([*adapter_flags, *output]) == 0
     answers = [json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     score = np.mean([words[row["label"]] == answer for row, answer in zip(rows, answers, strict=True)])
-    assert record_of(flags)["last"] == pytest.approx(score)
+    assert read(flags)["last"] == pytest.approx(score)
 
 
 def _values(value):
@@ -119,20 +106,21 @@ def _values(value):
 
 @pytest.mark.parametrize("task, names", [("mrpc", PERMUTED), ("stsb", PERMUTED), ("mnli", ["joy", "anger", "fear"])])
 def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, caplog, task, names):
+    run = tmp_path / "run"
     folder = classifier(tmp_path / "other", names)
     flags = flags_of(base_flags, folder, task, "--save_total_limit", "9", "--learning_rate", "1e-9")
     with caplog.at_level(logging.WARNING, logger="nlu"):
         assert main(flags) == 0
     assert [r.message for r in caplog.records if "new output layer" in r.message][1:] == []
     assert any("new output layer" in r.message for r in caplog.records)
-    weights = load_file(run_folder(flags) / "model" / "checkpoint-2" / "model.safetensors")
+    weights = load_file(run / "model" / "checkpoint-2" / "model.safetensors")
     saved = load_file(folder / "model.safetensors")
     width = 1 if task == "stsb" else len(get_task(task).labels)
     assert weights["classifier.weight"].shape == (width, 16) and weights["classifier.weight"].abs().max() < 0.2
     torch.testing.assert_close(weights["bert.pooler.dense.weight"], saved["bert.pooler.dense.weight"])
     output = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     write_rows(tmp_path / "rows.jsonl", make_rows(get_task(task).text_fields, task == "stsb", 4, 0))
-    assert predict_program.main(["--adapter", str(run_folder(flags) / "adapter"), "--base", str(folder), *output]) == 0
+    assert predict_program.main(["--adapter", str(run / "adapter"), "--base", str(folder), *output]) == 0
 
 
 def test_a_mismatch_elsewhere_is_refused_by_name(base_flags, tmp_path, capsys):
@@ -148,11 +136,11 @@ def test_a_merged_export_starts_another_task(base_flags, tmp_path):
     folder = classifier(tmp_path / "mnli", PERMUTED)
     flags = flags_of(base_flags, folder, "mnli")
     assert main(flags) == 0
-    export_merged(run_folder(flags) / "adapter", tmp_path / "merged", str(folder))
+    export_merged(tmp_path / "run/adapter", tmp_path / "merged", str(folder))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert list(merged.config.id2label.values()) == ["contradiction", "neutral", "entailment"]
     flags = flags_of(base_flags, tmp_path / "merged", "mrpc", "--overwrite_output_dir")
-    assert main(flags) == 0 and record_of(flags)["labels"] == list(get_task("mrpc").labels)
+    assert main(flags) == 0 and read(flags)["labels"] == list(get_task("mrpc").labels)
 
 
 def _broken(folder, how):

@@ -4,25 +4,31 @@ Two processes and accumulation against one batch: test_two_processes.py and test
 tests/loralib/test_allocator.py.
 """
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from nlu import run_glue
 from nlu.run_glue import main
+from tests.nlu.tiny import changed, read, tiny_run
 
 
 def outcome(flags, folder):
     """(trained weights, masks, losses, scores) of one run in ``folder``, with dropout and pruning in it."""
-    assert main([*flags, "--root_output_dir", str(folder), "--mask_interval", "1", "--lora_dropout", "0.1"]) == 0
-    record = json.loads((folder / "results.json").read_text())
-    weights = load_file(Path(folder) / "model" / "checkpoint-6" / "model.safetensors")
-    masks = json.loads((folder / "rank_pattern.json").read_text())
+    flags = changed(flags, root_output_dir=folder)
+    assert main([*flags, "--mask_interval", "1", "--lora_dropout", "0.1"]) == 0
+    record, masks = read(flags), read(flags, "rank_pattern.json")
+    weights = load_file(folder / "model" / "checkpoint-6" / "model.safetensors")
     assert record["live_budget"] < record["initial_budget"]
     return weights, masks, [row["loss"] for row in record["history"]], [e["loss"] for e in record["evaluations"]]
+
+
+@pytest.fixture(scope="module")
+def plain(encoder, tiny_glue, tmp_path_factory):
+    """The outcome of the run that the others vary."""
+    torch.manual_seed(111)
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    return outcome(tiny_run(encoder, tiny_glue, folder), folder)
 
 
 def assert_same_bits(first, second):
@@ -31,15 +37,28 @@ def assert_same_bits(first, second):
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
 
 
-@pytest.mark.parametrize("extra", [[], ["--bf16", "--length_bucketing"]], ids=["float32", "bfloat16"])
-def test_the_seed_alone_fixes_a_run(base_flags, tmp_path, extra):
-    torch.manual_seed(111)
-    first = outcome([*base_flags, *extra], tmp_path / "first")
+def test_the_seed_alone_fixes_a_run(base_flags, tmp_path, plain):
     torch.manual_seed(222)
     torch.rand(5)
-    assert_same_bits(first, outcome([*base_flags, *extra], tmp_path / "second"))
-    other = outcome([*base_flags, *extra, "--seed", "4"], tmp_path / "other")
-    assert other[2] != first[2] and not all(torch.equal(other[0][n], w) for n, w in first[0].items())
+    assert_same_bits(plain, outcome(base_flags, tmp_path / "again"))
+    other = outcome(changed(base_flags, seed=4), tmp_path / "other")
+    assert other[2] != plain[2] and not all(torch.equal(other[0][n], w) for n, w in plain[0].items())
+
+
+def test_the_seed_fixes_a_run_in_bfloat16_whose_importance_stays_float32(base_flags, tmp_path, monkeypatch):
+    trainers, build = [], run_glue.build_trainer
+    monkeypatch.setattr(run_glue, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
+    found = []
+    for seed in (111, 222):
+        torch.manual_seed(seed)
+        found.append(outcome([*base_flags, "--bf16", "--length_bucketing"], tmp_path / str(seed)))
+    assert_same_bits(*found)
+    allocator = trainers[0].applied.allocator
+    state = allocator.state_dict()
+    assert {t.dtype for t in [*state["sensitivity"], *state["uncertainty"]]} == {torch.float32}
+    assert allocator.importance_scores().dtype == torch.float32
+    averages = torch.cat([t.flatten() for t in state["sensitivity"]])
+    assert (averages != averages.bfloat16().float()).any()  # held in float32, not merely of that type
 
 
 def test_threads_do_not_choose_the_masks(base_flags, tmp_path):
@@ -57,28 +76,10 @@ def test_threads_do_not_choose_the_masks(base_flags, tmp_path):
         torch.testing.assert_close(two[0][name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_checkpointed_activations_change_nothing(base_flags, tmp_path):
+def test_checkpointed_activations_change_nothing(base_flags, tmp_path, plain):
     """Dropout is drawn again as it was, so the run is the same to the bit but for the order of sums."""
-    plain = outcome(base_flags, tmp_path / "plain")
     lean = outcome([*base_flags, "--gradient_checkpointing"], tmp_path / "lean")
     assert lean[1] == plain[1]
     torch.testing.assert_close(lean[2], plain[2], rtol=1e-5, atol=1e-6)
     for name, weight in plain[0].items():
         torch.testing.assert_close(lean[0][name], weight, rtol=1e-4, atol=1e-6)
-
-
-def test_importance_stays_float32_in_bfloat16_training(base_flags, tmp_path, monkeypatch):
-    seen = {}
-    original = run_glue.train_and_evaluate
-
-    def keep(arguments, trainer, *rest):
-        original(arguments, trainer, *rest)
-        seen["allocator"] = trainer.applied.allocator
-
-    monkeypatch.setattr(run_glue, "train_and_evaluate", keep)
-    outcome([*base_flags, "--bf16"], tmp_path / "run")
-    state = seen["allocator"].state_dict()
-    assert {t.dtype for t in [*state["sensitivity"], *state["uncertainty"]]} == {torch.float32}
-    assert seen["allocator"].importance_scores().dtype == torch.float32
-    averages = torch.cat([t.flatten() for t in state["sensitivity"]])
-    assert (averages != averages.bfloat16().float()).any()  # held in float32, not merely of that type

@@ -1,7 +1,6 @@
 """The adapter that a run leaves, and the warm start from one."""
 
-import json
-from pathlib import Path
+import shutil
 
 import pytest
 import torch
@@ -11,21 +10,19 @@ import loralib
 from nlu import run_glue
 from nlu.run_glue import main
 from nlu.runs.folder import _clean
-from tests.nlu.tiny import make_encoder
+from tests.nlu.tiny import changed, make_encoder, read, tiny_run
+
+LORA2 = ["--method", "lora2", "--lora_k", "3"]
 
 
-def with_value(flags, name, value):
-    flags = list(flags)
-    flags[flags.index(f"--{name}") + 1] = str(value)
-    return flags
-
-
-@pytest.fixture
-def trained(base_flags, tmp_path):
-    """An MNLI run with pruned ranks; its adapter folder."""
-    flags = with_value(with_value(base_flags, "task_name", "mnli"), "root_output_dir", tmp_path / "mnli")
-    assert main([*flags, "--method", "lora2", "--lora_k", "3"]) == 0
-    return tmp_path / "mnli" / "adapter"
+@pytest.fixture(scope="module")
+def trained(encoder, tiny_glue, tmp_path_factory):
+    """Whether the outer factors are shared → the adapter of an MNLI run of LoRA² with pruned ranks."""
+    folders = {False: tmp_path_factory.mktemp("mnli") / "run", True: tmp_path_factory.mktemp("shared") / "run"}
+    for share, folder in folders.items():
+        flags = changed(tiny_run(encoder, tiny_glue, folder), task_name="mnli")
+        assert main([*flags, *LORA2, *(["--lora_share_outer"] if share else [])]) == 0
+    return {share: folder / "adapter" for share, folder in folders.items()}
 
 
 def test_the_saved_adapter_gives_the_trained_models_logits(base_flags, tmp_path, encoder, monkeypatch):
@@ -43,21 +40,18 @@ def test_the_saved_adapter_gives_the_trained_models_logits(base_flags, tmp_path,
     ids = torch.randint(5, 20, (4, 9))
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, seen["model"].eval()(ids).logits)
-    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    record = read(base_flags)
     for name, layer in loralib.lora_layers(model).items():
         expected = torch.linalg.svdvals(layer.delta_weight())[: len(record["spectra"][name])]
         torch.testing.assert_close(torch.tensor(record["spectra"][name]), expected, rtol=1e-3, atol=1e-6)
     assert config.card["task"] == "cola" and config.base_model == encoder.name
-    pattern = json.loads((tmp_path / "run" / "rank_pattern.json").read_text())
+    pattern = read(base_flags, "rank_pattern.json")
     assert {n: sum(flags) for n, flags in pattern.items()} == config.ranks
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_warm_start_takes_the_factors_and_records_the_source(base_flags, tmp_path, monkeypatch, share):
-    sharing = ["--lora_share_outer"] if share else []
-    flags = with_value(with_value(base_flags, "task_name", "mnli"), "root_output_dir", tmp_path / "mnli")
-    assert main([*flags, "--method", "lora2", "--lora_k", "3", *sharing]) == 0
-    source = tmp_path / "mnli" / "adapter"
+def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained, monkeypatch, share):
+    source, sharing = trained[share], ["--lora_share_outer"] if share else []
     config, tensors = loralib.adapter_files.read_adapter(source)
     started = {}
     load = run_glue.load_warm_start
@@ -67,8 +61,8 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, tmp_pat
         started.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
     monkeypatch.setattr(run_glue, "load_warm_start", keep)
-    assert main([*base_flags, "--method", "lora2", "--lora_k", "3", *sharing, "--lora_path", str(source)]) == 0
-    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert main([*base_flags, *LORA2, *sharing, "--lora_path", str(source)]) == 0
+    record = read(base_flags)
     assert record["warm_start"]["task"] == "mnli"
     assert record["warm_start"]["weights_sha256"] == config.weights_sha256
     for group in config.groups:
@@ -84,37 +78,35 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, tmp_pat
 
 
 def test_an_adapter_that_does_not_fit_is_refused(base_flags, trained, tmp_path, capsys):
-    flags = list(base_flags)
-    for name in ("--lora_r", "--lora_alpha"):
-        del flags[flags.index(name) : flags.index(name) + 2]
+    flags = changed(base_flags, lora_r=None, lora_alpha=None)
     four = ["--lora_r", "4"]
     for extra, words in [
         (["--method", "lora2", "--lora_k", "2", *four], "widths"),
-        (["--method", "lora2", "--lora_k", "3", "--lora_r", "3"], "rank"),
+        ([*LORA2, "--lora_r", "3"], "rank"),
         (["--method", "adalora", *four], "widths"),
-        (["--method", "lora2", "--lora_k", "3", "--lora_module", "query", *four], "modules"),
+        ([*LORA2, "--lora_module", "query", *four], "modules"),
         (["--method", "bitfit"], "low-rank"),
-        (["--method", "lora2", "--lora_k", "3", "--lora_share_outer", *four], "leave share_outer out"),
+        ([*LORA2, "--lora_share_outer", *four], "leave share_outer out"),
     ]:
-        assert main([*flags, *extra, "--lora_path", str(trained)]) == 2
+        assert main([*flags, *extra, "--lora_path", str(trained[False])]) == 2
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_path, capsys):
-    lora2 = [*base_flags, "--method", "lora2", "--lora_k", "3"]
-    other = make_encoder(tmp_path / "other")
+    source, other = shutil.copytree(trained[False], tmp_path / "adapter"), make_encoder(tmp_path / "other")
     model = AutoModelForSequenceClassification.from_pretrained(other)
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight.add_(1)
     model.bert.save_pretrained(other)
-    assert main([*with_value(lora2, "model_name_or_path", other), "--lora_path", str(trained)]) == 2
+    flags = [*base_flags, *LORA2, "--lora_path", str(source)]
+    assert main(changed(flags, model_name_or_path=other)) == 2
     assert "weights are not those" in capsys.readouterr().err
-    weights = Path(trained) / "adapter_model.safetensors"
+    weights = source / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
-    assert main([*lora2, "--lora_path", str(trained), "--overwrite_output_dir"]) == 2
+    assert main([*flags, "--overwrite_output_dir"]) == 2
     assert "truncated" in capsys.readouterr().err
-    assert main([*lora2, "--lora_path", str(tmp_path / "none"), "--overwrite_output_dir"]) == 2
+    assert main([*changed(flags, lora_path=tmp_path / "none"), "--overwrite_output_dir"]) == 2
 
 
 def test_going_on_after_a_kill_between_two_renames_keeps_the_adapter(tmp_path):
@@ -129,5 +121,5 @@ def test_going_on_after_a_kill_between_two_renames_keeps_the_adapter(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(base_flags, tmp_path, capsys):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "deeper")
-    assert main(with_value(base_flags, "root_output_dir", tmp_path / "dangling")) == 2
+    assert main(changed(base_flags, root_output_dir=tmp_path / "dangling")) == 2
     assert "cannot be written to" in capsys.readouterr().err

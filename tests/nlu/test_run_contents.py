@@ -1,5 +1,6 @@
 """A run is what it read: it goes on, is skipped and predicts only with the same data, base model and settings."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -126,8 +127,13 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("asked", ["the same", "predictions", "interrupted", "another path"])
-@pytest.mark.parametrize(("kind", "flag", "name", "change"), CHANGES)
+ASKED = ["the same", "predictions", "interrupted", "another path"]  # one of them for each change, by turns
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "flag", "name", "change"),
+    [(asked, *change) for asked, change in zip(itertools.cycle(ASKED), CHANGES, strict=False)],
+)
 def test_other_contents_are_refused_before_anything_is_loaded(
     finished, capsys, monkeypatch, asked, kind, flag, name, change
 ):

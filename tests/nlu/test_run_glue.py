@@ -1,5 +1,7 @@
 """Whole runs on a tiny encoder: records, methods, MNLI's two sets, prediction, refusals that lose nothing."""
 
+import contextlib
+import io
 import json
 import math
 import subprocess
@@ -19,23 +21,23 @@ from nlu import predict, run_glue
 from nlu.data.tokens import longest_input
 from nlu.run_glue import main
 from nlu.trainer import GlueTrainer
-from tests.nlu.tiny import GLUE, REPOSITORY, make_encoder, make_rows, write_rows
+from tests.nlu.tiny import GLUE, REPOSITORY, changed, make_encoder, make_rows, read, tiny_run, write_rows
 
 
-def read(flags, name="results.json"):
-    return json.loads((Path(flags[flags.index("--root_output_dir") + 1]) / name).read_text())
+@pytest.fixture(scope="module")
+def finished(encoder, tiny_glue, tmp_path_factory):
+    """One run of LoRA² with k=3 and predictions: (its folder, its record, what it printed, its trainer)."""
+    folder, seen, printed = tmp_path_factory.mktemp("finished") / "run", [], io.StringIO()
+    build = run_glue.build_trainer
+    flags = [*tiny_run(encoder, tiny_glue, folder), "--method", "lora2", "--lora_k", "3", "--reg_orth_coef", "0.1"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(run_glue, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])
+        assert main([*flags, "--do_predict"]) == 0
+    return folder, read(flags), printed.getvalue(), seen[0]
 
 
-def replaced(flags, **changes):
-    flags = list(flags)
-    for name, value in changes.items():
-        flags[flags.index(f"--{name}") + 1] = str(value)
-    return flags
-
-
-def test_a_run_leaves_a_record_that_tells_all(base_flags, tmp_path, capsys):
-    assert main([*base_flags, "--method", "lora2", "--lora_k", "3", "--reg_orth_coef", "0.1"]) == 0
-    record = read(base_flags)
+def test_a_run_leaves_a_record_that_tells_all(finished):
+    folder, record, printed, _ = finished
     assert record["status"] == "finished" and record["error"] is None
     assert (record["task"], record["method"], record["seed"]) == ("cola", "lora2", 3)
     assert record["metric"] == "matthews_correlation"
@@ -48,7 +50,7 @@ def test_a_run_leaves_a_record_that_tells_all(base_flags, tmp_path, capsys):
     assert record["head_params"] == 16 * 2 + 2 + 16 * 16 + 16
     assert record["scored_params"] == 12 * (4 + 2 * 3 * 4)
     assert (record["initial_budget"], record["final_budget"], record["live_budget"]) == (48, 24, 24)
-    pattern = read(base_flags, "rank_pattern.json")
+    pattern = json.loads((folder / "rank_pattern.json").read_text())
     assert len(pattern) == 12 and sum(map(sum, pattern.values())) == 24
     assert record["live_adapter_params"] == record["adapter_params"] - 24 * (1 + 3 + 3)
     assert record["steps"] == 6 and len(record["history"]) == 6
@@ -57,62 +59,27 @@ def test_a_run_leaves_a_record_that_tells_all(base_flags, tmp_path, capsys):
     assert record["effective_batch_size"] == 8 and record["train_examples"] == 50 and record["eval_examples"] == 20
     assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
     assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
-    printed = capsys.readouterr().out
     assert f"adapter {record['adapter_params']:,}" in printed and "best" in printed
-    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
+    assert {p.name for p in folder.iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
 
 
-def test_the_record_has_the_scores_that_decided_the_ranks(base_flags):
-    assert main([*base_flags, "--method", "lora2", "--importance", "full"]) == 0
-    record, pattern = read(base_flags), read(base_flags, "rank_pattern.json")
-    scores = record["importance_scores"]
-    assert set(scores) == {"inner", "full"} and set(scores["full"]) == set(pattern)
-    dead = [
-        s for name, live in pattern.items() for s, alive in zip(scores["full"][name], live, strict=True) if not alive
-    ]
-    kept = [s for name, live in pattern.items() for s, alive in zip(scores["full"][name], live, strict=True) if alive]
-    assert len(dead) == 24 and max(dead) <= min(kept)
-
-
-def test_checkpoints_hold_what_trains_and_not_the_base(base_flags, tmp_path):
-    assert main([*base_flags, "--method", "lora2"]) == 0
-    kept = sorted(p.name for p in (tmp_path / "run" / "model").iterdir())
-    assert kept == ["checkpoint-4", "checkpoint-6"]
-    weights = load_file(tmp_path / "run" / "model" / "checkpoint-6" / "model.safetensors")
+def test_checkpoints_hold_what_trains_and_not_the_base(finished):
+    folder, record, *_ = finished
+    assert sorted(p.name for p in (folder / "model").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    weights = load_file(folder / "model" / "checkpoint-6" / "model.safetensors")
     assert all("lora_" in name or name.startswith(("classifier", "bert.pooler")) for name in weights)
-    record = read(base_flags)
     assert sum(w.numel() for w in weights.values()) == record["adapter_params"] + record["head_params"]
 
 
-@pytest.mark.parametrize("task, metrics, method", [
-    ("mrpc", {"accuracy", "f1"}, "lora"), ("stsb", {"pearson", "spearmanr"}, "adalora"),
-    ("mnli", {"accuracy", "accuracy_mm"}, "lora"),
-])  # fmt: skip
-def test_pairs_regression_and_three_classes(base_flags, task, metrics, method):
-    assert main([*replaced(base_flags, task_name=task), "--method", method]) == 0
-    record = read(base_flags)
-    assert metrics <= set(record["evaluations"][-1]) and record["method"] == method
-    assert record["eval_examples"] == (34 if task == "mnli" else 20)
+def test_predictions_are_in_the_servers_format(finished):
+    lines = (finished[0] / "predictions" / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(12)]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
 
 
-def test_it_learns(base_flags):
-    flags = replaced(base_flags, max_steps=300, eval_steps=300, save_steps=1000, logging_steps=50, lora_alpha=8)
-    assert main([*flags, "--method", "lora2", "--lora_init", "orthogonal", "--reg_orth_coef", "0"]) == 0
-    losses = [row["loss"] for row in read(flags)["history"]]
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_the_score_is_scikit_learns_on_the_models_own_logits(base_flags, monkeypatch):
-    seen = {}
-    build = run_glue.build_trainer
-
-    def keep(*args):
-        seen["trainer"] = build(*args)
-        return seen["trainer"]
-
-    monkeypatch.setattr(run_glue, "build_trainer", keep)
-    assert main([*base_flags, "--method", "lora2"]) == 0
-    trainer = seen["trainer"]
+def test_the_score_is_scikit_learns_on_the_models_own_logits(finished):
+    _, record, _, trainer = finished
     trainer.model.eval()
     guesses, labels = [], []
     for row in trainer.eval_dataset:
@@ -121,25 +88,39 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(base_flags, monkeyp
             guesses.append(int(trainer.model(**inputs).logits.argmax()))
         labels.append(row["labels"])
     expected = 0.0 if len(set(guesses)) == 1 else matthews_corrcoef(labels, guesses)
-    assert read(base_flags)["last"] == pytest.approx(expected)
+    assert record["last"] == pytest.approx(expected)
+
+
+def test_the_record_has_the_scores_that_decided_the_ranks(base_flags):
+    assert main([*base_flags, "--method", "lora2", "--importance", "full"]) == 0
+    record, pattern = read(base_flags), read(base_flags, "rank_pattern.json")
+    scores = record["importance_scores"]
+    assert set(scores) == {"inner", "full"} and set(scores["full"]) == set(pattern)
+    flagged = [pair for name, live in pattern.items() for pair in zip(scores["full"][name], live, strict=True)]
+    dead, kept = ([score for score, alive in flagged if alive is kind] for kind in (False, True))
+    assert len(dead) == 24 and max(dead) <= min(kept)
+
+
+def test_mnli_is_scored_on_both_its_validation_sets(base_flags):
+    assert main([*changed(base_flags, task_name="mnli"), "--method", "lora"]) == 0
+    record = read(base_flags)
+    assert {"accuracy", "accuracy_mm"} <= set(record["evaluations"][-1]) and record["eval_examples"] == 20 + 14
+
+
+def test_it_learns(base_flags):
+    flags = changed(base_flags, max_steps=300, eval_steps=300, save_steps=1000, logging_steps=50, lora_alpha=8)
+    assert main([*flags, "--method", "lora2", "--lora_init", "orthogonal", "--reg_orth_coef", "0"]) == 0
+    losses = [row["loss"] for row in read(flags)["history"]]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("regression", [False, True])
 def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
     """Rows of the last batch of the epoch included: 50 rows are 6 batches of 8 and one of 2."""
     task, losses, patterns = "stsb" if regression else "cola", [], []
-    quiet = [
-        "--no_fast_dropout",
-        "--cls_dropout",
-        "0",
-        "--method",
-        "lora2",
-        "--overwrite_output_dir",
-        "--max_grad_norm",
-        "0",
-    ]
+    quiet = ["--no_fast_dropout", "--method", "lora2", "--overwrite_output_dir", "--max_grad_norm", "0"]
     for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
-        flags = replaced(base_flags, task_name=task, per_device_train_batch_size=batch, max_steps=9, learning_rate=1e-3)
+        flags = changed(base_flags, task_name=task, per_device_train_batch_size=batch, max_steps=9, learning_rate=1e-3)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.functional, "dropout", lambda x, *args, **kwargs: x)
             load = run_glue.load_model
@@ -154,20 +135,12 @@ def test_a_batch_of_8_equals_accumulated_4_and_2(base_flags, regression):
                 return model
 
             patch.setattr(run_glue, "load_model", without_dropout)
-            assert main([*flags, *quiet, "--gradient_accumulation_steps", str(accumulate)]) == 0
+            assert main([*flags, *quiet, "--cls_dropout", "0", "--gradient_accumulation_steps", str(accumulate)]) == 0
         losses.append([row["loss"] for row in read(flags)["history"]])
         patterns.append(read(flags, "rank_pattern.json"))
     assert patterns[1] == patterns[0] and patterns[2] == patterns[0]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
-
-
-def test_predictions_are_in_the_servers_format(base_flags, tmp_path):
-    assert main([*base_flags, "--do_predict", "--method", "lora"]) == 0
-    lines = (tmp_path / "run" / "predictions" / "CoLA.tsv").read_text().splitlines()
-    assert lines[0] == "index\tprediction"
-    assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(12)]
-    assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
 
 
 @pytest.fixture
@@ -179,9 +152,7 @@ def own_flags(base_flags, tmp_path):
             row["rating"] = ["bad", "fair", "good"][row.pop("label")]
         rows[3]["body"] = " "
         write_rows(tmp_path / f"{name}.jsonl", rows)
-    flags = list(base_flags)
-    for name in ("--task_name", "--glue_dir"):
-        del flags[flags.index(name) : flags.index(name) + 2]
+    flags = changed(base_flags, task_name=None, glue_dir=None)
     flags += ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")]
     return [*flags, "--text_columns", "title,body", "--label_column", "rating"]
 
@@ -321,7 +292,7 @@ def test_bfloat16_trains_float32_factors_on_bfloat16_weights(base_flags, monkeyp
 @pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
 @pytest.mark.parametrize("task", ["cola", "sst2", "mrpc", "stsb", "rte", "wnli"])
 def test_real_data_trains(base_flags, task):
-    flags = [*replaced(base_flags, task_name=task, glue_dir=GLUE, max_steps=3), "--max_train_samples", "60"]
+    flags = [*changed(base_flags, task_name=task, glue_dir=GLUE, max_steps=3), "--max_train_samples", "60"]
     assert main([*flags, "--max_eval_samples", "40"]) == 0
     assert read(flags)["steps"] == 3 and read(flags)["eval_examples"] == 40
 
@@ -331,7 +302,7 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
     """Best at step 3 of 6, before the last pruning: weights, live ranks and the adapter's score are those of step 3."""
     scores = iter([0.5, 0.2])
     monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
-    flags = replaced(base_flags, save_steps=3)
+    flags = changed(base_flags, save_steps=3)
     extra = ["--init_warmup", "3", "--final_warmup", "1"] if method == "lora2" else ["--sora_lambda", "10"]
     assert main([*flags, "--method", method, "--load_best_model_at_end", *extra]) == 0
     record, run = read(flags), tmp_path / "run"
@@ -351,7 +322,7 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
 
 
 def test_every_row_is_evaluated_when_training_drops_incomplete_batches(base_flags):
-    flags = replaced(base_flags, max_steps=-1)
+    flags = changed(base_flags, max_steps=-1)
     extra = ["--dataloader_drop_last", "--num_train_epochs", "1", "--per_device_eval_batch_size", "16", "--do_predict"]
     assert main([*flags, *extra]) == 0
     record = read(flags)
@@ -366,7 +337,7 @@ def test_a_held_out_part_is_evaluated_without_training(base_flags, capsys):
     flags = [flag for flag in base_flags if flag != "--do_train"]
     assert main([*flags, "--holdout_fraction", "0.2"]) == 0
     assert read(flags)["eval_examples"] == 10
-    assert main([*replaced(flags, root_output_dir="unused"), "--holdout_fraction", "0.999"]) == 2
+    assert main([*changed(flags, root_output_dir="unused"), "--holdout_fraction", "0.999"]) == 2
     assert "leaves none to train on" in capsys.readouterr().err and not Path("unused").exists()
 
 
@@ -381,11 +352,8 @@ def test_inputs_are_cut_to_the_models_table_of_positions(base_flags, tmp_path, s
         assert longest_input(AutoModel.from_config(AutoConfig.from_pretrained(folder))) == positions
     rows = [{"text": "the good cat " * 40, "label": i % 2} for i in range(16)]
     write_rows(tmp_path / "long.jsonl", rows)
-    flags = list(base_flags)
-    for name in ("--task_name", "--glue_dir"):
-        del flags[flags.index(name) : flags.index(name) + 2]
     files = ["--train_file", str(tmp_path / "long.jsonl"), "--validation_file", str(tmp_path / "long.jsonl")]
-    flags = replaced(flags, model_name_or_path=folder, max_steps=3)
+    flags = changed(base_flags, task_name=None, glue_dir=None, model_name_or_path=folder, max_steps=3)
     assert main([*flags, *files, "--max_seq_length", "100"]) == 0
 
 
@@ -394,7 +362,7 @@ def test_a_tokenizer_without_padding_is_refused_in_one_line(base_flags, encoder,
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
-    assert main(replaced(base_flags, model_name_or_path=folder)) == 2
+    assert main(changed(base_flags, model_name_or_path=folder)) == 2
     assert "padding token" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
@@ -404,7 +372,7 @@ def test_a_run_that_ends_or_is_best_between_two_maskings_keeps_its_adapter(base_
     scores = iter([0.1, 0.9, 0.2, 0.2, 0.2])
     monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     extra = ["--load_best_model_at_end"] if best else []
-    flags = replaced(base_flags, max_steps=23, save_steps=6, eval_steps=6)
+    flags = changed(base_flags, max_steps=23, save_steps=6, eval_steps=6)
     schedule = ["--init_warmup", "0", "--final_warmup", "0", "--mask_interval", "10"]
     assert main([*flags, "--method", "lora2", *schedule, *extra]) == 0
     record, pattern = read(flags), read(flags, "rank_pattern.json")

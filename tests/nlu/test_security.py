@@ -16,7 +16,7 @@ from loralib.files import new_folder_of
 from nlu import predict
 from nlu.run_glue import main
 from nlu.runs.checkpoints import MANIFEST, seal
-from tests.nlu.tiny import REPOSITORY
+from tests.nlu.tiny import REPOSITORY, read, tiny_run
 
 FOLDERS = ("loralib", "nlu", "scripts", "benchmarks", "examples")
 SOURCES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))
@@ -130,14 +130,21 @@ def test_the_bomb_works(trap):
     assert trap.exists()
 
 
+@pytest.fixture(scope="module")
+def interrupted(encoder, tiny_glue, tmp_path_factory):
+    """The folder of a run that has something left to train."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    flags = tiny_run(encoder, tiny_glue, folder)
+    assert main(flags) == 0
+    (folder / "results.json").write_text(json.dumps(read(flags) | {"status": "interrupted"}))
+    shutil.rmtree(folder / "model" / "checkpoint-6")
+    return folder
+
+
 @pytest.mark.parametrize("name", ["progress.pt", "low_rank.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsys, name):
+def test_a_checkpoint_with_a_pickle_is_refused(interrupted, base_flags, tmp_path, trap, capsys, name):
     """Its manifest fits: whoever made the checkpoint made that too."""
-    assert main(base_flags) == 0
-    run = tmp_path / "run"
-    record = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps(record | {"status": "interrupted"}))
-    shutil.rmtree(run / "model" / "checkpoint-6")  # so that there is something left to train
+    run = shutil.copytree(interrupted, tmp_path / "run")
     for checkpoint in list((run / "model").glob("checkpoint-*")):
         (checkpoint / MANIFEST).unlink()
         torch.save({"x": Bomb(trap)}, checkpoint / name)
@@ -147,7 +154,7 @@ def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsy
     assert not trap.exists()
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and "checkpoint" in error
-    assert json.loads((run / "results.json").read_text())["status"] == "failed"
+    assert read(base_flags)["status"] == "failed"
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

@@ -63,3 +63,28 @@ def tiny_bert() -> torch.nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model("bert", **TINY | {"vocab_size": 30})
     return AutoModelForSequenceClassification.from_config(config)
+
+
+def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
+    """Flags of a run of a few steps on tiny CoLA; append what a test is about."""
+    return [
+        "--model_name_or_path", str(encoder), "--task_name", "cola", "--glue_dir", str(glue),
+        "--root_output_dir", str(folder), "--do_train", "--do_eval", "--max_steps", "6",
+        "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--lora_r", "4", "--lora_alpha", "32",
+        "--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "2",
+        "--logging_steps", "1", "--disable_tqdm", "True", "--seed", "3",
+    ]  # fmt: skip
+
+
+def changed(flags: list[str], **values: object) -> list[str]:
+    """The flags with other values; a flag whose value is None goes."""
+    flags = list(flags)
+    for name, value in values.items():
+        at = flags.index(f"--{name}")
+        flags[at : at + 2] = [] if value is None else [f"--{name}", str(value)]
+    return flags
+
+
+def read(flags: list[str], name: str = "results.json") -> dict:
+    """A JSON file of the run with those flags: its record, if no other is named."""
+    return json.loads((Path(flags[flags.index("--root_output_dir") + 1]) / name).read_text())
