@@ -6,6 +6,8 @@ from torch import nn
 import loralib
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
+# Of an allocator over 40 steps.
+SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_step": 40}
 
 
 class Net(nn.Module):
@@ -56,3 +58,26 @@ def assert_unchanged(model, before):
     modules, state, flags = state_of(model)
     assert modules == before[0] and flags == before[2] and state.keys() == before[1].keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in before[1].items())
+
+
+def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):
+    """``count`` linear layers with random factors of rank ``r``."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 5)}) for _ in range(count))})
+    loralib.inject(model, "multiscale", ["q"], r=r, widths=widths, share_outer=share_outer)
+    loralib.mark_only_lora_as_trainable(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_()
+    return model
+
+
+def random_step(model, generator, skip=()):
+    """Stands for backward and optimiser: new gradients, and weights that move."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = None if any(s in name for s in skip) else gradient
+            with torch.no_grad():
+                p.sub_(0.05 * gradient)

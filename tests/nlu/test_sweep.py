@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -305,68 +304,6 @@ def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
     for wrong in ("nonsense_parameter=1", "timeout_min=abc"):
         code, _, err = run(BASIC, "--launcher", "slurm", "--slurm", wrong, "--slurm", "cluster=local")
         assert code == 2 and err.startswith("error: submitit: ")
-
-
-def _with(**changes):
-    return {**BASIC, **changes}
-
-
-def _select(**changes):
-    return {**BASIC, "select": {**SELECT, **changes}}
-
-
-def _values(*values):
-    return _select(values={"learning_rate": list(values)})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([], "[] is not of type 'object'"),
-        (_with(grids={}), "'grids' was unexpected"),
-        (_with(name="../up"), "name: "),
-        (_with(grid={}), "grid: {} should be non-empty"),
-        (_with(grid={"method": [], "task_name": ["cola"], "seed": [1]}), "grid.method: [] should be non-empty"),
-        (_with(grid={"method": ["lora"], "task_name": ["cola"]}), "no seed is given"),
-        (_with(base={}), "no model_name_or_path is given"),
-        (_with(base={"root_output_dir": "x"}), "is a flag that the sweep sets itself"),
-        (_with(base={"--bf16": True}), "no flag's name"),
-        (_with(base={"model_name_or_path": "m", "lora_module": ["query"]}), "must be one value"),
-        (_with(grid={**BASIC["grid"], "seed": [1, 1]}), "lists a value twice"),
-        (_with(grid={**BASIC["grid"], "orth_terms": ["uv", "UV"]}), "share the folder"),
-        (_with(overrides=[{"when": {"method": "sora"}, "set": {}}]), "names method sora"),
-        (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "no axis of the grid"),
-        (_with(overrides=[{"when": {"method": "lora"}, "set": {"seed": 3}}]), "is an axis"),
-        (_with(exclude=[{"method": ["lora", "lora2"]}]), "leaves no run"),
-        (_select(set={}), "holdout_fraction"),
-        (_select(values={"seed": [1]}), "select.values names seed, which the grid or --set fixes"),
-        (_select(values=[1, 2]), "select.values: [1, 2] must be a mapping"),
-        (_values(), "select.values.learning_rate: [] should be non-empty"),
-        (_values(None, 0.001), "must be a list of all numbers"),
-        (_values("fast", 0.001), "must be a list of all numbers"),
-        (_values(True, 2), "must be a list of all numbers"),
-        (_values(1, 1.0), "has non-unique elements"),
-        (_values(float("nan"), 1), "select.values.learning_rate is nan"),
-        (_select(beyond={"learning_rate": 1}), "must be a factor above 1"),
-        (_select(beyond={"weight_decay": 2}), "select.beyond names weight_decay"),
-        (_select(overrides=[{"when": {"method": "lora"}, "values": {"learning_rate": [None]}}]), "without null"),
-        (_with(base={"model_name_or_path": "m", "learning_rate": float("nan")}), "base.learning_rate is nan"),
-        (_with(base={"model_name_or_path": "m", "learning_rate": "1e999"}), "base.learning_rate is inf"),
-        (_with(base={"model_name_or_path": "m", "run_name": date(2024, 1, 1)}), "must be one value"),
-        (_with(grid={**BASIC["grid"], "day": {date(2024, 1, 1): {}}}), "must be one value"),
-        (_with(grid={**BASIC["grid"], "seed": [1, True]}), "lists a value twice"),
-        (_with(grid={**BASIC["grid"], "seed": [2, 2.0]}), "lists a value twice"),
-        (_with(grid={**BASIC["grid"], "run_name": ["ä", "ö"]}), "A-Z, 0-9"),
-        (_with(grid={**BASIC["grid"], "run_name": ["a" * 300]}), "give its axes shorter labels"),
-        (_with(name="a" * 300), "name: "),
-        (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
-        ({**_select(), "base": {"model_name_or_path": "m", "learning_rate": 1}}, "both selected and set"),
-    ],
-)
-def test_a_faulty_file_is_refused_in_one_line_before_anything_starts(run, tmp_path, content, message):
-    code, out, err = run(content)
-    assert code == 2 and out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
-    assert not (tmp_path / "output").exists() and not (tmp_path / "measured").exists()
 
 
 @pytest.mark.parametrize(
