@@ -39,7 +39,7 @@ from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
 from loralib.files import write_text
 from nlu.errors import UsageError, exit_code, reason
-from nlu.runs.record import versions
+from nlu.runs.machine import versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")

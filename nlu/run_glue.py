@@ -46,10 +46,11 @@ from nlu.runs.adapter import importance_scores, load_warm_start, read_warm_start
 from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import RunFolder, shared_digests
 from nlu.runs.log import ConsoleLog
+from nlu.runs.processes import end_processes, wait_for_all
 from nlu.runs.record import RunRecord, report, start_record
 from nlu.start import prepare_start
 from nlu.tasks import Task
-from nlu.trainer import GlueTrainer, end_processes, updates_per_epoch, wait_for_all
+from nlu.trainer import GlueTrainer, updates_per_epoch
 
 logger = logging.getLogger("nlu")
 

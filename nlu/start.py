@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 import loralib
 from nlu.errors import RunError, UsageError
 from nlu.methods.method import head_parameters
+from nlu.runs.processes import several
 from nlu.trainer import GlueTrainer, effective_batch_size
 
 _COUNTS = ("idx", "length")  # columns that no model reads
@@ -41,7 +42,7 @@ def prepare_start(trainer: GlueTrainer) -> None:
                 train_head(trainer, args.head_first_epochs)
             if start is not None:
                 _start_factors(trainer, *start)
-    if dist.is_available() and dist.is_initialized():
+    if several():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, 0)

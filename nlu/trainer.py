@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,28 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 import loralib
-from loralib.files import new_folder_of, remove_leftovers, start_folder
+from loralib.files import remove_leftovers
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
-from nlu.runs.checkpoints import last_whole_checkpoint, rotate, seal
-from nlu.runs.record import peak_memory_bytes
+from nlu.runs.checkpoints import (
+    last_whole_checkpoint,
+    read_progress,
+    restore_progress,
+    write_checkpoint,
+    write_trained,
+)  # fmt: skip
+from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.signals import Interrupted, SignalWatch
 from nlu.tasks import Task
 
-PROGRESS_FILE = "progress.pt"
 _IGNORED = -100  # the class number that torch's cross entropy leaves out
 _MOST_UNCHECKED = 1000  # losses that wait on the device, at most, to be looked at
 
@@ -218,8 +218,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             Interrupted: after a signal, the state saved.
         """
         if resume_from_checkpoint is not None:
-            path = Path(resume_from_checkpoint) / PROGRESS_FILE
-            self._restored = torch.load(path, map_location="cpu", weights_only=True)
+            self._restored = read_progress(Path(resume_from_checkpoint))
         with self.signals.deferred():
             result = super().train(resume_from_checkpoint, **kwargs)
         signum = self.signals.agreed()
@@ -317,18 +316,10 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Overridden to write only what trains: the Trainer writes the frozen base with every checkpoint.
-
-        A parameter that layers share is stored once.
-        """
+        """Overridden to write only what trains: the Trainer writes the frozen base with every checkpoint."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = {n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        if state_dict is not None:
-            trained = {name: state_dict[name] for name in trained}
-        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+        write_trained(self.model, Path(output_dir or self.args.output_dir), state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Overridden because frozen weights are missing from a checkpoint by design, of which the Trainer warns.
@@ -352,7 +343,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         run_folder = Path(self._get_output_dir(trial=trial))
         final = run_folder / f"checkpoint-{self.state.global_step}"
         try:
-            self._write_checkpoint(run_folder, final)
+            write_checkpoint(self, run_folder, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 remove_leftovers(final)
@@ -361,42 +352,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
                 f"checkpoint: {last_whole_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
             ) from error
         self._saved_step = self.state.global_step
-
-    def _write_checkpoint(self, run_folder: Path, final: Path) -> None:
-        temporary = new_folder_of(final)
-        if self.args.should_save:
-            start_folder(final)
-        wait_for_all()
-        self.store_flos()
-        self.save_model(str(temporary), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(temporary))
-        self._save_scaler(str(temporary))
-        self._save_rng_state(str(temporary))
-        unlogged_loss = self.accelerator.gather(self._tr_loss.detach().reshape(1)).cpu()  # one number a process
-        if self.state.best_global_step:
-            best = run_folder / f"checkpoint-{self.state.best_global_step}"
-            if best == final or best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-        wait_for_all()
-        if self.args.should_save:
-            torch.save(self._progress(unlogged_loss), temporary / PROGRESS_FILE)
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(os.path.join(temporary, TRAINER_STATE_NAME))
-            seal(final)
-            best = self.state.best_model_checkpoint
-            rotate(run_folder, self.args.save_total_limit, {final, Path(best or final)})
-        wait_for_all()
-
-    def _progress(self, unlogged_loss: Tensor) -> dict[str, Any]:
-        """The loss since the last logging step, which the Trainer does not save, and the time."""
-        return {
-            "train_seconds": self.train_seconds,
-            "unlogged_loss": unlogged_loss,
-            "logged_loss": self._total_loss_scalar,
-            "last_logged_step": self._globalstep_last_logged,
-        }
 
     @property
     def weights_step(self) -> int:
@@ -409,28 +364,10 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     def restore_progress(self) -> None:
         """Take up the running loss where the checkpoint left it, and the best one; called when training begins."""
         if self._restored:
-            losses = self._restored["unlogged_loss"]
-            own = losses[self.args.process_index] if len(losses) == self.args.world_size else losses.mean()
-            self._tr_loss += own.to(self._tr_loss.device)
-            self.train_seconds = self._restored["train_seconds"]
-            self._total_loss_scalar = self._restored["logged_loss"]
-            self._globalstep_last_logged = self._restored["last_logged_step"]
+            restore_progress(self, self._restored)
             self.args.eval_on_start = False  # done, before the first step
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved
-
-
-def wait_for_all() -> None:
-    """A barrier where there are several processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def end_processes() -> None:
-    """Leave the process group together: one that ends while another still talks to it can abort that one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def effective_batch_size(args: Any) -> int:

@@ -1,4 +1,9 @@
-"""Checkpoints of a run: each has a manifest of its files' digests, by which a damaged one is known."""
+"""Checkpoints of a run: what one holds, how it is written whole, and how a damaged one is known.
+
+A folder ``checkpoint-STEP`` holds ``model.safetensors`` (the parameters that train; one that layers share is stored
+once), the Trainer's own files (``trainer_state.json``, optimiser, schedule, scaler and random numbers), ``progress.pt``
+(the running loss and the time, which the Trainer does not save), and ``manifest.json`` with the digest of each file.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +13,93 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from loralib.files import new_folder_of, remove_leftovers, replace_folder, write_json
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from loralib.files import new_folder_of, remove_leftovers, replace_folder, start_folder, write_json
 from nlu.runs.digests import sha256
+from nlu.runs.processes import wait_for_all
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, PROGRESS_FILE = "manifest.json", "progress.pt"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+# ---- what a checkpoint holds -----------------------------------------------------------------------------------------
+
+
+def write_checkpoint(trainer: Any, run_folder: Path, final: Path) -> None:
+    """Write the trainer's state beside ``final`` and rename it when it is whole; then delete what is too many.
+
+    All processes call it. The Trainer's own files are written by its own (private) methods.
+
+    Args:
+        trainer: a GlueTrainer. run_folder: holds the checkpoints. final: the place of this one.
+    """
+    temporary, args, state = new_folder_of(final), trainer.args, trainer.state
+    if args.should_save:
+        start_folder(final)
+    wait_for_all()
+    trainer.store_flos()
+    trainer.save_model(str(temporary), _internal_call=True)
+    trainer._save_optimizer_and_scheduler(str(temporary))
+    trainer._save_scaler(str(temporary))
+    trainer._save_rng_state(str(temporary))
+    unlogged_loss = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).cpu()  # one number a process
+    if state.best_global_step:
+        best = run_folder / f"checkpoint-{state.best_global_step}"
+        if best == final or best.is_dir():
+            state.best_model_checkpoint = str(best)
+    wait_for_all()
+    if args.should_save:
+        progress = {
+            "train_seconds": trainer.train_seconds,
+            "unlogged_loss": unlogged_loss,
+            "logged_loss": trainer._total_loss_scalar,
+            "last_logged_step": trainer._globalstep_last_logged,
+        }
+        torch.save(progress, temporary / PROGRESS_FILE)
+        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state.save_to_json(str(temporary / TRAINER_STATE_NAME))
+        seal(final)
+        rotate(run_folder, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
+    wait_for_all()
+
+
+def write_trained(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the parameters that train; their values are those of ``state_dict`` where it is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    if state_dict is not None:
+        trained = {name: state_dict[name] for name in trained}
+    save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """The content of ``progress.pt``; only tensors and plain values are read, nothing that could run."""
+    return torch.load(checkpoint / PROGRESS_FILE, map_location="cpu", weights_only=True)
+
+
+def restore_progress(trainer: Any, progress: dict[str, Any]) -> None:
+    """Set the trainer's running loss and time to those of a checkpoint."""
+    losses = progress["unlogged_loss"]
+    same = len(losses) == trainer.args.world_size
+    own = losses[trainer.args.process_index] if same else losses.mean()
+    trainer._tr_loss += own.to(trainer._tr_loss.device)
+    trainer.train_seconds = progress["train_seconds"]
+    trainer._total_loss_scalar = progress["logged_loss"]
+    trainer._globalstep_last_logged = progress["last_logged_step"]
+
+
+# ---- whole or absent -------------------------------------------------------------------------------------------------
 
 
 def seal(checkpoint: Path) -> None:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from loralib.files import remove_leftovers
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
-from nlu.json_yaml import read_json
+from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import clean, last_whole_checkpoint
 from nlu.runs.digests import content_digests
 from nlu.runs.log import ConsoleLog
-from nlu.runs.record import finite
+from nlu.runs.processes import several
 
 try:
     import fcntl
@@ -76,7 +76,7 @@ def shared_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         UsageError: a file cannot be read; in all processes.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not several():
         return content_digests(arguments)
     answer: list[Any] = [None]
     if dist.get_rank() == 0:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from nlu.arguments import command_line
-from nlu.runs.record import now
+from nlu.runs.machine import now
 
 # A bar of tqdm, up to its bracket with times and rate; what is written behind it on the same line is no part of it.
 _PROGRESS = re.compile(r".*\d\w* \[\d+:\d\d[^\]]*\]")

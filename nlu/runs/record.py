@@ -2,96 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainerCallback
 
 from loralib.files import write_json
 from nlu.arguments import Arguments, command_line
 from nlu.errors import UsageError
-from nlu.json_yaml import read_json
+from nlu.json_yaml import finite, read_json
 from nlu.methods.registry import count_parameters, live_adapter_params
+from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 
 if TYPE_CHECKING:
     from nlu.runs.folder import RunFolder
-    from nlu.trainer import GlueTrainer
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMAT_VERSION = 1
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "peft")
 # Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
 TIME_FIELDS = frozenset(
     {"seconds", "memory_bytes", "train_seconds", "steps_per_second", "seconds_per_step", "peak_memory_bytes",
      "started_at", "resumes"}
 )  # fmt: skip
 _WRITE_INTERVAL = 10.0  # seconds between two writes while training
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_commit(root: Path = ROOT) -> str | None:
-    """A checkout's commit, with ``-dirty`` where tracked files differ from it; None outside a checkout.
-
-    What lies under ``results`` does not count: runs and tables write there, and no run loads code from it.
-    """
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,top)results")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{commit}-dirty" if changed else commit
-
-
-def machine() -> dict[str, Any]:
-    """What the run ran on."""
-    described: dict[str, Any] = {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "device": "cpu",
-    }
-    if torch.cuda.is_available():
-        described["device"] = torch.cuda.get_device_name()
-        described["device_count"] = torch.cuda.device_count()
-    return described
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory: of the CUDA device where there is one, else of this process; 0 where the system does not tell."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class RunRecord:
@@ -153,15 +87,6 @@ class RunRecord:
         return [{k: v for k, v in entry.items() if k != "epoch"} for entry in self.log_history if "loss" in entry]
 
 
-def finite(value: Any) -> Any:
-    """The same with NaN and infinity as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class RecordCallback(TrainerCallback):
     """Keeps ``results.json`` current while the Trainer works."""
 
@@ -178,21 +103,16 @@ class RecordCallback(TrainerCallback):
             self.record.write("running")
 
 
-def now() -> str:
-    """The time as ISO 8601 in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 # ---- a run's own record --------------------------------------------------------------------------------------------
-
-# Read once, with the code: a process forked later from this one runs this code, whatever the checkout holds by then.
-COMMIT = git_commit()
 
 
 def start_record(
-    arguments: Arguments, trainer: GlueTrainer, eval_rows: int, folder: RunFolder, state: str, warm_start: Any
+    arguments: Arguments, trainer: Any, eval_rows: int, folder: RunFolder, state: str, warm_start: Any
 ) -> RunRecord:
     """The run's record with all that is known before training; announces the budget.
+
+    Args:
+        trainer: the run's GlueTrainer. eval_rows: of all validation sets. state: of the folder, see `RunFolder.state`.
 
     Raises:
         UsageError: the run is resumed with another number of rows a step, or another commit of a model on the hub.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nlu.runs.processes import several
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -68,7 +70,7 @@ class SignalWatch:
 
     def agreed(self) -> int | None:
         """The signal to stop for, the same on all processes: each must ask at the same step."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not several():
             return self.requested
         if self._group is None:  # on the CPU, so that asking does not wait for a GPU
             self._group = dist.new_group(backend="gloo")

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from nlu import run_glue, trainer
+from nlu import run_glue
+from nlu.runs import checkpoints
 from nlu.runs.record import TIME_FIELDS
 
 EVENTS = (
@@ -50,7 +51,7 @@ def kill() -> None:
 @contextmanager
 def dying(point: str, step: int, die: Callable[[], None]):
     """While it lasts, a run dies at ``point`` of optimiser step ``step`` (steps finished so far)."""
-    build, torch_save, seal = run_glue.build_trainer, torch.save, trainer.seal
+    build, torch_save, seal = run_glue.build_trainer, torch.save, checkpoints.seal
     built = []
 
     def callback(self, args, state, control, **kwargs):
@@ -77,7 +78,7 @@ def dying(point: str, step: int, die: Callable[[], None]):
     with (
         mock.patch.object(run_glue, "build_trainer", build_dying),
         mock.patch.object(torch, "save", save_half),
-        mock.patch.object(trainer, "seal", seal_dying),
+        mock.patch.object(checkpoints, "seal", seal_dying),
     ):
         yield
 

@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 
 from loralib.files import start_folder
-from nlu import trainer
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
@@ -193,7 +192,11 @@ def full_for_safetensors(*args, **kwargs):
 
 @pytest.mark.parametrize(
     "owner, name, fault",
-    [(trainer, "save_file", full_for_safetensors), (torch, "save", full_for_torch), (trainer, "seal", full)],
+    [
+        (checkpointing, "save_file", full_for_safetensors),
+        (torch, "save", full_for_torch),
+        (checkpointing, "seal", full),
+    ],
     ids=["weights", "optimiser", "manifest"],
 )
 def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault):

@@ -12,7 +12,7 @@ import pytest
 from nlu.experiments import launchers
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.run_glue import main
-from nlu.runs.record import git_commit
+from nlu.runs.machine import git_commit
 
 
 def wait(job, seconds=120):

@@ -16,7 +16,8 @@ import torch
 from transformers import TrainerCallback
 
 from nlu import run_glue
-from nlu.trainer import effective_batch_size, end_processes
+from nlu.runs.processes import end_processes
+from nlu.trainer import effective_batch_size
 
 
 class StopAfter(TrainerCallback):
