@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import yaml
 
+from nlu import CONFIGS
 from nlu.errors import UsageError
 
 
@@ -73,26 +75,32 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:300]})") from None
 
 
-def check(value: Any, schema: dict[str, Any], where: str) -> None:
-    """Refuse a value that a JSON Schema does not allow.
+def check(value: Any, name: str, where: str = "", part: str = "") -> None:
+    """Refuse a value that the JSON Schema in ``configs/schemas/NAME.yaml`` does not allow.
 
     Args:
-        schema: a `description` beside a rule ends the message "VALUE …" where that rule is broken.
         where: begins the message, before the place inside the value.
+        part: the definition of the schema that the value must fit; the whole schema without it.
 
     Raises:
-        UsageError: names the first place that is wrong.
+        UsageError: names the first place that is wrong. A ``description`` beside the broken rule ends "VALUE …".
     """
-    fault = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
+    fault = next(_validator(name, part).iter_errors(value), None)
     if fault is None:
         return
-    place = ".".join(map(str, fault.absolute_path))
-    message = fault.message
+    place, message = ".".join(map(str, fault.absolute_path)), fault.message
     if fault.validator in ("type", "pattern", "not", "anyOf", "exclusiveMinimum") and "description" in fault.schema:
-        message = f"{_short(fault.instance)} {fault.schema['description']}"
-    raise UsageError(": ".join(filter(None, (where, place, _short(message, 300)))))
+        message = f"{_shown(fault.instance)} {fault.schema['description']}"
+    raise UsageError(": ".join(filter(None, (where, place, _shown(message, 300)))))
 
 
-def _short(value: Any, most: int = 60) -> str:
+@cache
+def _validator(name: str, part: str) -> jsonschema.Draft202012Validator:
+    schema = parse_yaml((CONFIGS / "schemas" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return jsonschema.Draft202012Validator({"$defs": schema["$defs"], "$ref": f"#/$defs/{part}"} if part else schema)
+
+
+def _shown(value: Any, most: int = 60) -> str:
+    """A value as a text of at most so many characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= most else f"{text[:most]}…"

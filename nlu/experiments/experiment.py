@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError, reason
-from nlu.experiments.checks import ARGUMENTS, EXPERIMENT, as_meant, check_folders, place_free
+from nlu.experiments.checks import as_meant, check_folders, place_free
 from nlu.json_yaml import check, parse_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
@@ -143,8 +143,8 @@ class _Reader:
 
     def __init__(self, content: Any, settings: dict[str, Any]) -> None:
         self.content, self.settings = as_meant(content, ""), as_meant(settings, "--set")
-        check(self.content, EXPERIMENT, "")
-        check(self.settings, ARGUMENTS, "--set")
+        check(self.content, "experiment")
+        check(self.settings, "experiment", "--set", "arguments")
         self.name, self.base = self.content["name"], self.content.get("base") or {}
         self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
         self.overrides = self._overrides(self.content.get("overrides"), "overrides")
@@ -172,7 +172,7 @@ class _Reader:
         """Label → arguments of one axis."""
         if isinstance(labels, dict):
             return {label: arguments or {} for label, arguments in labels.items()}
-        check({axis: None}, ARGUMENTS, "grid")
+        check({axis: None}, "experiment", "grid", "arguments")
         choices = {value: {axis: value} for value in labels}
         if len(choices) != len(labels):
             raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")

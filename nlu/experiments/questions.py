@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlu.experiments.checks import QUESTIONS
 from nlu.experiments.experiment import read_yaml
 from nlu.json_yaml import check
 
@@ -47,7 +46,7 @@ def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
         UsageError: a file that cannot be read, an unknown key, or a claim that expects something else.
     """
     content = read_yaml(path)
-    check(content, QUESTIONS, str(path))
+    check(content, "questions", str(path))
     questions = [
         Question(
             raw["question"],

@@ -19,7 +19,7 @@ from loralib.files import start_folder
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
-from nlu.runs import checkpoints as checkpointing
+from nlu.runs import checkpoints as saving
 from nlu.runs import record as records
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
@@ -193,9 +193,9 @@ def full_for_safetensors(*args, **kwargs):
 @pytest.mark.parametrize(
     "owner, name, fault",
     [
-        (checkpointing, "save_file", full_for_safetensors),
+        (saving, "save_file", full_for_safetensors),
         (torch, "save", full_for_torch),
-        (checkpointing, "seal", full),
+        (saving, "seal", full),
     ],
     ids=["weights", "optimiser", "manifest"],
 )
@@ -274,8 +274,8 @@ def make_checkpoint(folder, step):
 def test_a_checkpoint_that_was_just_sealed_is_not_read_again(tmp_path, monkeypatch):
     """With full fine-tuning a checkpoint has gigabytes; sealing reads each of its files once, to write the manifest."""
     hashed = []
-    sha256 = checkpointing.sha256
-    monkeypatch.setattr(checkpointing, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    sha256 = saving.sha256
+    monkeypatch.setattr(saving, "sha256", lambda path: hashed.append(path.name) or sha256(path))
     for step in (2, 4, 6):
         rotate(tmp_path, 2, {make_checkpoint(tmp_path, step)})
     assert hashed == ["weights"] * 3
