@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,7 +83,10 @@ def test_epoch_batches_hold_every_example_and_bucketing_saves_padding():
 
 @pytest.fixture
 def small_runs(tmp_path, monkeypatch):
-    """Runs of benchmarks/run.py measure the small shape and write here."""
+    """Runs of benchmarks/run.py measure the small shape and write here; all peers are forked from one process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.peers"])
+    monkeypatch.setattr(run, "mp", SimpleNamespace(get_context=lambda _: context))
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
 
