@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import loralib
+from loralib.frozen import stored_form
 from nlu.errors import RunError, UsageError
 from nlu.methods.method import head_parameters
 from nlu.runs.processes import several
@@ -34,7 +35,8 @@ def prepare_start(trainer: GlueTrainer) -> None:
     args, start = trainer.args, trainer.applied.start
     if not args.head_first_epochs and start is None:
         return
-    if args.process_index == 0:
+    # The weights that FSDP split are gathered from all processes: then each of them computes the same.
+    if args.process_index == 0 or any(stored_form(p) == "sharded" for p in trainer.model.parameters()):
         devices = [args.device.index] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(args.seed)

@@ -28,7 +28,7 @@ METHODS = {
     ),
 }  # fmt: skip
 
-# Under FSDP only lora2 runs, which has factors, regulariser, allocator and a head.
+# Under FSDP the two run that have factors, regulariser, allocator, head and a start of their own.
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "fsdp": [
@@ -67,7 +67,7 @@ def flags_of(method, flags, rows_a_process, folder):
 
 
 def methods_of(launcher):
-    return ["lora2"] if launcher == "fsdp" else list(METHODS)
+    return ["lora2", "lora2_plus"] if launcher == "fsdp" else list(METHODS)
 
 
 def start(launcher, runs, folder):
