@@ -1,12 +1,15 @@
 """LoRA² on a decoder language model: Llama-, Qwen- or GPT-2-shaped (whose Conv1D layers store their weight turned).
 
-    python examples/decoder_lm.py --shape gpt2
-    python examples/decoder_lm.py --model path/or/name --text notes.txt --out adapter
+    python examples/decoder_lm.py --sst2 data/glue/sst2/train.jsonl --out decoder
+    python examples/decoder_lm.py --shape gpt2 --out decoder
+    python examples/decoder_lm.py --model path/or/name --text notes.txt --quantise int8 --out decoder
 
-Without --model a tiny random model learns the bytes of this repository's licence.
+It learns sentences of SST-2 with their labels as prompts, or else a text file (this repository's licence). Without
+--model the base is a tiny random model that reads bytes. --out gets adapter/ and, for peft, peft_adapter/.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,10 +19,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import loralib
+from loralib.peft_format import export_peft
 
 LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {"llama": LLAMA_LIKE, "qwen2": LLAMA_LIKE, "qwen3": LLAMA_LIKE, "gpt2": ["c_attn", "c_proj", "c_fc"]}
+
+
+class Bytes:
+    """A tokenizer that needs no file."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 def tiny(shape: str) -> torch.nn.Module:
@@ -29,26 +43,58 @@ def tiny(shape: str) -> torch.nn.Module:
     else:
         sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                   "intermediate_size": 128, "head_dim": 16}  # fmt: skip
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape, **sizes), trust_remote_code=False)
+
+
+def load_base(args: argparse.Namespace) -> torch.nn.Module:
+    """The model without an adapter; its linear layers' weights in int8 if asked for, but for the output layer's."""
+    if args.model:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
+    else:
+        model = tiny(args.shape)
+    if args.quantise:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        output = model.get_output_embeddings()
+        quantize_(model, Int8WeightOnlyConfig(), lambda m, _: isinstance(m, torch.nn.Linear) and m is not output)
+    return model.eval()
+
+
+def read_text(args: argparse.Namespace) -> str:
+    if not args.sst2:
+        return Path(args.text).read_text(encoding="utf-8")
+    with open(args.sst2, encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return "".join(f"{row['sentence'].strip()} => {('bad', 'good')[row['label']]}\n" for row in rows)
+
+
+@torch.no_grad()
+def generate(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
+    """16 more tokens than the prompt, the most probable ones."""
+    options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    return model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
 
 
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=TARGETS, default="llama", help="of the tiny model")
     parser.add_argument("--model", help="a pretrained model instead")
-    parser.add_argument("--text", default=str(LICENCE), help="what to learn")
+    parser.add_argument("--sst2", help="SST-2's train.jsonl, to learn sentences with their labels")
+    parser.add_argument("--text", default=str(LICENCE), help="what to learn without --sst2")
+    parser.add_argument("--quantise", choices=["int8"], help="frozen weights in 8 bits, by torchao; not for GPT-2")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", help="folder for the trained adapter")
+    parser.add_argument("--out", required=True, help="folder for the trained adapter")
     args = parser.parse_args(argv)
-    torch.manual_seed(0)
+    if args.quantise and args.shape == "gpt2":
+        parser.error("torchao quantises nn.Linear, and GPT-2 has Conv1D: choose another --shape")
 
-    text = Path(args.text).read_text(encoding="utf-8")
-    if args.model:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
-        ids = torch.tensor(AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)(text)["input_ids"])
-    else:
-        model, ids = tiny(args.shape), torch.tensor(list(text.encode()))
+    base = load_base(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False) if args.model else Bytes()
+    ids = torch.tensor(tokenizer.encode(read_text(args)))
+    held_out, ids = ids.tensor_split([min(2048, len(ids) // 10)])
 
+    model = load_base(args).train()
     loralib.inject(model, "lora2", TARGETS[model.config.model_type], r=8, k=8, init="orthogonal")
     loralib.mark_only_lora_as_trainable(model)
     low_rank = loralib.LowRankTraining(model, args.steps, target_rank=4)
@@ -65,11 +111,14 @@ def main(argv: list[str] | None = None) -> list[float]:
         losses.append(loss.item())
     print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.allocator.live_rank} singular values live")
 
-    if args.out:
-        loralib.save_adapter(model, args.out, rank_pattern=low_rank.rank_pattern)
-    loralib.merge_adapter(model.eval())  # as fast as the base from here on
-    prompt = ids[:8][None]
-    print(model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)[0].tolist())
+    folder = loralib.save_adapter(model, Path(args.out) / "adapter", rank_pattern=low_rank.rank_pattern)
+    export_peft(folder, Path(args.out) / "peft_adapter", args.model)
+    model.eval()
+    batch = held_out[: len(held_out) // 32 * 32].view(-1, 32)
+    for name, which in (("without the adapter", base), ("with it", model)):
+        with torch.no_grad():
+            loss = which(input_ids=batch, labels=batch).loss.item()
+        print(f"{name}: held-out loss {loss:.2f}, goes on {tokenizer.decode(generate(which, held_out[None, :8]))!r}")
     return losses
 
 

@@ -1,12 +1,17 @@
 """Every example trains, prunes and leaves an adapter that loads."""
 
+import argparse
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 import loralib
+from loralib.frozen import stored_form
 
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -18,19 +23,36 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("shape", ["llama", "qwen2", "qwen3", "gpt2"])
-def test_decoder_lm(shape, tmp_path, capsys):
+@pytest.fixture
+def sst2(tmp_path):
+    words = ["a charming film", "bleak and dull", "moving , and often funny", "no wit at all"]
+    rows = [{"sentence": f"{words[i % 4]} {i} ", "label": 1 - i % 2, "idx": i} for i in range(200)]
+    (tmp_path / "sst2.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(tmp_path / "sst2.jsonl")
+
+
+@pytest.mark.parametrize("shape, quantise", [
+    ("llama", []), ("llama", ["--quantise", "int8"]), ("qwen2", []), ("qwen3", []), ("gpt2", []),
+])  # fmt: skip
+def test_decoder_lm(shape, quantise, sst2, tmp_path, capsys):
     example = load("decoder_lm")
-    losses = example.main(["--shape", shape, "--steps", "40", "--out", str(tmp_path / "a")])
+    text = ["--sst2", sst2] if shape == "llama" else []
+    losses = example.main(["--shape", shape, "--steps", "40", "--out", str(tmp_path / "a"), *text, *quantise])
     assert sum(losses[-3:]) < sum(losses[:3]) - 2
-    generated = capsys.readouterr().out.splitlines()[-1]  # by the merged model
-    torch.manual_seed(0)
-    model = example.tiny(shape).eval()
-    config = loralib.load_adapter(model, tmp_path / "a")
+    without, with_it = capsys.readouterr().out.splitlines()[-2:]
+    held_out = [float(re.search(r"held-out loss ([\d.]+)", line)[1]) for line in (without, with_it)]
+    assert held_out[1] < held_out[0] - 0.5
+    arguments = argparse.Namespace(shape=shape, model=None, quantise=bool(quantise))
+    model = example.load_base(arguments)
+    assert any(stored_form(p) == "quantised" for p in model.parameters()) is bool(quantise)
+    config = loralib.load_adapter(model, tmp_path / "a/adapter")
     assert sum(config.ranks.values()) == 4 * len(config.ranks)
-    prompt = torch.tensor([list(example.LICENCE.read_bytes()[:8])])
-    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
-    assert generated == str(out[0].tolist())
+    peft = PeftModel.from_pretrained(example.load_base(arguments), tmp_path / "a/peft_adapter").eval()
+    prompt = torch.tensor([list((b"a charming film 0 => " if text else example.LICENCE.read_bytes())[:8])])
+    generated = example.Bytes().decode(example.generate(model.eval(), prompt))
+    assert with_it.endswith(f"goes on {generated!r}")
+    with torch.no_grad():
+        torch.testing.assert_close(peft(prompt).logits, model(prompt).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_vision_transformer(tmp_path):

@@ -1,0 +1,174 @@
+"""Low-rank layers on quantised weights: torchao's on the CPU, and a stand-in for bitsandbytes' 4-bit layer."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+import loralib
+
+
+class Packed(nn.Parameter):
+    """As bitsandbytes' ``Params4bit``: two values of 4 bits a byte, (n / 2, 1), and what restores them beside."""
+
+    quant_state = None
+
+
+class Linear4bit(nn.Linear):
+    """As bitsandbytes' layer of that name, whose kernels need CUDA: a base's own product on a packed weight."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        scale = linear.weight.detach().abs().max() / 7
+        levels = ((linear.weight.detach() / scale).round() + 8).to(torch.uint8).view(-1, 2)
+        self.weight = Packed((levels[:, :1] * 16 + levels[:, 1:]), requires_grad=False)
+        self.weight.quant_state = (scale, linear.weight.shape)
+        self.bias, self.compute_dtype = linear.bias, None
+
+    def dequantised(self):
+        scale, shape = self.weight.quant_state
+        return scale * (torch.cat([self.weight // 16, self.weight % 16], 1).view(shape).float() - 8)
+
+    def set_compute_type(self, x):
+        self.compute_dtype = x.dtype
+
+    def forward(self, x):
+        if self.compute_dtype is None:
+            self.set_compute_type(x)
+        return F.linear(x.to(self.compute_dtype), self.dequantised(), self.bias)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 32)).requires_grad_(False)
+
+
+def quantise(model, form):
+    """In place. Returns a plain copy with the weights that the quantised ones stand for."""
+    if form == "4bit":
+        model[0], model[2] = Linear4bit(model[0]), Linear4bit(model[2])
+    else:
+        four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        quantize_(model, Int8WeightOnlyConfig() if form == "int8" else four_bits)
+    plain = network()
+    for own, other in ((plain[0], model[0]), (plain[2], model[2])):
+        own.weight.copy_(other.dequantised() if form == "4bit" else other.weight.dequantize())
+    return plain
+
+
+def adapt(model, kind):
+    loralib.inject(model, kind, ["0", "2"], r=4, lora_dropout=0.0)
+    loralib.mark_only_lora_as_trainable(model)
+    generator = torch.Generator().manual_seed(1)
+    for layer in loralib.lora_layers(model).values():
+        for factor in layer.lora_parameters():
+            nn.init.normal_(factor, std=0.2, generator=generator)
+    return model
+
+
+FORMS = pytest.mark.parametrize("form", ["int8", "int4", "4bit"])
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["lora", "lora2"])
+def test_values_and_gradients_are_those_of_the_dequantised_weight(form, kind):
+    model = network()
+    plain = adapt(quantise(model, form), kind)
+    adapt(model, kind)
+    x = torch.randn(5, 3, 64)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [m(given) for m, given in zip((model, plain), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-3)
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-3 * gradient.abs().max().item())
+
+
+@FORMS
+def test_a_training_keeps_the_frozen_weight_quantised_and_small(form):
+    model = network()
+    before = sum(p.nbytes for p in model[0].parameters()) - model[0].bias.nbytes
+    quantise(model, form)
+    weight = model[0].weight
+    adapt(model, "lora2")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = model(torch.randn(2, 64)).sum()
+    loss.backward()
+    assert model[0].weight is weight and weight.grad is None
+    stored = [getattr(weight, n) for n in weight.__tensor_flatten__()[0]] if form != "4bit" else [weight]
+    assert sum(part.nbytes for part in stored) < before / (2.5 if form == "int4" else 3.5)
+    if form == "int8":  # the layer itself saves nothing of the weight's size: torchao's product keeps the int8 values
+        assert not any(t.shape == weight.shape and t.dtype == torch.float32 and type(t) is torch.Tensor for t in kept)
+
+
+@FORMS
+def test_an_adapter_goes_to_the_same_quantised_base_and_no_other(form, tmp_path):
+    model, again, plain = network(), network(), network()
+    for each in (model, again):
+        quantise(each, form)
+    adapt(model, "lora2")
+    loralib.save_adapter(model, tmp_path / "a")
+    loralib.load_adapter(again, tmp_path / "a")
+    loralib.load_adapter(again, tmp_path / "a")  # also over its own layers
+    x = torch.randn(5, 64)
+    assert torch.equal(model(x), again(x))
+    with pytest.raises(ValueError, match="not those the adapter was trained on"):
+        loralib.load_adapter(plain, tmp_path / "a")
+    loralib.load_adapter(
+        plain, tmp_path / "a", allow_other_base=True
+    )  # as a base in full precision is meant to take it
+    loralib.merge_adapter(plain)
+
+
+@FORMS
+def test_merging_and_casting_are_refused(form):
+    model = network()
+    quantise(model, form)
+    adapt(model, "lora2")
+    before = model[0].lora_E.clone()
+    with pytest.raises(ValueError, match=r"0\.weight is quantised"):
+        loralib.merge_adapter(model)
+    with pytest.raises(ValueError, match="the weight is quantised"):
+        model[0].merge()
+    with pytest.raises(ValueError, match=r"0\.weight is quantised: cast the plain model"):
+        loralib.cast_frozen(model, torch.bfloat16)
+    assert torch.equal(model[0].lora_E, before) and not model[0].merged
+
+
+@FORMS
+def test_pruned_whole_the_layer_is_its_quantised_base(form):
+    model = network()
+    quantise(model, form)
+    x = torch.randn(5, 64)
+    expected = model(x)
+    adapt(model, "lora2")
+    for layer in loralib.lora_layers(model).values():
+        layer.keep_singular_values([])
+    assert torch.equal(model(x), expected)
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_bfloat16_and_autocast():
+    model = network().bfloat16()
+    quantize_(model, Int8WeightOnlyConfig())
+    adapt(model, "lora2")
+    x = torch.randn(5, 64)
+    assert torch.equal(copy.deepcopy(model)(x.bfloat16()), model(x.bfloat16()))
+    assert model(x.bfloat16()).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    float32 = network()
+    quantise(float32, "int8")
+    adapt(float32, "lora2")
+    with torch.autocast("cpu", torch.bfloat16):
+        half = float32(x)
+    torch.testing.assert_close(half.float(), float32(x), rtol=0.05, atol=0.05 * float32(x).abs().max().item())
