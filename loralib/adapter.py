@@ -7,7 +7,7 @@ or :func:`check_start` compares it with the model, and only then the model is ch
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -119,6 +119,7 @@ def save_adapter(
     base_revision: str | None = None,
     card: Mapping[str, Any] | None = None,
     compact: bool = True,
+    save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
 
@@ -132,6 +133,7 @@ def save_adapter(
         base_model, base_revision: name and revision of the base on the hub, not a path of this disk; only recorded.
         card: values of JSON, recorded under "card"; task, method, metric, score and notes also show in README.md.
         compact: leave out the singular values that are exactly 0, see :func:`loralib.compact`.
+        save_tokenizer: such as ``tokenizer.save_pretrained``: writes the tokenizer's files into the folder too.
 
     Returns:
         The folder.
@@ -163,7 +165,7 @@ def save_adapter(
         weights_sha256="",  # write_adapter fills it in
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
-    write_adapter(Path(folder), config, stored)
+    write_adapter(Path(folder), config, stored, save_tokenizer)
     return Path(folder)
 
 

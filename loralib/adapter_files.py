@@ -1,8 +1,8 @@
 """The adapter folder: its files, how they are written, read and checked, and the model card.
 
-A folder holds adapter_config.json, adapter_model.safetensors and README.md. The configuration names no file, so a
-folder cannot point outside itself. It holds the SHA-256 of the tensors' file and of its own content (sorted keys,
-without that entry), so that a truncated or edited folder is refused.
+A folder holds adapter_config.json, adapter_model.safetensors and README.md, and may hold a tokenizer. The configuration
+names no file, so a folder cannot point outside itself. It holds the SHA-256 of the tensors' file and of its own content
+(sorted keys, without that entry), so that a truncated or edited folder is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +30,11 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MOST_SCALES = 17  # a folder from a stranger must not ask for endless memory
 _FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
+# What transformers' tokenizers write, for the tools that look for it beside an adapter.
+TOKENIZER_FILES = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+}  # fmt: skip
 _WHOLE_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
@@ -107,8 +113,10 @@ class AdapterConfig:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-    """Write the three files. A kill or an error leaves the folder as it was before or complete.
+def write_adapter(
+    folder: Path, config: AdapterConfig, tensors: dict[str, Tensor], save_tokenizer: Callable[[Path], Any] | None = None
+) -> None:
+    """Write the three files, and the tokenizer's. A kill or an error leaves the folder as it was before or complete.
 
     Raises:
         ValueError: if the folder holds other files than an adapter's, or the card holds values that JSON cannot hold.
@@ -123,9 +131,18 @@ def write_adapter(folder: Path, config: AdapterConfig, tensors: dict[str, Tensor
         raise ValueError(f"the card may only hold values of JSON ({error})") from None
     head = sum(tensors[name].numel() for name in config.head)
     card = model_card(config, sum(tensor.numel() for tensor in tensors.values()) - head, head)
-    with FolderWriter(folder, _FILES, CONFIG_FILE) as new:
+    with FolderWriter(folder, _FILES | TOKENIZER_FILES, CONFIG_FILE) as new:
+        if save_tokenizer is not None:
+            save_tokenizer(new)
         for name, content in ((CONFIG_FILE, text.encode()), (WEIGHTS_FILE, weights), (CARD_FILE, card.encode())):
             (new / name).write_bytes(content)
+
+
+def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
+    """Copy the tokenizer's files of an adapter's folder, if it has any."""
+    for name in TOKENIZER_FILES:
+        if (Path(adapter) / name).is_file():
+            shutil.copy(Path(adapter) / name, folder)
 
 
 def _config_digest(values: dict[str, Any]) -> str:

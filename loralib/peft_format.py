@@ -25,9 +25,11 @@ from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import (
     CARD_FILE,
     CONFIG_FILE,
+    TOKENIZER_FILES,
     WEIGHTS_FILE,
     AdapterConfig,
     LayerGroup,
+    copy_tokenizer,
     read_adapter,
     read_json_object,
     read_tensors,
@@ -138,8 +140,8 @@ def export_peft(
     """Write an adapter of ours as a LoRA adapter in peft's format.
 
     Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned whole are left out.
-    The head goes to ``modules_to_save``. peft's format has no place for label names: they are the base model's, and
-    README.md shows the call that loads it with the adapter's names.
+    The head goes to ``modules_to_save``, and the adapter's tokenizer goes along. peft's format has no place for label
+    names: they are the base model's, and README.md shows the call that loads it with the adapter's names.
 
     Args:
         adapter: folder of :func:`loralib.save_adapter`. folder: new, empty, or a peft adapter's, which is replaced.
@@ -167,7 +169,8 @@ def export_peft(
         state[f"{PREFIX}{name}.lora_A.weight"] = right.contiguous()
         state[f"{PREFIX}{name}.lora_B.weight"] = left.contiguous()
     base_model = base_model or config.base_model
-    with FolderWriter(folder, {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}, CONFIG_FILE) as new:
+    with FolderWriter(folder, {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *TOKENIZER_FILES}, CONFIG_FILE) as new:
+        copy_tokenizer(adapter, new)
         text = json.dumps(_peft_config(config, ranks, base_model), indent=2) + "\n"
         (new / CONFIG_FILE).write_text(text, encoding="utf-8")
         (new / CARD_FILE).write_text(_peft_card(config, base_model), encoding="utf-8")

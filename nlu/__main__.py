@@ -8,6 +8,7 @@ import sys
 PROGRAMS = {
     "train": ("nlu.run_glue", "fine-tune on a GLUE task or on your own data"),
     "predict": ("nlu.predict", "predict new rows with a trained adapter or a merged model"),
+    "compare": ("nlu.compare", "compare methods on one task: table and figure"),
     "sweep": ("nlu.sweep", "run every combination that an experiment file names"),
     "report": ("nlu.report", "make tables and figures from the records of runs"),
     "export": ("loralib.export", "export an adapter to peft or merge it into its base, import one from peft"),

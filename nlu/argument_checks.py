@@ -20,7 +20,6 @@ logger = logging.getLogger("nlu")
 # Flags of the Trainer that a run would ignore or that would break it, each with what to do.
 REFUSED_FLAGS = {
     "label_names": "the label's name is fixed",
-    "push_to_hub": "a run uploads nothing",
     "resume_from_checkpoint": "the same command goes on from the run's last checkpoint by itself",
     "metric_for_best_model": "the best checkpoint is the one where the task's main metric is highest",
     "greater_is_better": "the best checkpoint is the one where the task's main metric is highest",
@@ -32,6 +31,7 @@ REFUSED_FLAGS = {
     "eval_do_concat_batches": "the metrics are computed over the whole set",
 }
 
+_TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of its package too
 _SEEDS = 2**32  # numpy's global generator takes no larger ones
 # name → (lowest, first number above that is too large); None for the argument's value means that it is not set.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -40,11 +40,12 @@ _RANGES: dict[str, tuple[float, float]] = {
         ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples",
          "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
          "eval_accumulation_steps", "save_total_limit", "dataloader_prefetch_factor", "total_batch_size",
-         "schedule_steps"),
+         "schedule_steps", "early_stopping_patience"),
         (1, 2**31),
     ),
     **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "dataloader_num_workers", "eval_delay"),
+        ("early_stopping_threshold", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps",
+         "dataloader_num_workers", "eval_delay"),
         (0, math.inf),
     ),
     "head_first_epochs": (0, 2**31),
@@ -107,9 +108,8 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         raise UsageError(
             f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
         )
-    absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
-    if absent:
-        raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
+    _check_reporting(training)
+    _check_early_stopping(training, given)
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp:
@@ -121,6 +121,27 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
         raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
     check_arguments(method, given)
+
+
+def _check_reporting(training: Any) -> None:
+    """Trackers that are there, and a name for what is uploaded."""
+    absent = sorted({*training.report_to} - {*get_available_reporting_integrations()})
+    if absent and absent[0] in _TRACKERS:
+        raise UsageError(f"--report_to {absent[0]} needs the package {absent[0]}: pip install {absent[0]}")
+    if absent:
+        raise UsageError(f"--report_to {absent[0]}: unknown, or not installed here: install it, or leave it out")
+    if training.push_to_hub and training.hub_model_id is None:
+        raise UsageError("--push_to_hub needs --hub_model_id OWNER/NAME: where the adapter goes")
+    if training.hub_model_id is not None and not training.push_to_hub:
+        raise UsageError("--hub_model_id has no meaning without --push_to_hub: give both or neither")
+
+
+def _check_early_stopping(training: Any, given: set[str]) -> None:
+    if training.early_stopping_patience is None:
+        if "early_stopping_threshold" in given:
+            raise UsageError("--early_stopping_threshold has no meaning without --early_stopping_patience")
+    elif not (training.do_train and training.do_eval) or training.eval_strategy == "no":
+        raise UsageError("--early_stopping_patience needs evaluations: give --do_eval and --eval_strategy steps")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from nlu import CONFIGS
-from nlu.argument_checks import check_given, check_values, one_device, share_batch
+from nlu.argument_checks import REFUSED_FLAGS, check_given, check_values, one_device, share_batch
 from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
 from nlu.json_yaml import parse_yaml
 from nlu.methods.registry import MethodArguments
@@ -24,12 +25,41 @@ _SVD = ("adalora", "lora2")  # what the published --lora_type svd can mean
 _RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
 _WINS = "--method_file_wins"
 
-EPILOG = """examples:
-  LoRA² on local CoLA:    python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola \\
-                          --glue_dir data/glue --method lora2 --do_train --do_eval --root_output_dir output/cola
-  the same from a file:   python nlu/run_glue.py arguments.yaml --learning_rate 1e-3
-  your own data:          … --train_file train.csv --validation_file dev.csv (columns sentence[1,2] or text, and label)
-An interrupted run goes on from its last checkpoint when the same command is given again."""
+HELP = """\
+usage: run_glue.py [arguments.yaml] --model_name_or_path MODEL --task_name TASK --root_output_dir DIR [--flag value …]
+
+Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. Given again, an interrupted run
+goes on from its last checkpoint. --help_all lists every argument.
+
+model and data
+  --model_name_or_path MODEL   hub name or local folder of the pretrained encoder
+  --task_name TASK             {tasks}
+  --glue_dir DIR               <task>/<split>.jsonl|parquet|csv, or the official TSV folders; default: the hub's
+  --train_file, --validation_file, --test_file FILE
+                               your own data: CSV, TSV, JSONL or Parquet
+  --text_columns A[,B], --label_column NAME, --metric NAME, --class_weights balanced
+                               what your own data has, and how it is scored and weighed
+  --holdout_fraction F         evaluate on a share of the training set
+  --max_seq_length N           tokens of an input (128)
+method
+  --method NAME                a file of configs/methods/: lora2, adalora, lora, sora, hadapter, bitfit, full, … (lora2)
+  --lora_k K, --lora_r R, --lora_alpha ALPHA, --lora_module NAMES
+                               width of LoRA²'s outer scale, rank, scale of the update (alpha / r), adapted modules
+  --target_rank R, --init_warmup N, --final_warmup N
+                               rank to prune to; steps before pruning starts, and after it ends
+training
+  --do_train, --do_eval, --do_predict
+  --root_output_dir DIR        the run's folder: results.json, adapter/, model/ (checkpoints), log/
+  --learning_rate LR, --head_learning_rate LR, --warmup_steps N, --weight_decay D
+  --num_train_epochs E, --max_steps N, --early_stopping_patience N
+  --total_batch_size N, --per_device_train_batch_size N, --bf16, --length_bucketing, --seed N
+  --eval_strategy, --save_strategy no|steps|epoch, --eval_steps, --save_steps, --logging_steps N
+results
+  --load_best_model_at_end     keep the best checkpoint's weights, not the last ones
+  --report_to NAMES            tensorboard, wandb, trackio
+  --push_to_hub --hub_model_id OWNER/NAME
+                               upload the adapter with its card at the end
+"""
 
 
 @dataclass
@@ -129,6 +159,12 @@ class RunArguments(TrainingArguments):
                   "--mask_interval were chosen: they shrink in proportion in a shorter training. Default: they are "
                   "taken as they are."},
     )  # fmt: skip
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after this many evaluations without a better main metric."}
+    )
+    early_stopping_threshold: float | None = field(
+        default=None, metadata={"help": "Improvement of the main metric that counts as one. Default: any."}
+    )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows a process evaluates at once."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     logging_nan_inf_filter: bool = field(
@@ -164,9 +200,8 @@ def build_parser() -> HfArgumentParser:
     return _Parser(
         (ModelArguments, DataArguments, MethodArguments, RunArguments),
         prog="run_glue.py",
-        description="Fine-tune an encoder on a GLUE task, or your own, with LoRA² or another method.",
         usage="run_glue.py [arguments.yaml] --model_name_or_path MODEL --task_name TASK [--flag value …]",
-        epilog=EPILOG,
+        add_help=False,
         allow_abbrev=False,
     )
 
@@ -185,8 +220,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         explicit[:1] = file_flags(Path(explicit[0]))
     explicit = translate(explicit)
     parser = build_parser()
-    if {"-h", "--help"} & set(explicit):
-        parser.parse_args(["--help"])
+    _explain(parser, set(explicit))
     named = _names(parser, explicit)
     config, base, method_flags = method_file(explicit)
     split = explicit.index(_WINS) if _WINS in explicit else 0
@@ -209,6 +243,20 @@ def parse_arguments(argv: list[str]) -> Arguments:
     check_values(model, data, method, training, given)
     share_batch(training, named | _names(parser, method_flags))
     return Arguments(model, data, method, training, config)
+
+
+def _explain(parser: HfArgumentParser, flags: set[str]) -> None:
+    """For ``--help`` print the usual arguments by purpose, for ``--help_all`` every one that is not refused; exit."""
+    if flags & {"-h", "--help"}:
+        print(HELP.format(tasks=", ".join(TASKS)), end="")
+    elif "--help_all" in flags:
+        for action in parser._actions:
+            if action.dest in REFUSED_FLAGS:
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+    else:
+        return
+    sys.exit(0)
 
 
 def _names(parser: HfArgumentParser, flags: list[str]) -> set[str]:

@@ -139,7 +139,7 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     """
     if config.model_type == "fnet" and (arguments.training.bf16 or arguments.training.fp16):
         raise UsageError("FNet's Fourier transform has no half precision: leave --bf16 and --fp16 out")
-    model = _without_weights(arguments, config)
+    model = without_weights(arguments, config)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
     with torch.device("meta"):
         if total_steps:
@@ -149,7 +149,8 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
         check_warm_start(*warm_start, model, arguments)
 
 
-def _without_weights(arguments: Arguments, config: Any) -> nn.Module:
+def without_weights(arguments: Arguments, config: Any) -> nn.Module:
+    """The classifier on the meta device; UsageError for a configuration that makes none."""
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -200,7 +201,7 @@ def _renew_output_layer(arguments: Arguments, model: nn.Module, config: Any, hea
     # The output layer is what depends on the number of labels, whatever the architecture calls it.
     other = copy.deepcopy(config)
     other.num_labels = config.num_labels + 1
-    wider = dict(_without_weights(arguments, other).named_parameters())
+    wider = dict(without_weights(arguments, other).named_parameters())
     output = {name: p for name, p in model.named_parameters() if wider[name].shape != p.shape}
     wrong = sorted(set(mismatched) - set(output))
     if wrong:

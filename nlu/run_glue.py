@@ -28,7 +28,7 @@ if packages_missing():
 
 import transformers
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, EvalPrediction, set_seed
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, set_seed
 
 from nlu.argument_checks import fit_schedule
 from nlu.arguments import Arguments, parse_arguments
@@ -42,10 +42,18 @@ from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.metrics import balanced_class_weights, compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
-from nlu.runs.adapter import importance_scores, load_warm_start, read_warm_start, save_run_adapter, spectra
+from nlu.runs.adapter import (
+    check_upload,
+    importance_scores,
+    load_warm_start,
+    read_warm_start,
+    save_run_adapter,
+    spectra,
+    upload_adapter,
+)
 from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import RunFolder, shared_digests
-from nlu.runs.log import ConsoleLog
+from nlu.runs.log import ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
 from nlu.runs.record import RunRecord, report, start_record
 from nlu.start import prepare_start
@@ -77,6 +85,7 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
         print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
         return 0
 
+    check_upload(arguments)
     task, splits = load_data(arguments)
     total_steps = plan_steps(arguments, splits)
     config, tokenizer, head = load_config(arguments, task, labels_of_run(folder, task) if state == "resume" else None)
@@ -105,9 +114,12 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
                 shard(model, training)
             trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
         eval_rows = sum(map(len, splits.validation.values()))
+        trainer.show_progress(TrainingLines(task.metric, log))
         record = start_record(arguments, trainer, eval_rows, run_folder, state, warm_start)
         with trainer.signals:
             run_recorded(arguments, tests, trainer, record, folder, state)
+        if arguments.record["push_to_hub"] and training.should_save:
+            upload_adapter(training, folder)
     return 0
 
 
@@ -125,8 +137,9 @@ def run_recorded(
             record.static["spectra"] = spectra(trainer.model)
             record.static["importance_scores"] = importance_scores(trainer.applied.allocator)
             running = record.write("running")
-            save_run_adapter(arguments, trainer.task, trainer.applied, running, trainer.weights_step, folder)
-            report(record.write("finished"))
+            tokenizer = trainer.processing_class
+            save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)
+            report(record.write("finished"), folder)
     except BaseException as error:
         record.error = one_line(error)
         if save:
@@ -177,6 +190,7 @@ def build_trainer(
     training.output_dir = str(Path(training.root_output_dir) / "model")
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(training.root_output_dir) / "log"))
     training.label_names = ["labels"]
+    training.push_to_hub = False  # the Trainer would upload checkpoints; the run uploads its adapter
     training.metric_for_best_model, training.greater_is_better = f"eval_{task.metric}", True
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -184,7 +198,7 @@ def build_trainer(
 
     validation = list(splits.validation.values()) or [None]
     bucketed = data.length_bucketing and splits.train is not None
-    return GlueTrainer(
+    trainer = GlueTrainer(
         task,
         applied,
         class_weights=class_weights,
@@ -197,6 +211,10 @@ def build_trainer(
         data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training.fp16 else None),
         compute_metrics=metrics,
     )
+    if training.early_stopping_patience is not None:
+        threshold = training.early_stopping_threshold or 0.0
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, threshold))
+    return trainer
 
 
 def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path, state: str) -> None:

@@ -18,12 +18,11 @@ if packages_missing():
     sys.exit(2)
 
 from nlu.errors import OneLineParser, UsageError, exit_code, reason, refuse_unknown_flags
-from nlu.experiments.choosing import choose, chosen_runs, second_round
+from nlu.experiments.choosing import choose, chosen_runs
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
-from nlu.experiments.loop import SweepLoop
-from nlu.experiments.places import Places, command_line
-from nlu.experiments.records import locked
+from nlu.experiments.loop import check_arguments, run_experiment
+from nlu.experiments.places import Places, check_writable, command_line
 from nlu.json_yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,37 +91,19 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
     command = _command(args.command)
-    _check_writable(args.measured_dir, "measured_dir")
-    _check_writable(args.output_dir, "output_dir")
+    check_writable(args.measured_dir, "measured_dir")
+    check_writable(args.output_dir, "output_dir")
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:
-        _check_arguments([*selecting, *final], places)
+        check_arguments([*selecting, *final], places)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0
-    with locked(places.output, wait=False):
-        # A final run's chosen arguments are known only after the selection; what is known now is checked now.
-        known, _ = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
-        places.check_unchanged([*selecting, *known], args.rerun_changed)
-        launcher, jobs = _launcher(args, places, len(selecting) + len(final))
-        with SweepLoop(launcher, jobs, places, total=len(selecting) + len(final)) as loop:
-            loop.run(selecting)
-            if experiment.selection and not loop.stopped_by:
-                loop.run(second_round(experiment.selection, places, _keys(experiment, selecting)), planned=False)
-            if not loop.stopped_by:
-                runnable, waiting = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
-                places.check_unchanged(runnable, args.rerun_changed)
-                loop.block(waiting, "its selection runs have not all ended, or none of them finished")
-                loop.run(runnable)
-        return loop.summary()
-
-
-def _keys(experiment: Experiment, selecting: list[Run]) -> list[tuple]:
-    """The keys of the choices that the wanted selection runs are made for."""
-    return list(dict.fromkeys(experiment.selection.key(run) for run in selecting))
+    launcher, jobs = _launcher(args, places, len(selecting) + len(final))
+    return run_experiment(experiment, selecting, final, places, launcher, jobs, args.rerun_changed)
 
 
 def _command(text: str | None) -> list[str]:
@@ -136,14 +117,6 @@ def _command(text: str | None) -> list[str]:
     if not words:
         raise UsageError("--command is empty; give what starts one run, or leave it out")
     return words
-
-
-def _check_writable(folder: Path, flag: str) -> None:
-    """Refuse a folder that is none, or in which nothing can be made, before hours of work go nowhere."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        what = "cannot be written to" if existing.is_dir() else "is no folder"
-        raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")
 
 
 def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[Run]]:
@@ -162,18 +135,6 @@ def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[R
     if not final and not selecting:
         raise UsageError(f"--only {only} matches no run; names look like {experiment.runs[0].folder}")
     return selecting, final
-
-
-def _check_arguments(runs: list[Run], places: Places) -> None:
-    """Have run_glue's own parser read every command, so that a wrong flag shows now and not after hours."""
-    from nlu.arguments import parse_arguments  # loads torch and transformers: only where there is something to check
-
-    for run in runs:
-        if not run.command:
-            try:
-                parse_arguments(command_line(run, places)[len(places.command) :])
-            except UsageError as error:
-                raise UsageError(f"{run.folder}: {error}") from None
 
 
 def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], places: Places) -> None:

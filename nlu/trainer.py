@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback as TransformersProgress
 from transformers.trainer_utils import EvalLoopOutput
 
 import loralib
@@ -98,6 +99,12 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.add_callback(ProgressCallback(self))
         for callback in applied.callbacks:
             self.add_callback(callback)
+
+    def show_progress(self, callback: TrainerCallback) -> None:
+        """Have ``callback`` say how the training goes, in place of transformers' own lines and bars."""
+        for shown in (TransformersProgress, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(callback)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
@@ -230,10 +237,10 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Overridden for two faults of resuming, which no callback can mend.
 
-        Resumed after the last step, the Trainer would train one more; and it does not tell the sampler the epoch when
-        it skips the batches of a resumed one.
+        Resumed after the last step, or where early stopping ended the training, the Trainer would train one more; and
+        it does not tell the sampler the epoch when it skips the batches of a resumed one.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         self.train_sampler.set_epoch(epoch)
@@ -365,6 +372,12 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         """Take up the running loss where the checkpoint left it, and the best one; called when training begins."""
         if self._restored:
             restore_progress(self, self._restored)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, EarlyStoppingCallback):
+                    saved = self.state.stateful_callbacks[type(callback).__name__]["attributes"]
+                    callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
+                    stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
+                    self.control.should_training_stop = stops
             self.args.eval_on_start = False  # done, before the first step
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved

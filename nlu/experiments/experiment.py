@@ -119,9 +119,14 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
     """
     content = read_yaml(Path(path))
     try:
-        return _Reader(content, settings or {}).experiment()
+        return make_experiment(content, settings)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Experiment:
+    """Check the content of an experiment file; arguments and errors as :func:`load_experiment`."""
+    return _Reader(content, settings or {}).experiment()
 
 
 def read_yaml(path: Path) -> Any:

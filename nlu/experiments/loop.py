@@ -1,4 +1,4 @@
-"""The loop that keeps N runs of a sweep going, and says how they ended."""
+"""The loop that keeps N runs going, says how they ended, and takes an experiment through its stages."""
 
 import contextlib
 import signal
@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from loralib.files import write_json
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Run
+from nlu.experiments.choosing import choose, chosen_runs, second_round
+from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.places import Places, command_line
-from nlu.experiments.records import comparable
+from nlu.experiments.records import comparable, locked
 from nlu.json_yaml import read_json
 
 _POLL_SECONDS = 0.1
@@ -135,11 +136,63 @@ class SweepLoop:
         self.bar.set_postfix_str(f"{self.finished}/{self.bar.total} runs{failed} {names}")
 
     def _fraction(self, run: Run) -> float:
-        """How much of a running run is done, where it says so: the last logged step of `max_steps`."""
+        """How much of a running run is done, where its record says so."""
         with contextlib.suppress(UsageError, KeyError, IndexError, TypeError, ZeroDivisionError):
             record = read_json(self.places.working(run) / "results.json")
-            return min(1.0, record["history"][-1]["step"] / run.arguments["max_steps"])
+            return min(1.0, record["steps"] / record["planned_steps"])
         return 0.0
+
+
+def check_arguments(runs: list[Run], places: Places) -> None:
+    """Have run_glue's own parser read every command, so that a wrong flag shows now and not after hours.
+
+    Raises:
+        UsageError: names the run.
+    """
+    from nlu.arguments import parse_arguments  # loads torch and transformers: only where there is something to check
+
+    for run in runs:
+        if not run.command:
+            try:
+                parse_arguments(command_line(run, places)[len(places.command) :])
+            except UsageError as error:
+                raise UsageError(f"{run.folder}: {error}") from None
+
+
+def run_experiment(
+    experiment: Experiment,
+    selecting: list[Run],
+    final: list[Run],
+    places: Places,
+    launcher: LocalLauncher | SlurmLauncher,
+    jobs: int,
+    rerun_changed: bool = False,
+) -> int:
+    """Run the selection stage (if any) and the final stage; returns the exit code, see :meth:`SweepLoop.summary`.
+
+    Args:
+        selecting, final: the runs that are wanted of both stages. jobs: runs at once.
+        rerun_changed: run again, from the start, what was made with other arguments or contents.
+
+    Raises:
+        UsageError: for runs that were made otherwise, and where another process works in the folder.
+    """
+    selection = experiment.selection
+    with locked(places.output, wait=False):
+        # A final run's chosen arguments are known only after the selection; what is known now is checked now.
+        known, _ = chosen_runs(final, selection, choose(selection, places))
+        places.check_unchanged([*selecting, *known], rerun_changed)
+        with SweepLoop(launcher, jobs, places, total=len(selecting) + len(final)) as loop:
+            loop.run(selecting)
+            if selection and not loop.stopped_by:
+                keys = list(dict.fromkeys(selection.key(run) for run in selecting))
+                loop.run(second_round(selection, places, keys), planned=False)
+            if not loop.stopped_by:
+                runnable, waiting = chosen_runs(final, selection, choose(selection, places))
+                places.check_unchanged(runnable, rerun_changed)
+                loop.block(waiting, "its selection runs have not all ended, or none of them finished")
+                loop.run(runnable)
+        return loop.summary()
 
 
 def _last_line(log: Path) -> str:

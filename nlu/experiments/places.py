@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,15 @@ def command_line(run: Run, places: Places) -> list[str]:
         elif value is not None:
             words.append(f"--{key}={value}")
     return [*words, "--root_output_dir", str(places.working(run))]
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder that is none, or in which nothing can be made, before hours of work go nowhere.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written to" if existing.is_dir() else "is no folder"
+        raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")

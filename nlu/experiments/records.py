@@ -79,12 +79,13 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
 
 
 def _method_name(name: str, base: str) -> str:
-    """The display name of the base method, and what a file in configs/methods/ adds to its name."""
+    """The display name of the base method, and what a file in configs/methods/, and flags behind colons, add to it."""
     from nlu.methods.registry import METHODS  # loads torch: only where a run has ended
 
     if base not in METHODS or not name.startswith(base):
         return name
-    return f"{METHODS[base].display} {name[len(base) :].strip('_').replace('_', ' ')}".strip()
+    file, *flags = name[len(base) :].split(":")
+    return ", ".join([f"{METHODS[base].display} {file.strip('_').replace('_', ' ')}".strip(), *flags])
 
 
 @cache

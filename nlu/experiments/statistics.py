@@ -33,7 +33,12 @@ def load_measured(folder: Path) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; name the one that --measured_dir of the sweep named")
-    rows = [_row(path.stem, line) for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path)]
+    return as_frame((path.stem, line) for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path))
+
+
+def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
+    """Lines, each with its experiment's name, as :func:`load_measured` returns them."""
+    rows = [_row(experiment, line) for experiment, line in lines]
     frame = pd.DataFrame(rows, columns=[*_NAMES, *_FIGURES, "steps_at", "scores", "losses"])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
     for name, source, pick in (("last", "scores", -1), ("loss", "losses", -1)):
@@ -45,7 +50,7 @@ def load_measured(folder: Path) -> pd.DataFrame:
     if len(twice):
         first = twice.iloc[0]
         raise UsageError(
-            f"{folder}/{first.experiment}.jsonl has {first.label} on {first.task} with seed {first.seed} twice; give "
+            f"{first.experiment}.jsonl has {first.label} on {first.task} with seed {first.seed} twice; give "
             "the axes of the experiment labels that differ"
         )
     return _ordered(frame)

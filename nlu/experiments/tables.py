@@ -16,6 +16,7 @@ from nlu.tasks import HEADINGS
 
 NONE = "–"
 ALL = "all tasks"
+SHORT_STEPS = 1000  # a training of fewer steps ranks no methods
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,52 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
     if any(row["short"] for row in rows):
         notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
     return make(f"{name}_scores", "Score", rows, show, notes)
+
+
+def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | None]) -> Table:
+    """Methods on one task side by side, each with its paired difference from the first.
+
+    Args:
+        runs: finished runs of one task, the first label first. scales: label → α/r; None for a method without it.
+    """
+    labels = list(dict.fromkeys(runs.label))
+    rows = []
+    for label, own in rows_of(runs):
+        pairs = paired(runs, label, labels[0])
+        result = estimate(pairs.difference, pairs.task) if label != labels[0] and len(pairs) else None
+        low, high = (result.interval if result else None) or (None, None)
+        row = {"method": label, "parameters": own.adapter_params.max(), "live": own.live_adapter_params.mean()}
+        row |= {"scale": scales.get(label), "seeds": own.seed.nunique()}
+        for score in ("last", "best"):
+            row |= {score: own[score].mean(), f"{score}_std": own[score].std(ddof=1)}
+        row |= {"difference": result and result.mean, "low": low, "high": high}
+        rows.append(row | {"seconds_per_step": own.seconds_per_step.mean()})
+    show: dict[str, Callable[[Any], str]] = {
+        "method": lambda r: r["method"],
+        "adapter parameters": lambda r: count(r["parameters"]),
+        "live at the end": lambda r: count(r["live"]),
+        "α/r": lambda r: NONE if r["scale"] is None else f"{r['scale']:g}",
+        "seeds": lambda r: str(r["seeds"]),
+        "last": lambda r: _with_deviation(r["last"], r["last_std"], 2),
+        "best": lambda r: _with_deviation(r["best"], r["best_std"], 2),
+        f"last, against {labels[0]}": lambda r: number(r["difference"], sign=True),
+        "95 % interval": lambda r: NONE if r["low"] is None else spread(r["low"], r["high"], _signed),
+        "s/step": lambda r: number(r["seconds_per_step"], 3),
+    }
+    notes = [
+        "Measured here, in percent on the evaluation set: the last evaluation, and each run's best one, which is "
+        "chosen on that set itself; mean ± standard deviation over the seeds. "
+        f"Against {labels[0]}: mean difference over pairs of equal seed, with its interval (Student's t)."
+    ]
+    few, most_steps = min(row["seeds"] for row in rows), runs.steps.max()
+    doubts = ["one seed"] if few < 2 else []
+    doubts += ["short training"] if most_steps < SHORT_STEPS else []
+    title = f"Demonstration, {', '.join(doubts)}: not a comparison" if doubts else "Comparison"
+    return make(name, title, rows, show, notes)
+
+
+def _signed(value: float) -> str:
+    return number(value, sign=True)
 
 
 def training_table(name: str, runs: pd.DataFrame) -> Table:
@@ -286,8 +333,8 @@ def _values(runs: pd.DataFrame, name: str) -> list[Any]:
     return sorted({tried[name] for tried in runs.tried if name in tried})
 
 
-def _with_deviation(mean: float, deviation: float) -> str:
-    return number(mean, 1) if pd.isna(deviation) else f"{number(mean, 1)} ± {number(deviation, 1)}"
+def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
+    return number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
 
 
 def published_table(folder: Path, file: str, title: str) -> Table:

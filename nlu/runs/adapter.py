@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +18,20 @@ from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.files import write_json
 from loralib.peft_format import decompose
 from nlu.arguments import Arguments
-from nlu.errors import UsageError
+from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS, card_of
 from nlu.tasks import Task
 
 
 def save_run_adapter(
-    arguments: Arguments, task: Task, applied: AppliedMethod, record: dict[str, Any], step: int, folder: Path
+    arguments: Arguments,
+    task: Task,
+    applied: AppliedMethod,
+    tokenizer: Any,
+    record: dict[str, Any],
+    step: int,
+    folder: Path,
 ) -> None:
     """Write ``rank_pattern.json`` and ``adapter/`` of a finished run, from the weights as they are.
 
@@ -51,7 +58,46 @@ def save_run_adapter(
             "text_fields": list(task.text_fields),
             **card_of(arguments.method),
         },
+        save_tokenizer=tokenizer.save_pretrained,
     )
+
+
+def check_upload(arguments: Arguments) -> None:
+    """Refuse ``--push_to_hub`` where the upload at the end of the run would fail.
+
+    Raises:
+        UsageError: offline, or not logged in.
+    """
+    training = arguments.training
+    if not training.push_to_hub:
+        return
+    later = f"leave --push_to_hub out, and upload later: hf upload {training.hub_model_id} RUN_FOLDER/adapter"
+    if huggingface_hub.constants.is_offline_mode():
+        raise UsageError(f"--push_to_hub needs the hub, and HF_HUB_OFFLINE is set: unset it, or {later}")
+    try:
+        huggingface_hub.HfApi(token=training.hub_token).whoami()
+    except Exception as error:  # of the hub's own classes, or of the network's
+        raise UsageError(
+            f"--push_to_hub: the hub gives no account ({reason(error, 200)}): log in with hf auth login, or {later}"
+        ) from None
+
+
+def upload_adapter(training: Any, folder: Path) -> None:
+    """Upload ``adapter/`` of a finished run, whose card shows the score, to ``--hub_model_id``.
+
+    Raises:
+        RunError: the upload failed; the run itself is finished.
+    """
+    adapter, name = folder / "adapter", training.hub_model_id
+    api = huggingface_hub.HfApi(token=training.hub_token)
+    try:
+        api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=adapter, revision=training.hub_revision)
+    except Exception as error:  # of the hub's own classes, or of the network's
+        raise RunError(
+            f"the run is finished, but its upload failed ({reason(error, 200)}): hf upload {name} {adapter}"
+        ) from None
+    print(f"uploaded: {adapter} to {name}")
 
 
 @torch.no_grad()

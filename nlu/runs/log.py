@@ -1,17 +1,23 @@
-"""``log/run.log``: what a run showed on the console."""
+"""What a run says while it works: lines for people on the console, all numbers in ``log/run.log``."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from tqdm import tqdm
+from transformers import ProgressCallback
+
 from nlu.arguments import command_line
-from nlu.runs.machine import now
+from nlu.json_yaml import finite
+from nlu.runs.machine import now, peak_memory_bytes
 
 # A bar of tqdm, up to its bracket with times and rate; what is written behind it on the same line is no part of it.
 _PROGRESS = re.compile(r".*\d\w* \[\d+:\d\d[^\]]*\]")
@@ -60,6 +66,10 @@ class ConsoleLog:
         for line in (f"---- {now()} {command_line()}", *shown):
             self._add(line)
 
+    def note(self, text: str) -> None:
+        """A line for the file alone."""
+        self._add(text)
+
     def _tee(self, stream: TextIO, write: Any) -> Any:
         def teed(text: str) -> Any:
             *complete, rest = (self._open[stream] + text).split("\n")
@@ -80,3 +90,83 @@ class ConsoleLog:
         with contextlib.suppress(OSError, ValueError):  # ValueError: closed
             self._file.write(line + "\n")
             self._file.flush()
+
+
+_ESTIMATE_AFTER = 5  # steps; the first of them is left out, which is slower
+
+
+class TrainingLines(ProgressCallback):
+    """One line for people at each logging step, all numbers into the log; transformers' bars on a terminal.
+
+    Args:
+        metric: key of the task's main metric. log: the run's.
+    """
+
+    def __init__(self, metric: str, log: ConsoleLog) -> None:
+        super().__init__()
+        self.metric, self.log = metric, log
+        self.loss: float | None = None
+        self.score: float | None = None
+        self.first_step = 0
+        self.times: dict[int, float] = {}  # steps of this process → the clock, for those that an estimate needs
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first_step, self.times = state.global_step, {0: time.monotonic()}
+        if self._shows_bars(args):
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+        done = state.global_step - self.first_step
+        if done in (1, _ESTIMATE_AFTER):
+            self.times[done] = time.monotonic()
+        if done == _ESTIMATE_AFTER and state.is_world_process_zero and state.max_steps > state.global_step:
+            each = (self.times[done] - self.times[1]) / (done - 1)
+            left = clock(each * (state.max_steps - state.global_step))
+            tqdm.write(f"about {each:.2g} s a step: {left} left, evaluations apart; {_memory()} so far")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._shows_bars(args):
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        self.log.note(f"step {state.global_step} {json.dumps(finite(logs))}")
+        if "loss" in logs:
+            self.loss = logs["loss"]
+        elif f"eval_{self.metric}" in logs:
+            self.score = logs[f"eval_{self.metric}"]
+        else:  # MNLI's second set, and the sums at the end
+            return
+        tqdm.write(self._line(state))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def _line(self, state: Any) -> str:
+        parts = [f"step {state.global_step}/{state.max_steps}"] if state.max_steps else []
+        parts += [f"loss {self.loss:.4g}"] if self.loss is not None else []
+        parts += [f"{self.metric} {self.score:.4f}"] if self.score is not None else []
+        parts.append(_memory())
+        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
+        if done and left > 0:
+            parts.append(f"{clock((time.monotonic() - self.times[0]) / done * left)} left")
+        return "  ".join(parts)
+
+    def _shows_bars(self, args: Any) -> bool:
+        return not args.disable_tqdm and sys.stderr is not None and sys.stderr.isatty()
+
+
+def clock(seconds: float) -> str:
+    """12:34, or 1:02:03 from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _memory() -> str:
+    return f"{peak_memory_bytes() / 1e9:.1f} GB"

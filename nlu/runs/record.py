@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,7 @@ def start_record(
             "live_adapter_params": live_adapter_params(trainer.applied, counts["adapter_params"]),
             "live_budget": ranks.live_rank if ranks else None,
             "steps": steps,
+            "planned_steps": trainer.state.max_steps,
             "train_seconds": seconds,
             "steps_per_second": steps / seconds if seconds else None,
             "seconds_per_step": seconds / steps if steps else None,
@@ -184,11 +186,27 @@ def start_record(
     return record
 
 
-def report(record: dict[str, Any]) -> None:
-    """The outcome in two lines."""
+def report(record: dict[str, Any], folder: Path) -> None:
+    """The outcome, and the commands that come next."""
     if record["best"] is not None:
-        print(f"{record['metric']}: best {record['best']:.4f} at step {record['best_step']}, last {record['last']:.4f}")
+        print(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
     if record["steps"]:
+        adapter, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
+        share = (adapter + head) / record["total_params"]
         print(
-            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each; {record['live_adapter_params']:,} live"
+            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each, trained {adapter:,} parameters of the "
+            f"adapter and {head:,} of the head, {share:.2%} of the model; {_remaining(adapter, live)}"
         )
+    # The commands of a checkout, or those of an installed package.
+    here = Path("nlu/predict.py").is_file()
+    predict, export = ("python nlu/predict.py", "python -m loralib.export") if here else (
+        "lora2-glue predict", "lora2-glue export"
+    )  # fmt: skip
+    adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
+    print(f"folder:  {folder}")
+    print(f"predict: {predict} --adapter {adapter} --base {base} --input FILE")
+    print(f"export:  {export} {adapter} --to merged OUT --base {base}")
+
+
+def _remaining(adapter: int, live: int) -> str:
+    return "all of them remain" if live == adapter else f"{live:,} of the adapter's remain after pruning"

@@ -27,7 +27,11 @@ def main() -> int:
     parser.add_argument("--holdout_fraction", type=float, default=0.0)
     parser.add_argument("--weight_decay", type=float, default=0.0)
     parser.add_argument("--importance", default="inner")
-    parser.add_argument("--lora_alpha", type=float)
+    for name in ("lora_alpha", "max_steps"):
+        parser.add_argument(f"--{name}", type=float)
+    for name in ("do_train", "do_eval"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--eval_strategy")
     for name in ("task_name", "train_file", "validation_file", "glue_dir", "lora_path", "peft_config"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--bf16", action="store_true")

@@ -1,6 +1,7 @@
 """The command line: the published flags, precedence, and one line for whatever is wrong."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,8 +11,8 @@ import zipfile
 import pytest
 
 from nlu import sweep
-from nlu.argument_checks import fit_schedule, one_device
-from nlu.arguments import RunArguments, parse_arguments
+from nlu.argument_checks import REFUSED_FLAGS, fit_schedule, one_device
+from nlu.arguments import RunArguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
@@ -142,7 +143,13 @@ def test_the_default_target_is_half_the_rank():
         ("--auto_find_batch_size", "effective batch"),
         ("--prediction_loss_only", "prediction_loss_only"),
         ("--batch_eval_metrics", "batch_eval_metrics"),
-        ("--push_to_hub", "push_to_hub"),
+        ("--push_to_hub", "--hub_model_id OWNER/NAME"),
+        ("--hub_model_id me/adapter", "without --push_to_hub"),
+        ("--report_to wandb", "pip install wandb"),
+        ("--report_to trackio", "pip install trackio"),
+        ("--early_stopping_patience 2", "--eval_strategy steps"),
+        ("--early_stopping_threshold 0.1", "without --early_stopping_patience"),
+        ("--do_eval --eval_strategy steps --early_stopping_patience 0", "early_stopping_patience"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(flags, words):
@@ -262,6 +269,27 @@ def test_a_flag_may_replace_what_a_script_sets_in_another_way():
         parse(f"{BASE} --target_rank 3 --method_file_wins --method lora")
 
 
+# ---- help ----------------------------------------------------------------------------------------------------------
+
+
+def test_help_fits_a_screen_and_help_all_lists_what_is_not_refused(capsys):
+    actions = build_parser()._actions
+    spelled = {a.dest: {flag for flag in a.option_strings if "-" not in flag[2:]} for a in actions}
+    refused = set().union(*(spelled[name] for name in REFUSED_FLAGS))
+    usable = set().union(*spelled.values()) - refused - {"-h", "--help"}
+    shown = {}
+    for wanted in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as ended:
+            parse_arguments([wanted])
+        page = capsys.readouterr().out
+        shown[wanted] = set(re.findall(r"(?<![\w-])--[a-z]\w+", page))
+        assert ended.value.code == 0
+        if wanted == "--help":
+            assert len(page.splitlines()) <= 48 and max(map(len, page.splitlines())) <= 120
+    assert shown["--help"] - {"--help_all", "--flag"} <= usable
+    assert usable <= shown["--help_all"] and not refused & set(re.findall(r"^  (--\w+)", page, re.MULTILINE))
+
+
 # ---- the packages --------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +300,9 @@ def test_the_sweep_names_the_nearest_flag_and_a_missing_file_in_one_line(capsys)
         assert words in error and len(error.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("program, package", [("run_glue", "pyarrow"), ("predict", "torch"), ("sweep", "torch")])
+@pytest.mark.parametrize(
+    "program, package", [("run_glue", "pyarrow"), ("predict", "torch"), ("sweep", "torch"), ("compare", "torch")]
+)
 def test_help_without_an_installed_package_says_what_to_run(program, package):
     hide = f"""
 import importlib.util, runpy, sys

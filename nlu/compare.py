@@ -1,0 +1,208 @@
+"""Compare methods on one task: every method with the same seeds, one table and its figures.
+
+    python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --seeds 3
+    python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR --methods lora2,lora
+    python nlu/compare.py --task_name rte --published debertav3 --methods lora2,lora:lora_alpha=64,adalora_r8 --seeds 5
+
+Every other flag goes to nlu/run_glue.py, the same for all methods; NAME:flag=value in --methods sets one for a method.
+The first method is what the others are compared with. The same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from nlu.errors import packages_missing
+
+if packages_missing():
+    sys.exit(2)
+
+import pandas as pd
+import transformers
+
+from loralib.files import write_bytes, write_text
+from nlu.arguments import build_parser, method_file, translate
+from nlu.errors import OneLineParser, UsageError, exit_code, refuse_unknown_flags
+from nlu.experiments.checks import SET_BY_THE_SWEEP
+from nlu.experiments.experiment import Experiment, make_experiment
+from nlu.experiments.fairness import parsed_command, shape_of, unlike
+from nlu.experiments.figures import draw
+from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
+from nlu.experiments.loop import run_experiment
+from nlu.experiments.places import Places, check_writable
+from nlu.experiments.records import place_of
+from nlu.experiments.statistics import as_frame, finished
+from nlu.experiments.tables import Table, comparison_table
+from nlu.tasks import get_task
+
+COMMAND = [sys.executable, str(RUN_GLUE)]
+SCRIPTS = RUN_GLUE.parents[1] / "scripts"
+RATES = "3e-4,1e-3,3e-3"  # tried by --tune; one more where the best is at an end, BEYOND times further
+BEYOND = 3.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare; returns the exit code: 0, 1 where a run failed, 2 for bad arguments, 128 + signal when stopped."""
+    try:
+        args, rest = own_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+        return compare(args, flag_values(rest))
+    except (UsageError, OSError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def own_parser() -> argparse.ArgumentParser:
+    """The flags that are this program's own."""
+    parser = OneLineParser(
+        prog="compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="compare.py --methods NAMES [--seeds N] [--tune [RATES]] [--published BACKBONE] [run_glue's flags]",
+    )
+    add = parser.add_argument
+    add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
+    add("--seeds", type=int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
+    add("--tune", nargs="?", const=RATES, metavar="RATES",
+        help=f"first choose each method's learning rate on a held-out tenth of the training set ({RATES})")  # fmt: skip
+    add("--published", choices=("debertav3", "robertalarge"), help="the published settings of scripts/run_*.sh")
+    add("--name", help="name of the comparison (default: compare-TASK)")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, seconds a step compare nothing")
+    add("--output_dir", type=Path, default=Path("output"), help="runs, table and figures go to OUTPUT_DIR/NAME/")
+    add("--rerun_changed", action="store_true", help="run again what was made with other arguments or contents")
+    return parser
+
+
+def flag_values(words: list[str]) -> dict[str, Any]:
+    """run_glue's flags as a mapping; a bare flag is true.
+
+    Raises:
+        UsageError: for a flag that there is not, or that a comparison sets itself, and a word that belongs to none.
+    """
+    refuse_unknown_flags(translate(words), build_parser()._option_string_actions)
+    values: dict[str, Any] = {}
+    name = ""
+    for word in translate(words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values[name] = _number(value) if equals else True
+        elif values.get(name) is True:
+            values[name] = _number(word)
+        else:
+            raise UsageError(f"{word[:80]!r} belongs to no flag: --help explains the arguments")
+    for name in ("method", "seed", *SET_BY_THE_SWEEP):
+        if name in values:
+            raise UsageError(f"--{name} is set for each run: give --methods, --seeds and --output_dir")
+    return values
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
+    """Check everything, run what is not finished, and write the table and the figures.
+
+    Raises:
+        UsageError: for whatever the user can put right, before the first run starts.
+    """
+    if args.seeds < 1 or args.jobs < 1:
+        raise UsageError("--seeds and --jobs must be at least 1")
+    check_writable(args.output_dir, "output_dir")
+    experiment = plan(args, flags)
+    folder = args.output_dir / experiment.name
+    measured = args.output_dir / "measured" / f"{experiment.name}.jsonl"
+    places = Places(measured, folder, COMMAND)
+    selecting = experiment.selection.runs if experiment.selection else []
+    parsed = {run.folder: parsed_command(run, places) for run in [*selecting, *experiment.runs]}
+    firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
+    shapes = {run.axes["method"]: shape_of(parsed[run.folder]) for run in firsts}
+    warnings = unlike(firsts, shapes, places)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    code = run_experiment(
+        experiment, selecting, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
+    )
+    frame = as_frame((experiment.name, line) for run, line in places.lines().items() if run in parsed)
+    final = finished(frame, [experiment.name])
+    if len(final):
+        labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}
+        final = final.assign(place=final.label.map(list(labels.values()).index)).sort_values(["place", "seed"])
+        table = comparison_table(experiment.name, final, {labels[name]: each.scale for name, each in shapes.items()})
+        table.notes.extend(f"Not alike: {warning}." for warning in warnings)
+        write(table, final, frame, folder)
+    return code
+
+
+def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
+    """The comparison as an experiment: a grid of methods and seeds, and a selection for --tune."""
+    task = get_task(flags["task_name"]).name if "task_name" in flags else None
+    specs = {spec: _spec(spec) for spec in args.methods.split(",")}
+    if len(specs) < len(args.methods.split(",")):
+        raise UsageError("--methods names a method twice")
+    name = args.name or f"compare-{task or Path(str(flags.get('train_file', 'own'))).stem}"
+    content: dict[str, Any] = {"name": name, "description": f"{', '.join(specs)} on {task or 'own data'}"}
+    usual = {"do_train": True, "do_eval": True, "eval_strategy": "steps" if "eval_steps" in flags else "epoch"}
+    content["base"] = {**({} if args.published else usual), **flags, **({"task_name": task} if task else {})}
+    content["grid"] = {"method": specs, "seed": list(range(1, args.seeds + 1))}
+    if args.published:
+        script = SCRIPTS / f"run_{args.published}_{task}.sh"
+        if not script.is_file():
+            raise UsageError(f"--published {args.published} has no settings for {task or 'own data'} in {SCRIPTS}")
+        content["command"] = shlex.join(["env", f"PYTHON={sys.executable}", "bash", str(script)])
+    if args.tune:
+        if "learning_rate" in flags:
+            raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
+        rates = [_number(rate) for rate in args.tune.split(",")]
+        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()}
+        content["select"] = {
+            "values": {"learning_rate": rates}, "beyond": {"learning_rate": BEYOND}, "seeds": [101],
+            "set": {"holdout_fraction": 0.1},
+            "overrides": [
+                {"when": {"method": spec}, "values": {"learning_rate": each}} for spec, each in own.items() if each
+            ],
+        }  # fmt: skip
+    return make_experiment(content)
+
+
+def _spec(spec: str) -> dict[str, Any]:
+    """NAME:flag=value:… as arguments."""
+    name, *settings = spec.split(":")
+    pairs = [setting.partition("=") for setting in settings]
+    if not all(flag and equals for flag, equals, _ in pairs):
+        raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
+    return {"method": name} | {flag: _number(value) for flag, _, value in pairs}
+
+
+def _own_rates(method: str) -> list[float]:
+    """What --tune tries for a method whose file has a learning rate of its own: around that."""
+    flags = dict(flag.split("=", 1) for flag in method_file(["--method", method])[2])
+    rate = float(flags.get("--learning_rate", 0))
+    return [float(f"{rate * factor:.3g}") for factor in (1 / BEYOND, 1, BEYOND)] if rate else []
+
+
+def write(table: Table, final: pd.DataFrame, frame: pd.DataFrame, folder: Path) -> None:
+    """Print the table, and write it (comparison.md and .csv) with its figures into the comparison's folder."""
+    print(f"\n{table.markdown()}")
+    write_text(folder / "comparison.md", table.markdown())
+    write_text(folder / "comparison.csv", table.csv())
+    for name, drawn in draw("comparison", final, frame):
+        drawing = drawn()
+        if drawing is not None:
+            write_bytes(folder / f"{name}.png", drawing.image("png"))
+    print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_warning()
+    sys.exit(main())

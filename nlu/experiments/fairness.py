@@ -1,0 +1,137 @@
+"""Whether methods are alike in size and scale, before they train, and what would make them so."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loralib
+from nlu.arguments import METHOD_FOLDER, Arguments, method_file, parse_arguments
+from nlu.errors import UsageError
+from nlu.experiments.experiment import Run
+from nlu.experiments.launchers import RUN_GLUE
+from nlu.experiments.places import Places, command_line
+from nlu.methods.registry import METHODS, count_parameters, flag_methods
+from nlu.model import load_config, without_weights
+from nlu.tasks import get_task
+
+CLOSE = 0.1  # sizes and scales that differ by a larger share are not alike
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What must be alike for a fair comparison. None: not known before the training, or a method without it.
+
+    Attributes:
+        trained: the adapter's parameters. size: those at the ranks that pruning aims for. scale: α/r. rank: r.
+    """
+
+    trained: int | None
+    size: float | None
+    scale: float | None
+    rank: int
+
+    def like(self, other: Shape) -> bool:
+        return alike(self.size, other.size) and alike(self.scale, other.scale)
+
+    def __str__(self) -> str:
+        if self.trained is None:
+            return "a size that is not known yet"
+        pruned = "" if self.size == self.trained else f" ({self.size:,.0f} after pruning)"
+        return f"{self.trained:,} parameters{pruned}" + ("" if self.scale is None else f", α/r {self.scale:g}")
+
+
+def alike(one: float | None, other: float | None) -> bool:
+    """Whether two sizes or scales differ by a tenth at most; what is not known does not differ."""
+    return None in (one, other) or abs(one - other) <= CLOSE * max(one, other) + 1e-9
+
+
+def parsed_command(run: Run, places: Places) -> Arguments:
+    """A run's command as run_glue reads it; that of a script is what the script would start.
+
+    Raises:
+        UsageError: names the run and what it cannot be started with.
+    """
+    words = command_line(run, places)
+    if run.command:
+        shown = subprocess.run(["env", "DRY_RUN=1", *words], capture_output=True, text=True)
+        if shown.returncode:
+            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
+        words = shlex.split(shown.stdout)
+        start = next(i for i, word in enumerate(words) if Path(word).name == RUN_GLUE.name) + 1
+    else:
+        start = len(places.command)
+    try:
+        return parse_arguments(words[start:])
+    except UsageError as error:
+        raise UsageError(f"{run.folder}: {error}") from None
+
+
+def shape_of(arguments: Arguments) -> Shape:
+    """Size and scale of a method on its encoder, whose weights are not loaded.
+
+    Raises:
+        UsageError: for a model that cannot be read, and modules that it lacks.
+    """
+    method, trained, size = arguments.method, None, None
+    # Only the adapter counts, and it is the same for every task: own data need not be read for it.
+    model = without_weights(arguments, load_config(arguments, get_task(arguments.data.task_name or "sst2"))[0])
+    # Some layers of the peft package cannot be made without weights: their size is known after the run.
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        applied = METHODS[method.method].apply(model, method, 10**9)
+        trained = size = count_parameters(model)["adapter_params"]
+        if applied.allocator is not None:
+            kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
+            size -= (1 - kept) * sum(map(_values_size, loralib.lora_layers(model).values()))
+    has_scale = method.method in flag_methods("lora_alpha")
+    return Shape(trained, size, method.lora_alpha / method.lora_r if has_scale else None, method.lora_r)
+
+
+def _values_size(layer: Any) -> int:
+    """Parameters of a layer that belong to its singular values, some of which pruning takes."""
+    return sum(t.numel() for t in layer.lora_parameters()) - sum(t.numel() for t in layer.select([]))
+
+
+def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[str]:
+    """A line for each method that differs from the first in size or α/r, with what would match.
+
+    Args:
+        runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that.
+    """
+    first, *others = (run.axes["method"] for run in runs)
+    lines = []
+    for run, spec in zip(runs[1:], others, strict=True):
+        if not shapes[spec].like(shapes[first]):
+            matching = _matching(run, shapes[first], places)
+            match = next((each for each in matching if each not in shapes), None)
+            advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
+            lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
+    return lines
+
+
+def _matching(run: Run, wanted: Shape, places: Places) -> Iterator[str]:
+    """Specifications of the same base method with the wanted size and scale, the run's own file first."""
+    name, *settings = run.axes["method"].split(":")
+    base = method_file(["--method", name])[1]
+    files = [path.stem for path in sorted(METHOD_FOLDER.glob("*.yaml"))]
+    for file in dict.fromkeys([name, *files]):
+        if method_file(["--method", file])[1] != base:
+            continue
+        try:
+            own = shape_of(parsed_command(replace(run, arguments=run.arguments | {"method": file}), places))
+        except UsageError:  # the run's own settings contradict that file
+            continue
+        if alike(own.size, wanted.size):
+            kept = [each for each in settings if not each.startswith("lora_alpha=")]
+            if not alike(own.scale, wanted.scale):
+                kept.append(f"lora_alpha={wanted.scale * own.rank:g}")
+            elif len(kept) < len(settings):
+                kept = settings
+            yield ":".join([file, *kept])

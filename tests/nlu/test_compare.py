@@ -1,0 +1,132 @@
+"""The comparison: its plan, its warnings against sizes worked out by hand, its table, and its refusals."""
+
+import itertools
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from transformers import AutoConfig
+
+from nlu import compare
+from nlu.experiments.records import read_lines
+from nlu.experiments.statistics import as_frame
+from nlu.experiments.tables import comparison_table
+from tests.nlu.measured_lines import line
+from tests.nlu.tiny import make_encoder
+
+FAKE = Path(__file__).with_name("fake_run_glue.py")
+
+
+@pytest.fixture
+def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
+    """Call the program on the tiny task with a stand-in for run_glue; returns (exit code, stdout, stderr)."""
+    monkeypatch.setattr(compare, "COMMAND", [sys.executable, str(FAKE)])
+
+    def run(*flags):
+        places = ["--model_name_or_path", str(encoder), "--glue_dir", str(tiny_glue), "--output_dir", str(tmp_path)]
+        return (compare.main(["--task_name", "cola", *places, *flags]), *capsys.readouterr())
+
+    return run
+
+
+def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_on(call, tmp_path):
+    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "8"]
+    code, out, _ = call(*flags)
+    assert code == 0 and "4 run(s) finished now, 0 before" in out
+    table = (tmp_path / "compare-cola/comparison.md").read_text()
+    assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA²", "LoRA"]
+    assert (tmp_path / "compare-cola/comparison_curves.png").read_bytes()[:4] == b"\x89PNG"
+    lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
+    assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
+    assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
+    assert "0 run(s) finished now, 4 before" in call(*flags)[1]
+    assert "1 run(s) finished now, 2 before" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
+
+
+def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path):
+    """The stand-in's loss is lowest at 2e-3; at the end of what is tried, one more rate is."""
+    assert call("--methods", "lora,full", "--seeds", "1", "--tune", "5e-4,1e-3")[0] == 0
+    lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
+    rates = {each["method"]: each["asked"]["learning_rate"] for each in lines if each["stage"] == "final"}
+    assert rates == {"lora": 3e-3, "full": 1.8e-4}  # 3 · 1e-3 is nearer to 2e-3; full's file has 2e-5, 3 and 9 times it
+    held_out = [each["asked"] for each in lines if each["stage"] == "select"]
+    assert {each["holdout_fraction"] for each in held_out} == {0.1} and len(held_out) == 3 + 4
+
+
+@pytest.fixture
+def deberta(tmp_path):
+    """Folder of DeBERTaV3-base without its weights: sizes need none."""
+    folder = make_encoder(tmp_path / "models/deberta", "deberta-v2")
+    shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    AutoConfig.from_pretrained(folder).from_dict(
+        json.loads((folder / "config.json").read_text()) | shape
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_path, deberta, monkeypatch, capsys):
+    """RTE's settings: α = 32 with r = 4, 8 and 2; AdaLoRA has a quarter of the parameters, LoRA² (k = 8) LoRA's."""
+    monkeypatch.setattr(compare, "run_experiment", lambda *_: 0)
+    flags = ["--task_name", "rte", "--published", "debertav3", "--model_name_or_path", str(deberta), "--seeds", "1",
+             "--output_dir", str(tmp_path)]  # fmt: skip
+    assert compare.main([*flags, "--methods", "lora2,lora,adalora"]) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    ends = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+    lora = 12 * sum(8 * (i + o) for i, o in ends)
+    adalora = 12 * sum(2 * (i + o + 1) for i, o in ends)
+    lora2 = 12 * sum(8 * (i + o) + 2 * 8 * 4 + 4 for i, o in ends)
+    kept = 12 * sum(8 * (i + o) + 2 * 8 * 3 + 3 for i, o in ends)
+    assert (lora, adalora) == (1_327_104, 331_920)
+    first = f"lora2 has {lora2:,} parameters ({kept:,} after pruning), α/r 8"
+    assert warnings == [
+        f"warning: lora has {lora:,} parameters, α/r 4, {first}: lora:lora_alpha=64 matches",
+        f"warning: adalora has {adalora:,} parameters ({adalora // 2:,} after pruning), α/r 16, {first}: "
+        "adalora_r8:lora_alpha=96 matches",
+    ]
+    assert compare.main([*flags, "--methods", "lora2,lora:lora_alpha=64,adalora_r8:lora_alpha=96"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_table_says_what_was_measured():
+    """Means, deviations and the paired interval, by their formulas; three runs of 10 steps are no comparison."""
+    scores = {"LoRA²": [0.8, 0.82, 0.9], "LoRA": [0.7, 0.75, 0.76]}
+    lines = [line(label, "cola", seed, [0.1, score]) for label in scores for seed, score in enumerate(scores[label])]
+    frame = as_frame(("one", each) for each in lines).sort_values(["label", "seed"], ascending=[False, True])
+    table = comparison_table("one", frame, {"LoRA²": 2.0, "LoRA": None})
+    first, second = table.data.to_dict("records")
+    differences = [100 * (b - a) for a, b in zip(*scores.values(), strict=True)]
+    half = stats.t.ppf(0.975, 2) * statistics.stdev(differences) / 3**0.5
+    assert first["last_std"] == pytest.approx(100 * statistics.stdev(scores["LoRA²"]))
+    assert second["difference"] == pytest.approx(statistics.mean(differences))
+    assert (second["low"], second["high"]) == pytest.approx((second["difference"] - half, second["difference"] + half))
+    assert list(table.text["α/r"]) == ["2", "–"] and table.title == "Demonstration, short training: not a comparison"
+    one = comparison_table("one", frame[frame.seed == 0], {})
+    assert one.title == "Demonstration, one seed, short training: not a comparison"
+    long = frame.assign(steps=2000.0)
+    assert comparison_table("one", long, {}).title == "Comparison"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--methods", "lora,nothing"], "unknown method 'nothing'"),
+        (["--methods", "lora,lora"], "names a method twice"),
+        (["--methods", "lora:alpha"], "the form :flag=value"),
+        (["--methods", "lora:lora_k=3"], "--lora_k has no meaning with --method lora"),
+        (["--methods", "lora", "--seeds", "0"], "must be at least 1"),
+        (["--methods", "lora", "--seed", "1"], "--seed is set for each run"),
+        (["--methods", "lora", "--learning_rat", "1"], "did you mean --learning_rate?"),
+        (["--methods", "lora", "--max_steps", "3", "4"], "'4' belongs to no flag"),
+        (["--methods", "lora", "--tune", "--learning_rate", "1"], "leave --learning_rate out"),
+        (["--methods", "lora", "--published", "robertalarge", "--task_name", "wnli"], "has no settings for wnli"),
+        ([], "--methods"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
+    code, out, err = call(*flags)
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "compare-cola").exists()

@@ -1,0 +1,149 @@
+"""What a run tells people: lines while it trains, the commands that come next, trackers, and the hub."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
+
+from loralib import export
+from nlu import predict
+from nlu.run_glue import main
+from nlu.runs.log import clock
+from tests.nlu.killed_runs import run_broken_off
+from tests.nlu.tiny import write_rows
+
+
+def record_of(folder):
+    return json.loads((folder / "run/results.json").read_text())
+
+
+def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(base_flags, encoder, tmp_path, capsys):
+    """The commands that a run prints are run; tensorboard's own reader judges what was reported."""
+    run = tmp_path / "run"
+    assert main([*base_flags, "--method", "lora2", "--report_to", "tensorboard"]) == 0
+    shown, record = capsys.readouterr().out, record_of(tmp_path)
+    steps = re.findall(r"^step (\d)/6  loss [\d.]+(?:  matthews_correlation -?[\d.]+)?  \d\.\d GB(  \d:\d\d left)?$",
+                       shown, re.MULTILINE)  # fmt: skip
+    assert [int(step) for step, _ in steps] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [bool(left) for _, left in steps] == [True] * 6 + [False] * 2
+    assert re.search(r"^about \S+ s a step: 0:0\d left, evaluations apart; \d\.\d GB so far$", shown, re.MULTILINE)
+    assert "{" not in shown
+    noted = dict(re.findall(r"^step (\d) ({.*grad_norm.*})$", (run / "log/run.log").read_text(), re.MULTILINE))
+    assert [json.loads(noted[str(row["step"])])["loss"] for row in record["history"]] == [
+        row["loss"] for row in record["history"]
+    ]
+    events = EventAccumulator(str(run / "log")).Reload()
+    scores = {event.step: event.value for event in events.Scalars("eval/matthews_correlation")}
+    assert scores == pytest.approx({e["step"]: e["matthews_correlation"] for e in record["evaluations"]})
+
+    assert f"trained {record['adapter_params']:,} parameters of the adapter and {record['head_params']:,}" in shown
+    assert f"{record['live_adapter_params']:,} of the adapter's remain after pruning" in shown
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, [{"sentence": "the good cat"}, {"sentence": "a bad dog"}])
+    commands = dict(re.findall(r"^(predict|export):\s+(.*)$", shown, re.MULTILINE))
+    assert commands["predict"].startswith("python nlu/predict.py --adapter")
+    assert predict.main(shlex.split(commands["predict"].replace("FILE", str(rows)))[2:]) == 0
+    merged = str(tmp_path / "merged")
+    assert export.main(shlex.split(commands["export"].replace("OUT", merged))[3:]) == 0
+    predicted = capsys.readouterr().out
+    assert predict.main(["--model", merged, "--input", str(rows)]) == 0
+    one, other = ([json.loads(each) for each in text.splitlines() if each[:1] == "{"]
+                  for text in (predicted, capsys.readouterr().out))  # fmt: skip
+    assert [row["label"] for row in one] == [row["label"] for row in other] and len(one) == 2
+
+
+def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, tmp_path):
+    """peft loads the exported folder alone; its logits are those of predict.py."""
+    flags = [*base_flags, "--method", "lora"]
+    assert main(flags) == 0
+    assert main([*flags, "--overwrite_output_dir"]) == 0  # an adapter with a tokenizer is replaced
+    folder = tmp_path / "peft"
+    assert export.main([str(tmp_path / "run/adapter"), "--to", "peft", str(folder), "--base", str(encoder)]) == 0
+    for place in (tmp_path / "run/adapter", folder):
+        text = AutoTokenizer.from_pretrained(place)("the good cat", "ran")
+        assert text.data == AutoTokenizer.from_pretrained(encoder)("the good cat", "ran").data
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
+    arguments = predict.build_parser().parse_args(
+        ["--adapter", str(tmp_path / "run/adapter"), "--base", str(encoder), "--input", "-"]
+    )
+    predictor = predict.load_predictor(arguments, predict.read_card(arguments))
+    with torch.no_grad():
+        logits = loaded(**AutoTokenizer.from_pretrained(folder)("the good cat", return_tensors="pt")).logits
+    torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([["the good cat"]], 1)[0])
+
+
+def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(base_flags, tmp_path):
+    """No step changes the score at so low a rate: two evaluations without a gain after the first, at 3, end it at 9."""
+    flags = [*base_flags, "--method", "lora", "--early_stopping_patience", "2"]
+    for name, value in (("--max_steps", "30"), ("--learning_rate", "1e-12"), ("--save_steps", "1")):
+        flags[flags.index(name) + 1] = value
+    run_broken_off(flags, 7)
+    assert main(flags) == 0
+    record = record_of(tmp_path)
+    assert record["steps"] == 9 and [e["step"] for e in record["evaluations"]] == [3, 6, 9] and record["resumes"] == 1
+    # Ended and not yet recorded as finished: going on trains no further step.
+    path = tmp_path / "run/results.json"
+    path.write_text(json.dumps(record | {"status": "interrupted"}))
+    assert main(flags) == 0 and record_of(tmp_path)["steps"] == 9
+
+
+class Hub:
+    """A stand-in for huggingface_hub.HfApi that keeps what it is given."""
+
+    def __init__(self, token=None):
+        pass
+
+    def whoami(self):
+        return {"name": "me"}
+
+    def create_repo(self, name, **options):
+        self.calls.append(name)
+
+    def upload_folder(self, repo_id, folder_path, revision=None):
+        self.calls.append((repo_id, {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}))
+
+
+UPLOAD = ["--method", "lora", "--push_to_hub", "--hub_model_id", "me/cola"]
+
+
+def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [], raising=False)
+    assert main([*base_flags, *UPLOAD]) == 0
+    created, (name, files) = Hub.calls
+    assert created == name == "me/cola" and {"adapter_model.safetensors", "tokenizer.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert f"{record_of(tmp_path)['last']:.4f}"[:5] in card and "uploaded: " in capsys.readouterr().out
+
+
+def test_without_the_hub_nothing_starts_and_a_failed_upload_loses_nothing(base_flags, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main([*base_flags, *UPLOAD]) == 2
+    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "whoami", fail)
+    assert main([*base_flags, *UPLOAD]) == 2
+    assert "hf auth login" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    monkeypatch.setattr(Hub, "whoami", lambda self: {})
+    monkeypatch.setattr(Hub, "create_repo", lambda self, name, **options: None)
+    monkeypatch.setattr(Hub, "upload_folder", fail)
+    assert main([*base_flags, *UPLOAD]) == 1
+    error = capsys.readouterr().err
+    assert error.endswith(f"(no route): hf upload me/cola {tmp_path}/run/adapter\n")
+    assert record_of(tmp_path)["status"] == "finished"
+
+
+def test_times_left_read_as_clocks():
+    assert [clock(s) for s in (0.4, 41, 61, 3599.6, 3723)] == ["0:00", "0:41", "1:01", "1:00:00", "1:02:03"]
