@@ -26,7 +26,14 @@ import torch
 from torch import nn
 
 from loralib.adapter import merge_into, save_adapter
-from loralib.adapter_files import CONFIG_FILE, AdapterConfig, label_order, read_adapter_config, read_json_object
+from loralib.adapter_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    AdapterConfig,
+    label_order,
+    read_adapter_config,
+    read_json_object,
+)
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.peft_format import TASK_TYPES, export_peft, import_peft, read_peft
@@ -94,7 +101,7 @@ def export_merged(
     dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
 ) -> None:
-    """Write a plain transformers checkpoint with the adapter's label names, and the base's tokenizer or processor.
+    """Write a plain transformers checkpoint with the adapter's label names and card, and the base's tokenizer.
 
     Its ``config.json`` also has the card's ``text_fields`` (the columns with the text) and ``max_seq_length``.
 
@@ -121,6 +128,18 @@ def export_merged(
         model.to(dtype).save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)
+        (new / CARD_FILE).write_text(_merged_card(Path(adapter)), encoding="utf-8")
+
+
+def _merged_card(adapter: Path) -> str:
+    """The adapter's card, without what loads an adapter."""
+    card = adapter / CARD_FILE
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "\n# Adapter\n"
+    described = text.partition("\n# ")[2].partition("## How to load")[0].strip()
+    return (
+        f"---\nlibrary_name: transformers\n---\n\n# {described}\n\n"
+        "The adapter is merged into its base: this is a plain checkpoint, which transformers loads by itself.\n"
+    )
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

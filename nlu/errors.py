@@ -114,10 +114,10 @@ def packages_missing() -> bool:
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser that raises a UsageError for each fault, and names the nearest flag for an unknown one."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
         refuse_unknown_flags(words, self._option_string_actions)
-        return super().parse_known_args(words, namespace)
+        return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""

@@ -52,6 +52,8 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(base_fla
     assert predict.main(shlex.split(commands["predict"].replace("FILE", str(rows)))[2:]) == 0
     merged = str(tmp_path / "merged")
     assert export.main(shlex.split(commands["export"].replace("OUT", merged))[3:]) == 0
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "| task | cola |" in card and "library_name: transformers" in card and "How to load" not in card
     predicted = capsys.readouterr().out
     assert predict.main(["--model", merged, "--input", str(rows)]) == 0
     one, other = ([json.loads(each) for each in text.splitlines() if each[:1] == "{"]
