@@ -23,6 +23,10 @@ PUBLISHED_MODULES = {
 }
 
 
+# What a low-rank layer has and a linear one has not.
+_OWN_NAMES = frozenset(dir(LoRA2Linear(1, 1, 1, 1.0, device="meta"))) - frozenset(dir(nn.Linear(1, 1, device="meta")))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, weight stored (in, out); told by name and shape so that no library need be imported."""
     weight = getattr(module, "weight", None)
@@ -98,8 +102,8 @@ def inject(
 ) -> list[str]:
     """Replace the selected linear layers of ``model`` in place.
 
-    A linear layer that several modules hold becomes one low-rank layer that all of them hold. Hooks, further attributes
-    and buffers of a replaced layer are the new layer's.
+    A linear layer that several modules hold becomes one low-rank layer that all of them hold. Hooks, further attributes,
+    buffers and parameters of a replaced layer are the new layer's.
 
     Args:
         kind: ``"lora"``, ``"adalora"``, ``"lora2"`` or ``"multiscale"``.
@@ -144,7 +148,11 @@ def inject(
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raises ValueError where a linear layer computes something else than its own weight and forward pass say."""
+    """Raises ValueError where a linear layer computes something else than its own weight and forward pass say, or has
+    an attribute that a low-rank layer uses for itself."""
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    if not isinstance(module, LoRALayer) and (taken := sorted(_OWN_NAMES & own)):
+        raise ValueError(f"{name} has an attribute {taken[0]!r}, which a low-rank layer uses for itself: rename it")
     if "forward" in vars(module):
         raise ValueError(f"the forward method of {name} was replaced, which an update would undo: remove that first")
     if not isinstance(module.weight, nn.Parameter):
@@ -155,7 +163,7 @@ def check_replaceable(name: str, module: nn.Module) -> None:
 
 def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer wherever the model holds the module of that name, and give it what that module had besides: hooks
-    (their handles go on working), attributes, buffers."""
+    (their handles go on working), attributes, buffers, parameters."""
     replacement = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
     for name, layer in layers.items():
         _hand_over(model.get_submodule(name), layer)
@@ -165,7 +173,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
                 setattr(parent, child, replacement[id(module)])
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
-            module.use_nested_tensor = False  # only the fused function, which never calls a layer, takes those
+            module.use_nested_tensor = False  # its attention takes those without gradients only
 
 
 def _hand_over(old: nn.Module, new: nn.Module) -> None:
@@ -177,6 +185,9 @@ def _hand_over(old: nn.Module, new: nn.Module) -> None:
             value.update((key, hook) for key, hook in vars(new)[name].items() if hook not in known)
             vars(new)[name] = value
     new._is_full_backward_hook = old._is_full_backward_hook
+    for name, parameter in old._parameters.items():
+        if name not in new._parameters and name not in _OWN_NAMES:
+            new.register_parameter(name, parameter)
     for name, buffer in old._buffers.items():
         if name not in new._buffers:
             new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)

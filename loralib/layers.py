@@ -284,6 +284,8 @@ class LoRALayer(nn.Linear):
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
         if self.merged or self.r == 0:
             return self._dense(x, weight)
+        if x.is_nested:  # in evaluation nn.TransformerEncoder packs a padded batch so
+            return torch.nested.as_nested_tensor([self.forward(row) for row in x.unbind()])
         dropped = self.lora_dropout(x) if self.training and self.lora_dropout.p > 0 else None
         core, scale = self.core_and_scale()
         return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)

@@ -98,11 +98,15 @@ def _pickled(model):
 
 @pytest.mark.parametrize("kind", ["lora", "lora2"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("grad", [False, True])
-def test_torchs_encoder_layer_does_not_look_past_the_adapter(kind, padded, grad):
+@pytest.mark.parametrize(("grad", "by_hand"), [(False, False), (True, False), (False, True)])
+def test_torchs_encoder_layer_does_not_look_past_the_adapter(kind, padded, grad, by_hand):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2", kind=kind)
+    if by_hand:
+        layer.linear1 = loralib.injection.KINDS[kind].from_linear(layer.linear1, 4, 8)
+        model = randomise(nn.TransformerEncoder(layer, 2))
+    else:
+        model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2", kind=kind)
     loralib.mark_only_lora_as_trainable(model)
     x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 3:] = padded
@@ -172,6 +176,7 @@ def test_hooks_attributes_and_buffers_of_a_replaced_layer_are_kept():
     model[0].note = "kept"
     model[0].register_buffer("counts", torch.arange(3))
     model[0].register_buffer("passing", torch.arange(2), persistent=False)
+    model[0].register_parameter("gain", nn.Parameter(torch.ones(1)))
     frozen = model(X).detach()
     calls.clear()
     loralib.inject(model, "lora2", ["0"])
@@ -179,7 +184,7 @@ def test_hooks_attributes_and_buffers_of_a_replaced_layer_are_kept():
     out.sum().backward()
     torch.testing.assert_close(out, frozen)
     assert calls == ["before", "after", "backward"]
-    assert model[0].note == "kept" and "0.counts" in model.state_dict()
+    assert model[0].note == "kept" and {"0.counts", "0.gain"} <= set(model.state_dict())
     assert model[0].passing.shape == (2,) and "0.passing" not in model.state_dict()
     for handle in handles:
         handle.remove()
@@ -195,7 +200,23 @@ def replaced_forward(linear):
     linear.forward = lambda x: x
 
 
-@pytest.mark.parametrize("change, reason", [(weight_norm, "computed by a hook"), (replaced_forward, "was replaced")])
+def attribute(linear):
+    linear.scaling = 3.0
+
+
+def child(linear):
+    linear.lora_A = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (weight_norm, "computed by a hook"),
+        (replaced_forward, "was replaced"),
+        (attribute, "1 has an attribute 'scaling'"),
+        (child, "1 has an attribute 'lora_A'"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_layer_that_computes_something_else_is_refused(change, reason):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
@@ -203,6 +224,13 @@ def test_a_layer_that_computes_something_else_is_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
         loralib.inject(model, "lora2", ["0", "1"])
     assert not loralib.lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_takes_the_place_of_one_with_other_factors():
+    """An adapter replaces layers of any kind; nothing of the old ones is left in the new ones."""
+    old, new = (adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind) for kind in ("lora2", "lora"))
+    loralib.injection.replace_modules(old, {"0": new[0]})
+    assert set(old.state_dict()) == set(new.state_dict()) and torch.equal(old(X), new(X))
 
 
 def test_the_presets_are_one_layer():
