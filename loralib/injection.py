@@ -102,8 +102,8 @@ def inject(
 ) -> list[str]:
     """Replace the selected linear layers of ``model`` in place.
 
-    A linear layer that several modules hold becomes one low-rank layer that all of them hold. Hooks, further attributes,
-    buffers and parameters of a replaced layer are the new layer's.
+    A linear layer that several modules hold becomes one low-rank layer that all of them hold. Hooks, and further
+    attributes, buffers and parameters of a replaced layer are the new layer's.
 
     Args:
         kind: ``"lora"``, ``"adalora"``, ``"lora2"`` or ``"multiscale"``.

@@ -83,10 +83,12 @@ def _explained(error: BaseException) -> tuple[int, str | None]:
         return 2, f"{reason(error)}: check the path and its permissions"
     if isinstance(error, UnicodeDecodeError):
         return 2, f"a text file is not in {error.encoding} ({reason(error, 200)}): save it as UTF-8"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+    # torch's exceptions: the GPU's, by name because torch is not imported here, and the CPU's, which has no type.
+    no_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or no_memory:
         return 1, (
-            f"there is not enough memory ({reason(error, 200) or 'MemoryError'}): lower --per_device_train_batch_size "
-            "and raise --gradient_accumulation_steps by the same factor"
+            f"there is not enough memory ({reason(error, 200) or 'MemoryError'}): lower the batch size (a training's "
+            "--per_device_train_batch_size, and raise --gradient_accumulation_steps by the same factor)"
         )
     return 1, None
 

@@ -3,12 +3,15 @@
     python nlu/launch.py --standalone --nproc_per_node 2 nlu/run_glue.py --flag value …
 
 It takes torchrun's arguments. torchrun itself ends with a traceback and exit code 1 when it is told to stop, or when a
-worker refuses its arguments; here the code is 128 + the signal's number, or that of the first worker that failed.
+worker refuses its arguments; here the code is 128 + the signal's number, or that of the first worker that failed. It
+kills workers that have not ended 30 seconds after a signal; here they have ten minutes to end their step and save it,
+or as many seconds as TORCH_ELASTIC_SHUTDOWN_TIMEOUT says.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -22,9 +25,12 @@ if __package__ in (None, ""):
 
 from nlu.errors import reason
 
+_PATIENCE = 600  # seconds for a step and its checkpoint after a signal, before a worker is killed
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run torchrun; returns the exit code. The workers have said in one line why they ended."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_PATIENCE))
     logging.disable(logging.ERROR)  # torchrun reports at length what the workers have said
     try:
         torchrun(argv)

@@ -63,19 +63,23 @@ def choose_head(saved: Any, task: Task, started_with: Sequence[str] | None = Non
     problem = getattr(saved, "problem_type", None)
     if task.labels is None:
         fits = len(names) == 1 and problem != "multi_label_classification"
-        return Head(None, None if fits else f"{len(names)} labels, and {task.name} asks for one number")
+        return Head(None, None if fits else f"{_counted(names)}, and {task.name} asks for one number")
     words = {label.lower(): label for label in task.labels}
     found = [name.lower() for name in names]
     if sorted(found) == sorted(words) and problem != "regression":
         return Head(tuple(started_with or (words[name] for name in found)))
     labels = tuple(started_with or task.labels)
     if len(names) != len(labels):
-        return Head(labels, f"{len(names)} labels, and {task.name} has {len(labels)}")
+        return Head(labels, f"{_counted(names)}, and {task.name} has {len(labels)}")
     if problem == "regression":
         return Head(labels, f"the numbers of a regression, and {task.name} has classes")
     if not all(map(_NO_NAME.fullmatch, names)):
         return Head(labels, f"the labels {', '.join(names)}, and {task.name} has {', '.join(labels)}")
     return Head(labels)
+
+
+def _counted(names: list[str]) -> str:
+    return "1 label" if len(names) == 1 else f"{len(names)} labels"
 
 
 def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | None = None) -> tuple[Any, Any, Head]:
@@ -203,11 +207,11 @@ def _renew_output_layer(arguments: Arguments, model: nn.Module, config: Any, hea
     other.num_labels = config.num_labels + 1
     wider = dict(without_weights(arguments, other).named_parameters())
     output = {name: p for name, p in model.named_parameters() if wider[name].shape != p.shape}
-    wrong = sorted(set(mismatched) - set(output))
+    wrong = [n for n, shapes in mismatched.items() if n not in output or not _only_where(*shapes, wider[n].shape)]
     if wrong:
-        saved, needed = (tuple(shape) for shape in mismatched[wrong[0]])
+        saved, needed = (tuple(shape) for shape in mismatched[min(wrong)])
         raise UsageError(
-            f"--model_name_or_path {arguments.model.model_name_or_path}: {wrong[0]} has the shape {saved} in the "
+            f"--model_name_or_path {arguments.model.model_name_or_path}: {min(wrong)} has the shape {saved} in the "
             f"checkpoint, and its config.json asks for {needed}"
         )
     if set(output) <= set(info["missing_keys"]):
@@ -220,6 +224,12 @@ def _renew_output_layer(arguments: Arguments, model: nn.Module, config: Any, hea
     if arguments.training.should_save:
         logger.warning("a new output layer: the checkpoint's has %s", head.unfit or "another number of labels")
     return True
+
+
+def _only_where(saved: torch.Size, needed: torch.Size, wider: torch.Size) -> bool:
+    """Whether a saved shape differs from the needed one only in dimensions in which the wider head's shape does too."""
+    sizes = zip(saved, needed, wider, strict=False)
+    return len(saved) == len(needed) and all(one == two or two != other for one, two, other in sizes)
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:

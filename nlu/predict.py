@@ -49,6 +49,7 @@ from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
 from nlu.methods.registry import rebuild
+from nlu.runs.signals import SignalWatch
 from nlu.tasks import TASKS
 
 # What transformers raises for folders that hold no model, or a damaged one.
@@ -334,10 +335,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
-    try:
-        run(build_parser().parse_args(argv))
-    except (UsageError, OSError, KeyboardInterrupt) as error:
-        return exit_code(error)
+    with SignalWatch():
+        try:
+            run(build_parser().parse_args(argv))
+        except BaseException as error:
+            return exit_code(error)
     return 0
 
 

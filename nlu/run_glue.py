@@ -56,6 +56,7 @@ from nlu.runs.folder import RunFolder, shared_digests
 from nlu.runs.log import ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
 from nlu.runs.record import RunRecord, report, start_record
+from nlu.runs.signals import SignalWatch
 from nlu.start import prepare_start
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer, updates_per_epoch
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     2: bad arguments or input; 1: a run that cannot go on; 128 + the signal's number: stopped, to be gone on with.
     """
-    with ConsoleLog() as log:
+    with ConsoleLog() as log, SignalWatch():
         try:
             return run(parse_arguments(sys.argv[1:] if argv is None else argv), log)
         except BaseException as error:
@@ -102,6 +103,8 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
     held = run_folder.hold(state, log)
     with held if training.should_save else contextlib.nullcontext():
         wait_for_all()  # it is ready
+        if not training.should_save:
+            log.join(folder / "log" / "run.log")
         set_seed(training.seed)
         sharded = sharding_asked_for()
         with without_accelerates_own():

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 LONGEST_LINE = 1 << 24  # characters; this also bounds the memory that a file without line breaks takes
+_ROWS_AT_ONCE = 1024  # of a Parquet file, in which a long text that many rows share takes little room
 _NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
 _NOT_USABLE_JSON = "not usable JSON (a number too long, or nested too deep)"
 # What pyarrow raises for damaged files, and Python for values that it cannot hold.
@@ -245,7 +246,7 @@ class _Parquet(TableReader):
         self._positions(wanted)
         place = itertools.count(1)
         try:
-            for batch in self.file.iter_batches(columns=wanted):
+            for batch in self.file.iter_batches(_ROWS_AT_ONCE, columns=wanted):
                 columns = [batch.column(name).to_pylist() for name in wanted]
                 yield from map(Row, place, map(list, zip(*columns, strict=True)))
         except _PARQUET_ERRORS as error:

@@ -70,6 +70,8 @@ def load_own_files(
         names, metrics = None, ("pearson", "spearmanr")
     else:
         names = tuple(map(str, sorted(set(labels["train"]))))
+        if broken := [name for name in names if len(name.splitlines()) > 1 or "\t" in name]:
+            raise UsageError(f"{train_file}: label {shown(broken[0])} holds a tab or a line break: leave those out")
         if len(names) < 2:
             raise UsageError(f"{train_file}: every label is {shown(names[0])}; two classes or more are needed")
         metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)

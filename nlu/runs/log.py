@@ -61,9 +61,21 @@ class ConsoleLog:
             OSError: the file cannot be opened. A disk that is full later ends no run: lines are left out.
         """
         path.parent.mkdir(exist_ok=True)
+        self._lines.insert(0, f"---- {now()} {command_line()}")
+        self._append_to(path)
+
+    def join(self, path: Path) -> None:
+        """As :meth:`write_to` for another process of the run, whose first one has made the file; without a heading.
+
+        On a machine that does not see the run's folder it does nothing.
+        """
+        with contextlib.suppress(OSError):
+            self._append_to(path)
+
+    def _append_to(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", errors="replace")
         shown, self._lines = self._lines, []
-        for line in (f"---- {now()} {command_line()}", *shown):
+        for line in shown:
             self._add(line)
 
     def note(self, text: str) -> None:

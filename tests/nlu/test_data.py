@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from glue_samples import sample_rows, write_csv, write_jsonl, write_official
 
+from nlu.data.file_formats import open_binary, open_table
 from nlu.data.glue import limit, load_task_data
 from nlu.data.own import load_own_files
 from nlu.errors import UsageError
@@ -357,6 +358,8 @@ def test_own_regression(tmp_path):
         ("a.jsonl", '{"text":"a","label":1}\n{"text":"a","label":"x"}\n', "line 2: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":1}\n', "line 2: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":true}\n', "line 1: .*all numbers or all words"),
+        ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":"y\\tz"}\n', "'y.+tz' holds a tab"),
+        ("a.csv", 'text,label\na,x\na,"y\nz"\n', "'y.+nz' holds a tab or a line break"),
         ("a.xlsx", "x", "told by the suffix"),
     ],
 )
@@ -462,3 +465,13 @@ def test_odd_parquet_and_paths(tmp_path):
     for path in (tmp_path / "folder.csv", "nul\0byte.csv", tmp_path / "a.csv" / "b.csv"):
         with pytest.raises(UsageError, match="cannot be read"):
             load_own_files(path)
+
+
+def test_a_text_that_many_parquet_rows_share_is_not_unpacked_for_all_at_once(tmp_path):
+    """A file of some kilobytes stands for half a gigabyte."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 8192, pa.int32()), pa.array(["x" * 65536]))
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    before = pa.total_allocated_bytes()
+    with open_binary(tmp_path / "a.parquet") as stream:
+        row = next(open_table(stream, "a.parquet").rows(["text"]))
+        assert len(row.values[0]) == 65536 and pa.total_allocated_bytes() - before < 1 << 28

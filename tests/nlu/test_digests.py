@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from nlu.errors import UsageError
-from nlu.runs import digests
+from nlu.runs import digests, folder
 from nlu.runs.digests import content_digests, file_digest
 from tests.nlu.tiny import REPOSITORY
 
@@ -193,6 +195,28 @@ def test_a_damaged_cache_or_none_is_no_harm(tmp_path, read, monkeypatch, damage)
     assert file_digest(path) == digest and read == ["weights"] * 2
     monkeypatch.setattr(digests, "_known", {})
     assert file_digest(path) == digest and len(read) == (3 if damage is None else 2)
+
+
+def _digests_in_process(rank, root):
+    """Writes what this process is told of a file, and of one that cannot be read; only the first process looks."""
+    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
+    if rank == 1:
+        folder.content_digests = None
+    told = [folder.shared_digests({"train_file": f"{root}/rows.jsonl"})]
+    try:
+        folder.shared_digests({"method": "lora", "peft_config": f"{root}/damaged.json"})
+    except UsageError as error:
+        told.append(str(error))
+    (root / f"{rank}.json").write_text(json.dumps(told))
+
+
+def test_the_first_process_reads_for_all(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "damaged.json").write_text("{")
+    torch.multiprocessing.start_processes(_digests_in_process, (tmp_path,), 2, start_method="fork")
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and first[0] == digests.content_digests({"train_file": str(tmp_path / "rows.jsonl")})
+    assert "--peft_config" in first[1] and "cannot be read" in first[1]
 
 
 def test_a_run_records_its_model_and_data(base_flags):

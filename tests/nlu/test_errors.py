@@ -19,6 +19,7 @@ from nlu.errors import RunError, UsageError, exit_code
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "save it as UTF-8"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "--per_device_train_batch_size"),
         (MemoryError(), 1, "--per_device_train_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--per_device_train_batch_size"),
         (KeyboardInterrupt(), 130, "give the same command again"),
     ],
 )

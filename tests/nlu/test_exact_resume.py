@@ -10,7 +10,9 @@ import sys
 import time
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
+from nlu import launch
 from nlu.run_glue import main
 from tests.nlu import killed_runs
 from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_killed
@@ -110,7 +112,10 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     launcher.terminate()
     _, told = launcher.communicate(timeout=120)
     assert launcher.returncode == 128 + signal.SIGTERM and "Traceback" not in told
-    assert "give the same command again to go on" in told
+    log = (tmp_path / "stopped" / "log" / "run.log").read_text()
+    for shown in (told, log):
+        assert shown.count("give the same command again to go on") == 2
+    assert log.count("---- ") == 1
     assert read(stopped)["status"] == "interrupted"
 
     how = "break off"
@@ -120,6 +125,16 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     result = subprocess.run(command, **PLACE, capture_output=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("asked", [None, "45"])
+def test_the_workers_have_time_to_end_a_long_step_and_save_it(monkeypatch, asked):
+    """torchrun's own patience is 30 seconds; the test above has steps of milliseconds."""
+    monkeypatch.setattr(os, "environ", {} if asked is None else {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": asked})
+    monkeypatch.setattr(launch.logging, "disable", lambda level: None)
+    seconds = []
+    monkeypatch.setattr(launch, "torchrun", lambda argv: seconds.append(LaunchConfig(1, 1, 1).shutdown_timeout))
+    assert launch.main([]) == 0 and seconds == [int(asked or 600)]
 
 
 def test_what_two_processes_refuse_is_one_line_and_exit_code_2(base_flags):

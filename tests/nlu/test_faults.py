@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from loralib.files import start_folder
+from nlu import run_glue
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
@@ -104,6 +105,13 @@ def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
     with dying("on_pre_optimizer_step", 2, twice):
         assert main(flags) == 143
     assert checkpoints(run_folder / "model")[-1].name == "checkpoint-2"
+
+
+def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(run_glue, "load_data", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(flags) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to go on\n"
+    assert not run_folder.exists()
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from loralib.export import export_merged
 from nlu import predict as predict_program
@@ -42,7 +42,7 @@ def flags_of(base_flags, folder, task, *more):
     ("mnli", ["joy", "anger", "fear"], None, ("entailment", "neutral", "contradiction"), "the labels joy"),
     ("mnli", PERMUTED, "regression", ("entailment", "neutral", "contradiction"), "regression"),
     ("rte", PERMUTED, None, ("entailment", "not_entailment"), "3 labels, and rte has 2"),
-    ("rte", ["score"], "regression", ("entailment", "not_entailment"), "1 labels"),
+    ("rte", ["score"], "regression", ("entailment", "not_entailment"), "1 label,"),
     ("stsb", PERMUTED, None, None, "3 labels, and stsb asks for one number"),
     ("stsb", ["similarity"], None, None, None),
     ("stsb", ["toxic"], "multi_label_classification", None, "one number"),
@@ -85,7 +85,12 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     flags = [*changed(flags, root_output_dir=tmp_path / "trained"), "--save_total_limit", "9"]
     run_broken_off(flags, 2)
     assert read(flags)["labels"] == ["contradiction", "neutral", "entailment"]
-    assert main(flags) == 0
+    # The checkpoint's labels are renamed in between, and the run's record is older than digests.
+    (tmp_path / "trained/results.json").write_text(json.dumps(read(flags) | {"digests": None}))
+    renamed = AutoConfig.from_pretrained(folder)
+    renamed.id2label = dict(enumerate(PERMUTED[::-1]))
+    renamed.save_pretrained(folder)
+    assert main(flags) == 0 and read(flags)["resumes"] == 1
     adapter = json.loads((tmp_path / "trained/adapter/adapter_config.json").read_text())
     names = {"0": "contradiction", "1": "neutral", "2": "entailment"}
     assert names in [value for value in _values(adapter) if isinstance(value, dict)]
@@ -121,6 +126,15 @@ def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, 
     output = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
     write_rows(tmp_path / "rows.jsonl", make_rows(get_task(task).text_fields, task == "stsb", 4, 0))
     assert predict_program.main(["--adapter", str(run / "adapter"), "--base", str(folder), *output]) == 0
+
+
+def test_the_output_layer_may_differ_in_the_number_of_labels_alone(base_flags, tmp_path, capsys):
+    folder = classifier(tmp_path / "odd", PERMUTED)
+    tensors = load_file(folder / "model.safetensors")
+    narrow = tensors | {"classifier.weight": tensors["classifier.weight"][:, :14].contiguous()}
+    save_file(narrow, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(flags_of(base_flags, folder, "mrpc")) == 2
+    assert "classifier.weight has the shape (3, 14)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_mismatch_elsewhere_is_refused_by_name(base_flags, tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import count
@@ -261,3 +262,18 @@ def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_
         names = ["unacceptable", "acceptable"]
         right = [names.index(row["label"]) == label for row, label in zip(found, truth, strict=True)]
         assert sum(right) / len(right) == pytest.approx(scores["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("happens", "code", "says"),
+    [
+        (lambda: [0] * sys.maxsize, 1, "error: there is not enough memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143, "stopped by SIGTERM"),
+    ],
+)
+def test_too_little_memory_and_signals_end_in_one_line(tmp_path, monkeypatch, capsys, happens, code, says):
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(predict, "read_card", lambda arguments: happens())
+    assert main(["--model", str(tmp_path), "--input", str(tmp_path / "in.jsonl")]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(says)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import nlu.arguments
+from nlu import run_glue
 from nlu.run_glue import main
 from nlu.runs import digests
 from tests.nlu.tiny import make_rows, write_rows
@@ -211,6 +212,26 @@ def test_a_record_without_digests_says_so(finished, capsys, caplog):
     assert "has no digests" in caplog.text
     assert run.start("--do_predict", f"--test_file={run.root / 'test.jsonl'}") == 0
     assert run.record["digests"] is None  # it is not known what was trained on
+
+
+def test_another_commit_of_a_model_on_the_hub_is_refused(finished, capsys, monkeypatch):
+    """A name on the hub has no digest; the commit that was loaded is in the record."""
+    run = finished("glue")
+    record = run.record | {"status": "interrupted", "model_commit": "a" * 40}
+    (run.folder / "results.json").write_text(json.dumps(record))
+    load, commit = run_glue.load_model, "b" * 40
+
+    def from_the_hub(*args):
+        model = load(*args)
+        model.config._commit_hash = commit
+        return model
+
+    monkeypatch.setattr(run_glue, "load_model", from_the_hub)
+    assert run.start() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"commit {'a' * 40}" in error and f"--model_revision {'a' * 40}" in error
+    commit = "a" * 40
+    assert run.start() == 0
 
 
 def test_another_warm_start_of_the_same_name_is_refused(finished, capsys):
