@@ -234,7 +234,7 @@ def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
 
 
 def _check_data(data: Any) -> None:
-    """The flags for one's own files, and the class weights."""
+    """The flags for a user's own files, and the class weights."""
     choices = {"on_error": ("stop", "skip"), "metric": (None, *METRICS), "class_weights": (None, "balanced")}
     for name, allowed in choices.items():
         if getattr(data, name) not in allowed:

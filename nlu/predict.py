@@ -1,4 +1,4 @@
-"""Labels and probabilities for a file of any size, from a trained adapter or a merged checkpoint.
+"""Predict labels and probabilities for a file of any size, with a trained adapter or a merged checkpoint.
 
     python nlu/predict.py --adapter output/cola/adapter --base microsoft/deberta-v3-base --input new.jsonl
     cat new.tsv | python nlu/predict.py --model merged --text_columns sentence1,sentence2 --input - --input_format tsv
@@ -52,7 +52,7 @@ from nlu.methods.registry import rebuild
 from nlu.runs.signals import SignalWatch
 from nlu.tasks import TASKS
 
-# What transformers raises for folders that hold no model, or a damaged one.
+# transformers raises these for folders that hold no model, or a damaged one.
 _MODEL_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
 BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
 
@@ -87,7 +87,7 @@ class Predictor:
 
 
 def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the adapter, or the merged checkpoint's configuration, says of its task; UsageError where it is damaged."""
+    """What the adapter or the merged checkpoint records of its task; UsageError if it is damaged."""
     if arguments.adapter is None:
         config = _configuration("--model", arguments.model)
         return {name: getattr(config, name, None) for name in ("text_fields", "max_seq_length")}
@@ -107,7 +107,7 @@ def _configuration(flag: str, source: str) -> Any:
 
 
 def text_columns(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
-    """The columns to read: those that are given, else those of the training; UsageError where nobody names them."""
+    """The columns to read, from --text_columns or else from the training; UsageError where neither names any."""
     if arguments.text_columns is not None:
         fields = tuple(arguments.text_columns.split(","))
     else:

@@ -15,7 +15,7 @@ if __package__ in (None, ""):
 import pandas as pd
 
 from loralib.files import write_bytes, write_text
-from nlu.errors import UsageError, exit_code, reason
+from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.figures import Drawing, draw
 from nlu.experiments.questions import Question, load_questions
 from nlu.experiments.statistics import Estimate, estimate, finished, load_measured
@@ -38,10 +38,10 @@ FORMATS = ("markdown", "csv", "latex", "svg", "html")
 DESCRIPTION = """\
 Reads the lines of measured runs (MEASURED_DIR/EXPERIMENT.jsonl) and the questions of an experiment report, and writes
 OUTPUT_DIR/README.md, with each table under the question that it answers, and its figures (PNG) to OUTPUT_DIR/figures/.
-Averages, intervals and tests are computed each time; the same lines give the same bytes. Failed runs have no score. The
-papers' own tables, which are cited, are written apart, to PUBLISHED_DIR/README.md.
+It computes averages, intervals and tests each time, and the same lines give the same bytes. Failed runs have no score.
+The papers' own tables, which are cited, go to PUBLISHED_DIR/README.md.
 
---format csv, latex, svg and html write tables/*.csv, tables/*.tex, figures/*.svg and report.html in its place."""
+--format csv, latex, svg and html write tables/*.csv, tables/*.tex, figures/*.svg and report.html instead."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -63,7 +63,7 @@ thead th { border-bottom: 1px solid #333; vertical-align: bottom; } tbody tr:nth
 
 @dataclass(frozen=True)
 class Section:
-    """A question with what answers it; without runs only the finding, which says how to measure it."""
+    """A question and its answer. Where no run has finished, the finding says how to measure it."""
 
     question: str
     finding: str
@@ -73,16 +73,15 @@ class Section:
 
 def main(argv: list[str] | None = None) -> int:
     """Write what is asked for; returns the exit code: 0, 1 where a figure was not drawn, 2 for bad input."""
-    args = build_parser().parse_args(argv)
     try:
-        return write_report(args)
+        return write_report(build_parser().parse_args(argv))
     except (UsageError, OSError) as error:
         return exit_code(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the report."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="report.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, results = parser.add_argument, ROOT / "results"
@@ -203,7 +202,7 @@ def _write(form: str, sections: list[Section], output: Path) -> None:
 
 
 def _remove_stale(output: Path, keep: set[str]) -> None:
-    """Remove figures of an earlier report that are drawn no more; only beside a page that bears the mark."""
+    """Remove the figures of an earlier report that this one does not draw, if the report made the page beside them."""
     page = output / "README.md"
     if page.exists() and page.read_text(encoding="utf-8").startswith(GENERATED):
         for path in (output / "figures").glob("*.png"):

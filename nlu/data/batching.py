@@ -1,8 +1,8 @@
-"""The order of the training examples: a pure function of seed and epoch, whatever the number of processes.
+"""The order of the training examples. It depends on the seed and the epoch alone, not on the number of processes.
 
-Accelerate deals a sampler's order out in consecutive batches, one process after the other. So when the order is the
-same, one process with batches of 32, two with 16, or four accumulation steps of 8 see the same 32 examples in one
-optimiser step. (Only the last step of an epoch may differ: there accelerate fills up what is missing on a process.)
+Accelerate gives each process its consecutive batches of one order. So one process with batches of 32, two with 16, and
+four accumulation steps of 8 see the same 32 examples in one optimiser step. (The last step of an epoch may differ,
+because accelerate repeats examples there until every process has a whole batch.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-_POOL_BATCHES = 50  # batches sorted together: more gives less padding, fewer gives more chance to what meets in a batch
+_POOL_BATCHES = 50  # batches sorted together: more of them give less padding, fewer give more random batches
 
 
 class SeededRandomSampler(Sampler[int]):
@@ -43,10 +43,10 @@ class SeededRandomSampler(Sampler[int]):
 
 
 class LengthBucketSampler(SeededRandomSampler):
-    """As `SeededRandomSampler`, with examples of similar length in the same effective batch, to save padding.
+    """A random order that puts examples of similar length into the same effective batch, which saves padding.
 
-    A random order is cut into pools of 50 batches, each pool sorted by length and cut into batches, and the batches are
-    put in random order. What does not fill a batch is a random choice of examples at the end of the epoch.
+    It cuts a random order into pools of 50 batches, sorts each pool by length, cuts it into batches, and puts the
+    batches into random order. The examples that fill no batch are a random choice, and come last in the epoch.
 
     Args:
         lengths: tokens of each example.

@@ -1,6 +1,6 @@
-"""The rows of JSON lines, JSON, Parquet, CSV and TSV files, as a stream in which every row knows its place.
+"""Readers of CSV, TSV, JSON lines, JSON and Parquet files. They give a stream of rows, and every row knows its place.
 
-Training, prediction and GLUE's official files read through this one reader. Only a JSON list is held in memory whole.
+Training, prediction and GLUE's official files use these readers. Only a JSON list is held in memory whole.
 """
 
 from __future__ import annotations
@@ -77,10 +77,6 @@ class TableReader:
         """The error for one row, naming the file and the place."""
         return UsageError(f"{self.name}, {self.unit} {place}: {message}")
 
-    def present(self, optional: Sequence[str]) -> list[str]:
-        """Those of the columns that the file has."""
-        return [name for name in optional if name in self.columns]
-
     def rows(self, text: Sequence[str], other: Sequence[str] = (), blank: bool = False) -> Iterator[Row]:
         """The rows, bad ones included, with the values of the columns `text` and `other`.
 
@@ -112,7 +108,7 @@ class TableReader:
 
 
 class _Lines:
-    """The lines of a text file with their ends, counted; `fault` says what is wrong with those since it was cleared."""
+    """Counts the lines of a text file. `fault` says what is wrong with the lines since the last row."""
 
     def __init__(self, stream: BinaryIO, newline: str) -> None:
         self.file = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline)
@@ -136,7 +132,7 @@ class _Lines:
 
 
 class _Delimited(TableReader):
-    """CSV with RFC 4180 quotes, and TSV in which quotes are ordinary characters, as in GLUE's release."""
+    """CSV with quotes as in RFC 4180, and TSV in which quotes are ordinary characters, as in GLUE's release."""
 
     typed = False
 
@@ -281,7 +277,7 @@ def open_table(
     """The reader of an open binary file or pipe.
 
     Args:
-        name: the file's name for messages. kind: one of `FORMATS`; by default the suffix of the name tells it.
+        name: the file's name for messages. kind: one of `FORMATS`; without it the suffix of the name tells the format.
         header: the columns of a CSV or TSV file that comes without a header line.
 
     Raises:
@@ -289,7 +285,7 @@ def open_table(
     """
     kind = kind or Path(name).suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise UsageError(f"{name}: the format is told by the suffix: .jsonl, .json, .parquet, .csv or .tsv")
+        raise UsageError(f"{name}: the suffix must tell the format: .jsonl, .json, .parquet, .csv or .tsv")
     if kind == "parquet":
         return _Parquet(stream, name)
     return _Delimited(stream, name, kind, header) if kind in ("csv", "tsv") else _Json(stream, name, kind)
@@ -360,7 +356,7 @@ def read_table(
     rows, places, numbers, bad = [], [], [], []
     with open_binary(path) as stream:
         reader = open_table(stream, path, kind, header)
-        names = [*text, *other, *reader.present(optional)]
+        names = [*text, *other, *(name for name in optional if name in reader.columns)]
         for number, row in enumerate(reader.rows(text, names[len(text) :], blank)):
             if row.error is None:
                 rows.append(row.values)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from nlu.arguments import Arguments
 from nlu.data.glue import limit, load_task_data, reorder_labels
-from nlu.data.own import load_own_files
+from nlu.data.own_files import load_own_files
 from nlu.data.tokens import tokenize
 from nlu.errors import UsageError
 from nlu.tasks import Task, get_task
@@ -28,7 +28,7 @@ class Splits:
 
 
 def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
-    """The task and its rows as text, cut to the asked-for numbers; a held-out part in place of validation if asked."""
+    """The task and its rows as text, cut to --max_*_samples. With --holdout_fraction training rows are held out."""
     data, training = arguments.data, arguments.training
     need = [name for name, wanted in (("train", training.do_train), ("validation", training.do_eval),
                                       ("test", training.do_predict)) if wanted]  # fmt: skip
@@ -58,7 +58,7 @@ def load_data(arguments: Arguments) -> tuple[Task, dict[str, Dataset]]:
 
 
 def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset], tokenizer: Any) -> Splits:
-    """Token ids; what is only read, not trained on, is sorted by length, so that its batches need little padding."""
+    """Token ids. Validation and test sets are sorted by length, so that their batches need little padding."""
     data = arguments.data
     tokens = tokenize(splits, task, tokenizer, data.max_seq_length, data.pad_to_max_length)
     by_length = {

@@ -1,4 +1,4 @@
-"""Predictions of test sets, in the form that the GLUE server wants: one TSV file a test set, and all of them in a zip.
+"""Write test predictions as the GLUE server wants them: one TSV file for each test set, and a zip of all of them.
 
 python nlu/data/submission.py output/glue/cola output/glue/sst2 … --out submission.zip
 """
@@ -51,7 +51,7 @@ def write_predictions(
 ) -> Path:
     """Write one test split's predictions, ordered by index, and return the file.
 
-    The file is the GLUE server's (`MNLI-m.tsv`), or `<task>_<split>.tsv` for a task of one's own, with the columns
+    The file is the GLUE server's (`MNLI-m.tsv`), or `<task>_<split>.tsv` for a user's own task, with the columns
     `index` and `prediction`. Classes are the server's words; STS-B's scores are cut to [0, 5], with three decimals.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a selection chooses from its held-out losses, put into the final runs that need it."""
+"""Chooses arguments by their held-out losses, and puts them into the final runs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class Tried:
 
 
 def second_round(selection: Selection, places: Places, keys: Iterable[tuple] | None = None) -> list[Run]:
-    """One more run (for each seed) where the first round's best value lies at an end of what was tried.
+    """The runs of one more value (one for each seed) where the best of the first round is the smallest or the largest.
 
     Args:
         keys: the keys to look at; all without it. A key whose first round has not ended has no second round yet.

@@ -10,7 +10,7 @@ grid:                                   # one run for each combination
   variant:                              # a mapping: a label and the arguments that it stands for
     inner: {importance: inner}
     full: {importance: full}
-  task_name: [cola, rte]                # or train_file and validation_file, in base or as an axis: one's own data
+  task_name: [cola, rte]                # or train_file and validation_file, in base or as an axis: a user's own data
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep lie: their commands, states and lines, and what other experiments have finished."""
+"""Finds the folders, states and lines of a sweep's runs, and runs that other experiments have finished."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What the measured lines say: scores by row, paired differences with their intervals, claims and their verdicts."""
+"""Computes scores, paired differences with their intervals, and the verdicts of claims from the measured lines."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,7 +97,7 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the 95 % interval (Student's t)."""
+        """Half the width of the 95 % interval (Student's t)."""
         return None if self.error is None else float(stats.t.ppf(0.975, self.freedom)) * self.error
 
     @property
@@ -106,7 +106,7 @@ class Estimate:
         return None if half is None else (self.mean - half, self.mean + half)
 
     def p_value(self, expect: str) -> float | None:
-        """Of the hypothesis that a claim contradicts.
+        """The p value of the hypothesis that a claim contradicts.
 
         "higher": no difference (two-sided); "not lower": a loss of `LEVEL` or more; "level": a difference of `LEVEL` or
         more in either direction (two one-sided tests).
@@ -119,7 +119,7 @@ class Estimate:
         return below if expect == "not lower" else max(below, 1 - above)
 
     def _tail(self, bound: float) -> float:
-        """How likely a mean so far above `bound` is if the truth is `bound`."""
+        """The probability of a mean at least this far above `bound` if the true mean is `bound`."""
         if not self.error:
             return 0.5 if self.mean == bound else float(self.mean < bound)
         return float(stats.t.sf((self.mean - bound) / self.error, self.freedom))
@@ -161,7 +161,7 @@ def holm(p_values: list[float | None]) -> list[float | None]:
 
 
 def verdict(result: Estimate, expect: str, p: float | None) -> str:
-    """What follows for a claim: holds, level, contradicted or not shown; `p` is corrected for the number of claims."""
+    """The verdict on a claim: holds, level, contradicted or not shown; `p` is corrected for the number of claims."""
     if result.interval is None or p is None:
         return "not shown"
     low, high = result.interval

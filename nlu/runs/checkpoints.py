@@ -35,7 +35,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def write_checkpoint(trainer: Any, run_folder: Path, final: Path) -> None:
-    """Write the trainer's state beside ``final`` and rename it when it is whole; then delete what is too many.
+    """Write the trainer's state beside ``final`` and rename it when it is whole; then delete the oldest checkpoints.
 
     All processes call it. The Trainer's own files are written by its own (private) methods.
 
@@ -111,7 +111,7 @@ def seal(checkpoint: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Recover a checkpoint of which a killed run had replaced one half, and remove what it had not completed."""
+    """Finish the exchange of a checkpoint that a killed run was replacing, and remove what it had not completed."""
     for path in folder.glob(".checkpoint-*.*"):
         remove_leftovers(folder / path.stem.removeprefix("."))
 

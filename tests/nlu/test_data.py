@@ -14,7 +14,7 @@ from glue_samples import sample_rows, write_csv, write_jsonl, write_official
 
 from nlu.data.file_formats import open_binary, open_table
 from nlu.data.glue import limit, load_task_data
-from nlu.data.own import load_own_files
+from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, get_task
 
@@ -360,7 +360,7 @@ def test_own_regression(tmp_path):
         ("a.jsonl", '{"text":"a","label":true}\n', "line 1: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":"y\\tz"}\n', "'y.+tz' holds a tab"),
         ("a.csv", 'text,label\na,x\na,"y\nz"\n', "'y.+nz' holds a tab or a line break"),
-        ("a.xlsx", "x", "told by the suffix"),
+        ("a.xlsx", "x", "the suffix must tell the format"),
     ],
 )
 def test_own_bad_files(tmp_path, name, text, message):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nlu.data.glue import load_task_data
-from nlu.data.own import load_own_files
+from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
 

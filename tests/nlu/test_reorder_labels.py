@@ -8,7 +8,7 @@ import pytest
 from glue_samples import sample_rows, write_jsonl
 
 from nlu.data.glue import load_task_data, reorder_labels
-from nlu.data.own import load_own_files
+from nlu.data.own_files import load_own_files
 from nlu.data.submission import write_predictions
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS

@@ -204,14 +204,14 @@ def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"question": []}, "unknown key question"),
-        ({"questions": [{"experiments": ["a"]}]}, "needs a question"),
-        ({"questions": [{"question": "a", "experiments": []}]}, "experiments of 'a'"),
-        ({"questions": [{"question": "a", "experiments": ["b"], "claims": [{"label": "x"}]}]}, "label and against"),
+        ({"question": []}, "('question' was unexpected)"),
+        ({"questions": [{"experiments": ["a"]}]}, "questions.0: 'question' is a required"),
+        ({"questions": [{"question": "a", "experiments": []}]}, "questions.0.experiments: [] should be non-empty"),
+        ({"questions": [{"question": "a", "experiments": ["b"], "claims": [{"label": "x"}]}]}, "'against' is"),
         (
             {"questions": [{"question": "a", "experiments": ["b"], "claims": [
                 {"label": "x", "against": "y", "expect": "more"}]}]},
-            "must expect one of higher",
+            "expect: 'more' is not one of ['higher'",
         ),
     ],
 )  # fmt: skip

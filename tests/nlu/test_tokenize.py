@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from nlu.data.glue import load_task_data
-from nlu.data.own import load_own_files
+from nlu.data.own_files import load_own_files
 from nlu.data.tokens import tokenize
 from nlu.errors import UsageError
 from nlu.tasks import TASKS

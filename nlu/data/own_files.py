@@ -1,4 +1,4 @@
-"""A task of one's own from CSV, TSV, JSON or Parquet files."""
+"""Reads a user's own CSV, TSV, JSON or Parquet files and finds out what task they are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_own_files(
     metric: str | None = None,
     skip_bad_rows: bool = False,
 ) -> tuple[Task, dict[str, Dataset]]:
-    """Load a task of one's own from .csv, .tsv, .json, .jsonl or .parquet files.
+    """Load a user's own task from .csv, .tsv, .json, .jsonl or .parquet files.
 
     The labels of the training file decide the task: whole numbers and words are classes (those of the training file,
     sorted), other numbers are regression. A test file may do without labels.
@@ -48,7 +48,7 @@ def load_own_files(
             named or found, or the metric does not go with the labels; names file and line.
     """
     if train_file is None:
-        raise UsageError("one's own files need --train_file, even to evaluate or predict: its labels define the task")
+        raise UsageError("your own files need --train_file, even to evaluate or predict: its labels define the task")
     paths = {"train": train_file, "validation": validation_file, "test": test_file}
     text = tuple(text_columns or _find_text_columns(train_file, label_column))
     if not 1 <= len(set(text)) == len(text) <= 2 or label_column in text or not {*text}.isdisjoint(_OWN_NAMES):
