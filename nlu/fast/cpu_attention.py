@@ -47,7 +47,8 @@ def cpu_attention(
     else:
         mask = attention_mask.transpose(0, 1)
     merged = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
-    context = DisentangledAttention.apply(*merged, None, None, mask, query.size(1), scaling, dropout)
+    fast_dropout = type(getattr(module, "dropout", None)) is not nn.Dropout  # that is what --no_fast_dropout leaves
+    context = DisentangledAttention.apply(*merged, None, None, mask, query.size(1), scaling, dropout, fast_dropout)
     return context.unflatten(-1, (query.size(1), -1)), None
 
 

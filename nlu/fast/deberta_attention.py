@@ -16,6 +16,7 @@ sign bit set where dropout removed it), and works in blocks of rows so that a lo
 more than it reads.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 from transformers.utils import logging
 
-from nlu.fast.dropout import drop_mask
+from nlu.fast.dropout import FastDropout, drop_mask
 
 logger = logging.get_logger(__name__)
 
@@ -97,14 +98,16 @@ class DisentangledAttention(torch.autograd.Function):
     """softmax(scale·q kᵀ + scale·skew(q pkᵀ) + skew(k pqᵀ)ᵀ, masked) with dropout, times v; pq is scaled already."""
 
     @staticmethod
-    def forward(ctx, query, key, value, pos_key, pos_query, mask, heads, scale, dropout_p):
+    def forward(ctx, query, key, value, pos_key, pos_query, mask, heads, scale, dropout_p, fast_dropout):
         """query, key, value (B, L, H·d); pos_key (H, 2L−1, d) by falling δ, pos_query by rising δ, or None; mask
-        (H or 1, B or 1, L or 1, L) bool, True where a key may be attended to. Returns the context (B, L, H·d)."""
+        (H or 1, B or 1, L or 1, L) bool, True where a key may be attended to; fast_dropout says whether the mask comes
+        from `drop_mask` or from torch. Returns the context (B, L, H·d)."""
         with torch.autocast(query.device.type, enabled=False):
             query, key, value = (_split_heads(x, heads, s) for x, s in ((query, scale), (key, 1.0), (value, 1.0)))
             probs = torch.softmax(_scores(query, key, pos_key, pos_query, mask), dim=-1)
             if dropout_p > 0:
-                probs.addcmul_(probs, drop_mask(probs, dropout_p), value=-2)  # sign bit: dropped
+                dropped = drop_mask(probs, dropout_p) if fast_dropout else torch.empty_like(probs).bernoulli_(dropout_p)
+                probs.addcmul_(probs, dropped, value=-2)  # sign bit: dropped
             kept = probs.relu() if dropout_p > 0 else probs
             context = torch.bmm(kept.flatten(0, 1), value.flatten(0, 1)).view_as(value)
             ctx.save_for_backward(query, key, value, pos_key, pos_query, mask, probs)
@@ -139,7 +142,7 @@ class DisentangledAttention(torch.autograd.Function):
                 _position_grads(grad_scores.transpose(-1, -2), key, pos_query, grad_key, grad_pos_query)
             grads = ((grad_query, ctx.scale), (grad_key, 1.0), (grad_value, 1.0))
             merged = [None if g is None else _merge_heads(g, s) for g, s in grads]
-        return *merged, grad_pos_key, grad_pos_query, None, None, None, None
+        return *merged, grad_pos_key, grad_pos_query, None, None, None, None, None
 
 
 def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
@@ -200,6 +203,19 @@ def _first_token_attention(
     return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bucket_rows(length: int, span: int, buckets: int, farthest: int, device: torch.device) -> torch.Tensor:
+    """The row of the embeddings for each distance −(length−1) … length−1, (2·length − 1,).
+
+    It is made on the host, where the stock function takes its constants from, and copied to the device once a length:
+    every layer of every step would copy otherwise.
+    """
+    distances = torch.arange(1 - length, length, device="cpu")
+    if buckets > 0:
+        distances = stock.make_log_bucket_position(distances, buckets, farthest)
+    return (distances.to(torch.long) + span).clamp(0, 2 * span - 1).to(device)
+
+
 class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
     """`DisentangledSelfAttention` with the same parameters and results; see the module's docstring."""
 
@@ -236,7 +252,8 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
             attend = _first_token_attention if first_alone else _plain_attention
             context, probs = attend(*inputs, self.dropout)
             return context, probs if output_attentions else None
-        return DisentangledAttention.apply(*inputs, self.dropout.p if self.dropout.training else 0.0), None
+        dropout_p = self.dropout.p if self.dropout.training else 0.0
+        return DisentangledAttention.apply(*inputs, dropout_p, isinstance(self.dropout, FastDropout)), None
 
     def _positions(
         self, rel_embeddings: torch.Tensor | None, length: int, scale: float, dtype: torch.dtype
@@ -269,10 +286,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
             growth = math.log(farthest / exact) / math.log((self.max_relative_positions - 1) / exact)
             farthest = exact + math.ceil(growth * (exact - 1)) + 1  # one more, for float32 rounding
         first, last = max(0, span - farthest), min(2 * span, span + farthest + 1)
-        distances = torch.arange(1 - length, length, device=device)
-        if self.position_buckets > 0:
-            distances = stock.make_log_bucket_position(distances, self.position_buckets, self.max_relative_positions)
-        index = (distances.to(torch.long) + span).clamp(0, 2 * span - 1) - first
+        index = _bucket_rows(length, span, self.position_buckets, self.max_relative_positions, device) - first
         return first, last, index
 
 

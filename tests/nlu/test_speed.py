@@ -1,8 +1,14 @@
 import platform
 import resource
 
+import pytest
 import torch
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
 from nlu.fast.deberta_attention import disable_fast_attention
 from nlu.fast.dropout import disable_fast_dropout
@@ -35,3 +41,17 @@ def test_speed_up_says_how_many_attentions_and_is_undone():
     assert speed_up(model) == 2
     assert disable_first_token(model) and disable_fast_attention(model) == 2 and disable_fast_dropout(model) > 2
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nlu.fast.deberta_attention.drop_mask", lambda x, p: drawn.append(p) or torch.zeros_like(x))
+    config = AutoConfig.for_model(kind, vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                                  intermediate_size=8, attention_probs_dropout_prob=0.3)  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    speed_up(model, fast_dropout=fast)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    model(input_ids=ids, attention_mask=ids)
+    assert (len(drawn) > 0) == fast
