@@ -92,9 +92,11 @@ class _Link:
         used = [i for i, f in enumerate(self.unique) if f.grad is not None]
         if not used:
             return
+        if len(used) < len(self.unique):  # an index made from a list is copied to the device
+            left, right = (side if side is None else side[used] for side in (left, right))
         gradient = torch.stack([self.unique[i].grad for i in used])
-        gradient = gradient if left is None else left[used] @ gradient
-        gradient = gradient if right is None else gradient @ right[used]
+        gradient = gradient if left is None else left @ gradient
+        gradient = gradient if right is None else gradient @ right
         torch._foreach_copy_([self.unique[i].grad for i in used], list(gradient.unbind()))
 
 
