@@ -174,7 +174,7 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     """
     tensors = _base_tensors(model, exclude)
     if any(stored_form(tensor) == "sharded" for tensor in tensors.values()):
-        head, digest = getattr(model, _KEPT, (None, None))
+        head, digest = getattr(model, _KEPT, (None, ""))
         if head != set(exclude):
             raise ValueError("the model was sharded with other trainable parameters: set them before shard_frozen()")
         return digest

@@ -278,7 +278,7 @@ class LoRALayer(nn.Linear):
             RuntimeError: in training mode with gradients on while merged.
         """
         if self._quantised is not None:
-            return self._beside_quantised(x)
+            return self._beside_quantised(self._quantised[0], x)
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
@@ -290,9 +290,8 @@ class LoRALayer(nn.Linear):
         core, scale = self.core_and_scale()
         return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
 
-    def _beside_quantised(self, x: Tensor) -> Tensor:
+    def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
-        (base,) = self._quantised
         base._parameters.update(weight=self.weight, bias=self.bias)  # which move to another device here alone
         frozen = base.forward(x)  # its hooks are this layer's
         if self.r == 0:
