@@ -1,6 +1,6 @@
 """Adapters for other tools: as a peft adapter, merged into a plain checkpoint, or from a peft adapter.
 
-    python -m loralib.export ADAPTER --to peft OUT
+    python -m loralib.export ADAPTER --to peft OUT          (ours, or an AdaLoRA of peft: it becomes a LoRA)
     python -m loralib.export ADAPTER --to merged OUT --base MODEL
     python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL [--kind lora2 --r 8 --widths 8]
 
@@ -36,7 +36,7 @@ from loralib.adapter_files import (
 )
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
-from loralib.peft_format import TASK_TYPES, export_peft, import_peft, read_peft
+from loralib.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         ranks = export_peft(arguments.adapter, arguments.out, arguments.base)
         least, most = min(ranks.values()), max(ranks.values())
         print(f"{arguments.out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
-        _print_labels(arguments.adapter, " (load the base with these names, see README.md there)")
+        if not is_peft(arguments.adapter):
+            _print_labels(arguments.adapter, " (load the base with these names, see README.md there)")
         return
     if arguments.base is None:
         raise ValueError(f"--to {arguments.to} needs the base model: give --base NAME_OR_PATH")
@@ -243,9 +244,9 @@ def _class_for(adapter: str, base: str) -> str:
 
 def _label_count(adapter: str) -> dict[str, int]:
     """``num_labels``: the rows of the classifier's last matrix, if the peft adapter has a classifier."""
-    _, tensors, head = read_peft(adapter)
+    _, _, head = read_pairs(adapter)
     matrices = [n for n in sorted(head) if n.endswith(".weight") and {"classifier", "score"} & set(n.split("."))]
-    return {"num_labels": tensors[matrices[-1]].shape[0]} if matrices else {}
+    return {"num_labels": head[matrices[-1]].shape[0]} if matrices else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: write ours as a LoRA of peft, read a LoRA of peft as ours. Neither needs peft.
+"""Adapters in peft's format: write ours as a LoRA of peft, read a LoRA or AdaLoRA of peft as ours. Neither needs peft.
 
 An adapter with singular values becomes an ordinary LoRA pair of its true rank. The thin QR decompositions B₀ = Q_b R_b
 and A₀ᵀ = Q_a R_a give ΔW = Q_b (R_b · core · R_aᵀ) Q_aᵀ, and the singular value decomposition of the small matrix in
@@ -61,6 +61,9 @@ model = {architecture}.from_pretrained({arguments})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 """
+
+# What a LoRA's configuration takes over from an AdaLoRA's.
+_KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
 
 Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
 
@@ -137,14 +140,16 @@ def start_factors(
 def export_peft(
     adapter: str | os.PathLike[str], folder: str | os.PathLike[str], base_model: str | None = None
 ) -> dict[str, int]:
-    """Write an adapter of ours as a LoRA adapter in peft's format.
+    """Write an adapter of ours, or an AdaLoRA of peft, as a LoRA adapter in peft's format.
 
     Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned whole are left out.
     The head goes to ``modules_to_save``, and the adapter's tokenizer goes along. peft's format has no place for label
-    names: they are the base model's, and README.md shows the call that loads it with the adapter's names.
+    names: they are the base model's, and for an adapter of ours README.md shows the call that loads it with the
+    adapter's names.
 
     Args:
-        adapter: folder of :func:`loralib.save_adapter`. folder: new, empty, or a peft adapter's, which is replaced.
+        adapter: folder of :func:`loralib.save_adapter`, or of peft's AdaLoRA.
+        folder: new, empty, or a peft adapter's, which is replaced.
         base_model: for ``base_model_name_or_path``; by default the one that the adapter records.
 
     Returns:
@@ -153,27 +158,66 @@ def export_peft(
     Raises:
         ValueError: for a damaged adapter, one without a low-rank update, or trained parameters that peft cannot hold.
     """
+    if is_peft(adapter):
+        values, pairs, head = read_pairs(adapter)
+        if values["peft_type"] == "LORA":
+            raise ValueError(f"{adapter} is a LoRA of peft already")
+        fields = {name: values.get(name) for name in _KEPT} | (
+            {"base_model_name_or_path": base_model} if base_model else {}
+        )
+        return _write_peft(
+            adapter, folder, {name: (left, right) for name, (left, right, _) in pairs.items()}, head, fields, None
+        )
     config, tensors = read_adapter(adapter)
     pairs = {
         name: layer_pair(group, name, tensors, config.tied) for group in config.groups for name in group.rank_pattern
     }
-    ranks = {name: right.shape[0] for name, (_, right) in pairs.items() if right.shape[0]}
-    if not ranks:
-        raise ValueError(f"{adapter} holds no low-rank update: peft's LoRA format cannot express it")
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
-    state = {PREFIX + name: tensors[name] for name in config.head}
-    for name in ranks:
-        left, right = pairs[name]
-        state[f"{PREFIX}{name}.lora_A.weight"] = right.contiguous()
-        state[f"{PREFIX}{name}.lora_B.weight"] = left.contiguous()
     base_model = base_model or config.base_model
+    head = {name: tensors[name] for name in config.head}
+    card = _peft_card(config, base_model)
+    return _write_peft(adapter, folder, pairs, head, _peft_fields(config, base_model), card)
+
+
+def _write_peft(
+    adapter: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    head: dict[str, Tensor],
+    fields: dict[str, Any],
+    card: str | None,
+) -> dict[str, int]:
+    """Write the pairs (B, A) with ΔW = B A of all modules; those of rank 0 are left out. Returns the ranks.
+
+    The tokenizer is that of ``adapter``.
+    """
+    ranks = {name: right.shape[0] for name, (_, right) in pairs.items() if right.shape[0]}
+    if not ranks:
+        raise ValueError("the adapter holds no low-rank update: peft's LoRA format cannot express it")
+    state = {PREFIX + name: tensor for name, tensor in head.items()}
+    for name in ranks:
+        for side, factor in zip("BA", pairs[name], strict=True):
+            state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
+    most = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != most}
+    config = {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": most,
+        "lora_alpha": most,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": list(ranks),
+        "bias": "none",
+        **fields,
+    }
     with FolderWriter(folder, {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *TOKENIZER_FILES}, CONFIG_FILE) as new:
         copy_tokenizer(adapter, new)
-        text = json.dumps(_peft_config(config, ranks, base_model), indent=2) + "\n"
-        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
-        (new / CARD_FILE).write_text(_peft_card(config, base_model), encoding="utf-8")
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (new / CARD_FILE).write_text(card, encoding="utf-8")
         (new / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
     return ranks
 
@@ -183,28 +227,17 @@ def _peft_card(config: AdapterConfig, base_model: str | None) -> str:
     return _CARD.format(base=json.dumps(base_model), architecture=config.architecture, arguments=", ".join(arguments))
 
 
-def _peft_config(config: AdapterConfig, ranks: dict[str, int], base_model: str | None) -> dict[str, Any]:
+def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any]:
     task_type = next((t for ending, t in TASK_TYPES.items() if config.architecture.endswith(ending)), None)
     if task_type in ("SEQ_CLS", "TOKEN_CLS") and not any(_HEADS & set(name.split(".")) for name in config.head):
         task_type = None  # with it peft insists on finding the head in the file
-    most = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != most}
-    dropout = max(group.lora_dropout for group in config.groups)
     return {
-        "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": config.base_revision,
-        "inference_mode": True,
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "lora_dropout": dropout,
-        "target_modules": list(ranks),
+        "lora_dropout": max(group.lora_dropout for group in config.groups),
         "modules_to_save": _modules_to_save(config.head, task_type) or None,
         "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),
-        "bias": "none",
     }
 
 
@@ -258,20 +291,12 @@ def read_peft(
     scales = {"adalora": (0,), "lora2": (1,)}.get(kind, range(100))
     if kind != "lora" and len(widths) not in scales:
         raise ValueError(f"kind {kind!r} takes {scales[0]} widths, got {list(widths)}: see multiscale for any number")
-    path = Path(folder) / CONFIG_FILE
-    values = read_json_object(path)
-    _refuse_other_than_lora(path, values)
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
-    names = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    _, pairs, head = read_pairs(folder)
     generator = torch.Generator().manual_seed(seed)
-    groups: dict[tuple, LayerGroup] = {}
+    groups: dict[str, LayerGroup] = {}
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        right, left = state.pop(f"{name}.lora_A.weight"), state.pop(f"{name}.lora_B.weight", None)
+    for name, (left, right, scaling) in pairs.items():
         rank = right.shape[0]
-        if left is None or left.dim() != 2 or right.dim() != 2 or left.shape[1] != rank:
-            raise ValueError(f"{folder}: {name} has no pair of matrices of one rank")
-        scaling = _peft_scaling(values, name, rank)
         if kind == "lora":
             key = (kind, rank, [], scaling * rank)
             factors = {"lora_B.0": left, "lora_A.0": right}
@@ -283,20 +308,77 @@ def read_peft(
         # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.
         group = groups.setdefault(str(key), LayerGroup(*key, 0.0, "gaussian", False, {}))
         group.rank_pattern[name] = "1" * key[1]
+    return list(groups.values()), {**tensors, **head}, list(head)
+
+
+def is_peft(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds an adapter in peft's format.
+
+    Raises:
+        ValueError: for a missing or damaged configuration.
+    """
+    return "peft_type" in read_json_object(Path(folder) / CONFIG_FILE)
+
+
+def read_pairs(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
+    """A LoRA or AdaLoRA adapter of peft as low-rank pairs.
+
+    AdaLoRA's ΔW = B diag(e) A · lora_alpha / (init_r + 1e-5), as peft computes it; e and the factor go into B, and
+    what is pruned is left out, whole modules too.
+
+    Returns:
+        Its configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
+
+    Raises:
+        ValueError: see :func:`read_peft`.
+    """
+    path = Path(folder) / CONFIG_FILE
+    values = read_json_object(path)
+    _refuse_other_than_lora(path, values)
+    adalora = values["peft_type"] == "ADALORA"
+    ending = "" if adalora else ".weight"
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
+    names = [name.removesuffix(f".lora_A{ending}") for name in state if name.endswith(f".lora_A{ending}")]
+    pairs = {}
+    for name in names:
+        right, left = state.pop(f"{name}.lora_A{ending}"), state.pop(f"{name}.lora_B{ending}", None)
+        if left is None or left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(f"{folder}: {name} has no pair of matrices of one rank")
+        if not adalora:
+            pairs[name] = left, right, _peft_scaling(values, name, right.shape[0])
+            continue
+        e = state.pop(f"{name}.lora_E", None)
+        if e is None or e.shape != (right.shape[0], 1):
+            raise ValueError(f"{folder}: {name} has no singular values lora_E of shape ({right.shape[0]}, 1)")
+        live = e.flatten().nonzero().flatten()
+        if len(live):
+            scaled = left.double() * e.double().T * _adalora_scaling(values)
+            pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
     odd = next((name for name in state if "lora_" in name), None)
     if not names or odd:
         raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")
-    return list(groups.values()), {**tensors, **state}, list(state)
+    if not pairs:
+        raise ValueError(f"{folder}: every singular value is 0: there is no update to take over")
+    return values, pairs, state
 
 
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
-    if values.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA can be imported")
+    if values.get("peft_type") not in ("LORA", "ADALORA"):
+        raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA and ADALORA can be imported")
     for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"):
         if values.get(key):
             raise ValueError(f"{path}: adapters with {key} cannot be imported")
     if values.get("bias", "none") != "none":
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
+
+
+def _adalora_scaling(values: dict[str, Any]) -> float:
+    alpha, rank = values.get("lora_alpha"), values.get("init_r")
+    if type(alpha) not in (int, float) or type(rank) is not int or not (0 < alpha < math.inf and rank > 0):
+        raise ValueError(f"lora_alpha and init_r must be positive numbers, got {alpha!r:.80} and {rank!r:.80}")
+    return alpha / (rank + 1e-5)
 
 
 def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:

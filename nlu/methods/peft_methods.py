@@ -1,8 +1,8 @@
 """Any layer-changing method of the ``peft`` package, from its own config file.
 
 The layers are put into the model in place, without peft's wrapper, so that names, the head and everything else stay as
-for the other methods. AdaLoRA, the one method that acts inside the training loop, gets its allocator driven and its
-regulariser added here.
+for the other methods. AdaLoRA, the one method that acts inside the training loop, is driven by
+:class:`loralib.peft_adalora.AdaLoraTraining`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loralib import match_modules
 from nlu import CONFIGS
@@ -87,12 +86,14 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
 
 
 def _schedule(source: str | Path, values: dict[str, Any], total_steps: int) -> None:
-    warmups = values.get("tinit", 0) + values.get("tfinal", 0)
-    if total_steps and warmups >= total_steps:
-        raise UsageError(
-            f"{source}: tinit + tfinal = {warmups} leaves no step of {total_steps} to allocate in: lower them"
-        )
-    values["total_step"] = total_steps or warmups + 1
+    from loralib.peft_adalora import check_schedule
+
+    warmups = values.get("tinit", 0), values.get("tfinal", 0)
+    values["total_step"] = total_steps or sum(warmups) + 1
+    try:
+        check_schedule(*warmups, values["total_step"])
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from None
 
 
 def check_targets(model: nn.Module, config: Any, target_modules: list[str]) -> None:
@@ -130,71 +131,6 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
         raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
 
 
-class PeftAdaLora:
-    """What peft's AdaLoRA does inside a training loop, with the methods of :class:`loralib.LowRankTraining`.
-
-    Args:
-        tuner: peft's ``AdaLoraModel``, its config's ``total_step`` set.
-    """
-
-    def __init__(self, tuner: Any) -> None:
-        self.tuner = tuner
-        self.config = tuner.peft_config[ADAPTER]
-        names = (f"lora_A.{ADAPTER}", f"lora_B.{ADAPTER}")
-        self._factors = [(n, p) for n, p in tuner.model.named_parameters() if n.endswith(names)]
-        self.total_steps, self.step = self.config.total_step, 0
-        self.allocator = self.budget = None  # the ranks are peft's
-
-    def start(self, total_steps: int) -> None:
-        """Begin a training of that many optimiser steps."""
-        self.config.total_step = self.total_steps = total_steps
-        self.step = 0
-
-    def penalty(self) -> Tensor:
-        """orth_reg_weight × the mean over P and Q of all layers of ‖PᵀP − I‖_F, ‖QQᵀ − I‖_F."""
-        norms = []
-        for name, p in self._factors:
-            gram = p @ p.T if "lora_A" in name else p.T @ p
-            norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=p.dtype, device=p.device)))
-        return self.config.orth_reg_weight * torch.stack(norms).mean()
-
-    def before_step(self) -> None:
-        """Nothing: peft changes no gradient."""
-
-    def after_step(self) -> None:
-        """Where peft's documentation calls it: after the step, before the gradients are cleared."""
-        self.step += 1
-        self.tuner.update_and_allocate(self.step)
-
-    def pruned_params(self) -> int:
-        """Parameters that belong to pruned singular values, a row of A and a column of B with each."""
-        factors = dict(self.tuner.model.named_parameters())
-        pruned = 0
-        for name, values in factors.items():
-            if name.endswith(f"lora_E.{ADAPTER}"):
-                a, b = (factors[name.replace("lora_E", f"lora_{side}")] for side in "AB")
-                pruned += int((values == 0).sum()) * (1 + a.shape[1] + b.shape[0])
-        return pruned
-
-    def state_dict(self) -> dict[str, Any]:
-        """The scores' moving averages and the ranks, for a checkpoint."""
-        allocator = self.tuner.rankallocator
-        return {
-            "step": self.step,
-            "ipt": dict(allocator.ipt),
-            "exp_avg_ipt": dict(allocator.exp_avg_ipt),
-            "exp_avg_unc": dict(allocator.exp_avg_unc),
-            "rank_pattern": self.config.rank_pattern,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
-        devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
-        for key in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-            setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
-        self.config.rank_pattern, self.step = state["rank_pattern"], state["step"]
-
-
 # ---- the method ----------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +163,9 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
     if config.peft_type.value != "ADALORA":
         return AppliedMethod(model, needs_autocast=True)
-    loop = PeftAdaLora(tuner)
+    from loralib.peft_adalora import AdaLoraTraining
+
+    loop = AdaLoraTraining(tuner)
     return AppliedMethod(model, loop, needs_autocast=True, pruned_params=loop.pruned_params)
 
 

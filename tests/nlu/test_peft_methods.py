@@ -7,8 +7,9 @@ import pytest
 import torch
 from peft.tuners.adalora import AdaLoraModel
 
+from loralib.peft_adalora import AdaLoraTraining
 from nlu.methods.method import AppliedMethod
-from nlu.methods.peft_methods import PEFT_FOLDER, PeftAdaLora, inject_peft, make_peft_config
+from nlu.methods.peft_methods import PEFT_FOLDER, inject_peft, make_peft_config
 from nlu.methods.registry import live_adapter_params
 from nlu.run_glue import main
 from tests.nlu.tiny import tiny_bert
@@ -19,7 +20,7 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation():
     model = tiny_bert()
     tuner = inject_peft(model, make_peft_config(values, "a.json", 8), ["query", "value"])
     assert isinstance(tuner, AdaLoraModel)
-    loop = PeftAdaLora(tuner)
+    loop = AdaLoraTraining(tuner)
     inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
     model.eval()
     torch.testing.assert_close(loop.penalty(), tuner(**inputs).loss - model(**inputs).loss)
@@ -43,7 +44,7 @@ def test_pefts_adalora_resumes(tmp_path):
     loops = []
     for _ in range(2):
         model = tiny_bert()
-        loops.append(PeftAdaLora(inject_peft(model, make_peft_config(values, "a.json", 8), ["query"])))
+        loops.append(AdaLoraTraining(inject_peft(model, make_peft_config(values, "a.json", 8), ["query"])))
     inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
 
     def steps(loop, first, last):

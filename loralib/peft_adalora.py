@@ -1,0 +1,241 @@
+"""peft's AdaLoRA in a training: its allocator is called, its ranks are dropped from memory once they are final.
+
+    trainer = Trainer(model=peft_model, ..., callbacks=[AdaLoraCallback(peft_model)])
+
+peft leaves the call of ``update_and_allocate`` to the training loop, which transformers' Trainer does not make, so that
+no rank is ever pruned. An adapter of peft's AdaLoRA becomes an ordinary LoRA with
+``python -m loralib.export PEFT_ADALORA --to peft OUT``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from loralib.training import STATE_FILE
+
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
+
+
+class SortingAllocator(RankAllocator):
+    """peft's allocator, with the mask taken from sorted scores.
+
+    peft takes its threshold from ``torch.kthvalue``, which raises where the budget leaves nothing to prune, and masks
+    every singular value that ties with the threshold. This one masks as many as the budget says.
+    """
+
+    @torch.no_grad()
+    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
+        """Zero all but the ``budget`` most important singular values; parameter name of E -> which are kept."""
+        ending = f"lora_E.{self.adapter_name}"
+        values = {name: p for name, p in model.named_parameters() if name.endswith(ending)}
+        order = torch.cat([self._importance(name) for name in values]).sort(stable=True).indices
+        kept = torch.ones_like(order, dtype=torch.bool)
+        kept[order[: max(self.init_bgt - budget, 0)]] = False
+        masks = dict(zip(values, kept.split([len(p) for p in values.values()]), strict=True))
+        for name, mask in masks.items():
+            values[name].masked_fill_(~mask[:, None], 0.0)
+        return {name: mask.tolist() for name, mask in masks.items()}
+
+    def _importance(self, name: str) -> Tensor:
+        """Of the singular values of one layer, (r,): arXiv 2303.10512, eqs. 7 and 8."""
+        a, b = (self._element_score(name.replace("lora_E", other)) for other in ("lora_A", "lora_B"))
+        return self._element_score(name).view(-1) + a.mean(1) + b.mean(0)
+
+
+class AdaLoraTraining:
+    """What peft's AdaLoRA does inside a training loop, with the methods of :class:`loralib.LowRankTraining`.
+
+    Args:
+        model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
+
+    Raises:
+        ValueError: for another model, or an adapter that was loaded for inference.
+    """
+
+    allocator = budget = None  # the ranks are peft's
+
+    def __init__(self, model: nn.Module) -> None:
+        tuner = model.base_model if isinstance(model, PeftModel) else model
+        if not isinstance(tuner, AdaLoraModel):
+            raise ValueError(f"AdaLoRA training needs a model with an AdaLoRA of peft, got {type(tuner).__name__}")
+        if not hasattr(tuner, "rankallocator"):
+            raise ValueError("the AdaLoRA adapter is frozen: load it with is_trainable=True")
+        self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
+        self.config = tuner.peft_config[self.adapter]
+        tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)
+        self.layers = {name: module for name, module in tuner.model.named_modules()
+                       if isinstance(module, AdaLoraLayer) and self.adapter in module.lora_E}  # fmt: skip
+        self.total_steps, self.step, self.shrunk = self.config.total_step, 0, False
+
+    def start(self, total_steps: int) -> None:
+        """Begin a training of that many optimiser steps.
+
+        Raises:
+            ValueError: as :func:`check_schedule`.
+        """
+        check_schedule(self.config.tinit, self.config.tfinal, total_steps)
+        self.config.total_step = self.total_steps = total_steps
+        self.step = 0
+
+    def penalty(self) -> Tensor:
+        """orth_reg_weight × the mean over P and Q of all layers of ‖PᵀP − I‖_F, ‖QQᵀ − I‖_F.
+
+        The forward pass of a ``PeftModel`` adds it to its loss; this is for a loop that calls the bare model.
+        """
+        sides = ((layer.lora_A[self.adapter], layer.lora_B[self.adapter]) for layer in self.layers.values())
+        grams = [gram for a, b in sides for gram in (a @ a.T, b.T @ b)]
+        eyes = (torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams)
+        norms = [torch.linalg.matrix_norm(gram - eye) for gram, eye in zip(grams, eyes, strict=True)]
+        return self.config.orth_reg_weight * torch.stack(norms).mean()
+
+    def before_step(self) -> None:
+        """Nothing: peft changes no gradient."""
+
+    def after_step(self) -> None:
+        """Where peft's documentation calls its allocator: after the step, before the gradients are cleared."""
+        self.step += 1
+        if self.shrunk:
+            return
+        for layer in self.layers.values():
+            for factors, _ in self._factors(layer):
+                if (factor := factors[self.adapter]).grad is None:  # a module that this step did not use
+                    factor.grad = torch.zeros_like(factor)
+        self.tuner.update_and_allocate(self.step)
+        if not self.ranks_are_final:
+            # With a pattern peft would save the factors without what the last mask pruned, though the optimiser has
+            # moved it away from 0 since, and could not load them in a fresh model or one with other ranks.
+            self.config.rank_pattern = None
+
+    @staticmethod
+    def _factors(layer: AdaLoraLayer) -> list[tuple[nn.ParameterDict, int]]:
+        """Q, e and P of all adapters, each with the dimension along which the singular values lie."""
+        return [(layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1)]
+
+    @property
+    def ranks_are_final(self) -> bool:
+        """Whether the last masking is done."""
+        return self.step >= self.total_steps - self.config.tfinal
+
+    @torch.no_grad()
+    def shrink(self, optimizer: Any = None) -> dict[str, int]:
+        """Drop the pruned singular values from the factors. The outputs and what is saved stay the same; a layer may
+        have none left. The factors are new parameters, which take the old ones' places in ``optimizer``.
+
+        Returns:
+            Module name -> rank.
+
+        Raises:
+            RuntimeError: before the ranks are final. ValueError: for an optimiser whose state has other shapes than its
+                parameters (Adafactor, 8-bit Adam); nothing is changed then.
+        """
+        if not self.ranks_are_final:
+            raise RuntimeError(f"the ranks are final after step {self.total_steps - self.config.tfinal}: shrink then")
+        ranks, replaced = {}, []
+        for name, layer in self.layers.items():
+            pattern = self.config.rank_pattern
+            flags = pattern.get(f"{name}.lora_E.{self.adapter}", pattern.get(f"{name}.lora_E"))  # saving renames it
+            kept = torch.tensor(flags, device=layer.lora_E[self.adapter].device).nonzero().flatten()
+            ranks[name] = len(kept)
+            replaced += [(factors, axis, kept) for factors, axis in self._factors(layer)]
+        old = [factors[self.adapter] for factors, _, _ in replaced]
+        states = [{} if optimizer is None else optimizer.state.get(parameter, {}) for parameter in old]
+        for parameter, state in zip(old, states, strict=True):
+            if any(torch.is_tensor(t) and t.dim() and t.shape != parameter.shape for t in state.values()):
+                raise ValueError("the optimiser's state has other shapes than its parameters: shrink after training")
+        new = {}
+        for (factors, axis, kept), parameter, state in zip(replaced, old, states, strict=True):
+            factors[self.adapter] = nn.Parameter(parameter.index_select(axis, kept), parameter.requires_grad)
+            new[parameter] = factors[self.adapter]
+            if state:
+                optimizer.state[factors[self.adapter]] = {
+                    key: t.index_select(axis, kept) if torch.is_tensor(t) and t.dim() else t for key, t in state.items()
+                }
+                del optimizer.state[parameter]
+        for group in [] if optimizer is None else optimizer.param_groups:
+            group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
+        for name, layer in self.layers.items():
+            layer.r[self.adapter] = ranks[name]
+        self.shrunk = True
+        return ranks
+
+    def pruned_params(self) -> int:
+        """Parameters that belong to pruned singular values, a row of A and a column of B with each."""
+        pruned = 0
+        for layer in self.layers.values():
+            a, e, b = (factors[self.adapter] for factors, _ in self._factors(layer))
+            pruned += int((e == 0).sum()) * (1 + a.shape[1] + b.shape[0])
+        return pruned
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores' moving averages and the ranks, for a checkpoint."""
+        allocator = self.tuner.rankallocator
+        scores = {key: dict(getattr(allocator, key)) for key in _SCORES}
+        return {"step": self.step, "rank_pattern": self.config.rank_pattern, **scores}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
+        for key in _SCORES:
+            setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
+        self.config.rank_pattern, self.step = state["rank_pattern"], state["step"]
+
+
+def check_schedule(tinit: int, tfinal: int, total_steps: int) -> None:
+    """Raises ValueError unless tinit + tfinal < total_steps."""
+    if tinit + tfinal >= total_steps:
+        raise ValueError(
+            f"tinit + tfinal = {tinit + tfinal} leaves no step of {total_steps} to allocate in: lower them"
+        )
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Calls the allocator of peft's AdaLoRA in transformers' Trainer, which gives it the number of steps.
+
+    Its state travels in the checkpoints. A training can go on from one that was written before the last masking; peft
+    cannot load a later one, whose factors are shrunk, to train on.
+
+    Args:
+        model: see :class:`AdaLoraTraining`.
+        shrink: drop the pruned singular values after the last masking, see :meth:`AdaLoraTraining.shrink`; at the end
+            of the training where several processes train, whose gradients are exchanged by the parameters' shapes.
+    """
+
+    def __init__(self, model: nn.Module, shrink: bool = True) -> None:
+        self.training, self.shrink = AdaLoraTraining(model), shrink
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end:
+            raise ValueError("peft cannot load a checkpoint of other ranks: leave load_best_model_at_end out")
+        self.training.start(state.max_steps)
+        if state.global_step:
+            path = self._state_file(args, state)
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: resume from a checkpoint in output_dir that this callback wrote")
+            self.training.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            torch.save(self.training.state_dict(), self._state_file(args, state))
+
+    @staticmethod
+    def _state_file(args: Any, state: Any) -> Path:
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training.after_step()
+        if args.world_size == 1:
+            self._shrink(kwargs["optimizer"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._shrink(None)
+
+    def _shrink(self, optimizer: Any) -> None:
+        if self.shrink and self.training.ranks_are_final and not self.training.shrunk:
+            self.training.shrink(optimizer)

@@ -1,0 +1,243 @@
+"""peft's AdaLoRA: what its users reported, case by case, with peft's own code as the judge."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import RankAllocator
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from loralib.export import main
+from loralib.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
+from tests.nlu.tiny import tiny_bert
+
+IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
+ROWS = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(8)]
+SCHEDULE = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 3, "deltaT": 1, "total_step": 1000}
+
+
+def adalora(base=None, modules=("query", "value"), **options):
+    torch.manual_seed(0)
+    settings = SCHEDULE | {"target_modules": list(modules), "task_type": "SEQ_CLS"} | options
+    return get_peft_model(tiny_bert() if base is None else base, AdaLoraConfig(**settings))
+
+
+def train(model, folder, callbacks, steps=8, resume=None, eval_dataset=None, **options):
+    torch.manual_seed(1)
+    settings = {
+        "max_steps": steps, "per_device_train_batch_size": 2, "learning_rate": 0.05, "report_to": [],
+        "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", **options,
+    }  # fmt: skip
+    arguments = TrainingArguments(str(folder), **settings)
+    trainer = Trainer(model=model, args=arguments, train_dataset=ROWS, eval_dataset=eval_dataset, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def ranks(model):
+    return [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+
+
+def scored_allocators(target_r, budgets):
+    """The masks of peft's allocator and ours for the same scores, with the budgets in turn."""
+    found = []
+    for allocator_class in (RankAllocator, SortingAllocator):
+        model = adalora(target_r=target_r)
+        allocator = allocator_class(model.base_model.model, model.peft_config["default"], "default")
+        generator = torch.Generator().manual_seed(2)
+        for name, p in model.base_model.model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(p, generator=generator)
+                allocator.exp_avg_ipt[name] = torch.rand(p.shape, generator=generator)
+                allocator.exp_avg_unc[name] = torch.rand(p.shape, generator=generator)
+        found.append([allocator.mask_to_budget(model.base_model.model, budget) for budget in budgets])
+        found[-1].append(ranks(model))
+    return found
+
+
+def test_masks_are_those_of_peft():
+    theirs, ours = scored_allocators(1, [15, 9, 4])
+    assert theirs == ours and sum(ours[-1]) == 4
+
+
+def test_a_budget_that_prunes_nothing_masks_nothing(tmp_path):
+    """peft raises there: kthvalue has no value number 0."""
+    model = train(adalora(target_r=4), tmp_path, None)
+    allocator = RankAllocator(model.base_model.model, model.peft_config["default"], "default")
+    allocator.exp_avg_ipt = allocator.exp_avg_unc = {
+        n: p.detach() for n, p in model.base_model.model.named_parameters()
+    }
+    with pytest.raises((RuntimeError, IndexError), match="kthvalue"):
+        allocator.mask_to_budget(model.base_model.model, 16)
+    model = adalora(target_r=4)
+    assert ranks(train(model, tmp_path, [AdaLoraCallback(model)])) == [4] * 4
+
+
+def test_the_trainer_prunes_with_the_callback_and_not_without_it(tmp_path):
+    assert ranks(train(adalora(), tmp_path, None)) == [4] * 4
+    model = adalora()
+    train(model, tmp_path, [callback := AdaLoraCallback(model, shrink=False)])
+    assert sum(ranks(model)) == 4 and model.peft_config["default"].total_step == callback.training.step == 8
+
+
+def test_the_callback_is_the_loop_of_pefts_documentation(tmp_path):
+    theirs, ours = adalora(total_step=8), adalora()
+    for module in [*theirs.modules(), *ours.modules()]:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    train(ours, tmp_path, [AdaLoraCallback(ours, shrink=False)], optim="sgd", max_grad_norm=0,
+          lr_scheduler_type="constant", train_sampling_strategy="sequential")  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
+    for step in range(8):
+        batch = [ROWS[(2 * step + i) % 8] for i in range(2)]
+        inputs = {name: torch.tensor([row[name] for row in batch]) for name in ("input_ids", "labels")}
+        theirs(**inputs).loss.backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step + 1)
+        optimizer.zero_grad()
+    assert ranks(theirs) == ranks(ours) and sum(ranks(ours)) == 4
+    for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_training_goes_on_from_a_checkpoint(tmp_path):
+    models = [adalora() for _ in range(2)]
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    train(models[0], tmp_path, [AdaLoraCallback(models[0])], **saving)
+    train(models[1], tmp_path, [AdaLoraCallback(models[1])], resume=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(*map(logits, models)) and ranks(models[0]) == ranks(models[1])
+    (tmp_path / "checkpoint-3/low_rank.pt").unlink()
+    with pytest.raises(ValueError, match="low_rank\\.pt is missing"):
+        train(model := adalora(), tmp_path, [AdaLoraCallback(model)], resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_module_without_a_gradient_does_not_stop_the_allocator():
+    model = adalora(total_step=8)
+    loop = AdaLoraTraining(model)
+    unused = model.base_model.model.bert.encoder.layer[1].attention.self.query
+    loss = model(input_ids=IDS, labels=torch.tensor([0, 1])).loss
+    loss.backward()
+    for p in unused.parameters():
+        p.grad = None
+    loop.after_step()
+    assert loop.step == 1
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_shrinking_after_the_last_masking_changes_no_number(tmp_path, optim):
+    models = []
+    for shrink in (False, True):
+        model = adalora()
+        models.append(train(model, tmp_path, [AdaLoraCallback(model, shrink)], optim=optim))
+    masked, shrunk = models
+    torch.testing.assert_close(logits(shrunk), logits(masked), atol=1e-5, rtol=1e-5)
+    sizes = [sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) for model in models]
+    assert sizes[1] * 4 == sizes[0] and sum(ranks(shrunk)) == 4
+    for name, model in (("masked", masked), ("shrunk", shrunk)):
+        model.save_pretrained(tmp_path / name)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("masked", "shrunk")]
+    assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
+    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "shrunk").eval()
+    torch.testing.assert_close(logits(again), logits(shrunk), atol=1e-6, rtol=1e-6)
+
+
+def test_an_optimiser_with_factored_state_is_refused_whole(tmp_path):
+    model = adalora()
+    with pytest.raises(ValueError, match="shrink after training"):
+        train(model, tmp_path, [AdaLoraCallback(model)], optim="adafactor")
+    assert {p.shape[0] for n, p in model.named_parameters() if "lora_E" in n} == {4}
+
+
+def pruned_to(model, live):
+    """The state after a training that left these singular values of each layer."""
+    loop = AdaLoraTraining(model)
+    generator = torch.Generator().manual_seed(3)
+    pattern = {}
+    for (name, layer), kept in zip(loop.layers.items(), live, strict=True):
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_E):
+            torch.nn.init.normal_(factors["default"], generator=generator)
+        flags = [i in kept for i in range(4)]
+        layer.lora_E["default"].data[[not flag for flag in flags]] = 0
+        pattern[f"{name}.lora_E.default"] = flags
+    model.peft_config["default"].rank_pattern = pattern
+    loop.step = loop.total_steps
+    return loop
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink, capsys):
+    model = adalora().eval()
+    loop = pruned_to(model, [(0, 2), (), (1, 2, 3), ()])
+    expected = logits(model)
+    if shrink:
+        assert list(loop.shrink().values()) == [2, 0, 3, 0]
+        torch.testing.assert_close(logits(model), expected)
+        assert torch.isfinite(model(input_ids=IDS, labels=torch.tensor([0, 1])).loss)
+    with warnings.catch_warnings(action="ignore"):  # peft takes an empty factor for a shard
+        model.save_pretrained(tmp_path / "ada")
+    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "ada").eval()
+    torch.testing.assert_close(logits(again), expected)
+    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora"), "--base", "some/base"]) == 0
+    assert "2 modules of rank 2 to 3" in capsys.readouterr().out
+    lora = PeftModel.from_pretrained(tiny_bert(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(lora), expected, atol=1e-5, rtol=1e-5)
+    config = lora.peft_config["default"]
+    assert type(config) is LoraConfig and config.base_model_name_or_path == "some/base"
+    assert "classifier" in config.modules_to_save and config.task_type == "SEQ_CLS"
+    torch.testing.assert_close(logits(lora.merge_and_unload()), logits(again.merge_and_unload()), atol=1e-5, rtol=1e-5)
+
+
+def test_conv1d_and_an_adapter_that_was_never_pruned_convert(tmp_path):
+    def gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=16)).eval()
+
+    model = adalora(gpt2(), ["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True).eval()
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p)
+    model.save_pretrained(tmp_path / "ada")
+    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 0
+    lora = PeftModel.from_pretrained(gpt2(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(lora), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"init_r": 0}, "init_r must be positive"), ({"peft_type": "LORA"}, "cannot be imported"),
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"),
+])  # fmt: skip
+def test_a_damaged_adapter_is_one_line(tmp_path, capsys, change, message):
+    model = adalora()
+    pruned_to(model, [(0,)] * 4)
+    model.save_pretrained(tmp_path / "ada")
+    config = tmp_path / "ada/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "lora").exists()
+
+
+def test_what_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="needs a model with an AdaLoRA"):
+        AdaLoraCallback(get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])))
+    model = adalora()
+    model.save_pretrained(tmp_path / "ada")
+    with pytest.raises(ValueError, match="is_trainable"):
+        AdaLoraCallback(PeftModel.from_pretrained(tiny_bert(), tmp_path / "ada"))
+    with pytest.raises(ValueError, match="load_best_model_at_end"):
+        train(model, tmp_path, [AdaLoraCallback(model)], load_best_model_at_end=True, save_strategy="steps",
+              eval_strategy="steps", eval_dataset=ROWS)  # fmt: skip
+    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 2
+    assert "every singular value is 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="tinit \\+ tfinal = 4 leaves no step of 4"):
+        train(model, tmp_path, [AdaLoraCallback(model)], steps=4)
+    with pytest.raises(RuntimeError, match="final after step 997"):
+        AdaLoraTraining(model).shrink()
