@@ -23,17 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loralib.adapter import merge_into, save_adapter
-from loralib.adapter_files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    AdapterConfig,
-    label_order,
-    read_adapter_config,
-    read_json_object,
-)
+from loralib.adapter_files import CARD_FILE, AdapterConfig, label_order, read_adapter_config
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
@@ -79,8 +72,12 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
             # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
             model = model_class.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--base {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+            raise _not_loaded(source, error) from None
     return model.eval()
+
+
+def _not_loaded(base: str, error: Exception) -> ValueError:
+    return ValueError(f"--base {base} cannot be loaded: {' '.join(str(error).split())[:300]}")
 
 
 def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
@@ -219,32 +216,30 @@ def _run_import(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--{next(iter(options))} belongs to a start by SVD: give --kind lora2, adalora or multiscale")
     if kind in ("lora2", "multiscale"):
         options.setdefault("widths", [8])
-    labels = _label_count(arguments.adapter)
-    model = load_base(arguments.base, _class_for(arguments.adapter, arguments.base), **labels)
+    values, _, head = read_pairs(arguments.adapter)
+    model = load_base(arguments.base, _class_for(values.get("task_type"), arguments.base), **_label_count(head))
     import_peft(model, arguments.adapter, kind, **options)
-    name = read_json_object(Path(arguments.adapter) / CONFIG_FILE).get("base_model_name_or_path")
+    name = values.get("base_model_name_or_path")
     save_adapter(model, arguments.out, base_model=name and Path(name).name, compact=False)
     print(f"{arguments.out}: {kind} adapter")
 
 
-def _class_for(adapter: str, base: str) -> str:
+def _class_for(task_type: str | None, base: str) -> str:
     """The model class that belongs to a peft adapter's task type."""
     import transformers
 
-    task_type = read_json_object(Path(adapter) / CONFIG_FILE).get("task_type")
     ending = next((ending for ending, name in TASK_TYPES.items() if name == task_type), None)
     if ending is not None:
         return f"AutoModelFor{ending}"
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        return (config.architectures or ["AutoModel"])[0]
     except (OSError, ValueError) as error:
-        raise ValueError(f"--base {base} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise _not_loaded(base, error) from None
+    return (config.architectures or ["AutoModel"])[0]
 
 
-def _label_count(adapter: str) -> dict[str, int]:
+def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
     """``num_labels``: the rows of the classifier's last matrix, if the peft adapter has a classifier."""
-    _, _, head = read_pairs(adapter)
     matrices = [n for n in sorted(head) if n.endswith(".weight") and {"classifier", "score"} & set(n.split("."))]
     return {"num_labels": head[matrices[-1]].shape[0]} if matrices else {}
 

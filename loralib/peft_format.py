@@ -161,7 +161,7 @@ def export_peft(
     if is_peft(adapter):
         values, pairs, head = read_pairs(adapter)
         if values["peft_type"] == "LORA":
-            raise ValueError(f"{adapter} is a LoRA of peft already")
+            raise ValueError(f"{adapter} is a peft adapter already, a LoRA: there is nothing to convert")
         fields = {name: values.get(name) for name in _KEPT} | (
             {"base_model_name_or_path": base_model} if base_model else {}
         )
@@ -235,7 +235,7 @@ def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": config.base_revision,
-        "lora_dropout": max(group.lora_dropout for group in config.groups),
+        "lora_dropout": max((group.lora_dropout for group in config.groups), default=0.0),
         "modules_to_save": _modules_to_save(config.head, task_type) or None,
         "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),
     }
