@@ -162,12 +162,9 @@ def export_peft(
         values, pairs, head = read_pairs(adapter)
         if values["peft_type"] == "LORA":
             raise ValueError(f"{adapter} is a peft adapter already, a LoRA: there is nothing to convert")
-        fields = {name: values.get(name) for name in _KEPT} | (
-            {"base_model_name_or_path": base_model} if base_model else {}
-        )
-        return _write_peft(
-            adapter, folder, {name: (left, right) for name, (left, right, _) in pairs.items()}, head, fields, None
-        )
+        fields = {name: values.get(name) for name in _KEPT}
+        fields["base_model_name_or_path"] = base_model or fields["base_model_name_or_path"]
+        return _write_peft(adapter, folder, {name: pair[:2] for name, pair in pairs.items()}, head, fields, None)
     config, tensors = read_adapter(adapter)
     pairs = {
         name: layer_pair(group, name, tensors, config.tied) for group in config.groups for name in group.rank_pattern
@@ -189,10 +186,7 @@ def _write_peft(
     fields: dict[str, Any],
     card: str | None,
 ) -> dict[str, int]:
-    """Write the pairs (B, A) with ΔW = B A of all modules; those of rank 0 are left out. Returns the ranks.
-
-    The tokenizer is that of ``adapter``.
-    """
+    """Write the pairs (B, A) with ΔW = B A, without those of rank 0, and ``adapter``'s tokenizer. Returns the ranks."""
     ranks = {name: right.shape[0] for name, (_, right) in pairs.items() if right.shape[0]}
     if not ranks:
         raise ValueError("the adapter holds no low-rank update: peft's LoRA format cannot express it")
