@@ -12,7 +12,7 @@ import jsonschema
 import yaml
 
 from nlu import CONFIGS
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -73,6 +73,20 @@ def parse_yaml(text: str) -> Any:
     # The others: impossible dates, numbers of thousands of digits, tags that do not fit their value.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:300]})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file's content.
+
+    Raises:
+        UsageError: a file that cannot be read or is no YAML.
+    """
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {reason(error)}") from None
 
 
 def check(value: Any, name: str, where: str = "", part: str = "") -> None:

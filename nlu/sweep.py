@@ -17,7 +17,7 @@ from nlu.errors import packages_missing
 if packages_missing():
     sys.exit(2)
 
-from nlu.errors import OneLineParser, UsageError, exit_code, reason, refuse_unknown_flags
+from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.choosing import choose, chosen_runs
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
@@ -72,11 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the sweep; returns the exit code: 0 all finished, 1 some failed, 2 bad input, 128 + signal when stopped."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
     try:
-        refuse_unknown_flags(argv, parser._option_string_actions)
-        return run_sweep(parser.parse_args(argv))
+        return run_sweep(build_parser().parse_args(argv))
     except (UsageError, OSError, KeyboardInterrupt) as error:
         return exit_code(error)
 

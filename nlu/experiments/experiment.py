@@ -32,7 +32,7 @@ from typing import Any
 
 from nlu.errors import UsageError, reason
 from nlu.experiments.checks import as_meant, check_folders, place_free
-from nlu.json_yaml import check, parse_yaml
+from nlu.json_yaml import check, read_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 
@@ -127,20 +127,6 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
 def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Experiment:
     """Check the content of an experiment file; arguments and errors as :func:`load_experiment`."""
     return _Reader(content, settings or {}).experiment()
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's content.
-
-    Raises:
-        UsageError: a file that cannot be read or is no YAML.
-    """
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); look in configs/experiments/") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {reason(error)}") from None
 
 
 class _Reader:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlu.experiments.experiment import read_yaml
-from nlu.json_yaml import check
+from nlu.json_yaml import check, read_yaml
 
 
 @dataclass(frozen=True)
