@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from loralib.layers import LoRALayer, lora_layers
 
-# From eigenvalues of the Gram between 0.2 and 1.5, five steps of fifth order reach 1 to float32's precision. One step
-# of Adam at a rate of 4e-3 leaves them far inside.
-NEWTON_SCHULZ_STEPS = 5
-_LARGEST = 1.5  # a Gram whose row sums exceed this is scaled down first
+# From eigenvalues of the Gram between 0.3 and 1.6, four steps of fifth order reach 1 to float32's precision. One step
+# of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
+NEWTON_SCHULZ_STEPS = 4
+_LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
 _ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
 
 
@@ -42,33 +42,59 @@ def distinct_factors(model: nn.Module) -> list[nn.Parameter]:
 class _Stack:
     """Factors that have one shape once they lie wide, worked on as one (n, s, m), s ≤ m; the tall ones come last.
 
-    The wide layout makes the batched Gram on a CPU twice as fast and three times as accurate. The two buffers stay from
-    step to step: fresh memory would cost more than the products.
+    The wide layout makes the batched Gram on a CPU twice as fast and three times as accurate. The memory stays from
+    step to step, and with it X as it was written: the copies cost more than the products.
     """
 
     def __init__(self, factors: list[nn.Parameter]) -> None:
         self.wide = [f for f in factors if f.shape[0] <= f.shape[1]]
-        self.tall = [f for f in factors if f.shape[0] > f.shape[1]]
-        self.all = [*self.wide, *self.tall]
-        self._buffers: list[Tensor] = []
+        self.all = [*self.wide, *(f for f in factors if f.shape[0] > f.shape[1])]
+        self._memory: list[Tensor] = []
+        self._written: list[tuple[int, int]] = []
 
-    def buffers(self) -> list[Tensor]:
-        """Two of (n, s, m), on the device where the factors are now."""
-        like = self.all[0]
-        if not self._buffers or self._buffers[0].device != like.device:
-            shape = (len(self.all), *sorted(like.shape))
-            self._buffers = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
-        return self._buffers
-
-    def read(self, tensors: list[Tensor], out: Tensor) -> Tensor:
-        """The tensors, in the order of ``all``, as one stack."""
+    def _read(self, tensors: list[Tensor], out: Tensor) -> Tensor:
         count = len(self.wide)
         return torch.stack([*tensors[:count], *(t.T for t in tensors[count:])], out=out)
 
-    def write(self, tensors: list[Tensor], x: Tensor) -> None:
-        """The reverse."""
+    def _write(self, tensors: list[Tensor], x: Tensor) -> None:
         count = len(self.wide)
-        torch._foreach_copy_(tensors, [*x[:count].unbind(), *x[count:].mT.unbind()])
+        torch._foreach_copy_(tensors, [*x[:count].unbind(), *x[count:].mT.contiguous().unbind()])
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Changes whenever a factor is written to, or moved to another device."""
+        return [(f.data_ptr(), f._version) for f in self.all]
+
+    def factors(self) -> Tensor:
+        """X, read anew where a factor has changed since :meth:`write_factors`."""
+        like = self.all[0]
+        if not self._memory or self._memory[0].device != like.device:
+            shape = (len(self.all), *sorted(like.shape))
+            self._memory = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
+        if self._written != self._state():
+            self._read(self.all, self._memory[0])
+        return self._memory[0]
+
+    def write_factors(self, root: Tensor) -> None:
+        """X ← root X."""
+        self._memory.reverse()
+        self._write(self.all, torch.bmm(root, self._memory[1], out=self._memory[0]))
+        self._written = self._state()
+
+    def project_gradients(self) -> None:
+        """g ← g − sym(g Xᵀ) X for the factors that have a gradient, wide and tall ones as they lie."""
+        x, count = self.factors(), len(self.wide)
+        for factors, part, tall in ((self.all[:count], x[:count], False), (self.all[count:], x[count:], True)):
+            gradients = [f.grad for f in factors if f.grad is not None]
+            if not gradients:
+                continue
+            if len(gradients) < len(factors):
+                part = part[[i for i, f in enumerate(factors) if f.grad is not None]]
+            memory = self._memory[1].view(-1)[: part.numel()].view(len(gradients), *gradients[0].shape)
+            g = torch.stack(gradients, out=memory)
+            cross = part @ g if tall else part @ g.mT
+            half = (cross + cross.mT) * 0.5
+            g.baddbmm_(*((part.mT, half) if tall else (half, part)), alpha=-1)
+            torch._foreach_copy_(gradients, list(g.unbind()))
 
 
 class ExactFactors:
@@ -94,9 +120,9 @@ class ExactFactors:
         for factor in distinct_factors(model):
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
         self._stacks = [_Stack(factors) for factors in groups.values()]
-        by_side: dict[tuple, list[int]] = defaultdict(list)
-        for i, (device, dtype, side, _) in enumerate(groups):
-            by_side[(device, dtype, side)].append(i)
+        by_side: dict[tuple, list[_Stack]] = defaultdict(list)
+        for (device, dtype, side, _), stack in zip(groups, self._stacks, strict=True):
+            by_side[(device, dtype, side)].append(stack)
         self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
         if factors_are_orthonormal(model):
             return
@@ -112,50 +138,50 @@ class ExactFactors:
     def _orthonormalise(self) -> None:
         """Polar factors by singular value decompositions, however far the factors are from the manifold."""
         for stack in self._stacks:
-            x = stack.read(stack.all, stack.buffers()[0])
-            left, _, right = torch.linalg.svd(x.double(), full_matrices=False)
-            stack.write(stack.all, (left @ right).to(x.dtype))
+            x = stack.factors()
+            left, values, _ = torch.linalg.svd(x.double(), full_matrices=False)
+            stack.write_factors((left / values[:, None, :] @ left.mT).to(x.dtype))
+        self.retract()  # a factor far from orthonormal is multiplied by a large root, and rounded
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """g ← g − X sym(Xᵀg) for every factor that has a gradient, in place."""
         for stack in self._stacks:
-            x, g = stack.buffers()
-            gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in stack.all]
-            stack.read(stack.all, x)
-            cross = stack.read(gradients, g) @ x.mT
-            stack.write(gradients, g.baddbmm_((cross + cross.mT) * 0.5, x, alpha=-1))
+            stack.project_gradients()
 
     @torch.no_grad()
     def retract(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every factor, in place."""
-        stacked = [stack.read(stack.all, stack.buffers()[0]) for stack in self._stacks]
-        grams = [x @ x.mT for x in stacked]
-        for same in self._same_side:
-            roots = inverse_root(torch.cat([grams[i] for i in same]))
-            for i, root in zip(same, roots.split([len(grams[i]) for i in same]), strict=True):
-                stack = self._stacks[i]
-                stack.write(stack.all, torch.bmm(root, stacked[i], out=stack.buffers()[1]))
+        for stacks in self._same_side:
+            grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
+            roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
+            for stack, root in zip(stacks, roots, strict=True):
+                stack.write_factors(root)
 
 
 def inverse_root(gram: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Gram^(−1/2) of symmetric positive definite Grams, (n, s, s).
 
     A fifth-order Newton–Schulz step multiplies X by I + E/2 + 3E²/8, E = I − XᵀX. E and the root are kept as distances
-    from the identity: next to 1, float32 would round to 6e-8 in each step, and the errors would add up. Grams whose
-    row sums, which bound their eigenvalues, exceed 1.5 are scaled down first.
+    from the identity: next to 1, float32 would round to 6e-8 in each step, and the errors would add up.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     bound = gram.abs().sum(-1).amax(-1)[:, None, None]
     bound = torch.where(bound <= _LARGEST, torch.ones_like(bound), bound)
-    error, root = identity - gram / bound, torch.zeros_like(gram)
-    for _ in range(steps):
+    error, root = identity - gram / bound, None
+    for _ in range(steps - 1):
         square = error @ error
-        change = 0.5 * error + 0.375 * square
-        root = root + change + root @ change
+        root = _compose(root, torch.add(0.5 * error, square, alpha=0.375))
         # 1 − (1 − E)(1 + E/2 + 3E²/8)², multiplied out
-        error = square @ (0.625 * error + (15 / 64) * square + (9 / 64) * (square @ error))
+        rest = torch.baddbmm(torch.add(0.625 * error, square, alpha=15 / 64), square, error, alpha=9 / 64)
+        error = square @ rest
+    root = _compose(root, torch.baddbmm(error, error, error, beta=0.5, alpha=0.375))
     return (identity + root) * bound.rsqrt()
+
+
+def _compose(root: Tensor | None, change: Tensor) -> Tensor:
+    """(I + root)(I + change) − I."""
+    return change if root is None else torch.baddbmm(root + change, root, change)
 
 
 def deviations(model: nn.Module) -> Tensor:
