@@ -50,15 +50,8 @@ class _Stack:
         self.wide = [f for f in factors if f.shape[0] <= f.shape[1]]
         self.all = [*self.wide, *(f for f in factors if f.shape[0] > f.shape[1])]
         self._memory: list[Tensor] = []
+        self._places: list[list[Tensor]] = []  # of every factor in each of the two
         self._written: list[tuple[int, int]] = []
-
-    def _read(self, tensors: list[Tensor], out: Tensor) -> Tensor:
-        count = len(self.wide)
-        return torch.stack([*tensors[:count], *(t.T for t in tensors[count:])], out=out)
-
-    def _write(self, tensors: list[Tensor], x: Tensor) -> None:
-        count = len(self.wide)
-        torch._foreach_copy_(tensors, [*x[:count].unbind(), *x[count:].mT.contiguous().unbind()])
 
     def _state(self) -> list[tuple[int, int]]:
         """Changes whenever a factor is written to, or moved to another device."""
@@ -66,18 +59,21 @@ class _Stack:
 
     def factors(self) -> Tensor:
         """X, read anew where a factor has changed since :meth:`write_factors`."""
-        like = self.all[0]
+        like, count = self.all[0], len(self.wide)
         if not self._memory or self._memory[0].device != like.device:
             shape = (len(self.all), *sorted(like.shape))
             self._memory = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
+            self._places = [[*x[:count].unbind(), *x[count:].mT.unbind()] for x in self._memory]
         if self._written != self._state():
-            self._read(self.all, self._memory[0])
+            torch._foreach_copy_(self._places[0], self.all)
         return self._memory[0]
 
     def write_factors(self, root: Tensor) -> None:
         """X ← root X."""
         self._memory.reverse()
-        self._write(self.all, torch.bmm(root, self._memory[1], out=self._memory[0]))
+        self._places.reverse()
+        torch.bmm(root, self._memory[1], out=self._memory[0])
+        torch._foreach_copy_(self.all, self._places[0])
         self._written = self._state()
 
     def project_gradients(self) -> None:
