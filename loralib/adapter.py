@@ -227,7 +227,7 @@ def _group(layers: dict[str, LoRALayer], live: dict[str, list[int]]) -> list[Lay
     for name, layer in layers.items():
         dropout = getattr(layer.lora_dropout, "p", 0.0)
         key = (layer.kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
-        group = groups.setdefault(key, LayerGroup(*key[:2], list(key[2]), *key[3:], {}))
+        group = groups.setdefault(key, LayerGroup(key[0], key[1], list(key[2]), key[3], key[4], key[5], key[6], {}))
         group.rank_pattern[name] = "".join("1" if i in live[name] else "0" for i in range(layer.r))
     return list(groups.values())
 

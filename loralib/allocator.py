@@ -180,16 +180,20 @@ class RankAllocator:
         Raises:
             RuntimeError: before the total number of steps is known.
         """
-        if self.total_step is None:
-            raise RuntimeError("call set_total_step() before training: the budget depends on it")
+        total = self._total()
         start, target = self.initial_total_rank, self.target_total_rank
         if step <= self.init_warmup:
             return start, False
-        if step > self.total_step - self.final_warmup:
+        if step > total - self.final_warmup:
             return target, True
-        progress = (step - self.init_warmup) / (self.total_step - self.init_warmup - self.final_warmup)
+        progress = (step - self.init_warmup) / (total - self.init_warmup - self.final_warmup)
         budget = int(target + (start - target) * (1 - progress) ** 3)
-        return budget, step % self.mask_interval == 0 or step == self.total_step
+        return budget, step % self.mask_interval == 0 or step == total
+
+    def _total(self) -> int:
+        if self.total_step is None:
+            raise RuntimeError("call set_total_step() before training: the budget depends on it")
+        return self.total_step
 
     @torch.no_grad()
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
@@ -209,12 +213,12 @@ class RankAllocator:
         """
         budget, mask_now = self.schedule(global_step)
         self._check_model(model)
-        if global_step < self.total_step - self.final_warmup:
+        if global_step < self._total() - self.final_warmup:
             for scores in self._scores:
                 scores.update(self.beta1, self.beta2)
         if not mask_now:
             return budget, None
-        if global_step <= self.total_step - self.final_warmup:
+        if global_step <= self._total() - self.final_warmup:
             self._choose_mask(budget)
         elif not self._final_mask_set:
             self._choose_mask(budget)
@@ -337,7 +341,7 @@ def check_allocator_arguments(
     prune_by: str = "importance",
 ) -> None:
     """What can be said of the arguments without a model. Raises ValueError with what to change."""
-    for name, value, least in (
+    for name, number, least in (
         ("lora_r", lora_r, 1),
         ("target_rank", target_rank, 1),
         ("mask_interval", mask_interval, 1),
@@ -345,8 +349,8 @@ def check_allocator_arguments(
         ("final_warmup", final_warmup, 0),
         ("min_rank_per_module", min_rank_per_module, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {number!r}")
     if target_rank > lora_r:
         raise ValueError(f"target_rank ({target_rank}) is larger than lora_r ({lora_r}): lower it, or raise lora_r")
     for name, value in (("beta1", beta1), ("beta2", beta2)):

@@ -61,7 +61,7 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
     """
     import transformers
 
-    model_class = getattr(transformers, architecture, None)  # the name may come from a stranger's folder
+    model_class: Any = getattr(transformers, architecture, None)  # the name may come from a stranger's folder
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if not known and (model_class is None or not architecture.startswith("AutoModel")):
         raise ValueError(

@@ -59,6 +59,7 @@ class LoRALayer(nn.Linear):
 
     kind: ClassVar[str] = "multiscale"  # the preset's name, see :func:`loralib.inject`
     has_singular_values: ClassVar[bool] = True
+    lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
     # What the preset takes beyond the common arguments, with the defaults.
     arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}
     # The replaced layer where its weight is quantised: it alone knows the product. The tuple hides it from nn.Module,

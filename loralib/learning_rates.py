@@ -55,7 +55,7 @@ def parameter_groups(
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
-def _check_positive(name: str, value: float) -> None:
+def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 

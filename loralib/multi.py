@@ -92,7 +92,8 @@ class MultiAdapter:
         with keep_flags(self.model):
             built = build_layers(self.model, config, tensors)
             layers = {n: layer.eval().requires_grad_(False) for n, layer in built.items()}
-        state, head = self.model.state_dict(keep_vars=True), {}
+        state = self.model.state_dict(keep_vars=True)
+        head: dict[str, dict[str, Tensor]] = {}
         for tensor_name in config.head:
             owner, _, own_name = tensor_name.rpartition(".")
             head.setdefault(owner, {})[own_name] = tensors[tensor_name].to(state[tensor_name])
@@ -195,7 +196,9 @@ class MultiAdapter:
         if isinstance(rows, str):
             return self._replay(rows, name, module, args, kwargs, output)
         count = len(rows)
-        if not any(name in a.head or name in a.layers for a in map(self._adapters.get, set(rows) - {None})):
+        if not any(
+            name in self._adapters[row].head or name in self._adapters[row].layers for row in {*rows} if row is not None
+        ):
             return None
         inputs = [*args, *kwargs.values()]
         # Called twice, a module may be given the batch once and something shared the other time.

@@ -159,12 +159,13 @@ def export_peft(
         ValueError: for a damaged adapter, one without a low-rank update, or trained parameters that peft cannot hold.
     """
     if is_peft(adapter):
-        values, pairs, head = read_pairs(adapter)
+        values, scaled, head = read_pairs(adapter)
         if values["peft_type"] == "LORA":
             raise ValueError(f"{adapter} is a peft adapter already, a LoRA: there is nothing to convert")
         fields = {name: values.get(name) for name in _KEPT}
         fields["base_model_name_or_path"] = base_model or fields["base_model_name_or_path"]
-        return _write_peft(adapter, folder, {name: pair[:2] for name, pair in pairs.items()}, head, fields, None)
+        unscaled = {name: (left, right) for name, (left, right, _) in scaled.items()}
+        return _write_peft(adapter, folder, unscaled, head, fields, None)
     config, tensors = read_adapter(adapter)
     pairs = {
         name: layer_pair(group, name, tensors, config.tied) for group in config.groups for name in group.rank_pattern
@@ -289,6 +290,7 @@ def read_peft(
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}
     tensors: dict[str, Tensor] = {}
+    key: tuple[str, int, list[int], float]
     for name, (left, right, scaling) in pairs.items():
         rank = right.shape[0]
         if kind == "lora":
@@ -368,9 +370,15 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 
 
+def _is_positive(value: object) -> bool:
+    """Whether a value read from a file is a finite number above 0."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _adalora_scaling(values: dict[str, Any]) -> float:
-    alpha, rank = values.get("lora_alpha"), values.get("init_r")
-    if type(alpha) not in (int, float) or type(rank) is not int or not (0 < alpha < math.inf and rank > 0):
+    alpha: Any = values.get("lora_alpha")
+    rank: Any = values.get("init_r")
+    if not _is_positive(alpha) or type(rank) is not int or rank < 1:
         raise ValueError(f"lora_alpha and init_r must be positive numbers, got {alpha!r:.80} and {rank!r:.80}")
     return alpha / (rank + 1e-5)
 
@@ -380,10 +388,10 @@ def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
     patterns = values.get("alpha_pattern") or {}
     try:
         matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({_safe(pattern)})$", name))
-        alpha = next(matches, values.get("lora_alpha"))
+        alpha: Any = next(matches, values.get("lora_alpha"))
     except (AttributeError, TypeError, re.error) as error:
         raise ValueError(f"alpha_pattern does not map patterns to numbers ({error})") from None
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if not _is_positive(alpha):
         raise ValueError(f"lora_alpha of {name} must be a positive number, got {alpha!r:.80}")
     return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
 

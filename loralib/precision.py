@@ -86,11 +86,11 @@ def _kept_parameters(model: nn.Module, head: Iterable[nn.Module]) -> set[int]:
     kept = {id(p) for p in model.parameters() if p.requires_grad} | {id(p) for m in head for p in m.parameters()}
     groups = [_computing(module) for module in model.modules()]
     groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LoRALayer)]
-    groups = [{id(p) for p in group} for group in groups]
+    shared = [{id(p) for p in group} for group in groups]
     before = -1
     while before != len(kept):
         before = len(kept)
-        kept.update(*(group for group in groups if group & kept))
+        kept.update(*(group for group in shared if group & kept))
     return kept
 
 

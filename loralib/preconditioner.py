@@ -15,6 +15,7 @@ Grams are averaged over them. Adam undoes a scale that stays the same: what thes
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ class _Chain:
         gram: Tensor | None = None
         for i, link in enumerate(links):
             if i == self.middle:
-                self.at_e = gram
+                self.at_e: Any = gram  # the Gram beside e, of the direction walked last
                 if self.e is not None:
                     gram = self.e[:, :, None] * gram * self.e[:, None, :]
             found.append(gram)

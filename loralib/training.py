@@ -22,7 +22,7 @@ transformers is imported only when a trainer is made.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ from loralib.exact_factors import ExactFactors
 from loralib.layers import trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
 from loralib.preconditioner import Preconditioner
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the class that the mix-in is put before brings the Trainer
 
 STATE_FILE = "low_rank.pt"
 ORTHOGONALITIES = ("penalty", "retraction")
@@ -178,7 +183,7 @@ class LowRankTraining:
         self.step = state["step"]
 
 
-class LowRankTrainerMixin:
+class LowRankTrainerMixin(_Trainer):
     """Put before transformers' Trainer (or a subclass) in the bases of a class.
 
     Adds the regulariser to the training loss, drives the allocator after every optimiser step, and carries its state
