@@ -98,6 +98,7 @@ def packages_missing() -> bool:
     for package in (
         "torch",
         "transformers",
+        "accelerate",
         "datasets",
         "pyarrow",
         "safetensors",
@@ -106,6 +107,8 @@ def packages_missing() -> bool:
         "sklearn",
         "yaml",
         "jsonschema",
+        "pandas",
+        "matplotlib",
     ):
         if find_spec(package) is None:
             print(f"error: the package {package} is not installed: run bash scripts/setup.sh first", file=sys.stderr)

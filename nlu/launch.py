@@ -15,15 +15,18 @@ import os
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from nlu.errors import packages_missing, reason
+
+if packages_missing():
+    sys.exit(2)
+
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from nlu.errors import reason
 
 _PATIENCE = 600  # seconds for a step and its checkpoint after a signal, before a worker is killed
 

@@ -301,7 +301,15 @@ def test_the_sweep_names_the_nearest_flag_and_a_missing_file_in_one_line(capsys)
 
 
 @pytest.mark.parametrize(
-    "program, package", [("run_glue", "pyarrow"), ("predict", "torch"), ("sweep", "torch"), ("compare", "torch")]
+    "program, package",
+    [
+        ("run_glue", "accelerate"),
+        ("predict", "pyarrow"),
+        ("sweep", "torch"),
+        ("compare", "torch"),
+        ("report", "pandas"),
+        ("launch", "torch"),
+    ],
 )
 def test_help_without_an_installed_package_says_what_to_run(program, package):
     hide = f"""
