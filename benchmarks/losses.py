@@ -47,7 +47,6 @@ _PEFT_ADALORA = {
 _VARIANTS = {
     "lora balanced": ["lora", "--precondition", "balanced"],
     "lora2 riemannian": ["lora2", "--precondition", "riemannian"],
-    "lora2 shared": ["lora2", "--lora_share_outer", "True"],
     "lora2 full importance": ["lora2", "--importance", "full", "--orth_squared", "True"],
     "lora2 retraction, pruned": ["lora2", "--lora_init", "orthogonal", "--orthogonality", "retraction"],
     "lora2_plus auto": ["lora2_plus", "--value_lr_ratio", "auto"],
@@ -57,7 +56,7 @@ _VARIANTS = {
 def method_flags() -> dict[str, list[str]]:
     """Every method by name, as flags: a file in configs/methods/ for each, and what only flags switch on."""
     names = sorted(path.stem for path in METHOD_FOLDER.glob("*.yaml"))
-    files = {name: [name] for name in names if name != "peft" and not re.search(r"_[rm]\d+$", name)}
+    files = {name: [name] for name in names if name != "peft" and not re.search(r"_([rm]\d+|small)$", name)}
     return {name: ["--method", *flags] for name, flags in (files | _VARIANTS).items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loralib
 from loralib.fused import product
 from nlu.fast.speed import speed_up
+from nlu.model import head_modules
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
-PEFT_SIX = r".*encoder\.layer\..*\.(query_proj|key_proj|value_proj|dense)"
+PEFT_SIX = r".*encoder\.layer\..*\.(query|key|value|query_proj|key_proj|value_proj|dense)"
 SCHEDULE = {"init": 2, "final": 2, "interval": 100, "total": 100_000}
 LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 
@@ -29,7 +31,8 @@ LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 class Peer:
     """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
     a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step. `compiled`
-    is `--torch_compile`, measured only when named: it takes minutes to compile."""
+    is `--torch_compile`, measured only when named: it takes minutes to compile. `package` replaces the attention
+    of DeBERTa."""
 
     title: str
     maker: str
@@ -38,6 +41,7 @@ class Peer:
     fast_attention: bool = False
     weights: str = "float32"
     compiled: bool = False
+    package: str = ""
 
 
 PEERS = {
@@ -58,8 +62,22 @@ PEERS = {
         "LoRA² k=8, here, stock attention, --torch_compile", "here", "lora2", 8, weights="bfloat16", compiled=True
     ),
     "published": Peer("LoRA² k=8 as first published: padded to 320, float32, stock attention", "plain", "lora2", 8),
+    "flashdeberta": Peer("LoRA, peft, flashdeberta", "peft", "lora", weights="bfloat16", package="flashdeberta"),
+    "disentangled-flash": Peer(
+        "LoRA, peft, disentangled-flash", "peft", "lora", weights="bfloat16", package="disentangled_flash"
+    ),
     "limit": Peer("matrix products alone", "limit", "limit"),
 }
+# The architectures, by the name of the checkpoint that has them: sizes as in `Shape`.
+MODELS = {
+    "deberta-v3-base": {"layers": 12, "hidden": 768, "intermediate": 3072, "heads": 12},
+    "roberta-large": {"layers": 24, "hidden": 1024, "intermediate": 4096, "heads": 16},
+}
+
+
+def installed(key: str) -> bool:
+    """Whether this machine has the package that a peer needs."""
+    return importlib.util.find_spec(PEERS[key].package) is not None
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ class Shape:
     intermediate: int = 3072
     heads: int = 12
     vocabulary: int = 128_100
+    model: str = "deberta-v3-base"
 
 
 @dataclass
@@ -88,23 +107,41 @@ class Trained:
     step: int = field(default=SCHEDULE["init"] + 1)
 
 
-def build_model(shape: Shape) -> nn.Module:
-    """DeBERTaV3-base's architecture with random weights: no download, the same arithmetic."""
+def build_model(shape: Shape, package: str = "") -> nn.Module:
+    """The architecture with random weights: no download, the same arithmetic."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     torch.manual_seed(0)
+    if shape.model == "roberta-large":
+        from transformers import RobertaConfig, RobertaForSequenceClassification
+
+        config = RobertaConfig(
+            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=514,
+            type_vocab_size=1, layer_norm_eps=1e-5, num_labels=2,
+        )  # fmt: skip
+        return RobertaForSequenceClassification(config).train()
     config = DebertaV2Config(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=512,
         relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
         pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7, num_labels=2,
     )  # fmt: skip
-    return DebertaV2ForSequenceClassification(config).train()
+    if package == "flashdeberta":
+        from flashdeberta import FlashDebertaV2ForSequenceClassification
+
+        return FlashDebertaV2ForSequenceClassification(config).train()
+    model = DebertaV2ForSequenceClassification(config).train()
+    if package == "disentangled_flash":
+        from disentangled_flash import optimize_deberta_training
+
+        optimize_deberta_training(model.deberta, backend="triton")
+    return model
 
 
 def build(peer: Peer, shape: Shape) -> Trained:
     """The peer's model, adapters and optimiser on the shape's device."""
-    model = build_model(shape)
+    model = build_model(shape, peer.package)
     half = shape.precision == "bfloat16"
     cast = half and peer.weights == "bfloat16"
     regulariser = allocate = None
@@ -116,10 +153,11 @@ def build(peer: Peer, shape: Shape) -> Trained:
         kind = {"k": peer.k} if peer.method == "lora2" else {}
         loralib.inject(model, peer.method, SIX, r=RANK, lora_alpha=ALPHA, **kind)
         loralib.mark_only_lora_as_trainable(model)
-        for head in (model.pooler, model.classifier):
-            head.requires_grad_(True)
+        head = head_modules(model)
+        for module in head:
+            module.requires_grad_(True)
         if cast:
-            loralib.cast_frozen(model, torch.bfloat16, head=(model.pooler, model.classifier))
+            loralib.cast_frozen(model, torch.bfloat16, head=head)
     model.to(shape.device)
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)

@@ -50,7 +50,7 @@ USUAL = {
     "batch": 32,
     "lengths": "64,128,256",
     "precisions": ",".join(PRECISIONS),
-    "peers": ",".join(key for key, peer in PEERS.items() if not peer.compiled),
+    "peers": ",".join(key for key, peer in PEERS.items() if not (peer.compiled or peer.package)),
     "rounds": 5,
 }
 QUICK = {"layers": 2, "lengths": "64", "rounds": 3}

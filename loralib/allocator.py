@@ -271,8 +271,7 @@ class RankAllocator:
     @torch.no_grad()
     def apply_mask(self) -> None:
         """Set the pruned singular values to 0."""
-        self._mask = self._mask.to(self._values[0].device)  # once, where the model moved since
-        keep = self._mask.to(self._values[0].dtype)
+        keep = self._mask.to(self._values[0].device, self._values[0].dtype)
         torch._foreach_mul_(self._values, list(keep.unbind()))
 
     def state_dict(self) -> dict[str, Any]:

@@ -73,20 +73,23 @@ class _Link:
         unique = {id(f): f for f in factors}
         place = {key: i for i, key in enumerate(unique)}
         self.unique = list(unique.values())
-        self.of_layer = [place[id(f)] for f in factors]
+        places = [place[id(f)] for f in factors]
+        self.of_layer = torch.tensor(places)
+        self.counts = torch.tensor([places.count(i) for i in range(len(self.unique))])
         self.shared = len(self.unique) < len(factors)
 
     def read(self) -> None:
         stacked = torch.stack([f.detach() for f in self.unique])
+        # Copied once, after the model has moved.
+        self.of_layer, self.counts = self.of_layer.to(stacked.device), self.counts.to(stacked)
         self.value = stacked[self.of_layer] if self.shared else stacked
 
     def mean(self, grams: Tensor) -> Tensor:
         """(n, …) → (distinct factors, …): averaged over the layers that share one."""
         if not self.shared:
             return grams
-        index = torch.tensor(self.of_layer, device=grams.device)
-        totals = grams.new_zeros(len(self.unique), *grams.shape[1:]).index_add_(0, index, grams)
-        return totals / index.bincount(minlength=len(self.unique)).to(grams.dtype)[:, None, None]
+        totals = grams.new_zeros(len(self.unique), *grams.shape[1:]).index_add_(0, self.of_layer, grams)
+        return totals / self.counts[:, None, None]
 
     def multiply(self, left: Tensor | None, right: Tensor | None) -> None:
         """g ← left g right, for the distinct factors."""
@@ -147,7 +150,8 @@ class _Chain:
         used = [i for i, e in enumerate(self.values) if e.grad is not None]
         if used:
             gradients = [self.values[i].grad for i in used]
-            solved = torch.linalg.solve(self._damped(both[used]), torch.stack(gradients))
+            both = both if len(used) == len(self.values) else both[used]
+            solved = torch.linalg.solve(self._damped(both), torch.stack(gradients))
             torch._foreach_copy_(gradients, list(solved.unbind()))
 
     def balance(self, scalar: bool) -> None:
