@@ -57,14 +57,18 @@ class _Stack:
         """Changes whenever a factor is written to, or moved to another device."""
         return [(f.data_ptr(), f._version) for f in self.all]
 
-    def factors(self) -> Tensor:
-        """X, read anew where a factor has changed since :meth:`write_factors`."""
+    def factors(self, stepped: bool = False) -> Tensor:
+        """X, read anew where a factor has changed since :meth:`write_factors`.
+
+        Args:
+            stepped: an optimiser has stepped since. It may have been a fused one, which leaves no trace in the version.
+        """
         like, count = self.all[0], len(self.wide)
         if not self._memory or self._memory[0].device != like.device:
             shape = (len(self.all), *sorted(like.shape))
             self._memory = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
             self._places = [[*x[:count].unbind(), *x[count:].mT.unbind()] for x in self._memory]
-        if self._written != self._state():
+        if stepped or self._written != self._state():
             torch._foreach_copy_(self._places[0], self.all)
         return self._memory[0]
 
@@ -149,7 +153,7 @@ class ExactFactors:
     def retract(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every factor, in place."""
         for stacks in self._same_side:
-            grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
+            grams = [x @ x.mT for x in (stack.factors(stepped=True) for stack in stacks)]
             roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
             for stack, root in zip(stacks, roots, strict=True):
                 stack.write_factors(root)

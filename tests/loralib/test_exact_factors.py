@@ -171,3 +171,20 @@ def test_plain_lora_has_no_exact_factors():
     loralib.inject(model, "lora", ["q"], r=2)
     with pytest.raises(ValueError, match="singular values"):
         loralib.ExactFactors(model)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_retraction_keeps_what_the_optimiser_did(fused):
+    """A fused optimiser writes to parameters without leaving a trace in their version."""
+    model = model_of()
+    exact, factors = loralib.ExactFactors(model), all_factors(model)
+    optimizer = torch.optim.AdamW(factors, lr=0.01, fused=fused)
+    for step in range(3):
+        for number, factor in enumerate(factors):
+            factor.grad = torch.randn(factor.shape, generator=torch.Generator().manual_seed(10 * step + number))
+        exact.project_gradients()
+        optimizer.step()
+        expected = [polar(factor) for factor in factors]
+        exact.retract()
+        for factor, wanted in zip(factors, expected, strict=True):
+            torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
