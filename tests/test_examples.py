@@ -6,8 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import pytest
 import torch
+from nbclient import NotebookClient
 from peft import PeftModel
 
 import loralib
@@ -67,3 +70,16 @@ def test_plain_loop():
 
 def test_own_trainer():
     assert load("own_trainer").main(["--steps", "100"])["eval_accuracy"] > 0.3
+
+
+def test_own_task_notebook(encoder_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    notebook = nbformat.read(FOLDER / "own_task.ipynb", as_version=4)
+    parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert parameters.source.startswith("MODEL = ")
+    parameters.source = f"MODEL = {str(encoder_path)!r}"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    texts = pd.read_csv(tmp_path / "new.csv")["text"]
+    praise = texts.str.contains("great|lovely|charming|excellent")
+    expected = praise.map({True: "praise", False: "complaint"})
+    assert list(pd.read_csv(tmp_path / "predictions.csv")["label"]) == list(expected) and expected.nunique() == 2

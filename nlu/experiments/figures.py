@@ -135,6 +135,7 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
                 _line(axes, by_step, label, styles[label])
         column[0].set_title(HEADINGS.get(task, task), loc="left")
         column[1].set_xlabel("step")
+        column[1].set_xlim(left=0)  # one evaluation alone would get an axis of fractions of a step
     panels[0, 0].set_ylabel("score")
     panels[1, 0].set_ylabel("validation loss")
     _legend(figure, list(panels.ravel()))
