@@ -221,10 +221,11 @@ def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
     made_for = training.schedule_steps
     if made_for is None or not 0 < total_steps < made_for:
         return
-    logger.warning(
-        "the training has %d steps, its schedule was made for %d: warm-ups and masking interval shrink in proportion",
-        total_steps, made_for,
-    )  # fmt: skip
+    if training.process_index == 0:
+        logger.warning(
+            "the training has %d steps, its schedule was made for %d: warm-ups and masking interval shrink in "
+            "proportion", total_steps, made_for,
+        )  # fmt: skip
     if training.warmup_steps >= 1:
         training.warmup_steps = int(training.warmup_steps) * total_steps // made_for
     for name, least in (("init_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):

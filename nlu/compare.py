@@ -157,6 +157,10 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     content["grid"] = {"method": specs, "seed": list(range(1, args.seeds + 1))}
     if args.published:
         script = SCRIPTS / f"run_{args.published}_{task}.sh"
+        if not SCRIPTS.is_dir():
+            raise UsageError(
+                "--published reads the repository's scripts/, which an installed package lacks: use a clone"
+            )
         if not script.is_file():
             raise UsageError(f"--published {args.published} has no settings for {task or 'own data'} in {SCRIPTS}")
         content["command"] = shlex.join(["env", f"PYTHON={sys.executable}", "bash", str(script)])

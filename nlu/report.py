@@ -61,6 +61,7 @@ th, td { padding: .25rem .5rem; text-align: right; white-space: nowrap; border: 
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 1px solid #333; vertical-align: bottom; } tbody tr:nth-child(even) { background: #f3f5f7; }
 .notes, figcaption { font-size: .82rem; color: #444; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
+@media (max-width: 40rem) { figure img { max-width: none; width: 36rem; } }
 @media (max-width: 40rem) { body { padding: .6rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; } }
 @media print { .scroll { overflow: visible; } table { font-size: 6.5pt; } table, figure { break-inside: avoid; } }
 """
@@ -259,9 +260,10 @@ def _page(sections: list[Section]) -> str:
 def _html(section: Section, anchor: str) -> str:
     tables = "\n".join(_html_table(table) for table in section.tables)
     figures = "\n".join(
-        f'<figure><img alt="{html.escape(figure.text)}" src="data:image/png;base64,'
-        f'{base64.b64encode(figure.image("png")).decode()}"><figcaption><strong>{html.escape(figure.title)}.</strong> '
-        f"{html.escape(figure.text)}</figcaption></figure>"
+        f'<figure><div class="scroll" role="region" aria-label="{html.escape(figure.title)}" tabindex="0"><img '
+        f'alt="{html.escape(figure.text)}" src="data:image/png;base64,'
+        f'{base64.b64encode(figure.image("png")).decode()}"></div>'
+        f"<figcaption><strong>{html.escape(figure.title)}.</strong> {html.escape(figure.text)}</figcaption></figure>"
         for figure in section.figures
     )
     finding = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(section.finding))

@@ -226,7 +226,8 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
     if training.do_train:
         checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
         if checkpoint is not None:
-            logger.warning("going on from %s", checkpoint)
+            if training.process_index == 0:
+                logger.warning("going on from %s", checkpoint)
         else:
             prepare_start(trainer)
         try:

@@ -130,3 +130,9 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp
     code, out, err = call(*flags)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "compare-cola").exists()
+
+
+def test_the_published_settings_need_a_clone(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "SCRIPTS", tmp_path / "site-packages/scripts")  # where an installed package looks
+    code, _, err = call("--methods", "lora", "--published", "debertav3")
+    assert code == 2 and "use a clone" in err and err.count("\n") == 1
