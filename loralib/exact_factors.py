@@ -43,7 +43,7 @@ class _Stack:
     """Factors that have one shape once they lie wide, worked on as one (n, s, m), s ≤ m; the tall ones come last.
 
     The wide layout makes the batched Gram on a CPU twice as fast and three times as accurate. The memory stays from
-    step to step, and with it X as it was written: the copies cost more than the products.
+    step to step: fresh memory and new views would cost more than the products.
     """
 
     def __init__(self, factors: list[nn.Parameter]) -> None:
@@ -51,34 +51,21 @@ class _Stack:
         self.all = [*self.wide, *(f for f in factors if f.shape[0] > f.shape[1])]
         self._memory: list[Tensor] = []
         self._places: list[list[Tensor]] = []  # of every factor in each of the two
-        self._written: list[tuple[int, int]] = []
 
-    def _state(self) -> list[tuple[int, int]]:
-        """Changes whenever a factor is written to, or moved to another device."""
-        return [(f.data_ptr(), f._version) for f in self.all]
-
-    def factors(self, stepped: bool = False) -> Tensor:
-        """X, read anew where a factor has changed since :meth:`write_factors`.
-
-        Args:
-            stepped: an optimiser has stepped since. It may have been a fused one, which leaves no trace in the version.
-        """
+    def factors(self) -> Tensor:
+        """X as it is now. Never taken from an earlier call: a fused optimiser leaves no trace in a tensor's version."""
         like, count = self.all[0], len(self.wide)
         if not self._memory or self._memory[0].device != like.device:
             shape = (len(self.all), *sorted(like.shape))
             self._memory = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
             self._places = [[*x[:count].unbind(), *x[count:].mT.unbind()] for x in self._memory]
-        if stepped or self._written != self._state():
-            torch._foreach_copy_(self._places[0], self.all)
+        torch._foreach_copy_(self._places[0], self.all)
         return self._memory[0]
 
     def write_factors(self, root: Tensor) -> None:
-        """X ← root X."""
-        self._memory.reverse()
-        self._places.reverse()
-        torch.bmm(root, self._memory[1], out=self._memory[0])
-        torch._foreach_copy_(self.all, self._places[0])
-        self._written = self._state()
+        """X ← root X, for the X that :meth:`factors` has just read."""
+        torch.bmm(root, self._memory[0], out=self._memory[1])
+        torch._foreach_copy_(self.all, self._places[1])
 
     def project_gradients(self) -> None:
         """g ← g − sym(g Xᵀ) X for the factors that have a gradient, wide and tall ones as they lie."""
@@ -153,7 +140,7 @@ class ExactFactors:
     def retract(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every factor, in place."""
         for stacks in self._same_side:
-            grams = [x @ x.mT for x in (stack.factors(stepped=True) for stack in stacks)]
+            grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
             roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
             for stack, root in zip(stacks, roots, strict=True):
                 stack.write_factors(root)
