@@ -168,6 +168,10 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
         "chosen on that set itself; mean ± standard deviation over the seeds. "
         f"Against {labels[0]}: mean difference over pairs of equal seed, with its interval (Student's t)."
     ]
+    tried = {label: own.tried.iloc[0] for label, own in rows_of(runs)}
+    chosen = [f"{label} {own['learning_rate']:g}" for label, own in tried.items() if "learning_rate" in (own or {})]
+    if chosen:
+        notes.append(f"Learning rates, chosen on held-out data: {', '.join(chosen)}.")
     few, most_steps = min(row["seeds"] for row in rows), runs.steps.max()
     doubts = ["one seed"] if few < 2 else []
     doubts += ["short training"] if most_steps < SHORT_STEPS else []
