@@ -32,7 +32,8 @@ class Peer:
     """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
     a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step. `compiled`
     is `--torch_compile`, measured only when named: it takes minutes to compile. `package` replaces the attention
-    of DeBERTa."""
+    of DeBERTa. `exact` is `--method lora2_plus`: exact factors in place of the regulariser, a rate of its own for e,
+    and nothing pruned."""
 
     title: str
     maker: str
@@ -42,6 +43,7 @@ class Peer:
     weights: str = "float32"
     compiled: bool = False
     package: str = ""
+    exact: bool = False
 
 
 PEERS = {
@@ -54,6 +56,9 @@ PEERS = {
     "adalora": Peer("AdaLoRA, here", "here", "adalora", fast_attention=True, weights="bfloat16"),
     "lora2-stock": Peer("LoRA² k=8, here, stock attention", "here", "lora2", 8, weights="bfloat16"),
     "lora2": Peer("LoRA² k=8, here", "here", "lora2", 8, fast_attention=True, weights="bfloat16"),
+    "lora2-exact": Peer(
+        "LoRA² k=8, here, exact factors", "here", "lora2", 8, fast_attention=True, weights="bfloat16", exact=True
+    ),
     "lora2-k1": Peer("LoRA² k=1, here", "here", "lora2", 1, fast_attention=True, weights="bfloat16"),
     "lora2-compiled": Peer(
         "LoRA² k=8, here, --torch_compile", "here", "lora2", 8, fast_attention=True, weights="bfloat16", compiled=True
@@ -104,6 +109,7 @@ class Trained:
     autocast: bool
     regulariser: Callable[[], torch.Tensor] | None = None
     allocate: Callable[[int], Any] | None = None
+    exact: loralib.ExactFactors | None = None
     step: int = field(default=SCHEDULE["init"] + 1)
 
 
@@ -144,13 +150,14 @@ def build(peer: Peer, shape: Shape) -> Trained:
     model = build_model(shape, peer.package)
     half = shape.precision == "bfloat16"
     cast = half and peer.weights == "bfloat16"
-    regulariser = allocate = None
+    regulariser = allocate = exact = None
     if peer.maker == "peft":
         if cast:
             model = model.to(torch.bfloat16)
         model, allocate = _with_peft(model, peer)
     elif peer.method != "full":
-        kind = {"k": peer.k} if peer.method == "lora2" else {}
+        kind: dict[str, Any] = {"k": peer.k} if peer.method == "lora2" else {}
+        kind |= {"init": "orthogonal"} if peer.exact else {}
         loralib.inject(model, peer.method, SIX, r=RANK, lora_alpha=ALPHA, **kind)
         loralib.mark_only_lora_as_trainable(model)
         head = head_modules(model)
@@ -161,17 +168,21 @@ def build(peer: Peer, shape: Shape) -> Trained:
     model.to(shape.device)
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)
-    if peer.maker in ("here", "plain") and peer.method in ("adalora", "lora2"):
+    if peer.exact:
+        exact = loralib.ExactFactors(model)
+    elif peer.maker in ("here", "plain") and peer.method in ("adalora", "lora2"):
         regulariser = loralib.OrthogonalityRegulariser(model)
         allocator = loralib.RankAllocator(
             model, RANK, 3, SCHEDULE["init"], SCHEDULE["final"], SCHEDULE["interval"], 0.85, 0.85, SCHEDULE["total"]
         )
         allocate = lambda step: allocator.update_and_mask(model, step)  # noqa: E731
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable: list = [p for p in model.parameters() if p.requires_grad]
+    if peer.exact:
+        trainable = loralib.parameter_groups(model, LEARNING_RATE, value_lr_ratio=4)
     optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
     if peer.compiled:
         model = torch.compile(model)
-    return Trained(model, optimizer, half and not cast, regulariser, allocate)
+    return Trained(model, optimizer, half and not cast, regulariser, allocate, exact)
 
 
 def _with_peft(model: nn.Module, peer: Peer) -> tuple[nn.Module, Callable[[int], Any] | None]:
@@ -213,7 +224,11 @@ def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
         loss = loss + REGULARISER * trained.regulariser()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in trained.optimizer.param_groups for p in group["params"]], 1.0)
+    if trained.exact is not None:
+        trained.exact.project_gradients()
     trained.optimizer.step()
+    if trained.exact is not None:
+        trained.exact.retract()
     if trained.allocate is not None:
         trained.step += 1 + (trained.step % SCHEDULE["interval"] == SCHEDULE["interval"] - 1)  # never a masking step
         trained.allocate(trained.step)
@@ -221,7 +236,11 @@ def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
 
 
 def method_step(trained: Trained) -> None:
-    """Regulariser, forward and backward, and allocator alone, on the gradients that the parameters hold."""
+    """The method's own part, on gradients that are there: regulariser and allocator, or projection and retraction."""
+    if trained.exact is not None:
+        trained.exact.project_gradients()
+        trained.exact.retract()
+        return
     if trained.regulariser is not None:
         (REGULARISER * trained.regulariser()).backward()
     else:
@@ -235,7 +254,7 @@ def prepare_method_step(trained: Trained) -> None:
     for parameter in trained.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter) * 1e-3
-    if trained.regulariser is None:
+    if trained.regulariser is None and trained.exact is None:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         inner = trained.model.base_model.model
@@ -349,6 +368,6 @@ def _answer(request: tuple, peer: Peer, state: Any, baseline: int) -> tuple[Any,
         seconds.append(time.perf_counter() - start)
     if kind == "step" and isinstance(work, Limit):
         return state, (seconds, [work.flops(b["input_ids"].numel()) for b in batches])
-    if kind == "step" and work.allocate is not None and values[1:] == ["last"]:
+    if kind == "step" and (work.allocate or work.exact) and values[1:] == ["last"]:
         prepare_method_step(work)
     return state, (seconds, None)
