@@ -26,7 +26,7 @@ from loralib.layers import LoRALayer, lora_layers
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
-_ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
+ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
 
 
 def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -171,16 +171,19 @@ def _compose(root: Tensor | None, change: Tensor) -> Tensor:
     return change if root is None else torch.baddbmm(root + change, root, change)
 
 
+def deviation(factor: Tensor) -> Tensor:
+    """‖Gram − I‖_F of one factor, on its smaller side; float64."""
+    wide = (factor.detach() if factor.shape[0] <= factor.shape[1] else factor.detach().T).double()
+    gram = wide @ wide.T
+    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+
 def deviations(model: nn.Module) -> Tensor:
-    """‖Gram − I‖_F of every distinct factor of the layers with singular values, on its smaller side; float64, (n,)."""
-    found = []
-    for factor in distinct_factors(model):
-        wide = (factor.detach() if factor.shape[0] <= factor.shape[1] else factor.detach().T).double()
-        gram = wide @ wide.T
-        found.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
-    return torch.stack([deviation.to(found[0].device) for deviation in found])
+    """:func:`deviation` of every distinct factor of the layers with singular values, (n,)."""
+    found = [deviation(factor) for factor in distinct_factors(model)]
+    return torch.stack([each.to(found[0].device) for each in found])
 
 
 def factors_are_orthonormal(model: nn.Module) -> bool:
     """Whether all factors of the layers with singular values have orthonormal rows or columns."""
-    return bool((deviations(model) < _ORTHONORMAL).all())
+    return bool((deviations(model) < ORTHONORMAL).all())

@@ -15,6 +15,7 @@ import loralib
 from loralib.adapter import start
 from loralib.adapter_checks import check_start
 from loralib.adapter_files import AdapterConfig, read_adapter
+from loralib.exact_factors import ORTHONORMAL, deviation
 from loralib.files import write_json
 from loralib.peft_format import decompose
 from nlu.arguments import Arguments
@@ -137,12 +138,21 @@ def check_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: n
     """Refuse an adapter whose layers are not the method's. ``model`` may be on the meta device.
 
     Raises:
-        UsageError: for a method that is not low-rank, or another kind of layers, modules, rank, widths or sharing.
+        UsageError: for a method that is not low-rank, another kind of layers, modules, rank, widths or sharing, and
+            factors that are not orthonormal where the method needs them to be.
     """
     if not METHODS[arguments.method.method].takes_warm_start:
         raise UsageError(f"--lora_path starts low-rank methods, not --method {arguments.method.method}")
     with _usage_errors(" (flags: --method, --lora_module, --lora_r, --lora_k, --lora_share_outer)"):
         check_start(model, config, tensors)
+    method = vars(arguments.method)
+    for flag, value in (("orthogonality", "retraction"), ("value_lr_ratio", "auto")):
+        factors = [t for name, t in tensors.items() if ".lora_A." in name or ".lora_B." in name]
+        if method[flag] == value and any(deviation(factor) > ORTHONORMAL for factor in factors):
+            raise UsageError(
+                f"--lora_path: the adapter's factors are not orthonormal, which --{flag} {value} needs: leave that "
+                "out, or start from an adapter that was trained with --orthogonality retraction"
+            )
 
 
 def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module) -> None:
