@@ -58,7 +58,7 @@ def suite() -> str:
         raise Skipped("no CUDA device; the suite runs these tests by itself")
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/nlu/test_device.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/nlu/device_steps.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     if done.returncode:

@@ -1,0 +1,83 @@
+"""A training step of every kind on a device that this machine does not have.
+
+torch's CPU wheel can hold a fake device: its tensors have no contents and know where they lie. An operation that mixes
+devices raises, and so does one for whose result the host would have to wait (``item()``, a mask as an index).
+
+A process that has registered such a device trains nothing else afterwards, so `test_device.py` starts these tests in
+a process of their own.
+"""
+
+import tempfile
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.losses import BATCH, method_flags, prepared, step
+from loralib import exact_factors
+from nlu.methods.adapters import BottleneckAdapter
+from nlu.methods.peft_methods import PEFT_FOLDER
+
+DEVICE = "pretend"
+PEFT = {path.stem for path in PEFT_FOLDER.glob("*.json")} | {"peft_adalora"}
+STOCK = ("bitfit", "full")  # train inside stock modules: bfloat16 is autocast's, which a pretended device lacks
+KINDS = [
+    (name, dtype)
+    for name in method_flags()
+    for dtype in ("float32", "bfloat16")
+    if name not in PEFT and not (name in STOCK and dtype == "bfloat16")
+]
+
+
+class NoHostCopies(TorchDispatchMode):
+    """Refuses every copy between the host and the device; a number on the host may meet the device's tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            assert source.device.type == out.device.type, f"a copy from {source.device} to {out.device}"
+        return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pretended_device():
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE)
+    getattr(torch, DEVICE).get_amp_supported_dtype = lambda: [torch.bfloat16]
+    with FakeTensorMode():
+        yield
+
+
+def on_device(rows):
+    return {name: torch.stack([row[name] for row in rows]).to(DEVICE) for name in rows[0]}
+
+
+@pytest.fixture
+def no_contents(monkeypatch):
+    """What looks at contents once, before the first step, does not look."""
+    monkeypatch.setattr(exact_factors, "factors_are_orthonormal", lambda model: True)
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+    monkeypatch.setattr(BottleneckAdapter, "to", lambda self, device: self)  # a fake parameter cannot be moved
+
+
+@pytest.mark.parametrize("name, dtype", KINDS)
+def test_a_step_stays_on_the_device(name, dtype, no_contents):
+    with tempfile.TemporaryDirectory() as folder:
+        _, applied, rows = prepared(method_flags()[name], folder, 4, "cpu", dtype)
+    model = applied.model
+    for tensor in [*model.parameters(), *model.buffers()]:  # .to() cannot exchange the contents of a fake parameter
+        tensor.fake_device = torch.device(DEVICE, 0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    batch = on_device(rows[:BATCH])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        step(applied, optimizer, batch)
+    with NoHostCopies():  # the last step masks; all that is kept between steps lies on the device by now
+        loss = step(applied, optimizer, batch)
+    assert loss.device.type == DEVICE and loss.dtype == torch.float32
+    if applied.allocator is not None:
+        assert applied.low_rank.step == applied.low_rank.total_steps
