@@ -191,7 +191,7 @@ def build_trainer(
     """The Trainer with data, metrics and the folders of this run."""
     training, data = arguments.training, arguments.data
     training.output_dir = str(Path(training.root_output_dir) / "model")
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(training.root_output_dir) / "log"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.root_output_dir) / "log")  # not that of an earlier run
     training.label_names = ["labels"]
     training.push_to_hub = False  # the Trainer would upload checkpoints; the run uploads its adapter
     training.metric_for_best_model, training.greater_is_better = f"eval_{task.metric}", True

@@ -24,9 +24,12 @@ def record_of(folder):
     return json.loads((folder / "run/results.json").read_text())
 
 
-def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(base_flags, encoder, tmp_path, capsys):
+def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
+    base_flags, encoder, tmp_path, capsys, monkeypatch
+):
     """The commands that a run prints are run; tensorboard's own reader judges what was reported."""
     run = tmp_path / "run"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "earlier"))  # as a run in this process left it
     assert main([*base_flags, "--method", "lora2", "--report_to", "tensorboard"]) == 0
     shown, record = capsys.readouterr().out, record_of(tmp_path)
     steps = re.findall(r"^step (\d)/6  loss [\d.]+(?:  matthews_correlation -?[\d.]+)?  \d\.\d GB(  \d:\d\d left)?$",
