@@ -137,7 +137,7 @@ def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
         return Estimate(mean, None, None, len(values))
     parts = groups.var(ddof=1) / sizes / len(sizes) ** 2
     variance = float(parts.sum())
-    freedom = variance**2 / float((parts**2 / (sizes - 1)).sum()) if variance > 0 else np.inf
+    freedom = 1 / float(((parts / variance) ** 2 / (sizes - 1)).sum()) if variance > 0 else np.inf
     return Estimate(mean, variance**0.5, freedom, len(values))
 
 
