@@ -196,7 +196,7 @@ def test_agrees_with_peft_layer_on_the_same_factors(kind):
 @pytest.mark.parametrize("kind", ["lora", *WIDTHS])
 def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places(kind):
     layer = loralib.Linear(11, 7, 4, 8) if kind == "lora" else random_layer(kind)
-    nn.init.normal_(layer.lora_B[0])
+    nn.init.normal_(layer.double().lora_B[0])  # in float32 the sum of the parts misses by rounding in some draws
     before = [p.detach().clone() for p in layer.lora_parameters()]
     kept, others = [1, 3], [0, 2]
     parts = []
