@@ -28,6 +28,11 @@ GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
 
 
+def is_positive(value: object) -> bool:
+    """Whether a value is a finite number above 0; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _positive_int(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive whole number, got {value!r}")
@@ -132,7 +137,7 @@ class LoRALayer(nn.Linear):
     ) -> None:
         self.r = self.initial_r = _positive_int("r", r)
         self.widths = tuple(_positive_int("a width (k)", k) for k in widths)
-        if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, (int, float)) or not 0 < lora_alpha < math.inf:
+        if not is_positive(lora_alpha):
             raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")

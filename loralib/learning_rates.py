@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.exact_factors import factors_are_orthonormal, svd_layers
-from loralib.layers import LoRALayer, lora_layers
+from loralib.layers import LoRALayer, is_positive, lora_layers
 
 
 def parameter_groups(
@@ -56,7 +56,7 @@ def parameter_groups(
 
 
 def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if not is_positive(value):
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 

@@ -35,7 +35,7 @@ from loralib.adapter_files import (
     read_tensors,
 )
 from loralib.files import FolderWriter
-from loralib.layers import GAUSSIAN_STD
+from loralib.layers import GAUSSIAN_STD, is_positive
 
 PREFIX = "base_model.model."
 TASK_TYPES = {
@@ -370,15 +370,10 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 
 
-def _is_positive(value: object) -> bool:
-    """Whether a value read from a file is a finite number above 0."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
 def _adalora_scaling(values: dict[str, Any]) -> float:
     alpha: Any = values.get("lora_alpha")
     rank: Any = values.get("init_r")
-    if not _is_positive(alpha) or type(rank) is not int or rank < 1:
+    if not is_positive(alpha) or type(rank) is not int or rank < 1:
         raise ValueError(f"lora_alpha and init_r must be positive numbers, got {alpha!r:.80} and {rank!r:.80}")
     return alpha / (rank + 1e-5)
 
@@ -391,7 +386,7 @@ def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
         alpha: Any = next(matches, values.get("lora_alpha"))
     except (AttributeError, TypeError, re.error) as error:
         raise ValueError(f"alpha_pattern does not map patterns to numbers ({error})") from None
-    if not _is_positive(alpha):
+    if not is_positive(alpha):
         raise ValueError(f"lora_alpha of {name} must be a positive number, got {alpha!r:.80}")
     return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
 
