@@ -26,6 +26,7 @@ select:                                 # optional: choose arguments on a held-o
 import itertools
 import re
 import shlex
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,9 +261,9 @@ def _fill(word: str, arguments: dict[str, Any]) -> str:
 
 
 def run_name(axes: dict[str, Any]) -> str:
-    """A folder's name from the labels of a run's axes; numbers carry their axis' name."""
+    """A folder's name from the labels of a run's axes, LoRA² as LoRA2; numbers carry their axis' name."""
     parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in place_free(axes).items()]
-    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", "-".join(parts))
+    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts)))
 
 
 def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
