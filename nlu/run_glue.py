@@ -134,7 +134,7 @@ def run_recorded(
     try:
         train_and_evaluate(arguments, trainer, folder, state)
         if arguments.training.do_predict:
-            predict(tests, trainer, folder)
+            record.static["test_scores"] = predict(tests, trainer, folder)
         record.log_history = trainer.state.log_history
         if save:
             record.static["spectra"] = spectra(trainer.model)

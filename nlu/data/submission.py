@@ -23,6 +23,7 @@ from loralib.files import write_bytes
 from nlu.data.file_formats import read_table, shown
 from nlu.data.glue import as_number
 from nlu.errors import UsageError, exit_code
+from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -38,12 +39,25 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
-def predict(tests: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path) -> None:
-    """Write the GLUE server's TSV files for the test sets of each task into ``predictions/``."""
+def predict(
+    tests: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Write the GLUE server's TSV files for the test sets of each task into ``predictions/``.
+
+    Returns:
+        File name -> the task's metrics, for test sets whose labels are known (MRPC's, a user's own).
+    """
+    scores = {}
     for task, split, rows in ((task, split, rows) for task, splits in tests for split, rows in splits.items()):
+        gold = np.asarray(rows["labels"][:] if "labels" in rows.column_names else [])
         output = trainer.predict(rows.remove_columns("labels") if "labels" in rows.column_names else rows)
+        labels = to_labels(task, output.predictions)
         if trainer.args.should_save:
-            write_predictions(task, split, rows["idx"][:], to_labels(task, output.predictions), folder / _SUBFOLDER)
+            path = write_predictions(task, split, rows["idx"][:], labels, folder / _SUBFOLDER)
+            hidden = -1 in gold and not (task.is_regression and task.value_range is None)
+            if len(gold) and not hidden:
+                scores[path.stem] = compute_glue_metrics(task, labels, gold)
+    return scores
 
 
 def write_predictions(

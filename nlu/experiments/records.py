@@ -25,9 +25,10 @@ from nlu.json_yaml import check
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
 COPIED = (
-    "metric", "best", "best_step", "last", "steps", "model", "adapter_params", "head_params", "total_params",
-    "live_adapter_params", "initial_budget", "final_budget", "live_budget", "effective_batch_size", "train_seconds",
-    "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit", "digests",
+    "metric", "best", "best_step", "last", "test_scores", "steps", "model", "adapter_params", "head_params",
+    "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget", "effective_batch_size",
+    "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
+    "digests",
 )  # fmt: skip
 NO_LABEL = ("task_name", "train_file", "validation_file", "seed")  # what tables show in other places
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
@@ -61,6 +62,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         **{name: record.get(name) for name in COPIED},
         **rate_sums(record),
         "delta_norm": delta_norm(record),
+        "module_ranks": module_ranks(record),
     }
     return portable({name: value for name, value in line.items() if value is not None})
 
@@ -142,6 +144,14 @@ def delta_norm(record: dict[str, Any]) -> float | None:
         return logged[-1]
     spectra = record.get("spectra") or {}
     return _figures(math.sqrt(sum(value**2 for values in spectra.values() for value in values))) if spectra else None
+
+
+def module_ranks(record: dict[str, Any]) -> dict[str, int] | None:
+    """Module → its live singular values at the end; None for a run that did not prune."""
+    spectra = record.get("spectra")
+    if not spectra or record.get("live_budget") in (None, record.get("initial_budget")):
+        return None
+    return {name: sum(value > 0 for value in values) for name, values in spectra.items()}
 
 
 def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:

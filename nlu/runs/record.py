@@ -190,6 +190,8 @@ def report(record: dict[str, Any], folder: Path) -> None:
     """The outcome, and the commands that come next."""
     if record["best"] is not None:
         print(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
+    for name, scores in record.get("test_scores", {}).items():
+        print(f"{name}: {', '.join(f'{metric} {score:.4f}' for metric, score in scores.items())}")
     if record["steps"]:
         adapter, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
         share = (adapter + head) / record["total_params"]

@@ -1,9 +1,11 @@
 """AX, predicted by the model that a run trains on MNLI, in a folder that the submission checker takes."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
+from sklearn.metrics import accuracy_score, f1_score
 
 from nlu.run_glue import main
 from tests.nlu.tiny import make_rows, write_rows
@@ -48,6 +50,23 @@ def test_ax_gets_the_answers_of_the_trained_model(mnli_flags, tmp_path):
     assert main([*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]) == 0
     folder = tmp_path / "run/predictions"
     assert rows_of(folder / "AX.tsv") == rows_of(folder / "MNLI-mm.tsv")
+
+
+def test_a_test_set_with_known_labels_is_scored(base_flags, tmp_path, capsys):
+    """MRPC's labels are public: scikit-learn on the file that was written is the judge. Hidden labels give no score."""
+    rows = make_rows(("sentence1", "sentence2"), False, 40, seed=3)
+    write_rows(tmp_path / "glue/mrpc/train.jsonl", rows)
+    write_rows(tmp_path / "glue/mrpc/test.jsonl", rows)
+    glue = ["--task_name", "mrpc", "--glue_dir", str(tmp_path / "glue"), "--do_eval", "False", "--eval_strategy", "no"]
+    assert main([*base_flags, *glue, "--do_predict", "--max_steps", "2"]) == 0
+    predicted = [int(row["prediction"]) for row in rows_of(tmp_path / "run/predictions/MRPC.tsv")]
+    gold = [row["label"] for row in rows]
+    scores = json.loads((tmp_path / "run/results.json").read_text())["test_scores"]["MRPC"]
+    assert scores == {"accuracy": accuracy_score(gold, predicted), "f1": f1_score(gold, predicted)}
+    assert f"MRPC: accuracy {scores['accuracy']:.4f}" in capsys.readouterr().out
+    write_rows(tmp_path / "glue/mrpc/test.jsonl", [row | {"label": -1} for row in rows])
+    assert main([*base_flags, *glue, "--do_predict", "--max_steps", "2", "--overwrite_output_dir"]) == 0
+    assert json.loads((tmp_path / "run/results.json").read_text())["test_scores"] == {}
 
 
 def test_predictions_can_be_asked_of_a_run_that_has_finished(mnli_flags, tmp_path, capsys):

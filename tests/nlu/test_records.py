@@ -37,6 +37,8 @@ def test_a_line_holds_what_a_real_run_left(base_flags, tmp_path):
         squares = [value**2 for values in record["spectra"].values() for value in values]
         assert made["delta_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
     assert {"versions", "git_commit", "live_budget", "adapter_params", "train_seconds"} <= made.keys()
+    assert sum(made["module_ranks"].values()) == made["live_budget"] < made["initial_budget"]
+    assert made["module_ranks"].keys() == record["spectra"].keys()
 
 
 @pytest.mark.parametrize("every", [1, 5, 10])
