@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DESCRIPTION = """\
 Runs what has no finished line yet and goes on with what was interrupted, so the same command can be stopped
 (Ctrl-C or SIGTERM: the runs save and end) and started again at any time. A failing run does not stop the others; the
-sweep then ends with exit code 1. What another experiment has finished with the same arguments and contents is taken
-over, not run again.
+sweep then ends with exit code 1. What another row or experiment has finished with the same arguments and contents is
+taken over, not run again.
 
 A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXPERIMENT/RUN/. When a run ends, one line
 with what tables and figures need goes into MEASURED_DIR/EXPERIMENT.jsonl, without this machine's folders in it. The

@@ -59,9 +59,7 @@ class SweepLoop:
             self.total += len(runs)
             self.bar.total += len(runs)
         if adopted := self.places.adopt(runs):
-            self.bar.write(
-                f"{adopted} run(s) taken over: another experiment finished them with the same arguments and contents"
-            )
+            self.bar.write(f"{adopted} run(s) taken over: the same arguments and contents have been run")
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
         running: dict[str, tuple[Run, Job]] = {}

@@ -125,7 +125,7 @@ class Places:
             write_line(self.measured, run.folder, None)
 
     def finished_elsewhere(self, runs: list[Run]) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Folder → (where, line) of new runs that another experiment beside this one has finished.
+        """Folder → (where, line) of new runs that another row, or another experiment beside this one, has finished.
 
         Arguments and the digests of all contents must be equal. A neighbour's damaged file is named in the log.
         """
@@ -133,7 +133,7 @@ class Places:
         wanted = {_key(comparable(run.arguments), self.digests(run)): run for run in new}
         found: dict[str, tuple[str, dict[str, Any]]] = {}
         for path in sorted(self.measured.parent.glob("*.jsonl")) if wanted else ():
-            for line in self._neighbour(path).values() if path != self.measured else ():
+            for line in self._neighbour(path).values():
                 run = wanted.get(_key(line["asked"], line.get("digests") or {}))
                 if run is not None and line["status"] == "finished" and "taken_over_from" not in line:
                     found.setdefault(run.folder, (f"{path.stem}/{line['run']}", line))
@@ -149,7 +149,7 @@ class Places:
             return {}
 
     def adopt(self, runs: list[Run]) -> int:
-        """Take over what another experiment beside this one has finished; returns how many.
+        """Take over what `finished_elsewhere` finds; returns how many.
 
         The copied line keeps its commit, machine and times, and says where it was taken from (`taken_over_from`).
         """

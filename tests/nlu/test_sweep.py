@@ -68,6 +68,9 @@ def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(
     taken = _lines(tmp_path, "second")["eight-cola-seed=1"]
     place = {"run": "eight-cola-seed=1", "label": "eight", "axes": {"rank": "eight", "task_name": "cola", "seed": 1}}
     assert taken == first | place | {"taken_over_from": "first/lora-cola-seed=1"}
+    # A row that is added later takes over from one of its own experiment too.
+    ranks["eight again"] = {**ranks["eight"]}
+    assert "2 run(s) taken over" in "".join(run(second)[1:])
     # A copy is no source of copies, and hides no original that is listed after it.
     one = {"rank": {"eight": ranks["eight"]}, "task_name": ["cola"], "seed": [1]}
     assert "1 run(s) taken over" in "".join(run(BASIC | {"name": "a-copy", "grid": one})[1:])
