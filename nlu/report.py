@@ -21,7 +21,7 @@ import pandas as pd
 
 from loralib.files import write_bytes, write_text
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
-from nlu.experiments.figures import Drawing, draw
+from nlu.experiments.figures import COLOURS, Drawing, draw
 from nlu.experiments.questions import Question, load_questions
 from nlu.experiments.statistics import Estimate, estimate, finished, load_measured
 from nlu.experiments.tables import (
@@ -48,23 +48,24 @@ The papers' own tables, which are cited, go to PUBLISHED_DIR/README.md.
 
 --format csv, latex, svg and html write tables/*.csv, tables/*.tex, figures/*.svg and report.html instead."""
 
-STYLE = """
-:root { color-scheme: light; }
+STYLE = (
+    f":root {{ color-scheme: light; --focus: {COLOURS[1]}; --finding: {COLOURS[2]}; }}"
+    + """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; overflow-wrap: break-word; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #999; padding-top: 1rem; }
-.finding { font-size: 1.1rem; border-left: 4px solid #004a80; padding-left: .8rem; }
-.scroll { overflow-x: auto; } .scroll:focus { outline: 3px solid #d55e00; }
+.finding { font-size: 1.1rem; border-left: 4px solid var(--finding); padding-left: .8rem; }
+.scroll { overflow-x: auto; } .scroll:focus { outline: 3px solid var(--focus); }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; border: 0; }
 caption { text-align: left; font-weight: 600; padding: .4rem 0; }
 th, td { padding: .25rem .5rem; text-align: right; white-space: nowrap; border: 0; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 1px solid #333; vertical-align: bottom; } tbody tr:nth-child(even) { background: #f3f5f7; }
 .notes, figcaption { font-size: .82rem; color: #444; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
-@media (max-width: 40rem) { figure img { max-width: none; width: 36rem; } }
 @media (max-width: 40rem) { body { padding: .6rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; } }
 @media print { .scroll { overflow: visible; } table { font-size: 6.5pt; } table, figure { break-inside: avoid; } }
 """
+)
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,8 @@ def _page(sections: list[Section]) -> str:
 def _html(section: Section, anchor: str) -> str:
     tables = "\n".join(_html_table(table) for table in section.tables)
     figures = "\n".join(
-        f'<figure><div class="scroll" role="region" aria-label="{html.escape(figure.title)}" tabindex="0"><img '
-        f'alt="{html.escape(figure.text)}" src="data:image/png;base64,'
-        f'{base64.b64encode(figure.image("png")).decode()}"></div>'
+        f'<figure><img alt="{html.escape(figure.text)}" src="data:image/png;base64,'
+        f'{base64.b64encode(figure.image("png")).decode()}">'
         f"<figcaption><strong>{html.escape(figure.title)}.</strong> {html.escape(figure.text)}</figcaption></figure>"
         for figure in section.figures
     )

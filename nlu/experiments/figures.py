@@ -34,6 +34,7 @@ STYLE = {
     "legend.frameon": False,
     "text.parse_math": False,  # a `$` is a character of a label
 }
+WIDTH = 5.0  # inches: on a phone, whose width a page scales figures to, letters of 9 points stay readable
 APART = 1.06  # factor between points of about equal size, which would hide each other
 
 
@@ -60,9 +61,10 @@ def draw(name: str, final: pd.DataFrame, every: pd.DataFrame) -> Iterator[tuple[
 
     Args:
         name: begins the figures' names.
-        final: the finished final runs. every: all runs of the same experiments, those of the tuning stage too.
+        final: the finished final runs, in the order of the legend. every: all runs of the same experiments, those of
+            the tuning stage too, as `as_frame` orders them.
     """
-    labels = list(dict.fromkeys([*final.label, *every.label]))
+    labels = list(dict.fromkeys(every.label))  # in the registries' order: a comparison and a report colour alike
     styles = dict(zip(labels, _styles(len(labels)), strict=True))
     for kind, function, runs in (
         ("parameters", _parameters, final), ("curves", _curves, final), ("rates", _rates, every)
@@ -85,14 +87,14 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     ]
     if len(points) < 2:
         return None
-    figure = Figure(figsize=(6.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for (label, _, result), x in zip(points, spread_apart([size for _, size, _ in points]), strict=True):
         style = {**styles[label], "linestyle": "none", "markersize": 6, "linewidth": 1.2}
         axes.errorbar(x, result.mean, yerr=result.half_width, label=label, capsize=3, **style)
     axes.set_xscale("log")
     _ticks(axes, [size for _, size, _ in points], _short_count)
-    axes.set_xlabel("trained parameters without the head (log scale; points of about equal size are set apart)")
+    axes.set_xlabel("trained parameters without the head\n(log scale; points of about equal size are set apart)")
     axes.set_ylabel("average score, last evaluation")
     _legend(figure, [axes])
     best = max(points, key=lambda point: point[2].mean)
@@ -121,23 +123,22 @@ def spread_apart(sizes: list[float]) -> list[float]:
 
 
 def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
-    """Score and validation loss against the step: a column for each task."""
+    """Score and validation loss against the step: a row for each task."""
     tasks = list(dict.fromkeys(runs.task))
-    figure = Figure(figsize=(max(5.0, 2.9 * len(tasks) + 0.4), 5.0), layout="constrained")
-    panels = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
-    for task, column in zip(tasks, panels.T, strict=True):
-        for source, axes in zip(("scores", "losses"), column, strict=True):
+    figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    for task, row in zip(tasks, panels, strict=True):
+        for source, axes in zip(("scores", "losses"), row, strict=True):
             for label, own in rows_of(runs[runs.task == task]):
                 by_step: dict[float, list[float]] = {}
                 for steps, values in zip(own.steps_at, own[source], strict=True):
                     for step, value in zip(steps, values, strict=True):
                         by_step.setdefault(step, []).append(value)
                 _line(axes, by_step, label, styles[label])
-        column[0].set_title(HEADINGS.get(task, task), loc="left")
-        column[1].set_xlabel("step")
-        column[1].set_xlim(left=0)  # one evaluation alone would get an axis of fractions of a step
-    panels[0, 0].set_ylabel("score")
-    panels[1, 0].set_ylabel("validation loss")
+            axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
+            axes.set_xlim(left=0)  # one evaluation alone would get an axis of fractions of a step
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
     text = f"Score and validation loss at each evaluation on {_names(tasks)}: means over the seeds."
     return Drawing(name, "Learning curves", text, figure)
@@ -150,8 +151,10 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     if not len(runs):
         return None
     tasks = list(dict.fromkeys(runs.task.dropna()))
-    figure = Figure(figsize=(max(5.0, 2.9 * len(tasks) + 0.4), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    columns = min(2, len(tasks))
+    lines = -(-len(tasks) // columns)
+    figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.3), layout="constrained")
+    panels = [figure.add_subplot(lines, columns, number) for number in range(1, len(tasks) + 1)]
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
         for label, own in rows_of(runs[runs.task == task]):
@@ -164,10 +167,10 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
                     axes.plot(tried["learning_rate"], 0, "x", color=styles[label]["color"], **place)
             _line(axes, by_rate, label, styles[label])
         _ticks(axes, [tried["learning_rate"] for tried in runs[runs.task == task].tried], "{:.3g}".format)
-        axes.set_title(HEADINGS.get(task, task), loc="left")
+        axes.set_title(f"{HEADINGS.get(task, task)}: held-out score", loc="left")
+    for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
-    panels[0].set_ylabel("held-out score")
-    _legend(figure, list(panels))
+    _legend(figure, panels)
     text = (
         f"Score at the last evaluation on held-out training data against the learning rate on {_names(tasks)}, in the "
         "tuning stage. A cross marks a failed run."
