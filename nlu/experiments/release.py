@@ -1,0 +1,197 @@
+"""Collect the adapters behind a table of results, so that anyone can check a score without training.
+
+    python nlu/experiments/release.py evidence --model_name_or_path DIR --glue_dir DIR
+    python nlu/experiments/release.py evidence --out DIR --glue_dir DIR --check
+
+OUT/RUN/ gets the adapter, with its card, of each finished final run, and its predictions on the validation set, one
+file a split, without the texts. OUT/manifest.jsonl has a line for each run: `recorded`, the scores in its record;
+`scores`, those of the predictions; `sha256` of every file; and `line`, the run's line of measured results. OUT.tar.gz
+holds the folder. Predictions are computed in float32: those of a run in bfloat16 score a little more or less than the
+record says.
+
+--check computes scores and digests anew from OUT and the labels in --glue_dir, and compares them with the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from nlu.errors import packages_missing
+
+if packages_missing():
+    sys.exit(2)
+
+from datasets import Dataset
+
+from loralib.files import write_text
+from nlu.data.glue import load_task_data
+from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.experiments.launchers import RUN_GLUE
+from nlu.experiments.records import read_lines
+from nlu.metrics import compute_glue_metrics
+from nlu.runs.digests import sha256
+from nlu.tasks import get_task
+
+ROOT = RUN_GLUE.parents[1]
+MANIFEST = "manifest.jsonl"
+SAME = 1e-6  # scores of one set of predictions on two machines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Collect or check; returns the exit code: 0, 1 where an adapter is missing, 2 where a check fails."""
+    try:
+        args = build_parser().parse_args(argv)
+        args.out = args.out or ROOT / "output" / "release" / args.experiment
+        return check(args.out, args.glue_dir) if args.check else collect(args)
+    except (UsageError, OSError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = OneLineParser(prog="release.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("experiment", help="name of the experiment: MEASURED_DIR/EXPERIMENT.jsonl has its lines")
+    add("--model_name_or_path", help="the adapters' base (default: the one that their cards name)")
+    add("--glue_dir", type=Path, help="folder with the validation sets (default: the hub's)")
+    add("--out", type=Path, help="the folder to make or to check (default: output/release/EXPERIMENT)")
+    add("--measured_dir", type=Path, default=ROOT / "results" / "measured", help="lines (default: results/measured)")
+    add("--output_dir", type=Path, default=ROOT / "output", help="the runs' folders (default: output)")
+    add("--check", action="store_true", help="check the folder instead of making it")
+    return parser
+
+
+def collect(args: argparse.Namespace) -> int:
+    """Make the folder, its manifest and the archive.
+
+    Raises:
+        UsageError: there is nothing to collect, the folder is there already, or a prediction fails.
+    """
+    lines = read_lines(args.measured_dir / f"{args.experiment}.jsonl")
+    lines = [line for line in lines if line["stage"] == "final" and line["status"] == "finished"]
+    places = {line["run"]: _run_folder(args, line) / "adapter" for line in lines}
+    missing = [run for run, place in places.items() if not place.is_dir()]
+    if len(missing) == len(lines):
+        raise UsageError(
+            f"{args.output_dir} has no adapter of a finished run of {args.experiment}: give the --output_dir and the "
+            "--measured_dir of the sweep"
+        )
+    if args.out.exists():
+        raise UsageError(f"{args.out} is there already: remove it, or name another --out")
+    entries = []
+    for line in (line for line in lines if line["run"] not in missing):
+        folder = args.out / line["run"]
+        shutil.copytree(places[line["run"]], folder / "adapter")
+        _predict(line, folder, args.model_name_or_path, args.glue_dir)
+        entries.append(
+            {
+                "run": line["run"],
+                "recorded": _recorded(line),
+                "scores": _scores(line, folder, args.glue_dir),
+                "sha256": _digests(folder),
+                "line": line,
+            }
+        )
+        _show(entries[-1])
+    write_text(args.out / MANIFEST, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    print(f"written: {args.out}/ and {shutil.make_archive(str(args.out), 'gztar', args.out.parent, args.out.name)}")
+    for run in missing:
+        print(f"left out: {run} has no adapter ({places[run]})", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def check(folder: Path, glue_dir: Path | None) -> int:
+    """Compare files and scores with the manifest.
+
+    Raises:
+        UsageError: no manifest, or the first run that differs.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} has no {MANIFEST}: name the folder that a release was unpacked to")
+    entries = [json.loads(line) for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()]
+    for entry in entries:
+        run = folder / entry["run"]
+        found = _digests(run)
+        changed = sorted(name for name, digest in entry["sha256"].items() if found.get(name) != digest)
+        if changed or len(found) != len(entry["sha256"]):
+            raise UsageError(f"{run}: {', '.join(changed) or 'a file'} is not what the manifest lists")
+        scores = _scores(entry["line"], run, glue_dir)
+        if any(abs(scores[name] - score) > SAME for name, score in entry["scores"].items()):
+            raise UsageError(
+                f"{run}: the predictions score {_words(scores)}, the manifest has {_words(entry['scores'])}"
+            )
+        _show(entry)
+    print(f"{len(entries)} run(s): every file and every score is as in the manifest")
+    return 0
+
+
+def _run_folder(args: argparse.Namespace, line: dict[str, Any]) -> Path:
+    return args.output_dir / line.get("taken_over_from", f"{args.experiment}/{line['run']}")
+
+
+def _validation(line: dict[str, Any], glue_dir: Path | None) -> Iterator[tuple[str, Dataset]]:
+    yield from load_task_data(line["task"], glue_dir, need=("validation",)).items()
+
+
+def _predict(line: dict[str, Any], folder: Path, base: str | None, glue_dir: Path | None) -> None:
+    """Write the adapter's predictions for each validation split."""
+    fields = get_task(line["task"]).text_fields
+    for split, rows in _validation(line, glue_dir):
+        with tempfile.TemporaryDirectory() as temporary:
+            texts = Path(temporary) / f"{split}.jsonl"
+            rows.select_columns(fields).to_json(texts)
+            words = ["--adapter", folder / "adapter", "--input", texts, "--output", folder / f"{split}.jsonl"]
+            words += ["--text_columns", ",".join(fields), *(["--base", base] if base else [])]
+            done = subprocess.run([sys.executable, ROOT / "nlu/predict.py", *words], capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"{line['run']}: {re.sub('^error: ', '', done.stderr.strip().splitlines()[-1])}")
+
+
+def _scores(line: dict[str, Any], folder: Path, glue_dir: Path | None) -> dict[str, float]:
+    """The metrics of the predictions in a run's folder; those of MNLI's mismatched set end in ``_mm``."""
+    task, scores = get_task(line["task"]), {}
+    for number, (split, rows) in enumerate(_validation(line, glue_dir)):
+        text = (folder / f"{split}.jsonl").read_text(encoding="utf-8")
+        values = [json.loads(each) for each in text.splitlines()]
+        if len(values) != len(rows):
+            raise UsageError(f"{folder}: {len(values)} predictions for the {len(rows)} rows of {task.name}'s {split}")
+        predicted = [v["score"] if task.is_regression else task.labels.index(v["label"]) for v in values]
+        for name, score in compute_glue_metrics(task, predicted, rows["label"][:]).items():
+            scores[f"{name}_mm" if number else name] = score
+    return scores
+
+
+def _recorded(line: dict[str, Any]) -> dict[str, float]:
+    """The scores in the record of the weights that the adapter holds."""
+    evaluations, best = line["evaluations"], line["arguments"].get("load_best_model_at_end")
+    place = evaluations["step"].index(line["best_step"]) if best else -1
+    return {name: values[place] for name, values in evaluations.items() if name not in ("step", "loss", "loss_mm")}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def _words(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+
+
+def _show(entry: dict[str, Any]) -> None:
+    print(f"{entry['run']}: {_words(entry['scores'])} (recorded: {_words(entry['recorded'])})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

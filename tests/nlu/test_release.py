@@ -1,0 +1,82 @@
+"""A release: adapters, predictions and a manifest from which each recorded score can be computed without training."""
+
+import json
+import tarfile
+
+import pytest
+
+from nlu import predict
+from nlu.experiments import release
+from nlu.experiments.experiment import Run
+from nlu.experiments.records import measured_line, write_line
+from nlu.run_glue import main
+from tests.nlu.tiny import changed, read
+
+TASKS = {"mnli": "lora2", "stsb": "lora"}
+
+
+@pytest.fixture
+def call(base_flags, encoder, tiny_glue, tmp_path, monkeypatch, capsys):
+    """Two finished runs; then call the program with predictions made in this process: (exit code, stdout, stderr)."""
+    for task, method in TASKS.items():
+        folder = tmp_path / "output/trial" / task
+        flags = [*changed(base_flags, task_name=task, root_output_dir=folder), "--method", method]
+        assert main([*flags, "--load_best_model_at_end", "--save_steps", "3"]) == 0
+        axes = {"method": method, "task_name": task, "seed": 3}
+        write_line(
+            tmp_path / "measured/trial.jsonl", task, measured_line(Run("trial", "final", task, axes, axes), read(flags))
+        )
+    capsys.readouterr()
+
+    class Done:
+        stderr = ""
+
+        def __init__(self, words, **_):
+            self.returncode = predict.main([str(word) for word in words[2:]])
+
+    monkeypatch.setattr(release.subprocess, "run", Done)
+
+    def run(*flags):
+        places = ["--measured_dir", tmp_path / "measured", "--output_dir", tmp_path / "output"]
+        places += ["--out", tmp_path / "out", "--glue_dir", tiny_glue]
+        return (release.main(["trial", *map(str, places), *flags]), *capsys.readouterr())
+
+    run.base = ["--model_name_or_path", str(encoder)]
+    return run
+
+
+def test_predictions_score_what_was_recorded_and_whatever_was_changed_is_seen(call, tmp_path):
+    out = tmp_path / "out"
+    code, shown, _ = call(*call.base)
+    assert code == 0 and f"written: {out}/ and {out}.tar.gz" in shown
+    entries = {entry["run"]: entry for entry in map(json.loads, (out / "manifest.jsonl").read_text().splitlines())}
+    assert entries.keys() == TASKS.keys() and {"accuracy", "accuracy_mm"} == entries["mnli"]["scores"].keys()
+    for entry in entries.values():
+        assert entry["scores"] == pytest.approx(entry["recorded"], abs=1e-5)
+        assert entry["recorded"][entry["line"]["metric"]] == entry["line"]["best"]  # --load_best_model_at_end
+    assert not any(word in (out / "mnli/validation_matched.jsonl").read_text() for word in ("premise", "hypothesis"))
+    with tarfile.open(f"{out}.tar.gz") as archive:
+        assert "out/stsb/adapter/README.md" in archive.getnames()
+
+    code, shown, _ = call("--check")
+    assert code == 0 and "2 run(s): every file and every score is as in the manifest" in shown
+    predictions = out / "stsb/validation.jsonl"
+    text = predictions.read_text()
+    predictions.write_text(text.replace('"score": ', '"score": 1', 1))
+    assert call("--check")[::2] == (2, f"error: {out}/stsb: validation.jsonl is not what the manifest lists\n")
+    digest, new = entries["stsb"]["sha256"]["validation.jsonl"], release.sha256(predictions)
+    manifest = out / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace(digest, new))
+    code, _, error = call("--check")
+    assert code == 2 and "the predictions score pearson" in error
+
+
+def test_what_cannot_be_collected_is_named(call, tmp_path):
+    adapter = tmp_path / "output/trial/mnli/adapter"
+    adapter.rename(tmp_path / "moved")
+    code, shown, error = call(*call.base)
+    assert code == 1 and "stsb: pearson" in shown and f"left out: mnli has no adapter ({adapter})" in error
+    assert "is there already: remove it" in call(*call.base)[2]
+    (tmp_path / "output/trial/stsb/adapter").rename(tmp_path / "moved too")
+    code, _, error = call(*call.base)
+    assert code == 2 and "has no adapter of a finished run of trial" in error
