@@ -29,7 +29,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, Pr
 from transformers.utils import logging
 
 from nlu.arguments import METHOD_FOLDER, Arguments, parse_arguments
-from nlu.fast.speed import speed_up
+from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.model import set_precision

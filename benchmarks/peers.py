@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loralib
 from loralib.fused import product
-from nlu.fast.speed import speed_up
+from nlu.fast import speed_up
 from nlu.model import head_modules
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]

@@ -27,7 +27,7 @@ import loralib
 from nlu.arguments import Arguments
 from nlu.data.tokens import longest_input
 from nlu.errors import UsageError, reason
-from nlu.fast.speed import speed_up
+from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import check_method_fits
 from nlu.runs.adapter import check_warm_start

@@ -1,4 +1,7 @@
-"""Self-attention on the CPU for every encoder that transformers' attention interface serves: BERT, RoBERTa and others.
+"""Attention on the CPU for BERT, RoBERTa and others. Gains: a step of 6-layer MiniLM in bfloat16, 1.10 s → 0.77 s.
+
+Measured in benchmarks/README.md on RTE, batch 32, one EPYC core. It serves every encoder on transformers' attention
+interface.
 
 `scaled_dot_product_attention` has no fast CPU kernel for training: with dropout it works in float32, draws the mask one
 number at a time and multiplies strided heads; without dropout its bfloat16 kernel is slower still. Here the function of

@@ -1,7 +1,9 @@
-"""An exact, faster drop-in for the disentangled self-attention of Hugging Face's DeBERTa-v2 and -v3.
+"""Exact attention for DeBERTa-v2 and -v3. Gains: ms a layer and step, float32 681 → 338, bfloat16 208 → 111.
 
-The stock module multiplies queries and keys with the embeddings of all `2·span` relative positions, repeated for every
-sequence of the batch, and picks the wanted entries with two gathers whose index tensors are (batch·heads, L, L).
+Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. On a GPU it was not measured.
+
+transformers' module multiplies queries and keys with the embeddings of all `2·span` relative positions, repeated for
+every sequence of the batch, and picks the wanted entries with two gathers whose index tensors are (batch·heads, L, L).
 Two observations make that cheap:
 
 * only the 2·L − 1 distances δ = i − j from −(L−1) to L−1 occur among L tokens, so only those are projected and
@@ -170,35 +172,24 @@ def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
 def _plain_attention(
     query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in ordinary differentiable operations, for `torch.compile` and for returning the probabilities."""
+    """The same in ordinary differentiable operations, for `torch.compile` and for returning the probabilities; and for
+    the query of the first token alone, (B, 1, H·d), whose distance to key j is −j: there is nothing to skew."""
+    length, alone = key.size(1), query.size(1) == 1
 
     def skew(product: torch.Tensor) -> torch.Tensor:
-        length = product.size(-2)
         flat = product.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 2)]
         return flat.unflatten(-1, (length, 2 * length - 2))[..., :length] if length > 1 else product
 
     query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
     scores = torch.matmul(query, key.transpose(-1, -2))
     if pos_key is not None:
-        scores = scores + skew(torch.matmul(query, pos_key.unsqueeze(1).transpose(-1, -2)))
-    if pos_query is not None:
-        scores = scores + skew(torch.matmul(key, pos_query.unsqueeze(1).transpose(-1, -2))).transpose(-1, -2)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    probs = dropout(torch.softmax(scores, dim=-1))
-    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
-
-
-def _first_token_attention(
-    query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for the query of the first token alone, (B, 1, H·d), whose distance to key j is −j: nothing to skew."""
-    length = key.size(1)
-    query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
-    scores = torch.matmul(query, key.transpose(-1, -2))
-    if pos_key is not None:
-        scores = scores + torch.matmul(query, pos_key[:, length - 1 :].unsqueeze(1).transpose(-1, -2))
-    if pos_query is not None:
+        met = pos_key[:, length - 1 :] if alone else pos_key
+        positional = torch.matmul(query, met.unsqueeze(1).transpose(-1, -2))
+        scores = scores + (positional if alone else skew(positional))
+    if pos_query is not None and alone:
         scores = scores + (key * pos_query[:, :length].flip(1).unsqueeze(1)).sum(-1).unsqueeze(-2)
+    elif pos_query is not None:
+        scores = scores + skew(torch.matmul(key, pos_query.unsqueeze(1).transpose(-1, -2))).transpose(-1, -2)
     probs = dropout(torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1))
     return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
 
@@ -249,8 +240,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         mask = mask.view((1,) * (4 - mask.dim()) + mask.shape).transpose(0, 1)
         inputs = (query, key, value, pos_key, pos_query, mask, self.num_attention_heads, scale)
         if first_alone or output_attentions or torch.compiler.is_compiling():
-            attend = _first_token_attention if first_alone else _plain_attention
-            context, probs = attend(*inputs, self.dropout)
+            context, probs = _plain_attention(*inputs, self.dropout)
             return context, probs if output_attentions else None
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         return DisentangledAttention.apply(*inputs, dropout_p, isinstance(self.dropout, FastDropout)), None

@@ -1,4 +1,6 @@
-"""Dropout that draws its mask from whole random words, for CPUs where `bernoulli_` dominates a small step.
+"""Dropout masks from whole random words. Gains: ms a layer and step in bfloat16, 111 → 96.
+
+Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. Off the CPU torch draws masks.
 
 torch fills a Bernoulli mask one Mersenne-Twister number at a time on one thread. Here one 64-bit word of a
 counter-free generator (SFC64) decides four elements, each with 16 bits: the probability of dropping is `p` rounded to a

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from nlu.fast import speed_up
 from nlu.fast.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
-from nlu.fast.speed import speed_up
 
 
 def build(kind="bert", dropout=0.0, **extra):

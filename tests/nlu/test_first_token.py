@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForTokenClassification
 
+from nlu.fast import speed_up
 from nlu.fast.deberta_attention import disable_fast_attention, enable_fast_attention
 from nlu.fast.first_token import disable_first_token, enable_first_token
-from nlu.fast.speed import speed_up
 from tests.nlu.test_cpu_attention import batch, loss_and_grads
 
 DEBERTA = {"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}

@@ -8,7 +8,7 @@ import torch
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 import loralib
-from nlu.fast.speed import speed_up
+from nlu.fast import speed_up
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 

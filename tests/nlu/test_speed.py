@@ -10,10 +10,10 @@ from transformers import (
     DebertaV2ForSequenceClassification,
 )
 
-from nlu.fast.deberta_attention import disable_fast_attention
+from nlu.fast import disable_fast_attention, speed_up
 from nlu.fast.dropout import disable_fast_dropout
 from nlu.fast.first_token import disable_first_token
-from nlu.fast.speed import keep_freed_memory, speed_up
+from nlu.fast.memory import keep_freed_memory
 
 
 def test_freed_memory_is_used_again_without_page_faults():
