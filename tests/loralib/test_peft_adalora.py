@@ -69,7 +69,7 @@ def test_masks_are_those_of_peft():
 
 
 def test_a_budget_that_prunes_nothing_masks_nothing(tmp_path):
-    """peft raises there: kthvalue has no value number 0."""
+    """peft's issue 2337: it raises there, because kthvalue has no value number 0."""
     model = train(adalora(target_r=4), tmp_path, None)
     allocator = RankAllocator(model.base_model.model, model.peft_config["default"], "default")
     allocator.exp_avg_ipt = allocator.exp_avg_unc = {
@@ -82,6 +82,7 @@ def test_a_budget_that_prunes_nothing_masks_nothing(tmp_path):
 
 
 def test_the_trainer_prunes_with_the_callback_and_not_without_it(tmp_path):
+    """peft's issue 1801: the ranks stay as they were, for nothing calls the allocator; and total_step is a guess."""
     assert ranks(train(adalora(), tmp_path, None)) == [4] * 4
     model = adalora()
     train(model, tmp_path, [callback := AdaLoraCallback(model, shrink=False)])
@@ -89,6 +90,10 @@ def test_the_trainer_prunes_with_the_callback_and_not_without_it(tmp_path):
 
 
 def test_the_callback_is_the_loop_of_pefts_documentation(tmp_path):
+    """peft's issue 432: where is the allocator called, and does the loss hold the regulariser?"""
+    strict = adalora(orth_reg_weight=5.0).eval()
+    losses = [m(input_ids=IDS, labels=torch.tensor([0, 1])).loss for m in (strict, adalora(orth_reg_weight=0.5).eval())]
+    assert losses[0] > losses[1] + 1
     theirs, ours = adalora(total_step=8), adalora()
     for module in [*theirs.modules(), *ours.modules()]:
         if isinstance(module, torch.nn.Dropout):
@@ -174,6 +179,7 @@ def pruned_to(model, live):
 
 @pytest.mark.parametrize("shrink", [False, True])
 def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink, capsys):
+    """peft's issue 1539."""
     model = adalora().eval()
     loop = pruned_to(model, [(0, 2), (), (1, 2, 3), ()])
     expected = logits(model)
