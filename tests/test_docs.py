@@ -1,0 +1,65 @@
+"""README and docs: their commands name programs, flags and files that there are, their links lead somewhere."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from loralib import export
+from nlu import arguments, compare, predict, report, sweep
+from nlu.experiments import release
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PARSERS = {
+    "nlu/run_glue.py": arguments.build_parser,
+    "nlu/predict.py": predict.build_parser,
+    "nlu/sweep.py": sweep.build_parser,
+    "nlu/report.py": report.build_parser,
+    "loralib.export": export._parser,
+    "scripts/release_adapters.sh": release.build_parser,
+}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command of a page, indented or in backticks, without comments; a backslash joins lines."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    start = r"(?:[A-Z_]+=\S+ )*(?:python|bash) "
+    lines = re.findall(rf"^    ({start}.*)$", text, re.M) + re.findall(rf"`({start}[^`]*)`", text)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    return set(parser._option_string_actions)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_name_what_there_is(page):
+    for words in commands(page):
+        program = next((word for word in words if word in PARSERS or (ROOT / word).is_file()), None)
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert program, words
+        if program in PARSERS:
+            known = flags_of(PARSERS[program]())
+        elif program.startswith("scripts/run_"):
+            known = flags_of(arguments.build_parser())
+        elif program == "nlu/compare.py":
+            known = flags_of(compare.own_parser()) | flags_of(arguments.build_parser())
+        else:
+            known = set(re.findall(r"--\w+", (ROOT / program).read_text()))
+        assert given <= {*known, "--help"}, (words, given - known)
+        for word in words:
+            assert not re.match(r"(configs|scripts|nlu|benchmarks)/", word) or (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_code_are_whole(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
+        target = link[0] or link[1]
+        assert target.startswith("http") or (page.parent / target).exists(), target
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        compile(code, page.name, "exec")
+    assert page.name != "README.md" or text.count("\n") <= 150
