@@ -10,6 +10,7 @@ python=${PYTHON:-python3}
     exit 2
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip >/dev/null # uv makes environments without pip
 
 extra=${1:-}
 requirements=(-r requirements.txt)
