@@ -37,9 +37,9 @@ from datasets import Dataset
 
 from loralib.files import write_text
 from nlu.data.glue import load_task_data
-from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.launchers import RUN_GLUE
-from nlu.experiments.records import read_lines
+from nlu.experiments.records import check_line, read_lines
 from nlu.metrics import compute_glue_metrics
 from nlu.runs.digests import sha256
 from nlu.tasks import get_task
@@ -97,7 +97,6 @@ def collect(args: argparse.Namespace) -> int:
         _predict(line, folder, args.model_name_or_path, args.glue_dir)
         entries.append(
             {
-                "run": line["run"],
                 "recorded": _recorded(line),
                 "scores": _scores(line, folder, args.glue_dir),
                 "sha256": _digests(folder),
@@ -116,13 +115,11 @@ def check(folder: Path, glue_dir: Path | None) -> int:
     """Compare files and scores with the manifest.
 
     Raises:
-        UsageError: no manifest, or the first run that differs.
+        UsageError: no manifest, a damaged one, or the first run that differs.
     """
-    if not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} has no {MANIFEST}: name the folder that a release was unpacked to")
-    entries = [json.loads(line) for line in (folder / MANIFEST).read_text(encoding="utf-8").splitlines()]
+    entries = _read_manifest(folder / MANIFEST)
     for entry in entries:
-        run = folder / entry["run"]
+        run = folder / entry["line"]["run"]
         found = _digests(run)
         changed = sorted(name for name, digest in entry["sha256"].items() if found.get(name) != digest)
         if changed or len(found) != len(entry["sha256"]):
@@ -135,6 +132,20 @@ def check(folder: Path, glue_dir: Path | None) -> int:
         _show(entry)
     print(f"{len(entries)} run(s): every file and every score is as in the manifest")
     return 0
+
+
+def _read_manifest(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UsageError(f"{path.parent} has no {MANIFEST}: name the folder that a release was unpacked to")
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for entry in entries:
+            check_line(entry["line"], str(path))
+            if not all(type(entry[name]) is dict for name in ("recorded", "scores", "sha256")):
+                raise TypeError("a field is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({reason(error, 200)}): unpack the archive again") from None
+    return entries
 
 
 def _run_folder(args: argparse.Namespace, line: dict[str, Any]) -> Path:
@@ -151,7 +162,8 @@ def _predict(line: dict[str, Any], folder: Path, base: str | None, glue_dir: Pat
     for split, rows in _validation(line, glue_dir):
         with tempfile.TemporaryDirectory() as temporary:
             texts = Path(temporary) / f"{split}.jsonl"
-            rows.select_columns(fields).to_json(texts)
+            lines = (json.dumps(row, ensure_ascii=False) for row in rows.select_columns(fields))
+            write_text(texts, "".join(f"{each}\n" for each in lines))
             words = ["--adapter", folder / "adapter", "--input", texts, "--output", folder / f"{split}.jsonl"]
             words += ["--text_columns", ",".join(fields), *(["--base", base] if base else [])]
             done = subprocess.run([sys.executable, ROOT / "nlu/predict.py", *words], capture_output=True, text=True)
@@ -190,7 +202,7 @@ def _words(scores: dict[str, float]) -> str:
 
 
 def _show(entry: dict[str, Any]) -> None:
-    print(f"{entry['run']}: {_words(entry['scores'])} (recorded: {_words(entry['recorded'])})")
+    print(f"{entry['line']['run']}: {_words(entry['scores'])} (recorded: {_words(entry['recorded'])})")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def test_predictions_score_what_was_recorded_and_whatever_was_changed_is_seen(ca
     out = tmp_path / "out"
     code, shown, _ = call(*call.base)
     assert code == 0 and f"written: {out}/ and {out}.tar.gz" in shown
-    entries = {entry["run"]: entry for entry in map(json.loads, (out / "manifest.jsonl").read_text().splitlines())}
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    entries = {entry["line"]["run"]: entry for entry in map(json.loads, lines)}
     assert entries.keys() == TASKS.keys() and {"accuracy", "accuracy_mm"} == entries["mnli"]["scores"].keys()
     for entry in entries.values():
         assert entry["scores"] == pytest.approx(entry["recorded"], abs=1e-5)
@@ -69,6 +70,9 @@ def test_predictions_score_what_was_recorded_and_whatever_was_changed_is_seen(ca
     manifest.write_text(manifest.read_text().replace(digest, new))
     code, _, error = call("--check")
     assert code == 2 and "the predictions score pearson" in error
+    manifest.write_text(manifest.read_text().replace('"scores"', '"score"'))
+    code, _, error = call("--check")
+    assert code == 2 and "is damaged ('scores'): unpack the archive again" in error
 
 
 def test_what_cannot_be_collected_is_named(call, tmp_path):
