@@ -1,13 +1,9 @@
 """How a sweep starts its runs: as processes of this machine, or as jobs of a Slurm cluster."""
 
-import contextlib
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,20 +27,13 @@ RUN_GLUE = Path(__file__).resolve().parents[1] / "run_glue.py"
 
 
 class LocalLauncher:
-    """Runs as child processes, the machine's threads shared out evenly among `jobs` of them.
-
-    A run of this repository's own `nlu/run_glue.py` by this Python is forked from a server that has imported it once:
-    starting Python and importing torch and transformers takes five seconds of a core, a tenth of a short run. Any other
-    command is started as it is.
-    """
+    """Runs as child processes, the machine's threads shared out evenly among `jobs` of them."""
 
     def __init__(self, jobs: int) -> None:
         threads = str(max(1, available_cores() // jobs))
         # One name for each threading library that torch or NumPy may be built on.
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         self.environment = {**os.environ, **dict.fromkeys(names, threads)}
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["nlu.run_glue"])
 
     def start(self, command: list[str], log: Path) -> Job:
         """Start a command; its output is appended to the log.
@@ -52,11 +41,9 @@ class LocalLauncher:
         Raises:
             UsageError: the command cannot be run at all.
         """
-        if command[0] == sys.executable and len(command) > 1 and Path(command[1]).resolve() == RUN_GLUE:
-            return self._fork(command[1:], log)
         with open(log, "ab") as output:
             try:
-                process = subprocess.Popen(
+                return _LocalJob(
                     command,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -66,63 +53,20 @@ class LocalLauncher:
                 )
             except OSError as error:
                 raise UsageError(f"cannot run {command[0]}: {error.strerror}; check --command") from None
-        return _LocalJob(process.pid, process.poll)
-
-    def _fork(self, argv: list[str], log: Path) -> Job:
-        root = RUN_GLUE.parents[1]
-        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        with _environment({**self.environment, "PYTHONPATH": os.pathsep.join(paths)}, root):
-            # It keeps the environment it starts with, and its children have it; what lies in the folder it starts in
-            # goes before PYTHONPATH, so that from within another checkout it would load that one's code.
-            forkserver.ensure_running()
-        process = self.context.Process(target=_run_glue, args=(argv, str(log), os.getcwd()))
-        process.start()
-        return _LocalJob(process.pid, lambda: process.exitcode)
 
 
-@contextlib.contextmanager
-def _environment(variables: dict[str, str], folder: Path) -> Iterator[None]:
-    before, here = dict(os.environ), os.getcwd()
-    os.environ.update(variables)
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(here)
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _run_glue(argv: list[str], log: str, folder: str) -> None:
-    """The forked child: a session of its own, output into the log, then what the command line would have done."""
-    os.setsid()
-    os.chdir(folder)
-    with open(log, "ab") as output, open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    from nlu.run_glue import main
-
-    sys.argv = argv  # the record and the log say how the run was started
-    sys.exit(main(argv[1:]))
-
-
-class _LocalJob:
-    def __init__(self, pid: int, poll: Callable[[], int | None]) -> None:
-        self.pid, self.poll = pid, poll
+class _LocalJob(subprocess.Popen):
+    """A process with all that it starts."""
 
     def stop(self) -> None:
-        self._signal(signal.SIGTERM)
+        self._signal_all(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
+        self._signal_all(signal.SIGKILL)
 
-    def _signal(self, number: int) -> None:
+    def _signal_all(self, number: int) -> None:
         if self.poll() is None:
-            try:
-                os.killpg(self.pid, number)
-            except ProcessLookupError:  # so young that it has no group of its own yet
-                os.kill(self.pid, number)
+            os.killpg(self.pid, number)
 
 
 class SlurmLauncher:

@@ -78,5 +78,5 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-# Read once, with the code: a process forked later from this one runs this code, whatever the checkout holds by then.
+# Read with the code: by the time of the record the checkout may hold another commit.
 COMMIT = git_commit()
