@@ -38,8 +38,8 @@ with what tables and figures need goes into MEASURED_DIR/EXPERIMENT.jsonl, witho
 repository's own evidence is made with --measured_dir results/measured; by default lines go to output/measured, which
 git ignores. python nlu/report.py --measured_dir DIR makes tables and figures of them.
 
-Runs made with other arguments than the file now asks for, or with a model, data or files that hold something else under
-the same name, are refused before anything starts; --rerun_changed replaces them."""
+Runs finished with other arguments than the file now asks for, or with a model, data or files that hold something else
+under the same name, are refused before anything starts; --rerun_changed replaces them."""
 
 EPILOG = """\
 examples:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from loralib.files import write_json
 from nlu.errors import UsageError
 from nlu.experiments.choosing import choose, chosen_runs, second_round
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.places import Places, command_line
-from nlu.experiments.records import comparable, locked
+from nlu.experiments.records import locked
 from nlu.json_yaml import read_json
 
 _POLL_SECONDS = 0.1
@@ -30,6 +29,7 @@ class SweepLoop:
     jobs: int
     places: Places
     total: int
+    rerun_changed: bool = False
     finished: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: int = 0
@@ -106,12 +106,11 @@ class SweepLoop:
         return 1 if self.failures else 0
 
     def _start(self, run: Run) -> Job:
-        command = command_line(run, self.places)
-        if self.places.state(run) == "changed" or self.places.started_otherwise(run):
-            command.append("--overwrite_output_dir")
+        command, state = command_line(run, self.places), self.places.state(run)
+        if state == "failed" or (self.rerun_changed and state != "new"):
+            command.append("--overwrite_output_dir")  # which replaces another run, and goes on with an unchanged one
             self.places.forget(run)
         self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.places.started(run), comparable(run.arguments))
         return self.launcher.start(command, self.places.log(run))
 
     def _ended(self, run: Run, code: int) -> None:
@@ -179,15 +178,17 @@ def run_experiment(
     with locked(places.output, wait=False):
         # A final run's chosen arguments are known only after the selection; what is known now is checked now.
         known, _ = chosen_runs(final, selection, choose(selection, places))
-        places.check_unchanged([*selecting, *known], rerun_changed)
-        with SweepLoop(launcher, jobs, places, total=len(selecting) + len(final)) as loop:
+        if not rerun_changed:
+            places.check_unchanged([*selecting, *known])
+        with SweepLoop(launcher, jobs, places, len(selecting) + len(final), rerun_changed) as loop:
             loop.run(selecting)
             if selection and not loop.stopped_by:
                 keys = list(dict.fromkeys(selection.key(run) for run in selecting))
                 loop.run(second_round(selection, places, keys), planned=False)
             if not loop.stopped_by:
                 runnable, waiting = chosen_runs(final, selection, choose(selection, places))
-                places.check_unchanged(runnable, rerun_changed)
+                if not rerun_changed:
+                    places.check_unchanged(runnable)
                 loop.block(waiting, "its selection runs have not all ended, or none of them finished")
                 loop.run(runnable)
         return loop.summary()

@@ -1,4 +1,4 @@
-"""Finds the folders, states and lines of a sweep's runs, and runs that other experiments have finished."""
+"""Finds the folders, states and lines of a sweep's runs, and runs that have been made already."""
 
 import json
 import logging
@@ -35,10 +35,6 @@ class Places:
     def log(self, run: Run) -> Path:
         return self.output / "logs" / f"{run.folder}.log"
 
-    def started(self, run: Run) -> Path:
-        """The arguments that the working folder was started with."""
-        return self.output / "logs" / f"{run.folder}.json"
-
     def lines(self, path: Path | None = None) -> dict[str, dict[str, Any]]:
         """Run → line of this experiment's file, or of another's; read again when the file has changed.
 
@@ -54,36 +50,30 @@ class Places:
     def line(self, run: Run) -> dict[str, Any] | None:
         """A run's line, if it was made with the run's arguments and contents."""
         found = self.lines().get(run.folder)
-        return found if found and not self._differences(run, found.get("asked"), found) else None
+        return found if found and not self._differences(run, found) else None
 
     def state(self, run: Run) -> str:
         """What is known of a run.
 
-        `finished`; `interrupted` (goes on when started again); `failed`; `new`; or `changed`: finished or interrupted,
-        but made with other arguments or contents.
+        `finished`; `interrupted` (goes on when started again, or says why it cannot); `failed`; `new`; or `changed`:
+        finished, but with other arguments or contents.
         """
         line = self.lines().get(run.folder, {})
         if line.get("status") == "finished":
             return "finished" if self.line(run) else "changed"
         status = line.get("status") or (read_json(self.working(run) / "results.json") or {}).get("status")
-        if status in (None, "failed"):
-            return status or "new"
-        return "changed" if self.started_otherwise(run) else "interrupted"
+        return status or "new" if status in (None, "failed") else "interrupted"
 
-    def started_otherwise(self, run: Run) -> list[str]:
-        """How the working folder's arguments and contents differ from the run's now."""
-        record = read_json(self.working(run) / "results.json") or {}
-        return self._differences(run, read_json(self.started(run)), record)
-
-    def _differences(self, run: Run, asked: dict[str, Any] | None, made: dict[str, Any]) -> list[str]:
-        """How what was `asked` for, and the digests of what was read, differ from now; empty where nothing tells."""
-        old, new = asked or {}, comparable(run.arguments)
-        keys = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)] if asked is not None else []
-        then, now = made.get("digests") or {}, self.digests(run)
-        return [f"{key} {old.get(key)} → {new.get(key)}" for key in keys] + [
-            f"{flag}: other content, {then[flag]} → {digest}"
-            for flag, digest in now.items()
-            if flag in then and then[flag] != digest
+    def _differences(self, run: Run, line: dict[str, Any]) -> list[str]:
+        """How the arguments, and the digests of what was read, differ from now."""
+        old, new = line["asked"], comparable(run.arguments)
+        then, now = line.get("digests") or {}, self.digests(run)
+        return [
+            f"{key} {old.get(key)} → {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+        ] + [
+            f"{flag}: other content, {then[flag]} → {now[flag]}"
+            for flag in now
+            if flag in then and then[flag] != now[flag]
         ]
 
     def digests(self, run: Run) -> dict[str, str]:
@@ -94,20 +84,18 @@ class Places:
             self._memory[key] = content_digests(run.arguments)
         return self._memory[key]
 
-    def check_unchanged(self, runs: list[Run], rerun_changed: bool) -> None:
-        """Refuse runs that were made with other arguments or contents, unless they are to be run again.
+    def check_unchanged(self, runs: list[Run]) -> None:
+        """Refuse runs that were finished with other arguments or contents.
 
         Raises:
             UsageError: names the first such run and what differs.
         """
         changed = [run for run in runs if self.state(run) == "changed"]
-        if changed and not rerun_changed:
-            line = self.lines().get(changed[0].folder)
-            found = self._differences(changed[0], line.get("asked"), line) if line else None
+        if changed:
+            differences = self._differences(changed[0], self.lines()[changed[0].folder])
             raise UsageError(
                 f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments "
-                f"({', '.join(found or self.started_otherwise(changed[0]))}); pass --rerun_changed to replace them, or "
-                "give the experiment a new name"
+                f"({', '.join(differences)}); pass --rerun_changed to replace them, or give the experiment a new name"
             )
 
     def publish(self, run: Run) -> dict[str, Any] | None:
@@ -120,7 +108,7 @@ class Places:
         return line
 
     def forget(self, run: Run) -> None:
-        """Take out a run's line, before it is made again with other arguments."""
+        """Take out a run's line, before it is made again."""
         if run.folder in self.lines():
             write_line(self.measured, run.folder, None)
 
@@ -133,20 +121,16 @@ class Places:
         wanted = {_key(comparable(run.arguments), self.digests(run)): run for run in new}
         found: dict[str, tuple[str, dict[str, Any]]] = {}
         for path in sorted(self.measured.parent.glob("*.jsonl")) if wanted else ():
-            for line in self._neighbour(path).values():
+            try:
+                lines = self.lines(path)
+            except UsageError as error:
+                logger.warning("no run is taken over from a damaged file: %s", error)
+                continue
+            for line in lines.values():
                 run = wanted.get(_key(line["asked"], line.get("digests") or {}))
                 if run is not None and line["status"] == "finished" and "taken_over_from" not in line:
                     found.setdefault(run.folder, (f"{path.stem}/{line['run']}", line))
         return found
-
-    def _neighbour(self, path: Path) -> dict[str, dict[str, Any]]:
-        try:
-            return self.lines(path)
-        except UsageError as error:
-            if ("named", path) not in self._memory:
-                self._memory["named", path] = True
-                logger.warning("no run is taken over from a damaged file: %s", error)
-            return {}
 
     def adopt(self, runs: list[Run]) -> int:
         """Take over what `finished_elsewhere` finds; returns how many.

@@ -110,17 +110,6 @@ def _content(folder, flag, text):
     return folder / "adapter"
 
 
-def test_an_interrupted_run_does_not_go_on_with_another_model_or_other_data(run, tmp_path):
-    for name in "ab":
-        (tmp_path / name / "cola").mkdir(parents=True)
-        (tmp_path / name / "cola/train.jsonl").write_text(f"row {name}\n")
-    killed = {**BASIC, "base": {**BASIC["base"], "weight_decay": 3}}
-    killed["grid"] = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
-    assert run(killed, "--set", f"glue_dir={tmp_path}/a")[0] == 1
-    code, _, err = run(killed, "--set", f"glue_dir={tmp_path}/b")
-    assert code == 2 and "glue_dir: other content" in err
-
-
 def test_a_neighbour_s_damaged_file_is_named_and_stops_nothing(run, tmp_path, caplog):
     (tmp_path / "measured").mkdir()
     (tmp_path / "measured/neighbour.jsonl").write_text('{"status": "fin')
@@ -183,9 +172,7 @@ def test_failing_runs_do_not_stop_the_others(run, tmp_path):
     status = {name: line["status"] for name, line in _lines(tmp_path).items()}
     assert status == {"lora-cola-seed=1": "failed", "lora-stsb-seed=1": "finished"}
     fixed = {key: value for key, value in content.items() if key != "overrides"}
-    code, _, err = run(fixed)  # what failed may change its arguments; what was interrupted would lose its progress
-    assert code == 2 and "1 run(s), lora-mrpc-seed=1 first" in err and "weight_decay 3 → None" in err
-    assert run(fixed, "--rerun_changed")[0] == 0
+    assert run(fixed)[0] == 0
     assert [line["status"] for line in _lines(tmp_path).values()] == ["finished"] * 4
 
 
