@@ -5,3 +5,4 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 # An installed package holds configs/ inside; in a checkout it stands beside nlu/.
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"

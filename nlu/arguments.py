@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from nlu import CONFIGS
+from nlu import METHOD_FOLDER
 from nlu.argument_checks import REFUSED_FLAGS, check_given, check_values, one_device, share_batch
 from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
 from nlu.json_yaml import parse_yaml
@@ -20,7 +20,6 @@ from nlu.methods.registry import MethodArguments
 from nlu.metrics import METRICS
 from nlu.tasks import TASKS
 
-METHOD_FOLDER = CONFIGS / "methods"
 _SVD = ("adalora", "lora2")  # what the published --lora_type svd can mean
 _RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
 _WINS = "--method_file_wins"

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import loralib
-from nlu.arguments import METHOD_FOLDER, Arguments, method_file, parse_arguments
+from nlu import METHOD_FOLDER
+from nlu.arguments import Arguments, method_file, parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.launchers import RUN_GLUE

@@ -17,12 +17,11 @@ from typing import Any
 from torch import nn
 
 from loralib import match_modules
-from nlu import CONFIGS
+from nlu import PEFT_FOLDER
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import LORA_MODULE, module_patterns
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
 
-PEFT_FOLDER = CONFIGS / "peft"
 ADAPTER = "default"
 _PEFT_CONFIG = "give a JSON mapping with a peft_type that this peft knows"
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from loralib.injection import module_type
-from nlu import CONFIGS
+from nlu import METHOD_FOLDER
 from nlu.errors import UsageError
 from nlu.json_yaml import parse_yaml
 
@@ -48,7 +48,7 @@ def widths_of(model: nn.Module, modules: list[str], args: Any) -> tuple[int, ...
 
 def _matched_rank(match: str) -> int:
     name = match.removeprefix(_MATCH)
-    paths = {path.stem: path for path in (CONFIGS / "methods").glob("*.yaml")}
+    paths = {path.stem: path for path in METHOD_FOLDER.glob("*.yaml")}
     values = parse_yaml(paths[name].read_text(encoding="utf-8")) if name in paths else {}
     if values.get("method") != "lora":
         raise UsageError(f"--lora_k {match}: {name!r} is no LoRA method of configs/methods/: give match:lora")

@@ -6,30 +6,26 @@ Nothing here imports torch or transformers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nlu import CONFIGS
+from nlu import METHOD_FOLDER, PEFT_FOLDER
 from nlu.data.split_files import split_files
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import parse_yaml
 from nlu.tasks import TASKS
 
-METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"
-CACHE_VARIABLE = "LORA2_DIGEST_CACHE"
 # What decides how a model computes: not what a training leaves beside it.
 _MODEL_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "*.model",
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_CACHED_FROM = 1 << 24  # bytes: smaller files are read again about as fast as their digest is looked up
-_SETTLED = 2.0  # seconds: a file that changed less long ago may change again without its times showing it
 
 
 def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -140,52 +136,13 @@ def _named(flag: str, value: Any) -> Iterator[None]:
 
 # ---- digests that are computed once ---------------------------------------------------------------------------------
 
-_known: dict[tuple[Any, ...], str] = {}
-
 
 def file_digest(path: Path) -> str:
-    """As :func:`sha256`, but a file that has not changed is read once a process, and a large one once a user.
-
-    The digest of a large file is kept in a file of its own in the folder that the environment variable
-    LORA2_DIGEST_CACHE names (by default ``~/.cache/lora2/digests``), under path, size, times in nanoseconds, device and
-    inode. An entry that cannot be written is left out; one that is damaged is not used.
-    """
-    key = _stamp(path)
-    if key not in _known:
-        digest = _cached(key)
-        if digest is None:
-            digest = sha256(path)
-            if _stamp(path) != key or time.time() - max(key[2:4]) / 1e9 < _SETTLED:
-                return digest
-            _cache(key, digest)
-        _known[key] = digest
-    return _known[key]
-
-
-def _stamp(path: Path) -> tuple[Any, ...]:
+    """As :func:`sha256`, but a file whose size, times and inode have not changed is read once a process."""
     stat = path.stat()
-    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
+    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
 
 
-def _entry(key: tuple[Any, ...]) -> Path:
-    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lora2" / "digests"
-    return Path(folder) / f"{_together(key)[:32]}.json"
-
-
-def _cached(key: tuple[Any, ...]) -> str | None:
-    """An entry counts only if its own digest fits: whoever was killed, or wrote at the same time, it is whole."""
-    with contextlib.suppress(OSError, ValueError, RuntimeError, TypeError, KeyError):
-        if key[1] >= _CACHED_FROM:
-            entry = json.loads(_entry(key).read_text(encoding="utf-8"))
-            if entry["check"] == _together([key, entry["sha256"]]):
-                return entry["sha256"]
-    return None
-
-
-def _cache(key: tuple[Any, ...], digest: str) -> None:
-    if key[1] < _CACHED_FROM:
-        return
-    from loralib.files import write_json  # the package imports torch, and this module must not
-
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home folder
-        write_json(_entry(key), {"path": key[0], "sha256": digest, "check": _together([key, digest])})
+@functools.cache
+def _digest(path: Path, *state: int) -> str:
+    return sha256(path)
