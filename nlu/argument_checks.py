@@ -12,7 +12,6 @@ from transformers.integrations import get_available_reporting_integrations
 from loralib.initialisation import STARTS
 from nlu.errors import UsageError
 from nlu.methods.registry import FLAGS, check_arguments, flag_methods
-from nlu.metrics import METRICS
 from nlu.tasks import get_task
 
 logger = logging.getLogger("nlu")
@@ -235,11 +234,7 @@ def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
 
 
 def _check_data(data: Any) -> None:
-    """The flags for a user's own files, and the class weights."""
-    choices = {"on_error": ("stop", "skip"), "metric": (None, *METRICS), "class_weights": (None, "balanced")}
-    for name, allowed in choices.items():
-        if getattr(data, name) not in allowed:
-            raise UsageError(f"--{name} takes {', '.join(filter(None, allowed))}, got {getattr(data, name)!r}")
+    """The flags for a user's own files."""
     for name, default in (("text_columns", None), ("label_column", "label"), ("on_error", "stop"), ("metric", None)):
         if data.task_name is not None and getattr(data, name) != default:
             raise UsageError(f"--{name} is for your own files: leave it out, or give --train_file, not --task_name")

@@ -7,16 +7,17 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from nlu import METHOD_FOLDER
 from nlu.argument_checks import REFUSED_FLAGS, check_given, check_values, one_device, share_batch
 from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
 from nlu.json_yaml import parse_yaml
-from nlu.methods.registry import MethodArguments
+from nlu.methods.registry import MethodArguments, MethodChoice
 from nlu.metrics import METRICS
 from nlu.tasks import TASKS
 
@@ -63,111 +64,104 @@ results
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "Hub name or local folder of the pretrained encoder."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where the hub's downloads are kept."})
-    cls_dropout: float | None = field(
-        default=None, metadata={"help": "Dropout before the classifier, in [0, 1). Default: the model's own."}
+    model_name_or_path: str = HfArg(help="Hub name or local folder of the pretrained encoder.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit on the hub.")
+    cache_dir: str | None = HfArg(default=None, help="Where the hub's downloads are kept.")
+    cls_dropout: float | None = HfArg(
+        default=None, help="Dropout before the classifier, in [0, 1). Default: the model's own."
     )
-    lora_path: str | None = field(
-        default=None, metadata={"help": "Start from the factors of this saved adapter folder (the head starts anew)."}
+    lora_path: str | None = HfArg(
+        default=None, help="Start from the factors of this saved adapter folder (the head starts anew)."
     )
-    no_fast_attention: bool = field(
+    no_fast_attention: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Use transformers' own attention, not the exact faster one (DeBERTa; on a CPU BERT, RoBERTa …)."
-        },
+        help="Use transformers' own attention, not the exact faster one (DeBERTa; on a CPU BERT, RoBERTa …).",
     )
-    no_fast_dropout: bool = field(
-        default=False, metadata={"help": "On a CPU, use torch's own dropout instead of the faster one (other draws)."}
+    no_fast_dropout: bool = HfArg(
+        default=False, help="On a CPU, use torch's own dropout instead of the faster one (other draws)."
     )
 
 
 @dataclass
 class DataArguments:
-    task_name: str | None = field(default=None, metadata={"help": f"One of {', '.join(TASKS)}."})
-    glue_dir: str | None = field(
+    task_name: str | None = HfArg(default=None, help=f"One of {', '.join(TASKS)}.")
+    glue_dir: str | None = HfArg(
         default=None,
-        metadata={"help": "Folder of GLUE data: <task>/<split>.jsonl|parquet|csv or the official release's TSV "
-                  "folders. Default: the environment variable GLUE_DIR, else the hub's nyu-mll/glue."},
-    )  # fmt: skip
-    train_file: str | None = field(default=None, metadata={"help": "Your own training data: CSV, TSV, JSONL, Parquet."})
-    validation_file: str | None = field(default=None, metadata={"help": "Your own validation data."})
-    test_file: str | None = field(default=None, metadata={"help": "Your own data to predict with --do_predict."})
-    text_columns: str | None = field(
+        help="Folder of GLUE data: <task>/<split>.jsonl|parquet|csv or the official release's TSV "
+        "folders. Default: the environment variable GLUE_DIR, else the hub's nyu-mll/glue.",
+    )
+    train_file: str | None = HfArg(default=None, help="Your own training data: CSV, TSV, JSONL, Parquet.")
+    validation_file: str | None = HfArg(default=None, help="Your own validation data.")
+    test_file: str | None = HfArg(default=None, help="Your own data to predict with --do_predict.")
+    text_columns: str | None = HfArg(
+        default=None, help="Columns of your own files with the text, NAME or NAME,NAME. Default: those without doubt."
+    )
+    label_column: str = HfArg(default="label", help="Column of your own files with the label.")
+    on_error: Literal["stop", "skip"] = HfArg(
+        default="stop", help="A malformed row, or one with an empty text, in your own files: stop, or skip it."
+    )
+    metric: Literal[tuple(METRICS)] | None = HfArg(
+        default=None, help="Main metric for your own data. Default: by the labels."
+    )
+    class_weights: Literal["balanced"] | None = HfArg(
+        default=None, help="balanced: the training loss weighs each class against its share of the rows."
+    )
+    predict_task: str | None = HfArg(
+        default=None, help="With --do_predict: predict this task's test set too; ax with mnli."
+    )
+    max_seq_length: int = HfArg(default=128, help="Longest input in tokens; longer ones are cut.")
+    pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length, not to its longest row.")
+    length_bucketing: bool = HfArg(
+        default=False, help="Batch examples of similar length together: less padding, other batches."
+    )
+    max_train_samples: int | None = HfArg(default=None, help="Use only the first N training rows.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use only the first N validation rows.")
+    max_predict_samples: int | None = HfArg(default=None, help="Use only the first N test rows.")
+    holdout_fraction: float | None = HfArg(
         default=None,
-        metadata={"help": "Columns of your own files with the text, NAME or NAME,NAME. Default: those without doubt."},
+        help="Evaluate on this share of the training set, drawn by --holdout_seed and kept out of "
+        "training, instead of on the validation set: for choosing hyperparameters.",
     )
-    label_column: str = field(default="label", metadata={"help": "Column of your own files with the label."})
-    on_error: str = field(
-        default="stop",
-        metadata={"help": "A malformed row, or one with an empty text, in your own files: stop, or skip it."},
-    )
-    metric: str | None = field(
-        default=None, metadata={"help": f"Main metric for your own data: {', '.join(METRICS)}. Default: by the labels."}
-    )
-    class_weights: str | None = field(
-        default=None, metadata={"help": "balanced: the training loss weighs each class against its share of the rows."}
-    )
-    predict_task: str | None = field(
-        default=None, metadata={"help": "With --do_predict: predict this task's test set too; ax with mnli."}
-    )
-    max_seq_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones are cut."})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad every batch to max_seq_length, not to its longest row."}
-    )
-    length_bucketing: bool = field(
-        default=False, metadata={"help": "Batch examples of similar length together: less padding, other batches."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first N training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first N validation rows."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first N test rows."})
-    holdout_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Evaluate on this share of the training set, drawn by --holdout_seed and kept out of "
-                  "training, instead of on the validation set: for choosing hyperparameters."},
-    )  # fmt: skip
-    holdout_seed: int = field(default=0, metadata={"help": "Seed of that draw."})
+    holdout_seed: int = HfArg(default=0, help="Seed of that draw.")
 
 
 @dataclass
 class RunArguments(TrainingArguments):
     """The Trainer's arguments; output_dir is set from root_output_dir."""
 
-    root_output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the run: results.json, adapter/, model/ (checkpoints), log/."}
+    root_output_dir: str | None = HfArg(
+        default=None, help="Folder of the run: results.json, adapter/, model/ (checkpoints), log/."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace what another or a finished run left in root_output_dir."}
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Replace what another or a finished run left in root_output_dir."
     )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the classification head. Default: --learning_rate."}
+    head_learning_rate: float | None = HfArg(
+        default=None, help="Learning rate of the classification head. Default: --learning_rate."
     )
-    head_first_epochs: int = field(
-        default=0,
-        metadata={"help": "First train the head alone for so many epochs, on the frozen encoder's features."},
+    head_first_epochs: int = HfArg(
+        default=0, help="First train the head alone for so many epochs, on the frozen encoder's features."
     )
-    total_batch_size: int | None = field(
+    total_batch_size: int | None = HfArg(
         default=None,
-        metadata={"help": "Rows a step, over all processes. The rows a process takes at once follow from it, or, where "
-                  "--per_device_train_batch_size is lower, the steps it accumulates."},
-    )  # fmt: skip
-    schedule_steps: int | None = field(
+        help="Rows a step, over all processes. The rows a process takes at once follow from it, or, where "
+        "--per_device_train_batch_size is lower, the steps it accumulates.",
+    )
+    schedule_steps: int | None = HfArg(
         default=None,
-        metadata={"help": "Steps of the training for which --warmup_steps, --init_warmup, --final_warmup and "
-                  "--mask_interval were chosen: they shrink in proportion in a shorter training. Default: they are "
-                  "taken as they are."},
-    )  # fmt: skip
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better main metric."}
+        help="Steps of the training for which --warmup_steps, --init_warmup, --final_warmup and "
+        "--mask_interval were chosen: they shrink in proportion in a shorter training. Default: they are "
+        "taken as they are.",
     )
-    early_stopping_threshold: float | None = field(
-        default=None, metadata={"help": "Improvement of the main metric that counts as one. Default: any."}
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after this many evaluations without a better main metric."
     )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows a process evaluates at once."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Off: a loss that is not finite ends the run in place of being left out."}
+    early_stopping_threshold: float | None = HfArg(
+        default=None, help="Improvement of the main metric that counts as one. Default: any."
+    )
+    per_device_eval_batch_size: int = HfArg(default=64, help="Rows a process evaluates at once.")
+    save_total_limit: int | None = HfArg(default=2, help="Checkpoints that are kept.")
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Off: a loss that is not finite ends the run in place of being left out."
     )
 
 
@@ -336,36 +330,19 @@ def _ratio(text: str) -> str:
     return text
 
 
-def _value(flags: list[str], name: str) -> str | None:
-    """The last value given for a flag, from the bare list of flags."""
-    found = None
-    for position, flag in enumerate(flags):
-        head, equals, value = flag.partition("=")
-        if head == f"--{name}":
-            found = value if equals else (flags[position + 1] if position + 1 < len(flags) else "")
-    return found
-
-
-def _is_set(flags: list[str], name: str) -> bool:
-    value = _value(flags, name)
-    return value is not None and value.lower() not in ("false", "no", "0")
-
-
 def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
     """(config name, base method, default flags) from --method or the published flags that stand for it.
 
     Raises:
         UsageError: for an unknown method, or published flags that contradict it or each other.
     """
-    name = _value(flags, "method")
-    lora_type = _value(flags, "lora_type")
-    published = lora_type is not None or _is_set(flags, "apply_lora") or _is_set(flags, "apply_adalora")
-    if lora_type not in (None, "svd", "frd"):
-        raise UsageError(f"--lora_type is svd or frd, got {lora_type!r}")
-    if lora_type == "frd" and _is_set(flags, "apply_adalora"):
+    chosen = _Parser(MethodChoice, add_help=False).parse_args_into_dataclasses(flags, return_remaining_strings=True)[0]
+    name, lora_type = chosen.method, chosen.lora_type
+    published = lora_type is not None or chosen.apply_lora or chosen.apply_adalora
+    if lora_type == "frd" and chosen.apply_adalora:
         raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
-    plain = lora_type == "frd" or (_is_set(flags, "apply_lora") and lora_type is None)
-    meant = "lora" if plain and not _is_set(flags, "apply_adalora") else "lora2"
+    plain = lora_type == "frd" or (chosen.apply_lora and lora_type is None)
+    meant = "lora" if plain and not chosen.apply_adalora else "lora2"
     config = name or meant
     path = METHOD_FOLDER / f"{config}.yaml"
     if Path(config).name != config or not path.is_file():
@@ -376,6 +353,6 @@ def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
     if published and name is not None and (base in _SVD) != (meant == "lora2"):
         raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")
     defaults = _mapping_flags(values, str(path.name))
-    if published and name is None and meant == "lora2" and not _is_set(flags, "apply_adalora"):
+    if published and name is None and meant == "lora2" and not chosen.apply_adalora:
         defaults.append("--rank_allocation=False")  # svd layers without --apply_adalora: nothing is pruned
     return config, base, defaults

@@ -9,7 +9,7 @@ import math
 import re
 from collections import defaultdict
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -48,18 +48,16 @@ LORA_MODULE = Flag(
 )  # fmt: skip
 LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
 _LORA_INIT = Flag(
-    "lora_init", str, "gaussian",
+    "lora_init", Literal[("gaussian", "orthogonal", *STARTS)], "gaussian",
     "How factors start: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
-    ("gaussian", "orthogonal", *STARTS).__contains__, f"is gaussian, orthogonal, {' or '.join(STARTS)}",
 )  # fmt: skip
 _LORA_INIT_BATCHES = Flag(
     "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation looks at.", _at_least_1,
     "must be at least 1",
 )  # fmt: skip
 _PRECONDITION = Flag(
-    "precondition", str, "none",
+    "precondition", Literal[("none", *PRECONDITIONERS)], "none",
     "Gradients of the factors: balanced or balanced_scalar (RefLoRA), riemannian, or none.",
-    ("none", *PRECONDITIONERS).__contains__, f"is one of none, {', '.join(PRECONDITIONERS)}",
 )  # fmt: skip
 _LORA_FLAGS = (
     _LORA_INIT,
@@ -85,9 +83,8 @@ def _ratio(text: str) -> float | str:
 
 
 _ORTHOGONALITY = Flag(
-    "orthogonality", str, "penalty",
+    "orthogonality", Literal["penalty", "retraction"], "penalty",
     "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step.",
-    ("penalty", "retraction").__contains__, "is penalty or retraction",
 )  # fmt: skip
 _SINGULAR_VALUE_FLAGS = (
     _LORA_INIT,
@@ -111,9 +108,13 @@ _SINGULAR_VALUE_FLAGS = (
     _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
     _allocation("min_rank_per_module", int, 0, "Singular values that every module keeps."),
     _allocation(
-        "prune_by", str, "importance", "importance: the paper's; value: |e|, where the factors are exact."
+        "prune_by", Literal["importance", "value"], "importance",
+        "importance: the paper's; value: |e|, where the factors are exact.",
     ),
-    _allocation("importance", str, "inner", "inner: the paper's importance; full: outer factors scored too."),
+    _allocation(
+        "importance", Literal["inner", "full"], "inner",
+        "inner: the paper's importance; full: outer factors scored too.",
+    ),
     Flag(
         "value_lr_ratio", _ratio, 1.0,
         "Learning rate of the singular values, as a multiple of --learning_rate; auto: as fast as LoRA's first step.",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, field, make_dataclass
-from typing import Any
+from dataclasses import dataclass, make_dataclass
+from typing import Any, Literal
 
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 import nlu.methods
 from nlu.errors import UsageError, reason
@@ -39,27 +40,27 @@ FLAGS = _flags()
 
 
 @dataclass
-class _MethodChoice:
-    method: str | None = field(
-        default=None,
-        metadata={"help": "A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."},
+class MethodChoice:
+    """The base method, and the published flags that stand for one."""
+
+    method: str | None = HfArg(
+        default=None, help="A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."
     )
-    method_file_wins: bool = field(
-        default=False,
-        metadata={"help": "The settings in the method's file win over the flags that stand before this one."},
+    method_file_wins: bool = HfArg(
+        default=False, help="The settings in the method's file win over the flags that stand before this one."
     )
-    apply_lora: bool = field(default=False, metadata={"help": "Published flag; with --lora_type it means --method."})
-    apply_adalora: bool = field(default=False, metadata={"help": "Published flag: with rank allocation."})
-    lora_type: str | None = field(
-        default=None, metadata={"help": "Published flag: svd is --method lora2, frd is --method lora."}
+    apply_lora: bool = HfArg(default=False, help="Published flag; with --lora_type it means --method.")
+    apply_adalora: bool = HfArg(default=False, help="Published flag: with rank allocation.")
+    lora_type: Literal["svd", "frd"] | None = HfArg(
+        default=None, help="Published flag: svd is --method lora2, frd is --method lora."
     )
 
 
-# The name of the base method, the published flags that stand for one, and every method's flags.
+# The same with every method's flags.
 MethodArguments: Any = make_dataclass(
     "MethodArguments",
-    [(f.name, f.kind, field(default=f.default, metadata={"help": f.help})) for f in FLAGS.values()],
-    bases=(_MethodChoice,),
+    [(f.name, f.kind, HfArg(default=f.default, help=f.help)) for f in FLAGS.values()],
+    bases=(MethodChoice,),
     namespace={"__module__": __name__},
 )
 

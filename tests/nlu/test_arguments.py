@@ -95,7 +95,7 @@ def test_the_default_target_is_half_the_rank():
         ("--method lora --lora_type svd", "contradicts"),
         ("--method adalora --lora_type frd", "contradicts"),
         ("--lora_type frd --apply_adalora", "svd"),
-        ("--lora_type other", "svd or frd"),
+        ("--lora_type other", "lora_type"),
         ("--lora_r 0", "lora_r"),
         ("--lora_r -3", "lora_r"),
         ("--lora_r two", "lora_r"),
