@@ -16,13 +16,12 @@ class Task:
         display: the name in tables and figures.
         text_fields: the one or two text columns, under the hub's names, in the order the encoder reads them.
         labels: the class words, by class number as on the hub; None for a regression task.
-        metric: the main metric's key; the best checkpoint is the one where it is highest.
         metrics: every metric reported, the main one first. All are fractions, higher is better.
         columns: where the published tables have several columns for the task, (column, its metric, its heading) for
             each; empty where there is one column, of the main metric. The task's score is the mean of its columns.
         train_splits, validation_splits, test_splits: the splits' names, as on the hub.
         value_range: the lowest and highest label of a regression task, or None for no bounds.
-        official_folders: the folders of the official release's TSV files that may hold the task.
+        official_folders: folders of the official release's TSV files that may hold the task, beside its two names.
         official_files: (split, file) pairs where the release's name is not `train.tsv`, `dev*.tsv` or `test*.tsv`.
         official_text: the TSV columns of `text_fields`, in the same order; empty where the names are the same.
         official_label: the TSV column of the label.
@@ -30,7 +29,7 @@ class Task:
         short_rows_skipped: how many rows with missing fields the release's file may hold; they are left out, as the
             hub's copy leaves them out.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
-        submission_labels: the words the GLUE server wants, by class number; None for a regression task.
+        server_labels: the words the GLUE server wants, by class number, where they are not `labels`.
         positive: the number of the class whose F1 is reported; GLUE's second class.
     """
 
@@ -38,7 +37,6 @@ class Task:
     display: str
     text_fields: tuple[str, ...]
     labels: tuple[str, ...] | None
-    metric: str
     metrics: tuple[str, ...]
     columns: tuple[tuple[str, str, str], ...] = ()
     train_splits: tuple[str, ...] = ("train",)
@@ -52,8 +50,18 @@ class Task:
     official_header: tuple[str, ...] | None = None
     short_rows_skipped: int = 0
     submission_files: tuple[tuple[str, int], ...] = ()
-    submission_labels: tuple[str, ...] | None = None
+    server_labels: tuple[str, ...] | None = None
     positive: int = 1
+
+    @property
+    def metric(self) -> str:
+        """The main metric's key; the best checkpoint is the one where it is highest."""
+        return self.metrics[0]
+
+    @property
+    def submission_labels(self) -> tuple[str, ...] | None:
+        """The words the GLUE server wants, by class number; None for a regression task."""
+        return self.server_labels or self.labels
 
     @property
     def is_regression(self) -> bool:
@@ -78,6 +86,7 @@ class Task:
 
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
+_NUMBERS = ("0", "1")
 _PAIR = ("sentence1", "sentence2")
 
 _ROWS = (
@@ -86,60 +95,50 @@ _ROWS = (
         "CoLA",
         ("sentence",),
         ("unacceptable", "acceptable"),
-        "matthews_correlation",
         ("matthews_correlation", "accuracy"),
-        official_folders=("CoLA",),
         official_header=("source", "label", "mark", "sentence"),
         submission_files=(("CoLA.tsv", 1063),),
-        submission_labels=("0", "1"),
+        server_labels=_NUMBERS,
     ),
     Task(
         "sst2",
         "SST-2",
         ("sentence",),
         ("negative", "positive"),
-        "accuracy",
         ("accuracy",),
-        official_folders=("SST-2",),
         submission_files=(("SST-2.tsv", 1821),),
-        submission_labels=("0", "1"),
+        server_labels=_NUMBERS,
     ),
     Task(
         "mrpc",
         "MRPC",
         _PAIR,
         ("not_equivalent", "equivalent"),
-        "accuracy",
         ("accuracy", "f1"),
-        official_folders=("MRPC",),
         official_text=("#1 String", "#2 String"),
         official_label="Quality",
         submission_files=(("MRPC.tsv", 1725),),
-        submission_labels=("0", "1"),
+        server_labels=_NUMBERS,
     ),
     Task(
         "qqp",
         "QQP",
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
-        "accuracy",
         ("accuracy", "f1"),
         columns=(("qqp_acc", "accuracy", "QQP acc"), ("qqp_f1", "f1", "QQP F1")),
-        official_folders=("QQP",),
         official_label="is_duplicate",
         short_rows_skipped=20,
         submission_files=(("QQP.tsv", 390965),),
-        submission_labels=("0", "1"),
+        server_labels=_NUMBERS,
     ),
     Task(
         "stsb",
         "STS-B",
         _PAIR,
         None,
-        "pearson",
         ("pearson", "spearmanr"),
         value_range=(0.0, 5.0),
-        official_folders=("STS-B",),
         official_label="score",
         submission_files=(("STS-B.tsv", 1379),),
     ),
@@ -148,49 +147,38 @@ _ROWS = (
         "MNLI",
         ("premise", "hypothesis"),
         _MNLI,
-        "accuracy",
         ("accuracy",),
         columns=(("mnli_m", "accuracy", "MNLI-m"), ("mnli_mm", "accuracy_mm", "MNLI-mm")),
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
-        official_folders=("MNLI",),
         official_text=_PAIR,
         official_label="gold_label",
         submission_files=(("MNLI-m.tsv", 9796), ("MNLI-mm.tsv", 9847)),
-        submission_labels=_MNLI,
     ),
     Task(
         "qnli",
         "QNLI",
         ("question", "sentence"),
         _ENTAILMENT,
-        "accuracy",
         ("accuracy",),
-        official_folders=("QNLI",),
         submission_files=(("QNLI.tsv", 5463),),
-        submission_labels=_ENTAILMENT,
     ),
     Task(
         "rte",
         "RTE",
         _PAIR,
         _ENTAILMENT,
-        "accuracy",
         ("accuracy",),
-        official_folders=("RTE",),
         submission_files=(("RTE.tsv", 3000),),
-        submission_labels=_ENTAILMENT,
     ),
     Task(
         "wnli",
         "WNLI",
         _PAIR,
         ("not_entailment", "entailment"),
-        "accuracy",
         ("accuracy",),
-        official_folders=("WNLI",),
         submission_files=(("WNLI.tsv", 146),),
-        submission_labels=("0", "1"),
+        server_labels=_NUMBERS,
     ),
     # The diagnostic set has hidden labels only: a model trained on MNLI predicts it.
     Task(
@@ -198,15 +186,13 @@ _ROWS = (
         "AX",
         ("premise", "hypothesis"),
         _MNLI,
-        "matthews_correlation",
         ("matthews_correlation", "accuracy"),
         train_splits=(),
         validation_splits=(),
-        official_folders=("diagnostic", "AX"),
+        official_folders=("diagnostic",),
         official_files=(("test", "diagnostic.tsv"),),
         official_text=_PAIR,
         submission_files=(("AX.tsv", 1104),),
-        submission_labels=_MNLI,
     ),
 )
 

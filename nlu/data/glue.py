@@ -70,11 +70,10 @@ def reorder_labels(task: Task, splits: dict[str, Dataset], order: Sequence[str])
     if order == task.labels:
         return task, splits
     new_number = [order.index(word) for word in task.labels]
-    server = task.submission_labels
     reordered = replace(
         task,
         labels=order,
-        submission_labels=server and tuple(server[task.labels.index(word)] for word in order),
+        server_labels=tuple(task.submission_labels[task.labels.index(word)] for word in order),
         positive=new_number[task.positive],
     )
     numbers = np.array([*new_number, -1])  # the last place is the one that -1 looks up

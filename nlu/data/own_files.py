@@ -77,7 +77,7 @@ def load_own_files(
         metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
         labels = {split: _class_numbers(tables[split], names, labels[split], split) for split in labels}
     metrics = _with_main_metric(metrics, metric, names)
-    task = Task("custom", "own data", text, names, metrics[0], metrics, submission_labels=names)
+    task = Task("custom", "own data", text, names, metrics)
     hidden = math.nan if kind is float else -1
     splits = {
         split: build_dataset(task, [(table, labels.get(split, [hidden] * len(table)))])

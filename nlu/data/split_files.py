@@ -36,7 +36,7 @@ def split_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
 
 def official_folders(task: Task, glue_dir: str | Path) -> list[Path]:
     """The folders in which the official release's files may lie."""
-    return [Path(glue_dir) / name for name in dict.fromkeys((task.name, *task.official_folders))]
+    return [Path(glue_dir) / name for name in dict.fromkeys((task.name, task.display, *task.official_folders))]
 
 
 def official_file(task: Task, split: str) -> str:

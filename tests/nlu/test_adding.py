@@ -22,7 +22,7 @@ def _apply(model, args, total_steps):
 METHODS = (Method("toy", "Toy", 45, _apply, (WIDTH,)),)
 """
 CONFIG = "method: toy\ntoy_layers: 2\n"
-ROW = """    Task("toy", "Toy task", ("left", "right"), ("no", "yes"), "accuracy", ("accuracy", "f1")),
+ROW = """    Task("toy", "Toy task", ("left", "right"), ("no", "yes"), ("accuracy", "f1")),
 """
 LOOK = """
 from nlu.methods.registry import METHODS

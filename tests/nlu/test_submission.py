@@ -61,9 +61,7 @@ def test_predictions_follow_their_index(tmp_path):
     assert path.read_text() == "index\tprediction\n0\tentailment\n1\tnot_entailment\n2\tnot_entailment\n"
     path = write_predictions(TASKS["stsb"], "test", [0, 1, 2], np.float32([5.5, -0.2, 3.14159]), tmp_path)
     assert path.read_text() == "index\tprediction\n0\t5.000\n1\t0.000\n2\t3.142\n"
-    own = Task(
-        "custom", "own data", ("text",), ("sad", "glad"), "accuracy", ("accuracy",), submission_labels=("sad", "glad")
-    )
+    own = Task("custom", "own data", ("text",), ("sad", "glad"), ("accuracy",))
     path = write_predictions(own, "test", [0], [1], tmp_path)
     assert (path.name, path.read_text()) == ("custom_test.tsv", "index\tprediction\n0\tglad\n")
 
