@@ -10,28 +10,38 @@ import pandas as pd
 
 from nlu.errors import UsageError
 from nlu.experiments.questions import Question
-from nlu.experiments.statistics import LEVEL, SHORT, estimate, finished, holm, paired, verdict
+from nlu.experiments.statistics import LEVEL, SHORT, Estimate, estimate, finished, holm, paired, verdict
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
 NONE = "–"
+Cell = tuple[str, dict[str, Any]]  # what is printed, and the figures behind it by their names
 ALL = "all tasks"
 SHORT_STEPS = 1000  # a training of fewer steps ranks no methods
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: `data` holds its figures unrounded (for CSV), `text` the same rows as printed; `notes` explain them."""
+    """A table: rows of cells under their headings; `notes` explain them."""
 
     name: str
     title: str
-    data: pd.DataFrame
-    text: pd.DataFrame
+    rows: list[dict[str, Cell]]
     notes: list[str]
+
+    @property
+    def text(self) -> pd.DataFrame:
+        """What is printed."""
+        return pd.DataFrame([{head: text for head, (text, _) in row.items()} for row in self.rows])
+
+    @property
+    def data(self) -> pd.DataFrame:
+        """The figures, unrounded."""
+        return pd.DataFrame([{k: v for _, figures in row.values() for k, v in figures.items()} for row in self.rows])
 
     def markdown(self) -> str:
         """The title, the table and the notes."""
-        cells = self.text.map(lambda cell: " ".join(str(cell).replace("|", "\\|").split()))
+        cells = self.text.map(lambda cell: " ".join(cell.replace("|", "\\|").split()))
         sides = ["left" if i < self._words() else "right" for i in range(len(cells.columns))]
         body = cells.to_markdown(index=False, colalign=sides, disable_numparse=True, tablefmt="pipe")
         return "\n".join([f"**{self.title}**", "", body, "", *[f"- {note}" for note in self.notes], ""])
@@ -51,28 +61,26 @@ class Table:
 
     def _words(self) -> int:
         """How many leading columns hold words; the others hold figures and are set to the right."""
-        figures = [all(str(c)[:1] in "0123456789+-−<–" for c in self.text[name]) for name in self.text.columns]
+        figures = [all(cell[:1] in "0123456789+-−<–" for cell in column) for _, column in self.text.items()]
         return figures.index(True) if True in figures else len(figures)
 
 
-def latex_text(text: Any) -> str:
+def latex_text(text: str) -> str:
     """Text with LaTeX's special characters written out; other letters are UTF-8, which LaTeX reads."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
                "²": r"\textsuperscript{2}", "−": "$-$", "Δ": r"$\Delta$", "Λ": r"$\Lambda$", "†": r"\dag{}",
                **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
-    return "".join(special.get(character, character) for character in str(text))
-
-
-def make(name: str, title: str, rows: list[dict[str, Any]], show: dict[str, Callable[[Any], str]], notes: list[str]):
-    """A table of `rows`; each column of `show` is printed by its function of a row."""
-    data = pd.DataFrame(rows)
-    text = pd.DataFrame({head: [function(row) for row in rows] for head, function in show.items()})
-    return Table(name, title, data, text, notes)
+    return "".join(special.get(character, character) for character in text)
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A figure with a fixed number of digits, or a dash."""
     return NONE if value is None or pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A figure with its sign."""
+    return number(value, sign=True)
 
 
 def count(value: float | None) -> str:
@@ -83,6 +91,38 @@ def count(value: float | None) -> str:
 def spread(low: float | None, high: float | None, form: Callable[[Any], str] = count) -> str:
     """A range, or one figure where both ends print alike."""
     return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
+
+
+def cell(text: str, **figures: Any) -> Cell:
+    """One place of a table."""
+    return text, figures
+
+
+def counted(name: str, value: float | None) -> Cell:
+    return count(value), {name: value}
+
+
+def rounded(name: str, value: float | None, digits: int = 2, sign: bool = False) -> Cell:
+    return number(value, digits, sign), {name: value}
+
+
+def ranged(name: str, values: pd.Series, form: Callable[[Any], str] = count) -> Cell:
+    """From the least to the most of some values."""
+    least, most = values.min(), values.max()
+    return spread(least, most, form), {f"{name}_least": least, f"{name}_most": most}
+
+
+def with_deviation(name: str, values: pd.Series, digits: int = 1) -> Cell:
+    """Mean ± standard deviation."""
+    mean, deviation = values.mean(), values.std(ddof=1)
+    text = number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
+    return text, {name: mean, f"{name}_std": deviation}
+
+
+def interval(result: Estimate | None, form: Callable[[Any], str] = number) -> Cell:
+    """The 95 % interval of an estimate, where there is one."""
+    low, high = (result.interval if result else None) or (None, None)
+    return NONE if low is None else spread(low, high, form), {"low": low, "high": high}
 
 
 def rows_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -100,37 +140,29 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
     tasks = list(dict.fromkeys(runs.task))
     rows = []
     for label, own in rows_of(runs):
-        by_task, seeds = own.groupby("task", sort=False), own.groupby("task").seed.nunique()
         whole = set(own.task) == set(tasks)
         result = estimate(own["last"], own.task) if whole else None
-        row = {"row": label, "parameters": own.adapter_params.max(), "seeds_least": seeds.min(),
-               "seeds_most": seeds.max(), "short": is_short(own)}  # fmt: skip
+        row = {
+            "": cell(label + (" (short)" if is_short(own) else ""), row=label, short=is_short(own)),
+            "parameters": counted("parameters", own.adapter_params.max()),
+            "seeds": ranged("seeds", own.groupby("task").seed.nunique()),
+        }
         for task in tasks:
-            scores = by_task.get_group(task)["last"] if task in set(own.task) else pd.Series(dtype=float)
-            row |= {task: scores.mean(), f"{task}_std": scores.std(ddof=1)}
-        low, high = (result.interval if result else None) or (None, None)
-        best = by_task["best"].mean().mean() if whole else None
-        rows.append(row | {"average": result and result.mean, "low": low, "high": high, "best": best})
-    show: dict[str, Callable[[Any], str]] = {
-        "": lambda r: r["row"] + (" (short)" if r["short"] else ""),
-        "parameters": lambda r: count(r["parameters"]),
-        "seeds": lambda r: spread(r["seeds_least"], r["seeds_most"]),
-    }
-    for task in tasks:
-        show[HEADINGS.get(task, task)] = lambda r, task=task: _with_deviation(r[task], r[f"{task}_std"])
-    show |= {
-        "average": lambda r: number(r["average"]),
-        "95 % interval": lambda r: NONE if r["low"] is None else spread(r["low"], r["high"], number),
-        "average of best": lambda r: number(r["best"]),
-    }
+            row[HEADINGS.get(task, task)] = with_deviation(task, own[own.task == task]["last"])
+        row |= {
+            "average": rounded("average", result and result.mean),
+            "95 % interval": interval(result),
+            "average of best": rounded("best", own.groupby("task")["best"].mean().mean() if whole else None),
+        }
+        rows.append(row)
     notes = [
         "Measured here: last evaluation on the validation set in percent, mean ± standard deviation over the seeds. "
         "Interval: Student's t, the tasks as strata; it shows how far the average moves with the seed. The last column "
         "takes each run's best evaluation, chosen on the validation set itself, as the papers report it.",
     ]
-    if any(row["short"] for row in rows):
+    if any(is_short(own) for _, own in rows_of(runs)):
         notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
-    return make(f"{name}_scores", "Score", rows, show, notes)
+    return Table(f"{name}_scores", "Score", rows, notes)
 
 
 def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | None]) -> Table:
@@ -139,108 +171,88 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
     Args:
         runs: finished runs of one task, the first label first. scales: label → α/r; None for a method without it.
     """
-    labels = list(dict.fromkeys(runs.label))
+    first = runs.label.iloc[0]
     rows = []
     for label, own in rows_of(runs):
-        pairs = paired(runs, label, labels[0])
-        result = estimate(pairs.difference, pairs.task) if label != labels[0] and len(pairs) else None
-        low, high = (result.interval if result else None) or (None, None)
-        row = {"method": label, "parameters": own.adapter_params.max(), "live": own.live_adapter_params.mean()}
-        row |= {"scale": scales.get(label), "seeds": own.seed.nunique()}
-        for score in ("last", "best"):
-            row |= {score: own[score].mean(), f"{score}_std": own[score].std(ddof=1)}
-        row |= {"difference": result and result.mean, "low": low, "high": high}
-        rows.append(row | {"seconds_per_step": own.seconds_per_step.mean()})
-    show: dict[str, Callable[[Any], str]] = {
-        "method": lambda r: r["method"],
-        "adapter parameters": lambda r: count(r["parameters"]),
-        "live at the end": lambda r: count(r["live"]),
-        "α/r": lambda r: NONE if r["scale"] is None else f"{r['scale']:g}",
-        "seeds": lambda r: str(r["seeds"]),
-        "last": lambda r: _with_deviation(r["last"], r["last_std"], 2),
-        "best": lambda r: _with_deviation(r["best"], r["best_std"], 2),
-        f"last, against {labels[0]}": lambda r: number(r["difference"], sign=True),
-        "95 % interval": lambda r: NONE if r["low"] is None else spread(r["low"], r["high"], _signed),
-        "s/step": lambda r: number(r["seconds_per_step"], 3),
-    }
+        pairs, scale, seeds = paired(runs, label, first), scales.get(label), own.seed.nunique()
+        result = estimate(pairs.difference, pairs.task) if label != first and len(pairs) else None
+        rows.append(
+            {
+                "method": cell(label, method=label),
+                "adapter parameters": counted("parameters", own.adapter_params.max()),
+                "live at the end": counted("live", own.live_adapter_params.mean()),
+                "α/r": cell(NONE if scale is None else f"{scale:g}", scale=scale),
+                "seeds": counted("seeds", seeds),
+                "last": with_deviation("last", own["last"], 2),
+                "best": with_deviation("best", own["best"], 2),
+                f"last, against {first}": rounded("difference", result and result.mean, sign=True),
+                "95 % interval": interval(result, signed),
+                "s/step": rounded("seconds_per_step", own.seconds_per_step.mean(), 3),
+            }
+        )
     notes = [
         "Measured here, in percent on the evaluation set: the last evaluation, and each run's best one, which is "
         "chosen on that set itself; mean ± standard deviation over the seeds. "
-        f"Against {labels[0]}: mean difference over pairs of equal seed, with its interval (Student's t)."
+        f"Against {first}: mean difference over pairs of equal seed, with its interval (Student's t)."
     ]
     tried = {label: own.tried.iloc[0] for label, own in rows_of(runs)}
     chosen = [f"{label} {own['learning_rate']:g}" for label, own in tried.items() if "learning_rate" in (own or {})]
     if chosen:
         notes.append(f"Learning rates, chosen on held-out data: {', '.join(chosen)}.")
-    few, most_steps = min(row["seeds"] for row in rows), runs.steps.max()
-    doubts = ["one seed"] if few < 2 else []
-    doubts += ["short training"] if most_steps < SHORT_STEPS else []
+    doubts = ["one seed"] if runs.groupby("label").seed.nunique().min() < 2 else []
+    doubts += ["short training"] if runs.steps.max() < SHORT_STEPS else []
     title = f"Demonstration, {', '.join(doubts)}: not a comparison" if doubts else "Comparison"
-    return make(name, title, rows, show, notes)
-
-
-def _signed(value: float) -> str:
-    return number(value, sign=True)
+    return Table(name, title, rows, notes)
 
 
 def training_table(name: str, runs: pd.DataFrame) -> Table:
     """How far each row was trained: Λ, ‖ΔW‖, live singular values, and the validation loss beside the score."""
-    tasks = list(dict.fromkeys(runs.task))
     rows = []
     for label, own in rows_of(runs):
         means = own.groupby("task", sort=False)[["rate_sum_pruning", "rate_sum", "delta_norm"]].mean()
-        row: dict[str, Any] = {"row": label}
-        for column in means:
-            row |= {f"{column}_least": means[column].min(), f"{column}_most": means[column].max()}
-        row |= {"live": own.live_budget.mean(), "initial": own.initial_budget.mean()}
-        for task in tasks:
-            losses = own[own.task == task][["loss", "lowest_loss"]].mean()
-            row |= {f"{task}_loss": losses["loss"], f"{task}_lowest_loss": losses["lowest_loss"]}
+        live, initial = own.live_budget.mean(), own.initial_budget.mean()
+        row = {
+            "": cell(label, row=label),
+            "Λ at pruning": ranged("rate_sum_pruning", means.rate_sum_pruning, number),
+            "Λ at the end": ranged("rate_sum", means.rate_sum, number),
+            "‖ΔW‖": ranged("delta_norm", means.delta_norm, number),
+            "live values": cell(
+                NONE if pd.isna(live) else f"{count(live)} of {count(initial)}", live=live, initial=initial
+            ),
+        }
+        for task in dict.fromkeys(runs.task):
+            last, lowest = own[own.task == task][["loss", "lowest_loss"]].mean()
+            row[f"{HEADINGS.get(task, task)} loss"] = cell(
+                f"{number(last, 3)} ({number(lowest, 3)})", **{f"{task}_loss": last, f"{task}_lowest_loss": lowest}
+            )
         rows.append(row)
-
-    def ranged(column: str) -> Callable[[Any], str]:
-        return lambda r: spread(r[f"{column}_least"], r[f"{column}_most"], number)
-
-    show: dict[str, Callable[[Any], str]] = {"": lambda r: r["row"], "Λ at pruning": ranged("rate_sum_pruning")}
-    show |= {"Λ at the end": ranged("rate_sum"), "‖ΔW‖": ranged("delta_norm")}
-    show["live values"] = lambda r: NONE if pd.isna(r["live"]) else f"{count(r['live'])} of {count(r['initial'])}"
-    for task in tasks:
-        show[f"{HEADINGS.get(task, task)} loss"] = lambda r, task=task: (
-            f"{number(r[f'{task}_loss'], 3)} ({number(r[f'{task}_lowest_loss'], 3)})"
-        )
     notes = [
         "Measured here, means over the seeds; a range spans the tasks. Λ: sum of the learning rates over the steps, "
         "when pruning starts and at the end. ‖ΔW‖: Frobenius norm over all adapted layers at the end. Loss: validation "
         "cross-entropy, or squared error, at the last evaluation (the lowest of all evaluations)."
     ]
-    return make(f"{name}_training", "How far it was trained", rows, show, notes)
+    return Table(f"{name}_training", "How far it was trained", rows, notes)
 
 
 def cost_table(name: str, runs: pd.DataFrame) -> Table:
     """Parameters, time and memory of each row."""
-    rows = []
-    for label, own in rows_of(runs):
-        step = own.groupby("task").seconds_per_step.mean()
-        rows.append(
-            {"row": label, "adapter": own.adapter_params.max(), "live": own.live_adapter_params.mean(),
-             "head_least": own.head_params.min(), "head_most": own.head_params.max(), "step_least": step.min(),
-             "step_most": step.max(), "minutes": own.train_seconds.mean() / 60,
-             "memory_mib": own.peak_memory_bytes.mean() / 2**20}
-        )  # fmt: skip
-    show: dict[str, Callable[[Any], str]] = {
-        "": lambda r: r["row"],
-        "adapter": lambda r: count(r["adapter"]),
-        "live at the end": lambda r: count(r["live"]),
-        "head": lambda r: spread(r["head_least"], r["head_most"]),
-        "seconds a step": lambda r: spread(r["step_least"], r["step_most"], lambda v: number(v, 3)),
-        "minutes a run": lambda r: number(r["minutes"], 1),
-        "peak memory, MiB": lambda r: count(r["memory_mib"]),
-    }
+    rows = [
+        {
+            "": cell(label, row=label),
+            "adapter": counted("adapter", own.adapter_params.max()),
+            "live at the end": counted("live", own.live_adapter_params.mean()),
+            "head": ranged("head", own.head_params),
+            "seconds a step": ranged("step", own.groupby("task").seconds_per_step.mean(), lambda v: number(v, 3)),
+            "minutes a run": rounded("minutes", own.train_seconds.mean() / 60, 1),
+            "peak memory, MiB": counted("memory_mib", own.peak_memory_bytes.mean() / 2**20),
+        }
+        for label, own in rows_of(runs)
+    ]
     notes = [
         "Measured here: trained parameters and times; a range spans the tasks. Runs of a sweep may share a machine, "
         "so the times are no benchmark; benchmarks/ measures the methods side by side."
     ]
-    return make(f"{name}_cost", "Cost", rows, show, notes)
+    return Table(f"{name}_cost", "Cost", rows, notes)
 
 
 def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: dict[Any, float | None]) -> Table | None:
@@ -250,37 +262,29 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
         pairs = paired(runs, claim.label, claim.against)
         tasks = list(dict.fromkeys(pairs.task))
         for task in [ALL, *(tasks if len(tasks) > 1 else [])] if len(pairs) else []:
-            own = pairs if task == ALL else pairs[pairs.task == task]
-            result, p = estimate(own.difference, own.task), corrected[claim] if task == ALL else None
-            low, high = result.interval or (None, None)
-            answer = verdict(result, claim.expect, p) if task == ALL else ""
+            whole, own = task == ALL, pairs if task == ALL else pairs[pairs.task == task]
+            result, p = estimate(own.difference, own.task), corrected[claim] if whole else None
+            answer, title = verdict(result, claim.expect, p) if whole else "", f"{claim.label} − {claim.against}"
             rows.append(
-                {"claim": f"{claim.label} − {claim.against}", "expected": claim.expect, "source": claim.source,
-                 "published": claim.published if task == ALL else None, "task": task, "pairs": result.count,
-                 "difference": result.mean, "low": low, "high": high, "p_holm": p, "verdict": answer}
-            )  # fmt: skip
-    show: dict[str, Callable[[Any], str]] = {
-        "claim": lambda r: r["claim"] if r["task"] == ALL else "",
-        "expected": lambda r: r["expected"] if r["task"] == ALL else "",
-        "verdict": lambda r: f"**{r['verdict']}**" if r["verdict"] else "",
-        "task": lambda r: HEADINGS.get(r["task"], r["task"]),
-        "published": lambda r: number(r["published"], sign=True),
-        "pairs": lambda r: str(r["pairs"]),
-        "difference": lambda r: number(r["difference"], sign=True),
-        "95 % interval": lambda r: (
-            NONE if r["low"] is None else f"{number(r['low'], sign=True)} to {number(r['high'], sign=True)}"
-        ),
-        "p (Holm)": lambda r: (
-            NONE if r["p_holm"] is None else "< 0.001" if r["p_holm"] < 0.001 else f"{r['p_holm']:.3f}"
-        ),
-    }
+                {
+                    "claim": cell(title if whole else "", claim=title),
+                    "expected": cell(claim.expect if whole else "", expected=claim.expect, source=claim.source),
+                    "verdict": cell(f"**{answer}**" if answer else "", verdict=answer),
+                    "task": cell(HEADINGS.get(task, task), task=task),
+                    "published": rounded("published", claim.published if whole else None, sign=True),
+                    "pairs": counted("pairs", result.count),
+                    "difference": rounded("difference", result.mean, sign=True),
+                    "95 % interval": interval(result, signed),
+                    "p (Holm)": cell("< 0.001" if p is not None and p < 0.001 else number(p, 3), p_holm=p),
+                }
+            )
     notes = [
         "Measured here: differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
         "strata; p is corrected for the number of all claims. The published column is cited.",
         f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: as "
         "clear in the other direction. not shown: neither.",
     ]
-    return make(f"{name}_claims", "Claims", rows, show, notes) if rows else None
+    return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
 
 
 def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[Any, float | None]:
@@ -297,48 +301,33 @@ def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[An
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
     """What the tuning stage chose, and what a user gets without it; `runs` are all of the question's, both stages."""
     tuning = runs[runs.stage == "select"]
-    if not len(tuning):
-        return None
-    tasks, rows = list(dict.fromkeys(tuning.task.dropna())), []
+    rows = []
     for label, own in rows_of(tuning):
         usual = own[~own.extra].fillna({"last": 0.0})
         final = runs[(runs.stage == "final") & (runs.label == label)]
-        row: dict[str, Any] = {"row": label, "untuned": usual.groupby("task")["last"].mean().mean(),
-                               "failed": int((own.status == "failed").sum()), "runs": len(own)}  # fmt: skip
-        tuned = []
-        for task in tasks:
+        row, tuned, failed = {"": cell(label, row=label)}, [], int((own.status == "failed").sum())
+        for task in dict.fromkeys(tuning.task.dropna()):
             of_task = own[(own.task == task) & (own.status == "finished")]
             chosen = next(iter(final[final.task == task].tried), None) or {}
-            ends = {k for k in chosen if chosen[k] in (_values(of_task, k)[:1] + _values(of_task, k)[-1:])}
-            row[task] = ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in chosen.items())
-            row[f"{task}_at_end"] = any(len(_values(of_task, name)) > 1 for name in ends)
+            values = {key: sorted({tried[key] for tried in of_task.tried if key in tried}) for key in chosen}
+            at_end = any(len(values[k]) > 1 and chosen[k] in (values[k][0], values[k][-1]) for k in chosen)
+            text = ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in chosen.items())
+            shown = (text.replace("learning_rate=", "") or NONE) + (" †" if at_end else "")
+            row[HEADINGS.get(task, task)] = cell(shown, **{task: text, f"{task}_at_end": at_end})
             tuned.append(of_task[[tried == chosen for tried in of_task.tried]]["last"].mean())
-        rows.append(row | {"tuned": fmean(tuned) if tuned and not pd.isna(tuned).any() else None})
-    show: dict[str, Callable[[Any], str]] = {"": lambda r: r["row"]}
-    for task in tasks:
-        show[HEADINGS.get(task, task)] = lambda r, task=task: (
-            (r[task].replace("learning_rate=", "") or NONE) + (" †" if r[f"{task}_at_end"] else "")
-        )
-    show |= {
-        "mean of the values tried": lambda r: number(r["untuned"]),
-        "at the chosen values": lambda r: number(r["tuned"]),
-        "failed": lambda r: f"{r['failed']} of {r['runs']}",
-    }
+        row |= {
+            "mean of the values tried": rounded("untuned", usual.groupby("task")["last"].mean().mean()),
+            "at the chosen values": rounded("tuned", fmean(tuned) if tuned else None),
+            "failed": cell(f"{failed} of {len(own)}", failed=failed, runs=len(own)),
+        }
+        rows.append(row)
     notes = [
         "Measured here on a held-out part of the training set, at the tuning stage's length: the learning rate (and "
         "what else was tried) with the lowest loss at the last evaluation. Mean of the values tried: the score in "
         "percent that a user gets without tuning, over the values that every task tries; a failed run counts as 0.",
         "† an end of what was tried: a better value may lie beyond.",
     ]
-    return make(f"{name}_tuning", "Tuning", rows, show, notes)
-
-
-def _values(runs: pd.DataFrame, name: str) -> list[Any]:
-    return sorted({tried[name] for tried in runs.tried if name in tried})
-
-
-def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
-    return number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
+    return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None
 
 
 def published_table(folder: Path, file: str, title: str) -> Table:
@@ -351,27 +340,28 @@ def published_table(folder: Path, file: str, title: str) -> Table:
     content = read_json(path) or {}
     if not all(content.get(key) for key in ("source", "rows")):
         raise UsageError(f"{path} is absent or lacks its source or rows; restore it from the repository")
-    columns, rows = content.get("columns", []), [dict(row) for row in content["rows"]]
-    digits = max((len(str(row[c]).partition(".")[2]) for row in rows for c in columns if c in row), default=2)
-    words = [
-        key for key in dict.fromkeys(k for row in rows for k in row) if key not in (*columns, "std", "avg_printed")
-    ]
-    show: dict[str, Callable[[Any], str]] = {}
-    for key in words:
-        show[key] = lambda r, key=key: HEADINGS.get(r.get(key), str(r.get(key, "")))
-    for key in columns:
-        show[HEADINGS.get(key, key)] = lambda r, key=key: (
-            number(r.get(key), digits) + (f" ± {r['std'][key]}" if key in r.get("std", {}) else "")
-        )
+    columns, published = content.get("columns", []), content["rows"]
+    digits = max((len(str(row[c]).partition(".")[2]) for row in published for c in columns if c in row), default=2)
+    words = [k for k in dict.fromkeys(k for row in published for k in row) if k not in (*columns, "std", "avg_printed")]
+    rows = []
+    for each in published:
+        row = {key: cell(HEADINGS.get(each.get(key), str(each.get(key, ""))), **{key: each.get(key)}) for key in words}
+        deviations = each.get("std", {})
+        for key in columns:
+            text = number(each.get(key), digits) + (f" ± {deviations[key]}" if key in deviations else "")
+            row[HEADINGS.get(key, key)] = cell(text, **{key: each.get(key)})
+        if columns:
+            printed, computed = each.get("avg_printed"), published_average(each, columns)
+            # Rounding explains 0.02, or 0.06 where one decimal is printed.
+            differs = None not in (printed, computed) and abs(printed - computed) > (0.06 if digits == 1 else 0.02)
+            row["average, printed"] = rounded("avg_printed", printed, digits)
+            row["average, computed"] = cell(number(computed) + (" †" if differs else ""), avg_computed=computed)
+        rows.append(row)
     notes = [f"Published, not measured here. Source: {content['source']}."]
-    notes += [f"{content[key]}" for key in ("protocol", "note", "unit") if content.get(key)]
+    notes += [content[key] for key in ("protocol", "note", "unit") if content.get(key)]
     if columns:
-        for row in rows:
-            row["avg_computed"] = published_average(row, columns)
-        show["average, printed"] = lambda r: number(r.get("avg_printed"), digits)
-        show["average, computed"] = lambda r: number(r["avg_computed"]) + (" †" if _differs(r, digits) else "")
         notes.append("Averages: over the tasks, a task with two columns counting once. † does not follow from its row.")
-    return make(file, title, rows, show, notes)
+    return Table(file, title, rows, notes)
 
 
 def published_average(row: dict[str, Any], columns: list[str]) -> float | None:
@@ -382,9 +372,3 @@ def published_average(row: dict[str, Any], columns: list[str]) -> float | None:
     if any(value is None for values in tasks.values() for value in values):
         return None
     return fmean(fmean(values) for values in tasks.values())
-
-
-def _differs(row: dict[str, Any], digits: int) -> bool:
-    """Whether rounding cannot explain a printed average: off by 0.02, or by 0.06 where one decimal is printed."""
-    printed, computed = row.get("avg_printed"), row["avg_computed"]
-    return None not in (printed, computed) and abs(printed - computed) > (0.06 if digits == 1 else 0.02)
