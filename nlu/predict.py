@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import sys
@@ -218,37 +219,11 @@ def row_writer(output: TextIO, kind: str, labels: list[str] | None) -> Callable[
     return write
 
 
-def predict_rows(
-    rows: Iterable[Row],
-    predictor: Predictor,
-    write: Callable[[int, list[float]], None],
-    on_bad_row: Callable[[Row], None],
-    batch_size: int,
-    after_buffer: Callable[[], None],
-) -> tuple[int, int]:
-    """Read, predict and write in buffers of ``batch_size`` × 32 rows. Returns (rows written, rows skipped)."""
-    written = skipped = 0
-    buffer: list[Row] = []
-
-    def flush() -> None:
-        nonlocal written
-        if buffer:
-            for row, values in zip(buffer, predictor([row.values for row in buffer], batch_size), strict=True):
-                write(row.place, values)
-            written += len(buffer)
-            buffer.clear()
-        after_buffer()
-
-    for row in rows:
-        if row.error is not None:
-            on_bad_row(row)
-            skipped += 1
-            continue
-        buffer.append(row)
-        if len(buffer) == batch_size * BATCHES_IN_BUFFER:
-            flush()
-    flush()
-    return written, skipped
+def predict_rows(rows: Iterable[Row], predictor: Predictor, batch_size: int) -> Iterator[tuple[Row, list[float]]]:
+    """Each row with what the predictor says of it; read in buffers of ``batch_size`` × 32 rows."""
+    rows = iter(rows)
+    while buffer := list(itertools.islice(rows, batch_size * BATCHES_IN_BUFFER)):
+        yield from zip(buffer, predictor([row.values for row in buffer], batch_size), strict=True)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -318,19 +293,27 @@ def run(arguments: argparse.Namespace) -> None:
         # disable=None: only a terminal shows it
         bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="predicting")
 
-        def on_bad_row(row: Row) -> None:
-            error = table.error(row.place, row.error)
-            if arguments.on_error == "stop":
-                raise UsageError(f"{error} (--on_error skip leaves such rows out)")
-            bar.write(f"skipped: {error}", file=sys.stderr)
+        bad: list[Row] = []
 
-        def after_buffer() -> None:
-            bar.update(0 if size is None else stream.tell() - bar.n)
+        def good_rows() -> Iterator[Row]:
+            for row in rows:
+                if row.error is None:
+                    yield row
+                    continue
+                error = table.error(row.place, row.error)
+                if arguments.on_error == "stop":
+                    raise UsageError(f"{error} (--on_error skip leaves such rows out)")
+                bar.write(f"skipped: {error}", file=sys.stderr)
+                bad.append(row)
 
+        written = 0
         with bar, open_output(arguments.output) as output:
             write = row_writer(output, output_kind, predictor.labels)
-            written, skipped = predict_rows(rows, predictor, write, on_bad_row, arguments.batch_size, after_buffer)
-    print(f"{written} rows predicted, {skipped} skipped", file=sys.stderr)
+            for row, values in predict_rows(good_rows(), predictor, arguments.batch_size):
+                write(row.place, values)
+                written += 1
+                bar.update(0 if size is None else stream.tell() - bar.n)
+    print(f"{written} rows predicted, {len(bad)} skipped", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -234,7 +234,8 @@ def test_memory_does_not_grow_with_the_input():
         return [[1.0]] * len(texts)
 
     with pytest.raises(Endless):
-        predict.predict_rows(rows(), predictor, lambda line, _: written.append(line), pytest.fail, 4, lambda: None)
+        for row, _ in predict.predict_rows(rows(), predictor, 4):
+            written.append(row.place)
     assert len(written) > 19_000 and written == sorted(written) and max(held) <= 4 * predict.BATCHES_IN_BUFFER
 
 
