@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ class _NoAliases(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 reads 1e-3 as text; people write it as a number.
+_NoAliases.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+$"), list("+-0123456789")
+)
+
+
 def parse_yaml(text: str) -> Any:
     """YAML as plain values: no objects, no aliases.
 
@@ -108,10 +115,19 @@ def check(value: Any, name: str, where: str = "", part: str = "") -> None:
     raise UsageError(": ".join(filter(None, (where, place, _shown(message, 300)))))
 
 
+_TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,  # infinity and NaN are no numbers
+    type_checker=_TYPES.redefine(
+        "number", lambda _, value: _TYPES.is_type(value, "number") and finite(value) is not None
+    ),
+)
+
+
 @cache
-def _validator(name: str, part: str) -> jsonschema.Draft202012Validator:
+def _validator(name: str, part: str) -> Any:
     schema = parse_yaml((CONFIGS / "schemas" / f"{name}.yaml").read_text(encoding="utf-8"))
-    return jsonschema.Draft202012Validator({"$defs": schema["$defs"], "$ref": f"#/$defs/{part}"} if part else schema)
+    return _Validator({"$defs": schema["$defs"], "$ref": f"#/$defs/{part}"} if part else schema)
 
 
 def _shown(value: Any, most: int = 60) -> str:

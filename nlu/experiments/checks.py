@@ -1,7 +1,5 @@
-"""The values of an experiment file as they are meant, and checks of the folders that its runs would have."""
+"""What an experiment may name: arguments without this machine's paths, and folders that its runs can have."""
 
-import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,6 @@ from nlu.errors import UsageError
 PATH_ARGUMENTS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "peft_config")
 LONGEST_NAME = 200  # most file systems allow 255 bytes, and a log's suffix or a temporary file's prefix is added
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
-_YAML_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 reads 1e-3 as text; people write it as a number
-
-
-def as_meant(value: Any, where: str) -> Any:
-    """The content of a YAML file with text such as 1e-3 as the number that it stands for, in keys too.
-
-    Raises:
-        UsageError: for infinity and NaN, and for two keys that are one number.
-    """
-    if isinstance(value, dict):
-        meant = {as_meant(key, where): as_meant(item, f"{where}.{key}") for key, item in value.items()}
-        if len(meant) < len(value):
-            raise UsageError(f"{where} has a label twice (1e-3 and 0.001 are one)")
-        return meant
-    if isinstance(value, list):
-        return [as_meant(item, where) for item in value]
-    if isinstance(value, str) and _YAML_FLOAT.fullmatch(value):
-        value = float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{where.lstrip('.')} is {value}, which is no number to run with")
-    return value
 
 
 def place_free(arguments: dict[str, Any]) -> dict[str, Any]:

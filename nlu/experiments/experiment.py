@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError, reason
-from nlu.experiments.checks import as_meant, check_folders, place_free
+from nlu.experiments.checks import check_folders, place_free
 from nlu.json_yaml import check, read_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
@@ -134,7 +134,7 @@ class _Reader:
     """The checks of one file that a schema cannot make: those between its parts."""
 
     def __init__(self, content: Any, settings: dict[str, Any]) -> None:
-        self.content, self.settings = as_meant(content, ""), as_meant(settings, "--set")
+        self.content, self.settings = content, settings
         check(self.content, "experiment")
         check(self.settings, "experiment", "--set", "arguments")
         self.name, self.base = self.content["name"], self.content.get("base") or {}
