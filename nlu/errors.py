@@ -19,6 +19,11 @@ _BAD_PATH = (
     errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
+_PACKAGES = (
+    "torch", "transformers", "accelerate", "datasets", "pyarrow", "safetensors", "numpy", "scipy", "sklearn", "yaml",
+    "jsonschema", "pandas", "matplotlib",
+)  # fmt: skip
+
 
 class UsageError(ValueError):
     """Bad arguments or bad input: one line that says what is wrong and what to do; commands exit with code 2."""
@@ -95,21 +100,7 @@ def _explained(error: BaseException) -> tuple[int, str | None]:
 
 def packages_missing() -> bool:
     """Whether a package that the programs need is not installed; says so on stderr. It imports none of them."""
-    for package in (
-        "torch",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "pyarrow",
-        "safetensors",
-        "numpy",
-        "scipy",
-        "sklearn",
-        "yaml",
-        "jsonschema",
-        "pandas",
-        "matplotlib",
-    ):
+    for package in _PACKAGES:
         if find_spec(package) is None:
             print(f"error: the package {package} is not installed: run bash scripts/setup.sh first", file=sys.stderr)
             return True

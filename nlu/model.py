@@ -28,7 +28,7 @@ from nlu.arguments import Arguments
 from nlu.data.tokens import longest_input
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
-from nlu.methods.method import AppliedMethod, head_parameters
+from nlu.methods.method import AppliedMethod, head_modules, head_parameters
 from nlu.methods.registry import check_method_fits
 from nlu.runs.adapter import check_warm_start
 from nlu.tasks import Task
@@ -230,14 +230,6 @@ def _only_where(saved: torch.Size, needed: torch.Size, wider: torch.Size) -> boo
     """Whether a saved shape differs from the needed one only in dimensions in which the wider head's shape does too."""
     sizes = zip(saved, needed, wider, strict=False)
     return len(saved) == len(needed) and all(one == two or two != other for one, two, other in sizes)
-
-
-def head_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules outside the encoder, and the encoder's pooler where it has one."""
-    encoder = model.base_model
-    modules = [child for child in model.children() if child is not encoder]
-    pooler = getattr(encoder, "pooler", None)
-    return modules if pooler is None or encoder is model else [*modules, pooler]
 
 
 def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:

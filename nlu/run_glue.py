@@ -32,6 +32,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPre
 
 from nlu.argument_checks import fit_schedule
 from nlu.arguments import Arguments, parse_arguments
+from nlu.data.batching import updates_per_epoch
 from nlu.data.glue import reorder_labels
 from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits
 from nlu.data.submission import predict, to_labels
@@ -59,7 +60,7 @@ from nlu.runs.record import RunRecord, report, start_record
 from nlu.runs.signals import SignalWatch
 from nlu.start import prepare_start
 from nlu.tasks import Task
-from nlu.trainer import GlueTrainer, updates_per_epoch
+from nlu.trainer import GlueTrainer
 
 logger = logging.getLogger("nlu")
 

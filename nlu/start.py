@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 import loralib
 from loralib.frozen import stored_form
+from nlu.data.batching import effective_batch_size
 from nlu.errors import RunError, UsageError
 from nlu.methods.method import head_parameters
 from nlu.runs.processes import several
-from nlu.trainer import GlueTrainer, effective_batch_size
+from nlu.trainer import GlueTrainer
 
 _COUNTS = ("idx", "length")  # columns that no model reads
 
@@ -92,54 +93,49 @@ def train_head(trainer: GlueTrainer, epochs: int) -> None:
     optimizer = torch.optim.AdamW(
         parameters, rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
     )
-    modes = {module: module.training for module in model.modules()}
-    model.train()
     generator = torch.Generator().manual_seed(args.seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(count, generator=generator).split(effective_batch_size(args)):
-            batch = _batch(trainer, rows)
-            labels = batch.pop("labels")
-            with _encoder_returns(model, restore([features[i] for i in rows.tolist()])):
-                loss = trainer.task_loss(model(**batch), labels)
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
-    for module, training in modes.items():
-        module.training = training
+    with _mode(model, training=True):
+        for _ in range(epochs):
+            for rows in torch.randperm(count, generator=generator).split(effective_batch_size(args)):
+                batch = _batch(trainer, rows)
+                labels = batch.pop("labels")
+                with _encoder_returns(model, restore([features[i] for i in rows.tolist()])):
+                    loss = trainer.task_loss(model(**batch), labels)
+                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()
 def _features(trainer: GlueTrainer) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
     """(tokens, hidden) of every training row, and what makes the encoder's output of some of them."""
     model, encoder = trainer.model, trainer.model.base_model
-    seen: list[Any] = []
-    hook = encoder.register_forward_hook(lambda module, args, output: seen.append(output))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     features: list[Tensor | None] = [None] * len(trainer.train_dataset)
-    tokens: int | None = None
+    tokens, restore = None, None
     order = torch.tensor(trainer.train_dataset["length"][:]).argsort(stable=True)
-    try:
+    with _mode(model, training=False):
         for rows in order.split(trainer.args.per_device_eval_batch_size):
             batch = _batch(trainer, rows)
             batch.pop("labels")
-            seen.clear()
-            logits = model(**batch)["logits"]
-            output = seen[-1]
-            if rows[0] == order[0]:
+            output, logits = _encoded(model, batch)
+            if restore is None:
                 restore = _restore(encoder, type(output))
-                hook.remove()
                 tokens = _tokens_read(model, batch, output.last_hidden_state, logits, restore)
-                hook = encoder.register_forward_hook(lambda module, args, output: seen.append(output))
             for i, row in zip(rows.tolist(), output.last_hidden_state, strict=True):
                 features[i] = row[:tokens].clone()
+    return features, restore
+
+
+def _encoded(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, Tensor]:
+    """The encoder's output and the logits."""
+    seen: list[Any] = []
+    hook = model.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        logits = model(**batch)["logits"]
     finally:
         hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    return features, restore
+    return seen[-1], logits
 
 
 def _tokens_read(model: nn.Module, batch: dict, hidden: Tensor, logits: Tensor, restore: Callable) -> int | None:
@@ -166,6 +162,18 @@ def _restore(encoder: nn.Module, kind: type) -> Callable[[list[Tensor]], Any]:
         return kind(last_hidden_state=hidden, **({} if pooler is None else {"pooler_output": pooler(hidden)}))
 
     return restore
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """``train()`` or ``eval()``, undone at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 import loralib
 from loralib.files import remove_leftovers
-from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.checkpoints import (
@@ -172,7 +172,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.applied.own_rates()
         if self.args.head_learning_rate is not None:
-            rates.append((list(head_parameters(self.model)), self.args.head_learning_rate / self.args.learning_rate))
+            rates.append((head_parameters(self.model), self.args.head_learning_rate / self.args.learning_rate))
         for parameters, ratio in rates:
             apart = {id(parameter) for parameter in parameters}
             for group in list(optimizer.param_groups):
@@ -202,11 +202,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         if self.train_lengths is None:
             return SeededRandomSampler(len(self.train_dataset), seed)
         return LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Rows of one optimiser step."""
-        return effective_batch_size(self.args)
 
     def rows_of_step(self, step: int) -> list[int]:
         """``idx`` of the training rows that all processes together see in that optimiser step, counted from 1."""
@@ -381,15 +376,3 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             self.args.eval_on_start = False  # done, before the first step
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved
-
-
-def effective_batch_size(args: Any) -> int:
-    """Rows of one optimiser step, over all processes and accumulation steps."""
-    return args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * args.world_size
-
-
-def updates_per_epoch(args: Any, rows: int) -> int:
-    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
-    batch = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
-    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
-    return max(1, math.ceil(batches / args.gradient_accumulation_steps))

@@ -7,7 +7,9 @@ because accelerate repeats examples there until every process has a whole batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -24,8 +26,6 @@ class SeededRandomSampler(Sampler[int]):
     """
 
     def __init__(self, n: int, seed: int):
-        if n < 1:
-            raise ValueError(f"a sampler needs at least one example, got {n}")
         self.n, self.seed, self.epoch = n, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -55,8 +55,6 @@ class LengthBucketSampler(SeededRandomSampler):
 
     def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int):
         super().__init__(len(lengths), seed)
-        if effective_batch_size < 1:
-            raise ValueError(f"effective_batch_size must be at least 1, got {effective_batch_size}")
         self.lengths, self.batch = np.asarray(lengths), effective_batch_size
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
@@ -67,3 +65,15 @@ class LengthBucketSampler(SeededRandomSampler):
         body = body[np.lexsort((self.lengths[body], pool))].reshape(batches, self.batch)
         rest = rest[np.argsort(self.lengths[rest], kind="stable")]
         return np.concatenate([body[generator.permutation(batches)].ravel(), rest])
+
+
+def effective_batch_size(args: Any) -> int:
+    """Rows of one optimiser step, over all processes and accumulation steps."""
+    return args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * args.world_size
+
+
+def updates_per_epoch(args: Any, rows: int) -> int:
+    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
+    batch = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
+    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))

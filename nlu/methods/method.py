@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,8 +98,6 @@ class Method:
         apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what does not train.
         flags: what the command line may set; every other method's flags are refused.
         check: (args, given): refuses contradictions between flags; ``given`` are the names on the command line.
-        check_fits: (model, args, total_steps): raises what ``apply`` would, on a model without weights. Default:
-            ``apply`` itself.
         card: (args) → what ``rebuild`` needs from an adapter's card; None where the adapter's tensors say everything.
         rebuild: (model, args, card): puts the method's modules into a base before the adapter's tensors are loaded.
         takes_warm_start: whether ``--lora_path`` can start it.
@@ -111,7 +109,6 @@ class Method:
     apply: Callable[[nn.Module, Any, int], AppliedMethod]
     flags: tuple[Flag, ...] = ()
     check: Callable[[Any, set[str]], None] = _accept
-    check_fits: Callable[[nn.Module, Any, int], None] | None = None
     card: Callable[[Any], dict[str, Any]] | None = None
     rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] = _accept
     takes_warm_start: bool = False
@@ -120,13 +117,17 @@ class Method:
 # ---- the head, the encoder's layers, and what trains ---------------------------------------------------------------
 
 
-def head_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The classification head: all that lies outside the encoder, and the encoder's pooler where it has one."""
-    inside = {id(p) for p in model.base_model.parameters()}
-    yield from (p for p in model.parameters() if id(p) not in inside)
-    pooler = getattr(model.base_model, "pooler", None)
-    if pooler is not None and model.base_model is not model:
-        yield from pooler.parameters()
+def head_modules(model: nn.Module) -> list[nn.Module]:
+    """The classification head: the modules outside the encoder, and the encoder's pooler where it has one."""
+    encoder = model.base_model
+    modules = [child for child in model.children() if child is not encoder]
+    pooler = getattr(encoder, "pooler", None)
+    return modules if pooler is None else [*modules, pooler]
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of :func:`head_modules`."""
+    return [p for module in head_modules(model) for p in module.parameters()]
 
 
 def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,23 +94,6 @@ def _schedule(source: str | Path, values: dict[str, Any], total_steps: int) -> N
         raise UsageError(f"{source}: {error}") from None
 
 
-def check_targets(model: nn.Module, config: Any, target_modules: list[str]) -> None:
-    """Raise what :func:`inject_peft` would for modules that are not there, without touching ``model``.
-
-    Raises:
-        UsageError: see there.
-    """
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    try:
-        if config.target_modules is None:
-            match_modules(model, target_modules)
-        elif not any(check_target_module_exists(config, name) for name, _ in model.named_modules()):
-            raise ValueError(f"target_modules {config.target_modules} match no module of the model")
-    except (ValueError, re.error) as error:
-        raise UsageError(f"--method peft, {config.peft_type.value}: {error}") from None
-
-
 def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any:
     """Put the config's layers into ``model`` in place; returns peft's tuner object around it.
 
@@ -168,11 +150,6 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model, loop, needs_autocast=True, pruned_params=loop.pruned_params)
 
 
-def _check_fits(model: nn.Module, args: Any, total_steps: int) -> None:
-    config = _config_of(args, total_steps)
-    check_targets(model, config, _modules_of(model, config, args))  # not all layers can be made without weights
-
-
 def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
     config = make_peft_config(card["peft_config"], "the card's peft_config", 0)  # never the file that the card names
     inject_peft(model, config, _modules_of(model, config, args))
@@ -180,7 +157,7 @@ def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
 
 METHODS = (
     Method(
-        "peft", "peft", 100, _apply, (LORA_MODULE, PEFT_CONFIG), _check, _check_fits,
+        "peft", "peft", 100, _apply, (LORA_MODULE, PEFT_CONFIG), _check,
         card=lambda args: {"peft_config": read_peft_config(args.peft_config)[1]}, rebuild=_rebuild,
     ),
 )  # fmt: skip

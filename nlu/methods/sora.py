@@ -57,17 +57,12 @@ class ProximalGates(TrainerCallback):
 
     Args:
         model: after :func:`inject_sora`. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
-
-    Raises:
-        ValueError: for a negative λ.
     """
 
     target_total_rank = None
     scored_parameters = None
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
-        if not 0 <= sparsity < math.inf:
-            raise ValueError(f"sora_lambda must be a number ≥ 0, got {sparsity!r}")
         self.sparsity = sparsity
         self._layers = {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
         self.initial_total_rank = sum(layer.r for layer in self._layers.values())

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from loralib.files import write_json
 from nlu.arguments import Arguments, command_line
+from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.methods.registry import count_parameters, live_adapter_params
@@ -121,7 +122,7 @@ def start_record(
     task, model, ranks, training = trainer.task, trainer.applied.model, trainer.applied.ranks, arguments.training
     counts = count_parameters(model)
     previous = read_json(folder.path / "results.json") if state == "resume" else None
-    batch, commit = trainer.effective_batch_size, getattr(model.config, "_commit_hash", None)
+    batch, commit = effective_batch_size(training), getattr(model.config, "_commit_hash", None)
     if previous and previous["effective_batch_size"] != batch:
         raise UsageError(
             f"{folder.path} was trained with {previous['effective_batch_size']} rows a step, now they would be "

@@ -80,10 +80,7 @@ def test_adapters_survive_a_copy_and_a_state_dict():
     assert not torch.equal(other(INPUT).logits, model(INPUT).logits)
 
 
-@pytest.mark.parametrize("kind, size, message", [("adapter", 4, "unknown adapter"), ("hadapter", 0, "adapter_size")])
-def test_adapters_refuse_what_does_not_fit(kind, size, message):
-    with pytest.raises(UsageError, match=message):
-        add_adapters(tiny("bert"), kind, size)
+def test_adapters_refuse_what_does_not_fit():
     with pytest.raises(UsageError, match="matches no linear layer"):
         add_adapters(torch.nn.Sequential(torch.nn.Linear(2, 2)), "padapter", 4)
 
@@ -153,10 +150,3 @@ def test_gates_follow_a_proximal_gradient_reference():
     name = next(iter(gates.rank_pattern))
     assert gates.rank_pattern[name] == [True, False, False, True]
     assert gates.live_rank == sum(int((x.lora_E != 0).sum()) for x in loralib.lora_layers(model).values())
-
-
-def test_a_negative_penalty_is_refused():
-    model = tiny("bert")
-    inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
-    with pytest.raises(ValueError, match="sora_lambda"):
-        ProximalGates(model, -1.0)

@@ -98,10 +98,3 @@ def test_fast_for_the_largest_task():
         list(sampler)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.5
-
-
-def test_bad_sizes():
-    with pytest.raises(ValueError, match="at least one example"):
-        SeededRandomSampler(0, 1)
-    with pytest.raises(ValueError, match="effective_batch_size"):
-        LengthBucketSampler([1], 0, 1)
