@@ -144,7 +144,8 @@ def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], 
         print(f"{state:<12}{run.folder}\n    {line}")
     for run in waiting:
         line = shlex.join(command_line(run, places))
-        names = experiment.selection.candidates[experiment.selection.key(run)].values
+        selection = experiment.selection
+        names = next(each.tried for each in selection.runs if selection.key(each) == selection.key(run))
         chosen = " ".join(f"--{name} CHOSEN-BY-THE-SELECTION" for name in names)
         print(f"{'waiting':<12}{run.folder}\n    {line} {chosen}")
 

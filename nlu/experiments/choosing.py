@@ -1,7 +1,8 @@
 """Chooses arguments by their held-out losses, and puts them into the final runs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from nlu.experiments.experiment import Run, Selection
@@ -10,33 +11,33 @@ from nlu.experiments.places import Places
 
 @dataclass(frozen=True)
 class Tried:
-    """Values that a selection tries for one key, and their mean held-out loss at the last evaluation.
+    """Values that a selection tries for one key, the runs that do, and their mean held-out loss at the end.
 
     `ended` says whether every run has ended; `loss` is None where one failed or has not ended.
     """
 
     values: dict[str, Any]
+    runs: list[Run]
     ended: bool
     loss: float | None
 
 
-def second_round(selection: Selection, places: Places, keys: Iterable[tuple] | None = None) -> list[Run]:
+def second_round(selection: Selection, places: Places, keys: Collection[tuple] | None = None) -> list[Run]:
     """The runs of one more value (one for each seed) where the best of the first round is the smallest or the largest.
 
     Args:
         keys: the keys to look at; all without it. A key whose first round has not ended has no second round yet.
     """
     extra = []
-    for key in selection.candidates if keys is None else keys:
-        first = _first_round(selection, places, key)
+    for key, runs in selection.by_key(selection.runs).items():
+        first = _tried(runs, places) if keys is None or key in keys else []
         best = _best(first)
-        if best is None or not all(tried.ended for tried in first):
+        if best is None:
             continue
         for name, factor in selection.beyond.items():
-            values = selection.candidates[key].values.get(name, [])
-            further = _further(best.values[name], values, factor)
+            further = _further(best.values[name], [tried.values[name] for tried in first], factor)
             if further is not None:
-                extra += selection.runs_of(key, {**best.values, name: further}, extra=True)
+                extra += [run.trying({**best.values, name: further}, extra=True) for run in best.runs]
     return extra
 
 
@@ -45,17 +46,11 @@ def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str,
 
     Values with a failed run cannot be chosen; of equal losses the first listed wins.
     """
-    chosen = {}
-    for key in selection.candidates if selection else ():
-        extra: dict[tuple, list[Run]] = {}
-        for run in second_round(selection, places, [key]):
-            extra.setdefault(tuple(run.tried.items()), []).append(run)
-        tried = _first_round(selection, places, key)
-        tried += [_tried(dict(values), runs, places) for values, runs in extra.items()]
-        best = _best(tried)
-        if best is not None and all(each.ended for each in tried):
-            chosen[key] = best.values
-    return chosen
+    if selection is None:
+        return {}
+    runs = selection.by_key([*selection.runs, *second_round(selection, places)])
+    best = {key: _best(_tried(own, places)) for key, own in runs.items()}
+    return {key: tried.values for key, tried in best.items() if tried is not None}
 
 
 def chosen_runs(
@@ -74,21 +69,23 @@ def chosen_runs(
     return ready, waiting
 
 
-def _first_round(selection: Selection, places: Places, key: tuple) -> list[Tried]:
-    every = selection.candidates[key].combinations()
-    return [_tried(values, selection.runs_of(key, values), places) for values in every]
-
-
-def _tried(values: dict[str, Any], runs: list[Run], places: Places) -> Tried:
-    lines = [places.line(run) for run in runs]
-    losses = [line["evaluations"]["loss"][-1] for line in lines if line and line["status"] == "finished"]
-    mean = sum(losses) / len(losses) if len(losses) == len(runs) else None
-    return Tried(values, None not in lines, mean)
+def _tried(runs: list[Run], places: Places) -> list[Tried]:
+    """The runs of one key by the values that they try."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run.tried.items()), []).append(run)
+    found = []
+    for values, own in groups.items():
+        lines = [places.line(run) for run in own]
+        losses = [line["evaluations"]["loss"][-1] for line in lines if line and line["status"] == "finished"]
+        found.append(Tried(dict(values), own, None not in lines, fmean(losses) if len(losses) == len(own) else None))
+    return found
 
 
 def _best(tried: list[Tried]) -> Tried | None:
+    """The values with the lowest loss; None where a run has not ended, or all values have a failed one."""
     usable = [each for each in tried if each.loss is not None]
-    return min(usable, key=lambda each: each.loss, default=None)
+    return min(usable, key=lambda each: each.loss, default=None) if all(each.ended for each in tried) else None
 
 
 def _further(best: float, values: list[float], factor: float) -> float | None:

@@ -27,7 +27,7 @@ import itertools
 import re
 import shlex
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,53 +47,42 @@ class Run:
     folder: str
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
-    command: tuple[str, ...] = ()  # empty: nlu/run_glue.py
+    words: tuple[str, ...] = ()  # of a command of its own, with arguments in braces; empty: nlu/run_glue.py
     tried: dict[str, Any] = field(default_factory=dict)  # the arguments that a selection tries, or has chosen
     extra: bool = False  # a selection run beyond the values that the file lists
 
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The words of its own command, the braces filled."""
+        try:
+            return tuple(word.format_map(self.arguments) for word in self.words)
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+            raise UsageError(f"command {' '.join(self.words)!r}: {error} is no argument of every run") from None
 
-@dataclass(frozen=True)
-class Candidates:
-    """What the selection tries for one combination of axes (but seed): argument → values, in runs like `template`."""
-
-    values: dict[str, list]
-    template: Run
-
-    def combinations(self) -> list[dict[str, Any]]:
-        return [dict(zip(self.values, each, strict=True)) for each in itertools.product(*self.values.values())]
+    def trying(self, values: dict[str, Any], extra: bool = False) -> "Run":
+        """The same run of a selection with other values."""
+        axes = {axis: label for axis, label in self.axes.items() if axis != "seed"}
+        folder = f"select/{run_name({**axes, **values, 'seed': self.axes['seed']})}"
+        return replace(self, folder=folder, arguments={**self.arguments, **values}, tried=values, extra=extra)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The stage that chooses arguments: a set of candidates for each key, the labels of the axes `per`."""
+    """The stage that chooses arguments: for each key, the labels of the axes `per`, it tries values with some seeds."""
 
     per: tuple[str, ...]
-    seeds: list
     beyond: dict[str, float]
-    candidates: dict[tuple, Candidates]
+    runs: list[Run]  # of the first round
 
     def key(self, run: Run) -> tuple:
-        """The key of the choice that a run takes."""
+        """The key of the choice that a run takes, or takes part in."""
         return tuple(run.axes[axis] for axis in self.per)
 
-    def runs_of(self, key: tuple, values: dict[str, Any], extra: bool = False) -> list[Run]:
-        """One run for each seed of the selection, with these values."""
-        template, found = self.candidates[key].template, []
-        for seed in self.seeds:
-            axes = dict(zip(self.per, key, strict=True))
-            arguments = {**template.arguments, **values, "seed": seed}
-            folder = f"select/{run_name({**axes, **values, 'seed': seed})}"
-            command = tuple(_fill(word, arguments) for word in template.command)
-            axes["seed"] = seed
-            found.append(Run(template.experiment, "select", folder, axes, arguments, command, values, extra))
-        return found
-
-    @property
-    def runs(self) -> list[Run]:
-        """Every run of the first round."""
-        found = []
-        for key, each in self.candidates.items():
-            found += [run for values in each.combinations() for run in self.runs_of(key, values)]
+    def by_key(self, runs: list[Run]) -> dict[tuple, list[Run]]:
+        """Key → its runs."""
+        found: dict[tuple, list[Run]] = {}
+        for run in runs:
+            found.setdefault(self.key(run), []).append(run)
         return found
 
 
@@ -149,7 +138,10 @@ class _Reader:
         combinations = self._combinations()
         selection = self._selection(combinations)
         runs = [self._run("final", axes, self._resolve(axes)) for axes in combinations]
-        check_folders(run.folder for run in [*runs, *(selection.runs if selection else [])])
+        every = [*runs, *(selection.runs if selection else [])]
+        check_folders(run.folder for run in every)
+        for run in every:
+            _ = run.command  # raises where it names no argument
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
 
     def _run(self, stage: str, axes: dict[str, Any], arguments: dict[str, Any]) -> Run:
@@ -157,8 +149,7 @@ class _Reader:
         for key in REQUIRED[:3] if self.command else REQUIRED:
             if arguments.get(key) is None and not (key == "task_name" and own_files):
                 raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
-        filled = tuple(_fill(word, arguments) for word in self.command)  # a selection's template is filled later
-        return Run(self.name, stage, run_name(axes), axes, arguments, filled if stage == "final" else self.command)
+        return Run(self.name, stage, run_name(axes), axes, arguments, self.command)
 
     def _choices(self, axis: Any, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
         """Label → arguments of one axis."""
@@ -217,7 +208,7 @@ class _Reader:
         self._check_tried(raw["values"], "select.values")
         rules = self._overrides(raw.get("overrides"), "select.overrides")
         per = tuple(axis for axis in self.grid if axis != "seed")
-        selection = Selection(per, raw["seeds"], self._beyond(raw.get("beyond") or {}, raw["values"]), {})
+        runs: dict[tuple, list[Run]] = {}
         for axes in combinations:
             tried, changed = dict(raw["values"]), dict(raw["set"])
             for rule in rules:
@@ -228,9 +219,16 @@ class _Reader:
             for name in tried:
                 if name in resolved:
                     raise UsageError(f"{name} is both selected and set in base, grid or overrides; leave one")
-            template = self._run("select", axes, {**resolved, **changed})
-            selection.candidates.setdefault(selection.key(template), Candidates(tried, template))
-        return selection
+            key = {axis: axes[axis] for axis in per}
+            runs[tuple(key.values())] = [
+                self._run("select", {**key, "seed": seed}, {**resolved, **changed, "seed": seed}).trying(
+                    dict(zip(tried, values, strict=True))
+                )
+                for values in itertools.product(*tried.values())
+                for seed in raw["seeds"]
+            ]
+        beyond = self._beyond(raw.get("beyond") or {}, raw["values"])
+        return Selection(per, beyond, list(itertools.chain.from_iterable(runs.values())))
 
     def _check_tried(self, values: dict[str, list], where: str) -> None:
         for name in values:
@@ -251,13 +249,6 @@ class _Reader:
             return tuple(shlex.split(text))
         except ValueError as error:
             raise UsageError(f"command {text!r} cannot be split into words: {reason(error)}") from None
-
-
-def _fill(word: str, arguments: dict[str, Any]) -> str:
-    try:
-        return word.format_map(arguments)
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise UsageError(f"command word {word!r}: {error} is no argument of every run") from None
 
 
 def run_name(axes: dict[str, Any]) -> str:

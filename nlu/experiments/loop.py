@@ -183,7 +183,7 @@ def run_experiment(
         with SweepLoop(launcher, jobs, places, len(selecting) + len(final), rerun_changed) as loop:
             loop.run(selecting)
             if selection and not loop.stopped_by:
-                keys = list(dict.fromkeys(selection.key(run) for run in selecting))
+                keys = {selection.key(run) for run in selecting}
                 loop.run(second_round(selection, places, keys), planned=False)
             if not loop.stopped_by:
                 runnable, waiting = chosen_runs(final, selection, choose(selection, places))
