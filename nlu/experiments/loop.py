@@ -14,8 +14,8 @@ from nlu.experiments.choosing import choose, chosen_runs, second_round
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.places import Places, command_line
-from nlu.experiments.records import locked
 from nlu.json_yaml import read_json
+from nlu.runs.lock import locked
 
 _POLL_SECONDS = 0.1
 _PROGRESS_SECONDS = 2.0
@@ -175,7 +175,8 @@ def run_experiment(
         UsageError: for runs that were made otherwise, and where another process works in the folder.
     """
     selection = experiment.selection
-    with locked(places.output, wait=False):
+    places.output.mkdir(parents=True, exist_ok=True)
+    with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
         # A final run's chosen arguments are known only after the selection; what is known now is checked now.
         known, _ = chosen_runs(final, selection, choose(selection, places))
         if not rerun_changed:

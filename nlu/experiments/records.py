@@ -5,11 +5,9 @@ A line has the run's place (`run`, `stage`, `axes`, `label`, `task`, `method`, `
 the commit and the digests of the contents that the run read. The full record stays in the run's own folder.
 """
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from nlu.errors import UsageError
 from nlu.experiments.checks import SET_BY_THE_SWEEP, place_free
 from nlu.experiments.experiment import Run
 from nlu.json_yaml import check
+from nlu.runs.lock import locked
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
@@ -174,7 +173,8 @@ def portable(value: Any) -> Any:
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     """Put a run's line in place of its earlier one, or take it out (None); the file is replaced whole, under a lock."""
-    with locked(path.parent):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent / ".lock", f"{path.parent} is in use", wait=True):
         lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
         ordered = sorted(lines.values(), key=lambda each: (each["stage"] != "final", each["run"]))
         write_text(path, "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in ordered))
@@ -205,24 +205,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         seen[line["run"]] = number
         lines.append(line)
     return lines
-
-
-@contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, which is made as needed; the lock goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process holds it and `wait` is false.
-    """
-    import fcntl  # absent on Windows, where everything else works
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UsageError(f"another sweep is running in {folder}; wait for it or stop it") from None
-        yield
 
 
 def check_line(line: Any, where: str) -> None:

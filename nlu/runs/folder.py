@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,13 +18,9 @@ from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import clean, last_whole_checkpoint
 from nlu.runs.digests import content_digests
+from nlu.runs.lock import locked
 from nlu.runs.log import ConsoleLog
 from nlu.runs.processes import several
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +125,8 @@ class RunFolder:
             UsageError: another run lies there and ``overwrite`` is off, or a run is at work there.
         """
         if (self.path / LOCK).exists():
-            with (self.path / LOCK).open() as file:
-                _lock(file, self.path, shared=True)  # the processes of one run look at the same time
+            with self._locked(shared=True):  # the processes of one run look at the same time
+                pass
         return self._state()
 
     def _state(self) -> str:
@@ -199,6 +195,10 @@ class RunFolder:
             return changed or old.get("test_file") != self.digests.get("test_file")
         return changed or made.get("test_file") != self.arguments.get("test_file")
 
+    def _locked(self, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        in_use = f"{self.path} is in use by a run that is at work: wait for it, or name another --root_output_dir"
+        return locked(self.path / LOCK, in_use, shared=shared)
+
     @contextlib.contextmanager
     def hold(self, state: str, log: ConsoleLog) -> Iterator[None]:
         """Keep the folder for this run alone, with its log in it.
@@ -212,7 +212,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                _lock(held.enter_context((self.path / LOCK).open("a")), self.path)
+                held.enter_context(self._locked())
                 if self._state() != state:
                     raise UsageError(f"{self.path} was changed by another run a moment ago: give the command again")
                 _clean(self.path, state)
@@ -234,20 +234,6 @@ def _is_a_beginning(path: Path) -> bool:
     if path.name == "log" and path.is_dir():
         return all(inside.name == "run.log" for inside in path.iterdir())
     return path.name == LOCK or path.name.startswith(".results.json.")
-
-
-def _lock(file: TextIO, folder: Path, shared: bool = False) -> None:
-    if fcntl is None:
-        logger.warning("%s cannot be locked on this system: start no second run there", folder)
-        return
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(
-            f"{folder} is in use by a run that is at work: wait for it, or name another --root_output_dir"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked (%s): start no second run there", folder, error)
 
 
 def _clean(folder: Path, state: str) -> None:
