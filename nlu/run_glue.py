@@ -54,7 +54,7 @@ from nlu.runs.adapter import (
 )
 from nlu.runs.checkpoints import last_whole_checkpoint
 from nlu.runs.folder import RunFolder, shared_digests
-from nlu.runs.log import ConsoleLog, TrainingLines
+from nlu.runs.log import Bars, ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
 from nlu.runs.record import RunRecord, report, start_record
 from nlu.runs.signals import SignalWatch
@@ -118,7 +118,8 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
                 shard(model, training)
             trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
         eval_rows = sum(map(len, splits.validation.values()))
-        trainer.show_progress(TrainingLines(task.metric, log))
+        bars = not training.disable_tqdm and sys.stderr is not None and sys.stderr.isatty()
+        trainer.show_progress(TrainingLines(task.metric, log), *([Bars()] if bars else []))
         record = start_record(arguments, trainer, eval_rows, run_folder, state, warm_start)
         with trainer.signals:
             run_recorded(arguments, tests, trainer, record, folder, state)

@@ -21,8 +21,8 @@ from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.choosing import choose, chosen_runs
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
-from nlu.experiments.loop import check_arguments, run_experiment
-from nlu.experiments.places import Places, check_writable, command_line
+from nlu.experiments.loop import run_experiment
+from nlu.experiments.places import Places, check_writable, command_line, parsed_command
 from nlu.json_yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,8 +93,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
-    if not places.forced:
-        check_arguments([*selecting, *final], places)
+    for run in [*selecting, *final]:
+        if not places.forced and not run.command:  # a wrong flag shows now and not after hours
+            parsed_command(run, places)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)

@@ -100,11 +100,12 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         for callback in applied.callbacks:
             self.add_callback(callback)
 
-    def show_progress(self, callback: TrainerCallback) -> None:
-        """Have ``callback`` say how the training goes, in place of transformers' own lines and bars."""
+    def show_progress(self, *callbacks: TrainerCallback) -> None:
+        """Have them say how the training goes, in place of transformers' own lines and bars."""
         for shown in (TransformersProgress, PrinterCallback):
             self.remove_callback(shown)
-        self.add_callback(callback)
+        for callback in callbacks:
+            self.add_callback(callback)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 

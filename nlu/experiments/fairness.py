@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import loralib
 from nlu import METHOD_FOLDER
-from nlu.arguments import Arguments, method_file, parse_arguments
+from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.launchers import RUN_GLUE
-from nlu.experiments.places import Places, command_line
+from nlu.experiments.places import Places, parsed_command
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import get_task
@@ -52,27 +48,6 @@ class Shape:
 def alike(one: float | None, other: float | None) -> bool:
     """Whether two sizes or scales differ by a tenth at most; what is not known does not differ."""
     return None in (one, other) or abs(one - other) <= CLOSE * max(one, other) + 1e-9
-
-
-def parsed_command(run: Run, places: Places) -> Arguments:
-    """A run's command as run_glue reads it; that of a script is what the script would start.
-
-    Raises:
-        UsageError: names the run and what it cannot be started with.
-    """
-    words = command_line(run, places)
-    if run.command:
-        shown = subprocess.run(["env", "DRY_RUN=1", *words], capture_output=True, text=True)
-        if shown.returncode:
-            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
-        words = shlex.split(shown.stdout)
-        start = next(i for i, word in enumerate(words) if Path(word).name == RUN_GLUE.name) + 1
-    else:
-        start = len(places.command)
-    try:
-        return parse_arguments(words[start:])
-    except UsageError as error:
-        raise UsageError(f"{run.folder}: {error}") from None
 
 
 def shape_of(arguments: Arguments) -> Shape:

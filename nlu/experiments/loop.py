@@ -140,22 +140,6 @@ class SweepLoop:
         return 0.0
 
 
-def check_arguments(runs: list[Run], places: Places) -> None:
-    """Have run_glue's own parser read every command, so that a wrong flag shows now and not after hours.
-
-    Raises:
-        UsageError: names the run.
-    """
-    from nlu.arguments import parse_arguments  # loads torch and transformers: only where there is something to check
-
-    for run in runs:
-        if not run.command:
-            try:
-                parse_arguments(command_line(run, places)[len(places.command) :])
-            except UsageError as error:
-                raise UsageError(f"{run.folder}: {error}") from None
-
-
 def run_experiment(
     experiment: Experiment,
     selecting: list[Run],

@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import shlex
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
+from nlu.experiments.launchers import RUN_GLUE
 from nlu.experiments.records import comparable, measured_line, place_of, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests
@@ -160,6 +163,29 @@ def command_line(run: Run, places: Places) -> list[str]:
         elif value is not None:
             words.append(f"--{key}={value}")
     return [*words, "--root_output_dir", str(places.working(run))]
+
+
+def parsed_command(run: Run, places: Places) -> Any:
+    """A run's command as run_glue reads it; that of a script is what the script would start.
+
+    Raises:
+        UsageError: names the run and what it cannot be started with.
+    """
+    from nlu.arguments import parse_arguments  # loads torch and transformers: only where there is something to check
+
+    words = command_line(run, places)
+    if run.command:
+        shown = subprocess.run(["env", "DRY_RUN=1", *words], capture_output=True, text=True)
+        if shown.returncode:
+            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
+        words = shlex.split(shown.stdout)
+        start = next(i for i, word in enumerate(words) if Path(word).name == RUN_GLUE.name) + 1
+    else:
+        start = len(places.command)
+    try:
+        return parse_arguments(words[start:])
+    except UsageError as error:
+        raise UsageError(f"{run.folder}: {error}") from None
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from nlu.arguments import command_line
 from nlu.json_yaml import finite
@@ -107,15 +107,21 @@ class ConsoleLog:
 _ESTIMATE_AFTER = 5  # steps; the first of them is left out, which is slower
 
 
-class TrainingLines(ProgressCallback):
-    """One line for people at each logging step, all numbers into the log; transformers' bars on a terminal.
+class Bars(ProgressCallback):
+    """transformers' bars without its lines."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """:class:`TrainingLines` says it."""
+
+
+class TrainingLines(TrainerCallback):
+    """One line for people at each logging step, all numbers into the log.
 
     Args:
         metric: key of the task's main metric. log: the run's.
     """
 
     def __init__(self, metric: str, log: ConsoleLog) -> None:
-        super().__init__()
         self.metric, self.log = metric, log
         self.loss: float | None = None
         self.score: float | None = None
@@ -124,12 +130,8 @@ class TrainingLines(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step, self.times = state.global_step, {0: time.monotonic()}
-        if self._shows_bars(args):
-            super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
         done = state.global_step - self.first_step
         if done in (1, _ESTIMATE_AFTER):
             self.times[done] = time.monotonic()
@@ -137,10 +139,6 @@ class TrainingLines(ProgressCallback):
             each = (self.times[done] - self.times[1]) / (done - 1)
             left = clock(each * (state.max_steps - state.global_step))
             tqdm.write(f"about {each:.2g} s a step: {left} left, evaluations apart; {_memory()} so far")
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._shows_bars(args):
-            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -155,10 +153,6 @@ class TrainingLines(ProgressCallback):
             return
         tqdm.write(self._line(state))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
     def _line(self, state: Any) -> str:
         parts = [f"step {state.global_step}/{state.max_steps}"] if state.max_steps else []
         parts += [f"loss {self.loss:.4g}"] if self.loss is not None else []
@@ -168,9 +162,6 @@ class TrainingLines(ProgressCallback):
         if done and left > 0:
             parts.append(f"{clock((time.monotonic() - self.times[0]) / done * left)} left")
         return "  ".join(parts)
-
-    def _shows_bars(self, args: Any) -> bool:
-        return not args.disable_tqdm and sys.stderr is not None and sys.stderr.isatty()
 
 
 def clock(seconds: float) -> str:
