@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import html
 import re
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,10 @@ if packages_missing():
     sys.exit(2)
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader
 
 from loralib.files import write_bytes, write_text
+from nlu import CONFIGS
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.figures import COLOURS, Drawing, draw
 from nlu.experiments.questions import Question, load_questions
@@ -47,25 +48,6 @@ It computes averages, intervals and tests each time, and the same lines give the
 The papers' own tables, which are cited, go to PUBLISHED_DIR/README.md.
 
 --format csv, latex, svg and html write tables/*.csv, tables/*.tex, figures/*.svg and report.html instead."""
-
-STYLE = (
-    f":root {{ color-scheme: light; --focus: {COLOURS[1]}; --finding: {COLOURS[2]}; }}"
-    + """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; overflow-wrap: break-word; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid #999; padding-top: 1rem; }
-.finding { font-size: 1.1rem; border-left: 4px solid var(--finding); padding-left: .8rem; }
-.scroll { overflow-x: auto; } .scroll:focus { outline: 3px solid var(--focus); }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; border: 0; }
-caption { text-align: left; font-weight: 600; padding: .4rem 0; }
-th, td { padding: .25rem .5rem; text-align: right; white-space: nowrap; border: 0; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 1px solid #333; vertical-align: bottom; } tbody tr:nth-child(even) { background: #f3f5f7; }
-.notes, figcaption { font-size: .82rem; color: #444; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
-@media (max-width: 40rem) { body { padding: .6rem; } h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; } }
-@media print { .scroll { overflow: visible; } table { font-size: 6.5pt; } table, figure { break-inside: avoid; } }
-"""
-)
 
 
 @dataclass(frozen=True)
@@ -237,53 +219,13 @@ def _markdown(section: Section, folder: str) -> str:
 
 def _page(sections: list[Section]) -> str:
     """One page that needs no network and no other file."""
-    parts = [_html(section, f"question-{number}") for number, section in enumerate(sections, 1)]
-    links = [f'<li><a href="#question-{n}">{html.escape(s.question)}</a></li>' for n, s in enumerate(sections, 1)]
-    title, contents = html.escape(TITLE), "".join(links)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{parts[0] if parts else "<p>Nothing yet.</p>"}
-<nav aria-label="Questions"><ol>{contents}</ol></nav>
-{"".join(parts[1:])}
-</body>
-</html>
-"""
-
-
-def _html(section: Section, anchor: str) -> str:
-    tables = "\n".join(_html_table(table) for table in section.tables)
-    figures = "\n".join(
-        f'<figure><img alt="{html.escape(figure.text)}" src="data:image/png;base64,'
-        f'{base64.b64encode(figure.image("png")).decode()}">'
-        f"<figcaption><strong>{html.escape(figure.title)}.</strong> {html.escape(figure.text)}</figcaption></figure>"
-        for figure in section.figures
+    page = Environment(loader=FileSystemLoader(CONFIGS / "report"), autoescape=True, trim_blocks=True)
+    return page.get_template("page.html").render(
+        title=TITLE,
+        sections=sections,
+        colours=COLOURS,
+        png=lambda figure: base64.b64encode(figure.image("png")).decode(),
     )
-    finding = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(section.finding))
-    return f"""<section id="{anchor}">
-<h2>{html.escape(section.question)}</h2>
-<p class="finding">{finding}</p>
-{figures}
-{tables}
-</section>
-"""
-
-
-def _html_table(table: Table) -> str:
-    title = html.escape(table.title)
-    text = table.text.map(lambda cell: str(cell).replace("**", ""))
-    body = text.to_html(index=False, border=0, escape=True).replace("<th>", '<th scope="col">')
-    body = body.replace("<thead>", f"<caption>{title}</caption>\n<thead>", 1)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
-    scroll = f'<div class="scroll" role="region" aria-label="{title}" tabindex="0">{body}</div>'
-    return f'{scroll}<ul class="notes">{notes}</ul>'
 
 
 if __name__ == "__main__":
