@@ -6,3 +6,9 @@ _PACKAGE = Path(__file__).resolve().parent
 # An installed package holds configs/ inside; in a checkout it stands beside nlu/.
 CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
 METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"
+
+
+def peft_file(name: str) -> Path:
+    """The file that ``--peft_config`` names: a path, or the stem of a file in configs/peft/."""
+    ready = PEFT_FOLDER / f"{name}.json"
+    return ready if Path(name).name == name and ready.is_file() else Path(name)

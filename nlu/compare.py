@@ -31,8 +31,7 @@ import transformers
 from loralib.files import write_bytes, write_text
 from nlu.arguments import build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code, refuse_unknown_flags
-from nlu.experiments.checks import SET_BY_THE_SWEEP
-from nlu.experiments.experiment import Experiment, make_experiment
+from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import parsed_command, shape_of, unlike
 from nlu.experiments.figures import draw
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher

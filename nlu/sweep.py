@@ -17,9 +17,9 @@ from nlu.errors import packages_missing
 if packages_missing():
     sys.exit(2)
 
-from nlu.errors import OneLineParser, UsageError, exit_code, reason
+from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.choosing import choose, chosen_runs
-from nlu.experiments.experiment import Experiment, Run, load_experiment
+from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, check_writable, command_line, parsed_command
@@ -87,7 +87,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
-    command = _command(args.command)
+    command = [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
+    if args.command is not None:
+        command = list(split_command(args.command, "--command"))
     check_writable(args.measured_dir, "measured_dir")
     check_writable(args.output_dir, "output_dir")
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
@@ -102,19 +104,6 @@ def run_sweep(args: argparse.Namespace) -> int:
         return 0
     launcher, jobs = _launcher(args, places, len(selecting) + len(final))
     return run_experiment(experiment, selecting, final, places, launcher, jobs, args.rerun_changed)
-
-
-def _command(text: str | None) -> list[str]:
-    """The words of --command, or those that start run_glue.py."""
-    if text is None:
-        return [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"--command {text} cannot be split into words: {reason(error)}") from None
-    if not words:
-        raise UsageError("--command is empty; give what starts one run, or leave it out")
-    return words
 
 
 def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[Run]]:

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 from nlu.data.file_formats import Table, read_table, shown
 from nlu.data.split_files import HUB_SUFFIXES, MSR_TRAIN, official_file, official_folders, split_files
 from nlu.errors import UsageError
-from nlu.tasks import TASKS, Task, get_task
+from nlu.tasks import Task, get_task
 
 HUB_DATASET = "nyu-mll/glue"
 _INT32_MAX = 2**31 - 1
@@ -39,16 +39,13 @@ def load_task_data(
         UsageError: a needed split is missing, or a file is malformed, naming the file and the line.
     """
     task = get_task(task) if isinstance(task, str) else task
-    hub = TASKS.get(task.name, task)  # files and the hub number the classes in this order, whatever the order of `task`
-    splits = _needed(hub, need)
+    splits = _needed(task, need)
     if glue_dir is None:
-        rows = _load_hub(hub, splits, cache_dir)
-    else:
-        root = Path(glue_dir)
-        if not root.is_dir():
-            raise UsageError(f"--glue_dir {root}: no such folder")
-        rows = {split: _load_split(hub, split, root) for split in splits}
-    return rows if task.labels == hub.labels else reorder_labels(hub, rows, task.labels)[1]
+        return _load_hub(task, splits, cache_dir)
+    root = Path(glue_dir)
+    if not root.is_dir():
+        raise UsageError(f"--glue_dir {root}: no such folder")
+    return {split: _load_split(task, split, root) for split in splits}
 
 
 def reorder_labels(task: Task, splits: dict[str, Dataset], order: Sequence[str]) -> tuple[Task, dict[str, Dataset]]:
@@ -88,12 +85,8 @@ def reorder_labels(task: Task, splits: dict[str, Dataset], order: Sequence[str])
 
 
 def limit(dataset: Dataset, n: int | None) -> Dataset:
-    """The first n rows (all of them for None or where there are fewer); UsageError where n is not positive."""
-    if n is None:
-        return dataset
-    if n < 1:
-        raise UsageError(f"the number of samples must be at least 1, got {n}")
-    return dataset.select(range(min(n, len(dataset))))
+    """The first n rows; all of them for None or where there are fewer."""
+    return dataset if n is None else dataset.select(range(min(n, len(dataset))))
 
 
 # ---- GLUE's splits ---------------------------------------------------------------------------------------------------

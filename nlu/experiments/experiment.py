@@ -27,15 +27,21 @@ import itertools
 import re
 import shlex
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nlu.errors import UsageError, reason
-from nlu.experiments.checks import check_folders, place_free
 from nlu.json_yaml import check, read_yaml
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
+
+
+# Of these only the last part of a path is compared and recorded: records name no folder of this machine.
+_PATH_ARGUMENTS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "peft_config")
+_LONGEST_NAME = 200  # most file systems allow 255 bytes, and a log's suffix or a temporary file's prefix is added
+SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ class _Reader:
         self.name, self.base = self.content["name"], self.content.get("base") or {}
         self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
         self.overrides = self._overrides(self.content.get("overrides"), "overrides")
-        self.command = self._command()
+        own = self.content.get("command")
+        self.command = () if own is None else split_command(own, "command")
         for key in self.settings:
             if key in self.grid:
                 raise UsageError(f"--set {key} contradicts the grid, which has {key} as an axis")
@@ -139,7 +146,7 @@ class _Reader:
         selection = self._selection(combinations)
         runs = [self._run("final", axes, self._resolve(axes)) for axes in combinations]
         every = [*runs, *(selection.runs if selection else [])]
-        check_folders(run.folder for run in every)
+        _check_folders(run.folder for run in every)
         for run in every:
             _ = run.command  # raises where it names no argument
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
@@ -241,14 +248,16 @@ class _Reader:
                 raise UsageError(f"select.beyond names {name}, which select.values has no numbers for")
         return factors
 
-    def _command(self) -> tuple[str, ...]:
-        text = self.content.get("command")
-        if text is None:
-            return ()
-        try:
-            return tuple(shlex.split(text))
-        except ValueError as error:
-            raise UsageError(f"command {text!r} cannot be split into words: {reason(error)}") from None
+
+def split_command(text: str, where: str) -> tuple[str, ...]:
+    """A command's words; UsageError where a quotation does not end, or there are none."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise UsageError(f"{where} {text!r} cannot be split into words: {reason(error)}") from None
+    if not words:
+        raise UsageError(f"{where} is empty: give what starts one run, or leave it out")
+    return words
 
 
 def run_name(axes: dict[str, Any]) -> str:
@@ -259,3 +268,35 @@ def run_name(axes: dict[str, Any]) -> str:
 
 def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
     return all(axes[axis] in labels for axis, labels in rule.items())
+
+
+def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same, with only the last part of every path."""
+    return {
+        key: Path(value).name if key in _PATH_ARGUMENTS and isinstance(value, str) else value
+        for key, value in arguments.items()
+    }
+
+
+def _check_folders(folders: Iterable[str]) -> None:
+    """Refuse folders that two runs would share or that cannot be made.
+
+    Raises:
+        UsageError: one line.
+    """
+    seen: set[str] = set()
+    for folder in folders:
+        name = folder.rpartition("/")[2]
+        if name.startswith("."):
+            raise UsageError(f"a run's folder would be {folder}: give its axes labels that begin with no dot")
+        if len(name) > _LONGEST_NAME:
+            raise UsageError(
+                f"a run's folder would be {name[:40]}…, {len(name)} characters long: give its axes shorter labels, "
+                f"{_LONGEST_NAME} characters in all"
+            )
+        if folder.lower() in seen:  # some file systems do not tell upper from lower case
+            raise UsageError(
+                f"two runs would share the folder {folder}; give their axes labels that differ in more than case, in "
+                "A-Z, 0-9 and . + = , - (other characters become _, and of a path the last part stays)"
+            )
+        seen.add(folder.lower())

@@ -16,8 +16,7 @@ import numpy as np
 
 from loralib.files import write_text
 from nlu.errors import UsageError
-from nlu.experiments.checks import SET_BY_THE_SWEEP, place_free
-from nlu.experiments.experiment import Run
+from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, place_free
 from nlu.json_yaml import check
 from nlu.runs.lock import locked
 

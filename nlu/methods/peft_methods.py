@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from loralib import match_modules
-from nlu import PEFT_FOLDER
+from nlu import PEFT_FOLDER, peft_file
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import LORA_MODULE, module_patterns
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
@@ -33,22 +33,16 @@ def import_peft() -> ModuleType:
         raise UsageError("--method peft needs the peft package: pip install 'peft>=0.18,<1'") from None
 
 
-def config_path(name: str) -> Path:
-    """The file that ``--peft_config`` names: a path, or the stem of a file in configs/peft/."""
-    path = PEFT_FOLDER / f"{name}.json" if Path(name).name == name and not name.endswith(".json") else Path(name)
-    if not path.is_file():
-        ready = ", ".join(sorted(p.stem for p in PEFT_FOLDER.glob("*.json")))
-        raise UsageError(f"--peft_config: there is no file {name}; give a peft config file, or one of {ready}")
-    return path
-
-
 def read_peft_config(name: str) -> tuple[Path, Any]:
     """The file that ``--peft_config`` names, and what it holds.
 
     Raises:
         UsageError: for a missing file, or one that is no JSON.
     """
-    path = config_path(name)
+    path = peft_file(name)
+    if not path.is_file():
+        ready = ", ".join(sorted(p.stem for p in PEFT_FOLDER.glob("*.json")))
+        raise UsageError(f"--peft_config: there is no file {name}; give a peft config file, or one of {ready}")
     try:
         return path, json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nlu import METHOD_FOLDER, PEFT_FOLDER
+from nlu import METHOD_FOLDER, peft_file
 from nlu.data.split_files import split_files
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import parse_yaml
@@ -103,8 +103,7 @@ def _config_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         found["method"] = _together(method)
     peft = arguments.get("peft_config") or (method.get("peft_config") if isinstance(method, dict) else None)
     if peft:
-        ready = PEFT_FOLDER / f"{peft}.json"
-        values = _values("peft_config", ready if Path(peft).name == peft and ready.is_file() else Path(peft))
+        values = _values("peft_config", peft_file(peft))
         if values is not None:
             found["peft_config"] = _together(values)
     return found

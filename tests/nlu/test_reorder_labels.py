@@ -31,8 +31,6 @@ def test_rows_and_submissions_keep_their_words(tmp_path, order):
         assert words(reordered, renumbered[name]) == words(task, rows)
         assert renumbered[name].column_names == rows.column_names
         assert renumbered[name]["premise"][:] == rows["premise"][:]
-    again = load_task_data(reordered, tmp_path, need=["train", "test_matched"])
-    assert {n: rows.to_dict() for n, rows in again.items()} == {n: rows.to_dict() for n, rows in renumbered.items()}
     path = write_predictions(reordered, "test_matched", range(3), [order.index(w) for w in task.labels], tmp_path)
     assert [line.split("\t")[1] for line in path.read_text().splitlines()[1:]] == list(task.labels)
 
