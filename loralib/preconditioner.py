@@ -145,13 +145,13 @@ class _Chain:
         rights = self._outward(True)
         both = both * self.at_e
         for link, left, right in zip(self.links, lefts, rights, strict=True):
-            sides = [None if g is None else torch.linalg.inv(self._damped(link.mean(g))) for g in (left, right)]
+            sides = [None if g is None else _inverse(self._damped(link.mean(g))) for g in (left, right)]
             link.multiply(*sides)
         used = [i for i, e in enumerate(self.values) if e.grad is not None]
         if used:
             gradients = [self.values[i].grad for i in used]
             both = both if len(used) == len(self.values) else both[used]
-            solved = torch.linalg.solve(self._damped(both), torch.stack(gradients))
+            solved = torch.linalg.solve_ex(self._damped(both), torch.stack(gradients)).result
             torch._foreach_copy_(gradients, list(solved.unbind()))
 
     def balance(self, scalar: bool) -> None:
@@ -166,6 +166,11 @@ class _Chain:
             sides[i][1], sides[i + 1][0] = x.mean(inverse), y.mean(s)
         for link, (left, right) in zip(self.links, sides, strict=True):
             link.multiply(left, right)
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Of a damped Gram. ``inv`` raises for a singular one, and to know that the host would wait for a CUDA device."""
+    return torch.linalg.inv_ex(gram).inverse
 
 
 def _scalar_balance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
