@@ -6,8 +6,7 @@ import gc
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from nlu.model import head_modules
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 PEFT_SIX = r".*encoder\.layer\..*\.(query|key|value|query_proj|key_proj|value_proj|dense)"
-SCHEDULE = {"init": 2, "final": 2, "interval": 100, "total": 100_000}
+# Of the allocators: they score in every step, and no step of a benchmark is late enough to mask.
+SCHEDULE = {"init": 0, "final": 2, "interval": 100_000, "total": 1_000_000}
 LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 
 
@@ -100,17 +100,31 @@ class Shape:
     model: str = "deberta-v3-base"
 
 
+class PeftAdaLora:
+    """peft's AdaLoRA with the calls of ``loralib.LowRankTraining``; it regularises in its model's forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.step = model, 0
+
+    def penalty(self) -> torch.Tensor | float:
+        return 0.0
+
+    def before_step(self) -> None:
+        pass
+
+    def after_step(self) -> None:
+        self.step += 1
+        self.model.base_model.update_and_allocate(self.step)
+
+
 @dataclass
 class Trained:
-    """A model ready to step: what else belongs to the step, and the part of it that is not the model's own."""
+    """A model ready to step, and the part of the step that is not the model's own."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     autocast: bool
-    regulariser: Callable[[], torch.Tensor] | None = None
-    allocate: Callable[[int], Any] | None = None
-    exact: loralib.ExactFactors | None = None
-    step: int = field(default=SCHEDULE["init"] + 1)
+    loop: loralib.LowRankTraining | PeftAdaLora | None = None
 
 
 def build_model(shape: Shape, package: str = "") -> nn.Module:
@@ -147,14 +161,16 @@ def build_model(shape: Shape, package: str = "") -> nn.Module:
 
 def build(peer: Peer, shape: Shape) -> Trained:
     """The peer's model, adapters and optimiser on the shape's device."""
-    model = build_model(shape, peer.package)
+    with torch.device(shape.device):  # a GPU draws the weights in a hundredth of the time
+        model = build_model(shape, peer.package)
     half = shape.precision == "bfloat16"
     cast = half and peer.weights == "bfloat16"
-    regulariser = allocate = exact = None
+    loop: loralib.LowRankTraining | PeftAdaLora | None = None
     if peer.maker == "peft":
         if cast:
             model = model.to(torch.bfloat16)
-        model, allocate = _with_peft(model, peer)
+        model = _with_peft(model, peer)
+        loop = PeftAdaLora(model) if peer.method == "adalora" else None
     elif peer.method != "full":
         kind: dict[str, Any] = {"k": peer.k} if peer.method == "lora2" else {}
         kind |= {"init": "orthogonal"} if peer.exact else {}
@@ -169,34 +185,32 @@ def build(peer: Peer, shape: Shape) -> Trained:
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)
     if peer.exact:
-        exact = loralib.ExactFactors(model)
+        loop = loralib.LowRankTraining(model, SCHEDULE["total"], orthogonality="retraction")
     elif peer.maker in ("here", "plain") and peer.method in ("adalora", "lora2"):
-        regulariser = loralib.OrthogonalityRegulariser(model)
-        allocator = loralib.RankAllocator(
-            model, RANK, 3, SCHEDULE["init"], SCHEDULE["final"], SCHEDULE["interval"], 0.85, 0.85, SCHEDULE["total"]
-        )
-        allocate = lambda step: allocator.update_and_mask(model, step)  # noqa: E731
+        loop = loralib.LowRankTraining(
+            model, SCHEDULE["total"], target_rank=3, regu_weight=REGULARISER, init_warmup=SCHEDULE["init"],
+            final_warmup=SCHEDULE["final"], mask_interval=SCHEDULE["interval"],
+        )  # fmt: skip
     trainable: list = [p for p in model.parameters() if p.requires_grad]
     if peer.exact:
         trainable = loralib.parameter_groups(model, LEARNING_RATE, value_lr_ratio=4)
     optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
     if peer.compiled:
         model = torch.compile(model)
-    return Trained(model, optimizer, half and not cast, regulariser, allocate, exact)
+    return Trained(model, optimizer, half and not cast, loop)
 
 
-def _with_peft(model: nn.Module, peer: Peer) -> tuple[nn.Module, Callable[[int], Any] | None]:
+def _with_peft(model: nn.Module, peer: Peer) -> nn.Module:
     import peft
 
     common = {"target_modules": PEFT_SIX, "lora_alpha": ALPHA, "lora_dropout": 0.0, "task_type": "SEQ_CLS"}
     if peer.method == "lora":
-        return peft.get_peft_model(model, peft.LoraConfig(r=RANK, **common)), None
+        return peft.get_peft_model(model, peft.LoraConfig(r=RANK, **common))
     config = peft.AdaLoraConfig(
         init_r=RANK, target_r=3, tinit=SCHEDULE["init"], tfinal=SCHEDULE["final"], deltaT=SCHEDULE["interval"],
         beta1=0.85, beta2=0.85, total_step=SCHEDULE["total"], orth_reg_weight=REGULARISER, **common,
     )  # fmt: skip
-    model = peft.get_peft_model(model, config)
-    return model, model.base_model.update_and_allocate
+    return peft.get_peft_model(model, config)
 
 
 def _synchronise(device: str) -> None:
@@ -217,36 +231,29 @@ def make_batches(shape: Shape) -> list[dict[str, torch.Tensor]]:
 
 
 def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
-    """What transformers' Trainer does in a step: forward, backward, clip, update, then the method's own part."""
+    """What transformers' Trainer does in a step: forward, backward, clip, update, with the method's own part."""
+    loop = trained.loop
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=trained.autocast):
         loss = trained.model(**batch).loss
-    if trained.regulariser is not None:
-        loss = loss + REGULARISER * trained.regulariser()
+    if loop is not None:
+        loss = loss + loop.penalty()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in trained.optimizer.param_groups for p in group["params"]], 1.0)
-    if trained.exact is not None:
-        trained.exact.project_gradients()
+    if loop is not None:
+        loop.before_step()
     trained.optimizer.step()
-    if trained.exact is not None:
-        trained.exact.retract()
-    if trained.allocate is not None:
-        trained.step += 1 + (trained.step % SCHEDULE["interval"] == SCHEDULE["interval"] - 1)  # never a masking step
-        trained.allocate(trained.step)
+    if loop is not None:
+        loop.after_step()
     trained.optimizer.zero_grad()
 
 
 def method_step(trained: Trained) -> None:
     """The method's own part, on gradients that are there: regulariser and allocator, or projection and retraction."""
-    if trained.exact is not None:
-        trained.exact.project_gradients()
-        trained.exact.retract()
-        return
-    if trained.regulariser is not None:
-        (REGULARISER * trained.regulariser()).backward()
-    else:
-        trained.model(stub=True).loss.backward()
-    trained.step += 1 + (trained.step % SCHEDULE["interval"] == SCHEDULE["interval"] - 1)
-    trained.allocate(trained.step)
+    penalty = trained.loop.penalty()
+    if isinstance(penalty, torch.Tensor):
+        penalty.backward()
+    trained.loop.before_step()
+    trained.loop.after_step()
 
 
 def prepare_method_step(trained: Trained) -> None:
@@ -254,12 +261,13 @@ def prepare_method_step(trained: Trained) -> None:
     for parameter in trained.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter) * 1e-3
-    if trained.regulariser is None and trained.exact is None:
+    if isinstance(trained.loop, PeftAdaLora):
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         inner = trained.model.base_model.model
         inner.forward = lambda **_: SequenceClassifierOutput(loss=torch.zeros((), device=inner.device))
-        trained.model = trained.model.base_model
+        regularised = trained.model.base_model
+        trained.loop.penalty = lambda: regularised(stub=True).loss
 
 
 class Limit:
@@ -316,6 +324,8 @@ def _release() -> None:
     import platform
 
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # all peers share the device
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -333,26 +343,31 @@ def serve(connection: Any, key: str, threads: int) -> None:
         import peft  # noqa: F401
     baseline = _memory("cpu", reset=True)
     while (request := connection.recv()) is not None:
+        answer: Any = None
         try:
-            state, answer = _answer(request, peer, state, baseline)
+            if request[0] == "build":
+                state = None  # before the next model is made, whose peak it would be part of
+                state = _built(peer, *request[1:])
+            else:
+                answer = _answer(request, peer, *state, baseline)
         except Exception as error:
             answer = error
         connection.send(answer)
 
 
-def _answer(request: tuple, peer: Peer, state: Any, baseline: int) -> tuple[Any, Any]:
+def _built(peer: Peer, shape: Shape) -> tuple[Shape, Any, list[dict[str, torch.Tensor]]]:
+    """The work in a fresh memory, and its batches."""
+    _release()
+    work = Limit(shape) if peer.maker == "limit" else build(peer, shape)
+    _release()
+    _memory(shape.device, reset=True)
+    return shape, work, make_batches(shape)
+
+
+def _answer(request: tuple, peer: Peer, shape: Shape, work: Any, batches: list, baseline: int) -> Any:
     kind, *values = request
-    if kind == "build":
-        del state
-        _release()
-        shape = values[0]
-        work = Limit(shape) if peer.maker == "limit" else build(peer, shape)
-        _release()
-        _memory(shape.device, reset=True)
-        return (shape, work, make_batches(shape)), None
-    shape, work, batches = state
     if kind == "memory":
-        return state, max(0, _memory(shape.device, reset=False) - (0 if shape.device == "cuda" else baseline))
+        return max(0, _memory(shape.device, reset=False) - (0 if shape.device == "cuda" else baseline))
     seconds = []
     for i in range(values[0]):
         batch = batches[i % len(batches)]
@@ -367,7 +382,7 @@ def _answer(request: tuple, peer: Peer, state: Any, baseline: int) -> tuple[Any,
         _synchronise(shape.device)
         seconds.append(time.perf_counter() - start)
     if kind == "step" and isinstance(work, Limit):
-        return state, (seconds, [work.flops(b["input_ids"].numel()) for b in batches])
-    if kind == "step" and (work.allocate or work.exact) and values[1:] == ["last"]:
+        return seconds, [work.flops(b["input_ids"].numel()) for b in batches]
+    if kind == "step" and work.loop and values[1:] == ["last"]:
         prepare_method_step(work)
-    return state, (seconds, None)
+    return seconds, None

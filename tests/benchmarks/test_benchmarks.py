@@ -39,7 +39,7 @@ def test_every_peer_lowers_its_loss(key, precision):
     assert losses[-1] < losses[0]
     changed = [n for n, p in trained.model.named_parameters() if n in before and not torch.equal(before[n], p)]
     assert changed
-    if trained.allocate is not None:
+    if trained.loop is not None:
         prepare_method_step(trained)
         method_step(trained)
 
