@@ -2,8 +2,10 @@
 
     bash scripts/gpu_check.sh [--out FOLDER]
 
-Each check is a process of its own with a time limit. A check that the machine cannot run is listed as skipped, and is
-not counted as passed. On a CPU everything is small: that shows that the check works, and nothing about a GPU.
+Each check is a process of its own. It has its share of the time, and what earlier checks left of theirs; then it is
+ended, so that later ones keep their shares. A check that the machine cannot run, or that does not fit into its time, is
+listed as skipped, and is not counted as passed. On a CPU everything is small: that shows that the checks run, and
+nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,34 +34,33 @@ from benchmarks import losses, run
 from benchmarks.peers import MODELS, PEERS, Shape, installed
 from benchmarks.report import markdown
 from loralib.files import write_text
+from nlu.errors import UsageError, exit_code
+from nlu.runs.machine import COMMIT, now
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
 FEW = ("lora2", "lora2_plus", "bitfit")
+WAITING = {"peft_adalora": "peft's allocator waits", "lora balanced": "torch.linalg.eigh waits"}
+SECONDS = 525  # in all, by default: 9 minutes, and some time to end in
+ends = math.inf  # when the check of this process is to be done, as time.time() has it
 
 
 class Skipped(Exception):
-    """The machine lacks what the check needs."""
+    """The machine lacks what the check needs, or the time is over: why, and what was measured before."""
 
 
 class Failed(Exception):
-    """What the check found."""
-
-
-def _methods() -> dict[str, list[str]]:
-    every = losses.method_flags()
-    return {name: every[name] for name in FEW} if SMALL else every
+    """What the check found, and its measurements if it has any."""
 
 
 def suite() -> str:
-    """The device tests of the suite pass beside a real device."""
-    if SMALL:
-        raise Skipped("no CUDA device; the suite runs these tests by itself")
+    """The suite's steps on a pretended device, which refuses copies from the host, pass on this machine."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("pytest is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "tests/nlu/device_steps.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/nlu/device_steps.py"]
+    command += ["-k", "lora2-float32"] if SMALL else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     if done.returncode:
@@ -66,46 +68,84 @@ def suite() -> str:
     return last
 
 
+def each_method(try_one: Callable[[str, list[str]], list[str]], names: list[str]) -> None:
+    """Try one method after the other, while there is time.
+
+    Args:
+        try_one: (method, flags) → what is wrong with it, a line each.
+
+    Raises:
+        Failed: with all that is wrong. Skipped: with the methods for which no time was left.
+    """
+    every, wrong, late = losses.method_flags(), [], []
+    for name in names:
+        if time.time() > ends:
+            late.append(name)
+            continue
+        try:
+            wrong += try_one(name, every[name])
+        except Exception as error:  # one that cannot be run says nothing about the others
+            wrong.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    behind = f"no time was left for {', '.join(late)}"
+    if wrong:
+        raise Failed("; ".join([*wrong, behind] if late else wrong))
+    if late:
+        raise Skipped(f"{behind}; {len(names) - len(late)} methods are as they should be")
+
+
 def methods() -> str:
-    """Two steps of every method have the CPU's losses."""
-    wrong, largest = [], {"float32": 0.0, "bfloat16": 0.0}
-    for name, flags in _methods().items():
-        expected = losses.losses(flags, 2)
+    """Two steps of every method have the CPU's losses: in float32 to 1e-4, in bfloat16 to its rounding (1.6e-2)."""
+    names = list(FEW if SMALL else losses.method_flags())
+    largest = {"float32": 0.0, "bfloat16": 0.0}
+
+    def distances(name: str, flags: list[str]) -> list[str]:
+        # peft's AdaLoRA needs a training that is longer than its warm-ups.
+        wrong, steps = [], 10 if name == "peft_adalora" else 2
+        expected = losses.losses(flags, steps)[:2]
         for dtype, tolerance in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
-            found = losses.losses(flags, 2, DEVICE, dtype)
+            found = losses.losses(flags, steps, DEVICE, dtype)[:2]
             gap = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True))
             largest[dtype] = max(largest[dtype], gap)
             if not gap <= tolerance:
                 wrong.append(f"{name} in {dtype}: {gap:.1e}, allowed {tolerance:.1e}")
-    if wrong:
-        raise Failed("; ".join(wrong))
-    return f"{len(_methods())} methods, largest distance " + ", ".join(f"{k} {v:.1e}" for k, v in largest.items())
+        return wrong
+
+    each_method(distances, names)
+    return f"{_listed(names)}; largest distance " + ", ".join(f"{k} {v:.1e}" for k, v in largest.items())
 
 
 def no_synchronisation() -> str:
-    """From the second step on, the host waits for no result of the device."""
+    """In a step that prunes, once all is warm, the host waits for no result of the device (float32 and bfloat16)."""
     if SMALL:
-        raise Skipped("no CUDA device")
-    waiting = []
-    own = {name: flags for name, flags in _methods().items() if name != "peft_adalora"}  # peft's own allocator waits
-    for name, flags in own.items():
-        with tempfile.TemporaryDirectory() as folder:
-            _, applied, rows = losses.prepared(flags, folder, 4, DEVICE, "float32")
-        applied.model.to(DEVICE).train()
-        batch = {key: torch.stack([row[key] for row in rows[: losses.BATCH]]).to(DEVICE) for key in rows[0]}
-        optimizer = torch.optim.AdamW([p for p in applied.model.parameters() if p.requires_grad], 1e-3, fused=True)
-        losses.step(applied, optimizer, batch)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(2):
-                losses.step(applied, optimizer, batch)
-        except RuntimeError as error:
-            waiting.append(f"{name}: {str(error).splitlines()[0]}")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    if waiting:
-        raise Failed("; ".join(waiting))
-    return f"{len(own)} methods"
+        raise Skipped("it needs a CUDA device: on a CPU nothing waits")
+    names = [name for name in losses.method_flags() if name not in WAITING]
+
+    def waits(name: str, flags: list[str]) -> list[str]:
+        found = []
+        for dtype in ("float32", "bfloat16"):
+            with tempfile.TemporaryDirectory() as folder:
+                _, applied, rows = losses.prepared(flags, folder, 4, DEVICE, dtype)
+            applied.model.to(DEVICE).train()
+            batch = {key: torch.stack([row[key] for row in rows[: losses.BATCH]]).to(DEVICE) for key in rows[0]}
+            optimizer = torch.optim.AdamW([p for p in applied.model.parameters() if p.requires_grad], 1e-3, fused=True)
+            for last in (False, False, False, True):
+                torch.cuda.set_sync_debug_mode("error" if last else "default")
+                try:
+                    losses.step(applied, optimizer, batch, autocast=dtype == "bfloat16")
+                except RuntimeError as error:
+                    found.append(f"{name} in {dtype}: {str(error).splitlines()[0]}")
+                    break
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+        return found
+
+    each_method(waits, names)
+    left_out = "; ".join(f"{name} is left out, because {why}" for name, why in WAITING.items())
+    return f"{_listed(names)}; {left_out}"
+
+
+def _listed(names: list[str]) -> str:
+    return f"{len(names)} methods ({', '.join(names)})"
 
 
 def resume() -> str:
@@ -153,8 +193,8 @@ def _kill_once(command: list[str], after: Path) -> None:
     process.wait()
 
 
-def benchmark() -> str:
-    """A step beside peft on stock attention: tokens a second and peak memory, as a table."""
+def benchmark() -> tuple[str, list[dict[str, Any]]]:
+    """A step takes so long, and so much memory, beside peft on transformers' attention."""
     peers = ["peft-lora", "lora2"] if SMALL else ["peft-lora", "peft-lora-bf16", "lora", "lora2"]
     lengths = [16] if SMALL else [64, 128, 256, 512]
     flags = ["--device", DEVICE, "--rounds", "1" if SMALL else "3", "--precisions", "bfloat16"]
@@ -167,21 +207,22 @@ def benchmark() -> str:
             keys = [key for key in arguments.peers if model == "deberta-v3-base" or not PEERS[key].package]
             sizes = sizes | ({"layers": 1, "vocabulary": 1000} if SMALL else {})
             batch = 2 if SMALL else min(32, 4096 // length)
-            shape = Shape("bfloat16", batches=((batch, length),), device=DEVICE, model=model, **sizes)
+            steps = 1 if SMALL else 10  # in each round: a GPU's single steps are too short to be timed
+            shape = Shape("bfloat16", batches=((batch, length),) * steps, device=DEVICE, model=model, **sizes)
             settings.append((f"{model}, bfloat16, batch {batch}, length {length}", dict.fromkeys(keys, shape)))
-    outcome = run.measure_all(arguments, settings)
-    machine = run.machine(arguments)
-    record = {"started_at": "", "machine": machine, "rounds": arguments.rounds, "failure": outcome.failure}
-    table = markdown(record, outcome.found)
+    outcome = run.measure_all(arguments, settings, ends)
+    where = {"started_at": now(), "machine": run.machine(arguments), "rounds": arguments.rounds}
+    table = markdown(where | {"failure": outcome.failure}, outcome.found).replace("\n## ", "\n### ")
+    measurements = [m.record() for m in outcome.found]
     if outcome.failure:
-        raise Failed(f"{outcome.failure}\n\n{table}")
-    return table
+        raise (Skipped if outcome.code == 0 else Failed)(f"{outcome.failure}\n\n{table}", measurements)
+    return table, measurements
 
 
-# Each check and the seconds it may take on a GPU; together less than 9 minutes.
-CHECKS: dict[str, tuple[Callable[[], str], int]] = {
-    "suite": (suite, 90), "methods": (methods, 90), "no_synchronisation": (no_synchronisation, 45),
-    "resume": (resume, 90), "benchmark": (benchmark, 210),
+# Each check, and its share of the time in seconds.
+CHECKS: dict[str, tuple[Callable[[], Any], float]] = {
+    "suite": (suite, 75), "methods": (methods, 90), "no_synchronisation": (no_synchronisation, 60),
+    "resume": (resume, 85), "benchmark": (benchmark, 190),
 }  # fmt: skip
 
 
@@ -190,63 +231,109 @@ def check(name: str) -> dict[str, Any]:
     logging.set_verbosity_error()
     started = time.monotonic()
     try:
-        status, found = "passed", CHECKS[name][0]()
+        status, outcome = "passed", CHECKS[name][0]()
     except (Skipped, Failed) as error:
-        status, found = type(error).__name__.lower(), str(error)
+        status, outcome = type(error).__name__.lower(), error.args
     except Exception as error:
-        status, found = "failed", f"{type(error).__name__}: {error}"
-    return {"check": name, "status": status, "found": found, "seconds": round(time.monotonic() - started, 1)}
+        status, outcome = "failed", f"{type(error).__name__}: {error}"
+    found, *measurements = [outcome] if isinstance(outcome, str) else outcome
+    result = {"check": name, "status": status, "found": found, "seconds": round(time.monotonic() - started, 1)}
+    return result | ({"measurements": measurements[0]} if measurements else {})
 
 
-def check_apart(name: str) -> dict[str, Any]:
+def check_apart(name: str, seconds: float) -> dict[str, Any]:
     """Run one check in a process of its own, and end it with all that it started when its time is up."""
-    limit = CHECKS[name][1] * (10 if SMALL else 1)  # a busy CPU may be slow
-    command = [sys.executable, __file__, "--only", name]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    if seconds < 1:
+        return {"check": name, "status": "skipped", "found": "no time was left for it", "seconds": 0.0}
+    started = time.monotonic()
+    ends = time.time() + 0.9 * seconds  # the rest is to end in
+    command = [sys.executable, __file__, "--only", name, "--ends", str(ends)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
     try:
-        output, _ = process.communicate(timeout=limit)
+        output, errors = process.communicate(timeout=seconds)
         return json.loads(output.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"check": name, "status": "failed", "found": f"not done after {limit} s", "seconds": limit}
+        status, found = "skipped", f"it was not done after {seconds:.0f} s, when its time was up, and was ended"
     except (IndexError, ValueError):
-        found = f"its process ended with code {process.returncode}"
-        return {"check": name, "status": "failed", "found": found, "seconds": None}
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        status, found = "failed", f"its process ended with code {process.returncode}: {last}"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
+    return {"check": name, "status": status, "found": found, "seconds": round(time.monotonic() - started, 1)}
 
 
-def report(machine: dict[str, Any], results: list[dict[str, Any]]) -> str:
+def machine() -> dict[str, Any]:
+    """Versions, processor and, where there is one, the GPU."""
+    described = losses.machine()
+    if DEVICE == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        described |= {
+            "gpu": torch.cuda.get_device_name(0), "compute_capability": list(torch.cuda.get_device_capability(0)),
+            "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda,
+        }  # fmt: skip
+    return described
+
+
+def report(record: dict[str, Any]) -> str:
     """The results as Markdown."""
+    results, found_on = record["results"], record["machine"]
     counts = {status: sum(r["status"] == status for r in results) for status in ("passed", "failed", "skipped")}
-    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{machine['cpu']}, in small: nothing about a GPU"
-    lines = [f"# GPU check on {where}", "", ", ".join(f"{count} {status}" for status, count in counts.items()), ""]
+    small = f"on a CPU ({found_on['cpu']}), in small: it shows that the checks run, and nothing about a GPU"
+    versions = ", ".join(f"{name} {version}" for name, version in found_on["versions"].items())
+    lines = [
+        f"# GPU check {'on ' + found_on['gpu'] if 'gpu' in found_on else small}", "",
+        f"**{', '.join(f'{count} {status}' for status, count in counts.items())}** after {record['seconds']:.0f} s; "
+        "a skipped check shows nothing.", "",
+        f"{record['started_at']}, commit {record['commit']}, {versions}", "",
+        "| check | result | seconds | what it shows where it passes |", "| --- | --- | ---: | --- |",
+    ]  # fmt: skip
+    lines += [f"| {r['check']} | {r['status']} | {r['seconds']} | {CHECKS[r['check']][0].__doc__} |" for r in results]
     for r in results:
-        lines += [f"## {r['check']}: {r['status']}", "", f"{CHECKS[r['check']][0].__doc__} ({r['seconds']} s)", ""]
-        lines += [r["found"], ""]
-    return "\n".join(lines)
+        lines += ["", f"## {r['check']}: {r['status']}", "", r["found"].strip()]
+    return "\n".join([*lines, ""])
+
+
+def run_checks(out: Path, ends: float) -> list[dict[str, Any]]:
+    """Run every check, all until ``ends`` (as time.time() has it), and write what is known after each."""
+    started, results = time.monotonic(), []
+    shares = [seconds for _, seconds in CHECKS.values()]
+    record = {"started_at": now(), "commit": COMMIT, "device": DEVICE, "machine": machine(), "results": results}
+    for i, name in enumerate(CHECKS):
+        left = ends - time.time() - sum(shares[i + 1 :])
+        print(f"{name}: at most {max(left, 0):.0f} s", flush=True)
+        results.append(check_apart(name, left))
+        record["seconds"] = round(time.monotonic() - started, 1)
+        print(f"{name}: {results[-1]['status']} ({results[-1]['seconds']} s)", flush=True)
+        file = "gpu_check" if DEVICE == "cuda" else "gpu_check_cpu"
+        write_text(out / f"{file}.json", json.dumps(record, indent=1) + "\n")
+        write_text(out / f"{file}.md", report(record))
+    print(f"written: {out / file}.json and .md")
+    return results
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 0 where no check failed."""
+    """Command line; 0 where no check failed, 1 where one did, 2 for a folder that cannot be written to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=run.RESULTS, help="folder of gpu_check.json and .md")
+    parser.add_argument("--out", type=Path, default=run.RESULTS, help="folder of gpu_check.json and gpu_check.md "
+                        "(on a CPU gpu_check_cpu.json and .md)")  # fmt: skip
     parser.add_argument("--only", choices=CHECKS, help="run one check in this process, and print its result as JSON")
+    parser.add_argument("--ends", type=float, help=f"end by then, in seconds of the epoch (default: in {SECONDS} s)")
     arguments = parser.parse_args(argv)
+    until = arguments.ends or time.time() + SECONDS
     if arguments.only:
+        global ends
+        ends = until
         print(json.dumps(check(arguments.only)))
         return 0
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    machine, results = losses.machine(), []
-    for name in CHECKS:
-        results.append(check_apart(name))
-        print(f"{results[-1]['status']}: {name} ({results[-1]['seconds']} s)", flush=True)
-        record = {"device": DEVICE, "machine": machine, "results": results}
-        name = "gpu_check" if DEVICE == "cuda" else "gpu_check_cpu"
-        write_text(arguments.out / f"{name}.json", json.dumps(record, indent=1) + "\n")
-        write_text(arguments.out / f"{name}.md", report(machine, results))
-    return int(any(r["status"] == "failed" for r in results))
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.out).close()
+    except OSError as error:
+        return exit_code(UsageError(f"--out: cannot write to {arguments.out} ({error.strerror}): give another folder"))
+    return int(any(r["status"] == "failed" for r in run_checks(arguments.out, until)))
 
 
 if __name__ == "__main__":

@@ -145,12 +145,16 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
     return [float(str(loss)) for loss in torch.stack(trainer.losses).float().cpu().numpy()]
 
 
-def machine() -> dict[str, Any]:
-    """What the last bits of a loss depend on: processor, instruction set and versions."""
+def processor() -> str:
+    """The CPU's model, as Linux names it."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions()}
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of a loss depend on: processor, instruction set and versions."""
+    return {"cpu": processor(), "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions()}
 
 
 def main(names: list[str]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing as mp
 import os
 import platform
@@ -23,6 +24,7 @@ import re
 import signal
 import statistics
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lengths import real_batches
+from benchmarks.losses import processor
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
 from loralib.files import write_text
@@ -276,21 +279,30 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else model
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     return {"device": device, "threads": arguments.threads, "system": platform.system(), "versions": versions()}
 
 
-def measure_all(arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]]) -> Outcome:
-    """Measure one setting after the other; a peer that fails and Ctrl-C end it, and leave what came before."""
-    outcome = Outcome()
+def measure_all(
+    arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]], ends: float = math.inf
+) -> Outcome:
+    """Measure one setting after the other; a peer that fails and Ctrl-C end it, and leave what came before.
+
+    Args:
+        ends: as time.time() has it; a setting that would not be done by then, to judge by the one before, ends it with
+            code 0.
+    """
+    outcome, took = Outcome(), 0.0
     name = "before the first setting"
     workers = Workers(list(dict.fromkeys(key for _, shapes in settings for key in shapes)), arguments.threads)
     try:
         for name, shapes in tqdm(settings, desc="settings"):
+            started = time.time()
+            if started + took > ends:
+                outcome.failure = f"no time was left from {name} on"
+                break
             outcome.found += measure(workers, name, shapes, arguments.rounds)
+            took = time.time() - started
     except PeerError as error:
         outcome.failure, outcome.code = f"{name}: {reason(error)}", 1
     except KeyboardInterrupt:

@@ -2,10 +2,13 @@
 
 import json
 import subprocess
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, peers
 
 
 @pytest.fixture
@@ -14,7 +17,7 @@ def checks(monkeypatch, tmp_path):
 
     def run(**functions):
         monkeypatch.setattr(gpu_check, "CHECKS", {name: (check, 1) for name, check in functions.items()})
-        monkeypatch.setattr(gpu_check, "check_apart", gpu_check.check)
+        monkeypatch.setattr(gpu_check, "check_apart", lambda name, seconds: gpu_check.check(name))
         code = gpu_check.main(["--out", str(tmp_path)])
         record = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
         return code, record["results"], (tmp_path / "gpu_check_cpu.md").read_text()
@@ -29,7 +32,7 @@ def test_a_skipped_check_is_listed_and_not_counted_as_passed(checks):
 
     code, results, page = checks(first=fine, second=gpu_check.no_synchronisation)
     assert code == 0 and [r["status"] for r in results] == ["passed", "skipped"]
-    assert "1 passed, 0 failed, 1 skipped" in page and "no CUDA device" in page and "nothing about a GPU" in page
+    assert "1 passed, 0 failed, 1 skipped" in page and "needs a CUDA device" in page and "nothing about a GPU" in page
 
 
 def test_a_failed_check_ends_with_1_and_the_others_run(checks):
@@ -37,7 +40,7 @@ def test_a_failed_check_ends_with_1_and_the_others_run(checks):
         """Broken."""
         raise RuntimeError("no kernel")
 
-    code, results, page = checks(first=broken, second=gpu_check.suite)
+    code, results, page = checks(first=broken, second=gpu_check.no_synchronisation)
     assert code == 1 and len(results) == 2 and "RuntimeError: no kernel" in page
 
 
@@ -49,19 +52,120 @@ def test_methods_are_compared_and_a_distance_fails(monkeypatch):
     assert found["status"] == "failed" and "lora2 in bfloat16" in found["found"]
 
 
-def test_a_check_that_takes_too_long_is_ended(monkeypatch):
+def test_a_check_that_takes_too_long_is_ended_and_skipped():
+    found = gpu_check.check_apart("resume", 1.0)
+    assert found["status"] == "skipped" and "not done after 1 s, when its time was up" in found["found"]
+    assert 1.0 <= found["seconds"] < 60
+    found = gpu_check.check_apart("resume", 0.5)
+    assert found["status"] == "skipped" and "no time was left" in found["found"]
+
+
+def test_what_a_check_leaves_of_its_time_is_the_next_one_s(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(gpu_check, "CHECKS", dict.fromkeys(("first", "second", "third"), (gpu_check.suite, 10)))
+    result = {"status": "passed", "found": "", "seconds": 0.0}
+    monkeypatch.setattr(
+        gpu_check, "check_apart", lambda name, seconds: given.append(seconds) or result | {"check": name}
+    )
+    assert gpu_check.main(["--out", str(tmp_path), "--ends", str(time.time() + 30)]) == 0
+    assert given == pytest.approx([10, 20, 30], abs=5) and given == sorted(given)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_check, "run_checks", lambda out, ends: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    assert gpu_check.main(["--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--out" in error
+
+
+def test_methods_for_which_no_time_is_left_are_named_and_one_that_breaks_hides_no_other(monkeypatch):
+    def broken(name, flags):
+        if name == "lora":
+            raise RuntimeError("no kernel\nfor this")
+        return [f"{name} differs"]
+
+    with pytest.raises(gpu_check.Failed, match=r"^lora: RuntimeError: no kernel; lora2 differs$"):
+        gpu_check.each_method(broken, ["lora", "lora2"])
+    monkeypatch.setattr(gpu_check, "ends", 0.0)
+    with pytest.raises(gpu_check.Skipped, match="no time was left for lora, lora2; 0 methods"):
+        gpu_check.each_method(broken, ["lora", "lora2"])
+    outcome = gpu_check.run.measure_all(gpu_check.run.parse([]), [("first", {})], ends=0.0)
+    assert (outcome.found, outcome.code, outcome.failure) == ([], 0, "no time was left from first on")
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What the check does where a GPU is, with stand-ins for all that would need one."""
     monkeypatch.setattr(gpu_check, "SMALL", False)
-    monkeypatch.setitem(gpu_check.CHECKS, "resume", (gpu_check.resume, 0.5))
-    found = gpu_check.check_apart("resume")
-    assert found["status"] == "failed" and "not done after 0.5 s" in found["found"]
+    properties = SimpleNamespace(total_memory=80 * 2**30)
+    for name, value in {
+        "is_available": True, "get_device_name": "Some GPU", "get_device_capability": (9, 0),
+        "get_device_properties": properties, "max_memory_allocated": 7, "reset_peak_memory_stats": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_step_that_waits_is_found_and_the_mode_set_back(monkeypatch):
+    modes, step = ["default"], gpu_check.losses.step
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(gpu_check.losses, "method_flags", lambda: {"lora2": ["--method", "lora2"], "peft_adalora": []})
+    found = gpu_check.check("no_synchronisation")
+    assert found["status"] == "passed" and "1 methods (lora2); peft_adalora is left out" in found["found"]
+    assert modes.count("error") == 2 and modes[-1] == "default"
+
+    def waiting(*arguments, **options):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(gpu_check.losses, "step", waiting)
+    found = gpu_check.check("no_synchronisation")
+    assert found["status"] == "failed" and modes[-1] == "default"
+    assert "lora2 in float32: called a synchronizing CUDA operation; lora2 in bfloat16: called" in found["found"]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_the_benchmark_of_a_gpu_has_both_models_at_every_length(monkeypatch):
+    measured = []
+    monkeypatch.setattr(gpu_check, "DEVICE", "cuda")
+    monkeypatch.setattr(gpu_check, "installed", lambda key: key == "flashdeberta")
+    outcome = gpu_check.run.Outcome()
+    monkeypatch.setattr(gpu_check.run, "measure_all", lambda _, settings, ends: measured.extend(settings) or outcome)
+    assert gpu_check.check("benchmark")["status"] == "passed"
+    own = ["peft-lora", "peft-lora-bf16", "lora", "lora2"]
+    expected = [(m, n) for m in ("deberta-v3-base", "roberta-large") for n in (64, 128, 256, 512)]
+    for (title, shapes), (model, length) in zip(measured, expected, strict=True):
+        assert title.startswith(f"{model}, bfloat16") and title.endswith(f"length {length}")
+        assert list(shapes) == [*own, *(["flashdeberta"] if model == "deberta-v3-base" else [])]
+        (shape,) = set(shapes.values())
+        assert (shape.device, shape.model, set(shape.batches)) == ("cuda", model, {(min(32, 4096 // length), length)})
+    outcome.failure = "no time was left from x on"
+    assert gpu_check.check("benchmark")["status"] == "skipped"
+    outcome.code = 1
+    assert gpu_check.check("benchmark")["status"] == "failed"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_the_page_names_the_gpu_and_memory_is_the_device_s(monkeypatch):
+    monkeypatch.setattr(gpu_check, "DEVICE", "cuda")
+    machine = gpu_check.machine()
+    assert (machine["gpu"], machine["gpu_memory_bytes"]) == ("Some GPU", 80 * 2**30)
+    page = gpu_check.report({"machine": machine, "results": [], "seconds": 1.0, "started_at": "now", "commit": "c"})
+    assert page.startswith("# GPU check on Some GPU\n") and "**0 passed, 0 failed, 0 skipped**" in page
+    shape = peers.Shape("bfloat16", 1, ((2, 4),), "cuda")
+    assert peers._answer(("memory",), peers.PEERS["lora2"], shape, None, [], baseline=3) == 7
 
 
 def test_the_limits_keep_nine_minutes_and_the_script_names_its_interpreter(tmp_path):
-    assert sum(limit for _, limit in gpu_check.CHECKS.values()) <= 9 * 60
+    assert sum(limit for _, limit in gpu_check.CHECKS.values()) <= gpu_check.SECONDS <= 9 * 60 - 15
     script = gpu_check.ROOT / "scripts/gpu_check.sh"
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
     done = subprocess.run(["bash", script, "--out", "x"], env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"},
                           capture_output=True, text=True)  # fmt: skip
-    assert done.stdout.split() == ["benchmarks/gpu_check.py", "--out", "x"]
+    program, flag, ends, *rest = done.stdout.split()
+    assert (program, flag, rest) == ("benchmarks/gpu_check.py", "--ends", ["--out", "x"])
+    assert abs(int(ends) - time.time() - gpu_check.SECONDS) < 10
