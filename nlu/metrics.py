@@ -17,34 +17,14 @@ from nlu.errors import UsageError
 from nlu.tasks import Task, get_task
 
 
-def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(accuracy_score(references, predictions))
-
-
-def _f1(predictions: np.ndarray, references: np.ndarray, positive: int) -> float:
-    """F1 of the positive class; 0 where the class is neither there nor predicted."""
-    return float(f1_score(references, predictions, labels=[positive], average="macro", zero_division=0))
-
-
-def _macro_f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    """The mean over the classes of each one's F1."""
-    return float(f1_score(references, predictions, average="macro", zero_division=0))
-
-
-def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
-    """Matthews' correlation; 0 where one side is constant, since it then tells nothing of the other."""
-    if np.ptp(predictions) == 0 or np.ptp(references) == 0:
-        return 0.0
-    return float(matthews_corrcoef(references, predictions))
-
-
-def _correlation(function: Callable, predictions: np.ndarray, references: np.ndarray) -> float:
-    """Pearson's or Spearman's correlation; 0 where one side is constant."""
+def _correlation(function: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
+    """A correlation; 0 where one side is constant, since it then tells nothing of the other."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SciPy warns of nearly constant input, of which an untrained head makes much
-        value = float(function(predictions, references).statistic)
+        value = function(predictions, references)
+    value = getattr(value, "statistic", value)
     return value if np.isfinite(value) else 0.0
 
 
@@ -57,10 +37,12 @@ METRICS = {
     "pearson": "pearson",
     "spearman": "spearmanr",
 }
+# Each of (references, predictions); a class that is neither there nor predicted has an F1 of 0.
+_macro_f1 = partial(f1_score, average="macro", zero_division=0)
 _FUNCTIONS = {
-    "accuracy": _accuracy,
+    "accuracy": accuracy_score,
     "macro_f1": _macro_f1,
-    "matthews_correlation": _matthews,
+    "matthews_correlation": partial(_correlation, matthews_corrcoef),
     "pearson": partial(_correlation, pearsonr),
     "spearmanr": partial(_correlation, spearmanr),
 }
@@ -95,8 +77,8 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
             raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")
     else:
         predictions, references = _classes(task, "predictions", predictions), _classes(task, "references", references)
-    functions = {**_FUNCTIONS, "f1": partial(_f1, positive=task.positive)}
-    return {name: functions[name](predictions, references) for name in task.metrics}
+    functions = {**_FUNCTIONS, "f1": partial(_macro_f1, labels=[task.positive])}
+    return {name: float(functions[name](references, predictions)) for name in task.metrics}
 
 
 def balanced_class_weights(labels: Sequence[int], num_labels: int) -> list[float]:
