@@ -3,28 +3,28 @@
 from loralib.adapter import (
     compact,
     load_adapter,
-    lora_state_dict,
     merge_adapter,
     save_adapter,
     start_from_adapter,
     unmerge_adapter,
 )
 from loralib.adapter_checks import base_fingerprint
-from loralib.adapter_files import AdapterConfig, read_adapter_config
+from loralib.adapter_files import VERSION, AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
 from loralib.diagnostics import UpdateStatistics, update_statistics
 from loralib.exact_factors import ExactFactors
 from loralib.initialisation import initialise
-from loralib.injection import inject, mark_only_lora_as_trainable, match_modules
-from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
+from loralib.injection import inject, match_modules
+from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.learning_rates import parameter_groups
+from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
 from loralib.multi import MultiAdapter
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 from loralib.preconditioner import Preconditioner
 from loralib.training import LowRankTrainerMixin, LowRankTraining
 
-__version__ = "0.2.0"
+__version__ = VERSION
 
 __all__ = [
     "AdapterConfig",

@@ -7,9 +7,7 @@ or :func:`check_start` compares it with the model, and only then the model is ch
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +23,12 @@ from loralib.adapter_checks import (
     is_transposed,
     refuse_merging,
 )
-from loralib.adapter_files import AdapterConfig, LayerGroup, read_adapter, write_adapter
-from loralib.injection import KINDS, check_bias, replace_modules
-from loralib.layers import LoRALayer, lora_layers
+from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
+from loralib.injection import KINDS, replace_modules
+from loralib.layers import LoRALayer
+from loralib.model import head_tensors, keep_flags, lora_layers
 
 RankPattern = Mapping[str, Sequence[bool]]
-
-
-def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
-
-    ``model.load_state_dict(state, strict=False)`` loads it into a model with the same layers.
-
-    Args:
-        bias: biases to add: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
-
-    Raises:
-        ValueError: for another ``bias``.
-    """
-    check_bias(bias)
-    layers = lora_layers(model)
-    wanted = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
-    if bias == "lora_only":
-        wanted |= {id(layer.bias) for layer in layers.values() if layer.bias is not None}
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()  # gives a shared parameter once
-        if id(parameter) in wanted or (bias == "all" and name.split(".")[-1] == "bias")
-    }
 
 
 # ---- live singular values -------------------------------------------------------------------------------------------
@@ -161,7 +137,7 @@ def save_adapter(
         base_revision=base_revision,
         base_fingerprint=base_fingerprint(model, head),
         card=dict(card or {}),
-        library_version=_library_version(),
+        library_version=VERSION,
         weights_sha256="",  # write_adapter fills it in
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
@@ -181,13 +157,6 @@ def _head_config(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _library_version() -> str:
-    try:
-        return version("lora2-glue")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "unknown"
-
-
 def _stored_factors(
     layers: dict[str, LoRALayer], live: dict[str, list[int]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -205,21 +174,6 @@ def _stored_factors(
             else:
                 tensors[name] = values
     return tensors, tied
-
-
-def head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name."""
-    factors = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.lora_parameters()}
-    found: dict[str, Tensor] = {}
-    owners = set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in factors:
-            found[name] = parameter
-            owners.add(name.rpartition(".")[0])
-    state = model.state_dict(keep_vars=True)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    found |= {n: t for n, t in state.items() if n not in parameters and n.rpartition(".")[0] in owners}
-    return found
 
 
 def _group(layers: dict[str, LoRALayer], live: dict[str, list[int]]) -> list[LayerGroup]:
@@ -282,15 +236,6 @@ def copy_head(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor
         state[name].copy_(tensors[name])
         if isinstance(state[name], nn.Parameter):
             state[name].requires_grad_(True)
-
-
-@contextmanager
-def keep_flags(model: nn.Module) -> Iterator[None]:
-    """Restore every ``requires_grad`` of the model at the end of the block."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    yield
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
 
 
 def build_layers(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
-from loralib.frozen import frozen_shape, stored_form
+from loralib.frozen import factor_shapes, frozen_shape, stored_form
 from loralib.injection import check_replaceable, is_conv1d, is_linear
-from loralib.layers import LoRALayer, lora_layers
+from loralib.layers import LoRALayer
+from loralib.model import lora_layers
 
 
 def check_adapter(
@@ -128,14 +129,11 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
 
 
 def _shapes_of_one(name: str, module: nn.Module, group: LayerGroup, rank: int) -> dict[str, tuple[int, ...]]:
-    out, width = frozen_shape(module, is_transposed(module))
-    inner = [*group.widths, rank]
+    left, right = factor_shapes(*frozen_shape(module, is_transposed(module)), group.widths, rank)
     prefix = f"{name}." if name else ""
     shapes: dict[str, tuple[int, ...]] = {} if group.kind == "lora" else {f"{prefix}lora_E": (rank,)}
-    for i, shape in enumerate(zip([out, *group.widths], inner, strict=True)):
-        shapes[f"{prefix}lora_B.{i}"] = shape
-    for i, shape in enumerate(zip(inner, [width, *group.widths], strict=True)):
-        shapes[f"{prefix}lora_A.{i}"] = shape
+    for side, of_side in (("B", left), ("A", right)):
+        shapes |= {f"{prefix}lora_{side}.{i}": shape for i, shape in enumerate(of_side)}
     return shapes
 
 

@@ -26,6 +26,7 @@ from loralib.files import FolderWriter, recover_folder
 from loralib.injection import KINDS
 from loralib.layers import INITS
 
+VERSION = "0.2.0"  # of loralib
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MOST_SCALES = 17  # a folder from a stranger must not ask for endless memory

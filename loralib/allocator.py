@@ -11,12 +11,14 @@ them, a constant within a layer, though not across layers, over which the thresh
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralib.layers import trained_svd_layers
+from loralib.checks import check_choice, check_whole_number
+from loralib.model import trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
 PRUNE_BY = ("importance", "value")
@@ -60,13 +62,11 @@ class _Scores:
         totals.index_add_(0, self.layer_index, values.expand(-1, totals.shape[1]).contiguous())
 
 
-class RankAllocator:
-    """Prunes the singular values of all layers against one global budget.
-
-    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
+@dataclass(eq=False)
+class AllocatorSettings:
+    """When, how much and by what a :class:`RankAllocator` prunes.
 
     Args:
-        model: holds low-rank layers with singular values, all of rank ``lora_r``.
         lora_r: initial rank of each layer. target_rank: average final rank of a layer.
         init_warmup: steps before pruning starts. final_warmup: last steps, with the mask held.
         mask_interval: steps between two maskings.
@@ -82,54 +82,85 @@ class RankAllocator:
         ValueError: for a value out of range or a contradiction; the message says what to change.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lora_r: int,
-        target_rank: int,
-        init_warmup: int,
-        final_warmup: int,
-        mask_interval: int,
-        beta1: float,
-        beta2: float,
-        total_step: int | None = None,
-        target_total_rank: int | None = None,
-        importance: str = "inner",
-        min_rank_per_module: int = 0,
-        prune_by: str = "importance",
-    ) -> None:
-        check_allocator_arguments(
-            lora_r, target_rank, init_warmup, final_warmup, mask_interval, beta1, beta2, importance, total_step,
-            min_rank_per_module, prune_by,
-        )  # fmt: skip
+    lora_r: int
+    target_rank: int
+    init_warmup: int
+    final_warmup: int
+    mask_interval: int
+    beta1: float
+    beta2: float
+    total_step: int | None = None
+    target_total_rank: int | None = None
+    importance: str = "inner"
+    min_rank_per_module: int = 0
+    prune_by: str = "importance"
+
+    def __post_init__(self) -> None:
+        for name in ("lora_r", "target_rank", "mask_interval"):
+            check_whole_number(name, getattr(self, name))
+        for name in ("init_warmup", "final_warmup", "min_rank_per_module"):
+            check_whole_number(name, getattr(self, name), least=0)
+        if self.target_rank > self.lora_r:
+            raise ValueError(
+                f"target_rank ({self.target_rank}) is larger than lora_r ({self.lora_r}): lower it, or raise lora_r"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {getattr(self, name)!r}")
+        for name, words in (("prune_by", PRUNE_BY), ("importance", IMPORTANCES)):
+            check_choice(name, getattr(self, name), words)
+        if self.total_step is not None:
+            check_schedule(self.init_warmup, self.final_warmup, self.total_step)
+
+    def set_total_step(self, total_step: int) -> None:
+        """Say how many optimiser steps the training has.
+
+        Raises:
+            ValueError: unless init_warmup + final_warmup < total_step.
+        """
+        check_schedule(self.init_warmup, self.final_warmup, total_step)
+        self.total_step = total_step
+
+
+class RankAllocator(AllocatorSettings):
+    """Prunes the singular values of all layers against one global budget.
+
+    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
+
+    Args:
+        model: holds low-rank layers with singular values, all of rank ``lora_r``.
+        args, settings: those of :class:`AllocatorSettings`, by place or by name.
+
+    Raises:
+        ValueError: for a value out of range or a contradiction; the message says what to change.
+    """
+
+    target_total_rank: int
+
+    def __init__(self, model: nn.Module, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         # By name, so that ties do not depend on the order in which modules were registered.
-        layers = dict(sorted(trained_svd_layers(model).items()))
-        if not layers:
-            raise ValueError("no layer with singular values (AdaLoRA, LoRA²) to allocate ranks to: inject one first")
-        wrong = [name for name, layer in layers.items() if layer.r != lora_r]
+        layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
+        wrong = [name for name, layer in layers.items() if layer.r != self.lora_r]
         if wrong:
-            raise ValueError(f"lora_r is {lora_r} but {wrong[0]} has rank {layers[wrong[0]].r}: give its own rank")
+            raise ValueError(f"lora_r is {self.lora_r} but {wrong[0]} has rank {layers[wrong[0]].r}: give its own rank")
         self._names, self._layers = list(layers), list(layers.values())
-        self.initial_total_rank = lora_r * len(layers)
-        self.target_total_rank = target_rank * len(layers) if target_total_rank is None else target_total_rank
+        self.initial_total_rank = self.lora_r * len(layers)
+        if self.target_total_rank is None:
+            self.target_total_rank = self.target_rank * len(layers)
         if not 1 <= self.target_total_rank <= self.initial_total_rank:
             raise ValueError(
                 f"target_total_rank must lie between 1 and {self.initial_total_rank} "
-                f"(lora_r × {len(layers)} layers), got {target_total_rank}"
+                f"(lora_r × {len(layers)} layers), got {self.target_total_rank}"
             )
-        if self.target_total_rank < min_rank_per_module * len(layers):
+        if self.target_total_rank < self.min_rank_per_module * len(layers):
             raise ValueError(
-                f"min_rank_per_module {min_rank_per_module} over {len(layers)} layers is more than the target of "
+                f"min_rank_per_module {self.min_rank_per_module} over {len(layers)} layers is more than the target of "
                 f"{self.target_total_rank} singular values: lower it, or raise the target"
             )
-        self.min_rank_per_module, self.prune_by = min_rank_per_module, prune_by
-        self.lora_r, self.importance = lora_r, importance
-        self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
-        self.beta1, self.beta2 = beta1, beta2
-        self.total_step = total_step
         self._scores = self._score_groups()
         self._values = [layer.lora_E for layer in self._layers]
-        self._mask = torch.ones(len(layers), lora_r, dtype=torch.bool, device=self._values[0].device)
+        self._mask = torch.ones(len(layers), self.lora_r, dtype=torch.bool, device=self._values[0].device)
         self._threshold: Tensor | None = None
         self._final_mask_set = False
 
@@ -145,15 +176,6 @@ class RankAllocator:
             _Scores([p for p, _ in members.values()], [rows for _, rows in members.values()], axis)
             for (axis, _), members in found.items()
         ]
-
-    def set_total_step(self, total_step: int) -> None:
-        """Say how many optimiser steps the training has.
-
-        Raises:
-            ValueError: unless init_warmup + final_warmup < total_step.
-        """
-        check_schedule(self.init_warmup, self.final_warmup, total_step)
-        self.total_step = total_step
 
     @property
     def scored_parameters(self) -> int:
@@ -254,19 +276,12 @@ class RankAllocator:
 
     def _choose_mask(self, budget: int) -> None:
         """Keep the ``budget`` most important singular values; of equal ones, those of later names and indices stay."""
-        pruned = self.initial_total_rank - budget
-        scores = self._values_now() if self.prune_by == "value" else self.importance_scores()
+        scores = torch.stack(self._values).abs().float() if self.prune_by == "value" else self.importance_scores()
         if self.min_rank_per_module:
             kept = scores.topk(self.min_rank_per_module, dim=1).indices
             scores = scores.scatter(1, kept, torch.inf)
-        importance, order = scores.flatten().sort(stable=True)
-        mask = torch.ones_like(order, dtype=torch.bool).index_fill_(0, order[:pruned], False)
+        mask, self._threshold = most_important(scores.flatten(), budget)
         self._mask = mask.view_as(self._mask)
-        self._threshold = importance[pruned - 1] if pruned else None
-
-    def _values_now(self) -> Tensor:
-        """|e| of every singular value, (layers, r)."""
-        return torch.stack([e.detach().abs().float().to(self._values[0].device) for e in self._values])
 
     @torch.no_grad()
     def apply_mask(self) -> None:
@@ -287,8 +302,7 @@ class RankAllocator:
         }
 
     def _settings(self) -> dict[str, Any]:
-        names = "lora_r importance init_warmup final_warmup mask_interval beta1 beta2 total_step target_total_rank"
-        return {name: getattr(self, name) for name in [*names.split(), "min_rank_per_module", "prune_by"]}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_rank"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state.
@@ -317,47 +331,20 @@ class RankAllocator:
         self._final_mask_set = state["final_mask_set"]
 
 
-def check_schedule(init_warmup: int, final_warmup: int, total_step: int) -> None:
-    """Raises ValueError unless init_warmup + final_warmup < total_step."""
+def most_important(scores: Tensor, budget: int) -> tuple[Tensor, Tensor | None]:
+    """Flags of the ``budget`` largest scores, of equal ones the later, and the largest score without one; (n,) each."""
+    values, order = scores.sort(stable=True)
+    pruned = max(len(scores) - budget, 0)
+    kept = torch.ones_like(order, dtype=torch.bool).index_fill_(0, order[:pruned], False)
+    return kept, values[pruned - 1] if pruned else None
+
+
+def check_schedule(
+    init_warmup: int, final_warmup: int, total_step: int, names: tuple[str, str] = ("init_warmup", "final_warmup")
+) -> None:
+    """Raises ValueError, with the names of the two settings, unless init_warmup + final_warmup < total_step."""
     if init_warmup + final_warmup >= total_step:
         raise ValueError(
-            f"init_warmup + final_warmup = {init_warmup} + {final_warmup} = {init_warmup + final_warmup} leaves no "
-            f"step to prune in: the training has {total_step}; lower them or train longer"
+            f"{' + '.join(names)} = {init_warmup} + {final_warmup} = {init_warmup + final_warmup} leaves no step to "
+            f"prune in: the training has {total_step}; lower them or train longer"
         )
-
-
-def check_allocator_arguments(
-    lora_r: int,
-    target_rank: int,
-    init_warmup: int,
-    final_warmup: int,
-    mask_interval: int,
-    beta1: float,
-    beta2: float,
-    importance: str = "inner",
-    total_step: int | None = None,
-    min_rank_per_module: int = 0,
-    prune_by: str = "importance",
-) -> None:
-    """What can be said of the arguments without a model. Raises ValueError with what to change."""
-    for name, number, least in (
-        ("lora_r", lora_r, 1),
-        ("target_rank", target_rank, 1),
-        ("mask_interval", mask_interval, 1),
-        ("init_warmup", init_warmup, 0),
-        ("final_warmup", final_warmup, 0),
-        ("min_rank_per_module", min_rank_per_module, 0),
-    ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"{name} must be a whole number ≥ {least}, got {number!r}")
-    if target_rank > lora_r:
-        raise ValueError(f"target_rank ({target_rank}) is larger than lora_r ({lora_r}): lower it, or raise lora_r")
-    for name, value in (("beta1", beta1), ("beta2", beta2)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
-    if prune_by not in PRUNE_BY:
-        raise ValueError(f"prune_by must be one of {', '.join(PRUNE_BY)}, got {prune_by!r}")
-    if importance not in IMPORTANCES:
-        raise ValueError(f"importance must be one of {', '.join(IMPORTANCES)}, got {importance!r}")
-    if total_step is not None:
-        check_schedule(init_warmup, final_warmup, total_step)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from loralib.exact_factors import deviations, svd_layers
-from loralib.layers import LoRALayer, lora_layers
+from loralib.exact_factors import deviations
+from loralib.layers import LoRALayer
+from loralib.model import lora_layers, svd_layers
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,15 @@ def update_statistics(model: nn.Module) -> UpdateStatistics:
 
 @torch.no_grad()
 def delta_norms(model: nn.Module) -> dict[str, float]:
-    """Module name → ‖ΔW‖_F of every low-rank layer; layers of one shape in one batched product."""
+    """Module name → ‖ΔW‖_F of every low-rank layer."""
     layers = lora_layers(model)
-    groups: dict[tuple, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        if layer.r > 0:
-            factors = layer.lora_parameters()
-            groups[(factors[0].device, factors[0].dtype, *(f.shape for f in factors))].append(name)
-    found = dict.fromkeys(layers, 0.0)
-    for names in groups.values():
-        found |= dict(zip(names, _norms([layers[name] for name in names]).tolist(), strict=True))
-    return found
+    squares = {name: _squared_norm(layer) for name, layer in layers.items() if layer.r > 0}
+    if not squares:
+        return dict.fromkeys(layers, 0.0)
+    norms = torch.stack([*squares.values()]).clamp_(min=0).sqrt().tolist()  # one wait for the device
+    return dict.fromkeys(layers, 0.0) | dict(zip(squares, norms, strict=True))
 
 
-def _norms(layers: list[LoRALayer]) -> Tensor:
-    b = torch.stack([layer.lora_B[0].detach() for layer in layers])
-    a = torch.stack([layer.lora_A[0].detach() for layer in layers])
-    core = torch.stack([layer.folded_core().detach() for layer in layers])
-    squares = (core @ (a @ a.mT) @ core.mT * (b.mT @ b)).sum((1, 2))
-    return squares.clamp_(min=0).sqrt()
+def _squared_norm(layer: LoRALayer) -> Tensor:
+    b, core, a = layer.lora_B[0], layer.folded_core(), layer.lora_A[0]
+    return (core @ (a @ a.T) @ core.T * (b.T @ b)).sum()

@@ -16,11 +16,13 @@ pruning the set D changes ΔW by exactly s·√Σ_{i∈D} e_i² in the Frobenius
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from loralib.layers import LoRALayer, lora_layers
+from loralib.layers import LoRALayer
+from loralib.model import svd_layers, trained_svd_layers
 
 # From eigenvalues of the Gram between 0.3 and 1.6, four steps of fifth order reach 1 to float32's precision. One step
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
@@ -29,14 +31,9 @@ _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed thi
 ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
 
 
-def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The low-rank layers that have singular values left, by module name."""
-    return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None and layer.r > 0}
-
-
-def distinct_factors(model: nn.Module) -> list[nn.Parameter]:
-    """The factors of all layers with singular values; what layers share is there once."""
-    return list({id(f): f for layer in svd_layers(model).values() for f in [*layer.lora_B, *layer.lora_A]}.values())
+def distinct_factors(layers: Iterable[LoRALayer]) -> list[nn.Parameter]:
+    """The factors of the layers; what layers share is there once."""
+    return list({id(f): f for layer in layers for f in [*layer.lora_B, *layer.lora_A]}.values())
 
 
 class _Stack:
@@ -100,11 +97,9 @@ class ExactFactors:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = svd_layers(model)
-        if not layers:
-            raise ValueError("exact factors need layers with singular values (AdaLoRA, LoRA²): inject one first")
+        layers = trained_svd_layers(model, "keep orthonormal")
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-        for factor in distinct_factors(model):
+        for factor in distinct_factors(layers.values()):
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
         self._stacks = [_Stack(factors) for factors in groups.values()]
         by_side: dict[tuple, list[_Stack]] = defaultdict(list)
@@ -180,7 +175,7 @@ def deviation(factor: Tensor) -> Tensor:
 
 def deviations(model: nn.Module) -> Tensor:
     """:func:`deviation` of every distinct factor of the layers with singular values, (n,)."""
-    found = [deviation(factor) for factor in distinct_factors(model)]
+    found = [deviation(factor) for factor in distinct_factors(svd_layers(model).values())]
     return torch.stack([each.to(found[0].device) for each in found])
 
 

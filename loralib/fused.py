@@ -151,12 +151,3 @@ def adapted_linear(
     with without_autocast(device):
         out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
     return out.view(*x.shape[:-1], out.shape[-1])
-
-
-@torch.no_grad()
-def add_update_(out: Tensor, x: Tensor, a: Tensor, core: Tensor | None, b: Tensor, scale: float = 1.0) -> Tensor:
-    """out += scale · x Aᵀ Cᵀ Bᵀ, in place and without gradients: shapes as for :func:`adapted_linear`, out (…, out)."""
-    hidden = product(_rows(x, out.dtype), a.to(out.dtype))
-    inner = hidden if core is None else hidden @ core.T.to(out.dtype)
-    add_product_(out.view(-1, out.shape[-1]), inner, b.to(out.dtype), scale)
-    return out

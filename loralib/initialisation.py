@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.layers import LoRALayer, lora_layers
+from loralib.checks import check_choice
+from loralib.layers import LoRALayer
+from loralib.model import injected_layers
 
 STARTS = ("gradient", "activation")
 _OVERSAMPLING = 8
@@ -57,11 +59,8 @@ def initialise(
         ValueError: for another kind, no batch, a model without low-rank layers, one whose ΔW is not 0, or a gradient
             that is not finite; no factor is changed then.
     """
-    if kind not in STARTS:
-        raise ValueError(f"kind must be one of {', '.join(STARTS)}, got {kind!r}")
-    layers = {name: layer for name, layer in lora_layers(model).items() if layer.r > 0}
-    if not layers:
-        raise ValueError("the model has no low-rank layers: call inject() first")
+    check_choice("kind", kind, STARTS)
+    layers = {name: layer for name, layer in injected_layers(model).items() if layer.r > 0}
     for name, layer in layers.items():
         zero = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
         if layer.merged or bool(zero.detach().any()):

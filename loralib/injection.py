@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear, lora_layers
+from loralib.checks import check_choice
+from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
+from loralib.model import lora_layers
 
 KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
-BIASES = ("none", "all", "lora_only")
 
 # The six names of the published scripts. DeBERTa calls its projections query_proj etc.; BERT, RoBERTa, ELECTRA query.
 PUBLISHED_MODULES = {
@@ -122,8 +123,7 @@ def inject(
         ValueError: for an unknown kind, a pattern that matches nothing, a layer that is low-rank already or cannot be
             replaced, or arguments that do not belong to the kind. The model is unchanged then.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kind", kind, KINDS)
     options = {n: value for n, value in (("k", k), ("widths", widths), ("init", init)) if value is not None}
     for option in options:
         if option not in KINDS[kind].arguments:
@@ -201,31 +201,3 @@ def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         owner = owners.setdefault((module_type(name), layer.out_features, layer.in_features), layer)
         layer.lora_B[0], layer.lora_A[0] = owner.lora_B[0], owner.lora_A[0]
-
-
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze everything but the factors of the low-rank layers.
-
-    Args:
-        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
-
-    Raises:
-        ValueError: for another ``bias``, or a model without low-rank layers.
-    """
-    check_bias(bias)
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model has no low-rank layers: call inject() first")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bias == "all" and name.split(".")[-1] == "bias")
-    for layer in layers.values():
-        for parameter in layer.lora_parameters():
-            parameter.requires_grad_(True)
-        if bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
-
-
-def check_bias(bias: str) -> None:
-    """Raises ValueError unless ``bias`` is one of :data:`BIASES`."""
-    if bias not in BIASES:
-        raise ValueError(f"bias must be one of {', '.join(BIASES)}, got {bias!r}")

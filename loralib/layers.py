@@ -21,22 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loralib.frozen import frozen_shape, stored_form
+from loralib.checks import check_choice, check_positive, check_whole_number
+from loralib.frozen import factor_shapes, frozen_shape, stored_form
 from loralib.fused import adapted_linear, autocast_dtype, fold
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
-
-
-def is_positive(value: object) -> bool:
-    """Whether a value is a finite number above 0; a bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _positive_int(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-    return value
 
 
 class LoRALayer(nn.Linear):
@@ -135,14 +125,14 @@ class LoRALayer(nn.Linear):
     def _add_factors(
         self, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str, fan_in_fan_out: bool
     ) -> None:
-        self.r = self.initial_r = _positive_int("r", r)
-        self.widths = tuple(_positive_int("a width (k)", k) for k in widths)
-        if not is_positive(lora_alpha):
-            raise ValueError(f"lora_alpha must be a positive number, got {lora_alpha!r}")
+        self.r = self.initial_r = r
+        self.widths = tuple(widths)
+        for name, size in (("r", r), *(("a width (k)", k) for k in self.widths)):
+            check_whole_number(name, size)
+        check_positive("lora_alpha", lora_alpha)
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+        check_choice("init", init, INITS)
         self.lora_alpha = float(lora_alpha)
         self.scaling = self.lora_alpha / self.r
         self.init = init
@@ -157,9 +147,7 @@ class LoRALayer(nn.Linear):
 
         # Half-precision factors would lose small steps: they are kept in float32 even beside a bfloat16 weight.
         options = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
-        inner = [*self.widths, self.r]
-        b_shapes = zip([self.out_features, *self.widths], inner, strict=True)
-        a_shapes = zip(inner, [self.in_features, *self.widths], strict=True)
+        b_shapes, a_shapes = factor_shapes(self.out_features, self.in_features, self.widths, r)
         self.lora_B = nn.ParameterList(torch.empty(shape, **options) for shape in b_shapes)
         self.lora_E = nn.Parameter(torch.empty(self.r, **options)) if self.has_singular_values else None
         self.lora_A = nn.ParameterList(torch.empty(shape, **options) for shape in a_shapes)
@@ -239,13 +227,9 @@ class LoRALayer(nn.Linear):
         """Write what :meth:`select` gives into those places; the factors' other entries stay as they are.
 
         Raises:
-            ValueError: for indices that do not increase from 0 to r − 1, or tensors of other shapes; nothing is
-                written then.
+            ValueError: for indices that do not increase from 0 to r − 1; nothing is written then.
         """
         index = self._singular_index(kept)
-        expected, found = [t.shape for t in self.select(kept)], [t.shape for t in tensors]
-        if found != expected:
-            raise ValueError(f"the factors need shapes {[*map(tuple, expected)]}, got {[*map(tuple, found)]}")
         for parameter, axis, values in zip(self.lora_parameters(), self.singular_axes(), tensors, strict=True):
             if axis is None:
                 parameter.copy_(values)
@@ -299,13 +283,16 @@ class LoRALayer(nn.Linear):
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
         base._parameters.update(weight=self.weight, bias=self.bias)  # which move to another device here alone
-        frozen = base.forward(x)  # its hooks are this layer's
+        return self.add_update(base.forward(x), x)  # not called: the base's hooks are this layer's
+
+    def add_update(self, out: Tensor, x: Tensor) -> Tensor:
+        """out + x ΔWᵀ, (…, out), in the dtype of ``out``: a frozen product that is not this layer's own."""
         if self.r == 0:
-            return frozen
+            return out
         core, scale = self.core_and_scale()
-        hidden = F.linear(self.lora_dropout(x).to(frozen.dtype), self.lora_A[0].to(frozen.dtype))
-        inner = hidden if core is None else F.linear(hidden, core.to(frozen.dtype))
-        return frozen.add(F.linear(inner, self.lora_B[0].to(frozen.dtype)), alpha=scale)
+        hidden = F.linear(self.lora_dropout(x).to(out.dtype), self.lora_A[0].to(out.dtype))
+        inner = hidden if core is None else F.linear(hidden, core.to(out.dtype))
+        return out.add(F.linear(inner, self.lora_B[0].to(out.dtype)), alpha=scale)
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""
@@ -406,15 +393,3 @@ class LoRA2Linear(MultiScaleLinear):
 
     kind = "lora2"
     arguments: ClassVar[dict[str, Any]] = {"k": 8, "init": INITS[0]}
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """All low-rank layers of a model by module name, found by type."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
-
-
-def trained_svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The low-rank layers whose singular values train. A frozen adapter is neither pruned nor regularised."""
-    return {
-        n: layer for n, layer in lora_layers(model).items() if layer.lora_E is not None and layer.lora_E.requires_grad
-    }

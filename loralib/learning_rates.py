@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from loralib.exact_factors import factors_are_orthonormal, svd_layers
-from loralib.layers import LoRALayer, is_positive, lora_layers
+from loralib.checks import check_positive
+from loralib.exact_factors import factors_are_orthonormal
+from loralib.layers import LoRALayer
+from loralib.model import lora_layers, svd_layers
 
 
 def parameter_groups(
@@ -33,7 +35,7 @@ def parameter_groups(
             orthonormal, and a model in which nothing trains.
     """
     for name, value in (("lr", lr), ("b_lr_ratio", b_lr_ratio), ("head_lr", lr if head_lr is None else head_lr)):
-        _check_positive(name, value)
+        check_positive(name, value)
     layers = [layer for layer in lora_layers(model).values() if layer.r > 0]
     ratios: dict[int, float] = {}
     if value_lr_ratio != 1:
@@ -55,17 +57,12 @@ def parameter_groups(
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not is_positive(value):
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-
-
 def _value_ratios(model: nn.Module, ratio: float | str) -> dict[int, float]:
     layers = svd_layers(model)
     if not layers:
         raise ValueError("value_lr_ratio is for layers with singular values (AdaLoRA, LoRA²), which this model lacks")
     if ratio != "auto":
-        _check_positive("value_lr_ratio", ratio)
+        check_positive("value_lr_ratio", ratio)
         return {id(layer.lora_E): float(ratio) for layer in layers.values()}
     if not factors_are_orthonormal(model):
         raise ValueError("value_lr_ratio 'auto' needs orthonormal factors: inject with init='orthogonal'")

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loralib.adapter import build_layers, keep_flags
+from loralib.adapter import build_layers
 from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import AdapterConfig, read_adapter
-from loralib.fused import add_update_
-from loralib.layers import LoRALayer, lora_layers
+from loralib.layers import LoRALayer
+from loralib.model import keep_flags, lora_layers
 
 PADDING = float("-inf")
 
@@ -226,11 +226,10 @@ class MultiAdapter:
                 output = functional_call(module, head, args, kwargs)
             finally:
                 self._replaying.discard(name)
-        if layer is None or layer.r == 0:
+        if layer is None:
             return output
-        core, scale = layer.core_and_scale()
         source = args[0] if args else next(iter(kwargs.values()))
-        return add_update_(output, source, layer.lora_A[0], core, layer.lora_B[0], scale)
+        return layer.add_update(output, source)
 
     def _for_each(self, rows: list[str | None], call: Callable[[str | None, list[int]], Any]) -> Any:
         """``call`` with each adapter and the numbers of its rows; the results in the rows' order."""

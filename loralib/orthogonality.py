@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.layers import trained_svd_layers
+from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
 
@@ -158,9 +158,7 @@ class OrthogonalityRegulariser:
 
     def __init__(self, model: nn.Module, terms: str = "all", squared: bool = False) -> None:
         chosen = parse_terms(terms)
-        layers = list(trained_svd_layers(model).values())
-        if not layers:
-            raise ValueError("no layer with singular values (AdaLoRA, LoRA²) to regularise: inject one first")
+        layers = list(trained_svd_layers(model, "regularise").values())
         self.squared = squared
         groups: dict[tuple, list] = defaultdict(list)
         for layer in layers:

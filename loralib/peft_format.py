@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ from loralib.adapter_files import (
     read_json_object,
     read_tensors,
 )
+from loralib.checks import check_positive, check_whole_number
 from loralib.files import FolderWriter
-from loralib.layers import GAUSSIAN_STD, is_positive
+from loralib.layers import GAUSSIAN_STD
 
 PREFIX = "base_model.model."
 TASK_TYPES = {
@@ -97,13 +99,12 @@ def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: d
     if "1" not in group.rank_pattern[name]:
         return torch.zeros(0, 0), torch.zeros(0, 0)
     scaling = group.lora_alpha / group.r
-    left, right = stored("lora_B.0"), stored("lora_A.0")
+    scales = range(len(group.widths) + 1)
+    left = reduce(torch.matmul, [stored(f"lora_B.{i}") for i in scales])
+    right = reduce(torch.matmul, [stored(f"lora_A.{i}") for i in reversed(scales)])
     if group.kind == "lora":
         return (left * scaling).float(), right.float()
-    core = torch.diag(stored("lora_E") * scaling)
-    for i in range(len(group.widths), 0, -1):
-        core = stored(f"lora_B.{i}") @ core @ stored(f"lora_A.{i}")
-    u, sigma, vt = decompose(left, core, right)
+    u, sigma, vt = decompose(left, torch.diag(stored("lora_E") * scaling), right)
     root = sigma.sqrt()
     return (u * root).float(), (root[:, None] * vt).float()
 
@@ -249,30 +250,16 @@ def _modules_to_save(head: list[str], task_type: str | None) -> list[str]:
 # ---- read a peft adapter --------------------------------------------------------------------------------------------
 
 
-def import_peft(model: nn.Module, folder: str | os.PathLike[str], kind: str = "lora", **options: Any) -> None:
-    """Put a LoRA adapter of peft on the plain base ``model`` as layers of ours, in place.
-
-    Args:
-        kind, options: see :func:`read_peft`.
-
-    Raises:
-        ValueError: as :func:`read_peft`, or for a base that the adapter does not fit; the model is unchanged then.
-    """
-    groups, tensors, head = read_peft(folder, kind, **options)
-    config = AdapterConfig(kind, groups, {}, head, "", {}, None, None, "", {}, "", "")
-    check_adapter(model, config, tensors, allow_other_base=True)
-    install_adapter(model, config, tensors)
-
-
-def read_peft(
+def import_peft(
+    model: nn.Module,
     folder: str | os.PathLike[str],
     kind: str = "lora",
     r: int = 8,
     widths: Sequence[int] = (),
     lora_alpha: float = 16.0,
     seed: int = 0,
-) -> tuple[list[LayerGroup], dict[str, Tensor], list[str]]:
-    """Groups, tensors and names of head parameters of a LoRA adapter of peft.
+) -> None:
+    """Put a LoRA adapter of peft on the plain base ``model`` as layers of ours, in place.
 
     Args:
         kind: ``"lora"`` keeps the pairs unchanged. The other kinds start from the truncated singular value
@@ -281,7 +268,8 @@ def read_peft(
         seed: of the factors that are drawn at random.
 
     Raises:
-        ValueError: for a damaged adapter, or one that is more than LoRA (DoRA, biases, embeddings, convolutions).
+        ValueError: for a damaged adapter, one that is more than LoRA (DoRA, biases, embeddings, convolutions), or a
+            base that it does not fit; the model is unchanged then.
     """
     scales = {"adalora": (0,), "lora2": (1,)}.get(kind, range(100))
     if kind != "lora" and len(widths) not in scales:
@@ -304,7 +292,10 @@ def read_peft(
         # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.
         group = groups.setdefault(str(key), LayerGroup(*key, 0.0, "gaussian", False, {}))
         group.rank_pattern[name] = "1" * key[1]
-    return list(groups.values()), {**tensors, **head}, list(head)
+    config = AdapterConfig(kind, list(groups.values()), {}, list(head), "", {}, None, None, "", {}, "", "")
+    tensors |= head
+    check_adapter(model, config, tensors, allow_other_base=True)
+    install_adapter(model, config, tensors)
 
 
 def is_peft(folder: str | os.PathLike[str]) -> bool:
@@ -328,7 +319,7 @@ def read_pairs(
         Its configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
 
     Raises:
-        ValueError: see :func:`read_peft`.
+        ValueError: see :func:`import_peft`.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
@@ -373,8 +364,8 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
 def _adalora_scaling(values: dict[str, Any]) -> float:
     alpha: Any = values.get("lora_alpha")
     rank: Any = values.get("init_r")
-    if not is_positive(alpha) or type(rank) is not int or rank < 1:
-        raise ValueError(f"lora_alpha and init_r must be positive numbers, got {alpha!r:.80} and {rank!r:.80}")
+    check_positive("lora_alpha", alpha)
+    check_whole_number("init_r", rank)
     return alpha / (rank + 1e-5)
 
 
@@ -386,8 +377,7 @@ def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
         alpha: Any = next(matches, values.get("lora_alpha"))
     except (AttributeError, TypeError, re.error) as error:
         raise ValueError(f"alpha_pattern does not map patterns to numbers ({error})") from None
-    if not is_positive(alpha):
-        raise ValueError(f"lora_alpha of {name} must be a positive number, got {alpha!r:.80}")
+    check_positive(f"lora_alpha of {name}", alpha)
     return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
@@ -99,12 +98,6 @@ class LoRA2Adapter(LoRA2Linear):
     def bias(self) -> nn.Parameter | None:
         return self._base[0].bias
 
-    def update(self, x: Tensor) -> Tensor:
-        """x (…, in) → x ΔWᵀ (…, out), where the base layer's own product is not ours to compute."""
-        a, b = self.lora_A[0], self.lora_B[0]
-        hidden = F.linear(self.lora_dropout(x.to(a.dtype)), a)
-        return F.linear(F.linear(hidden, self.folded_core()), b)
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         destination = nn.Module.state_dict(self, *args, **kwargs)
         self._rename(destination, kwargs.get("prefix", ""), ".", "_")
@@ -172,8 +165,7 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         else:
             out = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            if adapter.r:
-                out = out + adapter.update(x).to(out.dtype)
+            out = adapter.add_update(out, x)
         return out
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.layers import LoRALayer, lora_layers
+from loralib.checks import check_choice, check_positive
+from loralib.layers import LoRALayer
+from loralib.model import injected_layers
 
 PRECONDITIONERS = ("balanced", "balanced_scalar", "riemannian")
 
@@ -37,13 +39,9 @@ class Preconditioner:
     """
 
     def __init__(self, model: nn.Module, kind: str, damping: float = 1e-6) -> None:
-        if kind not in PRECONDITIONERS:
-            raise ValueError(f"kind must be one of {', '.join(PRECONDITIONERS)}, got {kind!r}")
-        if not damping > 0:
-            raise ValueError(f"damping must be positive, got {damping!r}")
-        layers = [layer for layer in lora_layers(model).values() if layer.r > 0]
-        if not layers:
-            raise ValueError("the model has no low-rank layers: call inject() first")
+        check_choice("kind", kind, PRECONDITIONERS)
+        check_positive("damping", damping)
+        layers = [layer for layer in injected_layers(model).values() if layer.r > 0]
         if kind != "riemannian" and any(layer.lora_E is not None and not layer.widths for layer in layers):
             raise ValueError(
                 f"{kind!r} balances neighbouring factors, and e lies between AdaLoRA's two: use 'riemannian'"
@@ -93,15 +91,21 @@ class _Link:
 
     def multiply(self, left: Tensor | None, right: Tensor | None) -> None:
         """g ← left g right, for the distinct factors."""
-        used = [i for i, f in enumerate(self.unique) if f.grad is not None]
-        if not used:
-            return
-        if len(used) < len(self.unique):  # an index made from a list is copied to the device
-            left, right = (side if side is None else side[used] for side in (left, right))
-        gradient = torch.stack([self.unique[i].grad for i in used])
+        gradient = _gradients(self.unique)
         gradient = gradient if left is None else left @ gradient
-        gradient = gradient if right is None else gradient @ right
-        torch._foreach_copy_([self.unique[i].grad for i in used], list(gradient.unbind()))
+        _write_gradients(self.unique, gradient if right is None else gradient @ right)
+
+
+def _gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """Stacked, 0 for a parameter without one."""
+    return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+
+
+def _write_gradients(parameters: list[nn.Parameter], values: Tensor) -> None:
+    """Back from :func:`_gradients`; a parameter without a gradient keeps none."""
+    pairs = [(p.grad, value) for p, value in zip(parameters, values.unbind(), strict=True) if p.grad is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 class _Chain:
@@ -147,12 +151,9 @@ class _Chain:
         for link, left, right in zip(self.links, lefts, rights, strict=True):
             sides = [None if g is None else _inverse(self._damped(link.mean(g))) for g in (left, right)]
             link.multiply(*sides)
-        used = [i for i, e in enumerate(self.values) if e.grad is not None]
-        if used:
-            gradients = [self.values[i].grad for i in used]
-            both = both if len(used) == len(self.values) else both[used]
-            solved = torch.linalg.solve_ex(self._damped(both), torch.stack(gradients)).result
-            torch._foreach_copy_(gradients, list(solved.unbind()))
+        if self.values:
+            solved = torch.linalg.solve_ex(self._damped(both), _gradients(self.values)).result
+            _write_gradients(self.values, solved)
 
     def balance(self, scalar: bool) -> None:
         sides: list[list[Tensor | None]] = [[None, None] for _ in self.links]

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from loralib.adapter import head_tensors
 from loralib.adapter_checks import keep_fingerprint
 from loralib.frozen import stored_form
+from loralib.model import head_tensors
 
 
 def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from loralib.allocator import RankAllocator
+from loralib.checks import check_choice
 from loralib.exact_factors import ExactFactors
-from loralib.layers import trained_svd_layers
+from loralib.model import trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
 from loralib.preconditioner import Preconditioner
 
@@ -81,8 +82,7 @@ class LowRankTraining:
         self.model, self.step = model, 0
         self.total_steps: int | None = None
         self.allocator: RankAllocator | None = None
-        if orthogonality not in ORTHOGONALITIES:
-            raise ValueError(f"orthogonality must be one of {', '.join(ORTHOGONALITIES)}, got {orthogonality!r}")
+        check_choice("orthogonality", orthogonality, ORTHOGONALITIES)
         if orthogonality == "retraction" and precondition != "none":
             raise ValueError("a precondition has no meaning with retraction: orthonormal factors are balanced")
         self.orthogonality = orthogonality
@@ -104,10 +104,10 @@ class LowRankTraining:
         """
         if self._target_rank is not None:
             init, final = self._warmups
-            ranks = [layer.r for layer in trained_svd_layers(self.model).values()]
+            first, *_ = trained_svd_layers(self.model, "prune").values()
             self.allocator = RankAllocator(
                 self.model,
-                lora_r=ranks[0] if ranks else 1,
+                lora_r=first.r,
                 target_rank=self._target_rank,
                 init_warmup=total_steps // 10 if init is None else init,
                 final_warmup=total_steps // 2 if final is None else final,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 import loralib
-from loralib.allocator import check_allocator_arguments, check_schedule
+from loralib.allocator import AllocatorSettings, check_schedule
 from loralib.initialisation import STARTS
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.orthogonality import parse_terms
@@ -171,9 +171,9 @@ def _check_ranks(args: Any, given: set[str]) -> None:
         args.target_rank = max(1, args.lora_r // 2)
     try:
         parse_terms(args.orth_terms)
-        check_allocator_arguments(
+        AllocatorSettings(
             args.lora_r, args.target_rank, args.init_warmup or 0, args.final_warmup or 0,
-            args.mask_interval, args.beta1, args.beta2, args.importance,
+            args.mask_interval, args.beta1, args.beta2, importance=args.importance,
             min_rank_per_module=args.min_rank_per_module, prune_by=args.prune_by,
         )  # fmt: skip
     except ValueError as error:

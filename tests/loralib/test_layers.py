@@ -216,5 +216,3 @@ def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places
     for wrong in ([3, 1], [1, 1], [4], [-1]):
         with pytest.raises(ValueError, match="increase"):
             layer.select(wrong)
-    with pytest.raises(ValueError, match="shapes"):
-        layer.scatter([1], selected)

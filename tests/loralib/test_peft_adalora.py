@@ -217,7 +217,7 @@ def test_conv1d_and_an_adapter_that_was_never_pruned_convert(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"init_r": 0}, "init_r must be positive"), ({"peft_type": "LORA"}, "cannot be imported"),
+    ({"init_r": 0}, "init_r must be a whole number"), ({"peft_type": "LORA"}, "cannot be imported"),
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"),
 ])  # fmt: skip
 def test_a_damaged_adapter_is_one_line(tmp_path, capsys, change, message):

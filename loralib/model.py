@@ -1,0 +1,114 @@
+"""What of a model is low-rank, and what of it trains: found by type and by parameter, never by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from loralib.checks import check_choice
+from loralib.layers import LoRALayer
+
+BIASES = ("none", "all", "lora_only")
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """All low-rank layers of a model by module name, found by type."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def injected_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """:func:`lora_layers` of a model that must have some.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no low-rank layers: call inject() first")
+    return layers
+
+
+def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The low-rank layers that have singular values left, by module name."""
+    return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
+
+
+def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
+    """The low-rank layers whose singular values train. A frozen adapter is neither pruned nor regularised.
+
+    Raises:
+        ValueError: where there is none, with the ``purpose`` that it was wanted for.
+    """
+    found = {name: layer for name, layer in svd_layers(model).items() if layer.lora_E.requires_grad}
+    if not found:
+        raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) to {purpose}: inject one first")
+    return found
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze everything but the factors of the low-rank layers.
+
+    Args:
+        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
+
+    Raises:
+        ValueError: for another ``bias``, or a model without low-rank layers.
+    """
+    check_choice("bias", bias, BIASES)
+    layers = injected_layers(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bias == "all" and name.split(".")[-1] == "bias")
+    for layer in layers.values():
+        for parameter in layer.lora_parameters():
+            parameter.requires_grad_(True)
+        if bias == "lora_only" and layer.bias is not None:
+            layer.bias.requires_grad_(True)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
+
+    ``model.load_state_dict(state, strict=False)`` loads it into a model with the same layers.
+
+    Args:
+        bias: biases to add: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
+
+    Raises:
+        ValueError: for another ``bias``.
+    """
+    check_choice("bias", bias, BIASES)
+    layers = lora_layers(model)
+    wanted = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
+    if bias == "lora_only":
+        wanted |= {id(layer.bias) for layer in layers.values() if layer.bias is not None}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()  # gives a shared parameter once
+        if id(parameter) in wanted or (bias == "all" and name.split(".")[-1] == "bias")
+    }
+
+
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name."""
+    factors = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.lora_parameters()}
+    found: dict[str, Tensor] = {}
+    owners = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in factors:
+            found[name] = parameter
+            owners.add(name.rpartition(".")[0])
+    state = model.state_dict(keep_vars=True)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found |= {n: t for n, t in state.items() if n not in parameters and n.rpartition(".")[0] in owners}
+    return found
+
+
+@contextmanager
+def keep_flags(model: nn.Module) -> Iterator[None]:
+    """Restore every ``requires_grad`` of the model at the end of the block."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    yield
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
