@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,19 +21,12 @@ from loralib.model import keep_flags, lora_layers
 PADDING = float("-inf")
 
 
-class _NotPerRow(Exception):
-    """A module's inputs do not have the batch in their first dimension, so that they cannot be split by rows."""
+@dataclass
+class _Part:
+    """What an adapter changes in one module: the layer over the base's weight, and the head's tensors by name."""
 
-
-class _Ambiguous(_NotPerRow):
-    """Another dimension has as many entries as the batch has rows, so that the first one may not be the batch."""
-
-
-class _Adapter:
-    """The layers over the base's weights, and the head's tensors by the name of the module that owns them."""
-
-    def __init__(self, layers: dict[str, LoRALayer], head: dict[str, dict[str, Tensor]]) -> None:
-        self.layers, self.head = layers, head
+    layer: LoRALayer | None = None
+    head: dict[str, Tensor] = field(default_factory=dict)
 
 
 class MultiAdapter:
@@ -62,12 +55,10 @@ class MultiAdapter:
         if lora_layers(model):
             raise ValueError("the model has low-rank layers already: give MultiAdapter the plain base")
         self.model = model
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, dict[str, _Part]] = {}  # adapter → module name → what it changes there
         self._hooks: dict[str, Any] = {}
-        self._rows: str | list[str | None] | None = None  # one for all rows, or one for each
+        self._active: str | None = None
         self._replaying: set[str] = set()
-        self._seen: set[str] = set()
-        self._one_pass = True
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +68,7 @@ class MultiAdapter:
     @property
     def active(self) -> str | None:
         """The adapter that plain calls of the model use."""
-        return self._rows if isinstance(self._rows, str) else None
+        return self._active
 
     def load(self, name: str, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
@@ -90,19 +81,17 @@ class MultiAdapter:
         config, tensors = read_adapter(folder)
         check_adapter(self.model, config, tensors, allow_other_base, any_head_shape=True)
         with keep_flags(self.model):
-            built = build_layers(self.model, config, tensors)
-            layers = {n: layer.eval().requires_grad_(False) for n, layer in built.items()}
+            layers = build_layers(self.model, config, tensors)
+            parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}
         state = self.model.state_dict(keep_vars=True)
-        head: dict[str, dict[str, Tensor]] = {}
         for tensor_name in config.head:
             owner, _, own_name = tensor_name.rpartition(".")
-            head.setdefault(owner, {})[own_name] = tensors[tensor_name].to(state[tensor_name])
-        self._adapters[name] = _Adapter(layers, head)
-        for module_name in [*head, *layers]:
-            if module_name not in self._hooks:
-                module = self.model.get_submodule(module_name)
-                hook = partial(self._after_forward, module_name)
-                self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True)
+            parts.setdefault(owner, _Part()).head[own_name] = tensors[tensor_name].to(state[tensor_name])
+        self._adapters[name] = parts
+        for module_name in parts.keys() - self._hooks.keys():
+            module = self.model.get_submodule(module_name)
+            hook = partial(self._after_forward, module_name)
+            self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True)
         return config
 
     def remove(self, name: str) -> None:
@@ -112,8 +101,8 @@ class MultiAdapter:
             ValueError: for a name that is not loaded.
         """
         self._known(name)
-        if self._rows == name:
-            self._rows = None
+        if self._active == name:
+            self._active = None
         del self._adapters[name]
 
     def activate(self, name: str | None) -> None:
@@ -123,7 +112,7 @@ class MultiAdapter:
             ValueError: for a name that is not loaded.
         """
         self._known(name)
-        self._rows = name
+        self._active = name
 
     def close(self) -> None:
         """Take all hooks off the model and forget the adapters."""
@@ -131,16 +120,13 @@ class MultiAdapter:
             hook.remove()
         self._hooks.clear()
         self._adapters.clear()
-        self._rows = None
+        self._active = None
 
     @torch.no_grad()
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
         """Call the model on a batch whose rows each have their own adapter.
 
-        The base computes the batch once, and every adapter adds its update to its rows. Otherwise the model is called
-        once for each adapter on its rows, with the same result: if a module computes something that all rows share
-        (DeBERTa projects its relative positions with the weights of query and key), if the model's layers do not have
-        the batch first (XLNet), or if another dimension is as large as the batch, so that the two cannot be told apart.
+        The model is called once for each adapter, on the rows that have it.
 
         Args:
             adapters: for each row the name of an adapter, or None for the bare base.
@@ -155,24 +141,24 @@ class MultiAdapter:
         """
         for name in adapters:
             self._known(name)
-        rows = list(adapters)
-        inputs = [*args, *kwargs.values()]
-        if not any(_has_rows(value, len(rows)) for value in inputs):
-            raise ValueError(f"{len(rows)} adapters named, but no input has {len(rows)} rows: name one for each row")
-        if self._one_pass and len(set(rows)) > 1 and not _is_ambiguous(inputs, len(rows)):
-            try:
-                self._seen.clear()
-                with self._using(rows):
-                    return self.model(*args, **kwargs)
-            except _Ambiguous:
-                pass  # another batch may have other sizes
-            except _NotPerRow:
-                self._one_pass = False
-
-        def of_adapter(_: str | None, chosen: list[int]) -> Any:
-            return self.model(*_select(args, chosen, len(rows)), **_select(kwargs, chosen, len(rows)))
-
-        return self._for_each(rows, of_adapter)
+        batch = [value for value in (*args, *kwargs.values()) if _has_rows(value, len(adapters))]
+        if not batch:
+            raise ValueError(
+                f"{len(adapters)} adapters named, but no input has {len(adapters)} rows: name one for each row"
+            )
+        rows: dict[str | None, list[int]] = {}
+        for i, name in enumerate(adapters):
+            rows.setdefault(name, []).append(i)
+        before, parts = self._active, []
+        try:
+            for self._active, places in rows.items():
+                index = torch.tensor(places, device=batch[0].device)
+                own_args, own_kwargs = (_select(value, index, len(adapters)) for value in (args, kwargs))
+                parts.append(self.model(*own_args, **own_kwargs))
+        finally:
+            self._active = before
+        order = torch.tensor([i for places in rows.values() for i in places], device=batch[0].device).argsort()
+        return _join(parts, [len(places) for places in rows.values()], order)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -180,74 +166,28 @@ class MultiAdapter:
         if name is not None and name not in self._adapters:
             raise ValueError(f"no adapter {name!r} is loaded; there are: {', '.join(self._adapters) or 'none'}")
 
-    @contextmanager
-    def _using(self, rows: str | list[str | None] | None):
-        before, self._rows = self._rows, rows
-        try:
-            yield
-        finally:
-            self._rows = before
-
     def _after_forward(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The hook of one module: its output under the adapters of the rows; None leaves it as it is."""
-        rows = self._rows
-        if rows is None or name in self._replaying:
+        """The hook of one module. Under an adapter that changes it, its output is computed anew with the head's
+        tensors, and the update added; None leaves it as it is."""
+        part = self._adapters[self._active].get(name) if self._active is not None else None
+        if part is None or name in self._replaying:
             return None
-        if isinstance(rows, str):
-            return self._replay(rows, name, module, args, kwargs, output)
-        count = len(rows)
-        if not any(
-            name in self._adapters[row].head or name in self._adapters[row].layers for row in {*rows} if row is not None
-        ):
-            return None
-        inputs = [*args, *kwargs.values()]
-        # Called twice, a module may be given the batch once and something shared the other time.
-        if name in self._seen or not any(_has_rows(value, count) for value in inputs):
-            raise _NotPerRow
-        if _is_ambiguous(inputs, count):
-            raise _Ambiguous
-        self._seen.add(name)
-
-        def of_adapter(adapter: str | None, chosen: list[int]) -> Any:
-            part = _select(output, chosen, count)
-            if adapter is None:
-                return part
-            inputs = _select(args, chosen, count), _select(kwargs, chosen, count)
-            return self._replay(adapter, name, module, *inputs, part)
-
-        return self._for_each(rows, of_adapter)
-
-    def _replay(self, adapter: str, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The module's output under one adapter: computed anew with its head's tensors, and its update added."""
-        head, layer = self._adapters[adapter].head.get(name), self._adapters[adapter].layers.get(name)
-        if head is not None:
+        if part.head:
             self._replaying.add(name)
             try:
-                output = functional_call(module, head, args, kwargs)
+                output = functional_call(module, part.head, args, kwargs)
             finally:
                 self._replaying.discard(name)
-        if layer is None:
+        if part.layer is None:
             return output
         source = args[0] if args else next(iter(kwargs.values()))
-        return layer.add_update(output, source)
-
-    def _for_each(self, rows: list[str | None], call: Callable[[str | None, list[int]], Any]) -> Any:
-        """``call`` with each adapter and the numbers of its rows; the results in the rows' order."""
-        indices: dict[str | None, list[int]] = {}
-        for i, name in enumerate(rows):
-            indices.setdefault(name, []).append(i)
-        parts = []
-        for name, chosen in indices.items():
-            with self._using(name):
-                parts.append(call(name, chosen))
-        order = torch.tensor([i for chosen in indices.values() for i in chosen]).argsort()
-        return _join(parts, [len(chosen) for chosen in indices.values()], order)
+        return part.layer.add_update(output, source)
 
 
-def _select(value: Any, chosen: list[int], count: int) -> Any:
+def _select(value: Any, chosen: Tensor, count: int) -> Any:
     """The chosen rows of every tensor inside ``value`` that has ``count`` rows."""
     if isinstance(value, Tensor):
-        return value[chosen] if _has_rows(value, count) else value
+        return value.index_select(0, chosen.to(value.device)) if _has_rows(value, count) else value
     if isinstance(value, Mapping):
         return {key: _select(item, chosen, count) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -257,11 +197,6 @@ def _select(value: Any, chosen: list[int], count: int) -> Any:
 
 def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
-
-
-def _is_ambiguous(inputs: Sequence[Any], count: int) -> bool:
-    """Whether a tensor has ``count`` rows and another dimension of that size, as (length, batch, features) may."""
-    return any(_has_rows(value, count) and count in value.shape[1:] for value in inputs)
 
 
 def _join(parts: list[Any], counts: list[int], order: Tensor) -> Any:
