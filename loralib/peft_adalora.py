@@ -18,6 +18,7 @@ from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from loralib.allocator import check_schedule, most_important
 from loralib.training import STATE_FILE
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
@@ -35,9 +36,7 @@ class SortingAllocator(RankAllocator):
         """Zero all but the ``budget`` most important singular values; parameter name of E -> which are kept."""
         ending = f"lora_E.{self.adapter_name}"
         values = {name: p for name, p in model.named_parameters() if name.endswith(ending)}
-        order = torch.cat([self._importance(name) for name in values]).sort(stable=True).indices
-        kept = torch.ones_like(order, dtype=torch.bool)
-        kept[order[: max(self.init_bgt - budget, 0)]] = False
+        kept, _ = most_important(torch.cat([self._importance(name) for name in values]), budget)
         masks = dict(zip(values, kept.split([len(p) for p in values.values()]), strict=True))
         for name, mask in masks.items():
             values[name].masked_fill_(~mask[:, None], 0.0)
@@ -78,9 +77,9 @@ class AdaLoraTraining:
         """Begin a training of that many optimiser steps.
 
         Raises:
-            ValueError: as :func:`check_schedule`.
+            ValueError: unless tinit + tfinal < total_steps.
         """
-        check_schedule(self.config.tinit, self.config.tfinal, total_steps)
+        check_schedule(self.config.tinit, self.config.tfinal, total_steps, ("tinit", "tfinal"))
         self.config.total_step = self.total_steps = total_steps
         self.step = 0
 
@@ -125,8 +124,8 @@ class AdaLoraTraining:
 
     @torch.no_grad()
     def shrink(self, optimizer: Any = None) -> dict[str, int]:
-        """Drop the pruned singular values from the factors. The outputs and what is saved stay the same; a layer may
-        have none left. The factors are new parameters, which take the old ones' places in ``optimizer``.
+        """Drop the pruned singular values from the factors and from their state in ``optimizer``, in place, and the
+        gradients with them. The outputs and what is saved stay the same; a layer may have none left.
 
         Returns:
             Module name -> rank.
@@ -137,29 +136,24 @@ class AdaLoraTraining:
         """
         if not self.ranks_are_final:
             raise RuntimeError(f"the ranks are final after step {self.total_steps - self.config.tfinal}: shrink then")
-        ranks, replaced = {}, []
+        ranks, shrunk = {}, []
         for name, layer in self.layers.items():
             pattern = self.config.rank_pattern
             flags = pattern.get(f"{name}.lora_E.{self.adapter}", pattern.get(f"{name}.lora_E"))  # saving renames it
             kept = torch.tensor(flags, device=layer.lora_E[self.adapter].device).nonzero().flatten()
             ranks[name] = len(kept)
-            replaced += [(factors, axis, kept) for factors, axis in self._factors(layer)]
-        old = [factors[self.adapter] for factors, _, _ in replaced]
-        states = [{} if optimizer is None else optimizer.state.get(parameter, {}) for parameter in old]
-        for parameter, state in zip(old, states, strict=True):
-            if any(torch.is_tensor(t) and t.dim() and t.shape != parameter.shape for t in state.values()):
-                raise ValueError("the optimiser's state has other shapes than its parameters: shrink after training")
-        new = {}
-        for (factors, axis, kept), parameter, state in zip(replaced, old, states, strict=True):
-            factors[self.adapter] = nn.Parameter(parameter.index_select(axis, kept), parameter.requires_grad)
-            new[parameter] = factors[self.adapter]
-            if state:
-                optimizer.state[factors[self.adapter]] = {
-                    key: t.index_select(axis, kept) if torch.is_tensor(t) and t.dim() else t for key, t in state.items()
-                }
-                del optimizer.state[parameter]
-        for group in [] if optimizer is None else optimizer.param_groups:
-            group["params"] = [new.get(parameter, parameter) for parameter in group["params"]]
+            for factors, axis in self._factors(layer):
+                factor = factors[self.adapter]
+                state = {} if optimizer is None else optimizer.state.get(factor, {})
+                tensors = {key: t for key, t in state.items() if torch.is_tensor(t) and t.dim()}
+                if any(t.shape != factor.shape for t in tensors.values()):
+                    raise ValueError(
+                        "the optimiser's state has other shapes than its parameters: shrink after training"
+                    )
+                shrunk.append((factor, axis, kept, state, tensors))
+        for factor, axis, kept, state, tensors in shrunk:
+            state.update({key: t.index_select(axis, kept) for key, t in tensors.items()})
+            factor.grad, factor.data = None, factor.data.index_select(axis, kept)
         for name, layer in self.layers.items():
             layer.r[self.adapter] = ranks[name]
         self.shrunk = True
@@ -185,14 +179,6 @@ class AdaLoraTraining:
         for key in _SCORES:
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
         self.config.rank_pattern, self.step = state["rank_pattern"], state["step"]
-
-
-def check_schedule(tinit: int, tfinal: int, total_steps: int) -> None:
-    """Raises ValueError unless tinit + tfinal < total_steps."""
-    if tinit + tfinal >= total_steps:
-        raise ValueError(
-            f"tinit + tfinal = {tinit + tfinal} leaves no step of {total_steps} to allocate in: lower them"
-        )
 
 
 class AdaLoraCallback(TrainerCallback):

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from loralib import match_modules
+from loralib.allocator import check_schedule
 from nlu import PEFT_FOLDER, peft_file
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import LORA_MODULE, module_patterns
@@ -78,12 +79,10 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
 
 
 def _schedule(source: str | Path, values: dict[str, Any], total_steps: int) -> None:
-    from loralib.peft_adalora import check_schedule
-
     warmups = values.get("tinit", 0), values.get("tfinal", 0)
     values["total_step"] = total_steps or sum(warmups) + 1
     try:
-        check_schedule(*warmups, values["total_step"])
+        check_schedule(*warmups, values["total_step"], ("tinit", "tfinal"))
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from None
 

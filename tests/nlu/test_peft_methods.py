@@ -73,7 +73,7 @@ def test_pefts_adalora_resumes(tmp_path):
     ("{", "cannot be read"), ("[]", "no peft config"), ('{"r": 8}', "no peft config"),
     ('{"peft_type": "NOSUCH"}', "no peft config"), ('{"peft_type": "LORA", "rank": 8}', "unexpected keyword"),
     ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}', "changes the input"),
-    ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 10 leaves no step of 10"),
+    ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 5 + 5 = 10 leaves no step"),
     ('{"peft_type": "LORA", "target_modules": ["nosuch"]}', "nosuch"),
 ])  # fmt: skip
 def test_a_bad_peft_config_is_one_line(content, message, tmp_path, base_flags, capsys):
