@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import loralib
 
@@ -62,15 +63,8 @@ def assert_unchanged(model, before):
 
 def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):
     """``count`` linear layers with random factors of rank ``r``."""
-    torch.manual_seed(seed)
-    model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 5)}) for _ in range(count))})
-    loralib.inject(model, "multiscale", ["q"], r=r, widths=widths, share_outer=share_outer)
-    loralib.mark_only_lora_as_trainable(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_()
-    return model
+    options = {"r": r, "widths": widths, "share_outer": share_outer}
+    return blocks("multiscale", count, (6, 5), std=1.0, seed=seed, **options)
 
 
 def random_step(model, generator, skip=()):
@@ -81,3 +75,33 @@ def random_step(model, generator, skip=()):
             p.grad = None if any(s in name for s in skip) else gradient
             with torch.no_grad():
                 p.sub_(0.05 * gradient)
+
+
+def gpt2(layers=1):
+    """A tiny decoder, whose linear layers are ``Conv1D`` and whose output layer is tied to its embedding."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 16}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def blocks(kind, count=3, features=(9, 7), std=None, seed=0, dtype=None, **options):
+    """``count`` linear layers "layer.N.q" of one shape with factors, drawn anew with ``std`` where it is given."""
+    torch.manual_seed(seed)
+    layers = (nn.ModuleDict({"q": nn.Linear(*features, dtype=dtype)}) for _ in range(count))
+    model = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+    loralib.inject(model, kind, ["q"], **options)
+    loralib.mark_only_lora_as_trainable(model)
+    return model if std is None else randomise(model, std)
+
+
+def randomise(model, std=1.0, seed=0):
+    """Draw every factor, a shared one once."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {id(p): p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()}
+    for factor in factors.values():
+        nn.init.normal_(factor, std=std, generator=generator)
+    return model
+
+
+def factors_of(model):
+    return [f for layer in loralib.lora_layers(model).values() for f in [*layer.lora_B, *layer.lora_A]]

@@ -12,25 +12,6 @@ import loralib
 from tests.loralib.small import SCHEDULE, model_to_prune, random_step
 
 
-def test_budget_equal_to_the_initial_rank_prunes_nothing():
-    model = model_to_prune()
-    allocator = loralib.RankAllocator(model, 4, 4, **SCHEDULE)
-    for t in range(1, 41):
-        random_step(model, torch.Generator().manual_seed(t))
-        assert allocator.update_and_mask(model, t) == (12, None)
-    assert all(all(mask) for mask in allocator.rank_pattern.values())
-
-
-def test_a_module_may_lose_its_whole_rank():
-    model = model_to_prune()
-    allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
-    for t in range(1, 41):
-        random_step(model, torch.Generator().manual_seed(t), skip=("layer.0.",))
-        allocator.update_and_mask(model, t)
-    assert not any(allocator.rank_pattern["layer.0.q"])
-    assert torch.equal(model["layer"][0]["q"].delta_weight(), torch.zeros(5, 6))
-
-
 def test_ties_keep_exactly_the_budget_whatever_the_order_of_modules():
     def build(order):
         model = nn.ModuleDict({name: nn.Linear(3, 3) for name in order})
@@ -51,26 +32,7 @@ def test_ties_keep_exactly_the_budget_whatever_the_order_of_modules():
     assert patterns[0] == patterns[1]
 
 
-def test_a_pruned_value_may_come_back_before_the_final_phase():
-    model = model_to_prune(count=2)
-    allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE | {"mask_interval": 1})
-    revived, dead = 0, set()
-    for t in range(1, 41):
-        favoured = "layer.0." if t < 20 else "layer.1."
-        random_step(model, torch.Generator().manual_seed(t))
-        for name, p in model.named_parameters():
-            if p.grad is not None and favoured not in name:
-                p.grad *= 1e-4
-        allocator.update_and_mask(model, t)
-        now = {(n, i) for n, mask in allocator.rank_pattern.items() for i, live in enumerate(mask) if not live}
-        revived += len(dead - now)
-        if t > 33:
-            assert now == dead  # held in the final phase
-        dead = now
-    assert revived > 0
-
-
-@pytest.mark.parametrize("stop", [1, 6, 17, 32, 33, 39])
+@pytest.mark.parametrize("stop", [1, 17, 32, 33])
 def test_resuming_from_the_state_is_exact(stop, tmp_path):
     def run(until, model, allocator, start=1):
         for t in range(start, until + 1):
@@ -135,15 +97,6 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     assert torch.equal(allocator.importance_scores(), before)
 
 
-def test_scores_stay_float32_for_bfloat16_parameters():
-    model = model_to_prune().to(torch.bfloat16)
-    allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    allocator.update_and_mask(model, 1)
-    assert allocator.importance_scores().dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -158,6 +111,9 @@ def test_scores_stay_float32_for_bfloat16_parameters():
         ({"importance": "outer"}, "importance"),
         ({"target_total_rank": 13}, "12"),
         ({"target_total_rank": 0}, "target_total_rank"),
+        ({"prune_by": "size"}, "prune_by must be"),
+        ({"min_rank_per_module": -1}, "min_rank_per_module must be"),
+        ({"min_rank_per_module": 3}, "more than the target"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(changes, words):
@@ -185,43 +141,27 @@ def test_needs_layers_a_total_and_its_own_model():
 @settings(max_examples=60, deadline=None)
 @given(r=st.integers(1, 6), count=st.integers(1, 4), data=st.data(), every=st.integers(1, 5), seed=st.integers(0, 99))
 def test_budget_falls_monotonically_to_the_target_and_is_what_is_live(r, count, data, every, seed):
-    target = data.draw(st.integers(1, r * count))
+    target = data.draw(st.integers(1, r * count))  # of some draws, all: then nothing is pruned
     warm, final, extra = (data.draw(st.integers(0, 8)) for _ in range(3))
     total = warm + final + extra + 1
     model = model_to_prune((2,), r=r, count=count, seed=seed)
+    layers = loralib.lora_layers(model)
     allocator = loralib.RankAllocator(
         model, r, 1, warm, final, every, 0.85, 0.85, total_step=total, target_total_rank=target
     )
     budgets = []
     for t in range(1, total + 1):
         random_step(model, torch.Generator().manual_seed(seed + t))
+        for layer in layers.values():  # as AdamW moves a pruned value
+            layer.lora_E.data += 1e-3
         budget, threshold = allocator.update_and_mask(model, t)
         budgets.append(budget)
-        if threshold is not None:
-            assert allocator.live_rank == budget and math.isfinite(threshold)
-            zeros = sum(int((layer.lora_E == 0).sum()) for layer in loralib.lora_layers(model).values())
-            assert zeros == r * count - budget
-    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == target
+        live = {name: (layer.lora_E != 0).tolist() for name, layer in layers.items()}
+        assert allocator.rank_pattern == live and allocator.live_rank == sum(map(sum, live.values()))
+        assert allocator.live_rank == (r * count if threshold is None else budget)
+        assert threshold is None or (budget < r * count and math.isfinite(threshold))
+    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == allocator.live_rank == target
     assert all(budget == r * count for budget in budgets[:warm])
-    if final:
-        assert allocator.live_rank == target
-
-
-@pytest.mark.parametrize("total_step, final_warmup", [(23, 0), (40, 0), (23, 5)])
-def test_the_last_step_masks_and_the_ranks_are_those_of_the_weights(total_step, final_warmup):
-    model = model_to_prune()
-    schedule = {"init_warmup": 2, "final_warmup": final_warmup, "total_step": total_step, "mask_interval": 10}
-    allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE | schedule)
-    for t in range(1, total_step + 1):
-        random_step(model, torch.Generator().manual_seed(t))
-        with torch.no_grad():  # as AdamW moves a pruned value
-            for layer in loralib.lora_layers(model).values():
-                layer.lora_E += 1e-3
-        budget, masked = allocator.update_and_mask(model, t)
-        pattern = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
-        assert allocator.rank_pattern == pattern
-        assert allocator.live_rank == sum(map(sum, pattern.values())) == (12 if masked is None else budget)
-    assert allocator.live_rank == 6
 
 
 @pytest.mark.parametrize("prune_by", ["importance", "value"])
@@ -250,13 +190,3 @@ def test_every_module_keeps_its_minimum_and_the_budget_holds(prune_by):
             pruned = [scores[n][~live[n]] for n in layers]
             assert float(torch.cat(kept).min()) >= float(torch.cat(pruned).max())
     assert allocator.live_rank == 5
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"prune_by": "size"}, "prune_by must be"),
-    ({"min_rank_per_module": -1}, "min_rank_per_module must be"),
-    ({"min_rank_per_module": 3}, "more than the target"),
-])  # fmt: skip
-def test_bad_ways_to_prune_are_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
-        loralib.RankAllocator(model_to_prune(), 4, 2, **SCHEDULE, **changes)

@@ -9,7 +9,7 @@ from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from torch import nn
 
 import loralib
-from tests.loralib.small import SCHEDULE, model_to_prune, random_step
+from tests.loralib.small import SCHEDULE, blocks, model_to_prune, random_step
 
 
 class PublishedLoop:
@@ -83,6 +83,7 @@ def test_whole_schedule_equals_the_published_loop(widths, share, importance):
             assert threshold == pytest.approx(expected_threshold, rel=1e-4)
         for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(mine, theirs), t
+        assert allocator.importance_scores().dtype == torch.float32
     assert allocator.live_rank == allocator.target_total_rank == 6
     for name, layer in loralib.lora_layers(model).items():
         assert [value != 0 for value in layer.lora_E.tolist()] == allocator.rank_pattern[name]
@@ -129,8 +130,7 @@ def test_agrees_with_pefts_adalora_over_a_whole_schedule():
 
 
 def test_scored_parameters_are_those_of_the_paper():
-    model = nn.Sequential(nn.Linear(768, 768))
-    loralib.inject(model, "lora2", ["0"], r=8, k=1)
+    model = blocks("lora2", 1, (768, 768), r=8, k=1)
     inner = loralib.RankAllocator(model, 8, 4, **SCHEDULE)
     full = loralib.RankAllocator(model, 8, 4, importance="full", **SCHEDULE)
     assert (inner.scored_parameters, full.scored_parameters) == (24, 1560)

@@ -11,8 +11,6 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -70,20 +68,6 @@ def test_every_kind_exports_at_its_true_rank(tmp_path, kind, options):
     torch.testing.assert_close(theirs(INPUTS), model(INPUTS), atol=1e-4, rtol=1e-4)
 
 
-def test_conv1d_exports(tmp_path):
-    def gpt2():
-        torch.manual_seed(0)
-        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16, bos_token_id=0)
-        return GPT2LMHeadModel(config).eval()
-
-    model = adapted(modules=["c_attn", "mlp.c_proj"], r=4, k=3, model=gpt2(), head="transformer.ln_f")
-    folder = loralib.save_adapter(model, tmp_path / "ours")
-    export_peft(folder, tmp_path / "peft")
-    ids = torch.arange(1, 13).view(2, 6)
-    theirs, logits = PeftModel.from_pretrained(gpt2(), tmp_path / "peft"), model(ids).logits
-    torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=1e-4)
-
-
 def roberta(**labels):
     torch.manual_seed(0)
     config = RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -129,29 +113,26 @@ def test_the_merged_checkpoint_is_plain_transformers(pretrained, lora2, tmp_path
     assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.num_labels == 1
     assert not any(type(m).__module__.startswith("loralib") for m in model.modules())
     torch.testing.assert_close(pretrained.logits(model), pretrained.logits(lora2[0]), **CLOSE)
-    text = ["A plane is taking off.", "Ein Flugzeug."]
-    assert AutoTokenizer.from_pretrained(out)(text) == pretrained.tokenizer(text)
-
-
-def test_drift_of_a_bfloat16_merge_is_that_of_bfloat16_weights(pretrained, lora2, tmp_path):
-    export_merged(lora2[2], tmp_path / "merged", str(pretrained.path), dtype=torch.bfloat16)
-    stored = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype="auto")
+    export_merged(lora2[2], tmp_path / "half", str(pretrained.path), dtype=torch.bfloat16)
+    stored = AutoModelForSequenceClassification.from_pretrained(tmp_path / "half", dtype="auto")
     assert stored.dtype == torch.bfloat16
     logits = pretrained.logits(lora2[0])
-    drift = (pretrained.logits(stored.float()) - logits).abs().max()
     moved = (pretrained.logits(pretrained.base()) - logits).abs().max()
-    assert 0 < drift < 0.1 * moved
+    assert 0 < (pretrained.logits(stored.float()) - logits).abs().max() < 0.1 * moved
+    text = ["A plane is taking off.", "Ein Flugzeug."]
+    assert AutoTokenizer.from_pretrained(out)(text) == pretrained.tokenizer(text)
 
 
 # ---- import ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def peft_adapter(pretrained, tmp_path):
+def peft_adapter(pretrained, tmp_path, request):
     """A LoRA of peft's own on real weights, two ranks, with the logits peft gives."""
     torch.manual_seed(5)
     settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
-                          rank_pattern={"value": 3}, alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
+                          use_rslora=getattr(request, "param", False), rank_pattern={"value": 3},
+                          alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
     theirs = get_peft_model(pretrained.base(), settings)
     for name, parameter in theirs.named_parameters():
         if "lora_B" in name:
@@ -160,6 +141,7 @@ def peft_adapter(pretrained, tmp_path):
     return tmp_path / "theirs", pretrained.logits(theirs)
 
 
+@pytest.mark.parametrize("peft_adapter", [False, True], indirect=True, ids=["", "rank-stabilised"])
 def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_path, capsys):
     folder, logits = peft_adapter
     out = tmp_path / "ours"
@@ -173,9 +155,7 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
     torch.testing.assert_close(pretrained.logits(back), logits, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    "kind, r, widths", [("lora2", 8, (8,)), ("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))]
-)
+@pytest.mark.parametrize("kind, r, widths", [("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))])
 def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind, r, widths):
     exact, start = pretrained.base(), pretrained.base()
     import_peft(exact, peft_adapter[0])
@@ -190,29 +170,6 @@ def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind
         torch.testing.assert_close(pretrained.logits(start), peft_adapter[1], **CLOSE)
     if widths == (2,):  # and it trains and prunes
         assert len(pretrained.train(start, steps=6, lr=1e-3)) == 12
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"), ({"peft_type": "IA3"}, "only LORA")],
-)  # fmt: skip
-def test_what_is_more_than_lora_is_refused(pretrained, peft_adapter, change, says):
-    path = peft_adapter[0] / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    base = pretrained.base()
-    with pytest.raises(ValueError, match=says):
-        import_peft(base, peft_adapter[0])
-    assert not loralib.lora_layers(base)
-
-
-def test_rank_stabilised_scaling_is_kept(pretrained, tmp_path):
-    torch.manual_seed(5)
-    theirs = get_peft_model(pretrained.base(), LoraConfig(r=4, lora_alpha=3, target_modules=["key"], use_rslora=True,
-                                                       init_lora_weights=False))  # fmt: skip
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = pretrained.base()
-    import_peft(ours, tmp_path / "theirs")
-    torch.testing.assert_close(pretrained.logits(ours), pretrained.logits(theirs), **CLOSE)
 
 
 # ---- parts and errors -----------------------------------------------------------------------------------------------

@@ -164,30 +164,22 @@ def test_nothing_else_changes(kind):
         torch.testing.assert_close(p, q)
 
 
-def test_masked_tokens_do_not_count():
-    plain, masked = net("lora2", r=3, k=4), net("lora2", r=3, k=4)
-    x = batches()[0]
-    loralib.initialise(plain, "activation", [x[:, :3]], loss_of)
+def test_masked_tokens_and_unused_layers_do_not_count_and_weights_may_be_bfloat16():
+    plain, masked = net("lora2", r=3, k=4).float(), net("lora2", r=3, k=4).float()
+    masked.unused = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    loralib.inject(masked.unused, "lora2", ["q"], r=2)
+    before = [p.clone() for p in masked.unused["q"].lora_parameters()]
     mask = torch.tensor([1, 1, 1, 0, 0]).expand(4, 5)
+    for model in (plain, masked):
+        loralib.cast_frozen(model, torch.bfloat16)
+    x = batches()[0].bfloat16()
+    loralib.initialise(plain, "activation", [x[:, :3]], loss_of)
     loralib.initialise(masked, "activation", [{"x": x, "attention_mask": mask}], lambda m, b: loss_of(m, b["x"]))
-    for p, q in zip(plain.parameters(), masked.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
-
-
-def test_an_unused_layer_keeps_its_start():
-    model = net("lora2", r=3, k=4)
-    model.unused = nn.ModuleDict({"q": nn.Linear(4, 4)})
-    loralib.inject(model.unused, "lora2", ["q"], r=2)
-    before = [p.clone() for p in model.unused.parameters()]
-    loralib.initialise(model, "gradient", batches(), loss_of)
-    assert all(torch.equal(p, b) for p, b in zip(model.unused.parameters(), before, strict=True))
-
-
-def test_bfloat16_weights():
-    model = net("lora2", r=3, k=4).float()
-    loralib.cast_frozen(model, torch.bfloat16)
-    loralib.initialise(model, "gradient", [x.bfloat16() for x in batches()], lambda m, x: m(x).float().square().sum())
-    statistics = loralib.update_statistics(model)
+    for layer, other in zip(plain.layer, masked.layer, strict=True):
+        torch.testing.assert_close(layer["q"].lora_A[0], other["q"].lora_A[0])
+    loralib.initialise(masked, "gradient", [x], loss_of)
+    assert all(torch.equal(p, b) for p, b in zip(masked.unused["q"].lora_parameters(), before, strict=True))
+    statistics = loralib.update_statistics(masked.layer)
     assert statistics.deviation < 1e-5 and not any(statistics.delta_norms.values())
 
 

@@ -9,17 +9,11 @@ import torch
 from torch import nn
 
 import loralib
+from tests.loralib.small import blocks, factors_of
 
 
-def model_of(widths, share_outer=False, init=None, count=4):
-    torch.manual_seed(3)
-    model = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(9, 7)}) for _ in range(count))})
-    loralib.inject(model, "multiscale", ["q"], r=4, widths=widths, share_outer=share_outer, init=init)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_()
-    return model
+def model_of(widths, share_outer=False):
+    return blocks("multiscale", 4, std=1.0, seed=3, r=4, widths=widths, share_outer=share_outer)
 
 
 def chain(factors):
@@ -103,13 +97,10 @@ def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():
 
 
 def test_orthonormal_factors_give_zero_with_a_finite_gradient():
-    model = nn.Sequential(nn.Linear(9, 7))
-    loralib.inject(model, "lora2", ["0"], r=4, k=4, init="orthogonal")
-    layer = model[0]
-    with torch.no_grad():
-        for factors, size in ((layer.lora_B, 7), (layer.lora_A, 9)):
-            factors[0].copy_(torch.eye(size)[:, :4] if factors is layer.lora_B else torch.eye(4, size))
-            factors[1].copy_(torch.eye(4))
+    model = blocks("lora2", 1, r=4, k=4)
+    (layer,) = loralib.lora_layers(model).values()
+    for factor in factors_of(model):
+        factor.data.copy_(torch.eye(*factor.shape))
     value = loralib.compute_orth_regu(model, 1.0)
     value.backward()
     assert value.item() == 0

@@ -8,10 +8,11 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import RankAllocator
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from loralib.export import main
 from loralib.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
+from tests.loralib.small import gpt2
 from tests.nlu.tiny import tiny_bert
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
@@ -202,10 +203,6 @@ def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink
 
 
 def test_conv1d_and_an_adapter_that_was_never_pruned_convert(tmp_path):
-    def gpt2():
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=16)).eval()
-
     model = adalora(gpt2(), ["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True).eval()
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -218,6 +215,7 @@ def test_conv1d_and_an_adapter_that_was_never_pruned_convert(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"init_r": 0}, "init_r must be a whole number"), ({"peft_type": "LORA"}, "cannot be imported"),
+    ({"peft_type": "IA3"}, "only LORA"),
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"),
 ])  # fmt: skip
 def test_a_damaged_adapter_is_one_line(tmp_path, capsys, change, message):

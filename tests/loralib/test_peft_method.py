@@ -8,12 +8,10 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import loralib
 from loralib.peft_method import LORA2, LoRA2Config, LoRA2Layer
-from tests.loralib.small import INPUTS, Net
-from tests.nlu.tiny import tiny_bert
+from tests.loralib.small import INPUTS, Net, gpt2
 
 SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}
 
@@ -38,17 +36,12 @@ def injected(modules=("q", "v"), base=None, **options):
     return randomise(model)
 
 
-def gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=16)).eval()
-
-
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("base, modules", [(Net, ["q", "v"]), (gpt2, ["c_attn", "c_proj"])])
+@pytest.mark.parametrize("base, modules", [(Net, ["q", "v"]), (lambda: gpt2(2), ["c_attn", "c_proj"])])
 def test_outputs_and_gradients_are_those_of_inject(base, modules, training):
     ids = torch.arange(1, 13).view(2, 6)
     outputs, gradients = [], []
@@ -155,25 +148,6 @@ def test_the_regulariser_and_the_allocator_work_and_leave_other_adapters_alone(t
     assert [layer.r for layer in loralib.lora_layers(again).values()] == list(ranks.values())
 
 
-def test_the_trainer_mixin_trains_it_as_an_injected_model(tmp_path):
-    class MyTrainer(loralib.LowRankTrainerMixin, Trainer):
-        pass
-
-    rows = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(8)]
-    outputs = []
-    for make in (net, injected):
-        model = make(["query", "value"], tiny_bert(), lora_dropout=0.1)
-        options = TrainingArguments(
-            str(tmp_path / make.__name__), max_steps=4, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
-            disable_tqdm=True, save_strategy="no", use_cpu=True,
-        )  # fmt: skip
-        low_rank = loralib.LowRankTraining(model, target_rank=1, init_warmup=0, final_warmup=1, mask_interval=1)
-        MyTrainer(model=model, args=options, train_dataset=rows, low_rank=low_rank).train()
-        assert low_rank.allocator.live_rank == 4
-        outputs.append(model.eval()(input_ids=torch.tensor([[2, 7, 9, 3]])).logits)
-    assert torch.equal(*outputs)
-
-
 class Quantised(nn.Linear):
     """A stand-in for a quantised layer: its weight is no matrix, and its product is its own."""
 
@@ -187,24 +161,19 @@ class Quantised(nn.Linear):
         return nn.functional.linear(x, self.dequantised, self.bias)
 
 
-def test_a_quantised_base_computes_its_own_product_and_does_not_merge():
+def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_not_merge():
     base = Net()
     for block in base.layers:
         block["q"] = Quantised(block["q"])
     model, plain = net(base=base), net()
     for a, b in zip(trained(model), trained(plain), strict=True):
         a.data.copy_(b)
+    seen = []
+    model.base_model.model.layers[0]["v"].base_layer.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(INPUTS), plain(INPUTS), atol=1e-4, rtol=1e-4)
+    assert seen == [1]
     with pytest.raises(ValueError, match="not a plain tensor"):
         model.merge_adapter()
-
-
-def test_hooks_of_the_base_layer_still_run():
-    model, seen = net(), []
-    expected = model(INPUTS)
-    model.base_model.model.layers[0]["q"].base_layer.register_forward_hook(lambda *_: seen.append(1))
-    torch.testing.assert_close(model(INPUTS), expected)
-    assert seen == [1]
 
 
 def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by():

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
 
 import loralib
+from tests.loralib.small import blocks
 
 
-def model_of(kind, dtype=torch.float64, **options):
-    torch.manual_seed(0)
-    model = nn.ModuleDict({str(i): nn.ModuleDict({"q": nn.Linear(7, 6, dtype=dtype)}) for i in range(3)})
-    loralib.inject(model, kind, ["q"], r=3, **options)
-    for p in {id(p): p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()}.values():
-        nn.init.normal_(p)
+def model_of(kind, **options):
+    model = blocks(kind, features=(7, 6), std=1.0, dtype=torch.float64, r=3, **options)
+    for p in model.parameters():
         p.grad = torch.randn_like(p)
     return model
 
@@ -52,9 +49,14 @@ def test_riemannian(kind, options):
                 continue
             g = g if i == 0 else damped_inverse(left.T @ left) @ g
             expected[parameter] = g if i == len(places) - 1 else g @ damped_inverse(right @ right.T)
-    expected = {p: g.clone() for p, g in expected.items()}
+    without, *_ = expected
+    expected[without], without.grad = None, None
+    expected = {p: g if g is None else g.clone() for p, g in expected.items()}
     loralib.Preconditioner(model, "riemannian").apply()
     for parameter, gradient in expected.items():
+        if gradient is None:
+            assert parameter.grad is None
+            continue
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-9)  # k > r: damped singular Grams
 
 
@@ -92,28 +94,6 @@ def test_balanced_is_the_step_of_the_balanced_pair(kind, options, form):
 
 
 @pytest.mark.parametrize("form", ["balanced", "balanced_scalar", "riemannian"])
-def test_a_balanced_step_does_not_depend_on_the_split(form):
-    """dΔW = g_B' A + B g_A' is the same for (B, A) and (B M, M⁻¹ A), M scalar for the scalar form."""
-    torch.manual_seed(1)
-    model = model_of("lora")
-    matrix = torch.eye(3, dtype=torch.float64) * 2
-    if form != "balanced_scalar":
-        matrix = matrix + 0.3 * torch.randn(3, 3, dtype=torch.float64)
-    layer = model["0"]["q"]
-    weight_gradient = torch.randn(6, 7, dtype=torch.float64)
-    steps = []
-    for split in (torch.eye(3, dtype=torch.float64), matrix):
-        with torch.no_grad():
-            layer.lora_B[0].copy_(layer.lora_B[0] @ split)
-            layer.lora_A[0].copy_(torch.linalg.inv(split) @ layer.lora_A[0])
-        b, a = layer.lora_B[0].detach(), layer.lora_A[0].detach()
-        layer.lora_B[0].grad, layer.lora_A[0].grad = weight_gradient @ a.T, b.T @ weight_gradient
-        loralib.Preconditioner(model, form, damping=1e-12).apply()
-        steps.append(layer.lora_B[0].grad @ a + b @ layer.lora_A[0].grad)
-    torch.testing.assert_close(steps[0], steps[1], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("form", ["balanced", "balanced_scalar", "riemannian"])
 def test_a_shared_factor_is_changed_once_with_averaged_grams(form):
     model = model_of("lora2", k=4, share_outer=True)
     layers = list(loralib.lora_layers(model).values())
@@ -135,15 +115,6 @@ def test_a_shared_factor_is_changed_once_with_averaged_grams(form):
         s = torch.linalg.inv(torch.linalg.lstsq(before, outer.grad)[0])
         mean = sum(layer.lora_B[1] @ layer.lora_B[1].T for layer in layers) / 3
         torch.testing.assert_close(s @ (outer.T @ outer) @ s, mean, rtol=1e-3, atol=1e-4)
-
-
-def test_a_factor_without_a_gradient_keeps_none():
-    model = model_of("lora2", k=4)
-    layer = model["1"]["q"]
-    for p in layer.lora_parameters():
-        p.grad = None
-    loralib.Preconditioner(model, "riemannian").apply()
-    assert all(p.grad is None for p in layer.lora_parameters())
 
 
 @pytest.mark.parametrize("kind, form, message", [

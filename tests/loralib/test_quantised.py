@@ -10,6 +10,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, qua
 from torchao.quantization.granularity import PerGroup
 
 import loralib
+from tests.loralib.small import randomise
 
 
 class Packed(nn.Parameter):
@@ -63,11 +64,7 @@ def quantise(model, form):
 def adapt(model, kind):
     loralib.inject(model, kind, ["0", "2"], r=4, lora_dropout=0.0)
     loralib.mark_only_lora_as_trainable(model)
-    generator = torch.Generator().manual_seed(1)
-    for layer in loralib.lora_layers(model).values():
-        for factor in layer.lora_parameters():
-            nn.init.normal_(factor, std=0.2, generator=generator)
-    return model
+    return randomise(model, 0.2, seed=1)
 
 
 FORMS = pytest.mark.parametrize("form", ["int8", "int4", "4bit"])
@@ -131,9 +128,11 @@ def test_an_adapter_goes_to_the_same_quantised_base_and_no_other(form, tmp_path)
 
 
 @FORMS
-def test_merging_and_casting_are_refused(form):
+def test_merging_and_casting_are_refused_and_pruned_whole_the_layer_is_its_base(form):
     model = network()
     quantise(model, form)
+    x = torch.randn(5, 64)
+    expected = model(x)
     adapt(model, "lora2")
     before = model[0].lora_E.clone()
     with pytest.raises(ValueError, match=r"0\.weight is quantised"):
@@ -143,15 +142,6 @@ def test_merging_and_casting_are_refused(form):
     with pytest.raises(ValueError, match=r"0\.weight is quantised: cast the plain model"):
         loralib.cast_frozen(model, torch.bfloat16)
     assert torch.equal(model[0].lora_E, before) and not model[0].merged
-
-
-@FORMS
-def test_pruned_whole_the_layer_is_its_quantised_base(form):
-    model = network()
-    quantise(model, form)
-    x = torch.randn(5, 64)
-    expected = model(x)
-    adapt(model, "lora2")
     for layer in loralib.lora_layers(model).values():
         layer.keep_singular_values([])
     assert torch.equal(model(x), expected)

@@ -19,7 +19,7 @@ from loralib.peft_format import import_peft
 from tests.loralib.small import Net, assert_unchanged, state_of
 
 MANY = settings(
-    max_examples=int(os.environ.get("GENERATED_CASES", 300)),
+    max_examples=int(os.environ.get("GENERATED_CASES", 100)),
     deadline=None,
     derandomize="GENERATED_CASES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
