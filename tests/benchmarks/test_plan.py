@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import run
 from benchmarks.peers import PEERS
-from tests.nlu.glue_samples import write_jsonl
+from tests.nlu.glue_samples import write_rows
 
 USUAL = [key for key, peer in PEERS.items() if not (peer.compiled or peer.package)]
 ON_NUMBERS = [key for key in USUAL if key != "published"]
@@ -23,7 +23,7 @@ def glue(tmp_path):
     for task, fields in (("mrpc", ("sentence1", "sentence2")), ("rte", ("sentence1", "sentence2"))):
         words = [2 + (7 * i) % 19 for i in range(96)]
         rows = [{**dict.fromkeys(fields, "w " * n), "label": i % 2, "idx": i} for i, n in enumerate(words)]
-        write_jsonl(tmp_path / task / "train.jsonl", rows)
+        write_rows(tmp_path / task / "train.jsonl", rows)
     return str(tmp_path)
 
 

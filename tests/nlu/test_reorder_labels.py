@@ -5,7 +5,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from glue_samples import sample_rows, write_jsonl
+from glue_samples import sample_rows, write_rows
 
 from nlu.data.glue import load_task_data, reorder_labels
 from nlu.data.own_files import load_own_files
@@ -23,7 +23,7 @@ def words(task, rows) -> list[str | None]:
 def test_rows_and_submissions_keep_their_words(tmp_path, order):
     task = TASKS["mnli"]
     for split in ("train", "test_matched"):
-        write_jsonl(tmp_path / "mnli" / f"{split}.jsonl", sample_rows(task, split, 9))
+        write_rows(tmp_path / "mnli" / f"{split}.jsonl", sample_rows(task, split, 9))
     splits = load_task_data(task, tmp_path, need=["train", "test_matched"])
     reordered, renumbered = reorder_labels(task, splits, order)
     assert reordered.labels == order
