@@ -1,0 +1,214 @@
+"""The contract of whatever makes a step faster: transformers' own layers are the judge, and it can be undone."""
+
+import copy
+import platform
+import resource
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForTokenClassification
+
+from nlu.fast import speed_up
+from nlu.fast.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
+from nlu.fast.deberta_attention import disable_fast_attention, enable_fast_attention
+from nlu.fast.dropout import disable_fast_dropout
+from nlu.fast.first_token import disable_first_token, enable_first_token
+from nlu.fast.memory import keep_freed_memory
+from tests.nlu.fast_models import assert_same, batch, build, outcome
+
+
+def first_token_on(model):
+    enable_fast_attention(model)  # which DeBERTa needs for it
+    return enable_first_token(model)
+
+
+def first_token_off(model):
+    switched = disable_first_token(model)
+    disable_fast_attention(model)
+    return switched
+
+
+# Technique → how it is switched on and off, and the encoders that it is for.
+TECHNIQUES = {
+    "deberta attention": (enable_fast_attention, disable_fast_attention, ["deberta-v2"]),
+    "cpu attention": (enable_cpu_attention, disable_cpu_attention, ["bert", "roberta", "electra", "xlm-roberta"]),
+    "first token": (first_token_on, first_token_off, ["bert", "roberta", "deberta-v2"]),
+}
+every_case = pytest.mark.parametrize(
+    ("technique", "kind"), [(name, kind) for name, (*_, kinds) in TECHNIQUES.items() for kind in kinds]
+)
+
+
+def fast_copy(model, technique):
+    fast = copy.deepcopy(model)
+    assert TECHNIQUES[technique][0](fast)
+    return fast
+
+
+@every_case
+@pytest.mark.parametrize("lengths", [(11, 4, 7), (8, 8, 8), (1, 1, 1)], ids=["padded", "whole", "one token"])
+def test_results_and_gradients_are_those_of_transformers(technique, kind, lengths):
+    model, inputs, states = build(kind), batch(lengths), technique != "first token"
+    fast = fast_copy(model, technique)
+    assert_same(outcome(fast, inputs, states), outcome(model, inputs, states))
+
+
+@every_case
+def test_bfloat16_is_as_near_to_the_truth_as_stock(technique, kind):
+    model, inputs, states = build(kind, torch.bfloat16, initializer_range=0.1), batch(), technique != "first token"
+    truth = outcome(copy.deepcopy(model).double(), inputs, states)
+    fast, stock = (outcome(m, inputs, states) for m in (fast_copy(model, technique), model))
+
+    def errors(found):
+        grads = sum((found[1][name] - grad).norm() ** 2 for name, grad in truth[1].items())
+        return (found[0] - truth[0]).norm(), grads**0.5
+
+    for ours, theirs in zip(errors(fast), errors(stock), strict=True):
+        assert ours <= 1.5 * theirs
+
+
+@every_case
+def test_dropout_follows_the_seed_and_its_gradient_is_that_of_what_was_computed(technique, kind):
+    """Also where checkpointing computes the layers again."""
+    dropout = {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.2}
+    model, inputs = fast_copy(build(kind, **dropout), technique), batch((5, 3))
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+
+    def run(embeddings, seed=1):
+        torch.manual_seed(seed)
+        return model(inputs_embeds=embeddings, attention_mask=inputs["attention_mask"]).logits
+
+    assert torch.equal(run(embeddings), run(embeddings)) and not torch.equal(run(embeddings), run(embeddings, 2))
+    assert torch.autograd.gradcheck(run, (embeddings,), fast_mode=True)
+    runs = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        runs.append(outcome(model, inputs))
+    torch.testing.assert_close(runs[1], runs[0])
+
+
+@pytest.mark.parametrize(("technique", "kind"), [("deberta attention", "deberta-v2"), ("cpu attention", "bert")])
+def test_attention_dropout_keeps_the_mean_and_drops_the_right_share(technique, kind):
+    """Values are all one, so a context is the kept probability over 0.75."""
+    model = fast_copy(build(kind, num_hidden_layers=1, attention_probs_dropout_prob=0.25), technique)
+    attention, contexts = model.base_model.encoder.layer[0].attention.self, []
+    value = attention.value_proj if kind == "deberta-v2" else attention.value
+    nn.init.zeros_(value.weight)
+    nn.init.ones_(value.bias)
+    attention.register_forward_hook(lambda module, args, output: contexts.append(output[0]))
+    model(**batch([50] * 40))
+    kept = contexts[0].reshape(40, 50, 4, -1)[..., 0]
+    assert abs(kept.mean().item() - 1) < 5 * kept.std().item() / kept.numel() ** 0.5
+    assert kept.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("technique", "kind"),
+    [("deberta attention", "deberta-v2"), *(("first token", kind) for kind in ("bert", "roberta", "deberta-v2"))],
+)
+def test_who_asks_for_hidden_states_or_attention_gets_whole_ones(technique, kind):
+    model, inputs = build(kind, implementation=None if kind == "deberta-v2" else "eager"), batch()
+    fast = fast_copy(model, technique)
+    expected, found = (m(**inputs, output_hidden_states=True, output_attentions=True) for m in (model, fast))
+    for name in ("logits", "hidden_states", "attentions"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
+    grads = [torch.autograd.grad(o.attentions[-1].square().sum(), m.get_input_embeddings().weight)[0]
+             for m, o in ((model, expected), (fast, found))]  # fmt: skip
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-6)
+
+
+@every_case
+def test_it_is_undone_and_the_state_dict_never_changes(technique, kind, tmp_path):
+    switch_on, switch_off, _ = TECHNIQUES[technique]
+    model, inputs = build(kind), batch()
+
+    def form():
+        modules = [type(module) for module in model.modules()]
+        return modules, len(model._forward_pre_hooks), model.config._attn_implementation
+
+    before, keys, stock = outcome(model, inputs), list(model.state_dict()), form()
+    assert switch_on(model) and form() != stock and list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+    assert switch_off(model) and not switch_off(model) and form() == stock
+    torch.testing.assert_close(outcome(model, inputs), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("switch_on", "model"),
+    [
+        (enable_fast_attention, lambda: build("bert")),
+        (enable_first_token, build),  # DeBERTa on stock attention
+        (first_token_on, lambda: build(num_hidden_layers=1, conv_kernel_size=3, conv_act="gelu")),
+        (enable_first_token, lambda: build("electra")),
+        (enable_first_token, lambda: BertForTokenClassification(build("bert").config)),
+        (enable_cpu_attention, lambda: build("bert", implementation="eager")),
+        (enable_cpu_attention, lambda: nn.Linear(2, 2)),
+    ],
+)
+def test_other_models_are_left_alone(switch_on, model):
+    assert not switch_on(model())
+
+
+def test_what_the_cpu_attention_does_not_cover_goes_to_sdpa(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "nlu.fast.cpu_attention.sdpa_attention_forward", lambda *a, **k: asked.append(a) or (a[1], None)
+    )
+    query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    causal, plain = nn.Module(), nn.Module()
+    causal.is_causal, plain.is_causal = True, False
+    cpu_attention(causal, query, key, value, None)
+    cpu_attention(plain, query, key[:, :1], value[:, :1], None)
+    cpu_attention(plain, query, key, value, torch.zeros(1, 1, 5, 5))
+    cpu_attention(plain, query, key, value, None, position_bias=torch.zeros(1, 2, 5, 5))
+    assert len(asked) == 4
+    cpu_attention(plain, query, key, value, None, is_causal=False)
+    assert len(asked) == 4
+
+
+# ---- all of them together --------------------------------------------------------------------------------------------
+
+
+def test_speed_up_says_how_many_attentions_and_is_undone():
+    model = build()
+    kinds = [type(module) for module in model.modules()]
+    assert speed_up(model, fast_attention=False) == 0
+    assert speed_up(model) == 2
+    assert disable_first_token(model) and disable_fast_attention(model) == 2 and disable_fast_dropout(model) > 2
+    assert [type(module) for module in model.modules()] == kinds
+    bert = build("bert")
+    speed_up(bert, fast_attention=False, fast_dropout=False)
+    assert bert.config._attn_implementation == "sdpa"
+    speed_up(bert)
+    assert bert.config._attn_implementation == bert.bert.config._attn_implementation == NAME
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nlu.fast.deberta_attention.drop_mask", lambda x, p: drawn.append(p) or torch.zeros_like(x))
+    model = build(kind, attention_probs_dropout_prob=0.3)
+    speed_up(model, fast_dropout=fast)
+    model(**batch())
+    assert (len(drawn) > 0) == fast
+
+
+def test_freed_memory_is_used_again_without_page_faults():
+    if platform.libc_ver()[0] != "glibc":
+        assert not keep_freed_memory()
+        return
+    assert keep_freed_memory()
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(8 << 20)  # 32 MiB: 8192 pages, which a mapping of its own would fault in each time
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 8192
