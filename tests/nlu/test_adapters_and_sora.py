@@ -1,6 +1,5 @@
 """Bottleneck adapters and SoRA's gates against their formulas, written out again."""
 
-import copy
 import math
 
 import numpy as np
@@ -67,20 +66,7 @@ def test_adapters_stand_before_the_residual_and_the_norm(model_type, kind, a_lay
     torch.testing.assert_close(seen["output"], expected)
 
 
-def test_adapters_survive_a_copy_and_a_state_dict():
-    model = tiny("bert")
-    add_adapters(model, "hadapter", 4)
-    twin = tiny("bert")
-    for adapter in add_adapters(twin, "hadapter", 4):
-        torch.nn.init.ones_(adapter.up.weight)
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(twin(INPUT).logits, model(INPUT).logits)
-    other = copy.deepcopy(model)
-    torch.nn.init.ones_(other.base_model.encoder.layer[0].output.dropout.adapter.up.weight)
-    assert not torch.equal(other(INPUT).logits, model(INPUT).logits)
-
-
-def test_adapters_refuse_what_does_not_fit():
+def test_adapters_need_a_feed_forward_network():
     with pytest.raises(UsageError, match="matches no linear layer"):
         add_adapters(torch.nn.Sequential(torch.nn.Linear(2, 2)), "padapter", 4)
 
@@ -113,29 +99,18 @@ def test_sora_starts_as_the_base_and_is_lora_with_a_gate(model_type):
         torch.testing.assert_close(layer.delta_weight(), gated)
 
 
-def test_gates_shrink_by_lambda_times_the_rate_just_used():
-    model = tiny("bert")
-    inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
-    layers = loralib.lora_layers(model)
-    gates = ProximalGates(model, sparsity=5.0)
-    values = [layer.lora_E for layer in layers.values()]
-    others = [p for p in model.parameters() if all(p is not e for e in values)]
-    optimizer = torch.optim.SGD([{"params": others, "lr": 9.0}, {"params": values, "lr": 0.1}], lr=0.3)
-    with torch.no_grad():
-        for e in values:
-            e.copy_(torch.tensor([0.2, -0.7, 1.5, -0.5]))
-    gates.on_optimizer_step(None, None, None, optimizer=optimizer)
-    for e in values:  # 5 × 0.1 nearer to 0, and no further than 0
-        np.testing.assert_allclose(e.detach().numpy(), [0, -0.2, 1.0, 0], atol=1e-6)
-
-
 def test_gates_follow_a_proximal_gradient_reference():
-    """SGD on ½‖g − c‖² with the proximal step: a NumPy loop of the paper's update, and its limit T(c, λ)."""
+    """SGD on ½‖g − c‖² with the proximal step: a NumPy loop of the paper's update, and its limit T(c, λ).
+
+    The threshold is λ times the gates' own rate: the other parameters have another.
+    """
     model = tiny("bert")
     inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
     layer = next(iter(loralib.lora_layers(model).values()))
     gates = ProximalGates(model, sparsity=0.5)
-    optimizer = torch.optim.SGD([x.lora_E for x in loralib.lora_layers(model).values()], lr=0.1)
+    values = [each.lora_E for each in loralib.lora_layers(model).values()]
+    others = [p for p in model.parameters() if all(p is not e for e in values)]
+    optimizer = torch.optim.SGD([{"params": others, "lr": 9.0}, {"params": values, "lr": 0.1}])
     target = np.array([1.5, -0.3, 0.4, -2.0])
     reference = layer.lora_E.detach().double().numpy().copy()
     for _ in range(200):

@@ -10,7 +10,6 @@ import zipfile
 
 import pytest
 
-from nlu import sweep
 from nlu.argument_checks import REFUSED_FLAGS, fit_schedule, one_device
 from nlu.arguments import RunArguments, build_parser, parse_arguments
 from nlu.errors import UsageError
@@ -38,11 +37,6 @@ def test_the_published_command_means_lora2():
     assert arguments.data.max_seq_length == 256 and training.seed == 6
 
 
-def test_flags_that_a_launcher_adds_are_accepted():
-    assert parse(f"--local-rank=0 {BASE}").method.method == "lora2"
-    assert parse(f"--local_rank 1 {BASE}").method.method == "lora2"
-
-
 @pytest.mark.parametrize(
     "flags, method, allocation",
     [
@@ -51,21 +45,13 @@ def test_flags_that_a_launcher_adds_are_accepted():
         ("--apply_lora --lora_type svd --apply_adalora", "lora2", True),
         ("--apply_lora --lora_type svd", "lora2", False),
         ("--method adalora --apply_lora --lora_type svd --apply_adalora", "adalora", True),
-        ("--method lora2", "lora2", True),
-        ("", "lora2", True),
+        ("--method lora2 --local_rank 1", "lora2", True),  # as a launcher adds it
+        ("--local-rank=0", "lora2", True),
     ],
 )
 def test_published_flags_and_their_method(flags, method, allocation):
     parsed = parse(f"{BASE} {flags}").method
     assert parsed.method == method and (allocation is None or parsed.rank_allocation is allocation)
-
-
-@pytest.mark.parametrize(
-    "flags, steps",
-    [("--warmup_ratio 0.1", 0.1), ("--warmup_ratio=0.06", 0.06), ("--warmup_steps 200", 200)],
-)
-def test_warmup(flags, steps):
-    assert parse(f"{BASE} {flags}").training.warmup_steps == steps
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
@@ -90,22 +76,18 @@ def test_the_default_target_is_half_the_rank():
     [
         ("--target_rank 9 --lora_r 8", "target_rank (9) is larger than lora_r (8)"),
         ("--task_name nope", "unknown task"),
-        ("--method nope", "unknown method"),
         ("--method ../methods/lora", "unknown method"),
         ("--method lora --lora_type svd", "contradicts"),
         ("--method adalora --lora_type frd", "contradicts"),
         ("--lora_type frd --apply_adalora", "svd"),
         ("--lora_type other", "lora_type"),
         ("--lora_r 0", "lora_r"),
-        ("--lora_r -3", "lora_r"),
         ("--lora_r two", "lora_r"),
         ("--lora_k 0", "lora_k"),
         ("--lora_k 8 --lora_widths 4,4", "exclude"),
         ("--lora_widths 4,x", "lora_widths"),
         ("--mask_interval 0", "mask_interval"),
         ("--beta1 1.0", "beta1"),
-        ("--beta2 0", "beta2"),
-        ("--lora_alpha 0", "lora_alpha"),
         ("--lora_dropout 1", "lora_dropout"),
         ("--lora_init zeros", "lora_init"),
         ("--orth_terms PP", "terms"),
@@ -117,21 +99,11 @@ def test_the_default_target_is_half_the_rank():
         ("--learning-rat 1", "unknown argument --learning_rat: did you mean --learning_rate?"),
         ("--total_batch_size 32 --gradient_accumulation_steps 2", "follows from --total_batch_size"),
         ("--total_batch_size 32 --per_device_train_batch_size 12", "1, 2, 4, 8, 16, 32"),
-        ("--total_batch_size 0", "total_batch_size"),
-        ("--schedule_steps 0", "schedule_steps"),
-        ("--rank_allocation False --init_warmup 3", "--init_warmup has no meaning with --rank_allocation False"),
-        ("--lora 3", "unknown argument --lora:"),
         ("--warmup_ratio 1.0", "warmup_ratio"),
-        ("--warmup_ratio x", "warmup_ratio"),
         ("--warmup_steps -1", "warmup_steps"),
         ("--max_seq_length 0", "max_seq_length"),
-        ("--max_train_samples 0", "max_train_samples"),
-        ("--per_device_train_batch_size 0", "per_device_train_batch_size"),
-        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps"),
         ("--max_steps 0", "step"),
-        ("--num_train_epochs 0", "step"),
         ("--learning_rate 0", "learning_rate"),
-        ("--learning_rate nan", "learning_rate"),
         ("--holdout_fraction 1", "holdout_fraction"),
         ("--cls_dropout 1.5", "cls_dropout"),
         ("--train_file x.csv", "exclude each other"),
@@ -139,14 +111,9 @@ def test_the_default_target_is_half_the_rank():
         ("--bf16 --fp16", "fp16 and bf16"),
         ("--report_to tensorbord", "tensorbord"),
         ("--resume_from_checkpoint out/model/checkpoint-3", "by itself"),
-        ("--metric_for_best_model f1", "metric_for_best_model"),
-        ("--auto_find_batch_size", "effective batch"),
-        ("--prediction_loss_only", "prediction_loss_only"),
-        ("--batch_eval_metrics", "batch_eval_metrics"),
         ("--push_to_hub", "--hub_model_id OWNER/NAME"),
         ("--hub_model_id me/adapter", "without --push_to_hub"),
         ("--report_to wandb", "pip install wandb"),
-        ("--report_to trackio", "pip install trackio"),
         ("--early_stopping_patience 2", "--eval_strategy steps"),
         ("--early_stopping_threshold 0.1", "without --early_stopping_patience"),
         ("--do_eval --eval_strategy steps --early_stopping_patience 0", "early_stopping_patience"),
@@ -221,7 +188,6 @@ def test_the_total_batch_stays_however_many_processes_share_it(processes, flags,
 
 @pytest.mark.parametrize("processes, flags, words", [
     (3, "", "does not divide among 3 processes: start one of 1, 2, 4, 8, 16, 32 processes"),
-    (64, "", "does not divide among 64 processes"),
     (2, "--per_device_train_batch_size 3", "does not divide the 16 rows of a process: give one of 1, 2, 4, 8, 16"),
 ])  # fmt: skip
 def test_a_batch_that_cannot_be_shared_is_refused(processes, flags, words, monkeypatch):
@@ -239,7 +205,7 @@ SCHEDULE = "--warmup_steps 200 --init_warmup 600 --final_warmup 1800 --mask_inte
     (f"{SCHEDULE} --schedule_steps 4000", 100, (5, 15, 45, 1)),  # every step at least
     (f"{SCHEDULE} --schedule_steps 4000", 4000, (200, 600, 1800, 10)),
     (f"{SCHEDULE} --schedule_steps 4000", 9000, (200, 600, 1800, 10)),  # a longer training stretches nothing
-    ("--warmup_ratio 0.1 --schedule_steps 4000", 1000, (0.1, None, None, 2)),  # a share is one of any length
+    ("--warmup_ratio=0.1 --schedule_steps 4000", 1000, (0.1, None, None, 2)),  # a share is one of any length
     ("--schedule_steps 4000", 0, (0, None, None, 10)),  # nothing is trained
 ])  # fmt: skip
 def test_a_shorter_training_shrinks_the_schedule_in_proportion(flags, steps, expected):
@@ -293,24 +259,11 @@ def test_help_fits_a_screen_and_help_all_lists_what_is_not_refused(capsys):
 # ---- the packages --------------------------------------------------------------------------------------------------
 
 
-def test_the_sweep_names_the_nearest_flag_and_a_missing_file_in_one_line(capsys):
-    for flags, words in ((["x.yaml", "--dryrun"], "did you mean --dry_run?"), ([], "required: experiment")):
-        assert sweep.main(flags) == 2
-        error = capsys.readouterr().err
-        assert words in error and len(error.strip().splitlines()) == 1
-
-
 @pytest.mark.parametrize(
     "program, package",
-    [
-        ("run_glue", "accelerate"),
-        ("predict", "pyarrow"),
-        ("sweep", "torch"),
-        ("compare", "torch"),
-        ("report", "pandas"),
-        ("launch", "torch"),
-    ],
-)
+    [("run_glue", "accelerate"), ("predict", "pyarrow"), ("sweep", "torch"), ("compare", "torch"), ("report", "pandas"),
+     ("launch", "torch")],
+)  # fmt: skip
 def test_help_without_an_installed_package_says_what_to_run(program, package):
     hide = f"""
 import importlib.util, runpy, sys

@@ -65,6 +65,9 @@ def flags_of(values: dict) -> list[str]:
     st.lists(st.tuples(st.sampled_from(NAMES) | odd_text, st.none() | odd_text, st.booleans()), max_size=5),
     st.booleans(),
 )
+@example([("learning_rate", "--", True)], True)
+@example([("lora_widths", "--", True)], True)
+@example([("report_to", "\x1d", True)], True)
 def test_command_lines(pairs, complete):
     argv = flags_of(GOOD) if complete else []
     for name, value, joined in pairs:
@@ -77,15 +80,6 @@ def test_command_lines(pairs, complete):
     if {"-h", "--help"} & set(argv):
         return
     one_line_or(Arguments, lambda: parse_arguments(argv))
-
-
-@MANY
-@given(st.dictionaries(st.sampled_from(FLAGS), odd_text, max_size=3))
-@example({"learning_rate": "--"})
-@example({"lora_widths": "--"})
-@example({"report_to": "\x1d"})
-def test_values_of_known_flags(values):
-    one_line_or(Arguments, lambda: parse_arguments(flags_of({**GOOD, **values})))
 
 
 @MANY
@@ -137,34 +131,25 @@ def test_records_in_a_run_folder(tmp_path, record, overwrite):
 # ---- experiments ----------------------------------------------------------------------------------------------------
 
 labels = st.sampled_from(["lora", "lora2", "cola", "rte", "..", ".", "a/b", "", 1, 2, 1e-3, True, None]) | plain
-flag_names = (
-    st.sampled_from(["method", "task_name", "seed", "model_name_or_path", "lora_r", "learning_rate"]) | odd_text
-)
+flag_names = st.sampled_from(["method", "task_name", "seed", "model_name_or_path", "learning_rate"]) | odd_text
 mappings = st.dictionaries(flag_names, labels, max_size=3) | anything
 GRID = {"method": ["lora", "lora2"], "task_name": ["cola"], "seed": [1]}
-grids = st.dictionaries(
-    flag_names, st.lists(labels, max_size=3) | st.dictionaries(labels, mappings, max_size=3), max_size=4
-)
-selections = st.fixed_dictionaries(
-    {
-        "values": st.dictionaries(st.just("learning_rate") | flag_names, st.lists(labels, max_size=2)) | anything,
-        "seeds": st.lists(labels, max_size=2),
-        "set": st.just({"holdout_fraction": 0.1}) | mappings,
-    },
-    optional={"overrides": anything, "beyond": mappings, "shared": mappings},
-)
+VALUES = {"learning_rate": [1e-3, 2e-3]}
+axes = st.lists(labels, max_size=3) | st.dictionaries(labels, mappings, max_size=3)
 experiments = st.fixed_dictionaries(
     {
         "name": st.just("e") | odd_text,
         "base": st.just({"model_name_or_path": "m"}) | mappings,
-        "grid": st.just(GRID) | grids | anything,
+        "grid": st.just(GRID) | st.dictionaries(flag_names, axes, max_size=4) | anything,
     },
     optional={
-        "description": anything,
         "command": st.sampled_from(["run {task_name}", "run {x.__class__}", "run {0}", "run {", "'"]) | anything,
         "exclude": st.lists(mappings, max_size=2) | anything,
         "overrides": st.lists(st.fixed_dictionaries({"when": mappings, "set": mappings}), max_size=2) | anything,
-        "select": selections | anything,
+        "select": st.fixed_dictionaries(
+            {"values": st.just(VALUES) | mappings, "seeds": st.lists(labels, max_size=2), "set": mappings},
+            optional={"overrides": anything, "beyond": mappings, "shared": mappings},
+        ),
         "typo": anything,
     },
 )
@@ -180,15 +165,6 @@ def test_experiment_files(tmp_path, values):
     for run in experiment.runs if experiment else ():
         assert Path("top", run.folder).resolve().is_relative_to(Path("top").resolve())
         assert Path(run.folder).name not in ("", ".", "..")
-
-
-@pytest.mark.parametrize("label", ["..", "."])
-def test_a_label_cannot_lead_out_of_the_experiments_folder(tmp_path, label):
-    arguments = {"method": "lora", "task_name": "cola", "seed": 1, "model_name_or_path": "m"}
-    path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump({"name": "e", "grid": {"variant": {label: arguments}}}))
-    with pytest.raises(UsageError, match="begin with no dot"):
-        load_experiment(path)
 
 
 def test_arguments_come_from_nowhere_else(tmp_path, monkeypatch):

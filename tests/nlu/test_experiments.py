@@ -115,6 +115,7 @@ def _values(*values):
         ([], "[] is not of type 'object'"),
         (_with(grids={}), "'grids' was unexpected"),
         (_with(name="../up"), "name: "),
+        (_with(grid={"variant": {"..": {"method": "lora"}}, "task_name": ["cola"], "seed": [1]}), "begin with no dot"),
         (_with(grid={}), "grid: {} should be non-empty"),
         (_with(grid={"method": [], "task_name": ["cola"], "seed": [1]}), "grid.method: [] should be non-empty"),
         (_with(grid={"method": ["lora"], "task_name": ["cola"]}), "no seed is given"),

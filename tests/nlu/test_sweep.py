@@ -299,6 +299,7 @@ def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
+        ("--dryrun",),
         ("--jobs", "0"),
         ("--set", "seed"),
         ("--set", "seed=3"),
