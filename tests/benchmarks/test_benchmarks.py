@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,8 +23,9 @@ SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=
 TRAINED = [key for key, peer in PEERS.items() if not (peer.maker == "limit" or peer.compiled or peer.package)]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("key", TRAINED)
+@pytest.mark.parametrize(
+    ("key", "precision"), zip(TRAINED, itertools.cycle(("float32", "bfloat16", "bfloat16")), strict=False)
+)
 def test_every_peer_lowers_its_loss(key, precision):
     shape = dataclasses.replace(SMALL, precision=precision)
     trained, (batch,) = build(PEERS[key], shape), make_batches(shape)
@@ -103,33 +105,6 @@ def test_one_run_writes_what_it_prints(tmp_path, capsys):
     assert record["machine"]["versions"]["torch"] == torch.__version__
 
 
-@pytest.mark.usefixtures("small_runs")
-@pytest.mark.parametrize("gone, peers", [(True, "lora,limit"), (False, "limit")])
-def test_a_peer_that_ends_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys, gone, peers):
-    """One whose process is gone, or stopped before it answers: the table has the first setting, the end the reason."""
-    measure = run.measure
-
-    def second_fails(workers, name, shapes, rounds):
-        if "length 7" in name:
-            process = workers.processes[-1]
-            os.kill(process.pid, signal.SIGKILL if gone else signal.SIGSTOP)
-            if gone:
-                process.join()
-            else:
-                threading.Timer(0.3, process.kill).start()
-        return measure(workers, name, shapes, rounds)
-
-    monkeypatch.setattr(run, "measure", second_fails)
-    flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1", "--name", "x"]
-    assert run.main(["--peers", peers, "--lengths", "6,7", *flags]) == 1
-    out, err = capsys.readouterr()
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "length 7" in last and "the process of limit ended" in last
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert len(record["measurements"]) == len(peers.split(",")) and "length 7" in record["failure"]
-    assert "Ended early" in (tmp_path / "x.md").read_text() and "length 6" in out
-
-
 @pytest.fixture
 def ctrl_c():
     """Python's own reaction to SIGINT: what runs in the background (nohup, &) inherits that it is ignored."""
@@ -139,23 +114,38 @@ def ctrl_c():
 
 
 @pytest.mark.usefixtures("ctrl_c", "small_runs")
-def test_a_stop_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "how, peers, code, says",
+    [
+        ("killed", "lora,limit", 1, "the process of limit ended"),
+        ("stopped before it answers", "limit", 1, "the process of limit ended"),
+        ("Ctrl-C", "limit", 130, "length 7: stopped"),
+    ],
+)
+def test_what_ends_a_run_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys, how, peers, code, says):
     measure, processes = run.measure, []
 
-    def second_is_stopped(workers, name, shapes, rounds):
+    def second_ends(workers, name, shapes, rounds):
         processes[:] = workers.processes
-        if "length 7" in name:
+        if "length 7" in name and how == "Ctrl-C":
             signal.raise_signal(signal.SIGINT)
+        elif "length 7" in name and how == "killed":
+            processes[-1].kill()
+            processes[-1].join()
+        elif "length 7" in name:
+            os.kill(processes[-1].pid, signal.SIGSTOP)
+            threading.Timer(0.3, processes[-1].kill).start()
         return measure(workers, name, shapes, rounds)
 
-    monkeypatch.setattr(run, "measure", second_is_stopped)
+    monkeypatch.setattr(run, "measure", second_ends)
     flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1", "--name", "x"]
-    assert run.main(["--peers", "limit", "--lengths", "6,7", *flags]) == 130
+    assert run.main(["--peers", peers, "--lengths", "6,7", *flags]) == code
     out, err = capsys.readouterr()
-    assert "length 7: stopped" in err.strip().splitlines()[-1] and "Traceback" not in err
+    assert says in err.strip().splitlines()[-1] and "length 7" in err and "Traceback" not in err
     record = json.loads((tmp_path / "x.json").read_text())
-    assert [m["setting"] for m in record["measurements"]] == ["float32, 12 layers, batch 32, length 6"]
-    assert "stopped" in record["failure"] and "length 6" in out
+    assert len(record["measurements"]) == len(peers.split(",")) and record["failure"]
+    assert {m["setting"] for m in record["measurements"]} == {"float32, 12 layers, batch 32, length 6"}
+    assert "Ended early" in (tmp_path / "x.md").read_text() and "length 6" in out
     assert processes and not any(process.is_alive() for process in processes)
 
 

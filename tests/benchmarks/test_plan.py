@@ -19,11 +19,10 @@ def no_glue_dir(monkeypatch):
 
 @pytest.fixture
 def glue(tmp_path):
-    """MRPC and RTE of pairs of 4 to 40 words, in an order that padding suffers from."""
-    for task, fields in (("mrpc", ("sentence1", "sentence2")), ("rte", ("sentence1", "sentence2"))):
-        words = [2 + (7 * i) % 19 for i in range(96)]
-        rows = [{**dict.fromkeys(fields, "w " * n), "label": i % 2, "idx": i} for i, n in enumerate(words)]
-        write_rows(tmp_path / task / "train.jsonl", rows)
+    """MRPC of pairs of 4 to 40 words, in an order that padding suffers from."""
+    texts = ["w " * (2 + (7 * i) % 19) for i in range(96)]
+    rows = [{"sentence1": text, "sentence2": text, "label": i % 2, "idx": i} for i, text in enumerate(texts)]
+    write_rows(tmp_path / "mrpc/train.jsonl", rows)
     return str(tmp_path)
 
 
@@ -54,25 +53,10 @@ def test_quick_is_two_layers_at_length_64():
     assert {s.vocabulary for _, shapes in settings for s in shapes.values()} == {8_000}
 
 
-def test_quick_leaves_peers_precisions_and_batch_to_be_chosen():
-    settings = _plan("--quick", "--peers", "lora2,limit", "--precisions", "bfloat16", "--batch", "4")
-    assert [list(shapes) for _, shapes in settings] == [["lora2", "limit"]]
-    assert _cells(settings) == [{("bfloat16", 2, ((4, 64),))}]
-
-
-def test_scaling_varies_layers_batch_and_length_one_at_a_time():
-    settings = _plan("--scaling", "--rounds", "2")
-    cells = [(1, 16, 64), (2, 16, 64), (4, 16, 64), (2, 8, 64), (2, 32, 64), (2, 8, 128), (2, 8, 256), (2, 8, 512)]
-    assert _cells(settings) == [{("bfloat16", layers, ((batch, n),))} for layers, batch, n in cells]
-    assert all(list(shapes) == ["peft-lora-bf16", "lora2"] for _, shapes in settings)
-    assert len({name for name, _ in settings}) == len(cells)
-
-
-@pytest.mark.parametrize("task", ["mrpc", "rte"])
-def test_real_lengths_are_in_buckets_for_the_peers_here_only(glue, task):
+def test_real_lengths_are_in_buckets_for_the_peers_here_only(glue):
     arguments = ["--peers", "peft-lora,lora2,published", "--precisions", "bfloat16", "--layers", "3", "--batch", "8"]
-    ((name, shapes),) = _plan("--lengths", task, "--glue_dir", glue, *arguments)
-    assert name == f"bfloat16, 3 layers, batch 8, {task}" and list(shapes) == ["peft-lora", "lora2", "published"]
+    ((name, shapes),) = _plan("--lengths", "mrpc", "--glue_dir", glue, *arguments)
+    assert name == "bfloat16, 3 layers, batch 8, mrpc" and list(shapes) == ["peft-lora", "lora2", "published"]
     assert {s.layers for s in shapes.values()} == {3}
     assert shapes["peft-lora"].precision == shapes["lora2"].precision == "bfloat16"
     tokens = {key: sum(rows * n for rows, n in shapes[key].batches) for key in ("peft-lora", "lora2")}
@@ -86,14 +70,10 @@ def test_the_published_peer_pads_to_320_in_float32_on_tasks_only(glue):
     assert (real["published"].precision, real["published"].batches) == ("float32", ((8, 320),))
 
 
-@pytest.mark.parametrize("name", ["v1.2", "v1.3", "a_b-C.9"])
-def test_names_that_are_good_for_files(name):
-    assert run.parse(["--name", name]).name == name
-
-
 def test_names_with_a_dot_get_files_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     for name in ("v1.2", "v1.3"):
+        assert run.parse(["--name", name]).name == name
         run.write({"name": name}, name, name)
     assert {path.name for path in tmp_path.iterdir()} == {"v1.2.json", "v1.2.md", "v1.3.json", "v1.3.md"}
     assert (tmp_path / "v1.2.md").read_text() == "v1.2"
@@ -104,29 +84,16 @@ def test_names_with_a_dot_get_files_of_their_own(tmp_path, monkeypatch):
     [
         (["--peers", "x"], "'x' is none of"),
         (["--peers", "lora,lora"], "lora is there twice"),
-        (["--precisions", "float32,float32"], "float32 is there twice"),
         (["--lengths", "0"], "'0' is neither"),
-        (["--lengths", "²"], "'²' is neither"),
-        (["--lengths", "cola"], "'cola' is neither"),
-        (["--lengths", "4,4"], "4 is there twice"),
         (["--lengths", "4,04"], "4 is there twice"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--name", "a/b"], "'a/b' must be"),
-        (["--name", ""], "'' must be"),
-        (["--name", "ä"], "'ä' must be"),
         (["--name", "n\n"], "must be"),
         (["--device", "tpu"], "'tpu' is neither cpu nor cuda"),
         (["--device", "cuda"], "no CUDA device"),
         (["--quick", "--scaling"], "give one of them"),
         (["--quick", "--lengths", "64"], "--quick settles --lengths"),
-        (["--quick", "--layers", "2"], "--quick settles --layers"),
-        (["--quick", "--rounds", "9"], "--quick settles --rounds"),
         (["--scaling", "--peers", "lora2"], "--scaling settles --peers"),
-        (["--scaling", "--precisions", "float32"], "--scaling settles --precisions"),
-        (["--scaling", "--lengths", "64"], "--scaling settles --lengths"),
-        (["--scaling", "--layers", "1"], "--scaling settles --layers"),
-        (["--scaling", "--batch", "1"], "--scaling settles --batch"),
-        (["--peers", "published", "--lengths", "64"], "published is measured with --lengths mrpc or rte only"),
         (["--peers", "lora2,published", "--lengths", "64"], "published is measured with --lengths mrpc or rte only"),
         (["--quick", "--peers", "published"], "published is measured with --lengths mrpc or rte only"),
         (["--peers", "lora,peft-lora-bf16", "--precisions", "float32"], "measured with --precisions bfloat16 only"),

@@ -77,7 +77,7 @@ def main() -> int:
     if behaviour == 4 and not resumed:
         signal.signal(signal.SIGTERM, lambda *_: (write("interrupted"), sys.exit(143)))
         (folder / "started").touch()
-        time.sleep(60)
+        time.sleep(600)  # a signal ends it
     (folder / "rank_pattern.json").write_text(json.dumps({"encoder.query": [True, False]}))
     write("finished")
     return 0

@@ -1,7 +1,6 @@
 """The experiment files of this repository, and faulty ones; test_bad_input.py has any content whatever."""
 
 from datetime import date
-from pathlib import Path
 
 import pytest
 import yaml
@@ -11,14 +10,10 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.places import Places, command_line
 from nlu.experiments.questions import load_questions
+from tests.nlu.test_sweep import BASIC, SELECT
+from tests.nlu.tiny import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = [path for path in sorted((REPOSITORY / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
-BASIC = {
-    "name": "trial",
-    "base": {"model_name_or_path": "encoder", "bf16": True},
-    "grid": {"method": ["lora", "lora2"], "task_name": ["cola", "rte"], "seed": [1, 2]},
-}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -94,9 +89,6 @@ def test_a_key_twice_is_refused_with_its_lines(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-SELECT = {"values": {"learning_rate": [1e-3, 2e-3]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}
-
-
 def _with(**changes):
     return {**BASIC, **changes}
 
@@ -117,13 +109,11 @@ def _values(*values):
         (_with(name="../up"), "name: "),
         (_with(grid={"variant": {"..": {"method": "lora"}}, "task_name": ["cola"], "seed": [1]}), "begin with no dot"),
         (_with(grid={}), "grid: {} should be non-empty"),
-        (_with(grid={"method": [], "task_name": ["cola"], "seed": [1]}), "grid.method: [] should be non-empty"),
         (_with(grid={"method": ["lora"], "task_name": ["cola"]}), "no seed is given"),
         (_with(base={}), "no model_name_or_path is given"),
         (_with(base={"root_output_dir": "x"}), "is a flag that the sweep sets itself"),
         (_with(base={"--bf16": True}), "no flag's name"),
         (_with(base={"model_name_or_path": "m", "lora_module": ["query"]}), "must be one value"),
-        (_with(grid={**BASIC["grid"], "seed": [1, 1]}), "lists a value twice"),
         (_with(grid={**BASIC["grid"], "orth_terms": ["uv", "UV"]}), "share the folder"),
         (_with(overrides=[{"when": {"method": "sora"}, "set": {}}]), "names method sora"),
         (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "no axis of the grid"),
@@ -131,31 +121,17 @@ def _values(*values):
         (_with(exclude=[{"method": ["lora", "lora2"]}]), "leaves no run"),
         (_select(set={}), "holdout_fraction"),
         (_select(values={"seed": [1]}), "select.values names seed, which the grid or --set fixes"),
-        (_select(values=[1, 2]), "select.values: [1, 2] must be a mapping"),
-        (_values(), "select.values.learning_rate: [] should be non-empty"),
         (_values(None, 0.001), "must be a list of all numbers"),
-        (_values("fast", 0.001), "must be a list of all numbers"),
         (_values(True, 2), "must be a list of all numbers"),
-        (_values(1, 1.0), "has non-unique elements"),
         (_values(float("nan"), 1), "select.values.learning_rate"),
         (_select(beyond={"learning_rate": 1}), "must be a factor above 1"),
         (_select(beyond={"weight_decay": 2}), "select.beyond names weight_decay"),
         (_select(overrides=[{"when": {"method": "lora"}, "values": {"learning_rate": [None]}}]), "without null"),
-        (
-            _with(base={"model_name_or_path": "m", "learning_rate": float("nan")}),
-            "base.learning_rate: NaN must be one value",
-        ),
-        (
-            _with(base={"model_name_or_path": "m", "learning_rate": "1e999"}),
-            "base.learning_rate: Infinity must be one value",
-        ),
-        (_with(base={"model_name_or_path": "m", "run_name": date(2024, 1, 1)}), "must be one value"),
+        (_with(base={"model_name_or_path": "m", "learning_rate": "1e999"}), "rate: Infinity must be one value"),
         (_with(grid={**BASIC["grid"], "day": {date(2024, 1, 1): {}}}), "must be one value"),
         (_with(grid={**BASIC["grid"], "seed": [1, True]}), "lists a value twice"),
-        (_with(grid={**BASIC["grid"], "seed": [2, 2.0]}), "lists a value twice"),
         (_with(grid={**BASIC["grid"], "run_name": ["ä", "ö"]}), "A-Z, 0-9"),
         (_with(grid={**BASIC["grid"], "run_name": ["a" * 300]}), "give its axes shorter labels"),
-        (_with(name="a" * 300), "name: "),
         (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
         ({**_select(), "base": {"model_name_or_path": "m", "learning_rate": 1}}, "both selected and set"),
     ],

@@ -33,13 +33,7 @@ QUESTIONS = {
             "question": "Does the larger one score more?",
             "experiments": ["trial"],
             "claims": [
-                {
-                    "label": "LoRA² k=8",
-                    "against": "LoRA r=8",
-                    "expect": "higher",
-                    "published": 1.05,
-                    "source": "Table 1",
-                },
+                {"label": "LoRA² k=8", "against": "LoRA r=8", "expect": "higher", "published": 1.05, "source": "T. 1"},
                 {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
             ],
         },
@@ -153,11 +147,6 @@ def test_one_failing_figure_does_not_stop_the_others(make, tmp_path, monkeypatch
     assert code == 1 and "error: the figure trial_parameters was not drawn: 'yerr' must not" in err
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["trial_curves.png", "trial_rates.png"]
     assert "trial_parameters" not in (tmp_path / "README.md").read_text()
-
-
-def test_seeds_that_all_tie_are_drawn(make, tmp_path):
-    lines = [line(label, "cola", seed, [0.7, 0.843]) for label in ("LoRA r=8", "LoRA² k=8") for seed in range(7)]
-    assert make(lines)[0] == 0 and (tmp_path / "figures/trial_parameters.png").exists()
 
 
 def test_several_experiments_are_compared_together(make, tmp_path):

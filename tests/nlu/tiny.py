@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -88,3 +90,21 @@ def changed(flags: list[str], **values: object) -> list[str]:
 def read(flags: list[str], name: str = "results.json") -> dict:
     """A JSON file of the run with those flags: its record, if no other is named."""
     return json.loads((Path(flags[flags.index("--root_output_dir") + 1]) / name).read_text())
+
+
+def quick_peft_adalora(folder: Path) -> Path:
+    """A configuration of peft's AdaLoRA that allocates in a few steps."""
+    values = json.loads((REPOSITORY / "configs/peft/adalora.json").read_text())
+    (folder / "adalora.json").write_text(json.dumps(values | {"tinit": 1, "tfinal": 2, "deltaT": 1}))
+    return folder / "adalora.json"
+
+
+PATIENCE = 600  # seconds; only what hangs takes as long, on however loaded a machine
+
+
+def wait_until(met: Callable[[], bool], every: float = 0.05) -> None:
+    """Wait for another process."""
+    end = time.monotonic() + PATIENCE
+    while not met():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(every)
