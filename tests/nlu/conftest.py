@@ -1,8 +1,12 @@
 """Fixtures of a whole run: an encoder, a GLUE folder, flags."""
 
+import contextlib
+import io
+
 import pytest
 
-from tests.nlu.tiny import make_encoder, make_rows, tiny_run, write_rows
+from nlu import run_glue
+from tests.nlu.tiny import make_encoder, make_rows, read, tiny_run, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,15 @@ def tiny_glue(tmp_path_factory):
 def base_flags(encoder, tiny_glue, tmp_path):
     """Flags of a run of a few steps on the tiny task; append what a test is about."""
     return tiny_run(encoder, tiny_glue, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(encoder, tiny_glue, tmp_path_factory):
+    """One run of LoRA² with k=3 and predictions: (its folder, its record, what it printed, its trainer)."""
+    folder, seen, printed = tmp_path_factory.mktemp("finished") / "run", [], io.StringIO()
+    build = run_glue.build_trainer
+    flags = [*tiny_run(encoder, tiny_glue, folder), "--method", "lora2", "--lora_k", "3", "--reg_orth_coef", "0.1"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(run_glue, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])
+        assert run_glue.main([*flags, "--do_predict"]) == 0
+    return folder, read(flags), printed.getvalue(), seen[0]

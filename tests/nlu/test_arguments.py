@@ -76,6 +76,7 @@ def test_the_default_target_is_half_the_rank():
     [
         ("--target_rank 9 --lora_r 8", "target_rank (9) is larger than lora_r (8)"),
         ("--task_name nope", "unknown task"),
+        ("--task_name ax", "ax has a test set only"),
         ("--method ../methods/lora", "unknown method"),
         ("--method lora --lora_type svd", "contradicts"),
         ("--method adalora --lora_type frd", "contradicts"),

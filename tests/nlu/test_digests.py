@@ -2,8 +2,6 @@
 
 import errno
 import hashlib
-import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from nlu.errors import UsageError
@@ -156,33 +153,27 @@ def test_a_change_is_seen(tmp_path, how):
     assert file_digest(path) == hashlib.sha256(b"Weights").hexdigest() != digest
 
 
-def _digests_in_process(rank, root):
-    """Writes what this process is told of a file, and of one that cannot be read; only the first process looks."""
-    dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=2)
-    if rank == 1:
-        folder.content_digests = None
-    told = [folder.shared_digests({"train_file": f"{root}/rows.jsonl"})]
-    try:
-        folder.shared_digests({"method": "lora", "peft_config": f"{root}/damaged.json"})
-    except UsageError as error:
-        told.append(str(error))
-    (root / f"{rank}.json").write_text(json.dumps(told))
-
-
-def test_the_first_process_reads_for_all(tmp_path):
+def test_the_first_process_reads_for_all(tmp_path, monkeypatch):
+    """What it sends, the others return or raise, without a look at a file."""
     (tmp_path / "rows.jsonl").write_text("{}")
     (tmp_path / "damaged.json").write_text("{")
-    torch.multiprocessing.start_processes(_digests_in_process, (tmp_path,), 2, start_method="fork")
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first == second and first[0] == digests.content_digests({"train_file": str(tmp_path / "rows.jsonl")})
+    good = {"train_file": str(tmp_path / "rows.jsonl")}
+    sent, told = [], [[], []]
+    monkeypatch.setattr(folder, "several", lambda: True)
+    for rank, broadcast in enumerate((sent.extend, lambda answer: answer.__setitem__(0, sent.pop(0)))):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+        for arguments in (good, {"method": "lora", "peft_config": str(tmp_path / "damaged.json")}):
+            try:
+                told[rank].append(folder.shared_digests(arguments))
+            except UsageError as error:
+                told[rank].append(str(error))
+        monkeypatch.setattr(folder, "content_digests", None)
+    first, second = told
+    assert first == second and first[0] == of(**good)
     assert "--peft_config" in first[1] and "cannot be read" in first[1]
 
 
-def test_a_run_records_its_model_and_data(base_flags):
-    from nlu.run_glue import main
-
-    assert main([*base_flags, "--method", "lora", "--max_steps", "1"]) == 0
-    get = dict(itertools.pairwise(base_flags)).get
-    record = json.loads((Path(get("--root_output_dir")) / "results.json").read_text())
-    expected = of(model_name_or_path=get("--model_name_or_path"), task_name="cola", glue_dir=get("--glue_dir"))
-    assert record["digests"] == expected | of(method="lora") and len(expected) == 2
+def test_a_run_records_its_model_and_data(finished, encoder, tiny_glue):
+    expected = of(model_name_or_path=str(encoder), task_name="cola", glue_dir=str(tiny_glue), do_predict=True)
+    assert finished[1]["digests"] == expected | of(method="lora2") and len(expected) == 3

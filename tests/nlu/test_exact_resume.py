@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
@@ -16,7 +15,7 @@ from nlu import launch
 from nlu.run_glue import main
 from tests.nlu import killed_runs
 from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_killed
-from tests.nlu.tiny import REPOSITORY, changed, read
+from tests.nlu.tiny import PATIENCE, REPOSITORY, changed, quick_peft_adalora, read, wait_until
 
 TRIALS = int(os.environ.get("SOAK_TRIALS", "3"))  # each is killed twice
 # 50 rows are 7 batches of 8, so 4 optimiser steps an epoch: nothing here falls on the same step as anything else.
@@ -27,20 +26,25 @@ EPOCHS = "--max_steps -1 --num_train_epochs 2 --logging_steps 3 --eval_strategy 
 
 
 def flags_of(base_flags, folder, options):
-    flags = changed(base_flags, root_output_dir=folder)
+    flags = changed(base_flags, root_output_dir=folder, lora_r=None, lora_alpha=None)
     return [*flags, "--save_total_limit", "50", "--method", "lora2", *options.split()]
 
 
 # Each case has several traits that could disturb a resume; test_killed_at_random_points has more of them at once.
 LEAN = "--gradient_accumulation_steps 3 --gradient_checkpointing True --no_fast_dropout True --no_fast_attention True"
 HALF = "--bf16 True --length_bucketing True --lora_dropout 0.2"
+PLUS = """--method lora2_plus --value_lr_ratio auto --head_first_epochs 1 --lora_init gradient
+    --lora_init_batches 2"""
 SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda 8"
 
 
 @pytest.mark.parametrize(
     "options, step",
     [
-        pytest.param(STEPS.replace("eval_steps 4", "eval_steps 5"), 8, id="in an epoch, evaluation at other steps"),
+        pytest.param(f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8, id="in an epoch, evaluation at other steps"),
+        pytest.param(f"{STEPS} {PLUS}", 6, id="exact factors and a start of their own"),
+        pytest.param(f"{STEPS} --method padapter", 6, id="layers that are no update of a weight"),
+        pytest.param(f"{STEPS} --method peft --peft_config adalora.json", 2, id="peft's allocation"),
         pytest.param(f"{STEPS.replace('save_steps 2', 'save_steps 7')} --method adalora", 7, id="end of an epoch"),
         pytest.param(f"{STEPS} {LEAN}", 8, id="accumulation, activation checkpointing, stock dropout"),
         pytest.param(f"{STEPS} {HALF} --lr_scheduler_type cosine --warmup_steps 4", 2, id="bfloat16, in the warm-up"),
@@ -51,7 +55,8 @@ SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda
         pytest.param(f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8, id="best only"),
     ],
 )
-def test_going_on_from_a_checkpoint_changes_no_bit(base_flags, tmp_path, options, step):
+def test_going_on_from_a_checkpoint_changes_no_bit(base_flags, tmp_path, monkeypatch, options, step):
+    monkeypatch.chdir(quick_peft_adalora(tmp_path).parent)
     assert main(flags_of(base_flags, tmp_path / "whole", options)) == 0
     flags = flags_of(base_flags, tmp_path / "broken", options)
     run_broken_off(flags, step)
@@ -71,7 +76,7 @@ def processes():
 def start(processes, flags, point, step):
     process = processes.Process(target=run_killed, args=(flags, point, step))
     process.start()
-    process.join(120)
+    process.join(PATIENCE)
     return process.exitcode
 
 
@@ -106,11 +111,9 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     whole, broken, stopped = (flags_of(base_flags, tmp_path / name, TWO) for name in ("whole", "broken", "stopped"))
     program = str(REPOSITORY / "nlu" / "run_glue.py")
     launcher = subprocess.Popen([*LAUNCH, program, *stopped], **PLACE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "stopped" / "model" / "checkpoint-5").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((tmp_path / "stopped" / "model" / "checkpoint-5").is_dir, every=0.01)
     launcher.terminate()
-    _, told = launcher.communicate(timeout=120)
+    _, told = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGTERM and "Traceback" not in told
     log = (tmp_path / "stopped" / "log" / "run.log").read_text()
     for shown in (told, log):
@@ -122,7 +125,7 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     runs = [[whole, None, how], [broken, 2, "signal"], [broken, 10, how], [broken, None, how], [stopped, None, how]]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     command = [*LAUNCH, killed_runs.__file__, str(tmp_path / "runs.json")]
-    result = subprocess.run(command, **PLACE, capture_output=True, timeout=240)
+    result = subprocess.run(command, **PLACE, capture_output=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr[-3000:]
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
@@ -139,6 +142,6 @@ def test_the_workers_have_time_to_end_a_long_step_and_save_it(monkeypatch, asked
 
 def test_what_two_processes_refuse_is_one_line_and_exit_code_2(base_flags):
     command = [*LAUNCH, str(REPOSITORY / "nlu" / "run_glue.py"), *base_flags, "--lora_module", "nothing"]
-    result = subprocess.run(command, **PLACE, capture_output=True, timeout=120)
+    result = subprocess.run(command, **PLACE, capture_output=True, timeout=PATIENCE)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "matches no linear layer" in result.stderr

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import BertForTokenClassification
 
+import loralib
 from nlu.fast import speed_up
 from nlu.fast.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
 from nlu.fast.deberta_attention import disable_fast_attention, enable_fast_attention
@@ -49,9 +50,15 @@ def fast_copy(model, technique):
 @every_case
 @pytest.mark.parametrize("lengths", [(11, 4, 7), (8, 8, 8), (1, 1, 1)], ids=["padded", "whole", "one token"])
 def test_results_and_gradients_are_those_of_transformers(technique, kind, lengths):
+    """Also with low-rank layers, whose updates count, in place of the projections."""
     model, inputs, states = build(kind), batch(lengths), technique != "first token"
-    fast = fast_copy(model, technique)
-    assert_same(outcome(fast, inputs, states), outcome(model, inputs, states))
+    for modules in ([], ["query", "value", "layer.output"]):
+        if modules:
+            loralib.inject(model, "lora2", modules, r=4, k=4)
+            for layer in loralib.lora_layers(model).values():
+                nn.init.normal_(layer.lora_E)
+        fast = fast_copy(model, technique)
+        assert_same(outcome(fast, inputs, states), outcome(model, inputs, states))
 
 
 @every_case

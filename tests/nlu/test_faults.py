@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -22,7 +21,6 @@ from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import checkpoints as saving
-from nlu.runs import record as records
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
@@ -118,69 +116,64 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
-def poison_loss(monkeypatch, value, step):
-    """The loss of that step becomes ``value``; returns where its rows are put."""
-    seen, task_loss, compute = [], GlueTrainer.task_loss, GlueTrainer.compute_loss
+def poison(monkeypatch, what, value=math.nan):
+    """The loss of step 3, or a gradient or a weight of step 4, becomes ``value``; returns the token ids of step 3."""
+    seen, task_loss, compute, step = [], GlueTrainer.task_loss, GlueTrainer.compute_loss, GlueTrainer.training_step
 
-    def poisoned(self, *args, **kwargs):
-        loss = task_loss(self, *args, **kwargs)
-        return loss * value if self.model.training and self.state.global_step + 1 == step else loss
+    def loss(self, *args, **kwargs):
+        return task_loss(self, *args, **kwargs) * (value if self.model.training and self.state.global_step == 2 else 1)
 
     def watch(self, model, inputs, *args, **kwargs):
-        if model.training and self.state.global_step + 1 == step:
-            seen.extend((self, ids[mask.bool()].tolist()) for ids, mask in
-                        zip(inputs["input_ids"], inputs["attention_mask"], strict=True))  # fmt: skip
+        if model.training and self.state.global_step == 2:
+            pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            seen.extend((self, ids[mask.bool()].tolist()) for ids, mask in pairs)
         return compute(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(GlueTrainer, "task_loss", poisoned)
+    def gradient(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = value
+        return loss
+
+    def weight(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = value
+
+    owner, name, function = {
+        "loss": (GlueTrainer, "task_loss", loss), "gradient": (GlueTrainer, "training_step", gradient),
+        "weight": (ProgressCallback, "on_optimizer_step", weight),
+    }[what]  # fmt: skip
+    monkeypatch.setattr(owner, name, function)
     monkeypatch.setattr(GlueTrainer, "compute_loss", watch)
     return seen
 
 
 @pytest.mark.parametrize(("value", "lazy"), [(math.nan, True), (math.inf, False)])
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(
-    flags, run_folder, capsys, monkeypatch, value, lazy
-):
+def test_a_loss_that_is_not_finite_names_its_step_and_rows(flags, run_folder, capsys, monkeypatch, value, lazy):
     """At once on a CPU; elsewhere at the next logging, evaluation or saving, and still with the first bad step."""
-    seen = poison_loss(monkeypatch, value, 3)
+    seen = poison(monkeypatch, "loss", value)
     if lazy:
         flags = changed(flags, logging_steps=100, eval_strategy="no")
         monkeypatch.setattr(GlueTrainer, "checks_every_step", False)
-    more = ["--gradient_accumulation_steps", "2", "--length_bucketing"]
-    assert main([*flags, *more]) == 1
+    assert main([*flags, "--gradient_accumulation_steps", "2", "--length_bucketing"]) == 1
     line = error_line(capsys)
     assert "the loss is" in line and "at step 3" in line and "checkpoint-2" in line
     rows = [int(word) for word in line.partition("idx ")[2].partition(";")[0].split(", ")]
     of_idx = {row["idx"]: row["input_ids"] for row in seen[0][0].train_dataset}
     assert [of_idx[i] for i in rows] == [ids for _, ids in seen]
-    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
     assert read(flags)["status"] == "failed" and "at step 3" in read(flags)["error"]
+    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
     assert not (run_folder / "adapter").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(flags, run_folder, capsys, monkeypatch):
-    step = GlueTrainer.training_step
-
-    def poisoned(self, model, *args, **kwargs):
-        loss = step(self, model, *args, **kwargs)
-        if self.state.global_step == 3:
-            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
-        return loss
-
-    monkeypatch.setattr(GlueTrainer, "training_step", poisoned)
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("gradient", "the gradient is nan"), ("weight", "a trained weight is not finite")],
+)
+def test_gradients_and_weights_that_are_not_finite_are_never_saved(flags, run_folder, capsys, monkeypatch, what, says):
+    poison(monkeypatch, what)
     assert main(flags) == 1
-    assert "the gradient is" in (line := error_line(capsys)) and "at step 4" in line
-    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
-
-
-def test_a_weight_that_is_not_finite_is_never_saved(flags, run_folder, capsys, monkeypatch):
-    def poisoned(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 3:
-            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = math.nan
-
-    monkeypatch.setattr(ProgressCallback, "on_optimizer_step", poisoned)
-    assert main(flags) == 1
-    assert "a trained weight is not finite at step 4" in error_line(capsys)
+    assert says in (line := error_line(capsys)) and "at step 4" in line
     assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
 
 
@@ -220,31 +213,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, own
     assert outcome(run_folder) == expected
 
 
-def test_a_full_disk_for_the_record_is_one_line_too(flags, run_folder, capsys):
-    with pytest.MonkeyPatch.context() as patch, dying("on_log", 1, lambda: patch.setattr(records, "write_json", full)):
-        assert main(flags) == 1
-    assert "No space left" in error_line(capsys)
-    assert read(flags)["status"] == "running"  # as it was
-    assert main(flags) == 0
-
-
-def test_a_small_disk_that_fills_up(flags, tmp_path, capsys):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs rights that this user lacks")
-    try:
-        flags = [*flags, "--root_output_dir", str(disk / "run"), "--save_total_limit", "50", "--save_steps", "1"]
-        assert main(flags) == 1
-        line = error_line(capsys)
-        assert "make room" in line.lower()
-        last = last_whole_checkpoint(disk / "run" / "model")
-        assert last is not None and last.name in line
-        assert not list((disk / "run" / "model").glob(".*"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -252,24 +220,18 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_passed_over_and_leftovers_go_away(flags, run_folder, name, caplog):
+@pytest.mark.parametrize(("step", "name"), [(4, "model.safetensors"), (4, "trainer_state.json"), (2, "scheduler.pt")])
+def test_a_damaged_checkpoint_is_passed_over_and_leftovers_go_away(flags, run_folder, step, name, caplog):
+    """The run goes on from the checkpoint before, or, where there is none, starts anew."""
     expected = straight_outcome(flags, run_folder)
-    run_broken_off(flags, 4)
-    truncate(run_folder / "model" / "checkpoint-4" / name)
+    run_broken_off(flags, step)
+    truncate(run_folder / "model" / f"checkpoint-{step}" / name)
     (start_folder(run_folder / "model" / "checkpoint-5") / "model.safetensors").write_bytes(b"half")
     (run_folder / ".results.json.x1").write_text("{")
     assert main(flags) == 0
     assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
-    assert "checkpoint-4 is incomplete or damaged" in caplog.text and "going on from" in caplog.text
-    assert outcome(run_folder) == expected
-
-
-def test_with_no_whole_checkpoint_it_starts_anew(flags, run_folder):
-    expected = straight_outcome(flags, run_folder)
-    run_broken_off(flags, 2)
-    (run_folder / "model" / "checkpoint-2" / "scheduler.pt").unlink()
-    assert main(flags) == 0
+    assert f"checkpoint-{step} is incomplete or damaged" in caplog.text
+    assert ("going on from" in caplog.text) == (step == 4)
     assert outcome(run_folder) == expected
 
 

@@ -109,7 +109,7 @@ def _values(value):
         yield from _values(inner)
 
 
-@pytest.mark.parametrize("task, names", [("mrpc", PERMUTED), ("stsb", PERMUTED), ("mnli", ["joy", "anger", "fear"])])
+@pytest.mark.parametrize("task, names", [("stsb", PERMUTED), ("mnli", ["joy", "anger", "fear"])])
 def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, caplog, task, names):
     run = tmp_path / "run"
     folder = classifier(tmp_path / "other", names)
@@ -135,15 +135,11 @@ def test_the_output_layer_may_differ_in_the_number_of_labels_alone(base_flags, t
     save_file(narrow, folder / "model.safetensors", metadata={"format": "pt"})
     assert main(flags_of(base_flags, folder, "mrpc")) == 2
     assert "classifier.weight has the shape (3, 14)" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_mismatch_elsewhere_is_refused_by_name(base_flags, tmp_path, capsys):
-    folder = classifier(tmp_path / "odd", PERMUTED)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     assert main(flags_of(base_flags, folder, "mrpc")) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "bert.embeddings.position_embeddings.weight has the shape (64, 16)" in error and "(32, 16)" in error
+    assert "position_embeddings.weight has the shape (64, 16)" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_merged_export_starts_another_task(base_flags, tmp_path):
@@ -187,12 +183,3 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path
     assert main(flags_of(base_flags, _broken(tmp_path / "model", how), "cola")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: --model_name_or_path ") and words in error
-
-
-def test_fnet_in_half_precision_is_refused(base_flags, tmp_path, capsys):
-    folder = make_encoder(tmp_path / "fnet")
-    config = {"model_type": "fnet", "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1,
-              "intermediate_size": 32, "tpu_short_seq_length": 64}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    assert main(flags_of(base_flags, folder, "cola", "--bf16")) == 2
-    assert "Fourier" in capsys.readouterr().err

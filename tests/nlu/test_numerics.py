@@ -53,6 +53,8 @@ def test_the_seed_fixes_a_run_in_bfloat16_whose_importance_stays_float32(base_fl
         torch.manual_seed(seed)
         found.append(outcome([*base_flags, "--bf16", "--length_bucketing"], tmp_path / str(seed)))
     assert_same_bits(*found)
+    dtypes = {(p.requires_grad, p.dtype) for p in trainers[0].model.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     allocator = trainers[0].applied.allocator
     state = allocator.state_dict()
     assert {t.dtype for t in [*state["sensitivity"], *state["uncertainty"]]} == {torch.float32}

@@ -9,14 +9,14 @@ from peft.tuners.adalora import AdaLoraModel
 
 from loralib.peft_adalora import AdaLoraTraining
 from nlu.methods.method import AppliedMethod
-from nlu.methods.peft_methods import PEFT_FOLDER, inject_peft, make_peft_config
+from nlu.methods.peft_methods import inject_peft, make_peft_config
 from nlu.methods.registry import live_adapter_params
 from nlu.run_glue import main
-from tests.nlu.tiny import tiny_bert
+from tests.nlu.tiny import quick_peft_adalora, tiny_bert
 
 
-def test_pefts_adalora_has_pefts_own_regulariser_and_allocation():
-    values = json.loads((PEFT_FOLDER / "adalora.json").read_text()) | {"tinit": 1, "tfinal": 2, "deltaT": 1}
+def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
+    values = json.loads(quick_peft_adalora(tmp_path).read_text())
     model = tiny_bert()
     tuner = inject_peft(model, make_peft_config(values, "a.json", 8), ["query", "value"])
     assert isinstance(tuner, AdaLoraModel)

@@ -2,12 +2,12 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,7 @@ def input_files(rows, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
-@pytest.mark.parametrize("buffer", [1, 32])
+@pytest.mark.parametrize(("suffix", "buffer"), [("jsonl", 1), ("csv", 32), ("tsv", 32)])
 def test_scores_are_those_of_each_row_alone(
     pretrained, lora2, input_files, expected, tmp_path, monkeypatch, suffix, buffer
 ):
@@ -141,7 +140,6 @@ def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, ca
     [
         (["--input", "none.jsonl"], "cannot be read"),
         (["--input", "."], "--input_format"),
-        (["--input", "in.txt"], "--input_format"),
         (["--input", "in.csv"], "no column 'sentence1'"),
         (["--input", "empty.csv"], "is empty"),
         (["--input", "in.jsonl", "--base", "nowhere"], "--base nowhere: there is no such folder"),
@@ -150,7 +148,6 @@ def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, ca
         (["--input", "in.jsonl", "--batch_size", "0"], "from 1"),
         (["--input", "in.jsonl", "--batchsize", "9"], "did you mean --batch_size?"),
         (["--input", "in.jsonl", "--model", "m"], "not allowed with"),
-        (["--input", "in.jsonl", "--output", "no/where.jsonl"], "no folder"),
         (["--input", "in.jsonl", "--text_fields", "a,b,c"], "--text_columns"),
         (["--input", "in.jsonl", "--adapter", "none"], "no adapter folder"),
     ],
@@ -196,21 +193,17 @@ def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, 
 # ---- streaming ------------------------------------------------------------------------------------------------------
 
 
-def read(text, kind, columns=("a", "b")):
-    return list(open_table(io.BytesIO(text.encode()), "name", kind).rows(columns, blank=True))
+def read(text, kind):
+    return list(open_table(io.BytesIO(text.encode()), "name", kind).rows(["a", "b"], blank=True))
 
 
-def test_csv_quotes_line_breaks_and_damage():
+def test_damage_in_a_table_ends_with_its_row(monkeypatch):
     text = '\ufeffa,b,c\n"x, ""y""","two\nlines",1\nonly,two\n"bad"quote,b,c\n\nlast,row,1'
     assert [(r.place, r.values, bool(r.error)) for r in read(text, "csv")] == [
         (3, ['x, "y"', "two\nlines"], False), (4, None, True), (5, None, True), (7, ["last", "row"], False)
     ]  # fmt: skip
-    assert read('b\ta\n"x\t y\n', "tsv") == [Row(2, [" y", '"x'])]
     never = read('a,b\n"x,' + "y\n" * 200_000 + "1,2\n", "csv")  # a quote that never closes ends at csv's field limit
     assert never[0].error and never[-1].values == ["1", "2"]
-
-
-def test_a_line_without_an_end_is_one_bad_row(monkeypatch):
     monkeypatch.setattr("nlu.data.file_formats.LONGEST_LINE", 64)
     found = read('{"a": "' + "x" * 1000 + '", "b": ""}\n{"a": "", "b": ""}', "jsonl")
     assert [(row.place, bool(row.error)) for row in found] == [(1, True), (2, False)]
@@ -218,7 +211,7 @@ def test_a_line_without_an_end_is_one_bad_row(monkeypatch):
 
 def test_memory_does_not_grow_with_the_input():
     """An endless input: rows come out while it is read, and no more than a buffer of them is held."""
-    read_so_far, written, held = count(), [], []
+    read_so_far, written, held = itertools.count(), [], []
 
     class Endless(Exception):
         pass
@@ -242,8 +235,10 @@ def test_memory_does_not_grow_with_the_input():
 # ---- after a run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora2", "bitfit", "hadapter", "padapter", "peft", "full"])
-@pytest.mark.parametrize("task", ["cola", "stsb"])
+@pytest.mark.parametrize(
+    ("method", "task"),
+    zip(("lora2", "bitfit", "hadapter", "padapter", "peft", "full"), itertools.cycle(("cola", "stsb")), strict=False),
+)
 def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_glue, tmp_path, method, task):
     flags = [*base_flags, "--task_name", task, "--method", method]
     if method != "lora2":

@@ -1,7 +1,6 @@
 """Starts, exact factors and rates of parts in the pipeline: what a run's history and checkpoints show."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -32,15 +31,6 @@ def run(flags, folder, *more):
     return json.loads((folder / "results.json").read_text())
 
 
-def interrupt(folder, step):
-    """As if the run had stopped after that step."""
-    path = folder / "results.json"
-    path.write_text(path.read_text().replace('"finished"', '"interrupted"'))
-    for checkpoint in (folder / "model").glob("checkpoint-*"):
-        if int(checkpoint.name.rpartition("-")[2]) > step:
-            shutil.rmtree(checkpoint)
-
-
 def weights(folder, step):
     return load_file(folder / f"model/checkpoint-{step}/model.safetensors")
 
@@ -55,10 +45,9 @@ GRADIENT = ["--lora_init", "gradient", "--lora_init_batches", "2"]
     ["--method", "lora2_plus_k1", "--value_lr_ratio", "auto"],
     [*PLUS, *GRADIENT, "--value_lr_ratio", "auto", "--head_first_epochs", "1"],
 ])  # fmt: skip
-def test_retraction_keeps_factors_orthonormal_and_resumes_exactly(flags, options, tmp_path):
+def test_retraction_keeps_factors_orthonormal(flags, options, tmp_path):
     record = run(flags, tmp_path, *options)
-    last = weights(tmp_path, 4)
-    for name, factor in last.items():
+    for name, factor in weights(tmp_path, 4).items():
         if "lora_A" in name or "lora_B" in name:
             wide = (factor if factor.shape[0] <= factor.shape[1] else factor.T).double()
             assert torch.linalg.matrix_norm(wide @ wide.T - torch.eye(len(wide))) < 2e-6
@@ -68,10 +57,6 @@ def test_retraction_keeps_factors_orthonormal_and_resumes_exactly(flags, options
     assert entries[-1]["smallest_value"] <= entries[-1]["largest_value"]
     by_type = [value for name, value in entries[-1].items() if name.startswith("delta_norm/")]
     assert sum(by_type) / len(by_type) == pytest.approx(entries[-1]["delta_norm"])  # as many layers of each type
-    interrupt(tmp_path, 2)
-    run(flags, tmp_path, *options)
-    again = weights(tmp_path, 4)
-    assert all(torch.equal(last[name], again[name]) for name in last)
 
 
 def test_the_head_has_its_own_rate(flags, tmp_path):

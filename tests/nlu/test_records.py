@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.records import measured_line, portable, rate_sums, read_lines, write_line
-from nlu.run_glue import main
 from tests.nlu.measured_lines import line
 
 
-def test_a_line_holds_what_a_real_run_left(base_flags, tmp_path):
-    flags = [*base_flags, "--method", "lora2", "--lora_alpha", "8", "--warmup_steps", "2"]
-    assert main(flags) == 0
-    record = json.loads((tmp_path / "run/results.json").read_text())
+def test_a_line_holds_what_a_real_run_left(finished, tmp_path):
+    record = finished[1]
     axes = {"method": "lora2", "task_name": "cola", "seed": 3}
     made = measured_line(Run("trial", "final", "lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
     write_line(tmp_path / "trial.jsonl", made["run"], made)
@@ -28,17 +25,18 @@ def test_a_line_holds_what_a_real_run_left(base_flags, tmp_path):
     assert made["evaluations"]["matthews_correlation"][-1] == made["last"] == record["last"]
     assert made["evaluations"]["loss"] == [entry["loss"] for entry in record["evaluations"]]
     # What differs from the defaults, and no place.
-    assert made["arguments"]["max_steps"] == 6 and made["arguments"]["lora_alpha"] == 8.0
+    assert made["arguments"]["max_steps"] == 6 and made["arguments"]["lora_alpha"] == 32.0
     assert not {"glue_dir", "root_output_dir", "weight_decay", "lora_dropout"} & made["arguments"].keys()
-    assert str(tmp_path) not in json.dumps(made)
+    assert str(finished[0].parent) not in json.dumps(made)
     every = [entry["learning_rate"] for entry in record["history"]]  # logged at each step
     assert made["rate_sum"] == pytest.approx(sum(every))
     if "delta_norm" not in record["history"][-1]:
         squares = [value**2 for values in record["spectra"].values() for value in values]
         assert made["delta_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
     assert {"versions", "git_commit", "live_budget", "adapter_params", "train_seconds"} <= made.keys()
-    assert sum(made["module_ranks"].values()) == made["live_budget"] < made["initial_budget"]
-    assert made["module_ranks"].keys() == record["spectra"].keys()
+    assert made["live_budget"] < made["initial_budget"]
+    pattern = json.loads((finished[0] / "rank_pattern.json").read_text())
+    assert made["module_ranks"] == {name: min(sum(live), 3) for name, live in pattern.items()}  # of width 3
 
 
 @pytest.mark.parametrize("every", [1, 5, 10])
@@ -97,14 +95,9 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
         ('{"run": "a"', "damaged"),
         ("[1]", "is not of type 'object'"),
         ({"stage": "other"}, "stage: 'other' is not one of ['select', 'final']"),
-        ({"status": "running"}, "status: 'running'"),
-        ({"axes": None}, "axes: None is not of type 'object'"),
         ({"last": "0.5"}, "last: '0.5' is not of type 'number'"),
         ({"last": float("nan")}, "NaN is no number"),
         ({"seed": -1}, "seed: -1 is less than the minimum"),
-        ({"label": ""}, "label: ''"),
-        ({"delta_norm": "large"}, "delta_norm"),
-        ({"evaluations": [1]}, "evaluations: [1] is not"),
         (
             {"evaluations": {"step": [1], "loss": [0.1]}},
             "matthews_correlation: None is not of type 'array'",

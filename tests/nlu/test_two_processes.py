@@ -12,7 +12,7 @@ import torch
 
 import loralib
 from tests.nlu import two_processes
-from tests.nlu.tiny import REPOSITORY, make_encoder, make_rows, write_rows
+from tests.nlu.tiny import PATIENCE, REPOSITORY, make_encoder, make_rows, write_rows
 
 # Task, training rows and flags. Two processes with four rows each divide none of these numbers: accelerate repeats
 # rows in the last batch of an epoch, with 33 rows in all of one process's batch; and so it does with 37 in evaluation.
@@ -76,7 +76,7 @@ def start(launcher, runs, folder):
     result = subprocess.run(
         [sys.executable, "-m", *launcher, two_processes.__file__, str(folder / "runs.json")],
         cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=240,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
 

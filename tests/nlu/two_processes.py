@@ -8,27 +8,17 @@ import os
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from transformers import TrainerCallback
 
 from nlu import run_glue
 from nlu.runs.processes import end_processes
 from nlu.trainer import effective_batch_size
-
-
-class StopAfter(TrainerCallback):
-    """Tells its own process to stop, as a scheduler does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
+from tests.nlu.killed_runs import run_signalled
 
 
 def stored_bytes(parameter: torch.Tensor) -> int:
@@ -41,8 +31,6 @@ def run(flags: list[str], stop_after: int | None = None) -> None:
     original = run_glue.train_and_evaluate
 
     def watch(arguments, trainer, folder, *rest):
-        if stop_after is not None:
-            trainer.add_callback(StopAfter(stop_after))
         original(arguments, trainer, folder, *rest)
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
@@ -52,11 +40,11 @@ def run(flags: list[str], stop_after: int | None = None) -> None:
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 
-    run_glue.train_and_evaluate = watch
-    try:
-        assert run_glue.main(flags) == (0 if stop_after is None else 128 + signal.SIGTERM)
-    finally:
-        run_glue.train_and_evaluate = original
+    with mock.patch.object(run_glue, "train_and_evaluate", watch):
+        if stop_after is None:
+            assert run_glue.main(flags) == 0
+        else:  # each process, as a scheduler tells them
+            assert run_signalled(flags, "on_step_end", stop_after, signal.SIGTERM) == 128 + signal.SIGTERM
 
 
 if __name__ == "__main__":
