@@ -127,8 +127,9 @@ def outcome(folder: Path) -> dict:
 
 
 def run_signalled(flags: list[str], point: str, step: int, signum: int) -> int:
-    """Exit code of a run in this process that gets the signal at ``point`` of ``step``."""
-    with dying(point, step, lambda: os.kill(os.getpid(), signum)):
+    """Exit code of a run in this process that gets the signal at ``point`` of ``step``, and no second one later."""
+    pending = [signum]
+    with dying(point, step, lambda: pending and os.kill(os.getpid(), pending.pop())):
         return run_glue.main(flags)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -30,7 +31,9 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GLUE_DIR", str(tmp_path / "glue"))
     monkeypatch.chdir(tmp_path)
     flags = TEMPLATE.format(init=2, final=4, mask=2, warmup=2, eval=7, save=7, log=1).split()
-    launcher = [sys.executable, "-m", "torch.distributed.launch", "--master_port=8679", "--nproc_per_node=1"]
+    with socket.create_server(("localhost", 0)) as free:  # in place of the published 8679, which another run may have
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.launch", f"--master_port={port}", "--nproc_per_node=1"]
     result = subprocess.run(
         [*launcher, str(REPOSITORY / "nlu" / "run_glue.py"), *flags], capture_output=True, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

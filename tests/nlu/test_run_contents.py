@@ -151,15 +151,6 @@ def test_a_method_s_file_counts_by_its_values(finished, capsys):
     assert "other contents of --method lora; other lora_dropout" in capsys.readouterr().err
 
 
-def test_another_contents_may_replace_the_run_when_asked(finished):
-    run = finished("own")
-    flip_a_label(run.root / "train.jsonl")
-    old = run.record["digests"]
-    assert run.start("--overwrite_output_dir") == 0
-    new = run.record["digests"]
-    assert {flag for flag in new if old[flag] != new[flag]} == {"train_file"}
-
-
 def test_a_new_test_file_is_predicted_without_training(finished, monkeypatch, capsys):
     run = finished("own")
     weights = (run.folder / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -36,7 +36,7 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
                        shown, re.MULTILINE)  # fmt: skip
     assert [int(step) for step, _ in steps] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert [bool(left) for _, left in steps] == [True] * 6 + [False] * 2
-    assert re.search(r"^about \S+ s a step: 0:0\d left, evaluations apart; \d\.\d GB so far$", shown, re.MULTILINE)
+    assert re.search(r"^about \S+ s a step: \d+:\d\d left, evaluations apart; \d\.\d GB so far$", shown, re.MULTILINE)
     assert "{" not in shown
     noted = dict(re.findall(r"^step (\d) ({.*grad_norm.*})$", (run / "log/run.log").read_text(), re.MULTILINE))
     assert [json.loads(noted[str(row["step"])])["loss"] for row in record["history"]] == [
