@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu_check import WAITING
 from benchmarks.losses import BATCH, method_flags, prepared, step
 from loralib import exact_factors
 from nlu.methods.adapters import BottleneckAdapter
@@ -31,10 +32,20 @@ KINDS = [
 ]
 
 
-class NoHostCopies(TorchDispatchMode):
-    """Refuses every copy between the host and the device; a number on the host may meet the device's tensors."""
+# Linear algebra that reads on the host whether it has succeeded: torch.linalg.inv, solve, eigh and others.
+LOOKING = (torch.ops.aten._linalg_check_errors.default, torch.ops.aten._linalg_eigh.default)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses every copy between the host and the device, and linear algebra for whose success the host waits; a number
+    on the host may meet the device's tensors."""
+
+    def __init__(self, may_look):
+        super().__init__()
+        self.refused = () if may_look else LOOKING
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.refused, f"the host waits for {func}"
         out = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
@@ -76,7 +87,9 @@ def test_a_step_stays_on_the_device(name, dtype, no_contents):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
         step(applied, optimizer, batch)
-    with NoHostCopies():  # the last step masks; all that is kept between steps lies on the device by now
+    with NoWaiting(
+        may_look=name in WAITING
+    ):  # the last step masks; all that is kept between steps lies on the device by now
         loss = step(applied, optimizer, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32
     if applied.allocator is not None:
