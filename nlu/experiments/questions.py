@@ -17,7 +17,7 @@ from typing import Any
 from nlu.json_yaml import check, read_yaml
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two questions may make the same claim of different runs
 class Claim:
     """`label` against `against`; `published` is the gain that a paper reports, in points, and `source` says where."""
 

@@ -181,6 +181,19 @@ def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_
     assert list(table.text["published"]) == ["+1.05", "–", "–"] and list(table.text["pairs"]) == ["6", "3", "3"]
 
 
+def test_the_same_claim_of_two_experiments_has_a_verdict_for_each(make, tmp_path):
+    """Ten points in each of three seeds hold, whatever the other experiment's runs say."""
+    scores = {"LoRA r=8": (0.5, 0.51, 0.52), "LoRA² k=8": (0.6, 0.6101, 0.6199)}
+    clear = [line(label, "cola", s, [each[s]]) for label, each in scores.items() for s in range(3)]
+    noise = [line(label, "cola", s, [(s * k) % 3 / 10]) for k, label in enumerate(scores, 1) for s in range(3)]
+    write(tmp_path / "measured", "noise", noise)
+    claim = {"label": "LoRA² k=8", "against": "LoRA r=8", "expect": "higher"}
+    asked = [{"question": name, "experiments": [name], "claims": [claim | {}]} for name in ("trial", "noise")]
+    assert make(clear, questions={"questions": asked})[0] == 0
+    answers = re.findall(r"^LoRA² k=8 − LoRA r=8: .* (holds|not shown)\.$", (tmp_path / "README.md").read_text(), re.M)
+    assert answers == ["holds", "not shown"]
+
+
 def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
     text = tuning_table("trial", runs).text.set_index("")
     # By hand: 60, less 2 points for each thousandth away from 1e-3; the extra rate is left out.
