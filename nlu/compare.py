@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     code = run_experiment(
         experiment, selecting, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
     )
-    frame = as_frame((experiment.name, line) for run, line in places.lines().items() if run in parsed)
+    lines = {run: line for run, line in places.lines().items() if run in parsed or _beyond(line, shapes)}
+    frame = as_frame((experiment.name, line) for line in lines.values())
     final = finished(frame, [experiment.name])
     if len(final):
         labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}
@@ -176,6 +178,11 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
             ],
         }  # fmt: skip
     return make_experiment(content)
+
+
+def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
+    """Whether a line is of a learning rate that --tune tried further out, for one of these methods."""
+    return bool(line.get("extra")) and line["axes"].get("method") in methods
 
 
 def _spec(spec: str) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -
 
 
 def _styles(number: int) -> Iterator[dict]:
-    """One style for each label; the first are the widest, so that an equal line drawn over one leaves its rim."""
+    """One style for each label; the first are the widest and lie below: an equal line over one leaves its rim."""
     for i in range(number):
         narrow = i / max(1, number - 1)
         yield {
@@ -193,6 +193,7 @@ def _styles(number: int) -> Iterator[dict]:
             "marker": MARKERS[i % len(MARKERS)],
             "linewidth": 2.6 - 1.6 * narrow,
             "markersize": 6.5 - 4 * narrow,
+            "zorder": 2 + narrow,
         }
 
 

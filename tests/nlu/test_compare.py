@@ -47,14 +47,18 @@ def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_o
     assert "1 run(s) finished now, 2 before" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
 
 
-def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path):
+def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monkeypatch):
     """The stand-in's loss is lowest at 2e-3; at the end of what is tried, one more rate is."""
+    drawn = []
+    monkeypatch.setattr(compare, "draw", lambda name, final, every: drawn.append(every) or [])
     code, shown, _ = call("--methods", "lora,full", "--seeds", "1", "--tune", "5e-4,1e-3")
     assert code == 0 and "Learning rates, chosen on held-out data: LoRA 0.003, full fine-tuning 0.00018." in shown
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
     rates = {each["method"]: each["asked"]["learning_rate"] for each in lines if each["stage"] == "final"}
     assert rates == {"lora": 3e-3, "full": 1.8e-4}  # 3 · 1e-3 is nearer to 2e-3; full's file has 2e-5, 3 and 9 times it
     held_out = [each["asked"] for each in lines if each["stage"] == "select"]
+    shown = {tried["learning_rate"] for tried in drawn[0].tried[drawn[0].stage == "select"]}
+    assert shown == {each["learning_rate"] for each in held_out}  # the chosen rates too
     assert {each["holdout_fraction"] for each in held_out} == {0.1} and len(held_out) == 3 + 4
 
 

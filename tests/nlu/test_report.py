@@ -249,6 +249,14 @@ def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
     assert [b / a for a, b in pairwise(close)] == pytest.approx([figures.APART] * 2)
 
 
+def test_a_wide_line_lies_below_a_narrow_one_in_whatever_order_they_come(runs):
+    for final in (finished(runs, ["trial"]), finished(runs, ["trial"])[::-1]):
+        drawing = dict(figures.draw("trial", final, runs))["trial_curves"]()
+        lines = sorted(drawing.figure.axes[0].get_lines(), key=lambda each: each.get_zorder())
+        widths = [each.get_linewidth() for each in lines]
+        assert widths == sorted(widths, reverse=True) and len(set(widths)) == len(widths) > 2
+
+
 def test_every_series_is_seen_and_every_label_is_in_the_legend_as_it_is(tmp_path):
     labels = ["_hidden", "cost $x_1$", "a label that goes on and on until it no longer fits on one line", "a b", "A"]
     lines = [line(label, "cola", 1, [0.5], adapter_params=1000) for label in labels]
