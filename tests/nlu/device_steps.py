@@ -87,9 +87,8 @@ def test_a_step_stays_on_the_device(name, dtype, no_contents):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
         step(applied, optimizer, batch)
-    with NoWaiting(
-        may_look=name in WAITING
-    ):  # the last step masks; all that is kept between steps lies on the device by now
+    # The last step masks; all that is kept between steps lies on the device by now.
+    with NoWaiting(may_look=name in WAITING):
         loss = step(applied, optimizer, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32
     if applied.allocator is not None:
