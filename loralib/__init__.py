@@ -18,7 +18,7 @@ from loralib.injection import inject, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.learning_rates import parameter_groups
 from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
-from loralib.multi import MultiAdapter
+from loralib.multi_adapter import MultiAdapter
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.precision import cast_frozen
 from loralib.preconditioner import Preconditioner

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
-from loralib.frozen import factor_shapes, frozen_shape, stored_form
 from loralib.injection import check_replaceable, is_conv1d, is_linear
 from loralib.layers import LoRALayer
 from loralib.model import lora_layers
+from loralib.quantised import factor_shapes, frozen_shape, stored_form
 
 
 def check_adapter(

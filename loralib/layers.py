@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_positive, check_whole_number
-from loralib.frozen import factor_shapes, frozen_shape, stored_form
 from loralib.fused import adapted_linear, autocast_dtype, fold
+from loralib.quantised import factor_shapes, frozen_shape, stored_form
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loralib.adapter_checks import keep_fingerprint
-from loralib.frozen import stored_form
 from loralib.model import head_tensors
+from loralib.quantised import stored_form
 
 
 def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import loralib
-from loralib.frozen import stored_form
+from loralib.quantised import stored_form
 from nlu.data.batching import effective_batch_size
 from nlu.errors import RunError, UsageError
 from nlu.methods.method import head_parameters

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from peft import PeftModel
 
 import loralib
-from loralib.frozen import stored_form
+from loralib.quantised import stored_form
 
 FOLDER = Path(__file__).parents[1] / "examples"
 

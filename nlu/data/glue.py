@@ -10,7 +10,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from nlu.data.file_formats import Table, read_table, shown
-from nlu.data.split_files import HUB_SUFFIXES, MSR_TRAIN, official_file, official_folders, split_files
+from nlu.data.glue_files import HUB_SUFFIXES, MSR_TRAIN, official_file, official_folders, split_files
 from nlu.errors import UsageError
 from nlu.tasks import Task, get_task
 

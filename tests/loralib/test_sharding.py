@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
-from loralib.frozen import stored_form
+from loralib.quantised import stored_form
 from loralib.sharding import shard_frozen
 from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, state_of
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu.errors import UsageError
-from nlu.methods.adapters import BottleneckAdapter, add_adapters
+from nlu.methods.bottleneck import BottleneckAdapter, add_adapters
 from nlu.methods.sora import ProximalGates, inject_sora, soft_threshold_
 from tests.nlu.tiny import SHAPES, TINY
 
