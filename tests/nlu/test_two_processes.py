@@ -90,6 +90,8 @@ def two(flags, tmp_path_factory):
         runs = [[flags_of(method, flags, 4, root / method), None] for method in methods_of(name)]
         if name == "fsdp":
             runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7])
+            two_processes.run([*flags_of("lora2", flags, 8, root / "by one"), "--total_batch_size", "8"], 7)
+            runs.append([[*flags_of("lora2", flags, 4, root / "by one"), "--total_batch_size", "8"], None])
         start(launcher, runs, root)
     return roots
 
@@ -135,12 +137,14 @@ def test_two_processes_are_one(method, two, flags, tmp_path):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-4)
 
 
-def test_one_process_goes_on_where_two_with_split_weights_were_stopped(two, flags):
-    """The checkpoint holds whole factors and their optimiser's state, and says nothing of the processes."""
-    folder, (expected, _) = two["fsdp"] / "stopped", states(two["fsdp"] / "lora2")
-    assert [path.name for path in (folder / "model").iterdir()] == ["checkpoint-7"]
-    two_processes.run([*flags_of("lora2", flags, 8, folder), "--total_batch_size", "8"])
-    (resumed,) = states(folder)
+@pytest.mark.parametrize("first", ["stopped", "by one"])
+def test_another_number_of_processes_goes_on(first, two, flags):
+    """Two with split weights, then one, and the reverse: a checkpoint has whole factors and optimiser states."""
+    folder, (expected, _) = two["fsdp"] / first, states(two["fsdp"] / "lora2")
+    if first == "stopped":
+        assert [path.name for path in (folder / "model").iterdir()] == ["checkpoint-7"]
+        two_processes.run([*flags_of("lora2", flags, 8, folder), "--total_batch_size", "8"])
+    resumed = states(folder)[0]
     assert json.loads((folder / "results.json").read_text())["resumes"] == 1
     assert resumed["ranks"] == expected["ranks"]
     for name, values in expected["trained"].items():
