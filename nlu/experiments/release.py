@@ -9,7 +9,7 @@ file a split, without the texts. OUT/manifest.jsonl has a line for each run: `re
 holds the folder. Predictions are computed in float32: those of a run in bfloat16 score a little more or less than the
 record says.
 
---check computes scores and digests anew from OUT and the labels in --glue_dir, and compares them with the manifest.
+--check computes every entry anew, from OUT, the entry's `line` and the labels in --glue_dir, and compares the two.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,18 +36,19 @@ if packages_missing():
 
 from datasets import Dataset
 
-from loralib.files import write_text
+from loralib.files import FolderWriter, open_new, write_text
 from nlu.data.glue import load_task_data
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.launchers import RUN_GLUE
 from nlu.experiments.records import check_line, read_lines
 from nlu.metrics import compute_glue_metrics
 from nlu.runs.digests import sha256
-from nlu.tasks import get_task
+from nlu.tasks import TASKS, get_task
 
 ROOT = RUN_GLUE.parents[1]
 MANIFEST = "manifest.jsonl"
 SAME = 1e-6  # scores of one set of predictions on two machines
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)  # by a file's content
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,13 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Make the folder, its manifest and the archive.
+    """Make the archive and the folder, whole or not at all.
 
     Raises:
-        UsageError: there is nothing to collect, the folder is there already, or a prediction fails.
+        UsageError: a run on own data, nothing to collect, the folder is there already, or a prediction fails.
     """
     lines = read_lines(args.measured_dir / f"{args.experiment}.jsonl")
     lines = [line for line in lines if line["stage"] == "final" and line["status"] == "finished"]
+    for line in lines:
+        if line["task"] not in TASKS:
+            raise UsageError(f"{line['run']} has the task {line['task']}: only runs on GLUE's tasks can be collected")
     places = {line["run"]: _run_folder(args, line) / "adapter" for line in lines}
     missing = [run for run, place in places.items() if not place.is_dir()]
     if len(missing) == len(lines):
@@ -90,22 +95,19 @@ def collect(args: argparse.Namespace) -> int:
         )
     if args.out.exists():
         raise UsageError(f"{args.out} is there already: remove it, or name another --out")
-    entries = []
-    for line in (line for line in lines if line["run"] not in missing):
-        folder = args.out / line["run"]
-        shutil.copytree(places[line["run"]], folder / "adapter")
-        _predict(line, folder, args.model_name_or_path, args.glue_dir)
-        entries.append(
-            {
-                "recorded": _recorded(line),
-                "scores": _scores(line, folder, args.glue_dir),
-                "sha256": _digests(folder),
-                "line": line,
-            }
-        )
-        _show(entries[-1])
-    write_text(args.out / MANIFEST, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    print(f"written: {args.out}/ and {shutil.make_archive(str(args.out), 'gztar', args.out.parent, args.out.name)}")
+    with FolderWriter(args.out, (), MANIFEST) as new:
+        entries = []
+        for line in (line for line in lines if line["run"] not in missing):
+            folder = new / line["run"]
+            shutil.copytree(places[line["run"]], folder / "adapter")
+            _predict(line, folder, args.model_name_or_path, args.glue_dir)
+            scores = _scores(line, folder, args.glue_dir)
+            entries.append({"recorded": _recorded(line), "scores": scores, "sha256": _digests(folder), "line": line})
+            _show(entries[-1])
+        write_text(new / MANIFEST, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+        with open_new(f"{args.out}.tar.gz") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+            archive.add(new, args.out.name)
+    print(f"written: {args.out}/ and {args.out}.tar.gz")
     for run in missing:
         print(f"left out: {run} has no adapter ({places[run]})", file=sys.stderr)
     return 1 if missing else 0
@@ -115,20 +117,22 @@ def check(folder: Path, glue_dir: Path | None) -> int:
     """Compare files and scores with the manifest.
 
     Raises:
-        UsageError: no manifest, a damaged one, or the first run that differs.
+        UsageError: no manifest, a damaged one, a file that it does not list, or the first run that differs.
     """
     entries = _read_manifest(folder / MANIFEST)
+    known = {folder / entry["line"]["run"] / name for entry in entries for name in entry["sha256"]}
+    known.add(folder / MANIFEST)
+    known |= {parent for path in known for parent in path.parents}
+    if unknown := sorted(set(folder.rglob("*")) - known):
+        raise UsageError(f"{unknown[0]} is not in the manifest: unpack the archive into an empty folder")
     for entry in entries:
         run = folder / entry["line"]["run"]
-        found = _digests(run)
-        changed = sorted(name for name, digest in entry["sha256"].items() if found.get(name) != digest)
-        if changed or len(found) != len(entry["sha256"]):
-            raise UsageError(f"{run}: {', '.join(changed) or 'a file'} is not what the manifest lists")
+        found, listed = _digests(run), entry["sha256"]
+        if changed := [name for name in found | listed if name not in found or found[name] != listed.get(name)]:
+            raise UsageError(f"{run}: {', '.join(changed)} is not what the manifest lists")
         scores = _scores(entry["line"], run, glue_dir)
-        if any(abs(scores[name] - score) > SAME for name, score in entry["scores"].items()):
-            raise UsageError(
-                f"{run}: the predictions score {_words(scores)}, the manifest has {_words(entry['scores'])}"
-            )
+        if not _same(entry["scores"], scores):
+            raise UsageError(f"{run}: the predictions score {_words(scores)}, the manifest has {entry['scores']}")
         _show(entry)
     print(f"{len(entries)} run(s): every file and every score is as in the manifest")
     return 0
@@ -141,9 +145,14 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for entry in entries:
             check_line(entry["line"], str(path))
-            if not all(type(entry[name]) is dict for name in ("recorded", "scores", "sha256")):
-                raise TypeError("a field is no mapping")
-    except (ValueError, KeyError, TypeError) as error:
+            if not all(type(entry[name]) is dict for name in ("recorded", "scores", "sha256")) or len(entry) > 4:
+                raise TypeError("a field is no mapping, or is unknown")
+            if entry["recorded"] != _recorded(entry["line"]):
+                raise ValueError(f"{entry['line']['run']}: recorded and line differ")
+        runs = [entry["line"]["run"] for entry in entries]
+        if not runs or len(set(runs)) < len(runs) or any(Path(run).name != run for run in runs):
+            raise ValueError("it lists no run, one twice, or one that is no folder of its own")
+    except DAMAGED as error:
         raise UsageError(f"{path} is damaged ({reason(error, 200)}): unpack the archive again") from None
     return entries
 
@@ -168,20 +177,22 @@ def _predict(line: dict[str, Any], folder: Path, base: str | None, glue_dir: Pat
             words += ["--text_columns", ",".join(fields), *(["--base", base] if base else [])]
             done = subprocess.run([sys.executable, ROOT / "nlu/predict.py", *words], capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"{line['run']}: {re.sub('^error: ', '', done.stderr.strip().splitlines()[-1])}")
+            said = done.stderr.strip() or f"nlu/predict.py ended with exit code {done.returncode}"
+            raise UsageError(f"{line['run']}: {re.sub('^error: ', '', said.splitlines()[-1])}")
 
 
 def _scores(line: dict[str, Any], folder: Path, glue_dir: Path | None) -> dict[str, float]:
     """The metrics of the predictions in a run's folder; those of MNLI's mismatched set end in ``_mm``."""
     task, scores = get_task(line["task"]), {}
     for number, (split, rows) in enumerate(_validation(line, glue_dir)):
-        text = (folder / f"{split}.jsonl").read_text(encoding="utf-8")
-        values = [json.loads(each) for each in text.splitlines()]
-        if len(values) != len(rows):
-            raise UsageError(f"{folder}: {len(values)} predictions for the {len(rows)} rows of {task.name}'s {split}")
-        predicted = [v["score"] if task.is_regression else task.labels.index(v["label"]) for v in values]
-        for name, score in compute_glue_metrics(task, predicted, rows["label"][:]).items():
-            scores[f"{name}_mm" if number else name] = score
+        path = folder / f"{split}.jsonl"
+        try:
+            values = [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()]
+            predicted = [v["score"] if task.is_regression else task.labels.index(v["label"]) for v in values]
+            found = compute_glue_metrics(task, predicted, rows["label"][:])
+        except DAMAGED as error:
+            raise UsageError(f"{path} has no predictions for {task.name}'s {split} ({reason(error, 200)})") from None
+        scores |= {f"{name}_mm" if number else name: score for name, score in found.items()}
     return scores
 
 
@@ -189,12 +200,19 @@ def _recorded(line: dict[str, Any]) -> dict[str, float]:
     """The scores in the record of the weights that the adapter holds."""
     evaluations, best = line["evaluations"], line["arguments"].get("load_best_model_at_end")
     place = evaluations["step"].index(line["best_step"]) if best else -1
-    return {name: values[place] for name, values in evaluations.items() if name not in ("step", "loss", "loss_mm")}
+    metrics = (name for name in evaluations if name not in ("step", "loss", "loss_mm"))
+    return {name: float(evaluations[name][place]) for name in metrics}
 
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def _same(listed: dict[str, Any], scores: dict[str, float]) -> bool:
+    return listed.keys() == scores.keys() and all(
+        type(listed[name]) is float and abs(listed[name] - score) <= SAME for name, score in scores.items()
+    )  # NaN is near nothing
 
 
 def _words(scores: dict[str, float]) -> str:

@@ -13,6 +13,33 @@ from nlu.run_glue import main
 from tests.nlu.tiny import changed, read
 
 TASKS = {"mnli": "lora2", "stsb": "lora"}
+NAN = float("nan")
+# What somebody sets in the manifest's entry of the run stsb, and a part of the refusal.
+ALTERED = (
+    ({"scores": {}}, "the manifest has {}"),
+    ({"scores": {"pearson": NAN, "spearmanr": NAN}}, "the manifest has {'pearson': nan"),
+    ({"scores": {"pearson": "high", "spearmanr": 0.5}}, "the manifest has {'pearson': 'high'"),
+    ({"scores": {"accuracy": 0.5}}, "the manifest has {'accuracy': 0.5}"),
+    ({"recorded": {"pearson": 0.99, "spearmanr": 0.99}}, "stsb: recorded and line differ"),
+    ({"recorded": {}}, "stsb: recorded and line differ"),
+    ({"sha256": {}}, "is not in the manifest"),
+    ({"note": "checked"}, "a field is no mapping, or is unknown"),
+    ({"line": {"task": "mnli"}}, "validation_matched.jsonl"),
+    ({"line": {"task": "mrpc"}}, "validation.jsonl has no predictions for mrpc's validation ('label')"),
+    ({"line": {"task": "custom"}}, "unknown task 'custom'"),
+    ({"line": {"run": "mnli"}}, "it lists no run, one twice"),
+    ({"line": {"run": "./stsb"}}, "one that is no folder of its own"),
+    ({"line": {"best_step": -1}}, "manifest.jsonl is damaged"),
+)
+# What replaces a text in a file of predictions whose digest is put right.
+PREDICTED = (
+    ("mnli/validation_matched.jsonl", '"label": "', '"label": "no ', "has no predictions for mnli"),
+    ("mnli/validation_mismatched.jsonl", '"label"', '"class"', "('label')"),
+    ("mnli/validation_matched.jsonl", "}\n", "", "Expecting ',' delimiter"),
+    ("stsb/validation.jsonl", '"score": ', '"score": "much", "old": ', "could not convert"),
+    ("stsb/validation.jsonl", '"score": ', f'"score": 1{"0" * 400}, "old": ', "too large"),
+    ("stsb/validation.jsonl", '{"line": 1', '{"line": 1}\n{"line": 1', "('score')"),
+)
 
 
 @pytest.fixture
@@ -75,7 +102,53 @@ def test_predictions_score_what_was_recorded_and_whatever_was_changed_is_seen(ca
     assert code == 2 and "is damaged ('scores'): unpack the archive again" in error
 
 
+def test_an_altered_release_is_refused_in_one_line(call, tmp_path):
+    out = tmp_path / "out"
+    assert call(*call.base)[0] == 0
+    manifest = out / "manifest.jsonl"
+    text = manifest.read_text()
+    mnli, stsb = text.splitlines()
+
+    def refused(message):
+        code, shown, error = call("--check")
+        assert code == 2 and message in error and error.count("\n") == 1, (message, shown, error)
+
+    for change, message in ALTERED:
+        entry = json.loads(stsb)
+        line = entry["line"] | change.get("line", {})
+        manifest.write_text(f"{mnli}\n{json.dumps(entry | change | {'line': line})}\n")
+        refused(message)
+    for lines in ("", f"{mnli}\n{stsb}\n{mnli}\n"):
+        manifest.write_text(lines)
+        refused("it lists no run, one twice")
+    manifest.write_text(f"{mnli}\n")
+    refused(f"{out}/stsb is not in the manifest")
+    for name, old, new, message in PREDICTED:
+        path = out / name
+        predictions, digest = path.read_text(), release.sha256(path)
+        path.write_text(predictions.replace(old, new))
+        manifest.write_text(text.replace(digest, release.sha256(path)))
+        refused(message)
+        path.write_text(predictions)
+    manifest.write_text(text)
+    assert call("--check")[0] == 0
+    for name in ("more.txt", "stsb/more.txt"):
+        (out / name).touch()
+        refused(f"{out}/{name} is not in the manifest")
+        (out / name).unlink()
+
+
 def test_what_cannot_be_collected_is_named(call, tmp_path):
+    code, _, error = call("--model_name_or_path", str(tmp_path / "absent"))
+    assert code == 2 and "absent" in error and "mnli: nlu/predict.py ended" in error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*out*.*"))
+    measured = tmp_path / "measured/trial.jsonl"
+    lines = measured.read_text()
+    measured.write_text(lines.replace('"task": "stsb"', '"task": "custom"'))
+    assert call(*call.base)[::2] == (
+        2, "error: stsb has the task custom: only runs on GLUE's tasks can be collected\n",
+    )  # fmt: skip
+    measured.write_text(lines)
     adapter = tmp_path / "output/trial/mnli/adapter"
     adapter.rename(tmp_path / "moved")
     code, shown, error = call(*call.base)
