@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -126,7 +127,9 @@ class MultiAdapter:
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
         """Call the model on a batch whose rows each have their own adapter.
 
-        The model is called once for each adapter, on the rows that have it.
+        The model is called once for each adapter, on the rows that have it. What it returns for each row is joined,
+        inside containers and caches too; what it computes over rows, as a loss, cannot be, unless all rows have one
+        adapter.
 
         Args:
             adapters: for each row the name of an adapter, or None for the bare base.
@@ -137,10 +140,13 @@ class MultiAdapter:
             second. If heads differ in size, the last dimension is padded with −inf after a row's own values.
 
         Raises:
-            ValueError: for a name that is not loaded, or if no input has that many rows.
+            ValueError: for a name that is not loaded, no name at all, or if no input has that many rows; for rows of
+                several adapters also if labels or a cache are given, or a part of the output cannot be joined.
         """
         for name in adapters:
             self._known(name)
+        if not adapters:
+            raise ValueError("no adapters named: give run() at least one row, and name one for each row")
         batch = [value for value in (*args, *kwargs.values()) if _has_rows(value, len(adapters))]
         if not batch:
             raise ValueError(
@@ -149,9 +155,14 @@ class MultiAdapter:
         rows: dict[str | None, list[int]] = {}
         for i, name in enumerate(adapters):
             rows.setdefault(name, []).append(i)
+        for given in ("labels", "past_key_values"):  # a loss is of all rows at once, and a cache is written in place
+            if len(rows) > 1 and kwargs.get(given) is not None:
+                raise ValueError(f"give no {given} to run() where rows have several adapters")
         before, parts = self._active, []
         try:
             for self._active, places in rows.items():
+                if len(rows) == 1:
+                    return self.model(*args, **kwargs)
                 index = torch.tensor(places, device=batch[0].device)
                 own_args, own_kwargs = (_select(value, index, len(adapters)) for value in (args, kwargs))
                 parts.append(self.model(*own_args, **own_kwargs))
@@ -189,9 +200,9 @@ def _select(value: Any, chosen: Tensor, count: int) -> Any:
     if isinstance(value, Tensor):
         return value.index_select(0, chosen.to(value.device)) if _has_rows(value, count) else value
     if isinstance(value, Mapping):
-        return {key: _select(item, chosen, count) for key, item in value.items()}
+        return _like(value, {key: _select(item, chosen, count) for key, item in value.items()})
     if isinstance(value, (tuple, list)):
-        return type(value)(_select(item, chosen, count) for item in value)
+        return _like(value, [_select(item, chosen, count) for item in value])
     return value
 
 
@@ -199,19 +210,55 @@ def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
 
 
-def _join(parts: list[Any], counts: list[int], order: Tensor) -> Any:
-    """Results of parts of a batch as one, its rows in the given order."""
+def _like(container: Any, items: Any) -> Any:
+    """A container of the same type with other items."""
+    if type(container) is dict:  # its keys need not be strings
+        return items
+    if isinstance(container, Mapping):
+        return type(container)(**items)
+    return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
+
+
+def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the output") -> Any:
+    """Results of parts of a batch as one, its rows in the given order; ``name`` is for the refusal.
+
+    What has no rows must be the same in all parts. A number, as a loss is, never is: equal sums would pass for one.
+    """
     first = parts[0]
-    if isinstance(first, Tensor):
-        of_rows = [d for d in (0, 1) if all(p.shape[d : d + 1] == (n,) for p, n in zip(parts, counts, strict=True))]
-        if not of_rows:
-            return first  # the same for all rows
-        if first.dim() > 1 and of_rows[0] == 0:
-            width = max(part.shape[-1] for part in parts)
-            parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts]
-        return torch.cat(parts, of_rows[0]).index_select(of_rows[0], order.to(first.device))
-    if isinstance(first, Mapping):
-        return type(first)(**{key: _join([part[key] for part in parts], counts, order) for key in first})
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(list(items), counts, order) for items in zip(*parts, strict=True))
-    return first
+    if all(type(part) is type(first) for part in parts):
+        if isinstance(first, Tensor):
+            joined = _join_tensors(parts, counts, order)
+            if joined is not None:
+                return joined
+        elif isinstance(first, Mapping):
+            if all(part.keys() == first.keys() for part in parts):
+                names = {key: f"{name}[{key!r}]" for key in first}
+                return _like(first, {k: _join([p[k] for p in parts], counts, order, n) for k, n in names.items()})
+        elif isinstance(first, (tuple, list)):
+            if all(len(part) == len(first) for part in parts):
+                items = enumerate(zip(*parts, strict=True))
+                return _like(first, [_join(list(each), counts, order, f"{name}[{i}]") for i, each in items])
+        elif hasattr(first, "__dict__") and not isinstance(first, type) and not callable(first):  # a cache
+            joined = copy(first)
+            joined.__dict__.update(_join([vars(part) for part in parts], counts, order, name))
+            return joined
+        elif not isinstance(first, float) and all(part == first for part in parts):
+            return first
+    raise ValueError(
+        f"{name} is not per row, so that run() cannot join it: let the model return none, or run each adapter alone"
+    )
+
+
+def _join_tensors(parts: list[Tensor], counts: list[int], order: Tensor) -> Tensor | None:
+    """The parts as one tensor; None where they have neither rows nor the same values."""
+    first = parts[0]
+    for of_rows in (0, 1):
+        if all(p.shape[of_rows : of_rows + 1] == (n,) for p, n in zip(parts, counts, strict=True)):
+            break
+    else:
+        is_number = first.dim() == 0 and first.is_floating_point()
+        return first if not is_number and all(torch.equal(part, first) for part in parts) else None
+    if first.dim() > 1 and of_rows == 0:
+        width = max(part.shape[-1] for part in parts)
+        parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts]
+    return torch.cat(parts, of_rows).index_select(of_rows, order.to(first.device))

@@ -1,11 +1,18 @@
 """Several adapters on one base: every row as if its adapter were alone, and the base as it was."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: list
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +139,69 @@ def test_rows_on_other_architectures(tmp_path, model_type, modules, head):
             torch.testing.assert_close(mixed.logits[i], theirs.logits[i], atol=1e-5, rtol=1e-5)
             if model_type == "xlnet":
                 torch.testing.assert_close(mixed.mems[1][:, i], theirs.mems[1][:, i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Adapters "a" and "b" on a classifier that returns a cache."""
+    base = tiny("llama")
+    base.config.pad_token_id = 0
+    adapters = loralib.MultiAdapter(base)
+    for name in "ab":
+        model = tiny("llama")
+        loralib.inject(model, "lora", ["q_proj", "v_proj"], r=2)
+        loralib.mark_only_lora_as_trainable(model)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(parameter, std=0.5)
+        loralib.save_adapter(model, tmp_path / name)
+        adapters.load(name, tmp_path / name)
+    return adapters
+
+
+def test_nothing_comes_from_some_of_the_rows_alone(two):
+    rows, ids = ["a", "b", "a", None, "b", "b"], torch.arange(2, 32).view(6, 5)
+    mixed = two.run(rows, input_ids=ids)
+    for i, name in enumerate(rows):
+        alone = two.run([name], input_ids=ids[i : i + 1])
+        torch.testing.assert_close(mixed.logits[i], alone.logits[0], atol=1e-6, rtol=1e-5)
+        for layer, own in zip(mixed.past_key_values.layers, alone.past_key_values.layers, strict=True):
+            assert layer.keys.shape[0] == 6 and mixed.past_key_values.get_seq_length() == 5
+            torch.testing.assert_close(layer.keys[i], own.keys[0], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(layer.values[i], own.values[0], atol=1e-6, rtol=1e-5)
+
+    labels = torch.arange(6) % 2
+    for given in ({"labels": labels}, {"past_key_values": mixed.past_key_values}):
+        with pytest.raises(ValueError, match=f"give no {next(iter(given))} to run"):
+            two.run(rows, input_ids=ids, **given)
+    two.activate("a")
+    of_all = two.model(input_ids=ids, labels=labels).loss
+    two.activate(None)
+    assert torch.equal(two.run(["a"] * 6, input_ids=ids, labels=labels).loss, of_all)
+    with pytest.raises(ValueError, match="at least one row"):
+        two.run([], input_ids=ids[:0])
+
+
+@pytest.mark.parametrize(
+    "of_rows, refused",
+    [
+        (lambda x: x.mean(), "the output is not per row"),
+        (lambda x: {1: x, "extra": [x, x.sum()]}, r"the output\['extra'\]\[1\] is not per row"),
+        (lambda x: float(x.mean()), "the output is not per row"),
+        (lambda x: x.mean(0), "the output is not per row"),
+        (lambda x: [x] * len(x), "the output is not per row"),
+        (lambda x: x if len(x) > 1 else None, "the output is not per row"),
+        (lambda x: {1: x, "extra": Pair(x[:, 0], [x, None, 5, "word", torch.arange(9)])}, None),
+    ],
+)
+def test_any_output_is_joined_or_refused(two, of_rows, refused):
+    two.model.forward = lambda x: of_rows(x)
+    x = torch.arange(12.0).view(4, 3)
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            two.run(["a", "b", "b", "b"], x)
+        return
+    joined = two.run(["a", "b", "b", "b"], x)
+    pair = joined["extra"]
+    assert torch.equal(joined[1], x) and isinstance(pair, Pair) and torch.equal(pair.first, x[:, 0])
+    assert torch.equal(pair.second[0], x) and pair.second[1:4] == [None, 5, "word"]
+    assert torch.equal(pair.second[4], torch.arange(9))
