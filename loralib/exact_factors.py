@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.layers import LoRALayer
-from loralib.model import svd_layers, trained_svd_layers
+from loralib.model import svd_layers
 
 # From eigenvalues of the Gram between 0.3 and 1.6, four steps of fifth order reach 1 to float32's precision. One step
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
@@ -82,36 +82,45 @@ class _Stack:
 
 
 class ExactFactors:
-    """Keeps every factor of the layers with singular values orthonormal along its smaller side.
+    """Keeps every factor that trains, of the layers with singular values, orthonormal along its smaller side.
 
     Call :meth:`project_gradients` before ``optimizer.step()`` and :meth:`retract` after it. Factors of one shape are
-    handled in one batched product, a factor that layers share once. All is done on the device.
+    handled in one batched product, a factor that layers share once. All is done on the device. A frozen factor is
+    left alone, whether its layer's e trains or not.
 
     Args:
         model: holds AdaLoRA, LoRA² or multi-scale layers. Where e = 0 the factors are brought to their polar factors
             now; ΔW stays 0.
 
     Raises:
-        ValueError: for a model without such layers, and where ΔW is not 0 and its factors are not orthonormal: their
+        ValueError: for a model without such factors, and where ΔW is not 0 and its factors are not orthonormal: their
             retraction would change it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = trained_svd_layers(model, "keep orthonormal")
+        layers = svd_layers(model)
+        trained = [factor for factor in distinct_factors(layers.values()) if factor.requires_grad]
+        if not trained:
+            raise ValueError(
+                "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
+                "and let their factors train"
+            )
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-        for factor in distinct_factors(layers.values()):
+        for factor in trained:
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
         self._stacks = [_Stack(factors) for factors in groups.values()]
         by_side: dict[tuple, list[_Stack]] = defaultdict(list)
         for (device, dtype, side, _), stack in zip(groups, self._stacks, strict=True):
             by_side[(device, dtype, side)].append(stack)
         self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
-        if factors_are_orthonormal(model):
+        if factors_are_orthonormal(trained):
             return
-        trained = [name for name, layer in layers.items() if bool(layer.lora_E.detach().any())]
-        if trained:
+        changed = {id(factor) for factor in trained}
+        for name, layer in layers.items():
+            if changed.isdisjoint(map(id, distinct_factors([layer]))) or not bool(layer.lora_E.detach().any()):
+                continue
             raise ValueError(
-                f"{trained[0]} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
+                f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
                 "trained with exact factors"
             )
         self._orthonormalise()
@@ -127,13 +136,13 @@ class ExactFactors:
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """g ← g − X sym(Xᵀg) for every factor that has a gradient, in place."""
+        """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place."""
         for stack in self._stacks:
             stack.project_gradients()
 
     @torch.no_grad()
     def retract(self) -> None:
-        """X ← X (XᵀX)^(−1/2) for every factor, in place."""
+        """X ← X (XᵀX)^(−1/2) for every factor that trains, in place."""
         for stacks in self._same_side:
             grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
             roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
@@ -175,10 +184,14 @@ def deviation(factor: Tensor) -> Tensor:
 
 def deviations(model: nn.Module) -> Tensor:
     """:func:`deviation` of every distinct factor of the layers with singular values, (n,)."""
-    found = [deviation(factor) for factor in distinct_factors(svd_layers(model).values())]
+    return _deviations(distinct_factors(svd_layers(model).values()))
+
+
+def _deviations(factors: list[nn.Parameter]) -> Tensor:
+    found = [deviation(factor) for factor in factors]
     return torch.stack([each.to(found[0].device) for each in found])
 
 
-def factors_are_orthonormal(model: nn.Module) -> bool:
-    """Whether all factors of the layers with singular values have orthonormal rows or columns."""
-    return bool((deviations(model) < ORTHONORMAL).all())
+def factors_are_orthonormal(factors: list[nn.Parameter]) -> bool:
+    """Whether all of the factors, at least one, have orthonormal rows or columns."""
+    return bool((_deviations(factors) < ORTHONORMAL).all())

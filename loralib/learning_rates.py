@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.checks import check_positive
-from loralib.exact_factors import factors_are_orthonormal
+from loralib.exact_factors import distinct_factors, factors_are_orthonormal
 from loralib.layers import LoRALayer
 from loralib.model import lora_layers, svd_layers
 
@@ -64,7 +64,7 @@ def _value_ratios(model: nn.Module, ratio: float | str) -> dict[int, float]:
     if ratio != "auto":
         check_positive("value_lr_ratio", ratio)
         return {id(layer.lora_E): float(ratio) for layer in layers.values()}
-    if not factors_are_orthonormal(model):
+    if not factors_are_orthonormal(distinct_factors(layers.values())):
         raise ValueError("value_lr_ratio 'auto' needs orthonormal factors: inject with init='orthogonal'")
     return {id(layer.lora_E): matching_value_ratio(layer) for layer in layers.values()}
 

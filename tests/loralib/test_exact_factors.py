@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import loralib
-from loralib.exact_factors import deviations
+from loralib.exact_factors import deviation, deviations
 from tests.loralib.small import blocks, factors_of
 
 
@@ -141,3 +141,32 @@ def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share
         for factor, wanted in zip(factors, expected, strict=True):
             torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
     assert deviations(model).max() < 1e-6
+
+
+@pytest.mark.parametrize("frozen", ["values", "factors"])
+def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
+    """The singular values of its layer may be frozen while it trains, and train while it is frozen."""
+    model = model_of()
+    first, *_ = loralib.lora_layers(model).values()
+    own = [*first.lora_B, *first.lora_A]
+    if frozen == "values":
+        nn.init.ones_(first.lora_E).requires_grad_(False)
+    else:
+        for factor in own:
+            nn.init.normal_(factor).requires_grad_(False)
+    before = [factor.clone() for factor in own]
+    exact, x = loralib.ExactFactors(model), torch.randn(8, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(20):
+        sum(layer(x).square().mean() for layer in loralib.lora_layers(model).values()).backward()
+        exact.project_gradients()
+        optimizer.step()
+        exact.retract()
+        optimizer.zero_grad()
+    trained = [factor for factor in factors_of(model) if factor.requires_grad]
+    assert max(map(deviation, trained)) < 1e-5
+    assert all(torch.equal(f, b) for f, b in zip(own, before, strict=True)) == (frozen == "factors")
+    for factor in trained:
+        factor.requires_grad_(False)
+    with pytest.raises(ValueError, match="let their factors train"):
+        loralib.ExactFactors(model)

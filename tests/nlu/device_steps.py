@@ -68,7 +68,7 @@ def on_device(rows):
 @pytest.fixture
 def no_contents(monkeypatch):
     """What looks at contents once, before the first step, does not look."""
-    monkeypatch.setattr(exact_factors, "factors_are_orthonormal", lambda model: True)
+    monkeypatch.setattr(exact_factors, "factors_are_orthonormal", lambda factors: True)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     monkeypatch.setattr(BottleneckAdapter, "to", lambda self, device: self)  # a fake parameter cannot be moved
 
