@@ -48,7 +48,8 @@ def delta_norms(model: nn.Module) -> dict[str, float]:
     squares = {name: _squared_norm(layer) for name, layer in layers.items() if layer.r > 0}
     if not squares:
         return dict.fromkeys(layers, 0.0)
-    norms = torch.stack([*squares.values()]).clamp_(min=0).sqrt().tolist()  # one wait for the device
+    one_device = next(iter(squares.values())).device  # layers may lie on several; one wait for each
+    norms = torch.stack([square.to(one_device) for square in squares.values()]).clamp_(min=0).sqrt().tolist()
     return dict.fromkeys(layers, 0.0) | dict(zip(squares, norms, strict=True))
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import loralib
+from loralib.diagnostics import delta_norms
 from tests.loralib.small import blocks, factors_of
 
 
@@ -29,3 +31,13 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     grams = [f @ f.T if f.shape[0] <= f.shape[1] else f.T @ f for f in factors_of(model)]
     expected = max(float(torch.linalg.matrix_norm(g - torch.eye(len(g)))) for g in grams)
     assert found.deviation == pytest.approx(expected, rel=1e-4)
+
+
+def test_layers_may_lie_on_several_devices(monkeypatch):
+    with FakeTensorMode():
+        model = blocks("lora", std=1.0, r=4)
+        for number, layer in enumerate(loralib.lora_layers(model).values()):
+            for tensor in layer.parameters():
+                tensor.fake_device = torch.device("cuda", number)
+        monkeypatch.setattr(FakeTensor, "tolist", lambda norms: [1.0] * len(norms))  # fakes have no contents
+        assert set(delta_norms(model).values()) == {1.0}
