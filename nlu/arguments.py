@@ -135,6 +135,7 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = HfArg(
         default=False, help="Replace what another or a finished run left in root_output_dir."
     )
+    logging_steps: float = HfArg(default=10, help="Steps between two lines with the loss.")
     head_learning_rate: float | None = HfArg(
         default=None, help="Learning rate of the classification head. Default: --learning_rate."
     )

@@ -52,7 +52,12 @@ def shown(value: object) -> str:
 
 
 def _missing(column: str, present: Iterable[str]) -> str:
-    return f"no column {column!r}; the columns are {shown(', '.join(map(str, present)))}"
+    names = list(map(str, present))
+    other = next((mark for mark in ";|\t" if len(names) == 1 and mark in names[0]), None)
+    hint = (
+        f", one column: {other!r} separates none here, save the file with commas (.csv) or tabs (.tsv)" if other else ""
+    )
+    return f"no column {column!r}; the columns are {shown(', '.join(names))}{hint}"
 
 
 # ---- readers ---------------------------------------------------------------------------------------------------------
@@ -365,7 +370,8 @@ def read_table(
                 continue
             bad.append(row)
             if len(bad) > skip:
-                raise reader.error(bad[0].place, bad[0].error)
+                hint = "" if blank else " (--on_error skip leaves such rows out)"  # a user's own rows
+                raise reader.error(bad[0].place, bad[0].error + hint)
     if bad:
         first = f"{reader.unit} {bad[0].place}: {bad[0].error}"
         logger.warning("%s: %d bad rows are left out; the first is %s", path, len(bad), first)

@@ -110,8 +110,9 @@ def _find_text_columns(path: str | Path, label_column: str) -> tuple[str, ...]:
     if len(found) == 1:
         return found[0]
     raise UsageError(
-        f"{path}: {'several columns' if found else 'no columns'} are known to hold the text; the columns are "
-        f"{shown(', '.join(columns))}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column NAME)"
+        f"{path}: {'several columns' if found else 'no columns'} are known to hold the text; the first line names the "
+        f"columns {shown(', '.join(columns))}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column "
+        "NAME)"
     )
 
 
@@ -151,7 +152,8 @@ def _own_labels(table: Table, kind: type) -> list:
         mismatched = table.reader.typed and kind is not str and type(value) is str
         labels.append(None if mismatched else read(value))
         if labels[-1] is None:
-            raise table.error(row, f"label {shown(value)} is not {wanted}")
+            what = "the label is empty, and must be" if value == "" else f"label {shown(value)} is not"
+            raise table.error(row, f"{what} {wanted}")
     return labels
 
 

@@ -32,6 +32,7 @@ class SweepLoop:
     rerun_changed: bool = False
     finished: int = 0
     failures: dict[str, str] = field(default_factory=dict)
+    records: dict[str, int | None] = field(default_factory=dict)  # when each run's record was written before its start
     stopped_by: int = 0
     _stop_count: int = 0
 
@@ -68,6 +69,9 @@ class SweepLoop:
             while (pending and not self.stopped_by) or running:
                 while pending and not self.stopped_by and len(running) < self.jobs:
                     run = pending.pop(0)
+                    if self.places.adopt([run], neighbours=False):  # an equal run has finished since
+                        self.bar.total -= 1
+                        continue
                     running[run.folder] = (run, self._start(run))
                 for folder, (run, job) in list(running.items()):
                     code = job.poll()
@@ -111,11 +115,13 @@ class SweepLoop:
             command.append("--overwrite_output_dir")  # which replaces another run, and goes on with an unchanged one
             self.places.forget(run)
         self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
+        self.records[run.folder] = self.places.record_time(run)
         return self.launcher.start(command, self.places.log(run))
 
     def _ended(self, run: Run, code: int) -> None:
-        try:
-            line = self.places.publish(run)
+        written = self.places.record_time(run) != self.records.get(run.folder)
+        try:  # a start that failed before it wrote a record has left that of an earlier start
+            line = self.places.publish(run) if written or code == 0 else None
         except UsageError as error:  # this run's record is damaged; the others go on
             self.failures[run.folder] = str(error)
             return

@@ -1,5 +1,6 @@
 """Finds the folders, states and lines of a sweep's runs, and runs that have been made already."""
 
+import contextlib
 import json
 import logging
 import os
@@ -101,6 +102,12 @@ class Places:
                 f"({', '.join(differences)}); pass --rerun_changed to replace them, or give the experiment a new name"
             )
 
+    def record_time(self, run: Run) -> int | None:
+        """When the run's record was last written, in nanoseconds; None without a record."""
+        with contextlib.suppress(OSError):
+            return (self.working(run) / "results.json").stat().st_mtime_ns
+        return None
+
     def publish(self, run: Run) -> dict[str, Any] | None:
         """Write the line of a run that has finished or failed; returns it, or None where it left no such record."""
         record = read_json(self.working(run) / "results.json")
@@ -115,32 +122,36 @@ class Places:
         if run.folder in self.lines():
             write_line(self.measured, run.folder, None)
 
-    def finished_elsewhere(self, runs: list[Run]) -> dict[str, tuple[str, dict[str, Any]]]:
+    def finished_elsewhere(self, runs: list[Run], neighbours: bool = True) -> dict[str, tuple[str, dict[str, Any]]]:
         """Folder → (where, line) of new runs that another row, or another experiment beside this one, has finished.
 
-        Arguments and the digests of all contents must be equal. A neighbour's damaged file is named in the log.
+        Without ``neighbours`` only this experiment's lines are looked at. Arguments and the digests of all contents
+        must be equal. A neighbour's damaged file is named in the log.
         """
         new = [run for run in runs if not run.command and self.state(run) == "new"]
-        wanted = {_key(comparable(run.arguments), self.digests(run)): run for run in new}
+        wanted: dict[str, list[Run]] = {}
+        for run in new:
+            wanted.setdefault(_key(comparable(run.arguments), self.digests(run)), []).append(run)
         found: dict[str, tuple[str, dict[str, Any]]] = {}
-        for path in sorted(self.measured.parent.glob("*.jsonl")) if wanted else ():
+        paths = sorted(self.measured.parent.glob("*.jsonl")) if neighbours else [self.measured]
+        for path in paths if wanted else ():
             try:
                 lines = self.lines(path)
             except UsageError as error:
                 logger.warning("no run is taken over from a damaged file: %s", error)
                 continue
             for line in lines.values():
-                run = wanted.get(_key(line["asked"], line.get("digests") or {}))
-                if run is not None and line["status"] == "finished" and "taken_over_from" not in line:
-                    found.setdefault(run.folder, (f"{path.stem}/{line['run']}", line))
+                if line["status"] == "finished" and "taken_over_from" not in line:
+                    for run in wanted.get(_key(line["asked"], line.get("digests") or {}), ()):
+                        found.setdefault(run.folder, (f"{path.stem}/{line['run']}", line))
         return found
 
-    def adopt(self, runs: list[Run]) -> int:
+    def adopt(self, runs: list[Run], neighbours: bool = True) -> int:
         """Take over what `finished_elsewhere` finds; returns how many.
 
         The copied line keeps its commit, machine and times, and says where it was taken from (`taken_over_from`).
         """
-        found = self.finished_elsewhere(runs)
+        found = self.finished_elsewhere(runs, neighbours)
         for run in runs:
             if run.folder in found:
                 where, line = found[run.folder]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,7 +102,7 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
         if config.target_modules is None:
             config.target_modules = match_modules(model, target_modules)
         return peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
 
 

@@ -285,11 +285,20 @@ def test_own_regression(tmp_path):
     ("name", "text", "message"),
     [
         ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
-        ("a.csv", "body,more,label\na,b,1\n", "no columns are known to hold the text; the columns are 'body, more, l"),
+        (
+            "a.csv",
+            "sentence;label\na;b\n",
+            "no column 'label'.*one column: ';' separates none here, save the file with c",
+        ),
+        (
+            "a.csv",
+            "body,more,label\na,b,1\n",
+            "no columns are known to hold the text; the first line names the columns 'body, more, l",
+        ),
         ("a.csv", "sentence,text,label\na,b,1\n", "several columns are known .*--text_columns"),
         ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty"),
         ("a.csv", "sentence\na\n", "no column 'label'"),
-        ("a.csv", "sentence,label\na,\nb,x\n", "line 2: label '' is not a word"),
+        ("a.csv", "sentence,label\na,\nb,x\n", "line 2: the label is empty, and must be a word"),
         ("a.jsonl", '{"text":"a","label":1}\n{"text":"a","label":"x"}\n', "line 2: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":true}\n', "line 1: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":"y\\tz"}\n', "'y.+tz' holds a tab"),

@@ -10,10 +10,16 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.places import Places, command_line
 from nlu.experiments.questions import load_questions
+from nlu.json_yaml import parse_yaml
 from tests.nlu.test_sweep import BASIC, SELECT
 from tests.nlu.tiny import REPOSITORY
 
 FILES = [path for path in sorted((REPOSITORY / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
+
+
+def test_a_number_with_a_signed_exponent_is_a_number_and_a_commit_stays_text():
+    content = parse_yaml("{a: 1e-3, b: -2.5E+4, c: 12e4567, d: 1e3, e: '1e-3'}")
+    assert content == {"a": 1e-3, "b": -2.5e4, "c": "12e4567", "d": "1e3", "e": "1e-3"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -127,7 +133,7 @@ def _values(*values):
         (_select(beyond={"learning_rate": 1}), "must be a factor above 1"),
         (_select(beyond={"weight_decay": 2}), "select.beyond names weight_decay"),
         (_select(overrides=[{"when": {"method": "lora"}, "values": {"learning_rate": [None]}}]), "without null"),
-        (_with(base={"model_name_or_path": "m", "learning_rate": "1e999"}), "rate: Infinity must be one value"),
+        (_with(base={"model_name_or_path": "m", "learning_rate": "1e+999"}), "rate: Infinity must be one value"),
         (_with(grid={**BASIC["grid"], "day": {date(2024, 1, 1): {}}}), "must be one value"),
         (_with(grid={**BASIC["grid"], "seed": [1, True]}), "lists a value twice"),
         (_with(grid={**BASIC["grid"], "run_name": ["ä", "ö"]}), "A-Z, 0-9"),

@@ -44,6 +44,7 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
     ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}', "changes the input"),
     ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 5 + 5 = 10 leaves no step"),
     ('{"peft_type": "LORA", "target_modules": ["nosuch"]}', "nosuch"),
+    ('{"peft_type": "LORA", "target_modules": "(["}', "unterminated"),
 ])  # fmt: skip
 def test_a_bad_peft_config_is_one_line(content, message, tmp_path, base_flags, capsys):
     (tmp_path / "config.json").write_text(content)

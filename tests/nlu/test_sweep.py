@@ -67,8 +67,12 @@ def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(
     place = {"run": "eight-cola-seed=1", "label": "eight", "axes": {"rank": "eight", "task_name": "cola", "seed": 1}}
     assert taken == first | place | {"taken_over_from": "first/lora-cola-seed=1"}
     # A row that is added later takes over from one of its own experiment too.
-    ranks["eight again"] = {**ranks["eight"]}
-    assert "2 run(s) taken over" in "".join(run(second)[1:])
+    ranks |= {name: {**ranks["eight"]} for name in ("eight again", "and again")}
+    assert "4 run(s) taken over" in "".join(run(second)[1:])
+    # Of equal rows that are new together, one runs.
+    twice = {"one": {"method": "sora"}, "other": {"method": "sora"}}
+    third = BASIC | {"name": "twice", "grid": {"rank": twice, "task_name": ["cola"], "seed": [1]}}
+    assert "1 run(s) finished now, 1 before" in run(third)[1]
     # A copy is no source of copies, and hides no original that is listed after it.
     one = {"rank": {"eight": ranks["eight"]}, "task_name": ["cola"], "seed": [1]}
     assert "1 run(s) taken over" in "".join(run(BASIC | {"name": "a-copy", "grid": one})[1:])
@@ -158,6 +162,10 @@ def test_failing_runs_do_not_stop_the_others(run, tmp_path):
     assert re.search(r"lora-mrpc-seed=1: exit code -9", err)
     status = {name: line["status"] for name, line in _lines(tmp_path).items()}
     assert status == {"lora-cola-seed=1": "failed", "lora-stsb-seed=1": "finished"}
+    # A start that leaves no record is not told with the reason of the one before.
+    other = content | {"overrides": [{"when": {"task_name": "cola"}, "set": {"weight_decay": 2}}]}
+    err = run(other, "--only", "cola")[2]
+    assert "target_rank 9 is larger" in err and "the loss is nan" not in err
     fixed = {key: value for key, value in content.items() if key != "overrides"}
     assert run(fixed)[0] == 0
     assert [line["status"] for line in _lines(tmp_path).values()] == ["finished"] * 4
