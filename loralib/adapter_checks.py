@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
 from loralib.injection import check_replaceable, is_conv1d, is_linear
-from loralib.layers import LoRALayer
+from loralib.layers import LoRALayer, factor_shapes
 from loralib.model import lora_layers
-from loralib.quantised import factor_shapes, frozen_shape, stored_form
+from loralib.quantised import frozen_shape, stored_form
 
 
 def check_adapter(

@@ -115,14 +115,12 @@ class ExactFactors:
         self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
         if factors_are_orthonormal(trained):
             return
-        changed = {id(factor) for factor in trained}
         for name, layer in layers.items():
-            if changed.isdisjoint(map(id, distinct_factors([layer]))) or not bool(layer.lora_E.detach().any()):
-                continue
-            raise ValueError(
-                f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
-                "trained with exact factors"
-            )
+            if any(f.requires_grad for f in distinct_factors([layer])) and bool(layer.lora_E.detach().any()):
+                raise ValueError(
+                    f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
+                    "trained with exact factors"
+                )
         self._orthonormalise()
 
     @torch.no_grad()

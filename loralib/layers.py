@@ -23,10 +23,19 @@ from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.fused import adapted_linear, autocast_dtype, fold
-from loralib.quantised import factor_shapes, frozen_shape, stored_form
+from loralib.quantised import frozen_shape, stored_form
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
+
+
+def factor_shapes(
+    out_features: int, in_features: int, widths: Sequence[int], r: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Shapes of the left and of the right factors, from the outermost inward."""
+    inner = [*widths, r]
+    left, right = zip([out_features, *widths], inner, strict=True), zip(inner, [in_features, *widths], strict=True)
+    return list(left), list(right)
 
 
 class LoRALayer(nn.Linear):

@@ -31,7 +31,7 @@ def injected_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The low-rank layers that have singular values left, by module name."""
+    """The low-rank layers of a kind with singular values, by module name; all of a layer's may have been pruned."""
     return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
 
 

@@ -1,8 +1,6 @@
-"""The form in which a frozen weight is stored, told without an import of what makes it, and the shapes around it."""
+"""The form and the shape in which a frozen weight is stored, told without an import of what makes it."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -25,12 +23,3 @@ def frozen_shape(linear: nn.Module, fan_in_fan_out: bool) -> tuple[int, int]:
         return linear.out_features, linear.in_features
     rows, columns = linear.weight.shape
     return (columns, rows) if fan_in_fan_out else (rows, columns)
-
-
-def factor_shapes(
-    out_features: int, in_features: int, widths: Sequence[int], r: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Shapes of the left and of the right factors, from the outermost inward."""
-    inner = [*widths, r]
-    left, right = zip([out_features, *widths], inner, strict=True), zip(inner, [in_features, *widths], strict=True)
-    return list(left), list(right)

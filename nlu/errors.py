@@ -21,7 +21,7 @@ _BAD_PATH = (
 
 _PACKAGES = (
     "torch", "transformers", "accelerate", "datasets", "pyarrow", "safetensors", "numpy", "scipy", "sklearn", "yaml",
-    "jsonschema", "pandas", "matplotlib",
+    "jsonschema", "pandas", "matplotlib", "jinja2",
 )  # fmt: skip
 
 

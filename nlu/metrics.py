@@ -81,6 +81,11 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
     return {name: float(functions[name](references, predictions)) for name in task.metrics}
 
 
+def in_words(scores: dict[str, float]) -> str:
+    """Scores as one short line."""
+    return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+
+
 def balanced_class_weights(labels: Sequence[int], num_labels: int) -> list[float]:
     """Weights n / (classes · rows of the class), as scikit-learn's "balanced"; their mean over the rows is 1.
 

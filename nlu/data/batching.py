@@ -74,6 +74,6 @@ def effective_batch_size(args: Any) -> int:
 
 def updates_per_epoch(args: Any, rows: int) -> int:
     """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
-    batch = args.per_device_train_batch_size * max(1, args.n_gpu) * args.world_size
+    batch = effective_batch_size(args) // args.gradient_accumulation_steps
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))

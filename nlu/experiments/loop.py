@@ -32,7 +32,6 @@ class SweepLoop:
     rerun_changed: bool = False
     finished: int = 0
     failures: dict[str, str] = field(default_factory=dict)
-    records: dict[str, int | None] = field(default_factory=dict)  # when each run's record was written before its start
     stopped_by: int = 0
     _stop_count: int = 0
 
@@ -63,7 +62,7 @@ class SweepLoop:
             self.bar.write(f"{adopted} run(s) taken over: the same arguments and contents have been run")
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
-        running: dict[str, tuple[Run, Job]] = {}
+        running: dict[str, tuple[Run, int | None, Job]] = {}  # with the time of the record that it found
         told, shown = 0, 0.0
         try:
             while (pending and not self.stopped_by) or running:
@@ -72,22 +71,22 @@ class SweepLoop:
                     if self.places.adopt([run], neighbours=False):  # an equal run has finished since
                         self.bar.total -= 1
                         continue
-                    running[run.folder] = (run, self._start(run))
-                for folder, (run, job) in list(running.items()):
+                    running[run.folder] = (run, self.places.record_time(run), self._start(run))
+                for folder, (run, found, job) in list(running.items()):
                     code = job.poll()
                     if code is not None:
                         del running[folder]
-                        self._ended(run, code)
+                        self._ended(run, code, found)
                 if self._stop_count > told:
                     told = self._stop_count
-                    for _, job in running.values():
+                    for *_, job in running.values():
                         job.stop() if told == 1 else job.kill()
                 if time.monotonic() - shown > _PROGRESS_SECONDS:
                     shown = time.monotonic()
-                    self._show([run for run, _ in running.values()])
+                    self._show([run for run, *_ in running.values()])
                 time.sleep(_POLL_SECONDS)
         except BaseException:
-            for _, job in running.values():
+            for *_, job in running.values():
                 job.stop()
             raise
         self._show([])
@@ -115,13 +114,11 @@ class SweepLoop:
             command.append("--overwrite_output_dir")  # which replaces another run, and goes on with an unchanged one
             self.places.forget(run)
         self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
-        self.records[run.folder] = self.places.record_time(run)
         return self.launcher.start(command, self.places.log(run))
 
-    def _ended(self, run: Run, code: int) -> None:
-        written = self.places.record_time(run) != self.records.get(run.folder)
+    def _ended(self, run: Run, code: int, found: int | None) -> None:
         try:  # a start that failed before it wrote a record has left that of an earlier start
-            line = self.places.publish(run) if written or code == 0 else None
+            line = self.places.publish(run) if code == 0 or self.places.record_time(run) != found else None
         except UsageError as error:  # this run's record is damaged; the others go on
             self.failures[run.folder] = str(error)
             return

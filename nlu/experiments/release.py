@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,8 @@ from nlu.data.glue import load_task_data
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.launchers import RUN_GLUE
 from nlu.experiments.records import check_line, read_lines
-from nlu.metrics import compute_glue_metrics
-from nlu.runs.digests import sha256
+from nlu.metrics import compute_glue_metrics, in_words
+from nlu.runs.digests import folder_digests
 from nlu.tasks import TASKS, get_task
 
 ROOT = RUN_GLUE.parents[1]
@@ -100,9 +99,12 @@ def collect(args: argparse.Namespace) -> int:
         for line in (line for line in lines if line["run"] not in missing):
             folder = new / line["run"]
             shutil.copytree(places[line["run"]], folder / "adapter")
-            _predict(line, folder, args.model_name_or_path, args.glue_dir)
-            scores = _scores(line, folder, args.glue_dir)
-            entries.append({"recorded": _recorded(line), "scores": scores, "sha256": _digests(folder), "line": line})
+            sets = _validation(line, args.glue_dir)
+            _predict(line, folder, args.model_name_or_path, sets)
+            scores = _scores(line, folder, sets)
+            entries.append(
+                {"recorded": _recorded(line), "scores": scores, "sha256": folder_digests(folder), "line": line}
+            )
             _show(entries[-1])
         write_text(new / MANIFEST, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
         with open_new(f"{args.out}.tar.gz") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
@@ -127,12 +129,12 @@ def check(folder: Path, glue_dir: Path | None) -> int:
         raise UsageError(f"{unknown[0]} is not in the manifest: unpack the archive into an empty folder")
     for entry in entries:
         run = folder / entry["line"]["run"]
-        found, listed = _digests(run), entry["sha256"]
+        found, listed = folder_digests(run), entry["sha256"]
         if changed := [name for name in found | listed if name not in found or found[name] != listed.get(name)]:
             raise UsageError(f"{run}: {', '.join(changed)} is not what the manifest lists")
-        scores = _scores(entry["line"], run, glue_dir)
+        scores = _scores(entry["line"], run, _validation(entry["line"], glue_dir))
         if not _same(entry["scores"], scores):
-            raise UsageError(f"{run}: the predictions score {_words(scores)}, the manifest has {entry['scores']}")
+            raise UsageError(f"{run}: the predictions score {in_words(scores)}, the manifest has {entry['scores']}")
         _show(entry)
     print(f"{len(entries)} run(s): every file and every score is as in the manifest")
     return 0
@@ -161,14 +163,14 @@ def _run_folder(args: argparse.Namespace, line: dict[str, Any]) -> Path:
     return args.output_dir / line.get("taken_over_from", f"{args.experiment}/{line['run']}")
 
 
-def _validation(line: dict[str, Any], glue_dir: Path | None) -> Iterator[tuple[str, Dataset]]:
-    yield from load_task_data(line["task"], glue_dir, need=("validation",)).items()
+def _validation(line: dict[str, Any], glue_dir: Path | None) -> dict[str, Dataset]:
+    return load_task_data(line["task"], glue_dir, need=("validation",))
 
 
-def _predict(line: dict[str, Any], folder: Path, base: str | None, glue_dir: Path | None) -> None:
+def _predict(line: dict[str, Any], folder: Path, base: str | None, sets: dict[str, Dataset]) -> None:
     """Write the adapter's predictions for each validation split."""
     fields = get_task(line["task"]).text_fields
-    for split, rows in _validation(line, glue_dir):
+    for split, rows in sets.items():
         with tempfile.TemporaryDirectory() as temporary:
             texts = Path(temporary) / f"{split}.jsonl"
             lines = (json.dumps(row, ensure_ascii=False) for row in rows.select_columns(fields))
@@ -181,10 +183,10 @@ def _predict(line: dict[str, Any], folder: Path, base: str | None, glue_dir: Pat
             raise UsageError(f"{line['run']}: {re.sub('^error: ', '', said.splitlines()[-1])}")
 
 
-def _scores(line: dict[str, Any], folder: Path, glue_dir: Path | None) -> dict[str, float]:
+def _scores(line: dict[str, Any], folder: Path, sets: dict[str, Dataset]) -> dict[str, float]:
     """The metrics of the predictions in a run's folder; those of MNLI's mismatched set end in ``_mm``."""
     task, scores = get_task(line["task"]), {}
-    for number, (split, rows) in enumerate(_validation(line, glue_dir)):
+    for number, (split, rows) in enumerate(sets.items()):
         path = folder / f"{split}.jsonl"
         try:
             values = [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()]
@@ -204,23 +206,14 @@ def _recorded(line: dict[str, Any]) -> dict[str, float]:
     return {name: float(evaluations[name][place]) for name in metrics}
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-
-
 def _same(listed: dict[str, Any], scores: dict[str, float]) -> bool:
     return listed.keys() == scores.keys() and all(
         type(listed[name]) is float and abs(listed[name] - score) <= SAME for name, score in scores.items()
     )  # NaN is near nothing
 
 
-def _words(scores: dict[str, float]) -> str:
-    return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-
-
 def _show(entry: dict[str, Any]) -> None:
-    print(f"{entry['line']['run']}: {_words(entry['scores'])} (recorded: {_words(entry['recorded'])})")
+    print(f"{entry['line']['run']}: {in_words(entry['scores'])} (recorded: {in_words(entry['recorded'])})")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from typing import Any, Literal
 from torch import nn
 
 import loralib
-from loralib.allocator import AllocatorSettings, check_schedule
+from loralib.allocator import IMPORTANCES, PRUNE_BY, AllocatorSettings, check_schedule
 from loralib.initialisation import STARTS
 from loralib.injection import PUBLISHED_MODULES, module_type
+from loralib.layers import INITS
 from loralib.orthogonality import parse_terms
 from loralib.preconditioner import PRECONDITIONERS
+from loralib.training import ORTHOGONALITIES
 from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
 from nlu.methods.widths import check_widths, width, widths_of
@@ -48,7 +50,7 @@ LORA_MODULE = Flag(
 )  # fmt: skip
 LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
 _LORA_INIT = Flag(
-    "lora_init", Literal[("gaussian", "orthogonal", *STARTS)], "gaussian",
+    "lora_init", Literal[(*INITS, *STARTS)], "gaussian",
     "How factors start: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
 )  # fmt: skip
 _LORA_INIT_BATCHES = Flag(
@@ -83,7 +85,7 @@ def _ratio(text: str) -> float | str:
 
 
 _ORTHOGONALITY = Flag(
-    "orthogonality", Literal["penalty", "retraction"], "penalty",
+    "orthogonality", Literal[ORTHOGONALITIES], "penalty",
     "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step.",
 )  # fmt: skip
 _SINGULAR_VALUE_FLAGS = (
@@ -108,11 +110,11 @@ _SINGULAR_VALUE_FLAGS = (
     _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
     _allocation("min_rank_per_module", int, 0, "Singular values that every module keeps."),
     _allocation(
-        "prune_by", Literal["importance", "value"], "importance",
+        "prune_by", Literal[PRUNE_BY], "importance",
         "importance: the paper's; value: |e|, where the factors are exact.",
     ),
     _allocation(
-        "importance", Literal["inner", "full"], "inner",
+        "importance", Literal[IMPORTANCES], "inner",
         "inner: the paper's importance; full: outer factors scored too.",
     ),
     Flag(

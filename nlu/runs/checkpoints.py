@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from loralib.files import new_folder_of, remove_leftovers, replace_folder, start_folder, write_json
-from nlu.runs.digests import sha256
+from nlu.runs.digests import folder_digests, sha256
 from nlu.runs.processes import wait_for_all
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,7 @@ def restore_progress(trainer: Any, progress: dict[str, Any]) -> None:
 def seal(checkpoint: Path) -> None:
     """Write the manifest of the new folder of ``checkpoint`` and put it in its place, replacing what is there."""
     new = new_folder_of(checkpoint)
-    files = sorted(path for path in new.rglob("*") if path.is_file())
-    write_json(new / MANIFEST, {path.relative_to(new).as_posix(): sha256(path) for path in files})
+    write_json(new / MANIFEST, folder_digests(new))
     replace_folder(checkpoint)
 
 

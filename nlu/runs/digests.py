@@ -65,6 +65,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_digests(folder: Path) -> dict[str, str]:
+    """Relative name → :func:`sha256` of every file below a folder, by name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
 # ---- which files ----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.methods.registry import count_parameters, live_adapter_params
+from nlu.metrics import in_words
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def report(record: dict[str, Any], folder: Path) -> None:
     if record["best"] is not None:
         print(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
     for name, scores in record.get("test_scores", {}).items():
-        print(f"{name}: {', '.join(f'{metric} {score:.4f}' for metric, score in scores.items())}")
+        print(f"{name}: {in_words(scores)}")
     if record["steps"]:
         adapter, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
         share = (adapter + head) / record["total_params"]

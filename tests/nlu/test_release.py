@@ -10,6 +10,7 @@ from nlu.experiments import release
 from nlu.experiments.experiment import Run
 from nlu.experiments.records import measured_line, write_line
 from nlu.run_glue import main
+from nlu.runs.digests import sha256
 from tests.nlu.tiny import changed, read
 
 TASKS = {"mnli": "lora2", "stsb": "lora"}
@@ -92,7 +93,7 @@ def test_predictions_score_what_was_recorded_and_whatever_was_changed_is_seen(ca
     text = predictions.read_text()
     predictions.write_text(text.replace('"score": ', '"score": 1', 1))
     assert call("--check")[::2] == (2, f"error: {out}/stsb: validation.jsonl is not what the manifest lists\n")
-    digest, new = entries["stsb"]["sha256"]["validation.jsonl"], release.sha256(predictions)
+    digest, new = entries["stsb"]["sha256"]["validation.jsonl"], sha256(predictions)
     manifest = out / "manifest.jsonl"
     manifest.write_text(manifest.read_text().replace(digest, new))
     code, _, error = call("--check")
@@ -125,9 +126,9 @@ def test_an_altered_release_is_refused_in_one_line(call, tmp_path):
     refused(f"{out}/stsb is not in the manifest")
     for name, old, new, message in PREDICTED:
         path = out / name
-        predictions, digest = path.read_text(), release.sha256(path)
+        predictions, digest = path.read_text(), sha256(path)
         path.write_text(predictions.replace(old, new))
-        manifest.write_text(text.replace(digest, release.sha256(path)))
+        manifest.write_text(text.replace(digest, sha256(path)))
         refused(message)
         path.write_text(predictions)
     manifest.write_text(text)
