@@ -24,10 +24,11 @@ from nlu import CONFIGS
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.figures import COLOURS, Drawing, draw
 from nlu.experiments.questions import Question, load_questions
-from nlu.experiments.statistics import Estimate, estimate, finished, load_measured
+from nlu.experiments.statistics import Estimate, estimate, finished, load_measured, tuned_over
 from nlu.experiments.tables import (
     ALL,
     Table,
+    against_table,
     claims_table,
     correct_claims,
     cost_table,
@@ -92,6 +93,9 @@ def write_report(args: argparse.Namespace) -> int:
     """
     output = args.output_dir or args.measured_dir.absolute().parent
     runs, (questions, papers) = load_measured(args.measured_dir), load_questions(args.questions)
+    for question in questions:
+        if question.tuned is not None:
+            runs = tuned_over(runs, question.experiments, question.tuned)
     published = [published_table(args.published_dir, paper["file"], paper["title"]) for paper in papers]
     questions += [
         Question(f"What did the experiment {name} measure?", [name], None, [])
@@ -134,11 +138,14 @@ def _sections(
         name = re.sub(r"\W+", "_", "_".join(question.experiments))
         if sum(other.experiments == question.experiments for other in questions) > 1:
             name += f"_{questions.index(question) + 1}"
-        claims = claims_table(name, final, question, corrected)
-        tables = [claims, score_table(name, final), training_table(name, final), tuning_table(name, every)]
-        tables = [table for table in [*tables, cost_table(name, final)] if table is not None]
+        claims, tuning = claims_table(name, final, question, corrected), tuning_table(name, every)
+        if question.against is not None:
+            tables = [against_table(name, final, question.against), tuning]
+        else:
+            tables = [claims, score_table(name, final), training_table(name, final), tuning, cost_table(name, final)]
+        tables = [table for table in tables if table is not None]
         figures = []
-        for figure, drawn in draw(name, final, every) if with_figures else ():
+        for figure, drawn in draw(name, final, every, question.against) if with_figures else ():
             try:
                 figures.append(drawn())
             except Exception as error:  # whatever matplotlib raises: the other figures are still wanted

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 
 import matplotlib
@@ -11,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nlu.experiments.statistics import estimate
+from nlu.experiments.statistics import estimate, paired
 from nlu.experiments.tables import rows_of
 from nlu.tasks import HEADINGS
 
@@ -56,19 +57,21 @@ class Drawing:
         return output.getvalue()
 
 
-def draw(name: str, final: pd.DataFrame, every: pd.DataFrame) -> Iterator[tuple[str, Callable[[], Drawing | None]]]:
+def draw(
+    name: str, final: pd.DataFrame, every: pd.DataFrame, against: str | None = None
+) -> Iterator[tuple[str, Callable[[], Drawing | None]]]:
     """(name, what draws it) for each figure of a question, so that one that fails does not stop the others.
 
     Args:
         name: begins the figures' names.
         final: the finished final runs, in the order of the legend. every: all runs of the same experiments, those of
             the tuning stage too, as `as_frame` orders them.
+        against: the row that the others are compared with: one figure of that takes the place of the others.
     """
     labels = list(dict.fromkeys(every.label))  # in the registries' order: a comparison and a report colour alike
     styles = dict(zip(labels, _styles(len(labels)), strict=True))
-    for kind, function, runs in (
-        ("parameters", _parameters, final), ("curves", _curves, final), ("rates", _rates, every)
-    ):  # fmt: skip
+    kinds = (("parameters", _parameters, final), ("curves", _curves, final), ("rates", _rates, every))
+    for kind, function, runs in kinds if against is None else (("against", partial(_against, against), final),):
 
         def drawn(kind=kind, function=function, runs=runs) -> Drawing | None:
             with matplotlib.rc_context(STYLE):
@@ -103,6 +106,25 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
         f"{best[0]}, {best[2].mean:.2f}."
     )
     return Drawing(name, "Score against parameters", text, figure)
+
+
+def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+    """The paired change of the loss of each row against one of them, the best above."""
+    pairs = {label: paired(runs, label, against) for label in styles if label != against}
+    found = {label: estimate(own.loss_change, own.task) for label, own in pairs.items() if len(own)}
+    rows = sorted(((label, each) for label, each in found.items() if each.error is not None), key=lambda r: -r[1].mean)
+    if not rows:
+        return None
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    means, errors = [each.mean for _, each in rows], [each.error for _, each in rows]
+    axes.errorbar(means, range(len(rows)), xerr=errors, fmt="o", color=COLOURS[0], capsize=3, markersize=4)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+    axes.axvline(0, color=COLOURS[1], linewidth=1)
+    axes.set_xlabel(f"change of the loss against {against}, %\n(± standard error; left is better)")
+    tasks = list(dict.fromkeys(runs.task))
+    text = f"Change of the loss at the last evaluation on {_names(tasks)} against {against}. Lowest: {rows[-1][0]}."
+    return Drawing(name, f"Loss against {against}", text, figure)
 
 
 def spread_apart(sizes: list[float]) -> list[float]:

@@ -4,6 +4,9 @@ questions:
   - question: Does LoRA² score more than LoRA of its size?
     experiments: [evidence]             # several: their runs are compared together, label by label
     labels: [LoRA, LoRA²]               # optional: only these rows
+    tuned: rate                         # optional: an axis of the grid; on each task a row takes the value with the
+                                        # lowest mean loss at the last evaluation
+    against: LoRA                       # optional: one table compares every row with this one, in place of the others
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², against: LoRA, expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"
 published:                              # the cited tables: files of results/published/
@@ -36,6 +39,8 @@ class Question:
     experiments: list[str]
     labels: list[str] | None
     claims: list[Claim]
+    tuned: str | None = None
+    against: str | None = None
 
 
 def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
@@ -52,6 +57,8 @@ def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
             raw["experiments"],
             raw.get("labels"),
             [Claim(**{"published": None, "source": "", **claim}) for claim in raw.get("claims") or []],
+            raw.get("tuned"),
+            raw.get("against"),
         )
         for raw in content.get("questions") or []
     ]

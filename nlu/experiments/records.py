@@ -67,15 +67,19 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
 
 def place_of(run: Run, method: str) -> dict[str, Any]:
     """The part of a line that says which run of the experiment it is; `method` is the base method."""
-    kept = {axis: value for axis, value in place_free(run.axes).items() if axis not in NO_LABEL}
-    parts = [
+    axes = place_free(run.axes)
+    label = label_of(axes, method) or _method_name(str(run.arguments.get("method")), method)
+    where = {"run": run.folder, "stage": run.stage, "label": label, "axes": axes, "tried": run.tried}
+    return where | ({"extra": True} if run.extra else {})
+
+
+def label_of(axes: dict[str, Any], method: str) -> str:
+    """What tables call a run with these labels of the grid's axes; empty where all of them stand in other places."""
+    return ", ".join(
         _method_name(str(value), method)
         if axis == "method" else value if isinstance(value, str) else f"{axis}={value}"
-        for axis, value in kept.items()
-    ]  # fmt: skip
-    label = ", ".join(parts) or _method_name(str(run.arguments.get("method")), method)
-    where = {"run": run.folder, "stage": run.stage, "label": label, "axes": place_free(run.axes), "tried": run.tried}
-    return where | ({"extra": True} if run.extra else {})
+        for axis, value in axes.items() if axis not in NO_LABEL
+    )  # fmt: skip
 
 
 def _method_name(name: str, base: str) -> str:

@@ -10,12 +10,12 @@ import pandas as pd
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.experiments.records import read_lines
+from nlu.experiments.records import label_of, read_lines
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a difference within this margin counts as level
 SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
-_NAMES = ["experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra"]
+_NAMES = ["experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked"]
 _FIGURES = [
     "steps", "adapter_params", "head_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
     "rate_sum_pruning", "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes",
@@ -86,6 +86,29 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
 
 
+def tuned_over(runs: pd.DataFrame, experiments: Iterable[str], axis: str) -> pd.DataFrame:
+    """Runs of which some experiments tried each row with the values of an axis, as a tuning stage and its choice.
+
+    The final runs of these experiments become runs of the tuning stage, their labels without the axis, with the
+    arguments that differ between its values as what was tried. For each row and task the runs of the value with the
+    lowest mean loss at the last evaluation are there once more, as final runs.
+    """
+    has_axis = runs["axes"].map(lambda axes: axis in axes)
+    here = runs.experiment.isin(list(experiments)) & (runs.stage == "final") & has_axis
+    tuning = runs[here].copy()
+    values = [axes[axis] for axes in tuning["axes"]]
+    free = [{name: value for name, value in axes.items() if name != axis} for axes in tuning["axes"]]
+    tuning["label"] = [label_of(*pair) for pair in zip(free, tuning.method, strict=True)]
+    kept = [runs[~here]]
+    for _, own in tuning.assign(value=values).groupby(["experiment", "label", "task"], sort=False):
+        asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed")
+        own["tried"] = asked[asked.columns[asked.astype(str).nunique() > 1]].to_dict("records")
+        losses = own[own.status == "finished"].groupby("value").loss.mean()
+        kept.append(own.assign(stage="select"))
+        kept.append(own[own.value == losses.idxmin()] if len(losses) else own[:0])
+    return _ordered(pd.concat(kept).drop(columns="value", errors="ignore").reset_index(drop=True))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs)."""
@@ -142,11 +165,16 @@ def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
 
 
 def paired(runs: pd.DataFrame, label: str, against: str, score: str = "last") -> pd.DataFrame:
-    """The differences of two labels over the (task, seed) that both have: columns task, seed and difference."""
+    """The differences of two labels over the (task, seed) that both have: columns task, seed and difference.
+
+    The column loss_change is 100 · ln of the ratio of the losses at the last evaluation: about a percentage, and its
+    mean over tasks has a meaning whatever their losses are.
+    """
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed"])
     # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
     difference = (pairs[f"{score}_x"] - pairs[f"{score}_y"]).astype(float).round(9)
-    return pairs[["task", "seed"]].assign(difference=difference)
+    change = 100 * np.log(pairs["loss_x"].astype(float) / pairs["loss_y"].astype(float))
+    return pairs[["task", "seed"]].assign(difference=difference, loss_change=change)
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:

@@ -205,6 +205,37 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
     return Table(name, title, rows, notes)
 
 
+def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
+    """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score."""
+    tasks = list(dict.fromkeys(runs.task))
+    rows = []
+    for label, own in rows_of(runs):
+        pairs = paired(runs, label, against)
+        loss = score = None
+        if label != against and len(pairs):
+            loss, score = (estimate(pairs[column], pairs.task) for column in ("loss_change", "difference"))
+        row = {"": cell(label, row=label), "runs": counted("runs", len(own))}
+        for task in tasks:
+            row[HEADINGS.get(task, task)] = with_deviation(task, own[own.task == task]["last"])
+        rows.append(
+            row
+            | {
+                "‖ΔW‖": ranged("delta_norm", own.groupby("task").delta_norm.mean(), number),
+                "loss, %": rounded("loss_change", loss and loss.mean, 1, sign=True),
+                "standard error": rounded("loss_error", loss and loss.error, 1),
+                "score": rounded("difference", score and score.mean, sign=True),
+                "95 % interval": interval(score, signed),
+            }
+        )
+    notes = [
+        "Measured here: last evaluation in percent, mean ± standard deviation over the seeds. ‖ΔW‖: Frobenius norm "
+        f"over all adapted layers at the end. The last four columns compare with {against} over pairs of equal task "
+        "and seed, the tasks as strata. Loss: 100 · ln of the ratio of the losses at the last evaluation; less is "
+        "better.",
+    ]
+    return Table(f"{name}_against", f"Every row against {against}", rows, notes)
+
+
 def training_table(name: str, runs: pd.DataFrame) -> Table:
     """How far each row was trained: Λ, ‖ΔW‖, live singular values, and the validation loss beside the score."""
     rows = []

@@ -1,6 +1,7 @@
 """The report: tables under their questions, figures, formats, and the published tables apart."""
 
 import csv
+import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -202,6 +203,36 @@ def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
     assert text.loc["LoRA r=8", "failed"] == "2 of 8"  # which count as 0
     failed = (60 - 1.2) + 60 + (60 - 3)
     assert text.loc["LoRA r=8", "mean of the values tried"] == f"{failed / 4:.2f}"
+
+
+def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_row(make, tmp_path):
+    """By hand: at the rates that the losses choose, the other row has 3 and 9 % less loss, and 10 points more."""
+    lines = []
+    for row, rates in (("plus", {"low": (1e-3, 1.0, 0.4), "high": (2e-3, 0.5, 0.3)}),
+                       ("other", {"low": (1e-3, 0.0, 0.4), "high": (4e-3, 2.0, 0.9)})):  # fmt: skip
+        for place, (rate, loss, score) in rates.items():
+            for seed in (1, 2):
+                for task, less in (("cola", 0.03), ("stsb", 0.09)):
+                    end = loss or 0.5 * math.exp(-less + (seed - 1.5) / 100)
+                    axes = {"row": row, "rate": place, "task_name": task, "seed": seed}
+                    lines.append(line(f"{row}, {place}", task, seed, [score], axes=axes, tried={}))
+                    lines[-1]["run"] = "-".join(map(str, axes.values()))
+                    lines[-1]["asked"] |= {"method": "lora2", "learning_rate": rate}
+                    lines[-1]["evaluations"]["loss"] = [end]
+    question = {"question": "Which part helps?", "experiments": ["trial"], "tuned": "rate", "against": "plus"}
+    assert make(lines, "--format", "csv", questions={"questions": [question]})[0] == 0
+    read = {path.stem: list(csv.DictReader(path.open())) for path in (tmp_path / "tables").iterdir()}
+    other, plus = sorted(read["trial_against"], key=lambda row: row["row"])
+    assert plus["loss_change"] == "" and plus["runs"] == "4" and float(plus["cola"]) == 30
+    changes = [float(other[name]) for name in ("loss_change", "loss_error", "difference")]
+    # Two strata of two pairs each, ±0.5 around -3 and -9: each mean has the error 0.5.
+    assert changes == pytest.approx([-6, math.hypot(0.5, 0.5) / 2, 10], abs=1e-4)
+    assert {row["row"]: row["cola"] for row in read["trial_tuning"]} == {
+        "plus": "learning_rate=0.002", "other": "learning_rate=0.001"
+    }  # fmt: skip
+    make(lines, questions={"questions": [question]})
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
+    assert "Lowest: other." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
