@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import takewhile
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from loralib.injection import module_type
 from nlu.experiments.statistics import estimate, paired
 from nlu.experiments.tables import rows_of
 from nlu.tasks import HEADINGS
@@ -70,7 +72,8 @@ def draw(
     """
     labels = list(dict.fromkeys(every.label))  # in the registries' order: a comparison and a report colour alike
     styles = dict(zip(labels, _styles(len(labels)), strict=True))
-    kinds = (("parameters", _parameters, final), ("curves", _curves, final), ("rates", _rates, every))
+    kinds = (("parameters", _parameters, final), ("curves", _curves, final), ("rates", _rates, every),
+             ("ranks", _ranks, final))  # fmt: skip
     for kind, function, runs in kinds if against is None else (("against", partial(_against, against), final),):
 
         def drawn(kind=kind, function=function, runs=runs) -> Drawing | None:
@@ -106,6 +109,37 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
         f"{best[0]}, {best[2].mean:.2f}."
     )
     return Drawing(name, "Score against parameters", text, figure)
+
+
+def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+    """Live singular values of each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
+    pruned = runs[runs.module_ranks.notna()]
+    if not len(pruned):
+        return None
+    rows = rows_of(pruned)
+    means = [pd.DataFrame(own.module_ranks.tolist()).mean() for _, own in rows]
+    kinds = list(dict.fromkeys(module_type(module) for module in means[0].index))
+    owners = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, owners)))  # leading parts, which say nothing
+    figure = Figure(figsize=(WIDTH, (0.8 + 0.27 * len(kinds)) * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), squeeze=False)[:, 0]
+    most = max(mean.max() for mean in means)
+    for (label, _), mean, axes in zip(rows, means, panels, strict=True):
+        layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna(0).astype(int)
+        values = pd.Series(mean.values, [mean.index.map(module_type), layers]).unstack().loc[kinds]
+        axes.imshow(values, cmap="cividis", vmin=0, vmax=most, aspect="auto")
+        axes.grid(False)
+        for (y, x), value in np.ndenumerate(values.values):
+            colour = "white" if value < most / 2 else "black"
+            axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5)
+        axes.set_yticks(range(len(kinds)), [".".join(kind.split(".")[shared:]) for kind in kinds])
+        axes.set_xticks(range(values.shape[1]), values.columns)
+        axes.set_title(label, loc="left")
+    panels[-1].set_xlabel("layer")
+    text = (
+        f"Live singular values of each module at the end on {_names(list(dict.fromkeys(runs.task)))}: means over runs."
+    )
+    return Drawing(name, "Where the ranks went", text, figure)
 
 
 def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:

@@ -15,10 +15,13 @@ from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a difference within this margin counts as level
 SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
-_NAMES = ["experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked"]
+_NAMES = [
+    "experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked",
+    "module_ranks",
+]  # fmt: skip
 _FIGURES = [
     "steps", "adapter_params", "head_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
-    "rate_sum_pruning", "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes",
+    "rate_sum_pruning", "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes", "test",
 ]  # fmt: skip
 
 
@@ -26,7 +29,8 @@ def load_measured(folder: Path) -> pd.DataFrame:
     """Every run below a folder, one row each, in the order in which tables show them.
 
     Columns beside those of the lines: `experiment`; `steps_at`, `scores` and `losses` (one list each, over the
-    evaluations; scores in percent, the mean of the task's columns); `last`, `best`, `loss` (the last), `lowest_loss`.
+    evaluations; scores in percent, the mean of the task's columns); `last`, `best`, `loss` (the last), `lowest_loss`;
+    `test`, the score on a labelled test set.
 
     Raises:
         UsageError: no such folder, a damaged line, or two final runs of one experiment, label, task and seed.
@@ -62,8 +66,11 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
         metrics = [name for name in (task.score_columns.values() if task else ()) if name in evaluations]
-        scores = np.mean([evaluations[name] for name in metrics or [line["metric"]]], axis=0)
+        metrics = metrics or [line["metric"]]
+        scores = np.mean([evaluations[name] for name in metrics], axis=0)
         row |= {"steps_at": evaluations["step"], "scores": list(100 * scores), "losses": evaluations["loss"]}
+        tests = [t[name] for t in line.get("test_scores", {}).values() for name in metrics if name in t]
+        row["test"] = 100 * np.mean(tests) if tests else None
     return row
 
 

@@ -148,7 +148,10 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
             "seeds": ranged("seeds", own.groupby("task").seed.nunique()),
         }
         for task in tasks:
-            row[HEADINGS.get(task, task)] = with_deviation(task, own[own.task == task]["last"])
+            of_task, heading = own[own.task == task], HEADINGS.get(task, task)
+            row[heading] = with_deviation(task, of_task["last"])
+            if runs[runs.task == task].test.notna().any():
+                row[f"{heading} test"] = with_deviation(f"{task}_test", of_task.test)
         row |= {
             "average": rounded("average", result and result.mean),
             "95 % interval": interval(result),
@@ -160,6 +163,8 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
         "Interval: Student's t, the tasks as strata; it shows how far the average moves with the seed. The last column "
         "takes each run's best evaluation, chosen on the validation set itself, as the papers report it.",
     ]
+    if runs.test.notna().any():
+        notes.append("Test: the model at the end on the task's labelled test set, which takes no part in the average.")
     if any(is_short(own) for _, own in rows_of(runs)):
         notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
     return Table(f"{name}_scores", "Score", rows, notes)

@@ -174,6 +174,29 @@ def test_scores_and_the_mark_of_short_trainings(tmp_path):
     assert training.loc["LoRA r=8"]["CoLA loss"] == "0.105 (0.105)"
 
 
+def test_labelled_test_sets_have_a_column_and_ranks_a_figure(tmp_path):
+    modules = {f"encoder.layer.{i}.{kind}.dense": i + j for i in (0, 1) for j, kind in enumerate(("output", "other"))}
+    lines = [
+        line("AdaLoRA", "mrpc", s, [0.7], test_scores={"MRPC": {"accuracy": v, "f1": 0.1}},
+             module_ranks={name: rank + 2 * (s - 1) for name, rank in modules.items()})
+        for s, v in ((1, 0.6), (2, 0.8))
+    ]  # fmt: skip
+    lines += [line(label, "cola", 1, [0.5]) for label in ("AdaLoRA", "LoRA r=8")]
+    runs = finished(load_measured(write(tmp_path, "trial", lines)), ["trial"])
+    table = score_table("trial", runs)
+    assert table.text.set_index("")["MRPC test"].tolist() == ["–", "70.0 ± 14.1"] and "CoLA test" not in table.text
+    drawn = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure
+    (panel,) = drawn.axes
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["output.dense", "other.dense"]
+    assert [text.get_text() for text in panel.texts] == [
+        "1.0",
+        "2.0",
+        "2.0",
+        "3.0",
+    ]  # seeds averaged, by type and layer
+    assert dict(figures.draw("trial", runs[runs.label == "LoRA r=8"], runs))["trial_ranks"]() is None
+
+
 def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_path):
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(QUESTIONS))
     question = load_questions(tmp_path / "claims.yaml")[0][0]
