@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loralib.adapter_files import AdapterConfig, LayerGroup
 from loralib.injection import check_replaceable, is_conv1d, is_linear
 from loralib.layers import LoRALayer, factor_shapes
-from loralib.model import lora_layers
+from loralib.model import factors_of, lora_layers
 from loralib.quantised import frozen_shape, stored_form
 
 
@@ -203,9 +203,8 @@ def _stored_parts(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 def _base_tensors(model: nn.Module, exclude: Collection[str]) -> dict[str, Tensor]:
     """Each base tensor once, under the first of its names."""
-    layers = lora_layers(model)
-    skip = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
-    merged = {id(layer.weight): layer.base_weight() for layer in layers.values() if layer.merged}
+    skip = set(map(id, factors_of(model)))
+    merged = {id(layer.weight): layer.base_weight() for layer in lora_layers(model).values() if layer.merged}
     state = model.state_dict(keep_vars=True)
     skip |= {id(state[name]) for name in exclude if name in state}
     found: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loralib.checks import check_positive
 from loralib.exact_factors import distinct_factors, factors_are_orthonormal
 from loralib.layers import LoRALayer
-from loralib.model import lora_layers, svd_layers
+from loralib.model import factors_of, lora_layers, svd_layers
 
 
 def parameter_groups(
@@ -36,16 +36,15 @@ def parameter_groups(
     """
     for name, value in (("lr", lr), ("b_lr_ratio", b_lr_ratio), ("head_lr", lr if head_lr is None else head_lr)):
         check_positive(name, value)
-    layers = [layer for layer in lora_layers(model).values() if layer.r > 0]
     ratios: dict[int, float] = {}
     if value_lr_ratio != 1:
         ratios |= _value_ratios(model, value_lr_ratio)
     if b_lr_ratio != 1:
-        plain = [layer for layer in layers if layer.lora_E is None]
+        plain = [layer for layer in lora_layers(model).values() if layer.lora_E is None and layer.r > 0]
         if not plain:
             raise ValueError("b_lr_ratio is for LoRA layers, which this model lacks: give value_lr_ratio instead")
         ratios |= {id(layer.lora_B[0]): b_lr_ratio for layer in plain}
-    factors = {id(p) for layer in layers for p in layer.lora_parameters()}
+    factors = set(map(id, factors_of(model)))
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

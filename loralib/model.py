@@ -18,6 +18,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
+def factors_of(model: nn.Module) -> list[nn.Parameter]:
+    """The factors of all low-rank layers; one that layers share is there once."""
+    return list({id(p): p for layer in lora_layers(model).values() for p in layer.lora_parameters()}.values())
+
+
 def injected_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """:func:`lora_layers` of a model that must have some.
 
@@ -60,9 +65,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     layers = injected_layers(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bias == "all" and name.split(".")[-1] == "bias")
+    for parameter in factors_of(model):
+        parameter.requires_grad_(True)
     for layer in layers.values():
-        for parameter in layer.lora_parameters():
-            parameter.requires_grad_(True)
         if bias == "lora_only" and layer.bias is not None:
             layer.bias.requires_grad_(True)
 
@@ -79,10 +84,9 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         ValueError: for another ``bias``.
     """
     check_choice("bias", bias, BIASES)
-    layers = lora_layers(model)
-    wanted = {id(parameter) for layer in layers.values() for parameter in layer.lora_parameters()}
+    wanted = set(map(id, factors_of(model)))
     if bias == "lora_only":
-        wanted |= {id(layer.bias) for layer in layers.values() if layer.bias is not None}
+        wanted |= {id(layer.bias) for layer in lora_layers(model).values() if layer.bias is not None}
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()  # gives a shared parameter once
@@ -92,7 +96,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name."""
-    factors = {id(parameter) for layer in lora_layers(model).values() for parameter in layer.lora_parameters()}
+    factors = set(map(id, factors_of(model)))
     found: dict[str, Tensor] = {}
     owners = set()
     for name, parameter in model.named_parameters():

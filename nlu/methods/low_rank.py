@@ -18,6 +18,7 @@ from loralib.allocator import IMPORTANCES, PRUNE_BY, AllocatorSettings, check_sc
 from loralib.initialisation import STARTS
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.layers import INITS
+from loralib.model import factors_of
 from loralib.orthogonality import parse_terms
 from loralib.preconditioner import PRECONDITIONERS
 from loralib.training import ORTHOGONALITIES
@@ -258,8 +259,7 @@ def _pruning(args: Any, total_steps: int) -> dict[str, Any]:
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     _inject(model, args)
-    layers = loralib.lora_layers(model).values()
-    train_only(model, [p for layer in layers for p in layer.lora_parameters()])
+    train_only(model, factors_of(model))
     options: dict[str, Any] = {"regu_weight": 0.0, "precondition": args.precondition}
     if args.method != "lora":
         options |= {

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from loralib import inject, lora_layers
+from loralib.model import factors_of
 from nlu.errors import UsageError
 from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
@@ -101,7 +102,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         inject_sora(model, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
     except ValueError as error:
         raise UsageError(f"--lora_module: {error}") from None
-    train_only(model, [p for layer in lora_layers(model).values() for p in layer.lora_parameters()])
+    train_only(model, factors_of(model))
     gates = ProximalGates(model, args.sora_lambda)
     applied = AppliedMethod(model, gates=gates, callbacks=[gates])
     applied.pruned_params = lambda: pruned_factor_params(applied)
