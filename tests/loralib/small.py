@@ -2,13 +2,22 @@
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import loralib
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
 # Of an allocator over 40 steps.
 SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_step": 40}
+
+# Of a tiny encoder, and what makes one a DeBERTa.
+SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
+}  # fmt: skip
+DEBERTA = {
+    "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "type_vocab_size": 0,
+}  # fmt: skip
 
 
 class Net(nn.Module):
@@ -29,6 +38,36 @@ class Net(nn.Module):
         for block in self.layers:
             x = x + block["v"](torch.tanh(block["q"](x)))
         return self.classifier(x)
+
+
+class Packed(nn.Parameter):
+    """As bitsandbytes' ``Params4bit``: two values of 4 bits a byte, (n / 2, 1), and what restores them beside."""
+
+    quant_state = None
+
+
+class Linear4bit(nn.Linear):
+    """As bitsandbytes' layer of that name, whose kernels need CUDA: a base's own product on a packed weight."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        scale = linear.weight.detach().abs().max() / 7
+        levels = ((linear.weight.detach() / scale).round() + 8).to(torch.uint8).view(-1, 2)
+        self.weight = Packed((levels[:, :1] * 16 + levels[:, 1:]), requires_grad=False)
+        self.weight.quant_state = (scale, linear.weight.shape)
+        self.bias, self.compute_dtype = linear.bias, None
+
+    def dequantised(self):
+        scale, shape = self.weight.quant_state
+        return scale * (torch.cat([self.weight // 16, self.weight % 16], 1).view(shape).float() - 8)
+
+    def set_compute_type(self, x):
+        self.compute_dtype = x.dtype
+
+    def forward(self, x):
+        if self.compute_dtype is None:
+            self.set_compute_type(x)
+        return nn.functional.linear(x.to(self.compute_dtype), self.dequantised(), self.bias)
 
 
 def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier", **options):
@@ -82,6 +121,13 @@ def gpt2(layers=1):
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 16}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def encoder(model_type="bert", sizes=SIZES, **settings):
+    """A random classifier of transformers."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**sizes, **settings})
+    return AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def blocks(kind, count=3, features=(9, 7), std=None, seed=0, dtype=None, **options):

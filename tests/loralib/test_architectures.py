@@ -5,17 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu.methods.method import head_parameters, train_only
 from nlu.model import head_modules
+from tests.loralib.small import DEBERTA, SIZES, encoder
 
-BERT = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
-    "max_position_embeddings": 64, "pad_token_id": 1,
-}  # fmt: skip
-RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8}
+BERT = SIZES | {"max_position_embeddings": 64, "pad_token_id": 1}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_embeddings": 64, "pad_index": 1}
 ENCODERS = {
     "albert": BERT | {"embedding_size": 8},
@@ -25,8 +21,8 @@ ENCODERS = {
     "canine": BERT | {"downsampling_rate": 4, "local_transformer_stride": 8, "num_hash_buckets": 64},
     "convbert": BERT | {"embedding_size": 16},
     "data2vec-text": BERT,
-    "deberta": BERT | RELATIVE | {"max_relative_positions": 8},
-    "deberta-v2": BERT | RELATIVE | {"norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "deberta": BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
+    "deberta-v2": BERT | DEBERTA,
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50},
     "electra": BERT | {"embedding_size": 8},
     "ernie": BERT,
@@ -39,7 +35,7 @@ ENCODERS = {
     "mobilebert": BERT | {"embedding_size": 8, "intra_bottleneck_size": 8, "true_hidden_size": 8},
     "modernbert": BERT | {"attn_implementation": "sdpa"},
     "mpnet": BERT,
-    "mra": BERT | {"max_position_embeddings": 64},
+    "mra": BERT,
     "rembert": BERT | {"input_embedding_size": 8, "output_embedding_size": 8},
     "roberta": BERT,
     "roberta-prelayernorm": BERT,
@@ -52,12 +48,6 @@ ENCODERS = {
     "yoso": BERT | {"use_expectation": True},
 }
 REFUSED = {"fnet": "Fourier", "nystromformer": "iterative inverse"}
-
-
-def build(model_type, **settings):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, num_labels=2, **settings)
-    return AutoModelForSequenceClassification.from_config(config)
 
 
 def adapted(model):
@@ -83,7 +73,7 @@ def train(model, ids, labels, steps=10):
 
 @pytest.mark.parametrize("model_type", ENCODERS)
 def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
-    model = adapted(build(model_type, **ENCODERS[model_type]))
+    model = adapted(encoder(model_type, ENCODERS[model_type]))
     half = copy.deepcopy(model)
     loralib.cast_frozen(half, torch.bfloat16, head=head_modules(half))
     ids = torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -100,7 +90,7 @@ def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_takes_no_bfloat16_trains_in_float32_and_is_refused_otherwise(model_type):
-    model = adapted(build(model_type, **BERT | {"num_landmarks": 4}))
+    model = adapted(encoder(model_type, BERT, num_landmarks=4))
     with pytest.raises(ValueError, match=REFUSED[model_type]) as error:
         loralib.cast_frozen(model, torch.bfloat16, head=head_modules(model))
     assert "\n" not in str(error.value)
@@ -111,5 +101,5 @@ def test_what_takes_no_bfloat16_trains_in_float32_and_is_refused_otherwise(model
 def test_an_encoder_without_linear_layers_is_refused():
     """I-BERT computes with quantised layers of its own."""
     with pytest.raises(ValueError, match="matches no linear layer; the model has: classifier") as error:
-        loralib.inject(build("ibert", **BERT), "lora2", ["query", "value"])
+        loralib.inject(encoder("ibert"), "lora2", ["query", "value"])
     assert "\n" not in str(error.value)

@@ -1,7 +1,5 @@
 """The fused layer against the separate operations, written out, in every mode that training may use."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -124,11 +122,6 @@ def test_used_twice_and_checkpointed_with_dropout():
     layer = trained_layer(lora_dropout=0.4)
     expected = gradients(layer, twice)
     torch.testing.assert_close(gradients(layer, recomputed), expected)
-    copied = copy.deepcopy(layer)
-    parts = [gradients(copied, lambda m, i=i: (torch.manual_seed(2), m(x), m(x.flip(0)))[1 + i]) for i in range(2)]
-    both = gradients(copied.eval(), twice)
-    assert all(torch.isfinite(g).all() for g in [*parts[0], *both])
-    assert not torch.allclose(both[0], expected[0])  # eval drops nothing
 
 
 def test_only_the_input_and_the_hidden_values_are_kept():

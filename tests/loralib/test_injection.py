@@ -2,24 +2,22 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
+from tests.loralib import small
+from tests.loralib.small import encoder
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
-DEBERTA = {
+DEBERTA = small.DEBERTA | {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
-    "vocab_size": 128100,
-    "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-    "pos_att_type": "p2c|c2p", "type_vocab_size": 0,
+    "vocab_size": 128100, "position_buckets": 256,
 }  # fmt: skip
 ROBERTA_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-TINY = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 30}
 
 
 def build(model_type, **config):
     with torch.device("meta"):
-        return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **config))
+        return encoder(model_type, **config)
 
 
 def adapter_size(model):
@@ -45,7 +43,7 @@ def test_counts_on_encoders_of_the_paper(encoder, kind, options, modules, expect
 
 @pytest.mark.parametrize("model_type", ["deberta-v2", "roberta", "bert", "electra"])
 def test_the_six_published_names_mean_the_same_on_every_encoder(model_type):
-    model = build(model_type, **TINY)
+    model = build(model_type)
     names = loralib.inject(model, "lora2", SIX, r=2, k=2)
     assert len(names) == len(set(names)) == 12
     for layer in range(2):
@@ -56,7 +54,7 @@ def test_the_six_published_names_mean_the_same_on_every_encoder(model_type):
 
 
 def test_suffix_and_regular_expression_patterns():
-    model = build("bert", **TINY)
+    model = build("bert")
     assert loralib.match_modules(model, ["self.query"]) == [
         f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)
     ]
@@ -70,7 +68,7 @@ def test_suffix_and_regular_expression_patterns():
 
 
 def test_a_refused_injection_changes_nothing():
-    model = build("bert", **TINY)
+    model = build("bert")
     before = [(n, type(m)) for n, m in model.named_modules()]
     for kind, options in [
         ("nope", {}), ("lora", {"k": 2}), ("adalora", {"widths": (2,)}), ("lora", {"init": "orthogonal"}),
@@ -101,7 +99,7 @@ def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_mark_only_lora_as_trainable(bias):
-    model = build("bert", **TINY)
+    model = build("bert")
     with pytest.raises(ValueError, match="inject"):
         loralib.mark_only_lora_as_trainable(model)
     loralib.inject(model, "lora2", ["query", "value"], r=2, k=2)

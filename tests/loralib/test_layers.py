@@ -2,22 +2,21 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 from torch import nn
 
 import loralib
+from tests.loralib.small import randomise
 
-WIDTHS = [(), (1,), (3,), (8,), (4, 2), (5, 4, 3)]
+# "lora", or the widths of a multi-scale layer.
+SCALES = ["lora", (), (1,), (3,), (8,), (4, 2), (5, 4, 3)]
 
 
-def random_layer(widths, r=4, in_features=11, out_features=7, alpha=12.0, **kwargs):
-    layer = loralib.MultiScaleLinear(in_features, out_features, r, alpha, widths=widths, **kwargs)
-    with torch.no_grad():
-        for p in layer.lora_parameters():
-            p.normal_()
-    return layer
+def random_layer(scales, **options):
+    if scales == "lora":
+        return randomise(loralib.Linear(11, 7, 4, 12.0, **options))
+    return randomise(loralib.MultiScaleLinear(11, 7, 4, 12.0, widths=scales, **options))
 
 
 def dense_delta(layer):
@@ -25,15 +24,17 @@ def dense_delta(layer):
     product = torch.eye(layer.out_features, dtype=torch.float64)
     for factor in layer.lora_B:
         product = product @ factor.double()
-    product = product @ torch.diag(layer.lora_E.double())
+    if layer.lora_E is not None:
+        product = product @ torch.diag(layer.lora_E.double())
     for factor in reversed(list(layer.lora_A)):
         product = product @ factor.double()
     return product * layer.lora_alpha / layer.r
 
 
-@pytest.mark.parametrize("widths", WIDTHS)
-def test_forward_and_gradients_equal_the_dense_formula(widths):
-    layer = random_layer(widths)
+@pytest.mark.parametrize("scales", SCALES)
+def test_forward_and_gradients_equal_the_dense_formula(scales):
+    """test_export.py and test_decoders.py have peft's layers with the same factors."""
+    layer = random_layer(scales)
     x = torch.randn(2, 5, 11, requires_grad=True)
     weight = torch.randn(2, 5, 7)
     out = layer(x)
@@ -64,12 +65,10 @@ def test_initialisation(init):
             torch.testing.assert_close(tall.T @ tall, torch.eye(tall.shape[1]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", *WIDTHS])
+@pytest.mark.parametrize("scales", SCALES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_is_explicit_idempotent_and_undone_exactly(kind, dtype):
-    layer = loralib.Linear(11, 7, 4, 8) if kind == "lora" else random_layer(kind)
-    if kind == "lora":
-        nn.init.normal_(layer.lora_B[0])
+def test_merge_is_explicit_idempotent_and_undone_exactly(scales, dtype):
+    layer = random_layer(scales)
     layer.weight.data, layer.bias.data = layer.weight.data.to(dtype), layer.bias.data.to(dtype)
     x = torch.randn(3, 11, dtype=dtype)
     before, out = layer.weight.clone(), layer(x)
@@ -99,18 +98,15 @@ def test_from_linear_shares_the_frozen_parameters_and_mode():
     x = torch.randn(2, 11)
     assert torch.equal(layer(x), linear(x))
     assert loralib.SVDLinear.from_linear(nn.Linear(3, 2, bias=False), 1, 1).bias is None
-    with pytest.raises(TypeError):
-        loralib.SVDLinear.from_linear(linear, 4, 8, k=3)
     half = loralib.LoRA2Linear.from_linear(nn.Linear(11, 7, dtype=torch.bfloat16), 4, 8)
     assert {p.dtype for p in half.lora_parameters()} == {torch.float32}
     assert half(torch.randn(2, 11, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"r": 0}, {"r": -1}, {"r": 2.5}, {"r": True}, {"k": 0}, {"lora_alpha": 0}, {"lora_alpha": float("nan")},
-     {"lora_alpha": "x"}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"init": "zeros"}],
-)  # fmt: skip
+@pytest.mark.parametrize("arguments", [
+    {"r": 0}, {"r": 2.5}, {"r": True}, {"k": 0}, {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"lora_alpha": "x"},
+    {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"init": "zeros"},
+])  # fmt: skip
 def test_values_out_of_range_are_refused_in_one_line(arguments):
     with pytest.raises(ValueError) as error:
         loralib.LoRA2Linear(4, 3, **({"r": 2, "lora_alpha": 4} | arguments))
@@ -131,32 +127,9 @@ def test_dropout_acts_on_the_update_only():
     torch.testing.assert_close(layer(x) - frozen, kept, rtol=1e-4, atol=1e-4)
 
 
-def test_agrees_with_pefts_lora_on_the_same_factors():
-    """AdaLoRA's layer agrees where the allocator's whole schedule does, see test_allocator_published."""
-    torch.manual_seed(1)
-    base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 6))
-    ours = copy.deepcopy(base)
-    loralib.inject(ours, "lora", ["0", "2"], r=4, lora_alpha=8)
-    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
-    peers = {name: theirs.base_model.model.get_submodule(name) for name in ("0", "2")}
-    with torch.no_grad():
-        for name, layer in loralib.lora_layers(ours).items():
-            peers[name].lora_A["default"].weight.copy_(layer.lora_A[0].normal_())
-            peers[name].lora_B["default"].weight.copy_(layer.lora_B[0].normal_())
-    x = torch.randn(5, 10)
-    outputs = ours(x), theirs(x)
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-    for output in outputs:
-        output.square().sum().backward()
-    for name, layer in loralib.lora_layers(ours).items():
-        expected = peers[name].lora_A["default"].weight.grad
-        torch.testing.assert_close(layer.lora_A[0].grad, expected, rtol=1e-4, atol=1e-2)
-
-
-@pytest.mark.parametrize("kind", ["lora", *WIDTHS])
-def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places(kind):
-    layer = loralib.Linear(11, 7, 4, 8) if kind == "lora" else random_layer(kind)
-    nn.init.normal_(layer.double().lora_B[0])  # in float32 the sum of the parts misses by rounding in some draws
+@pytest.mark.parametrize("scales", SCALES)
+def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places(scales):
+    layer = random_layer(scales).double()  # in float32 the sum of the parts misses by rounding in some draws
     before = [p.detach().clone() for p in layer.lora_parameters()]
     kept, others = [1, 3], [0, 2]
     parts = []

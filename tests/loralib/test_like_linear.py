@@ -188,21 +188,16 @@ def test_a_layer_that_computes_something_else_is_refused(change, reason):
 
 
 def test_the_presets_are_one_layer():
-    assert issubclass(loralib.LoRA2Linear, loralib.LoRALayer) and not issubclass(loralib.Linear, loralib.LoRA2Linear)
     for kind, cls in loralib.injection.KINDS.items():
         model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
         assert type(model[0]) is cls and model[0].kind == kind
-    names = set(dict(loralib.LoRA2Linear(6, 5, 4, 8).named_parameters()))
-    assert names == {"weight", "bias", "lora_B.0", "lora_B.1", "lora_E", "lora_A.0", "lora_A.1"}
-    assert loralib.Linear(6, 5, 4, 8).lora_E is None and loralib.LoRA2Linear(6, 5, 4, 8).widths == (8,)
+    assert loralib.LoRA2Linear(6, 5, 4, 8).widths == (8,)
     assert loralib.SVDLinear(6, 5, 4, 8, 0.0, True, "orthogonal").init == "orthogonal"
     assert loralib.LoRA2Linear(6, 5, 4, 8, 0.0, True, 3, "orthogonal").widths == (3,)
     assert loralib.MultiScaleLinear(6, 5, 4, 8, 0.0, True, (4, 2)).widths == (4, 2)
     for wrong in (
         lambda: loralib.Linear(6, 5, 4, 8, init="gaussian"), lambda: loralib.SVDLinear(6, 5, 4, 8, 0.0, True, "x", "y"),
         lambda: loralib.LoRA2Linear(6, 5, 4, 8, 0.0, True, 3, k=3),
-        lambda: loralib.LoRA2Linear(6, 5, 4, 8, widths=(3,)),
-        lambda: loralib.inject(nn.Sequential(nn.Linear(6, 5)), "lora2", ["0"], rank=4),
     ):  # fmt: skip
         with pytest.raises(TypeError):
             wrong()

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
+from tests.loralib.small import DEBERTA, SIZES, adapted, encoder
 
 
 class Pair(NamedTuple):
@@ -95,38 +95,23 @@ def test_names_are_checked(pretrained, three):
         loralib.MultiAdapter(other)
 
 
-def tiny(model_type):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    if model_type == "deberta-v2":
-        sizes |= {"relative_attention": True, "share_att_key": True, "pos_att_type": "p2c|c2p", "position_buckets": 4,
-                  "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}  # fmt: skip
-    if model_type == "xlnet":
-        sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32}
-    return AutoModelForSequenceClassification.from_config(
-        AutoConfig.for_model(model_type, **sizes, vocab_size=40)
-    ).eval()
+XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 50}
 
 
 @pytest.mark.parametrize(
-    "model_type, modules, head",
+    "model_type, sizes, modules, head",
     [
-        ("deberta-v2", ["query", "key", "intermediate"], "classifier"),  # projects positions with query and key
-        ("xlnet", ["layer_1", "layer_2"], "logits_proj"),  # (length, batch, features) inside
+        ("deberta-v2", SIZES | DEBERTA, ["query", "key", "intermediate"], "classifier"),  # projects positions too
+        ("xlnet", XLNET, ["layer_1", "layer_2"], "logits_proj"),  # (length, batch, features) inside
     ],
 )
-def test_rows_on_other_architectures(tmp_path, model_type, modules, head):
+def test_rows_on_other_architectures(tmp_path, model_type, sizes, modules, head):
     alone, batches = {}, (torch.arange(2, 38).view(6, 6), torch.arange(2, 26).view(6, 4))  # as long as large, and not
     for name, kind, r in (("a", "lora2", 3), ("b", "lora", 2)):
-        model = tiny(model_type)
-        loralib.inject(model, kind, modules, r=r)
-        loralib.mark_only_lora_as_trainable(model)
-        model.get_submodule(head).requires_grad_(True)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            nn.init.normal_(parameter, std=0.5)
+        model = adapted(kind, modules, r, encoder(model_type, sizes), head)
         loralib.save_adapter(model, tmp_path / name)
         alone[name] = [model(ids) for ids in batches]
-    base = tiny(model_type)
+    base = encoder(model_type, sizes)
     alone[None] = [base(ids) for ids in batches]
     adapters = loralib.MultiAdapter(base)
     for name in "ab":
@@ -144,17 +129,10 @@ def test_rows_on_other_architectures(tmp_path, model_type, modules, head):
 @pytest.fixture
 def two(tmp_path):
     """Adapters "a" and "b" on a classifier that returns a cache."""
-    base = tiny("llama")
-    base.config.pad_token_id = 0
-    adapters = loralib.MultiAdapter(base)
-    for name in "ab":
-        model = tiny("llama")
-        loralib.inject(model, "lora", ["q_proj", "v_proj"], r=2)
-        loralib.mark_only_lora_as_trainable(model)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            nn.init.normal_(parameter, std=0.5)
-        loralib.save_adapter(model, tmp_path / name)
-        adapters.load(name, tmp_path / name)
+    adapters = loralib.MultiAdapter(encoder("llama", pad_token_id=0))
+    for r, name in enumerate("ab", 2):
+        model = adapted("lora", ["q_proj", "v_proj"], r, encoder("llama", pad_token_id=0), "score")
+        adapters.load(name, loralib.save_adapter(model, tmp_path / name))
     return adapters
 
 

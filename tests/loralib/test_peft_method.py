@@ -11,17 +11,9 @@ from torch import nn
 
 import loralib
 from loralib.peft_method import LORA2, LoRA2Config, LoRA2Layer
-from tests.loralib.small import INPUTS, Net, gpt2
+from tests.loralib.small import INPUTS, Linear4bit, Net, gpt2, randomise
 
 SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}
-
-
-def randomise(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, generator=generator)
-    return model
 
 
 def net(modules=("q", "v"), base=None, **options):
@@ -96,9 +88,9 @@ def test_several_adapters():
     model, base = net(), Net()
     model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q"]))
     assert not any("second" in n for n, p in model.named_parameters() if p.requires_grad)
+    randomise(model, seed=1)
     first = model(INPUTS)
     model.set_adapter("second")
-    randomise(model, seed=1)
     second = model(INPUTS)
     assert not torch.equal(first, second)
     with model.disable_adapter():
@@ -148,26 +140,12 @@ def test_the_regulariser_and_the_allocator_work_and_leave_other_adapters_alone(t
     assert [layer.r for layer in loralib.lora_layers(again).values()] == list(ranks.values())
 
 
-class Quantised(nn.Linear):
-    """A stand-in for a quantised layer: its weight is no matrix, and its product is its own."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features)
-        self.dequantised = linear.weight.detach()
-        self.weight = nn.Parameter(torch.zeros(linear.weight.numel(), dtype=torch.uint8), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dequantised, self.bias)
-
-
 def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_not_merge():
-    base = Net()
-    for block in base.layers:
-        block["q"] = Quantised(block["q"])
-    model, plain = net(base=base), net()
-    for a, b in zip(trained(model), trained(plain), strict=True):
-        a.data.copy_(b)
+    bases = Net(), Net()
+    for block, plain in zip(*(base.layers for base in bases), strict=True):
+        block["q"] = Linear4bit(block["q"])
+        plain["q"].weight.data = block["q"].dequantised()
+    model, plain = (net(base=base) for base in bases)
     seen = []
     model.base_model.model.layers[0]["v"].base_layer.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(INPUTS), plain(INPUTS), atol=1e-4, rtol=1e-4)

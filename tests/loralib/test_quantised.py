@@ -4,43 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import loralib
-from tests.loralib.small import randomise
-
-
-class Packed(nn.Parameter):
-    """As bitsandbytes' ``Params4bit``: two values of 4 bits a byte, (n / 2, 1), and what restores them beside."""
-
-    quant_state = None
-
-
-class Linear4bit(nn.Linear):
-    """As bitsandbytes' layer of that name, whose kernels need CUDA: a base's own product on a packed weight."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        scale = linear.weight.detach().abs().max() / 7
-        levels = ((linear.weight.detach() / scale).round() + 8).to(torch.uint8).view(-1, 2)
-        self.weight = Packed((levels[:, :1] * 16 + levels[:, 1:]), requires_grad=False)
-        self.weight.quant_state = (scale, linear.weight.shape)
-        self.bias, self.compute_dtype = linear.bias, None
-
-    def dequantised(self):
-        scale, shape = self.weight.quant_state
-        return scale * (torch.cat([self.weight // 16, self.weight % 16], 1).view(shape).float() - 8)
-
-    def set_compute_type(self, x):
-        self.compute_dtype = x.dtype
-
-    def forward(self, x):
-        if self.compute_dtype is None:
-            self.set_compute_type(x)
-        return F.linear(x.to(self.compute_dtype), self.dequantised(), self.bias)
+from tests.loralib.small import Linear4bit, randomise
 
 
 def network():
@@ -121,9 +90,7 @@ def test_an_adapter_goes_to_the_same_quantised_base_and_no_other(form, tmp_path)
     assert torch.equal(model(x), again(x))
     with pytest.raises(ValueError, match="not those the adapter was trained on"):
         loralib.load_adapter(plain, tmp_path / "a")
-    loralib.load_adapter(
-        plain, tmp_path / "a", allow_other_base=True
-    )  # as a base in full precision is meant to take it
+    loralib.load_adapter(plain, tmp_path / "a", allow_other_base=True)  # as one in full precision is meant to take it
     loralib.merge_adapter(plain)
 
 

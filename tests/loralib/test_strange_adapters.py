@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -105,30 +107,32 @@ def loaded_or_refused(load):
     return True
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
+@pytest.mark.parametrize("whose", [OURS, ["peft"]], ids=["ours", "peft"])
 @MANY
-@given(st.sampled_from(OURS), edits, tensor_edits)
-def test_a_folder_whose_checksums_fit(tmp_path, which, changes, weights):
-    folder = tmp_path / "adapter"
+@given(st.data(), edits, tensor_edits, st.sampled_from(["lora", "adalora", "lora2"]))
+def test_a_folder_whose_checksums_fit(tmp_path, whose, data, changes, weights, kind):
+    which, folder = data.draw(st.sampled_from(whose)), tmp_path / "adapter"
     shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
     config = json.loads((folder / CONFIG_FILE).read_text())
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     change_tensors(tensors, weights)
-    data = safetensors.torch.save(tensors)
-    (folder / WEIGHTS_FILE).write_bytes(data)
-    config["weights_sha256"] = hashlib.sha256(data).hexdigest()
+    stored = safetensors.torch.save(tensors)
+    (folder / WEIGHTS_FILE).write_bytes(stored)
+    if which != "peft":
+        config["weights_sha256"] = hashlib.sha256(stored).hexdigest()
     for path, action, value in changes:
         change(config, path, action, value)
-    try:
-        config["config_sha256"] = _config_digest(config)
-    except ValueError:  # NaN has no digest
-        config["config_sha256"] = "0"
-    write_json(folder / CONFIG_FILE, config)
-    fine = loaded_or_refused(lambda model: loralib.load_adapter(model, folder, allow_other_base=True))
-    assert fine or changes or weights
+    if which == "peft":
+        options = {"kind": kind, "r": 3, "widths": (2,) if kind == "lora2" else ()}
+        load = partial(import_peft, folder=folder, **options)
+    else:
+        load = partial(loralib.load_adapter, folder=folder, allow_other_base=True)
+        try:
+            config["config_sha256"] = _config_digest(config)
+        except ValueError:  # NaN has no digest
+            config["config_sha256"] = "0"
+    (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+    assert loaded_or_refused(load) or changes or weights
 
 
 @MANY
@@ -144,20 +148,3 @@ def test_a_damaged_folder(tmp_path, which, name, start, removed, added):
     fine = loaded_or_refused(lambda model: loralib.load_adapter(model, folder))
     if fine and damaged != content:  # white space in JSON, at most
         assert name == CONFIG_FILE and json.loads(damaged) == json.loads(content)
-
-
-@MANY
-@given(edits, tensor_edits, st.sampled_from(["lora", "adalora", "lora2"]))
-def test_peft_folders(tmp_path, changes, weights, kind):
-    folder = tmp_path / "peft"
-    shutil.copytree(FOLDER / "peft", folder, dirs_exist_ok=True)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
-    change_tensors(tensors, weights)
-    safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
-    for path, action, value in changes:
-        change(config, path, action, value)
-    write_json(folder / CONFIG_FILE, config)
-    widths = (2,) if kind == "lora2" else ()
-    fine = loaded_or_refused(lambda model: import_peft(model, folder, kind, r=3, widths=widths))
-    assert fine or changes or weights
