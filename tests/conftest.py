@@ -58,32 +58,21 @@ class Encoder:
         inputs = self.tokenizer(*texts, padding=True, truncation=True, max_length=48, return_tensors="pt")
         return {**inputs, "labels": torch.tensor([row["label"] for row in rows])}
 
-    def train(self, model, steps=10, lr=1e-2, target_rank=2, head=("classifier",)):
-        """AdamW with the regulariser; prunes to ``target_rank`` a layer where there are singular values."""
-        if loralib.lora_layers(model):
-            loralib.mark_only_lora_as_trainable(model)
-        for name, parameter in model.named_parameters():
-            if any(part in name for part in head):
-                parameter.requires_grad_(True)
-        ranks = {layer.r for layer in loralib.lora_layers(model).values() if layer.lora_E is not None}
-        allocator = regulariser = None
-        if ranks:
-            allocator = loralib.RankAllocator(model, ranks.pop(), target_rank, 2, steps // 2, 1, 0.85, 0.85, steps)
-            regulariser = loralib.OrthogonalityRegulariser(model)
+    def train(self, model, steps=10, lr=1e-2):
+        """Factors and head by AdamW with the regulariser; prunes to two singular values a layer."""
+        loralib.mark_only_lora_as_trainable(model)
+        model.classifier.requires_grad_(True)
+        low_rank = loralib.LowRankTraining(model, steps, target_rank=2, init_warmup=2, mask_interval=1)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
         model.train()
         torch.manual_seed(1)
         for step in range(1, steps + 1):
-            loss = model(**self.batch(16 * (step % 10))).loss
-            if regulariser:
-                loss = loss + 0.1 * regulariser()
-            loss.backward()
+            (model(**self.batch(16 * (step % 10))).loss + low_rank.penalty()).backward()
             optimizer.step()
-            if allocator:
-                allocator.update_and_mask(model, step)
+            low_rank.after_step()
             optimizer.zero_grad()
         model.eval()
-        return allocator.rank_pattern if allocator else None
+        return low_rank.rank_pattern
 
     @torch.no_grad()
     def logits(self, model):

@@ -25,22 +25,19 @@ def checks(monkeypatch, tmp_path):
     return run
 
 
-def test_a_skipped_check_is_listed_and_not_counted_as_passed(checks):
+def test_a_skipped_check_does_not_count_as_passed_and_after_a_failed_one_the_others_run(checks):
     def fine():
         """Fine."""
         return "found"
 
-    code, results, page = checks(first=fine, second=gpu_check.no_synchronisation)
-    assert code == 0 and [r["status"] for r in results] == ["passed", "skipped"]
-    assert "1 passed, 0 failed, 1 skipped" in page and "needs a CUDA device" in page and "nothing about a GPU" in page
-
-
-def test_a_failed_check_ends_with_1_and_the_others_run(checks):
     def broken():
         """Broken."""
         raise RuntimeError("no kernel")
 
-    code, results, page = checks(first=broken, second=gpu_check.no_synchronisation)
+    code, results, page = checks(first=fine, second=gpu_check.no_synchronisation)
+    assert code == 0 and [r["status"] for r in results] == ["passed", "skipped"]
+    assert "1 passed, 0 failed, 1 skipped" in page and "needs a CUDA device" in page and "nothing about a GPU" in page
+    code, results, page = checks(first=broken, second=fine)
     assert code == 1 and len(results) == 2 and "RuntimeError: no kernel" in page
 
 

@@ -15,69 +15,63 @@ class Pair(NamedTuple):
     second: list
 
 
-@pytest.fixture(scope="module")
-def three(pretrained, lora2, tmp_path_factory):
-    """Name -> (folder, logits of the loaded adapter alone): pruned LoRA², LoRA, and a trained head of three outputs."""
-    root = tmp_path_factory.mktemp("three")
-    lora = pretrained.base()
-    loralib.inject(lora, "lora", ["query", "value"], r=2)
-    pretrained.train(lora, steps=4, head=("classifier", "pooler"))
-    wide = pretrained.base()
-    loralib.inject(wide, "adalora", ["key"], r=2)
-    pretrained.train(wide, steps=6, target_rank=1, head=())
-    wide.classifier = nn.Linear(384, 3)
-    folders = {
-        "lora2": lora2[2],
-        "lora": loralib.save_adapter(lora, root / "lora"),
-        "wide": loralib.save_adapter(wide, root / "wide"),
+IDS = torch.arange(2, 50).view(12, 4)
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Name -> (folder, logits of the adapter alone): pruned LoRA², LoRA with a pooler, and a head of three outputs."""
+    wide = encoder()
+    wide.classifier = nn.Linear(16, 3)
+    models = {
+        "lora2": adapted("lora2", ["query", "key", "layer.output"], 3, encoder(), k=2),
+        "lora": adapted("lora", ["query", "value"], 2, encoder(), "bert.pooler"),
+        "wide": adapted("adalora", ["key"], 2, wide),
     }
-    models = {"lora2": lora2[0], "lora": lora, "wide": wide}
-    return {name: (folders[name], pretrained.logits(model)) for name, model in models.items()}
+    return {name: (loralib.save_adapter(model, tmp_path / name), model(IDS).logits) for name, model in models.items()}
 
 
-def test_switching_and_mixing_leave_the_base_alone(pretrained, three):
-    base = pretrained.base()
+def test_switching_and_mixing_leave_the_base_alone(three):
+    base = encoder()
     before = {n: t.clone() for n, t in base.state_dict().items()}
-    types, bare = [type(m) for m in base.modules()], pretrained.logits(base)
+    types, bare = [type(m) for m in base.modules()], base(IDS).logits
     adapters = loralib.MultiAdapter(base)
     for name, (folder, _) in three.items():
         adapters.load(name, folder)
     assert adapters.names == list(three) and adapters.active is None
-    assert torch.equal(pretrained.logits(base), bare)
+    assert torch.equal(base(IDS).logits, bare)
     for name in ("lora", "lora2", "wide", "lora"):
         adapters.activate(name)
         assert adapters.active == name
-        torch.testing.assert_close(pretrained.logits(base), three[name][1], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(base(IDS).logits, three[name][1], atol=2e-6, rtol=1e-5)
     adapters.activate(None)
 
-    batch = {n: t for n, t in pretrained.batch(160, 12).items() if n != "labels"}
     choices = [None, "lora2", "lora", "lora2", "lora", None, "lora"] * 2
-    mixed = adapters.run(choices[:12], **batch).logits
+    mixed = adapters.run(choices[:12], IDS).logits
     alone = {**{name: logits for name, (_, logits) in three.items()}, None: bare}
     for i, name in enumerate(choices[:12]):
         torch.testing.assert_close(mixed[i], alone[name][i], atol=2e-6, rtol=1e-5)
 
-    mixed = adapters.run(["wide", "lora2"] * 6, **batch).logits
-    assert mixed.shape == (12, 3) and torch.isneginf(mixed[1::2, 1:]).all()
+    mixed = adapters.run(["wide", "lora2"] * 6, input_ids=IDS).logits
+    assert mixed.shape == (12, 3) and torch.isneginf(mixed[1::2, 2:]).all()
     torch.testing.assert_close(mixed[::2], alone["wide"][::2], atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(mixed[1::2, :1], alone["lora2"][1::2], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[1::2, :2], alone["lora2"][1::2], atol=2e-6, rtol=1e-5)
 
-    assert torch.equal(pretrained.logits(base), bare)
+    assert torch.equal(base(IDS).logits, bare)
     adapters.close()
     assert [type(m) for m in base.modules()] == types and all(p.requires_grad for p in base.parameters())
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
-    assert not any(m._forward_hooks for m in base.modules()) and torch.equal(pretrained.logits(base), bare)
+    assert not any(m._forward_hooks for m in base.modules()) and torch.equal(base(IDS).logits, bare)
 
 
-def test_names_are_checked(pretrained, three):
-    adapters = loralib.MultiAdapter(pretrained.base())
+def test_names_are_checked(three):
+    adapters = loralib.MultiAdapter(encoder())
     adapters.load("lora", three["lora"][0])
-    batch = {n: t for n, t in pretrained.batch(0, 4).items() if n != "labels"}
     for bad, says in [
         (lambda: adapters.load("lora", three["lora2"][0]), "loaded already"),
         (lambda: adapters.activate("other"), "there are: lora"),
-        (lambda: adapters.run(["lora", "other", None, None], **batch), "no adapter 'other'"),
-        (lambda: adapters.run(["lora"] * 3, **batch), "no input has 3 rows"),
+        (lambda: adapters.run(["lora", "other", None, None], IDS[:4]), "no adapter 'other'"),
+        (lambda: adapters.run(["lora"] * 3, IDS[:4]), "no input has 3 rows"),
         (lambda: adapters.remove("other"), "no adapter"),
     ]:
         with pytest.raises(ValueError, match=says):
@@ -85,7 +79,7 @@ def test_names_are_checked(pretrained, three):
     adapters.activate("lora")
     adapters.remove("lora")
     assert adapters.names == [] and adapters.active is None
-    other = pretrained.base()
+    other = encoder()
     with torch.no_grad():
         other.bert.embeddings.word_embeddings.weight.mul_(1.1)
     with pytest.raises(ValueError, match="weights are not those"):
