@@ -140,8 +140,10 @@ def _sections(
             name += f"_{questions.index(question) + 1}"
         claims, tuning = claims_table(name, final, question, corrected), tuning_table(name, every)
         if question.against is not None:
-            tables = [against_table(name, final, question.against), tuning]
+            compared = against_table(name, final, question.against)
+            tables, found = [compared, tuning], _lowest_loss(compared, question.against)
         else:
+            found = _finding(claims, final)
             tables = [claims, score_table(name, final), training_table(name, final), tuning, cost_table(name, final)]
         tables = [table for table in tables if table is not None]
         figures = []
@@ -151,7 +153,7 @@ def _sections(
             except Exception as error:  # whatever matplotlib raises: the other figures are still wanted
                 failures.append(f"the figure {figure} was not drawn: {reason(error)}")
         failed = int((every.status == "failed").sum())
-        finding = _finding(claims, final) + (f" {failed} run(s) failed and have no score." if failed else "")
+        finding = found + (f" {failed} run(s) failed and have no score." if failed else "")
         yield Section(question.question, finding, tables, [figure for figure in figures if figure is not None])
 
 
@@ -173,6 +175,16 @@ def _finding(claims: Table | None, final: pd.DataFrame) -> str:
         interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.2f} to {row.high:+.2f})"
         sentences.append(f"{row.claim}: {row.difference:+.2f} points{interval}, {row.verdict}.")
     return " ".join(sentences).replace("-", "−")
+
+
+def _lowest_loss(compared: Table, against: str) -> str:
+    """The answer where every row is compared with one."""
+    known = compared.data.dropna(subset="loss_error").sort_values("loss_change")
+    if not len(known):
+        return "No other row has two seeds yet."
+    best = known.iloc[0]
+    change = f"{best.loss_change:+.1f}".replace("-", "−")
+    return f"Lowest loss against {against}: {best.row}, {change} % (standard error {best.loss_error:.1f})."
 
 
 def _interval(result: Estimate) -> str:

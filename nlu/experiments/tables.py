@@ -350,7 +350,7 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
             text = ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in chosen.items())
             shown = (text.replace("learning_rate=", "") or NONE) + (" †" if at_end else "")
             row[HEADINGS.get(task, task)] = cell(shown, **{task: text, f"{task}_at_end": at_end})
-            tuned.append(of_task[[tried == chosen for tried in of_task.tried]]["last"].mean())
+            tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
         row |= {
             "mean of the values tried": rounded("untuned", usual.groupby("task")["last"].mean().mean()),
             "at the chosen values": rounded("tuned", fmean(tuned) if tuned else None),

@@ -255,7 +255,14 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     }  # fmt: skip
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
-    assert "Lowest: other." in (tmp_path / "README.md").read_text()
+    page = (tmp_path / "README.md").read_text()
+    assert "Lowest loss against plus: other, −6.0 % (standard error 0.4)." in page and "Lowest: other." in page
+
+
+def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):
+    lines = [each for each in trial(2) if (each["label"], each["task"]) != ("AdaLoRA", "stsb")]
+    text = tuning_table("trial", load_measured(write(tmp_path, "trial", lines))).text.set_index("")
+    assert text.loc["AdaLoRA", ["CoLA", "STS-B", "at the chosen values"]].tolist() == ["0.001", "–", "–"]
 
 
 @pytest.mark.parametrize(
