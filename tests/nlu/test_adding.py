@@ -1,11 +1,10 @@
 """What adding a method or a task takes: one file and its config, one row; both are then trained."""
 
 import json
-import shutil
 import subprocess
 import sys
 
-from tests.nlu.tiny import REPOSITORY, make_rows, write_rows
+from tests.nlu.tiny import copy_of_the_code, make_rows, write_rows
 
 METHOD = """
 from nlu.methods.method import AppliedMethod, Flag, Method, train_only
@@ -24,17 +23,18 @@ METHODS = (Method("toy", "Toy", 45, _apply, (WIDTH,)),)
 CONFIG = "method: toy\ntoy_layers: 2\n"
 ROW = """    Task("toy", "Toy task", ("left", "right"), ("no", "yes"), ("accuracy", "f1")),
 """
-LOOK = """
+LOOK_AND_RUN = """
+import sys
 from nlu.methods.registry import METHODS
+from nlu.run_glue import main
 from nlu.tasks import HEADINGS, TASKS
 print(list(METHODS)[3:6], list(TASKS)[:2], HEADINGS["toy"], METHODS["toy"].display, sep=";")
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path, encoder):
-    copy = tmp_path / "copy"
-    for name in ("nlu", "loralib", "configs"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy = copy_of_the_code(tmp_path / "copy")
     (copy / "nlu/methods/toy.py").write_text(METHOD)
     (copy / "configs/methods/toy.yaml").write_text(CONFIG)
     tasks = copy / "nlu/tasks.py"
@@ -47,14 +47,11 @@ def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path, encod
         --do_train --do_eval --max_steps 3 --per_device_train_batch_size 8 --learning_rate 1e-2
         --root_output_dir {tmp_path}/run --disable_tqdm True --eval_strategy no --save_strategy no"""
 
-    def start(*words):
-        result = subprocess.run([sys.executable, *words], cwd=copy, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-        return result.stdout
-
-    start("nlu/run_glue.py", *flags.split())
+    command = [sys.executable, "-c", LOOK_AND_RUN, *flags.split()]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shown = result.stdout.splitlines()[0].split(";")
+    assert shown == ["['padapter', 'toy', 'lora']", "['toy', 'cola']", "Toy task", "Toy"]
     record = json.loads((tmp_path / "run/results.json").read_text())
     assert (record["status"], record["method"], record["task"]) == ("finished", "toy", "toy")
     assert record["adapter_params"] == 2 * 2 * 16 and set(record["evaluations"][-1]) >= {"accuracy", "f1"}
-    shown = start("-c", LOOK).strip().split(";")
-    assert shown == ["['padapter', 'toy', 'lora']", "['toy', 'cola']", "Toy task", "Toy"]

@@ -15,26 +15,13 @@ from nlu.arguments import RunArguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
-from tests.nlu.test_published_command import PUBLISHED
-from tests.nlu.tiny import REPOSITORY
+from tests.nlu.tiny import REPOSITORY, copy_of_the_code
 
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
 
 
 def parse(text):
     return parse_arguments(shlex.split(text))
-
-
-def test_the_published_command_means_lora2():
-    arguments = parse(PUBLISHED)
-    method, training = arguments.method, arguments.training
-    assert (method.method, method.lora_k, method.lora_r, method.target_rank) == ("lora2", None, 8, 3)
-    assert (method.init_warmup, method.final_warmup, method.mask_interval) == (8000, 50000, 100)
-    assert method.rank_allocation and method.reg_orth_coef == 0.1 and method.lora_alpha == 16
-    assert training.eval_strategy == "steps" and training.eval_steps == 3000 and training.save_steps == 30000
-    assert training.learning_rate == 5e-4 and training.warmup_steps == 1000 and training.num_train_epochs == 7
-    assert training.overwrite_output_dir and arguments.model.cls_dropout == 0.15
-    assert arguments.data.max_seq_length == 256 and training.seed == 6
 
 
 @pytest.mark.parametrize(
@@ -71,37 +58,27 @@ def test_the_default_target_is_half_the_rank():
     assert parse(f"{BASE} --lora_r 1").method.target_rank == 1
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
+WRONG = {
+    BASE: [
         ("--target_rank 9 --lora_r 8", "target_rank (9) is larger than lora_r (8)"),
         ("--task_name nope", "unknown task"),
         ("--task_name ax", "ax has a test set only"),
         ("--method ../methods/lora", "unknown method"),
         ("--method lora --lora_type svd", "contradicts"),
-        ("--method adalora --lora_type frd", "contradicts"),
         ("--lora_type frd --apply_adalora", "svd"),
         ("--lora_type other", "lora_type"),
         ("--lora_r 0", "lora_r"),
         ("--lora_r two", "lora_r"),
-        ("--lora_k 0", "lora_k"),
         ("--lora_k 8 --lora_widths 4,4", "exclude"),
         ("--lora_widths 4,x", "lora_widths"),
-        ("--mask_interval 0", "mask_interval"),
-        ("--beta1 1.0", "beta1"),
         ("--lora_dropout 1", "lora_dropout"),
         ("--lora_init zeros", "lora_init"),
         ("--orth_terms PP", "terms"),
-        ("--importance outer", "importance"),
-        ("--reg_orth_coef -1", "reg_orth_coef"),
         ("--method lora --target_rank 3", "no meaning with --method lora"),
-        ("--method adalora --lora_k 3", "no meaning with --method adalora"),
         ("--no_such_flag 1", "no_such_flag"),
         ("--learning-rat 1", "unknown argument --learning_rat: did you mean --learning_rate?"),
         ("--total_batch_size 32 --gradient_accumulation_steps 2", "follows from --total_batch_size"),
-        ("--total_batch_size 32 --per_device_train_batch_size 12", "1, 2, 4, 8, 16, 32"),
         ("--warmup_ratio 1.0", "warmup_ratio"),
-        ("--warmup_steps -1", "warmup_steps"),
         ("--max_seq_length 0", "max_seq_length"),
         ("--max_steps 0", "step"),
         ("--learning_rate 0", "learning_rate"),
@@ -117,19 +94,8 @@ def test_the_default_target_is_half_the_rank():
         ("--report_to wandb", "pip install wandb"),
         ("--early_stopping_patience 2", "--eval_strategy steps"),
         ("--early_stopping_threshold 0.1", "without --early_stopping_patience"),
-        ("--do_eval --eval_strategy steps --early_stopping_patience 0", "early_stopping_patience"),
     ],
-)
-def test_what_is_wrong_is_said_in_one_line(flags, words):
-    with pytest.raises(UsageError) as error:
-        parse(f"{BASE} {flags}")
-    message = str(error.value)
-    assert words in message and "\n" not in message and len(message) < 400
-
-
-@pytest.mark.parametrize(
-    "command, words",
-    [
+    "": [
         ("--task_name cola --do_train --root_output_dir o", "model_name_or_path"),
         ("--model_name_or_path m --do_train --root_output_dir o", "nothing to train on"),
         ("--model_name_or_path m --task_name cola --root_output_dir o", "nothing to do"),
@@ -139,14 +105,18 @@ def test_what_is_wrong_is_said_in_one_line(flags, words):
         ("--model_name_or_path m --task_name cola --do_train", "root_output_dir"),
         ("missing.yaml --do_train", "missing.yaml"),
     ],
-)
-def test_what_is_missing_is_named(command, words):
+}
+
+
+@pytest.mark.parametrize("start, flags, words", [(start, *case) for start, cases in WRONG.items() for case in cases])
+def test_what_is_wrong_or_missing_is_said_in_one_line(start, flags, words):
     with pytest.raises(UsageError) as error:
-        parse(command)
-    assert words in str(error.value) and "\n" not in str(error.value)
+        parse(f"{start} {flags}")
+    message = str(error.value)
+    assert words in message and "\n" not in message and len(message) < 400
 
 
-@pytest.mark.parametrize("content", ["- a\n- b", "lora_r: [1, 2]", "a: b: c", "3", "lora_r: {x: 1}", "\x00"])
+@pytest.mark.parametrize("content", ["- a\n- b", "lora_r: [1, 2]", "a: b: c"])
 def test_a_malformed_argument_file_is_refused(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)
@@ -176,9 +146,7 @@ def test_one_process_uses_one_device_so_that_the_batch_is_the_one_asked_for():
 
 
 @pytest.mark.parametrize("processes, flags, at_once, accumulated", [
-    (1, "", 32, 1), (4, "", 8, 1), (4, "--per_device_train_batch_size 2", 2, 4), (16, "", 2, 1),
-    (16, "--per_device_train_batch_size 1", 1, 2), (1, "--per_device_train_batch_size 8", 8, 4),
-    (4, "--per_device_train_batch_size 16", 8, 1),
+    (4, "", 8, 1), (4, "--per_device_train_batch_size 2", 2, 4), (4, "--per_device_train_batch_size 16", 8, 1),
 ])  # fmt: skip
 def test_the_total_batch_stays_however_many_processes_share_it(processes, flags, at_once, accumulated, monkeypatch):
     monkeypatch.setattr(RunArguments, "world_size", processes)
@@ -204,7 +172,6 @@ SCHEDULE = "--warmup_steps 200 --init_warmup 600 --final_warmup 1800 --mask_inte
     (SCHEDULE, 100, (200, 600, 1800, 10)),  # without --schedule_steps they are taken literally
     (f"{SCHEDULE} --schedule_steps 4000", 1000, (50, 150, 450, 2)),
     (f"{SCHEDULE} --schedule_steps 4000", 100, (5, 15, 45, 1)),  # every step at least
-    (f"{SCHEDULE} --schedule_steps 4000", 4000, (200, 600, 1800, 10)),
     (f"{SCHEDULE} --schedule_steps 4000", 9000, (200, 600, 1800, 10)),  # a longer training stretches nothing
     ("--warmup_ratio=0.1 --schedule_steps 4000", 1000, (0.1, None, None, 2)),  # a share is one of any length
     ("--schedule_steps 4000", 0, (0, None, None, 10)),  # nothing is trained
@@ -221,7 +188,6 @@ def test_a_shorter_training_shrinks_the_schedule_in_proportion(flags, steps, exp
     ("--learning_rate 1e-3", "--method full", 1e-3, 8),  # without the switch the command line wins
     ("--learning_rate 1e-3 --method full --method_file_wins", "", 2e-5, 8),
     ("--learning_rate 1e-3 --method full --method_file_wins", "--learning_rate 3e-3", 3e-3, 8),
-    ("--lora_r 2 --target_rank 1 --learning_rate 1e-3 --method_file_wins", "--method adalora_r8", 1e-3, 12),
     ("--lora_r 2 --target_rank 1 --method_file_wins", "--method adalora_r8 --lora_r 10", 5e-5, 10),
 ])  # fmt: skip
 def test_settings_of_a_script_give_way_to_the_methods_file(before, after, rate, rank):
@@ -282,9 +248,7 @@ runpy.run_path("nlu/{program}.py", run_name="__main__")
 def test_an_installed_package_knows_the_methods(tmp_path):
     """The wheel holds configs/; the lookup runs from the unpacked wheel, away from the checkout."""
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    source = tmp_path / "source"
-    for name in ("nlu", "loralib", "configs"):
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    source = copy_of_the_code(tmp_path / "source")
     for path in (*REPOSITORY.glob("*.t*"), REPOSITORY / "README.md", REPOSITORY / "LICENSE"):
         shutil.copy(path, source)
     subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True, capture_output=True)

@@ -1,13 +1,12 @@
 """How the sweep starts a run here, and the commit that a record names."""
 
-import shutil
 import subprocess
 import sys
 
 import pytest
 
 from nlu.experiments import launchers
-from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
+from nlu.experiments.launchers import LocalLauncher
 from nlu.runs.machine import git_commit
 from tests.nlu.tiny import wait_until
 
@@ -26,14 +25,12 @@ def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path,
     assert log.read_text() == f"{threads}\n"
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """This repository's code as a checkout of its own with one commit, and a function that calls git there."""
+def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tmp_path):
     root = tmp_path / "checkout"
-    for name in ("nlu", "loralib", "configs"):
-        shutil.copytree(RUN_GLUE.parents[1] / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (root / "results/measured").mkdir(parents=True)
-    (root / "results/measured/selection.json").write_text("{}")
+    code, record = root / "nlu/tasks.py", root / "results/measured/selection.json"
+    for path in (code, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
 
     def git(*words):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root), *words]
@@ -42,15 +39,10 @@ def checkout(tmp_path):
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
-    return root, git
-
-
-def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(checkout, tmp_path):
-    root, git = checkout
     commit = git("rev-parse", "HEAD")
     assert git_commit(root) == commit
-    (root / "results/measured/selection.json").write_text('{"chosen": 1}')
+    record.write_text('{"chosen": 1}')
     assert git_commit(root) == commit
-    (root / "nlu/tasks.py").write_text("")
+    code.write_text("")
     assert git_commit(root) == f"{commit}-dirty"
     assert git_commit(tmp_path) is None

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,19 @@ TINY = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
     "max_position_embeddings": 64,
 }  # fmt: skip
+DEBERTA = {
+    "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "type_vocab_size": 0, "max_relative_positions": -1, "position_biased_input": False,
+}  # fmt: skip
+DEBERTA_BASE = DEBERTA | {
+    "vocab_size": 128100, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}  # fmt: skip
 SHAPES = {
     "bert": {},
     "roberta": {"pad_token_id": 1, "max_position_embeddings": 66},
-    "deberta-v2": {
-        "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-        "pos_att_type": "p2c|c2p", "type_vocab_size": 0, "max_relative_positions": -1, "position_biased_input": False,
-    },
-}  # fmt: skip
+    "deberta-v2": DEBERTA | {"position_buckets": 8},
+}
 
 
 def make_encoder(folder: Path, model_type: str = "bert") -> Path:
@@ -60,11 +66,22 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def tiny_bert() -> torch.nn.Module:
-    """A random BERT classifier of two layers, in memory."""
+def tiny_classifier(model_type: str) -> torch.nn.Module:
+    """A random classifier of two layers, in memory."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model("bert", **TINY | {"vocab_size": 30})
+    config = AutoConfig.for_model(model_type, **TINY | {"vocab_size": 30} | SHAPES[model_type])
     return AutoModelForSequenceClassification.from_config(config)
+
+
+def tiny_bert() -> torch.nn.Module:
+    return tiny_classifier("bert")
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    """The packages and their configurations once more, to be changed."""
+    for name in ("nlu", "loralib", "configs"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
 def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
