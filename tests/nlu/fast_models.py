@@ -3,10 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-DEBERTA = {
-    "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
-}  # fmt: skip
+from tests.nlu.tiny import DEBERTA
 
 
 def build(kind="deberta-v2", dtype=torch.float64, seed=0, implementation=None, **changes):

@@ -14,7 +14,6 @@ from nlu.errors import RunError, UsageError, exit_code
         (UsageError("bad"), 2, "error: bad"),
         (RunError("diverged"), 1, "error: diverged"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "check the path"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, "check the path"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "save it as UTF-8"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "--per_device_train_batch_size"),

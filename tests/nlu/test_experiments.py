@@ -84,7 +84,6 @@ def test_run_glue_accepts_the_command_for_one_s_own_files(tmp_path, capsys):
     [
         ("name: a\ngrid:\n  seed: [1]\nname: b\n", "line 4 gives the key name of line 1 again"),
         ("grid:\n  kind: {1: {}, true: {}}\n", "line 2 gives the key true of line 2 again"),
-        ("a: 1\n'a': 2\n", "line 2 gives the key a of line 1 again"),
     ],
 )
 def test_a_key_twice_is_refused_with_its_lines(tmp_path, text, message):
@@ -103,10 +102,6 @@ def _select(**changes):
     return {**BASIC, "select": {**SELECT, **changes}}
 
 
-def _values(*values):
-    return _select(values={"learning_rate": list(values)})
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -119,7 +114,6 @@ def _values(*values):
         (_with(base={}), "no model_name_or_path is given"),
         (_with(base={"root_output_dir": "x"}), "is a flag that the sweep sets itself"),
         (_with(base={"--bf16": True}), "no flag's name"),
-        (_with(base={"model_name_or_path": "m", "lora_module": ["query"]}), "must be one value"),
         (_with(grid={**BASIC["grid"], "orth_terms": ["uv", "UV"]}), "share the folder"),
         (_with(overrides=[{"when": {"method": "sora"}, "set": {}}]), "names method sora"),
         (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "no axis of the grid"),
@@ -127,16 +121,13 @@ def _values(*values):
         (_with(exclude=[{"method": ["lora", "lora2"]}]), "leaves no run"),
         (_select(set={}), "holdout_fraction"),
         (_select(values={"seed": [1]}), "select.values names seed, which the grid or --set fixes"),
-        (_values(None, 0.001), "must be a list of all numbers"),
-        (_values(True, 2), "must be a list of all numbers"),
-        (_values(float("nan"), 1), "select.values.learning_rate"),
+        (_select(values={"learning_rate": [True, 2]}), "must be a list of all numbers"),
         (_select(beyond={"learning_rate": 1}), "must be a factor above 1"),
         (_select(beyond={"weight_decay": 2}), "select.beyond names weight_decay"),
         (_select(overrides=[{"when": {"method": "lora"}, "values": {"learning_rate": [None]}}]), "without null"),
         (_with(base={"model_name_or_path": "m", "learning_rate": "1e+999"}), "rate: Infinity must be one value"),
         (_with(grid={**BASIC["grid"], "day": {date(2024, 1, 1): {}}}), "must be one value"),
         (_with(grid={**BASIC["grid"], "seed": [1, True]}), "lists a value twice"),
-        (_with(grid={**BASIC["grid"], "run_name": ["ä", "ö"]}), "A-Z, 0-9"),
         (_with(grid={**BASIC["grid"], "run_name": ["a" * 300]}), "give its axes shorter labels"),
         (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
         ({**_select(), "base": {"model_name_or_path": "m", "learning_rate": 1}}, "both selected and set"),

@@ -28,12 +28,10 @@ def check(model, inputs):
     [
         ("bert", {"implementation": "eager"}),
         ("roberta", {}),
-        ("deberta-v2", {}),
         ("deberta-v2", {"num_hidden_layers": 1}),
         ("deberta-v2", {"share_att_key": False}),
         ("deberta-v2", {"pos_att_type": ["c2p"]}),
         ("deberta-v2", {"pos_att_type": ["p2c"]}),
-        ("deberta-v2", {"pos_att_type": []}),
         ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
         ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
     ],
