@@ -1,7 +1,6 @@
 """The comparison: its plan, its warnings against sizes worked out by hand, its table, and its refusals."""
 
 import itertools
-import json
 import re
 import statistics
 import sys
@@ -16,7 +15,7 @@ from nlu.experiments.records import read_lines
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.tables import comparison_table
 from tests.nlu.measured_lines import line
-from tests.nlu.tiny import make_encoder
+from tests.nlu.tiny import DEBERTA_BASE, make_encoder
 
 FAKE = Path(__file__).with_name("fake_run_glue.py")
 
@@ -62,20 +61,12 @@ def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monke
     assert {each["holdout_fraction"] for each in held_out} == {0.1} and len(held_out) == 3 + 4
 
 
-@pytest.fixture
-def deberta(tmp_path):
-    """Folder of DeBERTaV3-base without its weights: sizes need none."""
-    folder = make_encoder(tmp_path / "models/deberta", "deberta-v2")
-    shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-    AutoConfig.from_pretrained(folder).from_dict(
-        json.loads((folder / "config.json").read_text()) | shape
-    ).save_pretrained(folder)
-    return folder
-
-
-def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_path, deberta, monkeypatch, capsys):
+def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_path, monkeypatch, capsys):
     """RTE's settings: α = 32 with r = 4, 8 and 2; AdaLoRA has a quarter of the parameters, LoRA² (k = 8) LoRA's."""
     monkeypatch.setattr(compare, "run_experiment", lambda *_: 0)
+    deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
+    AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # sizes need no weights
+    capsys.readouterr()  # how far the saving was
     flags = ["--task_name", "rte", "--published", "debertav3", "--model_name_or_path", str(deberta), "--seeds", "1",
              "--output_dir", str(tmp_path)]  # fmt: skip
     assert compare.main([*flags, "--methods", "lora2,lora,adalora"]) == 0

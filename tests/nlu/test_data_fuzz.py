@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from glue_samples import sample_rows, write_official, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from nlu.data.glue import load_task_data
 from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
+from tests.nlu.glue_samples import sample_rows, write_official, write_rows
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

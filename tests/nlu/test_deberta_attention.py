@@ -37,19 +37,20 @@ def test_equals_stock_for_any_configuration(data):
     check(model, batch(lengths, longest=max(lengths) + draw(st.integers(0, 3))))
 
 
-@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 130, 257, 300])
-def test_equals_stock_across_the_log_buckets_and_blocks(length):
-    check(build(num_hidden_layers=1), batch([length, max(1, length // 2)]))
+BEYOND = {"max_position_embeddings": 60}  # the largest relative position is nearer than the other end of the text
 
 
-@pytest.mark.parametrize("changes", [{"max_relative_positions": 60, "position_buckets": 16}, {"position_buckets": -1}])
-def test_equals_stock_beyond_the_largest_relative_position(changes):
-    changes = {"max_position_embeddings": 60} | changes
-    check(build(num_hidden_layers=1, **changes), batch([150, 149]))
-
-
-def test_buckets_more_spread_than_distances():
-    check(build(num_hidden_layers=1, position_buckets=152, max_relative_positions=80), batch([150, 3]))
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        *(({}, length) for length in (1, 128, 129, 300)),  # across the log buckets and the blocks
+        (BEYOND | {"max_relative_positions": 60, "position_buckets": 16}, 150),
+        (BEYOND | {"position_buckets": -1}, 150),
+        ({"position_buckets": 152, "max_relative_positions": 80}, 150),  # more spread than the distances
+    ],
+)
+def test_equals_stock_for_long_texts(changes, length):
+    check(build(num_hidden_layers=1, **changes), batch([length, max(1, length // 2)]))
 
 
 def test_logits_and_gradients_in_float32_at_base_width():
