@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -181,30 +182,19 @@ def test_gradients_and_weights_that_are_not_finite_are_never_saved(flags, run_fo
 # ---- disks -----------------------------------------------------------------------------------------------------------
 
 
-def full(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def full_for_torch(*args, **kwargs):
-    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nsecond line")
-
-
-def full_for_safetensors(*args, **kwargs):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
 @pytest.mark.parametrize(
     "owner, name, fault",
     [
-        (saving, "save_file", full_for_safetensors),
-        (torch, "save", full_for_torch),
-        (saving, "seal", full),
+        (saving, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device")),
+        (torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nsecond line")),
+        (saving, "seal", OSError(errno.ENOSPC, "No space left on device")),
     ],
     ids=["weights", "optimiser", "manifest"],
 )
 def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault):
     expected = straight_outcome(flags, run_folder)
-    with pytest.MonkeyPatch.context() as patch, dying("on_save", 2, lambda: patch.setattr(owner, name, fault)):
+    full = mock.Mock(side_effect=fault)
+    with pytest.MonkeyPatch.context() as patch, dying("on_save", 2, lambda: patch.setattr(owner, name, full)):
         assert main(flags) == 1
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
@@ -275,8 +265,11 @@ def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder)
     assert main(flags) == 0
 
 
-def test_a_damaged_record_is_named_and_can_be_replaced(flags, run_folder, capsys):
+def test_a_record_of_other_rows_a_step_is_refused_and_a_damaged_one_can_be_replaced(flags, run_folder, capsys):
     run_broken_off(flags, 2)
+    (run_folder / "results.json").write_text(json.dumps(read(flags) | {"effective_batch_size": 16}))
+    assert main(flags) == 2
+    assert "16 rows a step" in error_line(capsys)
     truncate(run_folder / "results.json")
     assert main(flags) == 2
     assert "results.json" in (line := error_line(capsys)) and "--overwrite_output_dir" in line
@@ -319,14 +312,6 @@ def test_a_lock_taken_at_the_last_moment_is_respected(flags, run_folder, capsys,
         assert main(flags) == 2
     assert "in use" in error_line(capsys)
     assert [p.name for p in run_folder.iterdir()] == [".lock"]
-
-
-def test_other_rows_a_step_are_refused(flags, run_folder, capsys):
-    run_broken_off(flags, 2)
-    content = read(flags) | {"effective_batch_size": 16}
-    (run_folder / "results.json").write_text(json.dumps(content))
-    assert main(flags) == 2
-    assert "16 rows a step" in error_line(capsys)
 
 
 def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
