@@ -1,10 +1,8 @@
 """What adding a method or a task takes: one file and its config, one row; both are then trained."""
 
 import json
-import subprocess
-import sys
 
-from tests.nlu.tiny import copy_of_the_code, make_rows, write_rows
+from tests.nlu.tiny import copy_of_the_code, make_rows, run_python, write_rows
 
 METHOD = """
 from nlu.methods.method import AppliedMethod, Flag, Method, train_only
@@ -47,8 +45,7 @@ def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path, encod
         --do_train --do_eval --max_steps 3 --per_device_train_batch_size 8 --learning_rate 1e-2
         --root_output_dir {tmp_path}/run --disable_tqdm True --eval_strategy no --save_strategy no"""
 
-    command = [sys.executable, "-c", LOOK_AND_RUN, *flags.split()]
-    result = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    result = run_python("-c", LOOK_AND_RUN, *flags.split(), folder=copy)
     assert result.returncode == 0, result.stderr[-2000:]
     shown = result.stdout.splitlines()[0].split(";")
     assert shown == ["['padapter', 'toy', 'lora']", "['toy', 'cola']", "Toy task", "Toy"]

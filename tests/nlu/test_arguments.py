@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import pytest
@@ -15,7 +13,7 @@ from nlu.arguments import RunArguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
-from tests.nlu.tiny import REPOSITORY, copy_of_the_code
+from tests.nlu.tiny import REPOSITORY, copy_of_the_code, run_python
 
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
 
@@ -240,18 +238,18 @@ sys.modules[{package!r}] = None
 sys.argv = [{program!r}, "--help"]
 runpy.run_path("nlu/{program}.py", run_name="__main__")
 """
-    result = subprocess.run([sys.executable, "-c", hide], cwd=REPOSITORY, capture_output=True, text=True)
+    result = run_python("-c", hide)
     assert result.returncode == 2
     assert result.stderr == f"error: the package {package} is not installed: run bash scripts/setup.sh first\n"
 
 
 def test_an_installed_package_knows_the_methods(tmp_path):
     """The wheel holds configs/; the lookup runs from the unpacked wheel, away from the checkout."""
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     source = copy_of_the_code(tmp_path / "source")
     for path in (*REPOSITORY.glob("*.t*"), REPOSITORY / "README.md", REPOSITORY / "LICENSE"):
         shutil.copy(path, source)
-    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    assert run_python("-m", "pip", "wheel", *options, "-w", tmp_path, source).returncode == 0
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
@@ -263,7 +261,5 @@ def test_an_installed_package_knows_the_methods(tmp_path):
         "import nlu; from nlu.arguments import parse_arguments as parse;"
         f"print(nlu.__file__, parse({BASE!r}.split() + ['--method', 'adalora_r8']).method.lora_r)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "unpacked", capture_output=True, text=True, check=True
-    )
+    result = run_python("-c", code, folder=tmp_path / "unpacked")
     assert result.stdout.split() == [str(tmp_path / "unpacked/nlu/__init__.py"), "12"]

@@ -4,8 +4,6 @@ import errno
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch.distributed as dist
 from nlu.errors import UsageError
 from nlu.runs import digests, folder
 from nlu.runs.digests import content_digests, file_digest
-from tests.nlu.tiny import REPOSITORY
+from tests.nlu.tiny import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +37,7 @@ def of(**arguments):
 
 def test_nothing_heavy_is_imported():
     code = "import sys, nlu.runs.digests; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 def test_a_model_is_its_files_wherever_they_lie(tmp_path):

@@ -15,7 +15,7 @@ from nlu import launch
 from nlu.run_glue import main
 from tests.nlu import killed_runs
 from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_killed
-from tests.nlu.tiny import PATIENCE, REPOSITORY, changed, quick_peft_adalora, read, wait_until
+from tests.nlu.tiny import OFFLINE, PATIENCE, REPOSITORY, changed, quick_peft_adalora, read, run_python, wait_until
 
 TRIALS = int(os.environ.get("SOAK_TRIALS", "3"))  # each is killed twice
 # 50 rows are 7 batches of 8, so 4 optimiser steps an epoch: nothing here falls on the same step as anything else.
@@ -98,8 +98,8 @@ def test_killed_at_random_points(processes, base_flags, tmp_path):
 
 
 TWO = "--max_steps 40 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
-LAUNCH = [sys.executable, str(REPOSITORY / "nlu" / "launch.py"), "--standalone", "--nproc_per_node", "2"]
-PLACE = {"cwd": REPOSITORY, "env": os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, "text": True}
+LAUNCH = ["nlu/launch.py", "--standalone", "--nproc_per_node", "2"]
+PROGRAM = str(REPOSITORY / "nlu" / "run_glue.py")
 
 
 def test_two_processes_go_on_exactly(base_flags, tmp_path):
@@ -109,8 +109,9 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     the exit code of one process and without a traceback.
     """
     whole, broken, stopped = (flags_of(base_flags, tmp_path / name, TWO) for name in ("whole", "broken", "stopped"))
-    program = str(REPOSITORY / "nlu" / "run_glue.py")
-    launcher = subprocess.Popen([*LAUNCH, program, *stopped], **PLACE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, *LAUNCH, PROGRAM, *stopped]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, cwd=REPOSITORY, env=OFFLINE, **pipes)
     wait_until((tmp_path / "stopped" / "model" / "checkpoint-5").is_dir, every=0.01)
     launcher.terminate()
     _, told = launcher.communicate(timeout=PATIENCE)
@@ -124,8 +125,7 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     how = "break off"
     runs = [[whole, None, how], [broken, 2, "signal"], [broken, 10, how], [broken, None, how], [stopped, None, how]]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    command = [*LAUNCH, killed_runs.__file__, str(tmp_path / "runs.json")]
-    result = subprocess.run(command, **PLACE, capture_output=True, timeout=PATIENCE)
+    result = run_python(*LAUNCH, killed_runs.__file__, tmp_path / "runs.json")
     assert result.returncode == 0, result.stderr[-3000:]
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
@@ -141,7 +141,6 @@ def test_the_workers_have_time_to_end_a_long_step_and_save_it(monkeypatch, asked
 
 
 def test_what_two_processes_refuse_is_one_line_and_exit_code_2(base_flags):
-    command = [*LAUNCH, str(REPOSITORY / "nlu" / "run_glue.py"), *base_flags, "--lora_module", "nothing"]
-    result = subprocess.run(command, **PLACE, capture_output=True, timeout=PATIENCE)
+    result = run_python(*LAUNCH, PROGRAM, *base_flags, "--lora_module", "nothing")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "matches no linear layer" in result.stderr

@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +119,13 @@ def quick_peft_adalora(folder: Path) -> Path:
 
 
 PATIENCE = 600  # seconds; only what hangs takes as long, on however loaded a machine
+OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run_python(*words: object, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    """A Python process of its own, in that folder, with what it printed."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def wait_until(met: Callable[[], bool], every: float = 0.05) -> None:
