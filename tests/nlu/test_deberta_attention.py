@@ -12,10 +12,10 @@ from nlu.fast.deberta_attention import enable_fast_attention
 from tests.nlu.fast_models import assert_same, batch, build, outcome
 
 
-def check(model, inputs, rtol=1e-6):
+def check(model, inputs):
     fast = copy.deepcopy(model)
     assert enable_fast_attention(fast) == model.config.num_hidden_layers
-    assert_same(outcome(fast, inputs, states=True), outcome(model, inputs, states=True), rtol)
+    assert_same(outcome(fast, inputs, states=True), outcome(model, inputs, states=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -51,13 +51,6 @@ BEYOND = {"max_position_embeddings": 60}  # the largest relative position is nea
 )
 def test_equals_stock_for_long_texts(changes, length):
     check(build(num_hidden_layers=1, **changes), batch([length, max(1, length // 2)]))
-
-
-def test_logits_and_gradients_in_float32_at_base_width():
-    model = build(
-        dtype=torch.float32, hidden_size=768, num_attention_heads=12, intermediate_size=256, initializer_range=0.05
-    )
-    check(model, batch([64, 64, 33, 9]), 1e-5)
 
 
 def test_any_mask_and_rows_that_attend_to_nothing():

@@ -6,11 +6,14 @@ import pytest
 import yaml
 
 from nlu import sweep
+from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.places import Places, command_line
 from nlu.experiments.questions import load_questions
+from nlu.experiments.records import place_of
 from nlu.json_yaml import parse_yaml
+from nlu.methods.registry import METHODS
 from tests.nlu.test_sweep import BASIC, SELECT
 from tests.nlu.tiny import REPOSITORY
 
@@ -24,8 +27,6 @@ def test_a_number_with_a_signed_exponent_is_a_number_and_a_commit_stays_text():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_repository_s_experiments_load_and_run_glue_accepts_every_command(path, tmp_path):
-    from nlu.arguments import parse_arguments
-
     places = Places(tmp_path, tmp_path, [])
     experiment = load_experiment(path, {"model_name_or_path": "encoder"})
     assert experiment.name == path.stem and experiment.description
@@ -42,6 +43,12 @@ def test_the_repository_s_experiments_load_and_run_glue_accepts_every_command(pa
                 assert record[key] == value, key
 
 
+def label_of(run):
+    name = run.arguments["method"]
+    base = max((base for base in METHODS if name.startswith(base)), key=len, default=name)
+    return place_of(run, base)["label"]
+
+
 def test_every_claim_names_rows_that_its_experiments_have():
     """Labels of an axis of labels; those of methods follow from the registry, and the sweep's tests compare them."""
     questions, published = load_questions(REPOSITORY / "configs/experiments/claims.yaml")
@@ -51,20 +58,11 @@ def test_every_claim_names_rows_that_its_experiments_have():
         for name in question.experiments:
             path = REPOSITORY / f"configs/experiments/{name}.yaml"
             for run in load_experiment(path, {"model_name_or_path": "m"}).runs if path.exists() else ():
-                known |= {_label(run)}
+                known |= {label_of(run)}
         for claim in question.claims if known else ():
             assert {claim.label, claim.against} <= known, claim
     for paper in published:
         assert (REPOSITORY / f"results/published/{paper['file']}.json").is_file()
-
-
-def _label(run):
-    from nlu.experiments.records import place_of
-    from nlu.methods.registry import METHODS
-
-    name = run.arguments["method"]
-    base = max((base for base in METHODS if name.startswith(base)), key=len, default=name)
-    return place_of(run, base)["label"]
 
 
 def test_run_glue_accepts_the_command_for_one_s_own_files(tmp_path, capsys):

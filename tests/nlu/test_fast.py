@@ -13,7 +13,6 @@ import loralib
 from nlu.fast import speed_up
 from nlu.fast.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
 from nlu.fast.deberta_attention import disable_fast_attention, enable_fast_attention
-from nlu.fast.dropout import disable_fast_dropout
 from nlu.fast.first_token import disable_first_token, enable_first_token
 from nlu.fast.memory import keep_freed_memory
 from tests.nlu.fast_models import assert_same, batch, build, outcome
@@ -61,9 +60,10 @@ def test_results_and_gradients_are_those_of_transformers(technique, kind, length
         assert_same(outcome(fast, inputs, states), outcome(model, inputs, states))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_case
-def test_bfloat16_is_as_near_to_the_truth_as_stock(technique, kind):
-    model, inputs, states = build(kind, torch.bfloat16, initializer_range=0.1), batch(), technique != "first token"
+def test_narrower_types_are_as_near_to_the_truth_as_stock(technique, kind, dtype):
+    model, inputs, states = build(kind, dtype, initializer_range=0.1), batch(), technique != "first token"
     truth = outcome(copy.deepcopy(model).double(), inputs, states)
     fast, stock = (outcome(m, inputs, states) for m in (fast_copy(model, technique), model))
 
@@ -180,13 +180,10 @@ def test_what_the_cpu_attention_does_not_cover_goes_to_sdpa(monkeypatch):
 # ---- all of them together --------------------------------------------------------------------------------------------
 
 
-def test_speed_up_says_how_many_attentions_and_is_undone():
+def test_speed_up_says_how_many_attentions_and_chooses_them():
     model = build()
-    kinds = [type(module) for module in model.modules()]
     assert speed_up(model, fast_attention=False) == 0
-    assert speed_up(model) == 2
-    assert disable_first_token(model) and disable_fast_attention(model) == 2 and disable_fast_dropout(model) > 2
-    assert [type(module) for module in model.modules()] == kinds
+    assert speed_up(model) == 2 and disable_first_token(model)
     bert = build("bert")
     speed_up(bert, fast_attention=False, fast_dropout=False)
     assert bert.config._attn_implementation == "sdpa"

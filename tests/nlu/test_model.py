@@ -87,9 +87,6 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     renamed.id2label = dict(enumerate(PERMUTED[::-1]))
     renamed.save_pretrained(folder)
     assert main(flags) == 0 and read(flags)["resumes"] == 1
-    adapter = json.loads((tmp_path / "trained/adapter/adapter_config.json").read_text())
-    names = {"0": "contradiction", "1": "neutral", "2": "entailment"}
-    assert names in [value for value in _values(adapter) if isinstance(value, dict)]
     adapter = ["--adapter", str(tmp_path / "trained/adapter"), "--base", str(folder)]
     assert predict_program.main([*adapter, "--input", str(path), "--output", str(tmp_path / "out.jsonl")]) == 0
     answers = [json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -97,15 +94,9 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     assert read(flags)["last"] == pytest.approx(score)
     # A merged export starts another task.
     export_merged(tmp_path / "trained/adapter", tmp_path / "merged", str(folder))
-    assert list(AutoConfig.from_pretrained(tmp_path / "merged").id2label.values()) == list(names.values())
+    assert list(AutoConfig.from_pretrained(tmp_path / "merged").id2label.values()) == read(untrained)["labels"]
     flags = flags_of(base_flags, tmp_path / "merged", "mrpc", "--overwrite_output_dir")
     assert main(flags) == 0 and read(flags)["labels"] == list(get_task("mrpc").labels)
-
-
-def _values(value):
-    yield value
-    for inner in value.values() if isinstance(value, dict) else ():
-        yield from _values(inner)
 
 
 @pytest.mark.parametrize("task, names", [("stsb", PERMUTED), ("mnli", ["joy", "anger", "fear"])])
