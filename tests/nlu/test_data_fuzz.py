@@ -1,8 +1,6 @@
 """Files that were damaged at random end in rows or in one line of error, never in anything else."""
 
 import json
-import tempfile
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -25,22 +23,10 @@ ROW = st.fixed_dictionaries(
 FAST = {
     "max_examples": 80,
     "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 }
 TOKENS = [b"\t", b"\n", b"\r", b'"', b",", b"{", b"[", b"NaN", b"1e999", b"\\ud800", b"\x00"]
 FORMS = {"cola": "train.jsonl", "stsb": "train.csv", "mnli": "train.tsv", "rte": "train.parquet", "qqp": "train.json"}
-
-
-def original(name: str) -> bytes:
-    """A good file of the task, in the format chosen for it."""
-    task = TASKS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        path, rows = Path(folder) / FORMS[name], sample_rows(task, "train", 6)
-        if path.suffix == ".tsv":
-            write_official(path, task, "train", rows)
-        else:
-            write_rows(path, rows)
-        return path.read_bytes()
 
 
 def rows_or_one_line(load) -> None:
@@ -54,9 +40,13 @@ def rows_or_one_line(load) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_damaged_bytes(tmp_path, name):
-    good = original(name)
-    path = tmp_path / name / FORMS[name]
-    path.parent.mkdir()
+    task, path = TASKS[name], tmp_path / name / FORMS[name]
+    rows = sample_rows(task, "train", 6)
+    if path.suffix == ".tsv":
+        write_official(path, task, "train", rows)
+    else:
+        write_rows(path, rows)
+    good = path.read_bytes()
     edits = st.tuples(st.integers(0, len(good)), st.integers(0, 4), st.binary(max_size=3) | st.sampled_from(TOKENS))
 
     @given(st.lists(edits, min_size=1, max_size=4), st.none() | st.integers(0, len(good)))
@@ -73,20 +63,18 @@ def test_damaged_bytes(tmp_path, name):
 
 @given(st.lists(ROW, max_size=4))
 @settings(**FAST)
-def test_json_rows_of_any_shape(rows):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cola" / "train.jsonl"
-        path.parent.mkdir()
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        rows_or_one_line(lambda: load_task_data("cola", folder, need=["train"]))
-        rows_or_one_line(lambda: load_own_files(path, path, path)[1])
+def test_json_rows_of_any_shape(tmp_path, rows):
+    path = tmp_path / "cola" / "train.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows_or_one_line(lambda: load_task_data("cola", tmp_path, need=["train"]))
+    rows_or_one_line(lambda: load_own_files(path, path, path)[1])
 
 
 @given(st.text(st.sampled_from('a1-.,\t"\n\r \x00é'), max_size=40), st.sampled_from([".csv", ".tsv"]))
 @settings(**FAST)
-def test_delimited_text_of_any_shape(body, suffix):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"own{suffix}"
-        separator = "," if suffix == ".csv" else "\t"
-        path.write_bytes(f"sentence{separator}label\n{body}".encode())
-        rows_or_one_line(lambda: load_own_files(path, path)[1])
+def test_delimited_text_of_any_shape(tmp_path, body, suffix):
+    path = tmp_path / f"own{suffix}"
+    separator = "," if suffix == ".csv" else "\t"
+    path.write_bytes(f"sentence{separator}label\n{body}".encode())
+    rows_or_one_line(lambda: load_own_files(path, path)[1])
