@@ -33,17 +33,30 @@ def rows_of(path: Path):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_ax_gets_the_answers_of_the_trained_model(mnli_flags, tmp_path):
-    """The same rows, once as MNLI's test set and once as AX: the same words."""
+def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, tmp_path, capsys):
+    """The same rows, once as MNLI's test set and once as AX: the same words. They can be asked of a run that has
+    finished: the same files, and without a checkpoint it says what to do."""
     glue = tmp_path / "glue"
     (glue / "ax/test.jsonl").write_bytes((glue / "mnli/test_mismatched.jsonl").read_bytes())
-    assert main([*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]) == 0
+    at_once = [*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]
+    assert main(at_once) == 0
     folder = tmp_path / "run/predictions"
     counts = {path.name: len(rows_of(path)) for path in folder.iterdir()}
     assert counts == {"MNLI-m.tsv": 5, "MNLI-mm.tsv": 7, "AX.tsv": 7}
     rows = rows_of(folder / "AX.tsv")
     assert rows == rows_of(folder / "MNLI-mm.tsv") and [row["index"] for row in rows] == [str(i) for i in range(7)]
     assert {row["prediction"] for row in rows} <= {"entailment", "neutral", "contradiction"}
+
+    later = [flag for flag in at_once if flag not in ("--do_predict", "--predict_task", "ax")]
+    for strategy, code in (("no", 2), ("steps", 0)):
+        own = ["--root_output_dir", str(tmp_path / strategy), "--save_strategy", strategy, "--save_steps", "1"]
+        assert main([*later, *own]) == 0
+        weights = (tmp_path / strategy / "adapter/adapter_model.safetensors").read_bytes()
+        assert main([*later, *own, "--do_predict", "--predict_task", "ax"]) == code
+        assert (tmp_path / strategy / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert "no checkpoint to predict from" in capsys.readouterr().err
+    for path in folder.iterdir():
+        assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_test_set_with_known_labels_is_scored(base_flags, tmp_path, capsys):
@@ -61,23 +74,6 @@ def test_a_test_set_with_known_labels_is_scored(base_flags, tmp_path, capsys):
     write_rows(tmp_path / "glue/mrpc/test.jsonl", [row | {"label": -1} for row in rows])
     assert main([*base_flags, *glue, "--do_predict", "--max_steps", "2", "--overwrite_output_dir"]) == 0
     assert json.loads((tmp_path / "run/results.json").read_text())["test_scores"] == {}
-
-
-def test_predictions_can_be_asked_of_a_run_that_has_finished(mnli_flags, tmp_path, capsys):
-    """The same files as when they are asked for at once; without a checkpoint it says what to do."""
-    at_once = [*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2"]
-    assert main(at_once) == 0
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "run/predictions").iterdir()}
-    later = [flag for flag in at_once if flag not in ("--do_predict", "--predict_task", "ax")]
-    for strategy, code in (("no", 2), ("steps", 0)):
-        folder = tmp_path / strategy
-        own = ["--root_output_dir", str(folder), "--save_strategy", strategy, "--save_steps", "1"]
-        assert main([*later, *own]) == 0
-        weights = (folder / "adapter/adapter_model.safetensors").read_bytes()
-        assert main([*later, *own, "--do_predict", "--predict_task", "ax"]) == code
-        assert (folder / "adapter/adapter_model.safetensors").read_bytes() == weights
-    assert "no checkpoint to predict from" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "steps/predictions").iterdir()} == expected
 
 
 def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path, capsys):

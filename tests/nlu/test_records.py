@@ -93,15 +93,9 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
     ("change", "message"),
     [
         ('{"run": "a"', "damaged"),
-        ("[1]", "is not of type 'object'"),
         ({"stage": "other"}, "stage: 'other' is not one of ['select', 'final']"),
-        ({"last": "0.5"}, "last: '0.5' is not of type 'number'"),
         ({"last": float("nan")}, "NaN is no number"),
-        ({"seed": -1}, "seed: -1 is less than the minimum"),
-        (
-            {"evaluations": {"step": [1], "loss": [0.1]}},
-            "matthews_correlation: None is not of type 'array'",
-        ),
+        ({"evaluations": {"step": [1], "loss": [0.1]}}, "matthews_correlation: None is not of type 'array'"),
         ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
         ({"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"}, "is on line 1 too"),
     ],

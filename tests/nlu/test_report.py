@@ -188,12 +188,7 @@ def test_labelled_test_sets_have_a_column_and_ranks_a_figure(tmp_path):
     drawn = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure
     (panel,) = drawn.axes
     assert [text.get_text() for text in panel.get_yticklabels()] == ["output.dense", "other.dense"]
-    assert [text.get_text() for text in panel.texts] == [
-        "1.0",
-        "2.0",
-        "2.0",
-        "3.0",
-    ]  # seeds averaged, by type and layer
+    assert [text.get_text() for text in panel.texts] == ["1.0", "2.0", "2.0", "3.0"]  # means, by type and layer
     assert dict(figures.draw("trial", runs[runs.label == "LoRA r=8"], runs))["trial_ranks"]() is None
 
 
@@ -269,9 +264,6 @@ def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):
     ("content", "message"),
     [
         ({"question": []}, "('question' was unexpected)"),
-        ({"questions": [{"experiments": ["a"]}]}, "questions.0: 'question' is a required"),
-        ({"questions": [{"question": "a", "experiments": []}]}, "questions.0.experiments: [] should be non-empty"),
-        ({"questions": [{"question": "a", "experiments": ["b"], "claims": [{"label": "x"}]}]}, "'against' is"),
         (
             {"questions": [{"question": "a", "experiments": ["b"], "claims": [
                 {"label": "x", "against": "y", "expect": "more"}]}]},

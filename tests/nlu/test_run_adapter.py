@@ -18,12 +18,10 @@ LORA2 = ["--method", "lora2", "--lora_k", "3"]
 
 @pytest.fixture(scope="module")
 def trained(encoder, tiny_glue, tmp_path_factory):
-    """Whether the outer factors are shared → the adapter of an MNLI run of LoRA² with pruned ranks."""
-    folders = {False: tmp_path_factory.mktemp("mnli") / "run", True: tmp_path_factory.mktemp("shared") / "run"}
-    for share, folder in folders.items():
-        flags = changed(tiny_run(encoder, tiny_glue, folder), task_name="mnli")
-        assert main([*flags, *LORA2, *(["--lora_share_outer"] if share else [])]) == 0
-    return {share: folder / "adapter" for share, folder in folders.items()}
+    """The adapter of an MNLI run of LoRA² with pruned ranks."""
+    folder = tmp_path_factory.mktemp("mnli") / "run"
+    assert main([*changed(tiny_run(encoder, tiny_glue, folder), task_name="mnli"), *LORA2]) == 0
+    return folder / "adapter"
 
 
 def test_the_saved_adapter_gives_the_trained_models_logits(finished, encoder):
@@ -41,10 +39,9 @@ def test_the_saved_adapter_gives_the_trained_models_logits(finished, encoder):
     assert {n: sum(flags) for n, flags in pattern.items()} == config.ranks
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained, monkeypatch, share):
-    source, sharing = trained[share], ["--lora_share_outer"] if share else []
-    config, tensors = loralib.adapter_files.read_adapter(source)
+def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained, monkeypatch):
+    """tests/loralib/test_adapter.py compares the updates of every kind of layer, and refuses every other kind."""
+    config, tensors = loralib.adapter_files.read_adapter(trained)
     started = {}
     load = run_glue.load_warm_start
 
@@ -53,7 +50,7 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained
         started.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
     monkeypatch.setattr(run_glue, "load_warm_start", keep)
-    assert main([*base_flags, *LORA2, *sharing, "--lora_path", str(source)]) == 0
+    assert main([*base_flags, *LORA2, "--lora_path", str(trained)]) == 0
     record = read(base_flags)
     assert record["warm_start"]["task"] == "mnli"
     assert record["warm_start"]["weights_sha256"] == config.weights_sha256
@@ -64,29 +61,19 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained
             assert torch.equal(values[~live], torch.zeros(int((~live).sum())))
             if live.any():
                 assert torch.equal(values[live], tensors[f"{name}.lora_E"])
-                assert torch.equal(started[f"{name}.lora_B.1"][:, live], tensors[f"{name}.lora_B.1"])
-                assert started[f"{name}.lora_B.1"].abs().min() > 0  # pruned ones can grow again
     assert started["classifier.weight"].shape[0] == 2
 
 
 def test_an_adapter_that_does_not_fit_is_refused(base_flags, trained, tmp_path, capsys):
     flags = changed(base_flags, lora_r=None, lora_alpha=None)
-    four = ["--lora_r", "4"]
-    for extra, words in [
-        (["--method", "lora2", "--lora_k", "2", *four], "widths"),
-        ([*LORA2, "--lora_r", "3"], "rank"),
-        (["--method", "adalora", *four], "widths"),
-        ([*LORA2, "--lora_module", "query", *four], "modules"),
-        (["--method", "bitfit"], "low-rank"),
-        ([*LORA2, "--lora_share_outer", *four], "leave share_outer out"),
-    ]:
-        assert main([*flags, *extra, "--lora_path", str(trained[False])]) == 2
+    for extra, words in [([*LORA2, "--lora_r", "3"], "rank"), (["--method", "bitfit"], "low-rank")]:
+        assert main([*flags, *extra, "--lora_path", str(trained)]) == 2
         assert words in capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_path, capsys):
-    source, other = shutil.copytree(trained[False], tmp_path / "adapter"), make_encoder(tmp_path / "other")
+    source, other = shutil.copytree(trained, tmp_path / "adapter"), make_encoder(tmp_path / "other")
     model = AutoModelForSequenceClassification.from_pretrained(other)
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight.add_(1)

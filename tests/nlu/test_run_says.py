@@ -17,11 +17,7 @@ from nlu import predict
 from nlu.run_glue import main
 from nlu.runs.log import clock
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import write_rows
-
-
-def record_of(folder):
-    return json.loads((folder / "run/results.json").read_text())
+from tests.nlu.tiny import changed, read, write_rows
 
 
 def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
@@ -31,7 +27,7 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
     run = tmp_path / "run"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "earlier"))  # as a run in this process left it
     assert main([*base_flags, "--method", "lora2", "--report_to", "tensorboard"]) == 0
-    shown, record = capsys.readouterr().out, record_of(tmp_path)
+    shown, record = capsys.readouterr().out, read(base_flags)
     steps = re.findall(r"^step (\d)/6  loss [\d.]+(?:  matthews_correlation -?[\d.]+)?  \d\.\d GB(  \d:\d\d left)?$",
                        shown, re.MULTILINE)  # fmt: skip
     assert [int(step) for step, _ in steps] == [1, 2, 3, 3, 4, 5, 6, 6]
@@ -86,17 +82,16 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
 
 def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(base_flags, tmp_path):
     """No step changes the score at so low a rate: two evaluations without a gain after the first, at 3, end it at 9."""
-    flags = [*base_flags, "--method", "lora", "--early_stopping_patience", "2"]
-    for name, value in (("--max_steps", "30"), ("--learning_rate", "1e-12"), ("--save_steps", "1")):
-        flags[flags.index(name) + 1] = value
+    flags = changed(base_flags, max_steps=30, learning_rate=1e-12, save_steps=1)
+    flags += ["--method", "lora", "--early_stopping_patience", "2"]
     run_broken_off(flags, 7)
     assert main(flags) == 0
-    record = record_of(tmp_path)
+    record = read(base_flags)
     assert record["steps"] == 9 and [e["step"] for e in record["evaluations"]] == [3, 6, 9] and record["resumes"] == 1
     # Ended and not yet recorded as finished: going on trains no further step.
     path = tmp_path / "run/results.json"
     path.write_text(json.dumps(record | {"status": "interrupted"}))
-    assert main(flags) == 0 and record_of(tmp_path)["steps"] == 9
+    assert main(flags) == 0 and read(base_flags)["steps"] == 9
 
 
 class Hub:
@@ -126,7 +121,7 @@ def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, m
     created, (name, files) = Hub.calls
     assert created == name == "me/cola" and {"adapter_model.safetensors", "tokenizer.json"} <= set(files)
     card = files["README.md"].decode()
-    assert f"{record_of(tmp_path)['last']:.4f}"[:5] in card and "uploaded: " in capsys.readouterr().out
+    assert f"{read(base_flags)['last']:.4f}"[:5] in card and "uploaded: " in capsys.readouterr().out
 
 
 def test_without_the_hub_nothing_starts_and_a_failed_upload_loses_nothing(base_flags, tmp_path, monkeypatch, capsys):
@@ -147,7 +142,7 @@ def test_without_the_hub_nothing_starts_and_a_failed_upload_loses_nothing(base_f
     assert main([*base_flags, *UPLOAD]) == 1
     error = capsys.readouterr().err
     assert error.endswith(f"(no route): hf upload me/cola {tmp_path}/run/adapter\n")
-    assert record_of(tmp_path)["status"] == "finished"
+    assert read(base_flags)["status"] == "finished"
 
 
 def test_times_left_read_as_clocks():
