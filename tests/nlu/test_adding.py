@@ -1,8 +1,10 @@
-"""What adding a method or a task takes: one file and its config, one row; both are then trained."""
+"""What adding a method or a task takes: one file and its config, one row; both are then packed, and trained."""
 
 import json
+import shutil
+import zipfile
 
-from tests.nlu.tiny import copy_of_the_code, make_rows, run_python, write_rows
+from tests.nlu.tiny import REPOSITORY, make_rows, run_python, write_rows
 
 METHOD = """
 from nlu.methods.method import AppliedMethod, Flag, Method, train_only
@@ -32,12 +34,25 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path, encoder):
-    copy = copy_of_the_code(tmp_path / "copy")
-    (copy / "nlu/methods/toy.py").write_text(METHOD)
-    (copy / "configs/methods/toy.yaml").write_text(CONFIG)
-    tasks = copy / "nlu/tasks.py"
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for name in ("nlu", "loralib", "configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*REPOSITORY.glob("*.t*"), REPOSITORY / "README.md", REPOSITORY / "LICENSE"):
+        shutil.copy(path, source)
+    (source / "nlu/methods/toy.py").write_text(METHOD)
+    (source / "configs/methods/toy.yaml").write_text(CONFIG)
+    tasks = source / "nlu/tasks.py"
     before, opening, rows = tasks.read_text().partition("_ROWS = (\n")
     tasks.write_text(before + opening + ROW + rows)
+    # The run is away from the checkout, on what the wheel holds: configs/ lies in nlu there.
+    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    assert run_python("-m", "pip", "wheel", *options, "-w", tmp_path, source).returncode == 0
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        packed = set(archive.namelist())
+        archive.extractall(installed)
+    assert {f"nlu/{path.relative_to(source)}" for path in (source / "configs").rglob("*.*")} <= packed
+    for package in ("nlu", "loralib"):
+        assert {str(path.relative_to(source)) for path in (source / package).rglob("*.py")} <= packed
     for seed, (split, count) in enumerate({"train": 24, "validation": 12}.items()):
         write_rows(tmp_path / f"glue/toy/{split}.jsonl", make_rows(("left", "right"), False, count, seed))
 
@@ -45,7 +60,7 @@ def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path, encod
         --do_train --do_eval --max_steps 3 --per_device_train_batch_size 8 --learning_rate 1e-2
         --root_output_dir {tmp_path}/run --disable_tqdm True --eval_strategy no --save_strategy no"""
 
-    result = run_python("-c", LOOK_AND_RUN, *flags.split(), folder=copy)
+    result = run_python("-c", LOOK_AND_RUN, *flags.split(), folder=installed)
     assert result.returncode == 0, result.stderr[-2000:]
     shown = result.stdout.splitlines()[0].split(";")
     assert shown == ["['padapter', 'toy', 'lora']", "['toy', 'cola']", "Toy task", "Toy"]

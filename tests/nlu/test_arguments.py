@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import shutil
-import zipfile
 
 import pytest
 
@@ -13,7 +11,7 @@ from nlu.arguments import RunArguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
-from tests.nlu.tiny import REPOSITORY, copy_of_the_code, run_python
+from tests.nlu.tiny import run_python
 
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
 
@@ -241,25 +239,3 @@ runpy.run_path("nlu/{program}.py", run_name="__main__")
     result = run_python("-c", hide)
     assert result.returncode == 2
     assert result.stderr == f"error: the package {package} is not installed: run bash scripts/setup.sh first\n"
-
-
-def test_an_installed_package_knows_the_methods(tmp_path):
-    """The wheel holds configs/; the lookup runs from the unpacked wheel, away from the checkout."""
-    source = copy_of_the_code(tmp_path / "source")
-    for path in (*REPOSITORY.glob("*.t*"), REPOSITORY / "README.md", REPOSITORY / "LICENSE"):
-        shutil.copy(path, source)
-    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    assert run_python("-m", "pip", "wheel", *options, "-w", tmp_path, source).returncode == 0
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        packed = set(archive.namelist())
-        archive.extractall(tmp_path / "unpacked")
-    assert {f"nlu/{path.relative_to(source)}" for path in (source / "configs").rglob("*.*")} <= packed
-    for package in ("nlu", "loralib"):
-        assert {str(path.relative_to(source)) for path in (source / package).rglob("*.py")} <= packed
-    code = (
-        "import nlu; from nlu.arguments import parse_arguments as parse;"
-        f"print(nlu.__file__, parse({BASE!r}.split() + ['--method', 'adalora_r8']).method.lora_r)"
-    )
-    result = run_python("-c", code, folder=tmp_path / "unpacked")
-    assert result.stdout.split() == [str(tmp_path / "unpacked/nlu/__init__.py"), "12"]

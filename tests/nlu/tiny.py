@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -77,13 +76,6 @@ def tiny_classifier(model_type: str) -> torch.nn.Module:
 
 def tiny_bert() -> torch.nn.Module:
     return tiny_classifier("bert")
-
-
-def copy_of_the_code(folder: Path) -> Path:
-    """The packages and their configurations once more, to be changed."""
-    for name in ("nlu", "loralib", "configs"):
-        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
 
 
 def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
