@@ -1,7 +1,7 @@
 """Runs that die at a chosen point, and what a run leaves that must not depend on it; driven by test_exact_resume.py.
 
 usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to end or null, how])
-where how is "break off", or "signal" for a SIGTERM to the last process only.
+where how is "break off", "signal" for a SIGTERM to the last process only, or "last" for a run with whose code to exit.
 """
 
 import json
@@ -137,6 +137,8 @@ if __name__ == "__main__":
     for flags, step, how in json.loads(Path(sys.argv[1]).read_text()):
         if how == "break off":
             run_broken_off(flags, step)
+        elif how == "last":
+            sys.exit(run_glue.main(flags))
         elif os.environ["RANK"] == "1":
             assert run_signalled(flags, "on_step_begin", step, signal.SIGTERM) == 128 + signal.SIGTERM
         else:
