@@ -1,5 +1,8 @@
 """A small network whose weights depend on no random number generator, and adapters on it."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -97,7 +100,18 @@ def state_of(model):
 def assert_unchanged(model, before):
     modules, state, flags = state_of(model)
     assert modules == before[0] and flags == before[2] and state.keys() == before[1].keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in before[1].items())
+    assert all(tensor.is_meta or torch.equal(state[name], tensor) for name, tensor in before[1].items())
+
+
+@contextmanager
+def refused(says=None, model=None):
+    """What is done inside is refused with a ValueError of one line that says this, and leaves the model alone."""
+    before = None if model is None else state_of(model)
+    with pytest.raises(ValueError, match=says) as error:
+        yield
+    assert "\n" not in str(error.value)
+    if model is not None:
+        assert_unchanged(model, before)
 
 
 def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):

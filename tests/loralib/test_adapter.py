@@ -10,7 +10,7 @@ from torch import nn
 
 import loralib
 from loralib.adapter import merge_into
-from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, gpt2, state_of
+from tests.loralib.small import INPUTS, Net, adapted, gpt2, refused
 
 KINDS = [
     ("lora", {}),
@@ -145,7 +145,7 @@ def test_an_untrained_adapter_keeps_its_ranks_and_a_pattern_of_other_layers_is_r
         ({first: [True] * 3}, "does not name"),
         ({**whole, "other": [True] * 3}, "other"),
     ]:
-        with pytest.raises(ValueError, match=says):
+        with refused(says, fresh):
             loralib.compact(fresh, pattern)
     assert set(loralib.compact(fresh).values()) == {3}
 
@@ -161,11 +161,8 @@ def test_another_revision_of_the_base_is_refused(tmp_path):
     start = copy.deepcopy(base)
     loralib.inject(start, "lora2", ["q", "v"], r=3, k=2)
     for other, load in ((base, loralib.load_adapter), (base, merge_into), (start, loralib.start_from_adapter)):
-        before = state_of(other)
-        with pytest.raises(ValueError, match=r"weights are not those .*net, revision r1\)") as error:
+        with refused(r"weights are not those .*net, revision r1\)", other):
             load(other, folder)
-        assert "\n" not in str(error.value)
-        assert_unchanged(other, before)
     loralib.load_adapter(base, folder, allow_other_base=True)
     torch.testing.assert_close(base(INPUTS), model(INPUTS), atol=0.1, rtol=0)
 
@@ -187,11 +184,8 @@ class OtherNet(nn.Module):
 )
 def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
     folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), base()
-    modules = list(model.modules())
-    with pytest.raises(ValueError, match=says) as error:
+    with refused(says, model):
         loralib.load_adapter(model, folder)
-    assert "\n" not in str(error.value)
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
 
 
 # ---- warm start -----------------------------------------------------------------------------------------------------
@@ -230,10 +224,8 @@ def test_a_start_from_other_layers_is_refused(tmp_path, kind, modules, options, 
     folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), Net()
     if kind is not None:
         loralib.inject(model, kind, modules, **options)
-    before = state_of(model)
-    with pytest.raises(ValueError, match=says):
+    with refused(says, model):
         loralib.start_from_adapter(model, folder)
-    assert_unchanged(model, before)
 
 
 # ---- tied weights ---------------------------------------------------------------------------------------------------
@@ -243,7 +235,7 @@ def test_a_start_from_other_layers_is_refused(tmp_path, kind, modules, options, 
 def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modules):
     tokens, base, again = torch.arange(8)[None], gpt2(), gpt2()
     model = adapted(modules=modules, r=4, k=3, model=gpt2(), head="transformer.ln_f")
-    before, plain = model(tokens).logits, base(tokens).logits
+    before = model(tokens).logits
     folder = loralib.save_adapter(model, tmp_path / "a")
     loralib.load_adapter(again, folder)
     assert torch.equal(again(tokens).logits, before)
@@ -251,12 +243,10 @@ def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modul
         model(tokens, labels=tokens).loss.backward()
         assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.grad is None
         assert model.lm_head.lora_E.grad.abs().sum() > 0
-        with pytest.raises(ValueError, match=r"lm_head\.weight is tied to transformer\.wte\.weight"):
+        with refused(r"lm_head\.weight is tied to transformer\.wte\.weight", model):
             loralib.merge_adapter(model)
-        assert torch.equal(model(tokens).logits, before)
-        with pytest.raises(ValueError, match="tied"):
+        with refused("tied", base):
             merge_into(base, folder)
-        assert torch.equal(base(tokens).logits, plain)
     else:  # GPT-2's Conv1D stores its weight as (in, out)
         loralib.merge_adapter(model)
         merge_into(base, folder)

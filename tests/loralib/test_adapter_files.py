@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import loralib
 from loralib.adapter import merge_into
 from loralib.peft_format import import_peft
-from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, state_of
+from tests.loralib.small import INPUTS, Net, adapted, refused
 
 FOLDER = Path(__file__).parent / "adapters_v1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -75,12 +75,9 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_folder_is_refused(tmp_path, damage):
     folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), Net()
-    before = state_of(model)
     DAMAGE[damage](folder)
-    with pytest.raises(ValueError) as error:
+    with refused(model=model):
         loralib.load_adapter(model, folder)
-    assert "\n" not in str(error.value)
-    assert_unchanged(model, before)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The allocator by its properties: budgets, ties, revival, resuming, and what it refuses."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loralib
-from tests.loralib.small import SCHEDULE, model_to_prune, random_step
+from tests.loralib.small import SCHEDULE, model_to_prune, random_step, refused
 
 
 def test_ties_keep_exactly_the_budget_whatever_the_order_of_modules():
@@ -89,9 +90,8 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
         good | {"sensitivity": good["sensitivity"][:1]},
     ]
     for state in others:
-        with pytest.raises(ValueError) as error:
+        with refused():
             allocator.load_state_dict(state)
-        assert "\n" not in str(error.value)
     assert torch.equal(allocator.importance_scores(), before)
 
 
@@ -110,9 +110,8 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
     ],
 )
 def test_contradictions_are_refused_in_one_line(changes, words):
-    with pytest.raises(ValueError) as error:
+    with refused(re.escape(words)):
         loralib.RankAllocator(model_to_prune(), **({"lora_r": 4, "target_rank": 2} | SCHEDULE | changes))
-    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_needs_layers_a_total_and_its_own_model():

@@ -9,7 +9,7 @@ from torch import nn
 import loralib
 from nlu.methods.method import head_parameters, train_only
 from nlu.model import head_modules
-from tests.loralib.small import DEBERTA, SIZES, encoder
+from tests.loralib.small import DEBERTA, SIZES, encoder, refused
 
 BERT = SIZES | {"max_position_embeddings": 64, "pad_token_id": 1}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_embeddings": 64, "pad_index": 1}
@@ -91,15 +91,13 @@ def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_takes_no_bfloat16_trains_in_float32_and_is_refused_otherwise(model_type):
     model = adapted(encoder(model_type, BERT, num_landmarks=4))
-    with pytest.raises(ValueError, match=REFUSED[model_type]) as error:
+    with refused(REFUSED[model_type], model):
         loralib.cast_frozen(model, torch.bfloat16, head=head_modules(model))
-    assert "\n" not in str(error.value)
     ids = torch.randint(3, 50, (4, 16))
     assert torch.isfinite(model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss)
 
 
 def test_an_encoder_without_linear_layers_is_refused():
     """I-BERT computes with quantised layers of its own."""
-    with pytest.raises(ValueError, match="matches no linear layer; the model has: classifier") as error:
+    with refused("matches no linear layer; the model has: classifier"):
         loralib.inject(encoder("ibert"), "lora2", ["query", "value"])
-    assert "\n" not in str(error.value)

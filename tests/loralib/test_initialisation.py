@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import loralib
+from tests.loralib.small import refused
 
 KINDS = [
     ("lora", {"r": 3}),
@@ -197,7 +198,5 @@ def test_refusals_change_nothing(kind, change, message):
         nn.init.ones_(model.layer[0]["q"].lora_E)
     if change == "nan":
         data[0][0, 0, 0] = math.nan
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=message):
+    with refused(message, model):
         loralib.initialise(model, kind, [] if change == "empty" else data, loss_of)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

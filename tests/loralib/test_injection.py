@@ -5,7 +5,7 @@ import torch
 
 import loralib
 from tests.loralib import small
-from tests.loralib.small import encoder
+from tests.loralib.small import encoder, refused
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 DEBERTA = small.DEBERTA | {
@@ -62,27 +62,22 @@ def test_suffix_and_regular_expression_patterns():
         f"bert.encoder.layer.1.attention.self.{n}" for n in ("key", "value")
     ]
     for bad in ("nothing", "LayerNorm", "((", []):
-        with pytest.raises(ValueError) as error:
+        with refused():
             loralib.match_modules(model, bad)
-        assert "\n" not in str(error.value)
 
 
 def test_a_refused_injection_changes_nothing():
-    model = build("bert")
-    before = [(n, type(m)) for n, m in model.named_modules()]
+    model = encoder()
     for kind, options in [
         ("nope", {}), ("lora", {"k": 2}), ("adalora", {"widths": (2,)}), ("lora", {"init": "orthogonal"}),
         ("adalora", {"share_outer": True}), ("multiscale", {"widths": (), "share_outer": True}), ("lora2", {"r": 0}),
         ("lora2", {"k": -1}),
     ]:  # fmt: skip
-        with pytest.raises(ValueError):
+        with refused(model=model):
             loralib.inject(model, kind, ["query"], **options)
-    assert [(n, type(m)) for n, m in model.named_modules()] == before
-    assert all(p.requires_grad for p in model.parameters())
     loralib.inject(model, "lora2", ["query"])
-    with pytest.raises(ValueError, match="already"):
+    with refused("already", model):
         loralib.inject(model, "lora2", ["query", "key"])
-    assert len(loralib.lora_layers(model)) == 2
 
 
 def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():

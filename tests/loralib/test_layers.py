@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import loralib
-from tests.loralib.small import randomise
+from tests.loralib.small import randomise, refused
 
 # "lora", or the widths of a multi-scale layer.
 SCALES = ["lora", (), (1,), (3,), (8,), (4, 2), (5, 4, 3)]
@@ -108,9 +108,8 @@ def test_from_linear_shares_the_frozen_parameters_and_mode():
     {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"init": "zeros"},
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_in_one_line(arguments):
-    with pytest.raises(ValueError) as error:
+    with refused():
         loralib.LoRA2Linear(4, 3, **({"r": 2, "lora_alpha": 4} | arguments))
-    assert "\n" not in str(error.value)
 
 
 def test_dropout_acts_on_the_update_only():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import loralib
-from tests.loralib.small import randomise
+from tests.loralib.small import randomise, refused
 
 
 def adapted(model, *modules, kind="lora2"):
@@ -182,9 +182,8 @@ def test_hooks_attributes_and_buffers_of_a_replaced_layer_are_kept():
 def test_a_layer_that_computes_something_else_is_refused(change, reason):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     change(model[1])
-    with pytest.raises(ValueError, match=reason):
+    with refused(reason, model):
         loralib.inject(model, "lora2", ["0", "1"])
-    assert not loralib.lora_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_the_presets_are_one_layer():

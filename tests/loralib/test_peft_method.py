@@ -11,7 +11,7 @@ from torch import nn
 
 import loralib
 from loralib.peft_method import LORA2, LoRA2Config, LoRA2Layer
-from tests.loralib.small import INPUTS, Linear4bit, Net, gpt2, randomise
+from tests.loralib.small import INPUTS, Linear4bit, Net, gpt2, randomise, refused
 
 SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}
 
@@ -180,7 +180,6 @@ def test_a_merge_that_overflows_is_refused():
     model = net()
     layer = model.base_model.model.layers[1]["q"]
     layer.lora2_adapters["default"].lora_E.data.fill_(torch.inf)
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match="not be finite"):
+    with refused("not be finite", model):
         layer.merge(safe_merge=True)
-    assert torch.equal(layer.weight, before) and not layer.merged
+    assert not layer.merged
