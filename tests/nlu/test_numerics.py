@@ -63,8 +63,8 @@ def test_the_seed_fixes_a_run_in_bfloat16_whose_importance_stays_float32(base_fl
     assert (averages != averages.bfloat16().float()).any()  # held in float32, not merely of that type
 
 
-@pytest.mark.parametrize("changes", ["the threads", "what is computed again"])
-def test_another_order_of_sums_chooses_the_same_masks(base_flags, tmp_path, plain, changes):
+@pytest.mark.parametrize("changes, rtol", [("the threads", 1e-3), ("what is computed again", 1e-4)])
+def test_another_order_of_sums_chooses_the_same_masks(base_flags, tmp_path, plain, changes, rtol):
     """Activations may be computed again: their dropout is drawn as it was."""
     before, extra = torch.get_num_threads(), ["--gradient_checkpointing"]
     try:
@@ -75,6 +75,6 @@ def test_another_order_of_sums_chooses_the_same_masks(base_flags, tmp_path, plai
     finally:
         torch.set_num_threads(before)
     assert found[1] == plain[1]
-    torch.testing.assert_close(found[2], plain[2], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[2], plain[2], rtol=rtol / 10, atol=1e-6)
     for name, weight in plain[0].items():
-        torch.testing.assert_close(found[0][name], weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[0][name], weight, rtol=rtol, atol=rtol / 100)
