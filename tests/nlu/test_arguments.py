@@ -11,6 +11,7 @@ from nlu.arguments import RunArguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.runs.folder import changed_arguments
 from nlu.trainer import effective_batch_size
+from tests.nlu.test_published_command import PUBLISHED
 from tests.nlu.tiny import run_python
 
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
@@ -18,6 +19,18 @@ BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out
 
 def parse(text):
     return parse_arguments(shlex.split(text))
+
+
+def test_the_published_command_means_lora2():
+    arguments = parse(PUBLISHED)
+    method, training = arguments.method, arguments.training
+    assert (method.method, method.lora_k, method.lora_r, method.target_rank) == ("lora2", None, 8, 3)
+    assert (method.init_warmup, method.final_warmup, method.mask_interval) == (8000, 50000, 100)
+    assert method.rank_allocation and method.reg_orth_coef == 0.1 and method.lora_alpha == 16
+    assert training.eval_strategy == "steps" and training.eval_steps == 3000 and training.save_steps == 30000
+    assert training.learning_rate == 5e-4 and training.warmup_steps == 1000 and training.num_train_epochs == 7
+    assert training.overwrite_output_dir and arguments.model.cls_dropout == 0.15
+    assert arguments.data.max_seq_length == 256 and training.seed == 6
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,13 @@ WRONG = {
         ("--lora_type other", "lora_type"),
         ("--lora_r 0", "lora_r"),
         ("--lora_r two", "lora_r"),
+        ("--lora_k 0", "lora_k"),
+        ("--reg_orth_coef -1", "reg_orth_coef"),
+        ("--value_lr_ratio 0", "positive"),
+        ("--value_lr_ratio fast", "value_lr_ratio"),
+        ("--value_lr_ratio auto", "--lora_init orthogonal"),
+        ("--method hadapter --adapter_size 0", "--adapter_size"),
+        ("--method sora --sora_lambda -1", "--sora_lambda"),
         ("--lora_k 8 --lora_widths 4,4", "exclude"),
         ("--lora_widths 4,x", "lora_widths"),
         ("--lora_dropout 1", "lora_dropout"),
