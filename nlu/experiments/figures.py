@@ -156,8 +156,8 @@ def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.axvline(0, color=COLOURS[1], linewidth=1)
     axes.set_xlabel(f"change of the loss against {against}, %\n(± standard error; left is better)")
-    tasks = list(dict.fromkeys(runs.task))
-    text = f"Change of the loss at the last evaluation on {_names(tasks)} against {against}. Lowest: {rows[-1][0]}."
+    tasks = _names(list(dict.fromkeys(runs.task)))
+    text = f"Change of the loss at the last evaluation on {tasks} against {against}. Lowest of them: {rows[-1][0]}."
     return Drawing(name, f"Loss against {against}", text, figure)
 
 

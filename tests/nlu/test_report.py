@@ -251,7 +251,10 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
-    assert "Lowest loss against plus: other, −6.0 % (standard error 0.4)." in page and "Lowest: other." in page
+    assert "The lowest loss has other: −6.0 % against plus (standard error 0.4)." in page
+    make(lines, questions={"questions": [question | {"against": "other"}]})
+    page = (tmp_path / "README.md").read_text()
+    assert "No row has a lower loss than other. The nearest is plus: +6.0 %" in page and "of them: plus." in page
 
 
 def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):
