@@ -98,7 +98,7 @@ def write_report(args: argparse.Namespace) -> int:
             runs = tuned_over(runs, question.experiments, question.tuned)
     published = [published_table(args.published_dir, paper["file"], paper["title"]) for paper in papers]
     questions += [
-        Question(f"What did the experiment {name} measure?", [name], None, [])
+        Question(f"What did the experiment {name} measure?", [name], [])
         for name in dict.fromkeys(runs.experiment)
         if not any(name in question.experiments for question in questions)
     ]
@@ -127,10 +127,8 @@ def _sections(
 ) -> Iterator[Section]:
     corrected = correct_claims(runs, questions)
     for question in questions:
-        final = finished(runs, question.experiments, question.labels)
+        final = finished(runs, question.experiments)
         every = runs[runs.experiment.isin(question.experiments)]
-        if question.labels is not None:
-            every = every[every.label.isin(question.labels)]
         if not len(final):
             commands = ", ".join(f"`python nlu/sweep.py configs/experiments/{n}.yaml`" for n in question.experiments)
             yield Section(question.question, f"Not measured yet: {commands}.", [], [])

@@ -3,7 +3,6 @@
 questions:
   - question: Does LoRA² score more than LoRA of its size?
     experiments: [evidence]             # several: their runs are compared together, label by label
-    labels: [LoRA, LoRA²]               # optional: only these rows
     tuned: rate                         # optional: an axis of the grid; on each task a row takes the value with the
                                         # lowest mean loss at the last evaluation
     against: LoRA                       # optional: one table compares every row with this one, in place of the others
@@ -37,7 +36,6 @@ class Question:
 
     question: str
     experiments: list[str]
-    labels: list[str] | None
     claims: list[Claim]
     tuned: str | None = None
     against: str | None = None
@@ -55,7 +53,6 @@ def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
         Question(
             raw["question"],
             raw["experiments"],
-            raw.get("labels"),
             [Claim(**{"published": None, "source": "", **claim}) for claim in raw.get("claims") or []],
             raw.get("tuned"),
             raw.get("against"),

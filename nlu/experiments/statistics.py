@@ -212,7 +212,6 @@ def verdict(result: Estimate, expect: str, p: float | None) -> str:
     return "contradicted" if high < -LEVEL or (expect == "level" and low > LEVEL) else "not shown"
 
 
-def finished(runs: pd.DataFrame, experiments: Iterable[str], labels: list[str] | None = None) -> pd.DataFrame:
-    """The finished final runs of some experiments, of the given labels only where there are any."""
-    kept = runs[runs.experiment.isin(list(experiments)) & (runs.stage == "final") & (runs.status == "finished")]
-    return kept if labels is None else kept[kept.label.isin(labels)]
+def finished(runs: pd.DataFrame, experiments: Iterable[str]) -> pd.DataFrame:
+    """The finished final runs of some experiments."""
+    return runs[runs.experiment.isin(list(experiments)) & (runs.stage == "final") & (runs.status == "finished")]
