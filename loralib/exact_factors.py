@@ -148,7 +148,7 @@ class ExactFactors:
                 stack.write_factors(root)
 
 
-def inverse_root(gram: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+def inverse_root(gram: Tensor) -> Tensor:
     """Gram^(−1/2) of symmetric positive definite Grams, (n, s, s).
 
     A fifth-order Newton–Schulz step multiplies X by I + E/2 + 3E²/8, E = I − XᵀX. E and the root are kept as distances
@@ -158,7 +158,7 @@ def inverse_root(gram: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     bound = gram.abs().sum(-1).amax(-1)[:, None, None]
     bound = torch.where(bound <= _LARGEST, torch.ones_like(bound), bound)
     error, root = identity - gram / bound, None
-    for _ in range(steps - 1):
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
         square = error @ error
         root = _compose(root, torch.add(0.5 * error, square, alpha=0.375))
         # 1 − (1 − E)(1 + E/2 + 3E²/8)², multiplied out

@@ -171,7 +171,7 @@ def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
     return Estimate(mean, variance**0.5, freedom, len(values))
 
 
-def paired(runs: pd.DataFrame, label: str, against: str, score: str = "last") -> pd.DataFrame:
+def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
     """The differences of two labels over the (task, seed) that both have: columns task, seed and difference.
 
     The column loss_change is 100 · ln of the ratio of the losses at the last evaluation: about a percentage, and its
@@ -179,7 +179,7 @@ def paired(runs: pd.DataFrame, label: str, against: str, score: str = "last") ->
     """
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed"])
     # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
-    difference = (pairs[f"{score}_x"] - pairs[f"{score}_y"]).astype(float).round(9)
+    difference = (pairs["last_x"] - pairs["last_y"]).astype(float).round(9)
     change = 100 * np.log(pairs["loss_x"].astype(float) / pairs["loss_y"].astype(float))
     return pairs[["task", "seed"]].assign(difference=difference, loss_change=change)
 
