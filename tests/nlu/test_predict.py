@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -242,14 +243,13 @@ def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_
                  "--output", str(tmp_path / "out.jsonl")]) == 0  # fmt: skip
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     truth = [json.loads(line)["label"] for line in rows.read_text().splitlines()]
-    scores = json.loads((run / "results.json").read_text())["evaluations"][-1]
-    if task == "stsb":
-        pearson = torch.corrcoef(torch.tensor([[row["score"] for row in found], truth], dtype=torch.float64))[0, 1]
-        assert float(pearson) == pytest.approx(scores["pearson"], abs=1e-4)
-    else:
-        names = ["unacceptable", "acceptable"]
-        right = [names.index(row["label"]) == label for row, label in zip(found, truth, strict=True)]
-        assert sum(right) / len(right) == pytest.approx(scores["accuracy"])
+    names = ["unacceptable", "acceptable"]
+    losses = [
+        (row["score"] - label) ** 2 if task == "stsb" else -math.log(row["probabilities"][names[label]])
+        for row, label in zip(found, truth, strict=True)
+    ]  # not the metric: the scores of so small a model are nearly equal, and rounding orders them
+    recorded = json.loads((run / "results.json").read_text())["evaluations"][-1]["loss"]
+    assert sum(losses) / len(losses) == pytest.approx(recorded, rel=1e-4)
 
 
 @pytest.mark.parametrize(
