@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import estimate, paired
+from nlu.experiments.statistics import compared, estimate
 from nlu.experiments.tables import rows_of
 from nlu.tasks import HEADINGS
 
@@ -144,9 +144,8 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
 
 def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
     """The paired change of the loss of each row against one of them, the best above."""
-    pairs = {label: paired(runs, label, against) for label in styles if label != against}
-    found = {label: estimate(own.loss_change, own.task) for label, own in pairs.items() if len(own)}
-    rows = sorted(((label, each) for label, each in found.items() if each.error is not None), key=lambda r: -r[1].mean)
+    found = [(label, loss) for label, (loss, _) in compared(runs, against).items() if loss.error is not None]
+    rows = sorted(found, key=lambda row: -row[1].mean)
     if not rows:
         return None
     figure = Figure(figsize=(WIDTH, 1.2 + 0.2 * len(rows)), layout="constrained")

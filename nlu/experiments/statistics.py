@@ -184,6 +184,16 @@ def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
     return pairs[["task", "seed"]].assign(difference=difference, loss_change=change)
 
 
+def compared(runs: pd.DataFrame, against: str) -> dict[str, tuple[Estimate, Estimate]]:
+    """Label → change of the loss and of the score against one label, in the order of the runs; others have no pair."""
+    pairs = {label: paired(runs, label, against) for label in dict.fromkeys(runs.label) if label != against}
+    return {
+        label: (estimate(own.loss_change, own.task), estimate(own.difference, own.task))
+        for label, own in pairs.items()
+        if len(own)
+    }
+
+
 def holm(p_values: list[float | None]) -> list[float | None]:
     """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979); None stays None."""
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nlu.errors import UsageError
 from nlu.experiments.questions import Question
-from nlu.experiments.statistics import LEVEL, SHORT, Estimate, estimate, finished, holm, paired, verdict
+from nlu.experiments.statistics import LEVEL, SHORT, Estimate, compared, estimate, finished, holm, paired, verdict
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
@@ -212,13 +212,10 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
 
 def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
     """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score."""
-    tasks = list(dict.fromkeys(runs.task))
+    tasks, changes = list(dict.fromkeys(runs.task)), compared(runs, against)
     rows = []
     for label, own in rows_of(runs):
-        pairs = paired(runs, label, against)
-        loss = score = None
-        if label != against and len(pairs):
-            loss, score = (estimate(pairs[column], pairs.task) for column in ("loss_change", "difference"))
+        loss, score = changes.get(label, (None, None))
         row = {"": cell(label, row=label), "runs": counted("runs", len(own))}
         for task in tasks:
             row[HEADINGS.get(task, task)] = with_deviation(task, own[own.task == task]["last"])
