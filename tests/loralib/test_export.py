@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.export import export_merged, main
-from loralib.peft_format import export_peft, import_peft
+from loralib.peft_format import decompose, export_peft, import_peft, start_factors
 from tests.loralib.small import INPUTS, Net, adapted, encoder
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -140,6 +140,21 @@ def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind
 
 
 # ---- errors -----------------------------------------------------------------------------------------------
+
+
+def test_decomposition_against_a_dense_svd():
+    torch.manual_seed(0)
+    left, right = torch.randn(20, 5), torch.randn(4, 9)
+    core = torch.randn(5, 4) @ torch.diag(torch.tensor([1.0, 0, 2, 1]))
+    u, sigma, vt = decompose(left, core, right)
+    dense = left.double() @ core.double() @ right.double()
+    assert len(sigma) == 3
+    torch.testing.assert_close(u * sigma @ vt, dense)
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(dense)[:3])
+    factors = start_factors((u, sigma, vt), 6, (5, 4), 2.0, torch.Generator().manual_seed(0))
+    chain = factors["lora_B.0"] @ factors["lora_B.1"] @ factors["lora_B.2"] @ torch.diag(factors["lora_E"])
+    chain = chain @ factors["lora_A.2"] @ factors["lora_A.1"] @ factors["lora_A.0"] * 2
+    torch.testing.assert_close(chain, dense.float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

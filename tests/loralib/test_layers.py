@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -124,6 +125,28 @@ def test_dropout_acts_on_the_update_only():
     assert abs(slope.item() - 1) < 0.05
     layer.eval()
     torch.testing.assert_close(layer(x) - frozen, kept, rtol=1e-4, atol=1e-4)
+
+
+def test_agrees_with_pefts_lora_on_the_same_factors():
+    """AdaLoRA's layer agrees where the allocator's whole schedule does, see test_allocator_published."""
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Linear(10, 12), nn.Tanh(), nn.Linear(12, 6))
+    ours = copy.deepcopy(base)
+    loralib.inject(ours, "lora", ["0", "2"], r=4, lora_alpha=8)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+    peers = {name: theirs.base_model.model.get_submodule(name) for name in ("0", "2")}
+    with torch.no_grad():
+        for name, layer in loralib.lora_layers(ours).items():
+            peers[name].lora_A["default"].weight.copy_(layer.lora_A[0].normal_())
+            peers[name].lora_B["default"].weight.copy_(layer.lora_B[0].normal_())
+    x = torch.randn(5, 10)
+    outputs = ours(x), theirs(x)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    for output in outputs:
+        output.square().sum().backward()
+    for name, layer in loralib.lora_layers(ours).items():
+        expected = peers[name].lora_A["default"].weight.grad
+        torch.testing.assert_close(layer.lora_A[0].grad, expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("scales", SCALES)

@@ -6,11 +6,12 @@ import warnings
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import RankAllocator
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from loralib.export import main
-from loralib.peft_adalora import AdaLoraCallback, AdaLoraTraining
+from loralib.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
 from tests.loralib.small import gpt2
 from tests.nlu.tiny import tiny_bert
 
@@ -44,6 +45,28 @@ def logits(model):
 
 def ranks(model):
     return [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+
+
+def scored_allocators(target_r, budgets):
+    """The masks of peft's allocator and ours for the same scores, with the budgets in turn."""
+    found = []
+    for allocator_class in (RankAllocator, SortingAllocator):
+        model = adalora(target_r=target_r)
+        allocator = allocator_class(model.base_model.model, model.peft_config["default"], "default")
+        generator = torch.Generator().manual_seed(2)
+        for name, p in model.base_model.model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(p, generator=generator)
+                allocator.exp_avg_ipt[name] = torch.rand(p.shape, generator=generator)
+                allocator.exp_avg_unc[name] = torch.rand(p.shape, generator=generator)
+        found.append([allocator.mask_to_budget(model.base_model.model, budget) for budget in budgets])
+        found[-1].append(ranks(model))
+    return found
+
+
+def test_masks_are_those_of_peft():
+    theirs, ours = scored_allocators(1, [15, 9, 4])
+    assert theirs == ours and sum(ours[-1]) == 4
 
 
 def test_a_budget_that_prunes_nothing_masks_nothing(tmp_path):

@@ -24,8 +24,12 @@ from nlu.methods.peft_methods import PEFT_FOLDER
 DEVICE = "pretend"
 PEFT = {path.stem for path in PEFT_FOLDER.glob("*.json")} | {"peft_adalora"}
 STOCK = ("bitfit", "full")  # train inside stock modules: bfloat16 is autocast's, which a pretended device lacks
-# Away from the CPU a step in bfloat16 does all that one in float32 does, and casts.
-KINDS = [(name, "float32" if name in STOCK else "bfloat16") for name in method_flags() if name not in PEFT]
+KINDS = [
+    (name, dtype)
+    for name in method_flags()
+    for dtype in ("float32", "bfloat16")
+    if name not in PEFT and not (name in STOCK and dtype == "bfloat16")
+]
 
 
 # Linear algebra that reads on the host whether it has succeeded: torch.linalg.inv, solve, eigh and others.

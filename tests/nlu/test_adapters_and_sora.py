@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import loralib
 from nlu.errors import UsageError
 from nlu.methods.bottleneck import BottleneckAdapter, add_adapters
-from nlu.methods.sora import ProximalGates, inject_sora
+from nlu.methods.sora import ProximalGates, inject_sora, soft_threshold_
 from tests.nlu.tiny import SHAPES, tiny_bert, tiny_classifier
 
 INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])
@@ -57,6 +59,18 @@ def test_adapters_need_a_feed_forward_network():
 
 
 # ---- SoRA ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=8), st.floats(0, 2, width=32))
+def test_soft_threshold_minimises_the_proximal_objective(values, threshold):
+    """T(x, ξ) is the minimiser of ½(z − x)² + ξ|z|: no other point of a fine grid is lower."""
+    gate = torch.tensor(values)
+    soft_threshold_([gate], threshold)
+    grid = np.linspace(-4, 4, 801)
+    for x, z in zip(values, gate.tolist(), strict=True):
+        objective = 0.5 * (grid - x) ** 2 + threshold * np.abs(grid)
+        assert 0.5 * (z - x) ** 2 + threshold * abs(z) <= objective.min() + 1e-5
+        assert abs(x) > threshold or z == 0
 
 
 def test_sora_starts_as_the_base_and_is_lora_with_a_gate():

@@ -130,6 +130,19 @@ def test_class_weights_weigh_the_training_loss_alone(own_flags, tmp_path, monkey
         torch.testing.assert_close(trainer.task_loss({"logits": logits}, labels, 4), sum(rows) / 4)
 
 
+def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, capsys):
+    assert main(base_flags) == 0
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert main(base_flags) == 0
+    assert "finished" in capsys.readouterr().out
+    assert main([*base_flags, "--lora_dropout", "0.1"]) == 2
+    captured = capsys.readouterr().err
+    assert "lora_dropout" in captured and "overwrite_output_dir" in captured and captured.count("\n") == 1
+    assert (tmp_path / "run" / "results.json").read_bytes() == before
+    assert main([*base_flags, "--lora_dropout", "0.1", "--overwrite_output_dir"]) == 0
+    assert read(base_flags)["arguments"]["lora_dropout"] == 0.1
+
+
 def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
