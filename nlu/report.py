@@ -133,6 +133,10 @@ def _sections(
             commands = ", ".join(f"`python nlu/sweep.py configs/experiments/{n}.yaml`" for n in question.experiments)
             yield Section(question.question, f"Not measured yet: {commands}.", [], [])
             continue
+        if question.against not in {None, *final.label}:
+            rows = ", ".join(dict.fromkeys(final.label))
+            yield Section(question.question, f"No run of {question.against} has finished yet, only of {rows}.", [], [])
+            continue
         name = re.sub(r"\W+", "_", "_".join(question.experiments))
         if sum(other.experiments == question.experiments for other in questions) > 1:
             name += f"_{questions.index(question) + 1}"

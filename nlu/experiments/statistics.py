@@ -93,15 +93,21 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
 
 
-def tuned_over(runs: pd.DataFrame, experiments: Iterable[str], axis: str) -> pd.DataFrame:
+def tuned_over(runs: pd.DataFrame, experiments: list[str], axis: str) -> pd.DataFrame:
     """Runs of which some experiments tried each row with the values of an axis, as a tuning stage and its choice.
 
     The final runs of these experiments become runs of the tuning stage, their labels without the axis, with the
     arguments that differ between its values as what was tried. For each row and task the runs of the value with the
     lowest mean loss at the last evaluation are there once more, as final runs.
+
+    Raises:
+        UsageError: none of the runs has the axis.
     """
-    has_axis = runs["axes"].map(lambda axes: axis in axes)
-    here = runs.experiment.isin(list(experiments)) & (runs.stage == "final") & has_axis
+    here = runs.experiment.isin(experiments) & (runs.stage == "final")
+    known = {name: None for axes in runs[here]["axes"] for name in axes}
+    if known and axis not in known:
+        raise UsageError(f"tuned: no run has the axis {axis!r}; {', '.join(experiments)} has {', '.join(known)}")
+    here &= runs["axes"].map(lambda axes: axis in axes)
     tuning = runs[here].copy()
     values = [axes[axis] for axes in tuning["axes"]]
     free = [{name: value for name, value in axes.items() if name != axis} for axes in tuning["axes"]]

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import run
 from benchmarks.peers import PEERS
-from tests.nlu.glue_samples import write_rows
+from tests.nlu.tiny import write_rows
 
 USUAL = [key for key, peer in PEERS.items() if not (peer.compiled or peer.package)]
 ON_NUMBERS = [key for key in USUAL if key != "published"]

@@ -1,11 +1,6 @@
 """Invented rows for every GLUE task, and writers of each file format, for the data tests."""
 
-import csv
-import json
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nlu.tasks import Task
 
@@ -54,20 +49,6 @@ def sample_rows(task: Task, split: str, n: int = 12) -> list[dict]:
             row["label"] = round(i * 0.4, 2) if task.is_regression else i % len(task.labels)
         rows.append({**row, "idx": i})
     return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """In the format that the suffix tells."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_official(path: Path, task: Task, split: str, rows: list[dict]) -> None:

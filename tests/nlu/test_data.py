@@ -14,8 +14,8 @@ from nlu.data.glue import limit, load_task_data
 from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
-from tests.nlu.glue_samples import sample_rows, write_official, write_rows
-from tests.nlu.tiny import GLUE
+from tests.nlu.glue_samples import sample_rows, write_official
+from tests.nlu.tiny import GLUE, write_rows
 
 real = pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
 OFFICIAL_FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "ax": "diagnostic"}

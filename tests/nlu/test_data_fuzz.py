@@ -10,7 +10,8 @@ from nlu.data.glue import load_task_data
 from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
-from tests.nlu.glue_samples import sample_rows, write_official, write_rows
+from tests.nlu.glue_samples import sample_rows, write_official
+from tests.nlu.tiny import write_rows
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

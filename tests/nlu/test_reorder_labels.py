@@ -5,12 +5,13 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from glue_samples import sample_rows, write_rows
 
 from nlu.data.glue import load_task_data, reorder_labels
 from nlu.data.submission import write_predictions
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
+from tests.nlu.glue_samples import sample_rows
+from tests.nlu.tiny import write_rows
 
 
 def words(task, rows) -> list[str | None]:

@@ -255,6 +255,10 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     make(lines, questions={"questions": [question | {"against": "other"}]})
     page = (tmp_path / "README.md").read_text()
     assert "No row has a lower loss than other. The nearest is plus: +6.0 %" in page and "of them: plus." in page
+    make(lines, questions={"questions": [question | {"against": "plsu"}]})
+    assert "No run of plsu has finished yet, only of other, plus." in (tmp_path / "README.md").read_text()
+    code, _, said = make(lines, questions={"questions": [question | {"tuned": "rat"}]})
+    assert code == 2 and "no run has the axis 'rat'; trial has row, rate, task_name, seed" in said
 
 
 def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):

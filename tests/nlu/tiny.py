@@ -1,5 +1,6 @@
 """Tiny encoders and tiny tasks on disk, so that a whole run takes a second or two."""
 
+import csv
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertTokenizerFast
 
@@ -63,8 +66,17 @@ def make_rows(fields: tuple[str, ...], regression: bool, count: int, seed: int, 
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
+    """In the format that the suffix tells."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def tiny_classifier(model_type: str) -> torch.nn.Module:
