@@ -17,6 +17,7 @@ from nlu.tasks import HEADINGS
 NONE = "–"
 Cell = tuple[str, dict[str, Any]]  # what is printed, and the figures behind it by their names
 ALL = "all tasks"
+LOSS_CHANGE = "Loss: 100 · ln of the ratio of the losses at the last evaluation; less is better."
 SHORT_STEPS = 1000  # a training of fewer steps ranks no methods
 
 
@@ -119,10 +120,10 @@ def with_deviation(name: str, values: pd.Series, digits: int = 1) -> Cell:
     return text, {name: mean, f"{name}_std": deviation}
 
 
-def interval(result: Estimate | None, form: Callable[[Any], str] = number) -> Cell:
-    """The 95 % interval of an estimate, where there is one."""
+def interval(result: Estimate | None, form: Callable[[Any], str] = number, of: str = "") -> Cell:
+    """The 95 % interval of an estimate, where there is one; `of` begins the names of its figures."""
     low, high = (result.interval if result else None) or (None, None)
-    return NONE if low is None else spread(low, high, form), {"low": low, "high": high}
+    return NONE if low is None else spread(low, high, form), {f"{of}low": low, f"{of}high": high}
 
 
 def rows_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -232,8 +233,7 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
     notes = [
         "Measured here: last evaluation in percent, mean ± standard deviation over the seeds. ‖ΔW‖: Frobenius norm "
         f"over all adapted layers at the end. The last four columns compare with {against} over pairs of equal task "
-        "and seed, the tasks as strata. Loss: 100 · ln of the ratio of the losses at the last evaluation; less is "
-        "better.",
+        "and seed, the tasks as strata. " + LOSS_CHANGE,
     ]
     return Table(f"{name}_against", f"Every row against {against}", rows, notes)
 
@@ -296,7 +296,8 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
         tasks = list(dict.fromkeys(pairs.task))
         for task in [ALL, *(tasks if len(tasks) > 1 else [])] if len(pairs) else []:
             whole, own = task == ALL, pairs if task == ALL else pairs[pairs.task == task]
-            result, p = estimate(own.difference, own.task), corrected[claim] if whole else None
+            result, loss = estimate(own.difference, own.task), estimate(own.loss_change, own.task)
+            p = corrected[claim] if whole else None
             answer, title = verdict(result, claim.expect, p) if whole else "", f"{claim.label} − {claim.against}"
             rows.append(
                 {
@@ -309,11 +310,13 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
                     "difference": rounded("difference", result.mean, sign=True),
                     "95 % interval": interval(result, signed),
                     "p (Holm)": cell("< 0.001" if p is not None and p < 0.001 else number(p, 3), p_holm=p),
+                    "loss, %": rounded("loss_change", loss.mean, 1, sign=True),
+                    "95 % interval (loss)": interval(loss, lambda change: number(change, 1, sign=True), "loss_"),
                 }
             )
     notes = [
         "Measured here: differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
-        "strata; p is corrected for the number of all claims. The published column is cited.",
+        "strata; p is corrected for the number of all claims. The published column is cited. " + LOSS_CHANGE,
         f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: as "
         "clear in the other direction. not shown: neither.",
     ]
