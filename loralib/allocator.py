@@ -43,8 +43,9 @@ class _Scores:
 
     def update(self, beta1: float, beta2: float) -> None:
         weights = torch.stack([p.detach() for p in self.parameters]).float()
-        # No gradient in this step (an unused module) is a gradient of zero: the averages decay.
+        # No gradient (an unused module), or none that is finite (a step that float16 skips), is a gradient of zero.
         gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]).float()
+        gradients.nan_to_num_(0.0, 0.0, 0.0)
         if self.sensitivity.device != weights.device:  # the model was moved
             for name in ("sensitivity", "uncertainty", "parameter_index", "layer_index"):
                 setattr(self, name, getattr(self, name).to(weights.device))

@@ -136,7 +136,7 @@ def adapted_linear(
     scale: float = 1.0,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scale · x̃ Aᵀ Cᵀ Bᵀ, computed in the dtype of W (in autocast's where that is on).
+    """x Wᵀ + bias + scale · x̃ Aᵀ Cᵀ Bᵀ, computed in the dtype of W (in autocast's where that is on, but for float64).
 
     Args:
         x: (…, in). weight: (out, in). bias: (out,) or None.
@@ -147,7 +147,7 @@ def adapted_linear(
         (…, out).
     """
     device = x.device.type
-    dtype = autocast_dtype(device) or weight.dtype
+    dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with without_autocast(device):
         out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
     return out.view(*x.shape[:-1], out.shape[-1])

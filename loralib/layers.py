@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_positive, check_whole_number
-from loralib.fused import adapted_linear, autocast_dtype, fold
+from loralib.fused import adapted_linear, autocast_dtype, fold, without_autocast
 from loralib.quantised import frozen_shape, stored_form
 
 GAUSSIAN_STD = 0.02
@@ -270,24 +270,25 @@ class LoRALayer(nn.Linear):
             return self.weight.new_zeros(self.out_features, self.in_features)
         return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out), in the dtype of ``weight`` (or autocast's).
+    def forward(self, input: Tensor) -> Tensor:
+        """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out), in the dtype of ``weight`` (or autocast's). The argument is
+        called ``input`` as ``nn.Linear``'s is.
 
         Raises:
             RuntimeError: in training mode with gradients on while merged.
         """
         if self._quantised is not None:
-            return self._beside_quantised(self._quantised[0], x)
+            return self._beside_quantised(self._quantised[0], input)
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
         if self.merged or self.r == 0:
-            return self._dense(x, weight)
-        if x.is_nested:  # in evaluation nn.TransformerEncoder packs a padded batch so
-            return torch.nested.as_nested_tensor([self.forward(row) for row in x.unbind()])
-        dropped = self.lora_dropout(x) if self.training and self.lora_dropout.p > 0 else None
+            return self._dense(input, weight)
+        if input.is_nested:  # in evaluation nn.TransformerEncoder packs a padded batch so
+            return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()])
+        dropped = self.lora_dropout(input) if self.training and self.lora_dropout.p > 0 else None
         core, scale = self.core_and_scale()
-        return adapted_linear(x, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
+        return adapted_linear(input, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
 
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
@@ -317,13 +318,15 @@ class LoRALayer(nn.Linear):
         """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit.
 
         Raises:
-            ValueError: for a quantised or sharded weight.
+            ValueError: for a quantised or sharded weight, and one that is computed at each access.
         """
         if self.merged:
             return
+        if not isinstance(self.weight, nn.Parameter):
+            raise ValueError("the weight is computed by a hook (pruning, a parametrisation): remove that first")
         if stored_form(self.weight) is not None:
             raise ValueError(f"the weight is {stored_form(self.weight)}, and only a plain one can be merged into")
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.weight.device.type):
             delta = self.delta_weight()
             merged = self.weight.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
             self._weight_before_merge = self.weight.data

@@ -85,7 +85,8 @@ def matching_value_ratio(layer: LoRALayer) -> float:
     left, right = _gram(list(layer.lora_B)), _gram([a.T for a in layer.lora_A])
     both = left * right
     scale = both.diagonal().sqrt()
-    correlation = (both / (scale[:, None] * scale)).clamp(-1, 1)
+    # Where k or r exceeds a side of the layer, some p_i or q_i may be 0, which moves nothing.
+    correlation = (both / (scale[:, None] * scale)).nan_to_num(0.0).clamp(-1, 1)
     moved = (both * (2 / math.pi) * correlation.asin()).sum().sqrt()
     rank = min([*layer.widths, layer.r])
     return math.sqrt(layer.out_features * rank / 3) / float(moved)

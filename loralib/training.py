@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from loralib.allocator import RankAllocator
 from loralib.checks import check_choice
 from loralib.exact_factors import ExactFactors
-from loralib.model import trained_svd_layers
+from loralib.model import factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
 from loralib.preconditioner import Preconditioner
 
@@ -217,6 +217,16 @@ class LowRankTrainerMixin(_Trainer):
         penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Overridden because safetensors refuses a tensor with two names: a shared factor is written once."""
+        model = self.accelerator.unwrap_model(self.model)
+        factors, first = set(map(id, factors_of(model))), {name for name, _ in model.named_parameters()}
+        named = model.named_parameters(remove_duplicate=False)
+        if further := {name for name, p in named if id(p) in factors and name not in first}:
+            state = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: tensor for name, tensor in state.items() if name not in further}
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Overridden because the Trainer's checkpoint has no public place for a further state.
 
@@ -230,8 +240,10 @@ class LowRankTrainerMixin(_Trainer):
         """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
-            self.low_rank.load_state_dict(state)
+            path = os.path.join(checkpoint, STATE_FILE)
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is missing: go on from a checkpoint that was written without save_only_model")
+            self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _allocator_callback(low_rank: LowRankTraining) -> Any:
@@ -239,6 +251,10 @@ def _allocator_callback(low_rank: LowRankTraining) -> Any:
 
     class AllocatorCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            if not set(lora_layers(getattr(low_rank, "model", model)).values()) <= set(model.modules()):
+                raise ValueError("low_rank was made for another model than the Trainer trains: make it for that one, "
+                                 "and give the Trainer model=, not model_init=")  # fmt: skip
             resumed = state.global_step > 0 and low_rank.total_steps is not None
             fresh = low_rank.step == 0 and low_rank.total_steps == state.max_steps
             if not resumed and not fresh:

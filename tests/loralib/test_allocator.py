@@ -182,3 +182,18 @@ def test_every_module_keeps_its_minimum_and_the_budget_holds(prune_by):
             pruned = [scores[n][~live[n]] for n in layers]
             assert float(torch.cat(kept).min()) >= float(torch.cat(pruned).max())
     assert allocator.live_rank == 5
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_scores_alone():
+    """float16's scaler skips such a step; the averages decay as where there is no gradient."""
+    scores = []
+    for spoiled in (None, torch.nan, torch.inf):
+        model, generator = model_to_prune(count=3), torch.Generator().manual_seed(0)
+        allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
+        for step in range(1, 7):
+            random_step(model, generator)
+            for parameter in model.parameters() if step == 3 else ():
+                parameter.grad = None if spoiled is None else torch.full_like(parameter, spoiled)
+            allocator.update_and_mask(model, step)
+        scores.append(allocator.importance_scores())
+    assert scores[0].isfinite().all() and torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])

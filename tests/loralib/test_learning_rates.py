@@ -57,6 +57,14 @@ def test_auto_between_1_and_r_is_right_on_average():
     assert matching_value_ratio(layer) == pytest.approx(expected, rel=0.02)
 
 
+def test_auto_where_some_singular_values_move_nothing():
+    """As after a gradient start with r beyond the layer's side: by hand, five of eight orthonormal pairs are left."""
+    layer = one_layer("lora2", (24, 40), "orthogonal", k=8, r=8)["q"]
+    with torch.no_grad():
+        layer.lora_B[1][:, 5:] = 0
+    assert matching_value_ratio(layer) == pytest.approx(math.sqrt(40 * 8 / 3 / 5), rel=1e-4)
+
+
 def rates(groups):
     return {id(p): group["lr"] for group in groups for p in group["params"]}
 

@@ -41,6 +41,20 @@ def test_the_output_may_be_written_to_in_place(kind, shape):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_its_argument_has_the_same_name_and_autocast_the_same_meaning():
+    """float64 stays float64, and a merge inside autocast is not rounded to bfloat16."""
+    model, plain = two_layers(), nn.Linear(6, 5).double()
+    assert torch.equal(model[0](input=X), model[0](X))
+    double = copy.deepcopy(model[0]).double()
+    expected, delta = double(X.double()), model[0].delta_weight().detach()
+    before = model[0].weight.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert double(X.double()).dtype == plain(X.double()).dtype == torch.float64
+        torch.testing.assert_close(double(X.double()), expected)
+        model[0].merge()
+    torch.testing.assert_close(model[0].weight - before, delta, rtol=0, atol=1e-6)
+
+
 def pickled(value):
     file = io.BytesIO()
     torch.save(value, file)
@@ -184,6 +198,13 @@ def test_a_layer_that_computes_something_else_is_refused(change, reason):
     change(model[1])
     with refused(reason, model):
         loralib.inject(model, "lora2", ["0", "1"])
+
+
+def test_a_weight_that_is_computed_since_cannot_be_merged_into():
+    model = two_layers()
+    nn.utils.parametrizations.orthogonal(model[0], "weight")
+    with refused("computed by a hook", model):
+        loralib.merge_adapter(model)
 
 
 def test_the_presets_are_one_layer():

@@ -16,13 +16,13 @@ class MyTrainer(loralib.LowRankTrainerMixin, Trainer):
     pass
 
 
-def injected(kind="lora2", init="gaussian"):
+def injected(kind="lora2", init="gaussian", **options):
     model = tiny_bert()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     torch.manual_seed(0)
-    loralib.inject(model, kind, ["query", "value"], r=4, init=None if kind == "lora" else init)
+    loralib.inject(model, kind, ["query", "value"], r=4, init=None if kind == "lora" else init, **options)
     loralib.mark_only_lora_as_trainable(model)
     for layer in loralib.lora_layers(model).values():
         if layer.lora_E is not None and init == "gaussian":
@@ -97,10 +97,11 @@ def test_a_trainer_calls_what_a_loop_calls_before_and_after_the_step(tmp_path, o
         assert loralib.update_statistics(models[1]).deviation < 1e-5 and trainings[1].regu_weight == 0
 
 
-def test_a_resumed_trainer_ends_with_the_same_bits_and_evaluates_without_penalty(tmp_path):
-    def run(folder, resume=None):
-        model = injected()
-        trainer = MyTrainer(model=model, args=arguments(folder, save_strategy="steps", save_steps=4),
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_resumed_trainer_ends_with_the_same_bits_and_evaluates_without_penalty(tmp_path, shared):
+    def run(folder, resume=None, **changes):
+        model = injected(share_outer=shared)
+        trainer = MyTrainer(model=model, args=arguments(folder, save_strategy="steps", save_steps=4, **changes),
                             train_dataset=ROWS, low_rank=low_rank(model))  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return trainer, trainer.low_rank.state_dict()
@@ -113,6 +114,9 @@ def test_a_resumed_trainer_ends_with_the_same_bits_and_evaluates_without_penalty
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
     expected = float(whole.model.eval()(**inputs).loss.detach())
     assert whole.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    run(tmp_path / "c", save_only_model=True)
+    with pytest.raises(ValueError, match="written without save_only_model"):
+        run(tmp_path / "d", resume=str(tmp_path / "c/checkpoint-4"))
 
 
 @pytest.mark.parametrize("best", [False, True])
@@ -139,6 +143,13 @@ def test_a_training_that_ends_or_is_best_between_two_maskings_leaves_its_adapter
     config, inputs = loralib.load_adapter(again, folder), {"input_ids": ROWS[0]["input_ids"][None]}
     assert torch.equal(again.eval()(**inputs).logits, model.eval()(**inputs).logits)
     assert loralib.compact(model, trainer.low_rank.rank_pattern) == config.ranks
+
+
+def test_a_helper_made_for_another_model_is_refused(tmp_path):
+    options = {"args": arguments(tmp_path), "train_dataset": ROWS, "low_rank": low_rank(injected())}
+    trainer = MyTrainer(model_init=lambda trial: injected(), **options)
+    with pytest.raises(ValueError, match="another model than the Trainer trains"):
+        trainer.train()
 
 
 def test_adalora_without_pruning_and_settings_that_are_refused():
