@@ -66,6 +66,11 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")
 
 # What a LoRA's configuration takes over from an AdaLoRA's.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
+# Settings that make an adapter more than W + s · B A, and starts that take a part out of W itself.
+_NOT_LORA = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+             "alora_invocation_tokens")  # fmt: skip
+_ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
 
@@ -268,8 +273,8 @@ def import_peft(
         seed: of the factors that are drawn at random.
 
     Raises:
-        ValueError: for a damaged adapter, one that is more than LoRA (DoRA, biases, embeddings, convolutions), or a
-            base that it does not fit; the model is unchanged then.
+        ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, biases, embeddings, convolutions) or
+            changes the base's weights (PiSSA, OLoRA), or a base that it does not fit; the model is unchanged then.
     """
     scales = {"adalora": (0,), "lora2": (1,)}.get(kind, range(100))
     if kind != "lora" and len(widths) not in scales:
@@ -292,7 +297,7 @@ def import_peft(
         # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.
         group = groups.setdefault(str(key), LayerGroup(*key, 0.0, "gaussian", False, {}))
         group.rank_pattern[name] = "1" * key[1]
-    config = AdapterConfig(kind, list(groups.values()), {}, list(head), "", {}, None, None, "", {}, "", "")
+    config = AdapterConfig(kind, list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
     tensors |= head
     check_adapter(model, config, tensors, allow_other_base=True)
     install_adapter(model, config, tensors)
@@ -343,6 +348,8 @@ def read_pairs(
         if len(live):
             scaled = left.double() * e.double().T * _adalora_scaling(values)
             pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
+    if odd := next((name for name in state if ".base_layer." in name), None):
+        raise ValueError(f"{folder}: {odd} is the base's: save the adapter in peft with save_embedding_layers=False")
     odd = next((name for name in state if "lora_" in name), None)
     if not names or odd:
         raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")
@@ -354,9 +361,15 @@ def read_pairs(
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
     if values.get("peft_type") not in ("LORA", "ADALORA"):
         raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA and ADALORA can be imported")
-    for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices"):
+    for key in _NOT_LORA:
         if values.get(key):
             raise ValueError(f"{path}: adapters with {key} cannot be imported")
+    init = str(values.get("init_lora_weights")).lower()
+    if init.startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"{path}: init_lora_weights {init[:40]!r} has changed the base's weights: save the adapter in peft with "
+            "path_initial_model_for_weight_conversion"
+        )
     if values.get("bias", "none") != "none":
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib.export import export_merged, main
 from loralib.peft_format import decompose, export_peft, import_peft, start_factors
-from tests.loralib.small import INPUTS, Net, adapted, encoder
+from tests.loralib.small import INPUTS, Net, adapted, encoder, refused
+from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -122,6 +123,25 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
     torch.testing.assert_close(pretrained.logits(back), logits, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    "change, tensor, says",
+    [
+        ({"alora_invocation_tokens": [3]}, "", "alora_invocation_tokens"),
+        ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "", "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
+        ({}, "other.weight", "no parameter other.weight: the adapter was made for a model that peft adapted, this"),
+    ],
+)
+def test_a_peft_adapter_that_is_more_than_lora_is_refused(tmp_path, change, tensor, says):
+    folder, model = shutil.copytree(FOLDER / "peft", tmp_path / "a"), Net()
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    save_file(load_file(weights) | ({f"base_model.model.{tensor}": torch.ones(2)} if tensor else {}), weights)
+    with refused(says, model):
+        import_peft(model, folder)
+
+
 @pytest.mark.parametrize("kind, r, widths", [("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))])
 def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind, r, widths):
     exact, start = pretrained.base(), pretrained.base()
@@ -182,8 +202,8 @@ def test_damage_and_dead_adapters_write_nothing(pretrained, lora2, peft_adapter,
     head_only = pretrained.base().requires_grad_(False)
     head_only.classifier.requires_grad_(True)
     loralib.save_adapter(head_only, tmp_path / "head")
-    refused = {copy: "changed", tmp_path / "head": "no low-rank update", peft_adapter[0]: "peft adapter"}
-    for adapter, says in refused.items():
+    faults = {copy: "changed", tmp_path / "head": "no low-rank update", peft_adapter[0]: "peft adapter"}
+    for adapter, says in faults.items():
         assert main([str(adapter), "--to", "peft", str(tmp_path / "out")]) == 2
         assert says in capsys.readouterr().err
     assert main([str(lora2[2]), "--to", "merged", str(tmp_path / "out"), "--base", str(tmp_path)]) == 2
