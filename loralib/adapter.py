@@ -345,7 +345,8 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     check_adapter(model, config, tensors, allow_other_base)
     refuse_merging(model, config.ranks)
     with keep_flags(model):
-        for layer in build_layers(model, config, tensors, compact=True).values():
+        layers = build_layers(model, config, tensors, compact=True)
+        copy_head(model, config, tensors)  # before the merge: a layer's own weight may have been trained too
+        for layer in layers.values():
             layer.merge()  # the layer's weight is the model's own parameter
-        copy_head(model, config, tensors)
     return config

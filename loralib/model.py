@@ -95,18 +95,17 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name."""
+    """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name. A merged
+    layer's weight is the one without the update, as in its state dict."""
     factors = set(map(id, factors_of(model)))
     found: dict[str, Tensor] = {}
     owners = set()
+    state = model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in factors:
-            found[name] = parameter
+            found[name] = state.get(name, parameter)
             owners.add(name.rpartition(".")[0])
-    state = model.state_dict(keep_vars=True)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    found |= {n: t for n, t in state.items() if n not in parameters and n.rpartition(".")[0] in owners}
-    return found
+    return found | {n: b for n, b in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}
 
 
 @contextmanager

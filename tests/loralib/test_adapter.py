@@ -255,6 +255,22 @@ def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modul
         assert type(base.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
 
 
+def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_behind(tmp_path):
+    class Head(nn.Linear):
+        get_extra_state = dict
+
+    base = Net()
+    base.classifier.__class__ = Head
+    model, merged = copy.deepcopy(base), copy.deepcopy(base)
+    adapted(k=2, model=model).layers[2]["v"].weight.requires_grad_(True).data.add_(0.2)
+    outputs = model(INPUTS)
+    merge_into(merged, loralib.save_adapter(model, tmp_path / "a"))
+    loralib.merge_adapter(model)
+    loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "merged"))
+    for other in (merged, base):
+        torch.testing.assert_close(other(INPUTS), outputs, rtol=1e-4, atol=1e-4)
+
+
 def test_a_lone_layer_merges_and_travels(tmp_path):
     layer, x = loralib.LoRA2Linear(6, 5, 4, 16, k=3).eval(), torch.randn(2, 6)
     nn.init.normal_(layer.lora_E)
