@@ -26,8 +26,9 @@ from loralib.adapter_checks import (
 from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.injection import KINDS, replace_modules
 from loralib.layers import LoRALayer
-from loralib.model import head_tensors, keep_flags, lora_layers
+from loralib.model import head_tensors, keep_flags, layers_outside_peft, lora_layers
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 RankPattern = Mapping[str, Sequence[bool]]
 
 
@@ -51,9 +52,9 @@ def compact(model: nn.Module, rank_pattern: RankPattern | None = None) -> dict[s
         Module name -> rank it has now.
 
     Raises:
-        ValueError: if the pattern names other layers or has other ranks; nothing is changed then.
+        ValueError: if the pattern names other layers or has other ranks, or peft holds the layers; nothing is changed.
     """
-    layers = lora_layers(model)
+    layers = layers_outside_peft(model, "base_model.compact()")
     _check_pattern(layers, rank_pattern)
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
@@ -100,8 +101,8 @@ def save_adapter(
     """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
 
     The model is not changed, and the adapter holds its weights as they are, between two maskings too. The model need
-    not have low-rank layers: the adapter then holds the trainable parameters. A kill leaves the old adapter of the
-    folder or the new one.
+    not have low-rank layers: the adapter then holds the trainable parameters. Of a compiled or data-parallel module it
+    is the adapter of the model inside. A kill leaves the old adapter of the folder or the new one.
 
     Args:
         folder: new, empty, or an adapter's, which is replaced.
@@ -115,9 +116,11 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, the rank pattern does not fit, or the folder holds other files.
+        ValueError: if there is nothing to save, the rank pattern does not fit, peft holds the layers, or the folder
+            holds other files.
     """
-    layers = lora_layers(model)
+    model = _unwrapped(model)
+    layers = layers_outside_peft(model, "save_pretrained()")
     _check_pattern(layers, rank_pattern)
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
@@ -143,6 +146,12 @@ def save_adapter(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
     write_adapter(Path(folder), config, stored, save_tokenizer)
     return Path(folder)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and data-parallel modules, whose own names no other model has."""
+    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    return model if inner is None else _unwrapped(inner)
 
 
 def _head_config(model: nn.Module) -> dict[str, Any]:
@@ -319,9 +328,10 @@ def merge_adapter(model: nn.Module) -> None:
     """Put W + ΔW into the weight of every low-rank layer. A second call changes nothing.
 
     Raises:
-        ValueError: if a weight is quantised or sharded, or another module uses it too; nothing is merged then.
+        ValueError: if a weight is quantised or sharded, another module uses it too, or peft holds the layers; nothing
+            is merged then.
     """
-    layers = lora_layers(model)
+    layers = layers_outside_peft(model, "merge_and_unload()")
     refuse_merging(model, layers)
     for layer in layers.values():
         layer.merge()

@@ -63,6 +63,7 @@ class LoRALayer(nn.Linear):
 
     kind: ClassVar[str] = "multiscale"  # the preset's name, see :func:`loralib.inject`
     has_singular_values: ClassVar[bool] = True
+    in_peft: ClassVar[bool] = False  # whether peft holds the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
     # What the preset takes beyond the common arguments, with the defaults.
     arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}

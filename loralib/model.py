@@ -35,6 +35,18 @@ def injected_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return layers
 
 
+def layers_outside_peft(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
+    """:func:`lora_layers` of a model that peft has not adapted: of its layers peft keeps the names and the ranks.
+
+    Raises:
+        ValueError: for a model with LoRA² of peft, with what to call ``instead``.
+    """
+    layers = lora_layers(model)
+    if any(layer.in_peft for layer in layers.values()):
+        raise ValueError(f"the low-rank layers are peft's: call {instead} of the PeftModel")
+    return layers
+
+
 def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The low-rank layers of a kind with singular values, by module name; all of a layer's may have been pruned."""
     return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}

@@ -81,6 +81,8 @@ class LoRA2Adapter(LoRA2Linear):
     follows it.
     """
 
+    in_peft = True
+
     def __init__(self, base: nn.Module, config: LoRA2Config) -> None:
         nn.Module.__init__(self)
         self._base = (base,)  # in a tuple, so that it is no submodule

@@ -255,6 +255,13 @@ def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modul
         assert type(base.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(nn.DataParallel(torch.compile(m)))])
+def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
+    model, base = adapted(k=2), Net()
+    config = loralib.load_adapter(base, loralib.save_adapter(wrap(model), tmp_path / "a"))
+    assert torch.equal(base(INPUTS), model(INPUTS)) and config.architecture == "Net"
+
+
 def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_behind(tmp_path):
     class Head(nn.Linear):
         get_extra_state = dict

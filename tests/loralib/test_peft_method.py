@@ -176,6 +176,16 @@ def test_what_is_refused(options, error, message):
     assert not any(isinstance(module, LoRA2Layer) for module in base.modules())
 
 
+@pytest.mark.parametrize("call, instead", [
+    (loralib.save_adapter, "save_pretrained"), (loralib.compact, "base_model.compact"),
+    (loralib.merge_adapter, "merge_and_unload"),
+])  # fmt: skip
+def test_what_peft_does_itself_is_refused(tmp_path, call, instead):
+    model = net()
+    with refused(f"peft's: call {instead}", model):
+        call(model, *([tmp_path / "a"] if call is loralib.save_adapter else []))
+
+
 def test_a_merge_that_overflows_is_refused():
     model = net()
     layer = model.base_model.model.layers[1]["q"]
