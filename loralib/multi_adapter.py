@@ -75,7 +75,8 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: for a name in use, and as :func:`loralib.load_adapter`; nothing is changed then.
+            ValueError: for a name in use, a trained parameter of a module that is never called (a ``ParameterList``,
+                ``out_proj`` in ``nn.MultiheadAttention``), and as :func:`loralib.load_adapter`; nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
@@ -85,14 +86,23 @@ class MultiAdapter:
             layers = build_layers(self.model, config, tensors)
             parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}
         state = self.model.state_dict(keep_vars=True)
-        for tensor_name in config.head:
-            owner, _, own_name = tensor_name.rpartition(".")
-            parts.setdefault(owner, _Part()).head[own_name] = tensors[tensor_name].to(state[tensor_name])
+        never_called = {id(m.out_proj) for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)}
+        trained = {id(state[n]): tensors[n].to(state[n]) for n in config.head}
+        for owner, module in self.model.named_modules():  # a tied tensor has several owners
+            own = {n: trained[id(t)] for n, t in (module._parameters | module._buffers).items() if id(t) in trained}
+            if own and (id(module) in never_called or type(module).forward is nn.Module.forward):
+                raise ValueError(f"the adapter holds {owner}.{min(own)}, of a module that is never called, and a hook "
+                                 "would not apply it: use load_adapter()")  # fmt: skip
+            if own:
+                parts.setdefault(owner, _Part()).head.update(own)
         self._adapters[name] = parts
-        for module_name in parts.keys() - self._hooks.keys():
+        new = parts.keys() - self._hooks.keys()
+        for module_name in new:
             module = self.model.get_submodule(module_name)
             hook = partial(self._after_forward, module_name)
             self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True)
+        if new:  # what torch.compile has made of the model before does not look for hooks
+            torch.compiler.reset()
         return config
 
     def remove(self, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import loralib
-from tests.loralib.small import DEBERTA, SIZES, adapted, encoder
+from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, gpt2, refused
 
 
 class Pair(NamedTuple):
@@ -89,6 +89,29 @@ def test_names_are_checked(three):
         loralib.MultiAdapter(other)
 
 
+def test_a_trained_embedding_also_changes_the_output_layer_that_is_tied_to_it(tmp_path):
+    model, base = adapted(modules=["c_attn"], model=gpt2(), head="transformer.wte", k=2), gpt2()
+    compiled, ids = torch.compile(base, backend="eager"), IDS[:6]
+    with torch.no_grad():
+        bare, expected = compiled(ids).logits, model(ids).logits
+        adapters = loralib.MultiAdapter(base)
+        adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
+        assert torch.equal(compiled(ids).logits, bare)
+        adapters.activate("a")
+        for called in (base, compiled):
+            torch.testing.assert_close(called(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["0.self_attn.out_proj.bias", "1.0"])
+def test_what_no_hook_can_change_is_refused(tmp_path, trained):
+    model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.ParameterList([torch.ones(8)])])
+    model.requires_grad_(False).get_parameter(trained).requires_grad_(True)
+    folder, adapters = loralib.save_adapter(model, tmp_path / "a"), loralib.MultiAdapter(model)
+    with refused(f"{trained}, of a module that is never called", model):
+        adapters.load("a", folder)
+    assert adapters.names == []
+
+
 XLNET = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 50}
 
 
@@ -154,7 +177,7 @@ def test_nothing_comes_from_some_of_the_rows_alone(two):
 
 
 @pytest.mark.parametrize(
-    "of_rows, refused",
+    "of_rows, says",
     [
         (lambda x: x.mean(), "the output is not per row"),
         (lambda x: {1: x, "extra": [x, x.sum()]}, r"the output\['extra'\]\[1\] is not per row"),
@@ -165,11 +188,11 @@ def test_nothing_comes_from_some_of_the_rows_alone(two):
         (lambda x: {1: x, "extra": Pair(x[:, 0], [x, None, 5, "word", torch.arange(9)])}, None),
     ],
 )
-def test_any_output_is_joined_or_refused(two, of_rows, refused):
+def test_any_output_is_joined_or_refused(two, of_rows, says):
     two.model.forward = lambda x: of_rows(x)
     x = torch.arange(12.0).view(4, 3)
-    if refused:
-        with pytest.raises(ValueError, match=refused):
+    if says:
+        with pytest.raises(ValueError, match=says):
             two.run(["a", "b", "b", "b"], x)
         return
     joined = two.run(["a", "b", "b", "b"], x)
