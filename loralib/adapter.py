@@ -139,13 +139,25 @@ def save_adapter(
         base_model=base_model,
         base_revision=base_revision,
         base_fingerprint=base_fingerprint(model, head),
-        card=dict(card or {}),
+        card=dict(card or {}) | (_lost_in_peft(model, layers, head) if layers else {}),
         library_version=VERSION,
         weights_sha256="",  # write_adapter fills it in
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
     write_adapter(Path(folder), config, stored, save_tokenizer)
     return Path(folder)
+
+
+def _lost_in_peft(model: nn.Module, layers: dict[str, LoRALayer], head: dict[str, Tensor]) -> dict[str, str]:
+    """{"peft_lacks": name} where ``export_peft`` must refuse: another name of an adapted module or a trained tensor, or
+    a frozen tensor beside a trained one, since peft saves a module whole and by one name."""
+    trained, owners = set(map(id, head.values())), {name.rpartition(".")[0] for name in head}
+    inside = tuple(f"{owner}." if owner else "" for owner in owners)
+    modules = model.named_modules(remove_duplicate=False)
+    names = [name for name, module in modules if isinstance(module, LoRALayer) and name not in layers]
+    state = model.state_dict(keep_vars=True)
+    names += [n for n, t in state.items() if n not in head and (id(t) in trained or n.startswith(inside))]
+    return {"peft_lacks": names[0]} if names else {}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

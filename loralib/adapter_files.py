@@ -77,7 +77,8 @@ class AdapterConfig:
         architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
             needed to build the base again. base_model, base_revision: as given to ``save_adapter``; may be None.
         base_fingerprint: see :func:`loralib.base_fingerprint`.
-        card: anything that the caller added: task, metric, score, …
+        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a name that peft would need too,
+            where the adapter is more than peft's format holds.
         library_version: of loralib. weights_sha256: of the tensors' file.
     """
 

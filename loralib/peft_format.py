@@ -179,6 +179,9 @@ def export_peft(
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
+    if lacks := config.card.get("peft_lacks"):
+        raise ValueError(f"peft's LoRA format holds whole modules, each by one name, and this adapter is without "
+                         f"{lacks!r:.200}: merge it instead (--to merged)")  # fmt: skip
     base_model = base_model or config.base_model
     head = {name: tensors[name] for name in config.head}
     card = _peft_card(config, base_model)
@@ -202,7 +205,9 @@ def _write_peft(
         for side, factor in zip("BA", pairs[name], strict=True):
             state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
     most = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != most}
+    longer = {name for name in ranks if any(other.endswith(f".{name}") for other in ranks)}
+    # peft takes the first pattern with which a name ends, so one that another name ends with is tied to its start.
+    pattern = {f"^{re.escape(n)}" if n in longer else n: rank for n, rank in ranks.items() if rank != most}
     config = {
         "peft_type": "LORA",
         "inference_mode": True,

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib.export import export_merged, main
 from loralib.peft_format import decompose, export_peft, import_peft, start_factors
-from tests.loralib.small import INPUTS, Net, adapted, encoder, refused
+from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
 from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -41,6 +41,44 @@ def test_every_kind_exports_at_its_true_rank(tmp_path, capsys, kind, options):
     assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
     for peer in (theirs, theirs.merge_and_unload()):
         torch.testing.assert_close(peer(INPUTS), model(INPUTS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dead", ["", "0", "2.0"])
+def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path, dead):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))).eval()
+
+    model = adapted(modules=["0", "2.0", "2.1"], model=base(), head="1", k=3)
+    for name, kept in {"0": 1, "2.0": 2, dead or "2.1": 0}.items():
+        model.get_submodule(name).lora_E.data.copy_((torch.arange(3) < kept).float())
+    ranks = export_peft(loralib.save_adapter(model, tmp_path / "ours"), tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "peft")
+    layers = {n: m for n, m in theirs.base_model.model.named_modules() if isinstance(m, LoraLayer)}
+    assert ranks.items() <= {name: layer.r["default"] for name, layer in layers.items()}.items() and dead not in ranks
+    torch.testing.assert_close(theirs(INPUTS), model(INPUTS), atol=1e-4, rtol=1e-4)
+    import_peft(again := base(), tmp_path / "peft")
+    torch.testing.assert_close(again(INPUTS), model(INPUTS), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "base, modules, trained, lacks",
+    [
+        (gpt2, ["c_attn"], "transformer.wte.weight", "lm_head.weight"),
+        (lambda: nn.Sequential(layer := nn.Linear(6, 6), nn.Sequential(layer)), ["0"], "", "1.0"),
+        (encoder, ["query"], "bert.embeddings.LayerNorm.bias", "bert.embeddings.LayerNorm.weight"),
+        (encoder, ["query"], "classifier.weight", "classifier.bias"),
+    ],
+)
+def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, modules, trained, lacks):
+    model, again = base(), base()
+    loralib.inject(model, "lora", modules)
+    loralib.mark_only_lora_as_trainable(model)
+    if trained:
+        model.get_parameter(trained).requires_grad_(True)
+    loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"), allow_other_base=True)
+    with refused(f"this adapter is without '{lacks}'"):
+        export_peft(tmp_path / "a", tmp_path / "peft")
 
 
 def test_exports_keep_the_order_of_the_labels(tmp_path, capsys):
