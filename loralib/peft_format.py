@@ -66,11 +66,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")
 
 # What a LoRA's configuration takes over from an AdaLoRA's.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
-# Settings that make an adapter more than W + s · B A, and starts that take a part out of W itself.
-_NOT_LORA = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
-             "alora_invocation_tokens")  # fmt: skip
 _ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
-_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
 
@@ -162,7 +158,8 @@ def export_peft(
         Module name -> rank.
 
     Raises:
-        ValueError: for a damaged adapter, one without a low-rank update, or trained parameters that peft cannot hold.
+        ValueError: for a damaged adapter, one without a low-rank update, or one that peft cannot hold: a parameter that
+            trained beside its update, a module that trained in part, or one that is tied to another or has two names.
     """
     if is_peft(adapter):
         values, scaled, head = read_pairs(adapter)
@@ -205,9 +202,9 @@ def _write_peft(
         for side, factor in zip("BA", pairs[name], strict=True):
             state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
     most = max(ranks.values())
-    longer = {name for name in ranks if any(other.endswith(f".{name}") for other in ranks)}
+    endings = {name for name in ranks if any(other.endswith(f".{name}") for other in ranks)}
     # peft takes the first pattern with which a name ends, so one that another name ends with is tied to its start.
-    pattern = {f"^{re.escape(n)}" if n in longer else n: rank for n, rank in ranks.items() if rank != most}
+    pattern = {f"^{re.escape(n)}" if n in endings else n: rank for n, rank in ranks.items() if rank != most}
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -366,15 +363,13 @@ def read_pairs(
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
     if values.get("peft_type") not in ("LORA", "ADALORA"):
         raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA and ADALORA can be imported")
-    for key in _NOT_LORA:
+    for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
+                "alora_invocation_tokens"):  # fmt: skip
         if values.get(key):
             raise ValueError(f"{path}: adapters with {key} cannot be imported")
-    init = str(values.get("init_lora_weights")).lower()
-    if init.startswith(_CHANGES_BASE):
-        raise ValueError(
-            f"{path}: init_lora_weights {init[:40]!r} has changed the base's weights: save the adapter in peft with "
-            "path_initial_model_for_weight_conversion"
-        )
+    if str(values.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        raise ValueError(f"{path}: its init_lora_weights has changed the base's weights: save the adapter in peft with "
+                         "path_initial_model_for_weight_conversion")  # fmt: skip
     if values.get("bias", "none") != "none":
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 
