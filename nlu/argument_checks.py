@@ -28,6 +28,10 @@ REFUSED_FLAGS = {
     "prediction_loss_only": "every evaluation computes the task's metrics",
     "batch_eval_metrics": "the metrics are computed over the whole set",
     "eval_do_concat_batches": "the metrics are computed over the whole set",
+    "accelerator_config": "it could change the batch and the order of the rows",
+    "save_only_model": "a checkpoint holds what a stopped run needs to go on",
+    "use_liger_kernel": "nlu/fast/ holds what makes a step faster",
+    "debug": "a loss, gradient or weight that is not finite stops the run by itself",
 }
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of its package too
@@ -50,6 +54,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "head_first_epochs": (0, 2**31),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules whose next rate depends on the last evaluation
 _POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
 
 
@@ -109,6 +114,8 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         )
     _check_reporting(training)
     _check_early_stopping(training, given)
+    if training.lr_scheduler_type in _BY_METRIC:
+        raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp:
@@ -136,10 +143,13 @@ def _check_reporting(training: Any) -> None:
 
 
 def _check_early_stopping(training: Any, given: set[str]) -> None:
+    evaluates = training.do_train and training.do_eval and training.eval_strategy != "no"
+    if training.save_strategy == "best" and not evaluates:
+        raise UsageError("--save_strategy best needs evaluations: give --do_eval and --eval_strategy steps")
     if training.early_stopping_patience is None:
         if "early_stopping_threshold" in given:
             raise UsageError("--early_stopping_threshold has no meaning without --early_stopping_patience")
-    elif not (training.do_train and training.do_eval) or training.eval_strategy == "no":
+    elif not evaluates:
         raise UsageError("--early_stopping_patience needs evaluations: give --do_eval and --eval_strategy steps")
 
 

@@ -92,15 +92,21 @@ def flag_values(words: list[str]) -> dict[str, Any]:
     for word in translate(words):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            values[name] = _number(value) if equals else True
+            values[name] = _value(name, value) if equals else True
         elif values.get(name) is True:
-            values[name] = _number(word)
+            values[name] = _value(name, word)
         else:
             raise UsageError(f"{word[:80]!r} belongs to no flag: --help explains the arguments")
     for name in ("method", "seed", *SET_BY_THE_SWEEP):
         if name in values:
             raise UsageError(f"--{name} is set for each run: give --methods, --seeds and --output_dir")
     return values
+
+
+def _value(flag: str, text: str) -> int | float | str:
+    """A flag's value: a number where it is one, unless the flag takes text, such as the name of a column."""
+    action = build_parser()._option_string_actions.get(f"--{flag}")
+    return text if action is not None and action.type is str else _number(text)
 
 
 def _number(text: str) -> int | float | str:
@@ -191,7 +197,7 @@ def _spec(spec: str) -> dict[str, Any]:
     pairs = [setting.partition("=") for setting in settings]
     if not all(flag and equals for flag, equals, _ in pairs):
         raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
-    return {"method": name} | {flag: _number(value) for flag, _, value in pairs}
+    return {"method": name} | {flag: _value(flag, value) for flag, _, value in pairs}
 
 
 def _own_rates(method: str) -> list[float]:

@@ -45,7 +45,7 @@ import loralib
 from loralib.export import load_base_of, quiet_transformers
 from loralib.files import open_new
 from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
-from nlu.data.tokens import longest_input
+from nlu.data.tokens import check_room, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
@@ -109,21 +109,22 @@ def _configuration(flag: str, source: str) -> Any:
 
 def text_columns(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
     """The columns to read, from --text_columns or else from the training; UsageError where neither names any."""
+    task = TASKS.get(str(card.get("task")))
+    trained = fields = tuple(card.get("text_fields") or (task.text_fields if task else ()))
     if arguments.text_columns is not None:
         fields = tuple(arguments.text_columns.split(","))
-    else:
-        task = TASKS.get(str(card.get("task")))
-        fields = tuple(card.get("text_fields") or (task.text_fields if task else ()))
     if len(fields) not in (1, 2) or not all(type(field) is str and field for field in fields):
         raise UsageError("which columns hold the text? give --text_columns NAME, or --text_columns NAME,NAME for pairs")
+    if len(set(fields)) < len(fields) or len(trained or fields) != len(fields):
+        raise UsageError(f"--text_columns must name {len(trained or fields)} different column(s), as in the training")
     return fields
 
 
-def load_predictor(arguments: argparse.Namespace, card: dict[str, Any]) -> Predictor:
-    """The adapter on its base, or the merged checkpoint, on the accelerator where there is one.
+def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: int) -> Predictor:
+    """The adapter on its base, or the merged checkpoint, on the accelerator where there is one; for 1 or 2 texts a row.
 
     Raises:
-        UsageError: for a damaged adapter, or a base that is missing or does not fit.
+        UsageError: for a damaged adapter, a base that is missing or does not fit, and a length without room for text.
     """
     try:
         if arguments.adapter is not None:
@@ -144,6 +145,7 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any]) -> Predi
     trained = card.get("max_seq_length")  # of a stranger's file
     length = arguments.max_seq_length or (trained if type(trained) is int and trained > 0 else 512)
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
+    check_room(tokenizer, length, texts)
     return Predictor(model.eval().to(device), tokenizer, names, length)
 
 
@@ -283,12 +285,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Predict from end to end; UsageError for whatever the user can put right."""
     if arguments.model is not None and arguments.base is not None:
         raise UsageError("--base belongs to --adapter: a merged checkpoint needs none")
+    if all(map(os.path.isfile, (arguments.input, arguments.output))) and os.path.samefile(
+        arguments.input, arguments.output
+    ):
+        raise UsageError(f"--output {arguments.output} is the input, which would be lost: name another file")
     output_kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
     with open_input(arguments) as (stream, name, kind):
         card = read_card(arguments)
-        table = open_table(stream, name, kind)
-        rows = table.rows(text_columns(arguments, card))
-        predictor = load_predictor(arguments, card)
+        table, columns = open_table(stream, name, kind), text_columns(arguments, card)
+        rows = table.rows(columns)
+        predictor = load_predictor(arguments, card, len(columns))
         size = os.path.getsize(name) if os.path.isfile(name) else None
         # disable=None: only a terminal shows it
         bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="predicting")

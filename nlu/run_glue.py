@@ -163,19 +163,21 @@ def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
     training = arguments.training
     if not training.do_train:
         return 0
-    steps = training.max_steps
+    steps, per_epoch = training.max_steps, updates_per_epoch(training, len(splits["train"]))
     if steps <= 0:
-        steps = math.ceil(training.num_train_epochs * updates_per_epoch(training, len(splits["train"])))
+        steps = math.ceil(training.num_train_epochs * per_epoch)
     fit_schedule(training, arguments.method, steps)
     return steps
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
     """The weight of each class in the training loss; None where all count alike."""
-    if arguments.data.class_weights is None or train is None:
+    asked, smoothing = arguments.data.class_weights, arguments.training.label_smoothing_factor
+    for flag, value in (("class_weights", asked), ("label_smoothing_factor", smoothing)):
+        if value and task.is_regression:
+            raise UsageError(f"--{flag} is for classes, and the labels of {task.name} are numbers: leave it out")
+    if asked is None or train is None:
         return None
-    if task.is_regression:
-        raise UsageError(f"--class_weights is for classes, and the labels of {task.name} are numbers: leave it out")
     return balanced_class_weights(train["labels"][:], task.num_labels)
 
 

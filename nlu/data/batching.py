@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from nlu.errors import UsageError
+
 _POOL_BATCHES = 50  # batches sorted together: more of them give less padding, fewer give more random batches
 
 
@@ -73,7 +75,13 @@ def effective_batch_size(args: Any) -> int:
 
 
 def updates_per_epoch(args: Any, rows: int) -> int:
-    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
+    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them.
+
+    Raises:
+        UsageError: incomplete batches are dropped, and there is no other.
+    """
     batch = effective_batch_size(args) // args.gradient_accumulation_steps
+    if args.dataloader_drop_last and rows < batch:
+        raise UsageError(f"--dataloader_drop_last leaves nothing: {rows} training rows, batches of {batch}")
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))

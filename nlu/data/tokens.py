@@ -12,6 +12,13 @@ from nlu.errors import UsageError
 from nlu.tasks import Task
 
 
+def check_room(tokenizer: Any, max_seq_length: int, texts: int) -> None:
+    """Raises UsageError where so many tokens leave no room for one or two texts beside the special ones."""
+    special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if max_seq_length <= special:
+        raise UsageError(f"--max_seq_length {max_seq_length} has no room for text: {special} tokens are special ones")
+
+
 def tokenize(
     splits: dict[str, Dataset], task: Task, tokenizer: Any, max_seq_length: int, pad_to_max_length: bool = False
 ) -> dict[str, Dataset]:
@@ -25,10 +32,7 @@ def tokenize(
         The same splits with `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer has them, `labels`
         (left out of a split whose labels are hidden), `idx`, and `length`, the number of tokens without padding.
     """
-    pair = len(task.text_fields) == 2
-    special = tokenizer.num_special_tokens_to_add(pair=pair)
-    if max_seq_length <= special:
-        raise UsageError(f"--max_seq_length {max_seq_length} has no room for text: {special} tokens are special ones")
+    check_room(tokenizer, max_seq_length, len(task.text_fields))
     max_length = min(max_seq_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list]) -> dict[str, list]:

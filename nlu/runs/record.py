@@ -15,7 +15,7 @@ from nlu.arguments import Arguments, command_line
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
-from nlu.methods.registry import count_parameters, live_adapter_params
+from nlu.methods.registry import METHODS, count_parameters, live_adapter_params
 from nlu.metrics import in_words
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 
@@ -209,7 +209,8 @@ def report(record: dict[str, Any], folder: Path) -> None:
     adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
     print(f"folder:  {folder}")
     print(f"predict: {predict} --adapter {adapter} --base {base} --input FILE")
-    print(f"export:  {export} {adapter} --to merged OUT --base {base}")
+    if METHODS[record["method"]].card is None:  # otherwise the method adds modules, which cannot be merged
+        print(f"export:  {export} {adapter} --to merged OUT --base {base}")
 
 
 def _remaining(adapter: int, live: int) -> str:

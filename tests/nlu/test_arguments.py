@@ -110,6 +110,13 @@ WRONG = {
         ("--report_to wandb", "pip install wandb"),
         ("--early_stopping_patience 2", "--eval_strategy steps"),
         ("--early_stopping_threshold 0.1", "without --early_stopping_patience"),
+        ("--save_strategy best", "--save_strategy best needs evaluations"),
+        ("--lr_scheduler_type reduce_lr_on_plateau --do_eval --eval_strategy epoch", "does not watch a metric"),
+        ("--lr_scheduler_type greedy --do_eval --eval_strategy epoch", "does not watch a metric"),
+        ("--accelerator_config {}", "change the batch"),
+        ("--save_only_model", "a checkpoint holds"),
+        ("--use_liger_kernel", "not supported"),
+        ("--debug underflow_overflow", "not supported"),
     ],
     "": [
         ("--task_name cola --do_train --root_output_dir o", "model_name_or_path"),

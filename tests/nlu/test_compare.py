@@ -132,3 +132,9 @@ def test_the_published_settings_need_a_clone(call, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "SCRIPTS", tmp_path / "site-packages/scripts")  # where an installed package looks
     code, _, err = call("--methods", "lora", "--published", "debertav3")
     assert code == 2 and "use a clone" in err and err.count("\n") == 1
+
+
+def test_text_stays_text_and_numbers_become_numbers():
+    words = ["--label_column", "01", "--model_revision=12e45", "--max_steps", "7", "--learning_rate=1e-3", "--bf16"]
+    values = {"label_column": "01", "model_revision": "12e45", "max_steps": 7, "learning_rate": 1e-3, "bf16": True}
+    assert compare.flag_values(words) == values

@@ -264,6 +264,14 @@ def test_own_integer_classes_are_numbered_in_order(tmp_path):
     assert splits["validation"]["label"][:] == [2]
 
 
+@pytest.mark.parametrize(
+    "values, names", [("007,7,12", ("007", "12", "7")), ("00,01", ("00", "01")), ("7,12", ("7", "12"))]
+)
+def test_codes_with_leading_zeros_are_words(tmp_path, values, names):
+    rows = "".join(f"a,{value}\n" for value in values.split(","))
+    assert load_own_files(own(tmp_path, "a.csv", f"text,label\n{rows}"))[0].labels == names
+
+
 def test_own_regression(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0.5\nb,2\n")
     task, splits = load_own_files(train, test_file=own(tmp_path, "t.csv", "sentence\na\n"))
@@ -284,6 +292,8 @@ def test_own_regression(tmp_path):
         ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty"),
         ("a.csv", "sentence,label\na,\nb,x\n", "line 2: the label is empty, and must be a word"),
         ("a.jsonl", '{"text":"a","label":1}\n{"text":"a","label":"x"}\n', "line 2: .*all numbers or all words"),
+        ("a.csv", "text,label\na,0.5\na,NA\na,2\n", "line 3: label 'NA' is no number, as most labels are"),
+        ("a.csv", "text,label\na,0.5\na,1.5\na,\n", "line 4: label '' is no number"),
         ("a.jsonl", '{"text":"a","label":true}\n', "line 1: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":"y\\tz"}\n', "'y.+tz' holds a tab"),
         ("a.csv", 'text,label\na,x\na,"y\nz"\n', "'y.+nz' holds a tab or a line break"),

@@ -150,6 +150,10 @@ def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, ca
         (["--input", "in.jsonl", "--batchsize", "9"], "did you mean --batch_size?"),
         (["--input", "in.jsonl", "--model", "m"], "not allowed with"),
         (["--input", "in.jsonl", "--text_fields", "a,b,c"], "--text_columns"),
+        (["--input", "in.csv", "--text_columns", "a"], "2 different column(s)"),
+        (["--input", "in.csv", "--text_columns", "a,a"], "2 different column(s)"),
+        (["--input", "in.csv", "--text_columns", "a,b", "--max_seq_length", "3"], "no room for text"),
+        (["--input", "in.csv", "--text_columns", "a,b", "--output", "./in.csv"], "is the input"),
         (["--input", "in.jsonl", "--adapter", "none"], "no adapter folder"),
     ],
 )
