@@ -92,6 +92,8 @@ def _refuse_merged(layers: dict[str, LoRALayer]) -> None:
 
 
 def _architectures(model: nn.Module, config: AdapterConfig) -> str:
+    if config.architecture == type(model).__name__:
+        return "the adapter's base has more layers, or its method adds modules, which this model lacks"
     return f"the adapter was made for a {config.architecture}, this is a {type(model).__name__}"
 
 
