@@ -117,9 +117,9 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     _check_early_stopping(training, given)
     if training.lr_scheduler_type in _BY_METRIC:
         raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
-    backends = torch.compiler.list_backends(None) if training.torch_compile else [training.torch_compile_backend]
-    if training.torch_compile_backend not in backends:
-        raise UsageError(f"--torch_compile_backend must be one of {', '.join(backends)}")
+    if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise UsageError(f"--torch_compile_backend {training.torch_compile_backend} is unknown; the usual ones: {usual}")
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp:
