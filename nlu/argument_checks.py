@@ -119,7 +119,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
     if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
         usual = ", ".join(torch.compiler.list_backends())
-        raise UsageError(f"--torch_compile_backend {training.torch_compile_backend} is unknown; the usual ones: {usual}")
+        raise UsageError(f"--torch_compile_backend {training.torch_compile_backend} is unknown; usual ones: {usual}")
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp:

@@ -115,7 +115,7 @@ WRONG = {
         ("--lr_scheduler_type greedy --do_eval --eval_strategy epoch", "does not watch a metric"),
         ("--accelerator_config {}", "change the batch"),
         ("--save_only_model", "a checkpoint holds"),
-        ("--torch_compile_backend foo", "foo is unknown; the usual ones: "),
+        ("--torch_compile_backend foo", "foo is unknown; usual ones: "),
         ("--use_liger_kernel", "not supported"),
         ("--debug underflow_overflow", "not supported"),
     ],
