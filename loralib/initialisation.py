@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.checks import check_choice
+from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import injected_layers
 
@@ -56,8 +57,8 @@ def initialise(
     the first k rows of the orthonormal DCT-IV of size r. They have orthonormal rows, and no two values are alike.
 
     Raises:
-        ValueError: for another kind, no batch, a model without low-rank layers, one whose ΔW is not 0, or a gradient
-            that is not finite; no factor is changed then.
+        ValueError: for another kind, no batch, a model without low-rank layers, one whose ΔW is not 0, a gradient that
+            is not finite, or batches that show nothing of any layer; no factor is changed then.
     """
     check_choice("kind", kind, STARTS)
     layers = {name: layer for name, layer in injected_layers(model).items() if layer.r > 0}
@@ -73,6 +74,8 @@ def initialise(
     for layer in layers.values():
         sharing.setdefault(id(layer.lora_A[0]), []).append(layer)
     results = {layer: sketch.result() for layer, sketch in sketches.items()}
+    if all(result is None for result in results.values()):
+        raise ValueError("the batches show nothing of any low-rank layer: loss_of must call the model and depend on it")
     for group in sharing.values():
         seen = {layer: results[layer] for layer in group if results[layer] is not None}
         if seen:
@@ -90,14 +93,16 @@ def _see_batches(
     modes = {module: module.training for module in model.modules()}
     mask: Tensor | None = None
 
-    def see(layer: LoRALayer, args: tuple, output: Tensor) -> None:
+    def see(layer: LoRALayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x, *_ = *args, *kwargs.values()
         if not with_gradients:
-            x = args[0]
             sketches[layer].add(x[mask] if mask is not None and mask.shape == x.shape[:-1] else x)
         elif output.requires_grad:  # not in the first pass of gradient checkpointing
-            output.register_hook(lambda gradient: sketches[layer].add(args[0].detach(), gradient))
+            output = output.clone()  # the output is a view, and a change of a view in place drops its hooks
+            output.register_hook(lambda gradient: sketches[layer].add(x.detach(), gradient))
+        return output
 
-    hooks = [layer.register_forward_hook(see) for layer in sketches]
+    hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in sketches]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         model.eval()
@@ -108,7 +113,8 @@ def _see_batches(
                 mask = None if given is None else given.bool()
                 loss = loss_of(model, batch)
                 if with_gradients:
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                    with without_autocast(loss.device.type):
+                        torch.autograd.grad(loss, parameters, allow_unused=True)
                 count += 1
         if not count:
             raise ValueError("there is no batch to start from")
@@ -130,8 +136,11 @@ class _Sketch:
         like = self.layer.lora_A[0]
         return torch.randn(rows, columns, generator=self.generator, dtype=torch.float64).to(like)
 
-    def rows(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1]).to(self.layer.lora_A[0].dtype)
+    def product(self, left: Tensor, right: Tensor, test: Tensor) -> Tensor:
+        """leftᵀ · right · test over all tokens, in the dtype of ``test``."""
+        left, right = (t.reshape(-1, t.shape[-1]).to(test.dtype) for t in (left, right))
+        with without_autocast(test.device.type):
+            return left.T @ (right @ test)
 
 
 class _GradientSketch(_Sketch):
@@ -145,9 +154,8 @@ class _GradientSketch(_Sketch):
         self.y = self.z = 0.0
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
-        x, gradient = self.rows(x), self.rows(gradient)
-        self.y = self.y + gradient.T @ (x @ self.right)
-        self.z = self.z + x.T @ (gradient @ self.left)
+        self.y = self.y + self.product(gradient, x, self.right)
+        self.z = self.z + self.product(x, gradient, self.left)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """U (out, l), the singular values, Vᵀ (l, in) of G/‖G‖, in float64; None where nothing was seen."""
@@ -170,8 +178,7 @@ class _InputSketch(_Sketch):
         self.z = 0.0
 
     def add(self, x: Tensor) -> None:
-        x = self.rows(x)
-        self.z = self.z + x.T @ (x @ self.test)
+        self.z = self.z + self.product(x, x, self.test)
 
     def result(self) -> tuple[None, Tensor, Tensor] | None:
         """The square roots of K's leading eigenvalues, scaled to norm 1, and its eigenvectors (l, in)."""

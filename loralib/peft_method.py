@@ -100,6 +100,10 @@ class LoRA2Adapter(LoRA2Linear):
     def bias(self) -> nn.Parameter | None:
         return self._base[0].bias
 
+    def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:
+        """input (…, in) → (…, out): the base layer's product, or ``out`` in its place, plus the update."""
+        return super().forward(input) if out is None else self.add_update(out, input)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         destination = nn.Module.state_dict(self, *args, **kwargs)
         self._rename(destination, kwargs.get("prefix", ""), ".", "_")
@@ -161,13 +165,9 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [self.lora2_adapters[name] for name in names if name in self.lora2_adapters]
-        if adapters and self._has_plain_weight():
-            first, *adapters = adapters
-            out = first(x)
-        else:
-            out = self.base_layer(x, *args, **kwargs)
+        out = None if adapters and self._has_plain_weight() else self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            out = adapter.add_update(out, x)
+            out = adapter(x, out)
         return out
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Starts against their formulas on the dense gradient and the whole inputs, in float64."""
 
+import inspect
 import math
 
 import pytest
@@ -165,6 +166,25 @@ def test_nothing_else_changes(kind):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
+def test_neither_changes_in_place_nor_keywords_nor_autocast_change_the_start(kind):
+    class InPlace(Net):
+        def forward(self, x):
+            for block in self.layer:
+                (name,) = inspect.signature(block["q"].forward).parameters
+                x = x + self.up(self.dropout(block["q"](**{name: x}).tanh_()))
+            return x
+
+    plain, other = net("lora2", r=3, k=4).float(), net("lora2", r=3, k=4).float()
+    other.__class__ = InPlace
+    data = [x.float() for x in batches()]
+    loralib.initialise(plain, kind, data, loss_of)
+    with torch.autocast("cpu", torch.bfloat16):
+        loralib.initialise(other, kind, data, torch.autocast("cpu", enabled=False)(loss_of))
+    for p, q in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=0)
+
+
 def test_masked_tokens_and_unused_layers_do_not_count_and_weights_may_be_bfloat16():
     plain, masked = net("lora2", r=3, k=4).float(), net("lora2", r=3, k=4).float()
     masked.unused = nn.ModuleDict({"q": nn.Linear(4, 4)})
@@ -188,6 +208,7 @@ def test_masked_tokens_and_unused_layers_do_not_count_and_weights_may_be_bfloat1
     ("svd", None, "kind must be"),
     ("gradient", "trained", "has an update already"),
     ("gradient", "empty", "no batch"),
+    *((kind, "uncalled", "show nothing of any") for kind in ("gradient", "activation")),
     ("gradient", "nan", "not finite"),
     ("activation", "nan", "not finite"),
 ])  # fmt: skip
@@ -199,4 +220,5 @@ def test_refusals_change_nothing(kind, change, message):
     if change == "nan":
         data[0][0, 0, 0] = math.nan
     with refused(message, model):
-        loralib.initialise(model, kind, [] if change == "empty" else data, loss_of)
+        loss = (lambda model, x: model.layer[0]["q"].lora_E.sum()) if change == "uncalled" else loss_of
+        loralib.initialise(model, kind, [] if change == "empty" else data, loss)
