@@ -23,6 +23,10 @@ PUBLISHED_MODULES = {
     "layer.output": r"(.*\.)?layer\.\d+\.output\.dense",
 }
 
+NEVER_CALLED = (
+    "{} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update there would be ignored; "
+    "name other modules"
+)
 
 # What a low-rank layer has and a linear one has not.
 _OWN_NAMES = frozenset(dir(LoRA2Linear(1, 1, 1, 1.0, device="meta"))) - frozenset(dir(nn.Linear(1, 1, device="meta")))
@@ -63,10 +67,7 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     for pattern in patterns:
         found = _match_one(pattern, names)
         if not found and (projections := _match_one(pattern, sorted(never_called))):
-            raise ValueError(
-                f"{projections[0]} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an "
-                "update there would be ignored; name other modules"
-            )
+            raise ValueError(NEVER_CALLED.format(projections[0]))
         if not found:
             there = ", ".join(sorted({module_type(name) for name in names})[:30])
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")

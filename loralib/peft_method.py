@@ -10,6 +10,7 @@ in the tools that are built on peft. Each adapter of a layer is a :class:`lorali
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from torch import Tensor, nn
 
 from loralib.adapter import live_singular_values
-from loralib.injection import is_conv1d
+from loralib.injection import NEVER_CALLED, is_conv1d
 from loralib.layers import INITS, LoRA2Linear
 
 NAME = "lora2"
@@ -210,7 +211,12 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
 
 
 class LoRA2Model(BaseTuner):
-    """peft's tuner for LoRA²; ``get_peft_model`` makes it."""
+    """peft's tuner for LoRA²; ``get_peft_model`` makes it.
+
+    Raises:
+        ValueError: for a target that is the output projection of ``nn.MultiheadAttention``, and in a forward pass for
+            ``adapter_names``, which choose an adapter for each row.
+    """
 
     prefix = f"{NAME}_"
     tuner_layer_cls = LoRA2Layer
@@ -226,6 +232,8 @@ class LoRA2Model(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(NEVER_CALLED.format(current_key))
         rank = peft_config.rank_pattern.get(current_key)
         if isinstance(target, LoRA2Layer):
             target.update_layer(adapter_name, peft_config, rank)
@@ -234,6 +242,13 @@ class LoRA2Model(BaseTuner):
         if adapter_name not in self.active_adapters:  # a further adapter trains only once it is set active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> nullcontext:
+        """peft calls this before each forward pass with what the model itself does not get."""
+        if adapter_names is not None:
+            raise ValueError("LoRA² takes no adapter_names: set_adapter() chooses for all rows, and "
+                             "loralib.MultiAdapter.run() for each")  # fmt: skip
+        return nullcontext()
 
     def compact(self, adapter_name: str = "default") -> dict[str, int]:
         """Drop the pruned singular values of an adapter, see :func:`loralib.compact`; its config records the ranks.

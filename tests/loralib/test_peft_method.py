@@ -193,6 +193,16 @@ def test_what_peft_does_itself_is_refused(tmp_path, call, instead):
         call(model, *([tmp_path / "a"] if call is loralib.save_adapter else []))
 
 
+def test_rows_of_several_adapters_and_a_projection_that_nobody_calls_are_refused():
+    model = net(base=gpt2(), modules=["c_attn"], task_type="CAUSAL_LM").eval()
+    model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["c_attn"]))
+    for call in (model, model.generate):
+        with refused("takes no adapter_names", model):
+            call(input_ids=torch.ones(2, 3, dtype=torch.long), adapter_names=["default", "second"])
+    with refused("never calls it"):
+        net(["out_proj"], nn.TransformerEncoderLayer(8, 2, 16))
+
+
 def test_a_merge_that_overflows_is_refused():
     model = net()
     layer = model.base_model.model.layers[1]["q"]
