@@ -80,10 +80,16 @@ class _Chains:
     """The sides of layers (factors from the outermost inward) whose inner sizes agree, worked on as one stack.
 
     Every factor is looked at as B is, (outer, inner); an A is transposed. What layers share is computed once and, where
-    a product needs it, repeated.
+    a product needs it, repeated. An outer factor that is in ``counted``, other layers', counts there.
     """
 
-    def __init__(self, chains: list[tuple[bool, list[nn.Parameter]]], with_factors: bool, with_product: bool) -> None:
+    def __init__(
+        self,
+        chains: list[tuple[bool, list[nn.Parameter]]],
+        with_factors: bool,
+        with_product: bool,
+        counted: set[nn.Parameter],
+    ) -> None:
         self.with_factors, self.with_product = with_factors, with_product
         unique = list({id(factors[0]): (wide, factors[0]) for wide, factors in chains}.values())
         by_shape: dict[tuple, list[int]] = defaultdict(list)
@@ -98,9 +104,11 @@ class _Chains:
         place = {id(factor): i for i, factor in enumerate(self.outer)}
         chains = sorted(chains, key=lambda chain: place[id(chain[1][0])])
         tall = [max(factor.shape) == factor.shape[int(wide)] for wide, factor in unique]
-        self.flat = [unique[i] for i in order if not tall[i]]
+        new = [factor not in counted for _, factor in unique]
+        counted.update(self.outer)
+        self.flat = [unique[i] for i in order if new[i] and not tall[i]]
         # Index tensors lie on the device: a list would be copied to it in every step, which waits for the device.
-        self.tall = self._index([j for j, i in enumerate(order) if tall[i]])
+        self.tall = self._index([j for j, i in enumerate(order) if new[i] and tall[i]])
         self.outer_of = self._index([place[id(factors[0])] for _, factors in chains])
         self.inner = [
             self._level([(wide, factors[j]) for wide, factors in chains]) for j in range(1, len(chains[0][1]))
@@ -121,7 +129,7 @@ class _Chains:
         found = []
         gram = _OuterGrams.apply(self.shapes, *self.outer)
         if self.with_factors:
-            found.append(deviation(_rows(gram, self.tall) if self.flat else gram))
+            found.append(deviation(_rows(gram, self.tall) if len(self.tall) < len(gram) else gram))
             # A factor wider than it is tall reaches the identity on its other side only.
             found += [deviation((f.T @ f if wide else f @ f.T).unsqueeze(0)) for wide, f in self.flat]
         if len(self.outer) < len(self.outer_of):
@@ -170,7 +178,8 @@ class OrthogonalityRegulariser:
                     wide = term == "UV"
                     groups[(with_factors, with_product, *layer.widths, layer.r)].append((wide, list(factors)))
         self._values = layers[0].lora_E
-        self._groups = [_Chains(chains, *key[:2]) for key, chains in groups.items()]
+        counted: set[nn.Parameter] = set()  # layers of different ranks may share outer factors
+        self._groups = [_Chains(chains, key[0], key[1], counted) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
         with without_autocast(self._values.device.type):  # Gram − I is a small difference

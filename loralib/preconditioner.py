@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_positive
+from loralib.exact_factors import distinct_factors
+from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import injected_layers
 
@@ -34,8 +36,8 @@ class Preconditioner:
         model: holds low-rank layers. kind: see the module's text. damping: δ.
 
     Raises:
-        ValueError: for another kind, a damping that is not positive, a model without low-rank layers, and a balanced
-            kind for AdaLoRA's layer, whose factors e separates.
+        ValueError: for another kind, a damping that is not positive, a model without low-rank layers, a balanced kind
+            for AdaLoRA's layer, whose factors e separates, and layers of different ranks that share a factor.
     """
 
     def __init__(self, model: nn.Module, kind: str, damping: float = 1e-6) -> None:
@@ -50,6 +52,10 @@ class Preconditioner:
         for layer in layers:
             factors = layer.lora_parameters()
             groups[(factors[0].device, factors[0].dtype, *(f.shape for f in factors))].append(layer)
+        factors = [id(factor) for group in groups.values() for factor in distinct_factors(group)]
+        if len(factors) > len(set(factors)):
+            raise ValueError("layers of different ranks share a factor, whose gradient would be changed once for each "
+                             "rank: precondition before compact(), or load the adapter without compact")  # fmt: skip
         self._chains = [_Chain(group, damping) for group in groups.values()]
         self.kind = kind
 
@@ -57,11 +63,12 @@ class Preconditioner:
     def apply(self) -> None:
         """Precondition the gradients; a factor without one is passed over."""
         for chain in self._chains:
-            chain.read()
-            if self.kind == "riemannian":
-                chain.precondition()
-            else:
-                chain.balance(scalar=self.kind == "balanced_scalar")
+            with without_autocast(chain.links[0].unique[0].device.type):
+                chain.read()
+                if self.kind == "riemannian":
+                    chain.precondition()
+                else:
+                    chain.balance(scalar=self.kind == "balanced_scalar")
 
 
 class _Link:
@@ -77,7 +84,7 @@ class _Link:
         self.shared = len(self.unique) < len(factors)
 
     def read(self) -> None:
-        stacked = torch.stack([f.detach() for f in self.unique])
+        stacked = _stack([f.detach() for f in self.unique])
         # Copied once, after the model has moved.
         self.of_layer, self.counts = self.of_layer.to(stacked.device), self.counts.to(stacked)
         self.value = stacked[self.of_layer] if self.shared else stacked
@@ -96,9 +103,15 @@ class _Link:
         _write_gradients(self.unique, gradient if right is None else gradient @ right)
 
 
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """In float32 at least: no half precision has inverses."""
+    stacked = torch.stack(tensors)
+    return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+
 def _gradients(parameters: list[nn.Parameter]) -> Tensor:
     """Stacked, 0 for a parameter without one."""
-    return torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    return _stack([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
 
 
 def _write_gradients(parameters: list[nn.Parameter], values: Tensor) -> None:
@@ -123,7 +136,7 @@ class _Chain:
     def read(self) -> None:
         for link in self.links:
             link.read()
-        self.e = torch.stack([e.detach() for e in self.values]) if self.values else None
+        self.e = _stack([e.detach() for e in self.values]) if self.values else None
 
     def _damped(self, gram: Tensor) -> Tensor:
         return gram + self.damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

@@ -59,8 +59,12 @@ SHAPES = [((), False), ((2,), False), ((6,), False), ((20,), False), ((20,), Tru
 
 @pytest.mark.parametrize("widths, share", SHAPES)
 @pytest.mark.parametrize("terms, squared", list(itertools.product(TERMS, [False, True])))
-def test_value_and_gradient_equal_the_loop(widths, share, terms, squared):
+@pytest.mark.parametrize("ranks", ["equal", "compacted"])
+def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks):
     model = model_of(widths, share)
+    if ranks == "compacted":
+        for layer, pruned in zip(loralib.lora_layers(model).values(), (1, 2, 1), strict=False):
+            layer.keep_singular_values(range(pruned, 4))
     value = loralib.compute_orth_regu(model, 0.3, terms, squared)
     parameters = [p for p in model.parameters() if p.requires_grad]
     got = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import loralib
-from tests.loralib.small import blocks
+from tests.loralib.small import blocks, refused
 
 
 def model_of(kind, **options):
@@ -115,6 +115,26 @@ def test_a_shared_factor_is_changed_once_with_averaged_grams(form):
         s = torch.linalg.inv(torch.linalg.lstsq(before, outer.grad)[0])
         mean = sum(layer.lora_B[1] @ layer.lora_B[1].T for layer in layers) / 3
         torch.testing.assert_close(s @ (outer.T @ outer) @ s, mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["balanced", "riemannian"])
+def test_bfloat16_factors_and_those_below_autocast_are_computed_with_in_float32(form):
+    half, full = model_of("lora2", k=4).bfloat16(), model_of("lora2", k=4)
+    for p, q in zip(half.parameters(), full.float().parameters(), strict=True):
+        p.grad = p.grad.bfloat16()
+        q.data, q.grad = p.data.float(), p.grad.float()
+    loralib.Preconditioner(full, form).apply()
+    with torch.autocast("cpu", torch.bfloat16):
+        loralib.Preconditioner(half, form).apply()
+    for p, q in zip(half.parameters(), full.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad.bfloat16())
+
+
+def test_a_factor_that_layers_of_different_ranks_share_is_refused():
+    model = model_of("lora2", k=4, share_outer=True)
+    loralib.lora_layers(model)["layer.0.q"].keep_singular_values([0, 2])
+    with refused("layers of different ranks share a factor", model):
+        loralib.Preconditioner(model, "riemannian")
 
 
 @pytest.mark.parametrize("kind, form, message", [
