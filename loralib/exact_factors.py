@@ -21,6 +21,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from loralib.fused import without_autocast
+from loralib.initialisation import spread
 from loralib.layers import LoRALayer
 from loralib.model import svd_layers
 
@@ -89,12 +91,13 @@ class ExactFactors:
     left alone, whether its layer's e trains or not.
 
     Args:
-        model: holds AdaLoRA, LoRA² or multi-scale layers. Where e = 0 the factors are brought to their polar factors
-            now; ΔW stays 0.
+        model: holds AdaLoRA, LoRA² or multi-scale layers. ΔW stays as it is. Where e = 0 the factors are brought to
+            their polar factors now, and where some e_i are 0 what belongs to them is replaced, if that makes the
+            factors orthonormal: an adapter's pruned singular values can grow again.
 
     Raises:
         ValueError: for a model without such factors, and where ΔW is not 0 and its factors are not orthonormal: their
-            retraction would change it.
+            retraction would change it. The model is unchanged then.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,37 +118,61 @@ class ExactFactors:
         self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
         if factors_are_orthonormal(trained):
             return
+        values: dict[nn.Parameter, Tensor] = {}
         for name, layer in layers.items():
-            if any(f.requires_grad for f in distinct_factors([layer])) and bool(layer.lora_E.detach().any()):
+            own, live = [f for f in distinct_factors([layer]) if f.requires_grad], layer.lora_E.detach().cpu() != 0
+            if not own or not live.any() or factors_are_orthonormal(own):
+                continue
+            left, right = layer.lora_B[-1], layer.lora_A[-1]
+            values |= {left: _completed(left.detach(), live), right: _completed(right.detach().T, live).T}
+            if not factors_are_orthonormal([values.get(f, f) for f in own]):
                 raise ValueError(
                     f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
-                    "trained with exact factors"
+                    "trained with exact factors and, where k < r, loaded without compact"
                 )
-        self._orthonormalise()
-
-    @torch.no_grad()
-    def _orthonormalise(self) -> None:
-        """Polar factors by singular value decompositions, however far the factors are from the manifold."""
-        for stack in self._stacks:
-            x = stack.factors()
-            left, values, _ = torch.linalg.svd(x.double(), full_matrices=False)
-            stack.write_factors((left / values[:, None, :] @ left.mT).to(x.dtype))
-        self.retract()  # a factor far from orthonormal is multiplied by a large root, and rounded
+        for factor in trained:
+            value = values.get(factor, factor.detach())
+            factor.data.copy_(value if factors_are_orthonormal([value]) else _polar(value))
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place."""
         for stack in self._stacks:
-            stack.project_gradients()
+            with without_autocast(stack.all[0].device.type):
+                stack.project_gradients()
 
     @torch.no_grad()
     def retract(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every factor that trains, in place."""
         for stacks in self._same_side:
-            grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
-            roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
-            for stack, root in zip(stacks, roots, strict=True):
-                stack.write_factors(root)
+            with without_autocast(stacks[0].all[0].device.type):
+                grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
+                roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
+                for stack, root in zip(stacks, roots, strict=True):
+                    stack.write_factors(root)
+
+
+def _polar(factor: Tensor) -> Tensor:
+    """The polar factor, float64. Zeros have no directions to keep: they become cosines, which leave out no feature."""
+    if not factor.any():
+        wide = spread(torch.eye(min(factor.shape), dtype=torch.float64), max(factor.shape))
+        return wide if factor.shape == wide.shape else wide.T
+    u, _, v = torch.linalg.svd(factor.double(), full_matrices=False)
+    return u @ v
+
+
+def _completed(factor: Tensor, live: Tensor) -> Tensor:
+    """A factor X (m, r) with its columns D that are not ``live`` (r,) drawn from what the live ones, L, leave out.
+
+    X Xᵀ = I where X_D X_Dᵀ = I − X_L X_Lᵀ = U (I − Σ²) Uᵀ, for X_L = U Σ Vᵀ; so is XᵀX where m ≥ r.
+    """
+    u, values, _ = torch.linalg.svd(factor[:, live].double().cpu())
+    left_out = torch.ones_like(u[0])
+    left_out[: len(values)] -= values.square()
+    columns = spread((u * left_out.clamp(min=0).sqrt()).flip(1), int((~live).sum()))
+    factor = factor.clone()
+    factor[:, ~live] = columns.to(factor)
+    return factor
 
 
 def inverse_root(gram: Tensor) -> Tensor:

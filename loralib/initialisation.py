@@ -217,7 +217,7 @@ def _set_factors(results: dict[LoRALayer, tuple], generator: torch.Generator) ->
         for factors, vectors, wide in ((layer.lora_B, core_u, False), (layer.lora_A, core_v.T, True)):
             for factor in factors[1:]:
                 size = factor.shape[0] if wide else factor.shape[1]
-                inner = _spread(vectors, size)
+                inner = spread(vectors, size)
                 factor.copy_(inner.T if wide else inner)
                 vectors = torch.eye(size, dtype=vectors.dtype)
 
@@ -244,7 +244,7 @@ def _signs(vectors: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(vectors.dtype)
 
 
-def _spread(vectors: Tensor, size: int) -> Tensor:
+def spread(vectors: Tensor, size: int) -> Tensor:
     """The first ``size`` of k columns; where size > k, all of them times k orthonormal rows of the DCT-IV."""
     k = vectors.shape[1]
     if size <= k:

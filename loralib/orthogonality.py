@@ -22,6 +22,7 @@ from loralib.fused import without_autocast
 from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
+_Side = tuple[bool, list[nn.Parameter]]  # whether its factors are wide, as A's are
 
 
 def parse_terms(terms: str) -> frozenset[str]:
@@ -83,13 +84,7 @@ class _Chains:
     a product needs it, repeated. An outer factor that is in ``counted``, other layers', counts there.
     """
 
-    def __init__(
-        self,
-        chains: list[tuple[bool, list[nn.Parameter]]],
-        with_factors: bool,
-        with_product: bool,
-        counted: set[nn.Parameter],
-    ) -> None:
+    def __init__(self, chains: list[_Side], with_factors: bool, with_product: bool, counted: set[nn.Parameter]) -> None:
         self.with_factors, self.with_product = with_factors, with_product
         unique = list({id(factors[0]): (wide, factors[0]) for wide, factors in chains}.values())
         by_shape: dict[tuple, list[int]] = defaultdict(list)
@@ -168,7 +163,7 @@ class OrthogonalityRegulariser:
         chosen = parse_terms(terms)
         layers = list(trained_svd_layers(model, "regularise").values())
         self.squared = squared
-        groups: dict[tuple, list] = defaultdict(list)
+        groups: dict[tuple, list[_Side]] = defaultdict(list)
         for layer in layers:
             for term, factors in (("uv", layer.lora_B), ("UV", layer.lora_A)):
                 one_scale = len(factors) == 1

@@ -111,6 +111,8 @@ def test_a_thousand_steps_leave_factors_orthonormal(widths, share_outer, lr):
 
 def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
     model = model_of(init="gaussian")
+    for layer in list(loralib.lora_layers(model).values())[1:]:
+        nn.init.zeros_(layer.lora_B[1])
     loralib.ExactFactors(model)
     assert deviations(model).max() < 1e-5
     trained = model_of(init="gaussian")
@@ -120,6 +122,31 @@ def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
         loralib.ExactFactors(trained)
     with refused("singular values"):
         loralib.ExactFactors(blocks("lora", r=2))
+
+
+@pytest.mark.parametrize("start", ["load", "start"])
+@pytest.mark.parametrize("widths, share_outer, r", SHAPES)
+def test_a_pruned_adapter_trains_on_with_its_update_as_it_was(widths, share_outer, r, start, tmp_path):
+    """Below autocast too. Saving leaves out what was pruned, here all of one layer's."""
+    model = model_of(widths, share_outer, r=r)
+    for layer, live in zip(loralib.lora_layers(model).values(), ([0, 2], [], [1]), strict=True):
+        layer.lora_E.data[live] = 1 + torch.arange(len(live)).float()
+    loralib.save_adapter(model, tmp_path / "a", base_model="base")
+    again = model_of(widths, share_outer, init="gaussian", r=r) if start == "start" else nn.ModuleDict(
+        {"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(12, 9)}) for _ in range(3))})  # fmt: skip
+    again.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" not in n}, strict=False)
+    (loralib.load_adapter if start == "load" else loralib.start_from_adapter)(again, tmp_path / "a")
+    updates = [layer.delta_weight() for layer in loralib.lora_layers(again).values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = loralib.ExactFactors(again)
+        assert deviations(again).max() < 1e-3
+        exact.retract()
+        assert deviations(again).max() < 1e-5
+    for layer, update in zip(loralib.lora_layers(again).values(), updates, strict=True):
+        torch.testing.assert_close(layer.delta_weight(), update, atol=1e-5, rtol=0)
+        layer(torch.randn(8, 12)).square().sum().backward()
+        assert layer.lora_E.grad.all()
+    exact.project_gradients()
 
 
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
