@@ -12,7 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Whether a transform of torch.func is active, which takes no autograd function of the form below.
+_transformed = torch._C._are_functorch_transforms_active
 
 
 def _onednn_is_faster() -> bool:
@@ -72,7 +76,7 @@ class _Fold(torch.autograd.Function):
 def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
     """left · diag(values) · right as one node of the graph: it is evaluated once a layer, so its cost is overhead."""
     with without_autocast(left.device.type):
-        return _Fold.apply(left, values, right)
+        return (left * values) @ right if _transformed() else _Fold.apply(left, values, right)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,5 +153,10 @@ def adapted_linear(
     device = x.device.type
     dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with without_autocast(device):
+        if _transformed():
+            low = F.linear((x if dropped is None else dropped).to(dtype), a.to(dtype))
+            low = low if core is None else F.linear(low, core.to(dtype))
+            out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+            return out.add(F.linear(low, b.to(dtype)), alpha=scale)
         out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
     return out.view(*x.shape[:-1], out.shape[-1])

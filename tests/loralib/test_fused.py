@@ -134,6 +134,24 @@ def test_only_the_input_and_the_hidden_values_are_kept():
     assert large == {(50, 16), (50, 3)}
 
 
+@pytest.mark.parametrize("layer", [trained_layer(), randomise(loralib.Linear(16, 24, 4, 8), 0.3)])
+def test_transforms_of_torch_func(layer):
+    """Gradients of each row's own loss, for two sets of factors at once; and forward mode."""
+    x, names = torch.randn(6, 16), {p: name for name, p in layer.named_parameters()}
+    factors = {names[p]: p.detach() for p in layer.lora_parameters()}
+
+    def loss(factors, row):
+        return torch.func.functional_call(layer, factors, row).square().sum()
+
+    both = {n: torch.stack([t, t]) for n, t in factors.items()}
+    found = torch.func.vmap(torch.func.vmap(torch.func.grad(loss), (None, 0)), (0, None))(both, x)
+    for i, row in enumerate(x):
+        for mine, theirs in zip(found.values(), gradients(layer, lambda m, row=row: m(row)), strict=True):
+            torch.testing.assert_close(mine[:, i], torch.stack([theirs, theirs]), rtol=1e-4, atol=1e-4)
+    tangent = torch.func.jvp(layer, (x,), (x.sin(),))[1]
+    torch.testing.assert_close(tangent, x.sin() @ (layer.weight + layer.delta_weight()).T, rtol=1e-4, atol=1e-4)
+
+
 def test_traces_whole_under_torch_compile():
     layer, x = trained_layer(), torch.randn(6, 16)
     expected = layer(x), gradients(layer, lambda m: m(x))
