@@ -22,9 +22,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     """Store every frozen floating-point parameter in ``dtype``; trainable ones and the head's become float32.
 
     The low-rank layers compute in the dtype of their frozen weight and take inputs, factors and a bias of either. Any
-    other module with a trainable parameter of its own stays float32 as a whole, and is given float32 inputs; what it
-    returns is cast to ``dtype`` for the frozen modules that may follow. The head is given float32 inputs too, and what
-    it returns stays float32: without a head the logits have the dtype of what computes them last.
+    other module with a trainable parameter of its own, or a floating-point buffer beside its parameters (BatchNorm),
+    stays float32 as a whole, and is given float32 inputs; what it returns is cast to ``dtype`` for the frozen modules
+    that may follow. The head is given float32 inputs too, and what it returns stays float32: without a head the logits
+    have the dtype of what computes them last. Buffers keep their dtype.
 
     Args:
         model: its ``requires_grad`` flags say what is frozen; set them first, and call this again when they change.
@@ -33,7 +34,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
 
     Raises:
         ValueError: for a dtype that is not floating point, a head outside the model, a weight that is quantised or
-            sharded, or a model with a function that takes no half precision (FNet). The model is unchanged then.
+            sharded, a merged layer, or a model with a function that takes no half precision (FNet). The model is
+            unchanged then.
     """
     heads = [head] if isinstance(head, nn.Module) else list(head)
     _check(model, dtype, heads)
@@ -45,11 +47,12 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     computing = [module for module in model.modules() if _computing(module)]
     in_float32 = {module for module in computing if any(id(p) in kept for p in _computing(module))}
     inner = in_float32 - in_head
+    mixed = bool(inner) or any(map(_has_float_buffer, model.modules()))  # buffers stay float32
     for module in computing:
         if module in in_float32:
             _set_border(module, torch.float32, dtype if module in inner and module is not model else None)
         else:  # beside a head alone nothing in float32 reaches it: not even a look at its inputs is needed then
-            _set_border(module, dtype if inner and not isinstance(module, LoRALayer) else None, None)
+            _set_border(module, dtype if mixed and not isinstance(module, LoRALayer) else None, None)
 
 
 def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None:
@@ -64,6 +67,8 @@ def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None
         if stored_form(parameter) is not None:
             raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model, before that is done to it")
     inside = set(model.modules())
+    if any(isinstance(module, LoRALayer) and module.merged for module in inside):
+        raise ValueError("a low-rank layer is merged, and would restore its weight as it was: unmerge before the cast")
     for part in heads:
         if part not in inside:
             raise ValueError(f"the head ({type(part).__name__}) is no module of the model: name one that is")
@@ -84,6 +89,7 @@ def _kept_parameters(model: nn.Module, head: Iterable[nn.Module]) -> set[int]:
     """Ids of what stays float32: all that trains, the head, and what is used beside them, also where modules share a
     parameter."""
     kept = {id(p) for p in model.parameters() if p.requires_grad} | {id(p) for m in head for p in m.parameters()}
+    kept |= {id(p) for m in model.modules() if _has_float_buffer(m) for p in m.parameters(recurse=False)}  # BatchNorm
     groups = [_computing(module) for module in model.modules()]
     groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LoRALayer)]
     shared = [{id(p) for p in group} for group in groups]
@@ -92,6 +98,10 @@ def _kept_parameters(model: nn.Module, head: Iterable[nn.Module]) -> set[int]:
         before = len(kept)
         kept.update(*(group for group in shared if group & kept))
     return kept
+
+
+def _has_float_buffer(module: nn.Module) -> bool:
+    return any(buffer is not None and buffer.is_floating_point() for buffer in module._buffers.values())
 
 
 def _set_border(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dtype | None) -> None:

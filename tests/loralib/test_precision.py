@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import loralib
-from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, randomise
+from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, randomise, refused
 
 
 def test_a_dtype_or_head_that_is_none_is_refused():
@@ -177,6 +177,24 @@ def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
     assert hooked == ["head"]
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False)])
+@pytest.mark.parametrize("training", [False, True])
+def test_float32_buffers_meet_the_hidden_values(norm, training):
+    """Positions that are added, and running statistics."""
+
+    class Buffered(Tiny):
+        def forward(self, ids):
+            x = self.embeddings(ids) + self.positions
+            for block in self.blocks:
+                x = self.norm(block(x).mT).mT
+            return self.head(input=x.mean(1))
+
+    model = tiny()
+    model.__class__, model.norm = Buffered, copy.deepcopy(norm).requires_grad_(False)
+    model.register_buffer("positions", torch.randn(6, 16))
+    check_against_float32(model.train(training), atol=0.1)
+
+
 def test_a_merged_layer_takes_a_float32_bias():
     model = tiny(bias="lora_only").eval()
     loralib.cast_frozen(model, torch.bfloat16, model.head)
@@ -184,6 +202,8 @@ def test_a_merged_layer_takes_a_float32_bias():
         before = model(IDS)
         loralib.merge_adapter(model)
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=0.05)
+    with refused("unmerge before the cast", model):
+        loralib.cast_frozen(model, torch.bfloat16, model.head)
 
 
 def test_a_pooler_inside_the_encoder_belongs_to_the_head():
