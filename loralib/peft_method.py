@@ -214,8 +214,7 @@ class LoRA2Model(BaseTuner):
     """peft's tuner for LoRA²; ``get_peft_model`` makes it.
 
     Raises:
-        ValueError: for a target that is the output projection of ``nn.MultiheadAttention``, and in a forward pass for
-            ``adapter_names``, which choose an adapter for each row.
+        ValueError: for ``nn.MultiheadAttention``'s output projection as a target, and for ``adapter_names`` in a call.
     """
 
     prefix = f"{NAME}_"
@@ -246,8 +245,7 @@ class LoRA2Model(BaseTuner):
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> nullcontext:
         """peft calls this before each forward pass with what the model itself does not get."""
         if adapter_names is not None:
-            raise ValueError("LoRA² takes no adapter_names: set_adapter() chooses for all rows, and "
-                             "loralib.MultiAdapter.run() for each")  # fmt: skip
+            raise ValueError("LoRA² takes no adapter_names: use set_adapter(), or loralib.MultiAdapter for mixed rows")
         return nullcontext()
 
     def compact(self, adapter_name: str = "default") -> dict[str, int]:

@@ -33,26 +33,25 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
         head: the module or modules that end the model, for example a classifier and the pooler before it.
 
     Raises:
-        ValueError: for a dtype that is not floating point, a head outside the model, a weight that is quantised or
-            sharded, a merged layer, or a model with a function that takes no half precision (FNet). The model is
-            unchanged then.
+        ValueError: for a dtype that is not floating point, a head outside the model, a quantised, sharded or merged
+            weight, or a model with a function that takes no half precision (FNet). The model is unchanged then.
     """
     heads = [head] if isinstance(head, nn.Module) else list(head)
     _check(model, dtype, heads)
     in_head = {module for part in heads for module in part.modules()}
-    kept = _kept_parameters(model, in_head)
+    buffered = {m for m in model.modules() if any(b is not None and b.is_floating_point() for b in m._buffers.values())}
+    kept = _kept_parameters(model, in_head | buffered)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32 if id(parameter) in kept else dtype)
     computing = [module for module in model.modules() if _computing(module)]
     in_float32 = {module for module in computing if any(id(p) in kept for p in _computing(module))}
     inner = in_float32 - in_head
-    mixed = bool(inner) or any(map(_has_float_buffer, model.modules()))  # buffers stay float32
     for module in computing:
         if module in in_float32:
             _set_border(module, torch.float32, dtype if module in inner and module is not model else None)
         else:  # beside a head alone nothing in float32 reaches it: not even a look at its inputs is needed then
-            _set_border(module, dtype if mixed and not isinstance(module, LoRALayer) else None, None)
+            _set_border(module, dtype if (inner or buffered) and not isinstance(module, LoRALayer) else None, None)
 
 
 def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None:
@@ -85,11 +84,11 @@ def _computing(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in parameters if p.is_floating_point()]
 
 
-def _kept_parameters(model: nn.Module, head: Iterable[nn.Module]) -> set[int]:
-    """Ids of what stays float32: all that trains, the head, and what is used beside them, also where modules share a
-    parameter."""
-    kept = {id(p) for p in model.parameters() if p.requires_grad} | {id(p) for m in head for p in m.parameters()}
-    kept |= {id(p) for m in model.modules() if _has_float_buffer(m) for p in m.parameters(recurse=False)}  # BatchNorm
+def _kept_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
+    """Ids of what stays float32: all that trains, the chosen modules' own, and what is used beside them, also where
+    modules share a parameter."""
+    kept = {id(p) for p in model.parameters() if p.requires_grad}
+    kept.update(id(p) for module in chosen for p in module.parameters(recurse=False))
     groups = [_computing(module) for module in model.modules()]
     groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LoRALayer)]
     shared = [{id(p) for p in group} for group in groups]
@@ -98,10 +97,6 @@ def _kept_parameters(model: nn.Module, head: Iterable[nn.Module]) -> set[int]:
         before = len(kept)
         kept.update(*(group for group in shared if group & kept))
     return kept
-
-
-def _has_float_buffer(module: nn.Module) -> bool:
-    return any(buffer is not None and buffer.is_floating_point() for buffer in module._buffers.values())
 
 
 def _set_border(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dtype | None) -> None:

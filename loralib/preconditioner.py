@@ -52,10 +52,9 @@ class Preconditioner:
         for layer in layers:
             factors = layer.lora_parameters()
             groups[(factors[0].device, factors[0].dtype, *(f.shape for f in factors))].append(layer)
-        factors = [id(factor) for group in groups.values() for factor in distinct_factors(group)]
-        if len(factors) > len(set(factors)):
-            raise ValueError("layers of different ranks share a factor, whose gradient would be changed once for each "
-                             "rank: precondition before compact(), or load the adapter without compact")  # fmt: skip
+        found = [id(factor) for group in groups.values() for factor in distinct_factors(group)]
+        if len(found) > len(set(found)):
+            raise ValueError("layers of different ranks share a factor: leave out compact(), or load without it")
         self._chains = [_Chain(group, damping) for group in groups.values()]
         self.kind = kind
 
