@@ -112,7 +112,7 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
             model = load_model(arguments, config, head)
             applied = apply_method(model, arguments.method, total_steps)
             if warm_start is not None:
-                load_warm_start(*warm_start, model)
+                load_warm_start(*warm_start, model, arguments)
             set_precision(arguments, applied)
             if sharded:
                 shard(model, training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,24 +146,39 @@ def check_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: n
         raise UsageError(f"--lora_path starts low-rank methods, not --method {arguments.method.method}")
     with _usage_errors(" (flags: --method, --lora_module, --lora_r, --lora_k, --lora_share_outer)"):
         check_start(model, config, tensors)
-    method = vars(arguments.method)
-    for flag, value in (("orthogonality", "retraction"), ("value_lr_ratio", "auto")):
-        factors = [t for name, t in tensors.items() if ".lora_A." in name or ".lora_B." in name]
-        if method[flag] == value and any(deviation(factor) > ORTHONORMAL for factor in factors):
-            raise UsageError(
-                f"--lora_path: the adapter's factors are not orthonormal, which --{flag} {value} needs: leave that "
-                "out, or start from an adapter that was trained with --orthogonality retraction"
-            )
+    pruned = {  # what pruning left of a wide factor need not be orthonormal
+        f"{name}.lora_{side}.{len(group.widths)}"
+        for group in config.groups if min(group.widths, default=group.r) < group.r
+        for name, flags in group.rank_pattern.items() if "0" in flags
+        for side in "AB"
+    }  # fmt: skip
+    factors = [t for name, t in tensors.items() if re.search(r"\.lora_[AB]\.", name) and name not in pruned]
+    needs = _needs_orthonormal(arguments)
+    if needs and any(deviation(factor) > ORTHONORMAL for factor in factors):
+        raise UsageError(
+            f"--lora_path: the adapter's factors are not orthonormal, which {needs} needs: leave that "
+            "out, or start from an adapter that was trained with --orthogonality retraction"
+        )
 
 
-def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Start from the adapter's update, see :func:`loralib.start_from_adapter`.
+def _needs_orthonormal(arguments: Arguments) -> str | None:
+    """The flag with which the factors must be orthonormal at the start, if there is one."""
+    flags = {"orthogonality": "retraction", "value_lr_ratio": "auto"}
+    given = vars(arguments.method)
+    return next((f"--{flag} {value}" for flag, value in flags.items() if given[flag] == value), None)
+
+
+def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module, arguments: Arguments) -> None:
+    """Start from the adapter's update, see :func:`loralib.start_from_adapter`; what was pruned can grow again.
 
     Raises:
-        UsageError: if the adapter was trained on a base with other weights.
+        UsageError: if the adapter was trained on a base with other weights, or its factors cannot be made orthonormal.
     """
     with _usage_errors(" (flag: --model_name_or_path)"):
         start(model, config, tensors)
+    if _needs_orthonormal(arguments):
+        with _usage_errors():
+            loralib.ExactFactors(model)  # completes them where singular values were pruned
 
 
 @contextmanager

@@ -45,8 +45,8 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained
     started = {}
     load = run_glue.load_warm_start
 
-    def keep(config, tensors, model):
-        load(config, tensors, model)
+    def keep(config, tensors, model, arguments):
+        load(config, tensors, model, arguments)
         started.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
     monkeypatch.setattr(run_glue, "load_warm_start", keep)
