@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapter_checks import (
+    architecture_of,
     base_fingerprint,
     check_adapter,
     check_base,
@@ -119,9 +120,10 @@ def save_adapter(
         ValueError: if there is nothing to save, the rank pattern does not fit, peft holds the layers, or the folder
             holds other files.
     """
-    model = _unwrapped(model)
+    outer, model = lora_layers(model), _unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
-    _check_pattern(layers, rank_pattern)
+    inner = dict(zip(outer, layers, strict=True))  # a pattern may have a wrapper's names or the model's own
+    _check_pattern(layers, rank_pattern and {inner.get(name, name): flags for name, flags in rank_pattern.items()})
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
     head = head_tensors(model)
@@ -134,7 +136,7 @@ def save_adapter(
         groups=groups,
         tied=tied,
         head=sorted(head),
-        architecture=type(model).__name__,
+        architecture=architecture_of(model),
         base_config=_head_config(model),
         base_model=base_model,
         base_revision=base_revision,

@@ -91,10 +91,15 @@ def _refuse_merged(layers: dict[str, LoRALayer]) -> None:
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
 
 
+def architecture_of(model: nn.Module) -> str:
+    """The name of the model's class; ``fully_shard`` has put a class of its own before it."""
+    return next(c.__name__ for c in type(model).__mro__ if all(base.__name__ != "FSDPModule" for base in c.__mro__))
+
+
 def _architectures(model: nn.Module, config: AdapterConfig) -> str:
-    if config.architecture == type(model).__name__:
+    if config.architecture == architecture_of(model):
         return "the adapter's base has more layers, or its method adds modules, which this model lacks"
-    return f"the adapter was made for a {config.architecture}, this is a {type(model).__name__}"
+    return f"the adapter was made for a {config.architecture}, this is a {architecture_of(model)}"
 
 
 def check_base(model: nn.Module, config: AdapterConfig, other_way: str = "") -> None:

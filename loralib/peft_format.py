@@ -368,8 +368,8 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
         if values.get(key):
             raise ValueError(f"{path}: adapters with {key} cannot be imported")
     if str(values.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
-        raise ValueError(f"{path}: its init_lora_weights has changed the base's weights: save the adapter in peft with "
-                         "path_initial_model_for_weight_conversion")  # fmt: skip
+        raise ValueError(f"{path}: its init_lora_weights has changed the base's weights: save it in peft as a "
+                         "plain LoRA (path_initial_model_for_weight_conversion)")  # fmt: skip
     if values.get("bias", "none") != "none":
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 

@@ -39,7 +39,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     heads = [head] if isinstance(head, nn.Module) else list(head)
     _check(model, dtype, heads)
     in_head = {module for part in heads for module in part.modules()}
-    buffered = {m for m in model.modules() if any(b is not None and b.is_floating_point() for b in m._buffers.values())}
+    buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
+    buffered = {
+        m for m, b in buffers if b.is_floating_point() and b.dim()
+    }  # a scale without dimensions promotes nothing
     kept = _kept_parameters(model, in_head | buffered)
     for parameter in model.parameters():
         if parameter.is_floating_point():

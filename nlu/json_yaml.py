@@ -63,13 +63,13 @@ class _NoAliases(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads no, off, yes and on as booleans; here they are words, such as --save_strategy's no.
+# YAML 1.1 reads no as false. Here it is a word, as --save_strategy has it; for a boolean flag it means false.
 _BOOLEAN = "tag:yaml.org,2002:bool"
 _NoAliases.yaml_implicit_resolvers = {
     first: [each for each in resolvers if each[0] != _BOOLEAN]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_NoAliases.add_implicit_resolver(_BOOLEAN, re.compile(r"(?:true|false)$", re.IGNORECASE), list("tTfF"))
+_NoAliases.add_implicit_resolver(_BOOLEAN, re.compile(r"(?:true|false|yes|on|off)$", re.IGNORECASE), list("tTfFyYoO"))
 # YAML 1.1 reads 1e-3 as text; people write it as a number. Without the sign it stays text: 12e45 may be a commit.
 _NoAliases.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]\d+$"), list("+-0123456789")

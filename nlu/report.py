@@ -126,20 +126,22 @@ def _sections(
     runs: pd.DataFrame, questions: list[Question], failures: list[str], *, with_figures: bool
 ) -> Iterator[Section]:
     corrected = correct_claims(runs, questions)
-    for question in questions:
+    names = [re.sub(r"\W+", "_", "_".join(question.experiments)) for question in questions]
+    for number, (name, question) in enumerate(zip(names, questions, strict=True), 1):
+        if [other.lower() for other in names].count(name.lower()) > 1:
+            name += f"_{number}"
         final = finished(runs, question.experiments)
         every = runs[runs.experiment.isin(question.experiments)]
+        failed = int((every.status == "failed").sum())
+        lost = f" {failed} run(s) failed and have no score." if failed else ""
         if not len(final):
             commands = ", ".join(f"`python nlu/sweep.py configs/experiments/{n}.yaml`" for n in question.experiments)
-            yield Section(question.question, f"Not measured yet: {commands}.", [], [])
+            yield Section(question.question, f"Not measured yet: {commands}.{lost}", [], [])
             continue
         if question.against not in {None, *final.label}:
             rows = ", ".join(dict.fromkeys(final.label))
             yield Section(question.question, f"No run of {question.against} has finished yet, only of {rows}.", [], [])
             continue
-        name = re.sub(r"\W+", "_", "_".join(question.experiments))
-        if sum(other.experiments == question.experiments for other in questions) > 1:
-            name += f"_{questions.index(question) + 1}"
         claims, tuning = claims_table(name, final, question, corrected), tuning_table(name, every)
         if question.against is not None:
             compared = against_table(name, final, question.against)
@@ -154,9 +156,7 @@ def _sections(
                 figures.append(drawn())
             except Exception as error:  # whatever matplotlib raises: the other figures are still wanted
                 failures.append(f"the figure {figure} was not drawn: {reason(error)}")
-        failed = int((every.status == "failed").sum())
-        finding = found + (f" {failed} run(s) failed and have no score." if failed else "")
-        yield Section(question.question, finding, tables, [figure for figure in figures if figure is not None])
+        yield Section(question.question, found + lost, tables, [figure for figure in figures if figure is not None])
 
 
 def _finding(claims: Table | None, final: pd.DataFrame) -> str:

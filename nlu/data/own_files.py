@@ -16,7 +16,7 @@ from nlu.metrics import METRICS
 from nlu.tasks import TASKS, Task
 
 _TEXT_COLUMNS = tuple(dict.fromkeys([*(task.text_fields for task in TASKS.values()), ("text",)]))
-_CODE = re.compile(r"-?[0-9]{1,18}")
+_CODE = re.compile(r"\s*[+-]?[0-9]+\s*")
 _OWN_NAMES = ("label", "idx")  # columns of every data set
 
 
@@ -128,16 +128,15 @@ def _label_kind(table: Table) -> type:
         numbers = type(values[0]) in (int, float)
         row = next(i for i, x in enumerate(values) if type(x) not in ((int, float) if numbers else (str,)))
         raise table.error(row, f"label {shown(values[row])}: labels must be all numbers or all words")
-    if all(_CODE.fullmatch(value) for value in values):  # codes such as 007 are words
+    if all(_CODE.fullmatch(value) for value in values):  # codes such as 007 and +1 are words
         return int if all(_as_integer(value) is not None for value in values) else str
     numbers = [as_number(value) for value in values]
     if None not in numbers:
         return float
-    if numbers.count(None) < len(numbers) / 2 and any(x % 1 for x in numbers if x is not None):
-        row = numbers.index(None)
-        raise table.error(
-            row, f"label {shown(values[row])} is no number, as most labels are: correct or remove the row"
-        )
+    written = [value for value, x in zip(values, numbers, strict=True) if x is not None]
+    if len(written) > len(values) / 2 and not all(_CODE.fullmatch(value) for value in written):
+        row, hint = numbers.index(None), "correct it, or for classes give a .jsonl file with quoted labels"
+        raise table.error(row, f"label {shown(values[row])} is no number, as most are: {hint}")
     return str
 
 
@@ -145,8 +144,8 @@ def _as_integer(value: object) -> int | None:
     """The whole number that a label is, as Python writes it; None for anything else (007, and beyond 18 digits)."""
     if type(value) is int:
         return value
-    whole = type(value) is str and _CODE.fullmatch(value) and str(int(value)) == value
-    return int(value) if whole else None
+    whole = type(value) is str and len(value) <= 19 and _CODE.fullmatch(value) and str(int(value)) == value
+    return int(value) if whole and abs(int(value)) < 10**18 else None
 
 
 def _own_labels(table: Table, kind: type) -> list:

@@ -166,9 +166,11 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
     found: dict[str, Path] = {}
     for folder in dict.fromkeys(map(Path, folders)):
         for name, path in check_submission(folder).items():
-            if name in found:
+            if name in found and not path.samefile(found[name]):
                 raise UsageError(f"{name} is there twice: {found[name]} and {path}; leave out one of the folders")
             found[name] = path
+    if Path(out).exists() and any(path.samefile(out) for path in found.values()):
+        raise UsageError(f"--out {out} is one of the predictions, which would be lost: name another file")
     missing = [name for name in _SERVER if name not in found]
     if missing and not allow_partial:
         raise UsageError(

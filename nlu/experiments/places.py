@@ -166,10 +166,11 @@ def _key(asked: dict[str, Any], digests: dict[str, str]) -> str:
 
 
 def command_line(run: Run, places: Places) -> list[str]:
-    """The command of one run: true is a bare flag, null is left out."""
-    words = list(run.command) if run.command and not places.forced else [*places.command]
+    """The command of one run: null is left out, and in a command of the experiment's own true is a bare flag."""
+    own = bool(run.command) and not places.forced
+    words = list(run.command) if own else [*places.command]
     for key, value in run.arguments.items():
-        if value is True:
+        if value is True and own:
             words.append(f"--{key}")
         elif value is not None:
             words.append(f"--{key}={value}")

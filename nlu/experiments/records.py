@@ -5,6 +5,7 @@ A line has the run's place (`run`, `stage`, `axes`, `label`, `task`, `method`, `
 the commit and the digests of the contents that the run read. The full record stays in the run's own folder.
 """
 
+import io
 import json
 import math
 import re
@@ -196,7 +197,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error})") from None
     lines, seen = [], {}
-    for number, each in enumerate(text.splitlines(), 1):
+    for number, each in enumerate(io.StringIO(text), 1):  # splitlines() also splits at U+2028 within a label
         where = f"{path}:{number}"
         try:
             line = json.loads(each, parse_constant=_no_number)

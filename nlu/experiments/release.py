@@ -15,6 +15,7 @@ record says.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import shutil
@@ -144,7 +145,7 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"{path.parent} has no {MANIFEST}: name the folder that a release was unpacked to")
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = [json.loads(line) for line in io.StringIO(path.read_text(encoding="utf-8"))]
         for entry in entries:
             check_line(entry["line"], str(path))
             if not all(type(entry[name]) is dict for name in ("recorded", "scores", "sha256")) or len(entry) > 4:
@@ -189,7 +190,7 @@ def _scores(line: dict[str, Any], folder: Path, sets: dict[str, Dataset]) -> dic
     for number, (split, rows) in enumerate(sets.items()):
         path = folder / f"{split}.jsonl"
         try:
-            values = [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()]
+            values = [json.loads(each) for each in io.StringIO(path.read_text(encoding="utf-8"))]
             predicted = [v["score"] if task.is_regression else task.labels.index(v["label"]) for v in values]
             found = compute_glue_metrics(task, predicted, rows["label"][:])
         except DAMAGED as error:

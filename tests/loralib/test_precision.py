@@ -192,7 +192,10 @@ def test_float32_buffers_meet_the_hidden_values(norm, training):
     model = tiny()
     model.__class__, model.norm = Buffered, copy.deepcopy(norm).requires_grad_(False)
     model.register_buffer("positions", torch.randn(6, 16))
+    model.embeddings.register_buffer("scale", torch.tensor(4.0))
     check_against_float32(model.train(training), atol=0.1)
+    loralib.cast_frozen(model, torch.bfloat16, model.head)
+    assert model.embeddings.weight.dtype == torch.bfloat16
 
 
 def test_a_merged_layer_takes_a_float32_bias():

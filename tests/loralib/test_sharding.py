@@ -72,6 +72,7 @@ def test_save_works_and_merge_is_refused(group, tmp_path):
     whole, sharded = adapted(), adapted()
     shard_frozen(sharded)
     loralib.save_adapter(sharded, tmp_path / "a")
+    assert type(sharded).__name__ == "FSDPNet" and loralib.read_adapter_config(tmp_path / "a").architecture == "Net"
     model = Net()
     loralib.load_adapter(model, tmp_path / "a")
     assert torch.equal(model(INPUTS), whole(INPUTS)) and torch.equal(sharded(INPUTS), whole(INPUTS))

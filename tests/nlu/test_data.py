@@ -265,7 +265,15 @@ def test_own_integer_classes_are_numbered_in_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values, names", [("007,7,12", ("007", "12", "7")), ("00,01", ("00", "01")), ("7,12", ("7", "12"))]
+    "values, names",
+    [
+        ("007,7,12", ("007", "12", "7")),
+        ("00,01", ("00", "01")),
+        ("7,12", ("7", "12")),
+        ("+1,-1", ("+1", "-1")),
+        (" 0, 1", (" 0", " 1")),
+        (f"{10**19},{10**19 + 1}", (str(10**19), str(10**19 + 1))),
+    ],
 )
 def test_codes_with_leading_zeros_are_words(tmp_path, values, names):
     rows = "".join(f"a,{value}\n" for value in values.split(","))
@@ -292,7 +300,8 @@ def test_own_regression(tmp_path):
         ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty"),
         ("a.csv", "sentence,label\na,\nb,x\n", "line 2: the label is empty, and must be a word"),
         ("a.jsonl", '{"text":"a","label":1}\n{"text":"a","label":"x"}\n', "line 2: .*all numbers or all words"),
-        ("a.csv", "text,label\na,0.5\na,NA\na,2\n", "line 3: label 'NA' is no number, as most labels are"),
+        ("a.csv", "text,label\na,0.5\na,NA\na,2\n", "line 3: label 'NA' is no number, as most are: correct it, or"),
+        ("a.csv", "text,label\na,1.0\na,NA\na,2.0\n", "line 3: label 'NA' is no number"),
         ("a.csv", "text,label\na,0.5\na,1.5\na,\n", "line 4: label '' is no number"),
         ("a.jsonl", '{"text":"a","label":true}\n', "line 1: .*all numbers or all words"),
         ("a.jsonl", '{"text":"a","label":"x"}\n{"text":"a","label":"y\\tz"}\n', "'y.+tz' holds a tab"),

@@ -21,9 +21,9 @@ FILES = [path for path in sorted((REPOSITORY / "configs/experiments").glob("*.ya
 
 
 def test_a_number_with_a_signed_exponent_is_a_number_and_a_commit_stays_text():
-    content = parse_yaml("{a: 1e-3, b: -2.5E+4, c: 12e4567, d: 1e3, e: '1e-3', f: no, g: True, h: false, on: off}")
+    content = parse_yaml("{a: 1e-3, b: -2.5E+4, c: 12e4567, d: 1e3, e: '1e-3', f: no, g: True, h: false, i: off}")
     assert content == {
-        "a": 1e-3, "b": -2.5e4, "c": "12e4567", "d": "1e3", "e": "1e-3", "f": "no", "g": True, "h": False, "on": "off"
+        "a": 1e-3, "b": -2.5e4, "c": "12e4567", "d": "1e3", "e": "1e-3", "f": "no", "g": True, "h": False, "i": False
     }  # fmt: skip
 
 

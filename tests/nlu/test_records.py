@@ -20,6 +20,10 @@ def test_a_line_holds_what_a_real_run_left(finished, tmp_path):
     made = measured_line(Run("trial", "final", "lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
     write_line(tmp_path / "trial.jsonl", made["run"], made)
     assert read_lines(tmp_path / "trial.jsonl") == [json.loads(json.dumps(made))]
+    made["label"] = "in\u2028two\x85parts"
+    write_line(tmp_path / "trial.jsonl", made["run"], made)
+    assert read_lines(tmp_path / "trial.jsonl") == [json.loads(json.dumps(made))]
+    made["label"] = "LoRA²"
     assert (made["label"], made["stage"], made["task"], made["seed"]) == ("LoRA²", "final", "cola", 3)
     assert made["evaluations"]["step"] == [3, 6]
     assert made["evaluations"]["matthews_correlation"][-1] == made["last"] == record["last"]

@@ -150,6 +150,21 @@ def test_one_failing_figure_does_not_stop_the_others(make, tmp_path, monkeypatch
     assert "trial_parameters" not in (tmp_path / "README.md").read_text()
 
 
+def test_experiments_of_like_names_have_tables_of_their_own_and_failures_are_counted(make, tmp_path):
+    failed = [line("LoRA r=8", "cola", 1, [0.1], status="failed", error="boom")]
+    low, high = ([line("LoRA r=8", "cola", 1, [score])] for score in (0.2, 0.7))
+    for name, lines in (("my-exp", low), ("My exp", high), ("none", failed)):
+        write(tmp_path / "measured", name, lines)
+    assert make(trial(), "--format", "csv", questions={"questions": []})[0] == 0
+    found = {
+        path.name: float(next(csv.DictReader(path.open()))["cola"])
+        for path in tmp_path.glob("tables/*y_exp*_scores.csv")
+    }
+    assert found == {"My_exp_1_scores.csv": 70.0, "my_exp_2_scores.csv": 20.0}
+    assert make(trial(), questions={"questions": []})[0] == 0
+    assert "none.yaml`. 1 run(s) failed and have no score." in (tmp_path / "README.md").read_text()
+
+
 def test_several_experiments_are_compared_together(make, tmp_path):
     write(tmp_path / "measured", "second", [line("LoRA² k=8", "cola", s, [0.5 + s / 100]) for s in (1, 2)])
     question = {**QUESTIONS["questions"][0], "experiments": ["first", "second"]}

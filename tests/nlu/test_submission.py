@@ -106,6 +106,9 @@ def test_a_refused_submission_leaves_the_old_zip(runs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: WNLI.tsv is there twice") and error.count("\n") == 1
     assert out.read_text() == "old"
+    with pytest.raises(UsageError, match="is one of the predictions, which would be lost"):
+        make_submission([other], other / "WNLI.tsv", allow_partial=True)
+    assert list(make_submission([other, other / ".." / "other"], out, allow_partial=True)) == ["WNLI.tsv"]
 
 
 def wnli(lines: list[str]) -> str:
