@@ -30,11 +30,11 @@ def main() -> int:
     for name in ("lora_alpha", "max_steps"):
         parser.add_argument(f"--{name}", type=float)
     for name in ("do_train", "do_eval"):
-        parser.add_argument(f"--{name}", action="store_true")
+        parser.add_argument(f"--{name}", type=lambda word: word == "True", default=False)
     parser.add_argument("--eval_strategy")
     for name in ("task_name", "train_file", "validation_file", "glue_dir", "lora_path", "peft_config"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--bf16", type=lambda word: word == "True", default=False)
     parser.add_argument("--overwrite_output_dir", action="store_true")
     args = parser.parse_args()
     folder = Path(args.root_output_dir)
