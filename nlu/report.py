@@ -31,7 +31,6 @@ from nlu.experiments.tables import (
     against_table,
     claims_table,
     correct_claims,
-    cost_table,
     published_table,
     score_table,
     training_table,
@@ -148,7 +147,7 @@ def _sections(
             tables, found = [compared, tuning], _lowest_loss(compared, question.against)
         else:
             found = _finding(claims, final)
-            tables = [claims, score_table(name, final), training_table(name, final), tuning, cost_table(name, final)]
+            tables = [claims, score_table(name, final), training_table(name, final), tuning]
         tables = [table for table in tables if table is not None]
         figures = []
         for figure, drawn in draw(name, final, every, question.against) if with_figures else ():

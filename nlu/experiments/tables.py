@@ -239,7 +239,7 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
 
 
 def training_table(name: str, runs: pd.DataFrame) -> Table:
-    """How far each row was trained: Λ, ‖ΔW‖, live singular values, and the validation loss beside the score."""
+    """How far each row was trained: Λ, ‖ΔW‖, live singular values, the losses behind the score, and the time."""
     rows = []
     for label, own in rows_of(runs):
         means = own.groupby("task", sort=False)[["rate_sum_pruning", "rate_sum", "delta_norm"]].mean()
@@ -258,34 +258,16 @@ def training_table(name: str, runs: pd.DataFrame) -> Table:
             row[f"{HEADINGS.get(task, task)} loss"] = cell(
                 f"{number(last, 3)} ({number(lowest, 3)})", **{f"{task}_loss": last, f"{task}_lowest_loss": lowest}
             )
+        row["minutes a run"] = rounded("minutes", own.train_seconds.mean() / 60, 1)
+        row["peak memory, MiB"] = counted("memory_mib", own.peak_memory_bytes.mean() / 2**20)
         rows.append(row)
     notes = [
         "Measured here, means over the seeds; a range spans the tasks. Λ: sum of the learning rates over the steps, "
         "when pruning starts and at the end. ‖ΔW‖: Frobenius norm over all adapted layers at the end. Loss: validation "
-        "cross-entropy, or squared error, at the last evaluation (the lowest of all evaluations)."
+        "cross-entropy, or squared error, at the last evaluation (the lowest of all evaluations). Runs of a sweep may "
+        "share a machine, so the minutes are no benchmark; benchmarks/ measures the methods side by side."
     ]
     return Table(f"{name}_training", "How far it was trained", rows, notes)
-
-
-def cost_table(name: str, runs: pd.DataFrame) -> Table:
-    """Parameters, time and memory of each row."""
-    rows = [
-        {
-            "": cell(label, row=label),
-            "adapter": counted("adapter", own.adapter_params.max()),
-            "live at the end": counted("live", own.live_adapter_params.mean()),
-            "head": ranged("head", own.head_params),
-            "seconds a step": ranged("step", own.groupby("task").seconds_per_step.mean(), lambda v: number(v, 3)),
-            "minutes a run": rounded("minutes", own.train_seconds.mean() / 60, 1),
-            "peak memory, MiB": counted("memory_mib", own.peak_memory_bytes.mean() / 2**20),
-        }
-        for label, own in rows_of(runs)
-    ]
-    notes = [
-        "Measured here: trained parameters and times; a range spans the tasks. Runs of a sweep may share a machine, "
-        "so the times are no benchmark; benchmarks/ measures the methods side by side."
-    ]
-    return Table(f"{name}_cost", "Cost", rows, notes)
 
 
 def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: dict[Any, float | None]) -> Table | None:

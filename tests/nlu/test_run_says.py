@@ -74,7 +74,7 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
     arguments = predict.build_parser().parse_args(
         ["--adapter", str(tmp_path / "run/adapter"), "--base", str(encoder), "--input", "-"]
     )
-    predictor = predict.load_predictor(arguments, predict.read_card(arguments))
+    predictor = predict.load_predictor(arguments, predict.read_card(arguments), texts=1)
     with torch.no_grad():
         logits = loaded(**AutoTokenizer.from_pretrained(folder)("the good cat", return_tensors="pt")).logits
     torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([["the good cat"]], 1)[0])
