@@ -130,6 +130,13 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, None, grad_dropped, None
 
 
+def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor | None, b: Tensor, scale: float) -> Tensor:
+    """out + scale · x Aᵀ Cᵀ Bᵀ in the dtype of ``out``, by torch's own operations; see :func:`adapted_linear`."""
+    hidden = F.linear(x.to(out.dtype), a.to(out.dtype))
+    inner = hidden if core is None else F.linear(hidden, core.to(out.dtype))
+    return out.add(F.linear(inner, b.to(out.dtype)), alpha=scale)
+
+
 def adapted_linear(
     x: Tensor,
     weight: Tensor,
@@ -154,9 +161,7 @@ def adapted_linear(
     dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with without_autocast(device):
         if _transformed():
-            low = F.linear((x if dropped is None else dropped).to(dtype), a.to(dtype))
-            low = low if core is None else F.linear(low, core.to(dtype))
             out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-            return out.add(F.linear(low, b.to(dtype)), alpha=scale)
+            return add_low_rank(out, x if dropped is None else dropped, a, core, b, scale)
         out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
     return out.view(*x.shape[:-1], out.shape[-1])

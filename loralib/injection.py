@@ -61,7 +61,7 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not patterns:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
-    never_called = {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    never_called = modules_never_called(model)
     names = [n for n, module in model.named_modules() if n and n not in never_called and is_linear(module)]
     chosen: set[str] = set()
     for pattern in patterns:
@@ -73,6 +73,11 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def modules_never_called(model: nn.Module) -> set[str]:
+    """Names of the output projections of ``nn.MultiheadAttention``, which reads their weight and passes forward by."""
+    return {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_positive, check_whole_number
-from loralib.fused import adapted_linear, autocast_dtype, fold, without_autocast
+from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, fold, without_autocast
 from loralib.quantised import frozen_shape, stored_form
 
 GAUSSIAN_STD = 0.02
@@ -301,9 +301,7 @@ class LoRALayer(nn.Linear):
         if self.r == 0:
             return out
         core, scale = self.core_and_scale()
-        hidden = F.linear(self.lora_dropout(x).to(out.dtype), self.lora_A[0].to(out.dtype))
-        inner = hidden if core is None else F.linear(hidden, core.to(out.dtype))
-        return out.add(F.linear(inner, self.lora_B[0].to(out.dtype)), alpha=scale)
+        return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], core, self.lora_B[0], scale)
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from loralib.adapter import build_layers
 from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import AdapterConfig, read_adapter
+from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers
 
@@ -86,11 +87,11 @@ class MultiAdapter:
             layers = build_layers(self.model, config, tensors)
             parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}
         state = self.model.state_dict(keep_vars=True)
-        never_called = {id(m.out_proj) for m in self.model.modules() if isinstance(m, nn.MultiheadAttention)}
+        never_called = modules_never_called(self.model)
         trained = {id(state[n]): tensors[n].to(state[n]) for n in config.head}
         for owner, module in self.model.named_modules():  # a tied tensor has several owners
             own = {n: trained[id(t)] for n, t in (module._parameters | module._buffers).items() if id(t) in trained}
-            if own and (id(module) in never_called or type(module).forward is nn.Module.forward):
+            if own and (owner in never_called or type(module).forward is nn.Module.forward):
                 raise ValueError(f"the adapter holds {owner}.{min(own)}, of a module that is never called, and a hook "
                                  "would not apply it: use load_adapter()")  # fmt: skip
             if own:

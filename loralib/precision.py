@@ -40,9 +40,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     _check(model, dtype, heads)
     in_head = {module for part in heads for module in part.modules()}
     buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
-    buffered = {
-        m for m, b in buffers if b.is_floating_point() and b.dim()
-    }  # a scale without dimensions promotes nothing
+    # A buffer without dimensions, such as a scale, promotes nothing.
+    buffered = {module for module, buffer in buffers if buffer.is_floating_point() and buffer.dim()}
     kept = _kept_parameters(model, in_head | buffered)
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -114,7 +114,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
             f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
         )
     _check_reporting(training)
-    _check_early_stopping(training, given)
+    _check_what_needs_evaluations(training, given)
     if training.lr_scheduler_type in _BY_METRIC:
         raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
     if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
@@ -146,7 +146,7 @@ def _check_reporting(training: Any) -> None:
         raise UsageError("--hub_model_id has no meaning without --push_to_hub: give both or neither")
 
 
-def _check_early_stopping(training: Any, given: set[str]) -> None:
+def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
     evaluates = training.do_train and training.do_eval and training.eval_strategy != "no"
     if training.save_strategy == "best" and not evaluates:
         raise UsageError("--save_strategy best needs evaluations: give --do_eval and --eval_strategy steps")

@@ -15,6 +15,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def flag_values(words: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: for a flag that there is not, or that a comparison sets itself, and a word that belongs to none.
     """
-    refuse_unknown_flags(translate(words), build_parser()._option_string_actions)
+    refuse_unknown_flags(translate(words), _known_flags())
     values: dict[str, Any] = {}
     name = ""
     for word in translate(words):
@@ -105,8 +106,14 @@ def flag_values(words: list[str]) -> dict[str, Any]:
 
 def _value(flag: str, text: str) -> int | float | str:
     """A flag's value: a number where it is one, unless the flag takes text, such as the name of a column."""
-    action = build_parser()._option_string_actions.get(f"--{flag}")
+    action = _known_flags().get(f"--{flag}")
     return text if action is not None and action.type is str else _number(text)
+
+
+@cache
+def _known_flags() -> dict[str, argparse.Action]:
+    """run_glue's flags; its parser is built once."""
+    return build_parser()._option_string_actions
 
 
 def _number(text: str) -> int | float | str:

@@ -171,7 +171,11 @@ def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
-    """The weight of each class in the training loss; None where all count alike."""
+    """The weight of each class in the training loss; None where all count alike.
+
+    Raises:
+        UsageError: for weights of classes, or smoothed labels, where the labels are numbers.
+    """
     asked, smoothing = arguments.data.class_weights, arguments.training.label_smoothing_factor
     for flag, value in (("class_weights", asked), ("label_smoothing_factor", smoothing)):
         if value and task.is_regression:

@@ -17,6 +17,7 @@ from nlu.tasks import TASKS, Task
 
 _TEXT_COLUMNS = tuple(dict.fromkeys([*(task.text_fields for task in TASKS.values()), ("text",)]))
 _CODE = re.compile(r"\s*[+-]?[0-9]+\s*")
+_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _OWN_NAMES = ("label", "idx")  # columns of every data set
 
 
@@ -144,8 +145,7 @@ def _as_integer(value: object) -> int | None:
     """The whole number that a label is, as Python writes it; None for anything else (007, and beyond 18 digits)."""
     if type(value) is int:
         return value
-    whole = type(value) is str and len(value) <= 19 and _CODE.fullmatch(value) and str(int(value)) == value
-    return int(value) if whole and abs(int(value)) < 10**18 else None
+    return int(value) if type(value) is str and _WHOLE_NUMBER.fullmatch(value) else None
 
 
 def _own_labels(table: Table, kind: type) -> list:

@@ -145,7 +145,7 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"{path.parent} has no {MANIFEST}: name the folder that a release was unpacked to")
     try:
-        entries = [json.loads(line) for line in io.StringIO(path.read_text(encoding="utf-8"))]
+        entries = _json_lines(path)
         for entry in entries:
             check_line(entry["line"], str(path))
             if not all(type(entry[name]) is dict for name in ("recorded", "scores", "sha256")) or len(entry) > 4:
@@ -158,6 +158,10 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     except DAMAGED as error:
         raise UsageError(f"{path} is damaged ({reason(error, 200)}): unpack the archive again") from None
     return entries
+
+
+def _json_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in io.StringIO(path.read_text(encoding="utf-8"))]
 
 
 def _run_folder(args: argparse.Namespace, line: dict[str, Any]) -> Path:
@@ -190,7 +194,7 @@ def _scores(line: dict[str, Any], folder: Path, sets: dict[str, Dataset]) -> dic
     for number, (split, rows) in enumerate(sets.items()):
         path = folder / f"{split}.jsonl"
         try:
-            values = [json.loads(each) for each in io.StringIO(path.read_text(encoding="utf-8"))]
+            values = _json_lines(path)
             predicted = [v["score"] if task.is_regression else task.labels.index(v["label"]) for v in values]
             found = compute_glue_metrics(task, predicted, rows["label"][:])
         except DAMAGED as error:

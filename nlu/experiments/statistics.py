@@ -20,7 +20,7 @@ _NAMES = [
     "module_ranks",
 ]  # fmt: skip
 _FIGURES = [
-    "steps", "adapter_params", "head_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
+    "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
     "rate_sum_pruning", "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes", "test",
 ]  # fmt: skip
 
