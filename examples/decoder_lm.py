@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         losses.append(loss.item())
     print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.allocator.live_rank} singular values live")
 
-    folder = loralib.save_adapter(model, Path(args.out) / "adapter", rank_pattern=low_rank.rank_pattern)
+    folder = loralib.save_adapter(model, Path(args.out) / "adapter")
     export_peft(folder, Path(args.out) / "peft_adapter", args.model)
     model.eval()
     batch = held_out[: len(held_out) // 32 * 32].view(-1, 32)

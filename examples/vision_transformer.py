@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> float:
     accuracy = (found == labels[1500:]).float().mean().item()
     print(f"accuracy on {len(found)} digits not trained on: {accuracy:.3f}")
     if args.out:
-        loralib.save_adapter(model, args.out, rank_pattern=low_rank.rank_pattern)
+        loralib.save_adapter(model, args.out)
     return accuracy
 
 

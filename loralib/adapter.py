@@ -7,7 +7,7 @@ or :func:`check_start` compares it with the model, and only then the model is ch
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,12 @@ from loralib.layers import LoRALayer
 from loralib.model import head_tensors, keep_flags, layers_outside_peft, lora_layers
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-RankPattern = Mapping[str, Sequence[bool]]
 
 
 # ---- live singular values -------------------------------------------------------------------------------------------
 
 
-def compact(model: nn.Module, rank_pattern: RankPattern | None = None) -> dict[str, int]:
+def compact(model: nn.Module) -> dict[str, int]:
     """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
 
     The weights alone say what is pruned: a singular value e_i that is exactly 0. If every e of the model is 0, the
@@ -45,18 +44,13 @@ def compact(model: nn.Module, rank_pattern: RankPattern | None = None) -> dict[s
     Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
     parameters: make the optimiser afterwards. The rank allocator refuses a compacted model.
 
-    Args:
-        rank_pattern: module name -> one flag for each singular value, as the allocator has it. It is only checked
-            against the layers: a value that the optimiser moved away from 0 after the last masking is live.
-
     Returns:
         Module name -> rank it has now.
 
     Raises:
-        ValueError: if the pattern names other layers or has other ranks, or peft holds the layers; nothing is changed.
+        ValueError: if peft holds the layers.
     """
     layers = layers_outside_peft(model, "base_model.compact()")
-    _check_pattern(layers, rank_pattern)
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
@@ -73,18 +67,6 @@ def live_singular_values(layers: dict[str, LoRALayer]) -> dict[str, list[int]]:
     return {name: list(range(layer.r)) for name, layer in layers.items()}
 
 
-def _check_pattern(layers: dict[str, LoRALayer], pattern: RankPattern | None) -> None:
-    if pattern is None:
-        return
-    ranks = {name: layer.r for name, layer in layers.items() if layer.lora_E is not None}
-    odd = sorted(set(pattern) ^ set(ranks))
-    if odd:
-        raise ValueError(f"the rank pattern does not name the layers with singular values: see {odd[0]}")
-    for name, flags in pattern.items():
-        if len(flags) != ranks[name]:
-            raise ValueError(f"the rank pattern has {len(flags)} values for {name}, whose rank is {ranks[name]}")
-
-
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +74,6 @@ def save_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
     *,
-    rank_pattern: RankPattern | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
     card: Mapping[str, Any] | None = None,
@@ -107,7 +88,6 @@ def save_adapter(
 
     Args:
         folder: new, empty, or an adapter's, which is replaced.
-        rank_pattern: only checked, see :func:`loralib.compact`.
         base_model, base_revision: name and revision of the base on the hub, not a path of this disk; only recorded.
         card: values of JSON, recorded under "card"; task, method, metric, score and notes also show in README.md.
         compact: leave out the singular values that are exactly 0, see :func:`loralib.compact`.
@@ -117,13 +97,10 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, the rank pattern does not fit, peft holds the layers, or the folder
-            holds other files.
+        ValueError: if there is nothing to save, peft holds the layers, or the folder holds other files.
     """
-    outer, model = lora_layers(model), _unwrapped(model)
+    model = _unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
-    inner = dict(zip(outer, layers, strict=True))  # a pattern may have a wrapper's names or the model's own
-    _check_pattern(layers, rank_pattern and {inner.get(name, name): flags for name, flags in rank_pattern.items()})
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
     head = head_tensors(model)

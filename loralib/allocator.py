@@ -256,23 +256,11 @@ class RankAllocator(AllocatorSettings):
             raise ValueError("update_and_mask() got another model than the allocator was made for")
         self._checked = model
 
-    def importance_scores(self, importance: str | None = None) -> Tensor:
-        """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`.
-
-        Args:
-            importance: ``"inner"`` or ``"full"``; None for the allocator's own. An allocator that scores all factors
-                knows both, so that one run can say how far the two orders agree.
-
-        Raises:
-            ValueError: for ``"full"`` where only the inner factors are scored, and for another word.
-        """
-        importance = self.importance if importance is None else importance
-        if importance not in IMPORTANCES[: 1 + IMPORTANCES.index(self.importance)]:
-            raise ValueError(f"importance {importance!r} is not tracked: this allocator scores {self.importance!r}")
+    def importance_scores(self) -> Tensor:
+        """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
         totals = torch.zeros(self._mask.shape, dtype=torch.float32, device=self._scores[0].sensitivity.device)
         for scores in self._scores:
-            if importance == "full" or scores.axis is not None:
-                scores.add_to(totals)
+            scores.add_to(totals)
         return totals
 
     def _choose_mask(self, budget: int) -> None:

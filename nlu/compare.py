@@ -11,7 +11,6 @@ The first method is what the others are compared with. The same command goes on 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import sys
 from collections.abc import Collection
@@ -32,7 +31,7 @@ import transformers
 
 from loralib.files import write_bytes, write_text
 from nlu.arguments import build_parser, method_file, translate
-from nlu.errors import OneLineParser, UsageError, exit_code, refuse_unknown_flags
+from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import parsed_command, shape_of, unlike
 from nlu.experiments.figures import draw
@@ -82,45 +81,25 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def flag_values(words: list[str]) -> dict[str, Any]:
-    """run_glue's flags as a mapping; a bare flag is true.
+    """run_glue's flags as a mapping, read by its own parser.
 
     Raises:
-        UsageError: for a flag that there is not, or that a comparison sets itself, and a word that belongs to none.
+        UsageError: for what run_glue does not take, or a flag that a comparison sets itself.
     """
-    refuse_unknown_flags(translate(words), _known_flags())
-    values: dict[str, Any] = {}
-    name = ""
-    for word in translate(words):
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            values[name] = _value(name, value) if equals else True
-        elif values.get(name) is True:
-            values[name] = _value(name, word)
-        else:
-            raise UsageError(f"{word[:80]!r} belongs to no flag: --help explains the arguments")
+    values = vars(_parser().parse_args(translate(words)))
     for name in ("method", "seed", *SET_BY_THE_SWEEP):
         if name in values:
             raise UsageError(f"--{name} is set for each run: give --methods, --seeds and --output_dir")
-    return values
-
-
-def _value(flag: str, text: str) -> int | float | str:
-    """A flag's value: a number where it is one, unless the flag takes text, such as the name of a column."""
-    action = _known_flags().get(f"--{flag}")
-    return text if action is not None and action.type is str else _number(text)
+    return {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 @cache
-def _known_flags() -> dict[str, argparse.Action]:
-    """run_glue's flags; its parser is built once."""
-    return build_parser()._option_string_actions
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
+def _parser() -> argparse.ArgumentParser:
+    """run_glue's parser, which gives the flags that are there, without defaults."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return parser
 
 
 def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
@@ -181,7 +160,7 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     if args.tune:
         if "learning_rate" in flags:
             raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
-        rates = [_number(rate) for rate in args.tune.split(",")]
+        rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in args.tune.split(",")]
         own = {spec: _own_rates(values["method"]) for spec, values in specs.items()}
         content["select"] = {
             "values": {"learning_rate": rates}, "beyond": {"learning_rate": BEYOND}, "seeds": [101],
@@ -201,10 +180,9 @@ def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
 def _spec(spec: str) -> dict[str, Any]:
     """NAME:flag=value:… as arguments."""
     name, *settings = spec.split(":")
-    pairs = [setting.partition("=") for setting in settings]
-    if not all(flag and equals for flag, equals, _ in pairs):
+    if not all(setting.partition("=")[1] for setting in settings):
         raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
-    return {"method": name} | {flag: _value(flag, value) for flag, _, value in pairs}
+    return {"method": name} | flag_values([f"--{setting}" for setting in settings])
 
 
 def _own_rates(method: str) -> list[float]:

@@ -45,7 +45,6 @@ from nlu.metrics import balanced_class_weights, compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import (
     check_upload,
-    importance_scores,
     load_warm_start,
     read_warm_start,
     save_run_adapter,
@@ -140,7 +139,6 @@ def run_recorded(
         record.log_history = trainer.state.log_history
         if save:
             record.static["spectra"] = spectra(trainer.model)
-            record.static["importance_scores"] = importance_scores(trainer.applied.allocator)
             running = record.write("running")
             tokenizer = trainer.processing_class
             save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)

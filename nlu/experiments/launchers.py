@@ -79,7 +79,7 @@ class SlurmLauncher:
         try:
             import submitit
         except ImportError:
-            raise UsageError('--launcher slurm needs submitit; install it with pip install -e ".[slurm]"') from None
+            raise UsageError("--launcher slurm needs submitit; install it with pip install submitit") from None
         parameters = dict(parameters)
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=parameters.pop("cluster", "slurm"))

@@ -7,7 +7,6 @@ the commit and the digests of the contents that the run read. The full record st
 
 import io
 import json
-import math
 import re
 from functools import cache
 from pathlib import Path
@@ -141,12 +140,9 @@ def _figures(value: float) -> float:
 
 
 def delta_norm(record: dict[str, Any]) -> float | None:
-    """‖ΔW‖_F over all adapted layers at the end; None for a method without such an update."""
+    """‖ΔW‖_F at the end, the mean over the adapted layers; None for a method without such an update."""
     logged = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
-    if logged:
-        return logged[-1]
-    spectra = record.get("spectra") or {}
-    return _figures(math.sqrt(sum(value**2 for values in spectra.values() for value in values))) if spectra else None
+    return logged[-1] if logged else None
 
 
 def module_ranks(record: dict[str, Any]) -> dict[str, int] | None:

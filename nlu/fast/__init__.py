@@ -23,8 +23,7 @@ def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool =
         fast_dropout: whether dropout draws its masks from whole random words.
 
     Returns:
-        The number of DeBERTa attention modules replaced. `disable_first_token`, `disable_fast_attention`,
-        `disable_cpu_attention` and `disable_fast_dropout` undo it, in this order.
+        The number of DeBERTa attention modules replaced.
     """
     keep_freed_memory()
     if fast_dropout:

@@ -76,7 +76,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def enable_cpu_attention(model: nn.Module) -> bool:
     """Let a transformers model that runs `sdpa` attention use `cpu_attention`; returns whether it does now.
 
-    Only `model.config`'s attention implementation changes, which is not saved; `disable_cpu_attention` sets it back.
+    Only `model.config`'s attention implementation changes, which is not saved.
     A model with an implementation of the user's choice (eager, flash) or with attention of its own is left alone.
     """
     if not isinstance(model, PreTrainedModel) or not type(model)._supports_attention_backend:
@@ -84,11 +84,3 @@ def enable_cpu_attention(model: nn.Module) -> bool:
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
     return model.config._attn_implementation == NAME
-
-
-def disable_cpu_attention(model: nn.Module) -> bool:
-    """Undo `enable_cpu_attention`; returns whether there was anything to undo."""
-    enabled = isinstance(model, PreTrainedModel) and model.config._attn_implementation == NAME
-    if enabled:
-        model.set_attn_implementation("sdpa")
-    return enabled

@@ -85,11 +85,3 @@ def enable_fast_dropout(model: nn.Module) -> int:
     for module in plain:
         module.__class__ = FastDropout
     return len(plain)
-
-
-def disable_fast_dropout(model: nn.Module) -> int:
-    """Undo `enable_fast_dropout`; returns how many modules were switched back."""
-    fast = [module for module in model.modules() if type(module) is FastDropout]
-    for module in fast:
-        module.__class__ = nn.Dropout
-    return len(fast)

@@ -25,7 +25,6 @@ from transformers.models.roberta import modeling_roberta as roberta
 from nlu.fast.deberta_attention import FastDisentangledSelfAttention
 
 _ALONE: ContextVar[bool] = ContextVar("first token alone", default=False)
-_HOOKS = "_first_token_hooks"
 _signature = functools.cache(inspect.signature)
 
 
@@ -110,14 +109,13 @@ _COVERED = {
         roberta.RobertaSelfAttention: FirstTokenRobertaSelfAttention,
     },
 }
-_STOCK = {fast: stock for classes in _COVERED.values() for stock, fast in classes.items()}
 
 
 def enable_first_token(model: nn.Module) -> bool:
     """Let the last layer of a DeBERTa-v2/v3, BERT or RoBERTa sequence classifier compute its first token alone.
 
-    Only classes of modules change; `disable_first_token` undoes it. Other models, subclasses, and DeBERTa without
-    `enable_fast_attention`, are left alone. Returns whether the layer was changed.
+    Only classes of modules change. Other models, subclasses, and DeBERTa without `enable_fast_attention`, are left
+    alone. Returns whether the layer was changed.
     """
     classes = _COVERED.get(type(model), {})
     last = model.base_model.encoder.layer[-1] if classes else None
@@ -126,11 +124,8 @@ def enable_first_token(model: nn.Module) -> bool:
         return False
     for module in modules:
         module.__class__ = classes[type(module)]
-    hooks = [
-        model.register_forward_pre_hook(_begin, with_kwargs=True),
-        model.register_forward_hook(_end, always_call=True),
-    ]
-    setattr(last, _HOOKS, hooks)
+    model.register_forward_pre_hook(_begin, with_kwargs=True)
+    model.register_forward_hook(_end, always_call=True)
     return True
 
 
@@ -159,13 +154,3 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def _end(*_: Any) -> None:
     if not torch.compiler.is_compiling():
         _ALONE.set(False)
-
-
-def disable_first_token(model: nn.Module) -> bool:
-    """Undo `enable_first_token`; returns whether there was anything to undo."""
-    modules = [module for module in model.modules() if type(module) in _STOCK]
-    for module in modules:
-        module.__class__ = _STOCK[type(module)]
-        for hook in vars(module).pop(_HOOKS, ()):
-            hook.remove()
-    return bool(modules)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 import loralib
-from loralib.allocator import IMPORTANCES, PRUNE_BY, AllocatorSettings, check_schedule
+from loralib.allocator import IMPORTANCES, PRUNE_BY, AllocatorSettings
 from loralib.initialisation import STARTS
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.layers import INITS
@@ -188,21 +188,6 @@ def _check_scales(args: Any, given: set[str]) -> None:
     _check_ranks(args, given)
 
 
-def _schedule(args: Any, total_steps: int) -> tuple[int, int]:
-    """(init_warmup, final_warmup), the defaults filled in: a tenth and half of the training.
-
-    Raises:
-        UsageError: if they leave no step to prune in.
-    """
-    init = total_steps // 10 if args.init_warmup is None else args.init_warmup
-    final = total_steps // 2 if args.final_warmup is None else args.final_warmup
-    try:
-        check_schedule(init, final, total_steps)
-    except ValueError as error:
-        raise UsageError(f"--{error}" if str(error).startswith("init_warmup") else str(error)) from None
-    return init, final
-
-
 def _inject(model: nn.Module, args: Any) -> None:
     kind: str = args.method
     options: dict[str, Any] = {}
@@ -230,7 +215,7 @@ def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], fl
     return [(group["params"], group["lr"]) for group in groups if group["lr"] != 1]
 
 
-def _statistics(model: nn.Module) -> dict[str, float]:
+def statistics(model: nn.Module) -> dict[str, float]:
     """For the history: the mean ‖ΔW‖_F of all layers and of each module type, singular values, orthonormality."""
     found = loralib.update_statistics(model)
     by_type: dict[str, list[float]] = defaultdict(list)
@@ -247,16 +232,6 @@ def _statistics(model: nn.Module) -> dict[str, float]:
     return {name: number for name, number in numbers.items() if number is not None}
 
 
-def _pruning(args: Any, total_steps: int) -> dict[str, Any]:
-    init_warmup, final_warmup = _schedule(args, total_steps)
-    return {
-        "total_steps": total_steps, "target_rank": args.target_rank, "target_total_rank": args.target_total_rank,
-        "init_warmup": init_warmup, "final_warmup": final_warmup, "mask_interval": args.mask_interval,
-        "beta1": args.beta1, "beta2": args.beta2, "importance": args.importance,
-        "min_rank_per_module": args.min_rank_per_module, "prune_by": args.prune_by,
-    }  # fmt: skip
-
-
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     _inject(model, args)
     train_only(model, factors_of(model))
@@ -267,12 +242,12 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
             "squared": args.orth_squared,
         }  # fmt: skip
         if args.rank_allocation and total_steps:
-            options |= _pruning(args, total_steps)
+            options |= {name: getattr(args, name) for name in _PRUNING} | {"total_steps": total_steps}
     try:
         low_rank = loralib.LowRankTraining(model, **options)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    applied = AppliedMethod(model, low_rank, statistics=lambda: _statistics(model))
+    applied = AppliedMethod(model, low_rank, statistics=lambda: statistics(model))
     if args.lora_init in STARTS:
         applied.start = (args.lora_init, args.lora_init_batches)
     applied.pruned_params = lambda: pruned_factor_params(applied)
@@ -280,6 +255,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return applied
 
 
+_PRUNING = [flag.name for flag in _SINGULAR_VALUE_FLAGS if flag.needs is _RANK_ALLOCATION]
 _ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
 METHODS = (
     Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, _check_lora, takes_warm_start=True),

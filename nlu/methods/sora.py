@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from loralib import inject, lora_layers
 from loralib.model import factors_of
 from nlu.errors import UsageError
-from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns
+from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns, statistics
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
 
 
@@ -104,7 +104,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         raise UsageError(f"--lora_module: {error}") from None
     train_only(model, factors_of(model))
     gates = ProximalGates(model, args.sora_lambda)
-    applied = AppliedMethod(model, gates=gates, callbacks=[gates])
+    applied = AppliedMethod(model, gates=gates, callbacks=[gates], statistics=lambda: statistics(model))
     applied.pruned_params = lambda: pruned_factor_params(applied)
     return applied
 

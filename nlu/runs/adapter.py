@@ -112,23 +112,6 @@ def spectra(model: nn.Module) -> dict[str, list[float]] | None:
     return found or None
 
 
-def importance_scores(allocator: loralib.RankAllocator | None) -> dict[str, dict[str, list[float]]] | None:
-    """Importance → module name → the last score of each singular value, to five significant digits.
-
-    Scores do not change after the final phase has begun, so these decided the final ranks. A run with
-    ``--importance full`` has both ``inner`` and ``full``. None without an allocator.
-    """
-    if allocator is None:
-        return None
-    kinds = ("inner", "full") if allocator.importance == "full" else ("inner",)
-    names = list(allocator.rank_pattern)
-    tables = {kind: allocator.importance_scores(kind).tolist() for kind in kinds}
-    return {
-        kind: {name: [float(f"{value:.5g}") for value in row] for name, row in zip(names, table, strict=True)}
-        for kind, table in tables.items()
-    }
-
-
 def read_warm_start(path: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The adapter at ``path``. Raises UsageError if it is missing, damaged or edited."""
     with _usage_errors():

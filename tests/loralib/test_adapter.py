@@ -135,18 +135,9 @@ def test_compacted_layers_of_differing_rank_do_everything(kind, options, tmp_pat
     assert torch.equal(model(INPUTS), trained)
 
 
-def test_an_untrained_adapter_keeps_its_ranks_and_a_pattern_of_other_layers_is_refused():
+def test_an_untrained_adapter_keeps_its_ranks():
     fresh = Net()
     loralib.inject(fresh, "lora2", ["q", "v"], r=3, k=2)
-    whole = {name: [True] * 3 for name in loralib.lora_layers(fresh)}
-    first = next(iter(whole))
-    for pattern, says in [
-        ({**whole, first: [True] * 4}, "whose rank is 3"),
-        ({first: [True] * 3}, "does not name"),
-        ({**whole, "other": [True] * 3}, "other"),
-    ]:
-        with refused(says, fresh):
-            loralib.compact(fresh, pattern)
     assert set(loralib.compact(fresh).values()) == {3}
 
 
@@ -259,9 +250,7 @@ def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modul
 def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     model, base = adapted(k=2), Net()
     wrapped = wrap(model)
-    for owner in (wrapped, model):  # the pattern may have the names of either
-        pattern = {name: [True] * layer.r for name, layer in loralib.lora_layers(owner).items()}
-        config = loralib.load_adapter(base, loralib.save_adapter(wrapped, tmp_path / "a", rank_pattern=pattern))
+    config = loralib.load_adapter(base, loralib.save_adapter(wrapped, tmp_path / "a"))
     assert torch.equal(base(INPUTS), model(INPUTS)) and config.architecture == "Net"
 
 

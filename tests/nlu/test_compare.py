@@ -116,7 +116,7 @@ def test_the_table_says_what_was_measured():
         (["--methods", "lora", "--seeds", "0"], "must be at least 1"),
         (["--methods", "lora", "--seed", "1"], "--seed is set for each run"),
         (["--methods", "lora", "--learning_rat", "1"], "did you mean --learning_rate?"),
-        (["--methods", "lora", "--max_steps", "3", "4"], "'4' belongs to no flag"),
+        (["--methods", "lora", "--max_steps", "3", "4"], "unrecognized arguments: 4"),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "leave --learning_rate out"),
         (["--methods", "lora", "--published", "robertalarge", "--task_name", "wnli"], "has no settings for wnli"),
         ([], "--methods"),

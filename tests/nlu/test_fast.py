@@ -1,4 +1,4 @@
-"""The contract of whatever makes a step faster: transformers' own layers are the judge, and it can be undone."""
+"""The contract of whatever makes a step faster: transformers' own layers are the judge."""
 
 import copy
 import platform
@@ -11,9 +11,9 @@ from transformers import BertForTokenClassification
 
 import loralib
 from nlu.fast import speed_up
-from nlu.fast.cpu_attention import NAME, cpu_attention, disable_cpu_attention, enable_cpu_attention
+from nlu.fast.cpu_attention import NAME, cpu_attention, enable_cpu_attention
 from nlu.fast.deberta_attention import disable_fast_attention, enable_fast_attention
-from nlu.fast.first_token import disable_first_token, enable_first_token
+from nlu.fast.first_token import enable_first_token
 from nlu.fast.memory import keep_freed_memory
 from tests.nlu.fast_models import assert_same, batch, build, outcome
 
@@ -23,17 +23,11 @@ def first_token_on(model):
     return enable_first_token(model)
 
 
-def first_token_off(model):
-    switched = disable_first_token(model)
-    disable_fast_attention(model)
-    return switched
-
-
-# Technique → how it is switched on and off, and the encoders that it is for.
+# Technique → how it is switched on, and the encoders that it is for.
 TECHNIQUES = {
-    "deberta attention": (enable_fast_attention, disable_fast_attention, ["deberta-v2"]),
-    "cpu attention": (enable_cpu_attention, disable_cpu_attention, ["bert", "roberta", "electra", "xlm-roberta"]),
-    "first token": (first_token_on, first_token_off, ["bert", "roberta", "deberta-v2"]),
+    "deberta attention": (enable_fast_attention, ["deberta-v2"]),
+    "cpu attention": (enable_cpu_attention, ["bert", "roberta", "electra", "xlm-roberta"]),
+    "first token": (first_token_on, ["bert", "roberta", "deberta-v2"]),
 }
 every_case = pytest.mark.parametrize(
     ("technique", "kind"), [(name, kind) for name, (*_, kinds) in TECHNIQUES.items() for kind in kinds]
@@ -128,19 +122,20 @@ def test_who_asks_for_hidden_states_or_attention_gets_whole_ones(technique, kind
 
 
 @every_case
-def test_it_is_undone_and_the_state_dict_never_changes(technique, kind, tmp_path):
-    switch_on, switch_off, _ = TECHNIQUES[technique]
-    model, inputs = build(kind), batch()
-
-    def form():
-        modules = [type(module) for module in model.modules()]
-        return modules, len(model._forward_pre_hooks), model.config._attn_implementation
-
-    before, keys, stock = outcome(model, inputs), list(model.state_dict()), form()
-    assert switch_on(model) and form() != stock and list(model.state_dict()) == keys
-    model.save_pretrained(tmp_path)
+def test_the_state_dict_and_the_saved_configuration_never_change(technique, kind, tmp_path):
+    model = build(kind)
+    fast = fast_copy(model, technique)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    fast.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
-    assert switch_off(model) and not switch_off(model) and form() == stock
+
+
+def test_fast_attention_is_undone():
+    model, inputs = build(), batch()
+    before, stock = outcome(model, inputs), [type(module) for module in model.modules()]
+    assert enable_fast_attention(model) == 2 and [type(module) for module in model.modules()] != stock
+    assert disable_fast_attention(model) == 2 and not disable_fast_attention(model)
+    assert [type(module) for module in model.modules()] == stock
     torch.testing.assert_close(outcome(model, inputs), before, rtol=0, atol=0)
 
 
@@ -183,7 +178,7 @@ def test_what_the_cpu_attention_does_not_cover_goes_to_sdpa(monkeypatch):
 def test_speed_up_says_how_many_attentions_and_chooses_them():
     model = build()
     assert speed_up(model, fast_attention=False) == 0
-    assert speed_up(model) == 2 and disable_first_token(model)
+    assert speed_up(model) == 2 and not enable_first_token(model)  # done already
     bert = build("bert")
     speed_up(bert, fast_attention=False, fast_dropout=False)
     assert bert.config._attn_implementation == "sdpa"

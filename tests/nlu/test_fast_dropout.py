@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nlu.fast.dropout import FastDropout, disable_fast_dropout, drop_mask, enable_fast_dropout
+from nlu.fast.dropout import FastDropout, drop_mask, enable_fast_dropout
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 3 / 2**16])
@@ -65,7 +65,7 @@ def test_eval_extremes_and_compile_are_stock():
     assert 20 < (compiled(x) == 0).sum() < 80
 
 
-def test_enable_and_disable():
+def test_enabling_leaves_subclasses_and_names_alone():
     class Own(nn.Dropout):
         pass
 
@@ -74,5 +74,4 @@ def test_enable_and_disable():
     assert enable_fast_dropout(model) == 2 and enable_fast_dropout(model) == 0
     assert [m.p for m in model.modules() if type(m) is FastDropout] == [0.1, 0.2]
     assert list(model.state_dict()) == keys
-    assert disable_fast_dropout(model) == 2
-    assert type(model[1]) is nn.Dropout and type(model[2][1]) is Own
+    assert type(model[2][1]) is Own

@@ -73,16 +73,6 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(finished):
     assert record["last"] == pytest.approx(expected)
 
 
-def test_the_record_has_the_scores_that_decided_the_ranks(base_flags):
-    assert main([*base_flags, "--method", "lora2", "--importance", "full"]) == 0
-    record, pattern = read(base_flags), read(base_flags, "rank_pattern.json")
-    scores = record["importance_scores"]
-    assert set(scores) == {"inner", "full"} and set(scores["full"]) == set(pattern)
-    flagged = [pair for name, live in pattern.items() for pair in zip(scores["full"][name], live, strict=True)]
-    dead, kept = ([score for score, alive in flagged if alive is kind] for kind in (False, True))
-    assert len(dead) == 24 and max(dead) <= min(kept)
-
-
 @pytest.fixture
 def own_flags(base_flags, tmp_path):
     """Flags of a run on one's own files, in which the columns have names of their own and a row is empty."""
