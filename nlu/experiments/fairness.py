@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.places import Places, parsed_command
+from nlu.methods.method import dropped_params
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import get_task
@@ -65,14 +65,9 @@ def shape_of(arguments: Arguments) -> Shape:
         trained = size = count_parameters(model)["adapter_params"]
         if applied.allocator is not None:
             kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
-            size -= (1 - kept) * sum(map(_values_size, loralib.lora_layers(model).values()))
+            size -= (1 - kept) * sum(dropped_params(layer, []) for layer in loralib.lora_layers(model).values())
     has_scale = method.method in flag_methods("lora_alpha")
     return Shape(trained, size, method.lora_alpha / method.lora_r if has_scale else None, method.lora_r)
-
-
-def _values_size(layer: Any) -> int:
-    """Parameters of a layer that belong to its singular values, some of which pruning takes."""
-    return sum(t.numel() for t in layer.lora_parameters()) - sum(t.numel() for t in layer.select([]))
 
 
 def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[str]:

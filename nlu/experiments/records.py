@@ -55,7 +55,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "method": record.get("method"),
         "seed": record.get("seed"),
         "asked": comparable(run.arguments),
-        "arguments": changed_arguments(record.get("arguments") or {}),
+        "arguments": not_default(record.get("arguments") or {}),
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
         **rate_sums(record),
@@ -99,7 +99,7 @@ def _parser() -> Any:
     return build_parser()
 
 
-def changed_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that differ from run_glue's defaults, without places."""
     changed = {}
     for name, value in arguments.items():

@@ -164,7 +164,10 @@ def pruned_factor_params(applied: AppliedMethod) -> int:
     """Parameters of low-rank layers that belong to pruned singular values."""
     pruned = 0
     for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
-        layer = applied.model.get_submodule(name)
-        pruned += sum(t.numel() for t in layer.lora_parameters())
-        pruned -= sum(t.numel() for t in layer.select([i for i, live in enumerate(mask) if live]))
+        pruned += dropped_params(applied.model.get_submodule(name), [i for i, live in enumerate(mask) if live])
     return pruned
+
+
+def dropped_params(layer: Any, kept: list[int]) -> int:
+    """Parameters of a low-rank layer that belong to other singular values than the kept ones."""
+    return sum(t.numel() for t in layer.lora_parameters()) - sum(t.numel() for t in layer.select(kept))
