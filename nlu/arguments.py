@@ -344,7 +344,7 @@ def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
         raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
     plain = lora_type == "frd" or (chosen.apply_lora and lora_type is None)
     meant = "lora" if plain and not chosen.apply_adalora else "lora2"
-    config = name or meant
+    config = meant if name is None else name
     path = METHOD_FOLDER / f"{config}.yaml"
     if Path(config).name != config or not path.is_file():
         names = ", ".join(sorted(p.stem for p in METHOD_FOLDER.glob("*.yaml")))

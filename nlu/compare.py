@@ -11,6 +11,7 @@ The first method is what the others are compared with. The same command goes on 
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -143,7 +144,7 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     if len(specs) < len(args.methods.split(",")):
         raise UsageError("--methods names a method twice")
-    name = args.name or f"compare-{task or Path(str(flags.get('train_file', 'own'))).stem}"
+    name = args.name or f"compare-{task or re.sub('[^A-Za-z0-9_.-]+', '_', Path(flags.get('train_file', 'own')).stem)}"
     content: dict[str, Any] = {"name": name, "description": f"{', '.join(specs)} on {task or 'own data'}"}
     usual = {"do_train": True, "do_eval": True, "eval_strategy": "steps" if "eval_steps" in flags else "epoch"}
     content["base"] = {**({} if args.published else usual), **flags, **({"task_name": task} if task else {})}

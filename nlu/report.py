@@ -33,6 +33,7 @@ from nlu.experiments.tables import (
     correct_claims,
     published_table,
     score_table,
+    signed,
     training_table,
     tuning_table,
 )  # fmt: skip
@@ -172,10 +173,11 @@ def _finding(claims: Table | None, final: pd.DataFrame) -> str:
         best = max(averages, key=lambda label: averages[label].mean)
         return f"Highest average: {best}, {averages[best].mean:.2f}{_interval(averages[best])}."
     sentences = []
-    for row in claims.data[claims.data.task == ALL].itertuples():
-        interval = "" if pd.isna(row.low) else f" (95 % interval {row.low:+.2f} to {row.high:+.2f})"
-        sentences.append(f"{row.claim}: {row.difference:+.2f} points{interval}, {row.verdict}.")
-    return " ".join(sentences).replace("-", "−")
+    for row in claims.data[claims.data.verdict != ""].itertuples():
+        interval = "" if pd.isna(row.low) else f" (95 % interval {signed(row.low)} to {signed(row.high)})"
+        where = "" if row.task == ALL else f" on {row.task}"
+        sentences.append(f"{row.claim}{where}: {signed(row.difference)} points{interval}, {row.verdict}.")
+    return " ".join(sentences)
 
 
 def _lowest_loss(compared: Table, against: str) -> str:

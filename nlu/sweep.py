@@ -22,7 +22,7 @@ from nlu.experiments.choosing import choose, chosen_runs
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
-from nlu.experiments.places import Places, check_writable, command_line, parsed_command
+from nlu.experiments.places import Places, can_be_checked, check_writable, command_line, parsed_command
 from nlu.json_yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=None, metavar="N", help="runs at once (local: 1, sharing the threads; slurm: all)")
     add("--only", metavar="REGEX", help="only runs whose name matches (and the selection runs that they need)")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
-    add("--rerun_changed", action="store_true", help="run again, from the start, what was made with other arguments")
+    add("--rerun_changed", action="store_true",
+        help="run again, from the start, the runs of this file that were made with other arguments")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor")
     add("--command", default=None, help="what starts one run (default: the experiment's, or nlu/run_glue.py)")
@@ -95,8 +96,10 @@ def run_sweep(args: argparse.Namespace) -> int:
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
-    for run in [*selecting, *final]:
-        if not places.forced and not run.command:  # a wrong flag shows now and not after hours
+    if not places.forced:  # a wrong flag shows now and not after hours
+        wanted = [run for run in [*selecting, *final] if can_be_checked(run)]
+        # A script takes a tenth of a second: of runs that differ in the seed one is asked.
+        for run in {str(run.arguments | {"seed": None} if run.command else run.folder): run for run in wanted}.values():
             parsed_command(run, places)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:

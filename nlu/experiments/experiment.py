@@ -134,6 +134,11 @@ class _Reader:
         check(self.settings, "experiment", "--set", "arguments")
         self.name, self.base = self.content["name"], self.content.get("base") or {}
         self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
+        for axis, labels in self.grid.items():
+            for label, arguments in labels.items():
+                if own := sorted(arguments.keys() & self._listed() - {axis}):
+                    raise UsageError(f"grid.{axis} {label} sets {own[0]}, which is an axis of the grid: the run's name "
+                                     "would be wrong")  # fmt: skip
         self.overrides = self._overrides(self.content.get("overrides"), "overrides")
         own = self.content.get("command")
         self.command = () if own is None else split_command(own, "command")
@@ -168,6 +173,10 @@ class _Reader:
             raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")
         return choices
 
+    def _listed(self) -> set[Any]:
+        """The axes that are flags: their values are in the runs' names."""
+        return {axis for axis, labels in self.content["grid"].items() if isinstance(labels, list)}
+
     def _combinations(self) -> list[dict[str, Any]]:
         excluded = [self._when(rule, "exclude") for rule in self.content.get("exclude") or []]
         every = [dict(zip(self.grid, labels, strict=True)) for labels in itertools.product(*self.grid.values())]
@@ -190,9 +199,8 @@ class _Reader:
         rules = []
         for rule in raw or []:
             values, tried = rule.get("set") or {}, rule.get("values", {})
-            for key in values:
-                if isinstance(self.content["grid"].get(key), list):
-                    raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
+            for key in sorted(values.keys() & self._listed()):
+                raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
             self._check_tried(tried, f"{where}.values")
             rules.append({"when": self._when(rule["when"], where), "set": values, "values": tried})
         return rules
@@ -224,13 +232,13 @@ class _Reader:
                     changed |= rule["set"]
             resolved = self._resolve(axes)
             for name in tried:
-                if name in resolved:
-                    raise UsageError(f"{name} is both selected and set in base, grid or overrides; leave one")
+                if name in resolved or name in changed:
+                    raise UsageError(f"{name} is both selected and set in base, grid, overrides or set; leave one")
             key = {axis: axes[axis] for axis in per}
             runs[tuple(key.values())] = [
-                self._run("select", {**key, "seed": seed}, {**resolved, **changed, "seed": seed}).trying(
-                    dict(zip(tried, values, strict=True))
-                )
+                self._run(
+                    "select", {**key, "seed": seed}, {**resolved, **changed, **self.settings, "seed": seed}
+                ).trying(dict(zip(tried, values, strict=True)))
                 for values in itertools.product(*tried.values())
                 for seed in raw["seeds"]
             ]
@@ -287,8 +295,9 @@ def _check_folders(folders: Iterable[str]) -> None:
     seen: set[str] = set()
     for folder in folders:
         name = folder.rpartition("/")[2]
-        if name.startswith("."):
-            raise UsageError(f"a run's folder would be {folder}: give its axes labels that begin with no dot")
+        if not name or name.startswith("."):
+            raise UsageError(f"a run's folder would be {folder!r}: give its axes labels that are not empty and begin "
+                             "with no dot")  # fmt: skip
         if len(name) > _LONGEST_NAME:
             raise UsageError(
                 f"a run's folder would be {name[:40]}…, {len(name)} characters long: give its axes shorter labels, "

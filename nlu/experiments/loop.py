@@ -102,7 +102,7 @@ class SweepLoop:
             print(f"failed: {folder}: {reason}", file=sys.stderr)
         already = self.total - self.bar.total
         counts = f"{self.finished} run(s) finished now, {already} before, {len(self.failures)} failed"
-        print(f"{counts}; their lines are in {self.places.measured}")
+        print(counts + (f"; their lines are in {self.places.measured}" if self.places.measured.exists() else ""))
         if self.stopped_by:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 128 + self.stopped_by
@@ -126,6 +126,8 @@ class SweepLoop:
             self.finished += 1
         elif not self.stopped_by:
             error = (line or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
+            if run.stage == "select" and self.places.record_time(run) is None:
+                self.places.fail(run, error)
             self.failures[run.folder] = f"exit code {code}: {error} (log: {self.places.log(run)})"
 
     def _show(self, running: list[Run]) -> None:
@@ -177,7 +179,7 @@ def run_experiment(
                 runnable, waiting = chosen_runs(final, selection, choose(selection, places))
                 if not rerun_changed:
                     places.check_unchanged(runnable)
-                loop.block(waiting, "its selection runs have not all ended, or none of them finished")
+                loop.block(waiting, "its selection is not complete: a run has not ended, or all of them failed")
                 loop.run(runnable)
         return loop.summary()
 

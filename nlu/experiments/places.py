@@ -17,6 +17,7 @@ from nlu.experiments.records import comparable, measured_line, place_of, read_li
 from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests
 
+ROOT = RUN_GLUE.parents[1]
 logger = logging.getLogger("nlu")
 
 
@@ -117,6 +118,16 @@ class Places:
         write_line(self.measured, run.folder, line)
         return line
 
+    def fail(self, run: Run, error: str) -> None:
+        """Write the line of a run that ended before it had a record, so that a selection need not wait for it."""
+        from nlu.arguments import method_file  # loads torch and transformers
+
+        asked = run.arguments
+        record = {"status": "failed", "error": error, "task": asked.get("task_name"), "seed": asked.get("seed")}
+        with contextlib.suppress(UsageError):  # an unknown method has no base
+            record["method"] = method_file([f"--method={asked.get('method')}"])[1]
+        write_line(self.measured, run.folder, measured_line(run, record))
+
     def forget(self, run: Run) -> None:
         """Take out a run's line, before it is made again."""
         if run.folder in self.lines():
@@ -168,13 +179,21 @@ def _key(asked: dict[str, Any], digests: dict[str, str]) -> str:
 def command_line(run: Run, places: Places) -> list[str]:
     """The command of one run: null is left out, and in a command of the experiment's own true is a bare flag."""
     own = bool(run.command) and not places.forced
-    words = list(run.command) if own else [*places.command]
+    # The scripts that a file's command names lie in the repository, wherever the sweep is started.
+    words = (
+        [os.path.relpath(ROOT / w) if (ROOT / w).is_file() else w for w in run.command] if own else [*places.command]
+    )
     for key, value in run.arguments.items():
         if value is True and own:
             words.append(f"--{key}")
         elif value is not None:
             words.append(f"--{key}={value}")
     return [*words, "--root_output_dir", str(places.working(run))]
+
+
+def can_be_checked(run: Run) -> bool:
+    """Whether what starts the run is known: not a command of the user's, which might begin to train when asked."""
+    return not run.command or any(Path(w).parts[:1] == ("scripts",) and (ROOT / w).is_file() for w in run.command)
 
 
 def parsed_command(run: Run, places: Places) -> Any:

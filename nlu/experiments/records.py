@@ -173,6 +173,8 @@ def portable(value: Any) -> Any:
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     """Put a run's line in place of its earlier one, or take it out (None); the file is replaced whole, under a lock."""
+    if line is not None:
+        check_line(line, f"{path}: {run}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / ".lock", f"{path.parent} is in use", wait=True):
         lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})

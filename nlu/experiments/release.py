@@ -7,7 +7,7 @@ OUT/RUN/ gets the adapter, with its card, of each finished final run, and its pr
 file a split, without the texts. OUT/manifest.jsonl has a line for each run: `recorded`, the scores in its record;
 `scores`, those of the predictions; `sha256` of every file; and `line`, the run's line of measured results. OUT.tar.gz
 holds the folder. Predictions are computed in float32: those of a run in bfloat16 score a little more or less than the
-record says.
+record says. Runs that were scored on other rows (--holdout_fraction, --max_eval_samples) are refused.
 
 --check computes every entry anew, from OUT, the entry's `line` and the labels in --glue_dir, and compares the two.
 """
@@ -41,6 +41,7 @@ from nlu.data.glue import load_task_data
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.launchers import RUN_GLUE
 from nlu.experiments.records import check_line, read_lines
+from nlu.json_yaml import read_json
 from nlu.metrics import compute_glue_metrics, in_words
 from nlu.runs.digests import folder_digests
 from nlu.tasks import TASKS, get_task
@@ -86,6 +87,8 @@ def collect(args: argparse.Namespace) -> int:
     for line in lines:
         if line["task"] not in TASKS:
             raise UsageError(f"{line['run']} has the task {line['task']}: only runs on GLUE's tasks can be collected")
+        if other := {"holdout_fraction", "max_eval_samples"} & line["arguments"].keys():
+            raise UsageError(f"{line['run']} was not scored on the whole validation set (--{min(other)})")
     places = {line["run"]: _run_folder(args, line) / "adapter" for line in lines}
     missing = [run for run, place in places.items() if not place.is_dir()]
     if len(missing) == len(lines):
@@ -93,6 +96,11 @@ def collect(args: argparse.Namespace) -> int:
             f"{args.output_dir} has no adapter of a finished run of {args.experiment}: give the --output_dir and the "
             "--measured_dir of the sweep"
         )
+    for line in lines:
+        record = read_json(_run_folder(args, line) / "results.json")
+        if record is not None and record.get("started_at") != line.get("started_at"):
+            raise UsageError(f"{_run_folder(args, line)} holds a later training than the line of {line['run']}: run "
+                             "the sweep again")  # fmt: skip
     if args.out.exists():
         raise UsageError(f"{args.out} is there already: remove it, or name another --out")
     with FolderWriter(args.out, (), MANIFEST) as new:

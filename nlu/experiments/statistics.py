@@ -186,7 +186,9 @@ def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed"])
     # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
     difference = (pairs["last_x"] - pairs["last_y"]).astype(float).round(9)
-    change = 100 * np.log(pairs["loss_x"].astype(float) / pairs["loss_y"].astype(float))
+    losses = pairs[["loss_x", "loss_y"]].astype(float)
+    losses = losses.where(losses > 0)  # a loss of 0 has no ratio
+    change = 100 * np.log(losses["loss_x"] / losses["loss_y"])
     return pairs[["task", "seed"]].assign(difference=difference, loss_change=change)
 
 
@@ -201,12 +203,15 @@ def compared(runs: pd.DataFrame, against: str) -> dict[str, tuple[Estimate, Esti
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:
-    """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979); None stays None."""
+    """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    None, a claim without runs yet, counts and stays None: what is measured later must not undo a verdict.
+    """
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, (p, i) in enumerate(known):
-        highest = max(highest, min(1.0, p * (len(known) - rank)))
+        highest = max(highest, min(1.0, p * (len(p_values) - rank)))
         corrected[i] = highest
     return corrected
 

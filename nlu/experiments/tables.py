@@ -276,6 +276,7 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
     for claim in question.claims:
         pairs = paired(runs, claim.label, claim.against)
         tasks = list(dict.fromkeys(pairs.task))
+        joint = ALL if set(tasks) == set(runs.task) else ", ".join(HEADINGS.get(task, task) for task in tasks)
         for task in [ALL, *(tasks if len(tasks) > 1 else [])] if len(pairs) else []:
             whole, own = task == ALL, pairs if task == ALL else pairs[pairs.task == task]
             result, loss = estimate(own.difference, own.task), estimate(own.loss_change, own.task)
@@ -286,7 +287,7 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
                     "claim": cell(title if whole else "", claim=title),
                     "expected": cell(claim.expect if whole else "", expected=claim.expect, source=claim.source),
                     "verdict": cell(f"**{answer}**" if answer else "", verdict=answer),
-                    "task": cell(HEADINGS.get(task, task), task=task),
+                    "task": cell(joint if whole else HEADINGS.get(task, task), task=joint if whole else task),
                     "published": rounded("published", claim.published if whole else None, sign=True),
                     "pairs": counted("pairs", result.count),
                     "difference": rounded("difference", result.mean, sign=True),
@@ -316,6 +317,11 @@ def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[An
     return dict(zip(claims, holm(raw), strict=True))
 
 
+def _order(value: Any) -> tuple[bool, Any]:
+    """Sorts values that were tried: numbers before words."""
+    return isinstance(value, str), value
+
+
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
     """What the tuning stage chose, and what a user gets without it; `runs` are all of the question's, both stages."""
     tuning = runs[runs.stage == "select"]
@@ -327,7 +333,9 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         for task in dict.fromkeys(tuning.task.dropna()):
             of_task = own[(own.task == task) & (own.status == "finished")]
             chosen = next(iter(final[final.task == task].tried), None) or {}
-            values = {key: sorted({tried[key] for tried in of_task.tried if key in tried}) for key in chosen}
+            values = {
+                key: sorted({tried[key] for tried in of_task.tried if key in tried}, key=_order) for key in chosen
+            }
             at_end = any(len(values[k]) > 1 and chosen[k] in (values[k][0], values[k][-1]) for k in chosen)
             text = ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in chosen.items())
             shown = (text.replace("learning_rate=", "") or NONE) + (" †" if at_end else "")

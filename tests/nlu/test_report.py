@@ -217,6 +217,12 @@ def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_
     assert list(table.text["task"]) == ["all tasks", "CoLA", "STS-B"]
     assert list(table.text["loss, %"]) == list(table.text["95 % interval (loss)"]) == ["−4.0", "−3.0", "−5.0"]
     assert list(table.text["published"]) == ["+1.05", "–", "–"] and list(table.text["pairs"]) == ["6", "3", "3"]
+    part = final[(final.label != "LoRA² k=8") | (final.task == "stsb")].assign(
+        loss=final.loss.where(final.seed > 1, 0.0)
+    )
+    table = claims_table("trial", part, question, correct_claims(part, [question]))
+    assert list(table.text["task"]) == ["STS-B"] and list(table.text["loss, %"]) == ["+0.0"]  # a loss of 0 has no ratio
+    assert report._finding(table, part).startswith("LoRA² k=8 − LoRA r=8 on STS-B: +")
 
 
 def test_the_same_claim_of_two_experiments_has_a_verdict_for_each(make, tmp_path):

@@ -58,7 +58,8 @@ def test_seeds_that_tie_have_an_interval_of_no_width():
 
 
 def test_holm_against_its_definition():
-    assert holm([0.01, 0.04, 0.03, None, 0.005]) == pytest.approx([0.03, 0.06, 0.06, None, 0.02])
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.02, None, None]) == [pytest.approx(0.06), None, None]  # claims without runs yet count
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([None]) == [None]
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from nlu import sweep
 from nlu.errors import UsageError
-from nlu.experiments import launchers
+from nlu.experiments import choosing, launchers
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import read_lines
 from tests.nlu.test_digests import model
@@ -232,17 +232,37 @@ def test_two_arguments_are_chosen_together(run, tmp_path):
     assert lines["lora-cola-seed=1"]["tried"] == {"learning_rate": 2e-3, "lora_alpha": 2}  # equal losses: the first
 
 
+def test_what_set_names_holds_for_the_selection_too(run, tmp_path):
+    content = {**BASIC, "grid": ONE, "select": SELECT | {"set": {"holdout_fraction": 0.2, "max_steps": 50}}}
+    assert run(content, "--set", "max_steps=1")[0] == 0
+    assert {line["asked"]["max_steps"] for line in _lines(tmp_path).values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("best", "values", "factor", "further"),
+    [
+        (8, [4, 8], 2, 16), (4, [4, 8], 3, 1.33333), (2e-3, [1e-3, 2e-3], 2, 4e-3), (0, [0, 0.01], 2, None),
+        ("b", ["a", "b"], 2, None), (2, [1, 2, 3], 2, None),
+    ],
+)  # fmt: skip
+def test_one_value_beyond_an_end(best, values, factor, further):
+    found = choosing._further(best, values, factor)
+    assert found == further and type(found) is type(further)
+
+
 def test_a_value_whose_run_failed_is_never_chosen_and_no_value_at_all_blocks(run, tmp_path):
     content = {
         **BASIC,
         "grid": ONE | {"method": ["lora", "lora2"]},
         "select": SELECT | {
-            "values": {"weight_decay": [1, 0.5]},  # 1 makes the stand-in fail and leave a failed record
+            "values": {"weight_decay": [1, 0.5, 2]},  # 1 makes the stand-in fail with a record, 2 without one
             "overrides": [{"when": {"method": "lora2"}, "values": {"weight_decay": [1]}}],
         },
     }  # fmt: skip
     code, _, err = run(content)
-    assert code == 1 and "failed: lora2-cola-seed=1: its selection runs" in err
+    assert code == 1 and "failed: lora2-cola-seed=1: its selection is not complete" in err
+    silent = _lines(tmp_path)["select/lora-cola-weight_decay=2-seed=7"]
+    assert (silent["status"], silent["label"], silent["task"]) == ("failed", "LoRA", "cola")
     final = [line for line in _lines(tmp_path).values() if line["stage"] == "final"]
     assert [(line["label"], line["tried"]) for line in final] == [("LoRA", {"weight_decay": 0.5})]
 
@@ -304,7 +324,7 @@ def test_a_damaged_line_is_named_and_nothing_starts_where_it_is_the_sweep_s_own(
     assert not list((tmp_path / "output/trial").rglob("results.json"))
 
 
-def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys):
+def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys, monkeypatch):
     path = tmp_path / "experiment.yaml"
     grid = {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}
     own = f"env METHOD={{method}} {sys.executable} {tmp_path}/run_{{task_name}}.py"
@@ -317,6 +337,14 @@ def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys):
     assert sweep.main([str(path), *_places(tmp_path)[2:]]) == 0, capsys.readouterr().err
     models = [_record(tmp_path, run)["arguments"]["model_name_or_path"] for run in _lines(tmp_path)]
     assert models == ["lora-cola", "lora-rte"]
+    own = {
+        "command": "env METHOD={method} bash scripts/run_debertav3_{task_name}.sh",
+        "grid": grid,
+        "base": {"bf17": True},
+    }
+    path.write_text(yaml.safe_dump({"name": "scripts", **own}))
+    monkeypatch.chdir(tmp_path)  # the file's paths are the repository's
+    assert sweep.main([str(path), *_places(tmp_path)[2:]]) == 2 and "did you mean --bf16?" in capsys.readouterr().err
     path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
     with pytest.raises(UsageError, match="'task' is no argument of every run"):
         load_experiment(path)
