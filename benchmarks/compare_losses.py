@@ -4,7 +4,7 @@
     python benchmarks/compare_losses.py main~3 main --methods lora,lora2
 
 Each commit is checked out into a temporary folder, and trained there by this interpreter with this file's
-benchmarks/losses.py. Exit code 0: all losses are equal; 1: some differ, which the lines printed name.
+benchmarks/losses.py. Exit code 0: all losses are equal; 1: some differ, which the lines printed name; 2: bad arguments.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def measure(commit: str, methods: list[str]) -> dict[str, list[float]]:
     """The losses of a commit.
 
     Raises:
-        RunError: where this commit's code cannot train the problem.
+        UsageError: it has no method of such a name. RunError: its code cannot train the problem.
     """
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
@@ -52,7 +52,8 @@ def measure(commit: str, methods: list[str]) -> dict[str, list[float]]:
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True, capture_output=True)
     if done.returncode:
-        raise RunError(f"{commit}: its losses cannot be measured ({done.stderr.strip().splitlines()[-1]})")
+        kind = UsageError if done.returncode == 2 else RunError
+        raise kind(f"{commit}: its losses cannot be measured ({done.stderr.strip().splitlines()[-1]})")
     return json.loads(done.stdout)["losses"]
 
 

@@ -7,10 +7,13 @@ The suite compares them with tests/nlu/golden_losses.json. Where a change is mea
 say in the commit message why they moved::
 
     PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json
+
+Names of methods measure those alone, as benchmarks/compare_losses.py asks for them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -29,6 +32,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, Pr
 from transformers.utils import logging
 
 from nlu.arguments import METHOD_FOLDER, Arguments, parse_arguments
+from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
@@ -157,16 +161,26 @@ def machine() -> dict[str, Any]:
     return {"cpu": processor(), "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions()}
 
 
-def main(names: list[str]) -> None:
-    """Print the losses of the named methods, of all by default, with the machine, as JSON."""
+def main(argv: list[str] | None = None) -> int:
+    """Print the losses of the named methods, of all by default, with the machine, as JSON; returns the exit code."""
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="(all)")
+    known = method_flags()
+    try:
+        names = parser.parse_args(argv).methods
+        if unknown := [name for name in names if name not in known]:
+            raise UsageError(f"no method is called {unknown[0]!r}: there are {', '.join(known)}")
+    except UsageError as error:
+        return exit_code(error)
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    measured = {name: losses(flags) for name, flags in method_flags().items() if not names or name in names}
+    measured = {name: losses(flags) for name, flags in known.items() if not names or name in names}
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in measured.items())
     renew = "PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json; say in the commit why they moved"
     head = json.dumps({"renew": renew, "machine": machine()}, indent=1)
     print(f'{head[:-2]},\n "losses": {{\n{rows}\n }}\n}}')
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())
