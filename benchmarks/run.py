@@ -42,6 +42,7 @@ from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
 from loralib.files import write_text
 from nlu.errors import UsageError, exit_code, reason
+from nlu.experiments.launchers import available_cores
 from nlu.runs.machine import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", help=f"rows, of {', '.join(PEERS)} (all but the compiled)")
     parser.add_argument("--rounds", type=int, help="timed rounds after one to warm up (5)")
     parser.add_argument("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads a peer (all cores)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads a peer (all cores)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--name", default=None, help="name of the files in benchmarks/results (by date)")
     arguments = parser.parse_args(argv)

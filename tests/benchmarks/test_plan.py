@@ -46,6 +46,12 @@ def test_the_usual_settings():
         assert {s.vocabulary for s in shapes.values()} == {128_100} and {s.device for s in shapes.values()} == {"cpu"}
 
 
+def test_a_peer_has_the_cores_that_the_benchmark_may_use(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    assert run.parse([]).threads == 1
+
+
 def test_quick_is_two_layers_at_length_64():
     settings = _plan("--quick")
     assert _cells(settings) == [{(p, 2, ((32, 64),))} for p in ("float32", "bfloat16")]
