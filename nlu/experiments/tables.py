@@ -1,5 +1,6 @@
 """The tables of a report: pandas groups and joins the runs, and prints Markdown, CSV and LaTeX."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,12 @@ class Table:
 
     def markdown(self) -> str:
         """The title, the table and the notes."""
-        cells = self.text.map(lambda cell: " ".join(cell.replace("|", "\\|").split()))
+        cells = self.text.map(markdown_text).rename(columns=markdown_text)
+        if "verdict" in cells:
+            cells["verdict"] = cells["verdict"].map(lambda answer: answer and f"**{answer}**")
         sides = ["left" if i < self._words() else "right" for i in range(len(cells.columns))]
         body = cells.to_markdown(index=False, colalign=sides, disable_numparse=True, tablefmt="pipe")
-        return "\n".join([f"**{self.title}**", "", body, "", *[f"- {note}" for note in self.notes], ""])
+        return "\n".join([f"**{markdown_text(self.title)}**", "", body, "", *[f"- {note}" for note in self.notes], ""])
 
     def csv(self) -> str:
         """Figures rounded to six digits, where libraries' versions may differ: equal lines give equal bytes."""
@@ -66,10 +69,17 @@ class Table:
         return figures.index(True) if True in figures else len(figures)
 
 
+def markdown_text(text: str) -> str:
+    """Text on one line, with a backslash before what Markdown would not print; an underscore inside a word stays."""
+    marks = r"[\\`*|]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
+
+
 def latex_text(text: str) -> str:
     """Text with LaTeX's special characters written out; other letters are UTF-8, which LaTeX reads."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
                "²": r"\textsuperscript{2}", "−": "$-$", "Δ": r"$\Delta$", "Λ": r"$\Lambda$", "†": r"\dag{}",
+               "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
                **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
     return "".join(special.get(character, character) for character in text)
 
@@ -286,7 +296,7 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
                 {
                     "claim": cell(title if whole else "", claim=title),
                     "expected": cell(claim.expect if whole else "", expected=claim.expect, source=claim.source),
-                    "verdict": cell(f"**{answer}**" if answer else "", verdict=answer),
+                    "verdict": cell(answer, verdict=answer),
                     "task": cell(joint if whole else HEADINGS.get(task, task), task=joint if whole else task),
                     "published": rounded("published", claim.published if whole else None, sign=True),
                     "pairs": counted("pairs", result.count),

@@ -106,6 +106,7 @@ def test_other_formats_are_made_on_request(make, tmp_path, form, made):
         row = next(csv.DictReader(text.splitlines()))
         assert (float(row["difference"]), float(row["published"]), row["verdict"]) == (2.0, 1.05, "holds")
     elif form == "latex":
+        assert "**" not in (tmp_path / "tables/trial_claims.tex").read_text()
         assert r"LoRA\textsuperscript{2} k=8" in text and text.count(r"\\") == 1 + 5
     elif form == "html":
         _Checked().feed(text)
@@ -340,6 +341,17 @@ def test_a_wide_line_lies_below_a_narrow_one_in_whatever_order_they_come(runs):
         lines = sorted(drawing.figure.axes[0].get_lines(), key=lambda each: each.get_zorder())
         widths = [each.get_linewidth() for each in lines]
         assert widths == sorted(widths, reverse=True) and len(set(widths)) == len(widths) > 2
+
+
+def test_labels_are_printed_as_they_are(tmp_path):
+    labels = ["d<e>", "*z*", "_a_b_", "__init__", "x|y", "a < b", "`c`"]
+    lines = [line(label, "cola", 1, [0.5], adapter_params=1000) for label in labels]
+    table = score_table("trial", load_measured(write(tmp_path, "trial", lines)))
+    rows = [row.split(" | ")[0].strip("| ") for row in table.markdown().splitlines() if row.startswith("| ")]
+    printed = [r"d\<e>", r"\*z\*", r"\_a_b\_", r"\_\_init\_\_", r"x\|y", "a < b", r"\`c\`"]
+    assert sorted(rows[1:]) == sorted(printed)
+    text = table.latex()
+    assert r"d\textless{}e\textgreater{}" in text and r"x\textbar{}y" in text and not set("<>|") & set(text)
 
 
 def test_every_series_is_seen_and_every_label_is_in_the_legend_as_it_is(tmp_path):
