@@ -11,6 +11,7 @@ It learns sentences of SST-2 with their labels as prompts, or else a text file (
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -86,8 +87,13 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", required=True, help="folder for the trained adapter")
     args = parser.parse_args(argv)
-    if args.quantise and args.shape == "gpt2":
-        parser.error("torchao quantises nn.Linear, and GPT-2 has Conv1D: choose another --shape")
+    kind = AutoConfig.from_pretrained(args.model, trust_remote_code=False).model_type if args.model else args.shape
+    if kind not in TARGETS:
+        parser.exit(2, f"error: --model: {kind} is none of {', '.join(TARGETS)}\n")
+    if args.quantise and kind == "gpt2":
+        parser.exit(2, "error: torchao quantises nn.Linear, and GPT-2 has Conv1D: choose another model\n")
+    if args.quantise and find_spec("torchao") is None:
+        parser.exit(2, "error: --quantise needs torchao: install it with pip install torchao\n")
 
     base = load_base(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False) if args.model else Bytes()
@@ -95,7 +101,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     held_out, ids = ids.tensor_split([min(2048, len(ids) // 10)])
 
     model = load_base(args).train()
-    loralib.inject(model, "lora2", TARGETS[model.config.model_type], r=8, k=8, init="orthogonal")
+    loralib.inject(model, "lora2", TARGETS[kind], r=8, k=8, init="orthogonal")
     loralib.mark_only_lora_as_trainable(model)
     low_rank = loralib.LowRankTraining(model, args.steps, target_rank=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
