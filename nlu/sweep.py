@@ -46,7 +46,7 @@ examples:
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --set glue_dir=DIR --jobs 2
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
   python nlu/sweep.py configs/experiments/paper_table1.yaml --launcher slurm \\
-      --slurm slurm_partition=gpu --slurm gpus_per_node=1
+      --slurm slurm_partition=gpu --slurm gpus_per_node=1 --slurm timeout_min=240
 The format of an experiment file is explained at the top of nlu/experiments/experiment.py."""
 
 

@@ -81,17 +81,48 @@ class SlurmLauncher:
         except ImportError:
             raise UsageError("--launcher slurm needs submitit; install it with pip install submitit") from None
         parameters = dict(parameters)
+        cluster, nodes = parameters.pop("cluster", "slurm"), parameters.get("slurm_nodes", parameters.get("nodes", 1))
+        if cluster == "slurm" and not {"timeout_min", "slurm_timeout_min", "slurm_time"} & parameters.keys():
+            raise UsageError("submitit would end each run after 5 minutes; add --slurm timeout_min=MINUTES")
+        if not isinstance(nodes, int) or nodes < 1:
+            raise UsageError(f"--slurm nodes={nodes} must be a whole number of at least 1")
         try:
-            self.executor = submitit.AutoExecutor(folder=folder, cluster=parameters.pop("cluster", "slurm"))
+            self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self.executor.update_parameters(**parameters)
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
-        self.command_function = submitit.helpers.CommandFunction
+        self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
+        self.submitted = False
 
     def start(self, command: list[str], log: Path) -> Job:
-        """Submit a command that runs in this folder, its output appended to the log by a shell on the node."""
-        shell = ["/bin/sh", "-c", 'log=$1; shift; exec "$@" >>"$log" 2>&1', "sh", str(log.resolve()), *command]
-        return _SlurmJob(self.executor.submit(self.command_function(shell, verbose=False, cwd=os.getcwd())))
+        """Submit a command that runs in this folder, its output appended to the log.
+
+        A job that is refused counts as failed, the reason in its log.
+
+        Raises:
+            UsageError: the first one is refused, so that the others would be as well.
+        """
+        log, folder = log.resolve(), os.getcwd()
+
+        def run() -> int:  # a function inside a function is sent to the node whole: nothing is imported there
+            with open(log, "ab") as output:
+                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
+            # Slurm tells this process alone to stop, submitit by SIGUSR2 before the time is up: the run saves and ends.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+                signal.signal(number, lambda *_: process.terminate())
+            return process.wait()
+
+        try:
+            job = _SlurmJob(self.executor.submit(run))
+        except self.refusals as error:
+            message = f"submitit: {reason(error) or type(error).__name__}"
+            if not self.submitted:
+                raise UsageError(f"{message}; check --slurm") from None
+            with open(log, "a", encoding="utf-8") as output:
+                output.write(f"{message}\n")
+            return _RefusedJob()
+        self.submitted = True
+        return job
 
 
 class _SlurmJob:
@@ -102,9 +133,9 @@ class _SlurmJob:
         if not self.job.done():
             return None
         try:
-            return 1 if self.job.exception() is not None else 0
+            return max(self.job.results(), key=abs)  # of the tasks, if there are several
         except Exception as error:  # submitit raises its own errors for a job that vanished or was cancelled
-            print(f"job {self.job.job_id}: {error}", file=sys.stderr)
+            print(f"job {self.job.job_id}: {reason(error)}", file=sys.stderr)
             return 1
 
     def stop(self) -> None:
@@ -112,6 +143,16 @@ class _SlurmJob:
 
     def kill(self) -> None:
         self.job.cancel()
+
+
+class _RefusedJob:
+    def poll(self) -> int:
+        return 1
+
+    def stop(self) -> None:
+        """There is nothing to stop."""
+
+    kill = stop
 
 
 def available_cores() -> int:

@@ -1,12 +1,14 @@
-"""How the sweep starts a run here, and the commit that a record names."""
+"""How the sweep starts a run here and on a cluster, and the commit that a record names."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from nlu.experiments import launchers
-from nlu.experiments.launchers import LocalLauncher
+from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.runs.machine import git_commit
 from tests.nlu.tiny import wait_until
 
@@ -23,6 +25,20 @@ def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path,
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"
     assert wait(LocalLauncher(jobs).start([sys.executable, "-c", code], log)) == 7
     assert log.read_text() == f"{threads}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
+    log = tmp_path / "log"
+    code = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+        "print(os.getppid(), flush=True); time.sleep(60)"
+    )
+    launcher = SlurmLauncher(tmp_path / "jobs", {"cluster": "local", "timeout_min": 10})
+    job = launcher.start([sys.executable, "-c", code], log)
+    wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+    os.kill(int(log.read_text()), number)
+    assert wait(job) == 143
 
 
 def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tmp_path):

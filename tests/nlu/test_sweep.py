@@ -291,6 +291,27 @@ def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
         assert code == 2 and err.startswith("error: submitit: ")
 
 
+def test_a_job_that_slurm_refuses_is_a_failed_run_and_the_first_one_ends_the_sweep(run, tmp_path, monkeypatch):
+    programs = {
+        "sbatch": """[ ! -e "$0.full" ] || { echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; }
+                     touch "$0.full"; SLURM_JOB_ID=7 sh "$1" >"$0.out" 2>&1 & echo "Submitted batch job 7" """,
+        "srun": 'shift 5; exec "$@"',
+    }
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    content = BASIC | {"grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}}
+    for flags, says in (([], "add --slurm timeout_min"), (["timeout_min=9", "slurm_nodes=0"], "nodes=0")):
+        code, _, err = run(content, "--launcher", "slurm", *[word for flag in flags for word in ("--slurm", flag)])
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
+    code, out, err = run(content, "--launcher", "slurm", "--slurm", "timeout_min=9")
+    assert code == 1 and "1 run(s) finished now" in out and list(_lines(tmp_path)) == ["lora-cola-seed=1"]
+    assert "failed: lora-rte-seed=1: exit code 1: submitit: sbatch: error: AssocMaxSubmitJobLimit" in err
+    code, _, err = run(content, "--launcher", "slurm", "--slurm", "timeout_min=9")
+    assert code == 2 and err.splitlines()[-1] == "error: submitit: sbatch: error: AssocMaxSubmitJobLimit; check --slurm"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
