@@ -22,8 +22,8 @@ from jinja2 import Environment, FileSystemLoader
 from loralib.files import write_bytes, write_text
 from nlu import CONFIGS
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
+from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import COLOURS, Drawing, draw
-from nlu.experiments.questions import Question, load_questions
 from nlu.experiments.statistics import Estimate, estimate, finished, load_measured, tuned_over
 from nlu.experiments.tables import (
     ALL,
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add, results = parser.add_argument, ROOT / "results"
     add("--measured_dir", type=Path, default=results / "measured", help="lines of runs (default: results/measured)")
     add("--output_dir", type=Path, help="where the report goes (default: the folder that holds MEASURED_DIR)")
-    add("--questions", type=Path, default=ROOT / "configs/experiments/claims.yaml",
+    add("--claims", type=Path, default=ROOT / "configs/experiments/claims.yaml",
         help="questions and claims (default: configs/experiments/claims.yaml)")  # fmt: skip
     add("--published_dir", type=Path, default=results / "published", help="cited tables (default: results/published)")
     add("--only", metavar="NAME", help="print the tables of one experiment; with another format, write that alone")
@@ -92,7 +92,7 @@ def write_report(args: argparse.Namespace) -> int:
         UsageError: a damaged line or file, which it names; nothing is written then.
     """
     output = args.output_dir or args.measured_dir.absolute().parent
-    runs, (questions, papers) = load_measured(args.measured_dir), load_questions(args.questions)
+    runs, (questions, papers) = load_measured(args.measured_dir), load_questions(args.claims)
     for question in questions:
         if question.tuned is not None:
             runs = tuned_over(runs, question.experiments, question.tuned)

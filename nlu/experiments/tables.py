@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from nlu.errors import UsageError
-from nlu.experiments.questions import Question
+from nlu.experiments.claims import Question
 from nlu.experiments.statistics import LEVEL, SHORT, Estimate, compared, estimate, finished, holm, paired, verdict
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS

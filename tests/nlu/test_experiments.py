@@ -8,9 +8,9 @@ import yaml
 from nlu import sweep
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
+from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.places import Places, command_line
-from nlu.experiments.questions import load_questions
 from nlu.experiments.records import place_of
 from nlu.json_yaml import parse_yaml
 from nlu.methods.registry import METHODS

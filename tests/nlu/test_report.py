@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from nlu import report
 from nlu.experiments import figures
+from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import STYLE, spread_apart
-from nlu.experiments.questions import load_questions
 from nlu.experiments.statistics import finished, load_measured
 from nlu.experiments.tables import (
     claims_table,
@@ -54,7 +54,7 @@ def make(tmp_path, capsys):
     def call(lines, *flags, experiment="trial", questions=QUESTIONS):
         write(tmp_path / "measured", experiment, lines)
         (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
-        places = {"measured_dir": "measured", "published_dir": "published", "questions": "claims.yaml"}
+        places = {"measured_dir": "measured", "published_dir": "published", "claims": "claims.yaml"}
         given = [word for flag, name in places.items() for word in (f"--{flag}", str(tmp_path / name))]
         code = report.main([*given, *flags])
         return (code, *capsys.readouterr())

@@ -48,7 +48,7 @@ def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
         UsageError: a file that cannot be read, an unknown key, or a claim that expects something else.
     """
     content = read_yaml(path)
-    check(content, "questions", str(path))
+    check(content, "claims", str(path))
     questions = [
         Question(
             raw["question"],
