@@ -107,7 +107,7 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
 
     Args:
         path: the YAML file.
-        settings: arguments given on the command line; they win over `base`, `grid` labels and `overrides`.
+        settings: arguments given on the command line; they win over `base`, labels, `overrides` and `select.set`.
 
     Raises:
         UsageError: unreadable file, unknown or missing key, empty grid, a flag set in two places that cannot both hold,
@@ -221,6 +221,10 @@ class _Reader:
         if raw is None:
             return None
         self._check_tried(raw["values"], "select.values")
+        for key in sorted(raw["set"].keys() & self._listed()):
+            raise UsageError(f"select.set sets {key}, which is an axis of the grid: the run's name would be wrong")
+        if not self.settings.get("holdout_fraction", True):
+            raise UsageError("--set holdout_fraction must stay above 0: the tuning stage would see the validation set")
         rules = self._overrides(raw.get("overrides"), "select.overrides")
         per = tuple(axis for axis in self.grid if axis != "seed")
         runs: dict[tuple, list[Run]] = {}

@@ -108,9 +108,13 @@ class SlurmLauncher:
             with open(log, "ab") as output:
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
             # Slurm tells this process alone to stop, submitit by SIGUSR2 before the time is up: the run saves and ends.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-                signal.signal(number, lambda *_: process.terminate())
-            return process.wait()
+            stops = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+            before = [signal.signal(number, lambda *_: process.terminate()) for number in stops]
+            try:
+                return process.wait()
+            finally:  # cluster=debug runs this in the sweep's own process
+                for number, handler in zip(stops, before, strict=True):
+                    signal.signal(number, handler)
 
         try:
             job = _SlurmJob(self.executor.submit(run))

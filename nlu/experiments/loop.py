@@ -126,8 +126,8 @@ class SweepLoop:
             self.finished += 1
         elif not self.stopped_by:
             error = (line or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
-            if run.stage == "select" and self.places.record_time(run) is None:
-                self.places.fail(run, error)
+            if run.stage == "select" and code == 2 and self.places.record_time(run) is None:
+                self.places.fail(run, error)  # its arguments were refused, and would be again
             self.failures[run.folder] = f"exit code {code}: {error} (log: {self.places.log(run)})"
 
     def _show(self, running: list[Run]) -> None:
@@ -185,5 +185,5 @@ def run_experiment(
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""  # a job that never began has none
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

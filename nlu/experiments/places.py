@@ -119,7 +119,7 @@ class Places:
         return line
 
     def fail(self, run: Run, error: str) -> None:
-        """Write the line of a run that ended before it had a record, so that a selection need not wait for it."""
+        """Write the line of a run whose arguments were refused, so that a selection need not wait for it."""
         from nlu.arguments import method_file  # loads torch and transformers
 
         asked = run.arguments
@@ -173,7 +173,8 @@ class Places:
 
 
 def _key(asked: dict[str, Any], digests: dict[str, str]) -> str:
-    return json.dumps([asked, digests], sort_keys=True)
+    numbers = {k: float(v) for k, v in asked.items() if isinstance(v, int) and not isinstance(v, bool)}  # 64 is 64.0
+    return json.dumps([asked | numbers, digests], sort_keys=True)
 
 
 def command_line(run: Run, places: Places) -> list[str]:
@@ -181,7 +182,9 @@ def command_line(run: Run, places: Places) -> list[str]:
     own = bool(run.command) and not places.forced
     # The scripts that a file's command names lie in the repository, wherever the sweep is started.
     words = (
-        [os.path.relpath(ROOT / w) if (ROOT / w).is_file() else w for w in run.command] if own else [*places.command]
+        [os.path.relpath(ROOT / w) if (ROOT / w).is_file() and not Path(w).exists() else w for w in run.command]
+        if own
+        else [*places.command]
     )
     for key, value in run.arguments.items():
         if value is True and own:
@@ -193,7 +196,7 @@ def command_line(run: Run, places: Places) -> list[str]:
 
 def can_be_checked(run: Run) -> bool:
     """Whether what starts the run is known: not a command of the user's, which might begin to train when asked."""
-    return not run.command or any(Path(w).parts[:1] == ("scripts",) and (ROOT / w).is_file() for w in run.command)
+    return not run.command or any(w.startswith("scripts/run_") and (ROOT / w).is_file() for w in run.command)
 
 
 def parsed_command(run: Run, places: Places) -> Any:
@@ -210,7 +213,9 @@ def parsed_command(run: Run, places: Places) -> Any:
         if shown.returncode:
             raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
         words = shlex.split(shown.stdout)
-        start = next(i for i, word in enumerate(words) if Path(word).name == RUN_GLUE.name) + 1
+        start = next((i for i, word in enumerate(words, 1) if Path(word).name == RUN_GLUE.name), None)
+        if start is None:
+            raise UsageError(f"{run.folder}: its command starts no {RUN_GLUE.name}")
     else:
         start = len(places.command)
     try:

@@ -99,8 +99,8 @@ def collect(args: argparse.Namespace) -> int:
     for line in lines:
         record = read_json(_run_folder(args, line) / "results.json")
         if record is not None and record.get("started_at") != line.get("started_at"):
-            raise UsageError(f"{_run_folder(args, line)} holds a later training than the line of {line['run']}: run "
-                             "the sweep again")  # fmt: skip
+            raise UsageError(f"{_run_folder(args, line)} holds another training than the line of {line['run']}: "
+                             "name the sweep's own --measured_dir and --output_dir")  # fmt: skip
     if args.out.exists():
         raise UsageError(f"{args.out} is there already: remove it, or name another --out")
     with FolderWriter(args.out, (), MANIFEST) as new:

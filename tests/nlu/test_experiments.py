@@ -127,6 +127,7 @@ def _select(**changes):
         (_select(set={}), "holdout_fraction"),
         (_select(values={"seed": [1]}), "select.values names seed, which the grid or --set fixes"),
         (_select(set={"holdout_fraction": 0.1, "learning_rate": 1}), "both selected and set"),
+        (_select(set={"holdout_fraction": 0.1, "task_name": "rte"}), "select.set sets task_name, which is an axis"),
         (_select(values={"learning_rate": [True, 2]}), "must be a list of all numbers"),
         (_select(beyond={"learning_rate": 1}), "must be a factor above 1"),
         (_select(beyond={"weight_decay": 2}), "select.beyond names weight_decay"),

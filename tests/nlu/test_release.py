@@ -143,7 +143,7 @@ def test_what_cannot_be_collected_is_named(call, tmp_path):
     measured.write_text(lines.replace('"arguments": {', '"arguments": {"holdout_fraction": 0.1, ', 1))
     assert "was not scored on the whole validation set (--holdout_fraction)" in call(*call.base)[2]
     measured.write_text(lines.replace('"started_at": "', '"started_at": "1', 1))
-    assert "holds a later training than the line of mnli" in call(*call.base)[2]
+    assert "holds another training than the line of mnli" in call(*call.base)[2]
     measured.write_text(lines)
     adapter = tmp_path / "output/trial/mnli/adapter"
     adapter.rename(tmp_path / "moved")

@@ -236,6 +236,13 @@ def test_what_set_names_holds_for_the_selection_too(run, tmp_path):
     content = {**BASIC, "grid": ONE, "select": SELECT | {"set": {"holdout_fraction": 0.2, "max_steps": 50}}}
     assert run(content, "--set", "max_steps=1")[0] == 0
     assert {line["asked"]["max_steps"] for line in _lines(tmp_path).values()} == {1}
+    assert "--set holdout_fraction must stay above 0" in run(content, "--set", "holdout_fraction=null")[2]
+
+
+def test_a_tuning_run_that_vanished_is_waited_for(run, tmp_path):
+    content = {**BASIC, "grid": ONE, "select": SELECT | {"values": {"weight_decay": [0.5, 3]}}}  # 3: killed
+    code, _, err = run(content)
+    assert code == 1 and "its selection is not complete" in err and len(_lines(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
