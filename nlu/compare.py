@@ -36,7 +36,7 @@ from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import parsed_command, shape_of, unlike
 from nlu.experiments.figures import draw
-from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
+from nlu.experiments.launchers import ROOT, RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, check_writable
 from nlu.experiments.records import place_of
@@ -45,7 +45,7 @@ from nlu.experiments.tables import Table, comparison_table
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
-SCRIPTS = RUN_GLUE.parents[1] / "scripts"
+SCRIPTS = ROOT / "scripts"
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune; one more where the best is at an end, BEYOND times further
 BEYOND = 3.0
 
@@ -181,7 +181,7 @@ def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
 def _spec(spec: str) -> dict[str, Any]:
     """NAME:flag=value:… as arguments."""
     name, *settings = spec.split(":")
-    if not all(setting.partition("=")[1] for setting in settings):
+    if not all("=" in setting for setting in settings):
         raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
     return {"method": name} | flag_values([f"--{setting}" for setting in settings])
 

@@ -20,12 +20,10 @@ if packages_missing():
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.choosing import choose, chosen_runs
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
-from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
+from nlu.experiments.launchers import ROOT, RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, can_be_checked, check_writable, command_line, parsed_command
 from nlu.json_yaml import parse_yaml
-
-ROOT = Path(__file__).resolve().parents[1]
 
 DESCRIPTION = """\
 Runs what has no finished line yet and goes on with what was interrupted, so the same command can be stopped
@@ -88,7 +86,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
-    command = [sys.executable, os.path.relpath(ROOT / "nlu/run_glue.py")]
+    command = [sys.executable, os.path.relpath(RUN_GLUE)]
     if args.command is not None:
         command = list(split_command(args.command, "--command"))
     check_writable(args.measured_dir, "measured_dir")
@@ -97,9 +95,13 @@ def run_sweep(args: argparse.Namespace) -> int:
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:  # a wrong flag shows now and not after hours
-        wanted = [run for run in [*selecting, *final] if can_be_checked(run)]
         # A script takes a tenth of a second: of runs that differ in the seed one is asked.
-        for run in {str(run.arguments | {"seed": None} if run.command else run.folder): run for run in wanted}.values():
+        different = {
+            str(run.arguments | {"seed": None}) if run.command else run.folder: run
+            for run in [*selecting, *final]
+            if can_be_checked(run)
+        }
+        for run in different.values():
             parsed_command(run, places)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:

@@ -90,8 +90,7 @@ def _best(tried: list[Tried]) -> Tried | None:
 
 def _further(best: float, values: list[float], factor: float) -> float | None:
     """The value beyond the end at which the best lies, to six digits; None inside, and without a range of numbers."""
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    if not numbers or len(values) < 2 or best not in (min(values), max(values)):
+    if isinstance(best, str | bool) or len(values) < 2 or best not in (min(values), max(values)):
         return None
     further = float(f"{best * factor if best == max(values) else best / factor:.6g}")
     if further in values:  # 0 is its own multiple

@@ -136,9 +136,7 @@ class _Reader:
         self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
         for axis, labels in self.grid.items():
             for label, arguments in labels.items():
-                if own := sorted(arguments.keys() & self._listed() - {axis}):
-                    raise UsageError(f"grid.{axis} {label} sets {own[0]}, which is an axis of the grid: the run's name "
-                                     "would be wrong")  # fmt: skip
+                self._check_axes({name for name in arguments if name != axis}, f"grid.{axis} {label}")
         self.overrides = self._overrides(self.content.get("overrides"), "overrides")
         own = self.content.get("command")
         self.command = () if own is None else split_command(own, "command")
@@ -173,9 +171,11 @@ class _Reader:
             raise UsageError(f"grid.{axis} lists a value twice (1, 1.0 and true are one value)")
         return choices
 
-    def _listed(self) -> set[Any]:
-        """The axes that are flags: their values are in the runs' names."""
-        return {axis for axis, labels in self.content["grid"].items() if isinstance(labels, list)}
+    def _check_axes(self, names: Iterable[str], where: str) -> None:
+        """Refuse to set an axis that is a flag: its values are in the runs' names."""
+        for name in sorted(names):
+            if isinstance(self.content["grid"].get(name), list):
+                raise UsageError(f"{where} sets {name}, which is an axis of the grid: the run's name would be wrong")
 
     def _combinations(self) -> list[dict[str, Any]]:
         excluded = [self._when(rule, "exclude") for rule in self.content.get("exclude") or []]
@@ -199,8 +199,7 @@ class _Reader:
         rules = []
         for rule in raw or []:
             values, tried = rule.get("set") or {}, rule.get("values", {})
-            for key in sorted(values.keys() & self._listed()):
-                raise UsageError(f"{where} sets {key}, which is an axis of the grid: the run's name would be wrong")
+            self._check_axes(values, where)
             self._check_tried(tried, f"{where}.values")
             rules.append({"when": self._when(rule["when"], where), "set": values, "values": tried})
         return rules
@@ -221,8 +220,7 @@ class _Reader:
         if raw is None:
             return None
         self._check_tried(raw["values"], "select.values")
-        for key in sorted(raw["set"].keys() & self._listed()):
-            raise UsageError(f"select.set sets {key}, which is an axis of the grid: the run's name would be wrong")
+        self._check_axes(raw["set"], "select.set")
         if not self.settings.get("holdout_fraction", True):
             raise UsageError("--set holdout_fraction must stay above 0: the tuning stage would see the validation set")
         rules = self._overrides(raw.get("overrides"), "select.overrides")

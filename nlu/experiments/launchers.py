@@ -23,7 +23,8 @@ class Job(Protocol):
         """End it at once."""
 
 
-RUN_GLUE = Path(__file__).resolve().parents[1] / "run_glue.py"
+ROOT = Path(__file__).resolve().parents[2]
+RUN_GLUE = ROOT / "nlu/run_glue.py"
 
 
 class LocalLauncher:

@@ -12,12 +12,11 @@ from typing import Any
 
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.launchers import RUN_GLUE
+from nlu.experiments.launchers import ROOT, RUN_GLUE
 from nlu.experiments.records import comparable, measured_line, place_of, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests
 
-ROOT = RUN_GLUE.parents[1]
 logger = logging.getLogger("nlu")
 
 
@@ -180,18 +179,18 @@ def _key(asked: dict[str, Any], digests: dict[str, str]) -> str:
 def command_line(run: Run, places: Places) -> list[str]:
     """The command of one run: null is left out, and in a command of the experiment's own true is a bare flag."""
     own = bool(run.command) and not places.forced
-    # The scripts that a file's command names lie in the repository, wherever the sweep is started.
-    words = (
-        [os.path.relpath(ROOT / w) if (ROOT / w).is_file() and not Path(w).exists() else w for w in run.command]
-        if own
-        else [*places.command]
-    )
+    words = [_found(word) for word in run.command] if own else [*places.command]
     for key, value in run.arguments.items():
         if value is True and own:
             words.append(f"--{key}")
         elif value is not None:
             words.append(f"--{key}={value}")
     return [*words, "--root_output_dir", str(places.working(run))]
+
+
+def _found(word: str) -> str:
+    """A word of a command; a file that only the repository has, as its scripts, wherever the sweep is started."""
+    return os.path.relpath(ROOT / word) if (ROOT / word).is_file() and not Path(word).exists() else word
 
 
 def can_be_checked(run: Run) -> bool:

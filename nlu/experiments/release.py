@@ -39,14 +39,13 @@ from datasets import Dataset
 from loralib.files import FolderWriter, open_new, write_text
 from nlu.data.glue import load_task_data
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
-from nlu.experiments.launchers import RUN_GLUE
+from nlu.experiments.launchers import ROOT
 from nlu.experiments.records import check_line, read_lines
 from nlu.json_yaml import read_json
 from nlu.metrics import compute_glue_metrics, in_words
 from nlu.runs.digests import folder_digests
 from nlu.tasks import TASKS, get_task
 
-ROOT = RUN_GLUE.parents[1]
 MANIFEST = "manifest.jsonl"
 SAME = 1e-6  # scores of one set of predictions on two machines
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)  # by a file's content
@@ -89,17 +88,17 @@ def collect(args: argparse.Namespace) -> int:
             raise UsageError(f"{line['run']} has the task {line['task']}: only runs on GLUE's tasks can be collected")
         if other := {"holdout_fraction", "max_eval_samples"} & line["arguments"].keys():
             raise UsageError(f"{line['run']} was not scored on the whole validation set (--{min(other)})")
-    places = {line["run"]: _run_folder(args, line) / "adapter" for line in lines}
-    missing = [run for run, place in places.items() if not place.is_dir()]
+    places = {line["run"]: _run_folder(args, line) for line in lines}
+    missing = [run for run, place in places.items() if not (place / "adapter").is_dir()]
     if len(missing) == len(lines):
         raise UsageError(
             f"{args.output_dir} has no adapter of a finished run of {args.experiment}: give the --output_dir and the "
             "--measured_dir of the sweep"
         )
     for line in lines:
-        record = read_json(_run_folder(args, line) / "results.json")
+        record = read_json(places[line["run"]] / "results.json")
         if record is not None and record.get("started_at") != line.get("started_at"):
-            raise UsageError(f"{_run_folder(args, line)} holds another training than the line of {line['run']}: "
+            raise UsageError(f"{places[line['run']]} holds another training than the line of {line['run']}: "
                              "name the sweep's own --measured_dir and --output_dir")  # fmt: skip
     if args.out.exists():
         raise UsageError(f"{args.out} is there already: remove it, or name another --out")
@@ -107,7 +106,7 @@ def collect(args: argparse.Namespace) -> int:
         entries = []
         for line in (line for line in lines if line["run"] not in missing):
             folder = new / line["run"]
-            shutil.copytree(places[line["run"]], folder / "adapter")
+            shutil.copytree(places[line["run"]] / "adapter", folder / "adapter")
             sets = _validation(line, args.glue_dir)
             _predict(line, folder, args.model_name_or_path, sets)
             scores = _scores(line, folder, sets)
@@ -120,7 +119,7 @@ def collect(args: argparse.Namespace) -> int:
             archive.add(new, args.out.name)
     print(f"written: {args.out}/ and {args.out}.tar.gz")
     for run in missing:
-        print(f"left out: {run} has no adapter ({places[run]})", file=sys.stderr)
+        print(f"left out: {run} has no adapter ({places[run] / 'adapter'})", file=sys.stderr)
     return 1 if missing else 0
 
 

@@ -56,7 +56,7 @@ def test_resuming_from_the_state_is_exact(stop, tmp_path):
     assert torch.equal(fresh.importance_scores(), whole_allocator.importance_scores())
 
 
-def test_an_allocator_that_scores_all_factors_knows_the_inner_scores_too():
+def test_scoring_the_outer_factors_too_adds_to_every_importance():
     both = []
     for importance in ("inner", "full"):
         model = model_to_prune()
