@@ -63,13 +63,15 @@ class _NoAliases(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads no as false. Here it is a word, as --save_strategy has it; for a boolean flag it means false.
-_BOOLEAN = "tag:yaml.org,2002:bool"
+# YAML 1.1 reads no as false. Here it is a word, as --save_strategy has it; for a boolean flag it means false. Likewise
+# 4:00:00 is a time and no number of base 60, and 010 is not 8.
+_BOOLEAN, _INTEGER = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:int"
 _NoAliases.yaml_implicit_resolvers = {
-    first: [each for each in resolvers if each[0] != _BOOLEAN]
+    first: [each for each in resolvers if each[0] not in (_BOOLEAN, _INTEGER)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _NoAliases.add_implicit_resolver(_BOOLEAN, re.compile(r"(?:true|false|yes|on|off)$", re.IGNORECASE), list("tTfFyYoO"))
+_NoAliases.add_implicit_resolver(_INTEGER, re.compile(r"[+-]?(?:0|[1-9]\d*)$"), list("+-0123456789"))
 # YAML 1.1 reads 1e-3 as text; people write it as a number. Without the sign it stays text: 12e45 may be a commit.
 _NoAliases.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]\d+$"), list("+-0123456789")

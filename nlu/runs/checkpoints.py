@@ -141,15 +141,15 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def rotate(folder: Path, limit: int | None, spared: Collection[Path]) -> None:
-    """Delete the oldest checkpoints beyond ``limit``, except the ``spared`` ones.
+    """Delete the oldest checkpoints, except the ``spared`` ones, until ``limit`` are left.
 
     Args:
-        limit: checkpoints to keep; None or less than 1 for all of them.
+        limit: checkpoints to keep, the spared ones among them; None or less than 1 for all of them.
         spared: the checkpoint that was just sealed, which is known to be whole and is not read again, and others.
     """
     if limit is None or limit < 1:
         return
     present = checkpoints(folder)
-    for path in present[: max(0, len(present) - limit)]:
-        if path not in spared:
-            shutil.rmtree(path)
+    deletable = [path for path in present if path not in spared]
+    for path in deletable[: max(0, len(present) - limit)]:
+        shutil.rmtree(path)

@@ -27,6 +27,11 @@ def test_a_number_with_a_signed_exponent_is_a_number_and_a_commit_stays_text():
     }  # fmt: skip
 
 
+def test_whole_numbers_are_decimal_and_a_time_stays_text():
+    content = parse_yaml("{a: 4:00:00, b: 010, c: 10, d: -3, e: +0, f: 1_000}")
+    assert content == {"a": "4:00:00", "b": "010", "c": 10, "d": -3, "e": 0, "f": "1_000"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_repository_s_experiments_load_and_run_glue_accepts_every_command(path, tmp_path):
     places = Places(tmp_path, tmp_path, [])

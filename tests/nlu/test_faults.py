@@ -253,8 +253,17 @@ def test_checkpoints_go_by_step_whatever_the_clock_said(tmp_path):
     assert last_whole_checkpoint(tmp_path) == made[2]
     truncate(made[2] / "weights")
     assert last_whole_checkpoint(tmp_path) == made[0]
-    rotate(tmp_path, 1, {made[0]})
-    assert checkpoints(tmp_path) == [made[0], made[2]]
+
+
+@pytest.mark.parametrize(
+    ("limit", "spared", "left"),
+    [(2, [6], [4, 6]), (2, [2, 6], [2, 6]), (1, [2, 6], [2, 6]), (2, [2], [2, 6]), (0, [6], [2, 4, 6])],
+    ids=["the newest", "the best and the newest", "both beyond the limit", "a newer one was damaged", "no limit"],
+)
+def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared, left):
+    made = {step: make_checkpoint(tmp_path, step) for step in (2, 4, 6)}
+    rotate(tmp_path, limit, {made[step] for step in spared})
+    assert checkpoints(tmp_path) == [made[step] for step in left]
 
 
 def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder):
