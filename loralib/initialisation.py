@@ -165,7 +165,9 @@ class _GradientSketch(_Sketch):
         if not (y.isfinite().all() and z.isfinite().all()):
             raise ValueError("a gradient is not finite: the start needs batches with a finite loss")
         basis = torch.linalg.qr(y)[0]
-        u, values, v = torch.linalg.svd(torch.linalg.lstsq(left.T @ basis, z.T)[0], full_matrices=False)
+        # gelsy, the default, differs in its last bits from call to call.
+        core = torch.linalg.lstsq(left.T @ basis, z.T, driver="gelsd")[0]
+        u, values, v = torch.linalg.svd(core, full_matrices=False)
         return basis @ u, values / values.norm(), v
 
 

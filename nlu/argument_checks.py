@@ -32,6 +32,9 @@ REFUSED_FLAGS = {
     "accelerator_config": "it could change the batch and the order of the rows",
     "save_only_model": "a checkpoint holds what a stopped run needs to go on",
     "use_liger_kernel": "nlu/fast/ holds what makes a step faster",
+    "bf16_full_eval": "it would round what trains; evaluations compute in bfloat16 with --bf16",
+    "fp16_full_eval": "it would round what trains; evaluations compute in float16 with --fp16",
+    "ignore_data_skip": "a continued run goes on with the rows that are next",
     "debug": "a loss, gradient or weight that is not finite stops the run by itself",
 }
 
@@ -155,6 +158,14 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
             raise UsageError("--early_stopping_threshold has no meaning without --early_stopping_patience")
     elif not evaluates:
         raise UsageError("--early_stopping_patience needs evaluations: give --do_eval and --eval_strategy steps")
+    if training.load_best_model_at_end:
+        if training.save_strategy == "steps" and training.save_steps != training.eval_steps:
+            raise UsageError(
+                "--load_best_model_at_end needs a checkpoint of every evaluation: give --save_steps and --eval_steps "
+                f"one value, not {training.save_steps:g} and {training.eval_steps:g}"
+            )
+        if training.eval_on_start:
+            raise UsageError("--eval_on_start may be the best, of which no checkpoint is: leave --eval_on_start out")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from nlu.runs.checkpoints import (
     write_trained,
 )  # fmt: skip
 from nlu.runs.machine import peak_memory_bytes
-from nlu.runs.signals import Interrupted, SignalWatch
+from nlu.runs.signals import Interrupted, SignalWatch, start_worker
 from nlu.tasks import Task
 
 _IGNORED = -100  # the class number that torch's cross entropy leaves out
@@ -171,11 +172,10 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = self.applied.own_rates()
-        if self.args.head_learning_rate is not None:
-            rates.append((head_parameters(self.model), self.args.head_learning_rate / self.args.learning_rate))
-        for parameters, ratio in rates:
-            apart = {id(parameter) for parameter in parameters}
+        self.own_rates = self._restored.get("own_rates") or self._rates_by_name()
+        parameters = dict(self.model.named_parameters())
+        for names, ratio in self.own_rates:
+            apart = {id(parameters[name]) for name in names}
             for group in list(optimizer.param_groups):
                 own = [p for p in group["params"] if id(p) in apart]
                 if own:
@@ -183,7 +183,25 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
                     optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
         return optimizer
 
+    def _rates_by_name(self) -> list[tuple[list[str], float]]:
+        """Names of the parameters that have their own rate, in multiples of the learning rate.
+
+        A rate may depend on the start, so checkpoints hold them.
+        """
+        rates = self.applied.own_rates()
+        if self.args.head_learning_rate is not None:
+            rates.append((head_parameters(self.model), self.args.head_learning_rate / self.args.learning_rate))
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [([names[id(parameter)] for parameter in parameters], ratio) for parameters, ratio in rates]
+
     # ---- data ---------------------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As the Trainer's, with workers that leave SIGTERM to the run."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        own = loader.base_dataloader  # inside accelerate's
+        own.worker_init_fn = partial(start_worker, own.worker_init_fn)
+        return loader
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's. Only training drops an incomplete last batch: every row is evaluated and predicted."""
@@ -305,7 +323,10 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.second_eval_dataset is not None:
+            stopping = self.pop_callback(EarlyStoppingCallback)  # it would warn that its metric is not there
             metrics |= super().evaluate(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mm")
+            if stopping is not None:
+                self.add_callback(stopping)
         return metrics
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -77,3 +77,14 @@ class SignalWatch:
         wanted = torch.tensor(self.requested or 0)
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)
         return int(wanted) or None
+
+
+def start_worker(start: Callable[[int], None] | None, number: int) -> None:
+    """Have a loader's process outlive SIGTERM, which whole groups of processes get: the run needs it for its step.
+
+    Args:
+        start: the loader's own ``worker_init_fn``. number: the worker's.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if start is not None:
+        start(number)

@@ -117,6 +117,18 @@ def test_gradient_start(kind, options):
         assert loralib.update_statistics(model).deviation < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
+def test_a_start_is_the_same_bit_for_bit_wherever_its_memory_lies(kind):
+    starts, held = set(), []
+    for i in range(8):
+        held.append(torch.randn(1 + 999 * i))
+        model = net("lora2", r=5, k=8)
+        loralib.initialise(model, kind, batches(), loss_of)
+        factors = [p for layer in loralib.lora_layers(model).values() for p in (*layer.lora_A, *layer.lora_B)]
+        starts.add(b"".join(factor.detach().numpy().tobytes() for factor in factors))
+    assert len(starts) == 1
+
+
 @pytest.mark.parametrize("kind, options", [k for k in KINDS if k[1].get("k") != 14])
 def test_activation_start(kind, options):
     model = net(kind, **options)

@@ -15,6 +15,7 @@ from tests.nlu.test_published_command import PUBLISHED
 from tests.nlu.tiny import run_python
 
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
+BEST = "--do_eval --load_best_model_at_end"
 
 
 def parse(text):
@@ -112,6 +113,17 @@ WRONG = {
         ("--early_stopping_threshold 0.1", "without --early_stopping_patience"),
         ("--save_strategy best", "--save_strategy best needs evaluations"),
         ("--lr_scheduler_type reduce_lr_on_plateau --do_eval --eval_strategy epoch", "does not watch a metric"),
+        (
+            "--do_eval --eval_strategy steps --load_best_model_at_end --eval_steps 2 --save_steps 4",
+            "one value, not 4 and 2",
+        ),
+        (
+            "--do_eval --eval_strategy epoch --save_strategy epoch --load_best_model_at_end --eval_on_start",
+            "--eval_on_start",
+        ),
+        ("--bf16_full_eval", "with --bf16"),
+        ("--fp16_full_eval", "with --fp16"),
+        ("--ignore_data_skip", "not supported"),
         ("--lr_scheduler_type greedy --do_eval --eval_strategy epoch", "does not watch a metric"),
         ("--accelerator_config {}", "change the batch"),
         ("--save_only_model", "a checkpoint holds"),

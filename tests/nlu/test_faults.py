@@ -5,9 +5,11 @@ import fcntl
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from unittest import mock
@@ -84,6 +86,24 @@ def test_a_signal_lets_the_step_finish_and_saves_it(flags, run_folder, capsys, p
     assert read(flags)["status"] == "interrupted" and read(flags)["steps"] == saved
     assert checkpoints(run_folder / "model")[-1].name == f"checkpoint-{saved}"
     assert main(flags) == 0 and read(flags)["resumes"] == 1
+    assert outcome(run_folder) == expected
+
+
+def test_a_signal_to_the_whole_group_leaves_the_loader_s_workers(flags, run_folder):
+    """As `timeout` and Slurm send it: from outside, to each process."""
+    flags = [*flags, "--dataloader_num_workers", "1"]
+    expected = straight_outcome(flags, run_folder)
+
+    def to_all():
+        group = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+        assert len(group) > 1
+        subprocess.run(["kill", *map(str, group)], check=True)
+        time.sleep(0.5)
+
+    with dying("on_step_begin", 2, to_all):
+        assert main(flags) == 143
+    assert read(flags)["status"] == "interrupted" and read(flags)["steps"] == 3
+    assert main(flags) == 0
     assert outcome(run_folder) == expected
 
 

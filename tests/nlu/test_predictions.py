@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
+from transformers import EarlyStoppingCallback
 
 from nlu.run_glue import main
 from tests.nlu.tiny import make_rows, write_rows
@@ -74,6 +75,16 @@ def test_a_test_set_with_known_labels_is_scored(base_flags, tmp_path, capsys):
     write_rows(tmp_path / "glue/mrpc/test.jsonl", [row | {"label": -1} for row in rows])
     assert main([*base_flags, *glue, "--do_predict", "--max_steps", "2", "--overwrite_output_dir"]) == 0
     assert json.loads((tmp_path / "run/results.json").read_text())["test_scores"] == {}
+
+
+def test_early_stopping_looks_at_the_first_of_two_validation_sets(mnli_flags, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        EarlyStoppingCallback, "on_evaluate", lambda self, args, state, control, metrics, **_: seen.append(set(metrics))
+    )
+    asked = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", "1", "--early_stopping_patience", "1"]
+    assert main([flag for flag in mnli_flags if flag != "--do_predict"] + asked) == 0
+    assert len(seen) == 2 and all("eval_accuracy" in metrics for metrics in seen)
 
 
 def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path, capsys):
