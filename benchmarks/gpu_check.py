@@ -1,8 +1,8 @@
-"""What can only be seen on a GPU, in at most 9 minutes; nothing is downloaded or installed, all data are synthetic.
+"""Checks that need a GPU, in at most 9 minutes; nothing is downloaded or installed, all data are synthetic.
 
     bash scripts/gpu_check.sh [--out FOLDER]
 
-Each check is a process of its own. It has its share of the time, and what earlier checks left of theirs; then it is
+Each check is a separate process. It has its share of the time, plus what earlier checks left of theirs; then it is
 ended, so that later ones keep their shares. A check that the machine cannot run, or that does not fit into its time, is
 listed as skipped, and is not counted as passed. On a CPU everything is small: that shows that the checks run, and
 nothing about a GPU.

@@ -1,6 +1,6 @@
 """Measure a training step of LoRA² here beside its peers: full fine-tuning, peft's LoRA and AdaLoRA, plain attention.
 
-Each peer is a process of its own; they step by turns, so that whatever else the machine does hits all alike, and
+Each peer is a separate process; they take turns, so that other load on the machine hits all alike, and
 medians are compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is
 printed and written, with the machine and the versions, to benchmarks/results/NAME.json and NAME.md.
 

@@ -1,11 +1,11 @@
-"""LoRA² on a decoder language model: Llama-, Qwen- or GPT-2-shaped (whose Conv1D layers store their weight turned).
+"""LoRA² on a decoder language model: Llama-, Qwen- or GPT-2-shaped (whose Conv1D layers store the weight transposed).
 
     python examples/decoder_lm.py --sst2 data/glue/sst2/train.jsonl --out decoder
     python examples/decoder_lm.py --shape gpt2 --out decoder
     python examples/decoder_lm.py --model path/or/name --text notes.txt --quantise int8 --out decoder
 
-It learns sentences of SST-2 with their labels as prompts, or else a text file (this repository's licence). Without
---model the base is a tiny random model that reads bytes. --out gets adapter/ and, for peft, peft_adapter/.
+It learns SST-2 sentences with their labels as prompts, or a text file (default: this repository's licence). Without
+--model, the base is a tiny random model that reads bytes. --out gets adapter/ and, for peft, peft_adapter/.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def tiny(shape: str) -> torch.nn.Module:
 
 
 def load_base(args: argparse.Namespace) -> torch.nn.Module:
-    """The model without an adapter; its linear layers' weights in int8 if asked for, but for the output layer's."""
+    """The model without an adapter; if requested, its linear layers' weights are in int8, except the output layer's."""
     if args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     else:
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--shape", choices=TARGETS, default="llama", help="of the tiny model")
     parser.add_argument("--model", help="a pretrained model instead")
     parser.add_argument("--sst2", help="SST-2's train.jsonl, to learn sentences with their labels")
-    parser.add_argument("--text", default=str(LICENCE), help="what to learn without --sst2")
+    parser.add_argument("--text", default=str(LICENCE), help="text file to learn without --sst2")
     parser.add_argument("--quantise", choices=["int8"], help="frozen weights in 8 bits, by torchao; not for GPT-2")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", required=True, help="folder for the trained adapter")

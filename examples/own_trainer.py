@@ -1,8 +1,8 @@
-"""LoRA² in a Trainer of one's own: the two lines are the mix-in and ``low_rank=``.
+"""LoRA² in your own Trainer: the two additions are the mix-in and ``low_rank=``.
 
     python examples/own_trainer.py
 
-A tiny BERT reads scikit-learn's 8×8 digits as 64 tokens, each the darkness of a pixel.
+A tiny BERT reads scikit-learn's 8×8 digits as 64 tokens, each the darkness of one pixel.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import loralib
 
 
 class MyTrainer(loralib.LowRankTrainerMixin, Trainer):
-    """Whatever one's own Trainer does goes here."""
+    """The code of your own Trainer goes here."""
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""LoRA² in a plain PyTorch loop on a model of one's own: a network that knows the digits 0 to 4 learns 5 to 9.
+"""LoRA² in a plain PyTorch loop on your own model: a network that knows the digits 0 to 4 learns 5 to 9.
 
 python examples/plain_loop.py
 """

@@ -182,7 +182,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         raise ValueError(f"{path}: format_version is {version!r}, this loralib reads {FORMAT_VERSION}: update loralib")
     _check_keys(path, "", values, {*AdapterConfig.__dataclass_fields__, "config_sha256"})
     if values["config_sha256"] != _config_digest(values):
-        raise ValueError(f"{path} was changed after it was saved (its checksum does not fit): save the adapter anew")
+        raise ValueError(f"{path} was changed after it was saved (its checksum does not match): save the adapter again")
     del values["config_sha256"]
     _check_values(path, "", values, _VALUES)
     for group in values["groups"]:
@@ -207,11 +207,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {path.parent} is no adapter folder") from None
+        raise ValueError(f"{path} does not exist: {path.parent} is not an adapter folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} does not hold a JSON object")
     return values
 
 
@@ -230,11 +230,11 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path} is truncated or was changed ({len(data)} bytes, wrong checksum): copy it anew")
+        raise ValueError(f"{path} is truncated or was changed ({len(data)} bytes, wrong checksum): copy it again")
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is no safetensors file ({' '.join(str(error).split())[:200]})") from None
+        raise ValueError(f"{path} is not a safetensors file ({' '.join(str(error).split())[:200]})") from None
     for name, tensor in tensors.items():
         numbers = tensor.is_floating_point() or tensor.dtype in _WHOLE_NUMBERS
         if not numbers or not bool(tensor.float().isfinite().all()):
@@ -297,7 +297,7 @@ def _check_values(path: Path, where: str, values: dict[str, Any], checks: dict[s
     for name, fits in checks.items():
         if not fits(values[name]):
             shown = json.dumps(values[name])[:80]
-            raise ValueError(f"{path}: {where}{name} cannot be {shown}: save the adapter anew")
+            raise ValueError(f"{path}: {where}{name} cannot be {shown}: save the adapter again")
 
 
 def _check_keys(path: Path, where: str, values: dict[str, Any], expected: set[str]) -> None:

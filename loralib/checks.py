@@ -1,5 +1,4 @@
-"""What arguments must be, said once. Each check raises ValueError in one line, with at most 80 signs
-of the value."""
+"""Checks of arguments. Each raises a ValueError of one line, with at most 80 characters of the value."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Factors that stay exactly orthonormal while they train, in place of the orthogonality regulariser.
+"""Factors that stay exactly orthonormal during training, instead of the orthogonality regulariser.
 
-A factor X (m, s) with m ≥ s (a wide one is looked at transposed) lives on the Stiefel manifold XᵀX = I:
+A factor X (m, s) with m ≥ s (a wide one is transposed) lives on the Stiefel manifold XᵀX = I:
 
     before the step   g ← g − X sym(Xᵀg), the projection to the tangent space at X
                       (Edelman, Arias and Smith 1998, section 2.2.1, eq. 2.4; arXiv 2510.01938 uses it for LoRA)
     after the step    X ← X (XᵀX)^(−1/2), the polar factor: the nearest point of the manifold
 
 The inverse root comes from Newton–Schulz steps on the small Grams (Higham, Functions of Matrices, section 8.3), so a
-step takes two products with the tall factors and none of the host's decisions.
+step takes two products with the tall factors and no decision by the host.
 
 With two scales and k ≥ r, P = B₀B₁ and Q = A₁A₀ are orthonormal as well: s·|e| are the singular values of ΔW, and
 pruning the set D changes ΔW by exactly s·√Σ_{i∈D} e_i² in the Frobenius norm.

@@ -153,10 +153,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("adapter", help="folder of the adapter")
     parser.add_argument("out", help="folder to write: new or empty, or an adapter to replace")
     parser.add_argument("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
-    parser.add_argument("--base", help="name or path of the base model; for peft only its record")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: of the written weights")
-    parser.add_argument("--allow_other_base", action="store_true", help="merged: accept other base weights")
-    parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact), or a start by SVD")
+    parser.add_argument("--base", help="name or path of the base model; --to peft only records it")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights")
+    parser.add_argument("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
+    parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact), or start by SVD")
     parser.add_argument("--r", type=int, help="loralib: rank of a start by SVD (8)")
     parser.add_argument(
         "--widths", type=int, nargs="+", metavar="K", help="loralib: widths of its scales, outermost first"

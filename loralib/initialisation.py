@@ -1,11 +1,11 @@
-"""Starts that look at data: factors from the first gradient, or from the inputs of the layers. ΔW = 0 after each.
+"""Data-dependent starts: factors from the first gradient, or from the inputs of the layers. ΔW = 0 after each.
 
 "gradient"    G = Σ gᵀx over a few batches, the gradient of the frozen weight (arXiv 2407.05000 and 2502.01235). The
               outer factors are G's leading singular vectors; the inner ones come from the SVD of the core B₀ᵀ G A₀ᵀ.
 "activation"  A₀ = the leading right singular vectors of the layer's inputs (EVA, arXiv 2410.07170). The other factors
               keep their start.
 
-Neither G nor the inputs are kept. G is seen through Y = GΩ and Z = GᵀΨ with random Ω and Ψ, from which
+Neither G nor the inputs are kept. G is sketched by Y = GΩ and Z = GᵀΨ with random Ω and Ψ, from which
 G ≈ Q (ΨᵀQ)⁺ Zᵀ, Q = orth(Y) (Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1609.00048, algorithm 4); K = Σ xᵀx through
 KΩ, from which its Nyström approximation follows (arXiv 1706.05736, section 2). Both sketches are sums over batches.
 

@@ -1,4 +1,4 @@
-"""Replace linear layers of any model by low-rank ones, and say what trains."""
+"""Replace linear layers of any model by low-rank ones, and set what trains."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _match_one(pattern: str, names: list[str]) -> list[str]:
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"the module pattern {pattern!r} is no valid regular expression: {error}") from None
+        raise ValueError(f"the module pattern {pattern!r} is not a valid regular expression: {error}") from None
     return [name for name in names if regex.fullmatch(name)]
 
 

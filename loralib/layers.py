@@ -171,7 +171,7 @@ class LoRALayer(nn.Linear):
             RuntimeError: while merged.
         """
         if self.merged:
-            raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn anew")
+            raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn again")
         if self.r == 0:
             return
         if self.lora_E is None:

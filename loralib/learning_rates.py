@@ -1,4 +1,4 @@
-"""Learning rates of their own for singular values, LoRA's B and the head."""
+"""Separate learning rates for singular values, LoRA's B and the head."""
 
 from __future__ import annotations
 

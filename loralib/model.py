@@ -1,4 +1,4 @@
-"""What of a model is low-rank, and what of it trains: found by type and by parameter, never by name."""
+"""Which parts of a model are low-rank, and which train: found by type and by parameter, never by name."""
 
 from __future__ import annotations
 

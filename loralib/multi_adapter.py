@@ -1,4 +1,4 @@
-"""Several adapters on one base: switch by name, or give every row of a batch its own. The base is never written to."""
+"""Several adapters on one base: switch by name, or give every row of a batch its own. The base never changes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""peft's AdaLoRA in a training: its allocator is called, its ranks are dropped from memory once they are final.
+"""peft's AdaLoRA in training: its allocator is called, and pruned ranks are dropped from memory once they are final.
 
     trainer = Trainer(model=peft_model, ..., callbacks=[AdaLoraCallback(peft_model)])
 
-peft leaves the call of ``update_and_allocate`` to the training loop, which transformers' Trainer does not make, so that
+peft leaves calling ``update_and_allocate`` to the training loop; transformers' Trainer never calls it, so that
 no rank is ever pruned. An adapter of peft's AdaLoRA becomes an ordinary LoRA with
 ``python -m loralib.export PEFT_ADALORA --to peft OUT``.
 """

@@ -356,7 +356,7 @@ def read_pairs(
     if not names or odd:
         raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")
     if not pairs:
-        raise ValueError(f"{folder}: every singular value is 0: there is no update to take over")
+        raise ValueError(f"{folder}: every singular value is 0: there is no update to import")
     return values, pairs, state
 
 

@@ -1,4 +1,4 @@
-"""Half-precision frozen weights beside float32 adapters, with no weight cast in any step."""
+"""Half-precision frozen weights beside float32 adapters, without casting a weight in any step."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None
         raise ValueError("a low-rank layer is merged, and would restore its weight as it was: unmerge before the cast")
     for part in heads:
         if part not in inside:
-            raise ValueError(f"the head ({type(part).__name__}) is no module of the model: name one that is")
+            raise ValueError(f"the head ({type(part).__name__}) is not a module of the model: name one that is")
 
 
 def _computing(module: nn.Module) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@
 "balanced_scalar"  its scalar form, S = ‖Y‖_F/‖X‖_F.
 
 All inverses are of k×k or r×r matrices; layers of one shape are handled as one stack. Where layers share a factor, the
-Grams are averaged over them. Adam undoes a scale that stays the same: what these change under Adam are directions.
+Grams are averaged over them. Adam undoes a constant scale: under Adam these change directions only.
 """
 
 from __future__ import annotations

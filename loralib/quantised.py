@@ -1,4 +1,4 @@
-"""The form and the shape in which a frozen weight is stored, told without an import of what makes it."""
+"""The form and shape in which a frozen weight is stored, found without importing the library that made it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen weights split over several processes by FSDP2, beside factors and a head that every process has whole."""
+"""Frozen weights split over several processes by FSDP2; every process keeps the whole factors and head."""
 
 from __future__ import annotations
 

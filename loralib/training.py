@@ -1,4 +1,4 @@
-"""Regulariser and rank allocation in any training: a helper for plain loops, a mix-in for transformers' Trainer.
+"""Regulariser and rank allocation in any training loop: a helper for plain loops, a mix-in for transformers' Trainer.
 
 A plain loop adds two lines::
 

@@ -1,4 +1,4 @@
-"""What a command line must not say, checked before data or model are touched, and what follows from it."""
+"""Checks of the command line, made before data or model are touched, and the values that follow from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger("nlu")
 # Flags of the Trainer that a run would ignore or that would break it, each with what to do.
 REFUSED_FLAGS = {
     "label_names": "the label's name is fixed",
-    "resume_from_checkpoint": "the same command goes on from the run's last checkpoint by itself",
+    "resume_from_checkpoint": "the same command continues from the run's last checkpoint",
     "metric_for_best_model": "the best checkpoint is the one where the task's main metric is highest",
     "greater_is_better": "the best checkpoint is the one where the task's main metric is highest",
     "train_sampling_strategy": "the order is random; --length_bucketing batches similar lengths together",
@@ -30,12 +30,10 @@ REFUSED_FLAGS = {
     "batch_eval_metrics": "the metrics are computed over the whole set",
     "eval_do_concat_batches": "the metrics are computed over the whole set",
     "accelerator_config": "it could change the batch and the order of the rows",
-    "save_only_model": "a checkpoint holds what a stopped run needs to go on",
-    "use_liger_kernel": "nlu/fast/ holds what makes a step faster",
     "bf16_full_eval": "it would round what trains; evaluations compute in bfloat16 with --bf16",
     "fp16_full_eval": "it would round what trains; evaluations compute in float16 with --fp16",
-    "ignore_data_skip": "a continued run goes on with the rows that are next",
-    "debug": "a loss, gradient or weight that is not finite stops the run by itself",
+    "ignore_data_skip": "a continued run always goes on with the next rows",
+    "debug": "a loss, gradient or weight that is not finite always stops the run",
 }
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of its package too
@@ -126,7 +124,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     if training.dataloader_persistent_workers and not training.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
     if training.fsdp:
-        raise UsageError("--fsdp would split what trains too: set ACCELERATE=configs/accelerate/fsdp.yaml instead")
+        raise UsageError("--fsdp would also split what trains: set ACCELERATE=configs/accelerate/fsdp.yaml instead")
     _check_data(data)
     _check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):

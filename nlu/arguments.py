@@ -28,8 +28,8 @@ _WINS = "--method_file_wins"
 HELP = """\
 usage: run_glue.py [arguments.yaml] --model_name_or_path MODEL --task_name TASK --root_output_dir DIR [--flag value …]
 
-Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. Given again, an interrupted run
-goes on from its last checkpoint. --help_all lists every argument.
+Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. The same command
+continues an interrupted run from its last checkpoint. --help_all lists every argument.
 
 model and data
   --model_name_or_path MODEL   hub name or local folder of the pretrained encoder
@@ -38,9 +38,9 @@ model and data
   --train_file, --validation_file, --test_file FILE
                                your own data: CSV, TSV, JSONL or Parquet
   --text_columns A[,B], --label_column NAME, --metric NAME, --class_weights balanced
-                               what your own data has, and how it is scored and weighed
+                               columns, score and class weights of your own data
   --holdout_fraction F         evaluate on a share of the training set
-  --max_seq_length N           tokens of an input (128)
+  --max_seq_length N           tokens per input (128)
 method
   --method NAME                a file of configs/methods/: lora2, adalora, lora, sora, hadapter, bitfit, full, … (lora2)
   --lora_k K, --lora_r R, --lora_alpha ALPHA, --lora_module NAMES
@@ -71,7 +71,7 @@ class ModelArguments:
         default=None, help="Dropout before the classifier, in [0, 1). Default: the model's own."
     )
     lora_path: str | None = HfArg(
-        default=None, help="Start from the factors of this saved adapter folder (the head starts anew)."
+        default=None, help="Start from the factors of this saved adapter folder (the head is new)."
     )
     no_fast_attention: bool = HfArg(
         default=False,
@@ -94,7 +94,7 @@ class DataArguments:
     validation_file: str | None = HfArg(default=None, help="Your own validation data.")
     test_file: str | None = HfArg(default=None, help="Your own data to predict with --do_predict.")
     text_columns: str | None = HfArg(
-        default=None, help="Columns of your own files with the text, NAME or NAME,NAME. Default: those without doubt."
+        default=None, help="Columns of your own files with the text, NAME or NAME,NAME. Default: the unambiguous ones."
     )
     label_column: str = HfArg(default="label", help="Column of your own files with the label.")
     on_error: Literal["stop", "skip"] = HfArg(
@@ -104,7 +104,7 @@ class DataArguments:
         default=None, help="Main metric for your own data. Default: by the labels."
     )
     class_weights: Literal["balanced"] | None = HfArg(
-        default=None, help="balanced: the training loss weighs each class against its share of the rows."
+        default=None, help="balanced: the training loss weighs each class by the inverse of its share of the rows."
     )
     predict_task: str | None = HfArg(
         default=None, help="With --do_predict: predict this task's test set too; ax with mnli."
@@ -135,23 +135,23 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = HfArg(
         default=False, help="Replace what another or a finished run left in root_output_dir."
     )
-    logging_steps: float = HfArg(default=10, help="Steps between two lines with the loss.")
+    logging_steps: float = HfArg(default=10, help="Steps between two log lines with the loss.")
     head_learning_rate: float | None = HfArg(
         default=None, help="Learning rate of the classification head. Default: --learning_rate."
     )
     head_first_epochs: int = HfArg(
-        default=0, help="First train the head alone for so many epochs, on the frozen encoder's features."
+        default=0, help="First train the head alone for this many epochs, on the frozen encoder's features."
     )
     total_batch_size: int | None = HfArg(
         default=None,
-        help="Rows a step, over all processes. The rows a process takes at once follow from it, or, where "
+        help="Rows per step, over all processes. The rows a process takes at once follow from it, or, where "
         "--per_device_train_batch_size is lower, the steps it accumulates.",
     )
     schedule_steps: int | None = HfArg(
         default=None,
         help="Steps of the training for which --warmup_steps, --init_warmup, --final_warmup and "
         "--mask_interval were chosen: they shrink in proportion in a shorter training. Default: they are "
-        "taken as they are.",
+        "used unchanged.",
     )
     early_stopping_patience: int | None = HfArg(
         default=None, help="Stop after this many evaluations without a better main metric."
@@ -162,7 +162,7 @@ class RunArguments(TrainingArguments):
     per_device_eval_batch_size: int = HfArg(default=64, help="Rows a process evaluates at once.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints that are kept.")
     logging_nan_inf_filter: bool = HfArg(
-        default=False, help="Off: a loss that is not finite ends the run in place of being left out."
+        default=False, help="Off: a loss that is not finite ends the run instead of being left out."
     )
 
 

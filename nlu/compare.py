@@ -4,8 +4,8 @@
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR --methods lora2,lora
     python nlu/compare.py --task_name rte --published debertav3 --methods lora2,lora:lora_alpha=64,adalora_r8 --seeds 5
 
-Every other flag goes to nlu/run_glue.py, the same for all methods; NAME:flag=value in --methods sets one for a method.
-The first method is what the others are compared with. The same command goes on where it was stopped.
+Every other flag goes to nlu/run_glue.py for all methods; NAME:flag=value in --methods sets it for one method.
+The others are compared with the first method. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def own_parser() -> argparse.ArgumentParser:
         help=f"first choose each method's learning rate on a held-out tenth of the training set ({RATES})")  # fmt: skip
     add("--published", choices=("debertav3", "robertalarge"), help="the published settings of scripts/run_*.sh")
     add("--name", help="name of the comparison (default: compare-TASK)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, seconds a step compare nothing")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table and figures go to OUTPUT_DIR/NAME/")
     add("--rerun_changed", action="store_true", help="run again what was made with other arguments or contents")
     return parser

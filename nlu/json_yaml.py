@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete it to run it again") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object; delete it to run it again")
+        raise UsageError(f"{path} does not hold a JSON object; delete it to run it again")
     return value
 
 

@@ -3,8 +3,8 @@
     python nlu/predict.py --adapter output/cola/adapter --base microsoft/deberta-v3-base --input new.jsonl
     cat new.tsv | python nlu/predict.py --model merged --text_columns sentence1,sentence2 --input - --input_format tsv
 
-Rows come out in the order they went in, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or with "score" in
-place of label and probabilities for a regression task. "line" is the line of the input that the row ends on.
+Rows are written in input order, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or, for a regression task,
+with "score" instead of label and probabilities. "line" is the input line on which the row ends.
 """
 
 from __future__ import annotations
@@ -175,8 +175,8 @@ def _checkpoint(source: str) -> nn.Module:
         )
     if info["missing_keys"]:
         raise UsageError(
-            f"--model {source} is no trained classifier: it lacks {min(info['missing_keys'])}; give --adapter with it "
-            "as --base, or a merged checkpoint"
+            f"--model {source} is not a trained classifier: it lacks {min(info['missing_keys'])}; give --adapter with "
+            "it as --base, or a merged checkpoint"
         )
     return model
 
@@ -247,8 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--adapter", help="folder of a trained adapter (<root_output_dir>/adapter of a run)")
-    model.add_argument("--model", help="folder of a merged checkpoint, or any classifier of transformers")
-    parser.add_argument("--base", help="name or folder of the adapter's base model, where its own record is not enough")
+    model.add_argument("--model", help="folder of a merged checkpoint, or any transformers classifier")
+    parser.add_argument("--base", help="name or folder of the base model (default: the one that the adapter records)")
     parser.add_argument("--allow_other_base", action="store_true", help="accept a base with other weights")
     parser.add_argument(
         "--input", required=True, help="a .jsonl, .json, .csv, .tsv or .parquet file, or - for standard input"
@@ -261,7 +261,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop",
                         help="what to do with a bad row, after naming its line (default: stop)")  # fmt: skip
     parser.add_argument("--batch_size", type=_positive, default=64, help="rows computed at once (64)")
-    parser.add_argument("--max_seq_length", type=_positive, help="tokens kept of a row; default: that of training")
+    parser.add_argument("--max_seq_length", type=_positive, help="tokens kept per row; default: that of training")
     return parser
 
 

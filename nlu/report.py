@@ -75,12 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="report.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, results = parser.add_argument, ROOT / "results"
-    add("--measured_dir", type=Path, default=results / "measured", help="lines of runs (default: results/measured)")
+    add("--measured_dir", type=Path, default=results / "measured", help="the runs' lines (default: results/measured)")
     add("--output_dir", type=Path, help="where the report goes (default: the folder that holds MEASURED_DIR)")
     add("--claims", type=Path, default=ROOT / "configs/experiments/claims.yaml",
         help="questions and claims (default: configs/experiments/claims.yaml)")  # fmt: skip
     add("--published_dir", type=Path, default=results / "published", help="cited tables (default: results/published)")
-    add("--only", metavar="NAME", help="print the tables of one experiment; with another format, write that alone")
+    add("--only", metavar="NAME", help="print the tables of one experiment; with --format, write only its files")
     add("--format", choices=FORMATS, default="markdown", help="default: markdown, with PNG figures")
     return parser
 

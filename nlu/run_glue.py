@@ -3,8 +3,8 @@
     python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola --method lora2 \\
         --do_train --do_eval --root_output_dir output/cola
 
-``--help`` explains every argument. The run leaves results.json, rank_pattern.json, adapter/, model/ and log/ in
-root_output_dir; given again, an interrupted run goes on from its last checkpoint.
+``--help_all`` lists every argument. The run writes results.json, rank_pattern.json, adapter/, model/ and log/ to
+root_output_dir; the same command continues an interrupted run from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path,
         checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
         if checkpoint is not None:
             if training.process_index == 0:
-                logger.warning("going on from %s", checkpoint)
+                logger.warning("continuing from %s", checkpoint)
         else:
             prepare_start(trainer)
         try:

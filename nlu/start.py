@@ -1,7 +1,7 @@
-"""What is set between loading a model and its first step: the head alone, then the factors, then the optimiser.
+"""The steps between loading a model and its first update: train the head alone, start the factors, make the optimiser.
 
-A run that goes on from a checkpoint does neither again. One process computes both, whatever their number, and the
-others receive its parameters.
+A run that resumes from a checkpoint skips head and factors. One process computes both and the others receive its
+parameters.
 """
 
 from __future__ import annotations

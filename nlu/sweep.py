@@ -26,18 +26,18 @@ from nlu.experiments.places import Places, can_be_checked, check_writable, comma
 from nlu.json_yaml import parse_yaml
 
 DESCRIPTION = """\
-Runs what has no finished line yet and goes on with what was interrupted, so the same command can be stopped
-(Ctrl-C or SIGTERM: the runs save and end) and started again at any time. A failing run does not stop the others; the
-sweep then ends with exit code 1. What another row or experiment has finished with the same arguments and contents is
-taken over, not run again.
+Starts runs that have no finished line yet and continues interrupted ones, so the command can be stopped (Ctrl-C or
+SIGTERM: the runs save and end) and given again at any time. A failing run does not stop the others; the sweep then ends
+with exit code 1. A run that another row or experiment has finished with the same arguments and contents is taken over,
+not repeated.
 
 A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXPERIMENT/RUN/. When a run ends, one line
-with what tables and figures need goes into MEASURED_DIR/EXPERIMENT.jsonl, without this machine's folders in it. The
+with what tables and figures need is added to MEASURED_DIR/EXPERIMENT.jsonl, without paths of this machine. The
 repository's own evidence is made with --measured_dir results/measured; by default lines go to output/measured, which
-git ignores. python nlu/report.py --measured_dir DIR makes tables and figures of them.
+git ignores. python nlu/report.py --measured_dir DIR makes tables and figures from them.
 
-Runs finished with other arguments than the file now asks for, or with a model, data or files that hold something else
-under the same name, are refused before anything starts; --rerun_changed replaces them."""
+Runs finished with arguments that the file no longer gives, or with a model, data or files whose contents have changed,
+are refused before anything starts; --rerun_changed replaces them."""
 
 EPILOG = """\
 examples:
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--only", metavar="REGEX", help="only runs whose name matches (and the selection runs that they need)")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
-        help="run again, from the start, the runs of this file that were made with other arguments")  # fmt: skip
+        help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor")
     add("--command", default=None, help="what starts one run (default: the experiment's, or nlu/run_glue.py)")
@@ -95,7 +95,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
     if not places.forced:  # a wrong flag shows now and not after hours
-        # A script takes a tenth of a second: of runs that differ in the seed one is asked.
+        # A script takes a tenth of a second: of runs that differ only in the seed, one is checked.
         different = {
             str(run.arguments | {"seed": None}) if run.command else run.folder: run
             for run in [*selecting, *final]
@@ -120,7 +120,7 @@ def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[R
     try:
         pattern = re.compile(only)
     except re.error as error:
-        raise UsageError(f"--only {only} is no regular expression: {error}") from None
+        raise UsageError(f"--only {only} is not a regular expression: {error}") from None
     final = [run for run in experiment.runs if pattern.search(run.folder)]
     needed = {selection.key(run) for run in final} if selection else set()
     selecting = [run for run in candidates if pattern.search(run.folder) or selection.key(run) in needed]

@@ -354,7 +354,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         if load_result.unexpected_keys:
             raise RunError(
                 f"the checkpoint holds a parameter that this model lacks ({load_result.unexpected_keys[0]}): give "
-                "--overwrite_output_dir to train anew"
+                "--overwrite_output_dir to train again"
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

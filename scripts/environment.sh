@@ -1,10 +1,10 @@
-# Sourced by the scripts/run_*.sh files with their arguments: --help, what the environment sets, and `run`.
+# Sourced by the scripts/run_*.sh files with their arguments: --help, the environment variables, and `run`.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 show_help() {
     cat <<END
-Fine-tunes an encoder on a task with the settings that stand in the script.
+Fine-tunes an encoder on a task with the settings in the script.
 
   bash $0
   METHOD=adalora SEED=2 NPROC=4 bash $0 --max_steps 100
@@ -12,18 +12,18 @@ Fine-tunes an encoder on a task with the settings that stand in the script.
 The environment sets:
   METHOD       a file's name in configs/methods/ without .yaml (default: lora2)
   MODEL        a model's folder, or another name on the hub
-  SEED         in place of the published one
-  NPROC        processes on this machine, one a GPU (default: 1)
+  SEED         replaces the published one
+  NPROC        processes on this machine, one per GPU (default: 1)
   PER_DEVICE   rows a process takes at once; the rest of its share of the batch is accumulated (default: all)
-  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   of a run over several machines, as torchrun knows them
+  NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for a run over several machines, as in torchrun
   ACCELERATE   a file in configs/accelerate/: \`accelerate launch\` starts the run with its settings (FSDP, for example)
   DRY_RUN=1    prints the command and starts nothing
   PYTHON       the interpreter (default: .venv/bin/python where scripts/setup.sh made it, else python3 or python)
 
-Flags after the script's name go to nlu/run_glue.py (--help there) and win over everything else. What the method's file
-in configs/methods/ says wins over the script's settings. The batch stays the task's, however many processes share it. In
-a shorter training (--max_steps, --num_train_epochs) warm-ups and masking interval shrink in proportion, your own too;
---schedule_steps sets the length that they were made for.
+Flags after the script's name go to nlu/run_glue.py (see its --help) and override everything else. The method's file in
+configs/methods/ overrides the script's settings. The total batch size does not depend on the number of processes. In a
+shorter training (--max_steps, --num_train_epochs), warm-ups and masking interval shrink in proportion, including your
+own; --schedule_steps sets the length that they were chosen for.
 END
 }
 
@@ -48,8 +48,8 @@ given() {
     return $found
 }
 
-# run COMMAND…: starts it, or prints it for DRY_RUN. One process needs no launcher, and ACCELERATE brings another one: then
-# the words before nlu/run_glue.py are replaced.
+# run COMMAND…: starts it, or prints it for DRY_RUN. One process needs no launcher, and ACCELERATE uses another one: then the
+# words before nlu/run_glue.py are replaced.
 run() {
     if [[ -n ${ACCELERATE:-} ]] || ((NPROC * NNODES == 1)); then
         while [[ $1 != "$ROOT/nlu/run_glue.py" ]]; do shift; done
@@ -71,7 +71,7 @@ for word in "$@"; do
     fi
 done
 
-# What the script's settings and folder depend on may come as a flag too, which then wins.
+# What the script's settings and folder depend on may also be given as a flag, which then wins.
 for name in METHOD:method SEED:seed MODEL:model_name_or_path; do
     if value=$(given "${name#*:}" "$@"); then printf -v "${name%:*}" %s "$value"; fi
 done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # MNLI on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854). Where AdaLoRA's launch settings
-# differ, a METHOD of AdaLoRA gets its own.
+# differ, AdaLoRA methods use those.
 # With --do_predict --predict_task ax the model predicts GLUE's diagnostic set too.
-# --help explains what the environment sets.
+# --help explains the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -18,7 +18,7 @@ case $BASE in
             --init_warmup 8000 --final_warmup 50000 --mask_interval 100)
         ;;
 esac
-if [[ $BASE == adalora ]]; then # its own launch settings
+if [[ $BASE == adalora ]]; then # AdaLoRA's own launch settings
     SETTINGS+=(--lora_r 3 --target_rank 1)
 fi
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # MRPC on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854). Where AdaLoRA's launch settings
-# differ, a METHOD of AdaLoRA gets its own.
+# differ, AdaLoRA methods use those.
 # The warm-up is 0.1 of the 3450 steps.
-# --help explains what the environment sets.
+# --help explains the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -18,7 +18,7 @@ case $BASE in
             --init_warmup 600 --final_warmup 1800 --mask_interval 1)
         ;;
 esac
-if [[ $BASE == adalora ]]; then # its own launch settings
+if [[ $BASE == adalora ]]; then # AdaLoRA's own launch settings
     SETTINGS+=(--lora_r 2 --target_rank 1)
 fi
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # STS-B on DeBERTaV3-base: the settings published with LoRA² (arXiv 2408.06854). Where AdaLoRA's launch settings
-# differ, a METHOD of AdaLoRA gets its own.
-# --help explains what the environment sets.
+# differ, AdaLoRA methods use those.
+# --help explains the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -17,7 +17,7 @@ case $BASE in
             --init_warmup 800 --final_warmup 2000 --mask_interval 10)
         ;;
 esac
-if [[ $BASE == adalora ]]; then # its own launch settings
+if [[ $BASE == adalora ]]; then # AdaLoRA's own launch settings
     SETTINGS+=(--lora_r 2 --target_rank 1)
 fi
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# WNLI on DeBERTaV3-base. No settings were published for it: those of RTE, chosen here, on fewer steps.
-# --help explains what the environment sets.
+# WNLI on DeBERTaV3-base. No settings were published for it; chosen here: those of RTE with fewer steps.
+# --help explains the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

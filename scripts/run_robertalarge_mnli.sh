@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# MNLI on RoBERTa-large: LoRA's settings (arXiv 2106.09685, Table 9, and its launch scripts). For the rank allocation no
-# settings were published on this backbone: they are chosen here, the shares of the steps that DeBERTaV3-base's have.
+# MNLI on RoBERTa-large: LoRA's settings (arXiv 2106.09685, Table 9, and its launch scripts). No rank-allocation
+# settings were published for this backbone; they are chosen here, with the same shares of the steps as on DeBERTaV3-base.
 # With --do_predict --predict_task ax the model predicts GLUE's diagnostic set too.
 # The batch of 32 is 8 GPUs × 4.
 # The warm-up is 0.06 of the 122720 steps; cls_dropout is RoBERTa's own; evaluating every 6000 steps is chosen here.
-# --help explains what the environment sets.
+# --help explains the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

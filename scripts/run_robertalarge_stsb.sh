@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# STS-B on RoBERTa-large: LoRA's settings (arXiv 2106.09685, Table 9, and its launch scripts). For the rank allocation no
-# settings were published on this backbone: they are chosen here, the shares of the steps that DeBERTaV3-base's have.
+# STS-B on RoBERTa-large: LoRA's settings (arXiv 2106.09685, Table 9, and its launch scripts). No rank-allocation
+# settings were published for this backbone; they are chosen here, with the same shares of the steps as on DeBERTaV3-base.
 # LoRA's authors start this task from their MNLI adapter: add --lora_path FOLDER for that.
 # The batch of 64 is 8 GPUs × 8; a later launch script has 8 × 4, and inputs of 128 tokens.
 # The warm-up is 0.06 of the 2700 steps; cls_dropout is RoBERTa's own; evaluating every 90 steps (an epoch) is chosen here.
-# --help explains what the environment sets.
+# --help explains the environment variables.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long checks that scripts/test.sh runs in small. Usage: bash scripts/soak.sh [cases of a kind, 10000] [killed runs, 10]
+# The full-length checks of which scripts/test.sh runs a few. Usage: bash scripts/soak.sh [cases per kind, 10000] [killed runs, 10]
 # The last figures are in docs/soak.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,7 +8,7 @@ if [ ! -x "$(command -v "$PYTHON")" ]; then
   bash scripts/setup.sh test
 fi
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Other points and other cases each time, as many as asked for; each run is killed twice.
+# New kill points and cases each time; each run is killed twice.
 SOAK_SEED="${SOAK_SEED:-$RANDOM}"
 export SOAK_SEED
 echo "SOAK_SEED=$SOAK_SEED"

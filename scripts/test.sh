@@ -6,6 +6,6 @@ bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
 .venv/bin/mypy
-# One thread a worker: tests are many and small, and numbers must not depend on the threads' number.
+# One thread per worker: tests are many and small, and numbers must not depend on the number of threads.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 exec .venv/bin/python -m pytest -n "${TEST_WORKERS:-2}" "$@"

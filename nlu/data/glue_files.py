@@ -1,4 +1,4 @@
-"""Which files hold a split of a GLUE task. The loader reads them, and a run's digests tell them by their contents."""
+"""Which files hold a split of a GLUE task. The loader reads them, and a run's digests identify them by content."""
 
 from __future__ import annotations
 

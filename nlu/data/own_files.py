@@ -137,7 +137,7 @@ def _label_kind(table: Table) -> type:
     written = [value for value, x in zip(values, numbers, strict=True) if x is not None]
     if len(written) > len(values) / 2 and not all(_CODE.fullmatch(value) for value in written):
         row, hint = numbers.index(None), "correct it, or for classes give a .jsonl file with quoted labels"
-        raise table.error(row, f"label {shown(values[row])} is no number, as most are: {hint}")
+        raise table.error(row, f"label {shown(values[row])} is not a number, as most are: {hint}")
     return str
 
 

@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--allow_partial",
         action="store_true",
-        help="zip what is there although files are missing, to look at or complete",
+        help="zip the files that exist although others are missing",
     )
     options = parser.parse_args(arguments)
     try:

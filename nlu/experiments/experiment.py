@@ -63,7 +63,7 @@ class Run:
         try:
             return tuple(word.format_map(self.arguments) for word in self.words)
         except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-            raise UsageError(f"command {' '.join(self.words)!r}: {error} is no argument of every run") from None
+            raise UsageError(f"command {' '.join(self.words)!r}: {error} is not an argument of every run") from None
 
     def trying(self, values: dict[str, Any], extra: bool = False) -> "Run":
         """The same run of a selection with other values."""
@@ -209,7 +209,7 @@ class _Reader:
         for axis, labels in checked.items():
             if axis not in self.grid:
                 known = ", ".join(map(str, self.grid))
-                raise UsageError(f"{where} names {axis}, which is no axis of the grid ({known})")
+                raise UsageError(f"{where} names {axis}, which is not an axis of the grid ({known})")
             for label in labels:
                 if label not in self.grid[axis]:
                     raise UsageError(f"{where} names {axis} {label}, which the grid does not have")

@@ -104,7 +104,7 @@ class SweepLoop:
         counts = f"{self.finished} run(s) finished now, {already} before, {len(self.failures)} failed"
         print(counts + (f"; their lines are in {self.places.measured}" if self.places.measured.exists() else ""))
         if self.stopped_by:
-            print("stopped; the same command goes on from here", file=sys.stderr)
+            print("stopped; the same command continues from here", file=sys.stderr)
             return 128 + self.stopped_by
         return 1 if self.failures else 0
 

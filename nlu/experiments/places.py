@@ -231,5 +231,5 @@ def check_writable(folder: Path, flag: str) -> None:
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        what = "cannot be written to" if existing.is_dir() else "is no folder"
+        what = "cannot be written to" if existing.is_dir() else "is not a folder"
         raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")

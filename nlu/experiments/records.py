@@ -224,4 +224,4 @@ def check_line(line: Any, where: str) -> None:
 
 
 def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number that JSON can hold")
+    raise ValueError(f"{text} is not a number that JSON can hold")

@@ -4,12 +4,12 @@
     python nlu/experiments/release.py evidence --out DIR --glue_dir DIR --check
 
 OUT/RUN/ gets the adapter, with its card, of each finished final run, and its predictions on the validation set, one
-file a split, without the texts. OUT/manifest.jsonl has a line for each run: `recorded`, the scores in its record;
+file per split, without the texts. OUT/manifest.jsonl has a line for each run: `recorded`, the scores in its record;
 `scores`, those of the predictions; `sha256` of every file; and `line`, the run's line of measured results. OUT.tar.gz
 holds the folder. Predictions are computed in float32: those of a run in bfloat16 score a little more or less than the
 record says. Runs that were scored on other rows (--holdout_fraction, --max_eval_samples) are refused.
 
---check computes every entry anew, from OUT, the entry's `line` and the labels in --glue_dir, and compares the two.
+--check recomputes every entry from OUT, the entry's `line` and the labels in --glue_dir, and compares the two.
 """
 
 from __future__ import annotations
@@ -156,12 +156,12 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
         for entry in entries:
             check_line(entry["line"], str(path))
             if not all(type(entry[name]) is dict for name in ("recorded", "scores", "sha256")) or len(entry) > 4:
-                raise TypeError("a field is no mapping, or is unknown")
+                raise TypeError("a field is not a mapping, or is unknown")
             if entry["recorded"] != _recorded(entry["line"]):
                 raise ValueError(f"{entry['line']['run']}: recorded and line differ")
         runs = [entry["line"]["run"] for entry in entries]
         if not runs or len(set(runs)) < len(runs) or any(Path(run).name != run for run in runs):
-            raise ValueError("it lists no run, one twice, or one that is no folder of its own")
+            raise ValueError("it lists no run, one twice, or one without its own folder")
     except DAMAGED as error:
         raise UsageError(f"{path} is damaged ({reason(error, 200)}): unpack the archive again") from None
     return entries

@@ -36,7 +36,7 @@ def load_measured(folder: Path) -> pd.DataFrame:
         UsageError: no such folder, a damaged line, or two final runs of one experiment, label, task and seed.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder; name the one that --measured_dir of the sweep named")
+        raise UsageError(f"{folder}: there is no such folder; name the sweep's --measured_dir")
     return as_frame((path.stem, line) for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path))
 
 

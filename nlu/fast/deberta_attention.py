@@ -1,4 +1,4 @@
-"""Exact attention for DeBERTa-v2 and -v3. Gains: ms a layer and step, float32 681 → 338, bfloat16 208 → 111.
+"""Exact attention for DeBERTa-v2 and -v3. Gains: ms per layer and step, float32 681 → 338, bfloat16 208 → 111.
 
 Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. On a GPU it was not measured.
 

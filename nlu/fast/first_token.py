@@ -1,8 +1,8 @@
 """The last layer for the first token alone. Gains: 10 of its 12 hidden² products (counted; not measured alone).
 
-The heads of BERT, RoBERTa and DeBERTa for sequence classification look at the last layer's first token and at no other.
+The heads of BERT, RoBERTa and DeBERTa for sequence classification read the last layer's first token and no other.
 Its keys and values are needed for the whole sequence; its query, attention output and feed-forward part only for that
-token. The products that fall away are a fourteenth of a 12-layer encoder's and a seventh of a 6-layer one's, forward
+token. The products saved are a fourteenth of a 12-layer encoder's and a seventh of a 6-layer one's, forward
 and backward. Logits and gradients are the same (dropout draws its masks in other shapes).
 
 A layer does so only inside a call of the classifier that asks for no hidden states or attention weights: whoever calls

@@ -37,7 +37,7 @@ def _not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-LORA_R = Flag("lora_r", int, 8, "Rank r: singular values a layer starts with.", _at_least_1, "must be at least 1")
+LORA_R = Flag("lora_r", int, 8, "Rank r: initial singular values per layer.", _at_least_1, "must be at least 1")
 LORA_ALPHA = Flag(
     "lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.",
     lambda alpha: 0 < alpha < math.inf, "must be positive",
@@ -52,10 +52,10 @@ LORA_MODULE = Flag(
 LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
 _LORA_INIT = Flag(
     "lora_init", Literal[(*INITS, *STARTS)], "gaussian",
-    "How factors start: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
+    "Initial factors: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
 )  # fmt: skip
 _LORA_INIT_BATCHES = Flag(
-    "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation looks at.", _at_least_1,
+    "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation uses.", _at_least_1,
     "must be at least 1",
 )  # fmt: skip
 _PRECONDITION = Flag(
@@ -99,10 +99,10 @@ _SINGULAR_VALUE_FLAGS = (
     Flag("orth_squared", bool, False, "Squared norms in the regulariser.", needs=_REG_ORTH_COEF),
     _RANK_ALLOCATION,
     _allocation(
-        "target_rank", int | None, None, "Average singular values a layer keeps. Default: half of lora_r."
+        "target_rank", int | None, None, "Average number of singular values kept per layer. Default: half of lora_r."
     ),
     _allocation(
-        "target_total_rank", int | None, None, "Singular values all layers keep together, in place of --target_rank."
+        "target_total_rank", int | None, None, "Singular values kept over all layers, instead of --target_rank."
     ),
     _allocation("init_warmup", int | None, None, "Steps before pruning starts. Default: a tenth of the training."),
     _allocation("final_warmup", int | None, None, "Last steps, with the ranks held. Default: half of the training."),
@@ -129,7 +129,7 @@ _SCALE_FLAGS = (
          "LoRA²: width k of the outer scale (8 by default); match:lora chooses it for LoRA's number of parameters.",
          lambda k: isinstance(k, str) or k >= 1, "must be at least 1"),
     Flag("lora_widths", str | None, None,
-         "LoRA² with any number of scales: widths from the outermost inward, as 8,8."),
+         "LoRA² with any number of scales: widths from the outermost inward, such as 8,8."),
     Flag("lora_share_outer", bool, False, "All layers of one module type share their outer factors."),
 )  # fmt: skip
 
@@ -147,7 +147,7 @@ def _check_start(args: Any, given: set[str]) -> None:
 def _check_lora(args: Any, given: set[str]) -> None:
     _check_start(args, given)
     if args.lora_init == "orthogonal":
-        raise UsageError("--lora_init orthogonal is for methods with singular values: LoRA has a start of its own")
+        raise UsageError("--lora_init orthogonal is for methods with singular values: LoRA keeps its own start")
 
 
 def _check_factors(args: Any, given: set[str]) -> None:

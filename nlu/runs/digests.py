@@ -1,4 +1,4 @@
-"""SHA-256 digests of the contents that a run reads, so that a change behind an unchanged path is seen.
+"""SHA-256 digests of the contents that a run reads, so that a change behind an unchanged path is noticed.
 
 Nothing here imports torch or transformers.
 """

@@ -1,4 +1,4 @@
-"""The folder of one run: which run lies in it, whether that one may go on, and the lock."""
+"""The folder of one run: which run it holds, whether that run may continue, and the lock."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class RunFolder:
             if self.overwrite:
                 return None
             reason = str(error).partition(";")[0]
-            raise UsageError(f"{reason}; give --overwrite_output_dir to start the run anew") from None
+            raise UsageError(f"{reason}; give --overwrite_output_dir to start the run again") from None
         looks = previous is None and self.path.is_dir() and not self.overwrite
         if looks and any(not _is_a_beginning(path) for path in self.path.iterdir()):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""A lock that goes with the process, however that ends."""
+"""A lock that is released when the process ends, however it ends."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_decomposition_against_a_dense_svd():
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["nowhere", "--to", "peft", "out"], "no adapter folder"),
+        (["nowhere", "--to", "peft", "out"], "not an adapter folder"),
         (["nowhere", "--to", "merged", "out"], "--base"),
         (["nowhere", "--to", "onnx", "out"], "invalid choice"),
         (["nowhere", "--to", "peft", "out", "--dtype", "bfloat16"], "belongs to --to merged"),

@@ -13,7 +13,7 @@ from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, randomise, ref
 def test_a_dtype_or_head_that_is_none_is_refused():
     """test_architectures.py has the models that take no half precision."""
     for dtype, head, says in [
-        (torch.bfloat16, nn.Linear(16, 3), "no module of the model"), (torch.int8, (), "floating"),
+        (torch.bfloat16, nn.Linear(16, 3), "not a module of the model"), (torch.int8, (), "floating"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=says):
             loralib.cast_frozen(tiny(), dtype, head)

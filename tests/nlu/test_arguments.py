@@ -105,7 +105,7 @@ WRONG = {
         ("--evaluation_strategy sometimes", "sometimes"),
         ("--bf16 --fp16", "fp16 and bf16"),
         ("--report_to tensorbord", "tensorbord"),
-        ("--resume_from_checkpoint out/model/checkpoint-3", "by itself"),
+        ("--resume_from_checkpoint out/model/checkpoint-3", "same command continues"),
         ("--push_to_hub", "--hub_model_id OWNER/NAME"),
         ("--hub_model_id me/adapter", "without --push_to_hub"),
         ("--report_to wandb", "pip install wandb"),

@@ -126,7 +126,7 @@ def _select(**changes):
         (_with(base={"--bf16": True}), "no flag's name"),
         (_with(grid={**BASIC["grid"], "orth_terms": ["uv", "UV"]}), "share the folder"),
         (_with(overrides=[{"when": {"method": "sora"}, "set": {}}]), "names method sora"),
-        (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "no axis of the grid"),
+        (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "not an axis of the grid"),
         (_with(overrides=[{"when": {"method": "lora"}, "set": {"seed": 3}}]), "is an axis"),
         (_with(exclude=[{"method": ["lora", "lora2"]}]), "leaves no run"),
         (_select(set={}), "holdout_fraction"),

@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_leftovers_go_away(flags, run_fo
     assert main(flags) == 0
     assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
     assert f"checkpoint-{step} is incomplete or damaged" in caplog.text
-    assert ("going on from" in caplog.text) == (step == 4)
+    assert ("continuing from" in caplog.text) == (step == 4)
     assert outcome(run_folder) == expected
 
 

@@ -276,7 +276,7 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
     (["--method", "lora2", "--lora_k", "match:adalora"], "is no LoRA method"),
     (["--method", "lora2", "--lora_k", "match:lora_r1", "--lora_r", "400"], "the nearest size is"),
     (["--method", "lora2", "--prune_by", "value"], "needs exact factors"),
-    (["--method", "lora", "--lora_init", "orthogonal"], "a start of its own"),
+    (["--method", "lora", "--lora_init", "orthogonal"], "LoRA keeps its own start"),
     (["--method", "lora2", "--lora_init_batches", "2"], "--lora_init_batches has no meaning"),
     (["--method", "lora2", "--lora_init", "gradient", "--lora_path", "x"], "leave one of them out"),
     (["--method", "sora", "--lora_module", "nosuch"], "matches no linear layer"),

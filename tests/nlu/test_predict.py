@@ -154,7 +154,7 @@ def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, ca
         (["--input", "in.csv", "--text_columns", "a,a"], "2 different column(s)"),
         (["--input", "in.csv", "--text_columns", "a,b", "--max_seq_length", "3"], "no room for text"),
         (["--input", "in.csv", "--text_columns", "a,b", "--output", "./in.csv"], "is the input"),
-        (["--input", "in.jsonl", "--adapter", "none"], "no adapter folder"),
+        (["--input", "in.jsonl", "--adapter", "none"], "not an adapter folder"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monkeypatch, capsys, flags, says):
@@ -183,7 +183,7 @@ def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, 
         (["--adapter", str(lora2[2]), "--base", str(roberta)], "another architecture (Roberta"),
         (["--adapter", str(lora2[2]), "--base", str(encoder)], "no linear layer bert.encoder.layer.2"),
         (["--adapter", str(lora2[2]), "--base", str(tmp_path / "changed")], "weights are not those"),
-        (["--model", str(tmp_path / "headless"), "--text_columns", "sentence1"], "is no trained classifier"),
+        (["--model", str(tmp_path / "headless"), "--text_columns", "sentence1"], "is not a trained classifier"),
         (["--model", str(tmp_path), "--text_columns", "sentence1"], "--model"),
     ]:
         capsys.readouterr()

@@ -23,12 +23,12 @@ ALTERED = (
     ({"scores": {"pearson": "high", "spearmanr": 0.5}}, "the manifest has {'pearson': 'high'"),
     ({"recorded": {"pearson": 0.99, "spearmanr": 0.99}}, "stsb: recorded and line differ"),
     ({"sha256": {}}, "is not in the manifest"),
-    ({"note": "checked"}, "a field is no mapping, or is unknown"),
+    ({"note": "checked"}, "a field is not a mapping, or is unknown"),
     ({"line": {"task": "mnli"}}, "validation_matched.jsonl"),
     ({"line": {"task": "mrpc"}}, "validation.jsonl has no predictions for mrpc's validation ('label')"),
     ({"line": {"task": "custom"}}, "unknown task 'custom'"),
     ({"line": {"run": "mnli"}}, "it lists no run, one twice"),
-    ({"line": {"run": "./stsb"}}, "one that is no folder of its own"),
+    ({"line": {"run": "./stsb"}}, "one without its own folder"),
     ({"line": {"best_step": -1}}, "manifest.jsonl is damaged"),
 )
 # What replaces a text in a file of predictions whose digest is put right.

@@ -185,7 +185,7 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys
     finally:
         process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "goes on from here" in err
+    assert process.returncode == code and "continues from here" in err
     records = [json.loads(marker.with_name("results.json").read_text()) for marker in first_two]
     assert [record["status"] for record in records] == ["interrupted"] * 2
     assert _lines(tmp_path) == {} and not (tmp_path / "output/trial/lora2-cola-seed=1").exists()
@@ -374,7 +374,7 @@ def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)  # the file's paths are the repository's
     assert sweep.main([str(path), *_places(tmp_path)[2:]]) == 2 and "did you mean --bf16?" in capsys.readouterr().err
     path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
-    with pytest.raises(UsageError, match="'task' is no argument of every run"):
+    with pytest.raises(UsageError, match="'task' is not an argument of every run"):
         load_experiment(path)
 
 
