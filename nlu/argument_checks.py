@@ -30,6 +30,8 @@ REFUSED_FLAGS = {
     "batch_eval_metrics": "the metrics are computed over the whole set",
     "eval_do_concat_batches": "the metrics are computed over the whole set",
     "accelerator_config": "it could change the batch and the order of the rows",
+    "save_only_model": "a checkpoint holds what a stopped run needs to continue",
+    "use_liger_kernel": "nlu/fast/ has the code that makes a step faster",
     "bf16_full_eval": "it would round what trains; evaluations compute in bfloat16 with --bf16",
     "fp16_full_eval": "it would round what trains; evaluations compute in float16 with --fp16",
     "ignore_data_skip": "a continued run always goes on with the next rows",
@@ -163,7 +165,9 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
                 f"one value, not {training.save_steps:g} and {training.eval_steps:g}"
             )
         if training.eval_on_start:
-            raise UsageError("--eval_on_start may be the best, of which no checkpoint is: leave --eval_on_start out")
+            raise UsageError(
+                "--load_best_model_at_end cannot keep the start, which has no checkpoint: leave --eval_on_start out"
+            )
 
 
 def _check_ranges(values: dict[str, Any]) -> None:
