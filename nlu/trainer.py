@@ -6,7 +6,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from nlu.runs.checkpoints import (
     write_trained,
 )  # fmt: skip
 from nlu.runs.machine import peak_memory_bytes
-from nlu.runs.signals import Interrupted, SignalWatch, start_worker
+from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
 from nlu.tasks import Task
 
 _IGNORED = -100  # the class number that torch's cross entropy leaves out
@@ -196,20 +195,16 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As the Trainer's, with workers that leave SIGTERM to the run."""
-        loader = super()._get_dataloader(*args, **kwargs)
-        own = loader.base_dataloader  # inside accelerate's
-        own.worker_init_fn = partial(start_worker, own.worker_init_fn)
-        return loader
-
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's. Only training drops an incomplete last batch: every row is evaluated and predicted."""
         self.args.dataloader_drop_last = self.drop_last
         try:
-            return super().get_train_dataloader()
+            return keep_workers(super().get_train_dataloader())
         finally:
             self.args.dataloader_drop_last = False
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return keep_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         """Overridden because the Trainer takes no sampler: its own order depends on the number of processes."""

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,12 +80,14 @@ class SignalWatch:
         return int(wanted) or None
 
 
-def start_worker(start: Callable[[int], None] | None, number: int) -> None:
-    """Have a loader's process outlive SIGTERM, which whole groups of processes get: the run needs it for its step.
+def keep_workers(loader: Any) -> Any:
+    """Have the processes of accelerate's loader outlive SIGTERM, which may go to a whole group: a step needs them."""
+    own = loader.base_dataloader
+    own.worker_init_fn = partial(_start_worker, own.worker_init_fn)
+    return loader
 
-    Args:
-        start: the loader's own ``worker_init_fn``. number: the worker's.
-    """
+
+def _start_worker(start: Callable[[int], None] | None, number: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if start is not None:
         start(number)
