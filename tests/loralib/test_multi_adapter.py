@@ -145,10 +145,10 @@ def test_rows_on_other_architectures(tmp_path, model_type, sizes, modules, head)
 
 @pytest.fixture
 def two(tmp_path):
-    """Adapters "a" and "b" on a classifier that returns a cache."""
-    adapters = loralib.MultiAdapter(encoder("llama", pad_token_id=0))
+    """Adapters "a" and "b" on a classifier that returns a cache, in float64: kernels round by the number of rows."""
+    adapters = loralib.MultiAdapter(encoder("llama", pad_token_id=0).double())
     for r, name in enumerate("ab", 2):
-        model = adapted("lora", ["q_proj", "v_proj"], r, encoder("llama", pad_token_id=0), "score")
+        model = adapted("lora", ["q_proj", "v_proj"], r, encoder("llama", pad_token_id=0).double(), "score")
         adapters.load(name, loralib.save_adapter(model, tmp_path / name))
     return adapters
 
@@ -158,11 +158,11 @@ def test_nothing_comes_from_some_of_the_rows_alone(two):
     mixed = two.run(rows, input_ids=ids)
     for i, name in enumerate(rows):
         alone = two.run([name], input_ids=ids[i : i + 1])
-        torch.testing.assert_close(mixed.logits[i], alone.logits[0], atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(mixed.logits[i], alone.logits[0], atol=1e-6, rtol=1e-5)
         for layer, own in zip(mixed.past_key_values.layers, alone.past_key_values.layers, strict=True):
             assert layer.keys.shape[0] == 6 and mixed.past_key_values.get_seq_length() == 5
-            torch.testing.assert_close(layer.keys[i], own.keys[0], atol=1e-4, rtol=1e-5)
-            torch.testing.assert_close(layer.values[i], own.values[0], atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(layer.keys[i], own.keys[0], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(layer.values[i], own.values[0], atol=1e-6, rtol=1e-5)
 
     labels = torch.arange(6) % 2
     for given in ({"labels": labels}, {"past_key_values": mixed.past_key_values}):

@@ -15,7 +15,6 @@ from tests.nlu.test_published_command import PUBLISHED
 from tests.nlu.tiny import run_python
 
 BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
-BEST = "--do_eval --load_best_model_at_end"
 
 
 def parse(text):
