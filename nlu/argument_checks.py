@@ -35,6 +35,8 @@ REFUSED_FLAGS = {
     "bf16_full_eval": "it would round what trains; evaluations compute in bfloat16 with --bf16",
     "fp16_full_eval": "it would round what trains; evaluations compute in float16 with --fp16",
     "ignore_data_skip": "a continued run always goes on with the next rows",
+    "skip_memory_metrics": "results.json has the peak memory; the Trainer's own count makes a step many times slower",
+    "deepspeed": "set ACCELERATE=configs/accelerate/fsdp.yaml to share the frozen weights among processes",
     "debug": "a loss, gradient or weight that is not finite always stops the run",
 }
 
@@ -59,6 +61,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules whose next rate depends on the last evaluation
+_WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimisers that read no --optim_args
 _POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
 
 
@@ -120,6 +123,8 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     _check_what_needs_evaluations(training, given)
     if training.lr_scheduler_type in _BY_METRIC:
         raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
+    if training.optim_args and training.optim in _WITHOUT_ARGS:
+        raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")
     if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
         usual = ", ".join(torch.compiler.list_backends())
         raise UsageError(f"--torch_compile_backend {training.torch_compile_backend} is unknown; usual ones: {usual}")

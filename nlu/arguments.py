@@ -219,6 +219,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     config, base, method_flags = method_file(explicit)
     split = explicit.index(_WINS) if _WINS in explicit else 0
     settings, explicit = explicit[:split], explicit[split:]
+    given = _names(parser, explicit)
+    check_given(named, given & _names(parser, method_flags), config, base)
     # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
     device = [] if torch.accelerator.is_available() else ["--use_cpu=True"]
     try:
@@ -231,8 +233,6 @@ def parse_arguments(argv: list[str]) -> Arguments:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UsageError(kind + reason(error, 400)) from None
     method.method = base
-    given = _names(parser, explicit)
-    check_given(named, given & _names(parser, method_flags), config, base)
     one_device(training)
     check_values(model, data, method, training, given)
     share_batch(training, named | _names(parser, method_flags))

@@ -128,6 +128,9 @@ WRONG = {
         ("--save_only_model", "a checkpoint holds"),
         ("--torch_compile_backend foo", "foo is unknown; usual ones: "),
         ("--use_liger_kernel", "not supported"),
+        ("--skip_memory_metrics False", "peak memory"),
+        ("--deepspeed ds.json", "configs/accelerate/fsdp.yaml"),
+        ("--optim_args betas=0.8", "no meaning with --optim adamw_torch"),
         ("--debug underflow_overflow", "not supported"),
     ],
     "": [
