@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -102,6 +103,7 @@ def write_report(args: argparse.Namespace) -> int:
         for name in dict.fromkeys(runs.experiment)
         if not any(name in question.experiments for question in questions)
     ]
+    corrected = correct_claims(runs, questions)  # over all of them, whichever are shown
     if args.only is not None:
         questions = [question for question in questions if args.only in question.experiments]
         if not questions:
@@ -109,7 +111,9 @@ def write_report(args: argparse.Namespace) -> int:
     printed = args.only is not None and args.format == "markdown"
     failures: list[str] = []
     sections = list(
-        _sections(runs, questions, failures, with_figures=not printed and args.format not in ("csv", "latex"))
+        _sections(
+            runs, questions, corrected, failures, with_figures=not printed and args.format not in ("csv", "latex")
+        )
     )
     if printed:
         print("\n".join(_markdown(section, "figures") for section in sections))
@@ -123,9 +127,13 @@ def write_report(args: argparse.Namespace) -> int:
 
 
 def _sections(
-    runs: pd.DataFrame, questions: list[Question], failures: list[str], *, with_figures: bool
+    runs: pd.DataFrame,
+    questions: list[Question],
+    corrected: dict[Any, float | None],
+    failures: list[str],
+    *,
+    with_figures: bool,
 ) -> Iterator[Section]:
-    corrected = correct_claims(runs, questions)
     names = [re.sub(r"\W+", "_", "_".join(question.experiments)) for question in questions]
     for number, (name, question) in enumerate(zip(names, questions, strict=True), 1):
         if [other.lower() for other in names].count(name.lower()) > 1:

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from copy import deepcopy
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -138,6 +139,19 @@ def test_only_prints_one_experiment_and_writes_nothing(make, tmp_path):
     assert not (tmp_path / "README.md").exists()
     code, _, err = make(trial(2), "--only", "nothing")
     assert code == 2 and "--only nothing" in err
+
+
+def test_only_corrects_p_for_all_claims_too(make, tmp_path):
+    lines = [line("LoRA² k=8", "cola", s, [0.5 + s * s / 100]) for s in (1, 2, 3)]
+    lines += [line("LoRA r=8", "cola", s, [0.45]) for s in (1, 2, 3)]
+    write(tmp_path / "measured", "elsewhere", lines)
+    claims = [QUESTIONS["questions"][0], {**deepcopy(QUESTIONS["questions"][0]), "experiments": ["elsewhere"]}]
+    _, out, _ = make(lines, "--only", "trial", questions={"questions": claims})
+    row = next(row for row in out.splitlines() if row.startswith("| LoRA² k=8 − LoRA r=8"))
+    assert make(lines, questions={"questions": claims})[0] == 0
+    assert row in (tmp_path / "README.md").read_text()
+    make(lines, questions={"questions": claims[:1]})
+    assert row not in (tmp_path / "README.md").read_text()  # one claim alone is not corrected
 
 
 def test_one_failing_figure_does_not_stop_the_others(make, tmp_path, monkeypatch):
