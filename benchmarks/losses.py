@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.model import set_precision
-from nlu.runs.record import versions
+from nlu.runs.machine import processor, versions
 from nlu.tasks import get_task
 from nlu.trainer import GlueTrainer
 
@@ -147,13 +146,6 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [float(str(loss)) for loss in torch.stack(trainer.losses).float().cpu().numpy()]
-
-
-def processor() -> str:
-    """The CPU's model, as Linux names it."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def machine() -> dict[str, Any]:

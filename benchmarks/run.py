@@ -37,13 +37,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lengths import real_batches
-from benchmarks.losses import processor
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, markdown
 from loralib.files import write_text
 from nlu.errors import UsageError, exit_code, reason
 from nlu.experiments.launchers import available_cores
-from nlu.runs.machine import versions
+from nlu.runs.machine import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")

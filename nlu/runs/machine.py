@@ -46,11 +46,19 @@ def git_commit(root: Path = ROOT) -> str | None:
     return f"{commit}-dirty" if changed else commit
 
 
+def processor() -> str:
+    """The CPU's model, as Linux names it."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def machine() -> dict[str, Any]:
     """What the run ran on."""
     described: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
+        "cpu": processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": "cpu",

@@ -40,6 +40,7 @@ def test_a_run_leaves_a_record_that_tells_all(finished):
     assert record["steps_per_second"] == pytest.approx(6 / record["train_seconds"])
     assert record["effective_batch_size"] == 8 and record["train_examples"] == 50 and record["eval_examples"] == 20
     assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
+    assert record["machine"]["cpu"]  # times mean little without it
     assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
     assert f"adapter {record['adapter_params']:,}" in printed and "best" in printed
     assert {p.name for p in folder.iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
