@@ -10,6 +10,8 @@ import pytest
 from loralib import export
 from nlu import arguments, compare, predict, report, sweep
 from nlu.experiments import release
+from nlu.experiments.statistics import finished, load_measured, tuned_over
+from nlu.experiments.tables import against_table, number
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,3 +65,24 @@ def test_links_and_code_are_whole(page):
     for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         compile(code, page.name, "exec")
     assert page.name != "README.md" or text.count("\n") <= 150
+
+
+def test_the_table_of_the_recipe_is_that_of_the_records():
+    """Row by row; the page describes in words what the file calls by a name."""
+    runs = load_measured(ROOT / "results/measured")
+    runs = runs[runs.experiment == "screening"]
+    best = finished(tuned_over(runs, ["screening"], "rate"), ["screening"])
+    compared = against_table("", best, "plus").data.set_index("row")
+    expected = []
+    for row, own in runs.groupby(runs["axes"].map(lambda axes: axes["row"])):
+        scores = own.groupby(["task", own["axes"].map(lambda axes: axes["rate"])])["last"].mean()
+        cells = [
+            ", ".join(number(scores[task, rate], 1) for rate in ("low", "middle", "high")) for task in ("cola", "stsb")
+        ]
+        change = compared.loc[row]
+        loss = f"{number(change.loss_change, 1, sign=True)} ± {number(change.loss_error, 1)}"
+        gain, low, high = (number(change[name], 1, sign=True) for name in ("difference", "low", "high"))
+        expected.append(("–", "–", *cells) if row == "plus" else (loss, f"{gain} ({low} to {high})", *cells))
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8").partition("### What each part does")[2]
+    table = [re.split(r" (?<!\\)\| ", line.strip("| "))[1:] for line in page.splitlines() if line.startswith("| ")]
+    assert sorted(map(tuple, table[2:])) == sorted(expected)
