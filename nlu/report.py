@@ -150,13 +150,13 @@ def _sections(
             rows = ", ".join(dict.fromkeys(final.label))
             yield Section(question.question, f"No run of {question.against} has finished yet, only of {rows}.", [], [])
             continue
-        claims, tuning = claims_table(name, final, question, corrected), tuning_table(name, every)
         if question.against is not None:
             compared = against_table(name, final, question.against)
-            tables, found = [compared, tuning], _lowest_loss(compared, question.against)
+            found, tables = _lowest_loss(compared, question.against), [compared]
         else:
+            claims = claims_table(name, final, question, corrected)
             found = _finding(claims, final)
-            tables = [claims, score_table(name, final), training_table(name, final), tuning]
+            tables = [claims, score_table(name, final), training_table(name, final), tuning_table(name, every)]
         tables = [table for table in tables if table is not None]
         figures = []
         for figure, drawn in draw(name, final, every, question.against) if with_figures else ():

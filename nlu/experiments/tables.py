@@ -229,7 +229,11 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
         loss, score = changes.get(label, (None, None))
         row = {"": cell(label, row=label), "runs": counted("runs", len(own))}
         for task in tasks:
-            row[HEADINGS.get(task, task)] = with_deviation(task, own[own.task == task]["last"])
+            of_task = own[own.task == task]
+            text, figures = with_deviation(task, of_task["last"])
+            chosen = next((_values(tried) for tried in of_task.tried if tried), "")
+            shown = text + (f" at {chosen.replace('learning_rate=', '', 1)}" if chosen else "")
+            row[HEADINGS.get(task, task)] = cell(shown, **figures, **{f"{task}_chosen": chosen})
         rows.append(
             row
             | {
@@ -245,6 +249,8 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
         f"at the end, the mean over the adapted layers. The last four columns compare with {against} over pairs of "
         "equal task and seed, the tasks as strata. " + LOSS_CHANGE,
     ]
+    if any(runs.tried):
+        notes.append("At: the learning rate (and what else was tried) with the lowest loss at the last evaluation.")
     return Table(f"{name}_against", f"Every row against {against}", rows, notes)
 
 
@@ -327,6 +333,11 @@ def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[An
     return dict(zip(claims, holm(raw), strict=True))
 
 
+def _values(tried: dict[str, Any]) -> str:
+    """What was tried, in one line."""
+    return ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in tried.items())
+
+
 def _order(value: Any) -> tuple[bool, Any]:
     """Sorts values that were tried: numbers before words."""
     return isinstance(value, str), value
@@ -347,7 +358,7 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
                 key: sorted({tried[key] for tried in of_task.tried if key in tried}, key=_order) for key in chosen
             }
             at_end = any(len(values[k]) > 1 and chosen[k] in (values[k][0], values[k][-1]) for k in chosen)
-            text = ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in chosen.items())
+            text = _values(chosen)
             shown = (text.replace("learning_rate=", "") or NONE) + (" †" if at_end else "")
             row[HEADINGS.get(task, task)] = cell(shown, **{task: text, f"{task}_at_end": at_end})
             tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
