@@ -231,9 +231,9 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
         for task in tasks:
             of_task = own[own.task == task]
             text, figures = with_deviation(task, of_task["last"])
-            chosen = next((_values(tried) for tried in of_task.tried if tried), "")
-            shown = text + (f" at {chosen.replace('learning_rate=', '', 1)}" if chosen else "")
-            row[HEADINGS.get(task, task)] = cell(shown, **figures, **{f"{task}_chosen": chosen})
+            chosen = next(filter(None, of_task.tried), None) or {}
+            shown = text + (f" at {_values(chosen, short=True)}" if chosen else "")
+            row[HEADINGS.get(task, task)] = cell(shown, **figures, **{f"{task}_chosen": _values(chosen)})
         rows.append(
             row
             | {
@@ -333,9 +333,11 @@ def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[An
     return dict(zip(claims, holm(raw), strict=True))
 
 
-def _values(tried: dict[str, Any]) -> str:
-    """What was tried, in one line."""
-    return ", ".join(f"{k}={v:g}" if isinstance(v, int | float) else f"{k}={v}" for k, v in tried.items())
+def _values(tried: dict[str, Any], short: bool = False) -> str:
+    """What was tried, in one line; in short the learning rate goes without its name."""
+    values = {name: f"{value:g}" if isinstance(value, int | float) else value for name, value in tried.items()}
+    named = (value if short and name == "learning_rate" else f"{name}={value}" for name, value in values.items())
+    return ", ".join(named)
 
 
 def _order(value: Any) -> tuple[bool, Any]:
@@ -358,9 +360,8 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
                 key: sorted({tried[key] for tried in of_task.tried if key in tried}, key=_order) for key in chosen
             }
             at_end = any(len(values[k]) > 1 and chosen[k] in (values[k][0], values[k][-1]) for k in chosen)
-            text = _values(chosen)
-            shown = (text.replace("learning_rate=", "") or NONE) + (" †" if at_end else "")
-            row[HEADINGS.get(task, task)] = cell(shown, **{task: text, f"{task}_at_end": at_end})
+            shown = (_values(chosen, short=True) or NONE) + (" †" if at_end else "")
+            row[HEADINGS.get(task, task)] = cell(shown, **{task: _values(chosen), f"{task}_at_end": at_end})
             tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
         row |= {
             "mean of the values tried": rounded("untuned", usual.groupby("task")["last"].mean().mean()),

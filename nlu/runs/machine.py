@@ -47,10 +47,11 @@ def git_commit(root: Path = ROOT) -> str | None:
 
 
 def processor() -> str:
-    """The CPU's model, as Linux names it."""
+    """The CPU's model, as Linux names it; elsewhere, and where it has no name, the architecture."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor()) or platform.machine()
 
 
 def machine() -> dict[str, Any]:

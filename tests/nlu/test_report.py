@@ -275,7 +275,7 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
                     axes = {"row": row, "rate": place, "task_name": task, "seed": seed}
                     lines.append(line(f"{row}, {place}", task, seed, [score], axes=axes, tried={}))
                     lines[-1]["run"] = "-".join(map(str, axes.values()))
-                    lines[-1]["asked"] |= {"method": "lora2", "learning_rate": rate}
+                    lines[-1]["asked"] |= {"method": "lora2", "head_learning_rate": 2 * rate, "learning_rate": rate}
                     lines[-1]["evaluations"]["loss"] = [end]
     question = {"question": "Which part helps?", "experiments": ["trial"], "tuned": "rate", "against": "plus"}
     assert make(lines, "--format", "csv", questions={"questions": [question]})[0] == 0
@@ -285,12 +285,12 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     changes = [float(other[name]) for name in ("loss_change", "loss_error", "difference")]
     # Two strata of two pairs each, ±0.5 around -3 and -9: each mean has the error 0.5.
     assert changes == pytest.approx([-6, math.hypot(0.5, 0.5) / 2, 10], abs=1e-4)
-    assert (plus["cola_chosen"], other["cola_chosen"]) == ("learning_rate=0.002", "learning_rate=0.001")
+    assert plus["cola_chosen"] == "head_learning_rate=0.004, learning_rate=0.002"
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
     assert "The lowest loss has other: −6.0 % against plus (standard error 0.4)." in page
-    assert "| 30.0 ± 0.0 at 0.002 |" in page and "**Tuning**" not in page
+    assert "| 30.0 ± 0.0 at head_learning_rate=0.004, 0.002 |" in page and "**Tuning**" not in page
     make(lines, questions={"questions": [question | {"against": "other"}]})
     page = (tmp_path / "README.md").read_text()
     assert "No row has a lower loss than other. The nearest is plus: +6.0 %" in page and "of them: plus." in page
