@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,15 +22,14 @@ from jinja2 import Environment, FileSystemLoader
 from loralib.files import write_bytes, write_text
 from nlu import CONFIGS
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
-from nlu.experiments.claims import Question, load_questions
+from nlu.experiments.claims import Claim, Question, load_questions
 from nlu.experiments.figures import COLOURS, Drawing, draw
-from nlu.experiments.statistics import Estimate, estimate, finished, load_measured, tuned_over
+from nlu.experiments.statistics import Estimate, correct_claims, estimate, finished, load_measured, tuned_over
 from nlu.experiments.tables import (
     ALL,
     Table,
     against_table,
     claims_table,
-    correct_claims,
     published_table,
     score_table,
     signed,
@@ -129,7 +127,7 @@ def write_report(args: argparse.Namespace) -> int:
 def _sections(
     runs: pd.DataFrame,
     questions: list[Question],
-    corrected: dict[Any, float | None],
+    corrected: dict[Claim, float | None],
     failures: list[str],
     *,
     with_figures: bool,

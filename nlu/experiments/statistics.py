@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from nlu.errors import UsageError
+from nlu.experiments.claims import Claim, Question
 from nlu.experiments.records import label_of, read_lines
 from nlu.tasks import TASKS
 
@@ -214,6 +215,17 @@ def holm(p_values: list[float | None]) -> list[float | None]:
         highest = max(highest, min(1.0, p * (len(p_values) - rank)))
         corrected[i] = highest
     return corrected
+
+
+def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[Claim, float | None]:
+    """Claim → its p value, corrected over the claims of all questions."""
+    claims, raw = [], []
+    for question in questions:
+        for claim in question.claims:
+            pairs = paired(finished(runs, question.experiments), claim.label, claim.against)
+            claims.append(claim)
+            raw.append(estimate(pairs.difference, pairs.task).p_value(claim.expect) if len(pairs) else None)
+    return dict(zip(claims, holm(raw), strict=True))
 
 
 def verdict(result: Estimate, expect: str, p: float | None) -> str:

@@ -1,7 +1,7 @@
 """The tables of a report: pandas groups and joins the runs, and prints Markdown, CSV and LaTeX."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from nlu.errors import UsageError
-from nlu.experiments.claims import Question
-from nlu.experiments.statistics import LEVEL, SHORT, Estimate, compared, estimate, finished, holm, paired, verdict
+from nlu.experiments.claims import Claim, Question
+from nlu.experiments.statistics import LEVEL, SHORT, Estimate, compared, estimate, paired, verdict
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
@@ -286,7 +286,9 @@ def training_table(name: str, runs: pd.DataFrame) -> Table:
     return Table(f"{name}_training", "How far it was trained", rows, notes)
 
 
-def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: dict[Any, float | None]) -> Table | None:
+def claims_table(
+    name: str, runs: pd.DataFrame, question: Question, corrected: dict[Claim, float | None]
+) -> Table | None:
     """The question's claims with a row for all tasks and one for each; None where no claim has both its rows."""
     rows = []
     for claim in question.claims:
@@ -320,17 +322,6 @@ def claims_table(name: str, runs: pd.DataFrame, question: Question, corrected: d
         "clear in the other direction. not shown: neither.",
     ]
     return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
-
-
-def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[Any, float | None]:
-    """Claim → its p value, corrected over the claims of all questions."""
-    claims, raw = [], []
-    for question in questions:
-        for claim in question.claims:
-            pairs = paired(finished(runs, question.experiments), claim.label, claim.against)
-            claims.append(claim)
-            raw.append(estimate(pairs.difference, pairs.task).p_value(claim.expect) if len(pairs) else None)
-    return dict(zip(claims, holm(raw), strict=True))
 
 
 def _values(tried: dict[str, Any], short: bool = False) -> str:

@@ -16,10 +16,9 @@ from nlu import report
 from nlu.experiments import figures
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import STYLE, spread_apart
-from nlu.experiments.statistics import finished, load_measured
+from nlu.experiments.statistics import correct_claims, finished, load_measured
 from nlu.experiments.tables import (
     claims_table,
-    correct_claims,
     published_table,
     score_table,
     training_table,
