@@ -231,7 +231,7 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
         for task in tasks:
             of_task = own[own.task == task]
             text, figures = with_deviation(task, of_task["last"])
-            chosen = next(filter(None, of_task.tried), None) or {}
+            chosen = next(filter(None, of_task.tried), {})
             shown = text + (f" at {_values(chosen, short=True)}" if chosen else "")
             row[HEADINGS.get(task, task)] = cell(shown, **figures, **{f"{task}_chosen": _values(chosen)})
         rows.append(

@@ -285,6 +285,7 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     # Two strata of two pairs each, ±0.5 around -3 and -9: each mean has the error 0.5.
     assert changes == pytest.approx([-6, math.hypot(0.5, 0.5) / 2, 10], abs=1e-4)
     assert plus["cola_chosen"] == "head_learning_rate=0.004, learning_rate=0.002"
+    assert other["cola_chosen"] == "head_learning_rate=0.002, learning_rate=0.001"
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
