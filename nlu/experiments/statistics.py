@@ -1,7 +1,8 @@
 """Computes scores, paired differences with their intervals, and the verdicts of claims from the measured lines."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,11 @@ class Estimate:
         half = self.half_width
         return None if half is None else (self.mean - half, self.mean + half)
 
+    def percent(self) -> "Estimate":
+        """Where this estimates the ln of a ratio: the change in percent, its error by the delta method."""
+        error = None if self.error is None else 100 * math.exp(self.mean) * self.error
+        return replace(self, mean=100 * math.expm1(self.mean), error=error)
+
     def p_value(self, expect: str) -> float | None:
         """The p value of the hypothesis that a claim contradicts.
 
@@ -181,23 +187,26 @@ def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
 def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
     """The differences of two labels over the (task, seed) that both have: columns task, seed and difference.
 
-    The column loss_change is 100 · ln of the ratio of the losses at the last evaluation: about a percentage, and its
-    mean over tasks has a meaning whatever their losses are.
+    The column loss_ratio is the ln of the ratio of the losses at the last evaluation: its mean over tasks has a meaning
+    whatever their losses are.
     """
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed"])
     # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
     difference = (pairs["last_x"] - pairs["last_y"]).astype(float).round(9)
     losses = pairs[["loss_x", "loss_y"]].astype(float)
     losses = losses.where(losses > 0)  # a loss of 0 has no ratio
-    change = 100 * np.log(losses["loss_x"] / losses["loss_y"])
-    return pairs[["task", "seed"]].assign(difference=difference, loss_change=change)
+    ratio = np.log(losses["loss_x"] / losses["loss_y"])
+    return pairs[["task", "seed"]].assign(difference=difference, loss_ratio=ratio)
 
 
 def compared(runs: pd.DataFrame, against: str) -> dict[str, tuple[Estimate, Estimate]]:
-    """Label → change of the loss and of the score against one label, in the order of the runs; others have no pair."""
+    """Label → change of the loss in percent and of the score in points against one label, in the order of the runs.
+
+    A label that shares no task and seed with that one is left out.
+    """
     pairs = {label: paired(runs, label, against) for label in dict.fromkeys(runs.label) if label != against}
     return {
-        label: (estimate(own.loss_change, own.task), estimate(own.difference, own.task))
+        label: (estimate(own.loss_ratio, own.task).percent(), estimate(own.difference, own.task))
         for label, own in pairs.items()
         if len(own)
     }

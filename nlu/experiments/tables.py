@@ -18,7 +18,8 @@ from nlu.tasks import HEADINGS
 NONE = "–"
 Cell = tuple[str, dict[str, Any]]  # what is printed, and the figures behind it by their names
 ALL = "all tasks"
-LOSS_CHANGE = "Loss: 100 · ln of the ratio of the losses at the last evaluation; less is better."
+LOSS_CHANGE = "Loss: the change at the last evaluation, as a geometric mean of ratios; less is better."
+AT_END = "† an end of the values tried: the best value may lie outside."
 SHORT_STEPS = 1000  # a training of fewer steps ranks no methods
 
 
@@ -170,8 +171,8 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
         }
         rows.append(row)
     notes = [
-        "Measured here: last evaluation on the validation set in percent, mean ± standard deviation over the seeds. "
-        "Interval: Student's t, the tasks as strata; it shows how far the average moves with the seed. The last column "
+        "Last evaluation on the validation set in percent, mean ± standard deviation over the seeds. "
+        "Interval: Student's t, the tasks as strata; it covers the variation between seeds only. The last column "
         "takes each run's best evaluation, chosen on the validation set itself, as the papers report it.",
     ]
     if runs.test.notna().any():
@@ -207,7 +208,7 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
             }
         )
     notes = [
-        "Measured here, in percent on the evaluation set: the last evaluation, and each run's best one, which is "
+        "In percent on the evaluation set: the last evaluation, and each run's best one, which is "
         "chosen on that set itself; mean ± standard deviation over the seeds. "
         f"Against {first}: mean difference over pairs of equal seed, with its interval (Student's t)."
     ]
@@ -221,8 +222,9 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
     return Table(name, title, rows, notes)
 
 
-def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
-    """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score."""
+def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
+    """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score; `every` has both stages."""
+    runs = every[(every.stage == "final") & (every.status == "finished")]
     tasks, changes = list(dict.fromkeys(runs.task)), compared(runs, against)
     rows = []
     for label, own in rows_of(runs):
@@ -232,8 +234,9 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
             of_task = own[own.task == task]
             text, figures = with_deviation(task, of_task["last"])
             chosen = next(filter(None, of_task.tried), {})
-            shown = text + (f" at {_values(chosen, short=True)}" if chosen else "")
-            row[HEADINGS.get(task, task)] = cell(shown, **figures, **{f"{task}_chosen": _values(chosen)})
+            tuning = every[(every.stage == "select") & (every.task == task) & (every.label == label)]
+            shown, chosen_figures = _chosen(task, chosen, tuning)
+            row[HEADINGS.get(task, task)] = cell(f"{text} at {shown}" if chosen else text, **figures, **chosen_figures)
         rows.append(
             row
             | {
@@ -245,13 +248,16 @@ def against_table(name: str, runs: pd.DataFrame, against: str) -> Table:
             }
         )
     notes = [
-        "Measured here: last evaluation in percent, mean ± standard deviation over the seeds. ‖ΔW‖: Frobenius norm "
+        "Last evaluation in percent, mean ± standard deviation over the seeds. ‖ΔW‖: Frobenius norm "
         f"at the end, the mean over the adapted layers. The last four columns compare with {against} over pairs of "
         "equal task and seed, the tasks as strata. " + LOSS_CHANGE,
     ]
     if any(runs.tried):
-        notes.append("At: the learning rate (and what else was tried) with the lowest loss at the last evaluation.")
-    return Table(f"{name}_against", f"Every row against {against}", rows, notes)
+        notes += [
+            "At: the learning rate (and other tuned settings) with the lowest loss at the last evaluation.",
+            AT_END,
+        ]
+    return Table(f"{name}_against", f"Comparison with {against}", rows, notes)
 
 
 def training_table(name: str, runs: pd.DataFrame) -> Table:
@@ -278,12 +284,12 @@ def training_table(name: str, runs: pd.DataFrame) -> Table:
         row["peak memory, MiB"] = counted("memory_mib", own.peak_memory_bytes.mean() / 2**20)
         rows.append(row)
     notes = [
-        "Measured here, means over the seeds; a range spans the tasks. Λ: sum of the learning rates over the steps, "
+        "Means over the seeds; a range spans the tasks. Λ: sum of the learning rates over the steps, "
         "when pruning starts and at the end. ‖ΔW‖: Frobenius norm at the end, the mean over the adapted layers. Loss: "
         "validation cross-entropy, or squared error, at the last evaluation (the lowest of all evaluations). Runs of a "
         "sweep may share a machine, so the minutes are no benchmark; benchmarks/ measures the methods side by side."
     ]
-    return Table(f"{name}_training", "How far it was trained", rows, notes)
+    return Table(f"{name}_training", "Training", rows, notes)
 
 
 def claims_table(
@@ -297,7 +303,7 @@ def claims_table(
         joint = ALL if set(tasks) == set(runs.task) else ", ".join(HEADINGS.get(task, task) for task in tasks)
         for task in [ALL, *(tasks if len(tasks) > 1 else [])] if len(pairs) else []:
             whole, own = task == ALL, pairs if task == ALL else pairs[pairs.task == task]
-            result, loss = estimate(own.difference, own.task), estimate(own.loss_change, own.task)
+            result, loss = estimate(own.difference, own.task), estimate(own.loss_ratio, own.task).percent()
             p = corrected[claim] if whole else None
             answer, title = verdict(result, claim.expect, p) if whole else "", f"{claim.label} − {claim.against}"
             rows.append(
@@ -316,10 +322,11 @@ def claims_table(
                 }
             )
     notes = [
-        "Measured here: differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
-        "strata; p is corrected for the number of all claims. The published column is cited. " + LOSS_CHANGE,
-        f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: as "
-        "clear in the other direction. not shown: neither.",
+        "Differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
+        "strata; p is corrected for the number of all claims. The published column cites the paper, which has another "
+        "model and more tasks. " + LOSS_CHANGE,
+        f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: "
+        "the opposite is as clear. not shown: neither.",
     ]
     return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
 
@@ -331,9 +338,14 @@ def _values(tried: dict[str, Any], short: bool = False) -> str:
     return ", ".join(named)
 
 
-def _order(value: Any) -> tuple[bool, Any]:
-    """Sorts values that were tried: numbers before words."""
-    return isinstance(value, str), value
+def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
+    """The values that tuning chose for a row and a task, with a mark where one is an end of those that it tried."""
+    at_end = False
+    for name, value in chosen.items():
+        values = sorted({tried[name] for tried in tuning.tried if name in tried}, key=lambda v: (isinstance(v, str), v))
+        at_end |= len(values) > 1 and value in (values[0], values[-1])
+    text = _values(chosen, short=True) or NONE
+    return text + " †" * at_end, {f"{task}_chosen": _values(chosen), f"{task}_at_end": at_end}
 
 
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
@@ -347,12 +359,7 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         for task in dict.fromkeys(tuning.task.dropna()):
             of_task = own[(own.task == task) & (own.status == "finished")]
             chosen = next(iter(final[final.task == task].tried), None) or {}
-            values = {
-                key: sorted({tried[key] for tried in of_task.tried if key in tried}, key=_order) for key in chosen
-            }
-            at_end = any(len(values[k]) > 1 and chosen[k] in (values[k][0], values[k][-1]) for k in chosen)
-            shown = (_values(chosen, short=True) or NONE) + (" †" if at_end else "")
-            row[HEADINGS.get(task, task)] = cell(shown, **{task: _values(chosen), f"{task}_at_end": at_end})
+            row[HEADINGS.get(task, task)] = _chosen(task, chosen, of_task)
             tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
         row |= {
             "mean of the values tried": rounded("untuned", usual.groupby("task")["last"].mean().mean()),
@@ -361,10 +368,10 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         }
         rows.append(row)
     notes = [
-        "Measured here on a held-out part of the training set, at the tuning stage's length: the learning rate (and "
-        "what else was tried) with the lowest loss at the last evaluation. Mean of the values tried: the score in "
+        "On a held-out part of the training set, at the tuning stage's length: the learning rate (and "
+        "other tuned settings) with the lowest loss at the last evaluation. Mean of the values tried: the score in "
         "percent that a user gets without tuning, over the values that every task tries; a failed run counts as 0.",
-        "† an end of what was tried: a better value may lie beyond.",
+        AT_END,
     ]
     return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None
 

@@ -225,11 +225,11 @@ def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(QUESTIONS))
     question = load_questions(tmp_path / "claims.yaml")[0][0]
     final = finished(runs, ["trial"])
-    # By hand: 3 and 5 % less loss, in each of three seeds alike.
+    # By hand: e^-0.03 and e^-0.05 times the loss, in each of three seeds alike.
     less = final.task.map({"cola": math.exp(-0.03), "stsb": math.exp(-0.05)}).where(final.label == "LoRA² k=8", 1)
     table = claims_table("trial", final.assign(loss=final.loss * less), question, correct_claims(runs, [question]))
     assert list(table.text["task"]) == ["all tasks", "CoLA", "STS-B"]
-    assert list(table.text["loss, %"]) == list(table.text["95 % interval (loss)"]) == ["−4.0", "−3.0", "−5.0"]
+    assert list(table.text["loss, %"]) == list(table.text["95 % interval (loss)"]) == ["−3.9", "−3.0", "−4.9"]
     assert list(table.text["published"]) == ["+1.05", "–", "–"] and list(table.text["pairs"]) == ["6", "3", "3"]
     part = final[(final.label != "LoRA² k=8") | (final.task == "stsb")].assign(
         loss=final.loss.where(final.seed > 1, 0.0)
@@ -263,7 +263,7 @@ def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
 
 
 def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_row(make, tmp_path):
-    """By hand: at the rates that the losses choose, the other row has 3 and 9 % less loss, and 10 points more."""
+    """By hand: at the chosen rates the other row has e^-0.03 and e^-0.09 times the loss, and 10 points more."""
     lines = []
     for row, rates in (("plus", {"low": (1e-3, 1.0, 0.4), "high": (2e-3, 0.5, 0.3)}),
                        ("other", {"low": (1e-3, 0.0, 0.4), "high": (4e-3, 2.0, 0.9)})):  # fmt: skip
@@ -282,18 +282,19 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     other, plus = sorted(read["trial_against"], key=lambda row: row["row"])
     assert plus["loss_change"] == "" and plus["runs"] == "4" and float(plus["cola"]) == 30
     changes = [float(other[name]) for name in ("loss_change", "loss_error", "difference")]
-    # Two strata of two pairs each, ±0.5 around -3 and -9: each mean has the error 0.5.
-    assert changes == pytest.approx([-6, math.hypot(0.5, 0.5) / 2, 10], abs=1e-4)
+    # Two strata of two pairs each, ±0.005 around -0.03 and -0.09: each mean has the error 0.005.
+    ratio = math.exp(-0.06)
+    assert changes == pytest.approx([100 * (ratio - 1), 100 * ratio * math.hypot(0.005, 0.005) / 2, 10], abs=1e-4)
     assert plus["cola_chosen"] == "head_learning_rate=0.004, learning_rate=0.002"
     assert other["cola_chosen"] == "head_learning_rate=0.002, learning_rate=0.001"
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
-    assert "The lowest loss has other: −6.0 % against plus (standard error 0.4)." in page
-    assert "| 30.0 ± 0.0 at head_learning_rate=0.004, 0.002 |" in page and "**Tuning**" not in page
+    assert "The lowest loss has other: −5.8 % against plus (standard error 0.3)." in page
+    assert "| 30.0 ± 0.0 at head_learning_rate=0.004, 0.002 † |" in page and "**Tuning**" not in page
     make(lines, questions={"questions": [question | {"against": "other"}]})
     page = (tmp_path / "README.md").read_text()
-    assert "No row has a lower loss than other. The nearest is plus: +6.0 %" in page and "of them: plus." in page
+    assert "No row has a lower loss than other. The nearest is plus: +6.2 %" in page and "of them: plus." in page
     make(lines, questions={"questions": [question | {"against": "plsu"}]})
     assert "No run of plsu has finished yet, only of other, plus." in (tmp_path / "README.md").read_text()
     code, _, said = make(lines, questions={"questions": [question | {"tuned": "rat"}]})
