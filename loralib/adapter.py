@@ -42,7 +42,7 @@ def compact(model: nn.Module) -> dict[str, int]:
     model is untrained and keeps all. Plain LoRA has no singular values and keeps its rank.
 
     Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
-    parameters: make the optimiser afterwards. The rank allocator refuses a compacted model.
+    parameters: make the optimiser and the regulariser afterwards. The rank allocator refuses a compacted model.
 
     Returns:
         Module name -> rank it has now.
@@ -97,7 +97,8 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft holds the layers, or the folder holds other files.
+        ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, or the model's
+            labels are not numbered from 0.
     """
     model = _unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
@@ -152,7 +153,7 @@ def _head_config(model: nn.Module) -> dict[str, Any]:
     if not isinstance(labels, Mapping):
         return {}
     return {
-        "id2label": {str(number): name for number, name in labels.items()},
+        "id2label": {str(number): str(name) for number, name in labels.items()},
         "problem_type": getattr(config, "problem_type", None),
     }
 
@@ -173,13 +174,17 @@ def _stored_factors(
                 tied[name] = owners[id(parameter)]
             else:
                 tensors[name] = values
+    for layer_name, layer in layers.items():
+        if not live[layer_name]:  # nothing of it is stored, but what it shares stays shared
+            names = zip(factor_names(layer_name, layer), layer.lora_parameters(), strict=True)
+            tied |= {name: owners[id(parameter)] for name, parameter in names if id(parameter) in owners}
     return tensors, tied
 
 
 def _group(layers: dict[str, LoRALayer], live: dict[str, list[int]]) -> list[LayerGroup]:
     groups: dict[tuple, LayerGroup] = {}
     for name, layer in layers.items():
-        dropout = getattr(layer.lora_dropout, "p", 0.0)
+        dropout = layer.lora_dropout.p
         key = (layer.kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
         group = groups.setdefault(key, LayerGroup(key[0], key[1], list(key[2]), key[3], key[4], key[5], key[6], {}))
         group.rank_pattern[name] = "".join("1" if i in live[name] else "0" for i in range(layer.r))
@@ -200,7 +205,8 @@ def load_adapter(
 
     The model is the plain base, or has low-rank layers in exactly the adapter's places, which are replaced. Afterwards
     the adapter's parameters are trainable and all others frozen. An adapter that was trained on frozen weights in
-    bfloat16 goes on the float32 base; call ``cast_frozen`` after this.
+    bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Singular values that were pruned come back as
+    zeros with factors of zero, which no training revives; :func:`start_from_adapter` does.
 
     Args:
         compact: leave pruned singular values out instead of setting them to zero, as :func:`loralib.compact` does. The
@@ -261,6 +267,8 @@ def build_layers(
     for alias, stored in config.tied.items():
         layer_name, _, factor = alias.rpartition(".lora_")
         side, index = factor.split(".")
+        if layers[layer_name].r == 0:
+            continue  # compact, and wholly pruned
         getattr(layers[layer_name], f"lora_{side}")[int(index)] = parameters[stored]
     return layers
 
@@ -329,8 +337,12 @@ def merge_adapter(model: nn.Module) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo :func:`merge_adapter` bit for bit."""
-    for layer in lora_layers(model).values():
+    """Undo :func:`merge_adapter` bit for bit.
+
+    Raises:
+        ValueError: if peft holds the layers.
+    """
+    for layer in layers_outside_peft(model, "unmerge_adapter()").values():
         layer.unmerge()
 
 
@@ -340,8 +352,11 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     Unlike :func:`load_adapter` with :func:`merge_adapter` this leaves no low-rank layer in the model.
 
     Raises:
-        ValueError: as :func:`load_adapter` and :func:`merge_adapter`; the model is unchanged then.
+        ValueError: as :func:`load_adapter` and :func:`merge_adapter`, and for a model with low-rank layers. The model
+            is unchanged then.
     """
+    if lora_layers(model):
+        raise ValueError("the model has low-rank layers already: merge into the plain base")
     config, tensors = read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
     refuse_merging(model, config.ranks)

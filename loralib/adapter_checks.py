@@ -116,6 +116,7 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
     """Name -> shape of every factor that the adapter's file must hold, by its configuration and the model."""
     modules = dict(model.named_modules())
     expected: dict[str, tuple[int, ...]] = {}
+    pruned: dict[str, tuple[int, ...]] = {}  # of layers with nothing stored, which may share outer factors
     for group in config.groups:
         for name, flags in group.rank_pattern.items():
             if name not in modules or not is_linear(modules[name]):
@@ -126,10 +127,10 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
             most = max(1024, *frozen_shape(modules[name], is_transposed(modules[name])))
             if max(group.r, *group.widths, 0) > most:  # a layer that is pruned whole has no tensor that limits them
                 raise ValueError(f"the adapter's rank or width of {name} is beyond {most}")
-            if "1" in flags:
-                expected.update(_shapes_of_one(name, modules[name], group, flags.count("1")))
+            shapes = expected if "1" in flags else pruned
+            shapes.update(_shapes_of_one(name, modules[name], group, flags.count("1")))
     for alias, stored in config.tied.items():
-        shape = expected.pop(alias, None)
+        shape = expected.pop(alias, pruned.get(alias))
         if shape is None or expected.get(stored) != shape or not re.search(r"\.lora_[AB]\.\d+$", alias):
             raise ValueError(f"the adapter's configuration ties {alias} to {stored}, which does not fit")
     return expected
@@ -233,8 +234,8 @@ def _chunk_digest(chunk: tuple[bytes, Tensor]) -> bytes:
 
 
 def refuse_merging(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises ValueError where ΔW cannot be added to the weight of a named module: where it is quantised or sharded, or
-    where another module uses it too, as an output layer that is tied to the embedding does."""
+    """Raises ValueError where ΔW cannot be added to the weight of a named module: where it is quantised, sharded or
+    computed by a hook, or where another module uses it too, as an output layer that is tied to the embedding does."""
     users: dict[int, list[str]] = defaultdict(list)
     for module_name, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(module_name, recurse=False):
@@ -244,6 +245,8 @@ def refuse_merging(model: nn.Module, names: Iterable[str]) -> None:
         weight = model.get_submodule(name).weight
         if stored_form(weight) is not None:
             raise ValueError(f"{own} is {stored_form(weight)}: save the adapter, and merge it into the plain base")
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(f"{own} is computed by a hook (pruning, a parametrisation): remove that first")
         others = [user for user in users[id(weight)] if user != own]
         if others:
             raise ValueError(

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,12 @@ def write_adapter(
     """Write the three files, and the tokenizer's. A kill or an error leaves the folder as it was before or complete.
 
     Raises:
-        ValueError: if the folder holds other files than an adapter's, or the card holds values that JSON cannot hold.
+        ValueError: if the folder holds other files than an adapter's, the card holds values that JSON cannot hold, or
+            :func:`read_adapter` would refuse a value.
     """
+    problem = _misfit(vars(config), _VALUES) or next(filter(None, map(_misfit_of_group, config.groups)), None)
+    if problem:
+        raise ValueError(f"the adapter cannot be saved: {problem}")
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config.weights_sha256 = hashlib.sha256(weights).hexdigest()
     values = asdict(config)
@@ -184,14 +188,12 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     if values["config_sha256"] != _config_digest(values):
         raise ValueError(f"{path} was changed after it was saved (its checksum does not match): save the adapter again")
     del values["config_sha256"]
-    _check_values(path, "", values, _VALUES)
+    _refuse(path, _misfit(values, _VALUES))
     for group in values["groups"]:
         if not isinstance(group, dict):
             raise ValueError(f"{path}: groups must be a list of objects")
         _check_keys(path, "groups: ", group, set(LayerGroup.__dataclass_fields__))
-        _check_values(path, "groups: ", group, _GROUP_VALUES)
-        if len(group["widths"]) not in _SCALES[group["kind"]]:
-            raise ValueError(f"{path}: groups: kind {group['kind']} cannot have {len(group['widths'])} widths")
+        _refuse(path, _misfit_of_group(LayerGroup(**group)))
     names = [name for group in values["groups"] for name in group["rank_pattern"]]
     if len(names) != len(set(names)):
         raise ValueError(f"{path}: groups: a module is in two of them")
@@ -292,12 +294,24 @@ _GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _check_values(path: Path, where: str, values: dict[str, Any], checks: dict[str, Callable[[Any], Any]]) -> None:
+def _misfit(values: Mapping[str, Any], checks: dict[str, Callable[[Any], Any]]) -> str | None:
+    """The first value that an adapter cannot have."""
+    return next(
+        (f"{name} cannot be {values[name]!r:.80}" for name, fits in checks.items() if not fits(values[name])), None
+    )
+
+
+def _misfit_of_group(group: LayerGroup) -> str | None:
+    problem = _misfit(vars(group), _GROUP_VALUES)
+    if problem is None and len(group.widths) not in _SCALES[group.kind]:
+        problem = f"kind {group.kind} cannot have {len(group.widths)} widths"
+    return problem and f"groups: {problem}"
+
+
+def _refuse(path: Path, problem: str | None) -> None:
     """The checksum only shows damage: the author of a malicious folder can make it fit, so values are checked too."""
-    for name, fits in checks.items():
-        if not fits(values[name]):
-            shown = json.dumps(values[name])[:80]
-            raise ValueError(f"{path}: {where}{name} cannot be {shown}: save the adapter again")
+    if problem:
+        raise ValueError(f"{path}: {problem}: save the adapter again")
 
 
 def _check_keys(path: Path, where: str, values: dict[str, Any], expected: set[str]) -> None:

@@ -59,8 +59,8 @@ class _Scores:
         others = [i for i in range(1, entries.dim()) if self.axis is None or i != 1 + self.axis]
         values = entries.mean(others) if others else entries
         values = values.unsqueeze(-1) if self.axis is None else values
-        values = values.index_select(0, self.parameter_index)
-        totals.index_add_(0, self.layer_index, values.expand(-1, totals.shape[1]).contiguous())
+        values = values.index_select(0, self.parameter_index).expand(-1, totals.shape[1])
+        totals.index_add_(0, self.layer_index.to(totals.device), values.to(totals.device).contiguous())
 
 
 @dataclass(eq=False)
@@ -110,7 +110,10 @@ class AllocatorSettings:
                 raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {getattr(self, name)!r}")
         for name, words in (("prune_by", PRUNE_BY), ("importance", IMPORTANCES)):
             check_choice(name, getattr(self, name), words)
+        if self.target_total_rank is not None:
+            check_whole_number("target_total_rank", self.target_total_rank)
         if self.total_step is not None:
+            check_whole_number("total_step", self.total_step)
             check_schedule(self.init_warmup, self.final_warmup, self.total_step)
 
     def set_total_step(self, total_step: int) -> None:
@@ -166,16 +169,16 @@ class RankAllocator(AllocatorSettings):
         self._final_mask_set = False
 
     def _score_groups(self) -> list[_Scores]:
-        """The scored parameters, grouped by shape and by the dimension of their singular values."""
+        """The scored parameters, grouped by shape, device and the dimension of their singular values."""
         found: dict[tuple, dict[int, tuple[nn.Parameter, list[int]]]] = defaultdict(dict)
         for row, layer in enumerate(self._layers):
             for parameter, axis in zip(layer.lora_parameters(), layer.singular_axes(), strict=True):
                 if axis is not None or self.importance == "full":
-                    members = found[(axis, parameter.shape)]
+                    members = found[(axis, parameter.shape, parameter.device)]
                     members.setdefault(id(parameter), (parameter, []))[1].append(row)
         return [
             _Scores([p for p, _ in members.values()], [rows for _, rows in members.values()], axis)
-            for (axis, _), members in found.items()
+            for (axis, *_), members in found.items()
         ]
 
     @property
@@ -190,12 +193,16 @@ class RankAllocator(AllocatorSettings):
         Between two maskings the optimiser moves pruned singular values away from 0, so these are not always the
         ones that the last mask kept.
         """
-        return dict(zip(self._names, (torch.stack(self._values).detach() != 0).tolist(), strict=True))
+        return dict(zip(self._names, (self._stacked_values() != 0).tolist(), strict=True))
 
     @property
     def live_rank(self) -> int:
         """Singular values over all layers that are not 0 in the weights as they are now."""
-        return int(torch.stack(self._values).count_nonzero())
+        return int(self._stacked_values().count_nonzero())
+
+    def _stacked_values(self) -> Tensor:
+        """(layers, r), on the first layer's device."""
+        return torch.stack([values.detach().to(self._values[0].device) for values in self._values])
 
     def schedule(self, step: int) -> tuple[int, bool]:
         """(budget, whether to mask) at ``step``, counted from 1.
@@ -250,6 +257,8 @@ class RankAllocator(AllocatorSettings):
         return budget, self._threshold
 
     def _check_model(self, model: nn.Module) -> None:
+        if any(layer.lora_E is not values for layer, values in zip(self._layers, self._values, strict=True)):
+            raise ValueError("the layers have new factors since the allocator was made (compact()): make it afterwards")
         if getattr(self, "_checked", None) is model:
             return
         if not any(module is self._layers[0] for module in model.modules()):
@@ -265,7 +274,7 @@ class RankAllocator(AllocatorSettings):
 
     def _choose_mask(self, budget: int) -> None:
         """Keep the ``budget`` most important singular values; of equal ones, those of later names and indices stay."""
-        scores = torch.stack(self._values).abs().float() if self.prune_by == "value" else self.importance_scores()
+        scores = self._stacked_values().abs().float() if self.prune_by == "value" else self.importance_scores()
         if self.min_rank_per_module:
             kept = scores.topk(self.min_rank_per_module, dim=1).indices
             scores = scores.scatter(1, kept, torch.inf)
@@ -275,8 +284,8 @@ class RankAllocator(AllocatorSettings):
     @torch.no_grad()
     def apply_mask(self) -> None:
         """Set the pruned singular values to 0."""
-        keep = self._mask.to(self._values[0].device, self._values[0].dtype)
-        torch._foreach_mul_(self._values, list(keep.unbind()))
+        keep = self._mask.to(self._values[0].device, self._values[0].dtype).unbind()
+        torch._foreach_mul_(self._values, [row.to(e.device) for row, e in zip(keep, self._values, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs: tensors (on the CPU) and plain values."""

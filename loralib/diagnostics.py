@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.exact_factors import deviations
+from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import lora_layers, svd_layers
 
@@ -55,4 +56,5 @@ def delta_norms(model: nn.Module) -> dict[str, float]:
 
 def _squared_norm(layer: LoRALayer) -> Tensor:
     b, core, a = layer.lora_B[0], layer.folded_core(), layer.lora_A[0]
-    return (core @ (a @ a.T) @ core.T * (b.T @ b)).sum()
+    with without_autocast(b.device.type):
+        return (core @ (a @ a.T) @ core.T * (b.T @ b)).sum()

@@ -175,7 +175,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad arguments or input."""
     arguments = _parser().parse_args(argv)
     for name, target in _BELONGS_TO.items():
-        if getattr(arguments, name) not in (None, False) and arguments.to != target:
+        value = getattr(arguments, name)
+        if value is not None and value is not False and arguments.to != target:
             raise ValueError(f"--{name} belongs to --to {target}: leave it out")
     if arguments.to == "peft":
         ranks = export_peft(arguments.adapter, arguments.out, arguments.base)

@@ -69,7 +69,7 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
         if not found and (projections := _match_one(pattern, sorted(never_called))):
             raise ValueError(NEVER_CALLED.format(projections[0]))
         if not found:
-            there = ", ".join(sorted({module_type(name) for name in names})[:30])
+            there = ", ".join(sorted({module_type(name) or name for name in names})[:30]) or "none below its root"
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
         chosen.update(found)
     return [name for name in names if name in chosen]

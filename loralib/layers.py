@@ -261,15 +261,17 @@ class LoRALayer(nn.Linear):
         left, right = self.lora_B[1], self.lora_A[1]
         if len(self.widths) == 1:
             return fold(left, values, right)
-        for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
-            left, right = left @ inner_b, inner_a @ right
-        return (left * values) @ right
+        with without_autocast(left.device.type):  # as fold does
+            for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
+                left, right = left @ inner_b, inner_a @ right
+            return (left * values) @ right
 
     def delta_weight(self) -> Tensor:
         """The update ΔW with its scaling, shape (out, in), in the factors' dtype. For merging and inspection."""
         if self.r == 0:
             return self.weight.new_zeros(self.out_features, self.in_features)
-        return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
+        with without_autocast(self.lora_B[0].device.type):
+            return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out), in the dtype of ``weight`` (or autocast's). The argument is

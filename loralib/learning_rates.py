@@ -28,11 +28,11 @@ def parameter_groups(
         value_lr_ratio: rate of the singular values e, in multiples of ``lr``. ``"auto"`` chooses it per layer, see
             :func:`matching_value_ratio`.
         b_lr_ratio: rate of LoRA's B, in multiples of ``lr`` (LoRA+, arXiv 2402.12354, which takes 16).
-        head_lr: rate of what trains besides the factors; ``lr`` where None.
+        head_lr: rate of what trains besides the factors; ``lr`` where None. Unfreeze a new head before.
 
     Raises:
         ValueError: for a rate out of range, a ratio of something the model lacks, ``"auto"`` where factors are not
-            orthonormal, and a model in which nothing trains.
+            orthonormal, and a model in which nothing trains, or no head where it has a rate.
     """
     for name, value in (("lr", lr), ("b_lr_ratio", b_lr_ratio), ("head_lr", lr if head_lr is None else head_lr)):
         check_positive(name, value)
@@ -53,6 +53,8 @@ def parameter_groups(
             groups.setdefault(rate, []).append(parameter)
     if not groups:
         raise ValueError("nothing trains: call mark_only_lora_as_trainable() first")
+    if head_lr is not None and all(id(p) in factors for p in model.parameters() if p.requires_grad):
+        raise ValueError("head_lr is for what trains besides the factors, and nothing does: unfreeze the head first")
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 

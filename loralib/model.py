@@ -76,7 +76,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     check_choice("bias", bias, BIASES)
     layers = injected_layers(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bias == "all" and name.split(".")[-1] == "bias")
+        parameter.requires_grad_(bias == "all" and _is_bias(name))
     for parameter in factors_of(model):
         parameter.requires_grad_(True)
     for layer in layers.values():
@@ -102,16 +102,23 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()  # gives a shared parameter once
-        if id(parameter) in wanted or (bias == "all" and name.split(".")[-1] == "bias")
+        if id(parameter) in wanted or (bias == "all" and _is_bias(name))
     }
 
 
+def _is_bias(name: str) -> bool:
+    """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0)."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
+
+
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters that are no factors, and the saved buffers of the modules that own them, by name. A merged
-    layer's weight is the one without the update, as in its state dict."""
+    """Trainable parameters that are no factors, and the saved buffers that training changes, by name: those of modules
+    that own such a parameter, and running statistics. A merged layer's weight is the one without the update, as in its
+    state dict."""
     factors = set(map(id, factors_of(model)))
     found: dict[str, Tensor] = {}
-    owners = set()
+    owners = {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in factors:

@@ -171,14 +171,20 @@ class OrthogonalityRegulariser:
                 with_product = "PQ" in chosen and not one_scale
                 if with_factors or with_product:
                     wide = term == "UV"
-                    groups[(with_factors, with_product, *layer.widths, layer.r)].append((wide, list(factors)))
-        self._values = layers[0].lora_E
+                    key = (with_factors, with_product, factors[0].device, *layer.widths, layer.r)
+                    groups[key].append((wide, list(factors)))
+        self._layers, self._values = layers, [layer.lora_E for layer in layers]
         counted: set[nn.Parameter] = set()  # layers of different ranks may share outer factors
         self._groups = [_Chains(chains, key[0], key[1], counted) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
-        with without_autocast(self._values.device.type):  # Gram − I is a small difference
-            return torch.cat([norm for chains in self._groups for norm in chains.norms(self._deviation)]).mean()
+        if any(layer.lora_E is not values for layer, values in zip(self._layers, self._values, strict=True)):
+            raise ValueError(
+                "the layers have new factors since the regulariser was made (compact()): make it afterwards"
+            )
+        with without_autocast(self._values[0].device.type):  # Gram − I is a small difference
+            norms = [norm for chains in self._groups for norm in chains.norms(self._deviation)]
+            return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
     def _deviation(self, gram: Tensor) -> Tensor:
         """(n, s, s) → (n,): ‖Gram − I‖_F, squared where asked for; the gradient at exactly 0 is 0."""

@@ -35,8 +35,9 @@ from loralib.adapter_files import (
     read_json_object,
     read_tensors,
 )
-from loralib.checks import check_positive, check_whole_number
+from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.files import FolderWriter
+from loralib.injection import KINDS
 from loralib.layers import GAUSSIAN_STD
 
 PREFIX = "base_model.model."
@@ -278,6 +279,9 @@ def import_peft(
         ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, biases, embeddings, convolutions) or
             changes the base's weights (PiSSA, OLoRA), or a base that it does not fit; the model is unchanged then.
     """
+    check_choice("kind", kind, KINDS)
+    check_whole_number("r", r)
+    check_positive("lora_alpha", lora_alpha)
     scales = {"adalora": (0,), "lora2": (1,)}.get(kind, range(100))
     if kind != "lora" and len(widths) not in scales:
         raise ValueError(f"kind {kind!r} takes {scales[0]} widths, got {list(widths)}: see multiscale for any number")
@@ -383,11 +387,12 @@ def _adalora_scaling(values: dict[str, Any]) -> float:
 
 
 def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
-    """lora_alpha / r, or lora_alpha / √r with rank-stabilised scaling. Patterns match as they do in peft."""
+    """lora_alpha / r, or lora_alpha / √r with rank-stabilised scaling. Patterns match as they do in peft; where none
+    does, the plain name is looked up."""
     patterns = values.get("alpha_pattern") or {}
     try:
         matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({_safe(pattern)})$", name))
-        alpha: Any = next(matches, values.get("lora_alpha"))
+        alpha: Any = next(matches, patterns.get(name, values.get("lora_alpha")))
     except (AttributeError, TypeError, re.error) as error:
         raise ValueError(f"alpha_pattern does not map patterns to numbers ({error})") from None
     check_positive(f"lora_alpha of {name}", alpha)

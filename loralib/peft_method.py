@@ -157,8 +157,9 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
     def _has_plain_weight(self) -> bool:
         """Whether the base layer is W x + b with W a plain tensor: neither quantised nor moved about by a hook."""
         base = self.base_layer
-        plain = type(base) is nn.Linear or is_conv1d(base)
-        return plain and type(base.weight) is nn.Parameter and not base._forward_hooks and "forward" not in vars(base)
+        plain = (type(base) is nn.Linear or is_conv1d(base)) and type(base.weight) is nn.Parameter
+        hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
+        return plain and not any(hooks) and "forward" not in vars(base)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (…, in) → (…, out): the base layer's output plus the updates of the active adapters."""

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loralib.allocator import RankAllocator
-from loralib.checks import check_choice
+from loralib.allocator import AllocatorSettings, RankAllocator
+from loralib.checks import check_choice, check_whole_number
 from loralib.exact_factors import ExactFactors
 from loralib.model import factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
-from loralib.preconditioner import Preconditioner
+from loralib.preconditioner import PRECONDITIONERS, Preconditioner
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -58,8 +58,10 @@ class LowRankTraining:
         allocator_options: mask_interval (10), beta1 and beta2 (0.85), importance … of :class:`loralib.RankAllocator`.
 
     Raises:
-        ValueError: for a value out of range, a model without such layers, and for retraction with a precondition:
-            orthonormal factors have nothing to balance.
+        TypeError: for an unknown option.
+        ValueError: for a value out of range, an option of pruning without target_rank, a model without such layers
+            where there is something to do with them, and for retraction with a precondition: orthonormal factors
+            have nothing to balance.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LowRankTraining:
         self.total_steps: int | None = None
         self.allocator: RankAllocator | None = None
         check_choice("orthogonality", orthogonality, ORTHOGONALITIES)
+        check_choice("precondition", precondition, ("none", *PRECONDITIONERS))
         if orthogonality == "retraction" and precondition != "none":
             raise ValueError("a precondition has no meaning with retraction: orthonormal factors are balanced")
         self.orthogonality = orthogonality
@@ -92,6 +95,13 @@ class LowRankTraining:
         self._regulariser = OrthogonalityRegulariser(model, terms, squared) if self.regu_weight else None
         self._target_rank, self._warmups = target_rank, (init_warmup, final_warmup)
         self._options = {"mask_interval": 10, "beta1": 0.85, "beta2": 0.85, **allocator_options}
+        if target_rank is not None:
+            first, *_ = trained_svd_layers(model, "prune").values()
+            AllocatorSettings(first.r, target_rank, init_warmup or 0, final_warmup or 0, **self._options)
+        else:
+            given = {"init_warmup": init_warmup, "final_warmup": final_warmup, **allocator_options}
+            for name in (name for name, value in given.items() if value is not None):
+                raise ValueError(f"{name} has no meaning without target_rank: give that, or leave it out")
         self._saved: dict[str, Any] | None = None
         if total_steps is not None:
             self.start(total_steps)
@@ -102,6 +112,7 @@ class LowRankTraining:
         Raises:
             ValueError: where the steps are too few, or the loaded state belongs to another training.
         """
+        check_whole_number("total_steps", total_steps)
         if self._target_rank is not None:
             init, final = self._warmups
             first, *_ = trained_svd_layers(self.model, "prune").values()

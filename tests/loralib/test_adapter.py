@@ -2,11 +2,13 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 
 import loralib
 from loralib.adapter import merge_into
@@ -102,6 +104,29 @@ def test_an_injected_model_takes_the_adapter_and_buffers_travel(tmp_path):
         assert torch.equal(other(INPUTS), model(INPUTS))
 
 
+def test_running_statistics_of_a_frozen_module_travel(tmp_path):
+    base = nn.Sequential(Net(), nn.BatchNorm1d(2))
+    model = copy.deepcopy(base)
+    adapted(model=model, head="0.classifier", k=2).train()(torch.randn(16, 6))
+    loralib.load_adapter(base.eval(), loralib.save_adapter(model.eval(), tmp_path / "a"))
+    assert torch.equal(base(INPUTS), model(INPUTS)) and base[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("labels, says", [({1: "a", 2: "b"}, "base_config cannot be"), ({0: 0, 1: 1}, None)])
+def test_what_could_not_be_read_again_is_not_saved(tmp_path, labels, says):
+    model = adapted(k=2)
+    model.config = SimpleNamespace(id2label=labels)
+    with refused("base_model cannot be", model):
+        loralib.save_adapter(model, tmp_path / "a", base_model=tmp_path)
+    if says is None:
+        loralib.save_adapter(model, tmp_path / "a")
+        assert loralib.read_adapter_config(tmp_path / "a").head_options()["id2label"] == {0: "0", 1: "1"}
+        return
+    with refused(says, model):
+        loralib.save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
@@ -109,6 +134,7 @@ def test_an_injected_model_takes_the_adapter_and_buffers_travel(tmp_path):
 def test_compacted_layers_of_differing_rank_do_everything(kind, options, tmp_path):
     model, again = adapted(kind, **options), Net()
     outputs, expected = model(INPUTS), live_ranks(model)
+    early = loralib.LowRankTraining(model, 10, target_rank=1)
     before = {n: (m.delta_weight(), m.scaling) for n, m in loralib.lora_layers(model).items()}
     assert list(expected.values())[:3] == [2, 0, 3] and loralib.compact(model) == expected
     torch.testing.assert_close(model(INPUTS), outputs, atol=1e-5, rtol=1e-5)
@@ -119,6 +145,9 @@ def test_compacted_layers_of_differing_rank_do_everything(kind, options, tmp_pat
     assert torch.equal(again(INPUTS), model(INPUTS))
     with pytest.raises(ValueError, match="has rank"):
         loralib.RankAllocator(model, 3, 1, 1, 1, 1, 0.85, 0.85)
+    for late in (early.penalty, early.after_step):
+        with pytest.raises(ValueError, match="new factors since"):
+            late()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     (model(INPUTS).square().mean() + loralib.compute_orth_regu(model)).backward()
     optimizer.step()
@@ -139,6 +168,17 @@ def test_an_untrained_adapter_keeps_its_ranks():
     fresh = Net()
     loralib.inject(fresh, "lora2", ["q", "v"], r=3, k=2)
     assert set(loralib.compact(fresh).values()) == {3}
+
+
+def test_a_wholly_pruned_layer_still_shares_its_outer_factors(tmp_path):
+    model, again, small = adapted(k=2, share_outer=True), Net(), Net()
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    loralib.load_adapter(again, folder)
+    loralib.load_adapter(small, folder, compact=True)
+    assert again.layers[0]["v"].lora_B[0] is again.layers[1]["v"].lora_B[0] and live_ranks(again)["layers.0.v"] == 0
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    assert small.layers[0]["v"].lora_parameters() == []
+    torch.testing.assert_close(small(INPUTS), again(INPUTS))
 
 
 # ---- the base -------------------------------------------------------------------------------------------------------
@@ -217,6 +257,20 @@ def test_a_start_from_other_layers_is_refused(tmp_path, kind, modules, options, 
         loralib.inject(model, kind, modules, **options)
     with refused(says, model):
         loralib.start_from_adapter(model, folder)
+
+
+# ---- merging --------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_that_cannot_be_whole_merges_nothing(tmp_path):
+    model = adapted(k=2)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    with refused("low-rank layers already", model):
+        merge_into(model, folder)
+    prune.identity(model.layers[2]["v"], "weight")
+    with refused("layers.2.v.weight is computed by a hook", model):
+        loralib.merge_adapter(model)
+    assert not any(layer.merged for layer in loralib.lora_layers(model).values())
 
 
 # ---- tied weights ---------------------------------------------------------------------------------------------------

@@ -33,6 +33,17 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     assert found.deviation == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"kind": "lora2", "k": 4}, {"kind": "multiscale", "widths": (4, 3)}])
+def test_autocast_changes_no_update(options):
+    model = blocks(std=1.0, r=4, **options)
+    norms, layers = loralib.update_statistics(model).delta_norms, loralib.lora_layers(model).values()
+    deltas = [layer.delta_weight() for layer in layers]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loralib.update_statistics(model).delta_norms == norms
+        for layer, delta in zip(layers, deltas, strict=True):
+            assert torch.equal(layer.delta_weight(), delta) and layer.folded_core().dtype == torch.float32
+
+
 def test_layers_may_lie_on_several_devices(monkeypatch):
     with FakeTensorMode():
         model = blocks("lora", std=1.0, r=4)

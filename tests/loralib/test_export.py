@@ -179,6 +179,30 @@ def test_a_peft_adapter_that_is_more_than_lora_is_refused(tmp_path, change, tens
         import_peft(model, folder)
 
 
+@pytest.mark.parametrize("patterns", [{"d.q+v": 2}, {".*q.v": 2}, {"q+v": 2}])
+def test_module_names_with_the_signs_of_patterns_scale_as_in_peft(tmp_path, patterns):
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"d": nn.ModuleDict({"q+v": nn.Linear(6, 5)})})
+
+    theirs = get_peft_model(base(), LoraConfig(target_modules=["q+v"], r=2, lora_alpha=4, alpha_pattern=patterns))
+    nn.init.normal_(theirs.base_model.model["d"]["q+v"].lora_B["default"].weight)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = base()
+    import_peft(ours, tmp_path / "theirs")
+    delta = theirs.base_model.model["d"]["q+v"].get_delta_weight("default")
+    torch.testing.assert_close(ours["d"]["q+v"].delta_weight(), delta)
+
+
+@pytest.mark.parametrize("options", [
+    {"kind": "foo"}, {"kind": "adalora", "r": 0}, {"kind": "adalora", "r": 2.5}, {"kind": "adalora", "lora_alpha": 0},
+])  # fmt: skip
+def test_settings_of_an_import_are_checked(options):
+    name, model = list(options)[-1], Net()
+    with refused(f"{name} must be", model):
+        import_peft(model, FOLDER / "peft", **options)
+
+
 @pytest.mark.parametrize("kind, r, widths", [("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))])
 def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind, r, widths):
     exact, start = pretrained.base(), pretrained.base()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import loralib
 from tests.loralib import small
@@ -90,6 +91,18 @@ def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():
     assert len({id(layer.lora_B[0]) for layer in layers.values()}) == 6
     queries = [layer for name, layer in layers.items() if name.endswith("query_proj")]
     assert len({id(layer.lora_A[0]) for layer in queries}) == 1 and len({id(q.lora_A[1]) for q in queries}) == 12
+
+
+def test_biases_go_by_several_names_and_layers_without_a_name_are_told():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "l": nn.LSTM(4, 4), "q": nn.Linear(4, 4)})
+    loralib.inject(model, "lora2", ["q"])
+    loralib.mark_only_lora_as_trainable(model, "all")
+    names = {n for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
+    assert names == {"a.in_proj_bias", "a.out_proj.bias", "l.bias_ih_l0", "l.bias_hh_l0", "q.bias"}
+    assert names <= set(loralib.lora_state_dict(model, "all"))
+    for other, says in ((nn.Sequential(nn.Linear(2, 2)), "the model has: 0"), (nn.Linear(2, 2), "none below its root")):
+        with pytest.raises(ValueError, match=says):
+            loralib.inject(other, "lora2", ["q"])
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])

@@ -101,6 +101,7 @@ def test_lora_plus():
         ("lora2", "orthogonal", {"b_lr_ratio": 2}, "b_lr_ratio is for LoRA"),
         ("lora", None, {"value_lr_ratio": 4}, "singular values"),
         ("lora", None, {"head_lr": -1}, "head_lr"),
+        ("lora", None, {"head_lr": 1e-3}, "unfreeze the head"),
     ],
 )
 def test_what_means_nothing_is_refused(kind, init, options, message):

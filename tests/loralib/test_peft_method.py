@@ -161,6 +161,26 @@ def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_
         torch.testing.assert_close(layer.lora_A[0], other.lora_A[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_of_the_base_layer_run(register):
+    """A pre-hook that doubles the input, or a backward hook that doubles its gradient, acts as without LoRA²."""
+    base = Net()
+
+    def double(module, values, *_):
+        return tuple(2 * value for value in values)
+
+    getattr(base.layers[0]["v"], register)(double)
+    model, x = net(base=copy.deepcopy(base)), INPUTS.clone().requires_grad_(True)
+    for layer in loralib.lora_layers(model).values():
+        nn.init.zeros_(layer.lora_E)
+    y = INPUTS.clone().requires_grad_(True)
+    base(y).sum().backward()
+    out = model(x)
+    out.sum().backward()
+    torch.testing.assert_close(out, base(INPUTS))
+    torch.testing.assert_close(x.grad, y.grad)
+
+
 def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
@@ -185,7 +205,7 @@ def test_what_is_refused(options, error, message):
 
 @pytest.mark.parametrize("call, instead", [
     (loralib.save_adapter, "save_pretrained"), (loralib.compact, "base_model.compact"),
-    (loralib.merge_adapter, "merge_and_unload"),
+    (loralib.merge_adapter, "merge_and_unload"), (loralib.unmerge_adapter, "unmerge_adapter"),
 ])  # fmt: skip
 def test_what_peft_does_itself_is_refused(tmp_path, call, instead):
     model = net()

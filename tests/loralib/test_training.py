@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import loralib
-from tests.loralib.small import randomise
+from tests.loralib.small import blocks, randomise
 from tests.nlu.tiny import tiny_bert
 
 STEPS, BATCH = 8, 4
@@ -89,7 +90,7 @@ def test_a_trainer_calls_what_a_loop_calls_before_and_after_the_step(tmp_path, o
     models = [injected(init="orthogonal") for _ in range(2)]
     for model in models if "precondition" in options else []:
         randomise(model, 0.5)  # with e = 0 the inverses would be 1/δ and multiply rounding
-    trainings = [low_rank(model, target_rank=None, **options) for model in models]
+    trainings = [loralib.LowRankTraining(model, regu_weight=0.3, **options) for model in models]
     loop(models[0], trainings[0])
     MyTrainer(model=models[1], args=arguments(tmp_path), train_dataset=ROWS, low_rank=trainings[1]).train()
     torch.testing.assert_close(adapter(models[1]), adapter(models[0]), atol=1e-5, rtol=1e-4)
@@ -168,8 +169,32 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
         (lambda: loralib.LowRankTraining(injected("lora")), "no layer with singular values"),
         (lambda: low_rank(model, orthogonality="exact"), "orthogonality must be"),
         (lambda: low_rank(model, orthogonality="retraction", precondition="riemannian"), "no meaning"),
-        (lambda: low_rank(model, precondition="natural"), "kind must be"),
+        (lambda: low_rank(model, precondition="natural"), "precondition must be"),
+        (lambda: low_rank(model, target_total_rank=2.5), "target_total_rank must be a whole number"),
+        (lambda: low_rank(model, total_steps=20.0), "total_steps must be a whole number"),
+        (lambda: loralib.LowRankTraining(model, target_total_rank=2), "target_total_rank has no meaning without"),
+        (lambda: loralib.LowRankTraining(model, init_warmup=2), "init_warmup has no meaning without"),
+        (lambda: low_rank(model, target_rank=99), "larger than lora_r"),
         (loralib.LowRankTraining(model, orthogonality="retraction").before_step, "not orthonormal"),
     ]:
         with pytest.raises(ValueError, match=says):
             call()
+    with pytest.raises(TypeError, match="mask_intervall"):
+        low_rank(model, mask_intervall=3)
+
+
+@pytest.mark.parametrize("prune_by", ["importance", "value"])
+def test_layers_may_lie_on_several_devices(monkeypatch, prune_by):
+    """As a large model split over GPUs: fake tensors know their device, and refuse to meet one of another."""
+    monkeypatch.setattr("loralib.allocator.most_important", lambda scores, _: (scores > 0, None))  # slicing needs CUDA
+    with FakeTensorMode():
+        model = blocks("lora2", std=1.0, r=4, k=3)
+        for number, layer in enumerate(loralib.lora_layers(model).values()):
+            for tensor in layer.parameters():
+                tensor.fake_device = torch.device("cuda", number)
+        training = loralib.LowRankTraining(model, 10, target_rank=2, mask_interval=1, prune_by=prune_by)
+        for _ in range(9):
+            with torch.no_grad():  # autograd would look for CUDA's streams
+                assert training.penalty().device == torch.device("cuda", 0)
+            training.after_step()
+        assert training.allocator._mask.device == torch.device("cuda", 0)
