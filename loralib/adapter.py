@@ -176,8 +176,9 @@ def _stored_factors(
                 tensors[name] = values
     for layer_name, layer in layers.items():
         if not live[layer_name]:  # nothing of it is stored, but what it shares stays shared
-            names = zip(factor_names(layer_name, layer), layer.lora_parameters(), strict=True)
-            tied |= {name: owners[id(parameter)] for name, parameter in names if id(parameter) in owners}
+            for name, parameter in zip(factor_names(layer_name, layer), layer.lora_parameters(), strict=True):
+                if id(parameter) in owners:
+                    tied[name] = owners[id(parameter)]
     return tensors, tied
 
 
