@@ -206,7 +206,10 @@ def _write(form: str, sections: list[Section], output: Path) -> None:
     figures = [figure for section in sections for figure in section.figures]
     if form == "markdown":
         _remove_stale(output, {f"{figure.name}.png" for figure in figures})
-        lines = [GENERATED, f"# {TITLE}", "", *[_markdown(section, "figures") for section in sections]]
+        answered = [_markdown(section, "figures") for section in sections if section.tables]
+        lines = [GENERATED, f"# {TITLE}", "", *answered]
+        unanswered = [f"- {section.question} {section.finding}" for section in sections if not section.tables]
+        lines += ["## Open questions", "", *unanswered] if unanswered else []
         write_text(output / "README.md", "\n".join(lines).rstrip() + "\n")
     elif form == "html":
         write_text(output / "report.html", _page(sections))

@@ -72,11 +72,13 @@ def test_the_page_answers_each_question_with_its_tables_and_figures(make, tmp_pa
     page = (tmp_path / "README.md").read_text()
     assert page.count("\n") < 250
     headings = re.findall(r"^## (.*)", page, re.M)
-    assert headings == ["Does the larger one score more?", "And elsewhere?"]
+    assert headings == ["Does the larger one score more?", "Open questions"]
     answer = page.split("## ")[1].split("\n")[2]
     assert answer.startswith("LoRA² k=8 − LoRA r=8: +2.00 points (95 % interval +2.00 to +2.00), holds.")
     assert "2 run(s) failed and have no score." in answer
-    assert "Not measured yet: `python nlu/sweep.py configs/experiments/elsewhere.yaml`." in page
+    open_questions = page.partition("\n## Open questions\n")[2].strip()
+    assert open_questions.startswith("- And elsewhere? ") and "\n" not in open_questions
+    assert open_questions.endswith("Not measured yet: `python nlu/sweep.py configs/experiments/elsewhere.yaml`.")
     shown = re.findall(r"\(figures/(\w+\.png)\)", page)
     assert shown == ["trial_parameters.png", "trial_curves.png", "trial_rates.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(shown)
