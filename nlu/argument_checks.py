@@ -108,7 +108,10 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         if data.train_file or data.validation_file or data.test_file:
             raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
     elif training.do_eval and data.validation_file is None and data.holdout_fraction is None:
-        raise UsageError("nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval out")
+        raise UsageError(
+            "nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval "
+            "and --eval_strategy out"
+        )
     elif training.do_predict and data.test_file is None:
         raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
     if not (training.do_train or training.do_eval or training.do_predict):

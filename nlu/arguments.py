@@ -56,7 +56,7 @@ training
   --eval_strategy, --save_strategy no|steps|epoch, --eval_steps, --save_steps, --logging_steps N
 results
   --load_best_model_at_end     keep the best checkpoint's weights, not the last ones
-  --report_to NAMES            tensorboard, wandb, trackio
+  --report_to NAME             tensorboard, wandb or trackio
   --push_to_hub --hub_model_id OWNER/NAME
                                upload the adapter with its card at the end
 """

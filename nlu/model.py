@@ -188,10 +188,10 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
             f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {min(encoder & missing)}, …"
         )
     is_new = _renew_output_layer(arguments, loaded, config, head, info) or bool(missing)
-    if training.do_predict and not training.do_train and is_new:
+    if is_new and not training.do_train:
         raise UsageError(
             f"--model_name_or_path {model.model_name_or_path} has no trained head for the task, and nothing trains it "
-            "before --do_predict: give --do_train, or predict a trained adapter with nlu/predict.py"
+            "first: give --do_train, or predict with a trained adapter (nlu/predict.py)"
         )
     speed_up(loaded, not model.no_fast_attention, not model.no_fast_dropout)
     return loaded

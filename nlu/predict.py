@@ -186,7 +186,8 @@ def _checkpoint(source: str) -> nn.Module:
 
 @contextmanager
 def open_output(path: str) -> Iterator[TextIO]:
-    """Standard output for "-"; otherwise a file that appears only once it is complete."""
+    """Standard output for "-"; otherwise a file, complete from the moment it appears. Of a link the target is replaced;
+    a device or a pipe is written to."""
     if path == "-":
         yield sys.stdout
         sys.stdout.flush()
@@ -195,7 +196,8 @@ def open_output(path: str) -> Iterator[TextIO]:
         raise UsageError(f"--output {path}: is a folder; name a file")
     if not Path(path).parent.is_dir():
         raise UsageError(f"--output {path}: there is no folder {Path(path).parent}")
-    with open_new(path) as file:
+    special = Path(path).exists() and not Path(path).is_file()
+    with open(path, "wb") if special else open_new(os.path.realpath(path)) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         yield text
         text.detach()

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add, results = parser.add_argument, ROOT / "results"
     add("--measured_dir", type=Path, default=results / "measured", help="the runs' lines (default: results/measured)")
     add("--output_dir", type=Path, help="where the report goes (default: the folder that holds MEASURED_DIR)")
-    add("--claims", type=Path, default=ROOT / "configs/experiments/claims.yaml",
+    add("--claims", type=Path, default=CONFIGS / "experiments/claims.yaml",
         help="questions and claims (default: configs/experiments/claims.yaml)")  # fmt: skip
     add("--published_dir", type=Path, default=results / "published", help="cited tables (default: results/published)")
     add("--only", metavar="NAME", help="print the tables of one experiment; with --format, write only its files")
@@ -91,6 +91,9 @@ def write_report(args: argparse.Namespace) -> int:
         UsageError: a damaged line or file, which it names; nothing is written then.
     """
     output = args.output_dir or args.measured_dir.absolute().parent
+    page = output / "README.md"
+    if args.format == "markdown" and args.only is None and page.exists() and not _is_ours(page):
+        raise UsageError(f"{page} is no report, and would be replaced: give another --output_dir")
     runs, (questions, papers) = load_measured(args.measured_dir), load_questions(args.claims)
     for question in questions:
         if question.tuned is not None:
@@ -224,11 +227,14 @@ def _write(form: str, sections: list[Section], output: Path) -> None:
 
 def _remove_stale(output: Path, keep: set[str]) -> None:
     """Remove the figures of an earlier report that this one does not draw, if the report made the page beside them."""
-    page = output / "README.md"
-    if page.exists() and page.read_text(encoding="utf-8").startswith(GENERATED):
+    if _is_ours(output / "README.md"):
         for path in (output / "figures").glob("*.png"):
             if path.name not in keep:
                 path.unlink()
+
+
+def _is_ours(page: Path) -> bool:
+    return page.exists() and page.read_text(encoding="utf-8", errors="replace").startswith(GENERATED)
 
 
 def _write_published(tables: list[Table], folder: Path) -> None:

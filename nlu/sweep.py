@@ -20,7 +20,7 @@ if packages_missing():
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.choosing import choose, chosen_runs
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
-from nlu.experiments.launchers import ROOT, RUN_GLUE, LocalLauncher, SlurmLauncher
+from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, can_be_checked, check_writable, command_line, parsed_command
 from nlu.json_yaml import parse_yaml
@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor")
     add("--command", default=None, help="what starts one run (default: the experiment's, or nlu/run_glue.py)")
-    add("--measured_dir", type=Path, default=ROOT / "output" / "measured", help="lines (default: output/measured)")
-    add("--output_dir", type=Path, default=ROOT / "output", help="the runs' folders (default: output)")
+    add("--measured_dir", type=Path, default=Path("output/measured"), help="lines (default: output/measured)")
+    add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (default: output)")
     return parser
 
 

@@ -133,6 +133,8 @@ def _load_split(task: Task, split: str, root: Path) -> Dataset:
         tables = [read_table(path, task.text_fields, other, optional) for path in paths]
     else:
         tables = [_read_official(task, split, paths)]
+    if hidden:
+        _refuse_repeated_rows(tables)
     return build_dataset(task, [(table, read_labels(table, task, split)) for table in tables])
 
 
@@ -189,6 +191,16 @@ def build_dataset(task: Task, parts: list[tuple[Table, list]]) -> Dataset:
     label = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
     features = {**{name: Value("string") for name in task.text_fields}, "label": label, "idx": Value("int32")}
     return Dataset.from_dict(columns, features=Features(features))
+
+
+def _refuse_repeated_rows(tables: list[Table]) -> None:
+    """Predictions go by `idx`, so each test row needs its own; several files without the column count on."""
+    seen: set = set()
+    for table in tables:
+        for row, value in enumerate(table.columns.get("idx") or ()):
+            if value in seen:
+                raise table.error(row, f"column 'idx' has {shown(value)} a second time: number the rows of all files")
+            seen.add(value)
 
 
 def _indices(table: Table, start: int) -> list[int]:

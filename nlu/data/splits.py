@@ -83,8 +83,10 @@ def load_predict_task(arguments: Arguments, task: Task, tokenizer: Any) -> list[
     other = get_task(data.predict_task)
     if not arguments.training.do_predict:
         raise UsageError("--predict_task needs --do_predict")
+    if other.name == task.name:
+        raise UsageError(f"--predict_task {other.name} is the trained task: leave it out")
     same_classes = sorted(other.labels or ()) == sorted(task.labels or ())
-    if not same_classes or len(other.text_fields) != len(task.text_fields) or other.name == task.name:
+    if not same_classes or len(other.text_fields) != len(task.text_fields):
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
     splits = load_task_data(other, _glue_dir(arguments), arguments.model.cache_dir, ["test"])
     if task.labels is not None:

@@ -24,6 +24,7 @@ select:                                 # optional: choose arguments on a held-o
 """
 
 import itertools
+import os
 import re
 import shlex
 import unicodedata
@@ -221,8 +222,8 @@ class _Reader:
             return None
         self._check_tried(raw["values"], "select.values")
         self._check_axes(raw["set"], "select.set")
-        if not self.settings.get("holdout_fraction", True):
-            raise UsageError("--set holdout_fraction must stay above 0: the tuning stage would see the validation set")
+        if "holdout_fraction" in self.settings:
+            raise UsageError("--set holdout_fraction is the tuning stage's own: change select.set in the file")
         rules = self._overrides(raw.get("overrides"), "select.overrides")
         per = tuple(axis for axis in self.grid if axis != "seed")
         runs: dict[tuple, list[Run]] = {}
@@ -233,6 +234,11 @@ class _Reader:
                     tried |= rule["values"]
                     changed |= rule["set"]
             resolved = self._resolve(axes)
+            if resolved.get("holdout_fraction") is not None:
+                raise UsageError(
+                    "holdout_fraction: tuning would choose by the rows that the final runs are scored on: give a "
+                    "validation set (validation_file), or no tuning"
+                )
             for name in tried:
                 if name in resolved or name in changed:
                     raise UsageError(f"{name} is both selected and set in base, grid, overrides or set; leave one")
@@ -281,11 +287,15 @@ def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
 
 
 def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same, with only the last part of every path."""
+    """The same, with only the last part of every path. A name on the hub stays whole."""
     return {
-        key: Path(value).name if key in _PATH_ARGUMENTS and isinstance(value, str) else value
+        key: Path(value).name if key in _PATH_ARGUMENTS and isinstance(value, str) and _is_place(value) else value
         for key, value in arguments.items()
     }
+
+
+def _is_place(value: str) -> bool:
+    return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1
 
 
 def _check_folders(folders: Iterable[str]) -> None:

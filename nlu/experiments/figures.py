@@ -118,7 +118,7 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
         return None
     rows = rows_of(pruned)
     means = [pd.DataFrame(own.module_ranks.tolist()).mean() for _, own in rows]
-    kinds = list(dict.fromkeys(module_type(module) for module in means[0].index))
+    kinds = list(dict.fromkeys(module_type(module) for mean in means for module in mean.index))
     owners = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, owners)))  # leading parts, which say nothing
     figure = Figure(figsize=(WIDTH, (0.8 + 0.27 * len(kinds)) * len(rows)), layout="constrained")
@@ -126,10 +126,12 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
     most = max(mean.max() for mean in means)
     for (label, _), mean, axes in zip(rows, means, panels, strict=True):
         layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna(0).astype(int)
-        values = pd.Series(mean.values, [mean.index.map(module_type), layers]).unstack().loc[kinds]
+        values = pd.Series(mean.values, [mean.index.map(module_type), layers]).unstack().reindex(kinds)
         axes.imshow(values, cmap="cividis", vmin=0, vmax=most, aspect="auto")
         axes.grid(False)
         for (y, x), value in np.ndenumerate(values.values):
+            if np.isnan(value):
+                continue  # another row adapts this module
             colour = "white" if value < most / 2 else "black"
             axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5)
         axes.set_yticks(range(len(kinds)), [".".join(kind.split(".")[shared:]) for kind in kinds])

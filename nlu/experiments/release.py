@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     """Collect or check; returns the exit code: 0, 1 where an adapter is missing, 2 where a check fails."""
     try:
         args = build_parser().parse_args(argv)
-        args.out = args.out or ROOT / "output" / "release" / args.experiment
+        args.out = args.out or Path("output/release") / args.experiment
         return check(args.out, args.glue_dir) if args.check else collect(args)
     except (UsageError, OSError, KeyboardInterrupt) as error:
         return exit_code(error)
@@ -69,8 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", help="the adapters' base (default: the one that their cards name)")
     add("--glue_dir", type=Path, help="folder with the validation sets (default: the hub's)")
     add("--out", type=Path, help="the folder to make or to check (default: output/release/EXPERIMENT)")
-    add("--measured_dir", type=Path, default=ROOT / "output" / "measured", help="lines (default: output/measured)")
-    add("--output_dir", type=Path, default=ROOT / "output", help="the runs' folders (default: output)")
+    add("--measured_dir", type=Path, default=Path("output/measured"), help="lines (default: output/measured)")
+    add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (default: output)")
     add("--check", action="store_true", help="check the folder instead of making it")
     return parser
 

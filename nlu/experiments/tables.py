@@ -249,8 +249,8 @@ def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
         )
     notes = [
         "Last evaluation in percent, mean ± standard deviation over the seeds. ‖ΔW‖: Frobenius norm "
-        f"at the end, the mean over the adapted layers. The last four columns compare with {against} over pairs of "
-        "equal task and seed, the tasks as strata. " + LOSS_CHANGE,
+        f"at the last logged step, the mean over the adapted layers. The last four columns compare with {against} over "
+        "pairs of equal task and seed, the tasks as strata. " + LOSS_CHANGE,
     ]
     if any(runs.tried):
         notes += [
@@ -285,9 +285,10 @@ def training_table(name: str, runs: pd.DataFrame) -> Table:
         rows.append(row)
     notes = [
         "Means over the seeds; a range spans the tasks. Λ: sum of the learning rates over the steps, "
-        "when pruning starts and at the end. ‖ΔW‖: Frobenius norm at the end, the mean over the adapted layers. Loss: "
-        "validation cross-entropy, or squared error, at the last evaluation (the lowest of all evaluations). Runs of a "
-        "sweep may share a machine, so the minutes are no benchmark; benchmarks/ measures the methods side by side."
+        "when pruning starts and at the end. ‖ΔW‖: Frobenius norm at the last logged step, the mean over the adapted "
+        "layers. Loss: validation cross-entropy, or squared error, at the last evaluation (the lowest of all "
+        "evaluations). Runs of a sweep may share a machine, so the minutes are no benchmark; benchmarks/ measures the "
+        "methods side by side."
     ]
     return Table(f"{name}_training", "Training", rows, notes)
 

@@ -84,7 +84,7 @@ def check_arguments(args: Any, given: set[str]) -> None:
     for flag in method.flags:
         flag.check(getattr(args, flag.name))
         switch = flag.needs
-        if switch is not None and {flag.name, switch.name} <= given and not getattr(args, switch.name):
+        if switch is not None and flag.name in given and not getattr(args, switch.name):
             value = getattr(args, switch.name)
             raise UsageError(f"--{flag.name} has no meaning with --{switch.name} {value}: leave it out")
     method.check(args, given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 PARTS = ("model", "adapter", "predictions", "log")
 FILES = ("results.json", "rank_pattern.json")
 LOCK = ".lock"
+INPUTS = ("model_name_or_path", "lora_path", "glue_dir", "train_file", "validation_file", "test_file", "peft_config")
 
 # What may differ between a run and its continuation: where it lies, how it reports, how fast it goes.
 _FREE = frozenset(
@@ -122,8 +124,10 @@ class RunFolder:
         """What the folder holds: "new", "resume" (this run, interrupted, or predictions are missing) or "finished".
 
         Raises:
-            UsageError: another run lies there and ``overwrite`` is off, or a run is at work there.
+            UsageError: another run lies there and ``overwrite`` is off, a run is at work there, or this one would
+                replace what it reads.
         """
+        self._refuse_own_inputs()
         if (self.path / LOCK).exists():
             with self._locked(shared=True):  # the processes of one run look at the same time
                 pass
@@ -155,6 +159,19 @@ class RunFolder:
             )
         return "resume"
 
+    def _refuse_own_inputs(self) -> None:
+        """A run that starts anew empties its folder's parts, and one that ends replaces its adapter."""
+        parts = [(self.path / name).resolve() for name in PARTS]
+        for flag in INPUTS:
+            value = self.arguments.get(flag)
+            for read in value if isinstance(value, list | tuple) else [value]:
+                place = Path(read).resolve() if isinstance(read, str) and os.path.exists(read) else None
+                if place is not None and any(part == place or part in place.parents for part in parts):
+                    raise UsageError(
+                        f"--{flag} {read} lies in --root_output_dir, where the run writes: name another "
+                        "--root_output_dir"
+                    )
+
     def _previous(self) -> dict[str, Any] | None:
         """The record in the folder; None where a run may start anew."""
         try:
@@ -164,11 +181,9 @@ class RunFolder:
                 return None
             reason = str(error).partition(";")[0]
             raise UsageError(f"{reason}; give --overwrite_output_dir to start the run again") from None
-        looks = previous is None and self.path.is_dir() and not self.overwrite
-        if looks and any(not _is_a_beginning(path) for path in self.path.iterdir()):
-            raise UsageError(
-                f"{self.path} holds other files: name an empty --root_output_dir, or give --overwrite_output_dir"
-            )
+        strange = previous is None and self.path.is_dir() and any(not _is_a_beginning(p) for p in self.path.iterdir())
+        if strange:  # --overwrite_output_dir replaces runs alone
+            raise UsageError(f"{self.path} holds files but no run's results.json: name an empty --root_output_dir")
         return previous
 
     def _differences(self, previous: dict[str, Any]) -> list[str]:

@@ -400,3 +400,12 @@ def test_a_text_that_many_parquet_rows_share_is_not_unpacked_for_all_at_once(tmp
     with open_binary(tmp_path / "a.parquet") as stream:
         row = next(open_table(stream, "a.parquet").rows(["text"]))
         assert len(row.values[0]) == 65536 and pa.total_allocated_bytes() - before < 1 << 28
+
+
+def test_test_rows_of_one_number_are_refused_before_training(tmp_path):
+    (tmp_path / "cola").mkdir()
+    for part in (1, 2):
+        rows = [json.dumps({"sentence": f"row {n}", "label": -1, "idx": n}) for n in range(2)]
+        (tmp_path / "cola" / f"test-0000{part}-of-00002.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UsageError, match=r"00002-of-00002\.jsonl, line 1: column 'idx' has 0 a second time"):
+        load_task_data(TASKS["cola"], tmp_path, None, ["test"])

@@ -286,6 +286,17 @@ def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared,
     assert checkpoints(tmp_path) == [made[step] for step in left]
 
 
+@pytest.mark.parametrize("part, flag", [("model", "--model_name_or_path"), ("adapter", "--lora_path")])
+def test_a_run_does_not_replace_what_it_reads(flags, run_folder, part, flag, capsys):
+    (run_folder / part).mkdir(parents=True)
+    (run_folder / part / "own").write_text("")
+    assert main([*flags, flag, str(run_folder / part), "--overwrite_output_dir"]) == 2
+    assert "lies in --root_output_dir" in capsys.readouterr().err
+    assert main([*flags, "--overwrite_output_dir"]) == 2  # no run's folder
+    assert "holds files but no run's results.json" in capsys.readouterr().err
+    assert (run_folder / part / "own").exists()
+
+
 def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder):
     (run_folder / "log").mkdir(parents=True)
     (run_folder / "log" / "run.log").write_text("")

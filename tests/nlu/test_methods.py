@@ -271,6 +271,7 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
 @pytest.mark.parametrize("flags, message", [
     (["--method", "lora2", "--orthogonality", "retraction"], "--lora_init orthogonal"),
     (["--method", "lora2_plus", "--orth_terms", "uv"], "--orth_terms has no meaning"),
+    (["--method", "lora2_plus", "--target_rank", "2"], "--target_rank has no meaning with --rank_allocation False"),
     (["--method", "lora2_plus", "--precondition", "riemannian"], "--precondition has no meaning"),
     (["--method", "adalora", "--precondition", "balanced"], "e lies between"),
     (["--method", "lora2", "--lora_k", "match:adalora"], "is no LoRA method"),

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def classifier(pretrained, tmp_path_factory):
     card = {"task": "custom", "text_fields": ["sentence1"], "max_seq_length": 16}
     folder = tmp_path_factory.mktemp("classes") / "a"
     return loralib.save_adapter(model, folder, base_model="hub/name", card=card), model
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(pretrained, lora2, input_files, tmp_path):
+    flags = ["--adapter", str(lora2[2]), "--base", str(pretrained.path), "--input", str(input_files / "rows.jsonl")]
+    (tmp_path / "link").symlink_to("real")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        for name in ("link", "pipe"):
+            assert main([*flags, "--output", str(tmp_path / name), "--output_format", "jsonl"]) == 0
+        assert read.result(60) == (tmp_path / "real").read_text() != ""
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "pipe").is_fifo()
 
 
 def test_classes_come_with_probabilities(pretrained, classifier, input_files, rows, tmp_path, capsys):

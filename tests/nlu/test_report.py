@@ -343,6 +343,24 @@ def test_a_gain_that_a_claim_cites_is_that_of_the_published_rows():
     assert cited == {round(gain, 2) for gain in gains}
 
 
+def test_a_page_that_is_no_report_stays(make, tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    code, _, said = make(trial())
+    assert code == 2 and "is no report, and would be replaced: give another --output_dir" in said
+    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()
+
+
+def test_rows_that_adapt_other_modules_share_a_figure(tmp_path):
+    whole = {f"layer.{n}.{kind}.dense": 2 for n in range(2) for kind in ("key", "query")}
+    part = {name: 1 for name in whole if "query" in name}
+    for order in ((whole, part), (part, whole)):
+        lines = [line(f"{n}", "cola", 1, [0.5], module_ranks=ranks) for n, ranks in enumerate(order)]
+        runs = load_measured(write(tmp_path, "trial", lines))
+        panels = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure.axes
+        shown = [sorted(text.get_text() for text in panel.texts) for panel in panels]
+        assert shown == [[f"{rank:.1f}" for rank in ranks.values()] for ranks in order]
+
+
 def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
     assert spread_apart([100.0, 5000.0]) == [100.0, 5000.0]
     placed = spread_apart([331_776, 42_336, 332_064, 336_672])

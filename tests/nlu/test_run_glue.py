@@ -266,3 +266,8 @@ def test_a_run_that_ends_or_is_best_between_two_maskings_keeps_its_adapter(base_
     assert stored == pattern and record["live_budget"] == live == (48 if best else 24)
     assert record["history"][11]["live"] == 48 and record["history"][9]["live"] < 48  # masked at step 10, not at 12
     assert record["history"][-1]["live"] == record["history"][-1]["budget"] == 24
+
+
+def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):
+    assert main([flag for flag in base_flags if flag != "--do_train"]) == 2
+    assert "has no trained head for the task, and nothing trains it first" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import yaml
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments import choosing, launchers
-from nlu.experiments.experiment import load_experiment
+from nlu.experiments.experiment import load_experiment, place_free
 from nlu.experiments.records import read_lines
 from tests.nlu.test_digests import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
@@ -236,7 +236,17 @@ def test_what_set_names_holds_for_the_selection_too(run, tmp_path):
     content = {**BASIC, "grid": ONE, "select": SELECT | {"set": {"holdout_fraction": 0.2, "max_steps": 50}}}
     assert run(content, "--set", "max_steps=1")[0] == 0
     assert {line["asked"]["max_steps"] for line in _lines(tmp_path).values()} == {1}
-    assert "--set holdout_fraction must stay above 0" in run(content, "--set", "holdout_fraction=null")[2]
+    for value in ("null", "0.1"):
+        said = run(content, "--set", f"holdout_fraction={value}")[2]
+        assert "--set holdout_fraction is the tuning stage's own" in said
+    content["base"] = BASIC["base"] | {"holdout_fraction": 0.1}
+    code, _, said = run(content)
+    assert code == 2 and "choose by the rows that the final runs are scored on" in said
+
+
+def test_models_of_one_name_on_the_hub_are_two(tmp_path):
+    names = [place_free({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
+    assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
 
 
 def test_a_tuning_run_that_vanished_is_waited_for(run, tmp_path):
