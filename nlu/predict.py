@@ -110,7 +110,8 @@ def _configuration(flag: str, source: str) -> Any:
 def text_columns(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[str, ...]:
     """The columns to read, from --text_columns or else from the training; UsageError where neither names any."""
     task = TASKS.get(str(card.get("task")))
-    trained = fields = tuple(card.get("text_fields") or (task.text_fields if task else ()))
+    recorded = card.get("text_fields")  # of a stranger's file
+    trained = fields = tuple(recorded) if isinstance(recorded, list) else task.text_fields if task else ()
     if arguments.text_columns is not None:
         fields = tuple(arguments.text_columns.split(","))
     if len(fields) not in (1, 2) or not all(type(field) is str and field for field in fields):
@@ -140,7 +141,9 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: i
     enable_fast_attention(model)
     enable_first_token(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    number = model.config.num_labels
+    number, problem = model.config.num_labels, model.config.problem_type
+    if problem == "multi_label_classification" or (problem == "regression" and number > 1):
+        raise UsageError(f"{source} gives several labels or numbers for each row, and this program writes one")
     names = None if number == 1 else [model.config.id2label[i] for i in range(number)]
     trained = card.get("max_seq_length")  # of a stranger's file
     length = arguments.max_seq_length or (trained if type(trained) is int and trained > 0 else 512)

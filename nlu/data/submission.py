@@ -5,7 +5,6 @@ python nlu/data/submission.py output/glue/cola output/glue/sst2 … --out submis
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import zipfile
@@ -22,7 +21,7 @@ from datasets import Dataset
 from loralib.files import write_bytes
 from nlu.data.file_formats import read_table, shown
 from nlu.data.glue import as_number
-from nlu.errors import UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS, Task
 
@@ -188,9 +187,8 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="submission.py",
-        allow_abbrev=False,
         description="Gather the test predictions of several runs (--do_predict) into the zip for gluebenchmark.com.",
         epilog="The server scores a zip only when it has all eleven files: the nine tasks (two for MNLI) and the "
         "diagnostic set AX, predicted with the MNLI model. Every file is checked: its name, its header, indices from 0 "
@@ -205,8 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="zip the files that exist although others are missing",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         taken = make_submission(options.folders, options.out, options.allow_partial)
     except UsageError as error:
         return exit_code(error)

@@ -19,6 +19,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, place_free
 from nlu.json_yaml import check
 from nlu.runs.lock import locked
+from nlu.tasks import TASKS
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
@@ -218,8 +219,12 @@ def check_line(line: Any, where: str) -> None:
     check(line, "measured_line", where)
     if line["status"] == "finished":
         evaluations = line["evaluations"]
-        check(evaluations.get(line["metric"]), "measured_line", f"{where}: evaluations: {line['metric']}", "numbers")
-        if len({len(evaluations[name]) for name in ("step", "loss", line["metric"])}) > 1:
+        task = TASKS.get(line["task"])
+        shown = task.score_columns.values() if task else ()
+        scores = {line["metric"], *(name for name in shown if name in evaluations)}
+        for name in sorted(scores):
+            check(evaluations.get(name), "measured_line", f"{where}: evaluations: {name}", "numbers")
+        if len({len(evaluations[name]) for name in ("step", "loss", *scores)}) > 1:
             raise UsageError(f"{where}: evaluations have lists of different lengths; restore the line")
 
 

@@ -68,6 +68,9 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
         options = {key: value for key, value in values.items() if key != "peft_type"}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UsageError(f"{source}: no peft config ({reason(error)}): {_PEFT_CONFIG}") from None
+    if str(values.get("init_lora_weights")).lower().startswith("pissa_niter"):
+        raise UsageError(f"{source}: {values['init_lora_weights']} changes the base's weights at random, so that no "
+                         "adapter would fit them again: give pissa")  # fmt: skip
     if kind == peft.PeftType.ADALORA:
         _schedule(source, options, total_steps)
     try:
@@ -81,11 +84,11 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
 
 def _schedule(source: str | Path, values: dict[str, Any], total_steps: int) -> None:
     warmups = values.get("tinit", 0), values.get("tfinal", 0)
-    values["total_step"] = total_steps or sum(warmups) + 1
     try:
+        values["total_step"] = total_steps or sum(warmups) + 1
         check_schedule(*warmups, values["total_step"], ("tinit", "tfinal"))
-    except ValueError as error:
-        raise UsageError(f"{source}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{source}: tinit, tfinal: {reason(error)}") from None
 
 
 def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any:
@@ -102,7 +105,7 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
         if config.target_modules is None:
             config.target_modules = match_modules(model, target_modules)
         return peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
-    except (ValueError, TypeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
 
 

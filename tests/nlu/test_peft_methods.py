@@ -43,6 +43,9 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
     ('{"peft_type": "NOSUCH"}', "no peft config"), ('{"peft_type": "LORA", "rank": 8}', "unexpected keyword"),
     ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}', "changes the input"),
     ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 5 + 5 = 10 leaves no step"),
+    ('{"peft_type": "ADALORA", "tinit": null}', "tinit, tfinal: "),
+    ('{"peft_type": "LORA", "rank_pattern": [1]}', "LORA: "),
+    ('{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}', "at random"),
     ('{"peft_type": "LORA", "target_modules": ["nosuch"]}', "nosuch"),
     ('{"peft_type": "LORA", "target_modules": "(["}', "unterminated"),
 ])  # fmt: skip

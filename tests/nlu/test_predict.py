@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from loralib.export import export_merged
@@ -95,6 +96,20 @@ def classifier(pretrained, tmp_path_factory):
     card = {"task": "custom", "text_fields": ["sentence1"], "max_seq_length": 16}
     folder = tmp_path_factory.mktemp("classes") / "a"
     return loralib.save_adapter(model, folder, base_model="hub/name", card=card), model
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"problem_type": "multi_label_classification", "num_labels": 2}, "several labels or numbers"),
+    ({"problem_type": "regression", "num_labels": 3}, "several labels or numbers"),
+    ({"text_fields": 5}, "which columns hold the text"),
+])  # fmt: skip
+def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path, input_files, change, says, capsys):
+    make_encoder(tmp_path / "m")
+    config = AutoConfig.from_pretrained(tmp_path / "m", **change)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "m")
+    columns = [] if "text_fields" in change else ["--text_columns", "sentence1"]
+    assert main(["--model", str(tmp_path / "m"), "--input", str(input_files / "rows.csv"), *columns]) == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_link_stays_one_and_a_pipe_is_written_to(pretrained, lora2, input_files, tmp_path):

@@ -99,6 +99,14 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
         ({"last": float("nan")}, "NaN is not a number"),
         ({"evaluations": {"step": [1], "loss": [0.1]}}, "matthews_correlation: None is not of type 'array'"),
         ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
+        (
+            {
+                "task": "mrpc",
+                "metric": "accuracy",
+                "evaluations": {"step": [1], "loss": [0.1], "accuracy": [0.1], "f1": [None]},
+            },
+            "evaluations: f1",
+        ),
         ({"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"}, "is on line 1 too"),
     ],
 )
