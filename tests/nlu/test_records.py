@@ -101,7 +101,7 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
         ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
         (
             {
-                "task": "mrpc",
+                "task": "qqp",
                 "metric": "accuracy",
                 "evaluations": {"step": [1], "loss": [0.1], "accuracy": [0.1], "f1": [None]},
             },
