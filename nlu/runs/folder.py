@@ -181,9 +181,16 @@ class RunFolder:
                 return None
             reason = str(error).partition(";")[0]
             raise UsageError(f"{reason}; give --overwrite_output_dir to start the run again") from None
-        strange = previous is None and self.path.is_dir() and any(not _is_a_beginning(p) for p in self.path.iterdir())
-        if strange:  # --overwrite_output_dir replaces runs alone
-            raise UsageError(f"{self.path} holds files but no run's results.json: name an empty --root_output_dir")
+        if previous is None and self.path.is_dir():
+            strange = {path.name for path in self.path.iterdir() if not _is_a_beginning(path)}
+            if whose := sorted(strange & {*PARTS, *FILES}):  # a run that starts anew would remove it
+                raise UsageError(
+                    f"{self.path} holds {whose[0]} but no run's results.json: name another --root_output_dir"
+                )
+            if strange and not self.overwrite:
+                raise UsageError(
+                    f"{self.path} holds other files: name an empty --root_output_dir, or give --overwrite_output_dir"
+                )
         return previous
 
     def _differences(self, previous: dict[str, Any]) -> list[str]:

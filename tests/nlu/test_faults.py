@@ -293,7 +293,7 @@ def test_a_run_does_not_replace_what_it_reads(flags, run_folder, part, flag, cap
     assert main([*flags, flag, str(run_folder / part), "--overwrite_output_dir"]) == 2
     assert "lies in --root_output_dir" in capsys.readouterr().err
     assert main([*flags, "--overwrite_output_dir"]) == 2  # no run's folder
-    assert "holds files but no run's results.json" in capsys.readouterr().err
+    assert f"holds {part} but no run's results.json" in capsys.readouterr().err
     assert (run_folder / part / "own").exists()
 
 

@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from nlu import predict, run_glue
@@ -218,7 +219,10 @@ def test_every_row_is_evaluated_when_training_drops_incomplete_batches(base_flag
 def test_a_held_out_part_of_training_replaces_validation(base_flags, tmp_path, capsys):
     assert main([*base_flags, "--holdout_fraction", "0.2"]) == 0
     assert (read(base_flags)["train_examples"], read(base_flags)["eval_examples"]) == (40, 10)
-    flags = [flag for flag in changed(base_flags, root_output_dir=tmp_path / "untrained") if flag != "--do_train"]
+    folder = shutil.copytree(base_flags[base_flags.index("--model_name_or_path") + 1], tmp_path / "classifier")
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(folder)
+    untrained = changed(base_flags, root_output_dir=tmp_path / "untrained", model_name_or_path=folder)
+    flags = [flag for flag in untrained if flag != "--do_train"]
     assert main([*flags, "--holdout_fraction", "0.2"]) == 0
     assert read(flags)["eval_examples"] == 10
     assert main([*changed(flags, root_output_dir="unused"), "--holdout_fraction", "0.999"]) == 2
