@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_whole_number
-from loralib.model import trained_svd_layers
+from loralib.model import refuse_new_factors, trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
 PRUNE_BY = ("importance", "value")
@@ -257,8 +257,7 @@ class RankAllocator(AllocatorSettings):
         return budget, self._threshold
 
     def _check_model(self, model: nn.Module) -> None:
-        if any(layer.lora_E is not values for layer, values in zip(self._layers, self._values, strict=True)):
-            raise ValueError("the layers have new factors since the allocator was made (compact()): make it afterwards")
+        refuse_new_factors(self._layers, self._values, "allocator")
         if getattr(self, "_checked", None) is model:
             return
         if not any(module is self._layers[0] for module in model.modules()):

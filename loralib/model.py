@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -62,6 +62,12 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     if not found:
         raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) to {purpose}: inject one first")
     return found
+
+
+def refuse_new_factors(layers: Iterable[LoRALayer], values: Iterable[nn.Parameter], made: str) -> None:
+    """Raises ValueError where the layers' singular values are other parameters than when ``made`` was made of them."""
+    if any(layer.lora_E is not own for layer, own in zip(layers, values, strict=True)):
+        raise ValueError(f"the layers have new factors since the {made} was made (compact()): make it afterwards")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.model import trained_svd_layers
+from loralib.model import refuse_new_factors, trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
 _Side = tuple[bool, list[nn.Parameter]]  # whether its factors are wide, as A's are
@@ -178,10 +178,7 @@ class OrthogonalityRegulariser:
         self._groups = [_Chains(chains, key[0], key[1], counted) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
-        if any(layer.lora_E is not values for layer, values in zip(self._layers, self._values, strict=True)):
-            raise ValueError(
-                "the layers have new factors since the regulariser was made (compact()): make it afterwards"
-            )
+        refuse_new_factors(self._layers, self._values, "regulariser")
         with without_autocast(self._values[0].device.type):  # Gram − I is a small difference
             norms = [norm for chains in self._groups for norm in chains.norms(self._deviation)]
             return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()

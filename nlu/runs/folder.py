@@ -163,14 +163,12 @@ class RunFolder:
         """A run that starts anew empties its folder's parts, and one that ends replaces its adapter."""
         parts = [(self.path / name).resolve() for name in PARTS]
         for flag in INPUTS:
-            value = self.arguments.get(flag)
-            for read in value if isinstance(value, list | tuple) else [value]:
-                place = Path(read).resolve() if isinstance(read, str) and os.path.exists(read) else None
-                if place is not None and any(part == place or part in place.parents for part in parts):
-                    raise UsageError(
-                        f"--{flag} {read} lies in --root_output_dir, where the run writes: name another "
-                        "--root_output_dir"
-                    )
+            read = self.arguments.get(flag)
+            place = Path(read).resolve() if read and os.path.exists(read) else None
+            if place is not None and any(part == place or part in place.parents for part in parts):
+                raise UsageError(
+                    f"--{flag} {read} lies in --root_output_dir, where the run writes: name another --root_output_dir"
+                )
 
     def _previous(self) -> dict[str, Any] | None:
         """The record in the folder; None where a run may start anew."""
