@@ -86,18 +86,6 @@ def in_words(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
 
 
-def balanced_class_weights(labels: Sequence[int], num_labels: int) -> list[float]:
-    """Weights n / (classes · rows of the class), as scikit-learn's "balanced"; their mean over the rows is 1.
-
-    Raises:
-        UsageError: a class has no row.
-    """
-    counts = np.bincount(np.asarray(labels), minlength=num_labels)
-    if not counts.all():
-        raise UsageError(f"--class_weights balanced: no training row has class {int(counts.argmin())}")
-    return (counts.sum() / (num_labels * counts)).tolist()
-
-
 def _classes(task: Task, what: str, values: np.ndarray) -> np.ndarray:
     numbers = values.astype(np.int64)
     if (numbers != values).any() or numbers.min() < 0 or numbers.max() >= task.num_labels:

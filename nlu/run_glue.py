@@ -26,8 +26,10 @@ from nlu.errors import packages_missing
 if packages_missing():
     sys.exit(2)
 
+import numpy as np
 import transformers
 from datasets import Dataset
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, set_seed
 
 from nlu.argument_checks import fit_schedule
@@ -41,7 +43,7 @@ from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
 from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
-from nlu.metrics import balanced_class_weights, compute_glue_metrics
+from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import (
     check_upload,
@@ -169,10 +171,10 @@ def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
-    """The weight of each class in the training loss; None where all count alike.
+    """The weight n / (classes · rows of the class) of each class in the training loss; None where all count alike.
 
     Raises:
-        UsageError: for weights of classes, or smoothed labels, where the labels are numbers.
+        UsageError: for weights of classes, or smoothed labels, where the labels are numbers; for a class without a row.
     """
     asked, smoothing = arguments.data.class_weights, arguments.training.label_smoothing_factor
     for flag, value in (("class_weights", asked), ("label_smoothing_factor", smoothing)):
@@ -180,7 +182,10 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
             raise UsageError(f"--{flag} is for classes, and the labels of {task.name} are numbers: leave it out")
     if asked is None or train is None:
         return None
-    return balanced_class_weights(train["labels"][:], task.num_labels)
+    labels, classes = np.asarray(train["labels"][:]), np.arange(task.num_labels)
+    if missing := sorted(set(classes.tolist()) - set(labels.tolist())):
+        raise UsageError(f"--class_weights balanced: no training row has class {missing[0]}")
+    return compute_class_weight("balanced", classes=classes, y=labels).tolist()
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ processes train, and is switched on by the launcher instead.
 from torch import nn
 
 from nlu.fast.cpu_attention import enable_cpu_attention
-from nlu.fast.deberta_attention import disable_fast_attention, enable_fast_attention
+from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.dropout import enable_fast_dropout
 from nlu.fast.first_token import enable_first_token
 from nlu.fast.memory import keep_freed_memory
 
-__all__ = ["disable_fast_attention", "enable_fast_attention", "speed_up"]
+__all__ = ["enable_fast_attention", "speed_up"]
 
 
 def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool = True) -> int:

@@ -307,9 +307,9 @@ def _why_not(module: nn.Module) -> str | None:
 def enable_fast_attention(model: nn.Module) -> int:
     """Replace the self-attention of every DeBERTa-v2/v3 encoder in `model`; returns the number of attention modules.
 
-    Only the class of the modules changes, so parameters, hooks and the state dict stay as they are, and
-    `disable_fast_attention` undoes it. An encoder with a subclass or configuration that is not covered keeps the stock
-    implementation, with a line in the log saying why. A model without DeBERTa-v2 encoders is left alone (returns 0).
+    Only the class of the modules changes, so parameters, hooks and the state dict stay as they are. An encoder with
+    a subclass or configuration that is not covered keeps the stock implementation, with a line in the log saying why. A
+    model without DeBERTa-v2 encoders is left alone (returns 0).
     """
     replaced = 0
     for name, encoder in model.named_modules():
@@ -327,16 +327,3 @@ def enable_fast_attention(model: nn.Module) -> int:
             attention.__class__ = FastDisentangledSelfAttention
         replaced += len(attentions)
     return replaced
-
-
-def disable_fast_attention(model: nn.Module) -> int:
-    """Undo `enable_fast_attention`; returns the number of attention modules that were switched back."""
-    back = {
-        FastDebertaV2Encoder: stock.DebertaV2Encoder,
-        FastDisentangledSelfAttention: stock.DisentangledSelfAttention,
-    }
-    switched = [module for module in model.modules() if type(module) in back]
-    attentions = sum(type(module) is FastDisentangledSelfAttention for module in switched)
-    for module in switched:
-        module.__class__ = back[type(module)]
-    return attentions

@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from nlu.runs.folder import RunFolder
 
 FORMAT_VERSION = 1
-# Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
-TIME_FIELDS = frozenset(
-    {"seconds", "memory_bytes", "train_seconds", "steps_per_second", "seconds_per_step", "peak_memory_bytes",
-     "started_at", "resumes"}
-)  # fmt: skip
 _WRITE_INTERVAL = 10.0  # seconds between two writes while training
 
 

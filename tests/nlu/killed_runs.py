@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 
 from nlu import run_glue
 from nlu.runs import checkpoints
-from nlu.runs.record import TIME_FIELDS
 
 EVENTS = (
     "on_step_begin",
@@ -34,6 +33,11 @@ EVENTS = (
     "on_save",
 )
 WRITES = ("half a file", "before the rename")
+# Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
+TIME_FIELDS = frozenset(
+    {"seconds", "memory_bytes", "train_seconds", "steps_per_second", "seconds_per_step", "peak_memory_bytes",
+     "started_at", "resumes"}
+)  # fmt: skip
 
 
 class BrokenOff(BaseException):
