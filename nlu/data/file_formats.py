@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 LONGEST_LINE = 1 << 24  # characters; this also bounds the memory that a file without line breaks takes
-_ROWS_AT_ONCE = 1024  # of a Parquet file, in which a long text that many rows share takes little room
+_ROWS_AT_ONCE = 1024  # few, because a long text that many rows share takes little room in a Parquet file
 _NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
 _NOT_USABLE_JSON = "not usable JSON (a number too long, or nested too deep)"
 # What pyarrow raises for damaged files, and Python for values that it cannot hold.
@@ -67,7 +67,7 @@ class TableReader:
     """Reads one open file or pipe row by row; `open_table` makes the reader of a format.
 
     Attributes:
-        columns: the columns of the file; for JSON those of the first row.
+        columns: the columns of the file; for JSON those of its first object.
         typed: whether the format tells numbers from text (JSON, Parquet); otherwise every value is text.
         unit: what `Row.place` counts, "line" or "row".
     """
@@ -192,9 +192,13 @@ class _Json(TableReader):
         self.lines = _Lines(stream, "\n")
         is_list = kind == "json" and stream.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         rows = self._list() if is_list else self._objects()
-        first = next(rows, None)
-        self.columns = list(first.values) if first is not None and type(first.values) is dict else []
-        self.all_rows = rows if first is None else itertools.chain([first], rows)
+        read = []  # up to the first object, which names the columns: the rows before it are bad
+        for row in itertools.islice(rows, _ROWS_AT_ONCE):
+            read.append(row)
+            if type(row.values) is dict:
+                self.columns = list(row.values)
+                break
+        self.all_rows = itertools.chain(read, rows)
 
     def _objects(self) -> Iterator[Row]:
         for line in self.lines:
@@ -352,7 +356,7 @@ def read_table(
 
     Args:
         text, other, blank: see `TableReader.rows`. kind, header: see `open_table`.
-        optional: columns to read where the file (in JSON its first row) has them.
+        optional: columns to read where the file (in JSON its first object) has them.
         skip: leave out up to so many bad rows, with a warning that names the first.
 
     Raises:

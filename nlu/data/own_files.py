@@ -104,7 +104,11 @@ def _with_main_metric(metrics: tuple[str, ...], asked: str | None, names: tuple[
 def _find_text_columns(path: str | Path, label_column: str) -> tuple[str, ...]:
     """The text columns of a file, where its columns leave no doubt."""
     with open_binary(path) as stream:
-        columns = open_table(stream, path).columns
+        reader = open_table(stream, path)
+        columns = reader.columns
+        if not columns:  # JSON without an object
+            row = next(reader.rows(("text",)), None)
+            raise reader.error(row.place, row.error) if row else UsageError(f"{path}: the file has no rows")
     found = [names for names in _TEXT_COLUMNS if {*names} <= {*columns} - {label_column}]
     found = [names for names in found if not any({*names} < {*others} for others in found)]
     rest = [name for name in columns if name != label_column and name not in _OWN_NAMES]

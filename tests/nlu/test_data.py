@@ -310,6 +310,9 @@ def test_own_regression(tmp_path):
         ("a.csv", "text,label\na,0\n".encode("utf-16"), "line 1: not UTF-8 text"),
         ("a.csv", "", "the file is empty"),
         ("a.csv", "text,label,label\na,0,1\n", "two columns are called 'label'"),
+        ("a.jsonl", '{"text":"a",\n{"text":"b","label":1}\n', r"line 1: not valid JSON .*skip leaves such rows out"),
+        ("a.json", '{\n"text": ["a", "b"],\n"label": [0, 1]\n}\n', "line 1: not valid JSON"),
+        ("a.json", "", "no rows"),
     ],
 )
 def test_own_bad_files(tmp_path, name, text, message):
@@ -357,6 +360,9 @@ def test_own_bad_rows_can_be_skipped(tmp_path, caplog):
     rows = load_own_files(path, skip_bad_rows=True)[1]["train"]
     assert (rows["text"][:], rows["idx"][:]) == (["a", "c"], [0, 3])
     assert "2 bad rows are left out; the first is line 3: column 'text' is empty" in caplog.text
+    first = own(tmp_path, "b.jsonl", '{"text"\n[]\n{"text":"a","label":0}\n{"text":"b","label":1}\n')
+    splits = load_own_files(first, None, first, skip_bad_rows=True)[1]
+    assert splits["test"].to_list() == [{"text": x, "label": i, "idx": 2 + i} for i, x in enumerate("ab")]
 
 
 @pytest.mark.parametrize(
