@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,23 +22,26 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write, which replaces ``path`` when the block ends without an error. Makes missing folders.
+    """A binary file to write, which replaces ``path``, and keeps its mode, when the block ends without an error.
+
+    Makes missing folders.
 
     Raises:
         OSError: the folder or the file cannot be written; ``path`` is as before.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; these files are meant to be shared
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -39,7 +39,7 @@ from nlu.experiments.figures import draw
 from nlu.experiments.launchers import ROOT, RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, check_writable
-from nlu.experiments.records import place_of
+from nlu.experiments.records import place_of, portable
 from nlu.experiments.statistics import as_frame, finished
 from nlu.experiments.tables import Table, comparison_table
 from nlu.tasks import get_task
@@ -120,6 +120,9 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     parsed = {run.folder: parsed_command(run, places) for run in [*selecting, *experiment.runs]}
     firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
     shapes = {run.axes["method"]: shape_of(parsed[run.folder]) for run in firsts}
+    labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}
+    if len({*labels.values()}) < len(labels):
+        raise UsageError(f"--methods: two would have one name in the table: {', '.join(labels.values())}")
     warnings = unlike(firsts, shapes, places)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -128,9 +131,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     )
     lines = {run: line for run, line in places.lines().items() if run in parsed or _beyond(line, shapes)}
     frame = as_frame((experiment.name, line) for line in lines.values())
-    final = finished(frame, [experiment.name])
+    final = finished(frame)
     if len(final):
-        labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}
         final = final.assign(place=final.label.map(list(labels.values()).index)).sort_values(["place", "seed"])
         table = comparison_table(experiment.name, final, {labels[name]: each.scale for name, each in shapes.items()})
         table.notes.extend(f"Not alike: {warning}." for warning in warnings)
@@ -175,7 +177,7 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
 
 def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
     """Whether a line is of a learning rate that --tune tried further out, for one of these methods."""
-    return bool(line.get("extra")) and line["axes"].get("method") in methods
+    return bool(line.get("extra")) and line["axes"].get("method") in map(portable, methods)
 
 
 def _spec(spec: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if packages_missing():
     sys.exit(2)
 
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.choosing import choose, chosen_runs
+from nlu.experiments.choosing import choose, chosen_runs, possible_second_round
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
@@ -94,21 +94,37 @@ def run_sweep(args: argparse.Namespace) -> int:
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     selecting, final = _wanted(experiment, args.only)
+    further = possible_second_round(experiment.selection, selecting)
     if not places.forced:  # a wrong flag shows now and not after hours
         # A script takes a tenth of a second: of runs that differ only in the seed, one is checked.
         different = {
             str(run.arguments | {"seed": None}) if run.command else run.folder: run
-            for run in [*selecting, *final]
+            for run in [*selecting, *further, *final]
             if can_be_checked(run)
         }
         for run in different.values():
-            parsed_command(run, places)
+            if not parsed_command(run, places).training.do_eval:
+                raise UsageError(f"{run.folder}: without --do_eval a run has no score: put do_eval: true into base")
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0
     launcher, jobs = _launcher(args, places, len(selecting) + len(final))
-    return run_experiment(experiment, selecting, final, places, launcher, jobs, args.rerun_changed)
+    code = run_experiment(experiment, selecting, final, places, launcher, jobs, args.rerun_changed)
+    _name_left_over(experiment, places)
+    return code
+
+
+def _name_left_over(experiment: Experiment, places: Places) -> None:
+    """Say which lines are of runs that the file no longer gives."""
+    tried = experiment.selection.runs if experiment.selection else []
+    known = {run.folder for run in [*experiment.runs, *tried, *possible_second_round(experiment.selection, tried)]}
+    if left := [run for run in places.lines() if run not in known]:
+        print(
+            f"note: {places.measured} has {len(left)} line(s) of runs that the file no longer gives ({left[0]} first): "
+            "tables show them until you delete them",
+            file=sys.stderr,
+        )
 
 
 def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[Run]]:

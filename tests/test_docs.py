@@ -71,7 +71,7 @@ def test_the_table_of_the_recipe_is_that_of_the_records():
     """Row by row; the page describes in words what the file calls by a name."""
     runs = load_measured(ROOT / "results/measured")
     runs = runs[runs.experiment == "screening"]
-    compared = against_table("", tuned_over(runs, ["screening"], "rate"), "plus").data.set_index("row")
+    compared = against_table("", tuned_over(runs, "rate"), "plus").data.set_index("row")
     expected = []
     for row, own in runs.groupby(runs["axes"].map(lambda axes: axes["row"])):
         scores = own.groupby(["task", own["axes"].map(lambda axes: axes["rate"])])["last"].mean()

@@ -66,7 +66,8 @@ def load_own_files(
             skip = math.inf if skip_bad_rows else 0
             tables[split] = table = read_table(path, text, *columns, blank=False, skip=skip)
             if label_column in table.columns:
-                table.columns["label"] = table.columns.pop(label_column)
+                values = table.columns.pop(label_column)
+                table.columns["label"] = values if table.reader.typed else [value.strip() for value in values]
     kind = _label_kind(tables["train"])
     labels = {split: _own_labels(table, kind) for split, table in tables.items() if "label" in table.columns}
     if kind is float:

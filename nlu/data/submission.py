@@ -64,7 +64,8 @@ def write_predictions(
     """Write one test split's predictions, ordered by index, and return the file.
 
     The file is the GLUE server's (`MNLI-m.tsv`), or `<task>_<split>.tsv` for a user's own task, with the columns
-    `index` and `prediction`. Classes are the server's words; STS-B's scores are cut to [0, 5], with three decimals.
+    `index` and `prediction`. Classes are the server's words; STS-B's scores are cut to [0, 5], with three decimals;
+    other numbers have seven significant digits.
 
     Args:
         indices: the `idx` of each test row.
@@ -92,9 +93,9 @@ def _word(task: Task, prediction: float) -> str:
         number = as_number(float(prediction))
         if number is None:
             raise UsageError(f"{task.name}: prediction {prediction} is not a finite number: training diverged")
-        if task.value_range is not None:
-            number = min(max(number, task.value_range[0]), task.value_range[1])
-        return f"{number:.3f}"
+        if task.value_range is None:
+            return f"{number:.7g}"
+        return f"{min(max(number, task.value_range[0]), task.value_range[1]):.3f}"
     if prediction != int(prediction) or not 0 <= prediction < task.num_labels:
         raise UsageError(f"{task.name}: prediction {prediction} is not a class from 0 to {task.num_labels - 1}")
     return task.submission_labels[int(prediction)]

@@ -1,5 +1,6 @@
 """Chooses arguments by their held-out losses, and puts them into the final runs."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -39,6 +40,19 @@ def second_round(selection: Selection, places: Places, keys: Collection[tuple] |
             if further is not None:
                 extra += [run.trying({**best.values, name: further}, extra=True) for run in best.runs]
     return extra
+
+
+def possible_second_round(selection: Selection | None, runs: list[Run]) -> list[Run]:
+    """Every run that :func:`second_round` may ask for after these of the first round, whichever values win."""
+    possible = []
+    for own in selection.by_key(runs).values() if selection else ():
+        for name, factor in selection.beyond.items():
+            values = [run.tried[name] for run in own]
+            for run in own:
+                further = _further(run.tried[name], values, factor)
+                if further is not None:
+                    possible.append(run.trying({**run.tried, name: further}, extra=True))
+    return possible
 
 
 def choose(selection: Selection | None, places: Places) -> dict[tuple, dict[str, Any]]:
@@ -89,10 +103,14 @@ def _best(tried: list[Tried]) -> Tried | None:
 
 
 def _further(best: float, values: list[float], factor: float) -> float | None:
-    """The value beyond the end at which the best lies, to six digits; None inside, and without a range of numbers."""
+    """The value beyond the end at which the best lies, to six digits; None inside, and without a range of numbers.
+
+    Of whole numbers it is the next whole one, and 1 at the least.
+    """
     if isinstance(best, str | bool) or len(values) < 2 or best not in (min(values), max(values)):
         return None
-    further = float(f"{best * factor if best == max(values) else best / factor:.6g}")
-    if further in values:  # 0 is its own multiple
-        return None
-    return int(further) if further.is_integer() and all(isinstance(value, int) for value in values) else further
+    largest = best == max(values)
+    further = float(f"{best * factor if largest else best / factor:.6g}")
+    if all(isinstance(value, int) for value in values):
+        further = math.ceil(further) if largest else max(math.floor(further), min(best, 1))
+    return None if further in values else further  # 0 is its own multiple

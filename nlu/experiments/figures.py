@@ -19,6 +19,7 @@ from nlu.experiments.tables import rows_of
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+KINDS = ("parameters", "curves", "rates", "ranks", "against")  # end the figures' names
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX<>*"
 STYLE = {
@@ -72,11 +73,10 @@ def draw(
     """
     labels = list(dict.fromkeys(every.label))  # in the registries' order: a comparison and a report colour alike
     styles = dict(zip(labels, _styles(len(labels)), strict=True))
-    kinds = (("parameters", _parameters, final), ("curves", _curves, final), ("rates", _rates, every),
-             ("ranks", _ranks, final))  # fmt: skip
-    for kind, function, runs in kinds if against is None else (("against", partial(_against, against), final),):
+    functions = dict(zip(KINDS, (_parameters, _curves, _rates, _ranks, partial(_against, against)), strict=True))
+    for kind in KINDS[:-1] if against is None else KINDS[-1:]:
 
-        def drawn(kind=kind, function=function, runs=runs) -> Drawing | None:
+        def drawn(kind=kind, function=functions[kind], runs=every if kind == "rates" else final) -> Drawing | None:
             with matplotlib.rc_context(STYLE):
                 return function(f"{name}_{kind}", runs, styles) if len(runs) else None
 

@@ -36,7 +36,10 @@ class SweepLoop:
     _stop_count: int = 0
 
     def __enter__(self) -> "SweepLoop":
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        caught = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has the sweep outlive its terminal
+            caught.append(signal.SIGHUP)
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
         self.bar = tqdm(total=self.total, desc=self.places.measured.stem, bar_format=layout, dynamic_ncols=True)
         return self
@@ -126,8 +129,6 @@ class SweepLoop:
             self.finished += 1
         elif not self.stopped_by:
             error = (line or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
-            if run.stage == "select" and code == 2 and self.places.record_time(run) is None:
-                self.places.fail(run, error)  # its arguments were refused, and would be again
             self.failures[run.folder] = f"exit code {code}: {error} (log: {self.places.log(run)})"
 
     def _show(self, running: list[Run]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.launchers import ROOT, RUN_GLUE
-from nlu.experiments.records import comparable, measured_line, place_of, read_lines, write_line
+from nlu.experiments.records import comparable, measured_line, place_of, portable, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests
 
@@ -114,18 +114,15 @@ class Places:
         if record is None or record.get("status") not in ("finished", "failed"):
             return None
         line = measured_line(run, record)
+        if command := self._started_by(run):
+            line["started_by"] = command
         write_line(self.measured, run.folder, line)
         return line
 
-    def fail(self, run: Run, error: str) -> None:
-        """Write the line of a run whose arguments were refused, so that a selection need not wait for it."""
-        from nlu.arguments import method_file  # loads torch and transformers
-
-        asked = run.arguments
-        record = {"status": "failed", "error": error, "task": asked.get("task_name"), "seed": asked.get("seed")}
-        with contextlib.suppress(UsageError):  # an unknown method has no base
-            record["method"] = method_file([f"--method={asked.get('method')}"])[1]
-        write_line(self.measured, run.folder, measured_line(run, record))
+    def _started_by(self, run: Run) -> str | None:
+        """The command that starts a run in place of nlu/run_glue.py, whose results it need not share."""
+        command = self.command if self.forced else run.command
+        return portable(shlex.join(command)) if command else None
 
     def forget(self, run: Run) -> None:
         """Take out a run's line, before it is made again."""
@@ -136,12 +133,13 @@ class Places:
         """Folder → (where, line) of new runs that another row, or another experiment beside this one, has finished.
 
         Without ``neighbours`` only this experiment's lines are looked at. Arguments and the digests of all contents
-        must be equal. A neighbour's damaged file is named in the log.
+        must be equal, and the command of --command. A neighbour's damaged file is named in the log.
         """
-        new = [run for run in runs if not run.command and self.state(run) == "new"]
+        new = [run for run in runs if (self.forced or not run.command) and self.state(run) == "new"]
         wanted: dict[str, list[Run]] = {}
         for run in new:
-            wanted.setdefault(_key(comparable(run.arguments), self.digests(run)), []).append(run)
+            key = _key(comparable(run.arguments), self.digests(run), self._started_by(run))
+            wanted.setdefault(key, []).append(run)
         found: dict[str, tuple[str, dict[str, Any]]] = {}
         paths = sorted(self.measured.parent.glob("*.jsonl")) if neighbours else [self.measured]
         for path in paths if wanted else ():
@@ -152,7 +150,8 @@ class Places:
                 continue
             for line in lines.values():
                 if line["status"] == "finished" and "taken_over_from" not in line:
-                    for run in wanted.get(_key(line["asked"], line.get("digests") or {}), ()):
+                    key = _key(line["asked"], line.get("digests") or {}, line.get("started_by"))
+                    for run in wanted.get(key, ()):
                         found.setdefault(run.folder, (f"{path.stem}/{line['run']}", line))
         return found
 
@@ -171,9 +170,9 @@ class Places:
         return len(found)
 
 
-def _key(asked: dict[str, Any], digests: dict[str, str]) -> str:
+def _key(asked: dict[str, Any], digests: dict[str, str], started_by: str | None) -> str:
     numbers = {k: float(v) for k, v in asked.items() if isinstance(v, int) and not isinstance(v, bool)}  # 64 is 64.0
-    return json.dumps([asked | numbers, digests], sort_keys=True)
+    return json.dumps([asked | numbers, digests, started_by], sort_keys=True)
 
 
 def command_line(run: Run, places: Places) -> list[str]:

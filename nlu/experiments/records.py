@@ -29,7 +29,7 @@ COPIED = (
     "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
     "digests",
 )  # fmt: skip
-NO_LABEL = ("task_name", "train_file", "validation_file", "seed")  # what tables show in other places
+NO_LABEL = ("task_name", "seed")  # what tables show in other places
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
@@ -71,7 +71,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
     axes = place_free(run.axes)
     label = label_of(axes, method) or _method_name(str(run.arguments.get("method")), method)
     where = {"run": run.folder, "stage": run.stage, "label": label, "axes": axes, "tried": run.tried}
-    return where | ({"extra": True} if run.extra else {})
+    return portable(where | ({"extra": True} if run.extra else {}))
 
 
 def label_of(axes: dict[str, Any], method: str) -> str:
@@ -113,7 +113,7 @@ def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that decide a run's result: no folders of this machine, of paths the last part."""
     kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
-    return place_free(kept)
+    return portable(place_free(kept))
 
 
 def rate_sums(record: dict[str, Any]) -> dict[str, float]:

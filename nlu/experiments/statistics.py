@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ LEVEL = 0.5  # points: a difference within this margin counts as level
 SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
 _NAMES = [
     "experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked",
-    "module_ranks",
+    "module_ranks", "taken_over_from",
 ]  # fmt: skip
 _FIGURES = [
     "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
@@ -95,20 +95,21 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
 
 
-def tuned_over(runs: pd.DataFrame, experiments: list[str], axis: str) -> pd.DataFrame:
-    """Runs of which some experiments tried each row with the values of an axis, as a tuning stage and its choice.
+def tuned_over(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """Runs of experiments that tried each row with the values of an axis, as a tuning stage and its choice.
 
-    The final runs of these experiments become runs of the tuning stage, their labels without the axis, with the
+    The final runs become runs of the tuning stage, their labels without the axis, with the
     arguments that differ between its values as what was tried. For each row and task the runs of the value with the
-    lowest mean loss at the last evaluation are there once more, as final runs.
+    lowest mean loss at the last evaluation are there once more, as final runs; a value that lacks a seed, or of which
+    a run failed, cannot be chosen.
 
     Raises:
         UsageError: none of the runs has the axis.
     """
-    here = runs.experiment.isin(experiments) & (runs.stage == "final")
+    here = runs.stage == "final"
     known = {name: None for axes in runs[here]["axes"] for name in axes}
     if known and axis not in known:
-        raise UsageError(f"tuned: no run has the axis {axis!r}; {', '.join(experiments)} has {', '.join(known)}")
+        raise UsageError(f"tuned: no run has the axis {axis!r}; the axes are {', '.join(known)}")
     here &= runs["axes"].map(lambda axes: axis in axes)
     tuning = runs[here].copy()
     values = [axes[axis] for axes in tuning["axes"]]
@@ -118,15 +119,45 @@ def tuned_over(runs: pd.DataFrame, experiments: list[str], axis: str) -> pd.Data
     for _, own in tuning.assign(value=values).groupby(["experiment", "label", "task"], sort=False):
         asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed")
         own["tried"] = asked[asked.columns[asked.astype(str).nunique() > 1]].to_dict("records")
-        losses = own[own.status == "finished"].groupby("value").loss.mean()
+        done = own[own.status == "finished"]
+        whole = done.groupby("value").seed.nunique() == own.seed.nunique()
+        losses = done.groupby("value").loss.mean()[whole]
         kept.append(own.assign(stage="select"))
         kept.append(own[own.value == losses.idxmin()] if len(losses) else own[:0])
     return _ordered(pd.concat(kept).drop(columns="value", errors="ignore").reset_index(drop=True))
 
 
+def runs_of(runs: pd.DataFrame, question: Question) -> pd.DataFrame:
+    """The runs that a question is about, of both stages, its axis tuned; a run that was taken over counts once.
+
+    Raises:
+        UsageError: two of its experiments have a run of one label, task and seed.
+    """
+    own = runs[runs.experiment.isin(question.experiments)]
+    own = own if question.tuned is None else tuned_over(own, question.tuned)
+    final = finished(own).sort_values("taken_over_from", na_position="first")
+    twice = final[final.duplicated(["label", "task", "seed"])]
+    copies = twice.taken_over_from.notna()
+    if not copies.all():
+        first = twice[~copies].iloc[0]
+        raise UsageError(
+            f"{question.question} {' and '.join(question.experiments)} both have {first.label} on {first.task} with "
+            f"seed {first.seed}, and these are no independent runs: ask about one of them"
+        )
+    return own.drop(twice.index)
+
+
+def finished(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished final runs."""
+    return runs[(runs.stage == "final") & (runs.status == "finished")]
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs)."""
+    """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs).
+
+    `of_ratio`: the mean is that of the ln of a ratio.
+    """
 
     mean: float
     error: float | None
@@ -140,13 +171,9 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval."""
         half = self.half_width
         return None if half is None else (self.mean - half, self.mean + half)
-
-    def percent(self) -> "Estimate":
-        """Where this estimates the ln of a ratio: the change in percent, its error by the delta method."""
-        error = None if self.error is None else 100 * math.exp(self.mean) * self.error
-        return replace(self, mean=100 * math.expm1(self.mean), error=error)
 
     def p_value(self, expect: str) -> float | None:
         """The p value of the hypothesis that a claim contradicts.
@@ -169,19 +196,36 @@ class Estimate:
 
 
 def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
-    """The mean over tasks of the mean over seeds.
+    """The mean over tasks of the mean over seeds; values that are not known (NaN) do not count.
 
     The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
     (Biometrics Bulletin 2, 1946). Where a task has one value only, the error is not known.
     """
+    values = values.dropna()
     groups = values.groupby(tasks, sort=False)
     mean, sizes = float(groups.mean().mean()), groups.size()
-    if sizes.min() < 2:
+    if not len(values) or sizes.min() < 2:
         return Estimate(mean, None, None, len(values))
     parts = groups.var(ddof=1) / sizes / len(sizes) ** 2
     variance = float(parts.sum())
     freedom = 1 / float(((parts / variance) ** 2 / (sizes - 1)).sum()) if variance > 0 else np.inf
     return Estimate(mean, variance**0.5, freedom, len(values))
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of a positive quantity in percent: geometric mean of ratios, standard error and 95 % interval."""
+
+    mean: float
+    error: float | None
+    interval: tuple[float, float] | None
+
+
+def percent(logarithms: Estimate) -> Change:
+    """The change in percent that an estimate of the ln of a ratio stands for; the error is by the delta method."""
+    error = None if logarithms.error is None else 100 * math.exp(logarithms.mean) * logarithms.error
+    ends = logarithms.interval and tuple(100 * math.expm1(end) for end in logarithms.interval)
+    return Change(100 * math.expm1(logarithms.mean), error, ends)
 
 
 def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
@@ -199,14 +243,14 @@ def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
     return pairs[["task", "seed"]].assign(difference=difference, loss_ratio=ratio)
 
 
-def compared(runs: pd.DataFrame, against: str) -> dict[str, tuple[Estimate, Estimate]]:
+def compared(runs: pd.DataFrame, against: str) -> dict[str, tuple[Change, Estimate]]:
     """Label → change of the loss in percent and of the score in points against one label, in the order of the runs.
 
     A label that shares no task and seed with that one is left out.
     """
     pairs = {label: paired(runs, label, against) for label in dict.fromkeys(runs.label) if label != against}
     return {
-        label: (estimate(own.loss_ratio, own.task).percent(), estimate(own.difference, own.task))
+        label: (percent(estimate(own.loss_ratio, own.task)), estimate(own.difference, own.task))
         for label, own in pairs.items()
         if len(own)
     }
@@ -231,7 +275,7 @@ def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[Cl
     claims, raw = [], []
     for question in questions:
         for claim in question.claims:
-            pairs = paired(finished(runs, question.experiments), claim.label, claim.against)
+            pairs = paired(finished(runs_of(runs, question)), claim.label, claim.against)
             claims.append(claim)
             raw.append(estimate(pairs.difference, pairs.task).p_value(claim.expect) if len(pairs) else None)
     return dict(zip(claims, holm(raw), strict=True))
@@ -252,8 +296,3 @@ def verdict(result: Estimate, expect: str, p: float | None) -> str:
     if p < 0.05:
         return "holds"
     return "contradicted" if high < -LEVEL or (expect == "level" and low > LEVEL) else "not shown"
-
-
-def finished(runs: pd.DataFrame, experiments: Iterable[str]) -> pd.DataFrame:
-    """The finished final runs of some experiments."""
-    return runs[runs.experiment.isin(list(experiments)) & (runs.stage == "final") & (runs.status == "finished")]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from nlu.errors import UsageError
 from nlu.experiments.claims import Claim, Question
-from nlu.experiments.statistics import LEVEL, SHORT, Estimate, compared, estimate, paired, verdict
+from nlu.experiments.statistics import LEVEL, SHORT, Change, Estimate, compared, estimate, paired, percent, verdict
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
@@ -131,7 +131,7 @@ def with_deviation(name: str, values: pd.Series, digits: int = 1) -> Cell:
     return text, {name: mean, f"{name}_std": deviation}
 
 
-def interval(result: Estimate | None, form: Callable[[Any], str] = number, of: str = "") -> Cell:
+def interval(result: Estimate | Change | None, form: Callable[[Any], str] = number, of: str = "") -> Cell:
     """The 95 % interval of an estimate, where there is one; `of` begins the names of its figures."""
     low, high = (result.interval if result else None) or (None, None)
     return NONE if low is None else spread(low, high, form), {f"{of}low": low, f"{of}high": high}
@@ -304,7 +304,7 @@ def claims_table(
         joint = ALL if set(tasks) == set(runs.task) else ", ".join(HEADINGS.get(task, task) for task in tasks)
         for task in [ALL, *(tasks if len(tasks) > 1 else [])] if len(pairs) else []:
             whole, own = task == ALL, pairs if task == ALL else pairs[pairs.task == task]
-            result, loss = estimate(own.difference, own.task), estimate(own.loss_ratio, own.task).percent()
+            result, loss = estimate(own.difference, own.task), percent(estimate(own.loss_ratio, own.task))
             p = corrected[claim] if whole else None
             answer, title = verdict(result, claim.expect, p) if whole else "", f"{claim.label} − {claim.against}"
             rows.append(
@@ -327,8 +327,13 @@ def claims_table(
         "strata; p is corrected for the number of all claims. The published column cites the paper, which has another "
         "model and more tasks. " + LOSS_CHANGE,
         f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: "
-        "the opposite is as clear. not shown: neither.",
+        f"the opposite has p < 0.05, or, for the other expectations, the whole interval lies beyond ±{LEVEL}. not "
+        "shown: neither.",
     ]
+    shown = {row["claim"][1]["claim"] for row in rows}
+    titles = [f"{claim.label} − {claim.against}" for claim in question.claims]
+    if unknown := [title for title in titles if title not in shown]:
+        notes.append(f"Claims without pairs of finished runs, which count in the correction: {'; '.join(unknown)}.")
     return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
 
 
@@ -352,6 +357,11 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
     """What the tuning stage chose, and what a user gets without it; `runs` are all of the question's, both stages."""
     tuning = runs[runs.stage == "select"]
+    held_out = all((asked or {}).get("holdout_fraction") for asked in tuning.asked)
+    where = (
+        "On a held-out part of the training set, at the tuning stage's length"
+        if held_out else "On the validation set, which the scores above come from too"
+    )  # fmt: skip
     rows = []
     for label, own in rows_of(tuning):
         usual = own[~own.extra].fillna({"last": 0.0})
@@ -369,9 +379,9 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         }
         rows.append(row)
     notes = [
-        "On a held-out part of the training set, at the tuning stage's length: the learning rate (and "
-        "other tuned settings) with the lowest loss at the last evaluation. Mean of the values tried: the score in "
-        "percent that a user gets without tuning, over the values that every task tries; a failed run counts as 0.",
+        f"{where}: the learning rate (and other tuned settings) with the lowest loss at the last evaluation. Mean of "
+        "the values tried: the score in percent that a user gets without tuning, over the values that every task "
+        "tries; a failed run counts as 0.",
         AT_END,
     ]
     return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None

@@ -46,6 +46,17 @@ def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_o
     assert "1 run(s) finished now, 2 before" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
 
 
+def test_a_method_may_name_a_file_by_its_whole_path(call, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text('{"peft_type": "LORA"}')
+    spec = f"peft:peft_config={tmp_path}/a/x.json"
+    code, out, err = call("--methods", f"{spec},lora", "--seeds", "1", "--tune", "5e-4,1e-3")
+    assert code == 0 and "…/x.json" in out, err
+    code, _, err = call("--methods", f"{spec},{spec.replace('/a/', '/b/')}", "--seeds", "1", "--name", "two")
+    assert code == 2 and "two would have one name in the table" in err and not (tmp_path / "two").exists()
+
+
 def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monkeypatch):
     """The stand-in's loss is lowest at 2e-3; at the end of what is tried, one more rate is."""
     drawn = []

@@ -82,6 +82,20 @@ def test_run_glue_accepts_the_command_for_one_s_own_files(tmp_path, capsys):
     assert "--train_file=a.csv" in capsys.readouterr().out
     assert sweep.main([str(path), *places, "--dry_run", "--set", "task_name=cola"]) == 2
     assert "exclude each other" in capsys.readouterr().err
+    assert sweep.main([str(path), *places, "--dry_run", "--set", "do_eval=false"]) == 2
+    assert "without --do_eval a run has no score" in capsys.readouterr().err
+
+
+def test_what_lies_beyond_an_end_is_checked_before_the_first_run(tmp_path, capsys):
+    base = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "do_eval": True}
+    select = {"values": {"lora_dropout": [0.1, 0.5]}, "beyond": {"lora_dropout": 3}, "seeds": [1]}
+    content = {"name": "trial", "base": base, "grid": {"method": ["lora"], "seed": [1]},
+               "select": select | {"set": {"holdout_fraction": 0.1}}}  # fmt: skip
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content))
+    places = ["--measured_dir", str(tmp_path / "m"), "--output_dir", str(tmp_path / "o")]
+    assert sweep.main([str(path), *places, "--dry_run"]) == 2
+    assert "select/lora-lora_dropout=1.5-seed=1: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

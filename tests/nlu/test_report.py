@@ -76,6 +76,7 @@ def test_the_page_answers_each_question_with_its_tables_and_figures(make, tmp_pa
     answer = page.split("## ")[1].split("\n")[2]
     assert answer.startswith("LoRA² k=8 − LoRA r=8: +2.00 points (95 % interval +2.00 to +2.00), holds.")
     assert "2 run(s) failed and have no score." in answer
+    assert "- Claims without pairs of finished runs, which count in the correction: LoRA² k=8 − absent." in page
     open_questions = page.partition("\n## Open questions\n")[2].strip()
     assert open_questions.startswith("- And elsewhere? ") and "\n" not in open_questions
     assert open_questions.endswith("Not measured yet: `python nlu/sweep.py configs/experiments/elsewhere.yaml`.")
@@ -189,10 +190,26 @@ def test_several_experiments_are_compared_together(make, tmp_path):
     assert code == 0 and "LoRA² k=8 − LoRA r=8: +10.00 points" in out
 
 
+def test_a_run_counts_once_however_many_experiments_have_it(make, tmp_path):
+    lines = [
+        line(label, "cola", s, [x + s / 100]) for label, x in (("LoRA r=8", 0.4), ("LoRA² k=8", 0.5)) for s in (1, 2)
+    ]
+    copies = [each | {"taken_over_from": f"first/{each['run']}"} for each in lines]
+    question = {**QUESTIONS["questions"][0], "experiments": ["first", "second"]}
+    for second, code in ((copies, 0), (lines, 2)):
+        write(tmp_path / "measured", "second", second)
+        shown = make(lines, "--only", "first", experiment="first", questions={"questions": [question]})
+        assert shown[0] == code
+        if code == 0:
+            assert re.search(r"\| all tasks +\| +\+1\.05 \| +2 \|", shown[1])
+        else:
+            assert "both have LoRA r=8 on cola with seed 1" in shown[2] and shown[2].count("\n") == 1
+
+
 def test_scores_and_the_mark_of_short_trainings(tmp_path):
     lines = [line("LoRA r=8", t, s, [0.9, v + s / 10]) for t, v in (("cola", 0.2), ("stsb", 0.6)) for s in (1, 2)]
     lines += [line("full", "cola", 1, [0.5], rate_sum=0.1), line("AdaLoRA", "cola", 1, [0.5], rate_sum=0.9)]
-    runs = finished(load_measured(write(tmp_path, "trial", lines)), ["trial"])
+    runs = finished(load_measured(write(tmp_path, "trial", lines)))
     text = score_table("trial", runs).text.set_index("")
     row = text.loc["LoRA r=8"]
     assert (row["CoLA"], row["STS-B"], row["average"], row["seeds"]) == ("35.0 ± 7.1", "75.0 ± 7.1", "55.00", "2")
@@ -213,7 +230,7 @@ def test_labelled_test_sets_have_a_column_and_ranks_a_figure(tmp_path):
         for s, v in ((1, 0.6), (2, 0.8))
     ]  # fmt: skip
     lines += [line(label, "cola", 1, [0.5]) for label in ("AdaLoRA", "LoRA r=8")]
-    runs = finished(load_measured(write(tmp_path, "trial", lines)), ["trial"])
+    runs = finished(load_measured(write(tmp_path, "trial", lines)))
     table = score_table("trial", runs)
     assert table.text.set_index("")["MRPC test"].tolist() == ["–", "70.0 ± 14.1"] and "CoLA test" not in table.text
     drawn = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure
@@ -226,7 +243,7 @@ def test_labelled_test_sets_have_a_column_and_ranks_a_figure(tmp_path):
 def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_path):
     (tmp_path / "claims.yaml").write_text(yaml.safe_dump(QUESTIONS))
     question = load_questions(tmp_path / "claims.yaml")[0][0]
-    final = finished(runs, ["trial"])
+    final = finished(runs)
     # By hand: e^-0.03 and e^-0.05 times the loss, in each of three seeds alike.
     less = final.task.map({"cola": math.exp(-0.03), "stsb": math.exp(-0.05)}).where(final.label == "LoRA² k=8", 1)
     table = claims_table("trial", final.assign(loss=final.loss * less), question, correct_claims(runs, [question]))
@@ -300,7 +317,26 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     make(lines, questions={"questions": [question | {"against": "plsu"}]})
     assert "No run of plsu has finished yet, only of other, plus." in (tmp_path / "README.md").read_text()
     code, _, said = make(lines, questions={"questions": [question | {"tuned": "rat"}]})
-    assert code == 2 and "no run has the axis 'rat'; trial has row, rate, task_name, seed" in said
+    assert code == 2 and "no run has the axis 'rat'; the axes are row, rate, task_name, seed" in said
+
+
+def test_only_a_value_whose_seeds_have_all_finished_is_chosen_and_for_its_own_question_alone(make, tmp_path):
+    lines = []
+    for rate, loss in ((1, 0.5), (2, 0.1)):
+        for seed in (1, 2):
+            lost = {"status": "failed", "error": "lost"} if (rate, seed) == (2, 2) else {}
+            axes = {"row": "a", "rate": rate, "seed": seed}
+            lines.append(line(f"a, rate={rate}", "cola", seed, [rate / 10], axes=axes, tried={}, **lost))
+            lines[-1]["run"], lines[-1]["evaluations"]["loss"] = f"a-{rate}-{seed}", [loss]
+            lines[-1]["asked"]["learning_rate"] = rate / 1000
+    asked = {"question": "Tuned?", "experiments": ["trial"], "tuned": "rate"}
+    questions = {"questions": [asked, {"question": "How far does it matter?", "experiments": ["trial"]}]}
+    assert make(lines, "--format", "csv", questions=questions)[0] == 0
+    read = {path.stem: list(csv.DictReader(path.open())) for path in (tmp_path / "tables").iterdir()}
+    assert [(row["row"], row["seeds_least"]) for row in read["trial_1_scores"]] == [("a", "2")]
+    assert {row["row"]: row["seeds_least"] for row in read["trial_2_scores"]} == {"a, rate=1": "2", "a, rate=2": "1"}
+    make(lines, questions=questions)
+    assert "On the validation set, which the scores above come from too" in (tmp_path / "README.md").read_text()
 
 
 def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):
@@ -348,6 +384,28 @@ def test_a_page_that_is_no_report_stays(make, tmp_path):
     code, _, said = make(trial())
     assert code == 2 and "is no report, and would be replaced: give another --output_dir" in said
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()
+    (tmp_path / "report.html").write_text("mine")
+    assert make(trial(), "--format", "html")[0] == 2 and (tmp_path / "report.html").read_text() == "mine"
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "published/README.md").write_text("mine")
+    code, _, said = make(trial())
+    assert code == 2 and "give another --published_dir" in said and not (tmp_path / "README.md").exists()
+    assert make(trial(), questions={"questions": []})[0] == 0  # cites nothing
+    assert (tmp_path / "published/README.md").read_text() == "mine"
+
+
+def test_figures_of_yours_stay(make, tmp_path):
+    make(trial())
+    (tmp_path / "figures/mine.png").touch()
+    make([each for each in trial() if each["stage"] == "final"])
+    assert (tmp_path / "figures/mine.png").exists() and not (tmp_path / "figures/trial_rates.png").exists()
+
+
+def test_an_installed_package_has_no_published_tables(make, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "PUBLISHED", tmp_path / "site-packages/results/published")
+    write(tmp_path / "measured", "trial", trial())
+    assert report.main(["--measured_dir", str(tmp_path / "measured")]) == 0, capsys.readouterr().err
+    assert not (tmp_path / "site-packages").exists()
 
 
 def test_rows_that_adapt_other_modules_share_a_figure(tmp_path):
@@ -370,7 +428,7 @@ def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
 
 
 def test_a_wide_line_lies_below_a_narrow_one_in_whatever_order_they_come(runs):
-    for final in (finished(runs, ["trial"]), finished(runs, ["trial"])[::-1]):
+    for final in (finished(runs), finished(runs)[::-1]):
         drawing = dict(figures.draw("trial", final, runs))["trial_curves"]()
         lines = sorted(drawing.figure.axes[0].get_lines(), key=lambda each: each.get_zorder())
         widths = [each.get_linewidth() for each in lines]
@@ -392,7 +450,7 @@ def test_every_series_is_seen_and_every_label_is_in_the_legend_as_it_is(tmp_path
     labels = ["_hidden", "cost $x_1$", "a label that goes on and on until it no longer fits on one line", "a b", "A"]
     lines = [line(label, "cola", 1, [0.5], adapter_params=1000) for label in labels]
     runs = load_measured(write(tmp_path, "trial", lines))
-    drawings = {name: drawn() for name, drawn in figures.draw("trial", finished(runs, ["trial"]), runs)}
+    drawings = {name: drawn() for name, drawn in figures.draw("trial", finished(runs), runs)}
     assert drawings["trial_rates"] is None
     for name in ("trial_parameters", "trial_curves"):
         figure = drawings[name].figure

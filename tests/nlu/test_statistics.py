@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.experiments.statistics import Estimate, estimate, holm, load_measured, paired, verdict
+from nlu.experiments.statistics import Estimate, estimate, holm, load_measured, paired, percent, verdict
 from tests.nlu.measured_lines import line, trial, write
 
 
@@ -50,6 +50,17 @@ def test_an_interval_holds_its_mean_whatever_the_last_bits(values, tasks):
     low, high = result.interval
     assert low <= result.mean <= high and result.half_width >= 0
     assert all(0 <= result.p_value(expect) <= 1 for expect in ("higher", "not lower", "level"))
+
+
+def test_a_ratio_has_an_interval_of_ratios_and_what_is_unknown_does_not_count():
+    logarithms = pd.Series(np.log([0.1, 0.5, 0.2, np.nan]))
+    result = estimate(logarithms, pd.Series(["a"] * 4))
+    low, high = stats.ttest_1samp(logarithms[:3], 0).confidence_interval(0.95)
+    change = percent(result)
+    assert (result.count, result.freedom) == (3, 2)
+    assert change.mean == pytest.approx(100 * (stats.gmean([0.1, 0.5, 0.2]) - 1))
+    assert change.interval == pytest.approx((100 * (np.exp(low) - 1), 100 * (np.exp(high) - 1)))
+    assert change.interval[0] > -100 and estimate(logarithms[3:], pd.Series(["a"], index=[3])).interval is None
 
 
 def test_seeds_that_tie_have_an_interval_of_no_width():

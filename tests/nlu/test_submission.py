@@ -64,6 +64,9 @@ def test_predictions_follow_their_index(tmp_path):
     own = Task("custom", "own data", ("text",), ("sad", "glad"), ("accuracy",))
     path = write_predictions(own, "test", [0], [1], tmp_path)
     assert (path.name, path.read_text()) == ("custom_test.tsv", "index\tprediction\n0\tglad\n")
+    own = Task("custom", "own data", ("text",), None, ("pearson",))
+    path = write_predictions(own, "test", [0, 1], np.float32([0.00012, -1234.5]), tmp_path)
+    assert path.read_text() == "index\tprediction\n0\t0.00012\n1\t-1234.5\n"
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_failing_runs_do_not_stop_the_others(run, tmp_path):
     assert [line["status"] for line in _lines(tmp_path).values()] == ["finished"] * 4
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys, number, code):
     content = {**BASIC, "base": {**BASIC["base"], "weight_decay": 4}, "grid": {**BASIC["grid"], "task_name": ["cola"]}}
     path = tmp_path / "experiment.yaml"
@@ -191,6 +191,32 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys
     assert _lines(tmp_path) == {} and not (tmp_path / "output/trial/lora2-cola-seed=1").exists()
     assert sweep.main([*command[2:], "--only", "lora-"]) == 0, capsys.readouterr().err
     assert [_record(tmp_path, run)["resumes"] for run in _lines(tmp_path)] == [1, 1]
+
+
+def test_a_run_of_another_command_is_not_taken_over(run, tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text(FAKE.read_text())
+    (tmp_path / "nlu").symlink_to(REPOSITORY / "nlu")
+    assert run(BASIC | {"name": "first", "grid": ONE})[0] == 0
+    assert _lines(tmp_path, "first")["lora-cola-seed=1"]["started_by"].endswith("…/fake_run_glue.py")
+    environment = f"env PYTHONPATH={REPOSITORY} {sys.executable} {own}"
+    out = run(BASIC | {"name": "second", "grid": ONE}, "--command", environment)[1]
+    assert "1 run(s) finished now, 0 before" in out
+
+
+def test_a_line_of_a_run_that_the_file_no_longer_gives_is_named(run):
+    select = SELECT | {"beyond": {"learning_rate": 2}}
+    assert "no longer gives" not in run(BASIC | {"select": select})[2]
+    note = run(BASIC | {"grid": BASIC["grid"] | {"method": ["lora"]}, "select": select})[2]
+    assert re.search(
+        r"note: .*trial.jsonl has \d+ line\(s\) of runs that the file no longer gives \(lora2-cola-seed=1 f", note
+    )
+
+
+def test_an_absolute_path_in_any_argument_changes_nothing(run):
+    content = BASIC | {"grid": ONE, "base": BASIC["base"] | {"importance": "/scratch/a"}}
+    assert run(content)[0] == 0
+    assert "0 run(s) finished now, 1 before" in run(content)[1]
 
 
 SELECT = {"values": {"learning_rate": [1e-3, 2e-3]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}
@@ -249,8 +275,9 @@ def test_models_of_one_name_on_the_hub_are_two(tmp_path):
     assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
 
 
-def test_a_tuning_run_that_vanished_is_waited_for(run, tmp_path):
-    content = {**BASIC, "grid": ONE, "select": SELECT | {"values": {"weight_decay": [0.5, 3]}}}  # 3: killed
+@pytest.mark.parametrize("ends", [2, 3])  # refused, which may pass; killed
+def test_a_tuning_run_without_a_record_is_waited_for(run, tmp_path, ends):
+    content = {**BASIC, "grid": ONE, "select": SELECT | {"values": {"weight_decay": [0.5, ends]}}}
     code, _, err = run(content)
     assert code == 1 and "its selection is not complete" in err and len(_lines(tmp_path)) == 1
 
@@ -258,7 +285,8 @@ def test_a_tuning_run_that_vanished_is_waited_for(run, tmp_path):
 @pytest.mark.parametrize(
     ("best", "values", "factor", "further"),
     [
-        (8, [4, 8], 2, 16), (4, [4, 8], 3, 1.33333), (2e-3, [1e-3, 2e-3], 2, 4e-3), (0, [0, 0.01], 2, None),
+        (8, [4, 8], 2, 16), (4, [4, 8], 3, 1), (2, [2, 4], 3, 1), (1, [1, 2], 3, None), (8, [4, 8], 1.3, 11),
+        (2e-3, [1e-3, 2e-3], 2, 4e-3), (0, [0, 0.01], 2, None),
         ("b", ["a", "b"], 2, None), (2, [1, 2, 3], 2, None),
     ],
 )  # fmt: skip
@@ -272,14 +300,12 @@ def test_a_value_whose_run_failed_is_never_chosen_and_no_value_at_all_blocks(run
         **BASIC,
         "grid": ONE | {"method": ["lora", "lora2"]},
         "select": SELECT | {
-            "values": {"weight_decay": [1, 0.5, 2]},  # 1 makes the stand-in fail with a record, 2 without one
+            "values": {"weight_decay": [1, 0.5]},  # 1 makes the stand-in fail with a record
             "overrides": [{"when": {"method": "lora2"}, "values": {"weight_decay": [1]}}],
         },
     }  # fmt: skip
     code, _, err = run(content)
     assert code == 1 and "failed: lora2-cola-seed=1: its selection is not complete" in err
-    silent = _lines(tmp_path)["select/lora-cola-weight_decay=2-seed=7"]
-    assert (silent["status"], silent["label"], silent["task"]) == ("failed", "LoRA", "cola")
     final = [line for line in _lines(tmp_path).values() if line["stage"] == "final"]
     assert [(line["label"], line["tried"]) for line in final] == [("LoRA", {"weight_decay": 0.5})]
 
@@ -311,7 +337,8 @@ def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run, tmp_path):
 def test_a_job_that_slurm_refuses_is_a_failed_run_and_the_first_one_ends_the_sweep(run, tmp_path, monkeypatch):
     programs = {
         "sbatch": """[ ! -e "$0.full" ] || { echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; }
-                     touch "$0.full"; SLURM_JOB_ID=7 sh "$1" >"$0.out" 2>&1 & echo "Submitted batch job 7" """,
+                     touch "$0.full"; script=$(cat "$1")  # submitit moves the file at once
+                     SLURM_JOB_ID=7 sh -c "$script" >"$0.out" 2>&1 & echo "Submitted batch job 7" """,
         "srun": 'shift 5; exec "$@"',
     }
     for name, script in programs.items():
@@ -397,6 +424,7 @@ def test_one_s_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run, tmp_
     code, _, err = run(content)
     assert code == 0, err
     lines = _lines(tmp_path, "own")
+    assert {line["label"] for line in lines.values()} == {"LoRA, train.csv", "LoRA, other.csv"}
     assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
     (tmp_path / "other.csv").write_text("sentence,label\nother,0\n")
     code, _, err = run(content)
