@@ -27,10 +27,7 @@ from loralib.adapter_checks import (
 from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.injection import KINDS, replace_modules
 from loralib.layers import LoRALayer
-from loralib.model import head_tensors, keep_flags, layers_outside_peft, lora_layers
-
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
+from loralib.model import head_tensors, keep_flags, layers_outside_peft, lora_layers, unwrapped
 
 # ---- live singular values -------------------------------------------------------------------------------------------
 
@@ -100,7 +97,7 @@ def save_adapter(
         ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, or the model's
             labels are not numbered from 0.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
@@ -138,12 +135,6 @@ def _lost_in_peft(model: nn.Module, layers: dict[str, LoRALayer], head: dict[str
     state = model.state_dict(keep_vars=True)
     names += [n for n, t in state.items() if n not in head and (id(t) in trained or n.startswith(inside))]
     return {"peft_lacks": names[0]} if names else {}
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and data-parallel modules, whose own names no other model has."""
-    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
-    return model if inner is None else _unwrapped(inner)
 
 
 def _head_config(model: nn.Module) -> dict[str, Any]:
@@ -204,8 +195,9 @@ def load_adapter(
 ) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
-    The model is the plain base, or has low-rank layers in exactly the adapter's places, which are replaced. Afterwards
-    the adapter's parameters are trainable and all others frozen. An adapter that was trained on frozen weights in
+    (To rounding, where its factors had been cast to half precision: they come back in float32.) The model is the plain
+    base, or has low-rank layers in exactly the adapter's places, which are replaced. Afterwards the adapter's
+    parameters are trainable and all others frozen. An adapter that was trained on frozen weights in
     bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Singular values that were pruned come back as
     zeros with factors of zero, which no training revives; :func:`start_from_adapter` does.
 
@@ -221,7 +213,7 @@ def load_adapter(
         ValueError: for a damaged or edited folder, a base of another architecture, shape or (unless allowed) other
             weights, or a merged model. The model is unchanged then.
     """
-    config, tensors = read_adapter(folder)
+    model, (config, tensors) = unwrapped(model), read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
     install_adapter(model, config, tensors, compact)
     return config
@@ -298,7 +290,7 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
     Raises:
         ValueError: for a damaged folder, other layers, or a base with other weights. The model is unchanged then.
     """
-    config, tensors = read_adapter(folder)
+    model, (config, tensors) = unwrapped(model), read_adapter(folder)
     check_start(model, config, tensors)
     start(model, config, tensors)
     return config
@@ -358,7 +350,7 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     """
     if lora_layers(model):
         raise ValueError("the model has low-rank layers already: merge into the plain base")
-    config, tensors = read_adapter(folder)
+    model, (config, tensors) = unwrapped(model), read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
     refuse_merging(model, config.ranks)
     with keep_flags(model):

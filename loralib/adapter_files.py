@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -36,7 +35,6 @@ TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
 }  # fmt: skip
-_WHOLE_NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 @dataclass
@@ -127,6 +125,9 @@ def write_adapter(
     problem = _misfit(vars(config), _VALUES) or next(filter(None, map(_misfit_of_group, config.groups)), None)
     if problem:
         raise ValueError(f"the adapter cannot be saved: {problem}")
+    for name, tensor in tensors.items():
+        if problem := _not_finite(name, tensor):
+            raise ValueError(f"the adapter cannot be saved: {problem}")
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config.weights_sha256 = hashlib.sha256(weights).hexdigest()
     values = asdict(config)
@@ -224,8 +225,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         sha256: the checksum that the file must have; None accepts any.
 
     Raises:
-        ValueError: if the file is missing, changed or no safetensors file, or a tensor holds NaN, infinity or values
-            that are neither real nor whole numbers.
+        ValueError: if the file is missing, changed or no safetensors file, or a tensor holds NaN, a factor infinity.
     """
     try:
         data = path.read_bytes()
@@ -238,10 +238,16 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a safetensors file ({' '.join(str(error).split())[:200]})") from None
     for name, tensor in tensors.items():
-        numbers = tensor.is_floating_point() or tensor.dtype in _WHOLE_NUMBERS
-        if not numbers or not bool(tensor.float().isfinite().all()):
-            raise ValueError(f"{path}: {name} holds NaN, infinity or no numbers: the training has failed")
+        if problem := _not_finite(name, tensor):
+            raise ValueError(f"{path}: {problem}")
     return tensors
+
+
+def _not_finite(name: str, tensor: Tensor) -> str | None:
+    """What is wrong with a tensor's values; a head may hold infinity, as a causal mask does, and complex numbers."""
+    values = tensor if tensor.is_complex() else tensor.float()  # half and quarter precision lack some operations
+    wrong = ".lora_" in name and (tensor.is_complex() or values.isinf().any())
+    return f"{name} holds NaN or infinity: the training has failed" if wrong or values.isnan().any() else None
 
 
 def _is_count(value: Any) -> bool:

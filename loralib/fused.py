@@ -34,7 +34,8 @@ _WORTHWHILE = 1 << 18  # multiplications; smaller products take microseconds eit
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias for matrices x (n, in) and weight (out, in), by the fastest library for this CPU."""
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()  # what autograd or the compiler must see through
+    # What autograd, the compiler or a trace must see through.
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     large = x.shape[0] * weight.numel() >= _WORTHWHILE
     if _ONEDNN and large and not plain and x.dtype == torch.float32 and x.device.type == "cpu":
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

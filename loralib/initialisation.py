@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from loralib.checks import check_choice
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
-from loralib.model import injected_layers
+from loralib.model import injected_layers, unwrapped
 
 STARTS = ("gradient", "activation")
 _OVERSAMPLING = 8
@@ -49,7 +49,7 @@ def initialise(
     Args:
         kind: ``"gradient"`` or ``"activation"``.
         batches: on the model's device. Of a batch with an ``"attention_mask"`` the inputs of masked tokens are left out
-            of ``"activation"``; their gradient is 0 anyway.
+            of ``"activation"`` (not of an encoder–decoder, whose mask is the encoder's); their gradient is 0 anyway.
         loss_of: (model, batch) → loss, a scalar. For ``"activation"`` it is called without gradients.
         seed: of the random test matrices.
 
@@ -57,8 +57,9 @@ def initialise(
     the first k rows of the orthonormal DCT-IV of size r. They have orthonormal rows, and no two values are alike.
 
     Raises:
-        ValueError: for another kind, no batch, a model without low-rank layers, one whose ΔW is not 0, a gradient that
-            is not finite, or batches that show nothing of any layer; no factor is changed then.
+        ValueError: for another kind, no batch, a model without low-rank layers, one whose ΔW is not 0, layers that
+            share one of two outer factors, a gradient that is not finite, or batches that show nothing of any layer;
+            no factor is changed then.
     """
     check_choice("kind", kind, STARTS)
     layers = {name: layer for name, layer in injected_layers(model).items() if layer.r > 0}
@@ -66,16 +67,24 @@ def initialise(
         zero = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
         if layer.merged or bool(zero.detach().any()):
             raise ValueError(f"{name} has an update already: a start is for factors that were never trained")
+    sharing: dict[tuple, list[LoRALayer]] = {}  # by the outer factors that are set
+    for layer in layers.values():
+        both = kind == "gradient" and layer.lora_E is not None
+        outer = [layer.lora_A[0], *(layer.lora_B[:1] if both else [])]
+        sharing.setdefault(tuple(map(id, outer)), []).append(layer)
+    outer = [factor for pair in sharing for factor in pair]
+    if len(outer) > len(set(outer)):
+        raise ValueError("some layers share one of their outer factors and not the other: share both, or none")
     generator = torch.Generator().manual_seed(seed)
     sketch_of = _GradientSketch if kind == "gradient" else _InputSketch
     sketches = {layer: sketch_of(layer, generator) for layer in layers.values()}
     _see_batches(model, sketches, batches, loss_of, kind == "gradient")
-    sharing: dict[int, list[LoRALayer]] = {}
-    for layer in layers.values():
-        sharing.setdefault(id(layer.lora_A[0]), []).append(layer)
     results = {layer: sketch.result() for layer, sketch in sketches.items()}
     if all(result is None for result in results.values()):
-        raise ValueError("the batches show nothing of any low-rank layer: loss_of must call the model and depend on it")
+        raise ValueError(
+            "the batches show nothing of any low-rank layer: loss_of must call the model and depend on it, and "
+            "reentrant gradient checkpointing hides layers from this"
+        )
     for group in sharing.values():
         seen = {layer: results[layer] for layer in group if results[layer] is not None}
         if seen:
@@ -92,6 +101,7 @@ def _see_batches(
     parameters = [p for p in model.parameters() if p.requires_grad]
     modes = {module: module.training for module in model.modules()}
     mask: Tensor | None = None
+    two_lengths = getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False)
 
     def see(layer: LoRALayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x, *_ = *args, *kwargs.values()
@@ -109,7 +119,7 @@ def _see_batches(
         count = 0
         with torch.random.fork_rng(devices), torch.set_grad_enabled(with_gradients):
             for batch in batches:
-                given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                given = batch.get("attention_mask") if isinstance(batch, Mapping) and not two_lengths else None
                 mask = None if given is None else given.bool()
                 loss = loss_of(model, batch)
                 if with_gradients:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
+import torch
 from torch import nn
 
 from loralib.checks import check_choice
@@ -28,8 +30,12 @@ NEVER_CALLED = (
     "name other modules"
 )
 
-# What a low-rank layer has and a linear one has not.
-_OWN_NAMES = frozenset(dir(LoRA2Linear(1, 1, 1, 1.0, device="meta"))) - frozenset(dir(nn.Linear(1, 1, device="meta")))
+
+@cache
+def _own_names() -> frozenset[str]:
+    """What a low-rank layer has and a linear one has not."""
+    with torch.random.fork_rng(devices=[]):  # both draw their values
+        return frozenset(dir(LoRA2Linear(1, 1, 1, 1.0))) - frozenset(dir(nn.Linear(1, 1)))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -52,7 +58,8 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     """Names of the linear layers that the patterns select, in the model's order.
 
     A pattern is one of the six published names (query, key, value, attention.output, intermediate, layer.output), a
-    module name or its last dotted parts, or a regular expression that matches a whole module name.
+    module name or its last dotted parts, or a regular expression that matches a whole module name. A linear layer is an
+    ``nn.Linear`` itself: a subclass may compute something else.
 
     Raises:
         ValueError: for a pattern that selects no linear layer, or that is no valid regular expression, or only the
@@ -69,6 +76,10 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
         if not found and (projections := _match_one(pattern, sorted(never_called))):
             raise ValueError(NEVER_CALLED.format(projections[0]))
         if not found:
+            subclasses = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+            for name in _match_one(pattern, subclasses)[:1]:
+                kind = type(model.get_submodule(name)).__name__
+                raise ValueError(f"{name} is a {kind}, and only nn.Linear itself can be replaced, not a subclass")
             there = ", ".join(sorted({module_type(name) or name for name in names})[:30]) or "none below its root"
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
         chosen.update(found)
@@ -81,10 +92,8 @@ def modules_never_called(model: nn.Module) -> set[str]:
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:
-    found = []
-    if pattern in PUBLISHED_MODULES:
-        found = [name for name in names if re.fullmatch(PUBLISHED_MODULES[pattern], name)]
-    found = found or [name for name in names if name == pattern or name.endswith(f".{pattern}")]
+    published = PUBLISHED_MODULES.get(pattern, r"\b\B")  # which matches nothing
+    found = [n for n in names if n == pattern or n.endswith(f".{pattern}") or re.fullmatch(published, n)]
     if found:
         return found
     try:
@@ -157,7 +166,7 @@ def check_replaceable(name: str, module: nn.Module) -> None:
     """Raises ValueError where a linear layer computes something else than its own weight and forward pass say, or has
     an attribute that a low-rank layer uses for itself."""
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    if not isinstance(module, LoRALayer) and (taken := sorted(_OWN_NAMES & own)):
+    if not isinstance(module, LoRALayer) and (taken := sorted(_own_names() & own)):
         raise ValueError(f"{name} has an attribute {taken[0]!r}, which a low-rank layer uses for itself: rename it")
     if "forward" in vars(module):
         raise ValueError(f"the forward method of {name} was replaced, which an update would undo: remove that first")
@@ -192,7 +201,7 @@ def _hand_over(old: nn.Module, new: nn.Module) -> None:
             vars(new)[name] = value
     new._is_full_backward_hook = old._is_full_backward_hook
     for name, parameter in old._parameters.items():
-        if name not in new._parameters and name not in _OWN_NAMES:
+        if name not in new._parameters and name not in _own_names():
             new.register_parameter(name, parameter)
     for name, buffer in old._buffers.items():
         if name not in new._buffers:

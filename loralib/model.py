@@ -11,11 +11,18 @@ from loralib.checks import check_choice
 from loralib.layers import LoRALayer
 
 BIASES = ("none", "all", "lora_only")
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile`` and data-parallel modules, whose own names no other model has."""
+    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    return model if inner is None else unwrapped(inner)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """All low-rank layers of a model by module name, found by type."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    """All low-rank layers of the :func:`unwrapped` model by module name, found by type."""
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, LoRALayer)}
 
 
 def factors_of(model: nn.Module) -> list[nn.Parameter]:

@@ -60,8 +60,8 @@ class LowRankTraining:
     Raises:
         TypeError: for an unknown option.
         ValueError: for a value out of range, an option of pruning without target_rank, a model without such layers
-            where there is something to do with them, and for retraction with a precondition: orthonormal factors
-            have nothing to balance.
+            where there is something to do with them, for retraction with a precondition (orthonormal factors have
+            nothing to balance), and for the regulariser with ``"riemannian"``.
     """
 
     def __init__(
@@ -86,6 +86,14 @@ class LowRankTraining:
         self.allocator: RankAllocator | None = None
         check_choice("orthogonality", orthogonality, ORTHOGONALITIES)
         check_choice("precondition", precondition, ("none", *PRECONDITIONERS))
+        for name in ("lora_r", "total_step"):
+            if name in allocator_options:
+                raise TypeError(f"{name} is no option here: r is the layers', and total_steps that of the training")
+        if precondition == "riemannian" and orthogonality == "penalty" and regu_weight:
+            raise ValueError(
+                "precondition 'riemannian' needs regu_weight=0: while e is 0 it would multiply the regulariser's "
+                "gradient by 1/damping"
+            )
         if orthogonality == "retraction" and precondition != "none":
             raise ValueError("a precondition has no meaning with retraction: orthonormal factors are balanced")
         self.orthogonality = orthogonality

@@ -69,7 +69,11 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Sequence[str]], batch_size: int) -> list[list[float]]:
-        """For each row its class probabilities, or the one predicted number; batched by length."""
+        """For each row its class probabilities, or the one predicted number; batched by length.
+
+        Raises:
+            UsageError: for what is not finite.
+        """
         encoded = self.tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=self.max_length)
         order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
         results: list[list[float]] = [[]] * len(texts)
@@ -79,6 +83,8 @@ class Predictor:
             batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
             logits = self.model(**batch).logits.float()
             values = logits if self.labels is None else logits.softmax(-1)
+            if not values.isfinite().all():
+                raise UsageError("the model gives NaN or infinity: its training has failed")
             for i, value in zip(chosen, values.tolist(), strict=True):
                 results[i] = value
         return results

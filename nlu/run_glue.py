@@ -184,7 +184,7 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
         return None
     labels, classes = np.asarray(train["labels"][:]), np.arange(task.num_labels)
     if missing := sorted(set(classes.tolist()) - set(labels.tolist())):
-        raise UsageError(f"--class_weights balanced: no training row has class {missing[0]}")
+        raise UsageError(f"--class_weights balanced: no training row has class {task.labels[missing[0]]!r}")
     return compute_class_weight("balanced", classes=classes, y=labels).tolist()
 
 

@@ -176,6 +176,8 @@ def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UsageError(f"{flag} {text} must have the form KEY=VALUE")
+        if not value.strip():
+            raise UsageError(f"{flag} {text} has no value; {key}=null takes a flag out")
         try:
             pairs[key] = parse_yaml(value)
         except ValueError:

@@ -60,7 +60,7 @@ run() {
         fi
         set -- "$PYTHON" "$@"
     fi
-    [[ -z ${DRY_RUN:-} ]] || { printf '%q ' "$@" && echo && exit; }
+    [[ ${DRY_RUN:-0} == 0 ]] || { printf '%q ' "$@" && echo && exit; }
     exec "$@"
 }
 

@@ -43,12 +43,12 @@ def test_every_requirement_has_an_upper_bound_and_is_listed_once():
     assert all("<" in str(r.specifier) for r in wanted)
 
 
-def test_the_library_needs_torch_and_safetensors_only():
+def test_the_library_needs_torch_safetensors_and_numpy_only():
     script = "import sys; sys.modules.update(transformers=None, peft=None); import loralib; print(loralib.__version__)"
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == loralib.__version__
     library = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
-    assert re.findall(r'"([a-z]+)[>=<]', library.group(1)) == ["torch", "safetensors"]
+    assert re.findall(r'"([a-z]+)[>=<]', library.group(1)) == ["torch", "safetensors", "numpy"]
     listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert set(re.findall(r'"([^"]+)"', library.group(1))) <= set(listed)
 

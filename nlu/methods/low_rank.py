@@ -162,6 +162,8 @@ def _check_factors(args: Any, given: set[str]) -> None:
         if args.precondition != "none":
             raise UsageError("--precondition has no meaning with --orthogonality retraction: leave one of them out")
         args.reg_orth_coef = 0.0
+    elif args.precondition == "riemannian" and args.reg_orth_coef:
+        raise UsageError("--precondition riemannian would blow up the regulariser's gradient: give --reg_orth_coef 0")
     elif args.prune_by == "value":
         raise UsageError("--prune_by value needs exact factors: give --orthogonality retraction")
 

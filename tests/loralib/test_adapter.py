@@ -1,6 +1,7 @@
 """Saved adapters: same logits on reload, exact sizes, ranks of the weights, and every damage refused."""
 
 import copy
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -125,6 +126,34 @@ def test_what_could_not_be_read_again_is_not_saved(tmp_path, labels, says):
     with refused(says, model):
         loralib.save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_factor_that_is_not_finite_leaves_the_last_good_adapter(tmp_path, value):
+    model, base = adapted(k=2), Net()
+    before = model(INPUTS)
+    loralib.save_adapter(model, tmp_path / "a")
+    model.layers[0]["q"].lora_E.data[0] = value
+    with refused("holds NaN or infinity: the training has failed"):
+        loralib.save_adapter(model, tmp_path / "a")
+    loralib.load_adapter(base, tmp_path / "a")
+    assert torch.equal(base(INPUTS), before)
+
+
+def test_a_head_may_hold_infinity_and_complex_numbers(tmp_path):
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6)
+            self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+            self.register_buffer("rotation", torch.polar(torch.ones(3), torch.arange(3.0)))
+
+    model, base = (nn.Sequential(nn.Linear(6, 6), Masked()) for _ in range(2))
+    base[0].load_state_dict(model[0].state_dict())
+    loralib.inject(model, "lora2", ["0"], r=2, k=2)
+    loralib.mark_only_lora_as_trainable(model)
+    model[1].requires_grad_(True)
+    loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "a"))
+    assert torch.equal(base[1].mask, model[1].mask) and torch.equal(base[1].rotation, model[1].rotation)
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -306,6 +335,12 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     wrapped = wrap(model)
     config = loralib.load_adapter(base, loralib.save_adapter(wrapped, tmp_path / "a"))
     assert torch.equal(base(INPUTS), model(INPUTS)) and config.architecture == "Net"
+    assert loralib.lora_layers(wrapped).keys() == loralib.lora_layers(model).keys()
+    loralib.start_from_adapter(wrapped, tmp_path / "a")
+    other, merged = Net(), Net()
+    loralib.load_adapter(wrap(other), tmp_path / "a")
+    merge_into(wrap(merged), tmp_path / "a")
+    torch.testing.assert_close((other(INPUTS), merged(INPUTS)), (model(INPUTS),) * 2)
 
 
 def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_behind(tmp_path):

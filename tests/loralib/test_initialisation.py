@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,26 @@ def test_masked_tokens_and_unused_layers_do_not_count_and_weights_may_be_bfloat1
     assert all(torch.equal(p, b) for p, b in zip(masked.unused["q"].lora_parameters(), before, strict=True))
     statistics = loralib.update_statistics(masked.layer)
     assert statistics.deviation < 1e-5 and not any(statistics.delta_norms.values())
+
+
+def test_the_mask_of_an_encoder_says_nothing_of_a_decoder():
+    plain, masked = net("lora2", r=3, k=4).float(), net("lora2", r=3, k=4).float()
+    masked.config = SimpleNamespace(is_encoder_decoder=True)
+    x, mask = batches()[0].float(), torch.tensor([1, 1, 1, 0, 0]).expand(4, 5)
+    loralib.initialise(plain, "activation", [x], loss_of)
+    loralib.initialise(masked, "activation", [{"x": x, "attention_mask": mask}], lambda m, b: loss_of(m, b["x"]))
+    for layer, other in zip(plain.layer, masked.layer, strict=True):
+        torch.testing.assert_close(layer["q"].lora_A[0], other["q"].lora_A[0])
+
+
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_one_outer_factor_that_layers_share_is_not_enough(side):
+    model = net("lora2", r=3, k=4)
+    first, second = (layer["q"] for layer in model.layer[:2])
+    getattr(second, side)[0] = getattr(first, side)[0]
+    with refused("share one of their outer factors", model):
+        loralib.initialise(model, "gradient", batches(), loss_of)
+    loralib.initialise(model, "activation", batches(), loss_of)  # sets A₀ alone
 
 
 @pytest.mark.parametrize("kind, change, message", [

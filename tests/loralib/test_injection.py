@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import loralib
+from loralib import injection
 from tests.loralib import small
 from tests.loralib.small import encoder, refused
 
@@ -65,6 +66,19 @@ def test_suffix_and_regular_expression_patterns():
     for bad in ("nothing", "LayerNorm", "((", []):
         with refused():
             loralib.match_modules(model, bad)
+    model.pooler = type("FalconLinear", (nn.Linear,), {})(2, 2)
+    with refused("pooler is a FalconLinear, and only nn.Linear itself can be replaced"):
+        loralib.match_modules(model, "pooler")
+
+
+def test_a_published_name_means_every_layer_that_ends_so():
+    def attention(**more):
+        return nn.ModuleDict({"self": nn.ModuleDict({"query": nn.Linear(2, 2)}), **more})
+
+    vision = nn.ModuleDict({"attention": nn.ModuleDict({"query": nn.Linear(2, 2)})})
+    model = nn.ModuleDict({"attention": attention(), "crossattention": attention(), "vision": vision})
+    names = ["attention.self.query", "crossattention.self.query", "vision.attention.query"]
+    assert loralib.match_modules(model, "query") == names
 
 
 def test_a_refused_injection_changes_nothing():
@@ -79,6 +93,13 @@ def test_a_refused_injection_changes_nothing():
     loralib.inject(model, "lora2", ["query"])
     with refused("already", model):
         loralib.inject(model, "lora2", ["query", "key"])
+
+
+def test_the_checks_draw_no_random_numbers():
+    injection._own_names.cache_clear()
+    module, before = nn.Linear(2, 2), torch.get_rng_state()
+    injection.check_replaceable("module", module)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():

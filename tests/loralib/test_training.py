@@ -90,7 +90,8 @@ def test_a_trainer_calls_what_a_loop_calls_before_and_after_the_step(tmp_path, o
     models = [injected(init="orthogonal") for _ in range(2)]
     for model in models if "precondition" in options else []:
         randomise(model, 0.5)  # with e = 0 the inverses would be 1/δ and multiply rounding
-    trainings = [loralib.LowRankTraining(model, regu_weight=0.3, **options) for model in models]
+    weight = 0.0 if "precondition" in options else 0.3
+    trainings = [loralib.LowRankTraining(model, regu_weight=weight, **options) for model in models]
     loop(models[0], trainings[0])
     MyTrainer(model=models[1], args=arguments(tmp_path), train_dataset=ROWS, low_rank=trainings[1]).train()
     torch.testing.assert_close(adapter(models[1]), adapter(models[0]), atol=1e-5, rtol=1e-4)
@@ -170,6 +171,7 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
         (lambda: low_rank(model, orthogonality="exact"), "orthogonality must be"),
         (lambda: low_rank(model, orthogonality="retraction", precondition="riemannian"), "no meaning"),
         (lambda: low_rank(model, precondition="natural"), "precondition must be"),
+        (lambda: low_rank(model, precondition="riemannian"), "needs regu_weight=0"),
         (lambda: low_rank(model, target_total_rank=2.5), "target_total_rank must be a whole number"),
         (lambda: low_rank(model, total_steps=20.0), "total_steps must be a whole number"),
         (lambda: loralib.LowRankTraining(model, target_total_rank=2), "target_total_rank has no meaning without"),
@@ -179,8 +181,9 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
     ]:
         with pytest.raises(ValueError, match=says):
             call()
-    with pytest.raises(TypeError, match="mask_intervall"):
-        low_rank(model, mask_intervall=3)
+    for unknown in ("mask_intervall", "lora_r", "total_step"):
+        with pytest.raises(TypeError, match=unknown):
+            low_rank(model, **{unknown: 3})
 
 
 @pytest.mark.parametrize("prune_by", ["importance", "value"])

@@ -273,6 +273,7 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
     (["--method", "lora2_plus", "--orth_terms", "uv"], "--orth_terms has no meaning"),
     (["--method", "lora2_plus", "--target_rank", "2"], "--target_rank has no meaning with --rank_allocation False"),
     (["--method", "lora2_plus", "--precondition", "riemannian"], "--precondition has no meaning"),
+    (["--method", "lora2", "--precondition", "riemannian"], "give --reg_orth_coef 0"),
     (["--method", "adalora", "--precondition", "balanced"], "e lies between"),
     (["--method", "lora2", "--lora_k", "match:adalora"], "is no LoRA method"),
     (["--method", "lora2", "--lora_k", "match:lora_r1", "--lora_r", "400"], "the nearest size is"),

@@ -10,15 +10,17 @@ import subprocess
 import sys
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BatchEncoding
 
 import loralib
 from loralib.export import export_merged
 from nlu import predict, run_glue
 from nlu.data.file_formats import Row, open_table
+from nlu.errors import UsageError
 from nlu.predict import main
 from tests.nlu.tiny import changed, make_encoder
 
@@ -193,6 +195,25 @@ def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monk
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
     assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("labels", [None, ["a", "b"]])
+def test_nan_is_no_answer(labels):
+    class Broken:
+        device = "cpu"
+
+        def __call__(self, input_ids):
+            return SimpleNamespace(logits=torch.full((len(input_ids), len(labels or "a")), math.nan))
+
+    class Tokens(dict):
+        def __call__(self, texts, **options):
+            return {"input_ids": [[1] for _ in texts]}
+
+        def pad(self, rows, return_tensors):
+            return BatchEncoding(rows, tensor_type="pt")
+
+    with pytest.raises(UsageError, match="gives NaN or infinity: its training has failed"):
+        predict.Predictor(Broken(), Tokens(), labels, 8)([["a"], ["b"]], 2)
 
 
 def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, encoder, tmp_path, capsys):

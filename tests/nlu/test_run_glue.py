@@ -160,7 +160,7 @@ def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
         (["--metric", "f2"], "--metric: invalid choice: 'f2' (choose from 'accuracy', 'f1', 'macro-f1'"),
         (["--metric", "f1"], "--metric is for your own files"),
         (["--task_name", "stsb", "--class_weights", "balanced"], "the labels of stsb are numbers"),
-        (["--class_weights", "balanced", "--max_train_samples", "1"], "no training row has class "),
+        (["--class_weights", "balanced", "--max_train_samples", "1"], "no training row has class '"),
         (["--task_name", "stsb", "--label_smoothing_factor", "0.1"], "the labels of stsb are numbers"),
         (["--dataloader_drop_last", "True", "--per_device_train_batch_size", "99"], "drop_last leaves nothing"),
     ],

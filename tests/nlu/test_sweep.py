@@ -362,6 +362,7 @@ def test_a_job_that_slurm_refuses_is_a_failed_run_and_the_first_one_ends_the_swe
         ("--dryrun",),
         ("--jobs", "0"),
         ("--set", "seed"),
+        ("--set", "max_steps="),
         ("--set", "seed=3"),
         ("--only", "("),
         ("--slurm", "a=b"),

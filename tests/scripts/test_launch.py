@@ -223,6 +223,12 @@ def test_accelerate_settings_are_ones_accelerate_knows(name):
     assert str(ROOT / "nlu/launch.py") not in words
 
 
+@pytest.mark.parametrize("value", ["0", ""])
+def test_no_dry_run_starts_the_command(value):
+    result = start("run_debertav3_rte.sh", DRY_RUN=value, PYTHON="echo")  # which stands in for python
+    assert result.returncode == 0 and result.stdout.startswith(f"{ROOT}/nlu/run_glue.py ")
+
+
 def test_help_explains_the_environment_and_starts_nothing():
     result = start("run_debertav3_rte.sh", "--max_steps", "3", "--help", DRY_RUN="", METHOD="nosuch")
     assert result.returncode == 0 and "run_glue.py --model" not in result.stdout
