@@ -75,12 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="report.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--measured_dir",
-        type=Path,
-        default=ROOT / "results/measured",
-        help="the runs' lines (default: results/measured)",
-    )
+    add("--measured_dir", type=Path, default=ROOT / "results/measured",
+        help="the runs' lines (default: results/measured)")  # fmt: skip
     add("--output_dir", type=Path, help="where the report goes (default: the folder that holds MEASURED_DIR)")
     add("--claims", type=Path, default=CONFIGS / "experiments/claims.yaml",
         help="questions and claims (default: configs/experiments/claims.yaml)")  # fmt: skip

@@ -154,10 +154,7 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs).
-
-    `of_ratio`: the mean is that of the ln of a ratio.
-    """
+    """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs)."""
 
     mean: float
     error: float | None
