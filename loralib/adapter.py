@@ -211,8 +211,10 @@ def load_adapter(
 
     Raises:
         ValueError: for a damaged or edited folder, a base of another architecture, shape or (unless allowed) other
-            weights, or a merged model. The model is unchanged then.
+            weights, a merged model, or one in DistributedDataParallel. The model is unchanged then.
     """
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError("DistributedDataParallel reduces the parameters that it found: load the adapter, then wrap")
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
     check_adapter(model, config, tensors, allow_other_base)
     install_adapter(model, config, tensors, compact)

@@ -35,7 +35,8 @@ NEVER_CALLED = (
 def _own_names() -> frozenset[str]:
     """What a low-rank layer has and a linear one has not."""
     with torch.random.fork_rng(devices=[]):  # both draw their values
-        return frozenset(dir(LoRA2Linear(1, 1, 1, 1.0))) - frozenset(dir(nn.Linear(1, 1)))
+        low_rank, linear = LoRA2Linear(1, 1, 1, 1.0, device="cpu"), nn.Linear(1, 1, device="cpu")
+    return frozenset(dir(low_rank)) - frozenset(dir(linear))
 
 
 def is_conv1d(module: nn.Module) -> bool:

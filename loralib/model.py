@@ -16,7 +16,7 @@ _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile`` and data-parallel modules, whose own names no other model has."""
-    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    inner = model.module if isinstance(model, _PARALLEL) else model._modules.get("_orig_mod")
     return model if inner is None else unwrapped(inner)
 
 

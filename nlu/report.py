@@ -240,7 +240,8 @@ def _remove_stale(output: Path, keep: set[str]) -> None:
 
 
 def _is_ours(page: Path) -> bool:
-    return page.exists() and page.read_text(encoding="utf-8", errors="replace").startswith(GENERATED)
+    text = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    return text.startswith(GENERATED) or f"<title>{TITLE}</title>" in text
 
 
 def _write_published(tables: list[Table], folder: Path) -> None:
@@ -264,7 +265,7 @@ def _markdown(section: Section, folder: str) -> str:
 def _page(sections: list[Section]) -> str:
     """One page that needs no network and no other file."""
     page = Environment(loader=FileSystemLoader(CONFIGS / "report"), autoescape=True, trim_blocks=True)
-    return f"{GENERATED}\n" + page.get_template("page.html").render(
+    return page.get_template("page.html").render(
         title=TITLE,
         sections=sections,
         colours=COLOURS,

@@ -47,7 +47,8 @@ def possible_second_round(selection: Selection | None, runs: list[Run]) -> list[
     possible = []
     for own in selection.by_key(runs).values() if selection else ():
         for name, factor in selection.beyond.items():
-            values = [run.tried[name] for run in own]
+            # One for each of the values tried, however many seeds try them.
+            values = [tried[name] for tried in {tuple(run.tried.items()): run.tried for run in own}.values()]
             for run in own:
                 further = _further(run.tried[name], values, factor)
                 if further is not None:

@@ -37,7 +37,8 @@ class SweepLoop:
 
     def __enter__(self) -> "SweepLoop":
         caught = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has the sweep outlive its terminal
+        # A cluster's jobs, and with nohup the sweep, outlive the terminal.
+        if isinstance(self.launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             caught.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
@@ -180,7 +181,11 @@ def run_experiment(
                 runnable, waiting = chosen_runs(final, selection, choose(selection, places))
                 if not rerun_changed:
                     places.check_unchanged(runnable)
-                loop.block(waiting, "its selection is not complete: a run has not ended, or all of them failed")
+                loop.block(
+                    waiting,
+                    "its selection is not complete: a run has not ended (take a refused value out of the file), "
+                    "or all of them failed",
+                )
                 loop.run(runnable)
         return loop.summary()
 

@@ -131,20 +131,22 @@ def runs_of(runs: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The runs that a question is about, of both stages, its axis tuned; a run that was taken over counts once.
 
     Raises:
-        UsageError: two of its experiments have a run of one label, task and seed.
+        UsageError: two of its experiments have a final run of one label, task and seed.
     """
     own = runs[runs.experiment.isin(question.experiments)]
     own = own if question.tuned is None else tuned_over(own, question.tuned)
-    final = finished(own).sort_values("taken_over_from", na_position="first")
-    twice = final[final.duplicated(["label", "task", "seed"])]
-    copies = twice.taken_over_from.notna()
-    if not copies.all():
-        first = twice[~copies].iloc[0]
+    key = own.assign(tried=own.tried.map(str).where(own.stage == "select")).sort_values(
+        "taken_over_from", na_position="first"
+    )
+    twice = key[key.duplicated(["stage", "status", "label", "task", "seed", "tried"])]
+    originals = finished(twice[twice.taken_over_from.isna()])
+    if len(originals):
+        first = originals.iloc[0]
         raise UsageError(
             f"{question.question} {' and '.join(question.experiments)} both have {first.label} on {first.task} with "
             f"seed {first.seed}, and these are no independent runs: ask about one of them"
         )
-    return own.drop(twice.index)
+    return own.drop(twice.index[twice.taken_over_from.notna()])
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:

@@ -39,29 +39,35 @@ def save_run_adapter(
 
     Args:
         step: the optimiser step of the model's weights; the card shows their score.
+
+    Raises:
+        RunError: the weights hold NaN, or the folder other files.
     """
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     ranks = applied.ranks
     if ranks is not None:
         write_json(folder / "rank_pattern.json", ranks.rank_pattern)
     source = Path(arguments.model.model_name_or_path)
-    loralib.save_adapter(
-        applied.model,
-        folder / "adapter",
-        base_model=source.name if source.exists() else arguments.model.model_name_or_path,
-        base_revision=None if source.exists() else arguments.model.model_revision,
-        card={
-            "task": record["task"],
-            "method": record["method_config"],
-            "metric": record["metric"],
-            "score": scores.get(step, record["last"]),
-            "seed": record["seed"],
-            "max_seq_length": arguments.data.max_seq_length,
-            "text_fields": list(task.text_fields),
-            **card_of(arguments.method),
-        },
-        save_tokenizer=tokenizer.save_pretrained,
-    )
+    try:
+        loralib.save_adapter(
+            applied.model,
+            folder / "adapter",
+            base_model=source.name if source.exists() else arguments.model.model_name_or_path,
+            base_revision=None if source.exists() else arguments.model.model_revision,
+            card={
+                "task": record["task"],
+                "method": record["method_config"],
+                "metric": record["metric"],
+                "score": scores.get(step, record["last"]),
+                "seed": record["seed"],
+                "max_seq_length": arguments.data.max_seq_length,
+                "text_fields": list(task.text_fields),
+                **card_of(arguments.method),
+            },
+            save_tokenizer=tokenizer.save_pretrained,
+        )
+    except ValueError as error:
+        raise RunError(str(error)) from None
 
 
 def check_upload(arguments: Arguments) -> None:

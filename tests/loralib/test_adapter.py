@@ -343,6 +343,17 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     torch.testing.assert_close((other(INPUTS), merged(INPUTS)), (model(INPUTS),) * 2)
 
 
+def test_an_adapter_is_loaded_before_its_parameters_are_reduced_over_processes(tmp_path):
+    folder = loralib.save_adapter(adapted(k=2), tmp_path / "a")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Net())
+        with refused("load the adapter, then wrap"):
+            loralib.load_adapter(wrapped, folder)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_behind(tmp_path):
     class Head(nn.Linear):
         get_extra_state = dict

@@ -96,6 +96,9 @@ def test_what_lies_beyond_an_end_is_checked_before_the_first_run(tmp_path, capsy
     places = ["--measured_dir", str(tmp_path / "m"), "--output_dir", str(tmp_path / "o")]
     assert sweep.main([str(path), *places, "--dry_run"]) == 2
     assert "select/lora-lora_dropout=1.5-seed=1: " in capsys.readouterr().err
+    content["select"] |= {"values": {"lora_dropout": [0.5]}, "seeds": [1, 2]}  # one value has no end
+    path.write_text(yaml.safe_dump(content))
+    assert sweep.main([str(path), *places, "--dry_run"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,16 @@ def test_a_run_counts_once_however_many_experiments_have_it(make, tmp_path):
             assert "both have LoRA r=8 on cola with seed 1" in shown[2] and shown[2].count("\n") == 1
 
 
+def test_a_tuning_run_counts_once_too(make, tmp_path):
+    copies = [each | {"taken_over_from": f"first/{each['run']}"} for each in trial()]
+    write(tmp_path / "measured", "second", copies)
+    question = {"question": "Which?", "experiments": ["first", "second"]}
+    for experiments in (["first"], ["first", "second"]):
+        questions = {"questions": [question | {"experiments": experiments}]}
+        code, out, _ = make(trial(), "--only", "first", experiment="first", questions=questions)
+        assert code == 0 and re.search(r"\| LoRA r=8 .* 2 of 8 \|", out), out
+
+
 def test_scores_and_the_mark_of_short_trainings(tmp_path):
     lines = [line("LoRA r=8", t, s, [0.9, v + s / 10]) for t, v in (("cola", 0.2), ("stsb", 0.6)) for s in (1, 2)]
     lines += [line("full", "cola", 1, [0.5], rate_sum=0.1), line("AdaLoRA", "cola", 1, [0.5], rate_sum=0.9)]
@@ -384,6 +394,7 @@ def test_a_page_that_is_no_report_stays(make, tmp_path):
     code, _, said = make(trial())
     assert code == 2 and "is no report, and would be replaced: give another --output_dir" in said
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()
+    assert [make(trial(), "--format", "html")[0] for _ in range(2)] == [0, 0]  # the second replaces the first
     (tmp_path / "report.html").write_text("mine")
     assert make(trial(), "--format", "html")[0] == 2 and (tmp_path / "report.html").read_text() == "mine"
     (tmp_path / "README.md").unlink()

@@ -135,6 +135,16 @@ def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, 
     assert read(base_flags)["arguments"]["lora_dropout"] == 0.1
 
 
+def test_an_adapter_that_cannot_be_saved_ends_in_one_line(base_flags, monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise ValueError("the adapter cannot be saved: a factor holds NaN")
+
+    monkeypatch.setattr("loralib.save_adapter", refuse)
+    assert main(base_flags) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the adapter cannot be saved: a factor holds NaN"
+    assert read(base_flags)["status"] == "failed"
+
+
 def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
