@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,9 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     command = [sys.executable, str(REPOSITORY / "nlu/sweep.py"), str(path), "--jobs", "2", *_places(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # The tests themselves may run under nohup, and what ignores SIGHUP hands that on.
+    process = subprocess.Popen(command, **pipes, preexec_fn=partial(signal.signal, number, signal.SIG_DFL))
     first_two = [tmp_path / f"output/trial/lora-cola-seed={seed}/started" for seed in (1, 2)]
     try:
         wait_until(lambda: all(marker.exists() for marker in first_two))
