@@ -125,9 +125,7 @@ def write_adapter(
     problem = _misfit(vars(config), _VALUES) or next(filter(None, map(_misfit_of_group, config.groups)), None)
     if problem:
         raise ValueError(f"the adapter cannot be saved: {problem}")
-    for name, tensor in tensors.items():
-        if problem := _not_finite(name, tensor):
-            raise ValueError(f"the adapter cannot be saved: {problem}")
+    _check_finite("the adapter cannot be saved", tensors)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config.weights_sha256 = hashlib.sha256(weights).hexdigest()
     values = asdict(config)
@@ -237,17 +235,17 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is not a safetensors file ({' '.join(str(error).split())[:200]})") from None
-    for name, tensor in tensors.items():
-        if problem := _not_finite(name, tensor):
-            raise ValueError(f"{path}: {problem}")
+    _check_finite(path, tensors)
     return tensors
 
 
-def _not_finite(name: str, tensor: Tensor) -> str | None:
-    """What is wrong with a tensor's values; a head may hold infinity, as a causal mask does, and complex numbers."""
-    values = tensor if tensor.is_complex() else tensor.float()  # half and quarter precision lack some operations
-    wrong = ".lora_" in name and (tensor.is_complex() or values.isinf().any())
-    return f"{name} holds NaN or infinity: the training has failed" if wrong or values.isnan().any() else None
+def _check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN; and in factors infinity and complex numbers, which a head may hold, as a causal mask does."""
+    for name, tensor in tensors.items():
+        values = tensor if tensor.is_complex() else tensor.float()  # half and quarter precision lack some operations
+        wrong = ".lora_" in name and (tensor.is_complex() or values.isinf().any())
+        if wrong or values.isnan().any():
+            raise ValueError(f"{where}: {name} holds NaN or infinity: the training has failed")
 
 
 def _is_count(value: Any) -> bool:

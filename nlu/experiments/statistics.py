@@ -273,8 +273,9 @@ def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[Cl
     """Claim → its p value, corrected over the claims of all questions."""
     claims, raw = [], []
     for question in questions:
+        own = finished(runs_of(runs, question)) if question.claims else runs
         for claim in question.claims:
-            pairs = paired(finished(runs_of(runs, question)), claim.label, claim.against)
+            pairs = paired(own, claim.label, claim.against)
             claims.append(claim)
             raw.append(estimate(pairs.difference, pairs.task).p_value(claim.expect) if len(pairs) else None)
     return dict(zip(claims, holm(raw), strict=True))
