@@ -24,13 +24,14 @@ from nlu import CONFIGS
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.claims import Claim, Question, load_questions
 from nlu.experiments.figures import COLOURS, KINDS, Drawing, draw
+from nlu.experiments.published import published_table
 from nlu.experiments.statistics import Estimate, correct_claims, estimate, finished, load_measured, runs_of
 from nlu.experiments.tables import (
     ALL,
     Table,
     against_table,
     claims_table,
-    published_table,
+    markdown_text,
     score_table,
     signed,
     training_table,
@@ -255,7 +256,8 @@ def _write_published(tables: list[Table], folder: Path) -> None:
 
 
 def _markdown(section: Section, folder: str) -> str:
-    lines = [f"## {section.question}", "", section.finding, "", *[table.markdown() for table in section.tables]]
+    finding = markdown_text(section.finding) if section.tables else section.finding  # else it holds a command
+    lines = [f"## {section.question}", "", finding, "", *[table.markdown() for table in section.tables]]
     for figure in section.figures:
         alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(figure.text.split()))  # a bracket would end it
         lines += [f"![{alternative}]({folder}/{figure.name}.png)", ""]

@@ -1,6 +1,7 @@
 """The report: tables under their questions, figures, formats, and the published tables apart."""
 
 import csv
+import json
 import math
 import re
 from copy import deepcopy
@@ -16,10 +17,10 @@ from nlu import report
 from nlu.experiments import figures
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import STYLE, spread_apart
+from nlu.experiments.published import published_table
 from nlu.experiments.statistics import correct_claims, finished, load_measured
 from nlu.experiments.tables import (
     claims_table,
-    published_table,
     score_table,
     training_table,
     tuning_table,
@@ -378,6 +379,36 @@ def test_published_averages_are_computed_and_the_wrong_one_is_marked():
     assert table.data["avg_computed"].iloc[-1] == pytest.approx(89.431875)
     marked = [cell for cell in table.text["average, computed"] if "†" in cell]
     assert marked == ["89.43 †"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": [{"method": "lora", "cola": "69.2"}]}, "rows.0.cola: 69.2 must be a number"),
+        ({"rows": [{"cola": 69.2, "avg_printed": "69.2"}]}, "rows.0.avg_printed: 69.2 must be a number"),
+        ({"rows": [{"cola": 69.2, "std": {"cola": None}}]}, "rows.0.std.cola: null must be a number"),
+        ({"rows": []}, "rows"),
+        ({"source": ""}, "source"),
+        ({"column": ["cola"]}, "'column' was unexpected"),
+        (None, "is absent; restore it from the repository"),
+    ],
+)
+def test_a_faulty_published_table_is_refused_in_one_line(make, tmp_path, change, message):
+    path = tmp_path / "published/lora2_table1_deberta_v3_base.json"
+    content = {"source": "A paper", "columns": ["cola"], "rows": [{"cola": 69.2}]}
+    path.write_text(json.dumps(content | change)) if change else path.unlink()
+    code, _, err = make(trial(1))
+    assert code == 2 and message in err and path.name in err and err.count("\n") == 1
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_label_is_no_markdown(make, tmp_path):
+    lines = [each | {"label": each["label"].replace("LoRA r=8", "LoRA *r|8*")} for each in trial(2)]
+    questions = deepcopy(QUESTIONS)
+    questions["questions"][0]["claims"][0]["against"] = "LoRA *r|8*"
+    assert make(lines, questions=questions)[0] == 0
+    page = (tmp_path / "README.md").read_text()
+    assert page.count(r"LoRA \*r\|8\*") > 4 and "LoRA *r|8*" not in page
 
 
 def test_a_gain_that_a_claim_cites_is_that_of_the_published_rows():
