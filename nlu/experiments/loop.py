@@ -1,6 +1,7 @@
 """The loop that keeps N runs going, says how they ended, and takes an experiment through its stages."""
 
 import contextlib
+import math
 import signal
 import sys
 import time
@@ -18,7 +19,6 @@ from nlu.json_yaml import read_json
 from nlu.runs.lock import locked
 
 _POLL_SECONDS = 0.1
-_PROGRESS_SECONDS = 2.0
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SweepLoop:
         if isinstance(self.launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             caught.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=self.total, desc=self.places.measured.stem, bar_format=layout, dynamic_ncols=True)
         return self
 
@@ -67,7 +67,8 @@ class SweepLoop:
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
         running: dict[str, tuple[Run, int | None, Job]] = {}  # with the time of the record that it found
-        told, shown = 0, 0.0
+        told, shown = 0, -math.inf
+        every = 2.0 if sys.stderr.isatty() else 60.0  # seconds; a log keeps every bar
         try:
             while (pending and not self.stopped_by) or running:
                 while pending and not self.stopped_by and len(running) < self.jobs:
@@ -85,7 +86,7 @@ class SweepLoop:
                     told = self._stop_count
                     for *_, job in running.values():
                         job.stop() if told == 1 else job.kill()
-                if time.monotonic() - shown > _PROGRESS_SECONDS:
+                if time.monotonic() - shown > every:
                     shown = time.monotonic()
                     self._show([run for run, *_ in running.values()])
                 time.sleep(_POLL_SECONDS)
