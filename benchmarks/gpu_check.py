@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=run.RESULTS, help="folder of gpu_check.json and gpu_check.md "
                         "(on a CPU gpu_check_cpu.json and .md)")  # fmt: skip
     parser.add_argument("--only", choices=CHECKS, help="run one check in this process, and print its result as JSON")
-    parser.add_argument("--ends", type=float, help=f"end by then, in seconds of the epoch (default: in {SECONDS} s)")
+    parser.add_argument("--ends", type=float, help=f"deadline, as Unix time (default: in {SECONDS} s)")
     arguments = parser.parse_args(argv)
     until = arguments.ends or time.time() + SECONDS
     if arguments.only:

@@ -46,7 +46,7 @@ def _rows(rows: dict[str, Measurement]) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for key, m in rows.items():
-        # With real lengths peers pad differently: a step of peft's stands for the same number of examples.
+        # With lengths of a task peers pad differently: a step of peft's stands for the same number of examples.
         ratio = f"{m.median / base.median:.2f}" if base and key != "limit" else ""
         share = f"{limit.median / m.median:.0%}" if limit and key != "limit" else ""
         extra = f"{m.method_median * 1e3:.2f} ms ({m.method_median / m.median:.1%})" if m.method_median else ""

@@ -6,7 +6,7 @@ printed and written, with the machine and the versions, to benchmarks/results/NA
 
     python benchmarks/run.py --quick                          # under 3 minutes on 2 cores: 2 layers, length 64
     python benchmarks/run.py --lengths 64,128,256             # real size, 12 layers
-    python benchmarks/run.py --lengths mrpc,rte --glue_dir D  # real token lengths
+    python benchmarks/run.py --lengths mrpc,rte --glue_dir D  # estimated token lengths
     python benchmarks/run.py --scaling                        # how cost grows with layers, batch and length
 """
 
@@ -46,7 +46,7 @@ from nlu.runs.machine import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
-TASKS = ("mrpc", "rte")  # whose real lengths can be asked for
+TASKS = ("mrpc", "rte")  # whose estimated lengths can be asked for
 PUBLISHED_LENGTH = 320  # what the published code pads every sequence to
 USUAL = {
     "layers": 12,
@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scaling", action="store_true", help="vary layers, batch and length, two peers")
     parser.add_argument("--layers", type=int, help="encoder layers (12)")
     parser.add_argument("--batch", type=int, help="sequences a step (32)")
-    parser.add_argument("--lengths", help="tokens a sequence, or mrpc or rte: their real lengths (64,128,256)")
+    parser.add_argument("--lengths", help="tokens a sequence, or mrpc or rte: their estimated lengths (64,128,256)")
     parser.add_argument("--precisions", help="float32, bfloat16, or both with a comma between them (both)")
     parser.add_argument("--peers", help=f"rows, of {', '.join(PEERS)} (all but the compiled)")
     parser.add_argument("--rounds", type=int, help="timed rounds after one to warm up (5)")

@@ -4,7 +4,7 @@
     python examples/decoder_lm.py --shape gpt2 --out decoder
     python examples/decoder_lm.py --model path/or/name --text notes.txt --quantise int8 --out decoder
 
-It learns SST-2 sentences with their labels as prompts, or a text file (default: this repository's licence). Without
+It learns SST-2 sentences, each followed by its label, or a text file (default: this repository's licence). Without
 --model, the base is a tiny random model that reads bytes. --out gets adapter/ and, for peft, peft_adapter/.
 """
 

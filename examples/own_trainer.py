@@ -1,4 +1,4 @@
-"""LoRA² in your own Trainer: the two additions are the mix-in and ``low_rank=``.
+"""LoRA² in your own Trainer: inject the layers, and give the Trainer the mix-in and ``low_rank=``.
 
     python examples/own_trainer.py
 

@@ -199,7 +199,7 @@ def load_adapter(
     base, or has low-rank layers in exactly the adapter's places, which are replaced. Afterwards the adapter's
     parameters are trainable and all others frozen. An adapter that was trained on frozen weights in
     bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Singular values that were pruned come back as
-    zeros with factors of zero, which no training revives; :func:`start_from_adapter` does.
+    zeros with factors of zero, which get no gradient; :func:`start_from_adapter` does.
 
     Args:
         compact: leave pruned singular values out instead of setting them to zero, as :func:`loralib.compact` does. The

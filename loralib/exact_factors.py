@@ -7,7 +7,7 @@ A factor X (m, s) with m ≥ s (a wide one is transposed) lives on the Stiefel m
     after the step    X ← X (XᵀX)^(−1/2), the polar factor: the nearest point of the manifold
 
 The inverse root comes from Newton–Schulz steps on the small Grams (Higham, Functions of Matrices, section 8.3), so a
-step takes two products with the tall factors and no decision by the host.
+step takes two products with the tall factors and no synchronisation with the host.
 
 With two scales and k ≥ r, P = B₀B₁ and Q = A₁A₀ are orthonormal as well: s·|e| are the singular values of ΔW, and
 pruning the set D changes ΔW by exactly s·√Σ_{i∈D} e_i² in the Frobenius norm.

@@ -156,12 +156,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="name or path of the base model; --to peft only records it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights")
     parser.add_argument("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
-    parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact), or start by SVD")
-    parser.add_argument("--r", type=int, help="loralib: rank of a start by SVD (8)")
+    parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact); others by truncated SVD")
+    parser.add_argument("--r", type=int, help="loralib: rank after the truncated SVD (8)")
     parser.add_argument(
         "--widths", type=int, nargs="+", metavar="K", help="loralib: widths of its scales, outermost first"
     )
-    parser.add_argument("--lora_alpha", type=float, help="loralib: alpha of a start by SVD (16)")
+    parser.add_argument("--lora_alpha", type=float, help="loralib: alpha after the truncated SVD (16)")
     return parser
 
 
@@ -210,7 +210,7 @@ def _run_import(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in ("r", "widths", "lora_alpha")}
     options = {name: value for name, value in given.items() if value is not None}
     if kind == "lora" and options:
-        raise ValueError(f"--{next(iter(options))} belongs to a start by SVD: give --kind lora2, adalora or multiscale")
+        raise ValueError(f"--{next(iter(options))} is for truncated SVD: give --kind lora2, adalora or multiscale")
     if kind in ("lora2", "multiscale"):
         options.setdefault("widths", [8])
     values, _, head = read_pairs(arguments.adapter)

@@ -1,4 +1,4 @@
-"""Data-dependent starts: factors from the first gradient, or from the inputs of the layers. ΔW = 0 after each.
+"""Data-dependent initialisation: from the gradient over a few batches, or from the layers' inputs. ΔW = 0 after each.
 
 "gradient"    G = Σ gᵀx over a few batches, the gradient of the frozen weight (arXiv 2407.05000 and 2502.01235). The
               outer factors are G's leading singular vectors; the inner ones come from the SVD of the core B₀ᵀ G A₀ᵀ.

@@ -7,8 +7,9 @@
 
 with s = lora_alpha / r. B₀ is (out, k), A₀ is (k, in): the outer scale; B₁ (k, r), e (r) and A₁ (r, k) live at the
 second scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets, which fix
-the number of scales and the arguments. Every layer is an ``nn.Linear``, so the frozen weight keeps its name in a state
-dict, and ΔW is never formed while training: the small factors are multiplied first.
+the arguments and, but for :class:`MultiScaleLinear`, the number of scales. Every layer is an ``nn.Linear``, so the
+frozen weight keeps its name in a state dict, and ΔW is never formed while training: the small factors are multiplied
+first.
 """
 
 from __future__ import annotations

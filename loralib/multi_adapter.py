@@ -138,9 +138,8 @@ class MultiAdapter:
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
         """Call the model on a batch whose rows each have their own adapter.
 
-        The model is called once for each adapter, on the rows that have it. What it returns for each row is joined,
-        inside containers and caches too; what it computes over rows, as a loss, cannot be, unless all rows have one
-        adapter.
+        The model is called once for each adapter, on the rows that have it. Outputs for each row are joined, inside
+        containers and caches too. An output over all rows, such as a loss, needs one adapter for all rows.
 
         Args:
             adapters: for each row the name of an adapter, or None for the bare base.

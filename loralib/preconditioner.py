@@ -9,8 +9,8 @@
 "balanced_scalar"  its scalar form, S = ‖Y‖_F/‖X‖_F.
 
 All inverses are of k×k or r×r matrices; layers of one shape are handled as one stack. Where layers share a factor, the
-Grams are averaged over them. Adam undoes a constant scale. While B or e is 0, an inverse is 1/δ: the loss has no
-gradient there, but a regulariser has, so "riemannian" goes without one.
+Grams are averaged over them. Adam is invariant to a constant scale. While B or e is 0, an inverse is 1/δ: the loss has
+no gradient there, but a regulariser has, so "riemannian" goes without one.
 """
 
 from __future__ import annotations

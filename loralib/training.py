@@ -22,6 +22,7 @@ transformers is imported only when a trainer is made.
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ class LowRankTraining:
     """What AdaLoRA and LoRA² add to a training loop.
 
     Args:
-        model: holds low-rank layers with singular values, all of one rank.
+        model: holds low-rank layers: with singular values for the regulariser, and all of one rank for pruning.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
         target_rank: average singular values a layer keeps; None prunes nothing.
         orthogonality: ``"penalty"``, the regulariser; ``"retraction"``, :class:`loralib.ExactFactors` in its place,
@@ -86,9 +87,9 @@ class LowRankTraining:
         self.allocator: RankAllocator | None = None
         check_choice("orthogonality", orthogonality, ORTHOGONALITIES)
         check_choice("precondition", precondition, ("none", *PRECONDITIONERS))
-        for name in ("lora_r", "total_step"):
-            if name in allocator_options:
-                raise TypeError(f"{name} is no option here: r is the layers', and total_steps that of the training")
+        known = {field.name for field in fields(AllocatorSettings)} - {"lora_r", "total_step"}
+        for name in (name for name in allocator_options if name not in known):
+            raise TypeError(f"unknown option {name}; the options of pruning are {', '.join(sorted(known))}")
         if precondition == "riemannian" and orthogonality == "penalty" and regu_weight:
             raise ValueError(
                 "precondition 'riemannian' needs regu_weight=0: while e is 0 it would multiply the regulariser's "

@@ -75,7 +75,7 @@ class ModelArguments:
     )
     no_fast_attention: bool = HfArg(
         default=False,
-        help="Use transformers' own attention, not the exact faster one (DeBERTa; on a CPU BERT, RoBERTa …).",
+        help="Use transformers' own attention, and compute all tokens in the last layer, not the exact faster ways.",
     )
     no_fast_dropout: bool = HfArg(
         default=False, help="On a CPU, use torch's own dropout instead of the faster one (other draws)."

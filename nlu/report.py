@@ -203,8 +203,8 @@ def _lowest_loss(compared: Table, against: str) -> str:
         return "No other row has two seeds yet."
     best = known.iloc[0]
     change = f"{best.loss_change:+.1f}".replace("-", "−")
-    lower = "The lowest loss has" if best.loss_change < 0 else f"No row has a lower loss than {against}. The nearest is"
-    return f"{lower} {best.row}: {change} % against {against} (standard error {best.loss_error:.1f})."
+    lower = "Lowest loss:" if best.loss_change < 0 else f"No row has a lower loss than {against}. The nearest is"
+    return f"{lower} {best.row}, {change} % against {against} (standard error {best.loss_error:.1f})."
 
 
 def _interval(result: Estimate) -> str:

@@ -26,7 +26,7 @@ from nlu.experiments.places import Places, can_be_checked, check_writable, comma
 from nlu.json_yaml import parse_yaml
 
 DESCRIPTION = """\
-Starts runs that have no finished line yet and continues interrupted ones, so the command can be stopped (Ctrl-C or
+Starts the runs that are not finished and continues interrupted ones, so the command can be stopped (Ctrl-C or
 SIGTERM: the runs save and end) and given again at any time. A failing run does not stop the others; the sweep then ends
 with exit code 1. A run that another row or experiment has finished with the same arguments and contents is taken over,
 not repeated.

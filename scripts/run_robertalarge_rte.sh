@@ -17,7 +17,7 @@ case $BASE in
     lora | sora) SETTINGS=(--lora_alpha 16 --lora_module query,value) ;;
     adalora | lora2)
         SETTINGS=(--lora_alpha 16 --lora_r 8 --target_rank 3 --reg_orth_coef 0.3 --beta1 0.85 --beta2 0.85
-            --init_warmup 100 --final_warmup 400 --mask_interval 1)
+            --init_warmup 120 --final_warmup 360 --mask_interval 1)
         ;;
 esac
 if [[ $BASE == adalora ]]; then # chosen here

@@ -112,7 +112,7 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
 
 
 def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """Live singular values of each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
+    """Singular values left in each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
     pruned = runs[runs.module_ranks.notna()]
     if not len(pruned):
         return None
@@ -139,9 +139,9 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
         axes.set_title(label, loc="left")
     panels[-1].set_xlabel("layer")
     text = (
-        f"Live singular values of each module at the end on {_names(list(dict.fromkeys(runs.task)))}: means over runs."
+        f"Singular values left in each module at the end on {_names(list(dict.fromkeys(runs.task)))}: means over runs."
     )
-    return Drawing(name, "Where the ranks went", text, figure)
+    return Drawing(name, "Singular values that each module keeps", text, figure)
 
 
 def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:

@@ -173,7 +173,7 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
         "takes each run's best evaluation, chosen on the validation set itself, as the papers report it.",
     ]
     if runs.test.notna().any():
-        notes.append("Test: the model at the end on the task's labelled test set, which takes no part in the average.")
+        notes.append("Test: the model at the end on the task's labelled test set, which is not part of the average.")
     if any(is_short(own) for _, own in rows_of(runs)):
         notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
     return Table(f"{name}_scores", "Score", rows, notes)
@@ -194,7 +194,7 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
             {
                 "method": cell(label, method=label),
                 "adapter parameters": counted("parameters", own.adapter_params.max()),
-                "live at the end": counted("live", own.live_adapter_params.mean()),
+                "remaining": counted("live", own.live_adapter_params.mean()),
                 "α/r": cell(NONE if scale is None else f"{scale:g}", scale=scale),
                 "seeds": counted("seeds", seeds),
                 "last": with_deviation("last", own["last"], 2),
@@ -258,7 +258,7 @@ def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
 
 
 def training_table(name: str, runs: pd.DataFrame) -> Table:
-    """How far each row was trained: Λ, ‖ΔW‖, live singular values, the losses behind the score, and the time."""
+    """How far each row was trained: Λ, ‖ΔW‖, remaining singular values, the losses behind the score, and the time."""
     rows = []
     for label, own in rows_of(runs):
         means = own.groupby("task", sort=False)[["rate_sum_pruning", "rate_sum", "delta_norm"]].mean()
@@ -268,7 +268,7 @@ def training_table(name: str, runs: pd.DataFrame) -> Table:
             "Λ at pruning": ranged("rate_sum_pruning", means.rate_sum_pruning, number),
             "Λ at the end": ranged("rate_sum", means.rate_sum, number),
             "‖ΔW‖": ranged("delta_norm", means.delta_norm, number),
-            "live values": cell(
+            "remaining values": cell(
                 NONE if pd.isna(live) else f"{count(live)} of {count(initial)}", live=live, initial=initial
             ),
         }
@@ -324,8 +324,8 @@ def claims_table(
         "strata; p is corrected for the number of all claims. The published column cites the paper, which has another "
         "model and more tasks. " + LOSS_CHANGE,
         f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: "
-        f"the opposite has p < 0.05, or, for the other expectations, the whole interval lies beyond ±{LEVEL}. not "
-        "shown: neither.",
+        f"the opposite has p < 0.05; if not lower was expected, the whole interval lies below −{LEVEL}; if level was "
+        f"expected, it lies outside ±{LEVEL}. not shown: none of these.",
     ]
     shown = {row["claim"][1]["claim"] for row in rows}
     titles = [f"{claim.label} − {claim.against}" for claim in question.claims]
@@ -377,8 +377,8 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         rows.append(row)
     notes = [
         f"{where}: the learning rate (and other tuned settings) with the lowest loss at the last evaluation. Mean of "
-        "the values tried: the score in percent that a user gets without tuning, over the values that every task "
-        "tries; a failed run counts as 0.",
+        "the values tried: the mean score in percent over the values that every task tries, which is what a user gets "
+        "without tuning; a failed run counts as 0.",
         AT_END,
     ]
     return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None

@@ -1,4 +1,4 @@
-"""What makes a training step cheaper and changes no number: ``speed_up`` applies all of it.
+"""What makes a training step cheaper: ``speed_up`` applies all of it. Only dropout draws other masks than without.
 
 Each file holds one technique, and its first lines say what that gains. ``sharding.py`` saves memory where several
 processes train, and is switched on by the launcher instead.

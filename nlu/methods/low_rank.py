@@ -120,7 +120,7 @@ _SINGULAR_VALUE_FLAGS = (
     ),
     Flag(
         "value_lr_ratio", _ratio, 1.0,
-        "Learning rate of the singular values, as a multiple of --learning_rate; auto: as fast as LoRA's first step.",
+        "Learning rate of the singular values, as a multiple of --learning_rate; auto: first step as large as LoRA's.",
         lambda ratio: ratio == "auto" or 0 < ratio < math.inf, "must be positive and finite, or auto",
     ),
 )  # fmt: skip

@@ -245,7 +245,7 @@ def test_decomposition_against_a_dense_svd():
         (["nowhere", "--to", "merged", "out"], "--base"),
         (["nowhere", "--to", "onnx", "out"], "invalid choice"),
         (["nowhere", "--to", "peft", "out", "--dtype", "bfloat16"], "belongs to --to merged"),
-        (["nowhere", "--to", "loralib", "out", "--base", "x", "--r", "4"], "belongs to a start by SVD"),
+        (["nowhere", "--to", "loralib", "out", "--base", "x", "--r", "4"], "--r is for truncated SVD"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, says):

@@ -182,8 +182,9 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
         with pytest.raises(ValueError, match=says):
             call()
     for unknown in ("mask_intervall", "lora_r", "total_step"):
-        with pytest.raises(TypeError, match=unknown):
-            low_rank(model, **{unknown: 3})
+        for pruning in ({"target_rank": 2}, {}):
+            with pytest.raises(TypeError, match=f"unknown option {unknown}"):
+                loralib.LowRankTraining(model, **pruning, **{unknown: 3})
 
 
 @pytest.mark.parametrize("prune_by", ["importance", "value"])

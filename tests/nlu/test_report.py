@@ -229,7 +229,7 @@ def test_scores_and_the_mark_of_short_trainings(tmp_path):
     assert list(text.index) == ["full", "LoRA r=8", "AdaLoRA (short)"] and text.loc["full"]["average"] == "–"
     training = training_table("trial", runs).text.set_index("")
     assert training.loc["AdaLoRA"][["Λ at pruning", "Λ at the end", "‖ΔW‖"]].tolist() == ["0.90", "0.90", "3.00"]
-    assert training.loc["full"]["‖ΔW‖"] == "–" and training.loc["AdaLoRA"]["live values"] == "144 of 288"
+    assert training.loc["full"]["‖ΔW‖"] == "–" and training.loc["AdaLoRA"]["remaining values"] == "144 of 288"
     assert training.loc["LoRA r=8"]["CoLA loss"] == "0.105 (0.105)"
 
 
@@ -320,11 +320,11 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
-    assert "The lowest loss has other: −5.8 % against plus (standard error 0.3)." in page
+    assert "Lowest loss: other, −5.8 % against plus (standard error 0.3)." in page
     assert "| 30.0 ± 0.0 at head_learning_rate=0.004, 0.002 † |" in page and "**Tuning**" not in page
     make(lines, questions={"questions": [question | {"against": "other"}]})
     page = (tmp_path / "README.md").read_text()
-    assert "No row has a lower loss than other. The nearest is plus: +6.2 %" in page and "of them: plus." in page
+    assert "No row has a lower loss than other. The nearest is plus, +6.2 %" in page and "of them: plus." in page
     make(lines, questions={"questions": [question | {"against": "plsu"}]})
     assert "No run of plsu has finished yet, only of other, plus." in (tmp_path / "README.md").read_text()
     code, _, said = make(lines, questions={"questions": [question | {"tuned": "rat"}]})
