@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -32,6 +34,8 @@ REFUSED_FLAGS = {
     "accelerator_config": "it could change the batch and the order of the rows",
     "save_only_model": "a checkpoint holds what a stopped run needs to continue",
     "use_liger_kernel": "nlu/fast/ has the code that makes a step faster",
+    "eval_use_gather_object": "predictions are gathered as tensors",
+    "optim_target_modules": "the method says what trains",
     "bf16_full_eval": "it would round what trains; evaluations compute in bfloat16 with --bf16",
     "fp16_full_eval": "it would round what trains; evaluations compute in float16 with --fp16",
     "ignore_data_skip": "a continued run always goes on with the next rows",
@@ -54,13 +58,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(
         ("early_stopping_threshold", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps",
-         "dataloader_num_workers", "eval_delay"),
+         "dataloader_num_workers", "eval_delay", "neftune_noise_alpha"),
         (0, math.inf),
     ),
     "head_first_epochs": (0, 2**31),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules whose next rate depends on the last evaluation
+_WITHOUT_KWARGS = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that read no --lr_scheduler_kwargs
 _WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimisers that read no --optim_args
 _POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
 
@@ -116,8 +121,13 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
     if not (training.do_train or training.do_eval or training.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
-    if training.head_first_epochs and not training.do_train:
-        raise UsageError("--head_first_epochs has no meaning without --do_train: leave it out")
+    for flag, on in (
+        ("head_first_epochs", training.head_first_epochs),
+        ("load_best_model_at_end", training.load_best_model_at_end),
+        (f"lora_init {method.lora_init}", method.lora_init in STARTS),
+    ):
+        if on and not training.do_train:
+            raise UsageError(f"--{flag} has no meaning without --do_train: leave it out")
     if model.lora_path and method.lora_init in STARTS:
         raise UsageError(
             f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
@@ -126,6 +136,12 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     _check_what_needs_evaluations(training, given)
     if training.lr_scheduler_type in _BY_METRIC:
         raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
+    if training.lr_scheduler_kwargs and training.lr_scheduler_type in _WITHOUT_KWARGS:
+        raise UsageError(
+            f"--lr_scheduler_kwargs has no meaning with --lr_scheduler_type {training.lr_scheduler_type.value}: leave "
+            "it out"
+        )
+    _check_checkpointing(training)
     if training.optim_args and training.optim in _WITHOUT_ARGS:
         raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")
     if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
@@ -166,6 +182,11 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
             raise UsageError("--early_stopping_threshold has no meaning without --early_stopping_patience")
     elif not evaluates:
         raise UsageError("--early_stopping_patience needs evaluations: give --do_eval and --eval_strategy steps")
+    elif training.logging_strategy == "epoch" and training.eval_strategy != "epoch":
+        raise UsageError(
+            "--early_stopping_patience may end training within an epoch, which --logging_strategy epoch would not log: "
+            "give --logging_strategy steps, or --eval_strategy epoch"
+        )
     if training.load_best_model_at_end:
         if training.save_strategy == "steps" and training.save_steps != training.eval_steps:
             raise UsageError(
@@ -176,6 +197,15 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
             raise UsageError(
                 "--load_best_model_at_end cannot keep the start, which has no checkpoint: leave --eval_on_start out"
             )
+
+
+def _check_checkpointing(training: Any) -> None:
+    """The keywords of torch's checkpointing, whose own check comes in the first step."""
+    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    for flag in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        unknown = sorted({*(getattr(training, flag) or ())} - known)
+        if unknown:
+            raise UsageError(f"--{flag} has no {unknown[0]!r}; it takes {', '.join(sorted(known))}")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:
@@ -266,6 +296,26 @@ def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
         steps = getattr(method, name)
         if steps is not None:
             setattr(method, name, max(least, steps * total_steps // made_for))
+
+
+def check_an_evaluation(training: Any, total_steps: int, steps_per_epoch: int) -> None:
+    """Refuse a training that acts on its evaluations and is over before the first one.
+
+    Raises:
+        UsageError: one line.
+    """
+    acting = (training.load_best_model_at_end, training.save_strategy == "best", training.early_stopping_patience)
+    if not any(acting):
+        return
+    if training.eval_strategy == "epoch":
+        last, first = total_steps / steps_per_epoch, training.eval_delay
+    else:
+        each = training.eval_steps if training.eval_steps >= 1 else math.ceil(total_steps * training.eval_steps)
+        last, first = total_steps // each * each, max(training.eval_delay, each)
+    if last < first:
+        raise UsageError(
+            f"training ends after {total_steps} steps, before its first evaluation: lower --eval_steps or --eval_delay"
+        )
 
 
 def _check_data(data: Any) -> None:

@@ -243,8 +243,8 @@ def predict_rows(rows: Iterable[Row], predictor: Predictor, batch_size: int) -> 
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"takes a whole number from 1, got {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"takes a whole number from 1 to {2**31 - 1}, got {text!r}")
     return int(text)
 
 

@@ -32,7 +32,7 @@ from datasets import Dataset
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, set_seed
 
-from nlu.argument_checks import fit_schedule
+from nlu.argument_checks import check_an_evaluation, fit_schedule
 from nlu.arguments import Arguments, parse_arguments
 from nlu.data.batching import updates_per_epoch
 from nlu.data.glue import reorder_labels
@@ -166,6 +166,7 @@ def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
     steps, per_epoch = training.max_steps, updates_per_epoch(training, len(splits["train"]))
     if steps <= 0:
         steps = math.ceil(training.num_train_epochs * per_epoch)
+    check_an_evaluation(training, steps, per_epoch)
     fit_schedule(training, arguments.method, steps)
     return steps
 

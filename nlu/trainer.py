@@ -92,6 +92,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self._unchecked: list[tuple[int, str, Tensor]] = []
         args, rows = kwargs["args"], kwargs.get("train_dataset")
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
+        # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
         self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
         super().__init__(model=applied.model, low_rank=applied.low_rank, compute_loss_func=self.task_loss, **kwargs)
         device = self.args.device
@@ -196,12 +197,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's. Only training drops an incomplete last batch: every row is evaluated and predicted."""
-        self.args.dataloader_drop_last = self.drop_last
-        try:
-            return keep_workers(super().get_train_dataloader())
-        finally:
-            self.args.dataloader_drop_last = False
+        return keep_workers(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         return keep_workers(super().get_eval_dataloader(*args, **kwargs))
@@ -213,9 +209,11 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
 
     def _make_sampler(self) -> SeededRandomSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step = effective_batch_size(self.args)
+        multiple = step if self.drop_last else 1
         if self.train_lengths is None:
-            return SeededRandomSampler(len(self.train_dataset), seed)
-        return LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+            return SeededRandomSampler(len(self.train_dataset), seed, multiple)
+        return LengthBucketSampler(self.train_lengths, step, seed, multiple)
 
     def rows_of_step(self, step: int) -> list[int]:
         """``idx`` of the training rows that all processes together see in that optimiser step, counted from 1."""

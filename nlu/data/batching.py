@@ -25,23 +25,24 @@ class SeededRandomSampler(Sampler[int]):
     Args:
         n: number of examples, at least 1.
         seed: any whole number from 0.
+        multiple: an epoch has that many examples or a multiple of it, the last of the order left out.
     """
 
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed, self.epoch = n, seed, 0
+    def __init__(self, n: int, seed: int, multiple: int = 1):
+        self.n, self.seed, self.multiple, self.epoch = n, seed, multiple, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of that epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n
+        return self.n - self.n % self.multiple
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
         return generator.permutation(self.n)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order(np.random.default_rng([self.seed, self.epoch])).tolist())
+        return iter(self._order(np.random.default_rng([self.seed, self.epoch]))[: len(self)].tolist())
 
 
 class LengthBucketSampler(SeededRandomSampler):
@@ -53,10 +54,11 @@ class LengthBucketSampler(SeededRandomSampler):
     Args:
         lengths: tokens of each example.
         effective_batch_size: examples of one optimiser step, over all processes and accumulation steps.
+        seed, multiple: as for :class:`SeededRandomSampler`.
     """
 
-    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int):
-        super().__init__(len(lengths), seed)
+    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int, multiple: int = 1):
+        super().__init__(len(lengths), seed, multiple)
         self.lengths, self.batch = np.asarray(lengths), effective_batch_size
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
@@ -77,11 +79,15 @@ def effective_batch_size(args: Any) -> int:
 def updates_per_epoch(args: Any, rows: int) -> int:
     """Optimiser steps of one epoch over that many training rows, as the Trainer counts them.
 
+    With ``dataloader_drop_last`` a step that lacks rows is left out: whole steps are the same for any number of
+    processes, which whole batches of a process are not.
+
     Raises:
-        UsageError: incomplete batches are dropped, and there is no other.
+        UsageError: such steps are left out, and there is no other.
     """
-    batch = effective_batch_size(args) // args.gradient_accumulation_steps
-    if args.dataloader_drop_last and rows < batch:
-        raise UsageError(f"--dataloader_drop_last leaves nothing: {rows} training rows, batches of {batch}")
-    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
-    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    step = effective_batch_size(args)
+    if not args.dataloader_drop_last:
+        return max(1, math.ceil(rows / step))
+    if rows < step:
+        raise UsageError(f"--dataloader_drop_last leaves nothing: {rows} training rows, {step} in each step")
+    return rows // step

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 LONGEST_LINE = 1 << 24  # characters; this also bounds the memory that a file without line breaks takes
+csv.field_size_limit(1 << 20)  # characters of a text in CSV; it also bounds what a quote that never closes takes along
 _ROWS_AT_ONCE = 1024  # few, because a long text that many rows share takes little room in a Parquet file
 _NOT_UTF8 = "not UTF-8 text; save the file as UTF-8"
 _NOT_USABLE_JSON = "not usable JSON (a number too long, or nested too deep)"

@@ -152,7 +152,7 @@ class RunFolder:
             return "resume"
         if not self._lacks_predictions(previous):
             return "finished"
-        if last_whole_checkpoint(self.path / "model") is None:
+        if self.arguments.get("do_train") and last_whole_checkpoint(self.path / "model") is None:
             raise UsageError(
                 f"{self.path} holds this run, finished, but no checkpoint to predict from: use nlu/predict.py with "
                 "its adapter, or give --overwrite_output_dir to train again"

@@ -82,7 +82,9 @@ class RunRecord:
 
     def history(self) -> list[dict[str, Any]]:
         """Every logging step: loss, learning rate, seconds, memory, budget."""
-        return [{k: v for k, v in entry.items() if k != "epoch"} for entry in self.log_history if "loss" in entry]
+        # The Trainer adds times that begin anew when a run is continued.
+        apart = ("epoch", "train_runtime", "train_tokens_per_second")
+        return [{k: v for k, v in entry.items() if k not in apart} for entry in self.log_history if "loss" in entry]
 
 
 class RecordCallback(TrainerCallback):

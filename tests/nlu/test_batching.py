@@ -2,6 +2,7 @@
 
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, updates_per_epoch
+from nlu.errors import UsageError
 
 
 @given(
@@ -19,17 +21,33 @@ from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 )
 @settings(max_examples=200, deadline=None)
 def test_every_example_once_and_pure(lengths, batch, seed, epoch):
-    for make in (lambda: LengthBucketSampler(lengths, batch, seed), lambda: SeededRandomSampler(len(lengths), seed)):
+    n = len(lengths)
+    for make in (
+        lambda multiple=1: LengthBucketSampler(lengths, batch, seed, multiple),
+        lambda multiple=1: SeededRandomSampler(n, seed, multiple),
+    ):
         sampler = make()
         sampler.set_epoch(epoch)
         order = list(sampler)
-        assert sorted(order) == list(range(len(lengths))) and len(sampler) == len(lengths)
+        assert sorted(order) == list(range(n)) and len(sampler) == n
+        whole = make(batch)
+        whole.set_epoch(epoch)
+        assert list(whole) == order[: n // batch * batch] and len(whole) == n // batch * batch
         again = make()
         list(again)
         again.set_epoch(epoch)
         torch.manual_seed(random.randrange(1000))
         np.random.seed(random.randrange(1000))
         assert list(again) == order
+
+
+@pytest.mark.parametrize(("processes", "per_device", "accumulation"), [(1, 12, 1), (1, 3, 4), (2, 3, 2), (4, 1, 3)])
+def test_dropping_leaves_out_steps_that_lack_rows_whoever_takes_them(processes, per_device, accumulation):
+    shared = {"gradient_accumulation_steps": accumulation, "world_size": processes, "n_gpu": 0}
+    args = SimpleNamespace(per_device_train_batch_size=per_device, dataloader_drop_last=True, **shared)
+    assert [updates_per_epoch(args, rows) for rows in (12, 23, 24, 53)] == [1, 1, 2, 4]
+    with pytest.raises(UsageError, match="11 training rows, 12 in each step"):
+        updates_per_epoch(args, 11)
 
 
 def test_epochs_and_seeds_differ():

@@ -28,6 +28,7 @@ from nlu.runs import digests
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
+from nlu.runs.lock import locked
 from nlu.runs.log import ConsoleLog
 from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
@@ -365,6 +366,23 @@ def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
     seconds = [row["seconds"] for row in left["history"]]
     assert seconds == sorted(seconds) and seconds[0] >= 0 and left["train_seconds"] >= seconds[-1] - 1e-3
     assert all(row["memory_bytes"] > 0 for row in left["history"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_lock_does_not_outlive_its_process_in_a_data_loaders(tmp_path):
+    with locked(tmp_path / ".lock", "in use"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        with pytest.raises(UsageError, match="in use"), locked(tmp_path / ".lock", "in use"):
+            pass
+    try:
+        with locked(tmp_path / ".lock", "in use"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_without_locks_a_run_says_so(run_folder, monkeypatch, caplog):

@@ -176,6 +176,7 @@ def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, ca
         (["--input", "in.jsonl", "--output", "."], "is a folder"),
         (["--input", "-", "--input_format", "parquet"], "not read from a pipe"),
         (["--input", "in.jsonl", "--batch_size", "0"], "from 1"),
+        (["--input", "in.jsonl", "--batch_size", "9" * 19], "from 1 to 2147483647"),
         (["--input", "in.jsonl", "--batchsize", "9"], "did you mean --batch_size?"),
         (["--input", "in.jsonl", "--model", "m"], "not allowed with"),
         (["--input", "in.jsonl", "--text_fields", "a,b,c"], "--text_columns"),
@@ -252,7 +253,9 @@ def test_damage_in_a_table_ends_with_its_row(monkeypatch):
     assert [(r.place, r.values, bool(r.error)) for r in read(text, "csv")] == [
         (3, ['x, "y"', "two\nlines"], False), (4, None, True), (5, None, True), (7, ["last", "row"], False)
     ]  # fmt: skip
-    never = read('a,b\n"x,' + "y\n" * 200_000 + "1,2\n", "csv")  # a quote that never closes ends at csv's field limit
+    long = "y\n" * 200_000
+    assert [(row.place, row.values) for row in read(f'a,b\n"{long}",x\n', "csv")] == [(200_002, [long, "x"])]
+    never = read('a,b\n"x,' + "y\n" * 600_000 + "1,2\n", "csv")  # a quote that never closes ends at csv's field limit
     assert never[0].error and never[-1].values == ["1", "2"]
     monkeypatch.setattr("nlu.data.file_formats.LONGEST_LINE", 64)
     found = read('{"a": "' + "x" * 1000 + '", "b": ""}\n{"a": "", "b": ""}', "jsonl")

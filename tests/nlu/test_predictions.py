@@ -2,14 +2,16 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import EarlyStoppingCallback
 
+from loralib import export
 from nlu.run_glue import main
-from tests.nlu.tiny import make_rows, write_rows
+from tests.nlu.tiny import changed, make_rows, write_rows
 
 
 @pytest.fixture
@@ -85,6 +87,22 @@ def test_early_stopping_looks_at_the_first_of_two_validation_sets(mnli_flags, mo
     asked = ["--do_eval", "--eval_strategy", "steps", "--eval_steps", "1", "--early_stopping_patience", "1"]
     assert main([flag for flag in mnli_flags if flag != "--do_predict"] + asked) == 0
     assert len(seen) == 2 and all("eval_accuracy" in metrics for metrics in seen)
+
+
+def test_an_evaluation_that_has_finished_predicts_later(mnli_flags, base_flags, tmp_path):
+    assert main([*mnli_flags, "--do_eval"]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "trained")
+    merged = str(tmp_path / "merged")
+    assert export.main([str(tmp_path / "trained/adapter"), "--to", "merged", merged, "--base", base_flags[1]]) == 0
+    gone = ("--do_train", "--do_predict", "--max_steps", "2", "--save_strategy", "no")
+    flags = changed([f for f in mnli_flags if f not in gone], model_name_or_path=merged, root_output_dir=tmp_path / "e")
+    assert main([*flags, "--do_eval"]) == 0 and not (tmp_path / "e/predictions").exists()
+    first = json.loads((tmp_path / "e/results.json").read_text())["evaluations"]
+    assert main([*flags, "--do_eval", "--do_predict"]) == 0
+    assert json.loads((tmp_path / "e/results.json").read_text())["evaluations"] == first
+    files = sorted((tmp_path / "e/predictions").glob("*.tsv"))
+    assert [f.name for f in files] == [f.name for f in sorted((tmp_path / "trained/predictions").glob("*.tsv"))]
+    assert all(f.read_bytes() == (tmp_path / "trained/predictions" / f.name).read_bytes() for f in files)
 
 
 def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path, capsys):

@@ -173,6 +173,18 @@ def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
         (["--class_weights", "balanced", "--max_train_samples", "1"], "no training row has class '"),
         (["--task_name", "stsb", "--label_smoothing_factor", "0.1"], "the labels of stsb are numbers"),
         (["--dataloader_drop_last", "True", "--per_device_train_batch_size", "99"], "drop_last leaves nothing"),
+        (["--neftune_noise_alpha", "-1"], "--neftune_noise_alpha must be at least 0"),
+        (["--gradient_checkpointing_kwargs", '{"x": true}'], "--gradient_checkpointing_kwargs has no 'x'"),
+        (
+            ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", '{"x": 1}'],
+            "no meaning with --lr_scheduler_type",
+        ),
+        (
+            ["--load_best_model_at_end", "--save_steps", "3", "--eval_delay", "7"],
+            "before its first evaluation",
+        ),
+        (["--early_stopping_patience", "1", "--eval_steps", "7"], "before its first evaluation"),
+        (["--early_stopping_patience", "1", "--logging_strategy", "epoch"], "give --logging_strategy steps"),
     ],
 )
 def test_refused_before_a_model_is_loaded_and_nothing_is_written(
@@ -213,6 +225,16 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
         torch.testing.assert_close(kept, values[values != 0], rtol=0, atol=0)
         assert flags_of_layer == (values != 0).tolist()
     assert record["live_budget"] == sum(map(sum, pattern.values()))
+
+
+def test_dropped_rows_are_those_of_a_whole_step_however_it_is_taken(base_flags, tmp_path):
+    """50 rows in steps of 12: four steps an epoch, whether a step takes 12 rows at once or 3."""
+    for at_once in (12, 3):
+        flags = changed(base_flags, max_steps=-1, root_output_dir=tmp_path / str(at_once))
+        flags = changed(flags, per_device_train_batch_size=at_once)
+        extra = ["--total_batch_size", "12", "--dataloader_drop_last", "--num_train_epochs", "2", "--method", "lora"]
+        assert main([*flags, *extra]) == 0
+        assert read(flags)["steps"] == len(read(flags)["history"]) == 2 * 4
 
 
 def test_every_row_is_evaluated_when_training_drops_incomplete_batches(base_flags):
