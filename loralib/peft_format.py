@@ -337,7 +337,8 @@ def read_pairs(
     _refuse_other_than_lora(path, values)
     adalora = values["peft_type"] == "ADALORA"
     ending = "" if adalora else ".weight"
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
+    tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}
     names = [name.removesuffix(f".lora_A{ending}") for name in state if name.endswith(f".lora_A{ending}")]
     pairs = {}
     for name in names:

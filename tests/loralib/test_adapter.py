@@ -380,3 +380,11 @@ def test_a_lone_layer_merges_and_travels(tmp_path):
     assert torch.equal(layer(x), before)
     loralib.merge_adapter(layer)
     torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize("saved, into", [("lora", "adalora"), ("adalora", "lora")])
+def test_a_start_from_another_kind_of_one_scale_is_refused(tmp_path, saved, into):
+    folder, model = loralib.save_adapter(adapted(saved), tmp_path / "a"), Net()
+    loralib.inject(model, into, ["q", "v"], r=3)
+    with refused("give the same method", model):
+        loralib.start_from_adapter(model, folder)

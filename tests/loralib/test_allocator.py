@@ -191,3 +191,41 @@ def test_a_gradient_that_is_not_finite_leaves_the_scores_alone():
             allocator.update_and_mask(model, step)
         scores.append(allocator.importance_scores())
     assert scores[0].isfinite().all() and torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def test_a_resumed_training_says_the_threshold_of_the_held_mask():
+    model = model_to_prune()
+    allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
+    for t in range(1, 34):
+        random_step(model, torch.Generator().manual_seed(t))
+        _, threshold = allocator.update_and_mask(model, t)
+    fresh = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
+    fresh.load_state_dict(allocator.state_dict())
+    assert fresh.update_and_mask(model, 34)[1] == threshold
+
+
+def test_of_equal_scores_the_later_stay():
+    model = model_to_prune()
+    for p in model.parameters():
+        nn.init.ones_(p)
+        p.grad = torch.ones_like(p)
+    allocator = loralib.RankAllocator(model, 4, 1, 0, 1, 1, 0.85, 0.85, total_step=2, target_total_rank=5)
+    for t in (1, 2):
+        allocator.update_and_mask(model, t)
+    assert [live for mask in allocator.rank_pattern.values() for live in mask] == [False] * 7 + [True] * 5
+
+
+def test_a_held_mask_is_held_by_a_resumed_training_too():
+    """By |e|, which goes on moving; importance is no longer updated then."""
+    model, options = model_to_prune(), SCHEDULE | {"prune_by": "value"}
+    allocator = loralib.RankAllocator(model, 4, 2, **options)
+    for t in range(1, 34):
+        random_step(model, torch.Generator().manual_seed(t))
+        allocator.update_and_mask(model, t)
+    held = allocator.rank_pattern
+    fresh = loralib.RankAllocator(model, 4, 2, **options)
+    fresh.load_state_dict(allocator.state_dict())
+    for layer in loralib.lora_layers(model).values():
+        nn.init.normal_(layer.lora_E)
+    fresh.update_and_mask(model, 34)
+    assert fresh.rank_pattern == held

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import loralib
-from loralib.exact_factors import deviation, deviations
+from loralib.exact_factors import deviation, deviations, inverse_root
 from tests.loralib.small import blocks, factors_of, refused
 
 
@@ -195,3 +195,24 @@ def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
         factor.requires_grad_(False)
     with pytest.raises(ValueError, match="let their factors train"):
         loralib.ExactFactors(model)
+
+
+def test_a_drift_beyond_a_thousandth_is_no_orthonormal_factor():
+    model = model_of()
+    for layer in loralib.lora_layers(model).values():
+        nn.init.ones_(layer.lora_E)
+    factor = factors_of(model)[0]
+    with torch.no_grad():
+        factor.mul_(1 + 2e-4)  # ‖Gram − I‖ = 2 · 2e-4 · √4
+    loralib.ExactFactors(model)
+    with torch.no_grad():
+        factor.mul_(1 + 1e-3)
+    with refused("not orthonormal", model):
+        loralib.ExactFactors(model)
+
+
+def test_the_inverse_root_is_exact_over_the_range_it_is_made_for():
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    gram = (basis * torch.linspace(0.3, 1.6, 8, dtype=torch.float64)) @ basis.T
+    root = inverse_root(gram.float()[None])[0].double()
+    torch.testing.assert_close(root @ gram @ root, torch.eye(8, dtype=torch.float64), rtol=0, atol=1.5e-6)

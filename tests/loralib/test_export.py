@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib.export import export_merged, main
 from loralib.peft_format import decompose, export_peft, import_peft, start_factors
-from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
+from tests.loralib.small import INPUTS, Net, adapted, encoder, factors_of, gpt2, refused
 from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -274,3 +274,16 @@ def test_damage_and_dead_adapters_write_nothing(pretrained, lora2, peft_adapter,
     (tmp_path / "mine/file").write_text("x")
     assert main([str(lora2[2]), "--to", "peft", str(tmp_path / "mine")]) == 2
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_the_seed_of_an_import_draws_what_the_update_leaves_open():
+    starts = []
+    for seed in (0, 0, 1):
+        import_peft(model := Net(), FOLDER / "peft", "adalora", r=6, seed=seed)
+        starts.append(torch.cat([factor.detach().flatten() for factor in factors_of(model)]))
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+
+
+def test_singular_values_below_the_rounding_of_float32_are_left_out():
+    left, core = torch.eye(5, 3), torch.diag(torch.tensor([1.0, 1e-3, 1e-9]))
+    torch.testing.assert_close(decompose(left, core, left.T)[1], torch.tensor([1.0, 1e-3], dtype=torch.float64))

@@ -255,3 +255,22 @@ def test_refusals_change_nothing(kind, change, message):
     with refused(message, model):
         loss = (lambda model, x: model.layer[0]["q"].lora_E.sum()) if change == "uncalled" else loss_of
         loralib.initialise(model, kind, [] if change == "empty" else data, loss)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
+def test_no_sign_of_an_outer_factor_is_left_to_rounding(kind):
+    model = net("lora2", r=3, k=4)
+    loralib.initialise(model, kind, batches(), loss_of)
+    for layer in loralib.lora_layers(model).values():
+        for columns in [layer.lora_A[0].T, *(layer.lora_B if kind == "gradient" else [])]:
+            assert (columns.gather(0, columns.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+def test_the_seed_draws_the_directions_that_the_gradient_leaves_open():
+    starts = []
+    for seed in (0, 1):
+        model = net("lora2", r=3, k=9)  # the gradient has rank 7
+        loralib.initialise(model, "gradient", batches(), loss_of, seed=seed)
+        starts.append(model.layer[0]["q"].lora_A[0].detach())
+    torch.testing.assert_close(starts[0][:7], starts[1][:7], atol=1e-8, rtol=0)
+    assert not torch.allclose(starts[0][7:], starts[1][7:], atol=1e-2)

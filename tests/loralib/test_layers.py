@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import loralib
-from tests.loralib.small import randomise, refused
+from tests.loralib.small import blocks, randomise, refused
 
 # "lora", or the widths of a multi-scale layer.
 SCALES = ["lora", (), (1,), (3,), (8,), (4, 2), (5, 4, 3)]
@@ -171,3 +171,27 @@ def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places
     for wrong in ([3, 1], [1, 1], [4], [-1]):
         with pytest.raises(ValueError, match="increase"):
             layer.select(wrong)
+
+
+def test_what_was_frozen_stays_frozen_when_singular_values_go():
+    layer = blocks("lora2", 1, r=4, k=3)["layer"][0]["q"]
+    for parameter in layer.lora_parameters()[1:4]:  # the inner B, e and the inner A
+        parameter.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in layer.lora_parameters()]
+    layer.keep_singular_values([0, 2])
+    assert [parameter.requires_grad for parameter in layer.lora_parameters()] == before
+
+
+def test_a_merge_into_bfloat16_rounds_once():
+    layer = randomise(loralib.LoRA2Linear(11, 7, 4, 12.0, k=3), 0.3)
+    layer.weight.data = layer.weight.data.bfloat16()
+    expected = (layer.weight.float() + layer.delta_weight()).bfloat16()
+    layer.merge()
+    assert torch.equal(layer.weight, expected)
+
+
+def test_float64_stays_float64_below_autocast():
+    layer, x = randomise(loralib.LoRA2Linear(11, 7, 4, 12.0, k=3)).double(), torch.randn(5, 11, dtype=torch.float64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), expected)

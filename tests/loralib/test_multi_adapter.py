@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import loralib
-from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, gpt2, refused
+from loralib.multi_adapter import _join
+from tests.loralib.small import DEBERTA, INPUTS, SIZES, Net, adapted, encoder, gpt2, refused
 
 
 class Pair(NamedTuple):
@@ -200,3 +201,18 @@ def test_any_output_is_joined_or_refused(two, of_rows, says):
     assert torch.equal(joined[1], x) and isinstance(pair, Pair) and torch.equal(pair.first, x[:, 0])
     assert torch.equal(pair.second[0], x) and pair.second[1:4] == [None, 5, "word"]
     assert torch.equal(pair.second[4], torch.arange(9))
+
+
+def test_equal_numbers_of_parts_pass_for_none_of_the_whole():
+    parts = [{"logits": torch.ones(n, 2), "loss": 0.5} for n in (1, 2)]
+    with refused(r"the output\['loss'\] is not per row"):
+        _join(parts, [1, 2], torch.arange(3))
+
+
+def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
+    model = adapted(lora_dropout=0.5)
+    adapters = loralib.MultiAdapter(base := Net().requires_grad_(False).train())
+    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
+    adapters.activate("a")
+    torch.testing.assert_close(base(INPUTS), model(INPUTS))
+    assert not base(INPUTS).requires_grad

@@ -144,3 +144,27 @@ def test_a_factor_that_layers_of_different_ranks_share_is_refused():
 def test_what_means_nothing_is_refused(kind, form, message):
     with pytest.raises(ValueError, match=message):
         loralib.Preconditioner(model_of(kind), form)
+
+
+def test_balancing_shares_a_factor_on_the_right_too():
+    model = model_of("lora2", k=4, share_outer=True)
+    layers = list(loralib.lora_layers(model).values())
+    outer, inners = layers[0].lora_A[0], [layer.lora_A[1] for layer in layers]
+    before = {p: p.grad.clone() for p in (outer, *inners)}
+    loralib.Preconditioner(model, "balanced_scalar").apply()
+    mean = (sum(a.square().sum() for a in inners) / 3).sqrt()
+    torch.testing.assert_close(outer.grad, before[outer] * (outer.norm() / mean), rtol=1e-4, atol=1e-6)
+    for inner in inners:
+        torch.testing.assert_close(inner.grad, before[inner] * (mean / outer.norm()), rtol=1e-4, atol=1e-6)
+
+
+def test_balancing_several_scales_changes_every_factor():
+    model = model_of("multiscale", widths=(5, 4))
+    before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
+    loralib.Preconditioner(model, "balanced_scalar").apply()
+    for layer in loralib.lora_layers(model).values():
+        for side in (list(layer.lora_B), list(reversed(layer.lora_A))):
+            for i, factor in enumerate(side):
+                gain = 1.0 if i == 0 else factor.norm() / side[i - 1].norm()
+                gain = gain if i == len(side) - 1 else gain * factor.norm() / side[i + 1].norm()
+                torch.testing.assert_close(factor.grad, before[factor] * gain, rtol=1e-4, atol=1e-6)

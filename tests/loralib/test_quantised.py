@@ -129,3 +129,17 @@ def test_bfloat16_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         half = float32(x)
     torch.testing.assert_close(half.float(), float32(x), rtol=0.05, atol=0.05 * float32(x).abs().max().item())
+
+
+@FORMS
+def test_dropout_acts_on_the_update_beside_a_quantised_weight(form):
+    model = network()
+    quantise(model, form)
+    loralib.inject(model, "lora2", ["0"], r=4, lora_dropout=0.5)
+    layer, x = randomise(model, 0.2)[0], torch.randn(4000, 64)
+    with torch.no_grad():
+        frozen = model[0]._quantised[0](x)
+        update, dropped = layer.eval()(x) - frozen, layer.train()(x) - frozen
+    assert not torch.allclose(dropped, update, atol=1e-3)
+    slope = (dropped * update).sum() / update.square().sum()  # dropout rescales: right on average
+    assert abs(slope.item() - 1) < 0.05

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import loralib
-from tests.loralib.small import blocks, randomise
+from tests.loralib.small import blocks, model_to_prune, random_step, randomise
 from tests.nlu.tiny import tiny_bert
 
 STEPS, BATCH = 8, 4
@@ -202,3 +202,34 @@ def test_layers_may_lie_on_several_devices(monkeypatch, prune_by):
                 assert training.penalty().device == torch.device("cuda", 0)
             training.after_step()
         assert training.allocator._mask.device == torch.device("cuda", 0)
+
+
+def test_the_defaults_of_a_training():
+    training = loralib.LowRankTraining(model_to_prune(), 100, target_rank=2)
+    made = training.allocator
+    assert (made.init_warmup, made.final_warmup, made.mask_interval, made.beta1, made.beta2) == (10, 50, 10, 0.85, 0.85)
+    torch.testing.assert_close(training.penalty(), loralib.compute_orth_regu(training.model, 0.1))
+    training.after_step()
+    training.start(40)  # another training of the same model
+    assert (training.step, training.allocator.init_warmup, training.allocator.final_warmup) == (0, 4, 20)
+
+
+def test_the_budget_is_what_is_live_after_a_masking():
+    training = loralib.LowRankTraining(model_to_prune(), 20, target_rank=1, mask_interval=1, final_warmup=2)
+    for step in range(1, 21):
+        random_step(training.model, torch.Generator().manual_seed(step))
+        training.after_step()
+        assert training.budget == training.allocator.live_rank
+
+
+def test_a_frozen_adapter_is_neither_pruned_nor_regularised():
+    model = model_to_prune()
+    first, *_ = loralib.lora_layers(model).values()
+    for parameter in first.lora_parameters():
+        parameter.requires_grad_(False)
+    training = loralib.LowRankTraining(model, 4, target_rank=1, init_warmup=0, final_warmup=2, mask_interval=1)
+    assert training.allocator.initial_total_rank == 8 and set(training.rank_pattern) == {"layer.1.q", "layer.2.q"}
+    before = training.penalty()
+    with torch.no_grad():
+        first.lora_B[1].mul_(2)
+    assert torch.equal(training.penalty(), before)

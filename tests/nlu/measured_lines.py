@@ -3,9 +3,26 @@
 import json
 from pathlib import Path
 
+from tests.nlu.tiny import REPOSITORY
+
 METRIC = {"cola": "matthews_correlation", "stsb": "pearson"}
 SIZES = {"LoRA r=8": 331_776, "AdaLoRA": 332_064, "LoRA² k=8": 336_672, "LoRA r=1": 41_472, "LoRA² k=1": 42_336}
 BASES = {"LoRA r=8": "lora", "LoRA r=1": "lora", "AdaLoRA": "adalora", "full": "full", "BitFit": "bitfit"}
+PUBLISHED = REPOSITORY / "results/published"
+QUESTIONS = {
+    "questions": [
+        {
+            "question": "Does the larger one score more?",
+            "experiments": ["trial"],
+            "claims": [
+                {"label": "LoRA² k=8", "against": "LoRA r=8", "expect": "higher", "published": 1.05, "source": "T. 1"},
+                {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
+            ],
+        },
+        {"question": "And elsewhere?", "experiments": ["elsewhere"]},
+    ],
+    "published": [{"file": "lora2_table1_deberta_v3_base", "title": "Table 1"}],
+}
 
 
 def line(label: str, task: str, seed: int, scores: list[float], **changes) -> dict:

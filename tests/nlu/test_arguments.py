@@ -281,3 +281,9 @@ runpy.run_path("nlu/{program}.py", run_name="__main__")
     result = run_python("-c", hide)
     assert result.returncode == 2
     assert result.stderr == f"error: the package {package} is not installed: run bash scripts/setup.sh first\n"
+
+
+def test_the_rows_of_a_process_are_free_only_where_those_of_a_step_are_said():
+    sizes = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": 32 // n} for n in (8, 16)]
+    assert changed_arguments(*sizes) == ["gradient_accumulation_steps", "per_device_train_batch_size"]
+    assert changed_arguments(*(size | {"total_batch_size": 32} for size in sizes)) == []

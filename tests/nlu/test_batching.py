@@ -107,3 +107,18 @@ def test_fast_for_the_largest_task():
     start = time.process_time()
     list(sampler)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("rows", "drop_last", "steps"), [(33, False, 5), (32, False, 4), (33, True, 4), (31, True, 3), (3, False, 1)]
+)
+def test_an_epoch_ends_with_the_batches_that_are_left(rows, drop_last, steps):
+    """Batches of 4, two to a step."""
+    args = SimpleNamespace(per_device_train_batch_size=4, n_gpu=1, gradient_accumulation_steps=2, world_size=1)
+    args.dataloader_drop_last = drop_last
+    assert updates_per_epoch(args, rows) == steps
+
+
+def test_the_rows_that_fill_no_batch_are_sorted_too():
+    lengths = np.random.default_rng(0).permutation(100)
+    assert (np.diff(lengths[list(LengthBucketSampler(lengths, 64, 0))][64:]) > 0).all()

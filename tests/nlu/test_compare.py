@@ -12,9 +12,9 @@ from transformers import AutoConfig
 
 from nlu import compare
 from nlu.experiments.records import read_lines
-from nlu.experiments.statistics import as_frame
+from nlu.experiments.statistics import as_frame, finished, load_measured
 from nlu.experiments.tables import comparison_table
-from tests.nlu.measured_lines import line
+from tests.nlu.measured_lines import line, write
 from tests.nlu.tiny import DEBERTA_BASE, make_encoder
 
 FAKE = Path(__file__).with_name("fake_run_glue.py")
@@ -152,3 +152,11 @@ def test_text_stays_text_and_numbers_become_numbers():
     words = ["--label_column", "01", "--model_revision=12e45", "--max_steps", "7", "--learning_rate=1e-3", "--bf16"]
     values = {"label_column": "01", "model_revision": "12e45", "max_steps": 7, "learning_rate": 1e-3, "bf16": True}
     assert compare.flag_values(words) == values
+
+
+def test_one_row_of_one_seed_is_doubt_enough_and_live_parameters_are_a_mean(tmp_path):
+    lines = [line("LoRA² k=8", "cola", s, [0.5], live_adapter_params=100 * s, steps=5000) for s in (1, 2, 3)]
+    lines.append(line("LoRA r=8", "cola", 1, [0.5], steps=5000))
+    table = comparison_table("c", finished(load_measured(write(tmp_path, "trial", lines))), {})
+    assert table.title.startswith("Demonstration, one seed:")
+    assert table.text.set_index("method").loc["LoRA² k=8", "remaining"] == "200"

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
@@ -141,3 +142,13 @@ def test_the_workers_have_time_to_end_a_long_step_and_save_it(monkeypatch, asked
     seconds = []
     monkeypatch.setattr(launch, "torchrun", lambda argv: seconds.append(LaunchConfig(1, 1, 1).shutdown_timeout))
     assert launch.main([]) == 0 and seconds == [int(asked or 600)]
+
+
+def test_a_resumed_run_keeps_its_start_and_is_not_evaluated_before_its_next_step(base_flags):
+    flags = [*base_flags, "--method", "lora", "--eval_on_start"]
+    run_broken_off(flags, 4)
+    record, path = read(flags), Path(flags[flags.index("--root_output_dir") + 1]) / "results.json"
+    path.write_text(json.dumps(record | {"started_at": "2020-02-02T00:00:00+00:00"}))
+    assert main(flags) == 0
+    assert [entry["step"] for entry in read(flags)["evaluations"]] == [0, 3, 6]
+    assert read(flags)["started_at"] == "2020-02-02T00:00:00+00:00"

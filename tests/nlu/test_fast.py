@@ -202,3 +202,28 @@ def test_freed_memory_is_used_again_without_page_faults():
 
     faults()
     assert faults() < 8192
+
+
+def twice_the_last():
+    model = build()
+    model.deberta.z_steps = 2  # DeBERTa's enhanced mask decoder runs the last layer again
+    return model
+
+
+@pytest.mark.parametrize("model", [twice_the_last, lambda: build("bert", is_decoder=True)])
+def test_more_models_are_left_alone(model):
+    assert not first_token_on(model())
+
+
+def test_cpu_attention_scales_as_it_is_asked_to():
+    query, key, value = torch.randn(3, 2, 2, 5, 4)
+    context, _ = cpu_attention(torch.nn.Module(), query, key, value, torch.ones(2, 1, 5, 5, dtype=torch.bool), 0.0, 0.3)
+    expected = (0.3 * query @ key.mT).softmax(-1) @ value
+    torch.testing.assert_close(context, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_nothing_is_dropped_in_evaluation(kind):
+    model = build(kind, attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.3).eval()
+    speed_up(fast := copy.deepcopy(model))
+    torch.testing.assert_close(fast(**batch()).logits, model(**batch()).logits, rtol=1e-5, atol=1e-5)

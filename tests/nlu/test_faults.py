@@ -392,3 +392,13 @@ def test_without_locks_a_run_says_so(run_folder, monkeypatch, caplog):
     with ConsoleLog() as log, folder.hold("new", log):
         pass
     assert "cannot be locked" in caplog.text
+
+
+def test_a_checkpoint_with_a_file_too_many_is_not_whole(tmp_path):
+    new = tmp_path / ".checkpoint-3.new"
+    new.mkdir()
+    (new / "model.safetensors").write_bytes(b"weights")
+    seal(tmp_path / "checkpoint-3")
+    assert is_whole(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3/more").write_bytes(b"")
+    assert not is_whole(tmp_path / "checkpoint-3")

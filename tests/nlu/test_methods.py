@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import run_glue
+from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.methods.low_rank import SIX_MODULES
 from nlu.methods.method import head_parameters
@@ -316,3 +317,12 @@ def test_fsdp_is_refused_where_nothing_is_frozen(method, processes, refused, mon
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(UsageError, match="FSDP splits frozen weights") if refused else nullcontext():
         check_method_fits(tiny_bert(), arguments_of(method), 1000)
+
+
+def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
+    flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3"]
+    arguments = parse_arguments([*base_flags, *flags, "--lora_dropout", "0.25"])
+    applied = apply_method(tiny_bert(), arguments.method, 10)
+    expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
+    torch.testing.assert_close(applied.low_rank.penalty(), expected)
+    assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import EarlyStoppingCallback
+from transformers import AutoTokenizer, EarlyStoppingCallback
 
 from loralib import export
+from nlu.arguments import parse_arguments
+from nlu.data.glue import reorder_labels
+from nlu.data.splits import load_predict_task
 from nlu.run_glue import main
+from nlu.tasks import get_task
 from tests.nlu.tiny import changed, make_rows, write_rows
 
 
@@ -120,3 +124,11 @@ def test_a_task_that_does_not_go_with_it_is_refused(task, drop, message, mnli_fl
     assert main([*(f for f in mnli_flags if f != drop), "--predict_task", task]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_ax_is_asked_in_the_order_of_the_trained_models_labels(mnli_flags, encoder):
+    arguments = parse_arguments([*mnli_flags, "--predict_task", "ax"])
+    task, _ = reorder_labels(get_task("mnli"), {}, ["contradiction", "neutral", "entailment"])
+    ((ax, splits),) = load_predict_task(arguments, task, AutoTokenizer.from_pretrained(encoder))
+    assert ax.name == "ax" and ax.labels == task.labels and ax.submission_labels == task.submission_labels
+    assert len(splits["test"]) == 9

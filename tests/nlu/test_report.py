@@ -6,43 +6,13 @@ import math
 import re
 from copy import deepcopy
 from html.parser import HTMLParser
-from itertools import pairwise
 
-import matplotlib
 import pytest
 import yaml
-from matplotlib.figure import Figure
 
 from nlu import report
 from nlu.experiments import figures
-from nlu.experiments.claims import load_questions
-from nlu.experiments.figures import STYLE, spread_apart
-from nlu.experiments.published import published_table
-from nlu.experiments.statistics import correct_claims, finished, load_measured
-from nlu.experiments.tables import (
-    claims_table,
-    score_table,
-    training_table,
-    tuning_table,
-)
-from tests.nlu.measured_lines import line, trial, write
-from tests.nlu.tiny import REPOSITORY
-
-PUBLISHED = REPOSITORY / "results/published"
-QUESTIONS = {
-    "questions": [
-        {
-            "question": "Does the larger one score more?",
-            "experiments": ["trial"],
-            "claims": [
-                {"label": "LoRA² k=8", "against": "LoRA r=8", "expect": "higher", "published": 1.05, "source": "T. 1"},
-                {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
-            ],
-        },
-        {"question": "And elsewhere?", "experiments": ["elsewhere"]},
-    ],
-    "published": [{"file": "lora2_table1_deberta_v3_base", "title": "Table 1"}],
-}
+from tests.nlu.measured_lines import PUBLISHED, QUESTIONS, line, trial, write
 
 
 @pytest.fixture
@@ -61,11 +31,6 @@ def make(tmp_path, capsys):
         return (code, *capsys.readouterr())
 
     return call
-
-
-@pytest.fixture
-def runs(tmp_path):
-    return load_measured(write(tmp_path / "lines", "trial", trial(3)))
 
 
 def test_the_page_answers_each_question_with_its_tables_and_figures(make, tmp_path):
@@ -217,58 +182,6 @@ def test_a_tuning_run_counts_once_too(make, tmp_path):
         assert code == 0 and re.search(r"\| LoRA r=8 .* 2 of 8 \|", out), out
 
 
-def test_scores_and_the_mark_of_short_trainings(tmp_path):
-    lines = [line("LoRA r=8", t, s, [0.9, v + s / 10]) for t, v in (("cola", 0.2), ("stsb", 0.6)) for s in (1, 2)]
-    lines += [line("full", "cola", 1, [0.5], rate_sum=0.1), line("AdaLoRA", "cola", 1, [0.5], rate_sum=0.9)]
-    runs = finished(load_measured(write(tmp_path, "trial", lines)))
-    text = score_table("trial", runs).text.set_index("")
-    row = text.loc["LoRA r=8"]
-    assert (row["CoLA"], row["STS-B"], row["average"], row["seeds"]) == ("35.0 ± 7.1", "75.0 ± 7.1", "55.00", "2")
-    assert row["average of best"] == "90.00"
-    # Λ means nothing for full fine-tuning; a row that lacks a task has no average.
-    assert list(text.index) == ["full", "LoRA r=8", "AdaLoRA (short)"] and text.loc["full"]["average"] == "–"
-    training = training_table("trial", runs).text.set_index("")
-    assert training.loc["AdaLoRA"][["Λ at pruning", "Λ at the end", "‖ΔW‖"]].tolist() == ["0.90", "0.90", "3.00"]
-    assert training.loc["full"]["‖ΔW‖"] == "–" and training.loc["AdaLoRA"]["remaining values"] == "144 of 288"
-    assert training.loc["LoRA r=8"]["CoLA loss"] == "0.105 (0.105)"
-
-
-def test_labelled_test_sets_have_a_column_and_ranks_a_figure(tmp_path):
-    modules = {f"encoder.layer.{i}.{kind}.dense": i + j for i in (0, 1) for j, kind in enumerate(("output", "other"))}
-    lines = [
-        line("AdaLoRA", "mrpc", s, [0.7], test_scores={"MRPC": {"accuracy": v, "f1": 0.1}},
-             module_ranks={name: rank + 2 * (s - 1) for name, rank in modules.items()})
-        for s, v in ((1, 0.6), (2, 0.8))
-    ]  # fmt: skip
-    lines += [line(label, "cola", 1, [0.5]) for label in ("AdaLoRA", "LoRA r=8")]
-    runs = finished(load_measured(write(tmp_path, "trial", lines)))
-    table = score_table("trial", runs)
-    assert table.text.set_index("")["MRPC test"].tolist() == ["–", "70.0 ± 14.1"] and "CoLA test" not in table.text
-    drawn = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure
-    (panel,) = drawn.axes
-    assert [text.get_text() for text in panel.get_yticklabels()] == ["output.dense", "other.dense"]
-    assert [text.get_text() for text in panel.texts] == ["1.0", "2.0", "2.0", "3.0"]  # means, by type and layer
-    assert dict(figures.draw("trial", runs[runs.label == "LoRA r=8"], runs))["trial_ranks"]() is None
-
-
-def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_path):
-    (tmp_path / "claims.yaml").write_text(yaml.safe_dump(QUESTIONS))
-    question = load_questions(tmp_path / "claims.yaml")[0][0]
-    final = finished(runs)
-    # By hand: e^-0.03 and e^-0.05 times the loss, in each of three seeds alike.
-    less = final.task.map({"cola": math.exp(-0.03), "stsb": math.exp(-0.05)}).where(final.label == "LoRA² k=8", 1)
-    table = claims_table("trial", final.assign(loss=final.loss * less), question, correct_claims(runs, [question]))
-    assert list(table.text["task"]) == ["all tasks", "CoLA", "STS-B"]
-    assert list(table.text["loss, %"]) == list(table.text["95 % interval (loss)"]) == ["−3.9", "−3.0", "−4.9"]
-    assert list(table.text["published"]) == ["+1.05", "–", "–"] and list(table.text["pairs"]) == ["6", "3", "3"]
-    part = final[(final.label != "LoRA² k=8") | (final.task == "stsb")].assign(
-        loss=final.loss.where(final.seed > 1, 0.0)
-    )
-    table = claims_table("trial", part, question, correct_claims(part, [question]))
-    assert list(table.text["task"]) == ["STS-B"] and list(table.text["loss, %"]) == ["+0.0"]  # a loss of 0 has no ratio
-    assert report._finding(table, part).startswith("LoRA² k=8 − LoRA r=8 on STS-B: +")
-
-
 def test_the_same_claim_of_two_experiments_has_a_verdict_for_each(make, tmp_path):
     """Ten points in each of three seeds hold, whatever the other experiment's runs say."""
     scores = {"LoRA r=8": (0.5, 0.51, 0.52), "LoRA² k=8": (0.6, 0.6101, 0.6199)}
@@ -280,16 +193,6 @@ def test_the_same_claim_of_two_experiments_has_a_verdict_for_each(make, tmp_path
     assert make(clear, questions={"questions": asked})[0] == 0
     answers = re.findall(r"^LoRA² k=8 − LoRA r=8: .* (holds|not shown)\.$", (tmp_path / "README.md").read_text(), re.M)
     assert answers == ["holds", "not shown"]
-
-
-def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
-    text = tuning_table("trial", runs).text.set_index("")
-    # By hand: 60, less 2 points for each thousandth away from 1e-3; the extra rate is left out.
-    assert text.loc["LoRA² k=8", "mean of the values tried"] == f"{60 - 2 * (0.6 + 0 + 1.5 + 5.25) / 4:.2f}"
-    assert text.loc["LoRA² k=8", "CoLA"] == "0.001" and text.loc["LoRA² k=8", "at the chosen values"] == "60.00"
-    assert text.loc["LoRA r=8", "failed"] == "2 of 8"  # which count as 0
-    failed = (60 - 1.2) + 60 + (60 - 3)
-    assert text.loc["LoRA r=8", "mean of the values tried"] == f"{failed / 4:.2f}"
 
 
 def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_row(make, tmp_path):
@@ -350,12 +253,6 @@ def test_only_a_value_whose_seeds_have_all_finished_is_chosen_and_for_its_own_qu
     assert "On the validation set, which the scores above come from too" in (tmp_path / "README.md").read_text()
 
 
-def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):
-    lines = [each for each in trial(2) if (each["label"], each["task"]) != ("AdaLoRA", "stsb")]
-    text = tuning_table("trial", load_measured(write(tmp_path, "trial", lines))).text.set_index("")
-    assert text.loc["AdaLoRA", ["CoLA", "STS-B", "at the chosen values"]].tolist() == ["0.001", "–", "–"]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -371,14 +268,6 @@ def test_faulty_questions_are_refused_in_one_line(make, tmp_path, content, messa
     code, _, err = make(trial(1), questions=content)
     assert code == 2 and message in err and "claims.yaml" in err and err.count("\n") == 1
     assert not (tmp_path / "README.md").exists()
-
-
-def test_published_averages_are_computed_and_the_wrong_one_is_marked():
-    table = published_table(PUBLISHED, "lora2_table1_deberta_v3_base", "Table 1")
-    # By hand: (72.3 + 95.76 + 91.42 + (92.25 + 89.74)/2 + 91.92 + (90.43 + 90.23)/2 + 94.28 + 88.45) / 8
-    assert table.data["avg_computed"].iloc[-1] == pytest.approx(89.431875)
-    marked = [cell for cell in table.text["average, computed"] if "†" in cell]
-    assert marked == ["89.43 †"]
 
 
 @pytest.mark.parametrize(
@@ -411,15 +300,6 @@ def test_a_label_is_no_markdown(make, tmp_path):
     assert page.count(r"LoRA \*r\|8\*") > 4 and "LoRA *r|8*" not in page
 
 
-def test_a_gain_that_a_claim_cites_is_that_of_the_published_rows():
-    questions, _ = load_questions(REPOSITORY / "configs/experiments/claims.yaml")
-    table1 = published_table(PUBLISHED, "lora2_table1_deberta_v3_base", "").data
-    average = {(r.method, r.setting): r.avg_computed for r in table1.itertuples()}
-    gains = [average["lora2", f"k={k}"] - average["lora", f"r={r}"] for k, r in ((8, 8), (1, 1), (1, 8))]
-    cited = {c.published for q in questions for c in q.claims if c.source == "LoRA² Table 1"}
-    assert cited == {round(gain, 2) for gain in gains}
-
-
 def test_a_page_that_is_no_report_stays(make, tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     code, _, said = make(trial())
@@ -448,63 +328,3 @@ def test_an_installed_package_has_no_published_tables(make, monkeypatch, tmp_pat
     write(tmp_path / "measured", "trial", trial())
     assert report.main(["--measured_dir", str(tmp_path / "measured")]) == 0, capsys.readouterr().err
     assert not (tmp_path / "site-packages").exists()
-
-
-def test_rows_that_adapt_other_modules_share_a_figure(tmp_path):
-    whole = {f"layer.{n}.{kind}.dense": 2 for n in range(2) for kind in ("key", "query")}
-    part = {name: 1 for name in whole if "query" in name}
-    for order in ((whole, part), (part, whole)):
-        lines = [line(f"{n}", "cola", 1, [0.5], module_ranks=ranks) for n, ranks in enumerate(order)]
-        runs = load_measured(write(tmp_path, "trial", lines))
-        panels = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure.axes
-        shown = [sorted(text.get_text() for text in panel.texts) for panel in panels]
-        assert shown == [[f"{rank:.1f}" for rank in ranks.values()] for ranks in order]
-
-
-def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
-    assert spread_apart([100.0, 5000.0]) == [100.0, 5000.0]
-    placed = spread_apart([331_776, 42_336, 332_064, 336_672])
-    assert placed[1] == 42_336
-    close = sorted(placed[i] for i in (0, 2, 3))
-    assert [b / a for a, b in pairwise(close)] == pytest.approx([figures.APART] * 2)
-
-
-def test_a_wide_line_lies_below_a_narrow_one_in_whatever_order_they_come(runs):
-    for final in (finished(runs), finished(runs)[::-1]):
-        drawing = dict(figures.draw("trial", final, runs))["trial_curves"]()
-        lines = sorted(drawing.figure.axes[0].get_lines(), key=lambda each: each.get_zorder())
-        widths = [each.get_linewidth() for each in lines]
-        assert widths == sorted(widths, reverse=True) and len(set(widths)) == len(widths) > 2
-
-
-def test_labels_are_printed_as_they_are(tmp_path):
-    labels = ["d<e>", "*z*", "_a_b_", "__init__", "x|y", "a < b", "`c`"]
-    lines = [line(label, "cola", 1, [0.5], adapter_params=1000) for label in labels]
-    table = score_table("trial", load_measured(write(tmp_path, "trial", lines)))
-    rows = [row.split(" | ")[0].strip("| ") for row in table.markdown().splitlines() if row.startswith("| ")]
-    printed = [r"d\<e>", r"\*z\*", r"\_a_b\_", r"\_\_init\_\_", r"x\|y", "a < b", r"\`c\`"]
-    assert sorted(rows[1:]) == sorted(printed)
-    text = table.latex()
-    assert r"d\textless{}e\textgreater{}" in text and r"x\textbar{}y" in text and not set("<>|") & set(text)
-
-
-def test_every_series_is_seen_and_every_label_is_in_the_legend_as_it_is(tmp_path):
-    labels = ["_hidden", "cost $x_1$", "a label that goes on and on until it no longer fits on one line", "a b", "A"]
-    lines = [line(label, "cola", 1, [0.5], adapter_params=1000) for label in labels]
-    runs = load_measured(write(tmp_path, "trial", lines))
-    drawings = {name: drawn() for name, drawn in figures.draw("trial", finished(runs), runs)}
-    assert drawings["trial_rates"] is None
-    for name in ("trial_parameters", "trial_curves"):
-        figure = drawings[name].figure
-        assert isinstance(figure, Figure)
-        with matplotlib.rc_context(STYLE):
-            figure.draw_without_rendering()
-        (legend,) = figure.legends
-        assert sorted(text.get_text().replace("\n", " ") for text in legend.get_texts()) == sorted(labels)
-        box, page = legend.get_window_extent(), figure.bbox
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
-        markers = [
-            artist for artist in figure.axes[0].get_lines() if artist.get_marker() not in ("None", "", None, "_")
-        ]
-        styles = {(artist.get_color(), artist.get_marker()) for artist in markers}
-        assert len(styles) >= len(labels)

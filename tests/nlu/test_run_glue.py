@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import loralib
 from nlu import predict, run_glue
+from nlu.arguments import parse_arguments
+from nlu.data.splits import load_data
 from nlu.data.tokens import longest_input
 from nlu.run_glue import main
 from nlu.trainer import GlueTrainer
@@ -308,3 +310,37 @@ def test_a_run_that_ends_or_is_best_between_two_maskings_keeps_its_adapter(base_
 def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):
     assert main([flag for flag in base_flags if flag != "--do_train"]) == 2
     assert "has no trained head for the task, and nothing trains it first" in capsys.readouterr().err
+
+
+def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "nlu.run_glue.GlueTrainer", lambda *args, **options: made.append(GlueTrainer(*args, **options)) or made[-1]
+    )
+    assert main([*base_flags, "--label_smoothing_factor", "0.2", "--max_steps", "1"]) == 0
+    logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    uniform = -logits.log_softmax(-1).mean()
+    for training, expected in ((True, 0.8 * plain + 0.2 * uniform), (False, plain)):
+        made[0].model.train(training)
+        torch.testing.assert_close(made[0].task_loss({"logits": logits}, labels), expected)
+
+
+def loaded(flags, *more):
+    return load_data(parse_arguments([*flags, *more]))[1]
+
+
+def test_the_held_out_rows_are_the_same_for_every_seed_of_training(base_flags):
+    held = ["--holdout_fraction", "0.2"]
+    first, same, other = (
+        loaded(changed(base_flags, seed=seed), *held, "--holdout_seed", str(number))["validation"]["idx"][:]
+        for seed, number in ((1, 5), (2, 5), (1, 6))
+    )
+    assert first == same != other
+
+
+def test_every_split_has_its_own_limit(base_flags):
+    limits = ["--do_predict", "--max_train_samples", "9", "--max_eval_samples", "7", "--max_predict_samples", "5"]
+    assert {name: len(rows) for name, rows in loaded(base_flags, *limits).items()} == {
+        "train": 9, "validation": 7, "test": 5,
+    }  # fmt: skip

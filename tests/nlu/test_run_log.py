@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from nlu.run_glue import main
 from nlu.runs.log import ConsoleLog
+from nlu.runs.record import RunRecord
 from tests.nlu.killed_runs import run_broken_off
 from tests.nlu.tiny import REPOSITORY
 
@@ -77,3 +78,10 @@ def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
         log.write_to(tmp_path / "log" / "run.log")
         print("shown all the same")
     assert shown.getvalue() == b"shown all the same\n"
+
+
+def test_of_equal_scores_the_first_is_the_best(tmp_path):
+    record = RunRecord(tmp_path, {}, "accuracy", dict)
+    record.log_history = [{"step": step, "eval_accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
+    made = record.write("running")
+    assert (made["best"], made["best_step"], made["last"]) == (0.5, 4, 0.5)

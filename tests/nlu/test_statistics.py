@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.experiments.statistics import Estimate, estimate, holm, load_measured, paired, percent, verdict
+from nlu.experiments.statistics import (
+    Estimate,
+    estimate,
+    finished,
+    holm,
+    load_measured,
+    paired,
+    percent,
+    tuned_over,
+    verdict,
+)
 from tests.nlu.measured_lines import line, trial, write
 
 
@@ -126,3 +136,19 @@ def test_what_cannot_be_read_is_named(tmp_path):
     twice = [line("LoRA r=8", "cola", 1, [0.1], run=name) for name in "ab"]
     with pytest.raises(UsageError, match=r"trial.jsonl has LoRA r=8 on cola with seed 1 twice"):
         load_measured(write(tmp_path, "trial", twice))
+
+
+def test_a_gain_does_not_contradict_that_nothing_is_lost():
+    assert verdict(Estimate(2.0, 0.5, 12.0, 15), "not lower", 0.2) == "not shown"  # p is corrected for many claims
+
+
+def test_a_value_of_an_axis_is_chosen_by_the_last_loss_not_the_lowest(tmp_path):
+    lines = []
+    for rate, losses in (("low", [0.5, 0.5]), ("high", [0.1, 0.9])):
+        for seed in (1, 2):
+            axes = {"row": "a", "rate": rate, "task_name": "cola", "seed": seed}
+            made = line(f"a, {rate}", "cola", seed, [0.3, 0.4], axes=axes, run=f"{rate}-{seed}", tried={})
+            made["evaluations"]["loss"] = losses
+            lines.append(made)
+    chosen = finished(tuned_over(load_measured(write(tmp_path, "trial", lines)), "rate"))
+    assert {axes["rate"] for axes in chosen["axes"]} == {"low"}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ import yaml
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments import choosing, launchers
-from nlu.experiments.experiment import load_experiment, place_free
+from nlu.experiments.experiment import Run, Selection, load_experiment, place_free
 from nlu.experiments.records import read_lines
 from tests.nlu.test_digests import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
@@ -435,3 +436,15 @@ def test_one_s_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run, tmp_
     assert code == 2 and "train_file: other content" in err and "lora-other.csv" in err
     code, _, err = run({**content, "grid": {"method": ["lora"], "seed": [1]}})
     assert code == 2 and "no task_name is given" in err
+
+
+def test_a_value_counts_by_its_last_loss_and_only_where_all_its_seeds_have_one():
+    ends = {1e-3: [[0.1, 0.5], [0.1, 0.5]], 2e-3: [[0.4, 0.4], [0.4, 0.4]], 4e-3: [[0.2, 0.01], None]}
+    lines, runs = {}, []
+    for rate, losses in ends.items():
+        for seed, loss in enumerate(losses):
+            run = Run("e", "select", f"{rate}-{seed}", {"seed": seed}, {}, tried={"learning_rate": rate})
+            runs.append(run)
+            lines[run.folder] = {"status": "finished" if loss else "failed", "evaluations": {"loss": loss}}
+    places = SimpleNamespace(line=lambda run: lines[run.folder])
+    assert choosing.choose(Selection((), {}, runs), places) == {(): {"learning_rate": 2e-3}}
