@@ -65,7 +65,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules whose next rate depends on the last evaluation
-_WITHOUT_KWARGS = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedules that read no --lr_scheduler_kwargs
+_WITHOUT_KWARGS = ("constant", "constant_with_warmup")  # schedules that read no --lr_scheduler_kwargs
 _WITHOUT_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # optimisers that read no --optim_args
 _POSITIVE = ("learning_rate", "head_learning_rate", "logging_steps", "eval_steps", "save_steps")
 
@@ -141,7 +141,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
             f"--lr_scheduler_kwargs has no meaning with --lr_scheduler_type {training.lr_scheduler_type.value}: leave "
             "it out"
         )
-    _check_checkpointing(training)
+    _check_checkpointing(training, given)
     if training.optim_args and training.optim in _WITHOUT_ARGS:
         raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")
     if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
@@ -184,8 +184,8 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
         raise UsageError("--early_stopping_patience needs evaluations: give --do_eval and --eval_strategy steps")
     elif training.logging_strategy == "epoch" and training.eval_strategy != "epoch":
         raise UsageError(
-            "--early_stopping_patience may end training within an epoch, which --logging_strategy epoch would not log: "
-            "give --logging_strategy steps, or --eval_strategy epoch"
+            "--logging_strategy epoch with --early_stopping_patience would lose an entry where a run that stopped "
+            "within an epoch is continued: give --logging_strategy steps, or --eval_strategy epoch"
         )
     if training.load_best_model_at_end:
         if training.save_strategy == "steps" and training.save_steps != training.eval_steps:
@@ -199,10 +199,11 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
             )
 
 
-def _check_checkpointing(training: Any) -> None:
-    """The keywords of torch's checkpointing, whose own check comes in the first step."""
-    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
-    for flag in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+def _check_checkpointing(training: Any, given: set[str]) -> None:
+    """The keywords of transformers' and torch's checkpointing, whose own check comes in the first step."""
+    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state", "every_n_layers", "offload"}
+    known -= {"function", "args", "kwargs", "context_fn"}
+    for flag in given & {"gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"}:
         unknown = sorted({*(getattr(training, flag) or ())} - known)
         if unknown:
             raise UsageError(f"--{flag} has no {unknown[0]!r}; it takes {', '.join(sorted(known))}")
@@ -299,22 +300,18 @@ def fit_schedule(training: Any, method: Any, total_steps: int) -> None:
 
 
 def check_an_evaluation(training: Any, total_steps: int, steps_per_epoch: int) -> None:
-    """Refuse a training that acts on its evaluations and is over before the first one.
+    """Refuse a training that acts on its evaluations and is over before the first one; one at its end there always is.
 
     Raises:
         UsageError: one line.
     """
     acting = (training.load_best_model_at_end, training.save_strategy == "best", training.early_stopping_patience)
-    if not any(acting):
-        return
-    if training.eval_strategy == "epoch":
-        last, first = total_steps / steps_per_epoch, training.eval_delay
-    else:
-        each = training.eval_steps if training.eval_steps >= 1 else math.ceil(total_steps * training.eval_steps)
-        last, first = total_steps // each * each, max(training.eval_delay, each)
-    if last < first:
+    end, unit = (
+        (total_steps / steps_per_epoch, "epochs") if training.eval_strategy == "epoch" else (total_steps, "steps")
+    )
+    if any(acting) and training.eval_delay > end:
         raise UsageError(
-            f"training ends after {total_steps} steps, before its first evaluation: lower --eval_steps or --eval_delay"
+            f"--eval_delay {training.eval_delay:g} is beyond the end of training ({end:g} {unit}): lower it"
         )
 
 

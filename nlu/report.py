@@ -156,7 +156,8 @@ def _sections(
             continue
         if question.against not in {None, *final.label}:
             rows = ", ".join(dict.fromkeys(final.label))
-            yield Section(question.question, f"No run of {question.against} has finished yet, only of {rows}.", [], [])
+            missing = markdown_text(f"No run of {question.against} has finished yet, only of {rows}.")
+            yield Section(question.question, missing, [], [])
             continue
         if question.against is not None:
             compared = against_table(name, every, question.against)
@@ -256,7 +257,7 @@ def _write_published(tables: list[Table], folder: Path) -> None:
 
 
 def _markdown(section: Section, folder: str) -> str:
-    finding = markdown_text(section.finding) if section.tables else section.finding  # else it holds a command
+    finding = markdown_text(section.finding) if section.tables else section.finding  # else it is Markdown
     lines = [f"## {section.question}", "", finding, "", *[table.markdown() for table in section.tables]]
     for figure in section.figures:
         alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(figure.text.split()))  # a bracket would end it

@@ -370,11 +370,14 @@ def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
 def test_a_lock_does_not_outlive_its_process_in_a_data_loaders(tmp_path):
+    begun, says = os.pipe()
     with locked(tmp_path / ".lock", "in use"):
         child = os.fork()
         if child == 0:
+            os.write(says, b"!")
             time.sleep(60)
             os._exit(0)
+        os.read(begun, 1)
         with pytest.raises(UsageError, match="in use"), locked(tmp_path / ".lock", "in use"):
             pass
     try:

@@ -279,7 +279,7 @@ def test_faulty_questions_are_refused_in_one_line(make, tmp_path, content, messa
         ({"rows": []}, "rows"),
         ({"source": ""}, "source"),
         ({"column": ["cola"]}, "'column' was unexpected"),
-        (None, "is absent; restore it from the repository"),
+        (None, "is absent or damaged; restore it from the repository"),
     ],
 )
 def test_a_faulty_published_table_is_refused_in_one_line(make, tmp_path, change, message):

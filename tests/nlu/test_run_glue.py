@@ -183,9 +183,12 @@ def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
         ),
         (
             ["--load_best_model_at_end", "--save_steps", "3", "--eval_delay", "7"],
-            "before its first evaluation",
+            "--eval_delay 7 is beyond the end of training (6 steps)",
         ),
-        (["--early_stopping_patience", "1", "--eval_steps", "7"], "before its first evaluation"),
+        (
+            ["--save_strategy", "best", "--eval_strategy", "epoch", "--eval_delay", "1"],
+            "--eval_delay 1 is beyond the end of training (0.857143 epochs)",
+        ),
         (["--early_stopping_patience", "1", "--logging_strategy", "epoch"], "give --logging_strategy steps"),
     ],
 )
