@@ -306,13 +306,11 @@ def check_an_evaluation(training: Any, total_steps: int, steps_per_epoch: int) -
         UsageError: one line.
     """
     acting = (training.load_best_model_at_end, training.save_strategy == "best", training.early_stopping_patience)
-    end, unit = (
-        (total_steps / steps_per_epoch, "epochs") if training.eval_strategy == "epoch" else (total_steps, "steps")
-    )
+    by_epoch = training.eval_strategy == "epoch"
+    end = total_steps / steps_per_epoch if by_epoch else total_steps
     if any(acting) and training.eval_delay > end:
-        raise UsageError(
-            f"--eval_delay {training.eval_delay:g} is beyond the end of training ({end:g} {unit}): lower it"
-        )
+        where = f"{end:g} {'epochs' if by_epoch else 'steps'}"
+        raise UsageError(f"--eval_delay {training.eval_delay:g} is beyond the end of training ({where}): lower it")
 
 
 def _check_data(data: Any) -> None:

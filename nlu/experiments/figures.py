@@ -215,14 +215,14 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
         for label, own in rows_of(runs[runs.task == task]):
-            by_rate: dict[float, list[float]] = {}
-            for tried, status, score in zip(own.tried, own.status, own["last"], strict=True):
-                if status == "finished":
-                    by_rate.setdefault(tried["learning_rate"], []).append(score)
-                else:  # a cross on the lower edge
-                    place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
-                    axes.plot(tried["learning_rate"], 0, "x", color=styles[label]["color"], **place)
-            _line(axes, by_rate, label, styles[label])
+            rates = [tried["learning_rate"] for tried in own.tried]
+            done = own.assign(rate=rates, setting=own.tried.map(str))[own.status == "finished"]
+            means = done.groupby(["rate", "setting"])[["loss", "last"]].mean().reset_index("setting")
+            best = means.sort_values("loss").groupby("rate").head(1)["last"]
+            _line(axes, {rate: [score] for rate, score in best.items()}, label, styles[label])
+            for rate in own.assign(rate=rates)[own.status != "finished"].rate:  # a cross on the lower edge
+                place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
+                axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
         _ticks(axes, [tried["learning_rate"] for tried in runs[runs.task == task].tried], "{:.3g}".format)
         axes.set_title(f"{HEADINGS.get(task, task)}: held-out score", loc="left")
     for axes in panels[-columns:]:
@@ -230,7 +230,8 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     _legend(figure, panels)
     text = (
         f"Score at the last evaluation on held-out training data against the learning rate on {_names(tasks)}, in the "
-        "tuning stage. A cross marks a failed run."
+        "tuning stage; where other settings are tuned too, with those of the lowest loss at that rate. A cross marks a "
+        "failed run."
     )
     return Drawing(name, "Sensitivity to the learning rate", text, figure)
 

@@ -186,3 +186,23 @@ def test_the_average_of_best_weighs_tasks_alike(tmp_path):
     lines = [line("LoRA r=8", "cola", s, [0.9, 0.2]) for s in (1, 2, 3)] + [line("LoRA r=8", "stsb", 1, [0.5, 0.4])]
     (row,) = score_table("trial", finished(load_measured(write(tmp_path, "trial", lines)))).text.to_dict("records")
     assert (row["average"], row["average of best"], row["seeds"]) == ("30.00", "70.00", "1 to 3")
+
+
+def test_at_each_learning_rate_the_other_settings_are_those_of_the_lowest_loss(tmp_path):
+    lines = []
+    for rate, alpha, loss, score in (
+        (1e-3, 2, 0.5, 0.3),
+        (1e-3, 16, 0.4, 0.2),
+        (2e-3, 2, 0.6, 0.1),
+        (2e-3, 16, 0.9, 0),
+    ):
+        for seed in (1, 2):
+            tried = {"learning_rate": rate, "lora_alpha": alpha}
+            lines.append(line("LoRA r=1", "cola", seed, [score + 0.05 * seed], stage="select", tried=tried))
+            lines[-1]["evaluations"]["loss"] = [loss]
+    lines += [line("LoRA r=1", "cola", 1, [0.3])]
+    every = load_measured(write(tmp_path, "trial", lines))
+    drawing = dict(figures.draw("trial", finished(every), every))["trial_rates"]()
+    (drawn,) = (artist for artist in drawing.figure.axes[0].get_lines() if artist.get_label() == "LoRA r=1")
+    assert drawn.get_xdata().tolist() == [1e-3, 2e-3]
+    assert drawn.get_ydata().tolist() == pytest.approx([27.5, 17.5])
