@@ -146,8 +146,8 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         own = self.args.train_batch_size
         whole = own * self.args.world_size
         rows = len(batches) * whole
-        left = len(self.train_dataset) % whole
-        if batches and left and self.accelerator.gradient_state.end_of_dataloader and not self.drop_last:
+        left = len(self.train_sampler) % whole
+        if batches and left and self.accelerator.gradient_state.end_of_dataloader:
             rows += left - whole
             repeated = batches[-1]["labels"][max(0, left - own * self.args.process_index) :]
             repeated.fill_(math.nan if self.task.is_regression else _IGNORED)

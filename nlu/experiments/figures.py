@@ -215,12 +215,12 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
         for label, own in rows_of(runs[runs.task == task]):
-            rates = [tried["learning_rate"] for tried in own.tried]
-            done = own.assign(rate=rates, setting=own.tried.map(str))[own.status == "finished"]
-            means = done.groupby(["rate", "setting"])[["loss", "last"]].mean().reset_index("setting")
+            own = own.assign(rate=[tried["learning_rate"] for tried in own.tried], setting=own.tried.map(str))
+            done = own.status == "finished"
+            means = own[done].groupby(["rate", "setting"])[["loss", "last"]].mean()
             best = means.sort_values("loss").groupby("rate").head(1)["last"]
-            _line(axes, {rate: [score] for rate, score in best.items()}, label, styles[label])
-            for rate in own.assign(rate=rates)[own.status != "finished"].rate:  # a cross on the lower edge
+            _line(axes, {rate: [score] for (rate, _), score in best.items()}, label, styles[label])
+            for rate in own[~done].rate:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
         _ticks(axes, [tried["learning_rate"] for tried in runs[runs.task == task].tried], "{:.3g}".format)

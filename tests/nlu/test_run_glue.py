@@ -108,13 +108,19 @@ def test_your_own_files(own_flags, tmp_path, capsys):
     assert len(answers) == 2 and set(answers[0]["probabilities"]) == {"bad", "fair", "good"}
 
 
-def test_class_weights_weigh_the_training_loss_alone(own_flags, tmp_path, monkeypatch):
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers that runs make, as they make them."""
     made = []
     monkeypatch.setattr(
         "nlu.run_glue.GlueTrainer", lambda *args, **options: made.append(GlueTrainer(*args, **options)) or made[-1]
     )
+    return made
+
+
+def test_class_weights_weigh_the_training_loss_alone(own_flags, trainers):
     assert main([*own_flags, "--on_error", "skip", "--class_weights", "balanced", "--max_steps", "1"]) == 0
-    trainer = made[0]
+    (trainer,) = trainers
     counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
     torch.testing.assert_close(trainer.class_weights, 39 / (3 * counts.float()))
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
@@ -315,18 +321,14 @@ def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):
     assert "has no trained head for the task, and nothing trains it first" in capsys.readouterr().err
 
 
-def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        "nlu.run_glue.GlueTrainer", lambda *args, **options: made.append(GlueTrainer(*args, **options)) or made[-1]
-    )
+def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, trainers):
     assert main([*base_flags, "--label_smoothing_factor", "0.2", "--max_steps", "1"]) == 0
     logits, labels = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 1])
     plain = torch.nn.functional.cross_entropy(logits, labels)
     uniform = -logits.log_softmax(-1).mean()
     for training, expected in ((True, 0.8 * plain + 0.2 * uniform), (False, plain)):
-        made[0].model.train(training)
-        torch.testing.assert_close(made[0].task_loss({"logits": logits}, labels), expected)
+        trainers[0].model.train(training)
+        torch.testing.assert_close(trainers[0].task_loss({"logits": logits}, labels), expected)
 
 
 def loaded(flags, *more):
