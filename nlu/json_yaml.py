@@ -16,20 +16,20 @@ from nlu import CONFIGS
 from nlu.errors import UsageError, reason
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, advice: str = "delete it to run it again") -> dict[str, Any] | None:
     """A JSON object, or None where the file is absent.
 
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the file is damaged; its message ends with the advice.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete it to run it again") from None
+        raise UsageError(f"{path} cannot be read ({error}); {advice}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path} does not hold a JSON object; delete it to run it again")
+        raise UsageError(f"{path} does not hold a JSON object; {advice}")
     return value
 
 

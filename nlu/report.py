@@ -54,12 +54,13 @@ The papers' own tables, which are cited, go to PUBLISHED_DIR/README.md.
 
 @dataclass(frozen=True)
 class Section:
-    """A question and its answer. Where no run has finished, the finding says how to measure it."""
+    """A question and its answer, as plain text, and the commands that measure what is not measured yet."""
 
     question: str
     finding: str
     tables: list[Table]
     figures: list[Drawing]
+    commands: list[str]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,13 +152,13 @@ def _sections(
         failed = int((every.status == "failed").sum())
         lost = f" {failed} run(s) failed and have no score." if failed else ""
         if not len(final):
-            commands = ", ".join(f"`python nlu/sweep.py configs/experiments/{n}.yaml`" for n in question.experiments)
-            yield Section(question.question, f"Not measured yet: {commands}.{lost}", [], [])
+            commands = [f"python nlu/sweep.py configs/experiments/{name}.yaml" for name in question.experiments]
+            yield Section(question.question, "Not measured yet." + lost, [], [], commands)
             continue
         if question.against not in {None, *final.label}:
             rows = ", ".join(dict.fromkeys(final.label))
-            missing = markdown_text(f"No run of {question.against} has finished yet, only of {rows}.")
-            yield Section(question.question, missing, [], [])
+            missing = f"No run of {question.against} has finished yet, only of {rows}."
+            yield Section(question.question, missing, [], [], [])
             continue
         if question.against is not None:
             compared = against_table(name, every, question.against)
@@ -173,7 +174,7 @@ def _sections(
                 figures.append(drawn())
             except Exception as error:  # whatever matplotlib raises: the other figures are still wanted
                 failures.append(f"the figure {figure} was not drawn: {reason(error)}")
-        yield Section(question.question, found + lost, tables, [figure for figure in figures if figure is not None])
+        yield Section(question.question, found + lost, tables, [figure for figure in figures if figure is not None], [])
 
 
 def _finding(claims: Table | None, final: pd.DataFrame) -> str:
@@ -219,7 +220,7 @@ def _write(form: str, sections: list[Section], output: Path) -> None:
         _remove_stale(output, {f"{figure.name}.png" for figure in figures})
         answered = [_markdown(section, "figures") for section in sections if section.tables]
         lines = [GENERATED, f"# {TITLE}", "", *answered]
-        unanswered = [f"- {section.question} {section.finding}" for section in sections if not section.tables]
+        unanswered = [f"- {section.question} {_answer(section)}" for section in sections if not section.tables]
         lines += ["## Open questions", "", *unanswered] if unanswered else []
         write_text(output / "README.md", "\n".join(lines).rstrip() + "\n")
     elif form == "html":
@@ -257,12 +258,16 @@ def _write_published(tables: list[Table], folder: Path) -> None:
 
 
 def _markdown(section: Section, folder: str) -> str:
-    finding = markdown_text(section.finding) if section.tables else section.finding  # else it is Markdown
-    lines = [f"## {section.question}", "", finding, "", *[table.markdown() for table in section.tables]]
+    lines = [f"## {section.question}", "", _answer(section), "", *[table.markdown() for table in section.tables]]
     for figure in section.figures:
         alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(figure.text.split()))  # a bracket would end it
         lines += [f"![{alternative}]({folder}/{figure.name}.png)", ""]
     return "\n".join(lines)
+
+
+def _answer(section: Section) -> str:
+    commands = ", ".join(f"`{command}`" for command in section.commands)
+    return markdown_text(section.finding) + (f" Run {commands}." if commands else "")
 
 
 def _page(sections: list[Section]) -> str:

@@ -17,12 +17,10 @@ def published_table(folder: Path, file: str, title: str) -> Table:
         UsageError: its file is absent or damaged, or holds something else than a table.
     """
     path = folder / f"{file}.json"
-    try:
-        content = read_json(path)
-    except UsageError:
-        content = None
+    advice = "restore it from the repository"
+    content = read_json(path, advice)
     if content is None:
-        raise UsageError(f"{path} is absent or damaged; restore it from the repository")
+        raise UsageError(f"{path} is absent; {advice}")
     check(content, "published_table", str(path))
     columns, published = content.get("columns", []), content["rows"]
     for i, row in enumerate(published):

@@ -45,7 +45,7 @@ def test_the_page_answers_each_question_with_its_tables_and_figures(make, tmp_pa
     assert "- Claims without pairs of finished runs, which count in the correction: LoRA² k=8 − absent." in page
     open_questions = page.partition("\n## Open questions\n")[2].strip()
     assert open_questions.startswith("- And elsewhere? ") and "\n" not in open_questions
-    assert open_questions.endswith("Not measured yet: `python nlu/sweep.py configs/experiments/elsewhere.yaml`.")
+    assert open_questions.endswith("Not measured yet. Run `python nlu/sweep.py configs/experiments/elsewhere.yaml`.")
     shown = re.findall(r"\(figures/(\w+\.png)\)", page)
     assert shown == ["trial_parameters.png", "trial_curves.png", "trial_rates.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(shown)
@@ -145,7 +145,7 @@ def test_experiments_of_like_names_have_tables_of_their_own_and_failures_are_cou
     }
     assert found == {"My_exp_1_scores.csv": 70.0, "my_exp_2_scores.csv": 20.0}
     assert make(trial(), questions={"questions": []})[0] == 0
-    assert "none.yaml`. 1 run(s) failed and have no score." in (tmp_path / "README.md").read_text()
+    assert "Not measured yet. 1 run(s) failed and have no score. Run `" in (tmp_path / "README.md").read_text()
 
 
 def test_several_experiments_are_compared_together(make, tmp_path):
@@ -279,13 +279,18 @@ def test_faulty_questions_are_refused_in_one_line(make, tmp_path, content, messa
         ({"rows": []}, "rows"),
         ({"source": ""}, "source"),
         ({"column": ["cola"]}, "'column' was unexpected"),
-        (None, "is absent or damaged; restore it from the repository"),
+        (None, "is absent; restore it from the repository"),
+        ("{", "cannot be read (Expecting property name enclosed in double quotes: line 1"),
+        ("[]", "does not hold a JSON object; restore it from the repository"),
     ],
 )
 def test_a_faulty_published_table_is_refused_in_one_line(make, tmp_path, change, message):
     path = tmp_path / "published/lora2_table1_deberta_v3_base.json"
     content = {"source": "A paper", "columns": ["cola"], "rows": [{"cola": 69.2}]}
-    path.write_text(json.dumps(content | change)) if change else path.unlink()
+    if change is None:
+        path.unlink()
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(content | change))
     code, _, err = make(trial(1))
     assert code == 2 and message in err and path.name in err and err.count("\n") == 1
     assert not (tmp_path / "README.md").exists()
