@@ -21,7 +21,6 @@ from loralib.adapter_checks import (
     check_base,
     check_start,
     factor_names,
-    is_transposed,
     refuse_merging,
 )
 from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
@@ -251,7 +250,7 @@ def build_layers(
         for name, flags in group.rank_pattern.items():
             old, live = model.get_submodule(name), group.live(name)
             layer = layers[name] = KINDS[group.kind].from_linear(
-                old, group.r, group.lora_alpha, group.lora_dropout, fan_in_fan_out=is_transposed(old), **options
+                old, group.r, group.lora_alpha, group.lora_dropout, **options
             )
             layer.keep_singular_values(live if compact else range(len(flags)))
             for parameter in layer.lora_parameters():
@@ -326,7 +325,7 @@ def merge_adapter(model: nn.Module) -> None:
             is merged then.
     """
     layers = layers_outside_peft(model, "merge_and_unload()")
-    refuse_merging(model, layers)
+    refuse_merging(unwrapped(model), layers)
     for layer in layers.values():
         layer.merge()
 

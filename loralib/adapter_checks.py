@@ -1,4 +1,4 @@
-"""Whether a saved adapter fits a model: places, shapes and the base's weights. Nothing here changes a model."""
+"""Whether a saved adapter fits a model: places, shapes and the base's weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapter_files import AdapterConfig, LayerGroup
-from loralib.injection import check_replaceable, is_conv1d, is_linear
+from loralib.injection import check_replaceable, is_linear
 from loralib.layers import LoRALayer, factor_shapes
-from loralib.model import factors_of, lora_layers
-from loralib.quantised import frozen_shape, stored_form
+from loralib.model import factors_of, lora_layers, unwrapped
+from loralib.stored_weight import frozen_shape, stored_form
 
 
 def check_adapter(
@@ -31,6 +31,8 @@ def check_adapter(
     Args:
         any_head_shape: the adapter's head may have other shapes than the model's.
     """
+    if "" in config.ranks:
+        raise ValueError("the adapter's layer is the model itself, which cannot be replaced: put it into a module")
     present, state = lora_layers(model), model.state_dict(keep_vars=True)
     _refuse_merged(present)
     if present and set(present) != set(config.ranks):
@@ -82,10 +84,6 @@ def _settings(plain: bool, r: int, widths: Sequence[int]) -> str:
     return f"{'LoRA' if plain else 'singular values'} of rank {r}" + (f" and widths {list(widths)}" if widths else "")
 
 
-def is_transposed(module: nn.Module) -> bool:
-    return module.fan_in_fan_out if isinstance(module, LoRALayer) else is_conv1d(module)
-
-
 def _refuse_merged(layers: dict[str, LoRALayer]) -> None:
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
@@ -124,7 +122,7 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
             check_replaceable(name, modules[name])
             if len(flags) > group.r:
                 raise ValueError(f"the adapter's rank pattern of {name} has {len(flags)} values, its rank is {group.r}")
-            most = max(1024, *frozen_shape(modules[name], is_transposed(modules[name])))
+            most = max(1024, *frozen_shape(modules[name]))
             if max(group.r, *group.widths, 0) > most:  # a layer that is pruned whole has no tensor that limits them
                 raise ValueError(f"the adapter's rank or width of {name} is beyond {most}")
             shapes = expected if "1" in flags else pruned
@@ -137,7 +135,7 @@ def _factor_shapes(model: nn.Module, config: AdapterConfig) -> dict[str, tuple[i
 
 
 def _shapes_of_one(name: str, module: nn.Module, group: LayerGroup, rank: int) -> dict[str, tuple[int, ...]]:
-    left, right = factor_shapes(*frozen_shape(module, is_transposed(module)), group.widths, rank)
+    left, right = factor_shapes(*frozen_shape(module), group.widths, rank)
     prefix = f"{name}." if name else ""
     shapes: dict[str, tuple[int, ...]] = {} if group.kind == "lora" else {f"{prefix}lora_E": (rank,)}
     for side, of_side in (("B", left), ("A", right)):
@@ -178,6 +176,7 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     Raises:
         ValueError: for a model on the meta device, and for a sharded one whose trainable parameters have changed since.
     """
+    model = unwrapped(model)
     tensors = _base_tensors(model, exclude)
     if any(stored_form(tensor) == "sharded" for tensor in tensors.values()):
         head, digest = getattr(model, _KEPT, (None, ""))

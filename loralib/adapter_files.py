@@ -274,7 +274,7 @@ def _is_base_config(value: Any) -> bool:
     return _maps_to_text(labels) and set(labels) == {str(i) for i in range(len(labels))} and problem in problems
 
 
-_SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(MOST_SCALES)}
+SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(MOST_SCALES)}
 _VALUES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("kind", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
     **dict.fromkeys(("base_model", "base_revision"), lambda value: value is None or _is_text(value)),
@@ -307,7 +307,7 @@ def _misfit(values: Mapping[str, Any], checks: dict[str, Callable[[Any], Any]]) 
 
 def _misfit_of_group(group: LayerGroup) -> str | None:
     problem = _misfit(vars(group), _GROUP_VALUES)
-    if problem is None and len(group.widths) not in _SCALES[group.kind]:
+    if problem is None and len(group.widths) not in SCALES[group.kind]:
         problem = f"kind {group.kind} cannot have {len(group.widths)} widths"
     return problem and f"groups: {problem}"
 

@@ -1,4 +1,4 @@
-"""Replace linear layers of any model by low-rank ones, and set what trains."""
+"""Replace linear layers of any model by low-rank ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from loralib.checks import check_choice
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.model import lora_layers
+from loralib.stored_weight import is_conv1d
 
 KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
 
@@ -37,12 +38,6 @@ def _own_names() -> frozenset[str]:
     with torch.random.fork_rng(devices=[]):  # both draw their values
         low_rank, linear = LoRA2Linear(1, 1, 1, 1.0, device="cpu"), nn.Linear(1, 1, device="cpu")
     return frozenset(dir(low_rank)) - frozenset(dir(linear))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, weight stored (in, out); told by name and shape so that no library need be imported."""
-    weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -154,7 +149,7 @@ def inject(
             raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
         check_replaceable(name, module)
     layers = {
-        name: KINDS[kind].from_linear(module, r, lora_alpha, lora_dropout, fan_in_fan_out=is_conv1d(module), **options)
+        name: KINDS[kind].from_linear(module, r, lora_alpha, lora_dropout, **options)
         for name, module in modules.items()
     }
     if share_outer:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, fold, without_autocast
-from loralib.quantised import frozen_shape, stored_form
+from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
@@ -96,8 +96,6 @@ class LoRALayer(nn.Linear):
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
-        *,
-        fan_in_fan_out: bool = False,
         **options: Any,
     ) -> LoRALayer:
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
@@ -105,7 +103,6 @@ class LoRALayer(nn.Linear):
         Args:
             linear: an ``nn.Linear``, one with a weight quantised by torchao, bitsandbytes' ``Linear4bit``, or a layer
                 with a weight stored (in, out) such as GPT-2's ``Conv1D``.
-            fan_in_fan_out: the weight is stored (in, out).
             options: what the preset's :attr:`arguments` name.
 
         Raises:
@@ -114,12 +111,12 @@ class LoRALayer(nn.Linear):
         widths, init = cls._widths_and_init((), options)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = frozen_shape(linear, fan_in_fan_out)
+        layer.out_features, layer.in_features = frozen_shape(linear)
         layer.weight = linear.weight
         if stored_form(layer.weight) == "quantised":
             layer._quantised = linear._quantised if isinstance(linear, LoRALayer) else (linear,)
         layer.register_parameter("bias", linear.bias)
-        layer._add_factors(r, lora_alpha, lora_dropout, widths, init, fan_in_fan_out)
+        layer._add_factors(r, lora_alpha, lora_dropout, widths, init, is_transposed(linear))
         return layer.train(linear.training)
 
     @classmethod

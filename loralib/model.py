@@ -1,4 +1,4 @@
-"""Which parts of a model are low-rank, and which train: found by type and by parameter, never by name."""
+"""Which parts of a model are low-rank, and which train."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
+    Of a compiled or data-parallel module they are those of the model inside.
 
     ``model.load_state_dict(state, strict=False)`` loads it into a model with the same layers.
 
@@ -114,7 +115,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         wanted |= {id(layer.bias) for layer in lora_layers(model).values() if layer.bias is not None}
     return {
         name: parameter.detach()
-        for name, parameter in model.named_parameters()  # gives a shared parameter once
+        for name, parameter in unwrapped(model).named_parameters()  # gives a shared parameter once
         if id(parameter) in wanted or (bias == "all" and _is_bias(name))
     }
 
@@ -144,6 +145,8 @@ def head_tensors(model: nn.Module) -> dict[str, Tensor]:
 def keep_flags(model: nn.Module) -> Iterator[None]:
     """Restore every ``requires_grad`` of the model at the end of the block."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    yield
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

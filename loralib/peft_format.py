@@ -26,6 +26,7 @@ from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import (
     CARD_FILE,
     CONFIG_FILE,
+    SCALES,
     TOKENIZER_FILES,
     WEIGHTS_FILE,
     AdapterConfig,
@@ -171,6 +172,8 @@ def export_peft(
         unscaled = {name: (left, right) for name, (left, right, _) in scaled.items()}
         return _write_peft(adapter, folder, unscaled, head, fields, None)
     config, tensors = read_adapter(adapter)
+    if "" in config.ranks:
+        raise ValueError("the adapter's layer is the model itself, which has no name in peft: put it into a module")
     pairs = {
         name: layer_pair(group, name, tensors, config.tied) for group in config.groups for name in group.rank_pattern
     }
@@ -282,9 +285,10 @@ def import_peft(
     check_choice("kind", kind, KINDS)
     check_whole_number("r", r)
     check_positive("lora_alpha", lora_alpha)
-    scales = {"adalora": (0,), "lora2": (1,)}.get(kind, range(100))
-    if kind != "lora" and len(widths) not in scales:
-        raise ValueError(f"kind {kind!r} takes {scales[0]} widths, got {list(widths)}: see multiscale for any number")
+    if kind != "lora" and len(widths) not in SCALES[kind]:
+        least, most = SCALES[kind][0], SCALES[kind][-1]
+        scales = str(least) if least == most else f"{least} to {most}"
+        raise ValueError(f"kind {kind!r} takes {scales} widths, got {list(widths)}: see multiscale for others")
     _, pairs, head = read_pairs(folder)
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}

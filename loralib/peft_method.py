@@ -21,8 +21,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from torch import Tensor, nn
 
 from loralib.adapter import live_singular_values
-from loralib.injection import NEVER_CALLED, is_conv1d
+from loralib.injection import NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
+from loralib.stored_weight import is_conv1d
 
 NAME = "lora2"
 _FACTORS = ("lora_B", "lora_A")

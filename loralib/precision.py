@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.layers import LoRALayer
-from loralib.quantised import stored_form
+from loralib.stored_weight import stored_form
 
 # What computes with functions that take no half precision, told by name so that no library need be imported.
 _FLOAT32_ONLY = {

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from loralib.adapter_checks import keep_fingerprint
 from loralib.model import head_tensors
-from loralib.quantised import stored_form
+from loralib.stored_weight import stored_form
 
 
 def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:

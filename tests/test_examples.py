@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 import loralib
-from loralib.quantised import stored_form
+from loralib.stored_weight import stored_form
 
 FOLDER = Path(__file__).parents[1] / "examples"
 

@@ -126,7 +126,8 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
     most = max(mean.max() for mean in means)
     for (label, _), mean, axes in zip(rows, means, panels, strict=True):
         layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna(0).astype(int)
-        values = pd.Series(mean.values, [mean.index.map(module_type), layers]).unstack().reindex(kinds)
+        # A module with two numbers in its name (one of a block's several networks) shares its cell with the others.
+        values = mean.groupby([mean.index.map(module_type), layers.values]).mean().unstack().reindex(kinds)
         axes.imshow(values, cmap="cividis", vmin=0, vmax=most, aspect="auto")
         axes.grid(False)
         for (y, x), value in np.ndenumerate(values.values):

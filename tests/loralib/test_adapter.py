@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 import loralib
 from loralib.adapter import merge_into
+from loralib.peft_format import export_peft
 from tests.loralib.small import INPUTS, Net, adapted, gpt2, refused
 
 KINDS = [
@@ -341,6 +342,12 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     loralib.load_adapter(wrap(other), tmp_path / "a")
     merge_into(wrap(merged), tmp_path / "a")
     torch.testing.assert_close((other(INPUTS), merged(INPUTS)), (model(INPUTS),) * 2)
+    assert loralib.base_fingerprint(wrap(other)) == loralib.base_fingerprint(other)
+    assert loralib.lora_state_dict(wrapped).keys() == loralib.lora_state_dict(model).keys()
+    outputs = model(INPUTS)
+    loralib.merge_adapter(wrapped)
+    assert all(layer.merged for layer in loralib.lora_layers(model).values())
+    torch.testing.assert_close(model(INPUTS), outputs)
 
 
 def test_an_adapter_is_loaded_before_its_parameters_are_reduced_over_processes(tmp_path):
@@ -380,6 +387,11 @@ def test_a_lone_layer_merges_and_travels(tmp_path):
     assert torch.equal(layer(x), before)
     loralib.merge_adapter(layer)
     torch.testing.assert_close(layer(x), before)
+    other = loralib.LoRA2Linear(6, 5, 4, 16, k=3)
+    with refused("put it into a module", other):  # a module that holds it is what could replace it
+        loralib.load_adapter(other, folder)
+    with pytest.raises(ValueError, match="put it into a module"):
+        export_peft(folder, tmp_path / "peft")
 
 
 @pytest.mark.parametrize("saved, into", [("lora", "adalora"), ("adalora", "lora")])

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import loralib
 from tests.loralib.small import blocks, randomise, refused
@@ -102,6 +103,14 @@ def test_from_linear_shares_the_frozen_parameters_and_mode():
     half = loralib.LoRA2Linear.from_linear(nn.Linear(11, 7, dtype=torch.bfloat16), 4, 8)
     assert {p.dtype for p in half.lora_parameters()} == {torch.float32}
     assert half(torch.randn(2, 11, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_square_weight_that_is_stored_the_other_way_round_is_told_by_its_module():
+    stored = Conv1D(5, 5)
+    nn.init.normal_(stored.bias)
+    layer, x = loralib.LoRA2Linear.from_linear(stored, 4, 8, k=3), torch.randn(2, 5)
+    nn.init.normal_(layer.lora_E)
+    torch.testing.assert_close(layer(x), stored(x) + x @ layer.delta_weight().T)
 
 
 @pytest.mark.parametrize("arguments", [

@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
-from loralib.quantised import stored_form
 from loralib.sharding import shard_frozen
+from loralib.stored_weight import stored_form
 from tests.loralib.small import INPUTS, Net, adapted, refused
 
 

@@ -13,7 +13,7 @@ from nlu.arguments import parse_arguments
 from nlu.methods.method import head_parameters
 from nlu.methods.registry import apply_method, count_parameters
 from nlu.run_glue import main
-from tests.nlu.tiny import make_encoder
+from tests.nlu.tiny import SHAPES, make_encoder
 
 
 @pytest.fixture
@@ -108,6 +108,15 @@ def test_the_head_alone_learns_what_a_frozen_encoder_teaches_it(shape, tiny_glue
     assert moved and not any("encoder" in name or "transformer." in name for name in moved)
     for name, parameter in found["whole"].items():
         torch.testing.assert_close(found["features"][name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_reads_more_than_the_hidden_states_is_refused(flags, tmp_path, monkeypatch, capsys):
+    """ALBERT's pooler leaves a step to the model, so what it gives has another shape than the pooled output."""
+    monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
+    folder = make_encoder(tmp_path / "encoder", "albert")
+    albert = ["--model_name_or_path", str(folder), "--lora_module", "query,value"]
+    assert main([*flags, *albert, *PLUS, "--head_first_epochs", "1", "--root_output_dir", str(tmp_path / "run")]) == 2
+    assert "reads more than the last hidden states: leave it out" in capsys.readouterr().err
 
 
 def test_lora_starts_from_the_gradient_and_head_first_lowers_its_first_loss(flags, tmp_path):

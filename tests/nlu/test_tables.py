@@ -125,6 +125,13 @@ def test_rows_that_adapt_other_modules_share_a_figure(tmp_path):
         assert shown == [[f"{rank:.1f}" for rank in ranks.values()] for ranks in order]
 
 
+def test_modules_that_two_numbers_name_share_a_cell_of_the_figure(tmp_path):
+    several = {f"layer.{n}.ffn.{i}.dense": rank for n in range(2) for i, rank in enumerate((1, 2, 6))}
+    runs = load_measured(write(tmp_path, "trial", [line("a", "cola", 1, [0.5], module_ranks=several)]))
+    (panel,) = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure.axes
+    assert [text.get_text() for text in panel.texts] == ["3.0", "3.0"]
+
+
 def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
     assert spread_apart([100.0, 5000.0]) == [100.0, 5000.0]
     placed = spread_apart([331_776, 42_336, 332_064, 336_672])

@@ -13,13 +13,20 @@ def stored_form(weight: Tensor) -> str | None:
     return "quantised" if hasattr(weight, "quant_state") or hasattr(weight, "__tensor_flatten__") else None
 
 
-def frozen_shape(linear: nn.Module, fan_in_fan_out: bool) -> tuple[int, int]:
-    """(out, in) of a linear layer. A packed weight has another shape.
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, weight stored (in, out); told by name and shape so that no library need be imported."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
 
-    Args:
-        fan_in_fan_out: the weight is stored (in, out).
-    """
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the weight of a linear layer, a low-rank one or not, is stored (in, out)."""
+    return getattr(linear, "fan_in_fan_out", is_conv1d(linear))
+
+
+def frozen_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer. A packed weight has another shape."""
     if stored_form(linear.weight) == "quantised":
         return linear.out_features, linear.in_features
     rows, columns = linear.weight.shape
-    return (columns, rows) if fan_in_fan_out else (rows, columns)
+    return (columns, rows) if is_transposed(linear) else (rows, columns)
