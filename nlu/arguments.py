@@ -217,8 +217,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     _explain(parser, set(explicit))
     named = _names(parser, explicit)
     config, base, method_flags = method_file(explicit)
-    split = explicit.index(_WINS) if _WINS in explicit else 0
-    settings, explicit = explicit[:split], explicit[split:]
+    settings, explicit = _split(explicit)
     given = _names(parser, explicit)
     check_given(named, given & _names(parser, method_flags), config, base)
     # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
@@ -321,6 +320,17 @@ def translate(argv: list[str]) -> list[str]:
     return out
 
 
+def _split(flags: list[str]) -> tuple[list[str], list[str]]:
+    """The flags that give way to the method's file, and the others."""
+    places = [i for i, flag in enumerate(flags) if flag.partition("=")[0] == _WINS]
+    if not places:
+        return [], flags
+    rest = flags[places[0] :]
+    if rest[0] != _WINS or len(places) > 1 or not all(flag.startswith("-") for flag in rest[1:2]):
+        raise UsageError(f"{_WINS} stands once, between two flags, and takes no value")
+    return flags[: places[0]], rest
+
+
 def _ratio(text: str) -> str:
     try:
         ratio = float(text)
@@ -337,7 +347,9 @@ def method_file(flags: list[str]) -> tuple[str, str, list[str]]:
     Raises:
         UsageError: for an unknown method, or published flags that contradict it or each other.
     """
-    chosen = _Parser(MethodChoice, add_help=False).parse_args_into_dataclasses(flags, return_remaining_strings=True)[0]
+    chosen = _Parser(MethodChoice, add_help=False).parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )[0]
     name, lora_type = chosen.method, chosen.lora_type
     published = lora_type is not None or chosen.apply_lora or chosen.apply_adalora
     if lora_type == "frd" and chosen.apply_adalora:

@@ -233,6 +233,12 @@ def test_settings_of_a_script_give_way_to_the_methods_file(before, after, rate, 
     assert (arguments.training.learning_rate, arguments.method.lora_r) == (rate, rank)
 
 
+@pytest.mark.parametrize("written", ["{0}=True", "{0} False", "{0} --seed 1 {0}"])
+def test_the_place_is_all_that_method_file_wins_says(written):
+    with pytest.raises(UsageError, match="stands once, between two flags, and takes no value"):
+        parse(f"{BASE} {written.format('--method_file_wins')}")
+
+
 def test_a_flag_may_replace_what_a_script_sets_in_another_way():
     arguments = parse(f"{BASE} --lora_r 4 --target_rank 3 --method_file_wins --target_total_rank 20")
     assert arguments.method.target_total_rank == 20
