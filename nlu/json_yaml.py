@@ -88,7 +88,7 @@ def parse_yaml(text: str) -> Any:
         return _NoAliases(text).get_single_data()
     # The others: impossible dates, numbers of thousands of digits, tags that do not fit their value.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
-        raise ValueError(f"not valid YAML ({' '.join(str(error).split())[:300]})") from None
+        raise ValueError(f"not valid YAML ({reason(error, 300)})") from None
 
 
 def read_yaml(path: Path) -> Any:

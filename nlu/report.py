@@ -25,15 +25,17 @@ from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.claims import Claim, Question, load_questions
 from nlu.experiments.figures import COLOURS, KINDS, Drawing, draw
 from nlu.experiments.published import published_table
-from nlu.experiments.statistics import Estimate, correct_claims, estimate, finished, load_measured, runs_of
+from nlu.experiments.statistics import averages, correct_claims, finished, load_measured, runs_of
 from nlu.experiments.tables import (
     ALL,
     Table,
     against_table,
     claims_table,
     markdown_text,
+    number,
     score_table,
     signed,
+    spread,
     training_table,
     tuning_table,
 )  # fmt: skip
@@ -144,9 +146,9 @@ def _sections(
     with_figures: bool,
 ) -> Iterator[Section]:
     names = [re.sub(r"\W+", "_", "_".join(question.experiments)) for question in questions]
-    for number, (name, question) in enumerate(zip(names, questions, strict=True), 1):
+    for place, (name, question) in enumerate(zip(names, questions, strict=True), 1):
         if [other.lower() for other in names].count(name.lower()) > 1:
-            name += f"_{number}"
+            name += f"_{place}"
         every = runs_of(runs, question)
         final = finished(every)
         failed = int((every.status == "failed").sum())
@@ -180,16 +182,13 @@ def _sections(
 def _finding(claims: Table | None, final: pd.DataFrame) -> str:
     """The answer in a sentence or two: each claim's difference and verdict, else the highest average."""
     if claims is None:
-        tasks = set(final.task)
-        averages = {
-            label: estimate(own["last"], own.task)
-            for label, own in final.groupby("label", sort=False)
-            if set(own.task) == tasks
-        }
-        if not averages:
+        known = averages(final)
+        if not known:
             return "No row has all tasks yet."
-        best = max(averages, key=lambda label: averages[label].mean)
-        return f"Highest average: {best}, {averages[best].mean:.2f}{_interval(averages[best])}."
+        best = max(known, key=lambda label: known[label].mean)
+        ends = known[best].interval
+        interval = "" if ends is None else f" (95 % interval {spread(*ends, number)})"
+        return f"Highest average: {best}, {number(known[best].mean)}{interval}."
     sentences = []
     for row in claims.data[claims.data.verdict != ""].itertuples():
         interval = "" if pd.isna(row.low) else f" (95 % interval {signed(row.low)} to {signed(row.high)})"
@@ -204,13 +203,9 @@ def _lowest_loss(compared: Table, against: str) -> str:
     if not len(known):
         return "No other row has two seeds yet."
     best = known.iloc[0]
-    change = f"{best.loss_change:+.1f}".replace("-", "−")
+    change = number(best.loss_change, 1, sign=True)
     lower = "Lowest loss:" if best.loss_change < 0 else f"No row has a lower loss than {against}. The nearest is"
     return f"{lower} {best.row}, {change} % against {against} (standard error {best.loss_error:.1f})."
-
-
-def _interval(result: Estimate) -> str:
-    return "" if result.interval is None else f" (95 % interval {result.interval[0]:.2f} to {result.interval[1]:.2f})"
 
 
 def _write(form: str, sections: list[Section], output: Path) -> None:

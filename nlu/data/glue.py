@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dat
 
 from nlu.data.file_formats import Table, read_table, shown
 from nlu.data.glue_files import HUB_SUFFIXES, MSR_TRAIN, official_file, official_folders, split_files
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 from nlu.tasks import Task, get_task
 
 HUB_DATASET = "nyu-mll/glue"
@@ -107,9 +107,8 @@ def _load_hub(task: Task, splits: list[str], cache_dir: str | Path | None) -> di
     try:
         loaded = load_dataset(HUB_DATASET, task.name, cache_dir=None if cache_dir is None else str(cache_dir))
     except Exception as error:  # the hub's client raises dozens of unrelated types, all meaning the same to the user
-        reason = str(error).split("\n")[0][:200]
         raise UsageError(
-            f"cannot load {HUB_DATASET} ({task.name}) from the hub: {reason}; pass --glue_dir DIR"
+            f"cannot load {HUB_DATASET} ({task.name}) from the hub: {reason(error, 200)}; pass --glue_dir DIR"
         ) from error
     columns = [*task.text_fields, "label", "idx"]
     for split in splits:

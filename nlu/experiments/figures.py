@@ -1,7 +1,7 @@
 """The figures of a report. Lines differ in colour (Okabe and Ito's palette), dash and marker, for print in grey."""
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import compared, estimate
+from nlu.experiments.statistics import averages, compared
 from nlu.experiments.tables import rows_of
 from nlu.tasks import HEADINGS
 
@@ -85,12 +85,8 @@ def draw(
 
 def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
     """Average score against trained parameters, with 95 % intervals."""
-    tasks = list(dict.fromkeys(runs.task))
-    points = [
-        (label, own.adapter_params.max(), estimate(own["last"], own.task))
-        for label, own in rows_of(runs)
-        if set(own.task) == set(tasks) and own.adapter_params.max() > 0
-    ]
+    sizes = runs.groupby("label").adapter_params.max()
+    points = [(label, sizes[label], average) for label, average in averages(runs).items() if sizes[label] > 0]
     if len(points) < 2:
         return None
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
@@ -105,7 +101,7 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     _legend(figure, [axes])
     best = max(points, key=lambda point: point[2].mean)
     text = (
-        f"Average over {_names(tasks)} against trained parameters, with 95 % intervals over the seeds. Highest: "
+        f"Average over {_names(runs.task)} against trained parameters, with 95 % intervals over the seeds. Highest: "
         f"{best[0]}, {best[2].mean:.2f}."
     )
     return Drawing(name, "Score against parameters", text, figure)
@@ -139,9 +135,7 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
         axes.set_xticks(range(values.shape[1]), values.columns)
         axes.set_title(label, loc="left")
     panels[-1].set_xlabel("layer")
-    text = (
-        f"Singular values left in each module at the end on {_names(list(dict.fromkeys(runs.task)))}: means over runs."
-    )
+    text = f"Singular values left in each module at the end on {_names(runs.task)}: means over runs."
     return Drawing(name, "Singular values that each module keeps", text, figure)
 
 
@@ -158,7 +152,7 @@ def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.axvline(0, color=COLOURS[1], linewidth=1)
     axes.set_xlabel(f"change of the loss against {against}, %\n(± standard error; left is better)")
-    tasks = _names(list(dict.fromkeys(runs.task)))
+    tasks = _names(runs.task)
     text = f"Change of the loss at the last evaluation on {tasks} against {against}. Lowest of them: {rows[-1][0]}."
     return Drawing(name, f"Loss against {against}", text, figure)
 
@@ -290,5 +284,5 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
         entry.set_text(text)  # given to the constructor, a label that begins with `_` would drop out
 
 
-def _names(tasks: list[str]) -> str:
-    return ", ".join(HEADINGS.get(task, task) for task in tasks)
+def _names(tasks: Iterable[str]) -> str:
+    return ", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(tasks))

@@ -47,11 +47,11 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     rows = [_row(experiment, line) for experiment, line in lines]
     frame = pd.DataFrame(rows, columns=[*_NAMES, *_FIGURES, "steps_at", "scores", "losses"])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
-    for name, source, pick in (("last", "scores", -1), ("loss", "losses", -1)):
-        frame[name] = [values[pick] if values else np.nan for values in frame[source]]
+    for name, source in (("last", "scores"), ("loss", "losses")):
+        frame[name] = [values[-1] if values else np.nan for values in frame[source]]
     frame["best"] = [max(values) if values else np.nan for values in frame["scores"]]
     frame["lowest_loss"] = [min(values) if values else np.nan for values in frame["losses"]]
-    final = frame[(frame.stage == "final") & (frame.status == "finished")]
+    final = finished(frame)
     twice = final[final.duplicated(["experiment", "label", "task", "seed"])]
     if len(twice):
         first = twice.iloc[0]
@@ -209,6 +209,13 @@ def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
     variance = float(parts.sum())
     freedom = 1 / float(((parts / variance) ** 2 / (sizes - 1)).sum()) if variance > 0 else np.inf
     return Estimate(mean, variance**0.5, freedom, len(values))
+
+
+def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
+    """Label → its average over the tasks, for the labels that have a run of every task, in the order of the runs."""
+    tasks = runs.task.nunique()
+    labels = runs.groupby("label", sort=False)
+    return {label: estimate(own["last"], own.task) for label, own in labels if own.task.nunique() == tasks}
 
 
 @dataclass(frozen=True)

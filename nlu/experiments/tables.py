@@ -9,7 +9,19 @@ from typing import Any
 import pandas as pd
 
 from nlu.experiments.claims import Claim, Question
-from nlu.experiments.statistics import LEVEL, SHORT, Change, Estimate, compared, estimate, paired, percent, verdict
+from nlu.experiments.statistics import (
+    LEVEL,
+    SHORT,
+    Change,
+    Estimate,
+    averages,
+    compared,
+    estimate,
+    finished,
+    paired,
+    percent,
+    verdict,
+)
 from nlu.tasks import HEADINGS
 
 NONE = "–"
@@ -146,11 +158,10 @@ def is_short(runs: pd.DataFrame) -> bool:
 
 def score_table(name: str, runs: pd.DataFrame) -> Table:
     """Mean ± standard deviation over seeds for each task, and the average over the tasks with its interval."""
-    tasks = list(dict.fromkeys(runs.task))
+    tasks, known = list(dict.fromkeys(runs.task)), averages(runs)
     rows = []
     for label, own in rows_of(runs):
-        whole = set(own.task) == set(tasks)
-        result = estimate(own["last"], own.task) if whole else None
+        result = known.get(label)
         row = {
             "": cell(label + (" (short)" if is_short(own) else ""), row=label, short=is_short(own)),
             "parameters": counted("parameters", own.adapter_params.max()),
@@ -164,7 +175,7 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
         row |= {
             "average": rounded("average", result and result.mean),
             "95 % interval": interval(result),
-            "average of best": rounded("best", own.groupby("task")["best"].mean().mean() if whole else None),
+            "average of best": rounded("best", result and own.groupby("task")["best"].mean().mean()),
         }
         rows.append(row)
     notes = [
@@ -221,7 +232,7 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
 
 def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
     """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score; `every` has both stages."""
-    runs = every[(every.stage == "final") & (every.status == "finished")]
+    runs = finished(every)
     tasks, changes = list(dict.fromkeys(runs.task)), compared(runs, against)
     rows = []
     for label, own in rows_of(runs):
