@@ -58,7 +58,7 @@ class AdaLoraTraining:
         ValueError: for another model, or an adapter that was loaded for inference.
     """
 
-    allocator = budget = None  # the ranks are peft's
+    allocator = None  # the ranks are peft's
 
     def __init__(self, model: nn.Module) -> None:
         tuner = model.base_model if isinstance(model, PeftModel) else model

@@ -21,29 +21,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.checks import check_choice, check_positive
+from loralib.checks import check_choice
 from loralib.exact_factors import distinct_factors
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import injected_layers
 
 PRECONDITIONERS = ("balanced", "balanced_scalar", "riemannian")
+DAMPING = 1e-6  # δ
 
 
 class Preconditioner:
     """Changes the gradients in place. Call :meth:`apply` before ``optimizer.step()``.
 
     Args:
-        model: holds low-rank layers. kind: see the module's text. damping: δ.
+        model: holds low-rank layers. kind: see the module's text.
 
     Raises:
-        ValueError: for another kind, a damping that is not positive, a model without low-rank layers, a balanced kind
+        ValueError: for another kind, a model without low-rank layers, a balanced kind
             for AdaLoRA's layer, whose factors e separates, and layers of different ranks that share a factor.
     """
 
-    def __init__(self, model: nn.Module, kind: str, damping: float = 1e-6) -> None:
+    def __init__(self, model: nn.Module, kind: str) -> None:
         check_choice("kind", kind, PRECONDITIONERS)
-        check_positive("damping", damping)
         layers = [layer for layer in injected_layers(model).values() if layer.r > 0]
         if kind != "riemannian" and any(layer.lora_E is not None and not layer.widths for layer in layers):
             raise ValueError(
@@ -56,7 +56,7 @@ class Preconditioner:
         found = [id(factor) for group in groups.values() for factor in distinct_factors(group)]
         if len(found) > len(set(found)):
             raise ValueError("layers of different ranks share a factor: leave out compact(), or load without it")
-        self._chains = [_Chain(group, damping) for group in groups.values()]
+        self._chains = [_Chain(group) for group in groups.values()]
         self.kind = kind
 
     @torch.no_grad()
@@ -124,8 +124,7 @@ def _write_gradients(parameters: list[nn.Parameter], values: Tensor) -> None:
 class _Chain:
     """Layers of one shape."""
 
-    def __init__(self, layers: list[LoRALayer], damping: float) -> None:
-        self.damping = damping
+    def __init__(self, layers: list[LoRALayer]) -> None:
         left, right = (
             list(zip(*sides, strict=True)) for sides in ([x.lora_B for x in layers], [x.lora_A for x in layers])
         )
@@ -139,7 +138,7 @@ class _Chain:
         self.e = _stack([e.detach() for e in self.values]) if self.values else None
 
     def _damped(self, gram: Tensor) -> Tensor:
-        return gram + self.damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return gram + DAMPING * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
     def _outward(self, transposed: bool) -> list[Tensor | None]:
         """For each link, the Gram of the product of all links left of it; ``transposed``: right of it."""

@@ -152,7 +152,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     if training.fsdp:
         raise UsageError("--fsdp would also split what trains: set ACCELERATE=configs/accelerate/fsdp.yaml instead")
     _check_data(data)
-    _check_ranges(vars(model) | vars(data) | vars(method) | vars(training))
+    _check_ranges(vars(model) | vars(data) | vars(training))
     if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
         raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
     if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:

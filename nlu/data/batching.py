@@ -73,7 +73,7 @@ class LengthBucketSampler(SeededRandomSampler):
 
 def effective_batch_size(args: Any) -> int:
     """Rows of one optimiser step, over all processes and accumulation steps."""
-    return args.per_device_train_batch_size * max(1, args.n_gpu) * args.gradient_accumulation_steps * args.world_size
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def updates_per_epoch(args: Any, rows: int) -> int:

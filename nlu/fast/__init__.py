@@ -12,25 +12,18 @@ from nlu.fast.dropout import enable_fast_dropout
 from nlu.fast.first_token import enable_first_token
 from nlu.fast.memory import keep_freed_memory
 
-__all__ = ["enable_fast_attention", "speed_up"]
 
-
-def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool = True) -> int:
+def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool = True) -> None:
     """Apply every technique that covers `model`, in place.
 
     Args:
         fast_attention: whether attention is replaced, and the last layer computed for the one token that is read.
         fast_dropout: whether dropout draws its masks from whole random words.
-
-    Returns:
-        The number of DeBERTa attention modules replaced.
     """
     keep_freed_memory()
     if fast_dropout:
         enable_fast_dropout(model)
-    if not fast_attention:
-        return 0
-    enable_cpu_attention(model)
-    replaced = enable_fast_attention(model)
-    enable_first_token(model)
-    return replaced
+    if fast_attention:
+        enable_cpu_attention(model)
+        enable_fast_attention(model)
+        enable_first_token(model)

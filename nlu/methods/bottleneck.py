@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loralib import match_modules
 from nlu.errors import UsageError
+from nlu.methods.low_rank import at_least_1
 from nlu.methods.method import AppliedMethod, Flag, Method, train_only
 
 PLACES = {"hadapter": ("attention.output", "layer.output"), "padapter": ("layer.output",)}
@@ -74,7 +75,7 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
 
 ADAPTER_SIZE = Flag(
     "adapter_size", int, 16, "Bottleneck of the Houlsby and Pfeiffer adapters.",
-    lambda size: size >= 1, "must be at least 1",
+    at_least_1, "must be at least 1",
 )  # fmt: skip
 
 

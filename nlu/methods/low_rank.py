@@ -23,21 +23,21 @@ from loralib.orthogonality import parse_terms
 from loralib.preconditioner import PRECONDITIONERS
 from loralib.training import ORTHOGONALITIES
 from nlu.errors import UsageError
-from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
+from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
 from nlu.methods.widths import check_widths, width, widths_of
 
 SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
 
 
-def _at_least_1(value: int) -> bool:
+def at_least_1(value: int) -> bool:
     return value >= 1
 
 
-def _not_negative(value: float) -> bool:
+def not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-LORA_R = Flag("lora_r", int, 8, "Rank r: initial singular values per layer.", _at_least_1, "must be at least 1")
+LORA_R = Flag("lora_r", int, 8, "Rank r: initial singular values per layer.", at_least_1, "must be at least 1")
 LORA_ALPHA = Flag(
     "lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.",
     lambda alpha: 0 < alpha < math.inf, "must be positive",
@@ -55,7 +55,7 @@ _LORA_INIT = Flag(
     "Initial factors: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
 )  # fmt: skip
 _LORA_INIT_BATCHES = Flag(
-    "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation uses.", _at_least_1,
+    "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation uses.", at_least_1,
     "must be at least 1",
 )  # fmt: skip
 _PRECONDITION = Flag(
@@ -71,7 +71,7 @@ _LORA_FLAGS = (
 )  # fmt: skip
 
 _REG_ORTH_COEF = Flag(
-    "reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", _not_negative, "must not be negative"
+    "reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", not_negative, "must not be negative"
 )
 _RANK_ALLOCATION = Flag("rank_allocation", bool, True, "Prune singular values to the target rank.")
 
@@ -252,7 +252,6 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     applied = AppliedMethod(model, low_rank, statistics=lambda: statistics(model))
     if args.lora_init in STARTS:
         applied.start = (args.lora_init, args.lora_init_batches)
-    applied.pruned_params = lambda: pruned_factor_params(applied)
     applied.own_rates = lambda: _own_rates(model, args)
     return applied
 

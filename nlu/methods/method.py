@@ -55,7 +55,7 @@ class AppliedMethod:
             made.
         statistics: gives numbers by name for the history, asked for at every logging step.
         needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
-        pruned_params: counts the adapter's parameters that belong to pruned ranks.
+        pruned_params: counts the adapter's parameters that belong to pruned ranks; None: those of the low-rank layers.
     """
 
     model: nn.Module
@@ -66,11 +66,13 @@ class AppliedMethod:
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
     statistics: Callable[[], dict[str, float]] = dict
     needs_autocast: bool = False
-    pruned_params: Callable[[], int] = lambda: 0
+    pruned_params: Callable[[], int] | None = None
 
     def __post_init__(self) -> None:
         if self.low_rank is None:
             self.low_rank = loralib.LowRankTraining(self.model, regu_weight=0)
+        if self.pruned_params is None:
+            self.pruned_params = lambda: pruned_factor_params(self)
 
     @property
     def allocator(self) -> loralib.RankAllocator | None:

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from loralib import inject, lora_layers
-from loralib.model import factors_of
+from loralib import inject
+from loralib.model import factors_of, svd_layers
 from nlu.errors import UsageError
-from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns, statistics
-from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, pruned_factor_params, train_only
+from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns, not_negative, statistics
+from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
 
 
 def soft_threshold_(gates: Iterable[torch.Tensor], threshold: float) -> None:
@@ -65,7 +65,7 @@ class ProximalGates(TrainerCallback):
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
         self.sparsity = sparsity
-        self._layers = {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
+        self._layers = svd_layers(model)
         self.initial_total_rank = sum(layer.r for layer in self._layers.values())
 
     @property
@@ -92,7 +92,7 @@ class ProximalGates(TrainerCallback):
 SORA_LAMBDA = Flag(
     "sora_lambda", float, 0.375,
     "SoRA: weight λ of the gates' L1 penalty; each step shrinks them by λ × learning rate.",
-    lambda sparsity: 0 <= sparsity < math.inf, "must not be negative",
+    not_negative, "must not be negative",
 )  # fmt: skip
 
 
@@ -104,9 +104,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         raise UsageError(f"--lora_module: {error}") from None
     train_only(model, factors_of(model))
     gates = ProximalGates(model, args.sora_lambda)
-    applied = AppliedMethod(model, gates=gates, callbacks=[gates], statistics=lambda: statistics(model))
-    applied.pruned_params = lambda: pruned_factor_params(applied)
-    return applied
+    return AppliedMethod(model, gates=gates, callbacks=[gates], statistics=lambda: statistics(model))
 
 
 METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA), takes_warm_start=True),)

@@ -166,10 +166,12 @@ def test_what_the_cpu_attention_does_not_cover_goes_to_sdpa(monkeypatch):
 # ---- all of them together --------------------------------------------------------------------------------------------
 
 
-def test_speed_up_says_how_many_attentions_and_chooses_them():
+def test_speed_up_replaces_the_attention_that_it_covers():
     model = build()
-    assert speed_up(model, fast_attention=False) == 0
-    assert speed_up(model) == 2 and not enable_first_token(model)  # done already
+    speed_up(model, fast_attention=False)
+    speed_up(whole := copy.deepcopy(model))
+    assert enable_fast_attention(model) == 2 and enable_first_token(model)
+    assert not enable_fast_attention(whole) and not enable_first_token(whole)  # done already
     bert = build("bert")
     speed_up(bert, fast_attention=False, fast_dropout=False)
     assert bert.config._attn_implementation == "sdpa"
