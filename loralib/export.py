@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="folder of the adapter")
-    parser.add_argument("out", help="folder to write: new or empty, or an adapter to replace")
+    parser.add_argument("out", help="folder to write: new or empty; an adapter there is replaced by an adapter")
     parser.add_argument("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
     parser.add_argument("--base", help="name or path of the base model; --to peft only records it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights")

@@ -1,6 +1,6 @@
 """Regulariser and rank allocation in any training loop: a helper for plain loops, a mix-in for transformers' Trainer.
 
-A plain loop adds two lines::
+A plain loop adds four lines::
 
     low_rank = LowRankTraining(model, total_steps=1000, target_rank=4)
     ...

@@ -103,8 +103,8 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     """
     if training.root_output_dir is None:
         raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
-    if data.task_name is None and data.train_file is None and data.test_file is None:
-        raise UsageError("nothing to train on: give --task_name, or --train_file and --validation_file")
+    if data.task_name is None and data.train_file is None:
+        raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
     if data.task_name is not None:
         task = get_task(data.task_name)
         data.task_name = task.name

@@ -360,7 +360,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         run_folder = Path(self._get_output_dir(trial=trial))
         final = run_folder / f"checkpoint-{self.state.global_step}"
         try:
-            write_checkpoint(self, run_folder, final)
+            write_checkpoint(self, final)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 remove_leftovers(final)

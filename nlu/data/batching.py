@@ -1,8 +1,8 @@
 """The order of the training examples. It depends on the seed and the epoch alone, not on the number of processes.
 
 Accelerate gives each process its consecutive batches of one order. So one process with batches of 32, two with 16, and
-four accumulation steps of 8 see the same 32 examples in one optimiser step. (The last step of an epoch may differ,
-because accelerate repeats examples there until every process has a whole batch.)
+four accumulation steps of 8 see the same 32 examples in one optimiser step. (In the last step of an epoch accelerate
+repeats examples until every process has a whole batch; the trainer gives the repeated ones no weight.)
 """
 
 from __future__ import annotations

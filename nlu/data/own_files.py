@@ -22,7 +22,7 @@ _OWN_NAMES = ("label", "idx")  # columns of every data set
 
 
 def load_own_files(
-    train_file: str | Path | None,
+    train_file: str | Path,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
     *,
@@ -50,8 +50,6 @@ def load_own_files(
         UsageError: a file is missing or malformed, has a label that the training file lacks, or no text columns are
             named or found, or the metric does not go with the labels; names file and line.
     """
-    if train_file is None:
-        raise UsageError("your own files need --train_file, even to evaluate or predict: its labels define the task")
     paths = {"train": train_file, "validation": validation_file, "test": test_file}
     text = tuple(text_columns or _find_text_columns(train_file, label_column))
     if not 1 <= len(set(text)) == len(text) <= 2 or label_column in text or not {*text}.isdisjoint(_OWN_NAMES):

@@ -34,13 +34,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 # ---- what a checkpoint holds -----------------------------------------------------------------------------------------
 
 
-def write_checkpoint(trainer: Any, run_folder: Path, final: Path) -> None:
-    """Write the trainer's state beside ``final`` and rename it when it is whole; then delete the oldest checkpoints.
+def write_checkpoint(trainer: Any, final: Path) -> None:
+    """Write the trainer's state beside ``final`` and rename it when it is whole; then delete the oldest ones there.
 
     All processes call it. The Trainer's own files are written by its own (private) methods.
 
     Args:
-        trainer: a GlueTrainer. run_folder: holds the checkpoints. final: the place of this one.
+        trainer: a GlueTrainer. final: the place of the checkpoint, in the folder that holds all of the run.
     """
     temporary, args, state = new_folder_of(final), trainer.args, trainer.state
     if args.should_save:
@@ -53,7 +53,7 @@ def write_checkpoint(trainer: Any, run_folder: Path, final: Path) -> None:
     trainer._save_rng_state(str(temporary))
     unlogged_loss = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).cpu()  # one number a process
     if state.best_global_step:
-        best = run_folder / f"checkpoint-{state.best_global_step}"
+        best = final.parent / f"checkpoint-{state.best_global_step}"
         if best == final or best.is_dir():
             state.best_model_checkpoint = str(best)
     wait_for_all()
@@ -71,7 +71,7 @@ def write_checkpoint(trainer: Any, run_folder: Path, final: Path) -> None:
                 state.stateful_callbacks[type(callback).__name__] = callback.state()
         state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         seal(final)
-        rotate(run_folder, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
+        rotate(final.parent, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
     wait_for_all()
 
 

@@ -121,16 +121,8 @@ def start_record(
     counts = count_parameters(model)
     previous = read_json(folder.path / "results.json") if state == "resume" else None
     batch, commit = effective_batch_size(training), getattr(model.config, "_commit_hash", None)
-    if previous and previous["effective_batch_size"] != batch:
-        raise UsageError(
-            f"{folder.path} was trained with {previous['effective_batch_size']} rows a step, now they would be "
-            f"{batch}: start as many processes as before"
-        )
-    if previous and commit and previous.get("model_commit") not in (None, commit):
-        raise UsageError(
-            f"{folder.path} was made with commit {previous['model_commit']} of {arguments.model.model_name_or_path}, "
-            f"now the hub has {commit}: give --model_revision {previous['model_commit']} to a run of its own"
-        )
+    if previous:
+        _check_resumed(previous, batch, commit, folder.path, arguments.model.model_name_or_path)
     static = {
         "task": task.name,
         "labels": list(task.labels) if task.labels else None,
@@ -183,6 +175,19 @@ def start_record(
             f"batch {static['effective_batch_size']}, seed {training.seed}"
         )
     return record
+
+
+def _check_resumed(previous: dict[str, Any], batch: int, commit: str | None, folder: Path, model: str) -> None:
+    if previous["effective_batch_size"] != batch:
+        raise UsageError(
+            f"{folder} was trained with {previous['effective_batch_size']} rows a step, now they would be {batch}: "
+            "start as many processes as before"
+        )
+    if commit and previous.get("model_commit") not in (None, commit):
+        raise UsageError(
+            f"{folder} was made with commit {previous['model_commit']} of {model}, now the hub has {commit}: give "
+            f"--model_revision {previous['model_commit']} to a run of its own"
+        )
 
 
 def report(record: dict[str, Any], folder: Path) -> None:

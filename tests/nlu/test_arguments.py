@@ -135,7 +135,8 @@ WRONG = {
     ],
     "": [
         ("--task_name cola --do_train --root_output_dir o", "model_name_or_path"),
-        ("--model_name_or_path m --do_train --root_output_dir o", "nothing to train on"),
+        ("--model_name_or_path m --do_train --root_output_dir o", "no data: give --task_name"),
+        ("--model_name_or_path m --do_predict --test_file t --root_output_dir o", "or --train_file, whose labels"),
         ("--model_name_or_path m --task_name cola --root_output_dir o", "nothing to do"),
         ("--model_name_or_path m --train_file a.csv --do_train --do_eval --root_output_dir o", "--validation_file"),
         ("--model_name_or_path m --train_file a.csv --do_train --eval_strategy epoch --root_output_dir o", "evaluate"),
@@ -175,9 +176,9 @@ def test_an_argument_that_an_older_record_lacks_counts_as_its_default():
 def test_one_process_uses_one_device_so_that_the_batch_is_the_one_asked_for():
     training = parse(f"{BASE} --per_device_train_batch_size 32").training
     training._n_gpu = 8  # what transformers finds on a machine with eight GPUs, without torchrun
-    assert effective_batch_size(training) == 256
+    assert training.train_batch_size == 256
     one_device(training)
-    assert training.n_gpu == 1 and effective_batch_size(training) == 32
+    assert training.n_gpu == 1 and training.train_batch_size == effective_batch_size(training) == 32
 
 
 # ---- the batch and the schedule ------------------------------------------------------------------------------------
