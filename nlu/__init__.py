@@ -3,8 +3,9 @@
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+ROOT = _PACKAGE.parent  # the checkout, with scripts/ and results/; not there in an installed package
 # An installed package holds configs/ inside; in a checkout it stands beside nlu/.
-CONFIGS = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+CONFIGS = next(path for path in (_PACKAGE / "configs", ROOT / "configs") if path.is_dir())
 METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"
 
 

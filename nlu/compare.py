@@ -31,14 +31,15 @@ import pandas as pd
 import transformers
 
 from loralib.files import write_bytes, write_text
+from nlu import ROOT
 from nlu.arguments import build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
-from nlu.experiments.fairness import parsed_command, shape_of, unlike
+from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
-from nlu.experiments.launchers import ROOT, RUN_GLUE, LocalLauncher
+from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import run_experiment
-from nlu.experiments.places import Places, check_writable
+from nlu.experiments.places import Places, check_writable, parsed_command
 from nlu.experiments.records import place_of, portable
 from nlu.experiments.statistics import as_frame, finished
 from nlu.experiments.tables import Table, comparison_table

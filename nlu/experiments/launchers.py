@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+from nlu import ROOT
 from nlu.errors import UsageError, reason
 
 
@@ -23,7 +24,6 @@ class Job(Protocol):
         """End it at once."""
 
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN_GLUE = ROOT / "nlu/run_glue.py"
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.launchers import ROOT, RUN_GLUE
+from nlu.experiments.launchers import RUN_GLUE
 from nlu.experiments.records import comparable, measured_line, place_of, portable, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests

@@ -37,9 +37,9 @@ if packages_missing():
 from datasets import Dataset
 
 from loralib.files import FolderWriter, open_new, write_text
+from nlu import ROOT
 from nlu.data.glue import load_task_data
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
-from nlu.experiments.launchers import ROOT
 from nlu.experiments.records import check_line, read_lines
 from nlu.json_yaml import read_json
 from nlu.metrics import compute_glue_metrics, in_words

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from nlu import ROOT
+
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "scipy", "scikit-learn", "peft")
 
 
