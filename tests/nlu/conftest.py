@@ -4,8 +4,10 @@ import contextlib
 import io
 
 import pytest
+import yaml
 
-from nlu import run_glue
+from nlu import run_glue, sweep
+from tests.nlu.sweeps import places_of
 from tests.nlu.tiny import make_encoder, make_rows, read, tiny_run, write_rows
 
 
@@ -49,3 +51,16 @@ def finished(encoder, tiny_glue, tmp_path_factory):
         patch.setattr(run_glue, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])
         assert run_glue.main([*flags, "--do_predict"]) == 0
     return folder, read(flags), printed.getvalue(), seen[0]
+
+
+@pytest.fixture
+def run_sweep(tmp_path, capsys):
+    """Call the sweep on an experiment given as a mapping; returns (exit code, stdout, stderr)."""
+
+    def call(content, *flags):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        code = sweep.main([str(path), *places_of(tmp_path), *flags])
+        return (code, *capsys.readouterr())
+
+    return call

@@ -14,7 +14,7 @@ from nlu.experiments.places import Places, command_line
 from nlu.experiments.records import place_of
 from nlu.json_yaml import parse_yaml
 from nlu.methods.registry import METHODS
-from tests.nlu.test_sweep import BASIC, SELECT
+from tests.nlu.sweeps import BASIC, SELECT
 from tests.nlu.tiny import REPOSITORY
 
 FILES = [path for path in sorted((REPOSITORY / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
