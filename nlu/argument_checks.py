@@ -141,6 +141,10 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
             f"--lr_scheduler_kwargs has no meaning with --lr_scheduler_type {training.lr_scheduler_type.value}: leave "
             "it out"
         )
+    if training.lr_scheduler_type == "constant" and training.warmup_steps:
+        if "warmup_steps" in given:
+            raise UsageError("--lr_scheduler_type constant has no warm-up: take constant_with_warmup, or leave it out")
+        training.warmup_steps = 0
     _check_checkpointing(training, given)
     if training.optim_args and training.optim in _WITHOUT_ARGS:
         raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")

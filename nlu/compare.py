@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Collection
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import transformers
 
 from loralib.files import write_bytes, write_text
 from nlu import ROOT
-from nlu.arguments import build_parser, method_file, translate
+from nlu.arguments import DataArguments, build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import shape_of, unlike
@@ -49,6 +50,9 @@ COMMAND = [sys.executable, str(RUN_GLUE)]
 SCRIPTS = ROOT / "scripts"
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune; one more where the best is at an end, BEYOND times further
 BEYOND = 3.0
+_FOR_ALL = {field.name for field in fields(DataArguments)} | {
+    "do_train", "do_eval", "eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,7 +165,7 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
         if not script.is_file():
             raise UsageError(f"--published {args.published} has no settings for {task or 'own data'} in {SCRIPTS}")
         content["command"] = shlex.join(["env", f"PYTHON={sys.executable}", "bash", str(script)])
-    if args.tune:
+    if args.tune is not None:
         if "learning_rate" in flags:
             raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
         rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in args.tune.split(",")]
@@ -184,9 +188,16 @@ def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
 def _spec(spec: str) -> dict[str, Any]:
     """NAME:flag=value:… as arguments."""
     name, *settings = spec.split(":")
+    if not name:
+        raise UsageError("--methods holds an empty name: give files of configs/methods/, such as lora2,lora")
     if not all("=" in setting for setting in settings):
         raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
-    return {"method": name} | flag_values([f"--{setting}" for setting in settings])
+    values = flag_values([f"--{setting}" for setting in settings])
+    if len(values) < len(settings):
+        raise UsageError(f"--methods {spec} gives a flag twice")
+    if common := sorted(_FOR_ALL & set(values)):
+        raise UsageError(f"--methods {spec}: {common[0]} decides what is scored: give --{common[0]} for all methods")
+    return {"method": name} | values
 
 
 def _own_rates(method: str) -> list[float]:

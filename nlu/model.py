@@ -26,7 +26,7 @@ from transformers import (
 import loralib
 from nlu.arguments import Arguments
 from nlu.data.tokens import longest_input
-from nlu.errors import UsageError, reason
+from nlu.errors import UsageError, one_line, reason
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod, head_modules, head_parameters
 from nlu.methods.registry import check_method_fits
@@ -251,19 +251,32 @@ def _check_optimisation(training: TrainingArguments, model: torch.nn.Module, tot
         total_steps: optimiser steps of the training.
 
     Raises:
-        UsageError: for an optimiser whose package is missing, or arguments that they do not take.
+        UsageError: for an optimiser whose package is missing, arguments that they do not take, or a schedule that
+            leaves the range from 0 to the learning rate.
     """
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+    warmup = training.get_warmup_steps(total_steps)
     try:
         flag = "--optim"
         Trainer.get_optimizer_cls_and_kwargs(training, model)
         flag = "--lr_scheduler_type"
-        get_scheduler(
+        schedule = get_scheduler(
             training.lr_scheduler_type,
             optimiser,
-            num_warmup_steps=training.get_warmup_steps(total_steps),
+            num_warmup_steps=warmup,
             num_training_steps=total_steps,
             scheduler_specific_kwargs=training.lr_scheduler_kwargs,
         )
-    except (ImportError, TypeError, ValueError) as error:
-        raise UsageError(f"{flag}: {reason(error, 300)}") from None
+        steps = sorted({*range(0, total_steps, max(1, total_steps // 10_000)), total_steps - 1})
+        shares = {step: schedule.lr_lambdas[0](step) for step in steps}
+        beyond = next((step for step, share in shares.items() if not -1e-6 <= share <= 1 + 1e-6), None)
+    except Exception as error:  # a value of the wrong kind raises whatever the schedule runs into
+        hint = "; change --lr_scheduler_kwargs" if training.lr_scheduler_kwargs else ""
+        raise UsageError(f"{flag}: {one_line(error)}{hint}") from None
+    if beyond is not None:
+        raise UsageError(
+            f"--lr_scheduler_type: in step {beyond + 1} the rate would be {shares[beyond]:.3g} times --learning_rate: "
+            "change --lr_scheduler_kwargs"
+        )
+    if warmup < total_steps and not any(shares.values()):
+        raise UsageError("--lr_scheduler_type: the rate would be 0 in every step: change --lr_scheduler_kwargs")

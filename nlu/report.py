@@ -214,7 +214,7 @@ def _write(form: str, sections: list[Section], output: Path) -> None:
         _remove_stale(output, {f"{figure.name}.png" for figure in figures})
         answered = [_markdown(section, "figures") for section in sections if section.tables]
         lines = [GENERATED, f"# {TITLE}", "", *answered]
-        unanswered = [f"- {section.question} {_answer(section)}" for section in sections if not section.tables]
+        unanswered = [" ".join(["-", *_texts(section)]) for section in sections if not section.tables]
         lines += ["## Open questions", "", *unanswered] if unanswered else []
         write_text(output / "README.md", "\n".join(lines).rstrip() + "\n")
     elif form == "html":
@@ -252,16 +252,18 @@ def _write_published(tables: list[Table], folder: Path) -> None:
 
 
 def _markdown(section: Section, folder: str) -> str:
-    lines = [f"## {section.question}", "", _answer(section), "", *[table.markdown() for table in section.tables]]
+    question, answer = _texts(section)
+    lines = [f"## {question}", "", answer, "", *[table.markdown() for table in section.tables]]
     for figure in section.figures:
         alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(figure.text.split()))  # a bracket would end it
         lines += [f"![{alternative}]({folder}/{figure.name}.png)", ""]
     return "\n".join(lines)
 
 
-def _answer(section: Section) -> str:
+def _texts(section: Section) -> tuple[str, str]:
+    """The question and the answer as Markdown."""
     commands = ", ".join(f"`{command}`" for command in section.commands)
-    return markdown_text(section.finding) + (f" Run {commands}." if commands else "")
+    return markdown_text(section.question), markdown_text(section.finding) + (f" Run {commands}." if commands else "")
 
 
 def _page(sections: list[Section]) -> str:

@@ -105,11 +105,11 @@ def run_sweep(args: argparse.Namespace) -> int:
         for run in different.values():
             if not parsed_command(run, places).training.do_eval:
                 raise UsageError(f"{run.folder}: without --do_eval a run has no score: put do_eval: true into base")
+    launcher, jobs = _launcher(args, places, len(selecting) + len(final))
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0
-    launcher, jobs = _launcher(args, places, len(selecting) + len(final))
     code = run_experiment(experiment, selecting, final, places, launcher, jobs, args.rerun_changed)
     _name_left_over(experiment, places)
     return code

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlu.errors import UsageError
 from nlu.json_yaml import check, read_yaml
 
 
@@ -45,10 +46,17 @@ def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
     """The questions, and the published tables, of a file.
 
     Raises:
-        UsageError: a file that cannot be read, an unknown key, or a claim that expects something else.
+        UsageError: a file that cannot be read, an unknown key, a claim that expects something else or compares a row
+            with itself, or claims beside `against`, whose table shows none.
     """
     content = read_yaml(path)
     check(content, "claims", str(path))
+    for raw in content.get("questions") or []:
+        claims, where = raw.get("claims") or [], f"{path}: {raw['question']}"
+        if claims and "against" in raw:
+            raise UsageError(f"{where} has claims, which its table against {raw['against']} does not show: leave one")
+        if same := [claim["label"] for claim in claims if claim["label"] == claim["against"]]:
+            raise UsageError(f"{where} claims something of {same[0]} against itself")
     questions = [
         Question(
             raw["question"],

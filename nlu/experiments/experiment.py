@@ -135,9 +135,13 @@ class _Reader:
         check(self.settings, "experiment", "--set", "arguments")
         self.name, self.base = self.content["name"], self.content.get("base") or {}
         self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
+        setters: dict[str, str] = {}
         for axis, labels in self.grid.items():
             for label, arguments in labels.items():
                 self._check_axes({name for name in arguments if name != axis}, f"grid.{axis} {label}")
+                for flag in arguments:
+                    if setters.setdefault(flag, axis) != axis:
+                        raise UsageError(f"grid.{setters[flag]} and grid.{axis} both set {flag}: one would win unseen")
         self.overrides = self._overrides(self.content.get("overrides"), "overrides")
         own = self.content.get("command")
         self.command = () if own is None else split_command(own, "command")
@@ -151,6 +155,9 @@ class _Reader:
         runs = [self._run("final", axes, self._resolve(axes)) for axes in combinations]
         every = [*runs, *(selection.runs if selection else [])]
         _check_folders(run.folder for run in every)
+        seeds = [str(arguments.get("seed")).lstrip("0") for arguments in self.grid.get("seed", {}).values()]
+        if len(set(seeds)) < len(seeds):
+            raise UsageError("grid.seed gives one seed two names: these would be no independent runs")
         for run in every:
             _ = run.command  # raises where it names no argument
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
@@ -227,6 +234,7 @@ class _Reader:
         rules = self._overrides(raw.get("overrides"), "select.overrides")
         per = tuple(axis for axis in self.grid if axis != "seed")
         runs: dict[tuple, list[Run]] = {}
+        settings: dict[tuple, Any] = {}
         for axes in combinations:
             tried, changed = dict(raw["values"]), dict(raw["set"])
             for rule in rules:
@@ -243,6 +251,9 @@ class _Reader:
                 if name in resolved or name in changed:
                     raise UsageError(f"{name} is both selected and set in base, grid, overrides or set; leave one")
             key = {axis: axes[axis] for axis in per}
+            own = ({**resolved, "seed": None}, changed, tried)
+            if settings.setdefault(tuple(key.values()), own) != own:
+                raise UsageError("seed: tuning chooses for all seeds of a row, so no rule may change one of them alone")
             runs[tuple(key.values())] = [
                 self._run(
                     "select", {**key, "seed": seed}, {**resolved, **changed, **self.settings, "seed": seed}
@@ -307,6 +318,8 @@ def _check_folders(folders: Iterable[str]) -> None:
     seen: set[str] = set()
     for folder in folders:
         name = folder.rpartition("/")[2]
+        if folder.lower() in ("select", "logs"):
+            raise UsageError(f"a run's folder would be {folder!r}, where the sweep puts others: give it another label")
         if not name or name.startswith("."):
             raise UsageError(f"a run's folder would be {folder!r}: give its axes labels that are not empty and begin "
                              "with no dot")  # fmt: skip

@@ -172,8 +172,8 @@ class Places:
 
 
 def _key(asked: dict[str, Any], digests: dict[str, str], started_by: str | None) -> str:
-    numbers = {k: float(v) for k, v in asked.items() if isinstance(v, int) and not isinstance(v, bool)}  # 64 is 64.0
-    return json.dumps([asked | numbers, digests, started_by], sort_keys=True)
+    whole = {k: int(v) for k, v in asked.items() if isinstance(v, float) and v.is_integer()}  # 64.0 is 64
+    return json.dumps([asked | whole, digests, started_by], sort_keys=True)
 
 
 def command_line(run: Run, places: Places) -> list[str]:

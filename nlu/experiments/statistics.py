@@ -117,7 +117,7 @@ def tuned_over(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
     tuning["label"] = [label_of(*pair) for pair in zip(free, tuning.method, strict=True)]
     kept = [runs[~here]]
     for _, own in tuning.assign(value=values).groupby(["experiment", "label", "task"], sort=False):
-        asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed")
+        asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed", errors="ignore")
         own["tried"] = asked[asked.columns[asked.astype(str).nunique() > 1]].to_dict("records")
         done = own[own.status == "finished"]
         whole = done.groupby("value").seed.nunique() == own.seed.nunique()

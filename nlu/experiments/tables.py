@@ -232,7 +232,7 @@ def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | No
 
 def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
     """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score; `every` has both stages."""
-    runs = finished(every)
+    runs, tried = finished(every), every[(every.stage == "select") & (every.status == "finished")]
     tasks, changes = list(dict.fromkeys(runs.task)), compared(runs, against)
     rows = []
     for label, own in rows_of(runs):
@@ -242,7 +242,7 @@ def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
             of_task = own[own.task == task]
             text, figures = with_deviation(task, of_task["last"])
             chosen = next(filter(None, of_task.tried), {})
-            tuning = every[(every.stage == "select") & (every.task == task) & (every.label == label)]
+            tuning = tried[(tried.task == task) & (tried.label == label)]
             shown, chosen_figures = _chosen(task, chosen, tuning)
             row[HEADINGS.get(task, task)] = cell(f"{text} at {shown}" if chosen else text, **figures, **chosen_figures)
         rows.append(
@@ -345,9 +345,13 @@ def claims_table(
     return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _values(tried: dict[str, Any], short: bool = False) -> str:
     """What was tried, in one line; in short the learning rate goes without its name."""
-    values = {name: f"{value:g}" if isinstance(value, int | float) else value for name, value in tried.items()}
+    values = {name: f"{value:g}" if _is_number(value) else str(value) for name, value in tried.items()}
     named = (value if short and name == "learning_rate" else f"{name}={value}" for name, value in values.items())
     return ", ".join(named)
 
@@ -356,8 +360,8 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
     """The values that tuning chose for a row and a task, with a mark where one is an end of those that it tried."""
     at_end = False
     for name, value in chosen.items():
-        values = sorted({tried[name] for tried in tuning.tried if name in tried}, key=lambda v: (isinstance(v, str), v))
-        at_end |= len(values) > 1 and value in (values[0], values[-1])
+        values = {tried[name] for tried in tuning.tried if _is_number(tried.get(name))}
+        at_end |= len(values) > 1 and value in (min(values), max(values))
     text = _values(chosen, short=True) or NONE
     return text + " †" * at_end, {f"{task}_chosen": _values(chosen), f"{task}_at_end": at_end}
 

@@ -159,6 +159,25 @@ def _select(**changes):
         (_with(grid={**BASIC["grid"], "seed": [1, True]}), "lists a value twice"),
         (_with(grid={**BASIC["grid"], "run_name": ["a" * 300]}), "give its axes shorter labels"),
         (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
+        (_with(name="t\n"), "name: t"),
+        (_with(base={"model_name_or_path": "m", "run_name": "a\0b"}), "or NUL"),
+        (_with(grid={**BASIC["grid"], "seed": ["1", 1]}), "gives one seed two names"),
+        (_with(grid={**BASIC["grid"], "a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}), "both set lora_r"),
+        (_with(exclude=[{"seed": []}]), "exclude.0.seed: [] should be non-empty"),
+        (
+            _with(grid={"v": {name: {"method": "lora", "task_name": "cola", "seed": 1} for name in ("select", "b")}}),
+            "where the sweep puts others",
+        ),
+        (_select(set={"holdout_fraction": None}), "null must be a number: tuning needs rows of its own"),
+        (
+            _select(overrides=[{"when": {"method": "lora"}, "set": {"holdout_fraction": None}}]),
+            "select.overrides.0.set.holdout_fraction: null must be a number",
+        ),
+        (
+            {**_select(), "overrides": [{"when": {"seed": 1}, "set": {"lora_r": 2}}]},
+            "seed: tuning chooses for all seeds",
+        ),
+        (_select(overrides=[{"when": {"seed": 1}, "set": {"lora_r": 2}}]), "seed: tuning chooses for all seeds"),
         ({**_select(), "base": {"model_name_or_path": "m", "learning_rate": 1}}, "both selected and set"),
     ],
 )

@@ -107,6 +107,9 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
             },
             "evaluations: f1",
         ),
+        ({"tried": {"learning_rate": None}}, "tried.learning_rate: None is not of type"),
+        ({"digests": ["train_file"]}, "digests: ['train_file'] is not of type 'object'"),
+        ({"axes": {"row": ["a"]}}, "axes.row: ['a'] is not of type"),
         ({"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"}, "is on line 1 too"),
     ],
 )

@@ -253,6 +253,9 @@ def test_only_a_value_whose_seeds_have_all_finished_is_chosen_and_for_its_own_qu
     assert "On the validation set, which the scores above come from too" in (tmp_path / "README.md").read_text()
 
 
+ASKED, CLAIM = {"question": "a", "experiments": ["b"]}, {"label": "x", "against": "y", "expect": "level"}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -262,6 +265,9 @@ def test_only_a_value_whose_seeds_have_all_finished_is_chosen_and_for_its_own_qu
                 {"label": "x", "against": "y", "expect": "more"}]}]},
             "expect: 'more' is not one of ['higher'",
         ),
+        ({"questions": [ASKED | {"tuned": "seed"}]}, "seed names no axis that can be tuned"),
+        ({"questions": [ASKED | {"claims": [CLAIM | {"label": "y"}]}]}, "a claims something of y against itself"),
+        ({"questions": [ASKED | {"claims": [CLAIM], "against": "x"}]}, "its table against x does not show"),
     ],
 )  # fmt: skip
 def test_faulty_questions_are_refused_in_one_line(make, tmp_path, content, message):

@@ -170,6 +170,16 @@ def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
         (["--glue_dir", "nowhere"], "nowhere"),
         (["--optim", "lomo"], "--optim: "),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type: "),
+        *(
+            (["--lr_scheduler_type", kind, "--lr_scheduler_kwargs", json.dumps(values)], says)
+            for kind, values, says in (
+                ("cosine_with_min_lr", {"min_lr_rate": math.nan}, "the rate would be 0 in every step"),
+                ("cosine_with_min_lr", {"min_lr": 1.0}, "times --learning_rate: change --lr_scheduler_kwargs"),
+                ("polynomial", {"power": "x"}, "--lr_scheduler_type: TypeError: "),
+                ("inverse_sqrt", {"timescale": 0}, "--lr_scheduler_type: ZeroDivisionError: "),
+                ("cosine", {"last_epoch": 5}, "--lr_scheduler_type: KeyError: "),
+            )
+        ),
         (["--fsdp", "full_shard"], "--fsdp"),
         (["--dataloader_persistent_workers", "True"], "dataloader_num_workers"),
         (["--task_name", "rte"], "rte"),
