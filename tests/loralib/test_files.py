@@ -3,6 +3,7 @@
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -102,7 +103,9 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatc
         with FolderWriter(folder, {"a"}, "a") as new:
             (new / "a").write_text(content)
     with pytest.raises(KeyError), FolderWriter(folder, {"a"}, "a") as new:
+        (new / "a").write_text("half")
         raise KeyError
+    assert (folder / "a").read_text() == "new"
     rename = os.rename
 
     def broken(source, target):
@@ -115,6 +118,17 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatc
     with pytest.raises(OSError, match="broken"), FolderWriter(folder, {"a"}, "a") as new:
         (new / "a").write_text("newer")
     assert list(tmp_path.iterdir()) == [folder] and (folder / "a").read_text() in ("new", "newer")
+
+
+def test_the_current_folder_may_be_written_again_and_again(tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for content in ("old", "new"):
+        with FolderWriter(".", {"a"}, "a") as new:
+            (new / "a").write_text(content)
+        assert Path("a").read_text() == (folder / "a").read_text() == content
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_what_is_the_users_is_never_replaced(tmp_path):
@@ -153,6 +167,10 @@ def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
             with pytest.raises(Killed):
                 write_text(path, "new")
         assert "é" in path.read_text(encoding="utf-8") and list(path.parent.iterdir()) == [path]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 1)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)  # a real kill removes nothing
+        write_text(path, "half")
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
     write_text(path, "new")
