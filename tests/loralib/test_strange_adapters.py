@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import loralib
 from loralib.adapter_files import CONFIG_FILE, WEIGHTS_FILE, _config_digest
 from loralib.peft_format import import_peft
-from tests.loralib.small import Net, assert_unchanged, state_of
+from tests.loralib.small import Net, assert_unchanged, refused, state_of
 
 MANY = settings(
     max_examples=int(os.environ.get("GENERATED_CASES", 100)),
@@ -133,6 +133,46 @@ def test_a_folder_whose_checksums_fit(tmp_path, whose, data, changes, weights, k
             config["config_sha256"] = "0"
     (folder / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     assert loaded_or_refused(load) or changes or weights
+
+
+def group(**values):
+    return lambda config, tensors: config["groups"][0].update(values)
+
+
+FORGED = {
+    "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
+    "a module in two groups": (lambda c, t: c["groups"].append(copy.deepcopy(c["groups"][0])), "is in two of them"),
+    "a head that is named twice": (lambda c, t: c["head"].append(c["head"][0]), "head cannot be"),
+    "two widths": (group(widths=[2, 2]), "kind lora2 cannot have 2 widths"),
+    "endless scales": (group(kind="multiscale", widths=[1] * 1000), "kind multiscale cannot have 1000 widths"),
+    "endless rank": (group(r=10**9, rank_pattern={"layers.0.q": "0"}), "rank or width of layers.0.q is beyond 1024"),
+    "more values than the rank": (group(r=2), "rank pattern of layers.0.q has 3 values, its rank is 2"),
+    "a tie to another shape": (
+        lambda c, t: c["tied"].update({"layers.1.q.lora_B.0": "layers.0.v.lora_B.0"}), "which does not fit"
+    ),
+    "a tied singular value": (
+        lambda c, t: c["tied"].update({"layers.2.q.lora_E": "layers.1.q.lora_E"}) or t.pop("layers.2.q.lora_E"),
+        "which does not fit",
+    ),
+    "a head with NaN": (lambda c, t: t["classifier.bias"].fill_(math.nan), "classifier.bias holds NaN"),
+    "a factor with infinity": (lambda c, t: t["layers.0.q.lora_E"].fill_(math.inf), "lora_E holds NaN or infinity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_folder_is_refused_for_what_is_wrong(tmp_path, name):
+    folder, model = shutil.copytree(FOLDER / "shared_outer", tmp_path / "a"), Net()
+    forge, says = FORGED[name]
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    forge(config, tensors)
+    stored = safetensors.torch.save(tensors)
+    (folder / WEIGHTS_FILE).write_bytes(stored)
+    config["weights_sha256"] = hashlib.sha256(stored).hexdigest()
+    config["config_sha256"] = _config_digest(config)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    with refused(says, model):
+        loralib.load_adapter(model, folder)
 
 
 @MANY
