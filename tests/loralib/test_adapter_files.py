@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,8 +66,10 @@ DAMAGE = {
     "no tensors": lambda f: (f / "adapter_model.safetensors").unlink(),
     "no configuration": lambda f: (f / "adapter_config.json").unlink(),
     "a list": lambda f: (f / "adapter_config.json").write_text("[]"),
+    "endless nesting": lambda f: (f / "adapter_config.json").write_text("[" * 100_000),
     "unknown key": lambda f: rewrite(f, lambda c: c.update(weights="../../elsewhere.safetensors")),
     "missing key": lambda f: rewrite(f, lambda c: c.pop("head")),
+    "another alpha": lambda f: rewrite(f, lambda c: c["groups"][0].update(lora_alpha=1.0)),
     "newer format": lambda f: rewrite(f, lambda c: c.update(format_version=2)),
     "peft's": lambda f: rewrite(f, lambda c: c.update(peft_type="LORA")),
 }
@@ -78,6 +81,19 @@ def test_a_damaged_folder_is_refused(tmp_path, damage):
     DAMAGE[damage](folder)
     with refused(model=model):
         loralib.load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_card_says_what_the_adapter_is_one_line_each(tmp_path, trained):
+    model = adapted("multiscale", widths=(2,))
+    model.config = SimpleNamespace(id2label={0: "no", 1: "yes"})
+    model.classifier.requires_grad_(trained)
+    card = {"task": "a|b\nc", "score": 0.51239}
+    folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1", card=card)
+    text = (folder / "README.md").read_text()
+    for line in ("# LoRA² adapter for a Net", "| base revision | r1 |", r"| task | a\|b c |", "| score | 0.5124 |"):
+        assert line in text.splitlines()
+    assert ("| labels | 0 no, 1 yes |" in text) == trained  # else they are the base's own
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
@@ -99,6 +115,13 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="JSON"):
             loralib.save_adapter(model, tmp_path / "c", card={"x": value})
     assert not (tmp_path / "c").exists()
+
+
+def test_an_adapter_may_be_named_by_a_dot(tmp_path, monkeypatch):
+    model, base = adapted(k=2), Net()
+    monkeypatch.chdir(loralib.save_adapter(model, tmp_path / "a"))
+    loralib.load_adapter(base, ".")
+    assert torch.equal(base(INPUTS), model(INPUTS))
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
