@@ -141,6 +141,14 @@ def test_a_factor_that_is_not_finite_leaves_the_last_good_adapter(tmp_path, valu
     assert torch.equal(base(INPUTS), before)
 
 
+def test_a_head_with_nan_is_not_saved(tmp_path):
+    model = adapted(k=2)
+    model.classifier.weight.data[0, 0] = math.nan
+    with refused("classifier.weight holds NaN"):
+        loralib.save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_head_may_hold_infinity_and_complex_numbers(tmp_path):
     class Masked(nn.Linear):
         def __init__(self):
@@ -232,6 +240,12 @@ class OtherNet(nn.Module):
     pass
 
 
+def hooked_net():
+    model = Net()
+    prune.identity(model.layers[2]["v"], "weight")
+    return model
+
+
 @pytest.mark.parametrize(
     "base, says",
     [
@@ -241,6 +255,7 @@ class OtherNet(nn.Module):
         (lambda: Net(labels=3), "classifier.bias has shape"),
         (lambda: adapted(modules=["q"]), "load it into the plain base"),
         (lambda: Net().to("meta"), "meta device"),
+        (hooked_net, "the weight of layers.2.v is computed by a hook"),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
@@ -286,6 +301,14 @@ def test_a_start_from_other_layers_is_refused(tmp_path, kind, modules, options, 
     if kind is not None:
         loralib.inject(model, kind, modules, **options)
     with refused(says, model):
+        loralib.start_from_adapter(model, folder)
+
+
+def test_a_merged_model_starts_from_no_adapter(tmp_path):
+    model = adapted(k=2)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    loralib.merge_adapter(model)
+    with refused("unmerge_adapter", model):
         loralib.start_from_adapter(model, folder)
 
 
