@@ -191,6 +191,14 @@ def test_what_was_frozen_stays_frozen_when_singular_values_go():
     assert [parameter.requires_grad for parameter in layer.lora_parameters()] == before
 
 
+def test_a_merged_layer_that_moves_takes_its_own_weight_along():
+    layer, x = random_layer((3,)), torch.randn(3, 11, dtype=torch.float64)
+    before = layer.weight.double()
+    layer.merge()
+    layer.double().unmerge()
+    assert torch.equal(layer.weight, before) and layer(x).dtype == torch.float64
+
+
 def test_a_merge_into_bfloat16_rounds_once():
     layer = randomise(loralib.LoRA2Linear(11, 7, 4, 12.0, k=3), 0.3)
     layer.weight.data = layer.weight.data.bfloat16()
