@@ -1,5 +1,6 @@
 """Exports, judged by peft and by plain transformers, on a trained adapter over real weights."""
 
+import copy
 import json
 import shutil
 
@@ -10,8 +11,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 import loralib
+from loralib.adapter import merge_into
 from loralib.export import export_merged, main
 from loralib.peft_format import decompose, export_peft, import_peft, start_factors
 from tests.loralib.small import INPUTS, Net, adapted, encoder, factors_of, gpt2, refused
@@ -80,6 +83,23 @@ def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, 
         export_peft(tmp_path / "a", tmp_path / "peft")
 
 
+def test_a_weight_that_trained_beside_its_update_is_refused(tmp_path):
+    model = adapted(k=2)
+    model.layers[2]["v"].bias.requires_grad_(True)
+    with refused("layers.2.v.bias was trained beside its low-rank update"):
+        export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_an_export_replaces_another_and_records_revision_and_dropout(tmp_path):
+    model = adapted(k=2, lora_dropout=0.1)
+    folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
+    for base in (None, "mine"):
+        export_peft(folder, tmp_path / "peft", base)
+        config = LoraConfig.from_pretrained(tmp_path / "peft")
+        assert (config.base_model_name_or_path, config.revision, config.lora_dropout) == (base or "net", "r1", 0.1)
+
+
 def test_exports_keep_the_order_of_the_labels(tmp_path, capsys):
     """A checkpoint may number its classes in another order than the task; both exports print the names in its order."""
     names = {0: "contradiction", 1: "neutral", 2: "entailment"}
@@ -128,6 +148,48 @@ def test_the_merged_checkpoint_is_plain_transformers(pretrained, lora2, tmp_path
     assert AutoTokenizer.from_pretrained(out)(text) == pretrained.tokenizer(text)
 
 
+def test_another_base_and_precision_are_merged_where_asked_for(tmp_path, capsys):
+    base = encoder()
+    base.save_pretrained(tmp_path / "base")
+    loralib.save_adapter(model := adapted(modules=["query"], k=2, model=base), tmp_path / "a")
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    other.bert.embeddings.word_embeddings.weight.data[5] += 1
+    other.save_pretrained(tmp_path / "other")
+    command = [str(tmp_path / "a"), "--to", "merged", str(tmp_path / "m"), "--base", str(tmp_path / "other")]
+    assert main(command) == 2 and "weights are not those" in capsys.readouterr().err
+    assert main([*command, "--allow_other_base", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'm'}: plain bfloat16 checkpoint")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype="auto")
+    assert merged.dtype == torch.bfloat16
+    ids = torch.arange(10, 16)[None]
+    torch.testing.assert_close(merged.float()(ids).logits, model(ids).logits, atol=0.1, rtol=0.1)
+
+
+def test_a_checkpoint_whose_head_has_another_size_is_a_base(tmp_path):
+    encoder(num_labels=3).save_pretrained(tmp_path / "base")
+    options = {"num_labels": 2, "problem_type": "multi_label_classification", "ignore_mismatched_sizes": True}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **options)
+    loralib.save_adapter(adapted(modules=["query"], k=2, model=model), tmp_path / "a")
+    export_merged(tmp_path / "a", tmp_path / "m", str(tmp_path / "base"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m")
+    assert (merged.config.num_labels, merged.config.problem_type) == (2, "multi_label_classification")
+    ids = torch.arange(10, 16)[None]
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, **CLOSE)
+
+
+def test_a_merge_leaves_flags_and_transformers_settings_alone(tmp_path):
+    base = encoder()
+    base.save_pretrained(tmp_path / "base")
+    loralib.save_adapter(adapted(modules=["query"], k=2, model=encoder()), tmp_path / "a")
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    export_merged(tmp_path / "a", tmp_path / "m", str(tmp_path / "base"))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    base.bert.embeddings.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in base.parameters()]
+    merge_into(base, tmp_path / "a")
+    assert [parameter.requires_grad for parameter in base.parameters()] == flags
+
+
 # ---- import ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +206,37 @@ def peft_adapter(pretrained, tmp_path, request):
             nn.init.normal_(parameter, std=0.05)
     theirs.save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs", pretrained.logits(theirs)
+
+
+def test_an_import_by_svd_has_the_settings_that_are_asked_for(pretrained, peft_adapter, tmp_path):
+    """And every singular value, also those beyond the rank that peft's update has: they can grow."""
+    flags = ["--kind", "lora2", "--r", "10", "--lora_alpha", "5"]
+    for widths, expected in (([], [8]), (["--widths", "12"], [12])):
+        out = str(tmp_path / f"ours-{expected[0]}")
+        command = [str(peft_adapter[0]), "--to", "loralib", out, "--base", str(pretrained.path)]
+        assert main([*command, *flags, *widths]) == 0
+        config = loralib.read_adapter_config(out)
+        (group,) = config.groups
+        assert (group.kind, group.r, group.widths, group.lora_alpha) == ("lora2", 10, expected, 5.0)
+        assert set(group.rank_pattern.values()) == {"1" * 10}
+        assert config.base_model == pretrained.path.name
+
+
+def test_an_adapter_without_a_head_goes_to_peft_and_back(tmp_path):
+    base = encoder()
+    base.save_pretrained(tmp_path / "base")
+    ids = torch.arange(10, 16)[None]
+    model = adapted(modules=["query"], k=2, model=encoder())
+    model.classifier = copy.deepcopy(base.classifier).requires_grad_(False)
+    loralib.save_adapter(model, tmp_path / "a", base_model=str(tmp_path / "base"))
+    export_peft(tmp_path / "a", tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
+    assert theirs.peft_config["default"].task_type is None
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    command = [str(tmp_path / "peft"), "--to", "loralib", str(tmp_path / "back"), "--base", str(tmp_path / "base")]
+    assert main(command) == 0
+    loralib.load_adapter(back := encoder(), tmp_path / "back")
+    torch.testing.assert_close(back(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("peft_adapter", [False, True], indirect=True, ids=["", "rank-stabilised"])
@@ -165,6 +258,9 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
     [
         ({"alora_invocation_tokens": [3]}, "", "alora_invocation_tokens"),
         ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
+        ({"alpha_pattern": {"(q+)+": 2}}, "", "repeats a group"),
+        ({"bias": "all"}, "", "trained biases"),
+        ({"use_dora": True}, "", "use_dora"),
         ({"init_lora_weights": "lora_ga"}, "", "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
         ({}, "other.weight", "no parameter other.weight: the adapter was made for a model that peft adapted, this"),
@@ -201,6 +297,13 @@ def test_settings_of_an_import_are_checked(options):
     name, model = list(options)[-1], Net()
     with refused(f"{name} must be", model):
         import_peft(model, FOLDER / "peft", **options)
+
+
+@pytest.mark.parametrize("kind, widths", [("lora2", ()), ("lora2", (2, 2)), ("adalora", (2,))])
+def test_an_import_takes_as_many_widths_as_its_kind_has(kind, widths):
+    model = Net()
+    with refused(f"kind '{kind}' takes . widths", model):
+        import_peft(model, FOLDER / "peft", kind, widths=widths)
 
 
 @pytest.mark.parametrize("kind, r, widths", [("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))])
