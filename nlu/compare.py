@@ -123,6 +123,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     places = Places(measured, folder, COMMAND)
     selecting = experiment.selection.runs if experiment.selection else []
     parsed = {run.folder: parsed_command(run, places) for run in [*selecting, *experiment.runs]}
+    if not all(each.training.do_eval for each in parsed.values()):
+        raise UsageError("--do_eval False leaves nothing to compare: leave it out")
     firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
     shapes = {run.axes["method"]: shape_of(parsed[run.folder]) for run in firsts}
     labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}

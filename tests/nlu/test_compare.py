@@ -129,6 +129,7 @@ def test_the_table_says_what_was_measured():
         (["--methods", "lora:do_eval=False"], "give --do_eval for all methods"),
         (["--methods", "lora:lora_r=4:lora_r=8"], "gives a flag twice"),
         (["--methods", "lora", "--tune", ""], "--learning_rate"),
+        (["--methods", "lora", "--do_eval", "False", "--eval_strategy", "no"], "leaves nothing to compare"),
         (["--methods", "lora:seed=3"], "--seed is set for each run"),
         (["--methods", "lora", "--tune", "abc"], "invalid float value: 'abc'"),
         (["--methods", "lora:lora_k=3"], "--lora_k has no meaning with --method lora"),
