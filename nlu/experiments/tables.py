@@ -357,13 +357,13 @@ def _values(tried: dict[str, Any], short: bool = False) -> str:
 
 
 def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
-    """The values that tuning chose for a row and a task, with a mark where one is an end of those that it tried."""
-    at_end = False
+    """The values that tuning chose for a row and a task, with a mark behind each that is an end of those it tried."""
+    ends = {}
     for name, value in chosen.items():
         values = {tried[name] for tried in tuning.tried if _is_number(tried.get(name))}
-        at_end |= len(values) > 1 and value in (min(values), max(values))
-    text = _values(chosen, short=True) or NONE
-    return text + " †" * at_end, {f"{task}_chosen": _values(chosen), f"{task}_at_end": at_end}
+        ends[name] = len(values) > 1 and value in (min(values), max(values))
+    marked = [_values({name: value}, short=True) + " †" * ends[name] for name, value in chosen.items()]
+    return ", ".join(marked) or NONE, {f"{task}_chosen": _values(chosen), f"{task}_at_end": any(ends.values())}
 
 
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:

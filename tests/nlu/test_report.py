@@ -224,7 +224,7 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
     assert "Lowest loss: other, −5.8 % against plus (standard error 0.3)." in page
-    assert "| 30.0 ± 0.0 at head_learning_rate=0.004, 0.002 † |" in page and "**Tuning**" not in page
+    assert "| 30.0 ± 0.0 at head_learning_rate=0.004 †, 0.002 † |" in page and "**Tuning**" not in page
     make(lines, questions={"questions": [question | {"against": "other"}]})
     page = (tmp_path / "README.md").read_text()
     assert "No row has a lower loss than other. The nearest is plus, +6.2 %" in page and "of them: plus." in page
