@@ -215,6 +215,8 @@ def load_adapter(
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise ValueError("DistributedDataParallel reduces the parameters that it found: load the adapter, then wrap")
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
+    if "" in config.ranks:
+        raise ValueError("the adapter's layer is the model itself, which cannot be replaced: put it into a module")
     check_adapter(model, config, tensors, allow_other_base)
     install_adapter(model, config, tensors, compact)
     return config

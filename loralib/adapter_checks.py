@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from loralib.adapter_files import AdapterConfig, LayerGroup
 from loralib.injection import check_replaceable, is_linear
 from loralib.layers import LoRALayer, factor_shapes
-from loralib.model import factors_of, lora_layers, unwrapped
+from loralib.model import factors_of, lora_layers
 from loralib.stored_weight import frozen_shape, stored_form
 
 
@@ -31,8 +31,6 @@ def check_adapter(
     Args:
         any_head_shape: the adapter's head may have other shapes than the model's.
     """
-    if "" in config.ranks:
-        raise ValueError("the adapter's layer is the model itself, which cannot be replaced: put it into a module")
     present, state = lora_layers(model), model.state_dict(keep_vars=True)
     _refuse_merged(present)
     if present and set(present) != set(config.ranks):
@@ -176,7 +174,6 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     Raises:
         ValueError: for a model on the meta device, and for a sharded one whose trainable parameters have changed since.
     """
-    model = unwrapped(model)
     tensors = _base_tensors(model, exclude)
     if any(stored_form(tensor) == "sharded" for tensor in tensors.values()):
         head, digest = getattr(model, _KEPT, (None, ""))

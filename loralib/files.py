@@ -81,8 +81,8 @@ def _old_folder_of(folder: Path) -> Path:
 def replace_folder(folder: Path) -> None:
     """Flush the complete :func:`new_folder_of` ``folder`` to the disk and put it in the place of ``folder``.
 
-    A kill leaves the old folder or the new one in place, or a state that :func:`recover_folder` ends. A process whose
-    current folder it is stands in the new one afterwards.
+    A kill leaves the old folder or the new one in place, or a state that :func:`recover_folder` ends. If it is this
+    process's current folder, the new one is so afterwards.
 
     Raises:
         OSError: a file cannot be flushed or a folder cannot be renamed.
@@ -91,7 +91,9 @@ def replace_folder(folder: Path) -> None:
     for path in new.rglob("*"):
         _flush(path)
     _flush(new)
-    current = folder.exists() and os.path.samefile(folder, os.curdir)
+    current = False
+    with contextlib.suppress(OSError):  # either is absent, or may not be looked at
+        current = os.path.samefile(folder, os.curdir)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)  # of a kill after the second rename
         os.rename(folder, old)

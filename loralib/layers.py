@@ -101,8 +101,8 @@ class LoRALayer(nn.Linear):
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
 
         Args:
-            linear: an ``nn.Linear``, one with a weight quantised by torchao, bitsandbytes' ``Linear4bit``, or a layer
-                with a weight stored (in, out) such as GPT-2's ``Conv1D``.
+            linear: an ``nn.Linear``, one with a weight quantised by torchao, bitsandbytes' ``Linear4bit``, or, with a
+                weight stored (in, out), GPT-2's ``Conv1D`` or a layer whose attribute ``fan_in_fan_out`` is true.
             options: what the preset's :attr:`arguments` name.
 
         Raises:

@@ -99,7 +99,6 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
-    Of a compiled or data-parallel module they are those of the model inside.
 
     ``model.load_state_dict(state, strict=False)`` loads it into a model with the same layers.
 
@@ -115,7 +114,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         wanted |= {id(layer.bias) for layer in lora_layers(model).values() if layer.bias is not None}
     return {
         name: parameter.detach()
-        for name, parameter in unwrapped(model).named_parameters()  # gives a shared parameter once
+        for name, parameter in model.named_parameters()  # gives a shared parameter once
         if id(parameter) in wanted or (bias == "all" and _is_bias(name))
     }
 

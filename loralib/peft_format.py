@@ -288,7 +288,7 @@ def import_peft(
     if kind != "lora" and len(widths) not in SCALES[kind]:
         least, most = SCALES[kind][0], SCALES[kind][-1]
         scales = str(least) if least == most else f"{least} to {most}"
-        raise ValueError(f"kind {kind!r} takes {scales} widths, got {list(widths)}: see multiscale for others")
+        raise ValueError(f"the number of widths of kind {kind!r} is {scales}, got {list(widths)}")
     _, pairs, head = read_pairs(folder)
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}

@@ -142,9 +142,7 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
             "it out"
         )
     if training.lr_scheduler_type == "constant" and training.warmup_steps:
-        if "warmup_steps" in given:
-            raise UsageError("--lr_scheduler_type constant has no warm-up: take constant_with_warmup, or leave it out")
-        training.warmup_steps = 0
+        logger.warning("--lr_scheduler_type constant ignores the warm-up: constant_with_warmup has one")
     _check_checkpointing(training, given)
     if training.optim_args and training.optim in _WITHOUT_ARGS:
         raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")

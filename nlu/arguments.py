@@ -299,17 +299,10 @@ def _mapping_flags(values: dict[str, Any], source: str) -> list[str]:
 def translate(argv: list[str]) -> list[str]:
     """Published and older flags in today's spelling."""
     out: list[str] = []
-    warmups: set[str] = set()  # since the last place where a script's settings end
     tokens = iter(argv)
     for token in tokens:
         name, equals, value = token.partition("=")
         bare = name.removeprefix("--").replace("-", "_")
-        if bare == _WINS.removeprefix("--"):
-            warmups.clear()
-        elif name.startswith("--") and bare in ("warmup_ratio", "warmup_steps"):
-            warmups.add(bare)
-            if len(warmups) > 1:
-                raise UsageError("--warmup_ratio and --warmup_steps both set the warm-up: give one of them")
         if value == "--":  # argparse would make an empty list of it
             raise UsageError(f"{name} needs a value, got --")
         if not name.startswith("--"):

@@ -271,7 +271,8 @@ def _check_optimisation(training: TrainingArguments, model: torch.nn.Module, tot
         shares = {step: schedule.lr_lambdas[0](step) for step in steps}
         beyond = next((step for step, share in shares.items() if not -1e-6 <= share <= 1 + 1e-6), None)
     except Exception as error:  # a value of the wrong kind raises whatever the schedule runs into
-        hint = "; change --lr_scheduler_kwargs" if training.lr_scheduler_kwargs else ""
+        planned = flag == "--lr_scheduler_type" and training.lr_scheduler_kwargs
+        hint = "; change --lr_scheduler_kwargs" if planned else ""
         raise UsageError(f"{flag}: {one_line(error)}{hint}") from None
     if beyond is not None:
         raise UsageError(

@@ -86,6 +86,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
+    if args.slurm and args.launcher != "slurm":
+        raise UsageError("--slurm has no meaning without --launcher slurm")
     command = [sys.executable, os.path.relpath(RUN_GLUE)]
     if args.command is not None:
         command = list(split_command(args.command, "--command"))
@@ -105,11 +107,11 @@ def run_sweep(args: argparse.Namespace) -> int:
         for run in different.values():
             if not parsed_command(run, places).training.do_eval:
                 raise UsageError(f"{run.folder}: without --do_eval a run has no score: put do_eval: true into base")
-    launcher, jobs = _launcher(args, places, len(selecting) + len(final))
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)
         return 0
+    launcher, jobs = _launcher(args, places, len(selecting) + len(final))
     code = run_experiment(experiment, selecting, final, places, launcher, jobs, args.rerun_changed)
     _name_left_over(experiment, places)
     return code
@@ -164,8 +166,6 @@ def _print_plan(experiment: Experiment, selecting: list[Run], final: list[Run], 
 def _launcher(args: argparse.Namespace, places: Places, total: int) -> tuple[LocalLauncher | SlurmLauncher, int]:
     if args.launcher == "slurm":
         return SlurmLauncher(places.output / "logs" / "submitit", _pairs(args.slurm, "--slurm")), args.jobs or total
-    if args.slurm:
-        raise UsageError("--slurm has no meaning without --launcher slurm")
     return LocalLauncher(args.jobs or 1), args.jobs or 1
 
 

@@ -135,13 +135,9 @@ class _Reader:
         check(self.settings, "experiment", "--set", "arguments")
         self.name, self.base = self.content["name"], self.content.get("base") or {}
         self.grid = {axis: self._choices(axis, labels) for axis, labels in self.content["grid"].items()}
-        setters: dict[str, str] = {}
         for axis, labels in self.grid.items():
             for label, arguments in labels.items():
                 self._check_axes({name for name in arguments if name != axis}, f"grid.{axis} {label}")
-                for flag in arguments:
-                    if setters.setdefault(flag, axis) != axis:
-                        raise UsageError(f"grid.{setters[flag]} and grid.{axis} both set {flag}: one would win unseen")
         self.overrides = self._overrides(self.content.get("overrides"), "overrides")
         own = self.content.get("command")
         self.command = () if own is None else split_command(own, "command")
@@ -157,7 +153,7 @@ class _Reader:
         _check_folders(run.folder for run in every)
         seeds = [str(arguments.get("seed")).lstrip("0") for arguments in self.grid.get("seed", {}).values()]
         if len(set(seeds)) < len(seeds):
-            raise UsageError("grid.seed gives one seed two names: these would be no independent runs")
+            raise UsageError("grid.seed has two labels with one seed: tables could not tell their runs apart")
         for run in every:
             _ = run.command  # raises where it names no argument
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
@@ -194,9 +190,12 @@ class _Reader:
         return kept
 
     def _resolve(self, axes: dict[str, Any]) -> dict[str, Any]:
-        arguments = dict(self.base)
+        labels: dict[str, Any] = {}
         for axis, label in axes.items():
-            arguments.update(self.grid[axis][label])
+            for flag, value in self.grid[axis][label].items():
+                if labels.setdefault(flag, value) != value:
+                    raise UsageError(f"grid.{axis} {label} sets {flag}, which another axis sets otherwise")
+        arguments = self.base | labels
         for rule in self.overrides:
             if _matches(axes, rule["when"]):
                 arguments.update(rule["set"])
@@ -253,7 +252,7 @@ class _Reader:
             key = {axis: axes[axis] for axis in per}
             own = ({**resolved, "seed": None}, changed, tried)
             if settings.setdefault(tuple(key.values()), own) != own:
-                raise UsageError("seed: tuning chooses for all seeds of a row, so no rule may change one of them alone")
+                raise UsageError("seed: tuning is for all seeds of a row, so no label or rule may change one alone")
             runs[tuple(key.values())] = [
                 self._run(
                     "select", {**key, "seed": seed}, {**resolved, **changed, **self.settings, "seed": seed}

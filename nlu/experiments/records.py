@@ -126,7 +126,8 @@ def rate_sums(record: dict[str, Any]) -> dict[str, float]:
     whole = [entry["step"] for entry in history if entry.get("budget") == record.get("initial_budget")]
     if not logged or not record.get("steps"):
         return {}
-    if (record.get("arguments") or {}).get("warmup_steps"):
+    arguments = record.get("arguments") or {}
+    if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type") != "constant":
         logged = {1: 0.0} | logged
     rates = np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values()))
     pruning = (

@@ -302,7 +302,7 @@ def test_settings_of_an_import_are_checked(options):
 @pytest.mark.parametrize("kind, widths", [("lora2", ()), ("lora2", (2, 2)), ("adalora", (2,))])
 def test_an_import_takes_as_many_widths_as_its_kind_has(kind, widths):
     model = Net()
-    with refused(f"kind '{kind}' takes . widths", model):
+    with refused(f"the number of widths of kind '{kind}' is ", model):
         import_peft(model, FOLDER / "peft", kind, widths=widths)
 
 

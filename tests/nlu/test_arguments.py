@@ -132,8 +132,6 @@ WRONG = {
         ("--deepspeed ds.json", "configs/accelerate/fsdp.yaml"),
         ("--optim_args betas=0.8", "no meaning with --optim adamw_torch"),
         ("--debug underflow_overflow", "not supported"),
-        ("--warmup_ratio 0.1 --warmup_steps 3", "both set the warm-up: give one of them"),
-        ("--lr_scheduler_type constant --warmup_steps 3", "take constant_with_warmup"),
     ],
     "": [
         ("--task_name cola --do_train --root_output_dir o", "model_name_or_path"),
@@ -242,12 +240,11 @@ def test_the_place_is_all_that_method_file_wins_says(written):
         parse(f"{BASE} {written.format('--method_file_wins')}")
 
 
-def test_the_warm_up_of_a_script_gives_way_to_another_and_to_a_constant_rate():
-    steps = [
-        parse(f"{BASE} --warmup_steps 5 --method_file_wins {flags}").training.warmup_steps
-        for flags in ("", "--warmup_ratio 0.25", "--lr_scheduler_type constant")
-    ]
-    assert steps == [5, 0.25, 0]
+def test_the_last_warm_up_wins_and_one_that_is_ignored_is_named(caplog):
+    assert parse(f"{BASE} --warmup_steps 5 --warmup_ratio 0.25").training.warmup_steps == 0.25
+    assert not caplog.records
+    parse(f"{BASE} --warmup_steps 5 --lr_scheduler_type constant")
+    assert "constant ignores the warm-up" in caplog.text
 
 
 def test_a_flag_may_replace_what_a_script_sets_in_another_way():

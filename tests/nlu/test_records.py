@@ -56,6 +56,9 @@ def test_the_sums_of_the_learning_rates(every):
     assert sums["rate_sum"] == pytest.approx(exact[99], rel=1e-5 if every == 1 else 0.02)
     assert sums["rate_sum_pruning"] == pytest.approx(exact[29], rel=1e-5 if every == 1 else 0.03)
     assert rate_sums({"history": []}) == {}
+    constant = [{"step": step, "learning_rate": 0.01} for step in (50, 100)]
+    arguments = {"warmup_steps": 10, "lr_scheduler_type": "constant"}  # which has none
+    assert rate_sums(record | {"history": constant, "arguments": arguments})["rate_sum"] == pytest.approx(1.0)
 
 
 def test_the_norm_is_the_last_of_the_history():

@@ -306,8 +306,10 @@ def test_a_label_is_no_markdown(make, tmp_path):
     lines = [each | {"label": each["label"].replace("LoRA r=8", "LoRA *r|8*")} for each in trial(2)]
     questions = deepcopy(QUESTIONS)
     questions["questions"][0]["claims"][0]["against"] = "LoRA *r|8*"
+    questions["questions"][0]["question"] = "Does *it*\n# score <b>more</b>?"
     assert make(lines, questions=questions)[0] == 0
     page = (tmp_path / "README.md").read_text()
+    assert r"## Does \*it\* # score \<b>more\</b>?" in page
     assert page.count(r"LoRA \*r\|8\*") > 4 and "LoRA *r|8*" not in page
 
 

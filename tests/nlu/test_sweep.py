@@ -32,6 +32,11 @@ def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(
     taken = lines_of(tmp_path, "second")["eight-cola-seed=1"]
     place = {"run": "eight-cola-seed=1", "label": "eight", "axes": {"rank": "eight", "task_name": "cola", "seed": 1}}
     assert taken == first | place | {"taken_over_from": "first/lora-cola-seed=1"}
+    # A number is the same whether it is written with a point or without.
+    whole = {"eight": {"method": "lora", "lora_alpha": 8}}, {"eight": {"method": "lora", "lora_alpha": 8.0}}
+    for name, rows in zip(("whole", "point"), whole, strict=True):
+        said = run_sweep(BASIC | {"name": name, "grid": {"rank": rows, "task_name": ["cola"], "seed": [1]}})
+    assert "1 run(s) taken over" in "".join(said[1:])
     # A row that is added later takes over from one of its own experiment too.
     ranks |= {name: {**ranks["eight"]} for name in ("eight again", "and again")}
     assert "4 run(s) taken over" in "".join(run_sweep(second)[1:])

@@ -4,6 +4,7 @@ import math
 from itertools import pairwise
 
 import matplotlib
+import pandas as pd
 import pytest
 import yaml
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from nlu.experiments.figures import STYLE, spread_apart
 from nlu.experiments.published import published_table
 from nlu.experiments.statistics import correct_claims, finished, load_measured
 from nlu.experiments.tables import (
+    _chosen,
     claims_table,
     score_table,
     training_table,
@@ -123,6 +125,15 @@ def test_rows_that_adapt_other_modules_share_a_figure(tmp_path):
         panels = dict(figures.draw("trial", runs, runs))["trial_ranks"]().figure.axes
         shown = [sorted(text.get_text() for text in panel.texts) for panel in panels]
         assert shown == [[f"{rank:.1f}" for rank in ranks.values()] for ranks in order]
+
+
+def test_an_end_is_marked_behind_its_value_among_numbers_whose_runs_have_finished():
+    chosen = {"learning_rate": 2e-3, "lora_alpha": 4, "rank_allocation": False, "lora_r": 8}
+    tried = [chosen | {"learning_rate": rate, "rank_allocation": rate > 1e-3} for rate in (1e-3, 2e-3, 4e-3)]
+    tried += [chosen | {"lora_alpha": alpha, "lora_r": alpha} for alpha in (2, 8)]
+    tuning = pd.DataFrame({"tried": pd.Series([chosen, *tried])})
+    text, marked = _chosen("cola", chosen, tuning)
+    assert text == "0.002, lora_alpha=4, rank_allocation=False, lora_r=8 †" and marked["cola_at_end"]
 
 
 def test_modules_that_two_numbers_name_share_a_cell_of_the_figure(tmp_path):
