@@ -151,9 +151,7 @@ class _Reader:
         runs = [self._run("final", axes, self._resolve(axes)) for axes in combinations]
         every = [*runs, *(selection.runs if selection else [])]
         _check_folders(run.folder for run in every)
-        seeds = [str(arguments.get("seed")).lstrip("0") for arguments in self.grid.get("seed", {}).values()]
-        if len(set(seeds)) < len(seeds):
-            raise UsageError("grid.seed has two labels with one seed: tables could not tell their runs apart")
+        _check_seeds("grid.seed", [arguments.get("seed") for arguments in self.grid.get("seed", {}).values()])
         for run in every:
             _ = run.command  # raises where it names no argument
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
@@ -228,6 +226,7 @@ class _Reader:
             return None
         self._check_tried(raw["values"], "select.values")
         self._check_axes(raw["set"], "select.set")
+        _check_seeds("select.seeds", raw["seeds"])
         if "holdout_fraction" in self.settings:
             raise UsageError("--set holdout_fraction is the tuning stage's own: change select.set in the file")
         rules = self._overrides(raw.get("overrides"), "select.overrides")
@@ -306,6 +305,12 @@ def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _is_place(value: str) -> bool:
     return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1
+
+
+def _check_seeds(where: str, seeds: list[Any]) -> None:
+    """Refuse one seed under two names, such as 1 and "01": tables could not tell these runs apart."""
+    if len({str(seed).lstrip("0") for seed in seeds}) < len(seeds):
+        raise UsageError(f"{where} names one seed twice: give seeds that differ as numbers")
 
 
 def _check_folders(folders: Iterable[str]) -> None:

@@ -161,11 +161,12 @@ def _select(**changes):
         (_with(command="bash 'run.sh"), "cannot be split into words: No closing quotation"),
         (_with(name="t\n"), "name: t"),
         (_with(base={"model_name_or_path": "m", "run_name": "a\0b"}), "or NUL"),
-        (_with(grid={**BASIC["grid"], "seed": ["1", 1]}), "two labels with one seed"),
+        (_with(grid={**BASIC["grid"], "seed": ["1", 1]}), "grid.seed names one seed twice"),
         (
             _with(grid={**BASIC["grid"], "a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}),
             "which another axis sets",
         ),
+        (_select(seeds=[7, "07"]), "select.seeds names one seed twice"),
         (_with(exclude=[{"seed": []}]), "exclude.0.seed: [] should be non-empty"),
         (
             _with(grid={"v": {name: {"method": "lora", "task_name": "cola", "seed": 1} for name in ("Logs", "b")}}),
