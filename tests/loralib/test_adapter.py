@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 import loralib
 from loralib.adapter import merge_into
+from loralib.model import keep_flags
 from loralib.peft_format import export_peft
 from tests.loralib.small import INPUTS, Net, adapted, gpt2, refused
 
@@ -425,3 +426,12 @@ def test_a_start_from_another_kind_of_one_scale_is_refused(tmp_path, saved, into
     loralib.inject(model, into, ["q", "v"], r=3)
     with refused("give the same method", model):
         loralib.start_from_adapter(model, folder)
+
+
+def test_flags_come_back_after_an_error_too():
+    model = Net()
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(MemoryError), keep_flags(model):
+        model.requires_grad_(False)
+        raise MemoryError
+    assert [p.requires_grad for p in model.parameters()] == flags and any(flags)
