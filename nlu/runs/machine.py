@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(torch.__version__)}  # with its build, which the package's version may lack
 
 
 def git_commit(root: Path = ROOT) -> str | None:

@@ -101,6 +101,8 @@ def on_a_gpu(monkeypatch):
         "get_device_properties": properties, "max_memory_allocated": 7, "reset_peak_memory_stats": None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    # An optimiser of PyTorch built for CUDA would ask it, and with that a driver.
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
 
 
 @pytest.mark.usefixtures("on_a_gpu")

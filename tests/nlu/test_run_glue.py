@@ -185,7 +185,7 @@ def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
         (["--task_name", "rte"], "rte"),
         (["--model_name_or_path", "nowhere/at-all"], "nowhere/at-all"),
         (["--max_seq_length", "2"], "max_seq_length"),
-        (["--metric", "f2"], "--metric: invalid choice: 'f2' (choose from 'accuracy', 'f1', 'macro-f1'"),
+        (["--metric", "f2"], "--metric: invalid choice: 'f2' (choose from "),
         (["--metric", "f1"], "--metric is for your own files"),
         (["--task_name", "stsb", "--class_weights", "balanced"], "the labels of stsb are numbers"),
         (["--class_weights", "balanced", "--max_train_samples", "1"], "no training row has class '"),
