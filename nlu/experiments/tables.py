@@ -374,18 +374,18 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         "On a held-out part of the training set, at the tuning stage's length"
         if held_out else "On the validation set, which the scores above come from too"
     )  # fmt: skip
-    rows = []
+    rows, tasks = [], list(dict.fromkeys(tuning.task.dropna()))
     for label, own in rows_of(tuning):
-        usual = own[~own.extra].fillna({"last": 0.0})
+        usual = own[~own.extra].fillna({"last": 0.0}).groupby("task")["last"].mean()
         final = runs[(runs.stage == "final") & (runs.label == label)]
         row, tuned, failed = {"": cell(label, row=label)}, [], int((own.status == "failed").sum())
-        for task in dict.fromkeys(tuning.task.dropna()):
+        for task in tasks:
             of_task = own[(own.task == task) & (own.status == "finished")]
             chosen = next(iter(final[final.task == task].tried), None) or {}
             row[HEADINGS.get(task, task)] = _chosen(task, chosen, of_task)
             tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
         row |= {
-            "mean of the values tried": rounded("untuned", usual.groupby("task")["last"].mean().mean()),
+            "mean of the values tried": rounded("untuned", usual.mean() if len(usual) == len(tasks) else None),
             "at the chosen values": rounded("tuned", fmean(tuned) if tuned else None),
             "failed": cell(f"{failed} of {len(own)}", failed=failed, runs=len(own)),
         }
