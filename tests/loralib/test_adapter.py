@@ -13,9 +13,7 @@ from torch.nn.utils import prune
 
 import loralib
 from loralib.adapter import merge_into
-from loralib.model import keep_flags
-from loralib.peft_format import export_peft
-from tests.loralib.small import INPUTS, Net, adapted, gpt2, refused
+from tests.loralib.small import INPUTS, Net, adapted, refused
 
 KINDS = [
     ("lora", {}),
@@ -313,45 +311,15 @@ def test_a_merged_model_starts_from_no_adapter(tmp_path):
         loralib.start_from_adapter(model, folder)
 
 
-# ---- merging --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("saved, into", [("lora", "adalora"), ("adalora", "lora")])
+def test_a_start_from_another_kind_of_one_scale_is_refused(tmp_path, saved, into):
+    folder, model = loralib.save_adapter(adapted(saved), tmp_path / "a"), Net()
+    loralib.inject(model, into, ["q", "v"], r=3)
+    with refused("give the same method", model):
+        loralib.start_from_adapter(model, folder)
 
 
-def test_a_merge_that_cannot_be_whole_merges_nothing(tmp_path):
-    model = adapted(k=2)
-    folder = loralib.save_adapter(model, tmp_path / "a")
-    with refused("low-rank layers already", model):
-        merge_into(model, folder)
-    prune.identity(model.layers[2]["v"], "weight")
-    with refused("layers.2.v.weight is computed by a hook", model):
-        loralib.merge_adapter(model)
-    assert not any(layer.merged for layer in loralib.lora_layers(model).values())
-
-
-# ---- tied weights ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("modules", [["c_attn", "lm_head"], ["c_attn", "mlp.c_proj"]])
-def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modules):
-    tokens, base, again = torch.arange(8)[None], gpt2(), gpt2()
-    model = adapted(modules=modules, r=4, k=3, model=gpt2(), head="transformer.ln_f")
-    before = model(tokens).logits
-    folder = loralib.save_adapter(model, tmp_path / "a")
-    loralib.load_adapter(again, folder)
-    assert torch.equal(again(tokens).logits, before)
-    if "lm_head" in modules:
-        model(tokens, labels=tokens).loss.backward()
-        assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.grad is None
-        assert model.lm_head.lora_E.grad.abs().sum() > 0
-        with refused(r"lm_head\.weight is tied to transformer\.wte\.weight", model):
-            loralib.merge_adapter(model)
-        with refused("tied", base):
-            merge_into(base, folder)
-    else:  # GPT-2's Conv1D stores its weight as (in, out)
-        loralib.merge_adapter(model)
-        merge_into(base, folder)
-        for merged in (model, base):
-            torch.testing.assert_close(merged(tokens).logits, before, rtol=1e-4, atol=1e-4)
-        assert type(base.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+# ---- wrapped models --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(nn.DataParallel(torch.compile(m)))])
@@ -381,57 +349,3 @@ def test_an_adapter_is_loaded_before_its_parameters_are_reduced_over_processes(t
             loralib.load_adapter(wrapped, folder)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_behind(tmp_path):
-    class Head(nn.Linear):
-        get_extra_state = dict
-
-    base = Net()
-    base.classifier.__class__ = Head
-    model, merged = copy.deepcopy(base), copy.deepcopy(base)
-    adapted(k=2, model=model).layers[2]["v"].weight.requires_grad_(True).data.add_(0.2)
-    outputs = model(INPUTS)
-    merge_into(merged, loralib.save_adapter(model, tmp_path / "a"))
-    loralib.merge_adapter(model)
-    loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "merged"))
-    for other in (merged, base):
-        torch.testing.assert_close(other(INPUTS), outputs, rtol=1e-4, atol=1e-4)
-
-
-def test_a_lone_layer_merges_and_travels(tmp_path):
-    layer, x, base = loralib.LoRA2Linear(6, 5, 4, 16, k=3).eval(), torch.randn(2, 6), nn.Linear(6, 5)
-    base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    nn.init.normal_(layer.lora_E, std=1e5)
-    before = layer(x)
-    assert (before - base(x)).abs().max() > 0.1
-    folder = loralib.save_adapter(layer, tmp_path / "a")
-    nn.init.zeros_(layer.lora_E)
-    loralib.start_from_adapter(layer, folder)
-    assert torch.equal(layer(x), before)
-    loralib.merge_adapter(layer)
-    torch.testing.assert_close(layer(x), before)
-    merge_into(base, folder)
-    torch.testing.assert_close(base(x), before)
-    other = loralib.LoRA2Linear(6, 5, 4, 16, k=3)
-    with refused("put it into a module", other):  # a module that holds it is what could replace it
-        loralib.load_adapter(other, folder)
-    with pytest.raises(ValueError, match="put it into a module"):
-        export_peft(folder, tmp_path / "peft")
-
-
-@pytest.mark.parametrize("saved, into", [("lora", "adalora"), ("adalora", "lora")])
-def test_a_start_from_another_kind_of_one_scale_is_refused(tmp_path, saved, into):
-    folder, model = loralib.save_adapter(adapted(saved), tmp_path / "a"), Net()
-    loralib.inject(model, into, ["q", "v"], r=3)
-    with refused("give the same method", model):
-        loralib.start_from_adapter(model, folder)
-
-
-def test_flags_come_back_after_an_error_too():
-    model = Net()
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(MemoryError), keep_flags(model):
-        model.requires_grad_(False)
-        raise MemoryError
-    assert [p.requires_grad for p in model.parameters()] == flags and any(flags)
