@@ -334,9 +334,9 @@ def claims_table(
         "Differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
         "strata; p is corrected for the number of all claims. The published column cites the paper, which has another "
         "model and more tasks. " + LOSS_CHANGE,
-        f"holds: p < 0.05 and the expected direction. level: the whole interval lies within ±{LEVEL}. contradicted: "
-        f"the opposite has p < 0.05; if not lower was expected, the whole interval lies below −{LEVEL}; if level was "
-        f"expected, it lies outside ±{LEVEL}. not shown: none of these.",
+        "holds: p < 0.05 and the difference lies as expected. contradicted: p < 0.05 and it lies otherwise. Higher is "
+        f"tested against 0, not lower against −{LEVEL}, level against ±{LEVEL}. level: the whole interval lies within "
+        f"±{LEVEL}. not shown: none of these.",
     ]
     shown = {row["claim"][1]["claim"] for row in rows}
     titles = [f"{claim.label} − {claim.against}" for claim in question.claims]

@@ -78,7 +78,7 @@ def trial(seeds: int = 3) -> list[dict]:
     for number, label in enumerate(SIZES):
         for task, level in (("cola", 0.4), ("stsb", 0.8)):
             for seed in range(1, seeds + 1):
-                end = level + number / 100 + seed / 500
+                end = level + number / 100 + seed / 500 + number * (seed - (seeds + 1) / 2) / 2000
                 lines.append(line(label, task, seed, [end - 0.1, end - 0.02, end + 0.01, end]))
             rates = [4e-4, 1e-3, 2.5e-3, 6.25e-3]
             for rate in [*rates, *([1.5625e-2] if label == "LoRA² k=8" else [])]:

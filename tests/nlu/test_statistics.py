@@ -32,12 +32,16 @@ def test_one_task_is_the_paired_t_test(tmp_path):
     assert (result.count, result.mean) == (4, pytest.approx(test.statistic * result.error))
     assert result.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert result.p_value("higher") == pytest.approx(test.pvalue)
-    one_sided = [
-        stats.ttest_1samp(100 * (ours - theirs), bound, alternative=side).pvalue
-        for bound, side in ((-0.5, "greater"), (0.5, "less"))
-    ]
-    assert result.p_value("not lower") == pytest.approx(one_sided[0])
-    assert result.p_value("level") == pytest.approx(max(one_sided))
+    differences = 100 * (ours - theirs)
+    assert result.p_value("not lower") == pytest.approx(stats.ttest_1samp(differences, -0.5).pvalue)
+    one_sided = {
+        (bound, side): stats.ttest_1samp(differences, bound, alternative=side).pvalue
+        for bound in (-0.5, 0.5)
+        for side in ("greater", "less")
+    }
+    within = max(one_sided[-0.5, "greater"], one_sided[0.5, "less"])
+    outside = min(one_sided[-0.5, "less"], one_sided[0.5, "greater"])
+    assert result.p_value("level") == pytest.approx(min(1, 2 * min(within, outside)))
 
 
 def test_tasks_are_strata():
@@ -57,6 +61,9 @@ def test_tasks_are_strata():
 def test_an_interval_holds_its_mean_whatever_the_last_bits(values, tasks):
     series = pd.Series(values * tasks)
     result = estimate(series, pd.Series([i // len(values) for i in range(len(series))]))
+    if result.interval is None:  # equal values
+        assert np.ptp(values) < 1e-6
+        return
     low, high = result.interval
     assert low <= result.mean <= high and result.half_width >= 0
     assert all(0 <= result.p_value(expect) <= 1 for expect in ("higher", "not lower", "level"))
@@ -73,9 +80,16 @@ def test_a_ratio_has_an_interval_of_ratios_and_what_is_unknown_does_not_count():
     assert change.interval[0] > -100 and estimate(logarithms[3:], pd.Series(["a"], index=[3])).interval is None
 
 
-def test_seeds_that_tie_have_an_interval_of_no_width():
+def test_values_that_all_tie_show_no_error():
+    """Two seeds that agree by chance are no proof: without an error there is no interval, and no claim holds."""
     result = estimate(pd.Series([84.3] * 6), pd.Series(list("aaabbb")))
-    assert result.half_width == pytest.approx(0, abs=1e-9) and result.half_width >= 0
+    assert (result.mean, result.count) == (pytest.approx(84.3), 6)
+    assert result.interval is None and result.p_value("higher") is None
+    assert verdict(result, "higher", result.p_value("higher")) == "not shown"
+    one_task_ties = estimate(pd.Series([84.3, 84.3, 80.0, 82.0]), pd.Series(list("aabb")))
+    assert one_task_ties.interval == pytest.approx(
+        tuple(82.65 + side * stats.t.ppf(0.975, 1) * 0.5 for side in (-1, 1))
+    )
 
 
 def test_holm_against_its_definition():
@@ -138,8 +152,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
         load_measured(write(tmp_path, "trial", twice))
 
 
-def test_a_gain_does_not_contradict_that_nothing_is_lost():
-    assert verdict(Estimate(2.0, 0.5, 12.0, 15), "not lower", 0.2) == "not shown"  # p is corrected for many claims
+@pytest.mark.parametrize("expect", ["higher", "not lower", "level"])
+def test_a_contradiction_is_corrected_for_the_number_of_claims_too(expect):
+    result = Estimate(-1.6, 0.45, 12.0, 15)
+    p = result.p_value(expect)
+    assert p < 0.05 and verdict(result, expect, p) == "contradicted"
+    assert verdict(result, expect, holm([p] * 20)[0]) == "not shown"
 
 
 def test_a_value_of_an_axis_is_chosen_by_the_last_loss_not_the_lowest(tmp_path):
