@@ -32,17 +32,19 @@ from loralib.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, r
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Show no bar while weights load, and no warning that the head is new: the adapter brings its values."""
+    """Show no warning that the head is new, which is meant to be so, and outside a terminal no bars."""
     from transformers.utils import logging
 
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    hide_bars = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if hide_bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bar:
+        if hide_bars:
             logging.enable_progress_bar()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 import loralib
+from loralib.export import quiet_transformers
 from nlu.arguments import Arguments
 from nlu.data.tokens import longest_input
 from nlu.errors import UsageError, one_line, reason
@@ -169,17 +169,14 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
         UsageError: for weights that are missing, or have other shapes, anywhere but in the head's output layer.
     """
     model, training = arguments.model, arguments.training
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns that the head is new, which is meant to be so
     try:
-        loaded, info = AutoModelForSequenceClassification.from_pretrained(
-            model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
-            dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
-        )  # fmt: skip
+        with quiet_transformers():
+            loaded, info = AutoModelForSequenceClassification.from_pretrained(
+                model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
+                dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            )  # fmt: skip
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise _unreadable(arguments, error) from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     missing = set(info["missing_keys"])
     parts = {id(p) for p in head_parameters(loaded)}
     encoder = {name for name, p in loaded.named_parameters() if id(p) not in parts}

@@ -47,8 +47,7 @@ from loralib.files import open_new
 from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
 from nlu.data.tokens import check_room, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
-from nlu.fast.deberta_attention import enable_fast_attention
-from nlu.fast.first_token import enable_first_token
+from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
 from nlu.runs.signals import SignalWatch
 from nlu.tasks import TASKS
@@ -144,8 +143,7 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: i
     except _MODEL_ERRORS as error:
         raise UsageError(reason(error, 400)) from None
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
-    enable_fast_attention(model)
-    enable_first_token(model)
+    speed_up(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     number, problem = model.config.num_labels, model.config.problem_type
     if problem == "multi_label_classification" or (problem == "regression" and number > 1):

@@ -210,7 +210,7 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
         for label, own in rows_of(runs[runs.task == task]):
-            own = own.assign(rate=[tried["learning_rate"] for tried in own.tried], setting=own.tried.map(str))
+            own = own.assign(rate=_learning_rates(own), setting=own.tried.map(str))
             done = own.status == "finished"
             means = own[done].groupby(["rate", "setting"])[["loss", "last"]].mean()
             best = means.sort_values("loss").groupby("rate").head(1)["last"]
@@ -218,7 +218,7 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
             for rate in own[~done].rate:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
-        _ticks(axes, [tried["learning_rate"] for tried in runs[runs.task == task].tried], "{:.3g}".format)
+        _ticks(axes, _learning_rates(runs[runs.task == task]), "{:.3g}".format)
         axes.set_title(f"{HEADINGS.get(task, task)}: held-out score", loc="left")
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
@@ -229,6 +229,11 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
         "failed run."
     )
     return Drawing(name, "Sensitivity to the learning rate", text, figure)
+
+
+def _learning_rates(tuning: pd.DataFrame) -> list[float]:
+    """The rates that tuning runs tried; an experiment's file may quote them."""
+    return [float(tried["learning_rate"]) for tried in tuning.tried]
 
 
 def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -> None:

@@ -37,7 +37,7 @@ _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?"
 
 
 def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """The line of a run that has ended; one that left no finite score counts as failed.
+    """The line of a run that has ended; one without a finite score, or of another seed than asked, counts as failed.
 
     Args:
         run: what the sweep asked for.
@@ -48,6 +48,9 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     scores = [record.get("last"), *evaluations.get("loss", [None]), *evaluations.get(record.get("metric"), [None])]
     if status == "finished" and None in scores:
         status, error = "failed", "an evaluation has no finite score or loss"
+    asked = run.arguments.get("seed")
+    if status == "finished" and record.get("seed") != asked:
+        status, error = "failed", f"its record is of seed {record.get('seed')}, and {asked} was asked for"
     line = {
         **place_of(run, str(record.get("method"))),
         "status": status,

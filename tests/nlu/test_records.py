@@ -62,10 +62,11 @@ def test_the_sums_of_the_learning_rates(every):
 
 
 def test_the_norm_is_the_last_of_the_history():
-    run = Run("trial", "final", "a", {"method": "lora"}, {"method": "lora"})
+    run = Run("trial", "final", "a", {"method": "lora"}, {"method": "lora", "seed": 1})
     record = {
         "status": "finished",
         "method": "lora",
+        "seed": 1,
         "last": 0.5,
         "metric": "accuracy",
     }
@@ -75,6 +76,13 @@ def test_the_norm_is_the_last_of_the_history():
     assert measured_line(run, record)["delta_norm"] == 2.0
     record["evaluations"].append({"step": 2, "epoch": 2.0, "loss": None, "accuracy": 0.5})
     assert measured_line(run, record)["status"] == "failed"
+
+
+def test_a_record_of_another_seed_is_no_result(finished):
+    """A command of one's own may forget to hand its --seed on."""
+    axes = {"method": "lora2", "task_name": "cola", "seed": 4}
+    made = measured_line(Run("trial", "final", "lora2-cola-seed=4", axes, axes), finished[1])
+    assert (made["status"], made["error"]) == ("failed", "its record is of seed 3, and 4 was asked for")
 
 
 def test_lines_are_sorted_replaced_and_taken_out(tmp_path):

@@ -214,7 +214,7 @@ def test_at_each_learning_rate_the_other_settings_are_those_of_the_lowest_loss(t
     lines = []
     for rate, alpha, loss, score in (
         (1e-3, 2, 0.5, 0.3),
-        (1e-3, 16, 0.4, 0.2),
+        ("1e-3", 16, 0.4, 0.2),  # quoted in the file
         (2e-3, 2, 0.6, 0.1),
         (2e-3, 16, 0.9, 0),
     ):
