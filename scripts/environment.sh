@@ -1,6 +1,6 @@
 # Sourced by the scripts/run_*.sh files with their arguments: --help, the environment variables, and `run`.
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 
 show_help() {
     cat <<END
@@ -81,11 +81,6 @@ if value=$(given task_name "$@") && value=${value//-/} && [[ ${value,,} != "$tas
 fi
 METHOD=${METHOD:-lora2} NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=$ROOT/.venv/bin/python
-    [[ -x $PYTHON ]] || PYTHON=$(command -v python3 || command -v python) ||
-        fail "there is no python3: install it, or set PYTHON"
-fi
 
 [[ -f $ROOT/configs/methods/$METHOD.yaml ]] ||
     fail "no method '$METHOD': METHOD is one of $(cd "$ROOT/configs/methods" && echo *.yaml | sed 's/\.yaml//g')"

@@ -5,11 +5,8 @@
 #   bash scripts/gpu_check.sh --out FOLDER    writes them there
 #   PYTHON=python3 bash scripts/gpu_check.sh  names the interpreter (default: .venv/bin/python, else python3)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=python3
-  if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
+cd "$ROOT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # One GPU: with several, the Trainer would split a batch.
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"

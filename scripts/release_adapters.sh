@@ -2,7 +2,5 @@
 # Collect the adapters behind an experiment's results, with cards, predictions and a manifest, into a folder and an archive.
 # usage: bash scripts/release_adapters.sh EXPERIMENT --model_name_or_path DIR --glue_dir DIR [--check]     (--help says more)
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PYTHON:-$root/.venv/bin/python}"
-command -v "$python" >/dev/null || python=python3
-exec "$python" "$root/nlu/experiments/release.py" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
+exec "$PYTHON" "$ROOT/nlu/experiments/release.py" "$@"

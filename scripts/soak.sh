@@ -3,10 +3,8 @@
 # The last figures are in docs/soak.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=${PYTHON:-.venv/bin/python}
-if [ ! -x "$(command -v "$PYTHON")" ]; then
-  bash scripts/setup.sh test
-fi
+[[ -n ${PYTHON:-} || -x .venv/bin/python ]] || bash scripts/setup.sh test
+source scripts/interpreter.sh
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # New kill points and cases each time; each run is killed twice.
 SOAK_SEED="${SOAK_SEED:-$RANDOM}"
