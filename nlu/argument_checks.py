@@ -103,6 +103,42 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     """
     if training.root_output_dir is None:
         raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
+    _check_task(data, training)
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    for flag, on in (
+        ("head_first_epochs", training.head_first_epochs),
+        ("load_best_model_at_end", training.load_best_model_at_end),
+        (f"lora_init {method.lora_init}", method.lora_init in STARTS),
+    ):
+        if on and not training.do_train:
+            raise UsageError(f"--{flag} has no meaning without --do_train: leave it out")
+    if model.lora_path and method.lora_init in STARTS:
+        raise UsageError(
+            f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
+        )
+    _check_reporting(training)
+    _check_what_needs_evaluations(training, given)
+    _check_schedule(training)
+    _check_checkpointing(training, given)
+    if training.optim_args and training.optim in _WITHOUT_ARGS:
+        raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")
+    if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise UsageError(f"--torch_compile_backend {training.torch_compile_backend} is unknown; usual ones: {usual}")
+    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
+        raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
+    if training.fsdp:
+        raise UsageError("--fsdp would also split what trains: set ACCELERATE=configs/accelerate/fsdp.yaml instead")
+    _check_data(data)
+    _check_ranges(vars(model) | vars(data) | vars(training))
+    if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
+        raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
+    check_arguments(method, given)
+
+
+def _check_task(data: Any, training: Any) -> None:
+    """The task, or the files of one's own, and what is asked of them; the task's name gets its usual form."""
     if data.task_name is None and data.train_file is None:
         raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
     if data.task_name is not None:
@@ -119,21 +155,12 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         )
     elif training.do_predict and data.test_file is None:
         raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
-    for flag, on in (
-        ("head_first_epochs", training.head_first_epochs),
-        ("load_best_model_at_end", training.load_best_model_at_end),
-        (f"lora_init {method.lora_init}", method.lora_init in STARTS),
-    ):
-        if on and not training.do_train:
-            raise UsageError(f"--{flag} has no meaning without --do_train: leave it out")
-    if model.lora_path and method.lora_init in STARTS:
-        raise UsageError(
-            f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
-        )
-    _check_reporting(training)
-    _check_what_needs_evaluations(training, given)
+
+
+def _check_schedule(training: Any) -> None:
+    """The number of steps and the learning rates over them."""
+    if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
+        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
     if training.lr_scheduler_type in _BY_METRIC:
         raise UsageError("--lr_scheduler_type must plan the whole training: choose one that does not watch a metric")
     if training.lr_scheduler_kwargs and training.lr_scheduler_type in _WITHOUT_KWARGS:
@@ -143,23 +170,6 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
         )
     if training.lr_scheduler_type == "constant" and training.warmup_steps:
         logger.warning("--lr_scheduler_type constant ignores the warm-up: constant_with_warmup has one")
-    _check_checkpointing(training, given)
-    if training.optim_args and training.optim in _WITHOUT_ARGS:
-        raise UsageError(f"--optim_args has no meaning with --optim {training.optim.value}: leave it out")
-    if training.torch_compile and training.torch_compile_backend not in torch.compiler.list_backends(None):
-        usual = ", ".join(torch.compiler.list_backends())
-        raise UsageError(f"--torch_compile_backend {training.torch_compile_backend} is unknown; usual ones: {usual}")
-    if training.dataloader_persistent_workers and not training.dataloader_num_workers:
-        raise UsageError("--dataloader_persistent_workers needs --dataloader_num_workers: give both or neither")
-    if training.fsdp:
-        raise UsageError("--fsdp would also split what trains: set ACCELERATE=configs/accelerate/fsdp.yaml instead")
-    _check_data(data)
-    _check_ranges(vars(model) | vars(data) | vars(training))
-    if training.max_steps == 0 or (training.max_steps < 0 and not 0 < training.num_train_epochs < float("inf")):
-        raise UsageError("there is no step to train: --max_steps or --num_train_epochs must be positive and finite")
-    if data.holdout_fraction is not None and not 0 < data.holdout_fraction < 1:
-        raise UsageError(f"--holdout_fraction must lie between 0 and 1, got {data.holdout_fraction}")
-    check_arguments(method, given)
 
 
 def _check_reporting(training: Any) -> None:
