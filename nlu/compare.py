@@ -35,6 +35,7 @@ from loralib.files import write_bytes, write_text
 from nlu import ROOT
 from nlu.arguments import DataArguments, build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.experiments.cells import Table
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
@@ -43,7 +44,7 @@ from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, check_writable, parsed_command
 from nlu.experiments.records import place_of, portable
 from nlu.experiments.statistics import as_frame, finished
-from nlu.experiments.tables import Table, comparison_table
+from nlu.experiments.tables import comparison_table
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]

@@ -10,8 +10,9 @@ import pytest
 from loralib import export
 from nlu import arguments, compare, predict, report, sweep
 from nlu.experiments import release
+from nlu.experiments.cells import number
 from nlu.experiments.statistics import load_measured, tuned_over
-from nlu.experiments.tables import against_table, number
+from nlu.experiments.tables import against_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,9 +80,11 @@ def test_the_table_of_the_recipe_is_that_of_the_records():
             ", ".join(number(scores[task, rate], 1) for rate in ("low", "middle", "high")) for task in ("cola", "stsb")
         ]
         change = compared.loc[row]
-        loss = f"{number(change.loss_change, 1, sign=True)} ± {number(change.loss_error, 1)}"
-        gain, low, high = (number(change[name], 1, sign=True) for name in ("difference", "low", "high"))
-        expected.append(("–", "–", *cells) if row == "plus" else (loss, f"{gain} ({low} to {high})", *cells))
+        changes = [
+            "{} ({} to {})".format(*(number(change[name], 1, sign=True) for name in names))
+            for names in (("loss_change", "loss_low", "loss_high"), ("difference", "low", "high"))
+        ]
+        expected.append(("–", "–", *cells) if row == "plus" else (*changes, *cells))
     page = (ROOT / "docs/methods.md").read_text(encoding="utf-8").partition("### What each part does")[2]
     table = [re.split(r" (?<!\\)\| ", line.strip("| "))[1:] for line in page.splitlines() if line.startswith("| ")]
     assert sorted(map(tuple, table[2:])) == sorted(expected)

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import averages, compared
-from nlu.experiments.tables import rows_of
+from nlu.experiments.statistics import averages, common_seeds, compared, tuned_over
+from nlu.experiments.tables import are_held_out, rows_of
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -84,10 +84,11 @@ def draw(
 
 
 def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """Average score against trained parameters, with 95 % intervals."""
+    """Average score against trained parameters, with 95 % intervals; None where rows differ in the learning rate."""
+    runs = common_seeds(runs)
     sizes = runs.groupby("label").adapter_params.max()
     points = [(label, sizes[label], average) for label, average in averages(runs).items() if sizes[label] > 0]
-    if len(points) < 2:
+    if len(points) < 2 or _rate_is_axis(runs):
         return None
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -101,8 +102,8 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     _legend(figure, [axes])
     best = max(points, key=lambda point: point[2].mean)
     text = (
-        f"Average over {_names(runs.task)} against trained parameters, with 95 % intervals over the seeds. Highest: "
-        f"{best[0]}, {best[2].mean:.2f}."
+        f"Average over {_names(runs.task)} against trained parameters, over the seeds that every row has, with 95 % "
+        f"intervals. Highest: {best[0]}, {best[2].mean:.2f}."
     )
     return Drawing(name, "Score against parameters", text, figure)
 
@@ -141,19 +142,23 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
 
 def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
     """The paired change of the loss of each row against one of them, the best above."""
-    found = [(label, loss) for label, (loss, _) in compared(runs, against).items() if loss.error is not None]
+    found = [(label, loss) for label, (loss, _) in compared(runs, against).items() if loss.interval is not None]
     rows = sorted(found, key=lambda row: -row[1].mean)
     if not rows:
         return None
     figure = Figure(figsize=(WIDTH, 1.2 + 0.2 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    means, errors = [each.mean for _, each in rows], [each.error for _, each in rows]
+    means = np.array([each.mean for _, each in rows])
+    errors = np.abs(np.array([each.interval for _, each in rows]).T - means)
     axes.errorbar(means, range(len(rows)), xerr=errors, fmt="o", color=COLOURS[0], capsize=3, markersize=4)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.axvline(0, color=COLOURS[1], linewidth=1)
-    axes.set_xlabel(f"change of the loss against {against}, %\n(± standard error; left is better)")
+    axes.set_xlabel(f"change of the loss against {against}, %\n(95 % interval; left is better)")
     tasks = _names(runs.task)
-    text = f"Change of the loss at the last evaluation on {tasks} against {against}. Lowest of them: {rows[-1][0]}."
+    text = (
+        f"Change of the loss at the last evaluation on {tasks} against {against}, with 95 % intervals. Lowest of them: "
+        f"{rows[-1][0]}."
+    )
     return Drawing(name, f"Loss against {against}", text, figure)
 
 
@@ -175,7 +180,7 @@ def spread_apart(sizes: list[float]) -> list[float]:
 
 
 def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
-    """Score and validation loss against the step: a row for each task."""
+    """Score and validation loss against the step, a row for each task; one lost run does not move a median."""
     tasks = list(dict.fromkeys(runs.task))
     figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
@@ -189,19 +194,28 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
                 _line(axes, by_step, label, styles[label])
             axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
             axes.set_xlim(left=0)  # one evaluation alone would get an axis of fractions of a step
+            _leave_outliers_out(axes)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
-    text = f"Score and validation loss at each evaluation on {_names(tasks)}: means over the seeds."
+    text = (
+        f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds. What lies far from "
+        "the others leaves the panel."
+    )
     return Drawing(name, "Learning curves", text, figure)
 
 
 def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """Held-out score against the learning rate in the tuning stage."""
+    """Score against the learning rate: in the tuning stage, or of final runs with several rates."""
+    if _rate_is_axis(every):
+        every = tuned_over(every, "learning_rate")
+        labels = list(dict.fromkeys(every.label))
+        styles = dict(zip(labels, _styles(len(labels)), strict=True))
     tuning = every[every.stage == "select"]
     runs = tuning[["learning_rate" in tried for tried in tuning.tried]]
     if not len(runs):
         return None
+    score = "held-out score" if are_held_out(runs) else "score"
     tasks = list(dict.fromkeys(runs.task.dropna()))
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -219,16 +233,20 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
         _ticks(axes, _learning_rates(runs[runs.task == task]), "{:.3g}".format)
-        axes.set_title(f"{HEADINGS.get(task, task)}: held-out score", loc="left")
+        axes.set_title(f"{HEADINGS.get(task, task)}: {score}", loc="left")
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
     _legend(figure, panels)
     text = (
-        f"Score at the last evaluation on held-out training data against the learning rate on {_names(tasks)}, in the "
-        "tuning stage; where other settings are tuned too, with those of the lowest loss at that rate. A cross marks a "
-        "failed run."
+        f"Mean {score} at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
+        "tuned too, with those of the lowest loss at that rate. A cross marks a crashed run."
     )
     return Drawing(name, "Sensitivity to the learning rate", text, figure)
+
+
+def _rate_is_axis(runs: pd.DataFrame) -> bool:
+    """Whether final runs have several learning rates, as labels of the grid."""
+    return any("learning_rate" in (axes or {}) for axes in runs[runs.stage == "final"]["axes"])
 
 
 def _learning_rates(tuning: pd.DataFrame) -> list[float]:
@@ -238,7 +256,17 @@ def _learning_rates(tuning: pd.DataFrame) -> list[float]:
 
 def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -> None:
     xs = sorted(by_x)
-    axes.plot(xs, [np.mean(by_x[x]) for x in xs], label=label, **style)
+    axes.plot(xs, [np.median(by_x[x]) for x in xs], label=label, **style)
+
+
+def _leave_outliers_out(axes: Axes) -> None:
+    """Limit the panel to six interquartile ranges from the quartiles of what is drawn, twice Tukey's outer fences."""
+    values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+    low, high = np.quantile(values, [0.25, 0.75])
+    reach = 6 * (high - low)
+    low, high = max(values.min(), low - reach), min(values.max(), high + reach)
+    if low < high:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
 def _styles(number: int) -> Iterator[dict]:

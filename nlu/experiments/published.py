@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from nlu.errors import UsageError
-from nlu.experiments.tables import Table, cell, number, rounded
+from nlu.experiments.cells import Table, cell, number, rounded
 from nlu.json_yaml import check, read_json
 from nlu.tasks import HEADINGS
 

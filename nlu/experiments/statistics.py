@@ -222,20 +222,28 @@ def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
     return {label: estimate(own["last"], own.task) for label, own in labels if own.task.nunique() == tasks}
 
 
+def common_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, of the labels that have every task, with the seeds that all of these have on a task.
+
+    All of their runs where some task has no such seed.
+    """
+    whole = runs[runs.groupby("label").task.transform("nunique") == runs.task.nunique()]
+    shared = whole[whole.groupby(["task", "seed"]).label.transform("nunique") == whole.label.nunique()]
+    return shared if shared.task.nunique() == runs.task.nunique() else whole
+
+
 @dataclass(frozen=True)
 class Change:
-    """The change of a positive quantity in percent: geometric mean of ratios, standard error and 95 % interval."""
+    """The change of a positive quantity in percent: geometric mean of ratios, and its 95 % interval."""
 
     mean: float
-    error: float | None
     interval: tuple[float, float] | None
 
 
 def percent(logarithms: Estimate) -> Change:
-    """The change in percent that an estimate of the ln of a ratio stands for; the error is by the delta method."""
-    error = None if logarithms.error is None else 100 * math.exp(logarithms.mean) * logarithms.error
+    """The change in percent that an estimate of the ln of a ratio stands for."""
     ends = logarithms.interval and tuple(100 * math.expm1(end) for end in logarithms.interval)
-    return Change(100 * math.expm1(logarithms.mean), error, ends)
+    return Change(100 * math.expm1(logarithms.mean), ends)
 
 
 def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:

@@ -1,20 +1,31 @@
-"""The tables of a report: pandas groups and joins the runs, and prints Markdown, CSV and LaTeX."""
+"""The tables of a report: pandas groups and joins the runs."""
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
+from nlu.experiments.cells import (
+    NONE,
+    Cell,
+    Table,
+    cell,
+    count,
+    counted,
+    interval,
+    number,
+    ranged,
+    rounded,
+    signed,
+    signed_percent,
+    with_deviation,
+)
 from nlu.experiments.claims import Claim, Question
 from nlu.experiments.statistics import (
     LEVEL,
     SHORT,
-    Change,
-    Estimate,
     averages,
+    common_seeds,
     compared,
     estimate,
     finished,
@@ -24,126 +35,10 @@ from nlu.experiments.statistics import (
 )
 from nlu.tasks import HEADINGS
 
-NONE = "–"
-Cell = tuple[str, dict[str, Any]]  # what is printed, and the figures behind it by their names
 ALL = "all tasks"
 LOSS_CHANGE = "Loss: the change at the last evaluation, as a geometric mean of ratios; less is better."
 AT_END = "† an end of the values tried: the best value may lie outside."
 SHORT_STEPS = 1000  # a training of fewer steps ranks no methods
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: rows of cells under their headings; `notes` explain them."""
-
-    name: str
-    title: str
-    rows: list[dict[str, Cell]]
-    notes: list[str]
-
-    @property
-    def text(self) -> pd.DataFrame:
-        """What is printed."""
-        return pd.DataFrame([{head: text for head, (text, _) in row.items()} for row in self.rows])
-
-    @property
-    def data(self) -> pd.DataFrame:
-        """The figures, unrounded."""
-        return pd.DataFrame([{k: v for _, figures in row.values() for k, v in figures.items()} for row in self.rows])
-
-    def markdown(self) -> str:
-        """The title, the table and the notes."""
-        cells = self.text.map(markdown_text).rename(columns=markdown_text)
-        if "verdict" in cells:
-            cells["verdict"] = cells["verdict"].map(lambda answer: answer and f"**{answer}**")
-        sides = ["left" if i < self._words() else "right" for i in range(len(cells.columns))]
-        body = cells.to_markdown(index=False, colalign=sides, disable_numparse=True, tablefmt="pipe")
-        return "\n".join([f"**{markdown_text(self.title)}**", "", body, "", *[f"- {note}" for note in self.notes], ""])
-
-    def csv(self) -> str:
-        """Figures rounded to six digits, where libraries' versions may differ: equal lines give equal bytes."""
-        return self.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-
-    def latex(self) -> str:
-        """A `table` environment for the booktabs package; the notes follow the caption."""
-        escaped = self.text.map(latex_text).rename(columns=latex_text)
-        sides = "".join("l" if i < self._words() else "r" for i in range(len(escaped.columns)))
-        caption = latex_text(" ".join([f"{self.title}.", *self.notes]))
-        return escaped.to_latex(
-            index=False, escape=False, column_format=sides, caption=caption, label=f"tab:{self.name}"
-        )
-
-    def _words(self) -> int:
-        """How many leading columns hold words; the others hold figures and are set to the right."""
-        figures = [all(cell[:1] in "0123456789+-−<–" for cell in column) for _, column in self.text.items()]
-        return figures.index(True) if True in figures else len(figures)
-
-
-def markdown_text(text: str) -> str:
-    """Text on one line, with a backslash before what Markdown would not print; an underscore inside a word stays."""
-    marks = r"[\\`*|]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])"
-    return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
-
-
-def latex_text(text: str) -> str:
-    """Text with LaTeX's special characters written out; other letters are UTF-8, which LaTeX reads."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-               "²": r"\textsuperscript{2}", "−": "$-$", "Δ": r"$\Delta$", "Λ": r"$\Lambda$", "†": r"\dag{}",
-               "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-               **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
-    return "".join(special.get(character, character) for character in text)
-
-
-def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
-    """A figure with a fixed number of digits, or a dash."""
-    return NONE if value is None or pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def signed(value: float) -> str:
-    """A figure with its sign."""
-    return number(value, sign=True)
-
-
-def count(value: float | None) -> str:
-    """A whole number with separators, or a dash."""
-    return NONE if value is None or pd.isna(value) else f"{value:,.0f}"
-
-
-def spread(low: float | None, high: float | None, form: Callable[[Any], str] = count) -> str:
-    """A range, or one figure where both ends print alike."""
-    return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
-
-
-def cell(text: str, **figures: Any) -> Cell:
-    """One place of a table."""
-    return text, figures
-
-
-def counted(name: str, value: float | None) -> Cell:
-    return count(value), {name: value}
-
-
-def rounded(name: str, value: float | None, digits: int = 2, sign: bool = False) -> Cell:
-    return number(value, digits, sign), {name: value}
-
-
-def ranged(name: str, values: pd.Series, form: Callable[[Any], str] = count) -> Cell:
-    """From the least to the most of some values."""
-    least, most = values.min(), values.max()
-    return spread(least, most, form), {f"{name}_least": least, f"{name}_most": most}
-
-
-def with_deviation(name: str, values: pd.Series, digits: int = 1) -> Cell:
-    """Mean ± standard deviation."""
-    mean, deviation = values.mean(), values.std(ddof=1)
-    text = number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
-    return text, {name: mean, f"{name}_std": deviation}
-
-
-def interval(result: Estimate | Change | None, form: Callable[[Any], str] = number, of: str = "") -> Cell:
-    """The 95 % interval of an estimate, where there is one; `of` begins the names of its figures."""
-    low, high = (result.interval if result else None) or (None, None)
-    return NONE if low is None else spread(low, high, form), {f"{of}low": low, f"{of}high": high}
 
 
 def rows_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -156,9 +51,18 @@ def is_short(runs: pd.DataFrame) -> bool:
     return bool((runs.delta_norm.notna() & (runs.rate_sum < SHORT)).any())
 
 
+def are_held_out(runs: pd.DataFrame) -> bool:
+    """Whether all of them were scored on a part of the training set."""
+    return all((asked or {}).get("holdout_fraction") for asked in runs.asked)
+
+
 def score_table(name: str, runs: pd.DataFrame) -> Table:
-    """Mean ± standard deviation over seeds for each task, and the average over the tasks with its interval."""
-    tasks, known = list(dict.fromkeys(runs.task)), averages(runs)
+    """Mean ± standard deviation over seeds for each task, and the average over the tasks with its interval.
+
+    Where rows have different seeds, a column has the averages over those that all have: the others do not compare.
+    """
+    tasks, known, shared = list(dict.fromkeys(runs.task)), averages(runs), averages(common_seeds(runs))
+    seeds_differ = any(known[label] != average for label, average in shared.items())
     rows = []
     for label, own in rows_of(runs):
         result = known.get(label)
@@ -175,6 +79,7 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
         row |= {
             "average": rounded("average", result and result.mean),
             "95 % interval": interval(result),
+            **({"average, common seeds": rounded("common", result and shared[label].mean)} if seeds_differ else {}),
             "average of best": rounded("best", result and own.groupby("task")["best"].mean().mean()),
         }
         rows.append(row)
@@ -185,6 +90,11 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
     ]
     if runs.test.notna().any():
         notes.append("Test: the model at the end on the task's labelled test set, which is not part of the average.")
+    if seeds_differ:
+        notes.append(
+            "Common seeds: the average over the seeds that every row has. Averages over other seeds do not compare: "
+            "one lost run moves them by points."
+        )
     if any(is_short(own) for _, own in rows_of(runs)):
         notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
     return Table(f"{name}_scores", "Score", rows, notes)
@@ -250,7 +160,7 @@ def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
             | {
                 "‖ΔW‖": ranged("delta_norm", own.groupby("task").delta_norm.mean(), number),
                 "loss, %": rounded("loss_change", loss and loss.mean, 1, sign=True),
-                "standard error": rounded("loss_error", loss and loss.error, 1),
+                "95 % interval (loss)": interval(loss, signed_percent, "loss_"),
                 "score": rounded("difference", score and score.mean, sign=True),
                 "95 % interval": interval(score, signed),
             }
@@ -327,7 +237,7 @@ def claims_table(
                     "95 % interval": interval(result, signed),
                     "p (Holm)": cell("< 0.001" if p is not None and p < 0.001 else number(p, 3), p_holm=p),
                     "loss, %": rounded("loss_change", loss.mean, 1, sign=True),
-                    "95 % interval (loss)": interval(loss, lambda change: number(change, 1, sign=True), "loss_"),
+                    "95 % interval (loss)": interval(loss, signed_percent, "loss_"),
                 }
             )
     notes = [
@@ -361,7 +271,7 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
     ends = {}
     for name, value in chosen.items():
         values = {tried[name] for tried in tuning.tried if _is_number(tried.get(name))}
-        ends[name] = len(values) > 1 and value in (min(values), max(values))
+        ends[name] = len(values) > 2 and value in (min(values), max(values))  # of two values each is an end
     marked = [_values({name: value}, short=True) + " †" * ends[name] for name, value in chosen.items()]
     return ", ".join(marked) or NONE, {f"{task}_chosen": _values(chosen), f"{task}_at_end": any(ends.values())}
 
@@ -369,10 +279,9 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
     """What the tuning stage chose, and what a user gets without it; `runs` are all of the question's, both stages."""
     tuning = runs[runs.stage == "select"]
-    held_out = all((asked or {}).get("holdout_fraction") for asked in tuning.asked)
     where = (
         "On a held-out part of the training set, at the tuning stage's length"
-        if held_out else "On the validation set, which the scores above come from too"
+        if are_held_out(tuning) else "On the validation set, which the scores above come from too"
     )  # fmt: skip
     rows, tasks = [], list(dict.fromkeys(tuning.task.dropna()))
     for label, own in rows_of(tuning):
@@ -387,13 +296,13 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         row |= {
             "mean of the values tried": rounded("untuned", usual.mean() if len(usual) == len(tasks) else None),
             "at the chosen values": rounded("tuned", fmean(tuned) if tuned else None),
-            "failed": cell(f"{failed} of {len(own)}", failed=failed, runs=len(own)),
+            "crashed": cell(f"{failed} of {len(own)}", failed=failed, runs=len(own)),
         }
         rows.append(row)
     notes = [
         f"{where}: the learning rate (and other tuned settings) with the lowest loss at the last evaluation. Mean of "
-        "the values tried: the mean score in percent over the values that every task tries, which is what a user gets "
-        "without tuning; a failed run counts as 0.",
+        "the values tried: the mean score in percent over the values of the grid, without one more beyond its end. A "
+        "user gets this who takes a value of this grid without tuning. A crashed run counts as 0.",
         AT_END,
     ]
     return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from scipy import stats
 
 from nlu import report
 from nlu.experiments import figures
@@ -215,17 +216,17 @@ def test_each_row_takes_a_value_of_an_axis_by_its_loss_and_is_compared_with_one_
     read = {path.stem: list(csv.DictReader(path.open())) for path in (tmp_path / "tables").iterdir()}
     other, plus = sorted(read["trial_against"], key=lambda row: row["row"])
     assert plus["loss_change"] == "" and plus["runs"] == "4" and float(plus["cola"]) == 30
-    changes = [float(other[name]) for name in ("loss_change", "loss_error", "difference")]
+    changes = [float(other[name]) for name in ("loss_change", "loss_low", "loss_high", "difference")]
     # Two strata of two pairs each, ±0.005 around -0.03 and -0.09: each mean has the error 0.005.
-    ratio = math.exp(-0.06)
-    assert changes == pytest.approx([100 * (ratio - 1), 100 * ratio * math.hypot(0.005, 0.005) / 2, 10], abs=1e-4)
+    half = stats.t.ppf(0.975, 2) * math.hypot(0.005, 0.005) / 2
+    assert changes == pytest.approx([*(100 * math.expm1(-0.06 + side * half) for side in (0, -1, 1)), 10], abs=1e-4)
     assert plus["cola_chosen"] == "head_learning_rate=0.004, learning_rate=0.002"
     assert other["cola_chosen"] == "head_learning_rate=0.002, learning_rate=0.001"
     make(lines, questions={"questions": [question]})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["trial_against.png"]
     page = (tmp_path / "README.md").read_text()
-    assert "Lowest loss: other, −5.8 % against plus (standard error 0.3)." in page
-    assert "| 30.0 ± 0.0 at head_learning_rate=0.004 †, 0.002 † |" in page and "**Tuning**" not in page
+    assert "Lowest loss: other, −5.8 % against plus (95 % interval −7.2 to −4.4)." in page
+    assert "| 30.0 ± 0.0 at head_learning_rate=0.004, 0.002 |" in page and "**Tuning**" not in page
     make(lines, questions={"questions": [question | {"against": "other"}]})
     page = (tmp_path / "README.md").read_text()
     assert "No row has a lower loss than other. The nearest is plus, +6.2 %" in page and "of them: plus." in page

@@ -14,7 +14,7 @@ from nlu.experiments import figures
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import STYLE, spread_apart
 from nlu.experiments.published import published_table
-from nlu.experiments.statistics import correct_claims, finished, load_measured
+from nlu.experiments.statistics import common_seeds, correct_claims, finished, load_measured
 from nlu.experiments.tables import (
     _chosen,
     claims_table,
@@ -86,12 +86,29 @@ def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_
     assert report._finding(table, part).startswith("LoRA² k=8 − LoRA r=8 on STS-B: +")
 
 
+def test_rows_compare_over_the_seeds_that_all_of_them_have(tmp_path):
+    """A lost run of a third seed, which only LoRA has, lowers its own average and no comparison."""
+    even, lost = trial(2), [line("LoRA r=8", task, 3, [0.0]) for task in ("cola", "stsb")]
+    runs = finished(load_measured(write(tmp_path / "more", "trial", even + lost)))
+    before = finished(load_measured(write(tmp_path / "even", "trial", even)))
+    text, plain = (score_table("trial", each).text.set_index("") for each in (runs, before))
+    assert "average, common seeds" not in plain
+    assert list(text["average, common seeds"]) == list(plain["average"])
+    assert float(text["average"]["LoRA r=8"]) == pytest.approx(float(plain["average"]["LoRA r=8"]) * 2 / 3, abs=0.01)
+    captions = [dict(figures.draw("trial", each, each))["trial_parameters"]().text for each in (runs, before)]
+    assert captions[0] == captions[1] and report._finding(None, runs) == report._finding(None, before)
+    apart = before[(before.label == "LoRA r=8") | (before.seed == 2)]
+    assert set(common_seeds(apart).seed) == {2}
+    apart = apart[(apart.label != "LoRA r=8") | (apart.seed == 1)]
+    assert len(common_seeds(apart)) == len(apart)  # no seed in common: what there is
+
+
 def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
     text = tuning_table("trial", runs).text.set_index("")
     # By hand: 60, less 2 points for each thousandth away from 1e-3; the extra rate is left out.
     assert text.loc["LoRA² k=8", "mean of the values tried"] == f"{60 - 2 * (0.6 + 0 + 1.5 + 5.25) / 4:.2f}"
     assert text.loc["LoRA² k=8", "CoLA"] == "0.001" and text.loc["LoRA² k=8", "at the chosen values"] == "60.00"
-    assert text.loc["LoRA r=8", "failed"] == "2 of 8"  # which count as 0
+    assert text.loc["LoRA r=8", "crashed"] == "2 of 8"  # which count as 0
     failed = (60 - 1.2) + 60 + (60 - 3)
     assert text.loc["LoRA r=8", "mean of the values tried"] == f"{failed / 4:.2f}"
 
@@ -135,9 +152,12 @@ def test_an_end_is_marked_behind_its_value_among_numbers_whose_runs_have_finishe
     chosen = {"learning_rate": 2e-3, "lora_alpha": 4, "rank_allocation": False, "lora_r": 8}
     tried = [chosen | {"learning_rate": rate, "rank_allocation": rate > 1e-3} for rate in (1e-3, 2e-3, 4e-3)]
     tried += [chosen | {"lora_alpha": alpha, "lora_r": alpha} for alpha in (2, 8)]
-    tuning = pd.DataFrame({"tried": pd.Series([chosen, *tried])})
-    text, marked = _chosen("cola", chosen, tuning)
-    assert text == "0.002, lora_alpha=4, rank_allocation=False, lora_r=8 †" and marked["cola_at_end"]
+    tried += [chosen | {"lora_r": 4}]
+    tried = [each | {"weight_decay": 0.1 if each["lora_r"] > 4 else 0} for each in tried]
+    tuning = pd.DataFrame({"tried": pd.Series([chosen | {"weight_decay": 0}, *tried])})
+    text, marked = _chosen("cola", chosen | {"weight_decay": 0}, tuning)
+    # Of two values each is an end, which says nothing.
+    assert text == "0.002, lora_alpha=4, rank_allocation=False, lora_r=8 †, weight_decay=0" and marked["cola_at_end"]
 
 
 def test_modules_that_two_numbers_name_share_a_cell_of_the_figure(tmp_path):
@@ -228,3 +248,28 @@ def test_at_each_learning_rate_the_other_settings_are_those_of_the_lowest_loss(t
     (drawn,) = (artist for artist in drawing.figure.axes[0].get_lines() if artist.get_label() == "LoRA r=1")
     assert drawn.get_xdata().tolist() == [1e-3, 2e-3]
     assert drawn.get_ydata().tolist() == pytest.approx([27.5, 17.5])
+
+
+def test_rates_that_the_grid_has_are_drawn_without_a_tuning_stage(tmp_path):
+    lines = []
+    for rate, scores in ((1e-3, (0.2, 0.4)), (2e-3, (0.5, 0.6))):
+        for seed, score in enumerate(scores):
+            axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "cola", "seed": seed}
+            asked = {"task_name": "cola", "seed": seed, "learning_rate": rate}
+            label = f"LoRA r=8, learning_rate={rate}"
+            lines.append(line(label, "cola", seed, [score], axes=axes, asked=asked, run=f"{rate}-{seed}", tried={}))
+    runs = load_measured(write(tmp_path, "trial", lines))
+    drawings = dict(figures.draw("trial", runs, runs))
+    assert drawings["trial_parameters"]() is None  # all have one size
+    (panel,) = drawings["trial_rates"]().figure.axes
+    (drawn,) = panel.get_lines()
+    assert (drawn.get_label(), panel.get_title("left")) == ("LoRA r=8", "CoLA: score")
+    assert drawn.get_xdata().tolist() == [1e-3, 2e-3] and drawn.get_ydata().tolist() == pytest.approx([30, 55])
+
+
+def test_a_curve_far_below_the_others_leaves_the_panel(tmp_path):
+    lines = [line(f"row {i}", "cola", 1, [0.8, 0.81, 0.82 + i / 1000]) for i in range(7)]
+    runs = load_measured(write(tmp_path, "trial", [*lines, line("lost", "cola", 1, [0.0, 0.1, 0.8])]))
+    score, _ = dict(figures.draw("trial", runs, runs))["trial_curves"]().figure.axes
+    low, high = score.get_ylim()
+    assert 60 < low < 80 and 82.6 < high < 85
