@@ -26,7 +26,15 @@ from loralib.adapter_checks import (
 from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.injection import KINDS, replace_modules
 from loralib.layers import LoRALayer
-from loralib.model import head_tensors, keep_flags, layers_outside_peft, lora_layers, unwrapped
+from loralib.model import (
+    check_shared,
+    factors_of,
+    head_tensors,
+    keep_flags,
+    layers_outside_peft,
+    lora_layers,
+    unwrapped,
+)
 
 # ---- live singular values -------------------------------------------------------------------------------------------
 
@@ -98,6 +106,9 @@ def save_adapter(
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
+    if any(parameter.is_meta for parameter in factors_of(model)):
+        raise ValueError("the factors are on the meta device and have no values: load the weights first")
+    check_shared(model)
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)
     head = head_tensors(model)

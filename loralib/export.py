@@ -11,6 +11,7 @@ A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 th
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -244,12 +245,17 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
+    """Returns the exit code, with one line on stderr: 2 for bad arguments or input, 1 for a full disk."""
     try:
         run(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room, and give the same command again" if full else "check the path and its permissions"
+        print(f"error: {error}: {advice}", file=sys.stderr)
+        return 1 if full else 2
     return 0
 
 

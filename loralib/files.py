@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
@@ -142,6 +143,7 @@ class FolderWriter:
 
     Raises:
         ValueError: where it holds anything else, so that nothing of the user's is deleted.
+        OSError: the folder cannot be written; it is as before.
     """
 
     def __init__(self, folder: str | os.PathLike[str], replaceable: Collection[str], marker: str) -> None:
@@ -159,12 +161,16 @@ class FolderWriter:
     def __enter__(self) -> Path:
         return start_folder(self.folder)
 
-    def __exit__(self, error_type: type | None, *_: object) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, _: object) -> None:
         try:
             if error_type is None:
                 replace_folder(self.folder)
         finally:
             remove_leftovers(self.folder)
+        # safetensors and tokenizers are written in Rust, and raise errors of their own for what the system refuses.
+        if not isinstance(error, OSError) and (refused := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(refused[1])
+            raise OSError(number, os.strerror(number), str(self.folder)) from error
 
 
 def _flush(path: Path) -> None:

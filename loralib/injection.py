@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
@@ -62,20 +63,27 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
             output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    if not patterns:
+    if not all(patterns) or not patterns:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
     never_called = modules_never_called(model)
     names = [n for n, module in model.named_modules() if n and n not in never_called and is_linear(module)]
+    subclasses = [
+        n for n, module in model.named_modules()
+        if n and isinstance(module, nn.Linear) and n not in never_called and n not in names
+    ]  # fmt: skip
     chosen: set[str] = set()
     for pattern in patterns:
         found = _match_one(pattern, names)
         if not found and (projections := _match_one(pattern, sorted(never_called))):
             raise ValueError(NEVER_CALLED.format(projections[0]))
+        others = _match_one(pattern, subclasses)
+        if others:
+            kind = type(model.get_submodule(others[0])).__name__
+            refusal = f"{others[0]} is a {kind}, and only nn.Linear itself can be replaced, not a subclass"
+            if not found:
+                raise ValueError(refusal)
+            warnings.warn(f"{refusal}: it stays as it is", stacklevel=2)
         if not found:
-            subclasses = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-            for name in _match_one(pattern, subclasses)[:1]:
-                kind = type(model.get_submodule(name)).__name__
-                raise ValueError(f"{name} is a {kind}, and only nn.Linear itself can be replaced, not a subclass")
             there = ", ".join(sorted({module_type(name) or name for name in names})[:30]) or "none below its root"
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
         chosen.update(found)

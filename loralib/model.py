@@ -125,6 +125,23 @@ def _is_bias(name: str) -> bool:
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
 
+def check_shared(model: nn.Module) -> None:
+    """Refuse factors that share memory without being one parameter: a training would step that memory twice.
+
+    Raises:
+        ValueError: ``load_state_dict(assign=True)`` has made several parameters of one that layers share.
+    """
+    owners: dict[int, nn.Parameter] = {}
+    for name, layer in lora_layers(model).items():
+        for parameter in layer.lora_parameters():
+            plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel()
+            if plain and owners.setdefault(parameter.data_ptr(), parameter) is not parameter:
+                raise ValueError(
+                    f"a factor of {name} shares its memory with another layer's, but is no longer the same parameter: "
+                    "load the state dict without assign=True"
+                )
+
+
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters that are no factors, and the saved buffers that training changes, by name: those of modules
     that own such a parameter, and running statistics. A merged layer's weight is the one without the update, as in its

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from loralib.allocator import AllocatorSettings, RankAllocator
 from loralib.checks import check_choice, check_whole_number
 from loralib.exact_factors import ExactFactors
-from loralib.model import factors_of, lora_layers, trained_svd_layers
+from loralib.model import check_shared, factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
 from loralib.preconditioner import PRECONDITIONERS, Preconditioner
 
@@ -119,9 +119,11 @@ class LowRankTraining:
         """Begin a training of ``total_steps`` optimiser steps: plan the pruning, and take up a state loaded before.
 
         Raises:
-            ValueError: where the steps are too few, or the loaded state belongs to another training.
+            ValueError: where the steps are too few, the loaded state belongs to another training, or layers no longer
+                share the factors that they were made to share.
         """
         check_whole_number("total_steps", total_steps)
+        check_shared(self.model)
         if self._target_rank is not None:
             init, final = self._warmups
             first, *_ = trained_svd_layers(self.model, "prune").values()

@@ -41,7 +41,7 @@ from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import run_experiment
-from nlu.experiments.places import Places, check_writable, parsed_command
+from nlu.experiments.places import Places, check_data, check_writable, parsed_command
 from nlu.experiments.records import place_of, portable
 from nlu.experiments.statistics import as_frame, finished
 from nlu.experiments.tables import comparison_table
@@ -134,6 +134,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     warnings = unlike(firsts, shapes, places)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    check_data(parsed[run.folder] for run in [*selecting, *experiment.runs] if places.state(run) != "finished")
     code = run_experiment(
         experiment, selecting, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
     )

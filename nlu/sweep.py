@@ -22,7 +22,7 @@ from nlu.experiments.choosing import choose, chosen_runs, possible_second_round
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
-from nlu.experiments.places import Places, can_be_checked, check_writable, command_line, parsed_command
+from nlu.experiments.places import Places, can_be_checked, check_data, check_writable, command_line, parsed_command
 from nlu.json_yaml import parse_yaml
 
 DESCRIPTION = """\
@@ -104,9 +104,12 @@ def run_sweep(args: argparse.Namespace) -> int:
             for run in [*selecting, *further, *final]
             if can_be_checked(run)
         }
-        for run in different.values():
-            if not parsed_command(run, places).training.do_eval:
-                raise UsageError(f"{run.folder}: without --do_eval a run has no score: put do_eval: true into base")
+        parsed = {run.folder: parsed_command(run, places) for run in different.values()}
+        for name, each in parsed.items():
+            if not each.training.do_eval:
+                raise UsageError(f"{name}: without --do_eval a run has no score: put do_eval: true into base")
+        if args.launcher == "local" and not args.dry_run:  # a cluster's data may lie on its nodes alone
+            check_data(parsed[run.folder] for run in different.values() if places.state(run) != "finished")
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)

@@ -83,12 +83,12 @@ METHOD=${METHOD:-lora2} NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_R
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
 
 [[ -f $ROOT/configs/methods/$METHOD.yaml ]] ||
-    fail "no method '$METHOD': METHOD is one of $(cd "$ROOT/configs/methods" && echo *.yaml | sed 's/\.yaml//g')"
+    fail "no method '$METHOD': METHOD is one of $(CDPATH= cd "$ROOT/configs/methods" && echo *.yaml | sed 's/\.yaml//g')"
 BASE=$(sed -n 's/^method: *//p' "$ROOT/configs/methods/$METHOD.yaml") # the method whose flags it takes
 for name in NPROC NNODES MASTER_PORT; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name must be a positive number, got '${!name}'"
 done
-[[ $NODE_RANK =~ ^[0-9]+$ ]] && ((NODE_RANK < NNODES)) ||
+[[ $NODE_RANK =~ ^[0-9]+$ ]] && ((10#$NODE_RANK < NNODES)) ||
     fail "NODE_RANK must be a number from 0 to NNODES − 1 = $((NNODES - 1)), got '$NODE_RANK'"
 [[ -z ${PER_DEVICE:-} || $PER_DEVICE =~ ^[1-9][0-9]*$ ]] || fail "PER_DEVICE must be a positive number, got '$PER_DEVICE'"
 [[ -z ${ACCELERATE:-} || -f $ACCELERATE ]] ||

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: sets ROOT, the repository, and PYTHON, the interpreter, unless the caller has named one.
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$ROOT/.venv/bin/python
     [[ -x $PYTHON ]] || PYTHON=$(command -v python3 || command -v python) || {

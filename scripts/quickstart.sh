@@ -3,7 +3,7 @@
 # similarity) and real data (STS-B), and compares LoRA², LoRA and AdaLoRA at equal size and scale; a few minutes on two cores.
 #   bash scripts/quickstart.sh [any flag of nlu/compare.py, such as --glue_dir DIR --task_name TASK or --max_steps 30]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 .venv/bin/python scripts/demo_assets.py
 exec .venv/bin/python nlu/compare.py --name quickstart --task_name stsb --glue_dir demo/glue \

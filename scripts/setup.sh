@@ -2,7 +2,7 @@
 # Makes .venv with everything the project needs; does nothing where that is done. Usage: bash scripts/setup.sh [test]
 # PYTHON=python3.12 bash scripts/setup.sh chooses the interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

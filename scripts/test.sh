@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv, then lints, checks types and runs the test suite. Usage: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .

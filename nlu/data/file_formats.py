@@ -48,8 +48,14 @@ class Row(NamedTuple):
 
 def shown(value: object) -> str:
     """A value as one short line for a message."""
-    text = ascii(value)
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def names_shown(names: Iterable[object]) -> str:
+    """Names, each in quotation marks, as one short line for a message."""
+    text = ", ".join(map(repr, names))
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _missing(column: str, present: Iterable[str]) -> str:
@@ -58,7 +64,7 @@ def _missing(column: str, present: Iterable[str]) -> str:
     hint = (
         f", one column: {other!r} separates none here, save the file with commas (.csv) or tabs (.tsv)" if other else ""
     )
-    return f"no column {column!r}; the columns are {shown(', '.join(names))}{hint}"
+    return f"no column {column!r}; the columns are {names_shown(names)}{hint}"
 
 
 # ---- readers ---------------------------------------------------------------------------------------------------------
@@ -181,7 +187,7 @@ class _Delimited(TableReader):
             elif len(fields) == width:
                 yield Row(place, [fields[position] for position in positions])
             elif len(fields) > 1 or fields[0].strip():  # not an empty line
-                names = shown(", ".join(self.columns))
+                names = names_shown(self.columns)
                 yield Row(place, None, f"{len(fields)} fields where {width} are expected ({names})")
 
 

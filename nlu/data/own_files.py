@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from nlu.data.file_formats import Table, open_binary, open_table, read_table, shown
+from nlu.data.file_formats import Table, names_shown, open_binary, open_table, read_table, shown
 from nlu.data.glue import as_number, build_dataset
 from nlu.errors import UsageError
 from nlu.metrics import METRICS
@@ -117,7 +117,7 @@ def _find_text_columns(path: str | Path, label_column: str) -> tuple[str, ...]:
         return found[0]
     raise UsageError(
         f"{path}: {'several columns' if found else 'no columns'} are known to hold the text; the first line names the "
-        f"columns {shown(', '.join(columns))}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column "
+        f"columns {names_shown(columns)}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column "
         "NAME)"
     )
 
@@ -175,5 +175,5 @@ def _class_numbers(table: Table, names: tuple[str, ...], labels: list, split: st
         codes.setdefault("-1", -1)
     for row, label in enumerate(labels):
         if str(label) not in codes:
-            raise table.error(row, f"label {shown(label)} is not among the training labels: {shown(', '.join(names))}")
+            raise table.error(row, f"label {shown(label)} is not among the training labels: {names_shown(names)}")
     return [codes[str(label)] for label in labels]

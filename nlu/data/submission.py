@@ -84,7 +84,7 @@ def write_predictions(
     for index, prediction in sorted(zip(indices, predictions, strict=True)):
         lines.append(f"{index}\t{_word(task, prediction)}")
     path = Path(folder) / names.get(split, f"{task.name}_{split}.tsv")
-    _write(path, ("\n".join(lines) + "\n").encode())
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
     return path
 
 
@@ -99,13 +99,6 @@ def _word(task: Task, prediction: float) -> str:
     if prediction != int(prediction) or not 0 <= prediction < task.num_labels:
         raise UsageError(f"{task.name}: prediction {prediction} is not a class from 0 to {task.num_labels - 1}")
     return task.submission_labels[int(prediction)]
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def check_submission(folder: str | Path) -> dict[str, Path]:
@@ -182,7 +175,7 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
         for name in _SERVER:
             if name in found:
                 archive.write(found[name], name)
-    _write(Path(out), content.getvalue())
+    write_bytes(out, content.getvalue())
     return {name: found[name] for name in _SERVER if name in found}
 
 
@@ -207,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         taken = make_submission(options.folders, options.out, options.allow_partial)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         return exit_code(error)
     for name, path in taken.items():
         print(f"{name:<10} {_SERVER[name][1]:>7,} rows  {path}")

@@ -28,13 +28,13 @@ RUN_GLUE = ROOT / "nlu/run_glue.py"
 
 
 class LocalLauncher:
-    """Runs as child processes, the machine's threads shared out evenly among `jobs` of them."""
+    """Runs as child processes with OMP_NUM_THREADS threads each; by default `jobs` of them share out the machine's."""
 
     def __init__(self, jobs: int) -> None:
-        threads = str(max(1, available_cores() // jobs))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
         # One name for each threading library that torch or NumPy may be built on.
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        self.environment = {**os.environ, **dict.fromkeys(names, threads)}
+        self.environment = {**dict.fromkeys(names, threads), **os.environ, "OMP_NUM_THREADS": threads}
 
     def start(self, command: list[str], log: Path) -> Job:
         """Start a command; its output is appended to the log.
@@ -132,9 +132,11 @@ class SlurmLauncher:
 
 class _SlurmJob:
     def __init__(self, job: Any) -> None:
-        self.job = job
+        self.job, self.killed = job, False
 
     def poll(self) -> int | None:
+        if self.killed:
+            return 1
         if not self.job.done():
             return None
         try:
@@ -144,10 +146,11 @@ class _SlurmJob:
             return 1
 
     def stop(self) -> None:
-        self.job.cancel()
+        self.job.cancel(check=False)  # scancel fails where the job has ended since
 
     def kill(self) -> None:
-        self.job.cancel()
+        self.stop()
+        self.killed = True  # without accounting (sacct) the cluster never says that it has ended
 
 
 class _RefusedJob:

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,22 @@ def parsed_command(run: Run, places: Places) -> Any:
         return parse_arguments(words[start:])
     except UsageError as error:
         raise UsageError(f"{run.folder}: {error}") from None
+
+
+def check_data(parsed: Iterable[Any]) -> None:
+    """Read the data of some runs, each only once, so that a fault in it shows before the first of them starts.
+
+    Args:
+        parsed: the runs' arguments, see :func:`parsed_command`.
+
+    Raises:
+        UsageError: the fault, with file and line.
+    """
+    from nlu.data.splits import load_data
+
+    different = {repr((each.data, each.training.do_train, each.training.do_predict)): each for each in parsed}
+    for each in different.values():
+        load_data(each)
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 import shutil
 
 import pytest
@@ -357,6 +358,23 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_and_a_bad_path_are_one_line(pretrained, lora2, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for to in (["peft"], ["merged", "--base", str(pretrained.path)]):
+        command = [str(lora2[2]), str(tmp_path / "out"), "--to", *to]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+        try:
+            assert main(command) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "make room, and give the same command again" in error
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    assert main([str(lora2[2]), "--to", "peft", str(tmp_path / "file/out")]) == 2
+    assert "check the path and its permissions" in capsys.readouterr().err
 
 
 def test_damage_and_dead_adapters_write_nothing(pretrained, lora2, peft_adapter, tmp_path, capsys):

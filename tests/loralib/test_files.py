@@ -1,11 +1,17 @@
 """A kill at any moment leaves the old content or the new, whole, and nothing beside it after the next writing."""
 
+import errno
 import os
+import resource
 import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from loralib import files
 from loralib.files import FolderWriter, recover_folder, replace_folder, start_folder, write_json, write_text
@@ -95,6 +101,28 @@ def test_a_reader_may_finish_the_exchange_of_a_writer_at_work(tmp_path, monkeypa
     monkeypatch.setattr(os, "rename", reader_comes_first)
     fill(folder, "new")
     assert content_of(folder) == "new" and list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda new: save_file({"x": torch.zeros(100_000)}, new / "a"),
+        lambda new: Tokenizer(WordLevel({str(i): i for i in range(20_000)}, unk_token="0")).save(str(new / "a")),
+    ],
+)
+def test_a_disk_that_is_full_for_a_writer_in_rust_is_an_oserror(tmp_path, write):
+    """safetensors and tokenizers raise errors of their own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=str(tmp_path / "x")) as caught,
+            FolderWriter(tmp_path / "x", {"a"}, "a") as new,
+        ):
+            write(new)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
 def test_an_error_while_writing_leaves_the_folder_as_it_was(tmp_path, monkeypatch):

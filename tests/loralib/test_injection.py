@@ -7,7 +7,7 @@ from torch import nn
 import loralib
 from loralib import injection
 from tests.loralib import small
-from tests.loralib.small import encoder, refused
+from tests.loralib.small import adapted, encoder, refused
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 DEBERTA = small.DEBERTA | {
@@ -142,3 +142,32 @@ def test_mark_only_lora_as_trainable(bias):
     assert set(loralib.lora_state_dict(model, bias)) == trainable
     with pytest.raises(ValueError, match="bias"):
         loralib.lora_state_dict(model, "some")
+
+
+def test_what_a_pattern_cannot_take_is_named(recwarn):
+    class Own(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"q": Own(2, 2)})})
+    with pytest.warns(UserWarning, match=r"b\.q is a Own, and only nn\.Linear itself can be replaced.*stays as it is"):
+        assert loralib.inject(model, "lora2", ["q"]) == ["a.q"]
+    with pytest.raises(ValueError, match=r"b\.q is a Own"):
+        loralib.match_modules(model, r"b\.q")
+    with pytest.raises(ValueError, match="target_modules is empty"):
+        loralib.match_modules(model, [""])
+    loralib.match_modules(nn.TransformerEncoderLayer(4, 2), ".*")  # its attention's projection is never called
+    assert not recwarn.list
+
+
+def test_factors_that_are_shared_no_more_are_refused(tmp_path):
+    """``assign=True`` makes a parameter for each name, over one memory, which a step would change twice."""
+    model, other = (adapted(k=2, share_outer=True) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    loralib.LowRankTraining(other, 4)
+    other.load_state_dict(model.state_dict(), assign=True)
+    for use in (lambda: loralib.LowRankTraining(other, 4), lambda: loralib.save_adapter(other, tmp_path / "a")):
+        with pytest.raises(ValueError, match=r"shares its memory.*load the state dict without assign=True"):
+            use()
+    with pytest.raises(ValueError, match="meta device"):
+        loralib.save_adapter(model.to("meta"), tmp_path / "a")
+    assert not list(tmp_path.iterdir())

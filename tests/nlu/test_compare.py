@@ -46,6 +46,18 @@ def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_o
     assert "1 run(s) finished now, 2 before" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
 
 
+def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "COMMAND", [sys.executable, str(FAKE)])
+    (tmp_path / "train.csv").write_text("étiquette,text\na,one\nb,two\n", encoding="utf-8")
+    flags = ["--train_file", str(tmp_path / "train.csv"), "--holdout_fraction", "0.5", "--seeds", "1",
+             "--model_name_or_path", str(encoder), "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    assert compare.main([*flags, "--methods", "lora2,lora"]) == 2
+    assert "no column 'label'; the columns are 'étiquette', 'text'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("results.json"))
+    (tmp_path / "train.csv").write_text("label,text\na,one\nb,two\n", encoding="utf-8")
+    assert compare.main([*flags, "--methods", "lora2,lora"]) == 0
+
+
 def test_a_method_may_name_a_file_by_its_whole_path(call, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -75,6 +87,7 @@ def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monke
 def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_path, monkeypatch, capsys):
     """RTE's settings: α = 32 with r = 4, 8 and 2; AdaLoRA has a quarter of the parameters, LoRA² (k = 8) LoRA's."""
     monkeypatch.setattr(compare, "run_experiment", lambda *_: 0)
+    monkeypatch.setattr(compare, "check_data", list)  # RTE is not here
     deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
     AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # sizes need no weights
     capsys.readouterr()  # how far the saving was

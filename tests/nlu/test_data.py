@@ -252,7 +252,9 @@ def test_own_word_classes(tmp_path):
     assert splits["train"]["label"][:] == [1, 0, 1]
     assert splits["validation"].to_list() == [{"text": "q", "label": 1, "idx": 0}]
     assert splits["test"].to_list() == [{"text": '"tab', "label": -1, "idx": 0}]
-    with pytest.raises(UsageError, match=r"b.csv, line 3: label 'calm' is not among the training labels: 'glad, sad'"):
+    with pytest.raises(
+        UsageError, match=r"b.csv, line 3: label 'calm' is not among the training labels: 'glad', 'sad'"
+    ):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,sad\nb,calm\n"))
 
 
@@ -295,7 +297,7 @@ def test_own_regression(tmp_path):
     [
         ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
         ("a.csv", "sentence;label\na;b\n", "no column 'label'.*';' separates none here, save the file with commas"),
-        ("a.csv", "body,more,label\na,b,1\n", "no columns are known .* 'body, more, label': give --text_columns"),
+        ("a.csv", "body,more,label\na,b,1\n", "no columns are known .* 'body', 'more', 'label': give --text_columns"),
         ("a.csv", "sentence,text,label\na,b,1\n", "several columns are known .*--text_columns"),
         ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty"),
         ("a.csv", "sentence,label\na,\nb,x\n", "line 2: the label is empty, and must be a word"),
@@ -335,7 +337,7 @@ def test_byte_order_marks_and_line_ends_of_any_system(tmp_path, name, text):
 
 def test_own_files_must_agree(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0\nb,1\n")
-    with pytest.raises(UsageError, match="no column 'sentence'; the columns are 'text, label'"):
+    with pytest.raises(UsageError, match="no column 'sentence'; the columns are 'text', 'label'"):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,0\n"))
 
 

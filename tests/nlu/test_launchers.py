@@ -18,9 +18,11 @@ def wait(job):
     return job.poll()
 
 
-@pytest.mark.parametrize(("jobs", "threads"), [(1, 8), (3, 2), (10**6, 1)])
-def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, threads):
+@pytest.mark.parametrize(("jobs", "asked", "threads"), [(1, "", 8), (3, "", 2), (10**6, "", 1), (3, "5", 5)])
+def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, asked, threads):
+    """The share, or the number that OMP_NUM_THREADS asks for."""
     monkeypatch.setattr(launchers, "available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
     log = tmp_path / "log"
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"
     assert wait(LocalLauncher(jobs).start([sys.executable, "-c", code], log)) == 7
@@ -39,6 +41,24 @@ def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
     wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
     os.kill(int(log.read_text()), number)
     assert wait(job) == 143
+
+
+def test_a_job_that_the_cluster_forgets_ends_when_it_is_killed():
+    """Without accounting no state is known, and scancel fails for a job that has ended."""
+
+    class Forgotten:
+        def done(self):
+            return False
+
+        def cancel(self, check=True):
+            if check:
+                raise subprocess.CalledProcessError(1, "scancel")
+
+    job = launchers._SlurmJob(Forgotten())
+    job.stop()
+    assert job.poll() is None
+    job.kill()
+    assert job.poll() == 1
 
 
 def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tmp_path):

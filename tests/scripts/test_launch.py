@@ -251,3 +251,16 @@ def test_a_machine_with_python3_alone_will_do(tmp_path):
         env={"PATH": str(tools), "DRY_RUN": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0 and result.stdout.startswith(f"{tools}/python3 {tmp_path}/nlu/run_glue.py ")
+
+
+def test_cdpath_and_zeros_before_a_rank_change_nothing():
+    """An exported CDPATH makes `cd scripts/..` print a folder, or go to another one."""
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "PYTHON": "python", "NNODES": "10", "NODE_RANK": "08"}
+    plain, odd = (
+        subprocess.run(
+            ["bash", "scripts/run_debertav3_rte.sh"], cwd=ROOT, env=environment | more, capture_output=True, text=True
+        )
+        for more in ({}, {"CDPATH": f".:{ROOT}/tests:{ROOT}"})
+    )
+    assert plain.returncode == 0 and plain.stderr == "" and f" {ROOT}/nlu/run_glue.py " in plain.stdout
+    assert (odd.stdout, odd.stderr) == (plain.stdout, plain.stderr)
