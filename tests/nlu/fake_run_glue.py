@@ -1,7 +1,8 @@
 """A stand-in for nlu/run_glue.py in the sweep's tests: the same record, no training, behaviour by its flags.
 
-`--weight_decay` says how it behaves: 0 finishes, 1 fails with a record, 2 exits with code 2 and one line, 3 dies by
-SIGKILL, 4 runs until SIGTERM, then leaves an interrupted record and exits 143, but finishes when started again.
+`--weight_decay` says how it behaves: 0 finishes, 1 fails with a record, 2 exits with code 2, its last line the error, 3
+dies by SIGKILL, 4 runs until SIGTERM, then leaves an interrupted record and exits 143, but finishes when started again,
+5 fails after its record has finished, 6 leaves a record that is cut off.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def main() -> int:
 
     behaviour = int(args.weight_decay)
     if behaviour == 2:
+        print("a warning", file=sys.stderr)
         print("error: target_rank 9 is larger than lora_r 8", file=sys.stderr)
         return 2
     if behaviour == 1:
@@ -80,7 +82,11 @@ def main() -> int:
         time.sleep(600)  # a signal ends it
     (folder / "rank_pattern.json").write_text(json.dumps({"encoder.query": [True, False]}))
     write("finished")
-    return 0
+    if behaviour == 6:
+        os.truncate(path, 100)
+    if behaviour == 5:
+        print("error: the adapter cannot be uploaded", file=sys.stderr)
+    return int(behaviour == 5)
 
 
 if __name__ == "__main__":

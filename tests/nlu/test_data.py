@@ -5,11 +5,8 @@ import json
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from nlu.data.file_formats import open_binary, open_table
 from nlu.data.glue import limit, load_task_data
 from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
@@ -112,6 +109,8 @@ def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path, caplog):
     path.write_text("\n".join(lines), encoding="utf-8")
     train = load_task_data(task, tmp_path, need=["train"])["train"]
     assert train["idx"][:] == [0, 2, 3, 4] and "train.tsv: 1 bad rows are left out" in caplog.text
+    path.write_text("\n".join(lines[:2] + lines[2:3] * 20), encoding="utf-8")
+    assert load_task_data(task, tmp_path, need=["train"])["train"]["idx"][:] == [0]
     path.write_text("\n".join(lines[:1] + lines[2:3] * 21), encoding="utf-8")
     with pytest.raises(UsageError, match=r"train.tsv, line 2: 3 fields where 6 are expected"):
         load_task_data(task, tmp_path, need=["train"])
@@ -382,30 +381,6 @@ def test_own_metric(tmp_path, labels, metric, expected):
     else:
         task, _ = load_own_files(path, metric=metric)
         assert (task.metric, task.metrics) == (expected[0], expected)
-
-
-def test_odd_parquet_and_paths(tmp_path):
-    nested, twice = tmp_path / "nested.parquet", tmp_path / "twice.parquet"
-    pq.write_table(pa.table({"text": [{"a": "b"}], "label": [1]}), nested)
-    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2 + [pa.array([1])], ["text", "text", "label"]), twice)
-    with pytest.raises(UsageError, match=r"row 1: column 'text' must be text, got \{'a': 'b'\}"):
-        load_own_files(nested)
-    with pytest.raises(UsageError, match="two columns are called 'text'"):
-        load_own_files(twice)
-    (tmp_path / "folder.csv").mkdir()
-    for path in (tmp_path / "folder.csv", "nul\0byte.csv"):
-        with pytest.raises(UsageError, match="cannot be read"):
-            load_own_files(path)
-
-
-def test_a_text_that_many_parquet_rows_share_is_not_unpacked_for_all_at_once(tmp_path):
-    """A file of some kilobytes stands for half a gigabyte."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 8192, pa.int32()), pa.array(["x" * 65536]))
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    before = pa.total_allocated_bytes()
-    with open_binary(tmp_path / "a.parquet") as stream:
-        row = next(open_table(stream, "a.parquet").rows(["text"]))
-        assert len(row.values[0]) == 65536 and pa.total_allocated_bytes() - before < 1 << 28
 
 
 def test_test_rows_of_one_number_are_refused_before_training(tmp_path):

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from unittest import mock
 
@@ -28,8 +27,6 @@ from nlu.runs import digests
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
-from nlu.runs.lock import locked
-from nlu.runs.log import ConsoleLog
 from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 from tests.nlu.tiny import changed, read
@@ -112,6 +109,17 @@ def test_a_signal_outside_of_training_acts_at_once(flags, run_folder):
     flags = changed(flags, eval_strategy="no")  # only evaluated at the end
     expected = straight_outcome(flags, run_folder)
     assert run_signalled(flags, "on_evaluate", 9, signal.SIGTERM) == 143
+    assert main(flags) == 0
+    assert outcome(run_folder) == expected
+
+
+def test_a_signal_after_the_last_step_is_heard(flags, run_folder, monkeypatch):
+    expected = straight_outcome(flags, run_folder)
+    with monkeypatch.context() as patch:
+        end = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        patch.setattr(ProgressCallback, "on_train_end", end, raising=False)
+        assert main(flags) == 143
+    assert read(flags)["status"] == "interrupted"
     assert main(flags) == 0
     assert outcome(run_folder) == expected
 
@@ -254,6 +262,22 @@ def make_checkpoint(folder, step):
     return checkpoint
 
 
+def test_a_checkpoint_with_a_file_too_many_is_not_whole(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    assert is_whole(checkpoint)
+    (checkpoint / "more").write_bytes(b"")
+    assert not is_whole(checkpoint)
+
+
+@pytest.mark.parametrize("manifest", [None, "", '{"weights": ', '["weights"]', '{"weights": 1}', "{}", "1"])
+def test_a_checkpoint_whose_manifest_is_damaged_is_not_whole(tmp_path, manifest):
+    """That of another program has none."""
+    before, checkpoint = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
+    path = checkpoint / saving.MANIFEST
+    path.unlink() if manifest is None else path.write_text(manifest)
+    assert last_whole_checkpoint(tmp_path) == before
+
+
 def test_a_checkpoint_that_was_just_sealed_is_not_read_again(tmp_path, monkeypatch):
     """With full fine-tuning a checkpoint has gigabytes; sealing reads each of its files once, to write the manifest."""
     hashed = []
@@ -271,6 +295,7 @@ def test_checkpoints_go_by_step_whatever_the_clock_said(tmp_path):
     for step, path in enumerate(made):
         os.utime(path, (1e9 - step, 1e9 - step))
     truncate(made[1] / "weights")
+    shutil.copytree(made[2], tmp_path / "checkpoint-10-mine")  # the user's own copy is none of the run's
     assert last_whole_checkpoint(tmp_path) == made[2]
     truncate(made[2] / "weights")
     assert last_whole_checkpoint(tmp_path) == made[0]
@@ -287,14 +312,17 @@ def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared,
     assert checkpoints(tmp_path) == [made[step] for step in left]
 
 
-@pytest.mark.parametrize("part, flag", [("model", "--model_name_or_path"), ("adapter", "--lora_path")])
+@pytest.mark.parametrize(
+    "part, flag",
+    [("model", "--model_name_or_path"), ("model/checkpoint-4", "--model_name_or_path"), ("adapter", "--lora_path")],
+)
 def test_a_run_does_not_replace_what_it_reads(flags, run_folder, part, flag, capsys):
     (run_folder / part).mkdir(parents=True)
     (run_folder / part / "own").write_text("")
     assert main([*flags, flag, str(run_folder / part), "--overwrite_output_dir"]) == 2
     assert "lies in --root_output_dir" in capsys.readouterr().err
     assert main([*flags, "--overwrite_output_dir"]) == 2  # no run's folder
-    assert f"holds {part} but no run's results.json" in capsys.readouterr().err
+    assert f"holds {part.partition('/')[0]} but no run's results.json" in capsys.readouterr().err
     assert (run_folder / part / "own").exists()
 
 
@@ -366,42 +394,3 @@ def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
     seconds = [row["seconds"] for row in left["history"]]
     assert seconds == sorted(seconds) and seconds[0] >= 0 and left["train_seconds"] >= seconds[-1] - 1e-3
     assert all(row["memory_bytes"] > 0 for row in left["history"])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
-def test_a_lock_does_not_outlive_its_process_in_a_data_loaders(tmp_path):
-    begun, says = os.pipe()
-    with locked(tmp_path / ".lock", "in use"):
-        child = os.fork()
-        if child == 0:
-            os.write(says, b"!")
-            time.sleep(60)
-            os._exit(0)
-        os.read(begun, 1)
-        with pytest.raises(UsageError, match="in use"), locked(tmp_path / ".lock", "in use"):
-            pass
-    try:
-        with locked(tmp_path / ".lock", "in use"):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def test_without_locks_a_run_says_so(run_folder, monkeypatch, caplog):
-    """As on Windows, which has no fcntl."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    folder = RunFolder(run_folder, {}, {}, overwrite=False)
-    with ConsoleLog() as log, folder.hold("new", log):
-        pass
-    assert "cannot be locked" in caplog.text
-
-
-def test_a_checkpoint_with_a_file_too_many_is_not_whole(tmp_path):
-    new = tmp_path / ".checkpoint-3.new"
-    new.mkdir()
-    (new / "model.safetensors").write_bytes(b"weights")
-    seal(tmp_path / "checkpoint-3")
-    assert is_whole(tmp_path / "checkpoint-3")
-    (tmp_path / "checkpoint-3/more").write_bytes(b"")
-    assert not is_whole(tmp_path / "checkpoint-3")

@@ -180,6 +180,12 @@ def test_a_record_without_digests_says_so(finished, capsys, caplog):
     assert run.record["digests"] is None  # it is not known what was trained on
 
 
+def test_an_interrupted_run_goes_on_with_the_flag_that_replaces_another(finished):
+    run = finished("glue")
+    (run.folder / "results.json").write_text(json.dumps(run.record | {"status": "interrupted"}))
+    assert run.start("--overwrite_output_dir") == 0 and run.record["resumes"] == 1
+
+
 def test_another_commit_of_a_model_on_the_hub_is_refused(finished, capsys, monkeypatch):
     """A name on the hub has no digest; the commit that was loaded is in the record."""
     run = finished("glue")

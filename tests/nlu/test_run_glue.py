@@ -248,6 +248,14 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
     assert record["live_budget"] == sum(map(sum, pattern.values()))
 
 
+def test_a_best_score_in_the_last_step_is_that_of_the_adapter(base_flags, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.1, 0.5])
+    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    flags = changed(base_flags, save_steps=3, max_steps=9)
+    assert main([*flags, "--method", "lora", "--load_best_model_at_end"]) == 0
+    assert loralib.read_adapter_config(tmp_path / "run" / "adapter").card["score"] == 0.5
+
+
 def test_dropped_rows_are_those_of_a_whole_step_however_it_is_taken(base_flags, tmp_path):
     """50 rows in steps of 12: four steps an epoch, whether a step takes 12 rows at once or 3."""
     for at_once in (12, 3):
@@ -359,3 +367,23 @@ def test_every_split_has_its_own_limit(base_flags):
     assert {name: len(rows) for name, rows in loaded(base_flags, *limits).items()} == {
         "train": 9, "validation": 7, "test": 5,
     }  # fmt: skip
+
+
+def test_the_rows_of_a_step_are_known_in_every_epoch_and_follow_the_seed_of_the_data(base_flags, trainers, monkeypatch):
+    """So that a loss that is not finite names the rows that gave it."""
+    seen, step = {}, GlueTrainer.training_step
+
+    def watch(self, model, inputs, *args, **kwargs):
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        seen.setdefault(self.state.global_step + 1, []).extend(ids[mask.bool()].tolist() for ids, mask in pairs)
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(GlueTrainer, "training_step", watch)
+    assert main([*changed(base_flags, max_steps=9), "--data_seed", "5"]) == 0  # seven of them an epoch
+    of_idx = {row["idx"]: row["input_ids"] for row in trainers[0].train_dataset}
+    rows = {number: trainers[0].rows_of_step(number) for number in seen}
+    assert {number: [of_idx[i] for i in rows[number]] for number in rows} == seen and len(seen) == 9
+    trainers[0].args.seed += 1
+    assert trainers[0].rows_of_step(1) == rows[1]
+    trainers[0].args.data_seed += 1
+    assert trainers[0].rows_of_step(1) != rows[1]

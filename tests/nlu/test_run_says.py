@@ -1,5 +1,6 @@
 """What a run tells people: lines while it trains, the commands that come next, trackers, and the hub."""
 
+import itertools
 import json
 import re
 import shlex
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from loralib import export
-from nlu import predict
+from nlu import predict, run_glue
 from nlu.run_glue import main
 from nlu.runs.log import clock
 from tests.nlu.killed_runs import run_broken_off
@@ -92,6 +93,16 @@ def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(bas
     path = tmp_path / "run/results.json"
     path.write_text(json.dumps(record | {"status": "interrupted"}))
     assert main(flags) == 0 and read(base_flags)["steps"] == 9
+
+
+@pytest.mark.parametrize(("threshold", "steps"), [(0.15, 9), (0.05, 15)])
+def test_early_stopping_counts_a_gain_from_its_threshold_on(base_flags, monkeypatch, threshold, steps):
+    """The score rises by 0.1 from one evaluation to the next."""
+    scores = itertools.count(1)
+    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores) / 10})
+    flags = [*changed(base_flags, max_steps=15), "--method", "lora", "--early_stopping_patience", "2"]
+    assert main([*flags, "--early_stopping_threshold", str(threshold)]) == 0
+    assert read(base_flags)["steps"] == steps
 
 
 class Hub:

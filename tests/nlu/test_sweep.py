@@ -81,6 +81,7 @@ def _content(folder, flag, text):
 
 def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run_sweep(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
     lines = lines_of(tmp_path)
     assert list(lines) == [f"{m}-{t}-seed={s}" for m in ("lora", "lora2") for t in ("cola", "rte") for s in (1, 2)]
@@ -142,6 +143,18 @@ def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
     assert [line["status"] for line in lines_of(tmp_path).values()] == ["finished"] * 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "says"), [(5, "exit code 1: error: the adapter cannot be uploaded"), (6, "results.json cannot be read")]
+)
+def test_a_run_that_fails_at_its_very_end_is_told_and_the_next_one_runs(run_sweep, tmp_path, kind, says):
+    """After its record has finished, or amid the writing of it."""
+    worse = {"when": {"task_name": "cola"}, "set": {"weight_decay": kind}}
+    grid = {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}
+    code, out, err = run_sweep(BASIC | {"grid": grid, "overrides": [worse]})
+    assert code == 1 and "1 run(s) finished now, 0 before, 1 failed" in out
+    assert re.search(f"failed: lora-cola-seed=1: .*{says}", err) and "lora-rte-seed=1" in lines_of(tmp_path)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys, number, code):
     content = {**BASIC, "base": {**BASIC["base"], "weight_decay": 4}, "grid": {**BASIC["grid"], "task_name": ["cola"]}}
@@ -158,7 +171,7 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys
     finally:
         process.send_signal(number)
         _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "continues from here" in err
+    assert process.returncode == code and "continues from here" in err and "failed" not in err
     records = [json.loads(marker.with_name("results.json").read_text()) for marker in first_two]
     assert [record["status"] for record in records] == ["interrupted"] * 2
     assert lines_of(tmp_path) == {} and not (tmp_path / "output/trial/lora2-cola-seed=1").exists()

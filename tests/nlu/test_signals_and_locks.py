@@ -1,0 +1,132 @@
+"""Signals and locks alone; test_faults.py has them in whole runs."""
+
+import errno
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from nlu.errors import UsageError
+from nlu.runs.folder import RunFolder
+from nlu.runs.lock import locked
+from nlu.runs.log import ConsoleLog
+from nlu.runs.signals import Interrupted, SignalWatch
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_that_comes_twice_is_one(second):
+    """A launcher and the terminal may both send it."""
+    with SignalWatch() as watch, watch.deferred():
+        try:
+            send(signal.SIGTERM, second)
+        except Interrupted:
+            pytest.fail("the run ended at once")
+        assert watch.agreed() == signal.SIGTERM
+
+
+def test_a_run_in_a_thread_starts_too():
+    """Python gives signals to the main thread alone."""
+    entered = []
+
+    def watch():
+        with SignalWatch() as watching:
+            entered.append(watching.agreed())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert entered == [None]
+
+
+# ---- locks -----------------------------------------------------------------------------------------------------------
+
+
+def free(path, **how):
+    """Whether somebody else could lock it."""
+    try:
+        with locked(path, "in use", **how):
+            return True
+    except UsageError:
+        return False
+
+
+def test_a_look_hinders_no_look_and_a_run_hinders_both(tmp_path):
+    path = tmp_path / ".lock"
+    with locked(path, "in use"):
+        assert not free(path) and not free(path, shared=True)
+    with locked(path, "in use", shared=True):
+        assert free(path, shared=True) and not free(path)
+    assert free(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_a_lock_does_not_outlive_its_process_in_a_data_loaders(tmp_path):
+    begun, says = os.pipe()
+    with locked(tmp_path / ".lock", "in use"):
+        child = os.fork()
+        if child == 0:
+            os.write(says, b"!")
+            time.sleep(60)
+            os._exit(0)
+        os.read(begun, 1)
+        with pytest.raises(UsageError, match="in use"), locked(tmp_path / ".lock", "in use"):
+            pass
+    try:
+        with locked(tmp_path / ".lock", "in use"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("where", ["Windows", "a network's disk"])
+def test_without_locks_a_run_says_so(tmp_path, monkeypatch, caplog, where):
+    """Windows has no fcntl, and some network file systems have no locks."""
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if where == "Windows":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", none)
+    folder = RunFolder(tmp_path / "run", {}, {}, overwrite=False)
+    with ConsoleLog() as log, folder.hold("new", log):
+        pass
+    assert "cannot be locked" in caplog.text
+
+
+def test_who_waits_gets_the_lock_when_it_is_let_go(tmp_path):
+    """As sweeps do that write their lines to one folder."""
+    entered = threading.Event()
+
+    def second():
+        with locked(tmp_path / ".lock", "in use", wait=True):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with locked(tmp_path / ".lock", "in use"):
+        thread.start()
+        assert not entered.wait(0.1) and thread.is_alive()
+    thread.join()
+    assert entered.is_set()
+
+
+def test_a_folder_in_which_another_run_has_finished_since_the_look_is_left_alone(tmp_path):
+    folder = RunFolder(tmp_path, {}, {}, overwrite=False)
+    assert folder.state() == "new"
+    (tmp_path / "results.json").write_text('{"status": "finished", "arguments": {}}')
+    with pytest.raises(UsageError, match="was changed by another run"), ConsoleLog() as log, folder.hold("new", log):
+        pass
+    assert (tmp_path / "results.json").exists()
