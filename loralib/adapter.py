@@ -101,8 +101,8 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, or the model's
-            labels are not numbered from 0.
+        ValueError: if there is nothing to save, peft holds the layers, the factors are on the meta device or no longer
+            shared as they were made to be, the folder holds other files, or the labels are not numbered from 0.
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")

@@ -41,8 +41,10 @@ def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write that the disk refuses names no file
         raise
 
 
@@ -168,7 +170,8 @@ class FolderWriter:
         finally:
             remove_leftovers(self.folder)
         # safetensors and tokenizers are written in Rust, and raise errors of their own for what the system refuses.
-        if not isinstance(error, OSError) and (refused := re.search(r"\(os error (\d+)\)", str(error))):
+        foreign = isinstance(error, Exception) and not isinstance(error, OSError | ValueError)
+        if foreign and (refused := re.search(r"\(os error (\d{1,3})\)", str(error))):
             number = int(refused[1])
             raise OSError(number, os.strerror(number), str(self.folder)) from error
 

@@ -73,16 +73,17 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     ]  # fmt: skip
     chosen: set[str] = set()
     for pattern in patterns:
-        found = _match_one(pattern, names)
+        matched = _match_one(pattern, [*names, *subclasses])
+        found = [name for name in matched if name not in subclasses]
+        others = [name for name in matched if name in subclasses]
         if not found and (projections := _match_one(pattern, sorted(never_called))):
             raise ValueError(NEVER_CALLED.format(projections[0]))
-        others = _match_one(pattern, subclasses)
         if others:
             kind = type(model.get_submodule(others[0])).__name__
             refusal = f"{others[0]} is a {kind}, and only nn.Linear itself can be replaced, not a subclass"
             if not found:
                 raise ValueError(refusal)
-            warnings.warn(f"{refusal}: it stays as it is", stacklevel=2)
+            warnings.warn(f"{refusal}: it stays as it is", stacklevel=3)
         if not found:
             there = ", ".join(sorted({module_type(name) or name for name in names})[:30]) or "none below its root"
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")

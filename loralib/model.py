@@ -135,7 +135,7 @@ def check_shared(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         for parameter in layer.lora_parameters():
             plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel()
-            if plain and owners.setdefault(parameter.data_ptr(), parameter) is not parameter:
+            if plain and parameter.data_ptr() and owners.setdefault(parameter.data_ptr(), parameter) is not parameter:
                 raise ValueError(
                     f"a factor of {name} shares its memory with another layer's, but is no longer the same parameter: "
                     "load the state dict without assign=True"

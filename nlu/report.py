@@ -172,7 +172,7 @@ def _finding(claims: Table | None, final: pd.DataFrame) -> str:
     if claims is None:
         known = averages(common_seeds(final))
         if not known:
-            return "No row has all tasks yet."
+            return "No seed has been run on all tasks by all rows yet."
         best = max(known, key=lambda label: known[label].mean)
         ends = known[best].interval
         interval = "" if ends is None else f" (95 % interval {spread(*ends, number)})"

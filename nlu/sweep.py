@@ -56,7 +56,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
     add("--set", action="append", default=[], metavar="FLAG=VALUE", help="an argument for every run; repeat as needed")
-    add("--jobs", type=int, default=None, metavar="N", help="runs at once (local: 1, sharing the threads; slurm: all)")
+    add(
+        "--jobs",
+        type=int,
+        default=None,
+        metavar="N",
+        help="runs at once (local: 1, sharing the threads unless OMP_NUM_THREADS is set; slurm: all)",
+    )
     add("--only", metavar="REGEX", help="only runs whose name matches (and the selection runs that they need)")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
@@ -109,7 +115,10 @@ def run_sweep(args: argparse.Namespace) -> int:
             if not each.training.do_eval:
                 raise UsageError(f"{name}: without --do_eval a run has no score: put do_eval: true into base")
         if args.launcher == "local" and not args.dry_run:  # a cluster's data may lie on its nodes alone
-            check_data(parsed[run.folder] for run in different.values() if places.state(run) != "finished")
+            known, waiting = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
+            pending = [run for run in [*selecting, *known] if places.state(run) != "finished"] + waiting
+            # A command of the experiment's own may set the environment in which the data is found.
+            check_data(parsed[run.folder] for run in pending if not run.command)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         _print_plan(experiment, selecting, final, places)

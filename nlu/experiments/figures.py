@@ -199,8 +199,8 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
         axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
     text = (
-        f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds. What lies far from "
-        "the others leaves the panel."
+        f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds. Values far from "
+        "the others are not shown."
     )
     return Drawing(name, "Learning curves", text, figure)
 
@@ -209,6 +209,8 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     """Score against the learning rate: in the tuning stage, or of final runs with several rates."""
     if _rate_is_axis(every):
         every = tuned_over(every, "learning_rate")
+        rates = [{"learning_rate": axes.get("learning_rate")} for axes in every["axes"]]
+        every = every.assign(tried=rates)[[None not in rate.values() for rate in rates]]
         labels = list(dict.fromkeys(every.label))
         styles = dict(zip(labels, _styles(len(labels)), strict=True))
     tuning = every[every.stage == "select"]
@@ -245,12 +247,17 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
 
 
 def _rate_is_axis(runs: pd.DataFrame) -> bool:
-    """Whether final runs have several learning rates, as labels of the grid."""
-    return any("learning_rate" in (axes or {}) for axes in runs[runs.stage == "final"]["axes"])
+    """Whether final runs of one row and task have several learning rates, as labels of the grid."""
+    rates: dict[str, set] = {}
+    for axes in runs[runs.stage == "final"]["axes"]:
+        if "learning_rate" in (axes or {}):
+            others = {name: label for name, label in axes.items() if name not in ("learning_rate", "seed")}
+            rates.setdefault(str(others), set()).add(axes["learning_rate"])
+    return any(len(several) > 1 for several in rates.values())
 
 
 def _learning_rates(tuning: pd.DataFrame) -> list[float]:
-    """The rates that tuning runs tried; an experiment's file may quote them."""
+    """The rates that runs tried; an experiment's file may quote them."""
     return [float(tried["learning_rate"]) for tried in tuning.tried]
 
 

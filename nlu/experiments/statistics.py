@@ -157,7 +157,10 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks of means over seeds, its standard error and degrees of freedom (None: too few runs)."""
+    """A mean over tasks of means over seeds, its standard error and degrees of freedom.
+
+    The last two are None for too few runs, or equal ones.
+    """
 
     mean: float
     error: float | None
@@ -225,11 +228,11 @@ def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
 def common_seeds(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, of the labels that have every task, with the seeds that all of these have on a task.
 
-    All of their runs where some task has no such seed.
+    None where some task has no such seed.
     """
     whole = runs[runs.groupby("label").task.transform("nunique") == runs.task.nunique()]
     shared = whole[whole.groupby(["task", "seed"]).label.transform("nunique") == whole.label.nunique()]
-    return shared if shared.task.nunique() == runs.task.nunique() else whole
+    return shared if shared.task.nunique() == runs.task.nunique() else shared[:0]
 
 
 @dataclass(frozen=True)

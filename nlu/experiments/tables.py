@@ -95,6 +95,8 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
             "Common seeds: the average over the seeds that every row has. Averages over other seeds do not compare: "
             "one lost run moves them by points."
         )
+    if len(known) > 1 and not shared:
+        notes.append("No seed is common to all rows: their averages do not compare.")
     if any(is_short(own) for _, own in rows_of(runs)):
         notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
     return Table(f"{name}_scores", "Score", rows, notes)
@@ -301,8 +303,8 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         rows.append(row)
     notes = [
         f"{where}: the learning rate (and other tuned settings) with the lowest loss at the last evaluation. Mean of "
-        "the values tried: the mean score in percent over the values of the grid, without one more beyond its end. A "
-        "user gets this who takes a value of this grid without tuning. A crashed run counts as 0.",
+        "the values tried: the mean score in percent over the values of the grid, without one more beyond its end: "
+        "what a user gets on average with an untuned value of this grid. A crashed run counts as 0.",
         AT_END,
     ]
     return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monke
     assert not list((tmp_path / "out").rglob("results.json"))
     (tmp_path / "train.csv").write_text("label,text\na,one\nb,two\n", encoding="utf-8")
     assert compare.main([*flags, "--methods", "lora2,lora"]) == 0
+
+
+def test_what_is_finished_needs_its_data_no_more(call, tiny_glue, tmp_path):
+    flags = ["--methods", "lora2,lora", "--seeds", "1", "--tune", "5e-4,1e-3", "--name", "tuned"]
+    copy = shutil.copytree(tiny_glue, tmp_path / "glue")
+    assert call(*flags, "--glue_dir", str(copy))[0] == 0
+    shutil.rmtree(copy)
+    code, out, err = call(*flags, "--glue_dir", str(copy))
+    assert code == 0 and "0 run(s) finished now" in out, err
 
 
 def test_a_method_may_name_a_file_by_its_whole_path(call, tmp_path):

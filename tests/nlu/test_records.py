@@ -83,6 +83,7 @@ def test_a_record_of_another_seed_is_no_result(finished):
     axes = {"method": "lora2", "task_name": "cola", "seed": 4}
     made = measured_line(Run("trial", "final", "lora2-cola-seed=4", axes, axes), finished[1])
     assert (made["status"], made["error"]) == ("failed", "its record is of seed 3, and 4 was asked for")
+    assert measured_line(Run("trial", "final", "a", axes, axes | {"seed": "03"}), finished[1])["status"] == "finished"
 
 
 def test_lines_are_sorted_replaced_and_taken_out(tmp_path):

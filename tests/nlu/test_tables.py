@@ -14,7 +14,7 @@ from nlu.experiments import figures
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import STYLE, spread_apart
 from nlu.experiments.published import published_table
-from nlu.experiments.statistics import common_seeds, correct_claims, finished, load_measured
+from nlu.experiments.statistics import common_seeds, correct_claims, finished, load_measured, tuned_over
 from nlu.experiments.tables import (
     _chosen,
     claims_table,
@@ -100,7 +100,8 @@ def test_rows_compare_over_the_seeds_that_all_of_them_have(tmp_path):
     apart = before[(before.label == "LoRA r=8") | (before.seed == 2)]
     assert set(common_seeds(apart).seed) == {2}
     apart = apart[(apart.label != "LoRA r=8") | (apart.seed == 1)]
-    assert len(common_seeds(apart)) == len(apart)  # no seed in common: what there is
+    assert not len(common_seeds(apart)) and "No seed is common" in score_table("trial", apart).notes[-1]
+    assert dict(figures.draw("trial", apart, apart))["trial_parameters"]() is None
 
 
 def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
@@ -263,6 +264,14 @@ def test_rates_that_the_grid_has_are_drawn_without_a_tuning_stage(tmp_path):
     assert drawings["trial_parameters"]() is None  # all have one size
     (panel,) = drawings["trial_rates"]().figure.axes
     (drawn,) = panel.get_lines()
+    tuned = tuned_over(runs, "learning_rate")
+    assert dict(figures.draw("trial", finished(tuned), tuned))["trial_rates"]() is not None
+    alone = line(
+        "AdaLoRA", "cola", 1, [0.3], axes={"row": "AdaLoRA", "learning_rate": 1e-3, "task_name": "cola", "seed": 1}
+    )
+    more = load_measured(write(tmp_path / "more", "trial", [*lines, alone]))
+    (panel,) = dict(figures.draw("trial", more, more))["trial_rates"]().figure.axes
+    assert {artist.get_label() for artist in panel.get_lines()} == {"LoRA r=8", "AdaLoRA"}
     assert (drawn.get_label(), panel.get_title("left")) == ("LoRA r=8", "CoLA: score")
     assert drawn.get_xdata().tolist() == [1e-3, 2e-3] and drawn.get_ydata().tolist() == pytest.approx([30, 55])
 
