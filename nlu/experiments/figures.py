@@ -267,12 +267,12 @@ def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -
 
 
 def _leave_outliers_out(axes: Axes) -> None:
-    """Limit the panel to six interquartile ranges from the quartiles of what is drawn, twice Tukey's outer fences."""
+    """Limit a panel of many points to six interquartile ranges from the quartiles, twice Tukey's outer fences."""
     values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
     low, high = np.quantile(values, [0.25, 0.75])
     reach = 6 * (high - low)
     low, high = max(values.min(), low - reach), min(values.max(), high + reach)
-    if low < high:
+    if low < high and len(values) >= 20:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
