@@ -36,7 +36,7 @@ from nlu import ROOT
 from nlu.arguments import DataArguments, build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.cells import Table
-from nlu.experiments.choosing import choose, chosen_runs
+from nlu.experiments.choosing import not_finished
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
@@ -135,8 +135,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     warnings = unlike(firsts, shapes, places)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    known, waiting = chosen_runs(experiment.runs, experiment.selection, choose(experiment.selection, places))
-    pending = [run for run in [*selecting, *known] if places.state(run) != "finished"] + waiting
+    pending = not_finished(selecting, experiment.runs, experiment.selection, places)
     check_data(parsed[run.folder] for run in pending)
     code = run_experiment(
         experiment, selecting, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed

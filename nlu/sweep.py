@@ -18,7 +18,7 @@ if packages_missing():
     sys.exit(2)
 
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.choosing import choose, chosen_runs, possible_second_round
+from nlu.experiments.choosing import choose, chosen_runs, not_finished, possible_second_round
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
@@ -115,8 +115,7 @@ def run_sweep(args: argparse.Namespace) -> int:
             if not each.training.do_eval:
                 raise UsageError(f"{name}: without --do_eval a run has no score: put do_eval: true into base")
         if args.launcher == "local" and not args.dry_run:  # a cluster's data may lie on its nodes alone
-            known, waiting = chosen_runs(final, experiment.selection, choose(experiment.selection, places))
-            pending = [run for run in [*selecting, *known] if places.state(run) != "finished"] + waiting
+            pending = not_finished(selecting, final, experiment.selection, places)
             # A command of the experiment's own may set the environment in which the data is found.
             check_data(parsed[run.folder] for run in pending if not run.command)
     print(f"{experiment.name}: {experiment.description or 'no description'}")

@@ -48,14 +48,16 @@ class Row(NamedTuple):
 
 def shown(value: object) -> str:
     """A value as one short line for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _shortened(repr(value), 60)
 
 
 def names_shown(names: Iterable[object]) -> str:
     """Names, each in quotation marks, as one short line for a message."""
-    text = ", ".join(map(repr, names))
-    return text if len(text) <= 120 else text[:117] + "..."
+    return _shortened(", ".join(map(repr, names)), 120)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _missing(column: str, present: Iterable[str]) -> str:

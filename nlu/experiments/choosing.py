@@ -84,6 +84,12 @@ def chosen_runs(
     return ready, waiting
 
 
+def not_finished(selecting: list[Run], final: list[Run], selection: Selection | None, places: Places) -> list[Run]:
+    """The runs of both stages that a sweep has yet to make; a final run that waits for its choice is one of them."""
+    known, waiting = chosen_runs(final, selection, choose(selection, places))
+    return [run for run in [*selecting, *known] if places.state(run) != "finished"] + waiting
+
+
 def _tried(runs: list[Run], places: Places) -> list[Tried]:
     """The runs of one key by the values that they try."""
     groups: dict[tuple, list[Run]] = {}

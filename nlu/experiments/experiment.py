@@ -307,9 +307,14 @@ def _is_place(value: str) -> bool:
     return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1
 
 
+def seed_number(seed: Any) -> str:
+    """A seed as text that is equal for equal numbers, however a file writes them: 1, "1" or "01"."""
+    return str(seed).lstrip("0")
+
+
 def _check_seeds(where: str, seeds: list[Any]) -> None:
     """Refuse one seed under two names, such as 1 and "01": tables could not tell these runs apart."""
-    if len({str(seed).lstrip("0") for seed in seeds}) < len(seeds):
+    if len(set(map(seed_number, seeds))) < len(seeds):
         raise UsageError(f"{where} names one seed twice: give seeds that differ as numbers")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from loralib.files import write_text
 from nlu.errors import UsageError
-from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, place_free
+from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, place_free, seed_number
 from nlu.json_yaml import check
 from nlu.runs.lock import locked
 from nlu.tasks import TASKS
@@ -49,7 +49,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     if status == "finished" and None in scores:
         status, error = "failed", "an evaluation has no finite score or loss"
     asked = run.arguments.get("seed")
-    if status == "finished" and _number(record.get("seed")) != _number(asked):
+    if status == "finished" and seed_number(record.get("seed")) != seed_number(asked):
         status, error = "failed", f"its record is of seed {record.get('seed')}, and {asked} was asked for"
     line = {
         **place_of(run, str(record.get("method"))),
@@ -67,11 +67,6 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "module_ranks": module_ranks(record),
     }
     return portable({name: value for name, value in line.items() if value is not None})
-
-
-def _number(seed: Any) -> str:
-    """A seed as text, however a file writes it: 1, "1" or "01"."""
-    return str(seed).lstrip("0")
 
 
 def place_of(run: Run, method: str) -> dict[str, Any]:

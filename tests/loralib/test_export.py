@@ -2,7 +2,6 @@
 
 import copy
 import json
-import resource
 import shutil
 
 import pytest
@@ -18,7 +17,7 @@ import loralib
 from loralib.adapter import merge_into
 from loralib.export import export_merged, main
 from loralib.peft_format import decompose, export_peft, import_peft, start_factors
-from tests.loralib.small import INPUTS, Net, adapted, encoder, factors_of, gpt2, refused
+from tests.loralib.small import INPUTS, Net, adapted, encoder, factors_of, gpt2, largest_file, refused
 from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -361,14 +360,10 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
 
 
 def test_a_full_disk_and_a_bad_path_are_one_line(pretrained, lora2, tmp_path, capsys):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for to in (["peft"], ["merged", "--base", str(pretrained.path)]):
         command = [str(lora2[2]), str(tmp_path / "out"), "--to", *to]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
-        try:
+        with largest_file(2_000):
             assert main(command) == 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "make room, and give the same command again" in error
         assert not list(tmp_path.iterdir())

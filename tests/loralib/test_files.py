@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers.models import WordLevel
 
 from loralib import files
 from loralib.files import FolderWriter, recover_folder, replace_folder, start_folder, write_json, write_text
+from tests.loralib.small import largest_file
 
 
 class Killed(BaseException):
@@ -112,16 +112,12 @@ def test_a_reader_may_finish_the_exchange_of_a_writer_at_work(tmp_path, monkeypa
 )
 def test_a_disk_that_is_full_for_a_writer_in_rust_is_an_oserror(tmp_path, write):
     """safetensors and tokenizers raise errors of their own."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with (
-            pytest.raises(OSError, match=str(tmp_path / "x")) as caught,
-            FolderWriter(tmp_path / "x", {"a"}, "a") as new,
-        ):
-            write(new)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        largest_file(10_000),
+        pytest.raises(OSError, match=str(tmp_path / "x")) as caught,
+        FolderWriter(tmp_path / "x", {"a"}, "a") as new,
+    ):
+        write(new)
     assert caught.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
 
 
