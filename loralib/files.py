@@ -25,12 +25,17 @@ from typing import Any, BinaryIO
 def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file to write, which replaces ``path``, and keeps its mode, when the block ends without an error.
 
-    Makes missing folders.
+    Makes missing folders. Of a link the target is replaced; a device or a pipe is written to.
 
     Raises:
         OSError: the folder or the file cannot be written; ``path`` is as before.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # open refuses a folder
+        with open(path, "wb") as file:
+            yield file
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

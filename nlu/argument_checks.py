@@ -141,6 +141,8 @@ def _check_task(data: Any, training: Any) -> None:
     """The task, or the files of one's own, and what is asked of them; the task's name gets its usual form."""
     if data.task_name is None and data.train_file is None:
         raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
+    if data.predict_task is not None and not training.do_predict:
+        raise UsageError("--predict_task needs --do_predict: give both or neither")
     if data.task_name is not None:
         task = get_task(data.task_name)
         data.task_name = task.name

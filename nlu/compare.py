@@ -147,6 +147,10 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         final = final.assign(place=final.label.map(list(labels.values()).index)).sort_values(["place", "seed"])
         table = comparison_table(experiment.name, final, {labels[name]: each.scale for name, each in shapes.items()})
         table.notes.extend(f"Not alike: {warning}." for warning in warnings)
+        done = {label: int((final.label == label).sum()) for label in labels.values()}
+        table.notes.extend(
+            f"{label}: {n} of {args.seeds} runs finished." for label, n in done.items() if n < args.seeds
+        )
         write(table, final, frame, folder)
     return code
 

@@ -193,8 +193,7 @@ def _checkpoint(source: str) -> nn.Module:
 
 @contextmanager
 def open_output(path: str) -> Iterator[TextIO]:
-    """Standard output for "-"; otherwise a file, complete from the moment it appears. Of a link the target is replaced;
-    a device or a pipe is written to."""
+    """Standard output for "-"; otherwise a file as :func:`loralib.files.open_new` writes it."""
     if path == "-":
         yield sys.stdout
         sys.stdout.flush()
@@ -203,8 +202,7 @@ def open_output(path: str) -> Iterator[TextIO]:
         raise UsageError(f"--output {path}: is a folder; name a file")
     if not Path(path).parent.is_dir():
         raise UsageError(f"--output {path}: there is no folder {Path(path).parent}")
-    special = Path(path).exists() and not Path(path).is_file()
-    with open(path, "wb") if special else open_new(os.path.realpath(path)) as file:
+    with open_new(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         yield text
         text.detach()

@@ -36,7 +36,7 @@ from nlu.argument_checks import check_an_evaluation, fit_schedule
 from nlu.arguments import Arguments, parse_arguments
 from nlu.data.batching import updates_per_epoch
 from nlu.data.glue import reorder_labels
-from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits
+from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits, tokenize_tests
 from nlu.data.submission import predict, to_labels
 from nlu.errors import UsageError, exit_code, one_line
 from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
@@ -90,6 +90,7 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
 
     check_upload(arguments)
     task, splits = load_data(arguments)
+    others = load_predict_task(arguments, task)
     total_steps = plan_steps(arguments, splits)
     config, tokenizer, head = load_config(arguments, task, labels_of_run(folder, task) if state == "resume" else None)
     if head.labels is not None:
@@ -97,7 +98,7 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
     warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
     check_model_arguments(arguments, config, tokenizer, total_steps, warm_start)
     splits = tokenize_splits(arguments, task, splits, tokenizer)
-    tests = [(task, splits.test), *load_predict_task(arguments, task, tokenizer)]
+    tests = [(task, splits.test), *tokenize_tests(arguments, others, task.labels, tokenizer)]
 
     weights = class_weights(arguments, task, splits.train)
 

@@ -129,12 +129,12 @@ class _Lines:
         self.number, self.fault = 0, None
 
     def __iter__(self) -> Iterator[str]:
-        while line := self.file.readline(LONGEST_LINE):
+        while line := self.file.readline(LONGEST_LINE + 1):  # with the line break
             self.number += 1
             rest = line
-            while len(rest) == LONGEST_LINE and not rest.endswith("\n"):
+            while len(rest) > LONGEST_LINE and not rest.endswith("\n"):
                 self.fault = f"the line has more than {LONGEST_LINE:,} characters"
-                rest = self.file.readline(LONGEST_LINE)
+                rest = self.file.readline(LONGEST_LINE + 1)
             if not line.isascii() and not _is_unicode(line):
                 self.fault = _NOT_UTF8
             yield line

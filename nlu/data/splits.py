@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,28 +72,31 @@ def tokenize_splits(arguments: Arguments, task: Task, splits: dict[str, Dataset]
     )
 
 
-def load_predict_task(arguments: Arguments, task: Task, tokenizer: Any) -> list[tuple[Task, dict[str, Dataset]]]:
-    """The task of ``--predict_task`` with the token ids of its test sets; empty where none is asked for.
+def load_predict_task(arguments: Arguments, task: Task) -> list[tuple[Task, dict[str, Dataset]]]:
+    """The task of ``--predict_task`` with the rows of its test sets as text; empty where none is asked for.
 
     Raises:
-        UsageError: without ``--do_predict``, or for a task that asks for other classes than the trained one.
+        UsageError: for a task that asks for other classes than the trained one.
     """
     data = arguments.data
     if data.predict_task is None:
         return []
     other = get_task(data.predict_task)
-    if not arguments.training.do_predict:
-        raise UsageError("--predict_task needs --do_predict")
     if other.name == task.name:
         raise UsageError(f"--predict_task {other.name} is the trained task: leave it out")
     same_classes = sorted(other.labels or ()) == sorted(task.labels or ())
     if not same_classes or len(other.text_fields) != len(task.text_fields):
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
     splits = load_task_data(other, _glue_dir(arguments), arguments.model.cache_dir, ["test"])
-    if task.labels is not None:
-        other, splits = reorder_labels(other, splits, task.labels)
-    splits = {name: limit(rows, data.max_predict_samples) for name, rows in splits.items()}
-    return [(other, tokenize_splits(arguments, other, splits, tokenizer).test)]
+    return [(other, {name: limit(rows, data.max_predict_samples) for name, rows in splits.items()})]
+
+
+def tokenize_tests(
+    arguments: Arguments, tests: list[tuple[Task, dict[str, Dataset]]], labels: Sequence[str] | None, tokenizer: Any
+) -> list[tuple[Task, dict[str, Dataset]]]:
+    """The token ids of other tasks' test sets; their labels take the order of the trained task's."""
+    ordered = tests if labels is None else [reorder_labels(task, splits, labels) for task, splits in tests]
+    return [(task, tokenize_splits(arguments, task, splits, tokenizer).test) for task, splits in ordered]
 
 
 def _glue_dir(arguments: Arguments) -> str | None:

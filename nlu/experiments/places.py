@@ -233,11 +233,11 @@ def check_data(parsed: Iterable[Any]) -> None:
     Raises:
         UsageError: the fault, with file and line.
     """
-    from nlu.data.splits import load_data
+    from nlu.data.splits import load_data, load_predict_task
 
     different = {repr((each.data, each.training.do_train, each.training.do_predict)): each for each in parsed}
     for each in different.values():
-        load_data(each)
+        load_predict_task(each, load_data(each)[0])
 
 
 def check_writable(folder: Path, flag: str) -> None:

@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from loralib.files import new_folder_of, remove_leftovers, replace_folder, start_folder, write_json
+from nlu.errors import reason
 from nlu.runs.digests import folder_digests, sha256
 from nlu.runs.processes import wait_for_all
 
@@ -153,4 +154,7 @@ def rotate(folder: Path, limit: int | None, spared: Collection[Path]) -> None:
     present = checkpoints(folder)
     deletable = [path for path in present if path not in spared]
     for path in deletable[: max(0, len(present) - limit)]:
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # the new one is whole, and the run can go on
+            logger.warning("the old checkpoint %s cannot be removed: %s", path, reason(error))

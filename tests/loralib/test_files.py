@@ -51,6 +51,19 @@ def content_of(folder):
     return content
 
 
+def test_of_a_link_the_target_is_replaced_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "link").symlink_to("folder/real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder/real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "new")
+    assert os.read(reader, 9) == b"new" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    with pytest.raises(IsADirectoryError):
+        write_text("", "")
+
+
 @pytest.mark.parametrize("recovers", ["a reader", "the next writer"])
 def test_a_kill_at_any_moment_leaves_one_whole_folder(tmp_path, monkeypatch, recovers):
     outcomes = []

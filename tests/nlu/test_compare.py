@@ -59,6 +59,26 @@ def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monke
     assert compare.main([*flags, "--methods", "lora2,lora"]) == 0
 
 
+def test_the_test_set_of_another_task_is_read_before_the_first_run_too(call, tiny_glue, tmp_path):
+    glue = tmp_path / "glue"
+    shutil.copytree(tiny_glue, glue)
+    for split in ("matched", "mismatched"):
+        shutil.copy(glue / f"mnli/validation_{split}.jsonl", glue / f"mnli/test_{split}.jsonl")
+    flags = [
+        "--task_name",
+        "mnli",
+        "--glue_dir",
+        str(glue),
+        "--methods",
+        "lora",
+        "--do_predict",
+        "--predict_task",
+        "ax",
+    ]
+    code, _, err = call(*flags)
+    assert code == 2 and "no test split of ax" in err and not list(tmp_path.rglob("results.json"))
+
+
 def test_what_is_finished_needs_its_data_no_more(call, tiny_glue, tmp_path):
     flags = ["--methods", "lora2,lora", "--seeds", "1", "--tune", "5e-4,1e-3", "--name", "tuned"]
     copy = shutil.copytree(tiny_glue, tmp_path / "glue")
@@ -66,6 +86,13 @@ def test_what_is_finished_needs_its_data_no_more(call, tiny_glue, tmp_path):
     shutil.rmtree(copy)
     code, out, err = call(*flags, "--glue_dir", str(copy))
     assert code == 0 and "0 run(s) finished now" in out, err
+
+
+def test_the_table_names_the_methods_whose_runs_failed(call, tmp_path):
+    code, out, _ = call("--methods", "lora2,lora:weight_decay=1", "--seeds", "2")
+    assert code == 1 and "- LoRA, weight_decay=1: 0 of 2 runs finished." in out
+    assert "runs finished." in (tmp_path / "compare-cola/comparison.md").read_text()
+    assert "runs finished." not in call("--methods", "lora2", "--seeds", "2")[1]
 
 
 def test_a_method_may_name_a_file_by_its_whole_path(call, tmp_path):

@@ -312,6 +312,14 @@ def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared,
     assert checkpoints(tmp_path) == [made[step] for step in left]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing_but_room(tmp_path, monkeypatch, caplog):
+    made = [make_checkpoint(tmp_path, step) for step in (2, 4)]
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", str(path))))
+    rotate(tmp_path, 1, {made[1]})
+    assert f"the old checkpoint {made[0]} cannot be removed: [Errno 13] denied" in caplog.text
+    assert checkpoints(tmp_path) == made
+
+
 @pytest.mark.parametrize(
     "part, flag",
     [("model", "--model_name_or_path"), ("model/checkpoint-4", "--model_name_or_path"), ("adapter", "--lora_path")],

@@ -57,6 +57,9 @@ def test_a_text_beyond_the_longest_line_is_refused_and_not_cut(monkeypatch, kind
     first, second = read(kind, "a,b\n{}x,{}\n1,2\n".replace(",", comma).format("", "y" * 1000))
     assert (first[0], first[1]) == (2, None) and "more than 64 characters" in first[2]
     assert second == (3, ["1", "2"], None)
+    longest = "y" * (64 - 2)
+    rows = read(kind, "a,b\nx,{0}\nx,{0}".replace(",", comma).format(longest))
+    assert rows == [(2, ["x", longest], None), (3, ["x", longest], None)]
 
 
 def test_a_long_value_is_shown_short():

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, EarlyStoppingCallback
 from loralib import export
 from nlu.arguments import parse_arguments
 from nlu.data.glue import reorder_labels
-from nlu.data.splits import load_predict_task
+from nlu.data.splits import load_predict_task, tokenize_tests
 from nlu.run_glue import main
 from nlu.tasks import get_task
 from tests.nlu.tiny import changed, make_rows, write_rows
@@ -129,6 +129,7 @@ def test_a_task_that_does_not_go_with_it_is_refused(task, drop, message, mnli_fl
 def test_ax_is_asked_in_the_order_of_the_trained_models_labels(mnli_flags, encoder):
     arguments = parse_arguments([*mnli_flags, "--predict_task", "ax"])
     task, _ = reorder_labels(get_task("mnli"), {}, ["contradiction", "neutral", "entailment"])
-    ((ax, splits),) = load_predict_task(arguments, task, AutoTokenizer.from_pretrained(encoder))
+    tests = load_predict_task(arguments, task)
+    ((ax, splits),) = tokenize_tests(arguments, tests, task.labels, AutoTokenizer.from_pretrained(encoder))
     assert ax.name == "ax" and ax.labels == task.labels and ax.submission_labels == task.submission_labels
     assert len(splits["test"]) == 9
