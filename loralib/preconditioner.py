@@ -1,12 +1,11 @@
 """Preconditioned gradients of low-rank factors: a step then depends less on how ΔW is split into factors.
 
-"riemannian"       F between L and R, ΔW = L F R: g ← (LᵀL + δI)⁻¹ g (RRᵀ + δI)⁻¹; an outermost F has one of the two.
-                   For LoRA: g_A ← (BᵀB + δI)⁻¹ g_A, g_B ← g_B (AAᵀ + δI)⁻¹ (arXiv 2402.02347). For e:
-                   g_e ← (PᵀP ∘ QQᵀ + δI)⁻¹ g_e.
-"balanced"         X Y with nothing between, k×k: X M M⁻¹ Y is the same for every M. The step is that of the pair whose
-                   Grams agree: g_X ← g_X S⁻¹, g_Y ← S g_Y with S XᵀX S = YYᵀ (RefLoRA, arXiv 2505.18877). For LoRA
-                   X = B and Y = A; with several scales the pairs are neighbours on one side of e.
-"balanced_scalar"  its scalar form, S = ‖Y‖_F/‖X‖_F.
+"riemannian"  F between L and R, ΔW = L F R: g ← (LᵀL + δI)⁻¹ g (RRᵀ + δI)⁻¹; an outermost F has one of the two. For
+              LoRA: g_A ← (BᵀB + δI)⁻¹ g_A, g_B ← g_B (AAᵀ + δI)⁻¹ (arXiv 2402.02347). For e:
+              g_e ← (PᵀP ∘ QQᵀ + δI)⁻¹ g_e.
+"balanced"    X Y with nothing between, k×k: X M M⁻¹ Y is the same for every M. The step is that of the pair whose Grams
+              agree: g_X ← g_X S⁻¹, g_Y ← S g_Y with S XᵀX S = YYᵀ (RefLoRA, arXiv 2505.18877). For LoRA X = B and
+              Y = A; with several scales the pairs are neighbours on one side of e.
 
 All inverses are of k×k or r×r matrices; layers of one shape are handled as one stack. Where layers share a factor, the
 Grams are averaged over them. Adam is invariant to a constant scale. While B or e is 0, an inverse is 1/δ: the loss has
@@ -27,7 +26,7 @@ from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import injected_layers
 
-PRECONDITIONERS = ("balanced", "balanced_scalar", "riemannian")
+PRECONDITIONERS = ("balanced", "riemannian")
 DAMPING = 1e-6  # δ
 
 
@@ -38,14 +37,14 @@ class Preconditioner:
         model: holds low-rank layers. kind: see the module's text.
 
     Raises:
-        ValueError: for another kind, a model without low-rank layers, a balanced kind
+        ValueError: for another kind, a model without low-rank layers, "balanced"
             for AdaLoRA's layer, whose factors e separates, and layers of different ranks that share a factor.
     """
 
     def __init__(self, model: nn.Module, kind: str) -> None:
         check_choice("kind", kind, PRECONDITIONERS)
         layers = [layer for layer in injected_layers(model).values() if layer.r > 0]
-        if kind != "riemannian" and any(layer.lora_E is not None and not layer.widths for layer in layers):
+        if kind == "balanced" and any(layer.lora_E is not None and not layer.widths for layer in layers):
             raise ValueError(
                 f"{kind!r} balances neighbouring factors, and e lies between AdaLoRA's two: use 'riemannian'"
             )
@@ -68,7 +67,7 @@ class Preconditioner:
                 if self.kind == "riemannian":
                     chain.precondition()
                 else:
-                    chain.balance(scalar=self.kind == "balanced_scalar")
+                    chain.balance()
 
 
 class _Link:
@@ -167,14 +166,14 @@ class _Chain:
             solved = torch.linalg.solve_ex(self._damped(both), _gradients(self.values)).result
             _write_gradients(self.values, solved)
 
-    def balance(self, scalar: bool) -> None:
+    def balance(self) -> None:
         sides: list[list[Tensor | None]] = [[None, None] for _ in self.links]
         for i, (x, y) in enumerate(zip(self.links, self.links[1:], strict=False)):
             if i + 1 == self.middle and self.e is not None:
                 continue
             owner = x if x.shared else y  # a shared factor has one S with all its neighbours
             grams = [owner.mean(g) for g in (x.value.mT @ x.value, y.value @ y.value.mT)]
-            s, inverse = (_scalar_balance if scalar else _balance)(*(self._damped(g) for g in grams))
+            s, inverse = _balance(*(self._damped(g) for g in grams))
             s, inverse = (t[owner.of_layer] if owner.shared else t for t in (s, inverse))
             sides[i][1], sides[i + 1][0] = x.mean(inverse), y.mean(s)
         for link, (left, right) in zip(self.links, sides, strict=True):
@@ -184,12 +183,6 @@ class _Chain:
 def _inverse(gram: Tensor) -> Tensor:
     """Of a damped Gram. ``inv`` raises for a singular one, and to know that the host would wait for a CUDA device."""
     return torch.linalg.inv_ex(gram).inverse
-
-
-def _scalar_balance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    identity = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    ratio = (y.diagonal(dim1=1, dim2=2).sum(1) / x.diagonal(dim1=1, dim2=2).sum(1)).sqrt()[:, None, None]
-    return identity * ratio, identity / ratio
 
 
 def _balance(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

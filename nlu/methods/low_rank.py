@@ -60,7 +60,7 @@ _LORA_INIT_BATCHES = Flag(
 )  # fmt: skip
 _PRECONDITION = Flag(
     "precondition", Literal[("none", *PRECONDITIONERS)], "none",
-    "Gradients of the factors: balanced or balanced_scalar (RefLoRA), riemannian, or none.",
+    "Gradients of the factors: balanced (RefLoRA), riemannian, or none.",
 )  # fmt: skip
 _LORA_FLAGS = (
     _LORA_INIT,

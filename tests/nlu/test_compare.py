@@ -64,18 +64,8 @@ def test_the_test_set_of_another_task_is_read_before_the_first_run_too(call, tin
     shutil.copytree(tiny_glue, glue)
     for split in ("matched", "mismatched"):
         shutil.copy(glue / f"mnli/validation_{split}.jsonl", glue / f"mnli/test_{split}.jsonl")
-    flags = [
-        "--task_name",
-        "mnli",
-        "--glue_dir",
-        str(glue),
-        "--methods",
-        "lora",
-        "--do_predict",
-        "--predict_task",
-        "ax",
-    ]
-    code, _, err = call(*flags)
+    predicting = ["--task_name", "mnli", "--glue_dir", str(glue), "--do_predict", "--predict_task", "ax"]
+    code, _, err = call("--methods", "lora", *predicting)
     assert code == 2 and "no test split of ax" in err and not list(tmp_path.rglob("results.json"))
 
 
