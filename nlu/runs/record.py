@@ -117,38 +117,15 @@ def start_record(
     Raises:
         UsageError: the run is resumed with another number of rows a step, or another commit of a model on the hub.
     """
-    task, model, ranks, training = trainer.task, trainer.applied.model, trainer.applied.ranks, arguments.training
-    counts = count_parameters(model)
+    counts, ranks, training = count_parameters(trainer.applied.model), trainer.applied.ranks, arguments.training
     previous = read_json(folder.path / "results.json") if state == "resume" else None
-    batch, commit = effective_batch_size(training), getattr(model.config, "_commit_hash", None)
+    static = {**_known_at_the_start(arguments, trainer, eval_rows, warm_start), **counts}
     if previous:
-        _check_resumed(previous, batch, commit, folder.path, arguments.model.model_name_or_path)
-    static = {
-        "task": task.name,
-        "labels": list(task.labels) if task.labels else None,
-        "method": arguments.method.method,
-        "method_config": arguments.method_config,
-        "seed": training.seed,
-        "model": Path(arguments.model.model_name_or_path).name,
-        "model_commit": commit,
-        # A run that goes on from a record without digests is not known to have read these contents throughout.
-        "digests": folder.digests if previous is None or previous.get("digests") else None,
-        **counts,
-        "scored_params": ranks.scored_parameters if ranks else None,
-        "initial_budget": ranks.initial_total_rank if ranks else None,
-        "final_budget": ranks.target_total_rank if ranks else None,
-        "effective_batch_size": batch,
-        "train_examples": len(trainer.train_dataset) if trainer.train_dataset is not None else 0,
-        "eval_examples": eval_rows,
-        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
-        "arguments": arguments.record,
-        "versions": versions(),
-        "git_commit": COMMIT,
-        "machine": machine(),
-        "command": command_line(),
-        "started_at": previous["started_at"] if previous else now(),
-        "resumes": previous["resumes"] + 1 if previous else 0,
-    }
+        _check_resumed(previous, static, folder.path, arguments.model.model_name_or_path)
+    # A run that goes on from a record without digests is not known to have read these contents throughout.
+    static["digests"] = folder.digests if previous is None or previous.get("digests") else None
+    static["started_at"] = previous["started_at"] if previous else now()
+    static["resumes"] = previous["resumes"] + 1 if previous else 0
 
     def live() -> dict[str, Any]:
         steps, seconds = trainer.state.global_step, trainer.train_seconds
@@ -163,21 +140,47 @@ def start_record(
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
-    record = RunRecord(folder.path, static, task.metric, live)
+    record = RunRecord(folder.path, static, trainer.task.metric, live)
     trainer.add_callback(RecordCallback(record))
     if training.should_save:
         record.write("running")
         final = static["final_budget"] or "as gated"
         budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
         print(
-            f"{static['method_config']} on {task.name}: adapter {counts['adapter_params']:,}, head "
+            f"{static['method_config']} on {static['task']}: adapter {counts['adapter_params']:,}, head "
             f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
             f"batch {static['effective_batch_size']}, seed {training.seed}"
         )
     return record
 
 
-def _check_resumed(previous: dict[str, Any], batch: int, commit: str | None, folder: Path, model: str) -> None:
+def _known_at_the_start(arguments: Arguments, trainer: Any, eval_rows: int, warm_start: Any) -> dict[str, Any]:
+    task, ranks, training = trainer.task, trainer.applied.ranks, arguments.training
+    return {
+        "task": task.name,
+        "labels": list(task.labels) if task.labels else None,
+        "method": arguments.method.method,
+        "method_config": arguments.method_config,
+        "seed": training.seed,
+        "model": Path(arguments.model.model_name_or_path).name,
+        "model_commit": getattr(trainer.applied.model.config, "_commit_hash", None),
+        "scored_params": ranks.scored_parameters if ranks else None,
+        "initial_budget": ranks.initial_total_rank if ranks else None,
+        "final_budget": ranks.target_total_rank if ranks else None,
+        "effective_batch_size": effective_batch_size(training),
+        "train_examples": len(trainer.train_dataset) if trainer.train_dataset is not None else 0,
+        "eval_examples": eval_rows,
+        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
+        "arguments": arguments.record,
+        "versions": versions(),
+        "git_commit": COMMIT,
+        "machine": machine(),
+        "command": command_line(),
+    }
+
+
+def _check_resumed(previous: dict[str, Any], static: dict[str, Any], folder: Path, model: str) -> None:
+    batch, commit = static["effective_batch_size"], static["model_commit"]
     if previous["effective_batch_size"] != batch:
         raise UsageError(
             f"{folder} was trained with {previous['effective_batch_size']} rows a step, now they would be {batch}: "
