@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loralib.checks import check_choice, check_positive, check_whole_number
+from loralib.checks import check_choice, check_fraction, check_positive, check_whole_number
 from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, fold, without_autocast
 from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 
@@ -138,8 +138,7 @@ class LoRALayer(nn.Linear):
         for name, size in (("r", r), *(("a width (k)", k) for k in self.widths)):
             check_whole_number(name, size)
         check_positive("lora_alpha", lora_alpha)
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout!r}")
+        check_fraction("lora_dropout", lora_dropout)
         check_choice("init", init, INITS)
         self.lora_alpha = float(lora_alpha)
         self.scaling = self.lora_alpha / self.r

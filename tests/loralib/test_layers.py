@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -115,7 +116,8 @@ def test_a_square_weight_that_is_stored_the_other_way_round_is_told_by_its_modul
 
 @pytest.mark.parametrize("arguments", [
     {"r": 0}, {"r": 2.5}, {"r": True}, {"k": 0}, {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"lora_alpha": "x"},
-    {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"init": "zeros"},
+    {"lora_dropout": 1.0}, {"lora_dropout": -0.1}, {"lora_dropout": True}, {"lora_dropout": np.float32(0.1)},
+    {"init": "zeros"},
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_in_one_line(arguments):
     with refused():
