@@ -180,14 +180,15 @@ def run_experiment(
                 loop.run(second_round(selection, places, keys), planned=False)
             if not loop.stopped_by:
                 runnable, waiting = chosen_runs(final, selection, choose(selection, places))
-                if not rerun_changed:
-                    places.check_unchanged(runnable)
+                changed = [] if rerun_changed else [run for run in runnable if places.state(run) == "changed"]
+                for run in changed:  # the selection, now complete, chose other values than before
+                    loop.block([run], f"it was {places.what_changed(run)}")
                 loop.block(
                     waiting,
                     "its selection is not complete: a run has not ended (take a refused value out of the file), "
                     "or all of them failed",
                 )
-                loop.run(runnable)
+                loop.run([run for run in runnable if run not in changed])
         return loop.summary()
 
 

@@ -98,11 +98,15 @@ class Places:
         """
         changed = [run for run in runs if self.state(run) == "changed"]
         if changed:
-            differences = self._differences(changed[0], self.lines()[changed[0].folder])
-            raise UsageError(
-                f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments "
-                f"({', '.join(differences)}); pass --rerun_changed to replace them, or give the experiment a new name"
-            )
+            raise UsageError(f"{len(changed)} run(s), {changed[0].folder} first, were {self.what_changed(changed[0])}")
+
+    def what_changed(self, run: Run) -> str:
+        """Of a run whose state is `changed`: how it was made, and what to do."""
+        differences = ", ".join(self._differences(run, self.lines()[run.folder]))
+        return (
+            f"made with other arguments ({differences}); pass --rerun_changed to make it again, or give the experiment "
+            "a new name"
+        )
 
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""

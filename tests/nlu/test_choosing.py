@@ -104,6 +104,19 @@ def test_a_value_counts_by_its_last_loss_and_only_where_all_its_seeds_have_one()
     assert choosing.choose(Selection((), {}, runs), places) == {(): {"learning_rate": 2e-3}}
 
 
+def test_where_the_choice_changes_what_was_made_before_is_kept_and_the_other_runs_go_on(run_sweep, tmp_path):
+    small = BASIC | {"grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}}
+    first = small | {"select": SELECT | {"values": {"learning_rate": [5e-4, 1e-3]}}}
+    assert run_sweep(first, "--only", "cola")[0] == 0
+    second = small | {"select": SELECT | {"values": {"learning_rate": [5e-4, 1e-3, 2e-3]}}}
+    code, out, err = run_sweep(second)
+    assert code == 1 and "1 failed" in out and "lora-cola-seed=1: it was made with other arguments" in err
+    assert "learning_rate 0.001 → 0.002" in err and "--rerun_changed" in err
+    rates = [lines_of(tmp_path)[f"lora-{task}-seed=1"]["asked"]["learning_rate"] for task in ("cola", "rte")]
+    assert rates == [1e-3, 2e-3]
+    assert run_sweep(second, "--rerun_changed")[0] == 0
+
+
 def test_only_keeps_matching_runs_and_the_selection_that_they_need(run_sweep, tmp_path):
     assert run_sweep({**BASIC, "select": SELECT}, "--only", "^lora2-.*seed=1$")[0] == 0
     assert list(lines_of(tmp_path)) == [
