@@ -175,7 +175,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     Raises:
         ValueError: if it is missing, malformed, edited or of another format, or if a key is missing or unknown.
     """
-    recover_folder(Path(os.path.abspath(folder)))  # if the writer was killed between its two renames
+    recover_folder(Path(folder))  # if the writer was killed between its two renames
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     if "peft_type" in values:

@@ -119,6 +119,7 @@ def recover_folder(folder: Path) -> None:
     Any reader may call it when ``folder`` is missing. The new folder is preferred, because it is complete whenever the
     old one has been renamed.
     """
+    folder = Path(os.path.realpath(folder))
     old = _old_folder_of(folder)
     if old.exists() and not folder.exists():
         new = new_folder_of(folder)
@@ -143,7 +144,7 @@ def start_folder(folder: Path) -> Path:
 class FolderWriter:
     """A context manager that gives a new, empty folder, which replaces ``folder`` when the block ends without an error.
 
-    One writer at a time may write to a place.
+    One writer at a time may write to a place. Of a link the target is replaced.
 
     Args:
         folder: may be absent, empty, or hold nothing but ``replaceable`` names with ``marker`` among them.
@@ -154,7 +155,7 @@ class FolderWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], replaceable: Collection[str], marker: str) -> None:
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.realpath(folder))
         recover_folder(self.folder)
         if self.folder.exists():
             if not self.folder.is_dir():

@@ -55,6 +55,14 @@ def test_of_a_link_the_target_is_replaced_and_a_pipe_is_written_to(tmp_path):
     (tmp_path / "link").symlink_to("folder/real")
     write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "folder/real").read_text() == "new"
+    (tmp_path / "linked").symlink_to("elsewhere")
+    for content in ("a", "b"):
+        with FolderWriter(tmp_path / "linked", ["x"], "x") as new:
+            (new / "x").write_text(content)
+    assert (tmp_path / "linked").is_symlink() and (tmp_path / "elsewhere/x").read_text() == "b"
+    os.rename(tmp_path / "elsewhere", tmp_path / ".elsewhere.old")  # as a kill between the two renames leaves it
+    recover_folder(tmp_path / "linked")
+    assert (tmp_path / "linked/x").read_text() == "b"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_text(tmp_path / "pipe", "new")
