@@ -34,7 +34,8 @@ def load_own_files(
     """Load a user's own task from .csv, .tsv, .json, .jsonl or .parquet files.
 
     The labels of the training file decide the task: whole numbers and words are classes (those of the training file,
-    sorted), other numbers are regression. A test file may do without labels.
+    sorted), other numbers are regression. A test file may do without labels: all of them, or those that are empty or
+    null, and for classes -1.
 
     Args:
         text_columns: the one or two columns with the text. By default the columns of the training file that have a GLUE
@@ -65,9 +66,9 @@ def load_own_files(
             tables[split] = table = read_table(path, text, *columns, blank=False, skip=skip)
             if label_column in table.columns:
                 values = table.columns.pop(label_column)
-                table.columns["label"] = values if table.reader.typed else [value.strip() for value in values]
+                table.columns["label"] = [value.strip() if type(value) is str else value for value in values]
     kind = _label_kind(tables["train"])
-    labels = {split: _own_labels(table, kind) for split, table in tables.items() if "label" in table.columns}
+    labels = {split: _own_labels(table, kind, split) for split, table in tables.items() if "label" in table.columns}
     if kind is float:
         names, metrics = None, ("pearson", "spearmanr")
     else:
@@ -151,8 +152,8 @@ def _as_integer(value: object) -> int | None:
     return int(value) if type(value) is str and _WHOLE_NUMBER.fullmatch(value) else None
 
 
-def _own_labels(table: Table, kind: type) -> list:
-    """The labels as `kind` has them."""
+def _own_labels(table: Table, kind: type, split: str) -> list:
+    """The labels as `kind` has them; a test file's hidden ones are NaN for numbers, None for classes."""
     if kind is float:
         read, wanted = as_number, "a number (the training labels are)"
     elif kind is int:
@@ -161,6 +162,9 @@ def _own_labels(table: Table, kind: type) -> list:
         read, wanted = lambda value: value if type(value) is str and value.strip() else None, "a word"
     labels = []
     for row, value in enumerate(table.columns["label"]):
+        if split == "test" and (value in (None, "") or (kind is str and type(value) is int and value == -1)):
+            labels.append(math.nan if kind is float else None)
+            continue
         mismatched = table.reader.typed and kind is not str and type(value) is str
         labels.append(None if mismatched else read(value))
         if labels[-1] is None:
@@ -174,6 +178,6 @@ def _class_numbers(table: Table, names: tuple[str, ...], labels: list, split: st
     if split == "test":
         codes.setdefault("-1", -1)
     for row, label in enumerate(labels):
-        if str(label) not in codes:
+        if label is not None and str(label) not in codes:
             raise table.error(row, f"label {shown(label)} is not among the training labels: {names_shown(names)}")
-    return [codes[str(label)] for label in labels]
+    return [-1 if label is None else codes[str(label)] for label in labels]

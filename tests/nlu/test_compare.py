@@ -7,6 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from scipy import stats
 from transformers import AutoConfig
@@ -45,6 +46,9 @@ def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_o
     assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
     assert "0 run(s) finished now, 4 before" in call(*flags)[1]
     assert "1 run(s) finished now, 2 before" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
+    figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
+    assert list(figures.method) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.seeds) == {1}  # what was asked for
+    assert list(figures.scale) == [1, 1, 1]
 
 
 def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monkeypatch, capsys):
@@ -106,6 +110,7 @@ def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monke
     rates = {each["method"]: each["asked"]["learning_rate"] for each in lines if each["stage"] == "final"}
     assert rates == {"lora": 3e-3, "full": 1.8e-4}  # 3 · 1e-3 is nearer to 2e-3; full's file has 2e-5, 3 and 9 times it
     held_out = [each["asked"] for each in lines if each["stage"] == "select"]
+    assert {each["seed"] for each in held_out} == {101}  # none of the comparison's own
     shown = {tried["learning_rate"] for tried in drawn[0].tried[drawn[0].stage == "select"]}
     assert shown == {each["learning_rate"] for each in held_out}  # the chosen rates too
     assert {each["holdout_fraction"] for each in held_out} == {0.1} and len(held_out) == 3 + 4
@@ -155,6 +160,8 @@ def test_the_table_says_what_was_measured():
     assert one.title == "Demonstration, one seed, short training: not a comparison"
     long = frame.assign(steps=2000.0)
     assert comparison_table("one", long, {}).title == "Comparison"
+    long.iloc[0, long.columns.get_loc("steps")] = 10
+    assert comparison_table("one", long, {}).title == "Comparison"  # early stopping may end one run
 
 
 @pytest.mark.parametrize(
@@ -192,6 +199,14 @@ def test_the_published_settings_need_a_clone(call, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "SCRIPTS", tmp_path / "site-packages/scripts")  # where an installed package looks
     code, _, err = call("--methods", "lora", "--published", "debertav3")
     assert code == 2 and "use a clone" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("steps", "strategy"), [([], "epoch"), (["--eval_steps", "5"], "steps")])
+def test_evaluations_are_by_epoch_unless_their_steps_are_given(steps, strategy):
+    words = ["--methods", "lora", "--task_name", "cola", "--model_name_or_path", "base", *steps]
+    args, rest = compare.own_parser().parse_known_args(words)
+    (run, *_) = compare.plan(args, compare.flag_values(rest)).runs
+    assert run.arguments["eval_strategy"] == strategy and run.arguments["do_train"] and run.arguments["do_eval"]
 
 
 def test_text_stays_text_and_numbers_become_numbers():

@@ -274,6 +274,8 @@ def test_own_integer_classes_are_numbered_in_order(tmp_path):
         ("+1,-1", ("+1", "-1")),
         (" 0,1 ,0\u00a0", ("0", "1")),  # blanks around a label are no part of it
         (f"{10**19},{10**19 + 1}", (str(10**19), str(10**19 + 1))),
+        ("7,12,other", ("12", "7", "other")),  # most are numbers, and all of those codes
+        ("0.5,other", ("0.5", "other")),
     ],
 )
 def test_codes_with_leading_zeros_are_words(tmp_path, values, names):
@@ -287,6 +289,8 @@ def test_own_regression(tmp_path):
     assert task.is_regression and task.num_labels == 1 and task.metric == "pearson"
     assert splits["train"]["label"][:] == [0.5, 2.0]
     assert splits["test"]["label"][0] != splits["test"]["label"][0]  # NaN
+    mixed = own(tmp_path, "m.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 2.5}\n')
+    assert load_own_files(mixed)[1]["train"]["label"][:] == [1.0, 2.5]
     with pytest.raises(UsageError, match=r"v.csv, line 2: label 'high' is not a number"):
         load_own_files(train, own(tmp_path, "v.csv", "sentence,label\na,high\n"))
 
@@ -338,6 +342,37 @@ def test_own_files_must_agree(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0\nb,1\n")
     with pytest.raises(UsageError, match="no column 'sentence'; the columns are 'text', 'label'"):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,0\n"))
+    with pytest.raises(UsageError, match=r"b\.csv, line 1: no column 'label'"):  # a test file alone may do without
+        load_own_files(train, own(tmp_path, "b.csv", "sentence\na\n"))
+    with pytest.raises(UsageError, match=r"c\.jsonl, line 1: label '1' is not a whole number"):
+        load_own_files(train, own(tmp_path, "c.jsonl", '{"sentence": "a", "label": "1"}\n'))
+
+
+def test_minus_one_hides_a_label_in_a_test_file_alone_and_only_where_it_is_no_class(tmp_path):
+    train, hidden = (own(tmp_path, f"{n}.csv", f"text,label\na,{n}\nb,1\n") for n in (0, -1))
+    assert load_own_files(train, test_file=hidden)[1]["test"]["label"][:] == [-1, 1]
+    with pytest.raises(UsageError, match=r"-1\.csv, line 2: label -1 is not among the training labels"):
+        load_own_files(train, hidden)
+    assert load_own_files(hidden, test_file=hidden)[1]["test"]["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("hidden", ['"a": -1', '"a": "-1"', '"a": null', '"a": ""'])
+def test_a_test_file_may_hide_labels_in_each_form(tmp_path, hidden):
+    lines = ['{"text": "x", "a": "None"}\n', '{"text": "y", "a": "yes "}\n']
+    train = own(tmp_path, "train.jsonl", "".join(lines))
+    test = own(tmp_path, "test.jsonl", '{"text": "z", "a": "yes"}\n{"text": "z", ' + hidden + "}\n")
+    task, splits = load_own_files(train, test_file=test, label_column="a")
+    assert task.labels == ("None", "yes") and splits["test"]["label"][:] == [1, -1]
+    with pytest.raises(UsageError, match=r"test\.jsonl, line 2: (label .* is not|the label is empty)"):
+        load_own_files(train, test, label_column="a")
+
+
+def test_a_test_file_may_lack_numbers(tmp_path):
+    train, test = own(tmp_path, "a.csv", "text,label\na,0.5\n"), own(tmp_path, "b.csv", "text,label\na,\nb,-1\n")
+    label, minus_one = load_own_files(train, test_file=test)[1]["test"]["label"][:]
+    assert label != label and minus_one == -1  # any number may be a label
+    with pytest.raises(UsageError, match="the label is empty, and must be a number"):
+        load_own_files(train, test)
 
 
 def test_own_columns_by_name_or_without_doubt(tmp_path):
@@ -348,8 +383,10 @@ def test_own_columns_by_name_or_without_doubt(tmp_path):
     for columns in (["body", "body"], ["body", "sentiment"], ["a", "b", "c"], ["idx"]):
         with pytest.raises(UsageError, match="--text_columns takes one or two different columns"):
             load_own_files(path, text_columns=columns, label_column="sentiment")
-    only = own(tmp_path, "b.csv", "review,label\na,0\nb,1\n")
-    assert load_own_files(only)[0].text_fields == ("review",)
+    task, splits = load_own_files(own(tmp_path, "b.csv", "idx,review,label\n7,a,0\n7,b,1\n"))
+    assert task.text_fields == ("review",) and splits["train"]["idx"][:] == [0, 1]  # the rows' own numbers
+    labelled = own(tmp_path, "d.csv", "sentence,text\na,no\nb,yes\n")
+    assert load_own_files(labelled, label_column="text")[0].text_fields == ("sentence",)
     pair = own(tmp_path, "c.csv", "question,sentence,label\na,b,0\nc,d,1\n")
     assert load_own_files(pair)[0].text_fields == ("question", "sentence")
 

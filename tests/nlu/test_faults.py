@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from loralib.files import start_folder
 from nlu import run_glue
 from nlu.arguments import parse_arguments
-from nlu.errors import UsageError
+from nlu.errors import RunError, UsageError
 from nlu.run_glue import main
 from nlu.runs import checkpoints as saving
 from nlu.runs import digests
@@ -179,12 +180,16 @@ def poison(monkeypatch, what, value=math.nan):
     return seen
 
 
-@pytest.mark.parametrize(("value", "lazy"), [(math.nan, True), (math.inf, False)])
-def test_a_loss_that_is_not_finite_names_its_step_and_rows(flags, run_folder, capsys, monkeypatch, value, lazy):
-    """At once on a CPU; elsewhere at the next logging, evaluation or saving, and still with the first bad step."""
+@pytest.mark.parametrize(("value", "most", "seen_in"), [(math.nan, 1000, 4), (math.nan, 2, 3), (math.inf, None, 3)])
+def test_a_loss_that_is_not_finite_names_its_step_and_rows(
+    flags, run_folder, capsys, monkeypatch, value, most, seen_in
+):
+    """At once on a CPU; elsewhere at the next logging, evaluation or saving, or with so many losses that wait, and
+    still with the first bad step."""
     seen = poison(monkeypatch, "loss", value)
-    if lazy:
+    if most is not None:
         flags = changed(flags, logging_steps=100, eval_strategy="no")
+        monkeypatch.setattr("nlu.trainer._MOST_UNCHECKED", most)
         monkeypatch.setattr(GlueTrainer, "checks_every_step", False)
     assert main([*flags, "--gradient_accumulation_steps", "2", "--length_bucketing"]) == 1
     line = error_line(capsys)
@@ -192,20 +197,43 @@ def test_a_loss_that_is_not_finite_names_its_step_and_rows(flags, run_folder, ca
     rows = [int(word) for word in line.partition("idx ")[2].partition(";")[0].split(", ")]
     of_idx = {row["idx"]: row["input_ids"] for row in seen[0][0].train_dataset}
     assert [of_idx[i] for i in rows] == [ids for _, ids in seen]
+    lengths = [len(ids) for _, ids in seen]
+    assert seen[0][0].train_sampler.batch == 16 and lengths == sorted(lengths)  # of both batches of the step
     assert read(flags)["status"] == "failed" and "at step 3" in read(flags)["error"]
+    assert read(flags)["steps"] == seen_in
     assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
     assert not (run_folder / "adapter").exists()
 
 
+def test_on_a_gpu_no_step_waits_for_its_loss():
+    for kind, looks in (("cpu", True), ("cuda", False)):
+        trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device(kind)))
+        assert GlueTrainer.checks_every_step.fget(trainer) == looks
+
+
 @pytest.mark.parametrize(
-    ("what", "says"),
-    [("gradient", "the gradient is nan"), ("weight", "a trained weight is not finite")],
+    ("what", "says", "saves"),
+    [
+        ("gradient", "the gradient is nan", ["checkpoint-2"]),
+        ("weight", "a trained weight is not finite", ["checkpoint-2"]),
+        ("weight", "a trained weight is not finite", []),
+    ],
 )
-def test_gradients_and_weights_that_are_not_finite_are_never_saved(flags, run_folder, capsys, monkeypatch, what, says):
+def test_gradients_and_weights_that_are_not_finite_are_never_saved(
+    flags, run_folder, capsys, monkeypatch, what, says, saves
+):
+    """They come in the last step, after which nothing need be saved."""
     poison(monkeypatch, what)
-    assert main(flags) == 1
+    assert main(changed(flags, max_steps=4, save_strategy="steps" if saves else "no")) == 1
     assert says in (line := error_line(capsys)) and "at step 4" in line
-    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
+    assert [p.name for p in checkpoints(run_folder / "model")] == saves
+
+
+@pytest.mark.parametrize(("count", "shown"), [(32, "30, 31;"), (33, "30, 31, …;")])
+def test_of_many_rows_the_first_32_are_named(tmp_path, count, shown):
+    trainer = SimpleNamespace(rows_of_step=lambda step: list(range(count)), args=SimpleNamespace(output_dir=tmp_path))
+    with pytest.raises(RunError, match=f"{shown} last good checkpoint: none"):
+        GlueTrainer._diverged(trainer, 3, "the loss is nan")
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------

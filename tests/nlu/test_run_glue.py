@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 import loralib
 from nlu import predict, run_glue
 from nlu.arguments import parse_arguments
-from nlu.data.splits import load_data
+from nlu.data.splits import load_data, tokenize_splits
 from nlu.data.tokens import longest_input
 from nlu.run_glue import main
 from nlu.trainer import GlueTrainer
@@ -248,11 +248,12 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
     assert record["live_budget"] == sum(map(sum, pattern.values()))
 
 
-def test_a_best_score_in_the_last_step_is_that_of_the_adapter(base_flags, tmp_path, monkeypatch):
-    scores = iter([0.2, 0.1, 0.5])
+@pytest.mark.parametrize(("scores", "best"), [([0.2, 0.1, 0.5], ["--load_best_model_at_end"]), ([0.9, 0.1, 0.5], [])])
+def test_the_score_of_the_last_weights_is_that_of_the_adapter(base_flags, tmp_path, monkeypatch, scores, best):
+    scores = iter(scores)
     monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = changed(base_flags, save_steps=3, max_steps=9)
-    assert main([*flags, "--method", "lora", "--load_best_model_at_end"]) == 0
+    assert main([*flags, "--method", "lora", *best]) == 0
     assert loralib.read_adapter_config(tmp_path / "run" / "adapter").card["score"] == 0.5
 
 
@@ -362,11 +363,47 @@ def test_the_held_out_rows_are_the_same_for_every_seed_of_training(base_flags):
     assert first == same != other
 
 
+def test_what_is_held_out_replaces_every_validation_set(base_flags, own_flags):
+    for flags, name, rows in (
+        (changed(base_flags, task_name="mnli"), "validation_matched", 50),
+        ([*own_flags, "--on_error", "skip"], "validation", 39),
+    ):
+        splits = loaded(flags, "--holdout_fraction", "0.25")
+        assert set(splits) == {"train", name} and len(splits[name]) == math.ceil(rows / 4)
+        assert len({*splits["train"]["idx"], *splits[name]["idx"]}) == rows
+
+
+def test_training_rows_keep_their_order_and_others_go_by_length(base_flags, encoder):
+    arguments = parse_arguments(base_flags)
+    task, rows = load_data(arguments)
+    splits = tokenize_splits(arguments, task, rows, AutoTokenizer.from_pretrained(encoder))
+    assert splits.train["idx"][:] == rows["train"]["idx"][:]
+    validation = splits.validation["validation"]
+    order = list(zip(validation["length"], validation["idx"], strict=True))
+    assert order == sorted(order)  # of one length in their order
+
+
+def test_the_flag_for_the_data_goes_before_the_environment(base_flags, tiny_glue, monkeypatch):
+    monkeypatch.setenv("GLUE_DIR", "nowhere")
+    assert len(loaded(base_flags)["train"]) == 50
+    monkeypatch.setenv("GLUE_DIR", str(tiny_glue))
+    assert len(loaded(changed(base_flags, glue_dir=None))["train"]) == 50
+
+
 def test_every_split_has_its_own_limit(base_flags):
     limits = ["--do_predict", "--max_train_samples", "9", "--max_eval_samples", "7", "--max_predict_samples", "5"]
     assert {name: len(rows) for name, rows in loaded(base_flags, *limits).items()} == {
         "train": 9, "validation": 7, "test": 5,
     }  # fmt: skip
+    mnli = loaded(changed(base_flags, task_name="mnli"), "--max_eval_samples", "7")
+    assert {name: len(rows) for name, rows in mnli.items()} == {
+        "train": 50, "validation_matched": 7, "validation_mismatched": 7,
+    }  # fmt: skip
+
+
+def test_a_batch_is_padded_to_its_longest_row_alone(finished):
+    rows = [{"input_ids": [2, 5, 3]}, {"input_ids": [2, 3]}]
+    assert finished[3].data_collator(rows)["input_ids"].tolist() == [[2, 5, 3], [2, 3, 0]]
 
 
 def test_the_rows_of_a_step_are_known_in_every_epoch_and_follow_the_seed_of_the_data(base_flags, trainers, monkeypatch):

@@ -4,11 +4,12 @@ import datasets
 import pytest
 from glue_samples import sample_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from nlu.data.glue import load_task_data
 from nlu.data.own_files import load_own_files
-from nlu.data.tokens import tokenize
+from nlu.data.tokens import longest_input, tokenize
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
 
@@ -48,17 +49,26 @@ def test_pairs_in_order_cut_and_padded():
     assert tokens["length"][:] == [6, 7] and tokens["labels"][:] == [0.5, 5.0]
     limited = tokenize(splits, task, make_tokenizer(model_max_length=5), 7)["train"]
     assert limited["length"][:] == [5, 5]
+    (padded,) = tokenize(rows(TASKS["cola"], [["a"]], [1]), TASKS["cola"], make_tokenizer(), 6, True)["train"]
+    assert padded["input_ids"] == [1, 4, 2, 0, 0, 0] and padded["length"] == 3
 
 
 def test_no_room_for_text():
     with pytest.raises(UsageError, match="--max_seq_length 3 has no room for text: 3 tokens are special"):
         tokenize(rows(TASKS["rte"], [["a", "b"]], [0]), TASKS["rte"], make_tokenizer(), 3)
+    tokens = tokenize(rows(TASKS["cola"], [["a b"]], [0]), TASKS["cola"], make_tokenizer(), 3)["train"]
+    assert tokens["input_ids"][:] == [[1, 4, 2]]  # one text has two of them
 
 
-def test_tokenizer_without_token_types():
-    tokenizer = make_tokenizer(model_input_names=["input_ids", "attention_mask"])
+@pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
+def test_a_tokenizer_without_token_types_or_masks(names):
+    tokenizer = make_tokenizer(model_input_names=names)
     tokens = tokenize(rows(TASKS["rte"], [["a", "b"]], [0]), TASKS["rte"], tokenizer, 8)["train"]
-    assert "token_type_ids" not in tokens.column_names
+    assert "token_type_ids" not in tokens.column_names and tokens["attention_mask"][:] == [[1] * 5]
+
+
+def test_gpt2s_table_of_positions_limits_its_input():
+    assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
 
 
 def test_hidden_labels_are_left_out_and_shown_ones_stay(tmp_path):
@@ -68,6 +78,10 @@ def test_hidden_labels_are_left_out_and_shown_ones_stay(tmp_path):
     tokens = tokenize({"test": hidden, "validation": shown}, task, make_tokenizer(), 16)
     assert "labels" not in tokens["test"].column_names and "labels" in tokens["validation"].column_names
     assert "labels" in tokenize({"test": shown}, task, make_tokenizer(), 16)["test"].column_names
+    partly = datasets.concatenate_datasets([shown, hidden])
+    scores = rows(TASKS["stsb"], [["a", "b"]], [-1.0])["train"]
+    for of, dataset in ((task, partly), (TASKS["stsb"], scores)):
+        assert "labels" not in tokenize({"test": dataset}, of, make_tokenizer(), 16)["test"].column_names
     for split, labels in (("train", "0.5 -2.5"), ("test", "-1.5 3")):
         lines = [f"a b,{label}" for label in labels.split()]
         (tmp_path / f"{split}.csv").write_text("\n".join(["text,label", *lines]))

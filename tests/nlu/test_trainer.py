@@ -1,6 +1,7 @@
 """What the trainer takes from transformers' private methods, and the versions in which they are as expected."""
 
 import inspect
+from types import SimpleNamespace
 
 import transformers
 from packaging.requirements import Requirement
@@ -8,7 +9,7 @@ from packaging.version import Version
 from transformers import Trainer
 
 import loralib
-from nlu.trainer import GlueTrainer
+from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.tiny import REPOSITORY
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
@@ -39,3 +40,14 @@ def test_the_trainers_private_methods_are_those_that_were_tried():
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", *parameters.split()]
         overrides = [vars(kind)[name] for kind in (loralib.LowRankTrainerMixin, GlueTrainer) if name in vars(kind)]
         assert all(method.__doc__.startswith("Overridden ") for method in overrides)
+
+
+def test_the_times_of_the_steps_add_up_without_what_lies_between(monkeypatch):
+    clock = iter([10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr("nlu.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    trainer = SimpleNamespace(train_seconds=5.0)  # of an earlier part of the run
+    progress = ProgressCallback(trainer)
+    for _ in range(2):
+        progress.on_step_begin(None, None, None)
+        progress.on_step_end(None, None, None)
+    assert trainer.train_seconds == 5 + 1 + 2
