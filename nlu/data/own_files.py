@@ -34,8 +34,8 @@ def load_own_files(
     """Load a user's own task from .csv, .tsv, .json, .jsonl or .parquet files.
 
     The labels of the training file decide the task: whole numbers and words are classes (those of the training file,
-    sorted), other numbers are regression. A test file may do without labels: all of them, or those that are empty or
-    null, and for classes -1.
+    sorted), other numbers are regression. A test file may lack labels: the whole column, or single ones, which are
+    empty or null (for classes also -1).
 
     Args:
         text_columns: the one or two columns with the text. By default the columns of the training file that have a GLUE
