@@ -7,19 +7,20 @@ from collections.abc import Collection
 from typing import TypeGuard
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether ``value`` is an int or a float; a bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: object) -> None:
     """Raises unless ``value`` is a finite number above 0; a bool is none."""
-    if not _is_number(value) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number (int or float), got {value!r:.80}")
 
 
 def check_fraction(name: str, value: object) -> None:
     """Raises unless ``value`` is a number in [0, 1); a bool is none."""
-    if not _is_number(value) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number (int or float) in [0, 1), got {value!r:.80}")
 
 

@@ -145,7 +145,7 @@ class LoRALayer(nn.Linear):
         self.init = init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_dropout = nn.Dropout(float(lora_dropout))  # an adapter file holds no NumPy number
         # A buffer, so that it follows the layer to another device; never part of a state dict.
         self.register_buffer("_weight_before_merge", None, persistent=False)
         self.weight.requires_grad_(False)

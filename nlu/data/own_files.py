@@ -159,7 +159,7 @@ def _own_labels(table: Table, kind: type, split: str) -> list:
     elif kind is int:
         read, wanted = _as_integer, "a whole number (the training labels are)"
     else:
-        read, wanted = lambda value: value if type(value) is str and value.strip() else None, "a word"
+        read, wanted = lambda value: value if type(value) is str and value else None, "a word"
     labels = []
     for row, value in enumerate(table.columns["label"]):
         if split == "test" and (value in (None, "") or (kind is str and type(value) is int and value == -1)):

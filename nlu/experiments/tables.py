@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from loralib.checks import is_number
 from nlu.experiments.cells import (
     NONE,
     Cell,
@@ -257,13 +258,9 @@ def claims_table(
     return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _values(tried: dict[str, Any], short: bool = False) -> str:
     """What was tried, in one line; in short the learning rate goes without its name."""
-    values = {name: f"{value:g}" if _is_number(value) else str(value) for name, value in tried.items()}
+    values = {name: f"{value:g}" if is_number(value) else str(value) for name, value in tried.items()}
     named = (value if short and name == "learning_rate" else f"{name}={value}" for name, value in values.items())
     return ", ".join(named)
 
@@ -272,7 +269,7 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
     """The values that tuning chose for a row and a task, with a mark behind each that is an end of those it tried."""
     ends = {}
     for name, value in chosen.items():
-        values = {tried[name] for tried in tuning.tried if _is_number(tried.get(name))}
+        values = {tried[name] for tried in tuning.tried if is_number(tried.get(name))}
         ends[name] = len(values) > 2 and value in (min(values), max(values))  # of two values each is an end
     marked = [_values({name: value}, short=True) + " †" * ends[name] for name, value in chosen.items()]
     return ", ".join(marked) or NONE, {f"{task}_chosen": _values(chosen), f"{task}_at_end": any(ends.values())}

@@ -5,6 +5,7 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,6 +35,12 @@ def live_ranks(model):
 
 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
+
+
+def test_a_float_of_numpy_is_a_number_to_save(tmp_path):
+    model = adapted(lora_dropout=np.float64(0.1), lora_alpha=np.float64(8))
+    (group,) = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "a")).groups
+    assert (group.lora_dropout, group.lora_alpha) == (0.1, 8)
 
 
 def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2, tmp_path):
