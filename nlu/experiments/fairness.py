@@ -28,12 +28,14 @@ class Shape:
 
     Attributes:
         trained: the adapter's parameters. size: those at the ranks that pruning aims for. scale: α/r. rank: r.
+        head_rate: the head's own learning rate; None where it has that of the rest.
     """
 
     trained: int | None
     size: float | None
     scale: float | None
     rank: int
+    head_rate: float | None
 
     def like(self, other: Shape) -> bool:
         return alike(self.size, other.size) and alike(self.scale, other.scale)
@@ -67,11 +69,12 @@ def shape_of(arguments: Arguments) -> Shape:
             kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
             size -= (1 - kept) * sum(dropped_params(layer, []) for layer in loralib.lora_layers(model).values())
     has_scale = method.method in flag_methods("lora_alpha")
-    return Shape(trained, size, method.lora_alpha / method.lora_r if has_scale else None, method.lora_r)
+    scale = method.lora_alpha / method.lora_r if has_scale else None
+    return Shape(trained, size, scale, method.lora_r, arguments.training.head_learning_rate)
 
 
 def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[str]:
-    """A line for each method that differs from the first in size or α/r, with what would match.
+    """A line for each method that differs from the first in size or α/r, or in the head's rate, with what would match.
 
     Args:
         runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that.
@@ -84,6 +87,13 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[st
             match = next((each for each in matching if each not in shapes), None)
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
             lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
+        rates = [shapes[each].head_rate for each in (spec, first)]
+        if rates[0] != rates[1]:
+            one, other = ("the adapter's rate" if rate is None else f"{rate:g}" for rate in rates)
+            common = next(rate for rate in rates if rate is not None)
+            lines.append(
+                f"{spec} trains the head at {one}, {first} at {other}: --head_learning_rate {common:g} for all makes them equal"
+            )
     return lines
 
 

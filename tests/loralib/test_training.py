@@ -85,6 +85,15 @@ def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, accumulate):
     assert trainings[1].rank_pattern == trainings[0].rank_pattern
 
 
+def test_each_training_starts_anew_with_the_trainers_steps(tmp_path):
+    model = injected()
+    training = low_rank(model, total_steps=100)
+    trainer = MyTrainer(model=model, args=arguments(tmp_path), train_dataset=ROWS, low_rank=training)
+    for _ in range(2):
+        trainer.train()
+        assert (training.step, training.total_steps, training.allocator.total_step) == (STEPS,) * 3
+
+
 @pytest.mark.parametrize("options", [{"orthogonality": "retraction"}, {"precondition": "riemannian"}])
 def test_a_trainer_calls_what_a_loop_calls_before_and_after_the_step(tmp_path, options):
     models = [injected(init="orthogonal") for _ in range(2)]
