@@ -11,7 +11,7 @@ from loralib import export
 from nlu import arguments, compare, predict, report, sweep
 from nlu.experiments import release
 from nlu.experiments.cells import number
-from nlu.experiments.statistics import load_measured, tuned_over
+from nlu.experiments.statistics import averages, common_seeds, estimate, finished, load_measured, paired, tuned_over
 from nlu.experiments.tables import against_table
 
 ROOT = Path(__file__).parents[1]
@@ -88,3 +88,31 @@ def test_the_table_of_the_recipe_is_that_of_the_records():
     page = (ROOT / "docs/methods.md").read_text(encoding="utf-8").partition("### What each part does")[2]
     table = [re.split(r" (?<!\\)\| ", line.strip("| "))[1:] for line in page.splitlines() if line.startswith("| ")]
     assert sorted(map(tuple, table[2:])) == sorted(expected)
+
+
+def readme_rows() -> list[tuple[str, ...]]:
+    """What README's table of results must hold: of every row with all tasks, over the seeds that all rows have."""
+    runs = finished(load_measured(ROOT / "results/measured"))
+    tuned, untouched = (common_seeds(runs[runs.experiment == name]) for name in ("evidence", "confirmation"))
+    rows = []
+    for label, own in tuned[tuned.label != "LoRA² plus, half the steps"].groupby("label", sort=False):
+        size = own.adapter_params.max()
+        against = min(
+            ("LoRA r=8", "LoRA r=1"), key=lambda name: abs(size - tuned[tuned.label == name].adapter_params.max())
+        )
+        cells = [label, f"{size:,.0f}"]
+        for part in (tuned, untouched):
+            pairs = paired(part, label, against)
+            result = estimate(pairs.difference, pairs.task)
+            figures = [result.mean, *result.interval] if label != against and len(pairs) else []
+            average = averages(part).get(label)
+            cells += [number(average and average.mean, 1)]
+            cells += ["{} ({} to {})".format(*(number(value, sign=True) for value in figures)) if figures else "–"]
+        rows.append((*cells,))
+    return sorted(rows, key=lambda row: len(row[1]), reverse=True)
+
+
+def test_the_table_of_the_readme_is_that_of_the_records():
+    page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results so far")[2]
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert [tuple(line.strip("| ").split(" | ")) for line in table[2:]] == readme_rows()
