@@ -74,7 +74,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences a step (32)")
     parser.add_argument("--lengths", help="tokens a sequence, or mrpc or rte: their estimated lengths (64,128,256)")
     parser.add_argument("--precisions", help="float32, bfloat16, or both with a comma between them (both)")
-    parser.add_argument("--peers", help=f"rows, of {', '.join(PEERS)} (all but the compiled)")
+    rows = ", ".join(
+        f"{key} (needs the package {peer.package})" if peer.package else key for key, peer in PEERS.items()
+    )
+    parser.add_argument("--peers", help=f"rows, of {rows}; by default all that need no package and do not compile")
     parser.add_argument("--rounds", type=int, help="timed rounds after one to warm up (5)")
     parser.add_argument("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
     parser.add_argument("--threads", type=int, default=available_cores(), help="threads a peer (all cores)")
