@@ -92,7 +92,8 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[st
             one, other = ("the adapter's rate" if rate is None else f"{rate:g}" for rate in rates)
             common = next(rate for rate in rates if rate is not None)
             lines.append(
-                f"{spec} trains the head at {one}, {first} at {other}: --head_learning_rate {common:g} for all makes them equal"
+                f"{spec} trains the head at {one}, {first} at {other}: --head_learning_rate {common:g} for all makes "
+                "them equal"
             )
     return lines
 

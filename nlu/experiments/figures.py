@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import averages, common_seeds, compared, tuned_over
+from nlu.experiments.statistics import Estimate, averages, common_seeds, compared, tuned_over
 from nlu.experiments.tables import are_held_out, rows_of
 from nlu.tasks import HEADINGS
 
@@ -95,6 +95,7 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     for (label, _, result), x in zip(points, spread_apart([size for _, size, _ in points]), strict=True):
         style = {**styles[label], "linestyle": "none", "markersize": 6, "linewidth": 1.2}
         axes.errorbar(x, result.mean, yerr=result.half_width, label=label, capsize=3, **style)
+    cut = _cut_long_intervals(axes, [result for _, _, result in points])
     axes.set_xscale("log")
     _ticks(axes, [size for _, size, _ in points], _short_count)
     axes.set_xlabel("trained parameters without the head\n(log scale; points of about equal size are set apart)")
@@ -103,9 +104,21 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     best = max(points, key=lambda point: point[2].mean)
     text = (
         f"Average over {_names(runs.task)} against trained parameters, over the seeds that every row has, with 95 % "
-        f"intervals. Highest: {best[0]}, {best[2].mean:.2f}."
+        f"intervals{' (the longest cut off)' if cut else ''}. Highest: {best[0]}, {best[2].mean:.2f}."
     )
     return Drawing(name, "Score against parameters", text, figure)
+
+
+def _cut_long_intervals(axes: Axes, results: list[Estimate]) -> bool:
+    """Limit a panel where an interval has over four times the median length, as a lost run makes it; says if it did."""
+    halves = np.array([result.half_width or 0.0 for result in results])
+    means = np.array([result.mean for result in results])
+    kept = np.minimum(halves, 4 * np.median(halves))
+    low, high = (means - kept).min(), (means + kept).max()
+    if (kept == halves).all() or low == high:
+        return False
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    return True
 
 
 def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
@@ -316,7 +329,7 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
                 handles.setdefault(handle.get_label(), handle)
     texts = ["\n".join(textwrap.wrap(label, 28)) for label in handles]
     widest = max((len(line) for text in texts for line in text.split("\n")), default=1)
-    columns = max(1, min(len(texts), int(figure.get_figwidth() / (0.075 * widest + 0.6))))
+    columns = max(1, min(len(texts), int(figure.get_figwidth() / (0.07 * widest + 0.6))))
     lines = -(-len(texts) // columns) * max((text.count("\n") + 1 for text in texts), default=1)
     figure.set_figheight(figure.get_figheight() + 0.19 * lines)  # the panels keep their size
     legend = figure.legend(handles.values(), ["label"] * len(texts), loc="outside lower center", ncols=columns)

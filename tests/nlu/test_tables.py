@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 from matplotlib.figure import Figure
+from scipy import stats
 
 from nlu import report
 from nlu.experiments import figures
@@ -282,3 +283,18 @@ def test_a_curve_far_below_the_others_leaves_the_panel(tmp_path):
     score, _ = dict(figures.draw("trial", runs, runs))["trial_curves"]().figure.axes
     low, high = score.get_ylim()
     assert 60 < low < 80 and 82.6 < high < 85
+
+
+def test_the_interval_of_a_lost_run_does_not_set_the_scale(tmp_path):
+    scores = {f"row {i}": [0.70 + i / 100, 0.71 + i / 100] for i in range(4)} | {"lost": [0.2, 0.72]}
+    lines = [
+        line(label, "cola", s, [v], adapter_params=1000) for label, own in scores.items() for s, v in enumerate(own)
+    ]
+    runs = load_measured(write(tmp_path, "trial", lines))
+    drawing = dict(figures.draw("trial", runs, runs))["trial_parameters"]()
+    low, high = drawing.figure.axes[0].get_ylim()
+    half = stats.t.ppf(0.975, 1) * 0.5  # of two values that lie a point apart
+    assert (low, high) == pytest.approx((46 - 4 * half - 0.05 * (w := 27.5 + 5 * half), 73.5 + half + 0.05 * w))
+    assert "(the longest cut off)" in drawing.text
+    even = runs[runs.label != "lost"]
+    assert "cut off" not in dict(figures.draw("trial", even, even))["trial_parameters"]().text
