@@ -53,7 +53,8 @@ def measure(commit: str, methods: list[str]) -> dict[str, list[float]]:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True, capture_output=True)
     if done.returncode:
         kind = UsageError if done.returncode == 2 else RunError
-        raise kind(f"{commit}: its losses cannot be measured ({done.stderr.strip().splitlines()[-1]})")
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        raise kind(f"{commit}: its losses cannot be measured ({said.splitlines()[-1]})")
     return json.loads(done.stdout)["losses"]
 
 

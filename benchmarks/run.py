@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lengths import real_batches
-from benchmarks.peers import PEERS, Shape, serve
+from benchmarks.peers import PEERS, Shape, installed, serve
 from benchmarks.report import Measurement, markdown
 from loralib.files import write_text
 from nlu.errors import UsageError, exit_code, reason
@@ -113,6 +113,13 @@ def _check_values(arguments: argparse.Namespace) -> None:
         if unknown:
             raise UsageError(f"--{what}: {unknown[0]!r} is none of {', '.join(known)}")
         setattr(arguments, what, chosen if known else [_length(value) for value in chosen])
+        absent = (
+            [key for key in arguments.peers if PEERS[key].package and not installed(key)] if what == "peers" else []
+        )
+        if absent:
+            raise UsageError(
+                f"--peers {absent[0]} needs the package {PEERS[absent[0]].package}: install it, or leave it out"
+            )
         twice = [value for i, value in enumerate(getattr(arguments, what)) if value in getattr(arguments, what)[:i]]
         if twice:
             raise UsageError(f"--{what}: {twice[0]} is there twice: name each once")

@@ -30,10 +30,13 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MOST_SCALES = 17  # a folder from a stranger must not ask for endless memory
 _FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
-# What transformers' tokenizers write, for the tools that look for it beside an adapter.
+# What transformers' tokenizers write, for the tools that look for it beside an adapter; a test compares their classes.
 TOKENIZER_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "spm.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "emoji.json",
+    "entity_vocab.json", "normalizer.json", "word_pronunciation.json", "word_shape.json", "prophetnet.tokenizer",
+    "spm.model", "spm_char.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+    "source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json",
 }  # fmt: skip
 
 

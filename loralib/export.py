@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from loralib.adapter import merge_into, save_adapter
-from loralib.adapter_files import CARD_FILE, AdapterConfig, label_order, read_adapter_config
+from loralib.adapter_files import (
+    CARD_FILE,
+    TOKENIZER_FILES,
+    AdapterConfig,
+    copy_tokenizer,
+    label_order,
+    read_adapter_config,
+)
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
@@ -70,7 +77,7 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
         try:
             # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
             model = model_class.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a damaged file raises whatever its reader runs into
             raise _not_loaded(source, error) from None
     return model.eval()
 
@@ -85,8 +92,15 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
     Raises:
         ValueError: as :func:`load_base`.
     """
+    options: dict[str, Any] = config.head_options() | revision_of(config, source)
     # The adapter brings its own head, with as many labels as it has.
-    return load_base(source, config.architecture, ignore_mismatched_sizes=True, **config.head_options())
+    return load_base(source, config.architecture, ignore_mismatched_sizes=True, **options)
+
+
+def revision_of(config: AdapterConfig, source: str) -> dict[str, str]:
+    """The option ``revision`` of ``from_pretrained``, where ``source`` is the hub's name that an adapter records."""
+    recorded = source == config.base_model and config.base_revision and not Path(source).exists()
+    return {"revision": str(config.base_revision)} if recorded else {}
 
 
 def export_merged(
@@ -97,7 +111,7 @@ def export_merged(
     dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
 ) -> None:
-    """Write a plain transformers checkpoint with the adapter's label names and card, and the base's tokenizer.
+    """Write a plain transformers checkpoint with the adapter's label names, card and tokenizer (else the base's).
 
     Its ``config.json`` also has the card's ``text_fields`` (the columns with the text) and ``max_seq_length``.
 
@@ -113,9 +127,13 @@ def export_merged(
     writer = FolderWriter(folder, set(), "config.json")  # refuses a folder with other files before the base is loaded
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
+    has_tokenizer = any((Path(adapter) / name).is_file() for name in TOKENIZER_FILES)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):
+        revision = revision_of(config, base)
+        processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False, **revision)
+    except Exception as error:
+        if not has_tokenizer and any((Path(base) / name).is_file() for name in TOKENIZER_FILES):
+            raise _not_loaded(base, error) from None
         processor = None  # a model that reads neither text nor images
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
@@ -124,6 +142,7 @@ def export_merged(
         model.to(dtype).save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)
+        copy_tokenizer(adapter, new)
         (new / CARD_FILE).write_text(_merged_card(Path(adapter)), encoding="utf-8")
 
 
@@ -219,8 +238,13 @@ def _run_import(arguments: argparse.Namespace) -> None:
     values, _, head = read_pairs(arguments.adapter)
     model = load_base(arguments.base, _class_for(values.get("task_type"), arguments.base), **_label_count(head))
     import_peft(model, arguments.adapter, kind, **options)
-    name = values.get("base_model_name_or_path")
-    save_adapter(model, arguments.out, base_model=name and Path(name).name, compact=False)
+    name, revision = (values.get(key) for key in ("base_model_name_or_path", "revision"))
+    if isinstance(name, str) and (os.path.isabs(name) or os.path.exists(name)):
+        name, revision = Path(name).name, None  # a place on somebody's disk
+    save_adapter(
+        model, arguments.out, base_model=name, base_revision=revision, compact=False,
+        save_tokenizer=lambda new: copy_tokenizer(arguments.adapter, new),
+    )  # fmt: skip
     print(f"{arguments.out}: {kind} adapter")
 
 
@@ -233,7 +257,7 @@ def _class_for(task_type: str | None, base: str) -> str:
         return f"AutoModelFor{ending}"
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loaded(base, error) from None
     return (config.architectures or ["AutoModel"])[0]
 

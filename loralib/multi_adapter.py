@@ -18,7 +18,7 @@ from loralib.adapter_checks import check_adapter
 from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
-from loralib.model import keep_flags, lora_layers
+from loralib.model import keep_flags, lora_layers, unwrapped
 
 PADDING = float("-inf")
 
@@ -47,7 +47,7 @@ class MultiAdapter:
     Adapters may differ in everything, the size of the head included.
 
     Args:
-        model: without low-rank layers of its own, on the device where it will run.
+        model: without low-rank layers of its own, on the device where it will run; wrappers are looked through.
 
     Raises:
         ValueError: for a model with low-rank layers.
@@ -56,7 +56,7 @@ class MultiAdapter:
     def __init__(self, model: nn.Module) -> None:
         if lora_layers(model):
             raise ValueError("the model has low-rank layers already: give MultiAdapter the plain base")
-        self.model = model
+        self.model = unwrapped(model)
         self._adapters: dict[str, dict[str, _Part]] = {}  # adapter → module name → what it changes there
         self._hooks: dict[str, Any] = {}
         self._active: str | None = None

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -44,9 +44,10 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
     if torch.__version__ < (2, 7):
         raise RuntimeError(f"sharding beside whole factors needs torch 2.7, this is {torch.__version__}")
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    units = [*_units(model), model]
     keep_fingerprint(model, head_tensors(model))
     whole = {p for p in model.parameters() if p.requires_grad or p.dim() == 0}
-    for unit in [*_units(model), model]:
+    for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     split = [name for name, p in model.named_parameters(remove_duplicate=False) if stored_form(p) == "sharded"]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, split)
@@ -54,10 +55,10 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
 
 def _units(model: nn.Module) -> list[nn.Module]:
     """What is gathered together: each block, and the input and output embedding unless they share their weight."""
-    embeddings = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    weights = [module.weight for module in embeddings if module is not None]
-    tied = len({id(weight) for weight in weights}) < len(weights)
-    apart = [] if tied else [m for m in embeddings if m is not None and not m.weight.requires_grad]
+    found = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    embeddings = [module for module in found if isinstance(getattr(module, "weight", None), Tensor)]  # ViT's have none
+    tied = len({id(module.weight) for module in embeddings}) < len(embeddings)
+    apart = [] if tied else [module for module in embeddings if not module.weight.requires_grad]
     return [*_blocks(model), *apart]
 
 

@@ -50,7 +50,8 @@ class LowRankTraining:
     Args:
         model: holds low-rank layers: with singular values for the regulariser, and all of one rank for pruning.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
-        target_rank: average singular values a layer keeps; None prunes nothing.
+        target_rank: average singular values that a layer keeps. target_total_rank: those of all layers together, in
+            its place. Without either nothing is pruned.
         orthogonality: ``"penalty"``, the regulariser; ``"retraction"``, :class:`loralib.ExactFactors` in its place,
             made at the first step, so that weights may be loaded before.
         regu_weight: of the regulariser; 0 for none. terms, squared: see :class:`loralib.OrthogonalityRegulariser`.
@@ -60,9 +61,9 @@ class LowRankTraining:
 
     Raises:
         TypeError: for an unknown option.
-        ValueError: for a value out of range, an option of pruning without target_rank, a model without such layers
-            where there is something to do with them, for retraction with a precondition (orthonormal factors have
-            nothing to balance), and for the regulariser with ``"riemannian"``.
+        ValueError: for a value out of range, both targets, an option of pruning without either, a model without such
+            layers where there is something to do with them, for retraction with a precondition (orthonormal factors
+            have nothing to balance), and for the regulariser with ``"riemannian"``.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LowRankTraining:
         total_steps: int | None = None,
         *,
         target_rank: int | None = None,
+        target_total_rank: int | None = None,
         orthogonality: str = "penalty",
         precondition: str = "none",
         regu_weight: float = 0.1,
@@ -102,11 +104,15 @@ class LowRankTraining:
         self._exact: ExactFactors | None = None
         self._preconditioner = None if precondition == "none" else Preconditioner(model, precondition)
         self._regulariser = OrthogonalityRegulariser(model, terms, squared) if self.regu_weight else None
-        self._target_rank, self._warmups = target_rank, (init_warmup, final_warmup)
+        self._prunes, self._warmups = (target_rank, target_total_rank) != (None, None), (init_warmup, final_warmup)
         self._options = {"mask_interval": 10, "beta1": 0.85, "beta2": 0.85, **allocator_options}
-        if target_rank is not None:
+        if self._prunes:
+            if None not in (target_rank, target_total_rank):
+                raise ValueError("target_rank and target_total_rank say the same in two ways: give one of them")
             first, *_ = trained_svd_layers(model, "prune").values()
-            AllocatorSettings(first.r, target_rank, init_warmup or 0, final_warmup or 0, **self._options)
+            target = first.r if target_rank is None else target_rank
+            self._options |= {"lora_r": first.r, "target_rank": target, "target_total_rank": target_total_rank}
+            AllocatorSettings(init_warmup=init_warmup or 0, final_warmup=final_warmup or 0, **self._options)
         else:
             given = {"init_warmup": init_warmup, "final_warmup": final_warmup, **allocator_options}
             for name in (name for name, value in given.items() if value is not None):
@@ -124,13 +130,10 @@ class LowRankTraining:
         """
         check_whole_number("total_steps", total_steps)
         check_shared(self.model)
-        if self._target_rank is not None:
+        if self._prunes:
             init, final = self._warmups
-            first, *_ = trained_svd_layers(self.model, "prune").values()
             self.allocator = RankAllocator(
                 self.model,
-                lora_r=first.r,
-                target_rank=self._target_rank,
                 init_warmup=total_steps // 10 if init is None else init,
                 final_warmup=total_steps // 2 if final is None else final,
                 total_step=total_steps,
@@ -167,7 +170,7 @@ class LowRankTraining:
         Raises:
             RuntimeError: where pruning is asked for and :meth:`start` was never called.
         """
-        if self._target_rank is not None and self.allocator is None:
+        if self._prunes and self.allocator is None:
             raise RuntimeError("call start(total_steps) before training: the pruning is planned over them")
         self.step += 1
         if self.orthogonality == "retraction":
@@ -195,7 +198,7 @@ class LowRankTraining:
         Raises:
             ValueError: where it belongs to another training.
         """
-        if self._target_rank is not None and self.allocator is None:
+        if self._prunes and self.allocator is None:
             self._saved = state
             return
         if (state["allocator"] is None) != (self.allocator is None):

@@ -25,7 +25,7 @@ from transformers import (
 import loralib
 from loralib.export import quiet_transformers
 from nlu.arguments import Arguments
-from nlu.data.tokens import longest_input
+from nlu.data.tokens import check_tokenizer, longest_input
 from nlu.errors import UsageError, one_line, reason
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod, head_modules, head_parameters
@@ -99,11 +99,7 @@ def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | 
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise _unreadable(arguments, error) from None
-    if tokenizer.pad_token is None:
-        raise UsageError(
-            f"--model_name_or_path {model.model_name_or_path}: its tokenizer has no padding token, which batches need: "
-            "save a copy with pad_token set (and pad_token_id in config.json)"
-        )
+    check_tokenizer(tokenizer, f"--model_name_or_path {model.model_name_or_path}")
     head = choose_head(config, task, started_with)
     config.problem_type = "regression" if task.is_regression else None
     if head.labels is not None:

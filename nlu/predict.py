@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ if packages_missing():
     sys.exit(2)
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -42,18 +42,16 @@ from transformers import (
 )
 
 import loralib
-from loralib.export import load_base_of, quiet_transformers
+from loralib.export import load_base_of, quiet_transformers, revision_of
 from loralib.files import open_new
 from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
-from nlu.data.tokens import check_room, longest_input
+from nlu.data.tokens import check_room, check_tokenizer, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
 from nlu.runs.signals import SignalWatch
 from nlu.tasks import TASKS
 
-# transformers raises these for folders that hold no model, or a damaged one.
-_MODEL_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
 BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
 
 
@@ -95,7 +93,7 @@ class Predictor:
 def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the adapter or the merged checkpoint records of its task; UsageError if it is damaged."""
     if arguments.adapter is None:
-        config = _configuration("--model", arguments.model)
+        config = _configuration("--model", arguments.model, {})
         return {name: getattr(config, name, None) for name in ("text_fields", "max_seq_length")}
     try:
         return loralib.read_adapter_config(arguments.adapter).card
@@ -103,10 +101,10 @@ def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(str(error)) from None
 
 
-def _configuration(flag: str, source: str) -> Any:
+def _configuration(flag: str, source: str, revision: dict[str, str]) -> Any:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except _MODEL_ERRORS as error:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
+    except Exception as error:  # a damaged file raises whatever its reader runs into
         if os.path.isdir(source):
             raise UsageError(f"{flag} {source}: {reason(error, 300)}") from None
         raise UsageError(f"{flag} {source}: there is no such folder, and the hub does not give such a model") from None
@@ -134,21 +132,22 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: i
     """
     try:
         if arguments.adapter is not None:
-            model, source = _adapted_base(arguments, card)
+            model, source, revision = _adapted_base(arguments, card)
         else:
-            model, source = _checkpoint(arguments.model), arguments.model
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            model, source, revision = _checkpoint(arguments.model), arguments.model, {}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
     except UsageError:
         raise
-    except _MODEL_ERRORS as error:
+    except Exception as error:  # a damaged file raises whatever its reader runs into
         raise UsageError(reason(error, 400)) from None
+    check_tokenizer(tokenizer, source)
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
     speed_up(model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     number, problem = model.config.num_labels, model.config.problem_type
     if problem == "multi_label_classification" or (problem == "regression" and number > 1):
         raise UsageError(f"{source} gives several labels or numbers for each row, and this program writes one")
-    names = None if number == 1 else [model.config.id2label[i] for i in range(number)]
+    names = None if number == 1 else _class_names(model.config.id2label, number, source)
     trained = card.get("max_seq_length")  # of a stranger's file
     length = arguments.max_seq_length or (trained if type(trained) is int and trained > 0 else 512)
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
@@ -156,15 +155,30 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: i
     return Predictor(model.eval().to(device), tokenizer, names, length)
 
 
-def _adapted_base(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[nn.Module, str]:
-    """The base with the adapter on it, and the base's name or folder."""
+def _class_names(id2label: dict[int, Any], number: int, source: str) -> list[str]:
+    names = [str(id2label[i]) for i in range(number) if i in id2label]
+    if len({*names}) < number or re.search("[\ud800-\udfff]", "".join(names)):  # halves of letters cannot be written
+        raise UsageError(f"{source}: its config.json must name {number} different classes, numbered from 0 (id2label)")
+    return names
+
+
+def _adapted_base(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[nn.Module, str, dict[str, str]]:
+    """The base with the adapter on it, the base's name or folder, and its revision as an option."""
     config = loralib.read_adapter_config(arguments.adapter)
     source = arguments.base or config.base_model
     if source is None:
         raise UsageError("the adapter does not record its base model: give --base NAME_OR_FOLDER")
-    base = _configuration("--base" if arguments.base else "--base is missing; the adapter's record says", source)
-    head = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(base), None)
-    if config.architecture.endswith("ForSequenceClassification") and head and head.__name__ != config.architecture:
+    if not config.architecture.endswith("ForSequenceClassification"):
+        raise UsageError(
+            f"{arguments.adapter} is an adapter of {config.architecture}, and this program predicts with models for "
+            "sequence classification only"
+        )
+    flag, revision = (
+        "--base" if arguments.base else "--base is missing; the adapter's record says",
+        revision_of(config, source),
+    )
+    head = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(_configuration(flag, source, revision)), None)
+    if head and head.__name__ != config.architecture:
         raise UsageError(
             f"--base {source} has another architecture ({head.__name__}) than the adapter was trained on "
             f"({config.architecture}): give the base {config.base_model or 'that it was trained on'}"
@@ -172,7 +186,7 @@ def _adapted_base(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[
     model = load_base_of(config, source)
     rebuild(model, card)
     loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
-    return model, source
+    return model, source, revision
 
 
 def _checkpoint(source: str) -> nn.Module:
@@ -195,6 +209,9 @@ def _checkpoint(source: str) -> nn.Module:
 def open_output(path: str) -> Iterator[TextIO]:
     """Standard output for "-"; otherwise a file as :func:`loralib.files.open_new` writes it."""
     if path == "-":
+        if sys.stdout is None:
+            raise UsageError("--output -: there is no standard output; name a file")
+        sys.stdout.reconfigure(encoding="utf-8")  # as files are, whatever the terminal's
         yield sys.stdout
         sys.stdout.flush()
         return
@@ -279,6 +296,8 @@ def open_input(arguments: argparse.Namespace) -> Iterator[tuple[BinaryIO, str, s
         kind = arguments.input_format or "jsonl"
         if kind == "parquet":
             raise UsageError("--input -: Parquet is not read from a pipe; give the file's name")
+        if sys.stdin is None:
+            raise UsageError("--input -: there is no standard input; name a file")
         yield sys.stdin.buffer, "standard input", kind
         return
     kind = arguments.input_format or Path(arguments.input).suffix.lower().removeprefix(".")

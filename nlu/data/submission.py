@@ -33,8 +33,14 @@ _SUBFOLDER = "predictions"
 
 
 def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class numbers, or for regression the number itself, from logits (n, labels)."""
+    """Class numbers, or for regression the number itself, from logits (n, labels).
+
+    Raises:
+        UsageError: for logits that are not finite, which would all be of class 0.
+    """
     logits = logits[0] if isinstance(logits, tuple) else logits
+    if not np.isfinite(logits).all():
+        raise UsageError("the model gives NaN or infinity: look at its weights, and lower --learning_rate if it trains")
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
@@ -174,7 +180,7 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in _SERVER:
             if name in found:
-                archive.write(found[name], name)
+                archive.writestr(name, found[name].read_bytes())
     write_bytes(out, content.getvalue())
     return {name: found[name] for name in _SERVER if name in found}
 

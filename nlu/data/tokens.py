@@ -12,6 +12,21 @@ from nlu.errors import UsageError
 from nlu.tasks import Task
 
 
+def check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Raises UsageError, which begins with ``source``, for a tokenizer that cannot pad, or knows no token of a text.
+
+    For a folder without a tokenizer's files transformers makes one of special tokens alone, which reads any text as
+    unknown.
+    """
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise UsageError(f"{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
+    if tokenizer.pad_token is None:
+        raise UsageError(
+            f"{source}: its tokenizer has no padding token, which batches need: save a copy with pad_token set (and "
+            "pad_token_id in config.json)"
+        )
+
+
 def check_room(tokenizer: Any, max_seq_length: int, texts: int) -> None:
     """Raises UsageError where so many tokens leave no room for one or two texts beside the special ones."""
     special = tokenizer.num_special_tokens_to_add(pair=texts == 2)

@@ -135,7 +135,7 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
     panels = figure.subplots(len(rows), squeeze=False)[:, 0]
     most = max(mean.max() for mean in means)
     for (label, _), mean, axes in zip(rows, means, panels, strict=True):
-        layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna(0).astype(int)
+        layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna("0").astype(int)
         # A module with two numbers in its name (one of a block's several networks) shares its cell with the others.
         values = mean.groupby([mean.index.map(module_type), layers.values]).mean().unstack().reindex(kinds)
         axes.imshow(values, cmap="cividis", vmin=0, vmax=most, aspect="auto")
@@ -222,7 +222,7 @@ def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     """Score against the learning rate: in the tuning stage, or of final runs with several rates."""
     if _rate_is_axis(every):
         every = tuned_over(every, "learning_rate")
-        rates = [{"learning_rate": axes.get("learning_rate")} for axes in every["axes"]]
+        rates = [{"learning_rate": asked.get("learning_rate")} for asked in every.asked]  # an axis may name its values
         every = every.assign(tried=rates)[[None not in rate.values() for rate in rates]]
         labels = list(dict.fromkeys(every.label))
         styles = dict(zip(labels, _styles(len(labels)), strict=True))

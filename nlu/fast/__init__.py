@@ -24,6 +24,6 @@ def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool =
     if fast_dropout:
         enable_fast_dropout(model)
     if fast_attention:
-        enable_cpu_attention(model)
+        enable_cpu_attention(model, fast_dropout)
         enable_fast_attention(model)
         enable_first_token(model)

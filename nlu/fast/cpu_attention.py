@@ -10,6 +10,8 @@ number at a time and multiplies strided heads; without dropout its bfloat16 kern
 `AttentionInterface` describes; whatever it does not cover goes to transformers' own `sdpa`.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -18,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from nlu.fast.deberta_attention import DisentangledAttention
 
-NAME = "lora2_cpu"
+NAME, NAME_PLAIN_DROPOUT = "lora2_cpu", "lora2_cpu_plain_dropout"
 
 
 def cpu_attention(
@@ -29,6 +31,7 @@ def cpu_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    fast_dropout: bool = True,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """softmax(scaling · q kᵀ, masked) with dropout, times v, as transformers' attention functions do it.
@@ -38,6 +41,7 @@ def cpu_attention(
         attention_mask: bool, broadcastable to (B, H, L, L), True where a key may be attended to; None for everywhere.
         dropout: probability of dropping a weight; 0 outside training.
         scaling: of the scores; None for d^−½.
+        fast_dropout: whether the mask is drawn as `nlu.fast.dropout` draws it.
 
     Returns:
         The context (B, L, H, d), and None in place of the weights, which are not handed out.
@@ -50,7 +54,6 @@ def cpu_attention(
     else:
         mask = attention_mask.transpose(0, 1)
     merged = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
-    fast_dropout = type(getattr(module, "dropout", None)) is not nn.Dropout  # that is what --no_fast_dropout leaves
     context = DisentangledAttention.apply(*merged, None, None, mask, query.size(1), scaling, dropout, fast_dropout)
     return context.unflatten(-1, (query.size(1), -1)), None
 
@@ -69,11 +72,12 @@ def _covers(module: nn.Module, query, key, value, mask: torch.Tensor | None, kwa
     )
 
 
-AttentionInterface.register(NAME, cpu_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for name, fast_dropout in ((NAME, True), (NAME_PLAIN_DROPOUT, False)):
+    AttentionInterface.register(name, partial(cpu_attention, fast_dropout=fast_dropout))
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def enable_cpu_attention(model: nn.Module) -> bool:
+def enable_cpu_attention(model: nn.Module, fast_dropout: bool = True) -> bool:
     """Let a transformers model that runs `sdpa` attention use `cpu_attention`; returns whether it does now.
 
     Only `model.config`'s attention implementation changes, which is not saved.
@@ -82,5 +86,5 @@ def enable_cpu_attention(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel) or not type(model)._supports_attention_backend:
         return False
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
-    return model.config._attn_implementation == NAME
+        model.set_attn_implementation(NAME if fast_dropout else NAME_PLAIN_DROPOUT)
+    return model.config._attn_implementation in (NAME, NAME_PLAIN_DROPOUT)

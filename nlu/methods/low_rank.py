@@ -245,6 +245,8 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         }  # fmt: skip
         if args.rank_allocation and total_steps:
             options |= {name: getattr(args, name) for name in _PRUNING} | {"total_steps": total_steps}
+            if args.target_total_rank is not None:
+                del options["target_rank"]
     try:
         low_rank = loralib.LowRankTraining(model, **options)
     except ValueError as error:

@@ -53,7 +53,7 @@ def save_run_adapter(
             applied.model,
             folder / "adapter",
             base_model=source.name if source.exists() else arguments.model.model_name_or_path,
-            base_revision=None if source.exists() else arguments.model.model_revision,
+            base_revision=None if source.exists() else record["model_commit"] or arguments.model.model_revision,
             card={
                 "task": record["task"],
                 "method": record["method_config"],

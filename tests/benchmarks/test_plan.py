@@ -90,6 +90,7 @@ def test_names_with_a_dot_get_files_of_their_own(tmp_path, monkeypatch):
     [
         (["--peers", "x"], "'x' is none of"),
         (["--peers", "lora,lora"], "lora is there twice"),
+        (["--peers", "lora,flashdeberta"], "flashdeberta needs the package flashdeberta"),
         (["--lengths", "0"], "'0' is neither"),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--name", "n\n"], "must be"),

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 import loralib
 from loralib.adapter import merge_into
+from loralib.adapter_files import TOKENIZER_FILES
 from loralib.export import export_merged, main
 from loralib.peft_format import decompose, export_peft, import_peft, start_factors
 from tests.loralib.small import INPUTS, Net, adapted, encoder, factors_of, gpt2, largest_file, refused
@@ -246,7 +247,7 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
     assert main([str(folder), "--to", "loralib", str(out), "--base", str(pretrained.path)]) == 0
     model = pretrained.base()
     config = loralib.load_adapter(model, out)
-    assert config.kind == "lora" and set(config.ranks.values()) == {3, 6}
+    assert config.kind == "lora" and set(config.ranks.values()) == {3, 6} and config.base_model == pretrained.path.name
     torch.testing.assert_close(pretrained.logits(model), logits, **CLOSE)
     export_peft(out, tmp_path / "back")  # and back
     back = PeftModel.from_pretrained(pretrained.base(), tmp_path / "back")
@@ -341,6 +342,33 @@ def test_decomposition_against_a_dense_svd():
     torch.testing.assert_close(chain, dense.float(), atol=1e-4, rtol=1e-4)
 
 
+def test_an_import_keeps_the_base_s_name_and_revision_and_the_tokenizer(pretrained, peft_adapter, tmp_path):
+    folder, _ = peft_adapter
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "microsoft/deberta-v3-base", "revision": "r1"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    pretrained.tokenizer.save_pretrained(folder)
+    assert main([str(folder), "--to", "loralib", str(tmp_path / "ours"), "--base", str(pretrained.path)]) == 0
+    ours = loralib.read_adapter_config(tmp_path / "ours")
+    assert (ours.base_model, ours.base_revision) == ("microsoft/deberta-v3-base", "r1")
+    assert (tmp_path / "ours/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_a_merged_checkpoint_has_the_adapter_s_tokenizer(pretrained, lora2, tmp_path, capsys):
+    """The base may lie without one, and one that is damaged is no reason to write none."""
+    adapter, base = shutil.copytree(lora2[2], tmp_path / "a"), shutil.copytree(pretrained.path, tmp_path / "base")
+    for path in adapter.iterdir():
+        if path.name in TOKENIZER_FILES:
+            path.unlink()
+    (base / "tokenizer.json").write_text("{")
+    command = [str(adapter), "--to", "merged", str(tmp_path / "out"), "--base", str(base)]
+    assert main(command) == 2 and "cannot be loaded" in capsys.readouterr().err
+    pretrained.tokenizer.save_pretrained(adapter)
+    assert main(command) == 0
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged("a cat sat")["input_ids"] == pretrained.tokenizer("a cat sat")["input_ids"]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -384,6 +412,11 @@ def test_damage_and_dead_adapters_write_nothing(pretrained, lora2, peft_adapter,
         assert main([str(adapter), "--to", "peft", str(tmp_path / "out")]) == 2
         assert says in capsys.readouterr().err
     assert main([str(lora2[2]), "--to", "merged", str(tmp_path / "out"), "--base", str(tmp_path)]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    broken = shutil.copytree(pretrained.path, tmp_path / "broken")  # follows links
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert main([str(lora2[2]), "--to", "merged", str(tmp_path / "out"), "--base", str(broken)]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()

@@ -209,6 +209,15 @@ def test_equal_numbers_of_parts_pass_for_none_of_the_whole():
         _join(parts, [1, 2], torch.arange(3))
 
 
+def test_a_compiled_model_is_looked_through(tmp_path):
+    model, base = adapted(), Net()
+    adapters = loralib.MultiAdapter(torch.compile(base, backend="eager"))
+    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
+    rows = [None, "a"] * (len(INPUTS) // 2)
+    expected = torch.stack([(model if name else Net())(row[None])[0] for name, row in zip(rows, INPUTS, strict=False)])
+    torch.testing.assert_close(adapters.run(rows, INPUTS[: len(rows)]), expected)
+
+
 def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
     model = adapted(lora_dropout=0.5)
     adapters = loralib.MultiAdapter(base := Net().requires_grad_(False).train())

@@ -181,9 +181,9 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
         (lambda: low_rank(model, orthogonality="retraction", precondition="riemannian"), "no meaning"),
         (lambda: low_rank(model, precondition="natural"), "precondition must be"),
         (lambda: low_rank(model, precondition="riemannian"), "needs regu_weight=0"),
-        (lambda: low_rank(model, target_total_rank=2.5), "target_total_rank must be a whole number"),
+        (lambda: low_rank(model, target_rank=None, target_total_rank=2.5), "target_total_rank must be a whole number"),
+        (lambda: low_rank(model, target_total_rank=2), "give one of them"),
         (lambda: low_rank(model, total_steps=20.0), "total_steps must be a whole number"),
-        (lambda: loralib.LowRankTraining(model, target_total_rank=2), "target_total_rank has no meaning without"),
         (lambda: loralib.LowRankTraining(model, init_warmup=2), "init_warmup has no meaning without"),
         (lambda: low_rank(model, target_rank=99), "larger than lora_r"),
         (loralib.LowRankTraining(model, orthogonality="retraction").before_step, "not orthonormal"),
@@ -229,6 +229,14 @@ def test_the_budget_is_what_is_live_after_a_masking():
         random_step(training.model, torch.Generator().manual_seed(step))
         training.after_step()
         assert training.budget == training.allocator.live_rank
+
+
+def test_a_target_for_all_layers_together():
+    training = loralib.LowRankTraining(model_to_prune(), 20, target_total_rank=5, mask_interval=1, final_warmup=2)
+    for step in range(1, 21):
+        random_step(training.model, torch.Generator().manual_seed(step))
+        training.after_step()
+    assert training.allocator.live_rank == training.budget == 5  # no whole number for each of the layers
 
 
 def test_a_frozen_adapter_is_neither_pruned_nor_regularised():

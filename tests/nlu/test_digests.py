@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import transformers
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from loralib.adapter_files import TOKENIZER_FILES
 from nlu.errors import UsageError
 from nlu.runs import digests, folder
 from nlu.runs.digests import content_digests, file_digest
@@ -51,6 +54,18 @@ def test_a_model_is_its_files_wherever_they_lie(tmp_path):
     (one / "tokenizer.json").write_text("[]")
     assert of(model_name_or_path=one) != digest
     assert of(model_name_or_path="org/name-on-the-hub") == of(model_name_or_path=tmp_path) == of() == {}
+
+
+def test_every_file_of_a_tokenizer_counts_and_goes_with_an_adapter():
+    """All names that transformers' tokenizer classes give to their files."""
+    names = {
+        name
+        for found in TOKENIZER_MAPPING_NAMES.values() if found
+        for each in ([found] if isinstance(found, str) else filter(None, found))
+        for name in getattr(getattr(transformers, each), "vocab_files_names", {}).values()
+    }  # fmt: skip
+    assert len(names) > 20 and names <= TOKENIZER_FILES
+    assert [n for n in sorted(names) if not any(map(Path(n).match, digests._MODEL_FILES))] == []
 
 
 def test_a_flipped_label_is_seen_in_every_file_that_the_run_reads_and_in_no_other(tmp_path, tiny_glue):

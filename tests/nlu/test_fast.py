@@ -179,7 +179,7 @@ def test_speed_up_replaces_the_attention_that_it_covers():
     assert bert.config._attn_implementation == bert.bert.config._attn_implementation == NAME
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2", "albert"])
 @pytest.mark.parametrize("fast", [False, True])
 def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, monkeypatch):
     drawn = []

@@ -141,6 +141,10 @@ def _broken(folder, how):
     elif how == "weights cut":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif how == "no tokenizer":  # as the model's save_pretrained alone leaves it
+        for path in folder.iterdir():
+            if path.name not in ("config.json", "model.safetensors"):
+                path.unlink()
     elif how == "tokenizer damaged":
         (folder / "tokenizer.json").write_text("{")
     else:
@@ -150,7 +154,7 @@ def _broken(folder, how):
 
 @pytest.mark.parametrize("how, words", [
     ("no folder", "there is no such folder"), ("no config", "no config.json"), ("weights cut", ""),
-    ("tokenizer damaged", ""), ("no classifier", ""),
+    ("tokenizer damaged", ""), ("no tokenizer", "has no tokenizer: save it"), ("no classifier", ""),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path, capsys, how, words):
     assert main(flags_of(base_flags, _broken(tmp_path / "model", how), "cola")) == 2

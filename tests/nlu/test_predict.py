@@ -5,6 +5,8 @@ import io
 import json
 import math
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, BatchEncoding
 
 import loralib
@@ -104,6 +107,9 @@ def classifier(pretrained, tmp_path_factory):
     ({"problem_type": "multi_label_classification", "num_labels": 2}, "several labels or numbers"),
     ({"problem_type": "regression", "num_labels": 3}, "several labels or numbers"),
     ({"text_fields": 5}, "which columns hold the text"),
+    ({"id2label": {0: "same", 1: "same"}}, "2 different classes"),
+    ({"id2label": {1: "a", 2: "b"}}, "2 different classes, numbered from 0"),
+    ({"id2label": {0: "a", 1: "\ud800"}}, "2 different classes"),
 ])  # fmt: skip
 def test_what_a_checkpoint_says_of_itself_is_checked(tmp_path, input_files, change, says, capsys):
     make_encoder(tmp_path / "m")
@@ -239,6 +245,61 @@ def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, 
         assert main([*model, *flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and says in error and error.count("\n") == 1
+
+
+def test_an_adapter_of_another_kind_of_model_and_a_base_without_a_tokenizer_are_refused(tmp_path, capsys):
+    base = make_encoder(tmp_path / "base")
+    (tmp_path / "in.jsonl").write_text('{"text": "the cat sat"}\n')
+    for kind in ("TokenClassification", "SequenceClassification"):
+        model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(base, num_labels=2)
+        loralib.inject(model, "lora", ["query"], r=2, lora_alpha=2)
+        loralib.save_adapter(model, tmp_path / kind, card={"text_fields": ["text"]})
+    flags = ["--base", str(base), "--input", str(tmp_path / "in.jsonl")]
+    assert main(["--adapter", str(tmp_path / "TokenClassification"), *flags]) == 2
+    assert "models for sequence classification only" in capsys.readouterr().err
+    whole = ["--adapter", str(tmp_path / "SequenceClassification"), *flags]
+    assert main(whole) == 0
+    for path in base.iterdir():
+        if path.name.startswith(("tokenizer", "vocab", "special")):
+            path.unlink()
+    capsys.readouterr()
+    assert main(whole) == 2  # transformers would make a tokenizer of special tokens alone
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_the_revision_that_an_adapter_records_is_the_base(tmp_path):
+    """A hub's cache with two commits; predicting and merging take the recorded one, though main is the other."""
+    hub, commits = tmp_path / "hub/models--me--encoder", {"main": "1" * 40, "r1": "2" * 40}
+    first = make_encoder(hub / "snapshots" / commits["main"])
+    shutil.copytree(first, second := hub / "snapshots" / commits["r1"])
+    model = AutoModelForSequenceClassification.from_pretrained(first)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.mul_(2)
+    model.bert.save_pretrained(second)
+    (hub / "refs").mkdir()
+    for name, commit in commits.items():
+        (hub / "refs" / name).write_text(commit)
+    loralib.inject(model, "lora", ["query"], r=2, lora_alpha=2)
+    loralib.save_adapter(
+        model, tmp_path / "a", base_model="me/encoder", base_revision="r1", card={"text_fields": ["text"]}
+    )
+    (tmp_path / "in.jsonl").write_text('{"text": "the cat sat"}\n')
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    for program in (
+        [ROOT / "nlu/predict.py", "--adapter", "a", "--input", "in.jsonl"],
+        ["-m", "loralib.export", "a", "merged", "--to", "merged", "--base", "me/encoder"],
+    ):
+        done = subprocess.run([sys.executable, *program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("closed", "says"), [("<&-", "no standard input"), (">&-", "no standard output")])
+def test_a_closed_stream_is_one_line(classifier, pretrained, input_files, closed, says):
+    words = ["--adapter", classifier[0], "--base", pretrained.path]
+    words += ["--input", "-"] if closed == "<&-" else ["--input", input_files / "rows.jsonl"]
+    line = f"{shlex.join(map(str, [sys.executable, ROOT / 'nlu/predict.py', *words]))} {closed}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
 # ---- streaming ------------------------------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
     ("change", "message"),
     [
         ('{"run": "a"', "damaged"),
+        ({"label": None, "status": "failed"}, "label: None is not of type"),
         ({"stage": "other"}, "stage: 'other' is not one of ['select', 'final']"),
         ({"last": float("nan")}, "NaN is not a number"),
         ({"evaluations": {"step": [1], "loss": [0.1]}}, "matthews_correlation: None is not of type 'array'"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlu.data.submission import check_submission, main, make_submission, write_predictions
+from nlu.data.submission import check_submission, main, make_submission, to_labels, write_predictions
 from nlu.errors import UsageError
 from nlu.tasks import TASKS, Task
 
@@ -112,6 +112,20 @@ def test_a_refused_submission_leaves_the_old_zip(runs, tmp_path, capsys):
     with pytest.raises(UsageError, match="is one of the predictions, which would be lost"):
         make_submission([other], other / "WNLI.tsv", allow_partial=True)
     assert list(make_submission([other, other / ".." / "other"], out, allow_partial=True)) == ["WNLI.tsv"]
+
+
+def test_files_may_be_older_than_a_zip_can_say(tmp_path):
+    path = write_predictions(TASKS["wnli"], "test", range(146), [0] * 146, tmp_path)
+    os.utime(path, (0, 0))  # 1970; a zip begins with 1980
+    make_submission([tmp_path], tmp_path / "s.zip", allow_partial=True)
+    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
+        assert archive.read("WNLI.tsv") == path.read_bytes()
+
+
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_what_is_not_finite_is_no_answer(task):
+    with pytest.raises(UsageError, match="NaN or infinity"):
+        to_labels(TASKS[task], np.array([[0.0, 1.0], [np.nan, 0.0]]))
 
 
 def wnli(lines: list[str]) -> str:

@@ -267,6 +267,12 @@ def test_rates_that_the_grid_has_are_drawn_without_a_tuning_stage(tmp_path):
     (drawn,) = panel.get_lines()
     tuned = tuned_over(runs, "learning_rate")
     assert dict(figures.draw("trial", finished(tuned), tuned))["trial_rates"]() is not None
+    words = [
+        each | {"axes": each["axes"] | {"learning_rate": f"rate {each['axes']['learning_rate']}"}} for each in lines
+    ]
+    named = load_measured(write(tmp_path / "named", "trial", words))
+    (panel,) = dict(figures.draw("trial", named, named))["trial_rates"]().figure.axes
+    assert panel.get_lines()[0].get_xdata().tolist() == [1e-3, 2e-3]  # what an axis calls its values does not matter
     alone = line(
         "AdaLoRA", "cola", 1, [0.3], axes={"row": "AdaLoRA", "learning_rate": 1e-3, "task_name": "cola", "seed": 1}
     )
