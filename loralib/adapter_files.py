@@ -146,9 +146,15 @@ def write_adapter(
             (new / name).write_bytes(content)
 
 
+def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a file of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
-    """Copy the tokenizer's files of an adapter's folder, if it has any."""
-    for name in TOKENIZER_FILES:
+    """Put the tokenizer of an adapter's folder, if it has one, in the place of that in ``folder``."""
+    for name in TOKENIZER_FILES if has_tokenizer(adapter) else ():
+        (folder / name).unlink(missing_ok=True)
         if (Path(adapter) / name).is_file():
             shutil.copy(Path(adapter) / name, folder)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 from loralib.adapter import merge_into, save_adapter
 from loralib.adapter_files import (
     CARD_FILE,
-    TOKENIZER_FILES,
     AdapterConfig,
     copy_tokenizer,
+    has_tokenizer,
     label_order,
     read_adapter_config,
 )
@@ -77,13 +78,16 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
         try:
             # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
             model = model_class.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file raises whatever its reader runs into
             raise _not_loaded(source, error) from None
     return model.eval()
 
 
 def _not_loaded(base: str, error: Exception) -> ValueError:
-    return ValueError(f"--base {base} cannot be loaded: {' '.join(str(error).split())[:300]}")
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return ValueError(f"--base {base} cannot be loaded: {reason}")
 
 
 def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
@@ -121,20 +125,11 @@ def export_merged(
     Raises:
         ValueError: as :func:`loralib.load_adapter`, or for a base that cannot be loaded, or a folder with other files.
     """
-    import transformers
-
     config = read_adapter_config(adapter)
     writer = FolderWriter(folder, set(), "config.json")  # refuses a folder with other files before the base is loaded
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
-    has_tokenizer = any((Path(adapter) / name).is_file() for name in TOKENIZER_FILES)
-    try:
-        revision = revision_of(config, base)
-        processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False, **revision)
-    except Exception as error:
-        if not has_tokenizer and any((Path(base) / name).is_file() for name in TOKENIZER_FILES):
-            raise _not_loaded(base, error) from None
-        processor = None  # a model that reads neither text nor images
+    processor = _processor(base, revision_of(config, base), needed=not has_tokenizer(adapter))
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
@@ -144,6 +139,21 @@ def export_merged(
             processor.save_pretrained(new)
         copy_tokenizer(adapter, new)
         (new / CARD_FILE).write_text(_merged_card(Path(adapter)), encoding="utf-8")
+
+
+def _processor(base: str, revision: dict[str, str], needed: bool) -> Any:
+    """What reads the base's inputs; None for a model of neither text nor images, and a tokenizer that is not needed."""
+    import transformers
+
+    empty = os.path.isdir(base) and not has_tokenizer(base)  # transformers makes a tokenizer that knows no word
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False, **revision)
+    except Exception as error:
+        if needed and has_tokenizer(base):
+            raise _not_loaded(base, error) from None
+        return None
+    is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
+    return None if is_tokenizer and (empty or not needed) else processor
 
 
 def _merged_card(adapter: Path) -> str:
@@ -236,19 +246,27 @@ def _run_import(arguments: argparse.Namespace) -> None:
     if kind in ("lora2", "multiscale"):
         options.setdefault("widths", [8])
     values, _, head = read_pairs(arguments.adapter)
-    model = load_base(arguments.base, _class_for(values.get("task_type"), arguments.base), **_label_count(head))
+    name, revision = _hub_name(values.get("base_model_name_or_path")), {}
+    if values.get("revision") and arguments.base == name and not os.path.exists(name):
+        revision = {"revision": str(values["revision"])}
+    architecture = _class_for(values.get("task_type"), arguments.base, revision)
+    model = load_base(arguments.base, architecture, **_label_count(head), **revision)
     import_peft(model, arguments.adapter, kind, **options)
-    name, revision = (values.get(key) for key in ("base_model_name_or_path", "revision"))
-    if isinstance(name, str) and (os.path.isabs(name) or os.path.exists(name)):
-        name, revision = Path(name).name, None  # a place on somebody's disk
     save_adapter(
-        model, arguments.out, base_model=name, base_revision=revision, compact=False,
+        model, arguments.out, base_model=name, base_revision=revision.get("revision"), compact=False,
         save_tokenizer=lambda new: copy_tokenizer(arguments.adapter, new),
     )  # fmt: skip
     print(f"{arguments.out}: {kind} adapter")
 
 
-def _class_for(task_type: str | None, base: str) -> str:
+def _hub_name(recorded: Any) -> str | None:
+    """The base's name that a peft adapter records; of a place on somebody's disk only the last part."""
+    name = recorded if isinstance(recorded, str) else ""
+    on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
+    return name if on_the_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
+
+
+def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:
     """The model class that belongs to a peft adapter's task type."""
     import transformers
 
@@ -256,7 +274,7 @@ def _class_for(task_type: str | None, base: str) -> str:
     if ending is not None:
         return f"AutoModelFor{ending}"
     try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **revision)
     except Exception as error:
         raise _not_loaded(base, error) from None
     return (config.architectures or ["AutoModel"])[0]
@@ -269,12 +287,15 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code, with one line on stderr: 2 for bad arguments or input, 1 for a full disk."""
+    """Returns the exit code, with one line on stderr: 2 for bad arguments or input, 1 for a full disk or memory."""
     try:
         run(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: there is not enough memory for the base model", file=sys.stderr)
+        return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "make room, and give the same command again" if full else "check the path and its permissions"

@@ -168,7 +168,8 @@ def export_peft(
         if values["peft_type"] == "LORA":
             raise ValueError(f"{adapter} is a peft adapter already, a LoRA: there is nothing to convert")
         fields = {name: values.get(name) for name in _KEPT}
-        fields["base_model_name_or_path"] = base_model or fields["base_model_name_or_path"]
+        if base_model not in (None, fields["base_model_name_or_path"]):
+            fields |= {"base_model_name_or_path": base_model, "revision": None}
         unscaled = {name: (left, right) for name, (left, right, _) in scaled.items()}
         return _write_peft(adapter, folder, unscaled, head, fields, None)
     config, tensors = read_adapter(adapter)
@@ -241,7 +242,7 @@ def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any
     return {
         "task_type": task_type,
         "base_model_name_or_path": base_model,
-        "revision": config.base_revision,
+        "revision": config.base_revision if base_model == config.base_model else None,
         "lora_dropout": max((group.lora_dropout for group in config.groups), default=0.0),
         "modules_to_save": _modules_to_save(config.head, task_type) or None,
         "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),

@@ -99,7 +99,7 @@ def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | 
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise _unreadable(arguments, error) from None
-    check_tokenizer(tokenizer, f"--model_name_or_path {model.model_name_or_path}")
+    check_tokenizer(tokenizer, model.model_name_or_path, "--model_name_or_path ")
     head = choose_head(config, task, started_with)
     config.problem_type = "regression" if task.is_regression else None
     if head.labels is not None:

@@ -136,7 +136,7 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: i
         else:
             model, source, revision = _checkpoint(arguments.model), arguments.model, {}
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
-    except UsageError:
+    except (UsageError, MemoryError):
         raise
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise UsageError(reason(error, 400)) from None

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
 
+from loralib.adapter_files import has_tokenizer
 from nlu.errors import UsageError
 from nlu.tasks import Task
 
 
-def check_tokenizer(tokenizer: Any, source: str) -> None:
-    """Raises UsageError, which begins with ``source``, for a tokenizer that cannot pad, or knows no token of a text.
+def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
+    """Raises UsageError for a tokenizer that cannot pad, and a folder ``source`` without a tokenizer's files.
 
-    For a folder without a tokenizer's files transformers makes one of special tokens alone, which reads any text as
-    unknown.
+    For such a folder transformers makes one of special tokens alone, which reads any text as unknown.
     """
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise UsageError(f"{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
+    if os.path.isdir(source) and not has_tokenizer(source):
+        raise UsageError(f"{flag}{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
     if tokenizer.pad_token is None:
         raise UsageError(
-            f"{source}: its tokenizer has no padding token, which batches need: save a copy with pad_token set (and "
-            "pad_token_id in config.json)"
+            f"{flag}{source}: its tokenizer has no padding token, which batches need: save a copy with pad_token set "
+            "(and pad_token_id in config.json)"
         )
 
 

@@ -28,7 +28,7 @@ class Shape:
 
     Attributes:
         trained: the adapter's parameters. size: those at the ranks that pruning aims for. scale: α/r. rank: r.
-        head_rate: the head's own learning rate; None where it has that of the rest.
+        head_rate: the head's own learning rate; None where it has that of the rest. rate: that of the rest.
     """
 
     trained: int | None
@@ -36,6 +36,7 @@ class Shape:
     scale: float | None
     rank: int
     head_rate: float | None
+    rate: float
 
     def like(self, other: Shape) -> bool:
         return alike(self.size, other.size) and alike(self.scale, other.scale)
@@ -70,7 +71,9 @@ def shape_of(arguments: Arguments) -> Shape:
             size -= (1 - kept) * sum(dropped_params(layer, []) for layer in loralib.lora_layers(model).values())
     has_scale = method.method in flag_methods("lora_alpha")
     scale = method.lora_alpha / method.lora_r if has_scale else None
-    return Shape(trained, size, scale, method.lora_r, arguments.training.head_learning_rate)
+    return Shape(
+        trained, size, scale, method.lora_r, arguments.training.head_learning_rate, arguments.training.learning_rate
+    )
 
 
 def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[str]:
@@ -88,7 +91,8 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[st
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
             lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
         rates = [shapes[each].head_rate for each in (spec, first)]
-        if rates[0] != rates[1]:
+        used = [shapes[each].head_rate or shapes[each].rate for each in (spec, first)]
+        if used[0] != used[1] and rates != [None, None]:
             one, other = ("the adapter's rate" if rate is None else f"{rate:g}" for rate in rates)
             common = next(rate for rate in rates if rate is not None)
             lines.append(

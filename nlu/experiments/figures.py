@@ -113,10 +113,11 @@ def _cut_long_intervals(axes: Axes, results: list[Estimate]) -> bool:
     """Limit a panel where an interval has over four times the median length, as a lost run makes it; says if it did."""
     halves = np.array([result.half_width or 0.0 for result in results])
     means = np.array([result.mean for result in results])
-    kept = np.minimum(halves, 4 * np.median(halves))
-    low, high = (means - kept).min(), (means + kept).max()
-    if (kept == halves).all() or low == high:
+    known = halves[halves > 0]
+    if len(known) < 3 or known.max() <= 4 * np.median(known):
         return False
+    kept = np.minimum(halves, 4 * np.median(known))
+    low, high = (means - kept).min(), (means + kept).max()
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     return True
 

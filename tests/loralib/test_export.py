@@ -98,7 +98,8 @@ def test_an_export_replaces_another_and_records_revision_and_dropout(tmp_path):
     for base in (None, "mine"):
         export_peft(folder, tmp_path / "peft", base)
         config = LoraConfig.from_pretrained(tmp_path / "peft")
-        assert (config.base_model_name_or_path, config.revision, config.lora_dropout) == (base or "net", "r1", 0.1)
+        revision = None if base else "r1"  # it is of the base that the adapter records
+        assert (config.base_model_name_or_path, config.revision, config.lora_dropout) == (base or "net", revision, 0.1)
 
 
 def test_exports_keep_the_order_of_the_labels(tmp_path, capsys):
@@ -342,20 +343,26 @@ def test_decomposition_against_a_dense_svd():
     torch.testing.assert_close(chain, dense.float(), atol=1e-4, rtol=1e-4)
 
 
-def test_an_import_keeps_the_base_s_name_and_revision_and_the_tokenizer(pretrained, peft_adapter, tmp_path):
+@pytest.mark.parametrize("recorded, kept", [
+    ("microsoft/deberta-v3-base", "microsoft/deberta-v3-base"), ("bert-base-cased", "bert-base-cased"), ("", None),
+    (5, None), ("../me/model", "model"), ("~/models/bert/", "bert"), ("C:\\me\\model", "model"),
+])  # fmt: skip
+def test_an_import_keeps_the_base_s_name_on_the_hub_and_the_tokenizer(
+    pretrained, peft_adapter, tmp_path, recorded, kept
+):
     folder, _ = peft_adapter
     config = json.loads((folder / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": "microsoft/deberta-v3-base", "revision": "r1"}
+    config |= {"base_model_name_or_path": recorded, "revision": "r1"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     pretrained.tokenizer.save_pretrained(folder)
     assert main([str(folder), "--to", "loralib", str(tmp_path / "ours"), "--base", str(pretrained.path)]) == 0
     ours = loralib.read_adapter_config(tmp_path / "ours")
-    assert (ours.base_model, ours.base_revision) == ("microsoft/deberta-v3-base", "r1")
+    assert (ours.base_model, ours.base_revision) == (kept, None)  # the folder need not be that revision
     assert (tmp_path / "ours/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 def test_a_merged_checkpoint_has_the_adapter_s_tokenizer(pretrained, lora2, tmp_path, capsys):
-    """The base may lie without one, and one that is damaged is no reason to write none."""
+    """A damaged one of the base is an error where the adapter has none, and nothing of the base's stays beside it."""
     adapter, base = shutil.copytree(lora2[2], tmp_path / "a"), shutil.copytree(pretrained.path, tmp_path / "base")
     for path in adapter.iterdir():
         if path.name in TOKENIZER_FILES:
@@ -366,6 +373,9 @@ def test_a_merged_checkpoint_has_the_adapter_s_tokenizer(pretrained, lora2, tmp_
     pretrained.tokenizer.save_pretrained(adapter)
     assert main(command) == 0
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name in TOKENIZER_FILES} == {
+        path.name for path in adapter.iterdir() if path.name in TOKENIZER_FILES
+    }
     assert merged("a cat sat")["input_ids"] == pretrained.tokenizer("a cat sat")["input_ids"]
 
 

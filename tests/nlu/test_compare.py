@@ -146,11 +146,9 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
         "warning: lora2_plus:lora_r=8:lora_alpha=32 trains the head at 0.001, lora at the adapter's rate: "
         "--head_learning_rate 0.001 for all makes them equal\n"
     )
-    assert (
-        compare.main([*flags, "--methods", "lora,lora2_plus:lora_r=8:lora_alpha=32", "--head_learning_rate", "2e-3"])
-        == 0
-    )
-    assert capsys.readouterr().err == ""
+    for alike in (["--head_learning_rate", "2e-3"], ["--learning_rate", "1e-3"]):
+        assert compare.main([*flags, "--methods", "lora,lora2_plus:lora_r=8:lora_alpha=32", *alike]) == 0
+        assert capsys.readouterr().err == ""
 
 
 def test_the_table_says_what_was_measured():

@@ -285,9 +285,13 @@ def test_the_revision_that_an_adapter_records_is_the_base(tmp_path):
     )
     (tmp_path / "in.jsonl").write_text('{"text": "the cat sat"}\n')
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    export = ["-m", "loralib.export"]
     for program in (
         [ROOT / "nlu/predict.py", "--adapter", "a", "--input", "in.jsonl"],
-        ["-m", "loralib.export", "a", "merged", "--to", "merged", "--base", "me/encoder"],
+        [*export, "a", "merged", "--to", "merged", "--base", "me/encoder"],
+        [*export, "a", "peft", "--to", "peft"],
+        [*export, "peft", "back", "--to", "loralib", "--base", "me/encoder"],
+        [*export, "back", "merged-again", "--to", "merged", "--base", "me/encoder"],
     ):
         done = subprocess.run([sys.executable, *program], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
