@@ -247,7 +247,7 @@ def _run_import(arguments: argparse.Namespace) -> None:
         options.setdefault("widths", [8])
     values, _, head = read_pairs(arguments.adapter)
     name, revision = _hub_name(values.get("base_model_name_or_path")), {}
-    if values.get("revision") and arguments.base == name and not os.path.exists(name):
+    if values.get("revision") and name == arguments.base and not os.path.exists(arguments.base):
         revision = {"revision": str(values["revision"])}
     architecture = _class_for(values.get("task_type"), arguments.base, revision)
     model = load_base(arguments.base, architecture, **_label_count(head), **revision)

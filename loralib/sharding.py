@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
 
 def _units(model: nn.Module) -> list[nn.Module]:
     """What is gathered together: each block, and the input and output embedding unless they share their weight."""
-    found = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    found: list[Any] = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
     embeddings = [module for module in found if isinstance(getattr(module, "weight", None), Tensor)]  # ViT's have none
     tied = len({id(module.weight) for module in embeddings}) < len(embeddings)
     apart = [] if tied else [module for module in embeddings if not module.weight.requires_grad]
