@@ -33,14 +33,8 @@ _SUBFOLDER = "predictions"
 
 
 def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class numbers, or for regression the number itself, from logits (n, labels).
-
-    Raises:
-        UsageError: for logits that are not finite, which would all be of class 0.
-    """
+    """Class numbers, or for regression the number itself, from logits (n, labels)."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    if not np.isfinite(logits).all():
-        raise UsageError("the model gives NaN or infinity: look at its weights, and lower --learning_rate if it trains")
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
@@ -51,13 +45,19 @@ def predict(
 
     Returns:
         File name -> the task's metrics, for test sets whose labels are known (MRPC's, a user's own).
+
+    Raises:
+        UsageError: for logits that are not finite, which would all pass for class 0.
     """
     scores = {}
     for task, split, rows in ((task, split, rows) for task, splits in tests for split, rows in splits.items()):
         known = "labels" in rows.column_names  # tokenizing leaves hidden ones out
         output = trainer.predict(rows.remove_columns("labels") if known else rows)
         if trainer.args.should_save:
-            labels = to_labels(task, output.predictions)
+            logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+            if not np.isfinite(logits).all():
+                raise UsageError(f"the model gives NaN or infinity for {task.name} {split}: look at its weights")
+            labels = to_labels(task, logits)
             path = write_predictions(task, split, rows["idx"][:], labels, folder / _SUBFOLDER)
             if known:
                 scores[path.stem] = compute_glue_metrics(task, labels, rows["labels"][:])
