@@ -113,16 +113,12 @@ def _check_values(arguments: argparse.Namespace) -> None:
         if unknown:
             raise UsageError(f"--{what}: {unknown[0]!r} is none of {', '.join(known)}")
         setattr(arguments, what, chosen if known else [_length(value) for value in chosen])
-        absent = (
-            [key for key in arguments.peers if PEERS[key].package and not installed(key)] if what == "peers" else []
-        )
-        if absent:
-            raise UsageError(
-                f"--peers {absent[0]} needs the package {PEERS[absent[0]].package}: install it, or leave it out"
-            )
         twice = [value for i, value in enumerate(getattr(arguments, what)) if value in getattr(arguments, what)[:i]]
         if twice:
             raise UsageError(f"--{what}: {twice[0]} is there twice: name each once")
+    for key in arguments.peers:
+        if PEERS[key].package and not installed(key):
+            raise UsageError(f"--peers {key} needs the package {PEERS[key].package}: install it, or leave it out")
     for name in ("layers", "batch", "rounds", "threads"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(arguments, name)}")

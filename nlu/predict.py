@@ -93,7 +93,7 @@ class Predictor:
 def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the adapter or the merged checkpoint records of its task; UsageError if it is damaged."""
     if arguments.adapter is None:
-        config = _configuration("--model", arguments.model, {})
+        config = _configuration("--model", arguments.model)
         return {name: getattr(config, name, None) for name in ("text_fields", "max_seq_length")}
     try:
         return loralib.read_adapter_config(arguments.adapter).card
@@ -101,7 +101,7 @@ def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(str(error)) from None
 
 
-def _configuration(flag: str, source: str, revision: dict[str, str]) -> Any:
+def _configuration(flag: str, source: str, **revision: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **revision)
     except Exception as error:  # a damaged file raises whatever its reader runs into
@@ -173,11 +173,10 @@ def _adapted_base(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[
             f"{arguments.adapter} is an adapter of {config.architecture}, and this program predicts with models for "
             "sequence classification only"
         )
-    flag, revision = (
-        "--base" if arguments.base else "--base is missing; the adapter's record says",
-        revision_of(config, source),
-    )
-    head = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(_configuration(flag, source, revision)), None)
+    revision = revision_of(config, source)
+    flag = "--base" if arguments.base else "--base is missing; the adapter's record says"
+    base = _configuration(flag, source, **revision)
+    head = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(base), None)
     if head and head.__name__ != config.architecture:
         raise UsageError(
             f"--base {source} has another architecture ({head.__name__}) than the adapter was trained on "

@@ -34,8 +34,13 @@ _SUBFOLDER = "predictions"
 
 def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
     """Class numbers, or for regression the number itself, from logits (n, labels)."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = _first(logits)
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
+
+
+def _first(outputs: np.ndarray | tuple[np.ndarray, ...]) -> np.ndarray:
+    """The logits, of a model that gives more than these too."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def predict(
@@ -53,11 +58,10 @@ def predict(
     for task, split, rows in ((task, split, rows) for task, splits in tests for split, rows in splits.items()):
         known = "labels" in rows.column_names  # tokenizing leaves hidden ones out
         output = trainer.predict(rows.remove_columns("labels") if known else rows)
+        if not np.isfinite(_first(output.predictions)).all():
+            raise UsageError(f"the model gives NaN or infinity for {task.name} {split}: look at its weights")
         if trainer.args.should_save:
-            logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-            if not np.isfinite(logits).all():
-                raise UsageError(f"the model gives NaN or infinity for {task.name} {split}: look at its weights")
-            labels = to_labels(task, logits)
+            labels = to_labels(task, output.predictions)
             path = write_predictions(task, split, rows["idx"][:], labels, folder / _SUBFOLDER)
             if known:
                 scores[path.stem] = compute_glue_metrics(task, labels, rows["labels"][:])

@@ -117,8 +117,7 @@ def _cut_long_intervals(axes: Axes, results: list[Estimate]) -> bool:
     if len(known) < 3 or known.max() <= 4 * np.median(known):
         return False
     kept = np.minimum(halves, 4 * np.median(known))
-    low, high = (means - kept).min(), (means + kept).max()
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    _limit(axes, (means - kept).min(), (means + kept).max())
     return True
 
 
@@ -287,7 +286,13 @@ def _leave_outliers_out(axes: Axes) -> None:
     reach = 6 * (high - low)
     low, high = max(values.min(), low - reach), min(values.max(), high + reach)
     if low < high and len(values) >= 20:
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        _limit(axes, low, high)
+
+
+def _limit(axes: Axes, low: float, high: float) -> None:
+    """Show these values with a margin of a twentieth."""
+    margin = 0.05 * (high - low)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _styles(number: int) -> Iterator[dict]:

@@ -20,7 +20,8 @@ from nlu.errors import UsageError, reason
 from nlu.json_yaml import parse_yaml
 from nlu.tasks import TASKS
 
-# What decides how a model computes: not what a training leaves beside it.
+# What decides how a model computes: not what a training leaves beside it. A test compares the tokenizers' files with
+# transformers' classes; the list of loralib.adapter_files would bring torch.
 _MODEL_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes", "*.model",
