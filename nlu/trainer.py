@@ -39,6 +39,11 @@ _IGNORED = -100  # the class number that torch's cross entropy leaves out
 _MOST_UNCHECKED = 1000  # losses that wait on the device, at most, to be looked at
 
 
+def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
+    """Of a model that gives more than its logits too; what it gives beside them is not gathered."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
 class ProgressCallback(TrainerCallback):
     """Keeps the time of the steps, and tells the trainer where an epoch ends."""
 
@@ -94,7 +99,13 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
         # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
         self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
-        super().__init__(model=applied.model, low_rank=applied.low_rank, compute_loss_func=self.task_loss, **kwargs)
+        super().__init__(
+            model=applied.model,
+            low_rank=applied.low_rank,
+            compute_loss_func=self.task_loss,
+            preprocess_logits_for_metrics=_logits_alone,
+            **kwargs,
+        )
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.add_callback(ProgressCallback(self))
@@ -161,11 +172,22 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss of each row once: its own mean counts repeated rows too."""
+        """As the Trainer's, with the loss of each row once: its own mean counts repeated rows too.
+
+        Raises:
+            RunError: for logits that are not finite, which would all pass for class 0.
+        """
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        logits = torch.from_numpy(output.predictions)
+        if not logits.isfinite().all():
+            if self.train_dataset is not None:
+                self.check_finite(weights=True)
+            raise RunError(
+                f"the model gives NaN or infinity in the {description.lower()}, with finite trained weights: look at "
+                "the weights of the base, and at the number format (--bf16 overflows less than --fp16)"
+            )
         if output.label_ids is not None:
-            logits = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-            loss = self.task_loss({"logits": torch.from_numpy(logits)}, torch.from_numpy(np.asarray(output.label_ids)))
+            loss = self.task_loss({"logits": logits}, torch.from_numpy(np.asarray(output.label_ids)))
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
         return output
 

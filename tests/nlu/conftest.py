@@ -8,7 +8,7 @@ import yaml
 
 from nlu import run_glue, sweep
 from tests.nlu.sweeps import places_of
-from tests.nlu.tiny import make_encoder, make_rows, read, tiny_run, write_rows
+from tests.nlu.tiny import changed, make_encoder, make_rows, read, tiny_run, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +36,29 @@ def tiny_glue(tmp_path_factory):
 
 
 @pytest.fixture
-def base_flags(encoder, tiny_glue, tmp_path):
+def base_flags(encoder, tiny_glue, run_folder):
     """Flags of a run of a few steps on the tiny task; append what a test is about."""
-    return tiny_run(encoder, tiny_glue, tmp_path / "run")
+    return tiny_run(encoder, tiny_glue, run_folder)
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Where ``base_flags`` write."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def own_flags(base_flags, tmp_path):
+    """Flags of a run on one's own files, in which the columns have names of their own and a row is empty."""
+    for seed, (name, count) in enumerate({"train": 40, "dev": 16}.items()):
+        rows = make_rows(("title", "body"), False, count, seed, labels=3)
+        for row in rows:
+            row["rating"] = ["bad", "fair", "good"][row.pop("label")]
+        rows[3]["body"] = " "
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    flags = changed(base_flags, task_name=None, glue_dir=None)
+    flags += ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")]
+    return [*flags, "--text_columns", "title,body", "--label_column", "rating"]
 
 
 @pytest.fixture(scope="session")

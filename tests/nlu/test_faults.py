@@ -4,14 +4,12 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import time
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -21,27 +19,22 @@ from safetensors import SafetensorError
 from loralib.files import start_folder
 from nlu import run_glue
 from nlu.arguments import parse_arguments
-from nlu.errors import RunError, UsageError
+from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import checkpoints as saving
 from nlu.runs import digests
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
-from nlu.trainer import GlueTrainer, ProgressCallback
+from nlu.trainer import ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
-from tests.nlu.tiny import changed, read
+from tests.nlu.tiny import changed, error_line, read
 
 
 @pytest.fixture
 def flags(base_flags):
     """Nine steps, seven of them an epoch."""
     return [*changed(base_flags, max_steps=9), "--method", "lora2", "--mask_interval", "1"]
-
-
-@pytest.fixture
-def run_folder(tmp_path):
-    return tmp_path / "run"
 
 
 _STRAIGHT = {}
@@ -55,14 +48,6 @@ def straight_outcome(flags, run_folder):
         _STRAIGHT[key] = outcome(run_folder)
         shutil.rmtree(run_folder)
     return _STRAIGHT[key]
-
-
-def error_line(capsys):
-    """The one line on stderr that is an error; there is no traceback."""
-    captured = capsys.readouterr().err
-    assert "Traceback" not in captured
-    (line,) = [line for line in captured.splitlines() if line.startswith("error: ")]
-    return line
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
@@ -146,94 +131,6 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
-
-
-def poison(monkeypatch, what, value=math.nan):
-    """The loss of step 3, or a gradient or a weight of step 4, becomes ``value``; returns the token ids of step 3."""
-    seen, task_loss, compute, step = [], GlueTrainer.task_loss, GlueTrainer.compute_loss, GlueTrainer.training_step
-
-    def loss(self, *args, **kwargs):
-        return task_loss(self, *args, **kwargs) * (value if self.model.training and self.state.global_step == 2 else 1)
-
-    def watch(self, model, inputs, *args, **kwargs):
-        if model.training and self.state.global_step == 2:
-            pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-            seen.extend((self, ids[mask.bool()].tolist()) for ids, mask in pairs)
-        return compute(self, model, inputs, *args, **kwargs)
-
-    def gradient(self, model, *args, **kwargs):
-        loss = step(self, model, *args, **kwargs)
-        if self.state.global_step == 3:
-            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = value
-        return loss
-
-    def weight(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 3:
-            next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = value
-
-    owner, name, function = {
-        "loss": (GlueTrainer, "task_loss", loss), "gradient": (GlueTrainer, "training_step", gradient),
-        "weight": (ProgressCallback, "on_optimizer_step", weight),
-    }[what]  # fmt: skip
-    monkeypatch.setattr(owner, name, function)
-    monkeypatch.setattr(GlueTrainer, "compute_loss", watch)
-    return seen
-
-
-@pytest.mark.parametrize(("value", "most", "seen_in"), [(math.nan, 1000, 4), (math.nan, 2, 3), (math.inf, None, 3)])
-def test_a_loss_that_is_not_finite_names_its_step_and_rows(
-    flags, run_folder, capsys, monkeypatch, value, most, seen_in
-):
-    """At once on a CPU; elsewhere at the next logging, evaluation or saving, or with so many losses that wait, and
-    still with the first bad step."""
-    seen = poison(monkeypatch, "loss", value)
-    if most is not None:
-        flags = changed(flags, logging_steps=100, eval_strategy="no")
-        monkeypatch.setattr("nlu.trainer._MOST_UNCHECKED", most)
-        monkeypatch.setattr(GlueTrainer, "checks_every_step", False)
-    assert main([*flags, "--gradient_accumulation_steps", "2", "--length_bucketing"]) == 1
-    line = error_line(capsys)
-    assert "the loss is" in line and "at step 3" in line and "checkpoint-2" in line
-    rows = [int(word) for word in line.partition("idx ")[2].partition(";")[0].split(", ")]
-    of_idx = {row["idx"]: row["input_ids"] for row in seen[0][0].train_dataset}
-    assert [of_idx[i] for i in rows] == [ids for _, ids in seen]
-    lengths = [len(ids) for _, ids in seen]
-    assert seen[0][0].train_sampler.batch == 16 and lengths == sorted(lengths)  # of both batches of the step
-    assert read(flags)["status"] == "failed" and "at step 3" in read(flags)["error"]
-    assert read(flags)["steps"] == seen_in
-    assert [p.name for p in checkpoints(run_folder / "model")] == ["checkpoint-2"]
-    assert not (run_folder / "adapter").exists()
-
-
-def test_on_a_gpu_no_step_waits_for_its_loss():
-    for kind, looks in (("cpu", True), ("cuda", False)):
-        trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device(kind)))
-        assert GlueTrainer.checks_every_step.fget(trainer) == looks
-
-
-@pytest.mark.parametrize(
-    ("what", "says", "saves"),
-    [
-        ("gradient", "the gradient is nan", ["checkpoint-2"]),
-        ("weight", "a trained weight is not finite", ["checkpoint-2"]),
-        ("weight", "a trained weight is not finite", []),
-    ],
-)
-def test_gradients_and_weights_that_are_not_finite_are_never_saved(
-    flags, run_folder, capsys, monkeypatch, what, says, saves
-):
-    """They come in the last step, after which nothing need be saved."""
-    poison(monkeypatch, what)
-    assert main(changed(flags, max_steps=4, save_strategy="steps" if saves else "no")) == 1
-    assert says in (line := error_line(capsys)) and "at step 4" in line
-    assert [p.name for p in checkpoints(run_folder / "model")] == saves
-
-
-@pytest.mark.parametrize(("count", "shown"), [(32, "30, 31;"), (33, "30, 31, …;")])
-def test_of_many_rows_the_first_32_are_named(tmp_path, count, shown):
-    trainer = SimpleNamespace(rows_of_step=lambda step: list(range(count)), args=SimpleNamespace(output_dir=tmp_path))
-    with pytest.raises(RunError, match=f"{shown} last good checkpoint: none"):
-        GlueTrainer._diverged(trainer, 3, "the loss is nan")
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------

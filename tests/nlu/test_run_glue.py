@@ -13,12 +13,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import loralib
 from nlu import predict, run_glue
-from nlu.arguments import parse_arguments
-from nlu.data.splits import load_data, tokenize_splits
 from nlu.data.tokens import longest_input
 from nlu.run_glue import main
 from nlu.trainer import GlueTrainer
-from tests.nlu.tiny import GLUE, changed, make_encoder, make_rows, read, write_rows
+from tests.nlu.tiny import GLUE, changed, make_encoder, read, write_rows
 
 
 def test_a_run_leaves_a_record_that_tells_all(finished):
@@ -77,20 +75,6 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(finished):
     assert record["last"] == pytest.approx(expected)
 
 
-@pytest.fixture
-def own_flags(base_flags, tmp_path):
-    """Flags of a run on one's own files, in which the columns have names of their own and a row is empty."""
-    for seed, (name, count) in enumerate({"train": 40, "dev": 16}.items()):
-        rows = make_rows(("title", "body"), False, count, seed, labels=3)
-        for row in rows:
-            row["rating"] = ["bad", "fair", "good"][row.pop("label")]
-        rows[3]["body"] = " "
-        write_rows(tmp_path / f"{name}.jsonl", rows)
-    flags = changed(base_flags, task_name=None, glue_dir=None)
-    flags += ["--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")]
-    return [*flags, "--text_columns", "title,body", "--label_column", "rating"]
-
-
 def test_your_own_files(own_flags, tmp_path, capsys):
     assert main(own_flags) == 2
     assert "train.jsonl, line 4: column 'body' is empty" in capsys.readouterr().err
@@ -106,6 +90,20 @@ def test_your_own_files(own_flags, tmp_path, capsys):
     shown = capsys.readouterr().out.splitlines()
     answers = [json.loads(line) for line in shown if line.startswith('{"line"')]
     assert len(answers) == 2 and set(answers[0]["probabilities"]) == {"bad", "fair", "good"}
+
+
+def test_a_model_that_gives_more_than_logits_is_scored_by_these(base_flags, encoder, tmp_path):
+    ends = []
+    for name, more in (("plain", {}), ("more", {"output_hidden_states": True})):
+        base = shutil.copytree(encoder, tmp_path / f"base-{name}")
+        config = json.loads((base / "config.json").read_text()) | more
+        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # masks come with the shapes
+        (base / "config.json").write_text(json.dumps(config))
+        flags = changed(base_flags, model_name_or_path=base, root_output_dir=tmp_path / name)
+        assert main([*flags, "--do_predict"]) == 0
+        ends.append(([entry["loss"] for entry in read(flags)["evaluations"]], tmp_path / name / "predictions/CoLA.tsv"))
+    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5) and len(ends[0][0]) == 2
+    assert ends[0][1].read_bytes() == ends[1][1].read_bytes()
 
 
 @pytest.fixture
@@ -348,57 +346,6 @@ def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, trainers):
     for training, expected in ((True, 0.8 * plain + 0.2 * uniform), (False, plain)):
         trainers[0].model.train(training)
         torch.testing.assert_close(trainers[0].task_loss({"logits": logits}, labels), expected)
-
-
-def loaded(flags, *more):
-    return load_data(parse_arguments([*flags, *more]))[1]
-
-
-def test_the_held_out_rows_are_the_same_for_every_seed_of_training(base_flags):
-    held = ["--holdout_fraction", "0.2"]
-    first, same, other = (
-        loaded(changed(base_flags, seed=seed), *held, "--holdout_seed", str(number))["validation"]["idx"][:]
-        for seed, number in ((1, 5), (2, 5), (1, 6))
-    )
-    assert first == same != other
-
-
-def test_what_is_held_out_replaces_every_validation_set(base_flags, own_flags):
-    for flags, name, rows in (
-        (changed(base_flags, task_name="mnli"), "validation_matched", 50),
-        ([*own_flags, "--on_error", "skip"], "validation", 39),
-    ):
-        splits = loaded(flags, "--holdout_fraction", "0.25")
-        assert set(splits) == {"train", name} and len(splits[name]) == math.ceil(rows / 4)
-        assert len({*splits["train"]["idx"], *splits[name]["idx"]}) == rows
-
-
-def test_training_rows_keep_their_order_and_others_go_by_length(base_flags, encoder):
-    arguments = parse_arguments(base_flags)
-    task, rows = load_data(arguments)
-    splits = tokenize_splits(arguments, task, rows, AutoTokenizer.from_pretrained(encoder))
-    assert splits.train["idx"][:] == rows["train"]["idx"][:]
-    validation = splits.validation["validation"]
-    order = list(zip(validation["length"], validation["idx"], strict=True))
-    assert order == sorted(order)  # of one length in their order
-
-
-def test_the_flag_for_the_data_goes_before_the_environment(base_flags, tiny_glue, monkeypatch):
-    monkeypatch.setenv("GLUE_DIR", "nowhere")
-    assert len(loaded(base_flags)["train"]) == 50
-    monkeypatch.setenv("GLUE_DIR", str(tiny_glue))
-    assert len(loaded(changed(base_flags, glue_dir=None))["train"]) == 50
-
-
-def test_every_split_has_its_own_limit(base_flags):
-    limits = ["--do_predict", "--max_train_samples", "9", "--max_eval_samples", "7", "--max_predict_samples", "5"]
-    assert {name: len(rows) for name, rows in loaded(base_flags, *limits).items()} == {
-        "train": 9, "validation": 7, "test": 5,
-    }  # fmt: skip
-    mnli = loaded(changed(base_flags, task_name="mnli"), "--max_eval_samples", "7")
-    assert {name: len(rows) for name, rows in mnli.items()} == {
-        "train": 50, "validation_matched": 7, "validation_mismatched": 7,
-    }  # fmt: skip
 
 
 def test_a_batch_is_padded_to_its_longest_row_alone(finished):

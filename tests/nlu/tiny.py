@@ -138,3 +138,11 @@ def wait_until(met: Callable[[], bool], every: float = 0.05) -> None:
     while not met():
         assert time.monotonic() < end, "timed out"
         time.sleep(every)
+
+
+def error_line(capsys):
+    """The one line on stderr that is an error; there is no traceback."""
+    captured = capsys.readouterr().err
+    assert "Traceback" not in captured
+    (line,) = [line for line in captured.splitlines() if line.startswith("error: ")]
+    return line
