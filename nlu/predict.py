@@ -69,7 +69,7 @@ class Predictor:
         """For each row its class probabilities, or the one predicted number; batched by length.
 
         Raises:
-            UsageError: for what is not finite.
+            UsageError: for what is not finite, and tokens that the model does not take.
         """
         encoded = self.tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=self.max_length)
         order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
@@ -78,7 +78,10 @@ class Predictor:
             chosen = order[start : start + batch_size]
             rows = {name: [values[i] for i in chosen] for name, values in encoded.items()}
             batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
-            logits = self.model(**batch).logits.float()
+            try:
+                logits = self.model(**batch).logits.float()
+            except (IndexError, ValueError) as error:  # a token beyond the embedding, a model without pad_token_id
+                raise UsageError(f"the model cannot read what its tokenizer makes: {reason(error, 300)}") from None
             values = logits if self.labels is None else logits.softmax(-1)
             if not values.isfinite().all():
                 raise UsageError("the model gives NaN or infinity: its training has failed")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification, BatchEncoding
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 import loralib
 from loralib.export import export_merged
@@ -202,6 +202,20 @@ def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monk
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
     assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_of_another_model_is_one_line(tmp_path, capsys):
+    folder = make_encoder(tmp_path / "model")
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])  # without a row in the embedding
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "zebra"}\n')
+    out = tmp_path / "out.csv"
+    flags = ["--model", str(folder), "--input", str(tmp_path / "in.jsonl"), "--text_columns", "text"]
+    assert main([*flags, "--output", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "error: the model cannot read what its tokenizer makes: index out of range" in error and not out.exists()
 
 
 @pytest.mark.parametrize("labels", [None, ["a", "b"]])
