@@ -4,6 +4,7 @@ from loralib.adapter import (
     compact,
     load_adapter,
     merge_adapter,
+    merge_into,
     save_adapter,
     start_from_adapter,
     unmerge_adapter,
@@ -20,6 +21,7 @@ from loralib.learning_rates import parameter_groups
 from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
 from loralib.multi_adapter import MultiAdapter
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
+from loralib.peft_format import export_peft, import_peft
 from loralib.precision import cast_frozen
 from loralib.preconditioner import Preconditioner
 from loralib.training import LowRankTrainerMixin, LowRankTraining
@@ -45,6 +47,8 @@ __all__ = [
     "cast_frozen",
     "compact",
     "compute_orth_regu",
+    "export_peft",
+    "import_peft",
     "initialise",
     "inject",
     "load_adapter",
@@ -53,6 +57,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "match_modules",
     "merge_adapter",
+    "merge_into",
     "parameter_groups",
     "read_adapter_config",
     "save_adapter",

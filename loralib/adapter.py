@@ -33,8 +33,12 @@ from loralib.model import (
     keep_flags,
     layers_outside_peft,
     lora_layers,
+    refuse_data_parallel,
     unwrapped,
 )
+
+# What torch.compile(module) and torch's checkpoint_wrapper put into the names of the modules inside.
+_INNER_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 # ---- live singular values -------------------------------------------------------------------------------------------
 
@@ -52,9 +56,10 @@ def compact(model: nn.Module) -> dict[str, int]:
         Module name -> rank it has now.
 
     Raises:
-        ValueError: if peft holds the layers.
+        ValueError: if peft holds the layers, and for a model in DistributedDataParallel.
     """
     layers = layers_outside_peft(model, "base_model.compact()")
+    refuse_data_parallel(model, "compact the model")
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
@@ -87,8 +92,8 @@ def save_adapter(
     """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
 
     The model is not changed, and the adapter holds its weights as they are, between two maskings too. The model need
-    not have low-rank layers: the adapter then holds the trainable parameters. Of a compiled or data-parallel module it
-    is the adapter of the model inside. A kill leaves the old adapter of the folder or the new one.
+    not have low-rank layers: the adapter then holds the trainable parameters. Of a compiled, data-parallel or averaged
+    model it is the adapter of the model inside. A kill leaves the old adapter of the folder or the new one.
 
     Args:
         folder: new, empty, or an adapter's, which is replaced.
@@ -102,7 +107,8 @@ def save_adapter(
 
     Raises:
         ValueError: if there is nothing to save, peft holds the layers, the factors are on the meta device or no longer
-            shared as they were made to be, the folder holds other files, or the labels are not numbered from 0.
+            shared as they were made to be, a module inside the model is wrapped (compiled, checkpointed), the folder
+            holds other files, or the labels are not numbered from 0.
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
@@ -114,6 +120,11 @@ def save_adapter(
     head = head_tensors(model)
     if not factors and not head:
         raise ValueError("nothing to save: the model has no low-rank layer and no trainable parameter")
+    for name in (name for name in (*layers, *head) if not _INNER_WRAPPERS.isdisjoint(name.split("."))):
+        raise ValueError(
+            f"{name} lies in a wrapped module, and no plain base has that name: compile with module.compile(), which "
+            "keeps the names, and take other wrappers off first"
+        )
     groups = _group(layers, live)
     kinds = {group.kind for group in groups}
     config = AdapterConfig(
@@ -208,8 +219,8 @@ def load_adapter(
     (To rounding, where its factors had been cast to half precision: they come back in float32.) The model is the plain
     base, or has low-rank layers in exactly the adapter's places, which are replaced. Afterwards the adapter's
     parameters are trainable and all others frozen. An adapter that was trained on frozen weights in
-    bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Singular values that were pruned come back as
-    zeros with factors of zero, which get no gradient; :func:`start_from_adapter` does.
+    bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Pruned singular values come back as zeros beside
+    factors of zero: they get no gradient and stay pruned. :func:`start_from_adapter` lets them grow again.
 
     Args:
         compact: leave pruned singular values out instead of setting them to zero, as :func:`loralib.compact` does. The
@@ -223,8 +234,7 @@ def load_adapter(
         ValueError: for a damaged or edited folder, a base of another architecture, shape or (unless allowed) other
             weights, a merged model, or one in DistributedDataParallel. The model is unchanged then.
     """
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError("DistributedDataParallel reduces the parameters that it found: load the adapter, then wrap")
+    refuse_data_parallel(model, "load the adapter")
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
     if "" in config.ranks:
         raise ValueError("the adapter's layer is the model itself, which cannot be replaced: put it into a module")

@@ -239,11 +239,13 @@ class RankAllocator(AllocatorSettings):
 
         Raises:
             RuntimeError: before the total number of steps is known.
-            ValueError: for another model.
+            ValueError: for another model, and where no singular value has a gradient to score it by.
         """
         budget, mask_now = self.schedule(global_step)
         self._check_model(model)
         if global_step < self._total() - self.final_warmup:
+            if all(values.grad is None for values in self._values):
+                raise ValueError("no singular value has a gradient: score and mask before the gradients are cleared")
             for scores in self._scores:
                 scores.update(self.beta1, self.beta2)
         if not mask_now:
@@ -302,7 +304,7 @@ class RankAllocator(AllocatorSettings):
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "target_rank"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state.
+        """Restore a saved state.
 
         Raises:
             ValueError: if it belongs to other layers or other settings, or a part is missing; nothing is changed then.

@@ -31,7 +31,10 @@ class UpdateStatistics:
 
 @torch.no_grad()
 def update_statistics(model: nn.Module) -> UpdateStatistics:
-    """Norms from k×k Grams, ‖ΔW‖² = tr(C A₀A₀ᵀ Cᵀ B₀ᵀB₀) with ΔW = B₀ C A₀: the dense ΔW is never formed."""
+    """‖ΔW‖_F of every layer, the range of |e|, and how far the factors are from orthonormal.
+
+    ‖ΔW‖² = tr(C A₀A₀ᵀ Cᵀ B₀ᵀB₀) for ΔW = B₀ C A₀, from k×k Grams: the dense ΔW is never formed.
+    """
     layers = svd_layers(model)
     largest = smallest = deviation = None
     if layers:

@@ -91,9 +91,9 @@ class ExactFactors:
     left alone, whether its layer's e trains or not.
 
     Args:
-        model: holds AdaLoRA, LoRA² or multi-scale layers. ΔW stays as it is. Where e = 0 the factors are brought to
-            their polar factors now, and where some e_i are 0 what belongs to them is replaced, if that makes the
-            factors orthonormal: an adapter's pruned singular values can grow again.
+        model: holds AdaLoRA, LoRA² or multi-scale layers. ΔW stays as it is. Where e = 0, the factors are replaced by
+            the nearest orthonormal ones now. Where only some e_i are 0 (a pruned adapter), their columns and rows are
+            drawn anew, if that makes the factors orthonormal; these e_i can then grow again.
 
     Raises:
         ValueError: for a model without such factors, and where ΔW is not 0 and its factors are not orthonormal: their

@@ -36,8 +36,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias for matrices x (n, in) and weight (out, in), by the fastest library for this CPU."""
     # What autograd, the compiler or a trace must see through.
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    large = x.shape[0] * weight.numel() >= _WORTHWHILE
-    if _ONEDNN and large and not plain and x.dtype == torch.float32 and x.device.type == "cpu":
+    fits = _ONEDNN and not plain and x.dtype == torch.float32 and x.device.type == "cpu"
+    if fits and x.shape[0] * weight.numel() >= _WORTHWHILE:  # last, since a trace would keep a question about a size
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from loralib.checks import check_choice
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
-from loralib.model import lora_layers
+from loralib.model import lora_layers, refuse_data_parallel
 from loralib.stored_weight import is_conv1d
 
 KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
@@ -132,8 +132,8 @@ def inject(
         r, lora_alpha, lora_dropout: as for the layers.
         k: LoRA²'s width (8 where not given); only for ``"lora2"``.
         widths: widths from the outermost inward ((8,) where not given); only for ``"multiscale"``.
-        share_outer: layers of one module type (the same name but for the layer number, the same shape) hold one and the
-            same pair of outer factors; needs at least two scales.
+        share_outer: layers of one module type (the same name but for numbers between dots, the same shape) hold one and
+            the same pair of outer factors; needs at least two scales. Warns where no two layers do.
         init: ``"gaussian"`` (default) or ``"orthogonal"``; not for ``"lora"``.
 
     Returns:
@@ -141,8 +141,10 @@ def inject(
 
     Raises:
         ValueError: for an unknown kind, a pattern that matches nothing, a layer that is low-rank already or cannot be
-            replaced, or arguments that do not belong to the kind. The model is unchanged then.
+            replaced, arguments that do not belong to the kind, or a model in DistributedDataParallel. The model is
+            unchanged then.
     """
+    refuse_data_parallel(model, "inject the layers")
     check_choice("kind", kind, KINDS)
     options = {n: value for n, value in (("k", k), ("widths", widths), ("init", init)) if value is not None}
     for option in options:
@@ -221,3 +223,9 @@ def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:
     for name, layer in layers.items():
         owner = owners.setdefault((module_type(name), layer.out_features, layer.in_features), layer)
         layer.lora_B[0], layer.lora_A[0] = owner.lora_B[0], owner.lora_A[0]
+    if len(layers) > 1 and len(owners) == len(layers):
+        warnings.warn(
+            "share_outer shares nothing: no two layers have the same shape, and the same name but for numbers between "
+            "dots (block.1 and block.2; not block1 and block2)",
+            stacklevel=3,
+        )

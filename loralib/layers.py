@@ -218,8 +218,8 @@ class LoRALayer(nn.Linear):
         return [*outer, 1, *([] if self.lora_E is None else [0]), *outer, 0]
 
     def select(self, kept: Sequence[int]) -> list[Tensor]:
-        """The values of :meth:`lora_parameters`, in that order, restricted to the kept singular values: contiguous
-        copies, and of an outer factor the tensor itself, without history.
+        """The values of :meth:`lora_parameters`, in that order and detached, with only the kept singular values. An
+        outer factor is returned as it is; all others are contiguous copies.
 
         Raises:
             ValueError: for indices that do not increase from 0 to r − 1.
@@ -275,12 +275,13 @@ class LoRALayer(nn.Linear):
         called ``input`` as ``nn.Linear``'s is.
 
         Raises:
-            RuntimeError: in training mode with gradients on while merged.
+            RuntimeError: in training mode with gradients on while merged, if a factor trains.
         """
         if self._quantised is not None:
             return self._beside_quantised(self._quantised[0], input)
         weight = self.weight.T if self.fan_in_fan_out else self.weight
-        if self.merged and self.training and torch.is_grad_enabled():
+        trains = self.training and torch.is_grad_enabled()
+        if self.merged and trains and any(factor.requires_grad for factor in self.lora_parameters()):
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
         if self.merged or self.r == 0:
             return self._dense(input, weight)

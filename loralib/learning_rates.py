@@ -21,7 +21,8 @@ def parameter_groups(
     b_lr_ratio: float = 1.0,
     head_lr: float | None = None,
 ) -> list[dict]:
-    """Groups for an optimiser: every trainable parameter once, by its rate. Weight decay is the caller's.
+    """One group for an optimiser per learning rate; every trainable parameter is in exactly one. Weight decay is the
+    caller's.
 
     Args:
         lr: learning rate of the factors.

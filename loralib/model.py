@@ -6,17 +6,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from loralib.checks import check_choice
 from loralib.layers import LoRALayer
 
 BIASES = ("none", "all", "lora_only")
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile`` and data-parallel modules, whose own names no other model has."""
-    inner = model.module if isinstance(model, _PARALLEL) else model._modules.get("_orig_mod")
+    """The model inside ``torch.compile``, data-parallel modules and ``AveragedModel``, whose prefixes belong into no
+    saved name."""
+    inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")
     return model if inner is None else unwrapped(inner)
 
 
@@ -77,6 +79,12 @@ def refuse_new_factors(layers: Iterable[LoRALayer], values: Iterable[nn.Paramete
         raise ValueError(f"the layers have new factors since the {made} was made (compact()): make it afterwards")
 
 
+def refuse_data_parallel(model: nn.Module, first: str) -> None:
+    """Raises ValueError for a model in DistributedDataParallel, with what is to come ``first``."""
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(f"DistributedDataParallel reduces the parameters that it found: {first}, then wrap")
+
+
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """Freeze everything but the factors of the low-rank layers.
 
@@ -100,7 +108,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
 
-    ``model.load_state_dict(state, strict=False)`` loads it into a model with the same layers.
+    Names are those of the :func:`unwrapped` model, into which ``load_state_dict(state, strict=False)`` loads it if it
+    has the same layers.
 
     Args:
         bias: biases to add: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
@@ -109,6 +118,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
         ValueError: for another ``bias``.
     """
     check_choice("bias", bias, BIASES)
+    model = unwrapped(model)
     wanted = set(map(id, factors_of(model)))
     if bias == "lora_only":
         wanted |= {id(layer.bias) for layer in lora_layers(model).values() if layer.bias is not None}

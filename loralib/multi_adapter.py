@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,7 +61,6 @@ class MultiAdapter:
         self._adapters: dict[str, dict[str, _Part]] = {}  # adapter → module name → what it changes there
         self._hooks: dict[str, Any] = {}
         self._active: str | None = None
-        self._replaying: set[str] = set()
 
     @property
     def names(self) -> list[str]:
@@ -101,7 +101,7 @@ class MultiAdapter:
         for module_name in new:
             module = self.model.get_submodule(module_name)
             hook = partial(self._after_forward, module_name)
-            self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True)
+            self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         if new:  # what torch.compile has made of the model before does not look for hooks
             torch.compiler.reset()
         return config
@@ -143,7 +143,8 @@ class MultiAdapter:
 
         Args:
             adapters: for each row the name of an adapter, or None for the bare base.
-            args, kwargs: the model's; tensors whose first dimension is the number of rows are the batch.
+            args, kwargs: the model's; tensors whose first dimension is the number of rows are the batch, inside
+                containers too.
 
         Returns:
             What the model returns, its tensors joined along the first dimension if that has the rows, else along the
@@ -157,8 +158,8 @@ class MultiAdapter:
             self._known(name)
         if not adapters:
             raise ValueError("no adapters named: give run() at least one row, and name one for each row")
-        batch = [value for value in (*args, *kwargs.values()) if _has_rows(value, len(adapters))]
-        if not batch:
+        batch = next(_tensors_of((args, kwargs), len(adapters)), None)
+        if batch is None:
             raise ValueError(
                 f"{len(adapters)} adapters named, but no input has {len(adapters)} rows: name one for each row"
             )
@@ -173,12 +174,12 @@ class MultiAdapter:
             for self._active, places in rows.items():
                 if len(rows) == 1:
                     return self.model(*args, **kwargs)
-                index = torch.tensor(places, device=batch[0].device)
+                index = torch.tensor(places, device=batch.device)
                 own_args, own_kwargs = (_select(value, index, len(adapters)) for value in (args, kwargs))
                 parts.append(self.model(*own_args, **own_kwargs))
         finally:
             self._active = before
-        order = torch.tensor([i for places in rows.values() for i in places], device=batch[0].device).argsort()
+        order = torch.tensor([i for places in rows.values() for i in places], device=batch.device).argsort()
         return _join(parts, [len(places) for places in rows.values()], order)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -191,18 +192,26 @@ class MultiAdapter:
         """The hook of one module. Under an adapter that changes it, its output is computed anew with the head's
         tensors, and the update added; None leaves it as it is."""
         part = self._adapters[self._active].get(name) if self._active is not None else None
-        if part is None or name in self._replaying:
+        if part is None:
             return None
         if part.head:
-            self._replaying.add(name)
-            try:
-                output = functional_call(module, part.head, args, kwargs)
-            finally:
-                self._replaying.discard(name)
+            tensors = {f"module.{tensor}": value for tensor, value in part.head.items()}
+            output = functional_call(_ForwardAlone(module), tensors, args, kwargs)
         if part.layer is None:
             return output
         source = args[0] if args else next(iter(kwargs.values()))
         return part.layer.add_update(output, source)
+
+
+class _ForwardAlone(nn.Module):
+    """A module's forward pass without its hooks: its caller runs them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
 
 
 def _select(value: Any, chosen: Tensor, count: int) -> Any:
@@ -214,6 +223,15 @@ def _select(value: Any, chosen: Tensor, count: int) -> Any:
     if isinstance(value, (tuple, list)):
         return _like(value, [_select(item, chosen, count) for item in value])
     return value
+
+
+def _tensors_of(value: Any, count: int) -> Iterator[Tensor]:
+    """The tensors inside ``value`` that have ``count`` rows."""
+    if _has_rows(value, count):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_of(item, count)
 
 
 def _has_rows(value: Any, count: int) -> bool:
@@ -244,6 +262,9 @@ def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the o
             if all(part.keys() == first.keys() for part in parts):
                 names = {key: f"{name}[{key!r}]" for key in first}
                 return _like(first, {k: _join([p[k] for p in parts], counts, order, n) for k, n in names.items()})
+        elif _is_list_of_rows(parts, counts):
+            values = list(itertools.chain(*parts))
+            return [values[i] for i in order.tolist()]
         elif isinstance(first, (tuple, list)):
             if all(len(part) == len(first) for part in parts):
                 items = enumerate(zip(*parts, strict=True))
@@ -256,6 +277,14 @@ def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the o
             return first
     raise ValueError(
         f"{name} is not per row, so that run() cannot join it: let the model return none, or run each adapter alone"
+    )
+
+
+def _is_list_of_rows(parts: list[Any], counts: list[int]) -> bool:
+    """Whether the parts are lists with a word or a number for each row."""
+    return all(
+        type(part) is list and len(part) == rows and all(isinstance(item, str | int | float) for item in part)
+        for part, rows in zip(parts, counts, strict=True)
     )
 
 

@@ -174,7 +174,7 @@ class AdaLoraTraining:
         return {"step": self.step, "rank_pattern": self.config.rank_pattern, **scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
         for key in _SCORES:
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})

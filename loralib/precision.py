@@ -52,8 +52,9 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     for module in computing:
         if module in in_float32:
             _set_border(module, torch.float32, dtype if module in inner and module is not model else None)
-        else:  # beside a head alone nothing in float32 reaches it: not even a look at its inputs is needed then
-            _set_border(module, dtype if (inner or buffered) and not isinstance(module, LoRALayer) else None, None)
+        else:  # token ids bring no float32: without such a module before it not even a look at its inputs is needed
+            reached = inner or buffered or getattr(model, "main_input_name", None) != "input_ids"
+            _set_border(module, dtype if reached and not isinstance(module, LoRALayer) else None, None)
 
 
 def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None:

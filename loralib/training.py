@@ -22,6 +22,7 @@ transformers is imported only when a trainer is made.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +119,13 @@ class LowRankTraining:
             for name in (name for name, value in given.items() if value is not None):
                 raise ValueError(f"{name} has no meaning without target_rank: give that, or leave it out")
         self._saved: dict[str, Any] | None = None
+        self._checked = False
+        self._factors = factors_of(model) if self._regulariser or self._preconditioner else None
         if total_steps is not None:
             self.start(total_steps)
 
     def start(self, total_steps: int) -> None:
-        """Begin a training of ``total_steps`` optimiser steps: plan the pruning, and take up a state loaded before.
+        """Begin a training of ``total_steps`` optimiser steps: plan the pruning, and restore a state loaded before.
 
         Raises:
             ValueError: where the steps are too few, the loaded state belongs to another training, or layers no longer
@@ -139,6 +142,7 @@ class LowRankTraining:
                 total_step=total_steps,
                 **self._options,
             )
+            self._factors = self._factors or factors_of(self.model)
         self.total_steps, self.step = total_steps, 0
         if self._saved is not None:
             saved, self._saved = self._saved, None
@@ -167,16 +171,44 @@ class LowRankTraining:
     def after_step(self) -> None:
         """Call after ``optimizer.step()`` and before the gradients are cleared.
 
+        The first call warns of layers that no gradient has reached: a model may read a weight past its layer's forward
+        pass, which ignores an update.
+
         Raises:
             RuntimeError: where pruning is asked for and :meth:`start` was never called.
+            ValueError: where the model's factors are others than when this was made, and where pruning finds no
+                gradient at all.
         """
         if self._prunes and self.allocator is None:
             raise RuntimeError("call start(total_steps) before training: the pruning is planned over them")
+        if not self._checked:
+            self._check_first_step()
+            self._checked = True
         self.step += 1
         if self.orthogonality == "retraction":
             self._exact_factors().retract()
         if self.allocator is not None:
             self.allocator.update_and_mask(self.model, self.step)
+
+    def _check_first_step(self) -> None:
+        if self._factors and list(map(id, self._factors)) != list(map(id, factors_of(self.model))):
+            raise ValueError(
+                "the model has new factors since LowRankTraining was made (compact(), load_adapter()): make it anew"
+            )
+        amplitudes = {
+            name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E
+            for name, layer in lora_layers(self.model).items()
+            if layer.r
+        }
+        trained = {name: parameter for name, parameter in amplitudes.items() if parameter.requires_grad}
+        missed = [name for name, parameter in trained.items() if parameter.grad is None]
+        if missed:
+            warnings.warn(
+                f"in the first step no gradient reached {len(missed)} of {len(trained)} low-rank layers, {missed[0]} "
+                "among them: the model did not call them (one that reads their weights itself ignores their updates), "
+                "or the gradients were cleared before after_step()",
+                stacklevel=3,
+            )
 
     @property
     def rank_pattern(self) -> dict[str, list[bool]] | None:
@@ -193,7 +225,7 @@ class LowRankTraining:
         return {"step": self.step, "allocator": self.allocator.state_dict() if self.allocator is not None else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state; before :meth:`start` it is kept until then.
+        """Restore a saved state; before :meth:`start` it is kept until then.
 
         Raises:
             ValueError: where it belongs to another training.

@@ -401,7 +401,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         return int(Path(best).name.rpartition("-")[2])
 
     def restore_progress(self) -> None:
-        """Take up the running loss where the checkpoint left it, and the best one; called when training begins."""
+        """Restore the checkpoint's running loss and its best score; called when training begins."""
         if self._restored:
             restore_progress(self, self._restored)
             for callback in self.callback_handler.callbacks:

@@ -347,12 +347,36 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     torch.testing.assert_close(model(INPUTS), outputs)
 
 
-def test_an_adapter_is_loaded_before_its_parameters_are_reduced_over_processes(tmp_path):
+def test_what_changes_parameters_comes_before_they_are_reduced_over_processes(tmp_path):
     folder = loralib.save_adapter(adapted(k=2), tmp_path / "a")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(Net())
-        with refused("load the adapter, then wrap"):
-            loralib.load_adapter(wrapped, folder)
+        for plain, change, says in (
+            (Net(), lambda model: loralib.load_adapter(model, folder), "load the adapter, then wrap"),
+            (Net(), lambda model: loralib.inject(model, "lora", ["q"]), "inject the layers, then wrap"),
+            (adapted(k=2), loralib.compact, "compact the model, then wrap"),
+        ):
+            with refused(says, wrapped := nn.parallel.DistributedDataParallel(plain)):
+                change(wrapped)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_an_average_of_weights_is_saved_as_a_model_is(tmp_path):
+    model = adapted(k=2)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    loralib.load_adapter(base := Net(), loralib.save_adapter(averaged, tmp_path / "a"))
+    assert torch.equal(base(INPUTS), model(INPUTS))
+
+
+def test_names_inside_of_a_wrapper(tmp_path):
+    """Around the whole model they are left out; inside it no base has them."""
+    model = adapted(k=2)
+    compiled = torch.compile(model, backend="eager")
+    assert loralib.lora_state_dict(compiled).keys() == loralib.lora_state_dict(model).keys()
+    assert loralib.base_fingerprint(compiled) == loralib.base_fingerprint(model)
+    model.layers[1] = torch.compile(model.layers[1], backend="eager")
+    with refused(r"layers\.1\._orig_mod\.q lies in a wrapped module", model):
+        loralib.save_adapter(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())

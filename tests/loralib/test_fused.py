@@ -166,3 +166,12 @@ def test_traces_whole_under_torch_compile():
     expected = layer(x), gradients(layer, lambda m: m(x))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close((compiled(x), gradients(layer, lambda m: compiled(x))), expected)
+
+
+def test_exports_for_batches_of_any_size():
+    layer, x = trained_layer().eval(), torch.randn(6, 16)
+    batch = torch.export.Dim("batch")
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: batch}}).module()
+        large = torch.randn(30_000, 16)
+        torch.testing.assert_close(exported(large), layer(large))

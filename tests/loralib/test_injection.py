@@ -1,5 +1,7 @@
 """Injection: names, sharing, and the exact parameter counts of METHOD at real size."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -171,3 +173,15 @@ def test_factors_that_are_shared_no_more_are_refused(tmp_path):
     with pytest.raises(ValueError, match="meta device"):
         loralib.save_adapter(model.to("meta"), tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sharing_that_shares_nothing_is_said():
+    def net(*names):
+        return nn.ModuleDict({name: nn.ModuleDict({"q": nn.Linear(6, 5)}) for name in names})
+
+    with pytest.warns(UserWarning, match="share_outer shares nothing"):
+        loralib.inject(net("block1", "block2"), "lora2", ["q"], r=2, share_outer=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loralib.inject(net("1", "2"), "lora2", ["q"], r=2, share_outer=True)
+        loralib.inject(net("block1"), "lora2", ["q"], r=2, share_outer=True)

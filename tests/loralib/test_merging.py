@@ -93,3 +93,13 @@ def test_flags_come_back_after_an_error_too():
         model.requires_grad_(False)
         raise MemoryError
     assert [p.requires_grad for p in model.parameters()] == flags and any(flags)
+
+
+def test_a_head_trains_on_a_merged_adapter():
+    model = adapted(k=2)
+    loralib.merge_adapter(model.train())
+    with pytest.raises(RuntimeError, match="call unmerge"):
+        model(INPUTS)
+    model.requires_grad_(False).classifier.requires_grad_(True)
+    model(INPUTS).sum().backward()
+    assert model.classifier.weight.grad is not None

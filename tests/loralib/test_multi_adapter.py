@@ -186,6 +186,7 @@ def test_nothing_comes_from_some_of_the_rows_alone(two):
         (lambda x: x.mean(0), "the output is not per row"),
         (lambda x: [x] * len(x), "the output is not per row"),
         (lambda x: x if len(x) > 1 else None, "the output is not per row"),
+        (lambda x: [str(i) for i in x[1:, 0].tolist()], "the output is not per row"),
         (lambda x: {1: x, "extra": Pair(x[:, 0], [x, None, 5, "word", torch.arange(9)])}, None),
     ],
 )
@@ -225,3 +226,37 @@ def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
     adapters.activate("a")
     torch.testing.assert_close(base(INPUTS), model(INPUTS))
     assert not base(INPUTS).requires_grad
+
+
+def test_words_and_numbers_of_rows_are_joined_and_inputs_may_lie_in_containers(two):
+    two.model.forward = lambda batch: ([str(i) for i in batch["x"][0][:, 0].tolist()], [2, 3])
+    x = torch.arange(10.0).view(5, 2)
+    words, constant = two.run(["a", "b", "b", "b", "a"], {"x": [x, "kept"]})
+    assert words == ["0.0", "2.0", "4.0", "6.0", "8.0"] and constant == [2, 3]
+    with refused("4 adapters named, but no input has 4 rows"):
+        two.run(["a"] * 4, {"x": [x]})
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("name", ["layers.0.q", "classifier"])
+def test_hooks_of_one_s_own_see_what_the_adapter_gives(tmp_path, name, early):
+    """Each once, whether they were there before the adapter or not."""
+    folder, calls = loralib.save_adapter(adapted(k=2), tmp_path / "a"), []
+
+    def add_hooks(model):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        module.register_forward_hook(lambda module, args, output: calls.append(name) or output * 2)
+
+    served, loaded = Net(), Net()
+    add_hooks(loaded)
+    loralib.load_adapter(loaded, folder)
+    if early:
+        add_hooks(served)
+    adapters = loralib.MultiAdapter(served)
+    adapters.load("a", folder)
+    if not early:
+        add_hooks(served)
+    adapters.activate("a")
+    torch.testing.assert_close(served(INPUTS), loaded(INPUTS))
+    assert len(calls) == 2

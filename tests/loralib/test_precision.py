@@ -166,8 +166,26 @@ def test_a_further_call_changes_nothing_but_what_trains_by_then(also):
     assert twice.embeddings.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "stem", [nn.Linear(16, 16), nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 1, 1), nn.Flatten())]
+)
+def test_inputs_may_be_floating_point(stem):
+    model = nn.Sequential(copy.deepcopy(stem), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    loralib.inject(model, "lora2", ["1"], r=2, k=2)
+    loralib.mark_only_lora_as_trainable(model)
+    model[3].requires_grad_(True)
+    x = torch.randn(5, 16)
+    expected = model(x)
+    loralib.cast_frozen(model, torch.bfloat16, model[3])
+    torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
+    model(x).sum().backward()
+    assert model[1].lora_E.grad.dtype == torch.float32
+
+
 def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
+    """As in transformers' models of text, which say that token ids come in."""
     model = tiny()
+    model.main_input_name = "input_ids"
     loralib.cast_frozen(model, torch.bfloat16, model.head)
     assert [name for name, m in model.named_modules() if m._forward_hooks] == ["head"]
     assert all(loralib.layers._call_me in m._forward_pre_hooks.values() for m in loralib.lora_layers(model).values())

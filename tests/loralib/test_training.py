@@ -1,12 +1,15 @@
 """The helper for plain loops and the Trainer mix-in: the same training, step by step, and exact resumption."""
 
+import warnings
+
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import loralib
-from tests.loralib.small import blocks, model_to_prune, random_step, randomise
+from tests.loralib.small import INPUTS, adapted, blocks, model_to_prune, random_step, randomise
 from tests.nlu.tiny import tiny_bert
 
 STEPS, BATCH = 8, 4
@@ -167,7 +170,8 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
     model = injected("adalora")
     training = loralib.LowRankTraining(model, regu_weight=0.2)
     torch.testing.assert_close(training.penalty(), loralib.compute_orth_regu(model, 0.2))
-    training.after_step()
+    with pytest.warns(UserWarning, match="no gradient reached 4 of 4 low-rank layers"):
+        training.after_step()
     assert training.rank_pattern is None and training.step == 1
     assert loralib.LowRankTraining(model, regu_weight=0).penalty() == 0.0
     with pytest.raises(RuntimeError, match="start"):
@@ -206,6 +210,8 @@ def test_layers_may_lie_on_several_devices(monkeypatch, prune_by):
             for tensor in layer.parameters():
                 tensor.fake_device = torch.device("cuda", number)
         training = loralib.LowRankTraining(model, 10, target_rank=2, mask_interval=1, prune_by=prune_by)
+        for layer in loralib.lora_layers(model).values():
+            layer.lora_E.grad = torch.zeros_like(layer.lora_E)
         for _ in range(9):
             with torch.no_grad():  # autograd would look for CUDA's streams
                 assert training.penalty().device == torch.device("cuda", 0)
@@ -218,6 +224,7 @@ def test_the_defaults_of_a_training():
     made = training.allocator
     assert (made.init_warmup, made.final_warmup, made.mask_interval, made.beta1, made.beta2) == (10, 50, 10, 0.85, 0.85)
     torch.testing.assert_close(training.penalty(), loralib.compute_orth_regu(training.model, 0.1))
+    random_step(training.model, torch.Generator())
     training.after_step()
     training.start(40)  # another training of the same model
     assert (training.step, training.allocator.init_warmup, training.allocator.final_warmup) == (0, 4, 20)
@@ -250,3 +257,62 @@ def test_a_frozen_adapter_is_neither_pruned_nor_regularised():
     with torch.no_grad():
         first.lora_B[1].mul_(2)
     assert torch.equal(training.penalty(), before)
+
+
+class Reader(nn.Module):
+    """Reads the weight of one of its layers itself, as WavLM's attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = nn.Linear(6, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def trained_once(model, training, clear=False):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    (model(INPUTS).square().sum() + training.penalty()).backward()
+    optimizer.step()
+    if clear:
+        optimizer.zero_grad()
+    training.after_step()
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora2"])
+def test_layers_that_the_model_does_not_call_are_named_once(kind):
+    model = Reader()
+    loralib.inject(model, kind, ["called", "read"], r=2)
+    loralib.mark_only_lora_as_trainable(model)
+    training = loralib.LowRankTraining(model, 9, regu_weight=0.0 if kind == "lora" else 0.1)
+    with pytest.warns(UserWarning, match="no gradient reached 1 of 2 low-rank layers, read among them") as seen:
+        trained_once(model, training)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained_once(model, training)
+
+
+def test_pruning_without_gradients_is_refused():
+    """All scores would be 0, and modules would be pruned by their names."""
+    model = adapted(r=4)
+    training = loralib.LowRankTraining(model, 9, target_rank=2, mask_interval=1)
+    with (
+        pytest.warns(UserWarning, match="cleared"),
+        pytest.raises(ValueError, match="before the gradients are cleared"),
+    ):
+        trained_once(model, training, clear=True)
+    assert training.rank_pattern["layers.2.q"] == [True] * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"target_rank": 2}, {"precondition": "balanced", "regu_weight": 0.0}])
+def test_a_helper_whose_layers_were_replaced_is_refused(tmp_path, options):
+    model = adapted(r=4)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    training = loralib.LowRankTraining(model, 9, **options)
+    loralib.load_adapter(model, folder)
+    with pytest.raises(ValueError, match="new factors since"):
+        trained_once(model, training)
+    trained_once(model, loralib.LowRankTraining(model, 9, **options))
+    late = loralib.LowRankTraining(model, 9, regu_weight=0.0, orthogonality="retraction")
+    assert late._factors is None  # it looks at the factors in the first step
