@@ -53,7 +53,7 @@ from nlu.runs.adapter import (
     spectra,
     upload_adapter,
 )
-from nlu.runs.checkpoints import last_whole_checkpoint
+from nlu.runs.checkpoints import check_best, last_whole_checkpoint
 from nlu.runs.folder import RunFolder, shared_digests
 from nlu.runs.log import Bars, ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
@@ -122,26 +122,32 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
         eval_rows = sum(map(len, splits.validation.values()))
         bars = not training.disable_tqdm and sys.stderr is not None and sys.stderr.isatty()
         trainer.show_progress(TrainingLines(task.metric, log), *([Bars()] if bars else []))
+        checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" and training.do_train else None
+        if checkpoint is not None and training.load_best_model_at_end:
+            check_best(checkpoint)
         record = start_record(arguments, trainer, eval_rows, run_folder, state, warm_start)
         with trainer.signals:
-            run_recorded(arguments, tests, trainer, record, folder, state)
+            run_recorded(arguments, tests, trainer, record, folder, checkpoint)
         if arguments.record["push_to_hub"] and training.should_save:
             upload_adapter(training, folder)
     return 0
 
 
 def run_recorded(
-    arguments: Arguments, tests: list, trainer: GlueTrainer, record: RunRecord, folder: Path, state: str
+    arguments: Arguments, tests: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: Path | None
 ) -> None:
     """Training, evaluation, prediction and the adapter; whatever ends it early is in the record."""
     save = arguments.training.should_save
     try:
-        train_and_evaluate(arguments, trainer, folder, state)
+        train_and_evaluate(arguments, trainer, checkpoint)
         if arguments.training.do_predict:
             record.static["test_scores"] = predict(tests, trainer, folder)
         record.log_history = trainer.state.log_history
         if save:
             record.static["spectra"] = spectra(trainer.model)
+            if trainer.applied.ranks is not None:
+                live = trainer.applied.ranks.rank_pattern
+                record.static["module_ranks"] = {name: sum(flags) for name, flags in live.items()}
             running = record.write("running")
             tokenizer = trainer.processing_class
             save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)
@@ -233,11 +239,10 @@ def build_trainer(
     return trainer
 
 
-def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, folder: Path, state: str) -> None:
-    """Train from the last whole checkpoint, if there is one, and evaluate what training ended with."""
+def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: Path | None) -> None:
+    """Train from the checkpoint, or without one from the start, and evaluate what training ended with."""
     training = arguments.training
     if training.do_train:
-        checkpoint = last_whole_checkpoint(folder / "model") if state == "resume" else None
         if checkpoint is not None:
             if training.process_index == 0:
                 logger.warning("continuing from %s", checkpoint)

@@ -19,7 +19,7 @@ if packages_missing():
 
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.choosing import choose, chosen_runs, not_finished, possible_second_round
-from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
+from nlu.experiments.experiment import PATH_ARGUMENTS, Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, can_be_checked, check_data, check_writable, command_line, parsed_command
@@ -181,7 +181,7 @@ def _launcher(args: argparse.Namespace, places: Places, total: int) -> tuple[Loc
 
 
 def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
-    """KEY=VALUE texts, values read as YAML would read them."""
+    """KEY=VALUE texts, values read as YAML would read them; the name of a file or folder stays text."""
     pairs = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -193,6 +193,8 @@ def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
             pairs[key] = parse_yaml(value)
         except ValueError:
             pairs[key] = value
+        if key in (*PATH_ARGUMENTS, "glue_dir", "cache_dir") and type(pairs[key]) in (int, float):
+            pairs[key] = value  # a folder called 2024.10
     return pairs
 
 

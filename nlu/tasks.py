@@ -201,9 +201,14 @@ TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 HEADINGS = {task.name: task.display for task in _ROWS} | {c: text for t in _ROWS for c, _, text in t.columns}
 
 
+def find_task(name: object) -> Task | None:
+    """The task of that name (`-` and capitals as in "SST-2" are accepted); None for any other value."""
+    return TASKS.get(name.lower().replace("-", "")) if isinstance(name, str) else None
+
+
 def get_task(name: str) -> Task:
-    """The task of that name (`-` and capitals as in "SST-2" are accepted); UsageError with the names otherwise."""
-    task = TASKS.get(name.lower().replace("-", "")) if isinstance(name, str) else None
+    """:func:`find_task`; UsageError with the names where there is none."""
+    task = find_task(name)
     if task is None:
         raise UsageError(f"unknown task {name!r}: --task_name takes one of {', '.join(TASKS)}")
     return task

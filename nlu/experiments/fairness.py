@@ -90,14 +90,12 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[st
             match = next((each for each in matching if each not in shapes), None)
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
             lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
-        rates = [shapes[each].head_rate for each in (spec, first)]
         used = [shapes[each].head_rate or shapes[each].rate for each in (spec, first)]
-        if used[0] != used[1] and rates != [None, None]:
-            one, other = ("the adapter's rate" if rate is None else f"{rate:g}" for rate in rates)
-            common = next(rate for rate in rates if rate is not None)
+        if used[0] != used[1]:
+            common = next((rate for each in (spec, first) if (rate := shapes[each].head_rate)), used[1])
             lines.append(
-                f"{spec} trains the head at {one}, {first} at {other}: --head_learning_rate {common:g} for all makes "
-                "them equal"
+                f"{spec} trains the head at {used[0]:g}, {first} at {used[1]:g}: --head_learning_rate {common:g} for "
+                "all makes them equal"
             )
     return lines
 

@@ -27,7 +27,7 @@ COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "model", "adapter_params", "head_params",
     "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget", "effective_batch_size",
     "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
-    "digests",
+    "module_ranks", "digests",
 )  # fmt: skip
 NO_LABEL = ("task_name", "seed")  # what tables show in other places
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
@@ -64,7 +64,6 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         **{name: record.get(name) for name in COPIED},
         **rate_sums(record),
         "delta_norm": delta_norm(record),
-        "module_ranks": module_ranks(record),
     }
     return portable({name: value for name, value in line.items() if value is not None})
 
@@ -148,14 +147,6 @@ def delta_norm(record: dict[str, Any]) -> float | None:
     """‖ΔW‖_F at the end, the mean over the adapted layers; None for a method without such an update."""
     logged = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
     return logged[-1] if logged else None
-
-
-def module_ranks(record: dict[str, Any]) -> dict[str, int] | None:
-    """Module → its live singular values at the end; None for a run that did not prune."""
-    spectra = record.get("spectra")
-    if not spectra or record.get("live_budget") in (None, record.get("initial_budget")):
-        return None
-    return {name: sum(value > 0 for value in values) for name, values in spectra.items()}
 
 
 def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:

@@ -72,7 +72,13 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
         metrics = metrics or [line["metric"]]
         scores = np.mean([evaluations[name] for name in metrics], axis=0)
         row |= {"steps_at": evaluations["step"], "scores": list(100 * scores), "losses": evaluations["loss"]}
-        tests = [t[name] for t in line.get("test_scores", {}).values() for name in metrics if name in t]
+        own_files = {Path(name).stem for name, _ in task.submission_files} if task else None
+        tests = [
+            scores[metric]
+            for name, scores in line.get("test_scores", {}).items()
+            for metric in metrics
+            if metric in scores and (own_files is None or name in own_files)
+        ]
         row["test"] = 100 * np.mean(tests) if tests else None
     return row
 
@@ -113,16 +119,16 @@ def tuned_over(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
         raise UsageError(f"tuned: no run has the axis {axis!r}; the axes are {', '.join(known)}")
     here &= runs["axes"].map(lambda axes: axis in axes)
     tuning = runs[here].copy()
-    values = [axes[axis] for axes in tuning["axes"]]
+    values = [repr(axes[axis]) for axes in tuning["axes"]]  # None too is a value
     free = [{name: value for name, value in axes.items() if name != axis} for axes in tuning["axes"]]
     tuning["label"] = [label_of(*pair) for pair in zip(free, tuning.method, strict=True)]
     kept = [runs[~here]]
     for _, own in tuning.assign(value=values).groupby(["experiment", "label", "task"], sort=False):
-        asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed", errors="ignore")
-        own["tried"] = asked[asked.columns[asked.astype(str).nunique() > 1]].to_dict("records")
-        done = own[own.status == "finished"]
-        whole = done.groupby("value").seed.nunique() == own.seed.nunique()
-        losses = done.groupby("value").loss.mean()[whole]
+        asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed", errors="ignore").map(repr)
+        varies = (asked.groupby(own.seed.to_numpy()).nunique(dropna=False) > 1).any()  # what goes with a seed does not
+        own["tried"] = [{name: each[name] for name in asked.columns[varies] if name in each} for each in own.asked]
+        done = own[own.status == "finished"].groupby("value", sort=False)
+        losses = done.loss.mean()[done.seed.nunique() == own.seed.nunique()]
         kept.append(own.assign(stage="select"))
         kept.append(own[own.value == losses.idxmin()] if len(losses) else own[:0])
     return _ordered(pd.concat(kept).drop(columns="value", errors="ignore").reset_index(drop=True))

@@ -163,11 +163,17 @@ def encoder_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
 
 
 def pruned_factor_params(applied: AppliedMethod) -> int:
-    """Parameters of low-rank layers that belong to pruned singular values."""
-    pruned = 0
+    """Parameters of low-rank layers that no live singular value uses, and the saved adapter leaves out: also the outer
+    factors of layers without one."""
+    every: dict[int, int] = {}
+    kept: dict[int, int] = {}
     for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
-        pruned += dropped_params(applied.model.get_submodule(name), [i for i, live in enumerate(mask) if live])
-    return pruned
+        layer, live = applied.model.get_submodule(name), [i for i, is_live in enumerate(mask) if is_live]
+        for parameter, values in zip(layer.lora_parameters(), layer.select(live), strict=True):
+            every[id(parameter)] = parameter.numel()
+            if live:
+                kept[id(parameter)] = values.numel()
+    return sum(every.values()) - sum(kept.values())
 
 
 def dropped_params(layer: Any, kept: list[int]) -> int:

@@ -51,6 +51,9 @@ def read_peft_config(name: str) -> tuple[Path, Any]:
         raise UsageError(f"{path}: no peft config ({reason(error)}): {_PEFT_CONFIG}") from None
 
 
+_UNFIT = {"POLY": "needs the number of a task with each row", "SHADOW": "wraps the whole model"}
+
+
 def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
     """A peft config object.
 
@@ -77,6 +80,8 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{source}: {reason(error)}") from None
+    if kind.value in _UNFIT:
+        raise UsageError(f"{source}: {kind.value} {_UNFIT[kind.value]}, which this program does not do")
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
         raise UsageError(f"{source}: {kind.value} changes the input, not layers; name a method that changes layers")
     return config

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from loralib.files import new_folder_of, remove_leftovers, replace_folder, start_folder, write_json
-from nlu.errors import reason
+from nlu.errors import UsageError, reason
 from nlu.runs.digests import folder_digests, sha256
 from nlu.runs.processes import wait_for_all
 
@@ -131,6 +131,21 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders by step, the first one first."""
     found = [(int(m.group(1)), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
+
+
+def check_best(checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint whose run has lost its best one, which the run is to end with.
+
+    Raises:
+        UsageError: the best checkpoint is missing or damaged.
+    """
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")).get("best_global_step")
+    best = checkpoint.parent / f"checkpoint-{step}"
+    if step and not is_whole(best):
+        raise UsageError(
+            f"{best}, the run's best checkpoint, is missing or damaged: predict with adapter/ of a finished run "
+            "(nlu/predict.py), or give --overwrite_output_dir to train again"
+        )
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

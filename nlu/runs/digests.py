@@ -18,7 +18,7 @@ from nlu import METHOD_FOLDER, peft_file
 from nlu.data.glue_files import split_files
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import parse_yaml
-from nlu.tasks import TASKS
+from nlu.tasks import find_task
 
 # What decides how a model computes: not what a training leaves beside it. A test compares the tokenizers' files with
 # transformers' classes; the list of loralib.adapter_files would bring torch.
@@ -52,7 +52,7 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
             files = _files(flag, arguments)
             if files:
                 # The name of a user's own file says only how it is read, by its suffix.
-                own = Path(arguments.get(flag) or "")
+                own = Path(str(arguments.get(flag)))
                 names = [path.suffix if path == own else path.name for path in files]
                 found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
     return found | _config_digests(arguments)
@@ -79,8 +79,8 @@ def folder_digests(folder: Path) -> dict[str, str]:
 def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
     """The files whose contents make the digest of a flag."""
     value, predicts = arguments.get(flag), arguments.get("do_predict")
-    folder = arguments.get("glue_dir") or os.environ.get("GLUE_DIR")
-    task = TASKS.get(str(arguments.get("task_name")))  # an experiment's own command may have other tasks
+    folder = str(arguments.get("glue_dir") or os.environ.get("GLUE_DIR") or "")  # a name may be a number in YAML
+    task = find_task(arguments.get("task_name"))  # an experiment's own command may have other tasks
     if flag == "model_name_or_path":
         return _matching(value, _MODEL_FILES)
     if flag == "lora_path":
@@ -90,16 +90,16 @@ def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
         splits = [] if task is None else [*task.train_splits, *([] if held_out else task.validation_splits)]
         return [path for split in splits for path in split_files(task, split, folder)]
     if flag == "test_file" and task is not None:
-        tasks = [task, TASKS.get(str(arguments.get("predict_task")))] if predicts and folder else []
+        tasks = [task, find_task(arguments.get("predict_task"))] if predicts and folder else []
         return [path for t in tasks if t for split in t.test_splits for path in split_files(t, split, folder)]
     wanted = value and (flag != "test_file" or predicts)
-    return [Path(value)] if wanted and Path(value).is_file() else []
+    return [Path(str(value))] if wanted and Path(str(value)).is_file() else []
 
 
 def _matching(folder: Any, patterns: Iterable[str]) -> list[Path]:
     if not folder:
         return []
-    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+    return sorted({path for pattern in patterns for path in Path(str(folder)).glob(pattern) if path.is_file()})
 
 
 def _config_digests(arguments: Mapping[str, Any]) -> dict[str, str]:

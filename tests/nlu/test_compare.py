@@ -143,12 +143,16 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     assert capsys.readouterr().err == ""
     assert compare.main([*flags, "--methods", "lora,lora2_plus:lora_r=8:lora_alpha=32"]) == 0
     assert capsys.readouterr().err == (
-        "warning: lora2_plus:lora_r=8:lora_alpha=32 trains the head at 0.001, lora at the adapter's rate: "
+        "warning: lora2_plus:lora_r=8:lora_alpha=32 trains the head at 0.001, lora at 0.0012: "
         "--head_learning_rate 0.001 for all makes them equal\n"
     )
     for alike in (["--head_learning_rate", "2e-3"], ["--learning_rate", "1e-3"]):
         assert compare.main([*flags, "--methods", "lora,lora2_plus:lora_r=8:lora_alpha=32", *alike]) == 0
         assert capsys.readouterr().err == ""
+    assert compare.main([*flags, "--methods", "lora:learning_rate=2e-3,lora:learning_rate=1e-3"]) == 0
+    assert "1e-3 trains the head at 0.001, lora:learning_rate=2e-3 at 0.002: --head_learning_rate 0.002" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_table_says_what_was_measured():

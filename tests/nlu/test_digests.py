@@ -179,3 +179,16 @@ def test_the_first_process_reads_for_all(tmp_path, monkeypatch):
 def test_a_run_records_its_model_and_data(finished, encoder, tiny_glue):
     expected = of(model_name_or_path=str(encoder), task_name="cola", glue_dir=str(tiny_glue), do_predict=True)
     assert finished[1]["digests"] == expected | of(method="lora2") and len(expected) == 3
+
+
+def test_spellings_of_a_task_are_the_task(tiny_glue):
+    plain = of(task_name="mnli", glue_dir=str(tiny_glue), do_predict=True, predict_task="cola")
+    assert of(task_name="MNLI", glue_dir=str(tiny_glue), do_predict=True, predict_task="CoLA") == plain
+    assert {"glue_dir", "test_file"} == plain.keys()
+    assert of(task_name="mnli", glue_dir=str(tiny_glue), do_predict=True) != plain
+
+
+def test_a_folder_s_name_may_be_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model(tmp_path / "2024")
+    assert of(model_name_or_path=2024) == of(model_name_or_path="2024") != {}

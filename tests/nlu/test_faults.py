@@ -287,6 +287,27 @@ def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folde
     assert outcome(tmp_path / "moved") == expected
 
 
+@pytest.mark.parametrize(
+    "harm", [shutil.rmtree, lambda best: truncate(best / "model.safetensors")], ids=["", "damaged"]
+)
+def test_without_its_best_checkpoint_a_run_does_not_go_on(flags, run_folder, capsys, monkeypatch, harm):
+    """The adapter of a finished one may be the only copy of those weights."""
+    scores = iter([0.1, 0.9, 0.2, 0.3])
+    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    flags = [*changed(flags, eval_steps=2, max_steps=8), "--load_best_model_at_end"]
+    assert main(flags) == 0 and read(flags)["best_step"] == 4
+    before = [
+        path.read_bytes() for path in (run_folder / "results.json", run_folder / "adapter/adapter_model.safetensors")
+    ]
+    harm(run_folder / "model/checkpoint-4")
+    assert main([*flags, "--do_predict"]) == 2
+    assert "checkpoint-4, the run's best checkpoint, is missing or damaged" in error_line(capsys)
+    after = [
+        path.read_bytes() for path in (run_folder / "results.json", run_folder / "adapter/adapter_model.safetensors")
+    ]
+    assert after == before
+
+
 # ---- two runs, other processes, the clock ----------------------------------------------------------------------------
 
 

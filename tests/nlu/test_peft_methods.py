@@ -42,6 +42,8 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
     ("{", "cannot be read"), ("[]", "no peft config"),
     ('{"peft_type": "NOSUCH"}', "no peft config"), ('{"peft_type": "LORA", "rank": 8}', "unexpected keyword"),
     ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}', "changes the input"),
+    ('{"peft_type": "POLY"}', "needs the number of a task with each row"),
+    ('{"peft_type": "SHADOW"}', "wraps the whole model"),
     ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 5 + 5 = 10 leaves no step"),
     ('{"peft_type": "ADALORA", "tinit": null}', "tinit, tfinal: "),
     ('{"peft_type": "LORA", "rank_pattern": [1]}', "LORA: "),

@@ -10,6 +10,7 @@ from scipy import stats
 from nlu.errors import UsageError
 from nlu.experiments.statistics import (
     Estimate,
+    as_frame,
     estimate,
     finished,
     holm,
@@ -170,3 +171,43 @@ def test_a_value_of_an_axis_is_chosen_by_the_last_loss_not_the_lowest(tmp_path):
             lines.append(made)
     chosen = finished(tuned_over(load_measured(write(tmp_path, "trial", lines)), "rate"))
     assert {axes["rate"] for axes in chosen["axes"]} == {"low"}
+
+
+def tuned(tmp_path, lines):
+    """What a question about the axis ``variant`` gets: the settings of each tuning run, and the chosen variants."""
+    runs = tuned_over(load_measured(write(tmp_path, "trial", lines)), "variant")
+    select = runs[runs.stage == "select"]
+    return list(select.tried), {axes["variant"] for axes in finished(runs)["axes"]}
+
+
+def variant(name, seed, loss, **asked):
+    axes = {"method": "lora", "variant": name, "task_name": "cola", "seed": seed}
+    made = line(f"LoRA, variant={name}", "cola", seed, [0.4, 0.5], tried={}, axes=axes, run=f"{name}-{seed}")
+    made["asked"] = {"method": "lora", "task_name": "cola", "seed": seed, **asked}
+    made["evaluations"]["loss"] = [1.0, loss]
+    return made
+
+
+def test_labels_of_an_axis_may_set_different_flags_or_none(tmp_path):
+    flags = {"usual": {}, "wide": {"lora_alpha": 32}, "deep": {"lora_r": 16}}
+    losses = {"usual": 0.3, "wide": 0.1, "deep": 0.6}
+    tried, chosen = tuned(tmp_path, [variant(v, s, losses[v], **flags[v]) for v in flags for s in (1, 2)])
+    assert chosen == {"wide"} and sorted(map(str, tried)) == sorted(2 * list(map(str, flags.values())))
+
+
+def test_null_is_a_value_of_an_axis(tmp_path):
+    lines = [variant(v, s, loss, value_lr_ratio=v) for v, loss in ((None, 0.1), (4, 0.4), (8, 0.3)) for s in (1, 2)]
+    assert tuned(tmp_path, lines)[1] == {None}
+
+
+def test_what_goes_with_a_seed_is_not_tried(tmp_path):
+    lines = [variant(v, s, 0.1 * v, value_lr_ratio=v, data_seed=10 + s) for v in (4, 8) for s in (1, 2)]
+    tried, chosen = tuned(tmp_path, lines)
+    assert chosen == {4} and {tuple(each) for each in tried} == {("value_lr_ratio",)}
+
+
+def test_the_test_score_is_of_the_task_s_own_test_sets():
+    scores = {"MNLI-m": {"accuracy": 0.7}, "MNLI-mm": {"accuracy": 0.72}, "AX": {"accuracy": 0.3}}
+    own = line("LoRA r=8", "custom", 1, [0.5], test_scores={"custom_test": {"accuracy": 0.6}}, metric="accuracy")
+    frame = as_frame([("a", line("LoRA r=8", "mnli", 1, [0.5], test_scores=scores)), ("a", own)])
+    assert sorted(frame.test) == pytest.approx([60, 71])

@@ -324,3 +324,9 @@ def test_one_s_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep
 def test_models_of_one_name_on_the_hub_are_two(tmp_path):
     names = [place_free({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
     assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
+
+
+def test_a_folder_named_on_the_command_line_stays_text():
+    texts = ["model_name_or_path=2024", "glue_dir=2024.10", "max_steps=5", "lora_path=null"]
+    expected = {"model_name_or_path": "2024", "glue_dir": "2024.10", "max_steps": 5, "lora_path": None}
+    assert sweep._pairs(texts, "--set") == expected

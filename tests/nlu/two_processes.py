@@ -30,8 +30,9 @@ def run(flags: list[str], stop_after: int | None = None) -> None:
     """One run; its state at the end goes to process-RANK.pt beside its folder's files."""
     original = run_glue.train_and_evaluate
 
-    def watch(arguments, trainer, folder, *rest):
-        original(arguments, trainer, folder, *rest)
+    def watch(arguments, trainer, *rest):
+        original(arguments, trainer, *rest)
+        folder = Path(arguments.training.root_output_dir)
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
             "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
