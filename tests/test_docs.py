@@ -115,5 +115,9 @@ def readme_rows() -> list[tuple[str, ...]]:
 
 def test_the_table_of_the_readme_is_that_of_the_records():
     page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results so far")[2]
+    runs = finished(load_measured(ROOT / "results/measured"))
+    remains = (100 * runs.live_adapter_params / runs.adapter_params)[runs.experiment == "evidence"].groupby(runs.label)
+    shares = [f"{remains.mean()[label]:.0f}" for label in ("LoRA² k=8", "LoRA² k=1")]
+    assert f"which leaves {' and '.join(shares)} % of their parameters" in page
     table = [line for line in page.splitlines() if line.startswith("| ")]
     assert [tuple(line.strip("| ").split(" | ")) for line in table[2:]] == readme_rows()
