@@ -125,7 +125,7 @@ def tuned_over(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
     kept = [runs[~here]]
     for _, own in tuning.assign(value=values).groupby(["experiment", "label", "task"], sort=False):
         asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed", errors="ignore").map(repr)
-        varies = (asked.groupby(own.seed.to_numpy()).nunique(dropna=False) > 1).any()  # what goes with a seed does not
+        varies = (asked.groupby(own.seed.to_numpy()).nunique() > 1).any()  # what goes with a seed does not
         own["tried"] = [{name: each[name] for name in asked.columns[varies] if name in each} for each in own.asked]
         done = own[own.status == "finished"].groupby("value", sort=False)
         losses = done.loss.mean()[done.seed.nunique() == own.seed.nunique()]

@@ -305,7 +305,9 @@ def test_pruning_without_gradients_is_refused():
     assert training.rank_pattern["layers.2.q"] == [True] * 4
 
 
-@pytest.mark.parametrize("options", [{}, {"target_rank": 2}, {"precondition": "balanced", "regu_weight": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"target_rank": 2, "regu_weight": 0.0}, {"precondition": "balanced", "regu_weight": 0.0}]
+)
 def test_a_helper_whose_layers_were_replaced_is_refused(tmp_path, options):
     model = adapted(r=4)
     folder = loralib.save_adapter(model, tmp_path / "a")
