@@ -40,12 +40,18 @@ class _Scores:
         shape = (len(parameters), *parameters[0].shape)
         self.sensitivity = torch.zeros(shape, dtype=torch.float32, device=device)
         self.uncertainty = torch.zeros_like(self.sensitivity)
+        self.gradients: Tensor | None = None
+
+    def read_gradients(self) -> None:
+        # No gradient (an unused module), or none that is finite (a step that float16 skips), is a gradient of zero.
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.gradients = torch.stack(found).float().nan_to_num_(0.0, 0.0, 0.0)
 
     def update(self, beta1: float, beta2: float) -> None:
         weights = torch.stack([p.detach() for p in self.parameters]).float()
-        # No gradient (an unused module), or none that is finite (a step that float16 skips), is a gradient of zero.
-        gradients = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]).float()
-        gradients.nan_to_num_(0.0, 0.0, 0.0)
+        if self.gradients is None:
+            self.read_gradients()
+        gradients, self.gradients = self.gradients, None
         if self.sensitivity.device != weights.device:  # the model was moved
             for name in ("sensitivity", "uncertainty", "parameter_index", "layer_index"):
                 setattr(self, name, getattr(self, name).to(weights.device))
@@ -224,6 +230,15 @@ class RankAllocator(AllocatorSettings):
         if self.total_step is None:
             raise RuntimeError("call set_total_step() before training: the budget depends on it")
         return self.total_step
+
+    @torch.no_grad()
+    def read_gradients(self) -> None:
+        """Keep ∂L/∂w for the next :meth:`update_and_mask`, which reads the gradients itself otherwise.
+
+        For a caller that changes them before the step (a preconditioner, a projection).
+        """
+        for scores in self._scores:
+            scores.read_gradients()
 
     @torch.no_grad()
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:

@@ -101,7 +101,9 @@ def _see_batches(
     parameters = [p for p in model.parameters() if p.requires_grad]
     modes = {module: module.training for module in model.modules()}
     mask: Tensor | None = None
-    two_lengths = getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False)
+    config = getattr(unwrapped(model), "config", None)
+    two_lengths = getattr(config, "is_encoder_decoder", False)
+    tokens_first = getattr(config, "model_type", None) == "xlnet"
 
     def see(layer: LoRALayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x, *_ = *args, *kwargs.values()
@@ -120,7 +122,7 @@ def _see_batches(
         with torch.random.fork_rng(devices), torch.set_grad_enabled(with_gradients):
             for batch in batches:
                 given = batch.get("attention_mask") if isinstance(batch, Mapping) and not two_lengths else None
-                mask = None if given is None else given.bool()
+                mask = None if given is None else (given.T if tokens_first else given).bool()
                 loss = loss_of(model, batch)
                 if with_gradients:
                     with without_autocast(loss.device.type):

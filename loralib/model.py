@@ -97,7 +97,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     check_choice("bias", bias, BIASES)
     layers = injected_layers(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bias == "all" and _is_bias(name))
+        parameter.requires_grad_(bias == "all" and is_bias(name))
     for parameter in factors_of(model):
         parameter.requires_grad_(True)
     for layer in layers.values():
@@ -125,11 +125,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()  # gives a shared parameter once
-        if id(parameter) in wanted or (bias == "all" and _is_bias(name))
+        if id(parameter) in wanted or (bias == "all" and is_bias(name))
     }
 
 
-def _is_bias(name: str) -> bool:
+def is_bias(name: str) -> bool:
     """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0)."""
     own = name.rpartition(".")[2]
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")

@@ -158,6 +158,9 @@ class LowRankTraining:
         Raises:
             ValueError: at the first step, where the factors of a ΔW that is not 0 are not orthonormal.
         """
+        changes = self._preconditioner is not None or self.orthogonality == "retraction"
+        if changes and self.allocator is not None:
+            self.allocator.read_gradients()
         if self._preconditioner is not None:
             self._preconditioner.apply()
         if self.orthogonality == "retraction":

@@ -36,7 +36,10 @@ from nlu.tasks import Task
 logger = logging.getLogger("nlu")
 
 _NO_NAME = re.compile(r"label_\d+", re.IGNORECASE)  # what transformers calls labels that nobody named
-_DROPOUTS = ("cls_dropout", "classifier_dropout", "seq_classif_dropout")  # before the classifier, by architecture
+# Before the classifier, by architecture. DeBERTa's configurations need not have theirs.
+_DROPOUTS = (
+    "cls_dropout", "classifier_dropout", "seq_classif_dropout", "classifier_dropout_prob", "summary_last_dropout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,14 @@ def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | 
         config.label2id = {name: number for number, name in enumerate(head.labels)}
     elif config.num_labels != 1:
         config.num_labels = 1
+    config.return_dict = True
     if model.cls_dropout is not None:
-        for name in _DROPOUTS:
-            if hasattr(config, name) or name == "cls_dropout":
-                setattr(config, name, model.cls_dropout)
+        known = [name for name in _DROPOUTS if hasattr(config, name)]
+        known += ["cls_dropout"] if config.model_type.startswith("deberta") else []
+        if not known:
+            raise UsageError(f"--cls_dropout: {config.model_type} has no dropout of its own in the head; leave it out")
+        for name in known:
+            setattr(config, name, model.cls_dropout)
     return config, tokenizer, head
 
 
@@ -140,11 +147,20 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     if config.model_type == "fnet" and (arguments.training.bf16 or arguments.training.fp16):
         raise UsageError("FNet's Fourier transform has no half precision: leave --bf16 and --fp16 out")
     model = without_weights(arguments, config)
+    if arguments.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
     with torch.device("meta"):
         if total_steps:
             _check_optimisation(arguments.training, model, total_steps)
-        check_method_fits(model, arguments.method, total_steps)
+        applied = check_method_fits(model, arguments.method, total_steps)
+    training = arguments.training
+    casts = training.fp16 or (training.bf16 and applied is not None and applied.needs_autocast)
+    if config.model_type == "deberta" and casts:
+        flag = "--fp16" if training.fp16 else f"--bf16 with --method {arguments.method.method}"
+        raise UsageError(
+            f"{flag}: DeBERTa's (not V2's) attention fills a number in that autocast cannot hold; leave it out"
+        )
     if warm_start is not None:
         check_warm_start(*warm_start, model, arguments)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import loralib
 from loralib.stored_weight import stored_form
@@ -59,7 +58,8 @@ def _start_factors(trainer: GlueTrainer, kind: str, count: int) -> None:
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-        return trainer.task_loss(outputs, batch["labels"], 1)  # a sum, so that a shorter last piece counts as its rows
+        # A sum, so that a shorter last piece counts as its rows; that of the training, though dropout is off.
+        return trainer.task_loss(outputs, batch["labels"], 1, training=True)
 
     try:
         loralib.initialise(trainer.model, kind, (_batch(trainer, piece) for piece in rows), loss_of, seed=args.seed)
@@ -99,31 +99,34 @@ def train_head(trainer: GlueTrainer, epochs: int) -> None:
             for rows in torch.randperm(count, generator=generator).split(effective_batch_size(args)):
                 batch = _batch(trainer, rows)
                 labels = batch.pop("labels")
-                with _encoder_returns(model, restore([features[i] for i in rows.tolist()])):
+                with _encoder_returns(model, restore([features[i] for i in rows.tolist()], batch)):
                     loss = trainer.task_loss(model(**batch), labels)
-                for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)  # a pooler may lie idle
+                for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()
     optimizer.zero_grad()
 
 
 @torch.no_grad()
-def _features(trainer: GlueTrainer) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """(tokens, hidden) of every training row, and what makes the encoder's output of some of them."""
-    model, encoder = trainer.model, trainer.model.base_model
+def _features(trainer: GlueTrainer) -> tuple[list[Tensor], Callable[[list[Tensor], dict], Any]]:
+    """What the head reads of every training row, (tokens, hidden), and what makes the encoder's output of some rows'
+    and their batch."""
+    model = trainer.model
     features: list[Tensor | None] = [None] * len(trainer.train_dataset)
-    tokens, restore = None, None
+    restore: Callable[[list[Tensor], dict], Any] | None = None
+    first_alone = False
     order = torch.tensor(trainer.train_dataset["length"][:]).argsort(stable=True)
     with _mode(model, training=False):
         for rows in order.split(trainer.args.per_device_eval_batch_size):
             batch = _batch(trainer, rows)
             batch.pop("labels")
             output, logits = _encoded(model, batch)
+            hidden = output.last_hidden_state
             if restore is None:
-                restore = _restore(encoder, type(output))
-                tokens = _tokens_read(model, batch, output.last_hidden_state, logits, restore)
-            for i, row in zip(rows.tolist(), output.last_hidden_state, strict=True):
-                features[i] = row[:tokens].clone()
+                first_alone, restore = _what_is_read(model, batch, hidden, logits, type(output))
+            for i, row in zip(rows.tolist(), _read(hidden, batch, first_alone), strict=True):
+                features[i] = row.clone()
     return features, restore
 
 
@@ -138,27 +141,42 @@ def _encoded(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, Tensor]:
     return seen[-1], logits
 
 
-def _tokens_read(model: nn.Module, batch: dict, hidden: Tensor, logits: Tensor, restore: Callable) -> int | None:
-    """1 where the first token's hidden state gives the same logits, None where all tokens' do."""
-    for tokens in (1, None):
-        with _encoder_returns(model, restore([row[:tokens] for row in hidden])):
+def _read(hidden: Tensor, batch: dict[str, Tensor], first_alone: bool) -> list[Tensor]:
+    """Of each row the first token's hidden state, or those of all its tokens without padding, wherever that lies."""
+    if first_alone:
+        return [row[:1] for row in hidden]
+    return [row[mask] for row, mask in zip(hidden, batch["attention_mask"].bool(), strict=True)]
+
+
+def _what_is_read(
+    model: nn.Module, batch: dict[str, Tensor], hidden: Tensor, logits: Tensor, kind: type
+) -> tuple[bool, Callable[[list[Tensor], dict], Any]]:
+    """Whether the first token's hidden state alone gives the same logits, and what restores the encoder's output."""
+    for first_alone in (True, False):
+        restore = _restore(model.base_model, kind, first_alone)
+        with _encoder_returns(model, restore(_read(hidden, batch, first_alone), batch)):
             try:
                 again = model(**batch)["logits"]
             except (RuntimeError, IndexError, TypeError, AttributeError):
                 continue  # it looks for tokens that are not there
         if again.shape == logits.shape and torch.allclose(logits.float(), again.float(), rtol=1e-3, atol=1e-3):
-            return tokens
+            return first_alone, restore
     raise UsageError(
         f"--head_first_epochs: the head of {type(model).__name__} reads more than the last hidden states: leave it out"
     )
 
 
-def _restore(encoder: nn.Module, kind: type) -> Callable[[list[Tensor]], Any]:
-    """What makes the encoder's output from rows of hidden states; a pooler is part of the head, and trains."""
+def _restore(encoder: nn.Module, kind: type, first_alone: bool) -> Callable[[list[Tensor], dict], Any]:
+    """What makes the encoder's output from what :func:`_read` gives; a pooler is part of the head, and trains."""
     pooler = getattr(encoder, "pooler", None)
 
-    def restore(rows: list[Tensor]) -> Any:
-        hidden = pad_sequence(rows, batch_first=True)
+    def restore(rows: list[Tensor], batch: dict[str, Tensor]) -> Any:
+        if first_alone:
+            hidden = torch.stack(rows)
+        else:
+            mask = batch["attention_mask"].bool()
+            hidden = rows[0].new_zeros(*mask.shape, rows[0].shape[-1])
+            hidden[mask] = torch.cat(rows)
         return kind(last_hidden_state=hidden, **({} if pooler is None else {"pooler_output": pooler(hidden)}))
 
     return restore

@@ -121,12 +121,19 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
-    def task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def task_loss(
+        self,
+        outputs: Any,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
         """The loss summed over the rows, divided by the rows of the whole optimiser step.
 
         Args:
             outputs: with ``logits``, (rows, labels). labels: (rows,); -100, in regression NaN, leaves a row out.
             num_items_in_batch: rows over all processes and accumulated batches; None for those given.
+            training: whether class weights and smoothed labels count; the model's mode without it.
         """
         logits = outputs["logits"].float()
         if self.task.is_regression:
@@ -134,7 +141,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             labels = torch.where(labels.isnan(), logits.detach(), labels.float())
             total = F.mse_loss(logits, labels, reduction="sum")
         else:
-            training = self.model.training
+            training = self.model.training if training is None else training
             total = F.cross_entropy(
                 logits,
                 labels,

@@ -81,11 +81,15 @@ def tokenize(
 def longest_input(model: nn.Module) -> int | None:
     """The most tokens that a model with a table of positions reads; None for one without (DeBERTa).
 
-    RoBERTa's table has padding's row and those before it on top, which no token uses.
+    RoBERTa's table has padding's row and those before it on top, which no token uses, and those of OPT and BART begin
+    with an offset.
     """
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in ("position_embeddings", "wpe") and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions") and isinstance(
+            module, nn.Embedding
+        ):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - getattr(module, "offset", first)
     return None
 
 

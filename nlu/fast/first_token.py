@@ -135,7 +135,7 @@ def _covers(model: nn.Module, last: nn.Module, modules: list[nn.Module], classes
     if isinstance(last, deberta.DebertaV2Layer):
         encoder, fast = model.base_model.encoder, type(last.attention.self) is FastDisentangledSelfAttention
         return fast and model.base_model.z_steps <= 1 and (encoder.conv is None or len(encoder.layer) > 1)
-    return not (last.is_decoder or last.add_cross_attention)
+    return not (last.is_decoder or last.add_cross_attention or getattr(last, "chunk_size_feed_forward", 0))
 
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

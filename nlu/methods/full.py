@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from loralib.model import is_bias
+from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Method, train_only
 
 
@@ -15,7 +17,10 @@ def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 
 
 def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    train_only(model, [p for name, p in model.base_model.named_parameters() if name.split(".")[-1] == "bias"])
+    biases = [p for name, p in model.base_model.named_parameters() if is_bias(name)]
+    if not biases:
+        raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")
+    train_only(model, biases)
     return AppliedMethod(model, needs_autocast=True)
 
 

@@ -103,18 +103,23 @@ def apply_method(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod
     return METHODS[args.method].apply(model, args, total_steps)
 
 
-def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> None:
+def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod | None:
     """Raise what :func:`apply_method` would, on a model without weights (on the meta device).
 
     Args:
         total_steps: as there.
+
+    Returns:
+        The applied method; None where it cannot be told without weights.
     """
     with contextlib.suppress(NotImplementedError, RuntimeError):  # some of peft's layers need weights to look at
-        METHODS[args.method].apply(model, args, total_steps)
+        applied = METHODS[args.method].apply(model, args, total_steps)
         if sharding_asked_for() and all(p.requires_grad for p in model.parameters()):
             raise UsageError(
                 f"FSDP splits frozen weights here, and --method {args.method} trains every weight: use torchrun"
             )
+        return applied
+    return None
 
 
 # ---- the adapter's card --------------------------------------------------------------------------------------------

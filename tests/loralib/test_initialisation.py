@@ -227,6 +227,19 @@ def test_the_mask_of_an_encoder_says_nothing_of_a_decoder():
         torch.testing.assert_close(layer["q"].lora_A[0], other["q"].lora_A[0])
 
 
+def test_xlnet_computes_with_the_tokens_first():
+    """Also where there are as many rows as tokens, so that the shape does not tell."""
+    plain, masked = net("lora2", r=3, k=4).float(), net("lora2", r=3, k=4).float()
+    masked.config = SimpleNamespace(model_type="xlnet")
+    x = batches()[0].float()[:4, :4]
+    mask = torch.tensor([1, 1, 1, 0]).expand(4, 4)
+    loralib.initialise(plain, "activation", [x[:, :3]], loss_of)
+    batch = {"x": x.transpose(0, 1), "attention_mask": mask}
+    loralib.initialise(masked, "activation", [batch], lambda model, batch: loss_of(model, batch["x"]))
+    for layer, other in zip(plain.layer, masked.layer, strict=True):
+        torch.testing.assert_close(layer["q"].lora_A[0], other["q"].lora_A[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])
 def test_one_outer_factor_that_layers_share_is_not_enough(side):
     model = net("lora2", r=3, k=4)

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import loralib
-from tests.loralib.small import INPUTS, adapted, blocks, model_to_prune, random_step, randomise
+from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, randomise
 from tests.nlu.tiny import tiny_bert
 
 STEPS, BATCH = 8, 4
@@ -318,3 +318,27 @@ def test_a_helper_whose_layers_were_replaced_is_refused(tmp_path, options):
     trained_once(model, loralib.LowRankTraining(model, 9, **options))
     late = loralib.LowRankTraining(model, 9, regu_weight=0.0, orthogonality="retraction")
     assert late._factors is None  # it looks at the factors in the first step
+
+
+@pytest.mark.parametrize("options", [
+    {"precondition": "riemannian", "regu_weight": 0.0}, {"orthogonality": "retraction"},
+])  # fmt: skip
+def test_importance_is_of_the_gradients_before_they_are_changed(options):
+    model = Net()
+    loralib.inject(model, "lora2", ["q", "v"], r=3, k=3, init="orthogonal")
+    loralib.mark_only_lora_as_trainable(model)
+    training = loralib.LowRankTraining(model, 20, target_rank=1, init_warmup=5, **options)
+    for layer in loralib.lora_layers(model).values():
+        nn.init.ones_(layer.lora_E)
+    model(INPUTS).square().sum().backward()
+    raw = {id(p): p.grad.clone() for p in model.parameters() if p.grad is not None}
+    training.before_step()
+    for layer in loralib.lora_layers(model).values():
+        for factor in layer.lora_parameters():
+            nn.init.ones_(factor)  # the step
+    training.after_step()
+    scores = training.allocator._scores
+    assert any(not torch.equal(p.grad, raw[id(p)]) for group in scores for p in group.parameters)
+    for group in scores:
+        expected = torch.stack([(p.detach() * raw[id(p)]).abs() for p in group.parameters])
+        torch.testing.assert_close(group.sensitivity, 0.15 * expected)

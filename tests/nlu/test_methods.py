@@ -282,6 +282,8 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
     (["--method", "lora2", "--lora_k", "match:adalora"], "is no LoRA method"),
     (["--method", "lora2", "--lora_k", "match:lora_r1", "--lora_r", "400"], "the nearest size is"),
     (["--method", "lora2", "--prune_by", "value"], "needs exact factors"),
+    (["--method", "lora2_plus", "--rank_allocation", "True", "--prune_by", "value", "--beta1", "0.3"],
+     "--beta1 has no meaning with --prune_by value"),
     (["--method", "lora", "--lora_init", "orthogonal"], "LoRA keeps its own start"),
     (["--method", "lora2", "--lora_init_batches", "2"], "--lora_init_batches has no meaning"),
     (["--method", "lora2", "--lora_init", "gradient", "--lora_path", "x"], "leave one of them out"),

@@ -71,13 +71,27 @@ def test_the_head_has_its_own_rate(flags, tmp_path):
     assert all(torch.equal(low[name], high[name]) for name in low if "lora_B" in name)
 
 
-@pytest.mark.parametrize("shape", ["bert", "deberta-v2", "roberta"])
-def test_the_head_alone_learns_what_a_frozen_encoder_teaches_it(shape, tiny_glue, tmp_path, monkeypatch):
-    """One epoch on stored features against one epoch of whole forward passes, without dropout."""
+@pytest.mark.parametrize("shape, side, settings", [
+    ("bert", "right", {}), ("deberta-v2", "right", {}), ("roberta", "right", {}),
+    ("llama", "right", {"pad_token_id": 0}), ("llama", "left", {"pad_token_id": 0}),
+    ("modernbert", "right", {"classifier_pooling": "mean", "local_attention": 8, "pad_token_id": 0}),
+    ("big_bird", "right", {"attention_type": "original_full"}),
+])  # fmt: skip
+def test_the_head_alone_learns_what_a_frozen_encoder_teaches_it(
+    shape, side, settings, tiny_glue, tmp_path, monkeypatch
+):
+    """One epoch on stored features against one epoch of whole forward passes, without dropout.
+
+    Wherever padding lies, and whether the head reads one token or all.
+    """
+    monkeypatch.setitem(SHAPES, shape, SHAPES.get(shape, {}) | settings)
     folder = make_encoder(tmp_path / "encoder", shape)
     config = json.loads((folder / "config.json").read_text())
-    config |= {name: 0.0 for name in config if "dropout" in name and isinstance(config[name], float)}
+    drops = [name for name in config if "drop" in name and isinstance(config[name], float)]
+    config |= dict.fromkeys(drops, 0.0)
     (folder / "config.json").write_text(json.dumps(config))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens | {"padding_side": side}))
     found = {}
 
     def watch(trainer):
@@ -93,7 +107,7 @@ def test_the_head_alone_learns_what_a_frozen_encoder_teaches_it(shape, tiny_glue
         for rows in torch.randperm(len(trainer.train_dataset), generator=generator).split(8):
             batch = start._batch(trainer, rows)
             loss = trainer.task_loss(model(**{n: t for n, t in batch.items() if n != "labels"}), batch["labels"])
-            for p, g in zip(head, torch.autograd.grad(loss, head), strict=True):
+            for p, g in zip(head, torch.autograd.grad(loss, head, allow_unused=True), strict=True):
                 p.grad = g
             optimizer.step()
         found["whole"] = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -103,12 +117,23 @@ def test_the_head_alone_learns_what_a_frozen_encoder_teaches_it(shape, tiny_glue
     assert main([
         "--model_name_or_path", str(folder), "--task_name", "mrpc", "--glue_dir", str(tiny_glue), "--do_train",
         "--max_steps", "1", "--per_device_train_batch_size", "8", "--learning_rate", "2e-3", "--disable_tqdm", "True",
-        "--save_strategy", "no", "--method", "bitfit", "--root_output_dir", str(tmp_path / "run"),
+        "--save_strategy", "no", "--method", "full", "--root_output_dir", str(tmp_path / "run"),
     ]) == 0  # fmt: skip
     moved = {n for n in found["before"] if not torch.equal(found["before"][n], found["features"][n])}
-    assert moved and not any("encoder" in name or "transformer." in name for name in moved)
+    assert moved and not any("layer" in name or "transformer.h" in name for name in moved)
     for name, parameter in found["whole"].items():
         torch.testing.assert_close(found["features"][name], parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [["--class_weights", "balanced"], ["--label_smoothing_factor", "0.5"]])
+def test_a_start_from_the_gradient_is_of_the_training_s_loss(changed, flags, tmp_path):
+    starts = []
+    for name, more in (("plain", []), ("changed", changed)):
+        run([*flags, "--max_steps", "1", "--save_steps", "1", "--learning_rate", "1e-12"], tmp_path / name,
+            "--method", "lora", *GRADIENT, *more)  # fmt: skip
+        starts.append(weights(tmp_path / name, 1))
+    factors = [name for name in starts[0] if "lora_A" in name]
+    assert factors and max(float((starts[0][n] - starts[1][n]).abs().max()) for n in factors) > 1e-3
 
 
 def test_a_head_that_reads_more_than_the_hidden_states_is_refused(flags, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import pytest
 from glue_samples import sample_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import OPTConfig, OPTModel, PreTrainedTokenizerFast
 
 from nlu.data.glue import load_task_data
 from nlu.data.own_files import load_own_files
@@ -69,6 +69,9 @@ def test_a_tokenizer_without_token_types_or_masks(names):
 
 def test_gpt2s_table_of_positions_limits_its_input():
     assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
+    opt = OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, max_position_embeddings=30,
+                    vocab_size=50, word_embed_proj_dim=8)  # fmt: skip
+    assert longest_input(OPTModel(opt)) == 30
 
 
 def test_hidden_labels_are_left_out_and_shown_ones_stay(tmp_path):
