@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     base = load_base(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False) if args.model else Bytes()
     ids = torch.tensor(tokenizer.encode(read_text(args)))
+    if len(ids) < 320:
+        parser.exit(2, f"error: the text has {len(ids)} tokens; 320 are needed, of which a tenth is held out\n")
     held_out, ids = ids.tensor_split([min(2048, len(ids) // 10)])
 
     model = load_base(args).train()

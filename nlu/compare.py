@@ -132,7 +132,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}
     if len({*labels.values()}) < len(labels):
         raise UsageError(f"--methods: two would have one name in the table: {', '.join(labels.values())}")
-    warnings = unlike(firsts, shapes, places)
+    warnings = unlike(firsts, shapes, places, tuned=args.tune is not None)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     pending = not_finished(selecting, experiment.runs, experiment.selection, places)

@@ -54,7 +54,7 @@ from nlu.runs.adapter import (
     upload_adapter,
 )
 from nlu.runs.checkpoints import check_best, last_whole_checkpoint
-from nlu.runs.folder import RunFolder, shared_digests
+from nlu.runs.folder import RunFolder, shared_digests, shared_state
 from nlu.runs.log import Bars, ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
 from nlu.runs.record import RunRecord, report, start_record
@@ -83,7 +83,7 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
     training = arguments.training
     folder = Path(training.root_output_dir)
     run_folder = RunFolder(folder, arguments.record, shared_digests(arguments.record), training.overwrite_output_dir)
-    state = run_folder.state()
+    state = shared_state(run_folder)
     if state == "finished":
         print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
         return 0

@@ -76,7 +76,7 @@ for name in METHOD:method SEED:seed MODEL:model_name_or_path; do
     if value=$(given "${name#*:}" "$@"); then printf -v "${name%:*}" %s "$value"; fi
 done
 task=${0##*_} task=${task%.sh}
-if value=$(given task_name "$@") && value=${value//-/} && [[ ${value,,} != "$task" ]]; then
+if value=$(given task_name "$@") && value=$(tr -d - <<<"$value" | tr '[:upper:]' '[:lower:]') && [[ $value != "$task" ]]; then
     fail "this script is for $task, not for $value: take the script of $value"
 fi
 METHOD=${METHOD:-lora2} NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}

@@ -29,4 +29,4 @@ run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES"
     --weight_decay 0 --cls_dropout 0.1 --max_seq_length 64 \
     --eval_strategy steps --eval_steps 100 --save_strategy steps --save_steps 100 --logging_steps 10 \
     --root_output_dir "output/glue/$(basename "$MODEL")/cola/$METHOD/seed-$SEED" \
-    "${SETTINGS[@]}" --method_file_wins "$@"
+    ${SETTINGS[@]+"${SETTINGS[@]}"} --method_file_wins "$@"

@@ -30,4 +30,4 @@ run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES"
     --weight_decay 0 --cls_dropout 0.15 --max_seq_length 256 \
     --eval_strategy steps --eval_steps 3000 --save_strategy steps --save_steps 3000 --logging_steps 300 \
     --root_output_dir "output/glue/$(basename "$MODEL")/mnli/$METHOD/seed-$SEED" \
-    "${SETTINGS[@]}" --method_file_wins "$@"
+    ${SETTINGS[@]+"${SETTINGS[@]}"} --method_file_wins "$@"

@@ -30,4 +30,4 @@ run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES"
     --weight_decay 0.01 --cls_dropout 0 --max_seq_length 320 \
     --eval_strategy steps --eval_steps 300 --save_strategy steps --save_steps 300 --logging_steps 30 \
     --root_output_dir "output/glue/$(basename "$MODEL")/mrpc/$METHOD/seed-$SEED" \
-    "${SETTINGS[@]}" --method_file_wins "$@"
+    ${SETTINGS[@]+"${SETTINGS[@]}"} --method_file_wins "$@"

@@ -28,4 +28,4 @@ run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES"
     --weight_decay 0.01 --cls_dropout 0.2 --max_seq_length 128 \
     --eval_strategy steps --eval_steps 20 --save_strategy steps --save_steps 20 --logging_steps 2 \
     --root_output_dir "output/glue/$(basename "$MODEL")/wnli/$METHOD/seed-$SEED" \
-    "${SETTINGS[@]}" --method_file_wins "$@"
+    ${SETTINGS[@]+"${SETTINGS[@]}"} --method_file_wins "$@"

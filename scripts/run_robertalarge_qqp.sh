@@ -31,4 +31,4 @@ run "$PYTHON" "$ROOT/nlu/launch.py" --nproc_per_node "$NPROC" --nnodes "$NNODES"
     --weight_decay 0.1 --cls_dropout 0.1 --max_seq_length 512 \
     --eval_strategy steps --eval_steps 6000 --save_strategy steps --save_steps 6000 --logging_steps 600 \
     --root_output_dir "output/glue/$(basename "$MODEL")/qqp/$METHOD/seed-$SEED" \
-    "${SETTINGS[@]}" --method_file_wins "$@"
+    ${SETTINGS[@]+"${SETTINGS[@]}"} --method_file_wins "$@"

@@ -2,14 +2,17 @@
 # Makes .venv with everything the project needs; does nothing where that is done. Usage: bash scripts/setup.sh [test]
 # PYTHON=python3.12 bash scripts/setup.sh chooses the interpreter.
 set -euo pipefail
+python=${PYTHON:-python3}
+[[ $python != */* ]] || python=$(CDPATH= cd "$(dirname "$python")" && pwd)/$(basename "$python") # from the caller's folder
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-    echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
-    exit 2
-}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+if [ ! -x .venv/bin/python ]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+        exit 2
+    }
+    "$python" -m venv .venv
+fi
 .venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip >/dev/null # uv makes environments without pip
 
 extra=${1:-}

@@ -61,11 +61,13 @@ def test_decoder_lm(shape, quantise, sst2, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     (["--model", "bert"], "bert is none of llama"), (["--model", "gpt2", "--quantise", "int8"], "Conv1D"),
-    (["--quantise", "int8"], "needs torchao"),
+    (["--quantise", "int8"], "needs torchao"), (["--text", "short.txt"], "the text has 319 tokens; 320 are needed"),
 ])  # fmt: skip
 def test_decoder_lm_refuses_in_one_line(flags, says, tmp_path, monkeypatch, capsys):
     example = load("decoder_lm")
     monkeypatch.setattr(example, "find_spec", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("x" * 319)
     if "--model" in flags:
         AutoConfig.for_model(flags[1]).save_pretrained(tmp_path / flags[1])
         flags = ["--model", str(tmp_path / flags[1]), *flags[2:]]

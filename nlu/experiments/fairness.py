@@ -76,11 +76,12 @@ def shape_of(arguments: Arguments) -> Shape:
     )
 
 
-def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[str]:
+def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places, tuned: bool = False) -> list[str]:
     """A line for each method that differs from the first in size or α/r, or in the head's rate, with what would match.
 
     Args:
         runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that.
+        tuned: whether each method's learning rate is yet to be chosen: a head without its own rate follows that.
     """
     first, *others = (run.axes["method"] for run in runs)
     lines = []
@@ -91,12 +92,17 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places) -> list[st
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
             lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
         used = [shapes[each].head_rate or shapes[each].rate for each in (spec, first)]
-        if used[0] != used[1]:
+        if used[0] != used[1] and not (tuned and None in (shapes[spec].head_rate, shapes[first].head_rate)):
             common = next((rate for each in (spec, first) if (rate := shapes[each].head_rate)), used[1])
             lines.append(
                 f"{spec} trains the head at {used[0]:g}, {first} at {used[1]:g}: --head_learning_rate {common:g} for "
                 "all makes them equal"
             )
+    if tuned and any(shapes[spec].head_rate is None for spec in (first, *others)):
+        lines.append(
+            "heads without a rate of their own train at the one that is chosen for their method: --head_learning_rate "
+            "gives all heads the same"
+        )
     return lines
 
 

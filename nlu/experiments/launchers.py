@@ -82,11 +82,13 @@ class SlurmLauncher:
         except ImportError:
             raise UsageError("--launcher slurm needs submitit; install it with pip install submitit") from None
         parameters = dict(parameters)
-        cluster, nodes = parameters.pop("cluster", "slurm"), parameters.get("slurm_nodes", parameters.get("nodes", 1))
+        cluster = parameters.pop("cluster", "slurm")
         if cluster == "slurm" and not {"timeout_min", "slurm_timeout_min", "slurm_time"} & parameters.keys():
             raise UsageError("submitit would end each run after 5 minutes; add --slurm timeout_min=MINUTES")
-        if not isinstance(nodes, int) or nodes < 1:
-            raise UsageError(f"--slurm nodes={nodes} must be a whole number of at least 1")
+        for name in ("nodes", "slurm_nodes", "tasks_per_node", "slurm_ntasks_per_node", "slurm_ntasks"):
+            if parameters.get(name, 1) != 1:
+                raise UsageError(f"--slurm {name} would start each run several times: leave it out, and give the runs "
+                                 "more processes with --command 'env NPROC=2 bash scripts/…'")  # fmt: skip
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self.executor.update_parameters(**parameters)
@@ -140,7 +142,7 @@ class _SlurmJob:
         if not self.job.done():
             return None
         try:
-            return max(self.job.results(), key=abs)  # of the tasks, if there are several
+            return self.job.result()
         except Exception as error:  # submitit raises its own errors for a job that vanished or was cancelled
             print(f"job {self.job.job_id}: {reason(error)}", file=sys.stderr)
             return 1

@@ -17,7 +17,7 @@ from loralib.files import remove_leftovers
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
-from nlu.runs.checkpoints import clean, last_whole_checkpoint
+from nlu.runs.checkpoints import checkpoints, clean, last_whole_checkpoint
 from nlu.runs.digests import content_digests
 from nlu.runs.lock import locked
 from nlu.runs.log import ConsoleLog
@@ -90,6 +90,30 @@ def shared_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(answer[0], str):
         raise UsageError(answer[0])
     return answer[0]
+
+
+def shared_state(folder: RunFolder) -> str:
+    """:meth:`RunFolder.state`, which all processes must see alike.
+
+    Raises:
+        UsageError: as there, and where machines see different contents; in all processes.
+    """
+    if not several():
+        return folder.state()
+    try:
+        seen = folder.state()
+        answer = (seen, [path.name for path in checkpoints(folder.path / "model")] if seen == "resume" else [])
+    except UsageError as error:
+        answer = (str(error), None)
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    if any(each != answers[0] for each in answers):
+        raise UsageError(
+            f"the machines see different contents in {folder.path}: name a --root_output_dir on a disk that all share"
+        )
+    if answers[0][1] is None:
+        raise UsageError(answers[0][0])
+    return answers[0][0]
 
 
 def changed_arguments(old: Any, new: Mapping[str, Any]) -> list[str]:

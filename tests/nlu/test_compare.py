@@ -104,7 +104,10 @@ def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monke
     """The stand-in's loss is lowest at 2e-3; at the end of what is tried, one more rate is."""
     drawn = []
     monkeypatch.setattr(compare, "draw", lambda name, final, every: drawn.append(every) or [])
-    code, shown, _ = call("--methods", "lora,full", "--seeds", "1", "--tune", "5e-4,1e-3")
+    code, shown, err = call("--methods", "lora,full", "--seeds", "1", "--tune", "5e-4,1e-3")
+    assert (
+        "heads without a rate of their own train at the one that is chosen" in err and "trains the head at" not in err
+    )
     assert code == 0 and "Learning rates, chosen on held-out data: LoRA 0.003, full fine-tuning 0.00018." in shown
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
     rates = {each["method"]: each["asked"]["learning_rate"] for each in lines if each["stage"] == "final"}

@@ -192,3 +192,28 @@ def test_a_folder_s_name_may_be_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model(tmp_path / "2024")
     assert of(model_name_or_path=2024) == of(model_name_or_path="2024") != {}
+
+
+@pytest.mark.parametrize("other, says", [
+    (("new", []), None), (("resume", ["checkpoint-7"]), "see different contents"), (("refused", None), "see different"),
+])  # fmt: skip
+def test_machines_must_see_one_folder(tmp_path, monkeypatch, other, says):
+    """Before any of them waits for another."""
+    monkeypatch.setattr(folder, "several", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda answers, own: answers.__setitem__(slice(2), [own, other]))
+    run = folder.RunFolder(tmp_path / "run", {}, {}, overwrite=False)
+    if says is None:
+        assert folder.shared_state(run) == "new"
+        return
+    with pytest.raises(UsageError, match=says):
+        folder.shared_state(run)
+
+
+def test_a_refusal_is_that_of_all_processes(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(folder, "several", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda answers, own: answers.__setitem__(slice(2), [own, own]))
+    with pytest.raises(UsageError, match="holds other files"):
+        folder.shared_state(folder.RunFolder(tmp_path, {}, {}, overwrite=False))

@@ -231,7 +231,10 @@ def test_a_job_that_slurm_refuses_is_a_failed_run_and_the_first_one_ends_the_swe
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     content = BASIC | {"grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}}
-    for flags, says in (([], "add --slurm timeout_min"), (["timeout_min=9", "slurm_nodes=0"], "nodes=0")):
+    for flags, says in (
+        ([], "add --slurm timeout_min"),
+        (["timeout_min=9", "tasks_per_node=2"], "tasks_per_node would start each run"),
+    ):
         code, _, err = run_sweep(
             content, "--launcher", "slurm", *[word for flag in flags for word in ("--slurm", flag)]
         )
