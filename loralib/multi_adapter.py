@@ -148,7 +148,7 @@ class MultiAdapter:
 
         Returns:
             What the model returns, its tensors joined along the first dimension if that has the rows, else along the
-            second. If heads differ in size, the last dimension is padded with −inf after a row's own values.
+            second, and lists with a word for each row. If heads differ in size, the last dimension is padded with −inf after a row's own values.
 
         Raises:
             ValueError: for a name that is not loaded, no name at all, or if no input has that many rows; for rows of
@@ -281,9 +281,9 @@ def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the o
 
 
 def _is_list_of_rows(parts: list[Any], counts: list[int]) -> bool:
-    """Whether the parts are lists with a word or a number for each row."""
+    """Whether the parts are lists with a word for each row; numbers may as well be a shape."""
     return all(
-        type(part) is list and len(part) == rows and all(isinstance(item, str | int | float) for item in part)
+        type(part) is list and len(part) == rows and all(isinstance(item, str) for item in part)
         for part, rows in zip(parts, counts, strict=True)
     )
 

@@ -228,11 +228,13 @@ def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
     assert not base(INPUTS).requires_grad
 
 
-def test_words_and_numbers_of_rows_are_joined_and_inputs_may_lie_in_containers(two):
+def test_words_of_rows_are_joined_and_inputs_may_lie_in_containers(two):
     two.model.forward = lambda batch: ([str(i) for i in batch["x"][0][:, 0].tolist()], [2, 3])
     x = torch.arange(10.0).view(5, 2)
     words, constant = two.run(["a", "b", "b", "b", "a"], {"x": [x, "kept"]})
     assert words == ["0.0", "2.0", "4.0", "6.0", "8.0"] and constant == [2, 3]
+    words, constant = two.run(["a", "b", "b", "a"], {"x": [x[:4]]})  # as many numbers as rows
+    assert words == ["0.0", "2.0", "4.0", "6.0"] and constant == [2, 3]
     with refused("4 adapters named, but no input has 4 rows"):
         two.run(["a"] * 4, {"x": [x]})
 
