@@ -147,8 +147,9 @@ class MultiAdapter:
                 containers too.
 
         Returns:
-            What the model returns, its tensors joined along the first dimension if that has the rows, else along the
-            second, and lists with a word for each row. If heads differ in size, the last dimension is padded with −inf after a row's own values.
+            What the model returns. Tensors are joined along the first dimension if that has the rows, else along the
+            second, and so are lists with a word for each row. If heads differ in size, the last dimension is padded
+            with −inf after a row's own values.
 
         Raises:
             ValueError: for a name that is not loaded, no name at all, or if no input has that many rows; for rows of
