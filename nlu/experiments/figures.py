@@ -40,6 +40,7 @@ STYLE = {
 }
 WIDTH = 5.0  # inches: on a phone, whose width a page scales figures to, letters of 9 points stay readable
 APART = 1.06  # factor between points of about equal size, which would hide each other
+SHARE = 0.025  # of the axis, at least, between two points that are set apart
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,15 @@ def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict
 
 
 def spread_apart(sizes: list[float]) -> list[float]:
-    """The sizes, those within `APART` of one another moved to neighbouring places around their middle."""
+    """The sizes, those that would hide each other moved to neighbouring places around their middle.
+
+    Places lie `APART` from one another, and further where the sizes span a long axis.
+    """
     order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    step = max(APART, (max(sizes) / min(sizes)) ** SHARE)
     groups: list[list[int]] = []
     for i in order:
-        if groups and sizes[i] <= sizes[groups[-1][-1]] * APART:
+        if groups and sizes[i] <= sizes[groups[-1][-1]] * step:
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -188,7 +193,7 @@ def spread_apart(sizes: list[float]) -> list[float]:
     for group in filter(lambda each: len(each) > 1, groups):
         middle = float(np.exp(np.mean(np.log([sizes[i] for i in group]))))
         for position, i in enumerate(group):
-            places[i] = middle * APART ** (position - (len(group) - 1) / 2)
+            places[i] = middle * step ** (position - (len(group) - 1) / 2)
     return places
 
 

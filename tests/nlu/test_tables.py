@@ -175,6 +175,8 @@ def test_points_of_about_equal_size_are_set_apart_and_the_others_stay():
     assert placed[1] == 42_336
     close = sorted(placed[i] for i in (0, 2, 3))
     assert [b / a for a, b in pairwise(close)] == pytest.approx([figures.APART] * 2)
+    small, large, other = spread_apart([40_000, 4e8, 44_000])  # at a fortieth of the axis
+    assert large == 4e8 and other / small == pytest.approx(1e4 ** (1 / 40))
 
 
 def test_a_wide_line_lies_below_a_narrow_one_in_whatever_order_they_come(runs):
