@@ -14,7 +14,6 @@ from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.places import Places, parsed_command
-from nlu.methods.method import dropped_params
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import get_task
@@ -68,7 +67,9 @@ def shape_of(arguments: Arguments) -> Shape:
         trained = size = count_parameters(model)["adapter_params"]
         if applied.allocator is not None:
             kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
-            size -= (1 - kept) * sum(dropped_params(layer, []) for layer in loralib.lora_layers(model).values())
+            for layer in loralib.lora_layers(model).values():
+                pairs = zip(layer.lora_parameters(), layer.singular_axes(), strict=True)
+                size -= (1 - kept) * sum(factor.numel() for factor, axis in pairs if axis is not None)
     has_scale = method.method in flag_methods("lora_alpha")
     scale = method.lora_alpha / method.lora_r if has_scale else None
     return Shape(

@@ -172,8 +172,9 @@ def _check_ranks(args: Any, given: set[str]) -> None:
     _check_factors(args, given)
     if {"target_rank", "target_total_rank"} <= given:
         raise UsageError("--target_rank and --target_total_rank say the same in two ways: give one of them")
-    for flag in sorted({"importance", "beta1", "beta2"} & given) if args.prune_by == "value" else ():
-        raise UsageError(f"--{flag} has no meaning with --prune_by value: leave it out")
+    if args.prune_by == "value":
+        for flag in sorted({"importance", "beta1", "beta2"} & given):
+            raise UsageError(f"--{flag} has no meaning with --prune_by value: leave it out")
     if args.target_rank is None:
         args.target_rank = max(1, args.lora_r // 2)
     try:

@@ -174,8 +174,3 @@ def pruned_factor_params(applied: AppliedMethod) -> int:
             if live:
                 kept[id(parameter)] = values.numel()
     return sum(every.values()) - sum(kept.values())
-
-
-def dropped_params(layer: Any, kept: list[int]) -> int:
-    """Parameters of a low-rank layer that belong to other singular values than the kept ones."""
-    return sum(t.numel() for t in layer.lora_parameters()) - sum(t.numel() for t in layer.select(kept))

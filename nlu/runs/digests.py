@@ -47,12 +47,15 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         UsageError: a file cannot be read.
     """
     found = {}
-    for flag in ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir"):
+    flags = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir")
+    named = {flag: str(arguments[flag]) for flag in flags if arguments.get(flag)}  # YAML may hold a number for a name
+    arguments = {**arguments, **named}
+    for flag in flags:
         with _named(flag, arguments.get(flag)):
             files = _files(flag, arguments)
             if files:
                 # The name of a user's own file says only how it is read, by its suffix.
-                own = Path(str(arguments.get(flag)))
+                own = Path(arguments.get(flag) or "")
                 names = [path.suffix if path == own else path.name for path in files]
                 found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
     return found | _config_digests(arguments)
@@ -79,7 +82,7 @@ def folder_digests(folder: Path) -> dict[str, str]:
 def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
     """The files whose contents make the digest of a flag."""
     value, predicts = arguments.get(flag), arguments.get("do_predict")
-    folder = str(arguments.get("glue_dir") or os.environ.get("GLUE_DIR") or "")  # a name may be a number in YAML
+    folder = arguments.get("glue_dir") or os.environ.get("GLUE_DIR")
     task = find_task(arguments.get("task_name"))  # an experiment's own command may have other tasks
     if flag == "model_name_or_path":
         return _matching(value, _MODEL_FILES)
@@ -93,13 +96,13 @@ def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
         tasks = [task, find_task(arguments.get("predict_task"))] if predicts and folder else []
         return [path for t in tasks if t for split in t.test_splits for path in split_files(t, split, folder)]
     wanted = value and (flag != "test_file" or predicts)
-    return [Path(str(value))] if wanted and Path(str(value)).is_file() else []
+    return [Path(value)] if wanted and Path(value).is_file() else []
 
 
 def _matching(folder: Any, patterns: Iterable[str]) -> list[Path]:
     if not folder:
         return []
-    return sorted({path for pattern in patterns for path in Path(str(folder)).glob(pattern) if path.is_file()})
+    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
 
 
 def _config_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
