@@ -200,7 +200,8 @@ def _found(word: str) -> str:
 
 def can_be_checked(run: Run) -> bool:
     """Whether what starts the run is known: not a command of the user's, which might begin to train when asked."""
-    return not run.command or any(w.startswith("scripts/run_") and (ROOT / w).is_file() for w in run.command)
+    scripts = [word for word in run.command if word.startswith("scripts/run_")]
+    return not run.command or any((ROOT / word).is_file() or not Path(word).exists() for word in scripts)
 
 
 def parsed_command(run: Run, places: Places) -> Any:
@@ -215,7 +216,8 @@ def parsed_command(run: Run, places: Places) -> Any:
     if run.command:
         shown = subprocess.run(["env", "DRY_RUN=1", *words], capture_output=True, text=True)
         if shown.returncode:
-            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
+            hint = " (an installed package has no scripts: start it in a clone)" if shown.returncode == 127 else ""
+            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}{hint}")
         words = shlex.split(shown.stdout)
         start = next((i for i, word in enumerate(words, 1) if Path(word).name == RUN_GLUE.name), None)
         if start is None:

@@ -17,12 +17,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +34,7 @@ if packages_missing():
 from datasets import Dataset
 
 from loralib.files import FolderWriter, open_new, write_text
-from nlu import ROOT
+from nlu.data.file_formats import Row
 from nlu.data.glue import load_task_data
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.records import check_line, read_lines
@@ -180,19 +177,25 @@ def _validation(line: dict[str, Any], glue_dir: Path | None) -> dict[str, Datase
 
 
 def _predict(line: dict[str, Any], folder: Path, base: str | None, sets: dict[str, Dataset]) -> None:
-    """Write the adapter's predictions for each validation split."""
+    """Write the adapter's predictions for each validation split, in the format of nlu/predict.py.
+
+    That program refuses an empty text, which some of GLUE's rows have.
+    """
+    from nlu import predict  # loads torch and transformers, which a check does without
+
     fields = get_task(line["task"]).text_fields
-    for split, rows in sets.items():
-        with tempfile.TemporaryDirectory() as temporary:
-            texts = Path(temporary) / f"{split}.jsonl"
-            lines = (json.dumps(row, ensure_ascii=False) for row in rows.select_columns(fields))
-            write_text(texts, "".join(f"{each}\n" for each in lines))
-            words = ["--adapter", folder / "adapter", "--input", texts, "--output", folder / f"{split}.jsonl"]
-            words += ["--text_columns", ",".join(fields), *(["--base", base] if base else [])]
-            done = subprocess.run([sys.executable, ROOT / "nlu/predict.py", *words], capture_output=True, text=True)
-        if done.returncode:
-            said = done.stderr.strip() or f"nlu/predict.py ended with exit code {done.returncode}"
-            raise UsageError(f"{line['run']}: {re.sub('^error: ', '', said.splitlines()[-1])}")
+    words = ["--adapter", str(folder / "adapter"), "--input", "-", *(["--base", base] if base else [])]
+    arguments = predict.build_parser().parse_args(words)
+    try:
+        predictor = predict.load_predictor(arguments, predict.read_card(arguments), len(fields))
+        for split, rows in sets.items():
+            texts = (Row(place, [row[field] for field in fields]) for place, row in enumerate(rows, 1))
+            with predict.open_output(str(folder / f"{split}.jsonl")) as output:
+                write = predict.row_writer(output, "jsonl", predictor.labels)
+                for row, values in predict.predict_rows(texts, predictor, arguments.batch_size):
+                    write(row.place, values)
+    except UsageError as error:
+        raise UsageError(f"{line['run']}: {error}") from None
 
 
 def _scores(line: dict[str, Any], folder: Path, sets: dict[str, Dataset]) -> dict[str, float]:

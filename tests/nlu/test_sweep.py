@@ -301,6 +301,10 @@ def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys, monkeyp
     path.write_text(yaml.safe_dump({"name": "scripts", **own}))
     monkeypatch.chdir(tmp_path)  # the file's paths are the repository's
     assert sweep.main([str(path), *places_of(tmp_path)[2:]]) == 2 and "did you mean --bf16?" in capsys.readouterr().err
+    path.write_text(yaml.safe_dump({"name": "scripts", **own}).replace("debertav3", "absent"))
+    assert sweep.main([str(path), *places_of(tmp_path)[2:]]) == 2
+    error = capsys.readouterr().err
+    assert "scripts/run_absent_cola.sh" in error and "start it in a clone" in error and error.count("\n") == 1
     path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
     with pytest.raises(UsageError, match="'task' is not an argument of every run"):
         load_experiment(path)
