@@ -176,7 +176,8 @@ def _finding(claims: Table | None, final: pd.DataFrame) -> str:
         best = max(known, key=lambda label: known[label].mean)
         ends = known[best].interval
         interval = "" if ends is None else f" (95 % interval {spread(*ends, number)})"
-        return f"Highest average: {best}, {number(known[best].mean)}{interval}."
+        said = f"Highest average: {best}," if final.label.nunique() > 1 else f"{best[0].upper()}{best[1:]}:"
+        return f"{said} {number(known[best].mean)}{interval}."
     sentences = []
     for row in claims.data[claims.data.verdict != ""].itertuples():
         interval = "" if pd.isna(row.low) else f" (95 % interval {signed(row.low)} to {signed(row.high)})"
