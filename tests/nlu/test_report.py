@@ -106,6 +106,9 @@ def test_only_prints_one_experiment_and_writes_nothing(make, tmp_path):
     write(tmp_path / "measured", "other", [line("LoRA r=8", "cola", 1, [0.1])])
     code, out, _ = make(trial(2), "--only", "other")
     assert code == 0 and "## What did the experiment other measure?" in out and "larger" not in out
+    assert "\nLoRA r=8: 10.00." in out and "Highest" not in out  # of one row nothing is the highest
+    write(tmp_path / "measured", "both", [line(label, "cola", 1, [score]) for label, score in (("a", 0.1), ("b", 0.2))])
+    assert "\nHighest average: b, 20.00." in make(trial(2), "--only", "both")[1]
     assert not (tmp_path / "README.md").exists()
     code, _, err = make(trial(2), "--only", "nothing")
     assert code == 2 and "--only nothing" in err
