@@ -34,6 +34,7 @@ from loralib.model import (
     layers_outside_peft,
     lora_layers,
     refuse_data_parallel,
+    refuse_sharded_factors,
     unwrapped,
 )
 
@@ -106,14 +107,15 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft holds the layers, the factors are on the meta device or no longer
-            shared as they were made to be, a module inside the model is wrapped (compiled, checkpointed), the folder
-            holds other files, or the labels are not numbered from 0.
+        ValueError: if there is nothing to save, peft holds the layers, the factors are on the meta device, sharded or
+            no longer shared as they were made to be, a module inside the model is wrapped (compiled, checkpointed), the
+            folder holds other files, or the labels are not numbered from 0.
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
     if any(parameter.is_meta for parameter in factors_of(model)):
         raise ValueError("the factors are on the meta device and have no values: load the weights first")
+    refuse_sharded_factors(model)
     check_shared(model)
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = _stored_factors(layers, live)

@@ -258,7 +258,7 @@ class RankAllocator(AllocatorSettings):
         """
         budget, mask_now = self.schedule(global_step)
         self._check_model(model)
-        if global_step < self._total() - self.final_warmup:
+        if global_step < max(self._total() - self.final_warmup, 2):  # at least once
             if all(values.grad is None for values in self._values):
                 raise ValueError("no singular value has a gradient: score and mask before the gradients are cleared")
             for scores in self._scores:

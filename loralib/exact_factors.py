@@ -155,7 +155,7 @@ class ExactFactors:
 def _polar(factor: Tensor) -> Tensor:
     """The polar factor, float64. Zeros have no directions to keep: they become cosines, which leave out no feature."""
     if not factor.any():
-        wide = spread(torch.eye(min(factor.shape), dtype=torch.float64), max(factor.shape))
+        wide = spread(torch.eye(min(factor.shape), dtype=torch.float64, device=factor.device), max(factor.shape))
         return wide if factor.shape == wide.shape else wide.T
     u, _, v = torch.linalg.svd(factor.double(), full_matrices=False)
     return u @ v

@@ -8,15 +8,18 @@ node in the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Whether a transform of torch.func is active, which takes no autograd function of the form below.
-_transformed = torch._C._are_functorch_transforms_active
+transformed = torch._C._are_functorch_transforms_active
 
 
 def _onednn_is_faster() -> bool:
@@ -61,6 +64,17 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
+def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function's backward pass as its forward pass was, without autocast, also where its caller has it on."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        with without_autocast(grad.device.type):
+            return backward(ctx, grad)
+
+    return run
+
+
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx, left, values, right):
@@ -68,6 +82,7 @@ class _Fold(torch.autograd.Function):
         return (left * values) @ right
 
     @staticmethod
+    @outside_autocast
     def backward(ctx, grad):
         left, values, right = ctx.saved_tensors
         grad_scaled = grad @ right.T
@@ -77,7 +92,7 @@ class _Fold(torch.autograd.Function):
 def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
     """left · diag(values) · right as one node of the graph: it is evaluated once a layer, so its cost is overhead."""
     with without_autocast(left.device.type):
-        return (left * values) @ right if _transformed() else _Fold.apply(left, values, right)
+        return (left * values) @ right if transformed() else _Fold.apply(left, values, right)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,6 +113,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return out  # a matrix: a view of it, made in here, could not be written to in place
 
     @staticmethod
+    @outside_autocast
     def backward(ctx, grad):
         x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_core, need_b, _, need_dropped, _ = ctx.needs_input_grad
@@ -161,7 +177,7 @@ def adapted_linear(
     device = x.device.type
     dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with without_autocast(device):
-        if _transformed():
+        if transformed():
             out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
             return add_low_rank(out, x if dropped is None else dropped, a, core, b, scale)
         out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)

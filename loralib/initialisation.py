@@ -119,7 +119,9 @@ def _see_batches(
     try:
         model.eval()
         count = 0
-        with torch.random.fork_rng(devices), torch.set_grad_enabled(with_gradients):
+        # A graph that was compiled before would pass the hooks over.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.random.fork_rng(devices), torch.set_grad_enabled(with_gradients):
             for batch in batches:
                 given = batch.get("attention_mask") if isinstance(batch, Mapping) and not two_lengths else None
                 mask = None if given is None else (given.T if tokens_first else given).bool()
@@ -146,7 +148,7 @@ class _Sketch:
 
     def random(self, rows: int, columns: int) -> Tensor:
         like = self.layer.lora_A[0]
-        return torch.randn(rows, columns, generator=self.generator, dtype=torch.float64).to(like)
+        return torch.randn(rows, columns, generator=self.generator, dtype=torch.float64, device="cpu").to(like)
 
     def product(self, left: Tensor, right: Tensor, test: Tensor) -> Tensor:
         """leftᵀ · right · test over all tokens, in the dtype of ``test``."""
@@ -233,7 +235,7 @@ def _set_factors(results: dict[LoRALayer, tuple], generator: torch.Generator) ->
                 size = factor.shape[0] if wide else factor.shape[1]
                 inner = spread(vectors, size)
                 factor.copy_(inner.T if wide else inner)
-                vectors = torch.eye(size, dtype=vectors.dtype)
+                vectors = torch.eye(size, dtype=vectors.dtype, device=vectors.device)
 
 
 def _leading(scaled: list[Tensor], width: int, generator: torch.Generator) -> Tensor:
@@ -245,7 +247,8 @@ def _leading(scaled: list[Tensor], width: int, generator: torch.Generator) -> Te
     vectors = vectors[:, : min(width, int((values > _ROUNDING * values[0]).sum()))]
     rows, known = vectors.shape
     if known < min(width, rows):
-        more = torch.randn(rows, min(width, rows) - known, generator=generator, dtype=vectors.dtype)
+        like = {"dtype": vectors.dtype, "device": vectors.device}  # which the default device need not be
+        more = torch.randn(rows, min(width, rows) - known, generator=generator, **like)
         more = torch.linalg.qr(more - vectors @ (vectors.T @ more))[0]
         vectors = torch.cat([vectors, more], 1)
     vectors = vectors * _signs(vectors)
@@ -263,5 +266,5 @@ def spread(vectors: Tensor, size: int) -> Tensor:
     k = vectors.shape[1]
     if size <= k:
         return vectors[:, :size]
-    place = torch.arange(size, dtype=vectors.dtype) + 0.5
+    place = torch.arange(size, dtype=vectors.dtype, device=vectors.device) + 0.5
     return vectors @ (math.sqrt(2 / size) * torch.cos(math.pi / size * place[:k, None] * place))

@@ -55,7 +55,7 @@ class LoRALayer(nn.Linear):
         lora_E: singular values e, shape (r,); ``None`` for plain LoRA.
         widths: (k₁, …, kₙ₋₁); ``()`` is a single scale.
         r: stored rank. initial_r: the rank at the start; they differ after :meth:`keep_singular_values`.
-        scaling: s = lora_alpha / initial_r. It stays so while singular values are pruned.
+        scaling: s = lora_alpha / initial_r, which follows ``lora_alpha``. It stays so while singular values are pruned.
         merged: whether ``weight`` currently holds W + ΔW.
 
     Raises:
@@ -141,7 +141,6 @@ class LoRALayer(nn.Linear):
         check_fraction("lora_dropout", lora_dropout)
         check_choice("init", init, INITS)
         self.lora_alpha = float(lora_alpha)
-        self.scaling = self.lora_alpha / self.r
         self.init = init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
@@ -247,6 +246,11 @@ class LoRALayer(nn.Linear):
         if list(kept) != sorted(set(kept) & set(range(self.r))):
             raise ValueError(f"the kept indices must increase from 0 to {self.r - 1}, got {list(kept)}")
         return torch.tensor(list(kept), dtype=torch.long)
+
+    @property
+    def scaling(self) -> float:
+        """s. To strengthen or weaken an update, change ``lora_alpha``, which an adapter's file holds."""
+        return self.lora_alpha / self.initial_r
 
     def folded_core(self) -> Tensor:
         """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r)."""

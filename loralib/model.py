@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from loralib.checks import check_choice
 from loralib.layers import LoRALayer
+from loralib.stored_weight import stored_form
 
 BIASES = ("none", "all", "lora_only")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -65,12 +66,21 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     """The low-rank layers whose singular values train. A frozen adapter is neither pruned nor regularised.
 
     Raises:
-        ValueError: where there is none, with the ``purpose`` that it was wanted for.
+        ValueError: where there is none, with the ``purpose`` that it was wanted for, and for sharded factors.
     """
     found = {name: layer for name, layer in svd_layers(model).items() if layer.lora_E.requires_grad}
     if not found:
         raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) to {purpose}: inject one first")
+    refuse_sharded_factors(model)
     return found
+
+
+def refuse_sharded_factors(model: nn.Module) -> None:
+    """Raises ValueError where a process has only a part of a factor."""
+    if any(stored_form(factor) == "sharded" for factor in factors_of(model)):
+        raise ValueError(
+            "the factors are sharded: use loralib.sharding.shard_frozen(), which splits the frozen weights alone"
+        )
 
 
 def refuse_new_factors(layers: Iterable[LoRALayer], values: Iterable[nn.Parameter], made: str) -> None:

@@ -13,12 +13,12 @@ factors themselves and count once: the value is then AdaLoRA's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from loralib.fused import without_autocast
+from loralib.fused import outside_autocast, transformed, without_autocast
 from loralib.model import refuse_new_factors, trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
@@ -37,40 +37,58 @@ def parse_terms(terms: str) -> frozenset[str]:
     return frozenset(parts)
 
 
+_Shapes = list[tuple[bool, list[int]]]  # for each shape, whether its factors are wide and which they are
+
+
+def _stacks(shapes: _Shapes, factors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.stack([factors[i] for i in rows]) for _, rows in shapes]
+
+
+def _grams(shapes: _Shapes, stacks: list[Tensor]) -> Tensor:
+    """Tall factors X (m, s), or wide ones as X = Aᵀ → their XᵀX, (n, s, s), in the order given."""
+    return torch.cat([x @ x.mT if wide else x.mT @ x for x, (wide, _) in zip(stacks, shapes, strict=True)])
+
+
 class _OuterGrams(torch.autograd.Function):
-    """Tall factors X (m, s), or wide ones as X = Aᵀ → their XᵀX, (n, s, s), in the order given.
-
-    One stack and one product for each shape, and back again one product, X (G + Gᵀ), where autograd makes two and adds.
-    """
+    """The Grams with one product for each shape on the way back, X (G + Gᵀ), where autograd makes two and adds."""
 
     @staticmethod
-    def forward(ctx, shapes: list[tuple[bool, list[int]]], *factors: Tensor) -> Tensor:
-        stacks = [torch.stack([factors[i] for i in rows]) for _, rows in shapes]
-        grams = [x @ x.mT if wide else x.mT @ x for x, (wide, _) in zip(stacks, shapes, strict=True)]
-        ctx.save_for_backward(*stacks)
+    def forward(ctx, shapes: _Shapes, *factors: Tensor) -> Tensor:
+        stacks = _stacks(shapes, factors)
+        ctx.save_for_backward(*factors, *stacks)
         ctx.shapes = shapes
-        return torch.cat(grams)
+        return _grams(shapes, stacks)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx, grad: Tensor):
+        places = sum(len(rows) for _, rows in ctx.shapes)
+        factors, stacks = ctx.saved_tensors[:places], ctx.saved_tensors[places:]
+        if torch.is_grad_enabled():  # a second derivative is wanted, and the stacks have no history
+            stacks = _stacks(ctx.shapes, factors)
         both = grad + grad.mT
         gradients, start = [], 0
-        for stacked, (wide, rows) in zip(ctx.saved_tensors, ctx.shapes, strict=True):
+        for stacked, (wide, rows) in zip(stacks, ctx.shapes, strict=True):
             part = both[start : start + len(rows)]
             gradients += (part @ stacked if wide else stacked @ part).unbind()
             start += len(rows)
         return None, *gradients
 
 
-class _Stacked(torch.autograd.Function):
+def _stacked(narrow: int, factors: Sequence[Tensor]) -> Tensor:
     """Equally sized inner factors as one (n, s, t): `narrow` of them as they are, then the others transposed."""
+    parts = [torch.stack(factors[:narrow])] if narrow else []
+    parts += [torch.stack(factors[narrow:]).mT] if narrow < len(factors) else []
+    return torch.cat(parts)
+
+
+class _Stacked(torch.autograd.Function):
+    """:func:`_stacked` as one node of the graph."""
 
     @staticmethod
     def forward(ctx, narrow: int, *factors: Tensor) -> Tensor:
         ctx.narrow = narrow
-        parts = [torch.stack(factors[:narrow])] if narrow else []
-        parts += [torch.stack(factors[narrow:]).mT] if narrow < len(factors) else []
-        return torch.cat(parts)
+        return _stacked(narrow, factors)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -121,8 +139,8 @@ class _Chains:
 
     def norms(self, deviation: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """‖Gram − I‖ of the chosen terms."""
-        found = []
-        gram = _OuterGrams.apply(self.shapes, *self.outer)
+        found, plain, shapes, outer = [], transformed(), self.shapes, self.outer
+        gram = _grams(shapes, _stacks(shapes, outer)) if plain else _OuterGrams.apply(shapes, *outer)
         if self.with_factors:
             found.append(deviation(_rows(gram, self.tall) if len(self.tall) < len(gram) else gram))
             # A factor wider than it is tall reaches the identity on its other side only.
@@ -130,7 +148,7 @@ class _Chains:
         if len(self.outer) < len(self.outer_of):
             gram = _rows(gram, self.outer_of)
         for narrow, factors, repeated in self.inner:
-            stacked = _Stacked.apply(narrow, *factors)
+            stacked = _stacked(narrow, factors) if plain else _Stacked.apply(narrow, *factors)
             if self.with_factors:
                 tall = stacked.shape[-1] <= stacked.shape[-2]
                 found.append(deviation(stacked.mT @ stacked if tall else stacked @ stacked.mT))

@@ -100,7 +100,7 @@ def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: d
         return tensors[tied.get(f"{name}.{part}", f"{name}.{part}")].double()
 
     if "1" not in group.rank_pattern[name]:
-        return torch.zeros(0, 0), torch.zeros(0, 0)
+        return torch.zeros(0, 0, device="cpu"), torch.zeros(0, 0, device="cpu")
     scaling = group.lora_alpha / group.r
     scales = range(len(group.widths) + 1)
     left = reduce(torch.matmul, [stored(f"lora_B.{i}") for i in scales])
@@ -130,10 +130,10 @@ def start_factors(
     for i, size in enumerate(inner):
         for side, outer, size_outside in (("B", u[:, :rank], u.shape[0]), ("A", vt[:rank].T, vt.shape[1])):
             rows = size_outside if i == 0 else inner[i - 1]
-            factor = torch.randn(rows, size, generator=generator) * GAUSSIAN_STD
-            factor[:, :rank] = outer.float() if i == 0 else torch.eye(rows, rank)
+            factor = torch.randn(rows, size, generator=generator, device="cpu") * GAUSSIAN_STD
+            factor[:, :rank] = outer.float() if i == 0 else torch.eye(rows, rank, device="cpu")
             factors[f"lora_{side}.{i}"] = factor if side == "B" else factor.T.contiguous()
-    factors["lora_E"] = torch.zeros(r)
+    factors["lora_E"] = torch.zeros(r, device="cpu")
     factors["lora_E"][:rank] = (sigma[:rank] / scaling).float()
     return factors
 
@@ -302,7 +302,7 @@ def import_peft(
             factors = {"lora_B.0": left, "lora_A.0": right}
         else:
             key = (kind, r, list(widths), float(lora_alpha))
-            found = decompose(left, torch.eye(rank) * scaling, right)
+            found = decompose(left, torch.eye(rank, device="cpu") * scaling, right)
             factors = start_factors(found, r, widths, lora_alpha / r, generator)
         tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
         # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.

@@ -25,7 +25,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     other module with a trainable parameter of its own, or a floating-point buffer beside its parameters (BatchNorm),
     stays float32 as a whole, and is given float32 inputs; what it returns is cast to ``dtype`` for the frozen modules
     that may follow. The head is given float32 inputs too, and what it returns stays float32: without a head the logits
-    have the dtype of what computes them last. Buffers keep their dtype.
+    have the dtype of what computes them last. Buffers keep their dtype. To take all of it back, call this again with
+    float32; ``model.float()`` alone leaves what the kept modules return rounded.
+
+    An adapter that is saved after a cast to float16 fits the float32 base with ``allow_other_base`` only: bases are
+    compared in bfloat16, which rounds otherwise.
 
     Args:
         model: its ``requires_grad`` flags say what is frozen; set them first, and call this again when they change.
@@ -113,7 +117,10 @@ def _set_border(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dt
 
 
 def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return _cast(args, module._border[0]), _cast(kwargs, module._border[0])
+    dtype = module._border[0]
+    if dtype is not None:
+        dtype = next((p.dtype for p in _computing(module)), dtype)  # the model may have been moved since
+    return _cast(args, dtype), _cast(kwargs, dtype)
 
 
 def _cast_outputs(module: nn.Module, args: tuple, output: Any) -> Any:

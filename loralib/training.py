@@ -303,6 +303,8 @@ class LowRankTrainerMixin(_Trainer):
             path = os.path.join(checkpoint, STATE_FILE)
             if not os.path.isfile(path):
                 raise ValueError(f"{path} is missing: go on from a checkpoint that was written without save_only_model")
+            if self.low_rank.total_steps not in (None, self.state.max_steps):
+                self.low_rank.start(self.state.max_steps)  # as on_train_begin did in the first run
             self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 

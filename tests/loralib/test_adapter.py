@@ -43,6 +43,21 @@ def test_a_float_of_numpy_is_a_number_to_save(tmp_path):
     assert (group.lora_dropout, group.lora_alpha) == (0.1, 8)
 
 
+@pytest.mark.parametrize("kind", ["lora", "lora2"])
+def test_a_strength_that_was_changed_is_saved(tmp_path, kind):
+    model = adapted(kind)
+    deltas = {name: layer.delta_weight().detach() for name, layer in loralib.lora_layers(model).items()}
+    for layer in loralib.lora_layers(model).values():
+        layer.lora_alpha /= 2
+        with pytest.raises(AttributeError):
+            layer.scaling = 1.0
+    again = Net()
+    loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
+    assert torch.equal(again(INPUTS), model(INPUTS))
+    for name, layer in loralib.lora_layers(again).items():
+        torch.testing.assert_close(layer.delta_weight(), deltas[name] / 2)
+
+
 def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2, tmp_path):
     model, pattern, folder = lora2
     base, small, whole = pretrained.base(), pretrained.base(), pretrained.base()

@@ -108,6 +108,26 @@ def test_gradients_under_autocast_are_near_float32(widths):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
+@pytest.mark.parametrize("widths", [(), (3,)])
+def test_the_backward_pass_does_not_ask_whether_autocast_is_on(widths):
+    """Torch's own products do, as those of the inner factors in the regulariser."""
+    torch.manual_seed(1)
+    layer, x = randomise(loralib.MultiScaleLinear(16, 24, 4, 8, widths=widths), 0.3), torch.randn(6, 16)
+
+    def gradients_in(forward, backward):
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            loss = layer(x).float().square().sum()
+            if not widths:
+                loss = loss + loralib.compute_orth_regu(nn.Sequential(layer))
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            loss.backward()
+        return [p.grad for p in layer.lora_parameters()]
+
+    for forward in (False, True):
+        torch.testing.assert_close(gradients_in(forward, True), gradients_in(forward, False), rtol=0, atol=0)
+
+
 def test_used_twice_and_checkpointed_with_dropout():
     x = torch.randn(6, 16)
 

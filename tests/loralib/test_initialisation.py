@@ -180,6 +180,21 @@ def test_nothing_else_changes(kind):
 
 
 @pytest.mark.parametrize("kind", ["gradient", "activation"])
+@pytest.mark.parametrize("way", ["compiled", "another default device"])
+def test_a_graph_of_before_and_the_default_device_do_not_change_the_start(kind, way):
+    expected, model, given = net("lora2", r=3, k=14), net("lora2", r=3, k=14), batches()
+    loralib.initialise(expected, kind, batches(), loss_of)
+    if way == "compiled":
+        called = torch.compile(model, backend="eager").eval()
+        called(given[0])
+        loralib.initialise(called, kind, given, loss_of)
+    else:
+        with torch.device("meta"):
+            loralib.initialise(model, kind, given, loss_of)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
 def test_neither_changes_in_place_nor_keywords_nor_autocast_change_the_start(kind):
     class InPlace(Net):
         def forward(self, x):

@@ -195,6 +195,16 @@ def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
     assert hooked == ["head"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_is_moved_since_computes_in_its_new_dtype(dtype):
+    model, ids = tiny(also=("head", "blocks.0.norm2")), torch.arange(12).view(3, 4)
+    loralib.cast_frozen(model, torch.bfloat16, model.head)
+    expected = model(ids)
+    found = model.to(dtype)(ids)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False)])
 @pytest.mark.parametrize("training", [False, True])
 def test_float32_buffers_meet_the_hidden_values(norm, training):

@@ -80,6 +80,18 @@ def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, gro
     assert loralib.base_fingerprint(sharded) == fingerprint
 
 
+def test_factors_that_are_split_too_are_refused(group, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted()
+    fully_shard(model)
+    for refusing in (loralib.compute_orth_regu, lambda m: loralib.LowRankTraining(m, 9, target_rank=1),
+                     lambda m: loralib.save_adapter(m, tmp_path / "a")):  # fmt: skip
+        with pytest.raises(ValueError, match="shard_frozen"):
+            refusing(model)
+    assert not (tmp_path / "a").exists()
+
+
 def test_save_works_and_merge_is_refused(group, tmp_path):
     whole, sharded = adapted(), adapted()
     shard_frozen(sharded)

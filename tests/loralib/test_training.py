@@ -128,6 +128,10 @@ def test_a_resumed_trainer_ends_with_the_same_bits_and_evaluates_without_penalty
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
     expected = float(whole.model.eval()(**inputs).loss.detach())
     assert whole.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    other = MyTrainer(model=(model := injected(share_outer=shared)), args=arguments(tmp_path / "e"), train_dataset=ROWS,
+                      low_rank=low_rank(model, total_steps=100))  # fmt: skip
+    other.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-4"))  # the Trainer's number of steps counts
+    torch.testing.assert_close(adapter(other.model), adapter(whole.model), atol=0, rtol=0)
     run(tmp_path / "c", save_only_model=True)
     with pytest.raises(ValueError, match="written without save_only_model"):
         run(tmp_path / "d", resume=str(tmp_path / "c/checkpoint-4"))
@@ -228,6 +232,22 @@ def test_the_defaults_of_a_training():
     training.after_step()
     training.start(40)  # another training of the same model
     assert (training.step, training.allocator.init_warmup, training.allocator.final_warmup) == (0, 4, 20)
+
+
+@pytest.mark.parametrize("total, options", [(1, {}), (2, {}), (10, {"final_warmup": 9, "mask_interval": 1})])
+def test_however_short_a_training_its_scores_decide(total, options):
+    """Without a score, layers would lose their singular values in the order of their names."""
+    training = loralib.LowRankTraining(model_to_prune(), total, target_rank=1, init_warmup=0, **options)
+    layers = loralib.lora_layers(training.model)
+    for step in range(1, total + 1):
+        random_step(training.model, torch.Generator().manual_seed(step))
+        for layer in layers.values():
+            nn.init.ones_(layer.lora_E)
+            layer.lora_E.grad.fill_(1e-3)
+        for factor in layers["layer.0.q"].lora_parameters():
+            factor.grad.fill_(10.0)
+        training.after_step()
+    assert sum(training.rank_pattern["layer.0.q"]) == training.allocator.live_rank == 3
 
 
 def test_the_budget_is_what_is_live_after_a_masking():
