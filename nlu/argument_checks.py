@@ -146,7 +146,7 @@ def _check_task(data: Any, training: Any) -> None:
     if data.task_name is not None:
         task = get_task(data.task_name)
         data.task_name = task.name
-        if not task.train_splits and (training.do_train or training.do_eval):
+        if not task.train_splits and (training.do_train or training.do_eval or data.holdout_fraction is not None):
             raise UsageError(f"{task.name} has a test set only: give --task_name mnli --predict_task {task.name}")
         if data.train_file or data.validation_file or data.test_file:
             raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")

@@ -43,7 +43,7 @@ from nlu.experiments.figures import draw
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, check_data, check_writable, parsed_command
-from nlu.experiments.records import place_of, portable
+from nlu.experiments.records import place_of, portable, settings_of
 from nlu.experiments.statistics import as_frame, finished
 from nlu.experiments.tables import comparison_table
 from nlu.tasks import get_task
@@ -197,10 +197,10 @@ def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
 
 def _spec(spec: str) -> dict[str, Any]:
     """NAME:flag=value:… as arguments."""
-    name, *settings = spec.split(":")
+    name, *settings = settings_of(spec)
     if not name:
         raise UsageError("--methods holds an empty name: give files of configs/methods/, such as lora2,lora")
-    if not all("=" in setting for setting in settings):
+    if ":" in name:
         raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
     values = flag_values([f"--{setting}" for setting in settings])
     if len(values) < len(settings):

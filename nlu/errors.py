@@ -92,8 +92,9 @@ def _explained(error: BaseException) -> tuple[int, str | None]:
     no_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     if isinstance(error, MemoryError) or no_memory:
         return 1, (
-            f"there is not enough memory ({reason(error, 200) or 'MemoryError'}): lower the batch size (a training's "
-            "--per_device_train_batch_size, and raise --gradient_accumulation_steps by the same factor)"
+            f"there is not enough memory ({reason(error, 200) or 'MemoryError'}): lower predict.py's --batch_size, or "
+            "a training's --per_device_train_batch_size (PER_DEVICE of a script), and without --total_batch_size raise "
+            "--gradient_accumulation_steps by the same factor; the run then goes on"
         )
     return 1, None
 

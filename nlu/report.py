@@ -173,6 +173,8 @@ def _finding(claims: Table | None, final: pd.DataFrame) -> str:
         known = averages(common_seeds(final))
         if not known:
             return "No seed has been run on all tasks by all rows yet."
+        if len({tuple(asked.get(name) for name in ("train_file", "validation_file")) for asked in final.asked}) > 1:
+            return "The rows are of different data files, and are not ranked."
         best = max(known, key=lambda label: known[label].mean)
         ends = known[best].interval
         interval = "" if ends is None else f" (95 % interval {spread(*ends, number)})"

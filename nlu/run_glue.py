@@ -53,7 +53,7 @@ from nlu.runs.adapter import (
     spectra,
     upload_adapter,
 )
-from nlu.runs.checkpoints import check_best, last_whole_checkpoint
+from nlu.runs.checkpoints import check_best, last_whole_checkpoint, remove_checkpoints
 from nlu.runs.folder import RunFolder, shared_digests, shared_state
 from nlu.runs.log import Bars, ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
@@ -86,6 +86,9 @@ def run(arguments: Arguments, log: ConsoleLog) -> int:
     state = shared_state(run_folder)
     if state == "finished":
         print(f"{folder} holds this run, finished: give --overwrite_output_dir to run it again")
+        if training.push_to_hub and training.should_save:
+            check_upload(arguments)
+            upload_adapter(training, folder)
         return 0
 
     check_upload(arguments)
@@ -152,6 +155,8 @@ def run_recorded(
             tokenizer = trainer.processing_class
             save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)
             report(record.write("finished"), folder)
+            if arguments.training.save_strategy == "no":
+                remove_checkpoints(folder / "model")
     except BaseException as error:
         record.error = one_line(error)
         if save:
@@ -252,10 +257,8 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: P
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except UnpicklingError:  # only tensors and plain values are read, nothing that could run
             raise UsageError(f"the checkpoint {checkpoint} was not made here (it holds objects): delete it") from None
-    if training.do_eval:
-        done = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
-        if trainer.weights_step not in done:
-            trainer.evaluate()
+    if trainer.lacks_evaluation:
+        trainer.evaluate()
 
 
 if __name__ == "__main__":

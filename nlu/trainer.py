@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -32,8 +33,11 @@ from nlu.runs.checkpoints import (
     write_trained,
 )  # fmt: skip
 from nlu.runs.machine import peak_memory_bytes
+from nlu.runs.processes import several
 from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
 from nlu.tasks import Task
+
+logger = logging.getLogger("nlu")
 
 _IGNORED = -100  # the class number that torch's cross entropy leaves out
 _MOST_UNCHECKED = 1000  # losses that wait on the device, at most, to be looked at
@@ -265,10 +269,29 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         with self.signals.deferred():
             result = super().train(resume_from_checkpoint, **kwargs)
         signum = self.signals.agreed()
+        if signum is not None or self.lacks_evaluation or self.args.do_predict:
+            self._save_last()
         if signum is not None:  # it came after the last step
             raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         self.check_finite(weights=True)
         return result
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether --do_eval asks for an evaluation of the weights that the model holds, and there is none yet."""
+        done = [entry["step"] for entry in self.state.log_history if f"eval_{self.task.metric}" in entry]
+        return self.args.do_eval and self.weights_step not in done
+
+    def _save_last(self) -> None:
+        """Save the last step, so that a stop in what follows loses no training."""
+        if self._saved_step == self.state.global_step or self.args.load_best_model_at_end:  # which holds other weights
+            return
+        try:
+            self._save_checkpoint(self.model, None)
+        except RunError as error:
+            if several():  # the others wait for this process
+                raise
+            logger.warning("%s", error)  # the smaller adapter may have room
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Overridden for two faults of resuming, which no callback can mend.
@@ -375,8 +398,8 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         """
         if load_result.unexpected_keys:
             raise RunError(
-                f"the checkpoint holds a parameter that this model lacks ({load_result.unexpected_keys[0]}): give "
-                "--overwrite_output_dir to train again"
+                f"the checkpoint holds a parameter that this model lacks ({load_result.unexpected_keys[0]}): delete "
+                f"{self.args.output_dir} to train again"
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -418,5 +441,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
                     stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
                     self.control.should_training_stop = stops
             self.args.eval_on_start = False  # done, before the first step
+            self._saved_step = self.state.global_step
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved

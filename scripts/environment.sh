@@ -60,6 +60,9 @@ run() {
         fi
         set -- "$PYTHON" "$@"
     fi
+    if [[ ${DRY_RUN:-0} == null ]]; then # for a program to read: each word ends in a NUL
+        printf '%s\0' "$@" && exit
+    fi
     [[ ${DRY_RUN:-0} == 0 ]] || { printf '%q ' "$@" && echo && exit; }
     exec "$@"
 }

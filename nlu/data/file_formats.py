@@ -166,7 +166,8 @@ class _Delimited(TableReader):
 
     def _tsv(self) -> Iterator[Row]:
         for line in self.lines:
-            yield self.lines.row(line.removesuffix("\n").removesuffix("\r").split("\t"))
+            if line.strip("\r\n"):
+                yield self.lines.row(line.removesuffix("\n").removesuffix("\r").split("\t"))
 
     def _csv(self) -> Iterator[Row]:
         reader = csv.reader(iter(self.lines), strict=True)

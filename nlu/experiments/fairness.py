@@ -14,6 +14,7 @@ from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.places import Places, parsed_command
+from nlu.experiments.records import settings_of
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import get_task
@@ -109,7 +110,7 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places, tuned: boo
 
 def _matching(run: Run, wanted: Shape, places: Places) -> Iterator[str]:
     """Specifications of the same base method with the wanted size and scale, the run's own file first."""
-    name, *settings = run.axes["method"].split(":")
+    name, *settings = settings_of(run.axes["method"])
     base = method_file(["--method", name])[1]
     files = [path.stem for path in sorted(METHOD_FOLDER.glob("*.yaml"))]
     for file in dict.fromkeys([name, *files]):

@@ -87,8 +87,8 @@ class SlurmLauncher:
             raise UsageError("submitit would end each run after 5 minutes; add --slurm timeout_min=MINUTES")
         for name in ("nodes", "slurm_nodes", "tasks_per_node", "slurm_ntasks_per_node", "slurm_ntasks"):
             if parameters.get(name, 1) != 1:
-                raise UsageError(f"--slurm {name} would start each run several times: leave it out, and give the runs "
-                                 "more processes with --command 'env NPROC=2 bash scripts/…'")  # fmt: skip
+                raise UsageError(f"--slurm {name} would start each run several times: leave it out (scripts take "
+                                 "NPROC=2 from the environment)")  # fmt: skip
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self.executor.update_parameters(**parameters)

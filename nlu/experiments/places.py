@@ -67,7 +67,7 @@ class Places:
         line = self.lines().get(run.folder, {})
         if line.get("status") == "finished":
             return "finished" if self.line(run) else "changed"
-        status = line.get("status") or (read_json(self.working(run) / "results.json") or {}).get("status")
+        status = line.get("status") or (self._record(run) or {}).get("status")
         return status or "new" if status in (None, "failed") else "interrupted"
 
     def _differences(self, run: Run, line: dict[str, Any]) -> list[str]:
@@ -116,7 +116,7 @@ class Places:
 
     def publish(self, run: Run) -> dict[str, Any] | None:
         """Write the line of a run that has finished or failed; returns it, or None where it left no such record."""
-        record = read_json(self.working(run) / "results.json")
+        record = self._record(run)
         if record is None or record.get("status") not in ("finished", "failed"):
             return None
         line = measured_line(run, record)
@@ -124,6 +124,10 @@ class Places:
             line["started_by"] = command
         write_line(self.measured, run.folder, line)
         return line
+
+    def _record(self, run: Run) -> dict[str, Any] | None:
+        folder = self.working(run)
+        return read_json(folder / "results.json", f"delete {folder} to run it again")
 
     def _started_by(self, run: Run) -> str | None:
         """The command that starts a run in place of nlu/run_glue.py, whose results it need not share."""
@@ -214,11 +218,11 @@ def parsed_command(run: Run, places: Places) -> Any:
 
     words = command_line(run, places)
     if run.command:
-        shown = subprocess.run(["env", "DRY_RUN=1", *words], capture_output=True, text=True)
+        shown = subprocess.run(["env", "DRY_RUN=null", *words], capture_output=True, text=True)
         if shown.returncode:
             hint = " (an installed package has no scripts: start it in a clone)" if shown.returncode == 127 else ""
             raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}{hint}")
-        words = shlex.split(shown.stdout)
+        words = shown.stdout.split("\0")[:-1]
         start = next((i for i, word in enumerate(words, 1) if Path(word).name == RUN_GLUE.name), None)
         if start is None:
             raise UsageError(f"{run.folder}: its command starts no {RUN_GLUE.name}")

@@ -91,8 +91,13 @@ def _method_name(name: str, base: str) -> str:
 
     if base not in METHODS or not name.startswith(base):
         return name
-    file, *flags = name[len(base) :].split(":")
+    file, *flags = settings_of(name[len(base) :])
     return ", ".join([f"{METHODS[base].display} {file.strip('_').replace('_', ' ')}".strip(), *flags])
+
+
+def settings_of(spec: str) -> list[str]:
+    """A method's name and the settings behind it, of NAME:flag=value:…; a value may hold a colon (match:lora)."""
+    return re.split(r":(?=\w+=)", spec)
 
 
 @cache

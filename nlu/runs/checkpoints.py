@@ -144,7 +144,7 @@ def check_best(checkpoint: Path) -> None:
     if step and not is_whole(best):
         raise UsageError(
             f"{best}, the run's best checkpoint, is missing or damaged: predict with adapter/ of a finished run "
-            "(nlu/predict.py), or give --overwrite_output_dir to train again"
+            f"(nlu/predict.py), or delete {checkpoint.parent} to train again"
         )
 
 
@@ -155,6 +155,12 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
             return path
         logger.warning("%s is incomplete or damaged, so the one before it is used", path)
     return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete those of a run that is to leave none; they served while it was at work."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def rotate(folder: Path, limit: int | None, spared: Collection[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -69,6 +70,7 @@ _FREE = frozenset(
 # What a finished run may be asked for on top: it goes on from its last checkpoint, to predict.
 _PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _DEFAULTS = {f.name: f.default for part in (ModelArguments, DataArguments, MethodArguments) for f in fields(part)}
 
 
@@ -116,6 +118,12 @@ def shared_state(folder: RunFolder) -> str:
     return answers[0][0]
 
 
+def _rows_a_step(arguments: Mapping[str, Any]) -> int | None:
+    """Of one process; None where the record does not tell."""
+    sizes = [arguments.get(name) for name in _BATCH]
+    return math.prod(sizes) if all(type(size) is int for size in sizes) else None
+
+
 def changed_arguments(old: Any, new: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that make ``new`` another run than ``old``.
 
@@ -125,8 +133,9 @@ def changed_arguments(old: Any, new: Mapping[str, Any]) -> list[str]:
     if not isinstance(old, dict) or not all(map(str.isidentifier, old)):
         old = {}  # a damaged record is no record of this run
     free = _FREE | _PREDICTING
-    if plain.get("total_batch_size") is not None:  # the same rows a step, however many processes share them
-        free |= {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    # The same rows a step, however many processes share them, and however many each takes at once.
+    if plain.get("total_batch_size") is not None or _rows_a_step(old) == _rows_a_step(plain):
+        free |= {*_BATCH}
     return sorted(k for k in set(old) | set(plain) if k not in free and old.get(k, _DEFAULTS.get(k)) != plain.get(k))
 
 

@@ -184,7 +184,7 @@ def _check_resumed(previous: dict[str, Any], static: dict[str, Any], folder: Pat
     if previous["effective_batch_size"] != batch:
         raise UsageError(
             f"{folder} was trained with {previous['effective_batch_size']} rows a step, now they would be {batch}: "
-            "start as many processes as before"
+            "start as many processes as before, or change --gradient_accumulation_steps to fit"
         )
     if commit and previous.get("model_commit") not in (None, commit):
         raise UsageError(

@@ -72,6 +72,10 @@ WRONG = {
         ("--target_rank 9 --lora_r 8", "target_rank (9) is larger than lora_r (8)"),
         ("--task_name nope", "unknown task"),
         ("--task_name ax", "ax has a test set only"),
+        (
+            "--task_name ax --do_train False --do_eval False --eval_strategy no --do_predict --holdout_fraction 0.1",
+            "ax has a test set only",
+        ),
         ("--method ../methods/lora", "unknown method"),
         ("--method lora --lora_type svd", "contradicts"),
         ("--lora_type frd --apply_adalora", "svd"),
@@ -297,7 +301,11 @@ runpy.run_path("nlu/{program}.py", run_name="__main__")
     assert result.stderr == f"error: the package {package} is not installed: run bash scripts/setup.sh first\n"
 
 
-def test_the_rows_of_a_process_are_free_only_where_those_of_a_step_are_said():
-    sizes = [{"per_device_train_batch_size": n, "gradient_accumulation_steps": 32 // n} for n in (8, 16)]
-    assert changed_arguments(*sizes) == ["gradient_accumulation_steps", "per_device_train_batch_size"]
-    assert changed_arguments(*(size | {"total_batch_size": 32} for size in sizes)) == []
+def test_the_rows_of_a_process_are_free_while_those_of_a_step_stay():
+    """As the advice of a run that lacks memory has it."""
+    names = ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    first, same, other = (dict(zip(names, sizes, strict=True)) for sizes in ((8, 4), (16, 2), (16, 4)))
+    assert changed_arguments(first, same) == []
+    assert changed_arguments(first, other) == ["per_device_train_batch_size"]
+    assert changed_arguments(*(size | {"total_batch_size": 32} for size in (first, other))) == []
+    assert changed_arguments(first | {names[0]: "8"}, same) == sorted(names)  # a damaged record

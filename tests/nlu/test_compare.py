@@ -13,7 +13,7 @@ from scipy import stats
 from transformers import AutoConfig
 
 from nlu import compare
-from nlu.experiments.records import read_lines
+from nlu.experiments.records import read_lines, settings_of
 from nlu.experiments.statistics import as_frame, finished, load_measured
 from nlu.experiments.tables import comparison_table
 from tests.nlu.measured_lines import line, write
@@ -126,8 +126,9 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
     AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # sizes need no weights
     capsys.readouterr()  # how far the saving was
+    monkeypatch.setenv("LC_ALL", "C")  # the scripts' words are read whatever the locale
     flags = ["--task_name", "rte", "--published", "debertav3", "--model_name_or_path", str(deberta), "--seeds", "1",
-             "--output_dir", str(tmp_path)]  # fmt: skip
+             "--output_dir", str(tmp_path), "--glue_dir", str(tmp_path / "donné\n s")]  # fmt: skip
     assert compare.main([*flags, "--methods", "lora2,lora,adalora"]) == 0
     warnings = capsys.readouterr().err.splitlines()
     ends = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
@@ -208,6 +209,12 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp
     code, out, err = call(*flags)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "compare-cola").exists()
+
+
+def test_a_value_of_one_method_may_hold_a_colon():
+    spec = "lora2:lora_k=match:lora:lora_r=4"
+    assert compare._spec(spec) == {"method": "lora2", "lora_k": "match:lora", "lora_r": 4}
+    assert settings_of(spec) == ["lora2", "lora_k=match:lora", "lora_r=4"]
 
 
 def test_the_published_settings_need_a_clone(call, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from loralib.files import start_folder
+from loralib.files import start_folder, write_text
 from nlu import run_glue
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
@@ -26,7 +26,7 @@ from nlu.runs import digests
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
-from nlu.trainer import ProgressCallback
+from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 from tests.nlu.tiny import changed, error_line, read
 
@@ -108,6 +108,32 @@ def test_a_signal_after_the_last_step_is_heard(flags, run_folder, monkeypatch):
     assert read(flags)["status"] == "interrupted"
     assert main(flags) == 0
     assert outcome(run_folder) == expected
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation", "prediction"])
+def test_a_stop_after_the_last_step_loses_no_training_without_checkpoints(flags, run_folder, monkeypatch, where):
+    flags = [*changed(flags, eval_strategy="no", save_strategy="no"), "--do_predict"]
+    expected = straight_outcome(flags, run_folder)
+    with monkeypatch.context() as patch:
+        stop = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        if where == "training":
+            patch.setattr(ProgressCallback, "on_train_end", stop, raising=False)
+        else:
+            patch.setattr(*((GlueTrainer, "evaluate") if where == "evaluation" else (run_glue, "predict")), stop)
+        assert main(flags) == 143
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+        assert main(flags) == 0
+    assert outcome(run_folder) == expected and not checkpoints(run_folder / "model")
+
+
+def test_a_full_disk_after_the_last_step_costs_no_finished_run(flags, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nlu.trainer.write_checkpoint", full)
+    assert main([*changed(flags, eval_strategy="no", save_strategy="no"), "--do_predict"]) == 0
+    assert "cannot be written" in caplog.text and read(flags)["status"] == "finished"
 
 
 def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
@@ -301,11 +327,17 @@ def test_without_its_best_checkpoint_a_run_does_not_go_on(flags, run_folder, cap
     ]
     harm(run_folder / "model/checkpoint-4")
     assert main([*flags, "--do_predict"]) == 2
-    assert "checkpoint-4, the run's best checkpoint, is missing or damaged" in error_line(capsys)
+    line = error_line(capsys)
+    assert "checkpoint-4, the run's best checkpoint, is missing or damaged" in line
+    assert f"or delete {run_folder / 'model'} to train again" in line
     after = [
         path.read_bytes() for path in (run_folder / "results.json", run_folder / "adapter/adapter_model.safetensors")
     ]
     assert after == before
+    shutil.rmtree(run_folder / "model")  # as advised, of a run that was stopped
+    write_text(run_folder / "results.json", json.dumps(read(flags) | {"status": "interrupted"}))
+    scores = iter([0.1, 0.9, 0.2, 0.3])
+    assert main(flags) == 0 and read(flags)["status"] == "finished"
 
 
 # ---- two runs, other processes, the clock ----------------------------------------------------------------------------

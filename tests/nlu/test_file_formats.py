@@ -27,12 +27,18 @@ def test_a_carriage_return_inside_a_text_of_tsv_ends_no_row():
     ("kind", "content"),
     [
         ("tsv", "a\tb\n\n1\t2\n  \n"),
+        ("tsv", "a\tb\n\r\n1\t2\n\r\n"),
         ("csv", "a,b\n\n1,2\n  \n"),
         ("jsonl", '\n\n{"a": "1", "b": "2"}\n  \n'),
     ],
 )
 def test_lines_without_text_are_no_rows(kind, content):
     assert read(kind, content) == [(3, ["1", "2"], None)]
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv"])
+def test_an_empty_line_of_one_column_is_no_row(kind):
+    assert read(kind, "a\n1\n\n2\n\n", "a") == [(2, ["1"], None), (4, ["2"], None)]
 
 
 @pytest.mark.parametrize("before", ["", "\ufeff", "\r\n \t", "\ufeff\n"])

@@ -109,6 +109,9 @@ def test_only_prints_one_experiment_and_writes_nothing(make, tmp_path):
     assert "\nLoRA r=8: 10.00." in out and "Highest" not in out  # of one row nothing is the highest
     write(tmp_path / "measured", "both", [line(label, "cola", 1, [score]) for label, score in (("a", 0.1), ("b", 0.2))])
     assert "\nHighest average: b, 20.00." in make(trial(2), "--only", "both")[1]
+    own = [line(f"LoRA, {name}", "custom", 1, [0.1], asked={"train_file": f"{name}.csv"}) for name in ("easy", "hard")]
+    write(tmp_path / "measured", "own", own)
+    assert "\nThe rows are of different data files, and are not ranked." in make(trial(2), "--only", "own")[1]
     assert not (tmp_path / "README.md").exists()
     code, _, err = make(trial(2), "--only", "nothing")
     assert code == 2 and "--only nothing" in err

@@ -133,6 +133,8 @@ def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, m
     assert created == name == "me/cola" and {"adapter_model.safetensors", "tokenizer.json"} <= set(files)
     card = files["README.md"].decode()
     assert f"{read(base_flags)['last']:.4f}"[:5] in card and "uploaded: " in capsys.readouterr().out
+    assert main([*base_flags, *UPLOAD, "--hub_model_id", "me/again"]) == 0  # of a finished run
+    assert Hub.calls[2:] == ["me/again", ("me/again", files)] and "uploaded: " in capsys.readouterr().out
 
 
 def test_without_the_hub_nothing_starts_and_a_failed_upload_loses_nothing(base_flags, tmp_path, monkeypatch, capsys):
