@@ -32,6 +32,7 @@ from nlu.runs.checkpoints import (
     write_checkpoint,
     write_trained,
 )  # fmt: skip
+from nlu.runs.finite import FiniteWatch, trained_are_finite
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.processes import several
 from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
@@ -40,7 +41,6 @@ from nlu.tasks import Task
 logger = logging.getLogger("nlu")
 
 _IGNORED = -100  # the class number that torch's cross entropy leaves out
-_MOST_UNCHECKED = 1000  # losses that wait on the device, at most, to be looked at
 
 
 def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
@@ -98,7 +98,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.signals = SignalWatch()
         self._saved_step: int | None = None
         self._restored: dict[str, Any] = {}
-        self._unchecked: list[tuple[int, str, Tensor]] = []
         args, rows = kwargs["args"], kwargs.get("train_dataset")
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
         # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
@@ -111,6 +110,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             **kwargs,
         )
         device = self.args.device
+        self.finite = FiniteWatch(device)
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.add_callback(ProgressCallback(self))
         for callback in applied.callbacks:
@@ -307,7 +307,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        self._unchecked.append((self.state.global_step + 1, "loss", loss))
+        self.finite.add(self.state.global_step + 1, "loss", loss)
         return loss
 
     def _maybe_log_save_evaluate(
@@ -323,9 +323,9 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         if not self.epoch_ended and last_step:
             return
         if grad_norm is not None and self.accelerator.scaler is None:  # float16 skips steps that overflow
-            self._unchecked.append((self.state.global_step, "gradient", torch.as_tensor(grad_norm)))
+            self.finite.add(self.state.global_step, "gradient", torch.as_tensor(grad_norm))
         due = self.control.should_log or self.control.should_evaluate or self.control.should_save
-        if due or self.checks_every_step or len(self._unchecked) > _MOST_UNCHECKED:
+        if due or self.finite.is_due:
             self.check_finite()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         signum = self.signals.agreed()
@@ -334,29 +334,18 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
                 self._save_checkpoint(model, trial)
             raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
 
-    @property
-    def checks_every_step(self) -> bool:
-        """Whether looking at a loss costs nothing; on a GPU it would make the CPU wait in every step."""
-        return self.args.device.type == "cpu"
-
     def check_finite(self, weights: bool = False) -> None:
         """Look at the losses and gradients since the last check, and at the trained weights if asked for.
 
         Raises:
             RunError: names the first step with a value that is not finite, its rows and the last good checkpoint.
         """
-        if self._unchecked:
-            values = torch.stack([value.detach().float().reshape(()) for _, _, value in self._unchecked]).tolist()
-            for (step, what, _), value in zip(self._unchecked, values, strict=True):
-                if not math.isfinite(value):
-                    self._diverged(step, f"the {what} is {value}")
-            self._unchecked.clear()
-        if weights:
-            trained = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
-            if not torch.stack(trained).all():
-                self._diverged(self.state.global_step, "a trained weight is not finite")
-
-    def _diverged(self, step: int, what: str) -> None:
+        bad = self.finite.first_bad()
+        if bad is None and weights and not trained_are_finite(self.model):
+            bad = self.state.global_step, "a trained weight is not finite"
+        if bad is None:
+            return
+        step, what = bad
         rows = self.rows_of_step(step)
         shown = ", ".join(map(str, rows[:32])) + (", …" if len(rows) > 32 else "")
         good = last_whole_checkpoint(Path(self.args.output_dir))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from nlu.errors import RunError
 from nlu.run_glue import main
 from nlu.runs.checkpoints import checkpoints
+from nlu.runs.finite import FiniteWatch
 from nlu.trainer import GlueTrainer, ProgressCallback
 from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write_rows
 
@@ -62,8 +63,8 @@ def test_a_loss_that_is_not_finite_names_its_step_and_rows(
     seen = poison(monkeypatch, "loss", value)
     if most is not None:
         flags = changed(flags, logging_steps=100, eval_strategy="no")
-        monkeypatch.setattr("nlu.trainer._MOST_UNCHECKED", most)
-        monkeypatch.setattr(GlueTrainer, "checks_every_step", False)
+        monkeypatch.setattr("nlu.runs.finite._MOST", most)
+        monkeypatch.setattr("nlu.trainer.FiniteWatch", lambda _: FiniteWatch(torch.device("cuda")))
     assert main([*flags, "--gradient_accumulation_steps", "2", "--length_bucketing"]) == 1
     line = error_line(capsys)
     assert "the loss is" in line and "at step 3" in line and "checkpoint-2" in line
@@ -80,8 +81,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_rows(
 
 def test_on_a_gpu_no_step_waits_for_its_loss():
     for kind, looks in (("cpu", True), ("cuda", False)):
-        trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device(kind)))
-        assert GlueTrainer.checks_every_step.fget(trainer) == looks
+        assert FiniteWatch(torch.device(kind)).is_due == looks
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,13 @@ def test_gradients_and_weights_that_are_not_finite_are_never_saved(
 
 @pytest.mark.parametrize(("count", "shown"), [(32, "30, 31;"), (33, "30, 31, …;")])
 def test_of_many_rows_the_first_32_are_named(tmp_path, count, shown):
-    trainer = SimpleNamespace(rows_of_step=lambda step: list(range(count)), args=SimpleNamespace(output_dir=tmp_path))
-    with pytest.raises(RunError, match=f"{shown} last good checkpoint: none"):
-        GlueTrainer._diverged(trainer, 3, "the loss is nan")
+    watch = FiniteWatch(torch.device("cuda"))
+    watch.add(3, "loss", torch.tensor(math.nan))
+    trainer = SimpleNamespace(
+        finite=watch, rows_of_step=lambda step: list(range(count)), args=SimpleNamespace(output_dir=tmp_path)
+    )
+    with pytest.raises(RunError, match=f"the loss is nan at step 3.*{shown} last good checkpoint: none"):
+        GlueTrainer.check_finite(trainer)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
