@@ -37,6 +37,7 @@ from loralib.model import (
     refuse_sharded_factors,
     unwrapped,
 )
+from loralib.peft_heads import lost_in_peft
 
 # What torch.compile(module) and torch's checkpoint_wrapper put into the names of the modules inside.
 _INNER_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -129,6 +130,7 @@ def save_adapter(
         )
     groups = _group(layers, live)
     kinds = {group.kind for group in groups}
+    lacks = lost_in_peft(model, architecture_of(model), layers, head)
     config = AdapterConfig(
         kind="parameters" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
         groups=groups,
@@ -139,25 +141,13 @@ def save_adapter(
         base_model=base_model,
         base_revision=base_revision,
         base_fingerprint=base_fingerprint(model, head),
-        card=dict(card or {}) | (_lost_in_peft(model, layers, head) if layers else {}),
+        card=dict(card or {}) | ({"peft_lacks": lacks} if layers and lacks else {}),
         library_version=VERSION,
         weights_sha256="",  # write_adapter fills it in
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
     write_adapter(Path(folder), config, stored, save_tokenizer)
     return Path(folder)
-
-
-def _lost_in_peft(model: nn.Module, layers: dict[str, LoRALayer], head: dict[str, Tensor]) -> dict[str, str]:
-    """{"peft_lacks": name} where ``export_peft`` must refuse: another name of an adapted module or a trained tensor, or
-    a frozen tensor beside a trained one, since peft saves a module whole and by one name."""
-    trained, owners = set(map(id, head.values())), {name.rpartition(".")[0] for name in head}
-    inside = tuple(f"{owner}." if owner else "" for owner in owners)
-    modules = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if isinstance(module, LoRALayer) and name not in layers]
-    state = model.state_dict(keep_vars=True)
-    names += [n for n, t in state.items() if n not in head and (id(t) in trained or n.startswith(inside))]
-    return {"peft_lacks": names[0]} if names else {}
 
 
 def _head_config(model: nn.Module) -> dict[str, Any]:

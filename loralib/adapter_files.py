@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -188,7 +189,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     if "peft_type" in values:
-        raise ValueError(f"{folder} is a peft adapter: `python -m loralib.export {folder} --to loralib OUT` imports it")
+        command = f"python -m loralib.export {shlex.quote(str(folder))} --to loralib OUT --base BASE"
+        raise ValueError(f"{folder} is a peft adapter: `{command}` imports it")
     if values.get("format_version") != FORMAT_VERSION:
         version = values.get("format_version")
         raise ValueError(f"{path}: format_version is {version!r}, this loralib reads {FORMAT_VERSION}: update loralib")

@@ -34,7 +34,8 @@ from loralib.adapter_files import (
 )
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
-from loralib.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
+from loralib.peft_format import export_peft, import_peft, is_peft, read_pairs
+from loralib.peft_heads import TASK_TYPES
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
@@ -273,6 +274,8 @@ def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> st
     ending = next((ending for ending, name in TASK_TYPES.items() if name == task_type), None)
     if ending is not None:
         return f"AutoModelFor{ending}"
+    if task_type == "FEATURE_EXTRACTION":  # the encoder of a checkpoint that may have a head
+        return "AutoModel"
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **revision)
     except Exception as error:
@@ -292,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:  # the library alone is installed
+        print(f"error: this needs the package {error.name}: pip install 'lora2-glue[glue]'", file=sys.stderr)
         return 2
     except MemoryError:
         print("error: there is not enough memory for the base model", file=sys.stderr)

@@ -40,16 +40,9 @@ from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.layers import GAUSSIAN_STD
+from loralib.peft_heads import modules_to_save, task_type_of
 
 PREFIX = "base_model.model."
-TASK_TYPES = {
-    "SequenceClassification": "SEQ_CLS",
-    "CausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "TokenClassification": "TOKEN_CLS",
-    "QuestionAnswering": "QUESTION_ANS",
-}
-_HEADS = {"classifier", "score", "qa_outputs"}
 _CARD = """---
 library_name: peft
 base_model: {base}
@@ -59,9 +52,7 @@ base_model: {base}
 
 ```python
 from peft import PeftModel
-from transformers import {architecture}
-
-model = {architecture}.from_pretrained({arguments})
+{base_lines}
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 """
@@ -161,7 +152,8 @@ def export_peft(
 
     Raises:
         ValueError: for a damaged adapter, one without a low-rank update, or one that peft cannot hold: a parameter that
-            trained beside its update, a module that trained in part, or one that is tied to another or has two names.
+            trained beside its update, a module that trained in part, or one that is tied to another, has two names, or
+            whose name another one ends with.
     """
     if is_peft(adapter):
         values, scaled, head = read_pairs(adapter)
@@ -182,8 +174,8 @@ def export_peft(
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
     if lacks := config.card.get("peft_lacks"):
-        raise ValueError(f"peft's LoRA format holds whole modules, each by one name, and this adapter is without "
-                         f"{lacks!r:.200}: merge it instead (--to merged)")  # fmt: skip
+        raise ValueError(f"peft's LoRA format holds whole modules, told by the ends of their names, and would need "
+                         f"{lacks!r:.200} too: merge it instead (--to merged)")  # fmt: skip
     base_model = base_model or config.base_model
     head = {name: tensors[name] for name in config.head}
     card = _peft_card(config, base_model)
@@ -217,7 +209,8 @@ def _write_peft(
         "lora_alpha": most,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": list(ranks),
+        # Names in a list stand for whatever ends with them; a short one might, and an expression is matched whole.
+        "target_modules": "|".join(map(re.escape, ranks)) if any(n.count(".") < 2 for n in ranks) else list(ranks),
         "bias": "none",
         **fields,
     }
@@ -232,31 +225,23 @@ def _write_peft(
 
 def _peft_card(config: AdapterConfig, base_model: str | None) -> str:
     arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
-    return _CARD.format(base=json.dumps(base_model), architecture=config.architecture, arguments=", ".join(arguments))
+    name = config.architecture
+    lines = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
+    if not config.base_config:  # no model of transformers
+        lines = f"\nmodel = ...  # the {name} on which the adapter was trained"
+    return _CARD.format(base=json.dumps(base_model), architecture=name, base_lines=lines)
 
 
 def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any]:
-    task_type = next((t for ending, t in TASK_TYPES.items() if config.architecture.endswith(ending)), None)
-    if task_type in ("SEQ_CLS", "TOKEN_CLS") and not any(_HEADS & set(name.split(".")) for name in config.head):
-        task_type = None  # with it peft insists on finding the head in the file
+    task_type = task_type_of(config.architecture, config.head)
     return {
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "revision": config.base_revision if base_model == config.base_model else None,
         "lora_dropout": max((group.lora_dropout for group in config.groups), default=0.0),
-        "modules_to_save": _modules_to_save(config.head, task_type) or None,
+        "modules_to_save": modules_to_save(config.head, task_type) or None,
         "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),
     }
-
-
-def _modules_to_save(head: list[str], task_type: str | None) -> list[str]:
-    """The modules that own the head's parameters. For SEQ_CLS and TOKEN_CLS peft itself saves a whole classifier."""
-    modules: dict[str, None] = {}
-    for name in head:
-        parts = name.split(".")[:-1]
-        whole = [i for i, part in enumerate(parts) if part in _HEADS]
-        modules[".".join(parts[: whole[0] + 1] if task_type and whole else parts)] = None
-    return list(modules)
 
 
 # ---- read a peft adapter --------------------------------------------------------------------------------------------

@@ -70,6 +70,13 @@ class LoRA2Config(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORA2
+        if isinstance(self.target_modules, str) and (self.layers_to_transform, self.layers_pattern) != (None, None):
+            raise ValueError(
+                "an expression in target_modules goes without layers_to_transform and layers_pattern: put the layers' "
+                "numbers into it"
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no meaning without layers_to_transform: give both")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
+from nlu import ROOT
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A path that the user gave can cause these; any other OSError is a fault whose traceback is wanted.
 _BAD_PATH = (
@@ -103,7 +105,8 @@ def packages_missing() -> bool:
     """Whether a package that the programs need is not installed; says so on stderr. It imports none of them."""
     for package in _PACKAGES:
         if find_spec(package) is None:
-            print(f"error: the package {package} is not installed: run bash scripts/setup.sh first", file=sys.stderr)
+            way = "run bash scripts/setup.sh first" if (ROOT / "scripts").is_dir() else "pip install 'lora2-glue[glue]'"
+            print(f"error: the package {package} is not installed: {way}", file=sys.stderr)
             return True
     return False
 

@@ -6,4 +6,6 @@ if [[ -z ${PYTHON:-} ]]; then
         echo "error: there is no python3: install it, or set PYTHON" >&2
         exit 2
     }
+elif [[ $PYTHON == */* ]]; then # from the caller's folder
+    PYTHON=$(CDPATH= cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 fi

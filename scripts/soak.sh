@@ -2,9 +2,9 @@
 # The full-length checks of which scripts/test.sh runs a few. Usage: bash scripts/soak.sh [cases per kind, 10000] [killed runs, 10]
 # The last figures are in docs/soak.md.
 set -euo pipefail
-CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ -n ${PYTHON:-} || -x .venv/bin/python ]] || bash scripts/setup.sh test
-source scripts/interpreter.sh
+[[ -n ${PYTHON:-} ]] || bash "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
+source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
+cd "$ROOT"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # New kill points and cases each time; each run is killed twice.
 SOAK_SEED="${SOAK_SEED:-$RANDOM}"

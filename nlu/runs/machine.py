@@ -40,6 +40,8 @@ def git_commit(root: Path = ROOT) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None  # an installed package inside of somebody's own repository
         commit = git("rev-parse", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,top)results")
     except (OSError, subprocess.SubprocessError):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForQuestionAnswering
 from transformers.utils import logging
 
 import loralib
@@ -17,7 +18,7 @@ from loralib.adapter import merge_into
 from loralib.adapter_files import TOKENIZER_FILES
 from loralib.export import export_merged, main
 from loralib.peft_format import export_peft, import_peft
-from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, largest_file, refused
+from tests.loralib.small import INPUTS, SIZES, Net, adapted, encoder, gpt2, largest_file, refused
 from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -70,6 +71,8 @@ def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path):
         (lambda: nn.Sequential(layer := nn.Linear(6, 6), nn.Sequential(layer)), ["0"], "", "1.0"),
         (encoder, ["query"], "bert.embeddings.LayerNorm.bias", "bert.embeddings.LayerNorm.weight"),
         (encoder, ["query"], "classifier.weight", "classifier.bias"),
+        (lambda: encoder("roberta"), ["query"], "classifier.out_proj.weight", "classifier.dense.weight"),
+        (lambda: Side(), ["body"], "fc", "se.fc"),
     ],
 )
 def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, modules, trained, lacks):
@@ -77,10 +80,60 @@ def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, 
     loralib.inject(model, "lora", modules)
     loralib.mark_only_lora_as_trainable(model)
     if trained:
-        model.get_parameter(trained).requires_grad_(True)
+        (model.fc if trained == "fc" else model.get_parameter(trained)).requires_grad_(True)
     loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"), allow_other_base=True)
-    with refused(f"this adapter is without '{lacks}'"):
+    with refused(f"would need '{lacks}' too"):
         export_peft(tmp_path / "a", tmp_path / "peft")
+
+
+class Side(nn.Module):
+    """A head whose name another module's ends with."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.se = nn.ModuleDict({"fc": nn.Linear(6, 6)})
+
+
+def test_peft_finds_what_was_adapted_and_no_more(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), nn.Linear(6, 6)).eval()
+
+    model = base()
+    loralib.inject(model, "lora2", ["^0$"], r=2, k=2)
+    loralib.mark_only_lora_as_trainable(model)
+    for factor in model[0].lora_parameters():
+        nn.init.normal_(factor)
+    export_peft(loralib.save_adapter(model, tmp_path / "ours"), tmp_path / "peft")  # "1.0", a ReLU, ends with ".0"
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "peft")
+    torch.testing.assert_close(theirs(INPUTS), model(INPUTS), atol=1e-4, rtol=1e-4)
+    assert "from transformers" not in (tmp_path / "peft/README.md").read_text()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_question_answering_exports_with_its_head_or_without(tmp_path, trained):
+    def base():
+        torch.manual_seed(0)
+        return BertForQuestionAnswering(BertConfig(**SIZES)).eval()
+
+    model = base()
+    loralib.inject(model, "lora2", ["query"], r=2, k=2)
+    loralib.mark_only_lora_as_trainable(model)
+    model.qa_outputs.requires_grad_(trained)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter)
+    export_peft(loralib.save_adapter(model, tmp_path / "ours"), tmp_path / "peft")
+    theirs, ids = PeftModel.from_pretrained(base(), tmp_path / "peft"), torch.arange(12).view(2, 6)
+    torch.testing.assert_close(theirs(ids).start_logits, model(ids).start_logits, atol=1e-4, rtol=1e-4)
+
+
+def test_without_transformers_an_export_says_what_to_install(tmp_path, monkeypatch, capsys):
+    folder = loralib.save_adapter(adapted(), tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main([str(folder), "--to", "merged", str(tmp_path / "m"), "--base", "base"]) == 2
+    error = capsys.readouterr().err
+    assert "needs the package transformers: pip install" in error and error.count("\n") == 1
 
 
 def test_a_weight_that_trained_beside_its_update_is_refused(tmp_path):

@@ -195,6 +195,8 @@ def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by()
 @pytest.mark.parametrize("options, error, message", [
     ({"r": 0}, ValueError, "r must be a whole number"), ({"init": "zeros"}, ValueError, "init must be one of"),
     ({"target_modules": ["layers"]}, ValueError, "linear layers"), ({"rank": 8}, TypeError, "rank"),
+    ({"target_modules": r".*\.q", "layers_to_transform": 0}, ValueError, "goes without layers_to_transform"),
+    ({"layers_pattern": "layers"}, ValueError, "without layers_to_transform"),
 ])  # fmt: skip
 def test_what_is_refused(options, error, message):
     base = Net()

@@ -82,3 +82,4 @@ def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tm
     code.write_text("")
     assert git_commit(root) == f"{commit}-dirty"
     assert git_commit(tmp_path) is None
+    assert git_commit(root / "nlu") is None  # a package that is installed inside of somebody's own repository
