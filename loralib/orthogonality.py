@@ -178,6 +178,7 @@ class OrthogonalityRegulariser:
     """
 
     def __init__(self, model: nn.Module, terms: str = "all", squared: bool = False) -> None:
+        self._made_of = (model, terms, squared)
         chosen = parse_terms(terms)
         layers = list(trained_svd_layers(model, "regularise").values())
         self.squared = squared
@@ -192,11 +193,21 @@ class OrthogonalityRegulariser:
                     key = (with_factors, with_product, factors[0].device, *layer.widths, layer.r)
                     groups[key].append((wide, list(factors)))
         self._layers, self._values = layers, [layer.lora_E for layer in layers]
+        self._first = list(map(id, layers[0].lora_parameters()))
         counted: set[nn.Parameter] = set()  # layers of different ranks may share outer factors
         self._groups = [_Chains(chains, key[0], key[1], counted) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
+        if transformed():  # torch.func.functional_call may have put other tensors in place of the factors
+            return OrthogonalityRegulariser(*self._made_of)._value()
         refuse_new_factors(self._layers, self._values, "regulariser")
+        if list(map(id, self._layers[0].lora_parameters())) != self._first:
+            raise ValueError(
+                "the factors are others than those that the regulariser was made of: call compute_orth_regu()"
+            )
+        return self._value()
+
+    def _value(self) -> Tensor:
         with without_autocast(self._values[0].device.type):  # Gram − I is a small difference
             norms = [norm for chains in self._groups for norm in chains.norms(self._deviation)]
             return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
@@ -204,7 +215,10 @@ class OrthogonalityRegulariser:
     def _deviation(self, gram: Tensor) -> Tensor:
         """(n, s, s) → (n,): ‖Gram − I‖_F, squared where asked for; the gradient at exactly 0 is 0."""
         flat = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).flatten(1)
-        return flat.square().sum(1) if self.squared else torch.linalg.vector_norm(flat, dim=1)
+        if self.squared:
+            return flat.square().sum(1)
+        zero = ~flat.any(1)  # where the second derivative of a norm is NaN
+        return torch.where(zero, 0.0, torch.linalg.vector_norm(torch.where(zero[:, None], 1.0, flat), dim=1))
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:

@@ -191,6 +191,8 @@ def _check_what_needs_evaluations(training: Any, given: set[str]) -> None:
     evaluates = training.do_train and training.do_eval and training.eval_strategy != "no"
     if training.save_strategy == "best" and not evaluates:
         raise UsageError("--save_strategy best needs evaluations: give --do_eval and --eval_strategy steps")
+    if training.load_best_model_at_end and not evaluates:
+        raise UsageError("--load_best_model_at_end needs evaluations: give --do_eval and --eval_strategy steps")
     if training.early_stopping_patience is None:
         if "early_stopping_threshold" in given:
             raise UsageError("--early_stopping_threshold has no meaning without --early_stopping_patience")

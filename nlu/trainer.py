@@ -268,13 +268,21 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             self._restored = read_progress(Path(resume_from_checkpoint))
         with self.signals.deferred():
             result = super().train(resume_from_checkpoint, **kwargs)
+            self.check_finite(weights=True)
+            if self.signals.agreed() is not None or self.lacks_evaluation or self.args.do_predict:
+                self._save_last()
         signum = self.signals.agreed()
-        if signum is not None or self.lacks_evaluation or self.args.do_predict:
-            self._save_last()
         if signum is not None:  # it came after the last step
             raise Interrupted(signum, f"stopped after step {self.state.global_step}")
-        self.check_finite(weights=True)
         return result
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Overridden because with a limit of one the Trainer deletes the last checkpoint, from which a run predicts."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     @property
     def lacks_evaluation(self) -> bool:

@@ -97,7 +97,7 @@ def _method_name(name: str, base: str) -> str:
 
 def settings_of(spec: str) -> list[str]:
     """A method's name and the settings behind it, of NAME:flag=value:…; a value may hold a colon (match:lora)."""
-    return re.split(r":(?=\w+=)", spec)
+    return re.split(r":(?=[\w-]+=)", spec)
 
 
 @cache

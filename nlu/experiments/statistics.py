@@ -20,7 +20,7 @@ _BOUND = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a c
 SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
 _NAMES = [
     "experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked",
-    "module_ranks", "taken_over_from",
+    "module_ranks", "taken_over_from", "digests",
 ]  # fmt: skip
 _FIGURES = [
     "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",

@@ -8,6 +8,9 @@ number at a time and multiplies strided heads; without dropout its bfloat16 kern
 `nlu.fast.deberta_attention`, without positions, does the same sum in contiguous batched products with the mask of
 `nlu.fast.dropout`. The function is registered under a name of its own, as transformers' documentation of
 `AttentionInterface` describes; whatever it does not cover goes to transformers' own `sdpa`.
+
+A query that may attend to nothing, as in a row of padding alone, gets the mean of the values, as in transformers' eager
+attention; `sdpa` gives it zeros.
 """
 
 from functools import partial

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib import match_modules
@@ -42,8 +43,9 @@ class BottleneckAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, d) → (…, d), in x's dtype, the bottleneck computed in the adapter's."""
-        change = self.up(self.activation(self.down(x.to(self.down.weight.dtype))))
-        return x + change.to(x.dtype)
+        # Not called as modules, of which each would have its output cast to the dtype of the frozen weights.
+        narrow = F.linear(x.to(self.down.weight.dtype), self.down.weight, self.down.bias)
+        return x + F.linear(self.activation(narrow), self.up.weight, self.up.bias).to(x.dtype)
 
 
 def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapter]:

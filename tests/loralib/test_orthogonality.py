@@ -97,13 +97,40 @@ def test_second_derivatives_equal_the_loop_and_torch_func_takes_it(widths, share
         torch.testing.assert_close(values[name], torch.zeros_like(factor) if factor.grad is None else factor.grad)
 
 
+@pytest.mark.parametrize("options", [{"k": 1, "r": 1}, {"k": 4, "r": 4}])
+def test_second_derivatives_are_finite_where_the_regulariser_is_0(options):
+    torch.manual_seed(0)
+    model = blocks("lora2", 3, init="orthogonal", **options)
+    with torch.no_grad():
+        for layer in loralib.lora_layers(model).values():
+            for factor in (*layer.lora_B, *layer.lora_A):
+                factor.copy_(torch.eye(*factor.shape))
+    value = loralib.compute_orth_regu(model, 1.0)
+    factors = factors_of(model)
+    first = torch.autograd.grad(value, factors, create_graph=True)
+    second = torch.autograd.grad(sum(each.sum() for each in first), factors)
+    assert float(value.detach()) == 0 and all(each.isfinite().all() for each in (*first, *second))
+
+
+def test_a_regulariser_made_before_reads_the_factors_of_a_functional_call():
+    model = model_of((3,))
+    regularised = Regularised(model, loralib.OrthogonalityRegulariser(model))
+    trained = {n: p for n, p in regularised.named_parameters() if p.requires_grad and "lora_E" not in n}
+    found = torch.func.grad(lambda values: torch.func.functional_call(regularised, values, ()))(trained)
+    for name, expected in zip(trained, torch.autograd.grad(regularised(), list(trained.values())), strict=True):
+        torch.testing.assert_close(found[name], expected)
+    other = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
+    with pytest.raises(ValueError, match="call compute_orth_regu"):  # without a transform it keeps to its own
+        torch.func.functional_call(regularised, other, ())
+
+
 class Regularised(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, regulariser=None):
         super().__init__()
-        self.model = model
+        self.model, self.regulariser = model, regulariser
 
     def forward(self):
-        return loralib.compute_orth_regu(self.model, 1.0)
+        return self.regulariser() if self.regulariser else loralib.compute_orth_regu(self.model, 1.0)
 
 
 def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():

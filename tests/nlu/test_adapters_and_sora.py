@@ -33,6 +33,17 @@ def test_adapter_starts_near_the_identity_and_is_the_papers_formula():
     np.testing.assert_allclose(adapter(x).detach().numpy(), expected, atol=1e-5)
 
 
+def test_beside_bfloat16_weights_the_bottleneck_computes_in_float32():
+    torch.manual_seed(1)
+    adapter, x = BottleneckAdapter(64, 16, torch.nn.GELU), torch.randn(5, 64).bfloat16()
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64).requires_grad_(False), adapter)
+    expected = x + (adapter(x.float()) - x.float()).bfloat16()
+    loralib.cast_frozen(model, torch.bfloat16)
+    assert torch.equal(adapter(x), expected)
+
+
 @pytest.mark.parametrize("model_type", SHAPES)
 @pytest.mark.parametrize("kind, a_layer", [("hadapter", 2), ("padapter", 1)])
 def test_adapters_stand_before_the_residual_and_the_norm(model_type, kind, a_layer):

@@ -115,6 +115,7 @@ WRONG = {
         ("--early_stopping_patience 2", "--eval_strategy steps"),
         ("--early_stopping_threshold 0.1", "without --early_stopping_patience"),
         ("--save_strategy best", "--save_strategy best needs evaluations"),
+        ("--load_best_model_at_end --save_strategy no", "--load_best_model_at_end needs evaluations"),
         ("--lr_scheduler_type reduce_lr_on_plateau --do_eval --eval_strategy epoch", "does not watch a metric"),
         (
             "--do_eval --eval_strategy steps --load_best_model_at_end --eval_steps 2 --save_steps 4",

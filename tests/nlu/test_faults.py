@@ -127,6 +127,32 @@ def test_a_stop_after_the_last_step_loses_no_training_without_checkpoints(flags,
     assert outcome(run_folder) == expected and not checkpoints(run_folder / "model")
 
 
+def test_a_signal_while_the_last_step_is_saved_waits_for_it(flags, run_folder, monkeypatch):
+    flags = [*changed(flags, eval_strategy="no", save_strategy="no"), "--do_predict"]
+    write = saving.write_checkpoint
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nlu.trainer.write_checkpoint", signalled)
+        assert main(flags) == 143
+    assert [path.name for path in checkpoints(run_folder / "model")] == ["checkpoint-9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+        assert main(flags) == 0
+
+
+def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(flags, run_folder, monkeypatch):
+    scores = iter([0.1, 0.9, 0.2, 0.3])
+    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    flags = [*changed(flags, eval_steps=2, max_steps=8), "--save_total_limit", "1"]
+    assert main(flags) == 0 and read(flags)["best_step"] == 4
+    monkeypatch.setattr(ProgressCallback, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+    assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()
+
+
 def test_a_full_disk_after_the_last_step_costs_no_finished_run(flags, monkeypatch, caplog):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -79,6 +79,17 @@ def test_a_loss_that_is_not_finite_names_its_step_and_rows(
     assert not (run_folder / "adapter").exists()
 
 
+@pytest.mark.parametrize("asked", [[], ["--do_predict"]])
+def test_without_checkpoints_too_the_first_bad_step_ends_the_run(flags, capsys, monkeypatch, asked):
+    """Where nobody looks before the training ends, as may be on a GPU; what is saved then does not hide it."""
+    poison(monkeypatch, "loss", math.inf)
+    monkeypatch.setattr("nlu.trainer.FiniteWatch", lambda _: FiniteWatch(torch.device("cuda")))
+    flags = changed(flags, logging_steps=100, eval_strategy="no", save_strategy="no")
+    assert main([*flags, *asked]) == 1
+    line = error_line(capsys)
+    assert "the loss is inf" in line and "at step 3" in line and read(flags)["status"] == "failed"
+
+
 def test_on_a_gpu_no_step_waits_for_its_loss():
     for kind, looks in (("cpu", True), ("cuda", False)):
         assert FiniteWatch(torch.device(kind)).is_due == looks

@@ -109,9 +109,20 @@ def test_only_prints_one_experiment_and_writes_nothing(make, tmp_path):
     assert "\nLoRA r=8: 10.00." in out and "Highest" not in out  # of one row nothing is the highest
     write(tmp_path / "measured", "both", [line(label, "cola", 1, [score]) for label, score in (("a", 0.1), ("b", 0.2))])
     assert "\nHighest average: b, 20.00." in make(trial(2), "--only", "both")[1]
-    own = [line(f"LoRA, {name}", "custom", 1, [0.1], asked={"train_file": f"{name}.csv"}) for name in ("easy", "hard")]
-    write(tmp_path / "measured", "own", own)
-    assert "\nThe rows are of different data files, and are not ranked." in make(trial(2), "--only", "own")[1]
+
+
+def test_rows_of_different_data_files_are_not_ranked(make, tmp_path):
+    def said(*lines):
+        write(tmp_path / "measured", "own", [line(label, "custom", seed, [0.1], **more) for label, seed, more in lines])
+        return make(trial(2), "--only", "own")[1]
+
+    different = "\nThe rows are of different data files, and are not ranked."
+    easy, hard = ({"asked": {"train_file": f"{name}.csv"}} for name in ("easy", "hard"))
+    assert different in said(("LoRA, easy", 1, easy), ("LoRA, hard", 1, hard))
+    same_name = [easy | {"digests": {"train_file": digest}} for digest in "ab"]
+    assert different in said(("LoRA, a", 1, same_name[0]), ("LoRA, b", 1, same_name[1]))
+    folds = [(label, seed, fold) for label in ("a", "b") for seed, fold in ((1, easy), (2, hard))]
+    assert "Highest average: a" in said(*folds)
     assert not (tmp_path / "README.md").exists()
     code, _, err = make(trial(2), "--only", "nothing")
     assert code == 2 and "--only nothing" in err
