@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:  # the library alone is installed
-        print(f"error: this needs the package {error.name}: pip install 'lora2-glue[glue]'", file=sys.stderr)
+        print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
         return 2
     except MemoryError:
         print("error: there is not enough memory for the base model", file=sys.stderr)
