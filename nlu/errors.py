@@ -105,7 +105,8 @@ def packages_missing() -> bool:
     """Whether a package that the programs need is not installed; says so on stderr. It imports none of them."""
     for package in _PACKAGES:
         if find_spec(package) is None:
-            way = "run bash scripts/setup.sh first" if (ROOT / "scripts").is_dir() else "in a clone, pip install '.[glue]'"
+            in_clone = (ROOT / "scripts").is_dir()
+            way = "run bash scripts/setup.sh first" if in_clone else "in a clone, pip install '.[glue]'"
             print(f"error: the package {package} is not installed: {way}", file=sys.stderr)
             return True
     return False
