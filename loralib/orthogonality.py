@@ -215,10 +215,11 @@ class OrthogonalityRegulariser:
     def _deviation(self, gram: Tensor) -> Tensor:
         """(n, s, s) → (n,): ‖Gram − I‖_F, squared where asked for; the gradient at exactly 0 is 0."""
         flat = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).flatten(1)
+        squares = flat.square().sum(1)
         if self.squared:
-            return flat.square().sum(1)
-        zero = ~flat.any(1)  # where the second derivative of a norm is NaN
-        return torch.where(zero, 0.0, torch.linalg.vector_norm(torch.where(zero[:, None], 1.0, flat), dim=1))
+            return squares
+        zero = squares == 0  # where the second derivative of a norm is NaN
+        return torch.where(zero, 0.0, torch.linalg.vector_norm(torch.where(zero.unsqueeze(1), 1.0, flat), dim=1))
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:

@@ -133,7 +133,7 @@ def test_without_transformers_an_export_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main([str(folder), "--to", "merged", str(tmp_path / "m"), "--base", "base"]) == 2
     error = capsys.readouterr().err
-    assert "needs the package transformers: pip install" in error and error.count("\n") == 1
+    assert "needs the package transformers: in a clone, pip install" in error and error.count("\n") == 1
 
 
 def test_a_weight_that_trained_beside_its_update_is_refused(tmp_path):
