@@ -102,6 +102,8 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
         # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
         self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
+        # With a limit of one the Trainer would delete the last checkpoint at the end, from which a run predicts.
+        self.checkpoint_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(
             model=applied.model,
             low_rank=applied.low_rank,
@@ -275,14 +277,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         if signum is not None:  # it came after the last step
             raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         return result
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Overridden because with a limit of one the Trainer deletes the last checkpoint, from which a run predicts."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
 
     @property
     def lacks_evaluation(self) -> bool:

@@ -72,7 +72,7 @@ def write_checkpoint(trainer: Any, final: Path) -> None:
                 state.stateful_callbacks[type(callback).__name__] = callback.state()
         state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         seal(final)
-        rotate(final.parent, args.save_total_limit, {final, Path(state.best_model_checkpoint or final)})
+        rotate(final.parent, trainer.checkpoint_limit, {final, Path(state.best_model_checkpoint or final)})
     wait_for_all()
 
 
