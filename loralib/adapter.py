@@ -130,7 +130,7 @@ def save_adapter(
         )
     groups = _group(layers, live)
     kinds = {group.kind for group in groups}
-    lacks = lost_in_peft(model, architecture_of(model), layers, head)
+    lacks = lost_in_peft(model, architecture_of(model), layers, head) if layers else None
     config = AdapterConfig(
         kind="parameters" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
         groups=groups,
@@ -141,7 +141,7 @@ def save_adapter(
         base_model=base_model,
         base_revision=base_revision,
         base_fingerprint=base_fingerprint(model, head),
-        card=dict(card or {}) | ({"peft_lacks": lacks} if layers and lacks else {}),
+        card=dict(card or {}) | ({"peft_lacks": lacks} if lacks else {}),
         library_version=VERSION,
         weights_sha256="",  # write_adapter fills it in
     )
