@@ -26,7 +26,7 @@ _RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_d
 _WINS = "--method_file_wins"
 
 HELP = """\
-usage: run_glue.py [arguments.yaml] --model_name_or_path MODEL --task_name TASK --root_output_dir DIR [--flag value …]
+usage: run_glue.py [FILE.yaml] --model_name_or_path MODEL {{--task_name T | --train_file F}} --root_output_dir DIR …
 
 Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. The same command
 continues an interrupted run from its last checkpoint. --help_all lists every argument.
@@ -132,6 +132,7 @@ class RunArguments(TrainingArguments):
     root_output_dir: str | None = HfArg(
         default=None, help="Folder of the run: results.json, adapter/, model/ (checkpoints), log/."
     )
+    output_dir: str | None = HfArg(default=None, help="Another name of --root_output_dir.")
     overwrite_output_dir: bool = HfArg(
         default=False, help="Replace what another or a finished run left in root_output_dir."
     )
@@ -159,6 +160,7 @@ class RunArguments(TrainingArguments):
     early_stopping_threshold: float | None = HfArg(
         default=None, help="Improvement of the main metric that counts as one. Default: any."
     )
+    push_to_hub: bool = HfArg(default=False, help="Upload the adapter with its card to --hub_model_id at the end.")
     per_device_eval_batch_size: int = HfArg(default=64, help="Rows a process evaluates at once.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints that are kept.")
     logging_nan_inf_filter: bool = HfArg(
@@ -194,7 +196,8 @@ def build_parser() -> HfArgumentParser:
     return _Parser(
         (ModelArguments, DataArguments, MethodArguments, RunArguments),
         prog="run_glue.py",
-        usage="run_glue.py [arguments.yaml] --model_name_or_path MODEL --task_name TASK [--flag value …]",
+        usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} "
+        "--root_output_dir DIR …",
         add_help=False,
         allow_abbrev=False,
     )

@@ -83,7 +83,7 @@ def own_parser() -> argparse.ArgumentParser:
     add("--published", choices=("debertav3", "robertalarge"), help="the published settings of scripts/run_*.sh")
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")
-    add("--output_dir", type=Path, default=Path("output"), help="runs, table and figures go to OUTPUT_DIR/NAME/")
+    add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
     add("--rerun_changed", action="store_true", help="run again what was made with other arguments or contents")
     return parser
 

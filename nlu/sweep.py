@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor")
     add("--command", default=None, help="what starts one run (default: the experiment's, or nlu/run_glue.py)")
-    add("--measured_dir", type=Path, default=Path("output/measured"), help="lines (default: output/measured)")
+    add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (default: output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (default: output)")
     return parser
 

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model_name_or_path", help="the adapters' base (default: the one that their cards name)")
     add("--glue_dir", type=Path, help="folder with the validation sets (default: the hub's)")
     add("--out", type=Path, help="the folder to make or to check (default: output/release/EXPERIMENT)")
-    add("--measured_dir", type=Path, default=Path("output/measured"), help="lines (default: output/measured)")
+    add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (default: output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (default: output)")
     add("--check", action="store_true", help="check the folder instead of making it")
     return parser

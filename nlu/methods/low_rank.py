@@ -73,7 +73,7 @@ _LORA_FLAGS = (
 _REG_ORTH_COEF = Flag(
     "reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", not_negative, "must not be negative"
 )
-_RANK_ALLOCATION = Flag("rank_allocation", bool, True, "Prune singular values to the target rank.")
+_RANK_ALLOCATION = Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank.")
 
 
 def _allocation(name: str, kind: Any, default: Any, text: str) -> Flag:
