@@ -36,7 +36,7 @@ from nlu import ROOT
 from nlu.arguments import DataArguments, build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.cells import Table
-from nlu.experiments.choosing import not_finished
+from nlu.experiments.choosing import choose, chosen_runs, not_finished
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
@@ -51,6 +51,7 @@ from nlu.tasks import get_task
 COMMAND = [sys.executable, str(RUN_GLUE)]
 SCRIPTS = ROOT / "scripts"
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune; one more where the best is at an end, BEYOND times further
+USUAL = "usual"  # --tune without rates
 BEYOND = 3.0
 _FOR_ALL = {field.name for field in fields(DataArguments)} - {
     "class_weights", "length_bucketing", "max_train_samples", "pad_to_max_length",
@@ -78,8 +79,14 @@ def own_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
     add("--seeds", type=int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
-    add("--tune", nargs="?", const=RATES, metavar="RATES",
-        help=f"first choose each method's learning rate on a held-out tenth of the training set ({RATES})")  # fmt: skip
+    add(
+        "--tune",
+        nargs="?",
+        const=USUAL,
+        metavar="RATES",
+        help="first choose each method's learning rate on a held-out tenth of the training set, among RATES, or "
+        f"{RATES} (full: around its own rate)",
+    )
     add("--published", choices=("debertav3", "robertalarge"), help="the published settings of scripts/run_*.sh")
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")
@@ -147,6 +154,9 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         final = final.assign(place=final.label.map(list(labels.values()).index)).sort_values(["place", "seed"])
         table = comparison_table(experiment.name, final, {labels[name]: each.scale for name, each in shapes.items()})
         table.notes.extend(f"Not alike: {warning}." for warning in warnings)
+        known, _ = chosen_runs(experiment.runs, experiment.selection, choose(experiment.selection, places))
+        changed = {labels[run.axes["method"]]: run for run in known if places.state(run) == "changed"}
+        table.notes.extend(f"{label}: what is shown was {places.what_changed(run)}." for label, run in changed.items())
         done = {label: int((final.label == label).sum()) for label in labels.values()}
         table.notes.extend(
             f"{label}: {n} of {args.seeds} runs finished." for label, n in done.items() if n < args.seeds
@@ -158,6 +168,10 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     """The comparison as an experiment: a grid of methods and seeds, and a selection for --tune."""
     task = get_task(flags["task_name"]).name if "task_name" in flags else None
+    if task is None and "train_file" not in flags:
+        raise UsageError("nothing to compare on: give --task_name, or --train_file and --validation_file")
+    if "model_name_or_path" not in flags and not args.published:
+        raise UsageError("--model_name_or_path is missing: give a model's folder or its name on the hub")
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     if len(specs) < len(args.methods.split(",")):
         raise UsageError("--methods names a method twice")
@@ -178,8 +192,10 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     if args.tune is not None:
         if "learning_rate" in flags:
             raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
-        rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in args.tune.split(",")]
-        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()}
+        usual = args.tune == USUAL
+        named = (RATES if usual else args.tune).split(",")
+        rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in named]
+        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()} if usual else {}
         content["select"] = {
             "values": {"learning_rate": rates}, "beyond": {"learning_rate": BEYOND}, "seeds": [101],
             "set": {"holdout_fraction": 0.1},

@@ -84,6 +84,21 @@ def chosen_runs(
     return ready, waiting
 
 
+def made_otherwise(waiting: list[Run], selection: Selection | None, places: Places) -> list[Run]:
+    """Of final runs that wait for their choice, those that are finished with arguments that none of the values tried
+    gives; each is returned with the first of them."""
+    if selection is None:
+        return []
+    tried = selection.by_key([*selection.runs, *possible_second_round(selection, selection.runs)])
+    found = []
+    for run in waiting:
+        key = selection.key(run)
+        possible = [chosen_runs([run], selection, {key: each.tried})[0][0] for each in tried[key]]
+        if all(places.state(each) == "changed" for each in possible):
+            found.append(possible[0])
+    return found
+
+
 def not_finished(selecting: list[Run], final: list[Run], selection: Selection | None, places: Places) -> list[Run]:
     """The runs of both stages that a sweep has yet to make; a final run that waits for its choice is one of them."""
     known, waiting = chosen_runs(final, selection, choose(selection, places))

@@ -42,6 +42,7 @@ REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may
 # Of these only the last part of a path is compared and recorded: records name no folder of this machine.
 PATH_ARGUMENTS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "peft_config")
 _LONGEST_NAME = 200  # most file systems allow 255 bytes, and a log's suffix or a temporary file's prefix is added
+NO_LABEL = ("task_name", "seed")  # axes that tables show in other places than a row's label
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 
 
@@ -152,6 +153,7 @@ class _Reader:
         every = [*runs, *(selection.runs if selection else [])]
         _check_folders(run.folder for run in every)
         _check_seeds("grid.seed", [arguments.get("seed") for arguments in self.grid.get("seed", {}).values()])
+        _check_labels(runs)
         for run in every:
             _ = run.command  # raises where it names no argument
         return Experiment(self.name, str(self.content.get("description", "")), runs, selection)
@@ -316,6 +318,19 @@ def _check_seeds(where: str, seeds: list[Any]) -> None:
     """Refuse one seed under two names, such as 1 and "01": tables could not tell these runs apart."""
     if len(set(map(seed_number, seeds))) < len(seeds):
         raise UsageError(f"{where} names one seed twice: give seeds that differ as numbers")
+
+
+def _check_labels(runs: list[Run]) -> None:
+    """Refuse two final runs that would have one label, task and seed, which tables could not tell apart."""
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        labels = [label for axis, label in run.axes.items() if axis not in NO_LABEL]
+        key = (*labels, run.arguments.get("task_name"), seed_number(run.arguments.get("seed")))
+        if (other := seen.setdefault(key, run)) is not run:
+            raise UsageError(
+                f"tables could not tell {other.folder} from {run.folder}, which have one task and seed: only rows have "
+                "labels; give the axis another name than task_name or seed, such as data"
+            )
 
 
 def _check_folders(folders: Iterable[str]) -> None:

@@ -14,7 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import Estimate, averages, common_seeds, compared, tuned_over
+from nlu.experiments.cells import number
+from nlu.experiments.statistics import (
+    Estimate,
+    averages,
+    common_seeds,
+    compared,
+    highest,
+    of_one_data_set,
+    tuned_over,
+)
 from nlu.experiments.tables import are_held_out, rows_of
 from nlu.tasks import HEADINGS
 
@@ -85,11 +94,12 @@ def draw(
 
 
 def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """Average score against trained parameters, with 95 % intervals; None where rows differ in the learning rate."""
+    """Average score against trained parameters, with 95 % intervals; None where rows differ in the learning rate
+    or in the data."""
     runs = common_seeds(runs)
     sizes = runs.groupby("label").adapter_params.max()
     points = [(label, sizes[label], average) for label, average in averages(runs).items() if sizes[label] > 0]
-    if len(points) < 2 or _rate_is_axis(runs):
+    if len(points) < 2 or _rate_is_axis(runs) or not of_one_data_set(runs):
         return None
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -102,10 +112,11 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     axes.set_xlabel("trained parameters without the head\n(log scale; points of about equal size are set apart)")
     axes.set_ylabel("average score, last evaluation")
     _legend(figure, [axes])
-    best = max(points, key=lambda point: point[2].mean)
+    best = highest({label: average for label, _, average in points})
     text = (
         f"Average over {_names(runs.task)} against trained parameters, over the seeds that every row has, with 95 % "
-        f"intervals{' (the longest cut off)' if cut else ''}. Highest: {best[0]}, {best[2].mean:.2f}."
+        f"intervals{' (the longest cut off)' if cut else ''}. Highest: {' and '.join(best)}, "
+        f"{number(max(average.mean for *_, average in points))}."
     )
     return Drawing(name, "Score against parameters", text, figure)
 

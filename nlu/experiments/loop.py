@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nlu.errors import UsageError
-from nlu.experiments.choosing import choose, chosen_runs, second_round
+from nlu.experiments.choosing import choose, chosen_runs, made_otherwise, second_round
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.places import Places, command_line
@@ -64,6 +64,7 @@ class SweepLoop:
             self.bar.total += len(runs)
         if adopted := self.places.adopt(runs):
             self.bar.write(f"{adopted} run(s) taken over: the same arguments and contents have been run")
+        self.places.place_anew(runs)
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
         running: dict[str, tuple[Run, int | None, Job]] = {}  # with the time of the record that it found
@@ -170,9 +171,9 @@ def run_experiment(
     places.output.mkdir(parents=True, exist_ok=True)
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
         # A final run's chosen arguments are known only after the selection; what is known now is checked now.
-        known, _ = chosen_runs(final, selection, choose(selection, places))
+        known, waiting = chosen_runs(final, selection, choose(selection, places))
         if not rerun_changed:
-            places.check_unchanged([*selecting, *known])
+            places.check_unchanged([*selecting, *known, *made_otherwise(waiting, selection, places)])
         with SweepLoop(launcher, jobs, places, len(selecting) + len(final), rerun_changed) as loop:
             loop.run(selecting)
             if selection and not loop.stopped_by:

@@ -105,7 +105,7 @@ class Places:
         differences = ", ".join(self._differences(run, self.lines()[run.folder]))
         return (
             f"made with other arguments ({differences}); pass --rerun_changed to make it again, or give the experiment "
-            "a new name"
+            "a new name (of compare.py: --name)"
         )
 
     def record_time(self, run: Run) -> int | None:
@@ -174,10 +174,20 @@ class Places:
         for run in runs:
             if run.folder in found:
                 where, line = found[run.folder]
-                kept = {name: value for name, value in line.items() if name != "extra"}
-                line = {**kept, **place_of(run, line["method"]), "taken_over_from": where}
-                write_line(self.measured, run.folder, line)
+                write_line(self.measured, run.folder, _placed(run, line) | {"taken_over_from": where})
         return len(found)
+
+    def place_anew(self, runs: list[Run]) -> None:
+        """Give the lines of finished runs the labels and axes that the experiment has now."""
+        for run in runs:
+            line = self.line(run)
+            if line is not None and line["status"] == "finished" and _placed(run, line) != line:
+                write_line(self.measured, run.folder, _placed(run, line))
+
+
+def _placed(run: Run, line: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in line.items() if name != "extra"}
+    return {**kept, **place_of(run, line["method"])}
 
 
 def _key(asked: dict[str, Any], digests: dict[str, str], started_by: str | None) -> str:

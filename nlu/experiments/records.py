@@ -16,7 +16,7 @@ import numpy as np
 
 from loralib.files import write_text
 from nlu.errors import UsageError
-from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, place_free, seed_number
+from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free, seed_number
 from nlu.json_yaml import check
 from nlu.runs.lock import locked
 from nlu.tasks import TASKS
@@ -29,7 +29,6 @@ COPIED = (
     "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
     "module_ranks", "digests",
 )  # fmt: skip
-NO_LABEL = ("task_name", "seed")  # what tables show in other places
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 

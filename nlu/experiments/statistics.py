@@ -17,6 +17,7 @@ from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a difference within this margin counts as level
 _BOUND = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim's test compares with
+DATA_FILES = ("train_file", "validation_file")
 SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
 _NAMES = [
     "experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked",
@@ -229,6 +230,19 @@ def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
     tasks = runs.task.nunique()
     labels = runs.groupby("label", sort=False)
     return {label: estimate(own["last"], own.task) for label, own in labels if own.task.nunique() == tasks}
+
+
+def highest(known: dict[str, Estimate]) -> list[str]:
+    """The labels with the highest mean: several where they tie."""
+    best = max(result.mean for result in known.values())
+    return [label for label, result in known.items() if result.mean > best - 1e-9]
+
+
+def of_one_data_set(runs: pd.DataFrame) -> bool:
+    """Whether all runs of a task and seed were made with the same data files, so that their scores compare."""
+    known_by = zip(runs.digests, runs.asked, strict=True)  # a line holds no folder, and no digest before 0.2
+    files = [str([(digests or {}).get(name) or asked.get(name) for name in DATA_FILES]) for digests, asked in known_by]
+    return not runs.assign(files=files).groupby(["task", "seed"]).files.nunique().gt(1).any()
 
 
 def common_seeds(runs: pd.DataFrame) -> pd.DataFrame:

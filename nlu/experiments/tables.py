@@ -1,5 +1,6 @@
 """The tables of a report: pandas groups and joins the runs."""
 
+import math
 from statistics import fmean
 from typing import Any
 
@@ -275,6 +276,16 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
     return ", ".join(marked) or NONE, {f"{task}_chosen": _values(chosen), f"{task}_at_end": any(ends.values())}
 
 
+def _lowest(tuning: pd.DataFrame, chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    """The values with the lowest mean loss among a row's runs on one task; `chosen` where none can be chosen."""
+    by_value: dict[str, list] = {}
+    for tried, status, loss in zip(tuning.tried, tuning.status, tuning.loss, strict=True):
+        by_value.setdefault(repr(sorted(tried.items())), []).append((tried, loss if status == "finished" else math.nan))
+    means = [(own[0][0], fmean(loss for _, loss in own)) for own in by_value.values()]
+    least = min((mean for _, mean in means if not math.isnan(mean)), default=None)
+    return [tried for tried, mean in means if mean == least] if least is not None and chosen else [chosen]
+
+
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
     """What the tuning stage chose, and what a user gets without it; `runs` are all of the question's, both stages."""
     tuning = runs[runs.stage == "select"]
@@ -282,7 +293,7 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         "On a held-out part of the training set, at the tuning stage's length"
         if are_held_out(tuning) else "On the validation set, which the scores above come from too"
     )  # fmt: skip
-    rows, tasks = [], list(dict.fromkeys(tuning.task.dropna()))
+    rows, tasks, stale = [], list(dict.fromkeys(tuning.task.dropna())), False
     for label, own in rows_of(tuning):
         usual = own[~own.extra].fillna({"last": 0.0}).groupby("task")["last"].mean()
         final = runs[(runs.stage == "final") & (runs.label == label)]
@@ -290,7 +301,9 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         for task in tasks:
             of_task = own[(own.task == task) & (own.status == "finished")]
             chosen = next(iter(final[final.task == task].tried), None) or {}
-            row[HEADINGS.get(task, task)] = _chosen(task, chosen, of_task)
+            text, figures = _chosen(task, chosen, of_task)
+            stale |= (other := chosen not in _lowest(own[own.task == task], chosen))
+            row[HEADINGS.get(task, task)] = text + " ‡" * other, figures
             tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
         row |= {
             "mean of the values tried": rounded("untuned", usual.mean() if len(usual) == len(tasks) else None),
@@ -304,4 +317,6 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
         "what a user gets on average with an untuned value of this grid. A crashed run counts as 0.",
         AT_END,
     ]
+    if stale:
+        notes.append("‡ by now another value has the lowest loss; the final runs were made before it was measured.")
     return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None

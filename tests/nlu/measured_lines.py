@@ -19,7 +19,7 @@ QUESTIONS = {
                 {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
             ],
         },
-        {"question": "And elsewhere?", "experiments": ["elsewhere"]},
+        {"question": "And elsewhere?", "experiments": ["recipe"]},
     ],
     "published": [{"file": "lora2_table1_deberta_v3_base", "title": "Table 1"}],
 }

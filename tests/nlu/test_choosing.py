@@ -104,6 +104,18 @@ def test_a_value_counts_by_its_last_loss_and_only_where_all_its_seeds_have_one()
     assert choosing.choose(Selection((), {}, runs), places) == {(): {"learning_rate": 2e-3}}
 
 
+def test_what_no_choice_can_have_made_is_refused_before_the_tuning(run_sweep, tmp_path):
+    plain = BASIC | {"grid": ONE}
+    assert run_sweep(plain)[0] == 0
+    tuned = plain | {"select": SELECT | {"beyond": {"learning_rate": 2}}}
+    code, _, err = run_sweep(tuned)
+    assert code == 2 and "learning_rate None → 0.001" in err and "--rerun_changed" in err
+    assert len(lines_of(tmp_path)) == 1
+    assert run_sweep(plain, "--set", "learning_rate=4e-3", "--rerun_changed")[0] == 0
+    assert run_sweep(tuned)[0] == 1  # a second round could give it; the choice, 2e-3, is another
+    assert len(lines_of(tmp_path)) == 1 + 2 + 1
+
+
 def test_where_the_choice_changes_what_was_made_before_is_kept_and_the_other_runs_go_on(run_sweep, tmp_path):
     small = BASIC | {"grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}}
     first = small | {"select": SELECT | {"values": {"learning_rate": [5e-4, 1e-3]}}}

@@ -1,6 +1,7 @@
 """The comparison: its plan, its warnings against sizes worked out by hand, its table, and its refusals."""
 
 import itertools
+import json
 import re
 import shutil
 import statistics
@@ -104,7 +105,8 @@ def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monke
     """The stand-in's loss is lowest at 2e-3; at the end of what is tried, one more rate is."""
     drawn = []
     monkeypatch.setattr(compare, "draw", lambda name, final, every: drawn.append(every) or [])
-    code, shown, err = call("--methods", "lora,full", "--seeds", "1", "--tune", "5e-4,1e-3")
+    monkeypatch.setattr(compare, "RATES", "5e-4,1e-3")
+    code, shown, err = call("--methods", "lora,full", "--seeds", "1", "--tune")
     assert (
         "heads without a rate of their own train at the one that is chosen" in err and "trains the head at" not in err
     )
@@ -117,6 +119,31 @@ def test_tuning_chooses_each_methods_rate_on_held_out_data(call, tmp_path, monke
     shown = {tried["learning_rate"] for tried in drawn[0].tried[drawn[0].stage == "select"]}
     assert shown == {each["learning_rate"] for each in held_out}  # the chosen rates too
     assert {each["holdout_fraction"] for each in held_out} == {0.1} and len(held_out) == 3 + 4
+
+
+def test_rates_that_are_given_are_tried_by_every_method(call, tmp_path):
+    assert call("--methods", "lora,full", "--seeds", "1", "--tune", "1e-3,2e-3,4e-3")[0] == 0
+    lines = [each for each in read_lines(tmp_path / "measured/compare-cola.jsonl") if each["stage"] == "select"]
+    tried = sorted((each["method"], each["asked"]["learning_rate"]) for each in lines)
+    assert tried == [(method, rate) for method in ("full", "lora") for rate in (1e-3, 2e-3, 4e-3)]
+
+
+def test_a_table_says_which_runs_tuning_would_make_otherwise_now(call, tmp_path):
+    flags = ["--methods", "lora", "--seeds", "1", "--tune", "5e-4,1e-3,2e-3,4e-3"]
+    assert call(*flags)[0] == 0
+    path = tmp_path / "measured/compare-cola.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for each in lines:  # as after a first start in which the best rate failed
+        if each["stage"] == "final":
+            each["tried"] = {"learning_rate": 1e-3}
+            each["asked"] |= each["tried"]
+        elif each["tried"] == {"learning_rate": 2e-3}:
+            each["status"] = "failed"
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    code, out, _ = call(*flags)
+    assert code == 1 and "- LoRA: what is shown was made with other arguments (learning_rate 0.001 → 0.002)" in out
+    code, _, err = call("--methods", "lora", "--seeds", "2")  # the same name, without tuning
+    assert code == 2 and "learning_rate 0.001 → None" in err and "--name" in err
 
 
 def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_path, monkeypatch, capsys):
@@ -209,6 +236,15 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp
     code, out, err = call(*flags)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "compare-cola").exists()
+
+
+def test_what_to_compare_on_must_be_given(tmp_path, capsys):
+    for flags, message in (
+        (["--model_name_or_path", "m"], "give --task_name, or --train_file and --validation_file"),
+        (["--task_name", "cola"], "--model_name_or_path is missing"),
+    ):
+        assert compare.main(["--methods", "lora", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_value_of_one_method_may_hold_a_colon():

@@ -166,6 +166,29 @@ def _select(**changes):
             _with(grid={**BASIC["grid"], "a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}),
             "which another axis sets",
         ),
+        (
+            _with(
+                grid={
+                    "method": ["lora"],
+                    "seed": [1],
+                    "task_name": {
+                        name: {"task_name": "cola", "max_steps": steps} for name, steps in (("short", 3), ("long", 5))
+                    },
+                }
+            ),
+            "tables could not tell lora-seed=1-short from lora-seed=1-long",
+        ),
+        (
+            _with(
+                grid={
+                    "method": ["lora"],
+                    "task_name": {
+                        name: {"train_file": f"{name}.csv", "validation_file": "dev.csv", "seed": 1} for name in "ab"
+                    },
+                }
+            ),
+            "give the axis another name than task_name or seed, such as data",
+        ),
         (_select(seeds=[7, "07"]), "select.seeds names one seed twice"),
         (_with(exclude=[{"seed": []}]), "exclude.0.seed: [] should be non-empty"),
         (

@@ -47,7 +47,7 @@ def test_the_page_answers_each_question_with_its_tables_and_figures(make, tmp_pa
     assert "- Claims without pairs of finished runs, which count in the correction: LoRA² k=8 − absent." in page
     open_questions = page.partition("\n## Open questions\n")[2].strip()
     assert open_questions.startswith("- And elsewhere? ") and "\n" not in open_questions
-    assert open_questions.endswith("Not measured yet. Run `python nlu/sweep.py configs/experiments/elsewhere.yaml`.")
+    assert open_questions.endswith("Not measured yet. Run `python nlu/sweep.py configs/experiments/recipe.yaml`.")
     shown = re.findall(r"\(figures/(\w+\.png)\)", page)
     assert shown == ["trial_parameters.png", "trial_curves.png", "trial_rates.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(shown)
@@ -121,11 +121,19 @@ def test_rows_of_different_data_files_are_not_ranked(make, tmp_path):
     assert different in said(("LoRA, easy", 1, easy), ("LoRA, hard", 1, hard))
     same_name = [easy | {"digests": {"train_file": digest}} for digest in "ab"]
     assert different in said(("LoRA, a", 1, same_name[0]), ("LoRA, b", 1, same_name[1]))
+    assert make(trial(2))[0] == 0 and not (tmp_path / "figures/own_parameters.png").exists()
     folds = [(label, seed, fold) for label in ("a", "b") for seed, fold in ((1, easy), (2, hard))]
     assert "Highest average: a" in said(*folds)
-    assert not (tmp_path / "README.md").exists()
     code, _, err = make(trial(2), "--only", "nothing")
     assert code == 2 and "--only nothing" in err
+
+
+def test_rows_that_tie_are_named_together(make, tmp_path):
+    lines = [line(label, "cola", 1, [score]) for label, score in (("a", 0.0), ("b", -0.1), ("c", 0.0))]
+    write(tmp_path / "measured", "tied", lines)
+    assert "\nHighest average: a and c, 0.00.\n" in make(trial(2), "--only", "tied")[1]
+    assert make(trial(2))[0] == 0
+    assert "Highest: a and c, 0.00." in (tmp_path / "README.md").read_text()
 
 
 def test_only_corrects_p_for_all_claims_too(make, tmp_path):
@@ -164,7 +172,8 @@ def test_experiments_of_like_names_have_tables_of_their_own_and_failures_are_cou
     }
     assert found == {"My_exp_1_scores.csv": 70.0, "my_exp_2_scores.csv": 20.0}
     assert make(trial(), questions={"questions": []})[0] == 0
-    assert "Not measured yet. 1 run(s) failed and have no score. Run `" in (tmp_path / "README.md").read_text()
+    page = (tmp_path / "README.md").read_text()
+    assert "Not measured yet. 1 run(s) failed and have no score.\n" in page  # and names no file that is not there
 
 
 def test_several_experiments_are_compared_together(make, tmp_path):

@@ -107,6 +107,29 @@ def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
     ]
 
 
+def test_a_finished_run_has_the_labels_that_its_file_has_now(run_sweep, tmp_path):
+    def content(axis, label):
+        return BASIC | {"grid": {axis: {label: {"method": "lora"}}, "task_name": ["cola"], "seed": [1]}}
+
+    assert run_sweep(content("row", "LoRA2 k8"))[0] == 0
+    for axis, label in (("row", "LoRA² k8"), ("variant", "LoRA² k8")):  # of one folder name
+        code, out, _ = run_sweep(content(axis, label))
+        assert code == 0 and "0 run(s) finished now, 1 before" in out
+        (line,) = lines_of(tmp_path).values()
+        assert line["label"] == label and line["axes"][axis] == label and len(line["axes"]) == 3
+
+
+def test_a_value_tried_beyond_the_end_and_listed_later_is_one_of_the_list(run_sweep, tmp_path):
+    def content(*values, **more):
+        select = {"values": {"learning_rate": [*values]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}
+        return BASIC | {"grid": {"method": ["lora"], "task_name": ["cola"], "seed": [1]}, "select": select | more}
+
+    assert run_sweep(content(1e-4, 1e-3, beyond={"learning_rate": 3}))[0] == 0
+    assert [line["tried"] for line in lines_of(tmp_path).values() if "extra" in line] == [{"learning_rate": 3e-3}]
+    assert "0 run(s) finished now" in run_sweep(content(1e-4, 1e-3, 3e-3))[1]
+    assert not any("extra" in line for line in lines_of(tmp_path).values())
+
+
 def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_asked(run_sweep, tmp_path):
     run_sweep({**BASIC, "grid": {**BASIC["grid"], "seed": [1]}})
     code, _, err = run_sweep(BASIC, "--set", "learning_rate=0.005")

@@ -115,6 +115,19 @@ def test_tuning_shows_what_was_chosen_and_what_no_tuning_gives(runs):
     assert text.loc["LoRA r=8", "mean of the values tried"] == f"{failed / 4:.2f}"
 
 
+def test_a_choice_that_was_made_before_a_better_value_was_measured_is_marked(tmp_path):
+    def choices(**changes):
+        lines = trial(2)
+        last = next(e for e in lines if e["stage"] == "select" and e["label"] == "AdaLoRA" and e["task"] == "cola")
+        last["evaluations"]["loss"] = [0.01]  # at 4e-4
+        last |= changes
+        table = tuning_table("trial", load_measured(write(tmp_path, "trial", lines)))
+        return table.text.set_index("").loc["AdaLoRA", "CoLA"], any(note.startswith("‡") for note in table.notes)
+
+    assert choices() == ("0.001 ‡", True)
+    assert choices(status="failed") == ("0.001 †", False)  # which cannot be chosen; 0.001 is the least of the others
+
+
 def test_a_row_that_has_not_begun_a_task_has_no_choice_there(tmp_path):
     lines = [each for each in trial(2) if (each["label"], each["task"]) != ("AdaLoRA", "stsb")]
     text = tuning_table("trial", load_measured(write(tmp_path, "trial", lines))).text.set_index("")
