@@ -42,6 +42,9 @@ def check_adapter(
             raise ValueError(f"the model has no parameter {name}: {_architectures(model, config)}")
         expected[name] = tuple((tensors.get(name, state[name]) if any_head_shape else state[name]).shape)
     _compare(expected, tensors, config)
+    for name in [*config.head, *(f"{name}.weight".removeprefix(".") for name in config.ranks)]:
+        if state[name].is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values: load the base's weights first")
     if not allow_other_base:
         check_base(model, config, ", or allow another base explicitly (allow_other_base)")
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from loralib.fused import without_autocast
 from loralib.initialisation import spread
 from loralib.layers import LoRALayer
-from loralib.model import svd_layers
+from loralib.model import refuse_new_factors, svd_layers
 
 # From eigenvalues of the Gram between 0.3 and 1.6, four steps of fifth order reach 1 to float32's precision. One step
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
@@ -108,6 +108,7 @@ class ExactFactors:
                 "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
                 "and let their factors train"
             )
+        self._layers, self._values = list(layers.values()), [layer.lora_E for layer in layers.values()]
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
         for factor in trained:
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
@@ -136,7 +137,12 @@ class ExactFactors:
 
     @torch.no_grad()
     def project_gradients(self) -> None:
-        """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place."""
+        """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place.
+
+        Raises:
+            ValueError: where the model's factors are others than when this was made.
+        """
+        refuse_new_factors(self._layers, self._values, "ExactFactors")
         for stack in self._stacks:
             with without_autocast(stack.all[0].device.type):
                 stack.project_gradients()

@@ -91,6 +91,11 @@ def initialise(
             _set_factors(seen, generator)
 
 
+def _fits(mask: Tensor, rows: torch.Size) -> bool:
+    """Whether a mask is of these rows, or they are the mask's flattened: (n, tokens) of (batch, choices, tokens)."""
+    return mask.shape == rows or (len(rows) < mask.dim() and rows.numel() == mask.numel())
+
+
 def _see_batches(
     model: nn.Module,
     sketches: Mapping[LoRALayer, Any],
@@ -108,7 +113,7 @@ def _see_batches(
     def see(layer: LoRALayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x, *_ = *args, *kwargs.values()
         if not with_gradients:
-            sketches[layer].add(x[mask] if mask is not None and mask.shape == x.shape[:-1] else x)
+            sketches[layer].add(x if mask is None or not _fits(mask, x.shape[:-1]) else x[mask.reshape(x.shape[:-1])])
         elif output.requires_grad:  # not in the first pass of gradient checkpointing
             output = output.clone()  # the output is a view, and a change of a view in place drops its hooks
             output.register_hook(lambda gradient: sketches[layer].add(x.detach(), gradient))

@@ -27,6 +27,8 @@ PUBLISHED_MODULES = {
     "layer.output": r"(.*\.)?layer\.\d+\.output\.dense",
 }
 
+# What accelerate gives a module whose model it has put on several devices.
+_DISPATCHED = ("_hf_hook", "_old_forward", "forward")
 NEVER_CALLED = (
     "{} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update there would be ignored; "
     "name other modules"
@@ -175,24 +177,38 @@ def check_replaceable(name: str, module: nn.Module) -> None:
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     if not isinstance(module, LoRALayer) and (taken := sorted(_own_names() & own)):
         raise ValueError(f"{name} has an attribute {taken[0]!r}, which a low-rank layer uses for itself: rename it")
-    if "forward" in vars(module):
+    hook = vars(module).get("_hf_hook")
+    if getattr(hook, "offload", False):
+        raise ValueError(f"accelerate has moved {name} out of memory: load the model without offloading")
+    if "forward" in vars(module) and not _is_dispatched(module):
         raise ValueError(f"the forward method of {name} was replaced, which an update would undo: remove that first")
+    if module._compiled_call_impl is not None:
+        raise ValueError(f"{name} was compiled on its own, which an update would undo: call its compile() afterwards")
     if not isinstance(module.weight, nn.Parameter):
         raise ValueError(
             f"the weight of {name} is computed by a hook (weight_norm, spectral_norm, pruning): remove that first"
         )
 
 
+def _is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward method by one that first moves the inputs to the weight's device."""
+    return getattr(vars(module).get("_hf_hook"), "offload", None) is False
+
+
 def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer wherever the model holds the module of that name, and give it what that module had besides: hooks
     (their handles go on working), attributes, buffers, parameters."""
-    replacement = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    replaced = {name: model.get_submodule(name) for name in layers}
+    replacement = {id(replaced[name]): layer for name, layer in layers.items()}
     for name, layer in layers.items():
-        _hand_over(model.get_submodule(name), layer)
+        _hand_over(replaced[name], layer)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):  # named_children() gives a module once
             if id(module) in replacement:
                 setattr(parent, child, replacement[id(module)])
+    for old in replaced.values():
+        if isinstance(old, LoRALayer):
+            old.replaced = True
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
             module.use_nested_tensor = False  # its attention takes those without gradients only
@@ -200,6 +216,8 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def _hand_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
+        if name in _DISPATCHED:
+            continue
         if name not in vars(new) and name not in new._parameters:
             setattr(new, name, value)
         elif "_hooks" in name:  # the same dictionary, since a handle removes its hook from there
@@ -216,6 +234,10 @@ def _hand_over(old: nn.Module, new: nn.Module) -> None:
     for name, child in old.named_children():
         if name not in new._modules:
             new.add_module(name, child)
+    if _is_dispatched(old):
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, old._hf_hook)
 
 
 def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:

@@ -68,6 +68,7 @@ class LoRALayer(nn.Linear):
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
     # What the preset takes beyond the common arguments, with the defaults.
     arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}
+    replaced = False  # whether another layer has taken its place in the model, as load_adapter() does
     # The replaced layer where its weight is quantised: it alone knows the product. The tuple hides it from nn.Module,
     # so that the weight has one name.
     _quantised: tuple[nn.Module] | None = None
@@ -329,7 +330,8 @@ class LoRALayer(nn.Linear):
             raise ValueError("the weight is computed by a hook (pruning, a parametrisation): remove that first")
         if stored_form(self.weight) is not None:
             raise ValueError(f"the weight is {stored_form(self.weight)}, and only a plain one can be merged into")
-        with torch.no_grad(), without_autocast(self.weight.device.type):
+        # Outside of inference mode, whose tensors no later training of a head could use.
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.weight.device.type):
             delta = self.delta_weight()
             merged = self.weight.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
             self._weight_before_merge = self.weight.data

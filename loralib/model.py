@@ -84,9 +84,11 @@ def refuse_sharded_factors(model: nn.Module) -> None:
 
 
 def refuse_new_factors(layers: Iterable[LoRALayer], values: Iterable[nn.Parameter], made: str) -> None:
-    """Raises ValueError where the layers' singular values are other parameters than when ``made`` was made of them."""
-    if any(layer.lora_E is not own for layer, own in zip(layers, values, strict=True)):
-        raise ValueError(f"the layers have new factors since the {made} was made (compact()): make it afterwards")
+    """Raises ValueError where layers were replaced, or their singular values are others, since ``made`` was made."""
+    if any(layer.replaced or layer.lora_E is not own for layer, own in zip(layers, values, strict=True)):
+        raise ValueError(
+            f"the model has new factors since the {made} was made (compact(), load_adapter()): make it afterwards"
+        )
 
 
 def refuse_data_parallel(model: nn.Module, first: str) -> None:

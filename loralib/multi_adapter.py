@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped
 
 PADDING = float("-inf")
+_RUNS = threading.RLock()  # held by run(), which switches the active adapter
 
 
 @dataclass
@@ -139,7 +141,8 @@ class MultiAdapter:
         """Call the model on a batch whose rows each have their own adapter.
 
         The model is called once for each adapter, on the rows that have it. Outputs for each row are joined, inside
-        containers and caches too. An output over all rows, such as a loss, needs one adapter for all rows.
+        containers and caches too. An output over all rows, such as a loss, needs one adapter for all rows. Calls from
+        several threads take turns; a plain call of the model beside them would take their adapter.
 
         Args:
             adapters: for each row the name of an adapter, or None for the bare base.
@@ -170,16 +173,18 @@ class MultiAdapter:
         for given in ("labels", "past_key_values"):  # a loss is of all rows at once, and a cache is written in place
             if len(rows) > 1 and kwargs.get(given) is not None:
                 raise ValueError(f"give no {given} to run() where rows have several adapters")
-        before, parts = self._active, []
-        try:
-            for self._active, places in rows.items():
-                if len(rows) == 1:
-                    return self.model(*args, **kwargs)
-                index = torch.tensor(places, device=batch.device)
-                own_args, own_kwargs = (_select(value, index, len(adapters)) for value in (args, kwargs))
-                parts.append(self.model(*own_args, **own_kwargs))
-        finally:
-            self._active = before
+        parts = []
+        with _RUNS:
+            before = self._active
+            try:
+                for self._active, places in rows.items():
+                    if len(rows) == 1:
+                        return self.model(*args, **kwargs)
+                    index = torch.tensor(places, device=batch.device)
+                    own_args, own_kwargs = (_select(value, index, len(adapters)) for value in (args, kwargs))
+                    parts.append(self.model(*own_args, **own_kwargs))
+            finally:
+                self._active = before
         order = torch.tensor([i for places in rows.values() for i in places], device=batch.device).argsort()
         return _join(parts, [len(places) for places in rows.values()], order)
 

@@ -24,7 +24,7 @@ from loralib.checks import check_choice
 from loralib.exact_factors import distinct_factors
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
-from loralib.model import injected_layers
+from loralib.model import injected_layers, refuse_new_factors
 
 PRECONDITIONERS = ("balanced", "riemannian")
 DAMPING = 1e-6  # δ
@@ -56,11 +56,17 @@ class Preconditioner:
         if len(found) > len(set(found)):
             raise ValueError("layers of different ranks share a factor: leave out compact(), or load without it")
         self._chains = [_Chain(group) for group in groups.values()]
+        self._layers, self._values = layers, [layer.lora_E for layer in layers]
         self.kind = kind
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Precondition the gradients; a factor without one is passed over."""
+        """Precondition the gradients; a factor without one is passed over.
+
+        Raises:
+            ValueError: where the model's factors are others than when this was made.
+        """
+        refuse_new_factors(self._layers, self._values, "Preconditioner")
         for chain in self._chains:
             with without_autocast(chain.links[0].unique[0].device.type):
                 chain.read()

@@ -142,8 +142,10 @@ class LowRankTraining:
                 total_step=total_steps,
                 **self._options,
             )
-            self._factors = self._factors or factors_of(self.model)
+            if not (self._regulariser or self._preconditioner):
+                self._factors = factors_of(self.model)
         self.total_steps, self.step = total_steps, 0
+        self._exact, self._checked = None, False
         if self._saved is not None:
             saved, self._saved = self._saved, None
             self.load_state_dict(saved)
@@ -233,9 +235,10 @@ class LowRankTraining:
         Raises:
             ValueError: where it belongs to another training.
         """
-        if self._prunes and self.allocator is None:
+        if self.total_steps is None:
             self._saved = state
-            return
+            if self._prunes:
+                return
         if (state["allocator"] is None) != (self.allocator is None):
             raise ValueError("only one of the saved training and this one prunes: give the same target_rank")
         if self.allocator is not None:

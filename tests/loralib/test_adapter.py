@@ -285,6 +285,15 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
         loralib.load_adapter(model, folder)
 
 
+def test_another_base_needs_its_values_too(tmp_path):
+    folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net().to("meta")
+    with refused("classifier.bias is on the meta device and has no values", model):
+        loralib.load_adapter(model, folder, allow_other_base=True)
+    model.classifier.to_empty(device="cpu")
+    with refused("layers.0.q.weight is on the meta device", model):
+        loralib.load_adapter(model, folder, allow_other_base=True)
+
+
 # ---- warm start -----------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,20 @@ def test_a_refused_injection_changes_nothing():
         loralib.inject(model, "lora2", ["query", "key"])
 
 
+def test_a_layer_that_was_compiled_on_its_own_is_refused(tmp_path):
+    """What torch has compiled of it would go on to compute without the update."""
+    folder = loralib.save_adapter(adapted(), tmp_path / "adapter")
+    model = small.Net()
+    model.layers[1]["q"].compile(backend="eager")
+    for change in (lambda: loralib.inject(model, "lora", ["q"]), lambda: loralib.load_adapter(model, folder)):
+        with refused("layers.1.q was compiled on its own", model):
+            change()
+    model = small.Net()
+    model.compile(backend="eager")
+    loralib.load_adapter(model, folder)
+    torch.testing.assert_close(model(small.INPUTS), adapted()(small.INPUTS))
+
+
 def test_the_checks_draw_no_random_numbers():
     injection._own_names.cache_clear()
     module, before = nn.Linear(2, 2), torch.get_rng_state()

@@ -95,6 +95,14 @@ def test_flags_come_back_after_an_error_too():
     assert [p.requires_grad for p in model.parameters()] == flags and any(flags)
 
 
+def test_a_merge_in_inference_mode_is_of_tensors_that_train():
+    model = adapted()
+    with torch.inference_mode():
+        loralib.merge_adapter(model)
+    model(INPUTS.clone().requires_grad_()).sum().backward()
+    assert model.classifier.weight.grad is not None
+
+
 def test_a_head_trains_on_a_merged_adapter():
     model = adapted(k=2)
     loralib.merge_adapter(model.train())

@@ -1,5 +1,7 @@
 """Several adapters on one base: every row as if its adapter were alone, and the base as it was."""
 
+import sys
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -63,6 +65,30 @@ def test_switching_and_mixing_leave_the_base_alone(three):
     assert [type(m) for m in base.modules()] == types and all(p.requires_grad for p in base.parameters())
     assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
     assert not any(m._forward_hooks for m in base.modules()) and torch.equal(base(IDS).logits, bare)
+
+
+def test_threads_that_mix_rows_take_turns(three):
+    adapters = loralib.MultiAdapter(encoder())
+    for name in ("lora2", "lora"):
+        adapters.load(name, three[name][0])
+    wrong = []
+
+    def serve(name):
+        for _ in range(40):
+            logits = adapters.run([name] * 12, IDS).logits
+            wrong.extend([name] * (not torch.allclose(logits, three[name][1], atol=1e-5)))
+
+    threads = [threading.Thread(target=serve, args=[name]) for name in ("lora2", "lora")]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and adapters.active is None
 
 
 def test_names_are_checked(three):

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_execution_device_hook
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import loralib
-from tests.loralib.small import Linear4bit, randomise
+from tests.loralib.small import Linear4bit, randomise, refused
 
 
 def network():
@@ -36,7 +38,36 @@ def adapt(model, kind):
     return randomise(model, 0.2, seed=1)
 
 
+def dispatch(model):
+    """As accelerate does to a model on several devices, and transformers to one that bitsandbytes has quantised."""
+    attach_execution_device_hook(model, "cpu")
+    return model
+
+
 FORMS = pytest.mark.parametrize("form", ["int8", "int4", "4bit"])
+
+
+@FORMS
+def test_a_dispatched_model_keeps_its_hooks(form, tmp_path):
+    bases = [network() for _ in range(3)]
+    for base in bases:
+        quantise(base, form)
+    plain = adapt(bases[0], "lora2")
+    folder = loralib.save_adapter(plain, tmp_path / "adapter")
+    adapt(dispatch(bases[1]), "lora2")
+    for _ in range(2):  # onto the adapted base too
+        loralib.load_adapter(dispatch(bases[2]), folder)
+    x = torch.randn(5, 64)
+    for model in bases[1:]:
+        moved = []
+        model[0]._hf_hook.pre_forward = lambda _, *args, moved=moved, **kwargs: (moved.append(args) or args, kwargs)
+        assert torch.equal(model(x), plain(x)) and moved
+
+
+def test_a_model_that_is_offloaded_is_refused():
+    model = cpu_offload(network(), "cpu")
+    with refused("accelerate has moved 0 out of memory", model):
+        loralib.inject(model, "lora2", ["0", "2"])
 
 
 @FORMS

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import loralib
-from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, randomise
+from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, randomise, refused
 from tests.nlu.tiny import tiny_bert
 
 STEPS, BATCH = 8, 4
@@ -221,6 +221,39 @@ def test_layers_may_lie_on_several_devices(monkeypatch, prune_by):
                 assert training.penalty().device == torch.device("cuda", 0)
             training.after_step()
         assert training.allocator._mask.device == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"target_rank": 2, "regu_weight": 0}, {"orthogonality": "retraction"},
+    {"precondition": "riemannian", "regu_weight": 0},
+])  # fmt: skip
+def test_what_was_made_for_layers_that_an_adapter_has_replaced_goes_on_with_none(tmp_path, options):
+    model = blocks("lora2", r=4, k=3, init="orthogonal")
+    training = loralib.LowRankTraining(model, 20, **options)
+
+    def step():
+        training.penalty()
+        for factor in (p for p in model.parameters() if p.requires_grad):
+            factor.grad = torch.ones_like(factor)
+        training.before_step()
+        training.after_step()
+
+    step()
+    loralib.load_adapter(model, loralib.save_adapter(model, tmp_path / "a", compact=False))
+    with refused("new factors since .* was made"):
+        step()
+    if options.get("precondition") or options == {}:  # made with the helper; the others are made by start()
+        training = loralib.LowRankTraining(model, 20, **options)
+    training.start(20)
+    step()
+
+
+def test_a_step_that_was_loaded_before_the_start_is_gone_on_from():
+    training = loralib.LowRankTraining(model_to_prune())
+    training.load_state_dict({"step": 7, "allocator": None})
+    assert training.step == 7
+    training.start(20)
+    assert training.step == 7
 
 
 def test_the_defaults_of_a_training():
