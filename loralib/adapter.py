@@ -24,7 +24,7 @@ from loralib.adapter_checks import (
     refuse_merging,
 )
 from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
-from loralib.injection import KINDS, replace_modules
+from loralib.injection import KINDS, refuse_compiled, replace_modules
 from loralib.layers import LoRALayer
 from loralib.model import (
     check_shared,
@@ -231,6 +231,7 @@ def load_adapter(
     if "" in config.ranks:
         raise ValueError("the adapter's layer is the model itself, which cannot be replaced: put it into a module")
     check_adapter(model, config, tensors, allow_other_base)
+    refuse_compiled({name: model.get_submodule(name) for name in config.ranks})
     install_adapter(model, config, tensors, compact)
     return config
 

@@ -149,7 +149,8 @@ class ExactFactors:
 
     @torch.no_grad()
     def retract(self) -> None:
-        """X ← X (XᵀX)^(−1/2) for every factor that trains, in place."""
+        """X ← X (XᵀX)^(−1/2) for every factor that trains, in place; raises as :meth:`project_gradients`."""
+        refuse_new_factors(self._layers, self._values, "ExactFactors")
         for stacks in self._same_side:
             with without_autocast(stacks[0].all[0].device.type):
                 grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]

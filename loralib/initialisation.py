@@ -49,7 +49,8 @@ def initialise(
     Args:
         kind: ``"gradient"`` or ``"activation"``.
         batches: on the model's device. Of a batch with an ``"attention_mask"`` the inputs of masked tokens are left out
-            of ``"activation"`` (not of an encoder–decoder, whose mask is the encoder's); their gradient is 0 anyway.
+            of ``"activation"`` (not of an encoder–decoder, whose mask is the encoder's, nor where a layer gets all
+            tokens in one row of them); their gradient is 0 anyway.
         loss_of: (model, batch) → loss, a scalar. For ``"activation"`` it is called without gradients.
         seed: of the random test matrices.
 
@@ -92,8 +93,9 @@ def initialise(
 
 
 def _fits(mask: Tensor, rows: torch.Size) -> bool:
-    """Whether a mask is of these rows, or they are the mask's flattened: (n, tokens) of (batch, choices, tokens)."""
-    return mask.shape == rows or (len(rows) < mask.dim() and rows.numel() == mask.numel())
+    """Whether a mask is of these rows, or of (batch, choices, tokens) that the model has made (n, tokens)."""
+    choices = mask.dim() == 3 and len(rows) == 2 and rows[-1] == mask.shape[-1] and rows.numel() == mask.numel()
+    return mask.shape == rows or choices
 
 
 def _see_batches(

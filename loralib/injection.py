@@ -27,8 +27,8 @@ PUBLISHED_MODULES = {
     "layer.output": r"(.*\.)?layer\.\d+\.output\.dense",
 }
 
-# What accelerate gives a module whose model it has put on several devices.
-_DISPATCHED = ("_hf_hook", "_old_forward", "forward")
+# The first three are accelerate's, on a model that it has put on several devices.
+_NOT_HANDED_OVER = ("_hf_hook", "_old_forward", "forward", "replaced")
 NEVER_CALLED = (
     "{} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update there would be ignored; "
     "name other modules"
@@ -161,6 +161,7 @@ def inject(
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
         check_replaceable(name, module)
+    refuse_compiled(modules)
     layers = {
         name: KINDS[kind].from_linear(module, r, lora_alpha, lora_dropout, **options)
         for name, module in modules.items()
@@ -180,14 +181,23 @@ def check_replaceable(name: str, module: nn.Module) -> None:
     hook = vars(module).get("_hf_hook")
     if getattr(hook, "offload", False):
         raise ValueError(f"accelerate has moved {name} out of memory: load the model without offloading")
-    if "forward" in vars(module) and not _is_dispatched(module):
+    own_forward = vars(module).get("forward")  # accelerate leaves the class's there when its hook is removed
+    usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
+    if not usual and not _is_dispatched(module):
         raise ValueError(f"the forward method of {name} was replaced, which an update would undo: remove that first")
-    if module._compiled_call_impl is not None:
-        raise ValueError(f"{name} was compiled on its own, which an update would undo: call its compile() afterwards")
     if not isinstance(module.weight, nn.Parameter):
         raise ValueError(
             f"the weight of {name} is computed by a hook (weight_norm, spectral_norm, pruning): remove that first"
         )
+
+
+def refuse_compiled(modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where a module that is to be replaced was compiled: it would go on in its replacement."""
+    for name, module in modules.items():
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name} was compiled on its own, which an update would undo: call its compile() afterwards"
+            )
 
 
 def _is_dispatched(module: nn.Module) -> bool:
@@ -216,7 +226,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def _hand_over(old: nn.Module, new: nn.Module) -> None:
     for name, value in vars(old).items():
-        if name in _DISPATCHED:
+        if name in _NOT_HANDED_OVER:
             continue
         if name not in vars(new) and name not in new._parameters:
             setattr(new, name, value)

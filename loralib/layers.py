@@ -299,7 +299,7 @@ class LoRALayer(nn.Linear):
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
         base._parameters.update(weight=self.weight, bias=self.bias)  # which move to another device here alone
-        return self.add_update(base.forward(x), x)  # not called: the base's hooks are this layer's
+        return self.add_update(type(base).forward(base, x), x)  # not called: its hooks are this layer's
 
     def add_update(self, out: Tensor, x: Tensor) -> Tensor:
         """out + x ΔWᵀ, (…, out), in the dtype of ``out``: a frozen product that is not this layer's own."""
@@ -330,8 +330,12 @@ class LoRALayer(nn.Linear):
             raise ValueError("the weight is computed by a hook (pruning, a parametrisation): remove that first")
         if stored_form(self.weight) is not None:
             raise ValueError(f"the weight is {stored_form(self.weight)}, and only a plain one can be merged into")
-        # Outside of inference mode, whose tensors no later training of a head could use.
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(self.weight.device.type):
+        # A tensor of inference mode in a weight of none, or the other way round, could not be used afterwards.
+        with (
+            torch.inference_mode(self.weight.is_inference()),
+            torch.no_grad(),
+            without_autocast(self.weight.device.type),
+        ):
             delta = self.delta_weight()
             merged = self.weight.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
             self._weight_before_merge = self.weight.data

@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,7 +175,7 @@ class MultiAdapter:
             if len(rows) > 1 and kwargs.get(given) is not None:
                 raise ValueError(f"give no {given} to run() where rows have several adapters")
         parts = []
-        with _RUNS:
+        with nullcontext() if torch.compiler.is_compiling() else _RUNS:
             before = self._active
             try:
                 for self._active, places in rows.items():

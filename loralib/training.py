@@ -189,7 +189,7 @@ class LowRankTraining:
         if not self._checked:
             self._check_first_step()
             self._checked = True
-        self.step += 1
+        self.step, self._saved = self.step + 1, None
         if self.orthogonality == "retraction":
             self._exact_factors().retract()
         if self.allocator is not None:
@@ -235,15 +235,15 @@ class LowRankTraining:
         Raises:
             ValueError: where it belongs to another training.
         """
-        if self.total_steps is None:
+        if self._prunes and self.allocator is None:
             self._saved = state
-            if self._prunes:
-                return
+            return
         if (state["allocator"] is None) != (self.allocator is None):
             raise ValueError("only one of the saved training and this one prunes: give the same target_rank")
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.step = state["step"]
+        self._saved = state if self.total_steps is None else None
 
 
 class LowRankTrainerMixin(_Trainer):

@@ -35,6 +35,7 @@ from typing import Any
 
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import check, read_yaml
+from nlu.tasks import find_task
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 
@@ -325,7 +326,9 @@ def _check_labels(runs: list[Run]) -> None:
     seen: dict[tuple, Run] = {}
     for run in runs:
         labels = [label for axis, label in run.axes.items() if axis not in NO_LABEL]
-        key = (*labels, run.arguments.get("task_name"), seed_number(run.arguments.get("seed")))
+        name = run.arguments.get("task_name")
+        task = find_task(name)  # it has several names
+        key = (*labels, name if task is None else task.name, seed_number(run.arguments.get("seed")))
         if (other := seen.setdefault(key, run)) is not run:
             raise UsageError(
                 f"tables could not tell {other.folder} from {run.folder}, which have one task and seed: only rows have "

@@ -64,7 +64,6 @@ class SweepLoop:
             self.bar.total += len(runs)
         if adopted := self.places.adopt(runs):
             self.bar.write(f"{adopted} run(s) taken over: the same arguments and contents have been run")
-        self.places.place_anew(runs)
         pending = [run for run in runs if self.places.state(run) != "finished"]
         self.bar.total -= len(runs) - len(pending)
         running: dict[str, tuple[Run, int | None, Job]] = {}  # with the time of the record that it found
@@ -174,6 +173,7 @@ def run_experiment(
         known, waiting = chosen_runs(final, selection, choose(selection, places))
         if not rerun_changed:
             places.check_unchanged([*selecting, *known, *made_otherwise(waiting, selection, places)])
+        _place_anew(experiment, places)
         with SweepLoop(launcher, jobs, places, len(selecting) + len(final), rerun_changed) as loop:
             loop.run(selecting)
             if selection and not loop.stopped_by:
@@ -189,8 +189,17 @@ def run_experiment(
                     "its selection is not complete: a run has not ended (take a refused value out of the file), "
                     "or all of them failed",
                 )
+                _place_anew(experiment, places)
                 loop.run([run for run in runnable if run not in changed])
         return loop.summary()
+
+
+def _place_anew(experiment: Experiment, places: Places) -> None:
+    """Give the finished runs, those that are not asked for now too, the labels and axes of the experiment."""
+    selection = experiment.selection
+    known, _ = chosen_runs(experiment.runs, selection, choose(selection, places))
+    tuning = [*selection.runs, *second_round(selection, places)] if selection else []
+    places.place_anew([*known, *tuning])
 
 
 def _last_line(log: Path) -> str:

@@ -281,7 +281,8 @@ def _lowest(tuning: pd.DataFrame, chosen: dict[str, Any]) -> list[dict[str, Any]
     by_value: dict[str, list] = {}
     for tried, status, loss in zip(tuning.tried, tuning.status, tuning.loss, strict=True):
         by_value.setdefault(repr(sorted(tried.items())), []).append((tried, loss if status == "finished" else math.nan))
-    means = [(own[0][0], fmean(loss for _, loss in own)) for own in by_value.values()]
+    most = max(map(len, by_value.values()), default=0)  # a value that lacks a seed cannot be chosen
+    means = [(own[0][0], fmean(loss for _, loss in own)) for own in by_value.values() if len(own) == most]
     least = min((mean for _, mean in means if not math.isnan(mean)), default=None)
     return [tried for tried, mean in means if mean == least] if least is not None and chosen else [chosen]
 

@@ -109,6 +109,19 @@ def test_a_layer_that_was_compiled_on_its_own_is_refused(tmp_path):
     model.compile(backend="eager")
     loralib.load_adapter(model, folder)
     torch.testing.assert_close(model(small.INPUTS), adapted()(small.INPUTS))
+    for use in (lambda m: loralib.MultiAdapter(m).load("a", folder), lambda m: loralib.merge_into(m, folder)):
+        model = small.Net()
+        model.layers[1]["q"].compile(backend="eager")
+        use(model)  # which replaces no layer
+
+
+def test_a_layer_that_was_replaced_in_another_model_is_replaced_in_this_one(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5))
+    loralib.inject(model, "lora2", ["0"], r=2, k=2)
+    other, folder = nn.Sequential(model[0]), loralib.save_adapter(model, tmp_path / "a")
+    for each in (model, other):
+        loralib.load_adapter(each, folder)
+        loralib.LowRankTraining(each, 10).penalty().backward()
 
 
 def test_the_checks_draw_no_random_numbers():

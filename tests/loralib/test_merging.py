@@ -103,6 +103,16 @@ def test_a_merge_in_inference_mode_is_of_tensors_that_train():
     assert model.classifier.weight.grad is not None
 
 
+def test_a_model_of_inference_mode_stays_one(tmp_path):
+    folder = loralib.save_adapter(adapted(), tmp_path / "a")
+    with torch.inference_mode():
+        model = Net()
+        merge_into(model, folder)
+        torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
+    with torch.no_grad():
+        torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
+
+
 def test_a_head_trains_on_a_merged_adapter():
     model = adapted(k=2)
     loralib.merge_adapter(model.train())

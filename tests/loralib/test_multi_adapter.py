@@ -245,6 +245,15 @@ def test_a_compiled_model_is_looked_through(tmp_path):
     torch.testing.assert_close(adapters.run(rows, INPUTS[: len(rows)]), expected)
 
 
+def test_run_may_be_compiled_whole(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5))
+    loralib.inject(model, "lora2", ["0"], r=2, k=2)
+    adapters = loralib.MultiAdapter(nn.Sequential(nn.Linear(6, 5)).eval())
+    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"), allow_other_base=True)
+    compiled = torch.compile(lambda x: adapters.run(["a"] * 3, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(INPUTS), adapters.run(["a"] * 3, INPUTS))
+
+
 def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
     model = adapted(lora_dropout=0.5)
     adapters = loralib.MultiAdapter(base := Net().requires_grad_(False).train())

@@ -254,6 +254,11 @@ def test_a_step_that_was_loaded_before_the_start_is_gone_on_from():
     assert training.step == 7
     training.start(20)
     assert training.step == 7
+    training = loralib.LowRankTraining(model_to_prune())
+    with refused("same target_rank"):
+        training.load_state_dict(low_rank(model_to_prune(), total_steps=20).state_dict())
+    training.start(20)
+    assert training.step == 0
 
 
 def test_the_defaults_of_a_training():

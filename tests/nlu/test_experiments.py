@@ -189,6 +189,7 @@ def _select(**changes):
             ),
             "give the axis another name than task_name or seed, such as data",
         ),
+        (_with(grid={"method": ["lora"], "task_name": ["stsb", "sts-b"], "seed": [1]}), "which have one task and seed"),
         (_select(seeds=[7, "07"]), "select.seeds names one seed twice"),
         (_with(exclude=[{"seed": []}]), "exclude.0.seed: [] should be non-empty"),
         (

@@ -119,6 +119,15 @@ def test_a_finished_run_has_the_labels_that_its_file_has_now(run_sweep, tmp_path
         assert line["label"] == label and line["axes"][axis] == label and len(line["axes"]) == 3
 
 
+def test_a_row_keeps_one_label_where_a_part_of_it_is_asked_for(run_sweep, tmp_path):
+    def content(label):
+        return BASIC | {"grid": {"row": {label: {"method": "lora"}}, "task_name": ["cola", "rte"], "seed": [1]}}
+
+    assert run_sweep(content("LoRA2 k8"))[0] == 0
+    assert run_sweep(content("LoRA² k8"), "--only", "cola")[0] == 0
+    assert {line["label"] for line in lines_of(tmp_path).values()} == {"LoRA² k8"}
+
+
 def test_a_value_tried_beyond_the_end_and_listed_later_is_one_of_the_list(run_sweep, tmp_path):
     def content(*values, **more):
         select = {"values": {"learning_rate": [*values]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}

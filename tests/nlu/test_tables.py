@@ -125,6 +125,7 @@ def test_a_choice_that_was_made_before_a_better_value_was_measured_is_marked(tmp
         return table.text.set_index("").loc["AdaLoRA", "CoLA"], any(note.startswith("‡") for note in table.notes)
 
     assert choices() == ("0.001 ‡", True)
+    assert choices(seed=102, tried={"learning_rate": 1e-3}) == ("0.001 †", False)  # the others lack that seed
     assert choices(status="failed") == ("0.001 †", False)  # which cannot be chosen; 0.001 is the least of the others
 
 
