@@ -100,10 +100,19 @@ def test_lora_plus():
         ("lora2", "orthogonal", {"value_lr_ratio": 0}, "positive number"),
         ("lora2", "orthogonal", {"b_lr_ratio": 2}, "b_lr_ratio is for LoRA"),
         ("lora", None, {"value_lr_ratio": 4}, "singular values"),
-        ("lora", None, {"head_lr": -1}, "head_lr"),
+        ("lora", None, {"head_lr": -1}, "head_lr must be a positive number"),
+        ("lora", None, {"b_lr_ratio": 0}, "b_lr_ratio must be a positive number"),
         ("lora", None, {"head_lr": 1e-3}, "unfreeze the head"),
     ],
 )
 def test_what_means_nothing_is_refused(kind, init, options, message):
     with pytest.raises(ValueError, match=message):
         loralib.parameter_groups(one_layer(kind, (6, 6), init), 1e-3, **options)
+
+
+def test_a_rate_of_nothing_is_refused():
+    model = one_layer("lora", (6, 6))
+    with pytest.raises(ValueError, match="lr must be a positive number"):
+        loralib.parameter_groups(model, 0)
+    with pytest.raises(ValueError, match="nothing trains"):
+        loralib.parameter_groups(model.requires_grad_(False), 1e-3)
