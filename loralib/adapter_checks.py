@@ -43,10 +43,14 @@ def check_adapter(
         expected[name] = tuple((tensors.get(name, state[name]) if any_head_shape else state[name]).shape)
     _compare(expected, tensors, config)
     for name in [*config.head, *(f"{name}.weight".removeprefix(".") for name in config.ranks)]:
-        if state[name].is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values: load the base's weights first")
+        _refuse_meta(name, state[name])
     if not allow_other_base:
         check_base(model, config, ", or allow another base explicitly (allow_other_base)")
+
+
+def _refuse_meta(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no values: load the base's weights first")
 
 
 def check_start(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
@@ -186,8 +190,7 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
         return digest
     chunks: list[tuple[bytes, Tensor]] = []
     for name, tensor in sorted(_stored_parts(tensors)):
-        if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values: load the base's weights first")
+        _refuse_meta(name, tensor)
         flat = tensor.detach().flatten()
         chunks.append((f"{name} {tuple(tensor.shape)}".encode(), flat[:0]))
         chunks += [(b"", part) for part in flat.split(_CHUNK)]

@@ -112,11 +112,12 @@ def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawi
     axes.set_xlabel("trained parameters without the head\n(log scale; points of about equal size are set apart)")
     axes.set_ylabel("average score, last evaluation")
     _legend(figure, [axes])
-    best = highest({label: average for label, _, average in points})
+    known = {label: average for label, _, average in points}
+    best = highest(known)
     text = (
         f"Average over {_names(runs.task)} against trained parameters, over the seeds that every row has, with 95 % "
         f"intervals{' (the longest cut off)' if cut else ''}. Highest: {' and '.join(best)}, "
-        f"{number(max(average.mean for *_, average in points))}."
+        f"{number(known[best[0]].mean)}."
     )
     return Drawing(name, "Score against parameters", text, figure)
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -170,17 +171,19 @@ def run_experiment(
     places.output.mkdir(parents=True, exist_ok=True)
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
         # A final run's chosen arguments are known only after the selection; what is known now is checked now.
-        known, waiting = chosen_runs(final, selection, choose(selection, places))
+        choice = choose(selection, places)
+        known, waiting = chosen_runs(final, selection, choice)
         if not rerun_changed:
             places.check_unchanged([*selecting, *known, *made_otherwise(waiting, selection, places)])
-        _place_anew(experiment, places)
+        _place_anew(experiment, choice, places)
         with SweepLoop(launcher, jobs, places, len(selecting) + len(final), rerun_changed) as loop:
             loop.run(selecting)
             if selection and not loop.stopped_by:
                 keys = {selection.key(run) for run in selecting}
                 loop.run(second_round(selection, places, keys), planned=False)
             if not loop.stopped_by:
-                runnable, waiting = chosen_runs(final, selection, choose(selection, places))
+                choice = choose(selection, places)
+                runnable, waiting = chosen_runs(final, selection, choice)
                 changed = [] if rerun_changed else [run for run in runnable if places.state(run) == "changed"]
                 for run in changed:  # the selection, now complete, chose other values than before
                     loop.block([run], f"it was {places.what_changed(run)}")
@@ -189,15 +192,15 @@ def run_experiment(
                     "its selection is not complete: a run has not ended (take a refused value out of the file), "
                     "or all of them failed",
                 )
-                _place_anew(experiment, places)
+                _place_anew(experiment, choice, places)
                 loop.run([run for run in runnable if run not in changed])
         return loop.summary()
 
 
-def _place_anew(experiment: Experiment, places: Places) -> None:
+def _place_anew(experiment: Experiment, choice: dict[tuple, dict[str, Any]], places: Places) -> None:
     """Give the finished runs, those that are not asked for now too, the labels and axes of the experiment."""
     selection = experiment.selection
-    known, _ = chosen_runs(experiment.runs, selection, choose(selection, places))
+    known, _ = chosen_runs(experiment.runs, selection, choice)
     tuning = [*selection.runs, *second_round(selection, places)] if selection else []
     places.place_anew([*known, *tuning])
 

@@ -128,11 +128,20 @@ def tuned_over(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
         asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed", errors="ignore").map(repr)
         varies = (asked.groupby(own.seed.to_numpy()).nunique() > 1).any()  # what goes with a seed does not
         own["tried"] = [{name: each[name] for name in asked.columns[varies] if name in each} for each in own.asked]
-        done = own[own.status == "finished"].groupby("value", sort=False)
-        losses = done.loss.mean()[done.seed.nunique() == own.seed.nunique()]
+        losses = mean_losses(own, own.value)
         kept.append(own.assign(stage="select"))
         kept.append(own[own.value == losses.idxmin()] if len(losses) else own[:0])
     return _ordered(pd.concat(kept).drop(columns="value", errors="ignore").reset_index(drop=True))
+
+
+def mean_losses(runs: pd.DataFrame, values: pd.Series) -> pd.Series:
+    """Value → mean loss at the last evaluation over the seeds, for the values whose runs have finished with every seed.
+
+    Args:
+        runs: of one row and task. values: what each of them tried.
+    """
+    done = runs[runs.status == "finished"].groupby(values, sort=False)
+    return done.loss.mean()[done.seed.nunique() == runs.seed.nunique()]
 
 
 def runs_of(runs: pd.DataFrame, question: Question) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """The tables of a report: pandas groups and joins the runs."""
 
-import math
 from statistics import fmean
 from typing import Any
 
@@ -31,6 +30,7 @@ from nlu.experiments.statistics import (
     compared,
     estimate,
     finished,
+    mean_losses,
     paired,
     percent,
     verdict,
@@ -276,15 +276,14 @@ def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
     return ", ".join(marked) or NONE, {f"{task}_chosen": _values(chosen), f"{task}_at_end": any(ends.values())}
 
 
-def _lowest(tuning: pd.DataFrame, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    """The values with the lowest mean loss among a row's runs on one task; `chosen` where none can be chosen."""
-    by_value: dict[str, list] = {}
-    for tried, status, loss in zip(tuning.tried, tuning.status, tuning.loss, strict=True):
-        by_value.setdefault(repr(sorted(tried.items())), []).append((tried, loss if status == "finished" else math.nan))
-    most = max(map(len, by_value.values()), default=0)  # a value that lacks a seed cannot be chosen
-    means = [(own[0][0], fmean(loss for _, loss in own)) for own in by_value.values() if len(own) == most]
-    least = min((mean for _, mean in means if not math.isnan(mean)), default=None)
-    return [tried for tried, mean in means if mean == least] if least is not None and chosen else [chosen]
+def _is_stale(tuning: pd.DataFrame, chosen: dict[str, Any]) -> bool:
+    """Whether another value than the chosen one has the lowest mean loss among a row's runs on one task by now."""
+    losses = mean_losses(tuning, tuning.tried.map(_key))
+    return bool(chosen) and len(losses) > 0 and _key(chosen) not in losses.index[losses == losses.min()]
+
+
+def _key(tried: dict[str, Any]) -> str:
+    return repr(sorted(tried.items()))
 
 
 def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
@@ -303,7 +302,7 @@ def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
             of_task = own[(own.task == task) & (own.status == "finished")]
             chosen = next(iter(final[final.task == task].tried), None) or {}
             text, figures = _chosen(task, chosen, of_task)
-            stale |= (other := chosen not in _lowest(own[own.task == task], chosen))
+            stale |= (other := _is_stale(own[own.task == task], chosen))
             row[HEADINGS.get(task, task)] = text + " ‡" * other, figures
             tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
         row |= {
