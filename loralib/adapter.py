@@ -231,13 +231,17 @@ def load_adapter(
     if "" in config.ranks:
         raise ValueError("the adapter's layer is the model itself, which cannot be replaced: put it into a module")
     check_adapter(model, config, tensors, allow_other_base)
-    refuse_compiled({name: model.get_submodule(name) for name in config.ranks})
     install_adapter(model, config, tensors, compact)
     return config
 
 
 def install_adapter(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor], compact: bool = False) -> None:
-    """Change the model as :func:`load_adapter` does, after :func:`check_adapter`."""
+    """Change the model as :func:`load_adapter` does, after :func:`check_adapter`.
+
+    Raises:
+        ValueError: where a layer was compiled on its own. The model is unchanged then.
+    """
+    refuse_compiled({name: model.get_submodule(name) for name in config.ranks})
     layers = build_layers(model, config, tensors, compact)
     model.requires_grad_(False)
     replace_modules(model, layers)

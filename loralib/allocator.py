@@ -119,15 +119,15 @@ class AllocatorSettings:
         if self.target_total_rank is not None:
             check_whole_number("target_total_rank", self.target_total_rank)
         if self.total_step is not None:
-            check_whole_number("total_step", self.total_step)
-            check_schedule(self.init_warmup, self.final_warmup, self.total_step)
+            self.set_total_step(self.total_step)
 
     def set_total_step(self, total_step: int) -> None:
         """Say how many optimiser steps the training has.
 
         Raises:
-            ValueError: unless init_warmup + final_warmup < total_step.
+            ValueError: unless it is a whole number above init_warmup + final_warmup.
         """
+        check_whole_number("total_step", total_step)
         check_schedule(self.init_warmup, self.final_warmup, total_step)
         self.total_step = total_step
 
@@ -330,8 +330,14 @@ class RankAllocator(AllocatorSettings):
         if state["layers"] != self._names:
             raise ValueError("the allocator state belongs to other layers: resume with the same target modules")
         ours = self._settings()
+        steps, planned = state["settings"].get("total_step"), ours["total_step"]
+        if planned not in (None, steps):
+            raise ValueError(
+                f"the pruning was planned over {steps} optimiser steps, and now the training has {planned}: go on with "
+                "as many, or save the adapter and train on from it (load_adapter)"
+            )
         for name, value in state["settings"].items():
-            if name not in ours or (ours[name] != value and not (name == "total_step" and ours[name] is None)):
+            if name not in ours or (ours[name] != value and name != "total_step"):
                 raise ValueError(f"the allocator state was saved with {name}={value}, now it is {ours.get(name)}")
         pairs = [(self._mask, state["mask"])]
         for scores, first, second in zip(self._scores, state["sensitivity"], state["uncertainty"], strict=True):

@@ -104,8 +104,12 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
 
 def revision_of(config: AdapterConfig, source: str) -> dict[str, str]:
     """The option ``revision`` of ``from_pretrained``, where ``source`` is the hub's name that an adapter records."""
-    recorded = source == config.base_model and config.base_revision and not Path(source).exists()
-    return {"revision": str(config.base_revision)} if recorded else {}
+    return _revision(config.base_model, config.base_revision, source)
+
+
+def _revision(name: str | None, revision: Any, source: str) -> dict[str, str]:
+    """As :func:`revision_of`, of a ``revision`` that was recorded with the ``name``."""
+    return {"revision": str(revision)} if revision and name == source and not Path(source).exists() else {}
 
 
 def export_merged(
@@ -247,9 +251,8 @@ def _run_import(arguments: argparse.Namespace) -> None:
     if kind in ("lora2", "multiscale"):
         options.setdefault("widths", [8])
     values, _, head = read_pairs(arguments.adapter)
-    name, revision = _hub_name(values.get("base_model_name_or_path")), {}
-    if values.get("revision") and name == arguments.base and not os.path.exists(arguments.base):
-        revision = {"revision": str(values["revision"])}
+    name = _hub_name(values.get("base_model_name_or_path"))
+    revision = _revision(name, values.get("revision"), arguments.base)
     architecture = _class_for(values.get("task_type"), arguments.base, revision)
     model = load_base(arguments.base, architecture, **_label_count(head), **revision)
     import_peft(model, arguments.adapter, kind, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -61,31 +61,27 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     ``nn.Linear`` itself: a subclass may compute something else.
 
     Raises:
-        ValueError: for a pattern that selects no linear layer, or that is no valid regular expression, or only the
-            output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
+        ValueError: for a pattern that selects no linear layer (a subclass, or the one tensor of all experts, is none;
+            beside layers it selects they are warned of), or that is no valid regular expression, or only the output
+            projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not all(patterns) or not patterns:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
     never_called = modules_never_called(model)
     names = [n for n, module in model.named_modules() if n and n not in never_called and is_linear(module)]
-    subclasses = [
-        n for n, module in model.named_modules()
-        if n and isinstance(module, nn.Linear) and n not in never_called and n not in names
-    ]  # fmt: skip
+    refusals = {n: refusal for n, refusal in _no_plain_linear(model) if n not in never_called}
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = _match_one(pattern, [*names, *subclasses])
-        found = [name for name in matched if name not in subclasses]
-        others = [name for name in matched if name in subclasses]
+        matched = _match_one(pattern, [*names, *refusals])
+        found = [name for name in matched if name not in refusals]
+        others = [name for name in matched if name in refusals]
         if not found and (projections := _match_one(pattern, sorted(never_called))):
             raise ValueError(NEVER_CALLED.format(projections[0]))
         if others:
-            kind = type(model.get_submodule(others[0])).__name__
-            refusal = f"{others[0]} is a {kind}, and only nn.Linear itself can be replaced, not a subclass"
             if not found:
-                raise ValueError(refusal)
-            warnings.warn(f"{refusal}: it stays as it is", stacklevel=3)
+                raise ValueError(refusals[others[0]])
+            warnings.warn(f"{refusals[others[0]]}: it stays as it is", stacklevel=3)
         if not found:
             there = ", ".join(sorted({module_type(name) or name for name in names})[:30]) or "none below its root"
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
@@ -96,6 +92,21 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
 def modules_never_called(model: nn.Module) -> set[str]:
     """Names of the output projections of ``nn.MultiheadAttention``, which reads their weight and passes forward by."""
     return {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _no_plain_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names that a user may take for linear layers, with the reason why none is there to replace."""
+    for name, module in model.named_modules():
+        if name and isinstance(module, nn.Linear) and not is_linear(module):
+            kind = type(module).__name__
+            refusal = f"{name} is a {kind}, and only nn.Linear itself can be replaced, not a subclass"
+            yield name, f"{refusal} (peft can adapt it: LoRA2Config of loralib.peft_method)"
+        for own, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            convolution = type(module).__module__.startswith("torch.nn")
+            if len(shape) == 3 and shape[0] > 1 and not convolution:
+                place = name if own == "weight" else f"{name}.{own}".lstrip(".")
+                yield place, f"{place} is one tensor of shape {shape}, as of all experts together, and no linear layer"
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:

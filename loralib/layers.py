@@ -15,6 +15,7 @@ first.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -28,6 +29,10 @@ from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
+_ON_META = (
+    "low-rank layers were made on the meta device, so their factors have no start: inject after the weights are "
+    "loaded, or give the factors values then (reset_lora_parameters() of each layer, load_adapter(), a checkpoint)"
+)
 
 
 def factor_shapes(
@@ -164,12 +169,18 @@ class LoRALayer(nn.Linear):
     def reset_lora_parameters(self) -> None:
         """Draw the factors anew; ΔW is zero afterwards: e is, or LoRA's B beside a Kaiming-uniform A.
 
+        Warns on the meta device, where nothing can be drawn.
+
         Raises:
             RuntimeError: while merged.
         """
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn again")
         if self.r == 0:
+            return
+        if self.lora_A[0].is_meta:
+            if not self.in_peft:  # which loads an adapter so
+                warnings.warn(_ON_META, stacklevel=2)
             return
         if self.lora_E is None:
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))

@@ -58,7 +58,7 @@ def layers_outside_peft(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
 
 
 def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The low-rank layers of a kind with singular values, by module name; all of a layer's may have been pruned."""
+    """The low-rank layers that have singular values, by module name; ``compact`` may leave a layer without any."""
     return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from loralib.checks import check_not_negative
 from loralib.fused import outside_autocast, transformed, without_autocast
 from loralib.model import refuse_new_factors, trained_svd_layers
 
@@ -230,6 +231,5 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     Raises:
         ValueError: for unknown terms, a negative weight, or a model without layers that have singular values.
     """
-    if not regu_weight >= 0:
-        raise ValueError(f"regu_weight must not be negative, got {regu_weight!r}")
+    check_not_negative("regu_weight", regu_weight)
     return regu_weight * OrthogonalityRegulariser(model, terms, squared)()

@@ -142,34 +142,29 @@ class _Chain:
             link.read()
         self.e = _stack([e.detach() for e in self.values]) if self.values else None
 
-    def _damped(self, gram: Tensor) -> Tensor:
-        return gram + DAMPING * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-
-    def _outward(self, transposed: bool) -> list[Tensor | None]:
-        """For each link, the Gram of the product of all links left of it; ``transposed``: right of it."""
+    def _outward(self, transposed: bool) -> tuple[list[Tensor | None], Tensor]:
+        """For each link, and for e, the Gram of the product of all links left of it; ``transposed``: right of it."""
         links = self.links[::-1] if transposed else self.links
         found: list[Tensor | None] = []
-        gram: Tensor | None = None
+        gram: Any = None
         for i, link in enumerate(links):
             if i == self.middle:
-                self.at_e: Any = gram  # the Gram beside e, of the direction walked last
+                beside_e = gram
                 if self.e is not None:
                     gram = self.e[:, :, None] * gram * self.e[:, None, :]
             found.append(gram)
             x = link.value.mT if transposed else link.value
             gram = x.mT @ (x if gram is None else gram @ x)
-        return found[::-1] if transposed else found
+        return (found[::-1] if transposed else found), beside_e
 
     def precondition(self) -> None:
-        lefts = self._outward(False)
-        both = self.at_e
-        rights = self._outward(True)
-        both = both * self.at_e
+        lefts, left_of_e = self._outward(False)
+        rights, right_of_e = self._outward(True)
         for link, left, right in zip(self.links, lefts, rights, strict=True):
-            sides = [None if g is None else _inverse(self._damped(link.mean(g))) for g in (left, right)]
+            sides = [None if g is None else _inverse(_damped(link.mean(g))) for g in (left, right)]
             link.multiply(*sides)
         if self.values:
-            solved = torch.linalg.solve_ex(self._damped(both), _gradients(self.values)).result
+            solved = torch.linalg.solve_ex(_damped(left_of_e * right_of_e), _gradients(self.values)).result
             _write_gradients(self.values, solved)
 
     def balance(self) -> None:
@@ -179,11 +174,15 @@ class _Chain:
                 continue
             owner = x if x.shared else y  # a shared factor has one S with all its neighbours
             grams = [owner.mean(g) for g in (x.value.mT @ x.value, y.value @ y.value.mT)]
-            s, inverse = _balance(*(self._damped(g) for g in grams))
+            s, inverse = _balance(*(_damped(g) for g in grams))
             s, inverse = (t[owner.of_layer] if owner.shared else t for t in (s, inverse))
             sides[i][1], sides[i + 1][0] = x.mean(inverse), y.mean(s)
         for link, (left, right) in zip(self.links, sides, strict=True):
             link.multiply(left, right)
+
+
+def _damped(gram: Tensor) -> Tensor:
+    return gram + DAMPING * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _inverse(gram: Tensor) -> Tensor:

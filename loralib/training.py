@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.allocator import AllocatorSettings, RankAllocator
-from loralib.checks import check_choice, check_whole_number
+from loralib.checks import check_choice, check_not_negative, check_whole_number
 from loralib.exact_factors import ExactFactors
 from loralib.model import check_shared, factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import OrthogonalityRegulariser
@@ -83,8 +83,7 @@ class LowRankTraining:
         final_warmup: int | None = None,
         **allocator_options: Any,
     ) -> None:
-        if not regu_weight >= 0:
-            raise ValueError(f"regu_weight must not be negative, got {regu_weight!r}")
+        check_not_negative("regu_weight", regu_weight)
         self.model, self.step = model, 0
         self.total_steps: int | None = None
         self.allocator: RankAllocator | None = None
@@ -177,7 +176,8 @@ class LowRankTraining:
         """Call after ``optimizer.step()`` and before the gradients are cleared.
 
         The first call warns of layers that no gradient has reached: a model may read a weight past its layer's forward
-        pass, which ignores an update.
+        pass, which ignores an update. The first call beyond ``total_steps`` warns too: it is often one of each batch,
+        where several are accumulated.
 
         Raises:
             RuntimeError: where pruning is asked for and :meth:`start` was never called.
@@ -190,6 +190,12 @@ class LowRankTraining:
             self._check_first_step()
             self._checked = True
         self.step, self._saved = self.step + 1, None
+        if self.total_steps is not None and self.step == self.total_steps + 1:
+            warnings.warn(
+                f"after_step() is called more often than the {self.total_steps} times of total_steps: call it once for "
+                "each optimiser step, not for each accumulated batch",
+                stacklevel=2,
+            )
         if self.orthogonality == "retraction":
             self._exact_factors().retract()
         if self.allocator is not None:
@@ -257,14 +263,15 @@ class LowRankTrainerMixin(_Trainer):
 
     Args:
         low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
-            ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
+            ``penalty``, ``before_step``, ``after_step``, ``state_dict``, ``load_state_dict``, ``step`` and
+            ``total_steps`` (None until they are known) will do.
         args, kwargs: the Trainer's.
     """
 
     def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
-        self.add_callback(_allocator_callback(low_rank))
+        self.add_callback(_loop_callback(low_rank))
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -274,9 +281,11 @@ class LowRankTrainerMixin(_Trainer):
         if not model.training:
             return result
         # The Trainer divides the loss by the number of accumulated batches unless it is scaled already.
-        scaled = self.compute_loss_func is not None or (
-            self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        )
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its own loss
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
         penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
@@ -311,10 +320,10 @@ class LowRankTrainerMixin(_Trainer):
             self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def _allocator_callback(low_rank: LowRankTraining) -> Any:
+def _loop_callback(low_rank: LowRankTraining) -> Any:
     from transformers import TrainerCallback
 
-    class AllocatorCallback(TrainerCallback):
+    class LoopCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             model = kwargs["model"]
             if not set(lora_layers(getattr(low_rank, "model", model)).values()) <= set(model.modules()):
@@ -331,4 +340,4 @@ def _allocator_callback(low_rank: LowRankTraining) -> Any:
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             low_rank.after_step()
 
-    return AllocatorCallback()
+    return LoopCallback()

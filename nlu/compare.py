@@ -192,10 +192,10 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     if args.tune is not None:
         if "learning_rate" in flags:
             raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
-        usual = args.tune == USUAL
-        named = (RATES if usual else args.tune).split(",")
+        untold = args.tune == USUAL
+        named = (RATES if untold else args.tune).split(",")
         rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in named]
-        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()} if usual else {}
+        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()} if untold else {}
         content["select"] = {
             "values": {"learning_rate": rates}, "beyond": {"learning_rate": BEYOND}, "seeds": [101],
             "set": {"holdout_fraction": 0.1},

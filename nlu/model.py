@@ -28,6 +28,7 @@ from nlu.arguments import Arguments
 from nlu.data.tokens import check_tokenizer, longest_input
 from nlu.errors import UsageError, one_line, reason
 from nlu.fast import speed_up
+from nlu.fast.sharding import sharding_asked_for
 from nlu.methods.method import AppliedMethod, head_modules, head_parameters
 from nlu.methods.registry import check_method_fits
 from nlu.runs.adapter import check_warm_start
@@ -155,6 +156,10 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
             _check_optimisation(arguments.training, model, total_steps)
         applied = check_method_fits(model, arguments.method, total_steps)
     training = arguments.training
+    if applied is not None and sharding_asked_for() and all(p.requires_grad for p in model.parameters()):
+        raise UsageError(
+            f"FSDP splits frozen weights here, and --method {arguments.method.method} trains every weight: use torchrun"
+        )
     casts = training.fp16 or (training.bf16 and applied is not None and applied.needs_autocast)
     if config.model_type == "deberta" and casts:
         flag = "--fp16" if training.fp16 else f"--bf16 with --method {arguments.method.method}"

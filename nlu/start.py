@@ -1,14 +1,14 @@
-"""The steps between loading a model and its first update: train the head alone, start the factors, make the optimiser.
+"""The steps between loading a model and its first update: train the head alone, start the factors, set their rates.
 
-A run that resumes from a checkpoint skips head and factors. One process computes both and the others receive its
-parameters.
+A run that resumes takes all three from its checkpoint. One process computes head and factors, and the others receive
+its parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,11 @@ import loralib
 from loralib.stored_weight import stored_form
 from nlu.data.batching import effective_batch_size
 from nlu.errors import RunError, UsageError
-from nlu.methods.method import head_parameters
+from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.processes import several
-from nlu.trainer import GlueTrainer
+
+if TYPE_CHECKING:
+    from nlu.trainer import GlueTrainer
 
 _COUNTS = ("idx", "length")  # columns that no model reads
 
@@ -203,3 +205,33 @@ def _encoder_returns(model: nn.Module, output: Any) -> Iterator[None]:
         yield
     finally:
         del encoder.forward
+
+
+# ---- learning rates ------------------------------------------------------------------------------------------------
+
+
+def own_rates(applied: AppliedMethod, args: Any) -> list[tuple[list[str], float]]:
+    """Names of the parameters that have their own rate, in multiples of the learning rate.
+
+    A rate may depend on how the factors start, so checkpoints hold them.
+    """
+    rates = applied.own_rates()
+    if args.head_learning_rate is not None:
+        rates.append((head_parameters(applied.model), args.head_learning_rate / args.learning_rate))
+    names = {id(parameter): name for name, parameter in applied.model.named_parameters()}
+    return [([names[id(parameter)] for parameter in parameters], ratio) for parameters, ratio in rates]
+
+
+def set_own_rates(
+    optimizer: torch.optim.Optimizer, model: nn.Module, rates: list[tuple[list[str], float]]
+) -> torch.optim.Optimizer:
+    """Move the parameters of :func:`own_rates` to further groups of the optimiser, in place."""
+    parameters = dict(model.named_parameters())
+    for names, ratio in rates:
+        apart = {id(parameters[name]) for name in names}
+        for group in list(optimizer.param_groups):
+            own = [p for p in group["params"] if id(p) in apart]
+            if own:
+                group["params"] = [p for p in group["params"] if id(p) not in apart]
+                optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
+    return optimizer

@@ -19,11 +19,12 @@ if packages_missing():
 
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.choosing import choose, chosen_runs, not_finished, possible_second_round
-from nlu.experiments.experiment import PATH_ARGUMENTS, Experiment, Run, load_experiment, split_command
+from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import run_experiment
 from nlu.experiments.places import Places, can_be_checked, check_data, check_writable, command_line, parsed_command
 from nlu.json_yaml import parse_yaml
+from nlu.runs.digests import INPUTS
 
 DESCRIPTION = """\
 Starts the runs that are not finished and continues interrupted ones, so the command can be stopped (Ctrl-C or
@@ -193,7 +194,7 @@ def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
             pairs[key] = parse_yaml(value)
         except ValueError:
             pairs[key] = value
-        if key in (*PATH_ARGUMENTS, "glue_dir", "cache_dir") and type(pairs[key]) in (int, float):
+        if key in (*INPUTS, "cache_dir") and type(pairs[key]) in (int, float):
             pairs[key] = value  # a folder called 2024.10
     return pairs
 

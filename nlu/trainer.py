@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
-from transformers import ProgressCallback as TransformersProgress
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 import loralib
 from loralib.files import remove_leftovers
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
 from nlu.errors import RunError, one_line
-from nlu.methods.method import AppliedMethod, head_parameters
+from nlu.methods.method import AppliedMethod
 from nlu.runs.checkpoints import (
     last_whole_checkpoint,
     read_progress,
@@ -36,6 +35,7 @@ from nlu.runs.finite import FiniteWatch, trained_are_finite
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.processes import several
 from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
+from nlu.start import own_rates, set_own_rates
 from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
@@ -48,14 +48,14 @@ def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-class ProgressCallback(TrainerCallback):
+class StepClock(TrainerCallback):
     """Keeps the time of the steps, and tells the trainer where an epoch ends."""
 
     def __init__(self, trainer: GlueTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.restore_progress()
+        restore_progress(self.trainer)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = False
@@ -96,8 +96,8 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.step_started = 0.0
         self.epoch_ended = False
         self.signals = SignalWatch()
-        self._saved_step: int | None = None
-        self._restored: dict[str, Any] = {}
+        self.saved_step: int | None = None
+        self.restored: dict[str, Any] = {}  # progress.pt of the checkpoint that the training goes on from
         args, rows = kwargs["args"], kwargs.get("train_dataset")
         self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
         # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
@@ -114,13 +114,13 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         device = self.args.device
         self.finite = FiniteWatch(device)
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
-        self.add_callback(ProgressCallback(self))
+        self.add_callback(StepClock(self))
         for callback in applied.callbacks:
             self.add_callback(callback)
 
     def show_progress(self, *callbacks: TrainerCallback) -> None:
         """Have them say how the training goes, in place of transformers' own lines and bars."""
-        for shown in (TransformersProgress, PrinterCallback):
+        for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
         for callback in callbacks:
             self.add_callback(callback)
@@ -207,27 +207,8 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self.own_rates = self._restored.get("own_rates") or self._rates_by_name()
-        parameters = dict(self.model.named_parameters())
-        for names, ratio in self.own_rates:
-            apart = {id(parameters[name]) for name in names}
-            for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in apart]
-                if own:
-                    group["params"] = [p for p in group["params"] if id(p) not in apart]
-                    optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
-        return optimizer
-
-    def _rates_by_name(self) -> list[tuple[list[str], float]]:
-        """Names of the parameters that have their own rate, in multiples of the learning rate.
-
-        A rate may depend on the start, so checkpoints hold them.
-        """
-        rates = self.applied.own_rates()
-        if self.args.head_learning_rate is not None:
-            rates.append((head_parameters(self.model), self.args.head_learning_rate / self.args.learning_rate))
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return [([names[id(parameter)] for parameter in parameters], ratio) for parameters, ratio in rates]
+        self.own_rates = self.restored.get("own_rates") or own_rates(self.applied, self.args)
+        return set_own_rates(optimizer, self.model, self.own_rates)
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
@@ -267,7 +248,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             Interrupted: after a signal, the state saved.
         """
         if resume_from_checkpoint is not None:
-            self._restored = read_progress(Path(resume_from_checkpoint))
+            self.restored = read_progress(Path(resume_from_checkpoint))
         with self.signals.deferred():
             result = super().train(resume_from_checkpoint, **kwargs)
             self.check_finite(weights=True)
@@ -286,7 +267,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
 
     def _save_last(self) -> None:
         """Save the last step, so that a stop in what follows loses no training."""
-        if self._saved_step == self.state.global_step or self.args.load_best_model_at_end:  # which holds other weights
+        if self.saved_step == self.state.global_step or self.args.load_best_model_at_end:  # which holds other weights
             return
         try:
             self._save_checkpoint(self.model, None)
@@ -332,7 +313,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         signum = self.signals.agreed()
         if signum is not None:
-            if self._saved_step != self.state.global_step:
+            if self.saved_step != self.state.global_step:
                 self._save_checkpoint(model, trial)
             raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
 
@@ -411,7 +392,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
                 f"the checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); last good "
                 f"checkpoint: {last_whole_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
             ) from error
-        self._saved_step = self.state.global_step
+        self.saved_step = self.state.global_step
 
     @property
     def weights_step(self) -> int:
@@ -420,18 +401,3 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         if not self.args.load_best_model_at_end or best is None:
             return self.state.global_step
         return int(Path(best).name.rpartition("-")[2])
-
-    def restore_progress(self) -> None:
-        """Restore the checkpoint's running loss and its best score; called when training begins."""
-        if self._restored:
-            restore_progress(self, self._restored)
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, EarlyStoppingCallback):
-                    saved = self.state.stateful_callbacks[type(callback).__name__]["attributes"]
-                    callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
-                    stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
-                    self.control.should_training_stop = stops
-            self.args.eval_on_start = False  # done, before the first step
-            self._saved_step = self.state.global_step
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved

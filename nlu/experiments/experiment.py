@@ -35,13 +35,13 @@ from typing import Any
 
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import check, read_yaml
+from nlu.runs.digests import INPUTS
 from nlu.tasks import find_task
 
 REQUIRED = ("method", "task_name", "seed", "model_name_or_path")  # the last may be left to the file's own command
 
-
 # Of these only the last part of a path is compared and recorded: records name no folder of this machine.
-PATH_ARGUMENTS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "peft_config")
+_PATH_ARGUMENTS = tuple(name for name in INPUTS if name != "glue_dir")
 _LONGEST_NAME = 200  # most file systems allow 255 bytes, and a log's suffix or a temporary file's prefix is added
 NO_LABEL = ("task_name", "seed")  # axes that tables show in other places than a row's label
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
@@ -301,7 +301,7 @@ def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
 def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same, with only the last part of every path. A name on the hub stays whole."""
     return {
-        key: Path(value).name if key in PATH_ARGUMENTS and isinstance(value, str) and _is_place(value) else value
+        key: Path(value).name if key in _PATH_ARGUMENTS and isinstance(value, str) and _is_place(value) else value
         for key, value in arguments.items()
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.places import Places, parsed_command
 from nlu.experiments.records import settings_of
-from nlu.methods.registry import METHODS, count_parameters, flag_methods
+from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import get_task
 
@@ -62,9 +61,9 @@ def shape_of(arguments: Arguments) -> Shape:
     method, trained, size = arguments.method, None, None
     # Only the adapter counts, and it is the same for every task: own data need not be read for it.
     model = without_weights(arguments, load_config(arguments, get_task(arguments.data.task_name or "sst2"))[0])
-    # Some layers of the peft package cannot be made without weights: their size is known after the run.
-    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
-        applied = METHODS[method.method].apply(model, method, 10**9)
+    with torch.device("meta"):
+        applied = check_method_fits(model, method, 10**9)
+    if applied is not None:  # else the size is known after the run
         trained = size = count_parameters(model)["adapter_params"]
         if applied.allocator is not None:
             kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank

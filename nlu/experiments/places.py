@@ -17,7 +17,7 @@ from nlu.experiments.experiment import Run
 from nlu.experiments.launchers import RUN_GLUE
 from nlu.experiments.records import comparable, measured_line, place_of, portable, read_lines, write_line
 from nlu.json_yaml import read_json
-from nlu.runs.digests import content_digests
+from nlu.runs.digests import READ, content_digests
 
 logger = logging.getLogger("nlu")
 
@@ -84,8 +84,7 @@ class Places:
 
     def digests(self, run: Run) -> dict[str, str]:
         """Flag → digest of the content that the run would read now; computed once for equal arguments."""
-        names = {name for name, value in run.arguments.items() if isinstance(value, str | bool)} | {"holdout_fraction"}
-        key = json.dumps({name: run.arguments.get(name) for name in names}, sort_keys=True)
+        key = json.dumps([run.arguments.get(name) for name in READ])
         if key not in self._memory:
             self._memory[key] = content_digests(run.arguments)
         return self._memory[key]

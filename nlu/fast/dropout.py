@@ -52,13 +52,9 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (dropped,) = ctx.saved_tensors
-        return _Dropout.differentiable_apply(grad, dropped, ctx.scale), None
-
-    @staticmethod
-    def differentiable_apply(grad: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor:
         if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: no writing in place
-            return grad * (1 - dropped).to(grad.dtype) * scale
-        return _apply(grad, dropped, scale)
+            return grad * (1 - dropped).to(grad.dtype) * ctx.scale, None
+        return _apply(grad, dropped, ctx.scale), None
 
 
 def _apply(x: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ class AppliedMethod:
         if self.low_rank is None:
             self.low_rank = loralib.LowRankTraining(self.model, regu_weight=0)
         if self.pruned_params is None:
-            self.pruned_params = lambda: pruned_factor_params(self)
+            self.pruned_params = functools.partial(_pruned_factor_params, self)
 
     @property
     def allocator(self) -> loralib.RankAllocator | None:
@@ -162,7 +163,7 @@ def encoder_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     return list(chosen)
 
 
-def pruned_factor_params(applied: AppliedMethod) -> int:
+def _pruned_factor_params(applied: AppliedMethod) -> int:
     """Parameters of low-rank layers that no live singular value uses, and the saved adapter leaves out: also the outer
     factors of layers without one."""
     every: dict[int, int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+import warnings
 from dataclasses import dataclass, make_dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from transformers.hf_argparser import HfArg
 
 import nlu.methods
 from nlu.errors import UsageError, reason
-from nlu.fast.sharding import sharding_asked_for
 from nlu.methods.method import AppliedMethod, Flag, Method, head_parameters
 
 
@@ -112,13 +112,10 @@ def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedM
     Returns:
         The applied method; None where it cannot be told without weights.
     """
-    with contextlib.suppress(NotImplementedError, RuntimeError):  # some of peft's layers need weights to look at
-        applied = METHODS[args.method].apply(model, args, total_steps)
-        if sharding_asked_for() and all(p.requires_grad for p in model.parameters()):
-            raise UsageError(
-                f"FSDP splits frozen weights here, and --method {args.method} trains every weight: use torchrun"
-            )
-        return applied
+    # Some of peft's layers need weights to look at.
+    with contextlib.suppress(NotImplementedError, RuntimeError), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "low-rank layers were made on the meta device")  # as is meant here
+        return METHODS[args.method].apply(model, args, total_steps)
     return None
 
 
@@ -164,8 +161,3 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "head_params": sum(p.numel() for p in trainable if id(p) in head),
         "total_params": sum(p.numel() for p in model.parameters()),
     }
-
-
-def live_adapter_params(applied: AppliedMethod, adapter_params: int) -> int:
-    """Adapter parameters without those of pruned ranks."""
-    return adapter_params - applied.pruned_params()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -90,8 +91,11 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
     return torch.load(checkpoint / PROGRESS_FILE, map_location="cpu", weights_only=True)
 
 
-def restore_progress(trainer: Any, progress: dict[str, Any]) -> None:
-    """Set the trainer's running loss and time to those of a checkpoint."""
+def restore_progress(trainer: Any) -> None:
+    """When training begins, set what the Trainer does not restore: the running loss, the time, the best score."""
+    progress, state = trainer.restored, trainer.state
+    if not progress:
+        return
     losses = progress["unlogged_loss"]
     same = len(losses) == trainer.args.world_size
     own = losses[trainer.args.process_index] if same else losses.mean()
@@ -99,6 +103,16 @@ def restore_progress(trainer: Any, progress: dict[str, Any]) -> None:
     trainer.train_seconds = progress["train_seconds"]
     trainer._total_loss_scalar = progress["logged_loss"]
     trainer._globalstep_last_logged = progress["last_logged_step"]
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, EarlyStoppingCallback):
+            saved = state.stateful_callbacks[type(callback).__name__]["attributes"]
+            callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
+            stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            trainer.control.should_training_stop = stops
+    trainer.args.eval_on_start = False  # done, before the first step
+    trainer.saved_step = state.global_step
+    best = Path(trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
+    state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved
 
 
 # ---- whole or absent -------------------------------------------------------------------------------------------------

@@ -20,6 +20,12 @@ from nlu.errors import UsageError, reason
 from nlu.json_yaml import parse_yaml
 from nlu.tasks import find_task
 
+_PATHS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir")
+INPUTS = (*_PATHS, "peft_config")  # flags that name what a run reads
+READ = (  # arguments that decide which contents a run reads
+    *INPUTS, "method", "method_config", "task_name", "predict_task", "do_predict", "holdout_fraction",
+)  # fmt: skip
+
 # What decides how a model computes: not what a training leaves beside it. A test compares the tokenizers' files with
 # transformers' classes; the list of loralib.adapter_files would bring torch.
 _MODEL_FILES = (
@@ -47,10 +53,10 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         UsageError: a file cannot be read.
     """
     found = {}
-    flags = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir")
-    named = {flag: str(arguments[flag]) for flag in flags if arguments.get(flag)}  # YAML may hold a number for a name
-    arguments = {**arguments, **named}
-    for flag in flags:
+    arguments = {name: arguments.get(name) for name in READ}
+    # YAML may hold a number for a name.
+    arguments |= {flag: str(arguments[flag]) for flag in _PATHS if arguments[flag]}
+    for flag in _PATHS:
         with _named(flag, arguments.get(flag)):
             files = _files(flag, arguments)
             if files:

@@ -19,7 +19,7 @@ from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import checkpoints, clean, last_whole_checkpoint
-from nlu.runs.digests import content_digests
+from nlu.runs.digests import INPUTS, content_digests
 from nlu.runs.lock import locked
 from nlu.runs.log import ConsoleLog
 from nlu.runs.processes import several
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 PARTS = ("model", "adapter", "predictions", "log")
 FILES = ("results.json", "rank_pattern.json")
 LOCK = ".lock"
-INPUTS = ("model_name_or_path", "lora_path", "glue_dir", "train_file", "validation_file", "test_file", "peft_config")
 
 # What may differ between a run and its continuation: where it lies, how it reports, how fast it goes.
 _FREE = frozenset(
@@ -50,14 +49,12 @@ _FREE = frozenset(
         "log_level",
         "log_level_replica",
         "log_on_each_node",
-        "logging_dir",
         "method_file_wins",
         "output_dir",
         "overwrite_output_dir",
         "per_device_eval_batch_size",
         "push_to_hub",
         "report_to",
-        "resume_from_checkpoint",
         "root_output_dir",
         "run_name",
         "save_total_limit",

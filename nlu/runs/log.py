@@ -47,9 +47,9 @@ class ConsoleLog:
     ) -> None:
         for stream, rest in self._open.items():
             del stream.write
-            self._add(rest)
+            self.note(rest)
         if error is not None and not isinstance(error, SystemExit):  # Python prints it, after this block
-            self._add("".join(traceback.format_exception(error)))
+            self.note("".join(traceback.format_exception(error)))
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -76,23 +76,20 @@ class ConsoleLog:
         self._file = path.open("a", encoding="utf-8", errors="replace")
         shown, self._lines = self._lines, []
         for line in shown:
-            self._add(line)
-
-    def note(self, text: str) -> None:
-        """A line for the file alone."""
-        self._add(text)
+            self.note(line)
 
     def _tee(self, stream: TextIO, write: Any) -> Any:
         def teed(text: str) -> Any:
             *complete, rest = (self._open[stream] + text).split("\n")
             for line in complete:
-                self._add(line)
+                self.note(line)
             self._open[stream] = "\r".join(rest.split("\r")[-2:])  # the last may be empty: the line is drawn anew
             return write(text)
 
         return teed
 
-    def _add(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """A line for the file alone; a drawn progress bar is none."""
         line = _PROGRESS.sub("", text.rstrip("\r\n").rpartition("\r")[2]).rstrip()
         if not line:
             return

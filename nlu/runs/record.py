@@ -15,7 +15,7 @@ from nlu.arguments import Arguments, command_line
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
-from nlu.methods.registry import METHODS, count_parameters, live_adapter_params
+from nlu.methods.registry import METHODS, count_parameters
 from nlu.metrics import in_words
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 
@@ -130,7 +130,7 @@ def start_record(
     def live() -> dict[str, Any]:
         steps, seconds = trainer.state.global_step, trainer.train_seconds
         return {
-            "live_adapter_params": live_adapter_params(trainer.applied, counts["adapter_params"]),
+            "live_adapter_params": counts["adapter_params"] - trainer.applied.pruned_params(),
             "live_budget": ranks.live_rank if ranks else None,
             "steps": steps,
             "planned_steps": trainer.state.max_steps,

@@ -117,6 +117,9 @@ def test_needs_layers_a_total_and_its_own_model():
         allocator.update_and_mask(model, 1)
     with pytest.raises(ValueError, match="13 leaves"):
         allocator.set_total_step(13)
+    for number in (40.5, "40"):
+        with pytest.raises(ValueError, match="total_step must be a whole number"):
+            allocator.set_total_step(number)
     allocator.set_total_step(40)
     with pytest.raises(ValueError, match="another model"):
         allocator.update_and_mask(model_to_prune(), 1)

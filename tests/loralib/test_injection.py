@@ -4,7 +4,9 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
 from loralib import injection
@@ -100,9 +102,15 @@ def test_a_refused_injection_changes_nothing():
 def test_a_layer_that_was_compiled_on_its_own_is_refused(tmp_path):
     """What torch has compiled of it would go on to compute without the update."""
     folder = loralib.save_adapter(adapted(), tmp_path / "adapter")
+    theirs = get_peft_model(small.Net(), LoraConfig(target_modules=["q"], r=2))
+    theirs.save_pretrained(tmp_path / "peft")
     model = small.Net()
     model.layers[1]["q"].compile(backend="eager")
-    for change in (lambda: loralib.inject(model, "lora", ["q"]), lambda: loralib.load_adapter(model, folder)):
+    for change in (
+        lambda: loralib.inject(model, "lora", ["q"]),
+        lambda: loralib.load_adapter(model, folder),
+        lambda: loralib.import_peft(model, tmp_path / "peft"),
+    ):
         with refused("layers.1.q was compiled on its own", model):
             change()
     model = small.Net()
@@ -180,12 +188,29 @@ def test_what_a_pattern_cannot_take_is_named(recwarn):
     model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"q": Own(2, 2)})})
     with pytest.warns(UserWarning, match=r"b\.q is a Own, and only nn\.Linear itself can be replaced.*stays as it is"):
         assert loralib.inject(model, "lora2", ["q"]) == ["a.q"]
-    with pytest.raises(ValueError, match=r"b\.q is a Own"):
+    with pytest.raises(ValueError, match=r"b\.q is a Own.*LoRA2Config of loralib\.peft_method"):
         loralib.match_modules(model, r"b\.q")
     with pytest.raises(ValueError, match="target_modules is empty"):
         loralib.match_modules(model, [""])
     loralib.match_modules(nn.TransformerEncoderLayer(4, 2), ".*")  # its attention's projection is never called
     assert not recwarn.list
+
+
+def test_experts_in_one_tensor_are_named_and_stay_as_they_are():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen2_moe", **sizes, num_key_value_heads=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
+        num_experts=4, num_experts_per_tok=2,
+    ))  # fmt: skip
+    with pytest.warns(
+        UserWarning, match=r"mlp\.experts\.down_proj is one tensor of shape \(4, 16, 8\).*stays as it is"
+    ):
+        assert loralib.inject(model, "lora2", ["down_proj"]) == ["model.layers.0.mlp.shared_expert.down_proj"]
+    with refused(r"mlp\.experts\.gate_up_proj is one tensor.*no linear layer", model):
+        loralib.inject(model, "lora2", ["gate_up_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loralib.match_modules(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), ".*")
 
 
 def test_factors_that_are_shared_no_more_are_refused(tmp_path):

@@ -88,6 +88,26 @@ def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, accumulate):
     assert trainings[1].rank_pattern == trainings[0].rank_pattern
 
 
+@pytest.mark.parametrize("scaled", [None, False, True])
+def test_the_penalty_counts_once_whatever_a_trainer_says_of_its_own_loss(tmp_path, scaled):
+    class OwnTrainer(MyTrainer):
+        loss_is_scaled_for_ga = scaled
+
+    model, untouched = injected(init="orthogonal"), injected(init="orthogonal")
+    for each in (model, untouched):
+        loralib.mark_only_lora_as_trainable(each)
+        randomise(each, 0.5)
+    options = {"total_steps": 1, "regu_weight": 0.3}
+    args = arguments(tmp_path, 4, max_steps=1)
+    # A loss of 0 leaves the penalty alone in the step.
+    OwnTrainer(model=model, args=args, train_dataset=ROWS, low_rank=loralib.LowRankTraining(model, **options),
+               compute_loss_func=lambda outputs, labels, **_: 0 * outputs["logits"].sum()).train()  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in untouched.parameters() if p.requires_grad], lr=0.1)
+    loralib.LowRankTraining(untouched, **options).penalty().backward()
+    optimizer.step()
+    torch.testing.assert_close(adapter(model), adapter(untouched), atol=1e-6, rtol=1e-5)
+
+
 def test_each_training_starts_anew_with_the_trainers_steps(tmp_path):
     model = injected()
     training = low_rank(model, total_steps=100)
@@ -182,7 +202,7 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
         low_rank(model).after_step()
     for call, says in [
         (lambda: low_rank(model, total_steps=20).load_state_dict(training.state_dict()), "same target_rank"),
-        (lambda: low_rank(model, regu_weight=-1), "negative"),
+        (lambda: low_rank(model, regu_weight=-1), "≥ 0, got -1"),
         (lambda: low_rank(model, total_steps=1, init_warmup=1), "leaves no step"),
         (lambda: loralib.LowRankTraining(injected("lora")), "no layer with singular values"),
         (lambda: low_rank(model, orthogonality="exact"), "orthogonality must be"),
@@ -270,6 +290,24 @@ def test_the_defaults_of_a_training():
     training.after_step()
     training.start(40)  # another training of the same model
     assert (training.step, training.allocator.init_warmup, training.allocator.final_warmup) == (0, 4, 20)
+
+
+def test_a_step_for_each_accumulated_batch_is_warned_of():
+    training = loralib.LowRankTraining(model_to_prune(), 2, regu_weight=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            random_step(training.model, torch.Generator())
+            training.after_step()
+    with pytest.warns(UserWarning, match="more often than the 2 times of total_steps"):
+        training.after_step()
+
+
+def test_a_resumed_training_has_as_many_steps_as_its_pruning_was_planned_over():
+    saved = loralib.LowRankTraining(model_to_prune(), 12, target_rank=2).state_dict()
+    training = loralib.LowRankTraining(model_to_prune(), 18, target_rank=2)
+    with pytest.raises(ValueError, match="planned over 12 optimiser steps, and now the training has 18: go on with as"):
+        training.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("total, options", [(1, {}), (2, {}), (10, {"final_warmup": 9, "mask_interval": 1})])

@@ -26,7 +26,7 @@ from nlu.runs import digests
 from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
-from nlu.trainer import GlueTrainer, ProgressCallback
+from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 from tests.nlu.tiny import changed, error_line, read
 
@@ -103,7 +103,7 @@ def test_a_signal_after_the_last_step_is_heard(flags, run_folder, monkeypatch):
     expected = straight_outcome(flags, run_folder)
     with monkeypatch.context() as patch:
         end = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        patch.setattr(ProgressCallback, "on_train_end", end, raising=False)
+        patch.setattr(StepClock, "on_train_end", end, raising=False)
         assert main(flags) == 143
     assert read(flags)["status"] == "interrupted"
     assert main(flags) == 0
@@ -117,12 +117,12 @@ def test_a_stop_after_the_last_step_loses_no_training_without_checkpoints(flags,
     with monkeypatch.context() as patch:
         stop = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
         if where == "training":
-            patch.setattr(ProgressCallback, "on_train_end", stop, raising=False)
+            patch.setattr(StepClock, "on_train_end", stop, raising=False)
         else:
             patch.setattr(*((GlueTrainer, "evaluate") if where == "evaluation" else (run_glue, "predict")), stop)
         assert main(flags) == 143
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressCallback, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
         assert main(flags) == 0
     assert outcome(run_folder) == expected and not checkpoints(run_folder / "model")
 
@@ -140,7 +140,7 @@ def test_a_signal_while_the_last_step_is_saved_waits_for_it(flags, run_folder, m
         assert main(flags) == 143
     assert [path.name for path in checkpoints(run_folder / "model")] == ["checkpoint-9"]
     with monkeypatch.context() as patch:
-        patch.setattr(ProgressCallback, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
         assert main(flags) == 0
 
 
@@ -149,7 +149,7 @@ def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(fl
     monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = [*changed(flags, eval_steps=2, max_steps=8), "--save_total_limit", "1"]
     assert main(flags) == 0 and read(flags)["best_step"] == 4
-    monkeypatch.setattr(ProgressCallback, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
     assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()
 
 

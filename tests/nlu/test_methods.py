@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from nlu import run_glue
@@ -23,10 +23,9 @@ from nlu.methods.registry import (
     METHODS,
     MethodArguments,
     apply_method,
-    check_method_fits,
     count_parameters,
-    live_adapter_params,
 )
+from nlu.model import check_model_arguments
 from nlu.run_glue import main
 from tests.nlu.tiny import (
     DEBERTA_BASE,
@@ -251,7 +250,7 @@ def test_live_parameters_follow_soras_gates():
         layer.lora_E = torch.nn.Parameter(torch.tensor([1.0] * (i % 9) + [0.0] * (8 - i % 9)))
     shapes = [(layer.in_features, layer.out_features) for layer in applied.gates._layers.values()]
     expected = sum((i % 9) * (a + b + 1) for i, (a, b) in enumerate(shapes))
-    assert live_adapter_params(applied, counts["adapter_params"]) == expected
+    assert counts["adapter_params"] - applied.pruned_params() == expected
     assert applied.ranks.live_rank == sum(i % 9 for i in range(72))
 
 
@@ -269,7 +268,7 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
         expected -= (
             (8 - int(mask.sum())) * (1 + sides) if mask.any() else sum(map(torch.numel, layers[name].lora_parameters()))
         )
-    assert live_adapter_params(applied, counts["adapter_params"]) == expected
+    assert counts["adapter_params"] - applied.pruned_params() == expected
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -317,11 +316,14 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
 @pytest.mark.parametrize("method, processes, refused", [
     ("full", 2, True), ("full", 1, False), ("lora2", 2, False), ("peft_adalora", 2, False),
 ])  # fmt: skip
-def test_fsdp_is_refused_where_nothing_is_frozen(method, processes, refused, monkeypatch):
+def test_fsdp_is_refused_where_nothing_is_frozen(method, processes, refused, base_flags, encoder, monkeypatch):
+    flags = [*changed(base_flags, lora_r=None, lora_alpha=None), "--method", method]
+    arguments = parse_arguments(flags)  # while WORLD_SIZE is unset: torch would wait for the other process
+    config, tokenizer = AutoConfig.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(UsageError, match="FSDP splits frozen weights") if refused else nullcontext():
-        check_method_fits(tiny_bert(), arguments_of(method), 1000)
+        check_model_arguments(arguments, config, tokenizer, 1000, None)
 
 
 def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):

@@ -12,7 +12,7 @@ from nlu.errors import RunError
 from nlu.run_glue import main
 from nlu.runs.checkpoints import checkpoints
 from nlu.runs.finite import FiniteWatch
-from nlu.trainer import GlueTrainer, ProgressCallback
+from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write_rows
 
 
@@ -47,7 +47,7 @@ def poison(monkeypatch, what, value=math.nan):
 
     owner, name, function = {
         "loss": (GlueTrainer, "task_loss", loss), "gradient": (GlueTrainer, "training_step", gradient),
-        "weight": (ProgressCallback, "on_optimizer_step", weight),
+        "weight": (StepClock, "on_optimizer_step", weight),
     }[what]  # fmt: skip
     monkeypatch.setattr(owner, name, function)
     monkeypatch.setattr(GlueTrainer, "compute_loss", watch)

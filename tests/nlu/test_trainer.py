@@ -9,7 +9,7 @@ from packaging.version import Version
 from transformers import Trainer
 
 import loralib
-from nlu.trainer import GlueTrainer, ProgressCallback
+from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import REPOSITORY
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
@@ -46,7 +46,7 @@ def test_the_times_of_the_steps_add_up_without_what_lies_between(monkeypatch):
     clock = iter([10.0, 11.0, 20.0, 22.0])
     monkeypatch.setattr("nlu.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     trainer = SimpleNamespace(train_seconds=5.0)  # of an earlier part of the run
-    progress = ProgressCallback(trainer)
+    progress = StepClock(trainer)
     for _ in range(2):
         progress.on_step_begin(None, None, None)
         progress.on_step_end(None, None, None)
