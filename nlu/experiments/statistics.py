@@ -234,6 +234,11 @@ def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
     return Estimate(mean, variance**0.5, freedom, len(values))
 
 
+def mean_of_medians(values: pd.Series, tasks: pd.Series) -> float:
+    """The mean over tasks of the median over seeds, which one lost run of several does not move."""
+    return float(values.groupby(tasks).median().mean())
+
+
 def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
     """Label → its average over the tasks, for the labels that have a run of every task, in the order of the runs."""
     tasks = runs.task.nunique()

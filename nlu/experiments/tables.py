@@ -31,6 +31,7 @@ from nlu.experiments.statistics import (
     estimate,
     finished,
     mean_losses,
+    mean_of_medians,
     paired,
     percent,
     verdict,
@@ -82,13 +83,15 @@ def score_table(name: str, runs: pd.DataFrame) -> Table:
             "average": rounded("average", result and result.mean),
             "95 % interval": interval(result),
             **({"average, common seeds": rounded("common", result and shared[label].mean)} if seeds_differ else {}),
+            "average of medians": rounded("medians", result and mean_of_medians(own["last"], own.task)),
             "average of best": rounded("best", result and own.groupby("task")["best"].mean().mean()),
         }
         rows.append(row)
     notes = [
         "Last evaluation on the validation set in percent, mean ± standard deviation over the seeds. "
-        "Interval: Student's t, the tasks as strata; it covers the variation between seeds only. The last column "
-        "takes each run's best evaluation, chosen on the validation set itself, as the papers report it.",
+        "Interval: Student's t, the tasks as strata; it covers the variation between seeds only. Average of medians: "
+        "over the tasks, of the medians over the seeds, which one lost run does not move. The last column takes each "
+        "run's best evaluation, chosen on the validation set itself, as the papers report it.",
     ]
     if runs.test.notna().any():
         notes.append("Test: the model at the end on the task's labelled test set, which is not part of the average.")
@@ -239,6 +242,7 @@ def claims_table(
                     "pairs": counted("pairs", result.count),
                     "difference": rounded("difference", result.mean, sign=True),
                     "95 % interval": interval(result, signed),
+                    "median": rounded("median", mean_of_medians(own.difference, own.task), sign=True),
                     "p (Holm)": cell("< 0.001" if p is not None and p < 0.001 else number(p, 3), p_holm=p),
                     "loss, %": rounded("loss_change", loss.mean, 1, sign=True),
                     "95 % interval (loss)": interval(loss, signed_percent, "loss_"),
@@ -246,7 +250,8 @@ def claims_table(
             )
     notes = [
         "Differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
-        "strata; p is corrected for the number of all claims. The published column cites the paper, which has another "
+        "strata; p is corrected for the number of all claims. Median: of the differences (all tasks: the mean of the "
+        "tasks' medians), which one lost run does not move. The published column cites the paper, which has another "
         "model and more tasks. " + LOSS_CHANGE,
         "holds: p < 0.05 and the difference lies as expected. contradicted: p < 0.05 and it lies otherwise. Higher is "
         f"tested against 0, not lower against −{LEVEL}, level against ±{LEVEL}. level: the whole interval lies within "

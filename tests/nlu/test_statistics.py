@@ -15,6 +15,7 @@ from nlu.experiments.statistics import (
     finished,
     holm,
     load_measured,
+    mean_of_medians,
     paired,
     percent,
     tuned_over,
@@ -68,6 +69,12 @@ def test_an_interval_holds_its_mean_whatever_the_last_bits(values, tasks):
     low, high = result.interval
     assert low <= result.mean <= high and result.half_width >= 0
     assert all(0 <= result.p_value(expect) <= 1 for expect in ("higher", "not lower", "level"))
+
+
+def test_one_lost_run_of_a_task_does_not_move_the_mean_of_its_medians():
+    tasks = pd.Series(list("aaabb"))
+    assert mean_of_medians(pd.Series([60.0, 62.0, 61.0, 80.0, 82.0]), tasks) == 71.0
+    assert mean_of_medians(pd.Series([60.0, 62.0, 61.0, 80.0, 82.0]).replace(60.0, 0.0), tasks) == 71.0
 
 
 def test_a_ratio_has_an_interval_of_ratios_and_what_is_unknown_does_not_count():

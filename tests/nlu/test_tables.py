@@ -39,7 +39,7 @@ def test_scores_and_the_mark_of_short_trainings(tmp_path):
     text = score_table("trial", runs).text.set_index("")
     row = text.loc["LoRA r=8"]
     assert (row["CoLA"], row["STS-B"], row["average"], row["seeds"]) == ("35.0 ± 7.1", "75.0 ± 7.1", "55.00", "2")
-    assert row["average of best"] == "90.00"
+    assert (row["average of best"], row["average of medians"]) == ("90.00", "55.00")
     # Λ means nothing for full fine-tuning; a row that lacks a task has no average.
     assert list(text.index) == ["full", "LoRA r=8", "AdaLoRA (short)"] and text.loc["full"]["average"] == "–"
     training = training_table("trial", runs).text.set_index("")
@@ -78,6 +78,12 @@ def test_claims_have_a_row_for_each_task_and_published_gains_a_column(runs, tmp_
     assert list(table.text["task"]) == ["all tasks", "CoLA", "STS-B"]
     assert list(table.text["loss, %"]) == ["−3.9", "−3.0", "−4.9"]
     assert table.text["95 % interval (loss)"][1] == "−5.3 to −0.5"
+    lost = final.assign(
+        last=final["last"].where((final.label != "LoRA r=8") | (final.seed < 3) | (final.task == "stsb"), 0)
+    )
+    moved = claims_table("trial", lost, question, correct_claims(lost, [question])).text
+    assert list(moved["median"]) == list(table.text["median"]) == ["+2.00"] * 3
+    assert list(moved["difference"]) != list(table.text["difference"])
     assert list(table.text["published"]) == ["+1.05", "–", "–"] and list(table.text["pairs"]) == ["6", "3", "3"]
     part = final[(final.label != "LoRA² k=8") | (final.task == "stsb")].assign(
         loss=final.loss.where(final.seed > 1, 0.0)
