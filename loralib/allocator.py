@@ -331,7 +331,7 @@ class RankAllocator(AllocatorSettings):
             raise ValueError("the allocator state belongs to other layers: resume with the same target modules")
         ours = self._settings()
         steps, planned = state["settings"].get("total_step"), ours["total_step"]
-        if planned not in (None, steps):
+        if None not in (planned, steps) and planned != steps:
             raise ValueError(
                 f"the pruning was planned over {steps} optimiser steps, and now the training has {planned}: go on with "
                 "as many, or save the adapter and train on from it (load_adapter)"
@@ -346,7 +346,7 @@ class RankAllocator(AllocatorSettings):
             raise ValueError("the allocator state has tensors of other shapes: resume with the same ranks and widths")
         for mine, theirs in pairs:
             mine.copy_(theirs)
-        self.total_step = state["settings"]["total_step"]
+        self.total_step = planned if steps is None else steps
         self._threshold = None if state["threshold"] is None else torch.tensor(state["threshold"])
         self._final_mask_set = state["final_mask_set"]
 

@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from loralib.checks import check_choice
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
@@ -61,9 +62,9 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     ``nn.Linear`` itself: a subclass may compute something else.
 
     Raises:
-        ValueError: for a pattern that selects no linear layer (a subclass, or the one tensor of all experts, is none;
-            beside layers it selects they are warned of), or that is no valid regular expression, or only the output
-            projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
+        ValueError: for a pattern that selects no linear layer (a subclass, or one tensor that holds all experts, is
+            none; beside layers it selects they are warned of), or that is no valid regular expression, or only the
+            output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if not all(patterns) or not patterns:
@@ -81,7 +82,8 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
         if others:
             if not found:
                 raise ValueError(refusals[others[0]])
-            warnings.warn(f"{refusals[others[0]]}: it stays as it is", stacklevel=3)
+            more = f" and {len(others) - 1} more stay" if len(others) > 1 else " stays"
+            warnings.warn(f"{refusals[others[0]]}: it{more} as before", stacklevel=3)
         if not found:
             there = ", ".join(sorted({module_type(name) or name for name in names})[:30]) or "none below its root"
             raise ValueError(f"the module pattern {pattern!r} matches no linear layer; the model has: {there}")
@@ -100,13 +102,12 @@ def _no_plain_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
         if name and isinstance(module, nn.Linear) and not is_linear(module):
             kind = type(module).__name__
             refusal = f"{name} is a {kind}, and only nn.Linear itself can be replaced, not a subclass"
-            yield name, f"{refusal} (peft can adapt it: LoRA2Config of loralib.peft_method)"
+            yield name, f"{refusal} (peft may adapt it: LoRA2Config of loralib.peft_method)"
         for own, parameter in module.named_parameters(recurse=False):
-            shape = tuple(parameter.shape)
-            convolution = type(module).__module__.startswith("torch.nn")
-            if len(shape) == 3 and shape[0] > 1 and not convolution:
-                place = name if own == "weight" else f"{name}.{own}".lstrip(".")
-                yield place, f"{place} is one tensor of shape {shape}, as of all experts together, and no linear layer"
+            stacked = not is_lazy(parameter) and parameter.dim() == 3 and len(parameter) > 1  # (1, n, d) are embeddings
+            if stacked and not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):
+                place, shape = name if own == "weight" else f"{name}.{own}".lstrip("."), tuple(parameter.shape)
+                yield place, f"{place} is one tensor of shape {shape}, not a linear layer, and cannot be replaced"
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:

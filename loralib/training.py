@@ -176,8 +176,8 @@ class LowRankTraining:
         """Call after ``optimizer.step()`` and before the gradients are cleared.
 
         The first call warns of layers that no gradient has reached: a model may read a weight past its layer's forward
-        pass, which ignores an update. The first call beyond ``total_steps`` warns too: it is often one of each batch,
-        where several are accumulated.
+        pass, which ignores an update. A call beyond ``total_steps`` warns too: it is often one of each batch, where
+        several are accumulated.
 
         Raises:
             RuntimeError: where pruning is asked for and :meth:`start` was never called.
@@ -190,10 +190,10 @@ class LowRankTraining:
             self._check_first_step()
             self._checked = True
         self.step, self._saved = self.step + 1, None
-        if self.total_steps is not None and self.step == self.total_steps + 1:
+        if self.total_steps is not None and self.step > self.total_steps:
             warnings.warn(
-                f"after_step() is called more often than the {self.total_steps} times of total_steps: call it once for "
-                "each optimiser step, not for each accumulated batch",
+                f"after_step() is called more often than total_steps, {self.total_steps}, says: give the number of "
+                "optimiser steps, and call it once for each of them, not for each accumulated batch",
                 stacklevel=2,
             )
         if self.orthogonality == "retraction":
@@ -280,8 +280,11 @@ class LowRankTrainerMixin(_Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
-        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already.
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # what a subclass says of its own loss
+        from transformers import Trainer
+
+        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. transformers
+        # newer than 5.12 lets a subclass say so of its own loss.
+        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None

@@ -49,6 +49,7 @@ _FREE = frozenset(
         "log_level",
         "log_level_replica",
         "log_on_each_node",
+        "logging_dir",
         "method_file_wins",
         "output_dir",
         "overwrite_output_dir",

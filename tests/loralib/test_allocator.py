@@ -56,6 +56,14 @@ def test_resuming_from_the_state_is_exact(stop, tmp_path):
     assert torch.equal(fresh.importance_scores(), whole_allocator.importance_scores())
 
 
+def test_a_state_saved_before_the_steps_were_known_takes_those_of_the_training():
+    unplanned, planned = (
+        loralib.RankAllocator(model_to_prune(), 4, 2, **SCHEDULE | {"total_step": total}) for total in (None, 40)
+    )
+    planned.load_state_dict(unplanned.state_dict())
+    assert planned.total_step == 40
+
+
 def test_scoring_the_outer_factors_too_adds_to_every_importance():
     both = []
     for importance in ("inner", "full"):

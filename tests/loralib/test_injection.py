@@ -186,7 +186,9 @@ def test_what_a_pattern_cannot_take_is_named(recwarn):
         pass
 
     model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(2, 2)}), "b": nn.ModuleDict({"q": Own(2, 2)})})
-    with pytest.warns(UserWarning, match=r"b\.q is a Own, and only nn\.Linear itself can be replaced.*stays as it is"):
+    with pytest.warns(
+        UserWarning, match=r"b\.q is a Own, and only nn\.Linear itself can be replaced.*it stays as before"
+    ):
         assert loralib.inject(model, "lora2", ["q"]) == ["a.q"]
     with pytest.raises(ValueError, match=r"b\.q is a Own.*LoRA2Config of loralib\.peft_method"):
         loralib.match_modules(model, r"b\.q")
@@ -202,15 +204,25 @@ def test_experts_in_one_tensor_are_named_and_stay_as_they_are():
         "qwen2_moe", **sizes, num_key_value_heads=2, moe_intermediate_size=8, shared_expert_intermediate_size=8,
         num_experts=4, num_experts_per_tok=2,
     ))  # fmt: skip
-    with pytest.warns(
-        UserWarning, match=r"mlp\.experts\.down_proj is one tensor of shape \(4, 16, 8\).*stays as it is"
-    ):
+    with pytest.warns(UserWarning, match=r"mlp\.experts\.down_proj is one tensor of shape \(4, 16, 8\).*it stays as"):
         assert loralib.inject(model, "lora2", ["down_proj"]) == ["model.layers.0.mlp.shared_expert.down_proj"]
-    with refused(r"mlp\.experts\.gate_up_proj is one tensor.*no linear layer", model):
+    with refused(r"mlp\.experts\.gate_up_proj is one tensor.*not a linear layer", model):
         loralib.inject(model, "lora2", ["gate_up_proj"])
+    with pytest.warns(UserWarning, match=r"gate_up_proj is one tensor.*it and 1 more stay as before"):
+        loralib.match_modules(model, ".*")
+
+
+def test_what_is_like_no_linear_layer_is_passed_by():
+    class Causal(nn.Conv1d):
+        pass
+
+    model = nn.Sequential(
+        nn.Linear(2, 2), nn.Conv1d(2, 2, 1), Causal(2, 2, 1), nn.LazyConv1d(2, 1), nn.Bilinear(2, 2, 2)
+    )
+    model.positions = nn.Parameter(torch.zeros(1, 4, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loralib.match_modules(nn.Sequential(nn.Conv1d(2, 2, 1), nn.Linear(2, 2)), ".*")
+        assert loralib.match_modules(model, ".*") == ["0"]
 
 
 def test_factors_that_are_shared_no_more_are_refused(tmp_path):

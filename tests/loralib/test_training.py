@@ -203,6 +203,9 @@ def test_adalora_without_pruning_and_settings_that_are_refused():
     for call, says in [
         (lambda: low_rank(model, total_steps=20).load_state_dict(training.state_dict()), "same target_rank"),
         (lambda: low_rank(model, regu_weight=-1), "≥ 0, got -1"),
+        (lambda: low_rank(model, regu_weight=float("inf")), "≥ 0, got inf"),
+        (lambda: low_rank(model, regu_weight=float("nan")), "≥ 0, got nan"),
+        (lambda: low_rank(model, regu_weight=True), "≥ 0, got True"),
         (lambda: low_rank(model, total_steps=1, init_warmup=1), "leaves no step"),
         (lambda: loralib.LowRankTraining(injected("lora")), "no layer with singular values"),
         (lambda: low_rank(model, orthogonality="exact"), "orthogonality must be"),
@@ -299,7 +302,10 @@ def test_a_step_for_each_accumulated_batch_is_warned_of():
         for _ in range(2):
             random_step(training.model, torch.Generator())
             training.after_step()
-    with pytest.warns(UserWarning, match="more often than the 2 times of total_steps"):
+    with pytest.warns(UserWarning, match="more often than total_steps, 2, says"):
+        training.after_step()
+    training.load_state_dict({"step": 9, "allocator": None})
+    with pytest.warns(UserWarning, match="more often than total_steps"):
         training.after_step()
 
 
