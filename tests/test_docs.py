@@ -123,6 +123,30 @@ def readme_rows() -> list[tuple[str, ...]]:
     return sorted(rows, key=lambda row: len(row[1]), reverse=True)
 
 
+def test_the_table_of_differences_is_that_of_the_records():
+    """A lost run ends more than 25 points below the median of its row and task."""
+    page = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("### Score")[2]
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    runs = finished(load_measured(ROOT / "results/measured"))
+    runs = runs[runs.experiment == "evidence"]
+    lost = runs["last"] < runs.groupby(["label", "task"])["last"].transform("median") - 25
+    assert [f"{run.label}, {run.task}, {run.last:.1f}" for run in runs[lost].itertuples()] == [
+        "LoRA r=8, qnli, 49.5",
+        "AdaLoRA, stsb, 44.7",
+    ]
+    against, expected = "LoRA r=8", []
+    for label, *_ in table:
+        against = "LoRA r=1" if label in ("LoRA² k=1", "BitFit") else against
+        every, kept = (paired(part, label, against) for part in (runs, runs[~lost]))
+        changes = [estimate(pairs.difference, pairs.task) for pairs in (every, kept)]
+        texts = ["{} ({} to {})".format(*(number(v, sign=True) for v in (c.mean, *c.interval))) for c in changes]
+        if texts[0] == texts[1]:
+            texts[1] = "the same"
+        seeds = f"{every.seed.nunique()}"
+        expected.append([label, seeds, *texts, number(mean_of_medians(every.difference, every.task), sign=True)])
+    assert len(table) >= 13 and table == expected
+
+
 def test_the_table_of_the_readme_is_that_of_the_records():
     page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results so far")[2]
     runs = finished(load_measured(ROOT / "results/measured"))
