@@ -10,6 +10,7 @@ from nlu.fast.cpu_attention import enable_cpu_attention
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.dropout import enable_fast_dropout
 from nlu.fast.first_token import enable_first_token
+from nlu.fast.kernels import keep_kernels
 from nlu.fast.memory import keep_freed_memory
 
 
@@ -21,6 +22,7 @@ def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool =
         fast_dropout: whether dropout draws its masks from whole random words.
     """
     keep_freed_memory()
+    keep_kernels()
     if fast_dropout:
         enable_fast_dropout(model)
     if fast_attention:

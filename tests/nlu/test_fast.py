@@ -1,8 +1,12 @@
 """The contract of whatever makes a step faster: transformers' own layers are the judge."""
 
 import copy
+import os
 import platform
 import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
 from nlu.fast.memory import keep_freed_memory
 from tests.nlu.fast_models import assert_same, batch, build, outcome
+
+ROOT = Path(__file__).parents[2]
 
 
 def first_token_on(model):
@@ -188,6 +194,24 @@ def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, mon
     speed_up(model, fast_dropout=fast)
     model(**batch())
     assert (len(drawn) > 0) == fast
+
+
+@pytest.mark.parametrize(("asked", "compiled"), [(None, 0), ("8", 1100)])
+def test_kernels_are_compiled_once_unless_the_user_keeps_fewer(asked, compiled):
+    """More shapes than oneDNN keeps by default, each used twice; oneDNN's own log says what was compiled."""
+    code = (
+        "import torch; from nlu.fast.kernels import keep_kernels; keep_kernels(); weight = torch.ones(2, 2)\n"
+        "for turn in range(2):\n"
+        "    print('turn', turn, flush=True)\n"
+        "    for rows in range(1, 1101):\n"
+        "        torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 2), weight, None, 'none', [], '')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    environment |= {"ONEDNN_VERBOSE": "2"} | ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": asked} if asked else {})
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.split("turn")[1:]
+    assert first.count("create:cache_miss") == 1100 and second.count("create:cache_miss") == compiled
 
 
 def test_freed_memory_is_used_again_without_page_faults():
