@@ -76,6 +76,11 @@ def test_links_and_code_are_whole(page):
     assert page.name != "README.md" or text.count("\n") <= 150
 
 
+def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
+    mean, low, high = (number(value, digits, sign=True) for value in (mean, low, high))
+    return f"{mean} ({low} to {high})"
+
+
 def test_the_table_of_the_recipe_is_that_of_the_records():
     """Row by row; the page describes in words what the file calls by a name."""
     runs = load_measured(ROOT / "results/measured")
@@ -89,7 +94,7 @@ def test_the_table_of_the_recipe_is_that_of_the_records():
         ]
         change = compared.loc[row]
         changes = [
-            "{} ({} to {})".format(*(number(change[name], 1, sign=True) for name in names))
+            with_interval(*change[list(names)], digits=1)
             for names in (("loss_change", "loss_low", "loss_high"), ("difference", "low", "high"))
         ]
         expected.append(("–", "–", *cells) if row == "plus" else (*changes, *cells))
@@ -116,7 +121,7 @@ def readme_rows() -> list[tuple[str, ...]]:
             figures = [result.mean, *result.interval] if label != against and len(pairs) else []
             average = averages(part).get(label)
             cells += [number(average and average.mean, 1)]
-            cells += ["{} ({} to {})".format(*(number(value, sign=True) for value in figures)) if figures else "–"]
+            cells += [with_interval(*figures) if figures else "–"]
             if part is tuned:
                 cells += [number(mean_of_medians(pairs.difference, pairs.task), sign=True) if figures else "–"]
         rows.append((*cells,))
@@ -139,7 +144,7 @@ def test_the_table_of_differences_is_that_of_the_records():
         against = "LoRA r=1" if label in ("LoRA² k=1", "BitFit") else against
         every, kept = (paired(part, label, against) for part in (runs, runs[~lost]))
         changes = [estimate(pairs.difference, pairs.task) for pairs in (every, kept)]
-        texts = ["{} ({} to {})".format(*(number(v, sign=True) for v in (c.mean, *c.interval))) for c in changes]
+        texts = [with_interval(change.mean, *change.interval) for change in changes]
         if texts[0] == texts[1]:
             texts[1] = "the same"
         seeds = f"{every.seed.nunique()}"
