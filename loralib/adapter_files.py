@@ -1,4 +1,4 @@
-"""The adapter folder: its files, how they are written, read and checked, and the model card.
+"""The adapter folder: its files, how they are written, read and checked.
 
 A folder holds adapter_config.json, adapter_model.safetensors and README.md, and may hold a tokenizer. The configuration
 names no file, so a folder cannot point outside itself. It holds the SHA-256 of the tensors' file and of its own content
@@ -22,9 +22,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from loralib.checks import is_number
 from loralib.files import FolderWriter, recover_folder
 from loralib.injection import KINDS
 from loralib.layers import INITS
+from loralib.model_card import adapter_card
 
 VERSION = "0.2.0"  # of loralib
 FORMAT_VERSION = 1
@@ -139,7 +141,7 @@ def write_adapter(
     except (TypeError, ValueError) as error:
         raise ValueError(f"the card may only hold values of JSON ({error})") from None
     head = sum(tensors[name].numel() for name in config.head)
-    card = model_card(config, sum(tensor.numel() for tensor in tensors.values()) - head, head)
+    card = adapter_card(config, sum(tensor.numel() for tensor in tensors.values()) - head, head)
     with FolderWriter(folder, _FILES | TOKENIZER_FILES, CONFIG_FILE) as new:
         if save_tokenizer is not None:
             save_tokenizer(new)
@@ -263,10 +265,6 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -301,8 +299,8 @@ _GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
     "kind": lambda value: _is_text(value) and value in KINDS,
     "r": _is_count,
     "widths": lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    "lora_alpha": lambda value: _is_number(value) and 0 < value < math.inf,
-    "lora_dropout": lambda value: _is_number(value) and 0 <= value < 1,
+    "lora_alpha": lambda value: is_number(value) and 0 < value < math.inf,
+    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
     "init": lambda value: _is_text(value) and value in INITS,
     "fan_in_fan_out": lambda value: isinstance(value, bool),
     "rank_pattern": lambda value: _maps_to_text(value) and all(set(flags) <= {"0", "1"} for flags in value.values()),
@@ -333,73 +331,3 @@ def _check_keys(path: Path, where: str, values: dict[str, Any], expected: set[st
     for problem, names in (("unknown", set(values) - expected), ("missing", expected - set(values))):
         if names:
             raise ValueError(f"{path}: {where}{problem} key {sorted(names)[0]!r}")
-
-
-# ---- model card -----------------------------------------------------------------------------------------------------
-
-_SHOWN = ("task", "method", "metric", "score", "notes")
-_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
-_CARD = """---
-library_name: loralib
-tags:
-- lora2
-- adapter
----
-
-# {title} adapter for a {architecture}
-
-| | |
-|---|---|
-{rows}
-
-## How to load
-
-Load the base model with its own library, with a head of the same size, then:
-
-```python
-import loralib
-
-loralib.load_adapter(model, "path/to/this/folder")
-```
-
-`python -m loralib.export path/to/this/folder --to peft OUT` makes a peft adapter of it, and `--to merged` a
-plain checkpoint.
-"""
-
-
-def model_card(config: AdapterConfig, adapter_parameters: int, head_parameters: int) -> str:
-    """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
-    names = {_name(group) for group in config.groups} or {"Parameter"}
-    rows = [("base model", config.base_model or "not recorded")]
-    rows += [("base revision", config.base_revision or "not recorded")]
-    rows += [(key, _cell(config.card[key])) for key in _SHOWN if key in config.card]
-    if labels := label_order(config):
-        rows += [("labels", _cell(labels))]
-    rows += [("adapter parameters", f"{adapter_parameters:,}"), ("other trained parameters", f"{head_parameters:,}")]
-    for group in config.groups:
-        live = [flags.count("1") for flags in group.rank_pattern.values()]
-        scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
-        settings = f"{_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}"
-        ranks = f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
-        rows.append((f"{len(live)} layers", f"{settings}; {ranks}"))
-    return _CARD.format(
-        title=" and ".join(sorted(names)),
-        architecture=config.architecture,
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows),
-    )
-
-
-def label_order(config: AdapterConfig) -> str:
-    """The labels in the order of a trained head's outputs, "0 entailment, 1 neutral, 2 contradiction"; empty without a
-    head or with a single output."""
-    labels = config.head_options().get("id2label", {}) if config.head else {}
-    return ", ".join(f"{number} {name}" for number, name in sorted(labels.items())) if len(labels) > 1 else ""
-
-
-def _name(group: LayerGroup) -> str:
-    return _NAMES["lora2" if group.kind == "multiscale" and len(group.widths) == 1 else group.kind]
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return " ".join(text.replace("|", "\\|").split())

@@ -26,7 +26,7 @@ from loralib.initialisation import spread
 from loralib.layers import LoRALayer
 from loralib.model import refuse_new_factors, svd_layers
 
-# From eigenvalues of the Gram between 0.3 and 1.6, four steps of fifth order reach 1 to float32's precision. One step
+# From eigenvalues of the Gram between 0.3 and 1.6, four steps of degree five reach 1 to float32's precision. One step
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
@@ -185,8 +185,8 @@ def _completed(factor: Tensor, live: Tensor) -> Tensor:
 def inverse_root(gram: Tensor) -> Tensor:
     """Gram^(−1/2) of symmetric positive definite Grams, (n, s, s).
 
-    A fifth-order Newton–Schulz step multiplies X by I + E/2 + 3E²/8, E = I − XᵀX. E and the root are kept as distances
-    from the identity: next to 1, float32 would round to 6e-8 in each step, and the errors would add up.
+    A Newton–Schulz step of degree five multiplies X by I + E/2 + 3E²/8, E = I − XᵀX. E and the root are kept as
+    distances from the identity: next to 1, float32 would round to 6e-8 in each step, and the errors would add up.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     bound = gram.abs().sum(-1).amax(-1)[:, None, None]

@@ -29,11 +29,11 @@ from loralib.adapter_files import (
     AdapterConfig,
     copy_tokenizer,
     has_tokenizer,
-    label_order,
     read_adapter_config,
 )
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
+from loralib.model_card import label_order, merged_card
 from loralib.peft_format import export_peft, import_peft, is_peft, read_pairs
 from loralib.peft_heads import TASK_TYPES
 
@@ -143,7 +143,9 @@ def export_merged(
         if processor is not None:
             processor.save_pretrained(new)
         copy_tokenizer(adapter, new)
-        (new / CARD_FILE).write_text(_merged_card(Path(adapter)), encoding="utf-8")
+        card = Path(adapter) / CARD_FILE
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        (new / CARD_FILE).write_text(merged_card(text), encoding="utf-8")
 
 
 def _processor(base: str, revision: dict[str, str], needed: bool) -> Any:
@@ -159,17 +161,6 @@ def _processor(base: str, revision: dict[str, str], needed: bool) -> Any:
         return None
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
     return None if is_tokenizer and (empty or not needed) else processor
-
-
-def _merged_card(adapter: Path) -> str:
-    """The adapter's card, without what loads an adapter."""
-    card = adapter / CARD_FILE
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "\n# Adapter\n"
-    described = text.partition("\n# ")[2].partition("## How to load")[0].strip()
-    return (
-        f"---\nlibrary_name: transformers\n---\n\n# {described}\n\n"
-        "The adapter is merged into its base: this is a plain checkpoint, which transformers loads by itself.\n"
-    )
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -293,7 +284,10 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code, with one line on stderr: 2 for bad arguments or input, 1 for a full disk or memory."""
+    """Returns the exit code, with one line on stderr.
+
+    2: bad arguments or input. 1: a full disk or memory. 130: stopped by Ctrl-C.
+    """
     try:
         run(argv)
     except ValueError as error:
@@ -302,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:  # the library alone is installed
         print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a folder is written whole or not at all
+        print("stopped: nothing was written", file=sys.stderr)
+        return 130
     except MemoryError:
         print("error: there is not enough memory for the base model", file=sys.stderr)
         return 1

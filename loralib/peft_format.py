@@ -40,23 +40,10 @@ from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.layers import GAUSSIAN_STD
+from loralib.model_card import peft_card
 from loralib.peft_heads import modules_to_save, task_type_of
 
 PREFIX = "base_model.model."
-_CARD = """---
-library_name: peft
-base_model: {base}
----
-
-# LoRA adapter for a {architecture}
-
-```python
-from peft import PeftModel
-{base_lines}
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
-```
-"""
-
 # What a LoRA's configuration takes over from an AdaLoRA's.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
 _ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
@@ -178,7 +165,7 @@ def export_peft(
                          f"{lacks!r:.200} too: merge it instead (--to merged)")  # fmt: skip
     base_model = base_model or config.base_model
     head = {name: tensors[name] for name in config.head}
-    card = _peft_card(config, base_model)
+    card = peft_card(config, base_model)
     return _write_peft(adapter, folder, pairs, head, _peft_fields(config, base_model), card)
 
 
@@ -221,15 +208,6 @@ def _write_peft(
             (new / CARD_FILE).write_text(card, encoding="utf-8")
         (new / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
     return ranks
-
-
-def _peft_card(config: AdapterConfig, base_model: str | None) -> str:
-    arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
-    name = config.architecture
-    lines = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
-    if not config.base_config:  # no model of transformers
-        lines = f"\nmodel = ...  # the {name} on which the adapter was trained"
-    return _CARD.format(base=json.dumps(base_model), architecture=name, base_lines=lines)
 
 
 def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any]:

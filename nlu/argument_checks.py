@@ -249,7 +249,7 @@ def _check_ranges(values: dict[str, Any]) -> None:
 def one_device(training: TrainingArguments) -> None:
     """A process trains on one device: DataParallel over all that it sees would multiply the batch unasked."""
     if training.n_gpu > 1:
-        logger.warning("%d devices are visible, one is used: start with torchrun for more", training.n_gpu)
+        logger.warning("%d devices are visible, one is used: nlu/launch.py starts more processes", training.n_gpu)
         training._n_gpu = 1
 
 

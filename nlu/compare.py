@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, rest = own_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
         return compare(args, flag_values(rest))
-    except (UsageError, OSError, KeyboardInterrupt) as error:
+    except BaseException as error:
         return exit_code(error)
 
 

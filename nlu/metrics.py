@@ -13,7 +13,6 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from nlu.errors import UsageError
 from nlu.tasks import Task, get_task
 
 
@@ -59,9 +58,8 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
         Metric key -> value, as a fraction from -1 or 0 to 1; 0, never NaN, for constant predictions.
 
     Raises:
-        UsageError: the predictions of a regression task are not finite (training diverged).
         ValueError: the two differ in length, are empty, have more dimensions, or hold what is no label of the task (a
-            fraction of a class, a hidden label).
+            fraction of a class, NaN or infinity, a hidden label).
     """
     predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim == 2 and predictions.shape[1] == 1:
@@ -71,7 +69,7 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
     if task.is_regression:
         predictions, references = predictions.astype(np.float64), references.astype(np.float64)
         if not np.isfinite(predictions).all():
-            raise UsageError("the model predicts NaN or infinity: training diverged; lower --learning_rate")
+            raise ValueError(f"{task.name}: the predictions hold NaN or infinity")
         low, high = task.value_range or (-np.inf, np.inf)
         if not ((references >= low) & (references <= high)).all():
             raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")

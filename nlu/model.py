@@ -158,13 +158,13 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     training = arguments.training
     if applied is not None and sharding_asked_for() and all(p.requires_grad for p in model.parameters()):
         raise UsageError(
-            f"FSDP splits frozen weights here, and --method {arguments.method.method} trains every weight: use torchrun"
+            f"FSDP splits frozen weights here, and --method {arguments.method.method} trains all: leave FSDP out"
         )
     casts = training.fp16 or (training.bf16 and applied is not None and applied.needs_autocast)
     if config.model_type == "deberta" and casts:
         flag = "--fp16" if training.fp16 else f"--bf16 with --method {arguments.method.method}"
         raise UsageError(
-            f"{flag}: DeBERTa's (not V2's) attention fills a number in that autocast cannot hold; leave it out"
+            f"{flag}: DeBERTa's (not V2's) attention masks with a number that half precision cannot hold; leave it out"
         )
     if warm_start is not None:
         check_warm_start(*warm_start, model, arguments)

@@ -311,8 +311,9 @@ def open_input(arguments: argparse.Namespace) -> Iterator[tuple[BinaryIO, str, s
 
 def run(arguments: argparse.Namespace) -> None:
     """Predict from end to end; UsageError for whatever the user can put right."""
-    if arguments.model is not None and arguments.base is not None:
-        raise UsageError("--base belongs to --adapter: a merged checkpoint needs none")
+    if arguments.model is not None and (arguments.base is not None or arguments.allow_other_base):
+        flag = "--allow_other_base" if arguments.base is None else "--base"
+        raise UsageError(f"{flag} belongs to --adapter: a merged checkpoint has no base")
     if all(map(os.path.isfile, (arguments.input, arguments.output))) and os.path.samefile(
         arguments.input, arguments.output
     ):

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write what is asked for; returns the exit code: 0, 1 where a figure was not drawn, 2 for bad input."""
     try:
         return write_report(build_parser().parse_args(argv))
-    except (UsageError, OSError) as error:
+    except BaseException as error:
         return exit_code(error)
 
 

@@ -221,6 +221,8 @@ def build_trainer(
     training.metric_for_best_model, training.greater_is_better = f"eval_{task.metric}", True
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        if not np.isfinite(prediction.predictions).all():
+            return {}  # GlueTrainer.evaluation_loop ends the run then, and says why
         return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
 
     validation = list(splits.validation.values()) or [None]

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the sweep; returns the exit code: 0 all finished, 1 some failed, 2 bad input, 128 + signal when stopped."""
     try:
         return run_sweep(build_parser().parse_args(argv))
-    except (UsageError, OSError, KeyboardInterrupt) as error:
+    except BaseException as error:
         return exit_code(error)
 
 
@@ -200,5 +199,4 @@ def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry_run | head` ends quietly
     sys.exit(main())

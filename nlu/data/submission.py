@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         taken = make_submission(options.folders, options.out, options.allow_partial)
-    except (UsageError, OSError) as error:
+    except BaseException as error:
         return exit_code(error)
     for name, path in taken.items():
         print(f"{name:<10} {_SERVER[name][1]:>7,} rows  {path}")

@@ -103,8 +103,8 @@ class Places:
         """Of a run whose state is `changed`: how it was made, and what to do."""
         differences = ", ".join(self._differences(run, self.lines()[run.folder]))
         return (
-            f"made with other arguments ({differences}); pass --rerun_changed to make it again, or give the experiment "
-            "a new name (of compare.py: --name)"
+            f"made with other arguments or contents ({differences}); pass --rerun_changed to make it again, or give "
+            "the experiment a new name (of compare.py: --name)"
         )
 
     def record_time(self, run: Run) -> int | None:
@@ -260,7 +260,7 @@ def check_data(parsed: Iterable[Any]) -> None:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Refuse a folder that is none, or in which nothing can be made, before hours of work go nowhere.
+    """Refuse a path that is no folder or cannot be written to, before hours of work are lost.
 
     Raises:
         UsageError: names the flag.

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.out = args.out or Path("output/release") / args.experiment
         return check(args.out, args.glue_dir) if args.check else collect(args)
-    except (UsageError, OSError, KeyboardInterrupt) as error:
+    except BaseException as error:
         return exit_code(error)
 
 

@@ -254,8 +254,8 @@ def claims_table(
         "tasks' medians), which one lost run does not move. The published column cites the paper, which has another "
         "model and more tasks. " + LOSS_CHANGE,
         "holds: p < 0.05 and the difference lies as expected. contradicted: p < 0.05 and it lies otherwise. Higher is "
-        f"tested against 0, not lower against −{LEVEL}, level against ±{LEVEL}. level: the whole interval lies within "
-        f"±{LEVEL}. not shown: none of these.",
+        f"tested against 0, not lower against −{LEVEL}, level against ±{LEVEL}. level: higher was "
+        f"expected, and the whole interval lies within ±{LEVEL}; this comes first. not shown: none of these.",
     ]
     shown = {row["claim"][1]["claim"] for row in rows}
     titles = [f"{claim.label} − {claim.against}" for claim in question.claims]

@@ -1,4 +1,4 @@
-"""What makes a training step cheaper: ``speed_up`` applies all of it. Only dropout draws other masks than without.
+"""What makes a training step cheaper: ``speed_up`` applies all of it. Results change only by other dropout masks.
 
 Each file holds one technique, and its first lines say what that gains. ``sharding.py`` saves memory where several
 processes train, and is switched on by the launcher instead.

@@ -2,8 +2,8 @@
 
 Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. Off the CPU torch draws masks.
 
-torch fills a Bernoulli mask one Mersenne-Twister number at a time on one thread. Here one 64-bit word of a
-counter-free generator (SFC64) decides four elements, each with 16 bits: the probability of dropping is `p` rounded to a
+torch fills a Bernoulli mask one Mersenne-Twister number at a time on one thread. Here one 64-bit word of
+the SFC64 generator decides four elements, each with 16 bits: the probability of dropping is `p` rounded to a
 multiple of 2⁻¹⁶. The generator is seeded from torch's own, so `torch.manual_seed`, checkpointed RNG states and the
 recomputation of gradient checkpointing behave as with `torch.nn.Dropout` (the draws themselves differ).
 """

@@ -94,6 +94,11 @@ def test_the_card_says_what_the_adapter_is_one_line_each(tmp_path, trained):
     for line in ("# LoRA² adapter for a Net", "| base revision | r1 |", r"| task | a\|b c |", "| score | 0.5124 |"):
         assert line in text.splitlines()
     assert ("| labels | 0 no, 1 yes |" in text) == trained  # else they are the base's own
+    assert "--to peft" in text and "--to merged" in text
+    del model.config  # no model of transformers
+    for name, value in (("peft_lacks", "0"), ("method_arguments", {})):
+        text = (loralib.save_adapter(model, folder, card={name: value}) / "README.md").read_text()
+        assert "--to" not in text and ("load_adapter(" in text) == (name == "peft_lacks")
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):

@@ -1,11 +1,17 @@
 """What a user can cause ends in one line and an exit code; a fault of the project keeps its traceback."""
 
+import argparse
 import errno
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from nlu.__main__ import PROGRAMS, main
 from nlu.errors import RunError, UsageError, exit_code
+from tests.nlu.tiny import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -26,6 +32,27 @@ def test_what_a_user_can_cause_is_one_line(capsys, error, code, says):
     assert exit_code(error) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
+
+
+@pytest.mark.parametrize("program", sorted(set(PROGRAMS) - {"train"}))  # which has its own tests of signals
+@pytest.mark.parametrize(("error", "code"), [(MemoryError(), 1), (KeyboardInterrupt(), 130)])
+def test_every_program_ends_in_one_line(program, error, code, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", fail)
+    assert main([program, "x"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("end", ["head -1", "true"])
+def test_a_reader_may_close_its_end_of_a_pipe(tmp_path, end):
+    """Many lines, of which it reads one or none."""
+    base = {"method": "lora", "task_name": "cola", "model_name_or_path": "x", "do_eval": True}
+    (tmp_path / "x.yaml").write_text(json.dumps({"name": "x", "base": base, "grid": {"seed": list(range(2000))}}))
+    command = f"{sys.executable} -m nlu sweep {tmp_path}/x.yaml --dry_run --command true | {end}"
+    shown = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert len(shown.stdout.splitlines()) == (end != "true") and shown.stderr == ""
 
 
 def test_other_errors_keep_their_traceback():

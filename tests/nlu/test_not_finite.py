@@ -12,6 +12,7 @@ from nlu.errors import RunError
 from nlu.run_glue import main
 from nlu.runs.checkpoints import checkpoints
 from nlu.runs.finite import FiniteWatch
+from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write_rows
 
@@ -124,16 +125,17 @@ def test_of_many_rows_the_first_32_are_named(tmp_path, count, shown):
         GlueTrainer.check_finite(trainer)
 
 
-@pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_base_that_is_not_finite_is_not_scored(encoder, tiny_glue, tmp_path, run_folder, capsys, split):
+@pytest.mark.parametrize("task, split", [("cola", "validation"), ("cola", "test"), ("stsb", "validation")])
+def test_a_base_that_is_not_finite_is_not_scored(encoder, tiny_glue, tmp_path, run_folder, capsys, task, split):
     """Its NaN logits would all pass for class 0. Only one split has the word whose embedding is NaN."""
     base, glue = shutil.copytree(encoder, tmp_path / "base"), shutil.copytree(tiny_glue, tmp_path / "glue")
     weights = load_file(base / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][1] = math.nan  # of [UNK]
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    rows = make_rows(("sentence",), False, 20, seed=3)
-    write_rows(glue / f"cola/{split}.jsonl", [*rows[:-1], rows[-1] | {"sentence": "unheard"}])
-    assert main([*tiny_run(base, glue, run_folder), "--do_predict"]) == 1
+    fields = TASKS[task].text_fields
+    rows = make_rows(fields, task == "stsb", 20, seed=3)
+    write_rows(glue / f"{task}/{split}.jsonl", [*rows[:-1], rows[-1] | {fields[0]: "unheard"}])
+    assert main([*changed(tiny_run(base, glue, run_folder), task_name=task), "--do_predict"]) == 1
     stage = {"validation": "evaluation", "test": "prediction"}[split]
     assert f"the model gives NaN or infinity in the {stage}" in error_line(capsys)
     assert read(tiny_run(base, glue, run_folder))["status"] == "failed" and not (run_folder / "predictions").exists()

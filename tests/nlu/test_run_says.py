@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -11,8 +12,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import loralib
 from loralib import export
 from nlu import predict, run_glue
 from nlu.run_glue import main
@@ -103,6 +105,30 @@ def test_early_stopping_counts_a_gain_from_its_threshold_on(base_flags, monkeypa
     flags = [*changed(base_flags, max_steps=15), "--method", "lora", "--early_stopping_patience", "2"]
     assert main([*flags, "--early_stopping_threshold", str(threshold)]) == 0
     assert read(base_flags)["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("lora2", {"load", "peft", "merged"}), ("bitfit", {"load", "merged"}), ("hadapter", {"predict"})],
+)
+def test_the_card_names_what_works_for_its_method(base_flags, encoder, tmp_path, method, expected):
+    """All of it is run."""
+    adapter, rows = tmp_path / "run/adapter", tmp_path / "rows.jsonl"
+    flags = base_flags if method == "lora2" else changed(base_flags, lora_r=None, lora_alpha=None)
+    assert main([*flags, "--method", method, "--max_steps", "1"]) == 0
+    write_rows(rows, [{"sentence": "the good cat"}])
+    card, done = (adapter / "README.md").read_text(), set()
+    for line in re.findall("^    (python .*)$", card, re.M):
+        given = {"path/to/this/folder": adapter, "OUT": tmp_path / "out", "BASE": encoder, "FILE": rows}
+        words = [str(given.get(word, word)) for word in shlex.split(line, comments=True)]
+        program, arguments = (predict, words[2:]) if words[1] == "nlu/predict.py" else (export, words[3:])
+        assert program.main(arguments) == 0, line
+        done.add("predict" if program is predict else words[words.index("--to") + 1])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    if "loralib.load_adapter(model" in card:
+        loralib.load_adapter(AutoModelForSequenceClassification.from_pretrained(encoder), adapter)
+        done.add("load")
+    assert done == expected
 
 
 class Hub:

@@ -1,0 +1,120 @@
+"""The README.md of an adapter, of its form for peft, and of the base that it was merged into."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loralib.adapter_files import AdapterConfig, LayerGroup
+
+_SHOWN = ("task", "method", "metric", "score", "notes")
+_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
+_HOW_TO_LOAD = "## How to load"
+_ADAPTER = """---
+library_name: loralib
+tags:
+- lora2
+- adapter
+---
+
+# {title} adapter for a {architecture}
+
+| | |
+|---|---|
+{rows}
+
+{how_to_load}
+"""
+_LOAD = """Load the base model with its own library, with a head of the same size, then:
+
+```python
+import loralib
+
+loralib.load_adapter(model, "path/to/this/folder")
+```"""
+_REBUILD = """Its method adds modules of its own, which the GLUE pipeline's predict.py puts into the base:
+
+    python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
+_TO_PEFT = "    python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft"
+_TO_MERGED = "    python -m loralib.export path/to/this/folder --to merged OUT --base BASE      # a plain checkpoint"
+_PEFT = """---
+library_name: peft
+base_model: {base}
+---
+
+# LoRA adapter for a {architecture}
+
+```python
+from peft import PeftModel
+{base_lines}
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+"""
+
+
+def adapter_card(config: AdapterConfig, adapter_parameters: int, head_parameters: int) -> str:
+    """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
+    names = {_name(group) for group in config.groups} or {"Parameter"}
+    rows = [("base model", config.base_model or "not recorded")]
+    rows += [("base revision", config.base_revision or "not recorded")]
+    rows += [(key, _cell(config.card[key])) for key in _SHOWN if key in config.card]
+    if labels := label_order(config):
+        rows += [("labels", _cell(labels))]
+    rows += [("adapter parameters", f"{adapter_parameters:,}"), ("other trained parameters", f"{head_parameters:,}")]
+    for group in config.groups:
+        live = [flags.count("1") for flags in group.rank_pattern.values()]
+        scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
+        settings = f"{_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}"
+        ranks = f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
+        rows.append((f"{len(live)} layers", f"{settings}; {ranks}"))
+    return _ADAPTER.format(
+        title=" and ".join(sorted(names)),
+        architecture=config.architecture,
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows),
+        how_to_load=_how_to_load(config),
+    )
+
+
+def merged_card(adapter: str) -> str:
+    """Of a plain checkpoint: the text of the adapter's own card, without what loads an adapter."""
+    described = adapter.partition("\n# ")[2].partition(_HOW_TO_LOAD)[0].strip() or "Adapter"
+    return (
+        f"---\nlibrary_name: transformers\n---\n\n# {described}\n\n"
+        "The adapter is merged into its base: this is a plain checkpoint, which transformers loads by itself.\n"
+    )
+
+
+def peft_card(config: AdapterConfig, base_model: str | None) -> str:
+    """Of the adapter in peft's format: how peft loads it."""
+    arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
+    name = config.architecture
+    lines = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
+    if not config.base_config:  # no model of transformers
+        lines = f"\nmodel = ...  # the {name} on which the adapter was trained"
+    return _PEFT.format(base=json.dumps(base_model), architecture=name, base_lines=lines)
+
+
+def label_order(config: AdapterConfig) -> str:
+    """The labels in the order of a trained head's outputs, "0 entailment, 1 neutral, 2 contradiction"; empty without a
+    head or with a single output."""
+    labels: dict[int, Any] = config.head_options().get("id2label", {}) if config.head else {}
+    return ", ".join(f"{number} {name}" for number, name in sorted(labels.items())) if len(labels) > 1 else ""
+
+
+def _how_to_load(config: AdapterConfig) -> str:
+    """What works for this adapter, and nothing else."""
+    if "method_arguments" in config.card:  # of the pipeline's methods that are no low-rank layers of this library
+        return f"{_HOW_TO_LOAD}\n\n{_REBUILD}"
+    to_peft = config.groups and "peft_lacks" not in config.card
+    exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # merging needs transformers' model
+    return "\n\n".join([_HOW_TO_LOAD, _LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
+
+
+def _name(group: LayerGroup) -> str:
+    return _NAMES["lora2" if group.kind == "multiscale" and len(group.widths) == 1 else group.kind]
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return " ".join(text.replace("|", "\\|").split())
