@@ -153,7 +153,9 @@ class RankAllocator(AllocatorSettings):
         layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
         wrong = [name for name, layer in layers.items() if layer.r != self.lora_r]
         if wrong:
-            raise ValueError(f"lora_r is {self.lora_r} but {wrong[0]} has rank {layers[wrong[0]].r}: give its own rank")
+            raise ValueError(
+                f"lora_r is {self.lora_r} but {wrong[0]} has rank {layers[wrong[0]].r}: all must have lora_r"
+            )
         self._names, self._layers = list(layers), list(layers.values())
         self.initial_total_rank = self.lora_r * len(layers)
         if self.target_total_rank is None:

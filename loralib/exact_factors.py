@@ -96,8 +96,8 @@ class ExactFactors:
             drawn anew, if that makes the factors orthonormal; these e_i can then grow again.
 
     Raises:
-        ValueError: for a model without such factors, and where ΔW is not 0 and its factors are not orthonormal: their
-            retraction would change it. The model is unchanged then.
+        ValueError: for a model without such factors, factors in half precision, and where ΔW is not 0 and its factors
+            are not orthonormal: their retraction would change it. The model is unchanged then.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -107,6 +107,11 @@ class ExactFactors:
             raise ValueError(
                 "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
                 "and let their factors train"
+            )
+        if half := [factor.dtype for factor in trained if factor.dtype.itemsize < 4]:
+            raise ValueError(
+                f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts the "
+                "frozen weights alone)"
             )
         self._layers, self._values = list(layers.values()), [layer.lora_E for layer in layers.values()]
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)

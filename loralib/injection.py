@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from loralib.checks import check_choice
@@ -66,7 +66,9 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
             none; beside layers it selects they are warned of), or that is no valid regular expression, or only the
             output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
     """
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+    if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise ValueError(f"target_modules must be names, got {wrong[0]!r:.80}")
     if not all(patterns) or not patterns:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
     never_called = modules_never_called(model)
@@ -193,6 +195,8 @@ def check_replaceable(name: str, module: nn.Module) -> None:
     hook = vars(module).get("_hf_hook")
     if getattr(hook, "offload", False):
         raise ValueError(f"accelerate has moved {name} out of memory: load the model without offloading")
+    if isinstance(module.weight, Tensor) and module.weight.is_complex():
+        raise ValueError(f"the weight of {name} is complex, and an update is real: name other modules")
     own_forward = vars(module).get("forward")  # accelerate leaves the class's there when its hook is removed
     usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
     if not usual and not _is_dispatched(module):

@@ -302,10 +302,16 @@ class LoRALayer(nn.Linear):
         if self.merged or self.r == 0:
             return self._dense(input, weight)
         if input.is_nested:  # in evaluation nn.TransformerEncoder packs a padded batch so
-            return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()])
-        dropped = self.lora_dropout(input) if self.training and self.lora_dropout.p > 0 else None
+            return self._nested(input)
+        dropped = self.lora_dropout(input) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
         core, scale = self.core_and_scale()
         return adapted_linear(input, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
+
+    def _nested(self, input: Tensor) -> Tensor:
+        if input.layout is torch.jagged:  # all rows lie in one tensor
+            packed = self.forward(input.values())
+            return torch.nested.nested_tensor_from_jagged(packed, input.offsets(), input.lengths())
+        return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()])
 
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
@@ -326,7 +332,13 @@ class LoRALayer(nn.Linear):
         return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def core_and_scale(self) -> tuple[Tensor | None, float]:
-        """The core as the forward pass wants it: a matrix, or None for the identity times a number."""
+        """The core as the forward pass wants it: a matrix, or None for the identity times a number.
+
+        Raises:
+            RuntimeError: for factors without values beside a weight that has some.
+        """
+        if self.lora_A[0].is_meta and not self.weight.is_meta:  # a product of the two is whatever lay in memory
+            raise RuntimeError(_ON_META)
         return (None, self.scaling) if self.lora_E is None else (self.folded_core(), 1.0)
 
     def merge(self) -> None:

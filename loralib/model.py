@@ -70,7 +70,8 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     """
     found = {name: layer for name, layer in svd_layers(model).items() if layer.lora_E.requires_grad}
     if not found:
-        raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) to {purpose}: inject one first")
+        advice = "let their lora_E train" if svd_layers(model) else "inject one first"
+        raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) that trains to {purpose}: {advice}")
     refuse_sharded_factors(model)
     return found
 

@@ -48,7 +48,9 @@ class MultiAdapter:
         model(**batch)
         adapters.run(["similarity", "entailment", None], **batch_of_three)
 
-    Adapters may differ in everything, the size of the head included.
+    Adapters may differ in everything, the size of the head included. What is changed is the output of a module: a
+    trained parameter that the model's code reads without calling its module stays the base's. ``load_adapter`` has no
+    such limit.
 
     Args:
         model: without low-rank layers of its own, on the device where it will run; wrappers are looked through.
@@ -80,7 +82,8 @@ class MultiAdapter:
 
         Raises:
             ValueError: for a name in use, a trained parameter of a module that is never called (a ``ParameterList``,
-                ``out_proj`` in ``nn.MultiheadAttention``), and as :func:`loralib.load_adapter`; nothing is changed.
+                ``out_proj`` in ``nn.MultiheadAttention``) or that holds further modules, and as
+                :func:`loralib.load_adapter`; nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
@@ -97,6 +100,9 @@ class MultiAdapter:
             if own and (owner in never_called or type(module).forward is nn.Module.forward):
                 raise ValueError(f"the adapter holds {owner}.{min(own)}, of a module that is never called, and a hook "
                                  "would not apply it: use load_adapter()")  # fmt: skip
+            if own and next(module.children(), None) is not None:  # a hook would run it twice, and its caches with it
+                raise ValueError(f"the adapter holds {owner}.{min(own)} of a module with modules of its own, which "
+                                 "cannot be switched: use load_adapter()")  # fmt: skip
             if own:
                 parts.setdefault(owner, _Part()).head.update(own)
         self._adapters[name] = parts

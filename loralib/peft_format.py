@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -186,9 +186,7 @@ def _write_peft(
         for side, factor in zip("BA", pairs[name], strict=True):
             state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
     most = max(ranks.values())
-    endings = {name for name in ranks if any(other.endswith(f".{name}") for other in ranks)}
-    # peft takes the first pattern with which a name ends, so one that another name ends with is tied to its start.
-    pattern = {f"^{re.escape(n)}" if n in endings else n: rank for n, rank in ranks.items() if rank != most}
+    pattern = {_own_pattern(name, ranks): rank for name, rank in ranks.items() if rank != most}
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -208,6 +206,12 @@ def _write_peft(
             (new / CARD_FILE).write_text(card, encoding="utf-8")
         (new / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
     return ranks
+
+
+def _own_pattern(name: str, names: Collection[str]) -> str:
+    """An expression for this module alone: peft takes the first whose end matches, in which a dot is any character."""
+    matches = re.compile(rf"(?:.*\.)?{name}").fullmatch if re.fullmatch(r"[\w.]+", name) else None
+    return name if matches and [*filter(matches, names)] == [name] else f"^{re.escape(name)}"
 
 
 def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any]:

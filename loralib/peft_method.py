@@ -18,9 +18,11 @@ import torch
 from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, register_peft_method
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from loralib.adapter import live_singular_values
+from loralib.checks import check_whole_number
 from loralib.injection import NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
 from loralib.stored_weight import is_conv1d
@@ -52,7 +54,8 @@ class LoRA2Config(PeftConfig):
         r, k, lora_alpha, lora_dropout, init: as for :class:`loralib.LoRA2Linear`.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as for peft's
             ``LoraConfig``; a target is a linear layer.
-        rank_pattern: module name -> rank, for the modules that :meth:`LoRA2Model.compact` shrank.
+        rank_pattern: module name, its end, or an expression, as in peft's LoRA -> rank ≤ r, for modules with fewer
+            singular values; :meth:`LoRA2Model.compact` sets it. The scaling stays lora_alpha / r.
     """
 
     r: int = 8
@@ -158,6 +161,9 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         """Add an adapter, its ``rank`` singular values left of r (None: all)."""
         adapter = LoRA2Adapter(self.get_base_layer(), config)
         if rank is not None:
+            check_whole_number("a rank in rank_pattern", rank, least=0)
+            if rank > config.r:
+                raise ValueError(f"a rank in rank_pattern is {rank}, above r = {config.r}: give at most r")
             adapter.keep_singular_values(range(rank))
         self.lora2_adapters[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -242,7 +248,8 @@ class LoRA2Model(BaseTuner):
     ) -> None:
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(NEVER_CALLED.format(current_key))
-        rank = peft_config.rank_pattern.get(current_key)
+        ranks = peft_config.rank_pattern
+        rank = ranks.get(current_key, ranks.get(get_pattern_key(ranks, current_key)))
         if isinstance(target, LoRA2Layer):
             target.update_layer(adapter_name, peft_config, rank)
             return

@@ -216,3 +216,10 @@ def test_the_inverse_root_is_exact_over_the_range_it_is_made_for():
     gram = (basis * torch.linspace(0.3, 1.6, 8, dtype=torch.float64)) @ basis.T
     root = inverse_root(gram.float()[None])[0].double()
     torch.testing.assert_close(root @ gram @ root, torch.eye(8, dtype=torch.float64), rtol=0, atol=1.5e-6)
+
+
+def test_factors_in_half_precision_are_refused():
+    """Their rounding is larger than what counts as orthonormal, so a training could not go on from a checkpoint."""
+    model = model_of().bfloat16()
+    with refused("leave the factors in float32", model):
+        loralib.ExactFactors(model)

@@ -18,7 +18,7 @@ from loralib.adapter import merge_into
 from loralib.adapter_files import TOKENIZER_FILES
 from loralib.export import export_merged, main
 from loralib.peft_format import export_peft, import_peft
-from tests.loralib.small import INPUTS, SIZES, Net, adapted, encoder, gpt2, largest_file, refused
+from tests.loralib.small import INPUTS, SIZES, Net, adapted, encoder, gpt2, largest_file, randomise, refused
 from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -322,3 +322,21 @@ def test_damage_and_dead_adapters_write_nothing(pretrained, lora2, tmp_path, cap
     (tmp_path / "mine/file").write_text("x")
     assert main([str(lora2[2]), "--to", "peft", str(tmp_path / "mine")]) == 2
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_names_that_differ_in_a_dot_keep_their_ranks(tmp_path):
+    """A dot of an expression in peft's rank_pattern is any character."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"sub": nn.ModuleDict({"enc": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(8, 8)})]),
+                              "enc_0": nn.ModuleDict({"q": nn.Linear(8, 8)})})})  # fmt: skip
+
+    model = base()
+    for name, rank in (("sub.enc.0.q", 3), ("sub.enc_0.q", 5)):
+        loralib.inject(model, "lora", [name], r=rank)
+    randomise(model)
+    export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(base(), tmp_path / "peft").base_model.model
+    for name, layer in loralib.lora_layers(model).items():
+        torch.testing.assert_close(theirs.get_submodule(name).get_delta_weight("default"), layer.delta_weight())

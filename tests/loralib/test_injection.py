@@ -249,3 +249,10 @@ def test_a_sharing_that_shares_nothing_is_said():
         warnings.simplefilter("error")
         loralib.inject(net("1", "2"), "lora2", ["q"], r=2, share_outer=True)
         loralib.inject(net("block1"), "lora2", ["q"], r=2, share_outer=True)
+
+
+def test_complex_weights_and_patterns_that_are_no_names_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+    for modules, says in (("01", "the weight of 1 is complex"), ([0], "must be names, got 0"), (None, "is empty")):
+        with refused(says, model):
+            loralib.inject(model, "lora2", modules and list(modules))

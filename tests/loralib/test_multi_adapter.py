@@ -297,3 +297,15 @@ def test_hooks_of_one_s_own_see_what_the_adapter_gives(tmp_path, name, early):
     adapters.activate("a")
     torch.testing.assert_close(served(INPUTS), loaded(INPUTS))
     assert len(calls) == 2
+
+
+def test_a_parameter_of_a_module_that_holds_others_is_refused(tmp_path):
+    """To run such a module twice would advance its cache twice."""
+    model = encoder()
+    model.bert.encoder.layer[0].register_parameter("decay", nn.Parameter(torch.ones(2)))
+    adapters = loralib.MultiAdapter(model)
+    model.requires_grad_(False).bert.encoder.layer[0].decay.requires_grad_(True)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    with refused("layer.0.decay of a module with modules of its own", model):
+        adapters.load("a", folder)
+    assert adapters.names == []

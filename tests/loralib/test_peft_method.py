@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -232,3 +232,22 @@ def test_a_merge_that_overflows_is_refused():
     with refused("not be finite", model):
         layer.merge(safe_merge=True)
     assert not layer.merged
+
+
+def test_patterns_of_ranks_are_read_as_peft_s_lora_reads_them():
+    model = net(rank_pattern={"q": 1, "layers.1.v": 0, r"layers\.[02]\.v": 2})
+    layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, LoRA2Layer)}
+    assert [layer.lora2_adapters["default"].r for layer in layers.values()] == [1, 2, 1, 0, 1, 2]
+    for rank, says in ((4, "above r = 3"), (-1, "whole number")):
+        with refused(f"a rank in rank_pattern.*{says}"):
+            net(rank_pattern={"q": rank})
+
+
+def test_a_lora_of_peft_becomes_one_of_ours_by_peft_s_own_conversion():
+    from peft import convert_to_lora
+
+    model = net()
+    config, state = convert_to_lora(model, rank=3)
+    other = get_peft_model(Net(), config)
+    set_peft_model_state_dict(other, state)
+    torch.testing.assert_close(other(INPUTS), model(INPUTS))
