@@ -172,6 +172,7 @@ class RankAllocator(AllocatorSettings):
             )
         self._scores = self._score_groups()
         self._values = [layer.lora_E for layer in self._layers]
+        self._factors = [factor for layer in self._layers for factor in layer.lora_parameters()]
         self._mask = torch.ones(len(layers), self.lora_r, dtype=torch.bool, device=self._values[0].device)
         self._threshold: Tensor | None = None
         self._final_mask_set = False
@@ -276,7 +277,7 @@ class RankAllocator(AllocatorSettings):
         return budget, self._threshold
 
     def _check_model(self, model: nn.Module) -> None:
-        refuse_new_factors(self._layers, self._values, "allocator")
+        refuse_new_factors(self._layers, self._factors, "allocator")
         if getattr(self, "_checked", None) is model:
             return
         if not any(module is self._layers[0] for module in model.modules()):

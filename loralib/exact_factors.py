@@ -113,7 +113,8 @@ class ExactFactors:
                 f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts the "
                 "frozen weights alone)"
             )
-        self._layers, self._values = list(layers.values()), [layer.lora_E for layer in layers.values()]
+        self._layers = list(layers.values())
+        self._factors = [factor for layer in self._layers for factor in layer.lora_parameters()]
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
         for factor in trained:
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
@@ -147,7 +148,7 @@ class ExactFactors:
         Raises:
             ValueError: where the model's factors are others than when this was made.
         """
-        refuse_new_factors(self._layers, self._values, "ExactFactors")
+        refuse_new_factors(self._layers, self._factors, "ExactFactors")
         for stack in self._stacks:
             with without_autocast(stack.all[0].device.type):
                 stack.project_gradients()
@@ -155,7 +156,7 @@ class ExactFactors:
     @torch.no_grad()
     def retract(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every factor that trains, in place; raises as :meth:`project_gradients`."""
-        refuse_new_factors(self._layers, self._values, "ExactFactors")
+        refuse_new_factors(self._layers, self._factors, "ExactFactors")
         for stacks in self._same_side:
             with without_autocast(stacks[0].all[0].device.type):
                 grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from loralib.checks import check_choice
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
-from loralib.model import injected_layers, unwrapped
+from loralib.model import in_mode, injected_layers, unwrapped
 
 STARTS = ("gradient", "activation")
 _OVERSAMPLING = 8
@@ -106,7 +106,6 @@ def _see_batches(
     with_gradients: bool,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    modes = {module: module.training for module in model.modules()}
     mask: Tensor | None = None
     config = getattr(unwrapped(model), "config", None)
     two_lengths = getattr(config, "is_encoder_decoder", False)
@@ -124,11 +123,10 @@ def _see_batches(
     hooks = [layer.register_forward_hook(see, with_kwargs=True) for layer in sketches]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        model.eval()
         count = 0
         # A graph that was compiled before would pass the hooks over.
         eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.random.fork_rng(devices), torch.set_grad_enabled(with_gradients):
+        with in_mode(model, False), eager, torch.random.fork_rng(devices), torch.set_grad_enabled(with_gradients):
             for batch in batches:
                 given = batch.get("attention_mask") if isinstance(batch, Mapping) and not two_lengths else None
                 mask = None if given is None else (given.T if tokens_first else given).bool()
@@ -142,8 +140,6 @@ def _see_batches(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Sketch:

@@ -62,9 +62,10 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     ``nn.Linear`` itself: a subclass may compute something else.
 
     Raises:
-        ValueError: for a pattern that selects no linear layer (a subclass, or one tensor that holds all experts, is
-            none; beside layers it selects they are warned of), or that is no valid regular expression, or only the
-            output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
+        ValueError: for a pattern that selects no linear layer, is no valid regular expression, or selects only the
+            output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it. Subclasses of
+            ``nn.Linear`` and tensors that hold all experts do not count; of a pattern that also selects linear layers
+            they are only warned of.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
     if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:

@@ -30,8 +30,8 @@ from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
 _ON_META = (
-    "low-rank layers were made on the meta device, so their factors have no start: inject after the weights are "
-    "loaded, or give the factors values then (reset_lora_parameters() of each layer, load_adapter(), a checkpoint)"
+    "low-rank layers were made on the meta device, so their factors have no values: load the weights before inject(), "
+    "or set the factors afterwards (reset_lora_parameters() of each layer, load_adapter(), a checkpoint)"
 )
 
 

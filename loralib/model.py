@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -84,11 +84,14 @@ def refuse_sharded_factors(model: nn.Module) -> None:
         )
 
 
-def refuse_new_factors(layers: Iterable[LoRALayer], values: Iterable[nn.Parameter], made: str) -> None:
-    """Raises ValueError where layers were replaced, or their singular values are others, since ``made`` was made."""
-    if any(layer.replaced or layer.lora_E is not own for layer, own in zip(layers, values, strict=True)):
+def refuse_new_factors(layers: Sequence[LoRALayer], factors: Sequence[nn.Parameter], made: str) -> None:
+    """Raises ValueError where layers were replaced, or their factors are others, since ``made`` was made of them."""
+    now = [factor for layer in layers for factor in layer.lora_parameters()]
+    same = len(now) == len(factors) and all(one is other for one, other in zip(now, factors, strict=True))
+    if not same or any(layer.replaced for layer in layers):
         raise ValueError(
-            f"the model has new factors since the {made} was made (compact(), load_adapter()): make it afterwards"
+            f"the model has new factors since the {made} was made (compact(), load_adapter(), functional_call()): make "
+            "it afterwards"
         )
 
 
@@ -121,6 +124,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
     """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
 
+    It is there, and ``bias`` too, because Microsoft's ``loralib`` has it; :func:`loralib.save_adapter` writes a file.
     Names are those of the :func:`unwrapped` model, into which ``load_state_dict(state, strict=False)`` loads it if it
     has the same layers.
 
@@ -189,3 +193,15 @@ def keep_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode; each module has its own mode again at the end of the block."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

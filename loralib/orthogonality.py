@@ -193,23 +193,18 @@ class OrthogonalityRegulariser:
                     wide = term == "UV"
                     key = (with_factors, with_product, factors[0].device, *layer.widths, layer.r)
                     groups[key].append((wide, list(factors)))
-        self._layers, self._values = layers, [layer.lora_E for layer in layers]
-        self._first = list(map(id, layers[0].lora_parameters()))
+        self._layers, self._factors = layers, [factor for layer in layers for factor in layer.lora_parameters()]
         counted: set[nn.Parameter] = set()  # layers of different ranks may share outer factors
         self._groups = [_Chains(chains, key[0], key[1], counted) for key, chains in groups.items()]
 
     def __call__(self) -> Tensor:
         if transformed():  # torch.func.functional_call may have put other tensors in place of the factors
             return OrthogonalityRegulariser(*self._made_of)._value()
-        refuse_new_factors(self._layers, self._values, "regulariser")
-        if list(map(id, self._layers[0].lora_parameters())) != self._first:
-            raise ValueError(
-                "the factors are others than those that the regulariser was made of: call compute_orth_regu()"
-            )
+        refuse_new_factors(self._layers, self._factors, "regulariser")
         return self._value()
 
     def _value(self) -> Tensor:
-        with without_autocast(self._values[0].device.type):  # Gram − I is a small difference
+        with without_autocast(self._factors[0].device.type):  # Gram − I is a small difference
             norms = [norm for chains in self._groups for norm in chains.norms(self._deviation)]
             return torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 

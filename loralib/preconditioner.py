@@ -56,7 +56,7 @@ class Preconditioner:
         if len(found) > len(set(found)):
             raise ValueError("layers of different ranks share a factor: leave out compact(), or load without it")
         self._chains = [_Chain(group) for group in groups.values()]
-        self._layers, self._values = layers, [layer.lora_E for layer in layers]
+        self._layers, self._factors = layers, [factor for layer in layers for factor in layer.lora_parameters()]
         self.kind = kind
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Preconditioner:
         Raises:
             ValueError: where the model's factors are others than when this was made.
         """
-        refuse_new_factors(self._layers, self._values, "Preconditioner")
+        refuse_new_factors(self._layers, self._factors, "Preconditioner")
         for chain in self._chains:
             with without_autocast(chain.links[0].unique[0].device.type):
                 chain.read()

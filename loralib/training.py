@@ -90,8 +90,8 @@ class LowRankTraining:
         check_choice("orthogonality", orthogonality, ORTHOGONALITIES)
         check_choice("precondition", precondition, ("none", *PRECONDITIONERS))
         known = {field.name for field in fields(AllocatorSettings)} - {"lora_r", "total_step"}
-        for name in (name for name in allocator_options if name not in known):
-            raise TypeError(f"unknown option {name}; the options of pruning are {', '.join(sorted(known))}")
+        if unknown := sorted(allocator_options.keys() - known):
+            raise TypeError(f"unknown option {unknown[0]}; the options of pruning are {', '.join(sorted(known))}")
         if precondition == "riemannian" and orthogonality == "penalty" and regu_weight:
             raise ValueError(
                 "precondition 'riemannian' needs regu_weight=0: while e is 0 it would multiply the regulariser's "
@@ -192,7 +192,7 @@ class LowRankTraining:
         self.step, self._saved = self.step + 1, None
         if self.total_steps is not None and self.step > self.total_steps:
             warnings.warn(
-                f"after_step() is called more often than total_steps, {self.total_steps}, says: give the number of "
+                f"after_step() was called more than total_steps ({self.total_steps}) times: give the number of "
                 "optimiser steps, and call it once for each of them, not for each accumulated batch",
                 stacklevel=2,
             )

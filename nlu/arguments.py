@@ -330,7 +330,7 @@ def _split(flags: list[str]) -> tuple[list[str], list[str]]:
         return [], flags
     rest = flags[places[0] :]
     if rest[0] != _WINS or len(places) > 1 or not all(flag.startswith("-") for flag in rest[1:2]):
-        raise UsageError(f"{_WINS} stands once, between two flags, and takes no value")
+        raise UsageError(f"give {_WINS} once, between two flags and without a value")
     return flags[: places[0]], rest
 
 

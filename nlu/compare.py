@@ -29,7 +29,6 @@ if packages_missing():
     sys.exit(2)
 
 import pandas as pd
-import transformers
 
 from loralib.files import write_bytes, write_text
 from nlu import ROOT
@@ -246,5 +245,4 @@ def write(table: Table, final: pd.DataFrame, frame: pd.DataFrame, folder: Path) 
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_warning()
     sys.exit(main())

@@ -27,7 +27,6 @@ if packages_missing():
     sys.exit(2)
 
 import numpy as np
-import transformers
 from datasets import Dataset
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, set_seed
@@ -264,7 +263,6 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: P
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_warning()
     code = main()
     if code == 0:  # after an error the others may never come
         end_processes()

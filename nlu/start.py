@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import loralib
+from loralib.model import in_mode
 from loralib.stored_weight import stored_form
 from nlu.data.batching import effective_batch_size
 from nlu.errors import RunError, UsageError
@@ -96,7 +97,7 @@ def train_head(trainer: GlueTrainer, epochs: int) -> None:
         parameters, rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
     )
     generator = torch.Generator().manual_seed(args.seed)
-    with _mode(model, training=True):
+    with in_mode(model, training=True):
         for _ in range(epochs):
             for rows in torch.randperm(count, generator=generator).split(effective_batch_size(args)):
                 batch = _batch(trainer, rows)
@@ -119,7 +120,7 @@ def _features(trainer: GlueTrainer) -> tuple[list[Tensor], Callable[[list[Tensor
     restore: Callable[[list[Tensor], dict], Any] | None = None
     first_alone = False
     order = torch.tensor(trainer.train_dataset["length"][:]).argsort(stable=True)
-    with _mode(model, training=False):
+    with in_mode(model, training=False):
         for rows in order.split(trainer.args.per_device_eval_batch_size):
             batch = _batch(trainer, rows)
             batch.pop("labels")
@@ -182,18 +183,6 @@ def _restore(encoder: nn.Module, kind: type, first_alone: bool) -> Callable[[lis
         return kind(last_hidden_state=hidden, **({} if pooler is None else {"pooler_output": pooler(hidden)}))
 
     return restore
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """``train()`` or ``eval()``, undone at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

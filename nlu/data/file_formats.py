@@ -63,9 +63,7 @@ def _shortened(text: str, most: int) -> str:
 def _missing(column: str, present: Iterable[str]) -> str:
     names = list(map(str, present))
     other = next((mark for mark in ";|\t" if len(names) == 1 and mark in names[0]), None)
-    hint = (
-        f", one column: {other!r} separates none here, save the file with commas (.csv) or tabs (.tsv)" if other else ""
-    )
+    hint = f", one column: {other!r} separates no columns, save it with commas (.csv) or tabs (.tsv)" if other else ""
     return f"no column {column!r}; the columns are {names_shown(names)}{hint}"
 
 

@@ -347,8 +347,8 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
     """One legend below all panels with every label once, in as many columns as the width allows."""
     handles: dict[str, object] = {}
     for axes in panels:
-        for handle in (*axes.containers, *(line for line in axes.get_lines() if not axes.containers)):
-            if handle.get_marker() != "x" if hasattr(handle, "get_marker") else True:
+        for handle in axes.containers or axes.get_lines():
+            if getattr(handle, "get_marker", str)() != "x":  # a cross marks what another handle names
                 handles.setdefault(handle.get_label(), handle)
     texts = ["\n".join(textwrap.wrap(label, 28)) for label in handles]
     widest = max((len(line) for text in texts for line in text.split("\n")), default=1)

@@ -68,7 +68,9 @@ class Places:
         if line.get("status") == "finished":
             return "finished" if self.line(run) else "changed"
         status = line.get("status") or (self._record(run) or {}).get("status")
-        return status or "new" if status in (None, "failed") else "interrupted"
+        if status is None:
+            return "new"
+        return "failed" if status == "failed" else "interrupted"
 
     def _differences(self, run: Run, line: dict[str, Any]) -> list[str]:
         """How the arguments, and the digests of what was read, differ from now."""

@@ -1,4 +1,6 @@
-"""Compiled kernels that the process keeps.
+"""Compiled kernels that the process keeps. Gains: a step of QNLI in bfloat16, 0.508 s → 0.480 s over 800 steps.
+
+Measured in benchmarks/README.md: 6-layer MiniLM, batch 32, in buckets, one Intel core.
 
 oneDNN compiles a kernel for each shape of a matrix product, which takes as long as several products, and keeps 1024 of
 them: with some 25 shapes a step, those of 40 lengths. Where the lengths differ from batch to batch, most are compiled

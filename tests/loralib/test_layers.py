@@ -244,7 +244,7 @@ def test_the_dropout_of_an_update_follows_its_own_mode():
 
 
 def test_factors_without_values_are_not_computed_with():
-    with torch.device("meta"), pytest.warns(UserWarning, match="no start"):
+    with torch.device("meta"), pytest.warns(UserWarning, match="no values"):
         layer = loralib.LoRA2Linear(11, 7, 4, 12.0)
     layer.load_state_dict(nn.Linear(11, 7).state_dict(), strict=False, assign=True)
     with pytest.raises(RuntimeError, match="made on the meta device"):

@@ -118,7 +118,7 @@ def test_the_projection_that_attention_never_calls_is_refused(projection):
 
 @pytest.mark.parametrize("kind, options", [("lora", {}), ("adalora", {}), ("lora2", {"share_outer": True})])
 def test_forward_backward_and_regulariser_on_the_meta_device(kind, options):
-    with torch.device("meta"), pytest.warns(UserWarning, match="meta device, so their factors have no start"):
+    with torch.device("meta"), pytest.warns(UserWarning, match="meta device, so their factors have no values"):
         model = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         loralib.inject(model, kind, ["0", "1"], r=4, lora_dropout=0.1, **options)
         x = torch.randn(2, 3, 6)

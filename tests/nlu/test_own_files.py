@@ -70,7 +70,7 @@ def test_own_regression(tmp_path):
     ("name", "text", "message"),
     [
         ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
-        ("a.csv", "sentence;label\na;b\n", "no column 'label'.*';' separates none here, save the file with commas"),
+        ("a.csv", "sentence;label\na;b\n", "no column 'label'.*';' separates no columns, save it with commas"),
         ("a.csv", "body,more,label\na,b,1\n", "no columns are known .* 'body', 'more', 'label': give --text_columns"),
         ("a.csv", "sentence,text,label\na,b,1\n", "several columns are known .*--text_columns"),
         ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty"),
