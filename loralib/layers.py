@@ -291,7 +291,8 @@ class LoRALayer(nn.Linear):
         called ``input`` as ``nn.Linear``'s is.
 
         Raises:
-            RuntimeError: in training mode with gradients on while merged, if a factor trains.
+            RuntimeError: in training mode with gradients on while merged, if a factor trains; for factors without
+                values; for a jagged tensor whose lengths are not its dimension 1.
         """
         if self._quantised is not None:
             return self._beside_quantised(self._quantised[0], input)
@@ -309,6 +310,8 @@ class LoRALayer(nn.Linear):
 
     def _nested(self, input: Tensor) -> Tensor:
         if input.layout is torch.jagged:  # all rows lie in one tensor
+            if input._ragged_idx != 1:
+                raise RuntimeError("a jagged tensor must have its lengths in dimension 1: unbind or transpose it first")
             packed = self.forward(input.values())
             return torch.nested.nested_tensor_from_jagged(packed, input.offsets(), input.lengths())
         return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()])
@@ -338,7 +341,10 @@ class LoRALayer(nn.Linear):
             RuntimeError: for factors without values beside a weight that has some.
         """
         if self.lora_A[0].is_meta and not self.weight.is_meta:  # a product of the two is whatever lay in memory
-            raise RuntimeError(_ON_META)
+            raise RuntimeError(
+                "the factors are on the meta device and have no values: load the weights before inject(), and let "
+                "accelerate dispatch the model without offloading"
+            )
         return (None, self.scaling) if self.lora_E is None else (self.folded_core(), 1.0)
 
     def merge(self) -> None:

@@ -103,7 +103,7 @@ def label_order(config: AdapterConfig) -> str:
 
 
 def _how_to_load(config: AdapterConfig) -> str:
-    """What works for this adapter, and nothing else."""
+    """What works for an adapter of this kind, and nothing else."""
     if "method_arguments" in config.card:  # of the pipeline's methods that are no low-rank layers of this library
         return f"{_HOW_TO_LOAD}\n\n{_REBUILD}"
     to_peft = config.groups and "peft_lacks" not in config.card

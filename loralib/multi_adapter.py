@@ -95,16 +95,21 @@ class MultiAdapter:
         state = self.model.state_dict(keep_vars=True)
         never_called = modules_never_called(self.model)
         trained = {id(state[n]): tensors[n].to(state[n]) for n in config.head}
+        in_leaves: set[int] = set()
+        in_others: dict[str, int] = {}
         for owner, module in self.model.named_modules():  # a tied tensor has several owners
-            own = {n: trained[id(t)] for n, t in (module._parameters | module._buffers).items() if id(t) in trained}
-            if own and (owner in never_called or type(module).forward is nn.Module.forward):
-                raise ValueError(f"the adapter holds {owner}.{min(own)}, of a module that is never called, and a hook "
+            held = {n: id(t) for n, t in (module._parameters | module._buffers).items() if id(t) in trained}
+            if held and (owner in never_called or type(module).forward is nn.Module.forward):
+                raise ValueError(f"the adapter holds {owner}.{min(held)}, of a module that is never called, and a hook "
                                  "would not apply it: use load_adapter()")  # fmt: skip
-            if own and next(module.children(), None) is not None:  # a hook would run it twice, and its caches with it
-                raise ValueError(f"the adapter holds {owner}.{min(own)} of a module with modules of its own, which "
-                                 "cannot be switched: use load_adapter()")  # fmt: skip
-            if own:
-                parts.setdefault(owner, _Part()).head.update(own)
+            if next(module.children(), None) is not None:  # a hook would run it twice, and its caches with it
+                in_others |= {f"{owner}.{n}": number for n, number in held.items()}
+            elif held:
+                in_leaves.update(held.values())
+                parts.setdefault(owner, _Part()).head.update({n: trained[number] for n, number in held.items()})
+        if alone := [name for name, number in in_others.items() if number not in in_leaves]:
+            raise ValueError(f"the adapter holds {alone[0]} of a module with modules of its own, which cannot be "
+                             "switched: use load_adapter()")  # fmt: skip
         self._adapters[name] = parts
         new = parts.keys() - self._hooks.keys()
         for module_name in new:

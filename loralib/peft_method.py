@@ -10,6 +10,7 @@ in the tools that are built on peft. Each adapter of a layer is a :class:`lorali
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,11 @@ class LoRA2Config(PeftConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no meaning without layers_to_transform: give both")
+        for pattern in self.rank_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rank_pattern: {pattern!r} is not a valid regular expression: {error}") from None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))

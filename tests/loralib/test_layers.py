@@ -227,6 +227,9 @@ def test_nested_tensors_keep_their_layout(layout):
         torch.testing.assert_close(row, expected)
     if layout is torch.jagged:
         assert (out + torch.nested.nested_tensor_from_jagged(x.values()[:, :7], x.offsets())).is_nested  # the same rows
+        with pytest.raises(RuntimeError, match="lengths in dimension 1"):
+            loralib.LoRA2Linear(11, 7, 4, 12.0)(torch.nested.nested_tensor([torch.ones(1, 3, 11), torch.ones(2, 3, 11)],
+                                                                           layout=layout).transpose(1, 2))  # fmt: skip
     (gradient,) = torch.autograd.grad(sum(row.sum() for row in out.unbind()), x)
     expected = (layer.weight + layer.delta_weight()).sum(0)
     for row in gradient.unbind():
@@ -247,6 +250,6 @@ def test_factors_without_values_are_not_computed_with():
     with torch.device("meta"), pytest.warns(UserWarning, match="no values"):
         layer = loralib.LoRA2Linear(11, 7, 4, 12.0)
     layer.load_state_dict(nn.Linear(11, 7).state_dict(), strict=False, assign=True)
-    with pytest.raises(RuntimeError, match="made on the meta device"):
+    with pytest.raises(RuntimeError, match="on the meta device and have no values"):
         layer(torch.ones(2, 11))
     assert layer.to("meta")(torch.ones(2, 11, device="meta")).shape == (2, 7)

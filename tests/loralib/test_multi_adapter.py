@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 import loralib
 from loralib.multi_adapter import _join
@@ -309,3 +310,18 @@ def test_a_parameter_of_a_module_that_holds_others_is_refused(tmp_path):
     with refused("layer.0.decay of a module with modules of its own", model):
         adapters.load("a", folder)
     assert adapters.names == []
+
+
+def test_a_bias_that_a_called_layer_holds_too_is_switched(tmp_path):
+    """The head of a BERT for masked words and its last linear layer hold one and the same bias."""
+
+    def base():
+        torch.manual_seed(0)
+        sizes = SIZES | {"max_position_embeddings": 16}
+        return BertForMaskedLM(BertConfig(**sizes)).eval()
+
+    model, served = adapted(modules=["query"], model=base(), head="cls", k=2), base()
+    adapters = loralib.MultiAdapter(served)
+    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
+    adapters.activate("a")
+    torch.testing.assert_close(served(IDS).logits, model(IDS).logits)

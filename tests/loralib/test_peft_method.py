@@ -238,6 +238,8 @@ def test_patterns_of_ranks_are_read_as_peft_s_lora_reads_them():
     model = net(rank_pattern={"q": 1, "layers.1.v": 0, r"layers\.[02]\.v": 2})
     layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, LoRA2Layer)}
     assert [layer.lora2_adapters["default"].r for layer in layers.values()] == [1, 2, 1, 0, 1, 2]
+    with refused("rank_pattern: '\\[' is not a valid"):
+        net(rank_pattern={"[": 1})
     for rank, says in ((4, "above r = 3"), (-1, "whole number")):
         with refused(f"a rank in rank_pattern.*{says}"):
             net(rank_pattern={"q": rank})
