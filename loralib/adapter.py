@@ -52,8 +52,8 @@ def compact(model: nn.Module) -> dict[str, int]:
     model is untrained and keeps all. Plain LoRA has no singular values and keeps its rank.
 
     Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
-    parameters: make the optimiser and the regulariser afterwards. The rank allocator refuses a
-    model whose layers differ in rank.
+    parameters: make the optimiser and the regulariser afterwards. The rank allocator refuses a model
+    whose layers differ in rank.
 
     Returns:
         Module name -> rank it has now.

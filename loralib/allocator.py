@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_whole_number
-from loralib.model import refuse_new_factors, trained_svd_layers
+from loralib.model import factors_in, refuse_new_factors, trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
 PRUNE_BY = ("importance", "value")
@@ -172,7 +172,7 @@ class RankAllocator(AllocatorSettings):
             )
         self._scores = self._score_groups()
         self._values = [layer.lora_E for layer in self._layers]
-        self._factors = [factor for layer in self._layers for factor in layer.lora_parameters()]
+        self._factors = factors_in(self._layers)
         self._mask = torch.ones(len(layers), self.lora_r, dtype=torch.bool, device=self._values[0].device)
         self._threshold: Tensor | None = None
         self._final_mask_set = False

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from loralib.fused import without_autocast
 from loralib.initialisation import spread
 from loralib.layers import LoRALayer
-from loralib.model import refuse_new_factors, svd_layers
+from loralib.model import factors_in, refuse_new_factors, svd_layers
 
 # From eigenvalues of the Gram between 0.3 and 1.6, four steps of degree five reach 1 to float32's precision. One step
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
@@ -114,7 +114,7 @@ class ExactFactors:
                 "frozen weights alone)"
             )
         self._layers = list(layers.values())
-        self._factors = [factor for layer in self._layers for factor in layer.lora_parameters()]
+        self._factors = factors_in(self._layers)
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
         for factor in trained:
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -30,7 +30,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def factors_of(model: nn.Module) -> list[nn.Parameter]:
     """The factors of all low-rank layers; one that layers share is there once."""
-    return list({id(p): p for layer in lora_layers(model).values() for p in layer.lora_parameters()}.values())
+    return list({id(factor): factor for factor in factors_in(lora_layers(model).values())}.values())
+
+
+def factors_in(layers: Iterable[LoRALayer]) -> list[nn.Parameter]:
+    """The factors layer by layer; one that layers share is there for each of them."""
+    return [factor for layer in layers for factor in layer.lora_parameters()]
 
 
 def injected_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -86,7 +91,7 @@ def refuse_sharded_factors(model: nn.Module) -> None:
 
 def refuse_new_factors(layers: Sequence[LoRALayer], factors: Sequence[nn.Parameter], made: str) -> None:
     """Raises ValueError where layers were replaced, or their factors are others, since ``made`` was made of them."""
-    now = [factor for layer in layers for factor in layer.lora_parameters()]
+    now = factors_in(layers)
     same = len(now) == len(factors) and all(one is other for one, other in zip(now, factors, strict=True))
     if not same or any(layer.replaced for layer in layers):
         raise ValueError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from loralib.checks import check_not_negative
 from loralib.fused import outside_autocast, transformed, without_autocast
-from loralib.model import refuse_new_factors, trained_svd_layers
+from loralib.model import factors_in, refuse_new_factors, trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
 _Side = tuple[bool, list[nn.Parameter]]  # whether its factors are wide, as A's are
@@ -193,7 +193,7 @@ class OrthogonalityRegulariser:
                     wide = term == "UV"
                     key = (with_factors, with_product, factors[0].device, *layer.widths, layer.r)
                     groups[key].append((wide, list(factors)))
-        self._layers, self._factors = layers, [factor for layer in layers for factor in layer.lora_parameters()]
+        self._layers, self._factors = layers, factors_in(layers)
         counted: set[nn.Parameter] = set()  # layers of different ranks may share outer factors
         self._groups = [_Chains(chains, key[0], key[1], counted) for key, chains in groups.items()]
 

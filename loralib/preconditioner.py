@@ -24,7 +24,7 @@ from loralib.checks import check_choice
 from loralib.exact_factors import distinct_factors
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
-from loralib.model import injected_layers, refuse_new_factors
+from loralib.model import factors_in, injected_layers, refuse_new_factors
 
 PRECONDITIONERS = ("balanced", "riemannian")
 DAMPING = 1e-6  # δ
@@ -56,7 +56,7 @@ class Preconditioner:
         if len(found) > len(set(found)):
             raise ValueError("layers of different ranks share a factor: leave out compact(), or load without it")
         self._chains = [_Chain(group) for group in groups.values()]
-        self._layers, self._factors = layers, [factor for layer in layers for factor in layer.lora_parameters()]
+        self._layers, self._factors = layers, factors_in(layers)
         self.kind = kind
 
     @torch.no_grad()

@@ -120,9 +120,8 @@ def test_a_regulariser_made_before_reads_the_factors_of_a_functional_call():
     for name, expected in zip(trained, torch.autograd.grad(regularised(), list(trained.values())), strict=True):
         torch.testing.assert_close(found[name], expected)
     other = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
-    with pytest.raises(
-        ValueError, match="new factors since the regulariser was made"
-    ):  # without a transform it keeps to its own
+    # Without a transform it keeps to its own.
+    with pytest.raises(ValueError, match="new factors since the regulariser was made"):
         torch.func.functional_call(regularised, other, ())
 
 

@@ -10,16 +10,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import Trainer, TrainingArguments
 
 import loralib
-from tests.loralib.small import (
-    INPUTS,
-    Net,
-    adapted,
-    blocks,
-    model_to_prune,
-    random_step,
-    randomise,
-    refused,
-)
+from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, randomise, refused
 from tests.nlu.tiny import tiny_bert
 
 STEPS, BATCH = 8, 4

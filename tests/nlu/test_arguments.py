@@ -242,7 +242,7 @@ def test_settings_of_a_script_give_way_to_the_methods_file(before, after, rate, 
 
 @pytest.mark.parametrize("written", ["{0}=True", "{0} False", "{0} --seed 1 {0}"])
 def test_the_place_is_all_that_method_file_wins_says(written):
-    with pytest.raises(UsageError, match="give --method_file_wins once"):
+    with pytest.raises(UsageError, match="give --method_file_wins once, between two flags and without a value"):
         parse(f"{BASE} {written.format('--method_file_wins')}")
 
 

@@ -141,10 +141,8 @@ def test_a_table_says_which_runs_tuning_would_make_otherwise_now(call, tmp_path)
             each["status"] = "failed"
     path.write_text("".join(json.dumps(each) + "\n" for each in lines))
     code, out, _ = call(*flags)
-    assert (
-        code == 1
-        and "- LoRA: what is shown was made with other arguments or contents (learning_rate 0.001 → 0.002)" in out
-    )
+    shown = "- LoRA: what is shown was made with other arguments or contents (learning_rate 0.001 → 0.002)"
+    assert code == 1 and shown in out
     code, _, err = call("--methods", "lora", "--seeds", "2")  # the same name, without tuning
     assert code == 2 and "learning_rate 0.001 → None" in err and "--name" in err
 

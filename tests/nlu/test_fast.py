@@ -6,7 +6,6 @@ import platform
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
 from nlu.fast.memory import keep_freed_memory
 from tests.nlu.fast_models import assert_same, batch, build, outcome
-
-ROOT = Path(__file__).parents[2]
+from tests.nlu.tiny import REPOSITORY
 
 
 def first_token_on(model):
@@ -208,7 +206,8 @@ def test_kernels_are_compiled_once_unless_the_user_keeps_fewer(asked, compiled):
     )
     environment = {k: v for k, v in os.environ.items() if k != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
     environment |= {"ONEDNN_VERBOSE": "2"} | ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": asked} if asked else {})
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.split("turn")[1:]
     assert first.count("create:cache_miss") == 1100 and second.count("create:cache_miss") == compiled
