@@ -27,7 +27,7 @@ COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "model", "adapter_params", "head_params",
     "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget", "effective_batch_size",
     "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
-    "module_ranks", "digests",
+    "module_ranks", "digests", "constant_loss",
 )  # fmt: skip
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
@@ -62,6 +62,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
         **rate_sums(record),
+        "training_loss": training_losses(record),
         "delta_norm": delta_norm(record),
     }
     return portable({name: value for name, value in line.items() if value is not None})
@@ -145,6 +146,19 @@ def rate_sums(record: dict[str, Any]) -> dict[str, float]:
 def _figures(value: float) -> float:
     """Six significant digits."""
     return float(f"{value:.6g}")
+
+
+def training_losses(record: dict[str, Any], parts: int = 20) -> list[float] | None:
+    """The mean training loss in each of `parts` equal parts of the steps; the last two are the last tenth of them.
+
+    An entry of the history is the mean over the steps since the one before.
+    """
+    logged = [(entry["step"], entry["loss"]) for entry in record.get("history") or [] if entry.get("loss") is not None]
+    if not logged:
+        return None
+    steps, losses = zip(*logged, strict=True)
+    by_step = np.repeat(losses, np.diff(steps, prepend=0))
+    return [_figures(part.mean()) for part in np.array_split(by_step, min(parts, len(by_step)))]
 
 
 def delta_norm(record: dict[str, Any]) -> float | None:

@@ -16,7 +16,7 @@ from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.methods.registry import METHODS, count_parameters
-from nlu.metrics import in_words
+from nlu.metrics import constant_loss, in_words
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def _known_at_the_start(arguments: Arguments, trainer: Any, eval_rows: int, warm
         "effective_batch_size": effective_batch_size(training),
         "train_examples": len(trainer.train_dataset) if trainer.train_dataset is not None else 0,
         "eval_examples": eval_rows,
+        "constant_loss": _constant_loss(trainer),
         "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
         "arguments": arguments.record,
         "versions": versions(),
@@ -177,6 +178,14 @@ def _known_at_the_start(arguments: Arguments, trainer: Any, eval_rows: int, warm
         "machine": machine(),
         "command": command_line(),
     }
+
+
+def _constant_loss(trainer: Any) -> float | None:
+    if trainer.train_dataset is None:
+        return None
+    weights = None if trainer.class_weights is None else trainer.class_weights.tolist()
+    labels, smoothing = trainer.train_dataset["labels"][:], trainer.args.label_smoothing_factor
+    return constant_loss(trainer.task, labels, weights, smoothing)
 
 
 def _check_resumed(previous: dict[str, Any], static: dict[str, Any], folder: Path, model: str) -> None:

@@ -4,13 +4,20 @@ import json
 import math
 from itertools import accumulate
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.stats import entropy
+from torch.nn import functional
 
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.records import measured_line, portable, rate_sums, read_lines, write_line
+from nlu.experiments.records import measured_line, portable, rate_sums, read_lines, training_losses, write_line
+from nlu.metrics import constant_loss
+from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line
 
 
@@ -41,6 +48,35 @@ def test_a_line_holds_what_a_real_run_left(finished, tmp_path):
     pattern = json.loads((finished[0] / "rank_pattern.json").read_text())
     assert made["module_ranks"] == {name: sum(live) for name, live in pattern.items()}
     assert sum(made["module_ranks"].values()) == made["live_budget"]
+
+    assert made["training_loss"] == pytest.approx([entry["loss"] for entry in record["history"]], rel=1e-5)
+    labels = finished[3].train_dataset["labels"][:]
+    assert made["constant_loss"] == pytest.approx(entropy(np.bincount(labels)))
+    assert made["machine"]["cpu"]
+
+
+def test_training_losses_are_means_over_equal_parts_of_the_steps():
+    history = [{"step": step, "loss": float(step)} for step in range(10, 401, 10)]
+    parts = training_losses({"history": history})
+    assert len(parts) == 20 and parts[:2] == [15.0, 35.0]
+    assert np.mean(parts[-2:]) == np.mean([370, 380, 390, 400])  # the last tenth of 400 steps
+    assert training_losses({"history": history[:1]}) == [10.0] * 10
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 3.0, 1.5]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_constant_loss_is_the_lowest_cross_entropy_of_one_answer(weights, smoothing):
+    labels = [0, 0, 0, 0, 1, 2, 2]
+
+    def loss(logits):
+        weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        rows = torch.tensor(logits).expand(len(labels), 3)
+        total = functional.cross_entropy(rows, torch.tensor(labels), weight, reduction="sum", label_smoothing=smoothing)
+        return total.item() / len(labels)
+
+    lowest = minimize(loss, np.zeros(3)).fun
+    assert constant_loss(TASKS["mnli"], labels, weights, smoothing) == pytest.approx(lowest, rel=1e-5)
+    assert constant_loss(TASKS["stsb"], [1.0, 2.0, 5.0]) == pytest.approx(np.var([1, 2, 5]))
 
 
 @pytest.mark.parametrize("every", [1, 5, 10])
