@@ -103,3 +103,12 @@ def test_the_evaluate_module_loads_offline(name, tmp_path, monkeypatch):
     assert metric.compute(predictions=predictions, references=references) == pytest.approx(
         compute_glue_metrics(TASKS[name], predictions, references)
     )
+
+
+def test_score_is_mnlis_matched_accuracy_and_the_mismatched_one_is_shown_only_where_it_is_whole():
+    task, metrics = TASKS["mnli"], {"accuracy": 0.8, "accuracy_mm": 0.6}
+    assert task.score(metrics) == 0.8 and task.score({"accuracy": [0.7, 0.8], "accuracy_mm": [0, 0]}) == [0.7, 0.8]
+    assert task.second_score(metrics, 9815 + 9832) == 0.6
+    assert task.second_score(metrics, 9815 + 1000) is task.second_score(metrics, None) is None
+    assert TASKS["qqp"].score({"f1": 0.1, "accuracy": 0.9}) == TASKS["mrpc"].score({"f1": 0.1, "accuracy": 0.9}) == 0.9
+    assert TASKS["qqp"].second_score({"accuracy": 0.9}, None) is None
