@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from loralib.initialisation import STARTS
 from nlu.errors import UsageError
 from nlu.methods.registry import FLAGS, check_arguments, flag_methods
 from nlu.tasks import get_task
@@ -61,7 +60,6 @@ _RANGES: dict[str, tuple[float, float]] = {
          "dataloader_num_workers", "eval_delay", "neftune_noise_alpha"),
         (0, math.inf),
     ),
-    "head_first_epochs": (0, 2**31),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor", "cls_dropout"), (0, 1)),
 }  # fmt: skip
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")  # schedules whose next rate depends on the last evaluation
@@ -106,17 +104,8 @@ def check_values(model: Any, data: Any, method: Any, training: Any, given: set[s
     _check_task(data, training)
     if not (training.do_train or training.do_eval or training.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
-    for flag, on in (
-        ("head_first_epochs", training.head_first_epochs),
-        ("load_best_model_at_end", training.load_best_model_at_end),
-        (f"lora_init {method.lora_init}", method.lora_init in STARTS),
-    ):
-        if on and not training.do_train:
-            raise UsageError(f"--{flag} has no meaning without --do_train: leave it out")
-    if model.lora_path and method.lora_init in STARTS:
-        raise UsageError(
-            f"--lora_init {method.lora_init} and --lora_path both start the factors: leave one of them out"
-        )
+    if training.load_best_model_at_end and not training.do_train:
+        raise UsageError("--load_best_model_at_end has no meaning without --do_train: leave it out")
     _check_reporting(training)
     _check_what_needs_evaluations(training, given)
     _check_schedule(training)

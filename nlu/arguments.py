@@ -140,9 +140,6 @@ class RunArguments(TrainingArguments):
     head_learning_rate: float | None = HfArg(
         default=None, help="Learning rate of the classification head. Default: --learning_rate."
     )
-    head_first_epochs: int = HfArg(
-        default=0, help="First train the head alone for this many epochs, on the frozen encoder's features."
-    )
     total_batch_size: int | None = HfArg(
         default=None,
         help="Rows per step, over all processes. The rows a process takes at once follow from it, or, where "

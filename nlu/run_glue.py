@@ -58,7 +58,6 @@ from nlu.runs.log import Bars, ConsoleLog, TrainingLines
 from nlu.runs.processes import end_processes, wait_for_all
 from nlu.runs.record import RunRecord, report, start_record
 from nlu.runs.signals import SignalWatch
-from nlu.start import prepare_start
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer
 
@@ -249,11 +248,8 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: P
     """Train from the checkpoint, or without one from the start, and evaluate what training ended with."""
     training = arguments.training
     if training.do_train:
-        if checkpoint is not None:
-            if training.process_index == 0:
-                logger.warning("continuing from %s", checkpoint)
-        else:
-            prepare_start(trainer)
+        if checkpoint is not None and training.process_index == 0:
+            logger.warning("continuing from %s", checkpoint)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except UnpicklingError:  # only tensors and plain values are read, nothing that could run

@@ -23,7 +23,7 @@ import loralib
 from loralib.files import remove_leftovers
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
 from nlu.errors import RunError, one_line
-from nlu.methods.method import AppliedMethod
+from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.checkpoints import (
     last_whole_checkpoint,
     read_progress,
@@ -35,7 +35,6 @@ from nlu.runs.finite import FiniteWatch, trained_are_finite
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.processes import several
 from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
-from nlu.start import own_rates, set_own_rates
 from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
@@ -207,8 +206,25 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self.own_rates = self.restored.get("own_rates") or own_rates(self.applied, self.args)
-        return set_own_rates(optimizer, self.model, self.own_rates)
+        self.own_rates = self.restored.get("own_rates") or self._own_rates()
+        parameters = dict(self.model.named_parameters())
+        for names, ratio in self.own_rates:
+            apart = {id(parameters[name]) for name in names}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in apart]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in apart]
+                    optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
+        return optimizer
+
+    def _own_rates(self) -> list[tuple[list[str], float]]:
+        """Names of the parameters that have their own rate, and that rate as a multiple of the learning rate."""
+        rates = self.applied.own_rates()
+        if self.args.head_learning_rate is not None:
+            ratio = self.args.head_learning_rate / self.args.learning_rate
+            rates.append((head_parameters(self.applied.model), ratio))
+        names = {id(parameter): name for name, parameter in self.applied.model.named_parameters()}
+        return [([names[id(parameter)] for parameter in parameters], ratio) for parameters, ratio in rates]
 
     # ---- data ---------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from torch import nn
 
 import loralib
 from loralib.allocator import IMPORTANCES, PRUNE_BY, AllocatorSettings
-from loralib.initialisation import STARTS
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.layers import INITS
 from loralib.model import factors_of
@@ -51,20 +50,13 @@ LORA_MODULE = Flag(
 )  # fmt: skip
 LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
 _LORA_INIT = Flag(
-    "lora_init", Literal[(*INITS, *STARTS)], "gaussian",
-    "Initial factors: gaussian (the paper's; LoRA: its own), orthogonal, gradient or activation (from data).",
-)  # fmt: skip
-_LORA_INIT_BATCHES = Flag(
-    "lora_init_batches", int, 16, "Batches that --lora_init gradient or activation uses.", at_least_1,
-    "must be at least 1",
+    "lora_init", Literal[INITS], "gaussian", "Initial factors: gaussian (the paper's) or orthogonal.",
 )  # fmt: skip
 _PRECONDITION = Flag(
     "precondition", Literal[("none", *PRECONDITIONERS)], "none",
     "Gradients of the factors: balanced (RefLoRA), riemannian, or none.",
 )  # fmt: skip
 _LORA_FLAGS = (
-    _LORA_INIT,
-    _LORA_INIT_BATCHES,
     _PRECONDITION,
     Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.",
          lambda ratio: 0 < ratio < math.inf, "must be positive and finite"),
@@ -91,7 +83,6 @@ _ORTHOGONALITY = Flag(
 )  # fmt: skip
 _SINGULAR_VALUE_FLAGS = (
     _LORA_INIT,
-    _LORA_INIT_BATCHES,
     _ORTHOGONALITY,
     _PRECONDITION,
     _REG_ORTH_COEF,
@@ -139,20 +130,8 @@ def module_patterns(lora_module: str) -> list[str]:
     return [pattern.strip() for pattern in re.split(r",(?!\d*\})", lora_module)]
 
 
-def _check_start(args: Any, given: set[str]) -> None:
-    if "lora_init_batches" in given and args.lora_init not in STARTS:
-        raise UsageError(f"--lora_init_batches has no meaning with --lora_init {args.lora_init}: leave it out")
-
-
-def _check_lora(args: Any, given: set[str]) -> None:
-    _check_start(args, given)
-    if args.lora_init == "orthogonal":
-        raise UsageError("--lora_init orthogonal is for methods with singular values: LoRA keeps its own start")
-
-
 def _check_factors(args: Any, given: set[str]) -> None:
     """The start, the rates and the two ways to orthogonality."""
-    _check_start(args, given)
     for flag, value in (("orthogonality", "retraction"), ("value_lr_ratio", "auto")):
         if getattr(args, flag) == value and args.lora_init == "gaussian":
             raise UsageError(f"--{flag} {value} needs orthonormal factors: give --lora_init orthogonal")
@@ -197,7 +176,7 @@ def _inject(model: nn.Module, args: Any) -> None:
     kind: str = args.method
     options: dict[str, Any] = {}
     if kind != "lora":
-        options["init"] = "gaussian" if args.lora_init == "gaussian" else "orthogonal"
+        options["init"] = args.lora_init
     modules = encoder_modules(model, module_patterns(args.lora_module))
     if kind == "lora2":
         widths = widths_of(model, modules, args)
@@ -255,8 +234,6 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     except ValueError as error:
         raise UsageError(str(error)) from None
     applied = AppliedMethod(model, low_rank, statistics=lambda: statistics(model))
-    if args.lora_init in STARTS:
-        applied.start = (args.lora_init, args.lora_init_batches)
     applied.own_rates = lambda: _own_rates(model, args)
     return applied
 
@@ -264,7 +241,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 _PRUNING = [flag.name for flag in _SINGULAR_VALUE_FLAGS if flag.needs is _RANK_ALLOCATION]
 _ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
 METHODS = (
-    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, _check_lora, takes_warm_start=True),
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, takes_warm_start=True),
     Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_ranks, takes_warm_start=True),
     Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_scales, takes_warm_start=True),
 )

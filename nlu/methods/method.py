@@ -50,8 +50,6 @@ class AppliedMethod:
             default neither.
         gates: SoRA's, which close ranks without a budget, or None.
         callbacks: further steps of the method inside the training loop.
-        start: (kind, batches) of :func:`loralib.initialise`, called before the first step; None for factors that look
-            at no data.
         own_rates: gives (parameters, what the learning rate is multiplied by for them), asked for when the optimiser is
             made.
         statistics: gives numbers by name for the history, asked for at every logging step.
@@ -63,7 +61,6 @@ class AppliedMethod:
     low_rank: Any = None
     gates: Any = None
     callbacks: list[TrainerCallback] = field(default_factory=list)
-    start: tuple[str, int] | None = None
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
     statistics: Callable[[], dict[str, float]] = dict
     needs_autocast: bool = False

@@ -34,8 +34,7 @@ def flags_of(base_flags, folder, options):
 # Each case has several traits that could disturb a resume; test_killed_at_random_points has more of them at once.
 LEAN = "--gradient_accumulation_steps 3 --gradient_checkpointing True --no_fast_dropout True --no_fast_attention True"
 HALF = "--bf16 True --length_bucketing True --lora_dropout 0.2"
-PLUS = """--method lora2_plus --value_lr_ratio auto --head_first_epochs 1 --lora_init gradient
-    --lora_init_batches 2"""
+PLUS = "--method lora2_plus --head_learning_rate 1e-3"
 AUTO = "--lora_init orthogonal --value_lr_ratio auto --lora_k 4"
 SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda 8"
 
@@ -44,7 +43,7 @@ SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda
     "options, step",
     [
         pytest.param(f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8, id="in an epoch, evaluation at other steps"),
-        pytest.param(f"{STEPS} {PLUS}", 6, id="exact factors and a start of their own"),
+        pytest.param(f"{STEPS} {PLUS}", 6, id="exact factors, a rate of the head"),
         pytest.param(f"{STEPS} {AUTO}", 6, id="auto, whose factors the penalty lets drift"),
         pytest.param(f"{STEPS} --method padapter", 6, id="layers that are no update of a weight"),
         pytest.param(f"{STEPS} --method peft --peft_config adalora.json", 2, id="peft's allocation"),

@@ -22,13 +22,10 @@ METHODS = {
     ),
     "sora": ("stsb", 37, "--sora_lambda 8 --lora_alpha 32"),
     "bitfit": ("mrpc", 33, ""),
-    "lora2_plus": (
-        "mrpc", 33, "--lora_r 1 --lora_k 1 --lora_init gradient --head_first_epochs 2 --learning_rate 1e-3 "
-        "--adam_epsilon 1e-4",
-    ),
+    "lora2_plus": ("mrpc", 33, "--lora_r 1 --lora_k 1 --learning_rate 1e-3 --adam_epsilon 1e-4"),
 }  # fmt: skip
 
-# Under FSDP the two run that have factors, regulariser, allocator, head and a start of their own.
+# Under FSDP the two run that have factors, regulariser, allocator and exact factors.
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "fsdp": [
