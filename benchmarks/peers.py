@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loralib
 from loralib.fused import product
+from loralib.interop.precision import cast_frozen
 from nlu.fast import speed_up
 from nlu.model import head_modules
 
@@ -180,7 +181,7 @@ def build(peer: Peer, shape: Shape) -> Trained:
         for module in head:
             module.requires_grad_(True)
         if cast:
-            loralib.cast_frozen(model, torch.bfloat16, head=head)
+            cast_frozen(model, torch.bfloat16, head=head)
     model.to(shape.device)
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import loralib
-from loralib.peft_format import export_peft
+from loralib.interop.peft_format import export_peft
 
 LICENCE = Path(__file__).resolve().parents[1] / "LICENSE"
 LLAMA_LIKE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,5 +1,12 @@
 """Low-rank adaptation on one or more scales: LoRA, AdaLoRA and LoRA² layers, rank allocation, regularisation."""
 
+import importlib
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
 from loralib.adapter import (
     compact,
     load_adapter,
@@ -19,10 +26,7 @@ from loralib.injection import inject, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.learning_rates import parameter_groups
 from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
-from loralib.multi_adapter import MultiAdapter
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
-from loralib.peft_format import export_peft, import_peft
-from loralib.precision import cast_frozen
 from loralib.preconditioner import Preconditioner
 from loralib.training import LowRankTrainerMixin, LowRankTraining
 
@@ -36,7 +40,6 @@ __all__ = [
     "LoRALayer",
     "LowRankTrainerMixin",
     "LowRankTraining",
-    "MultiAdapter",
     "MultiScaleLinear",
     "OrthogonalityRegulariser",
     "Preconditioner",
@@ -44,11 +47,8 @@ __all__ = [
     "SVDLinear",
     "UpdateStatistics",
     "base_fingerprint",
-    "cast_frozen",
     "compact",
     "compute_orth_regu",
-    "export_peft",
-    "import_peft",
     "initialise",
     "inject",
     "load_adapter",
@@ -65,3 +65,50 @@ __all__ = [
     "unmerge_adapter",
     "update_statistics",
 ]
+
+# Old places of one release ago: a name of this package, or one of its modules -> the module that has it now.
+_MOVED_NAMES = {
+    "MultiAdapter": "loralib.interop.multi_adapter",
+    "cast_frozen": "loralib.interop.precision",
+    "export_peft": "loralib.interop.peft_format",
+    "import_peft": "loralib.interop.peft_format",
+}
+_MOVED_MODULES = {
+    "loralib.multi_adapter": "loralib.interop.multi_adapter",
+    "loralib.peft_adalora": "loralib.interop.peft_adalora",
+    "loralib.peft_format": "loralib.interop.peft_format",
+    "loralib.peft_method": "loralib.interop.peft_method",
+    "loralib.precision": "loralib.interop.precision",
+    "loralib.sharding": "loralib.interop.sharding",
+}
+
+
+def _from_new_place(old: str, new: str) -> ModuleType:
+    warnings.warn(f"{old} has moved: import it from {new}", DeprecationWarning, stacklevel=3)
+    return importlib.import_module(new)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MOVED_NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_from_new_place(f"loralib.{name}", _MOVED_NAMES[name]), name)
+
+
+class _MovedModules:
+    """Imports a module from its new place where its old one is asked for."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, cls) if name in _MOVED_MODULES else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        old = module.__name__
+        sys.modules[old] = _from_new_place(old, _MOVED_MODULES[old])
+
+
+sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]

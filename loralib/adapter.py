@@ -25,6 +25,7 @@ from loralib.adapter_checks import (
 )
 from loralib.adapter_files import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.injection import KINDS, refuse_compiled, replace_modules
+from loralib.interop.peft_heads import lost_in_peft
 from loralib.layers import LoRALayer
 from loralib.model import (
     check_shared,
@@ -37,7 +38,6 @@ from loralib.model import (
     refuse_sharded_factors,
     unwrapped,
 )
-from loralib.peft_heads import lost_in_peft
 
 # What torch.compile(module) and torch's checkpoint_wrapper put into the names of the modules inside.
 _INNER_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})

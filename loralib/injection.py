@@ -105,7 +105,7 @@ def _no_plain_linear(model: nn.Module) -> Iterator[tuple[str, str]]:
         if name and isinstance(module, nn.Linear) and not is_linear(module):
             kind = type(module).__name__
             refusal = f"{name} is a {kind}, and only nn.Linear itself can be replaced, not a subclass"
-            yield name, f"{refusal} (peft may adapt it: LoRA2Config of loralib.peft_method)"
+            yield name, f"{refusal} (peft may adapt it: LoRA2Config of loralib.interop.peft_method)"
         for own, parameter in module.named_parameters(recurse=False):
             stacked = not is_lazy(parameter) and parameter.dim() == 3 and len(parameter) > 1  # (1, n, d) are embeddings
             if stacked and not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):

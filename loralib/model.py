@@ -85,7 +85,7 @@ def refuse_sharded_factors(model: nn.Module) -> None:
     """Raises ValueError where a process has only a part of a factor."""
     if any(stored_form(factor) == "sharded" for factor in factors_of(model)):
         raise ValueError(
-            "the factors are sharded: use loralib.sharding.shard_frozen(), which splits the frozen weights alone"
+            "the factors are sharded: use loralib.interop.sharding.shard_frozen(), which splits frozen weights alone"
         )
 
 

@@ -22,8 +22,8 @@ from transformers import (
     get_scheduler,
 )
 
-import loralib
-from loralib.export import quiet_transformers
+from loralib.interop.export import quiet_transformers
+from loralib.interop.precision import cast_frozen
 from nlu.arguments import Arguments
 from nlu.data.tokens import check_tokenizer, longest_input
 from nlu.errors import UsageError, one_line, reason
@@ -251,7 +251,7 @@ def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
     training = arguments.training
     if training.bf16 and not applied.needs_autocast:
         try:
-            loralib.cast_frozen(applied.model, torch.bfloat16, head=head_modules(applied.model))
+            cast_frozen(applied.model, torch.bfloat16, head=head_modules(applied.model))
         except ValueError as error:
             raise UsageError(f"--bf16: {error}") from None
         training.bf16, training.mixed_precision = False, "no"

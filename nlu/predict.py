@@ -42,8 +42,8 @@ from transformers import (
 )
 
 import loralib
-from loralib.export import load_base_of, quiet_transformers, revision_of
 from loralib.files import open_new
+from loralib.interop.export import load_base_of, quiet_transformers, revision_of
 from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
 from nlu.data.tokens import check_room, check_tokenizer, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loralib import export
+from loralib.interop import export
 from nlu import arguments, compare, predict, report, sweep
 from nlu.experiments import release
 from nlu.experiments.cells import number

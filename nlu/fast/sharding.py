@@ -36,7 +36,7 @@ def without_accelerates_own() -> Iterator[None]:
 
 
 def shard(model: nn.Module, training: Any) -> None:
-    """Split the frozen weights over the processes, see :func:`loralib.sharding.shard_frozen`.
+    """Split the frozen weights over the processes, see :func:`loralib.interop.sharding.shard_frozen`.
 
     Args:
         training: the run's ``TrainingArguments``, which know the device.
@@ -44,7 +44,7 @@ def shard(model: nn.Module, training: Any) -> None:
     Raises:
         UsageError: where that cannot be done.
     """
-    from loralib.sharding import shard_frozen
+    from loralib.interop.sharding import shard_frozen
 
     try:
         shard_frozen(model, training.device.type)

@@ -2,7 +2,7 @@
 
 The layers are put into the model in place, without peft's wrapper, so that names, the head and everything else stay as
 for the other methods. AdaLoRA, the one method that acts inside the training loop, is driven by
-:class:`loralib.peft_adalora.AdaLoraTraining`.
+:class:`loralib.interop.peft_adalora.AdaLoraTraining`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
     if config.peft_type.value != "ADALORA":
         return AppliedMethod(model, needs_autocast=True)
-    from loralib.peft_adalora import AdaLoraTraining
+    from loralib.interop.peft_adalora import AdaLoraTraining
 
     loop = AdaLoraTraining(tuner)
     return AppliedMethod(model, loop, needs_autocast=True, pruned_params=loop.pruned_params)

@@ -18,7 +18,7 @@ from loralib.adapter_checks import check_start
 from loralib.adapter_files import AdapterConfig, read_adapter
 from loralib.exact_factors import ORTHONORMAL, deviation
 from loralib.files import write_json
-from loralib.peft_format import decompose
+from loralib.interop.peft_format import decompose
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod

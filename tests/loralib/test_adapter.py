@@ -14,6 +14,7 @@ from torch.nn.utils import prune
 
 import loralib
 from loralib.adapter import merge_into
+from loralib.interop.precision import cast_frozen
 from tests.loralib.small import INPUTS, Net, adapted, refused
 
 KINDS = [
@@ -89,9 +90,9 @@ def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2, tmp_pat
 @pytest.mark.parametrize("kind, options", KINDS)
 def test_every_kind_on_bfloat16_frozen_weights(tmp_path, kind, options):
     model, again, small = adapted(kind, **options), Net(), Net()
-    loralib.cast_frozen(model, torch.bfloat16)
+    cast_frozen(model, torch.bfloat16)
     loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
-    loralib.cast_frozen(again, torch.bfloat16)
+    cast_frozen(again, torch.bfloat16)
     assert torch.equal(again(INPUTS), model(INPUTS))
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     loralib.load_adapter(small, tmp_path / "a", compact=True)

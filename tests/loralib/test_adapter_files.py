@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import loralib
 from loralib.adapter import merge_into
-from loralib.peft_format import import_peft
+from loralib.interop.peft_format import import_peft
 from tests.loralib.small import INPUTS, Net, adapted, refused
 
 FOLDER = Path(__file__).parent / "adapters_v1"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import loralib
+from loralib.interop.precision import cast_frozen
 from nlu.methods.method import head_parameters, train_only
 from nlu.model import head_modules
 from tests.loralib.small import DEBERTA, SIZES, encoder, refused
@@ -75,7 +76,7 @@ def train(model, ids, labels, steps=10):
 def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
     model = adapted(encoder(model_type, ENCODERS[model_type]))
     half = copy.deepcopy(model)
-    loralib.cast_frozen(half, torch.bfloat16, head=head_modules(half))
+    cast_frozen(half, torch.bfloat16, head=head_modules(half))
     ids = torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 1, 0, 1])
     with torch.no_grad():
@@ -92,7 +93,7 @@ def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
 def test_what_takes_no_bfloat16_trains_in_float32_and_is_refused_otherwise(model_type):
     model = adapted(encoder(model_type, BERT, num_landmarks=4))
     with refused(REFUSED[model_type], model):
-        loralib.cast_frozen(model, torch.bfloat16, head=head_modules(model))
+        cast_frozen(model, torch.bfloat16, head=head_modules(model))
     ids = torch.randint(3, 50, (4, 16))
     assert torch.isfinite(model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss)
 

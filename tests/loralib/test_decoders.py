@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
-from loralib.peft_format import export_peft
+from loralib.interop.peft_format import export_peft
 from tests.loralib.small import randomise
 
 SIZES = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}

@@ -6,6 +6,7 @@ from torch import nn
 
 import loralib
 from loralib.exact_factors import deviation, deviations, inverse_root
+from loralib.interop.precision import cast_frozen
 from tests.loralib.small import blocks, factors_of, refused
 
 
@@ -74,7 +75,7 @@ def test_whatever_the_drift_retractions_bring_factors_back(size):
 )
 def test_a_thousand_steps_leave_factors_orthonormal(widths, share_outer, lr):
     model = model_of(widths, share_outer, features=(24, 16), count=2)
-    loralib.cast_frozen(model, torch.bfloat16)
+    cast_frozen(model, torch.bfloat16)
     exact = loralib.ExactFactors(model)
     optimizer = torch.optim.AdamW(loralib.parameter_groups(model, lr, value_lr_ratio=4), weight_decay=0.01)
     x = torch.randn(64, 24)

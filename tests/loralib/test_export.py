@@ -16,8 +16,8 @@ from transformers.utils import logging
 import loralib
 from loralib.adapter import merge_into
 from loralib.adapter_files import TOKENIZER_FILES
-from loralib.export import export_merged, main
-from loralib.peft_format import export_peft, import_peft
+from loralib.interop.export import export_merged, main
+from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import INPUTS, SIZES, Net, adapted, encoder, gpt2, largest_file, randomise, refused
 from tests.loralib.test_adapter_files import FOLDER
 

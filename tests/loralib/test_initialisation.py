@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import loralib
+from loralib.interop.precision import cast_frozen
 from tests.loralib.small import refused
 
 KINDS = [
@@ -220,7 +221,7 @@ def test_masked_tokens_and_unused_layers_do_not_count_and_weights_may_be_bfloat1
     before = [p.clone() for p in masked.unused["q"].lora_parameters()]
     mask = torch.tensor([1, 1, 1, 0, 0]).expand(4, 5)
     for model in (plain, masked):
-        loralib.cast_frozen(model, torch.bfloat16)
+        cast_frozen(model, torch.bfloat16)
     x = batches()[0].bfloat16()
     loralib.initialise(plain, "activation", [x[:, :3]], loss_of)
     loralib.initialise(masked, "activation", [{"x": x, "attention_mask": mask}], lambda m, b: loss_of(m, b["x"]))

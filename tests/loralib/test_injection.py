@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
 from loralib import injection
+from loralib.interop.multi_adapter import MultiAdapter
+from loralib.interop.peft_format import import_peft
 from tests.loralib import small
 from tests.loralib.small import adapted, encoder, refused
 
@@ -109,7 +111,7 @@ def test_a_layer_that_was_compiled_on_its_own_is_refused(tmp_path):
     for change in (
         lambda: loralib.inject(model, "lora", ["q"]),
         lambda: loralib.load_adapter(model, folder),
-        lambda: loralib.import_peft(model, tmp_path / "peft"),
+        lambda: import_peft(model, tmp_path / "peft"),
     ):
         with refused("layers.1.q was compiled on its own", model):
             change()
@@ -117,7 +119,7 @@ def test_a_layer_that_was_compiled_on_its_own_is_refused(tmp_path):
     model.compile(backend="eager")
     loralib.load_adapter(model, folder)
     torch.testing.assert_close(model(small.INPUTS), adapted()(small.INPUTS))
-    for use in (lambda m: loralib.MultiAdapter(m).load("a", folder), lambda m: loralib.merge_into(m, folder)):
+    for use in (lambda m: MultiAdapter(m).load("a", folder), lambda m: loralib.merge_into(m, folder)):
         model = small.Net()
         model.layers[1]["q"].compile(backend="eager")
         use(model)  # which replaces no layer

@@ -9,8 +9,8 @@ from torch.nn.utils import prune
 
 import loralib
 from loralib.adapter import merge_into
+from loralib.interop.peft_format import export_peft
 from loralib.model import keep_flags
-from loralib.peft_format import export_peft
 from tests.loralib.small import INPUTS, Net, adapted, gpt2, refused
 
 

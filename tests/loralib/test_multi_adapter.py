@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 import loralib
-from loralib.multi_adapter import _join
+from loralib.interop.multi_adapter import MultiAdapter, _join
 from tests.loralib.small import DEBERTA, INPUTS, SIZES, Net, adapted, encoder, gpt2, refused
 
 
@@ -39,7 +39,7 @@ def test_switching_and_mixing_leave_the_base_alone(three):
     base = encoder()
     before = {n: t.clone() for n, t in base.state_dict().items()}
     types, bare = [type(m) for m in base.modules()], base(IDS).logits
-    adapters = loralib.MultiAdapter(base)
+    adapters = MultiAdapter(base)
     for name, (folder, _) in three.items():
         adapters.load(name, folder)
     assert adapters.names == list(three) and adapters.active is None
@@ -69,7 +69,7 @@ def test_switching_and_mixing_leave_the_base_alone(three):
 
 
 def test_threads_that_mix_rows_take_turns(three):
-    adapters = loralib.MultiAdapter(encoder())
+    adapters = MultiAdapter(encoder())
     for name in ("lora2", "lora"):
         adapters.load(name, three[name][0])
     wrong = []
@@ -93,7 +93,7 @@ def test_threads_that_mix_rows_take_turns(three):
 
 
 def test_names_are_checked(three):
-    adapters = loralib.MultiAdapter(encoder())
+    adapters = MultiAdapter(encoder())
     adapters.load("lora", three["lora"][0])
     for bad, says in [
         (lambda: adapters.load("lora", three["lora2"][0]), "loaded already"),
@@ -111,10 +111,10 @@ def test_names_are_checked(three):
     with torch.no_grad():
         other.bert.embeddings.word_embeddings.weight.mul_(1.1)
     with pytest.raises(ValueError, match="weights are not those"):
-        loralib.MultiAdapter(other).load("lora", three["lora"][0])
+        MultiAdapter(other).load("lora", three["lora"][0])
     loralib.inject(other, "lora", ["query"])
     with pytest.raises(ValueError, match="plain base"):
-        loralib.MultiAdapter(other)
+        MultiAdapter(other)
 
 
 def test_a_trained_embedding_also_changes_the_output_layer_that_is_tied_to_it(tmp_path):
@@ -122,7 +122,7 @@ def test_a_trained_embedding_also_changes_the_output_layer_that_is_tied_to_it(tm
     compiled, ids = torch.compile(base, backend="eager"), IDS[:6]
     with torch.no_grad():
         bare, expected = compiled(ids).logits, model(ids).logits
-        adapters = loralib.MultiAdapter(base)
+        adapters = MultiAdapter(base)
         adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
         assert torch.equal(compiled(ids).logits, bare)
         adapters.activate("a")
@@ -134,7 +134,7 @@ def test_a_trained_embedding_also_changes_the_output_layer_that_is_tied_to_it(tm
 def test_what_no_hook_can_change_is_refused(tmp_path, trained):
     model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.ParameterList([torch.ones(8)])])
     model.requires_grad_(False).get_parameter(trained).requires_grad_(True)
-    folder, adapters = loralib.save_adapter(model, tmp_path / "a"), loralib.MultiAdapter(model)
+    folder, adapters = loralib.save_adapter(model, tmp_path / "a"), MultiAdapter(model)
     with refused(f"{trained}, of a module that is never called", model):
         adapters.load("a", folder)
     assert adapters.names == []
@@ -158,7 +158,7 @@ def test_rows_on_other_architectures(tmp_path, model_type, sizes, modules, head)
         alone[name] = [model(ids) for ids in batches]
     base = encoder(model_type, sizes)
     alone[None] = [base(ids) for ids in batches]
-    adapters = loralib.MultiAdapter(base)
+    adapters = MultiAdapter(base)
     for name in "ab":
         adapters.load(name, tmp_path / name)
     rows = ["a", "b", None, "b", "a", "a"]
@@ -174,7 +174,7 @@ def test_rows_on_other_architectures(tmp_path, model_type, sizes, modules, head)
 @pytest.fixture
 def two(tmp_path):
     """Adapters "a" and "b" on a classifier that returns a cache, in float64: kernels round by the number of rows."""
-    adapters = loralib.MultiAdapter(encoder("llama", pad_token_id=0).double())
+    adapters = MultiAdapter(encoder("llama", pad_token_id=0).double())
     for r, name in enumerate("ab", 2):
         model = adapted("lora", ["q_proj", "v_proj"], r, encoder("llama", pad_token_id=0).double(), "score")
         adapters.load(name, loralib.save_adapter(model, tmp_path / name))
@@ -239,7 +239,7 @@ def test_equal_numbers_of_parts_pass_for_none_of_the_whole():
 
 def test_a_compiled_model_is_looked_through(tmp_path):
     model, base = adapted(), Net()
-    adapters = loralib.MultiAdapter(torch.compile(base, backend="eager"))
+    adapters = MultiAdapter(torch.compile(base, backend="eager"))
     adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
     rows = [None, "a"] * (len(INPUTS) // 2)
     expected = torch.stack([(model if name else Net())(row[None])[0] for name, row in zip(rows, INPUTS, strict=False)])
@@ -249,7 +249,7 @@ def test_a_compiled_model_is_looked_through(tmp_path):
 def test_run_may_be_compiled_whole(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5))
     loralib.inject(model, "lora2", ["0"], r=2, k=2)
-    adapters = loralib.MultiAdapter(nn.Sequential(nn.Linear(6, 5)).eval())
+    adapters = MultiAdapter(nn.Sequential(nn.Linear(6, 5)).eval())
     adapters.load("a", loralib.save_adapter(model, tmp_path / "a"), allow_other_base=True)
     compiled = torch.compile(lambda x: adapters.run(["a"] * 3, x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(INPUTS), adapters.run(["a"] * 3, INPUTS))
@@ -257,7 +257,7 @@ def test_run_may_be_compiled_whole(tmp_path):
 
 def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
     model = adapted(lora_dropout=0.5)
-    adapters = loralib.MultiAdapter(base := Net().requires_grad_(False).train())
+    adapters = MultiAdapter(base := Net().requires_grad_(False).train())
     adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
     adapters.activate("a")
     torch.testing.assert_close(base(INPUTS), model(INPUTS))
@@ -291,7 +291,7 @@ def test_hooks_of_one_s_own_see_what_the_adapter_gives(tmp_path, name, early):
     loralib.load_adapter(loaded, folder)
     if early:
         add_hooks(served)
-    adapters = loralib.MultiAdapter(served)
+    adapters = MultiAdapter(served)
     adapters.load("a", folder)
     if not early:
         add_hooks(served)
@@ -304,7 +304,7 @@ def test_a_parameter_of_a_module_that_holds_others_is_refused(tmp_path):
     """To run such a module twice would advance its cache twice."""
     model = encoder()
     model.bert.encoder.layer[0].register_parameter("decay", nn.Parameter(torch.ones(2)))
-    adapters = loralib.MultiAdapter(model)
+    adapters = MultiAdapter(model)
     model.requires_grad_(False).bert.encoder.layer[0].decay.requires_grad_(True)
     folder = loralib.save_adapter(model, tmp_path / "a")
     with refused("layer.0.decay of a module with modules of its own", model):
@@ -321,7 +321,7 @@ def test_a_bias_that_a_called_layer_holds_too_is_switched(tmp_path):
         return BertForMaskedLM(BertConfig(**sizes)).eval()
 
     model, served = adapted(modules=["query"], model=base(), head="cls", k=2), base()
-    adapters = loralib.MultiAdapter(served)
+    adapters = MultiAdapter(served)
     adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
     adapters.activate("a")
     torch.testing.assert_close(served(IDS).logits, model(IDS).logits)

@@ -10,8 +10,8 @@ from peft.tuners.adalora import RankAllocator
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from loralib.export import main
-from loralib.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
+from loralib.interop.export import main
+from loralib.interop.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
 from tests.loralib.small import gpt2
 from tests.nlu.tiny import tiny_bert
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import loralib
-from loralib.peft_method import LORA2, LoRA2Config, LoRA2Layer
+from loralib.interop.peft_method import LORA2, LoRA2Config, LoRA2Layer
 from tests.loralib.small import INPUTS, Linear4bit, Net, gpt2, randomise, refused
 
 SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import loralib
+from loralib.interop.precision import cast_frozen
 from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, randomise, refused
 
 
@@ -16,7 +17,7 @@ def test_a_dtype_or_head_that_is_none_is_refused():
         (torch.bfloat16, nn.Linear(16, 3), "not a module of the model"), (torch.int8, (), "floating"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=says):
-            loralib.cast_frozen(tiny(), dtype, head)
+            cast_frozen(tiny(), dtype, head)
 
 
 # ---- whatever else trains ------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ IDS = torch.arange(24).reshape(4, 6) % 20
 def check_against_float32(model, call=lambda model: model(IDS), logits=torch.float32, atol=0.05, head="head"):
     """Gradients exist, are float32, finite and within 5 % of the float32 model's; returns the cast model."""
     half = copy.deepcopy(model)
-    loralib.cast_frozen(half, torch.bfloat16, head=half.get_submodule(head))
+    cast_frozen(half, torch.bfloat16, head=half.get_submodule(head))
     outputs = [call(m) for m in (model, half)]
     assert outputs[1].dtype == logits
     torch.testing.assert_close(outputs[1].float(), outputs[0], rtol=0, atol=atol)
@@ -151,16 +152,16 @@ def test_a_weight_shared_with_a_module_that_trains():
 @pytest.mark.parametrize("also", [("head",), ("head", "norm")])
 def test_a_further_call_changes_nothing_but_what_trains_by_then(also):
     once, twice = tiny(also=also), tiny(also=also)
-    loralib.cast_frozen(once, torch.bfloat16, once.head)
+    cast_frozen(once, torch.bfloat16, once.head)
     for _ in range(3):
-        loralib.cast_frozen(twice, torch.bfloat16, twice.head)
+        cast_frozen(twice, torch.bfloat16, twice.head)
     assert torch.equal(once(IDS), twice(IDS))
     for a, b in zip(once.modules(), twice.modules(), strict=True):
         assert len(a._forward_pre_hooks) == len(b._forward_pre_hooks) <= 1
         assert len(a._forward_hooks) == len(b._forward_hooks) <= 1
     twice.blocks.requires_grad_(False)
     twice.embeddings.requires_grad_(True)
-    loralib.cast_frozen(twice, torch.bfloat16, twice.head)
+    cast_frozen(twice, torch.bfloat16, twice.head)
     assert twice.blocks[0].norm1.weight.dtype == torch.bfloat16
     twice(IDS).sum().backward()
     assert twice.embeddings.weight.grad.dtype == torch.float32
@@ -176,7 +177,7 @@ def test_inputs_may_be_floating_point(stem):
     model[3].requires_grad_(True)
     x = torch.randn(5, 16)
     expected = model(x)
-    loralib.cast_frozen(model, torch.bfloat16, model[3])
+    cast_frozen(model, torch.bfloat16, model[3])
     torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
     model(x).sum().backward()
     assert model[1].lora_E.grad.dtype == torch.float32
@@ -186,7 +187,7 @@ def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
     """As in transformers' models of text, which say that token ids come in."""
     model = tiny()
     model.main_input_name = "input_ids"
-    loralib.cast_frozen(model, torch.bfloat16, model.head)
+    cast_frozen(model, torch.bfloat16, model.head)
     assert [name for name, m in model.named_modules() if m._forward_hooks] == ["head"]
     assert all(loralib.layers._call_me in m._forward_pre_hooks.values() for m in loralib.lora_layers(model).values())
     hooked = [
@@ -198,7 +199,7 @@ def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_that_is_moved_since_computes_in_its_new_dtype(dtype):
     model, ids = tiny(also=("head", "blocks.0.norm2")), torch.arange(12).view(3, 4)
-    loralib.cast_frozen(model, torch.bfloat16, model.head)
+    cast_frozen(model, torch.bfloat16, model.head)
     expected = model(ids)
     found = model.to(dtype)(ids)
     assert found.dtype == dtype
@@ -222,25 +223,25 @@ def test_float32_buffers_meet_the_hidden_values(norm, training):
     model.register_buffer("positions", torch.randn(6, 16))
     model.embeddings.register_buffer("scale", torch.tensor(4.0))
     check_against_float32(model.train(training), atol=0.1)
-    loralib.cast_frozen(model, torch.bfloat16, model.head)
+    cast_frozen(model, torch.bfloat16, model.head)
     assert model.embeddings.weight.dtype == torch.bfloat16
 
 
 def test_a_merged_layer_takes_a_float32_bias():
     model = tiny(bias="lora_only").eval()
-    loralib.cast_frozen(model, torch.bfloat16, model.head)
+    cast_frozen(model, torch.bfloat16, model.head)
     with torch.no_grad():
         before = model(IDS)
         loralib.merge_adapter(model)
         torch.testing.assert_close(model(IDS), before, rtol=0, atol=0.05)
     with refused("unmerge before the cast", model):
-        loralib.cast_frozen(model, torch.bfloat16, model.head)
+        cast_frozen(model, torch.bfloat16, model.head)
 
 
 def test_a_pooler_inside_the_encoder_belongs_to_the_head():
     """BERT's pooler, trained, lies before the classifier and inside the encoder: nothing between them is rounded."""
     model = adapted("lora2", ["query", "value"], 4, encoder(), "bert.pooler", k=2)
-    loralib.cast_frozen(model, torch.bfloat16, [model.bert.pooler, model.classifier])
+    cast_frozen(model, torch.bfloat16, [model.bert.pooler, model.classifier])
     seen = []
     model.bert.pooler.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     assert model(torch.arange(14).view(2, 7)).logits.dtype == torch.float32 and seen == [torch.float32]

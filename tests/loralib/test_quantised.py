@@ -11,6 +11,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, qua
 from torchao.quantization.granularity import PerGroup
 
 import loralib
+from loralib.interop.precision import cast_frozen
 from tests.loralib.small import Linear4bit, randomise, refused
 
 
@@ -141,7 +142,7 @@ def test_merging_and_casting_are_refused_and_pruned_whole_the_layer_is_its_base(
     with pytest.raises(ValueError, match="the weight is quantised"):
         model[0].merge()
     with pytest.raises(ValueError, match=r"0\.weight is quantised: cast the plain model"):
-        loralib.cast_frozen(model, torch.bfloat16)
+        cast_frozen(model, torch.bfloat16)
     assert torch.equal(model[0].lora_E, before) and not model[0].merged
     for layer in loralib.lora_layers(model).values():
         layer.keep_singular_values([])

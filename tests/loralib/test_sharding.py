@@ -7,7 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 import loralib
-from loralib.sharding import shard_frozen
+from loralib.interop.precision import cast_frozen
+from loralib.interop.sharding import shard_frozen
 from loralib.stored_weight import stored_form
 from tests.loralib.small import INPUTS, Net, adapted, refused
 
@@ -62,8 +63,8 @@ def test_a_vision_transformer_has_an_embedding_without_a_weight(group):
 def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, group):
     whole, sharded = decoder(tied, checkpointing), decoder(tied, checkpointing)
     if dtype != torch.float32:
-        loralib.cast_frozen(whole, dtype)
-        loralib.cast_frozen(sharded, dtype)
+        cast_frozen(whole, dtype)
+        cast_frozen(sharded, dtype)
     fingerprint = loralib.base_fingerprint(sharded)
     shard_frozen(sharded)
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import loralib
 from loralib.adapter_files import CONFIG_FILE, WEIGHTS_FILE, _config_digest
-from loralib.peft_format import import_peft
+from loralib.interop.peft_format import import_peft
 from tests.loralib.small import Net, assert_unchanged, refused, state_of
 
 MANY = settings(

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loralib
+from loralib.interop.precision import cast_frozen
 from nlu.errors import UsageError
 from nlu.methods.bottleneck import BottleneckAdapter, add_adapters
 from nlu.methods.sora import ProximalGates, inject_sora, soft_threshold_
@@ -40,7 +41,7 @@ def test_beside_bfloat16_weights_the_bottleneck_computes_in_float32():
         torch.nn.init.normal_(parameter, std=0.3)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64).requires_grad_(False), adapter)
     expected = x + (adapter(x.float()) - x.float()).bfloat16()
-    loralib.cast_frozen(model, torch.bfloat16)
+    cast_frozen(model, torch.bfloat16)
     assert torch.equal(adapter(x), expected)
 
 

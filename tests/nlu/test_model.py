@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from loralib.export import export_merged
+from loralib.interop.export import export_merged
 from nlu import predict as predict_program
 from nlu.model import choose_head
 from nlu.run_glue import main

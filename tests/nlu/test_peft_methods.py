@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft.tuners.adalora import AdaLoraModel
 
-from loralib.peft_adalora import AdaLoraTraining
+from loralib.interop.peft_adalora import AdaLoraTraining
 from nlu.methods.method import AppliedMethod
 from nlu.methods.peft_methods import inject_peft, make_peft_config
 from nlu.run_glue import main

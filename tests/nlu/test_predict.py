@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 
 import loralib
-from loralib.export import export_merged
+from loralib.interop.export import export_merged
 from nlu import predict, run_glue
 from nlu.data.file_formats import Row, open_table
 from nlu.errors import UsageError

@@ -11,8 +11,8 @@ import torch
 
 import loralib
 from loralib.adapter_files import CONFIG_FILE, _config_digest
-from loralib.export import load_base
 from loralib.files import new_folder_of
+from loralib.interop.export import load_base
 from nlu import predict
 from nlu.run_glue import main
 from nlu.runs.checkpoints import MANIFEST, seal

@@ -27,7 +27,7 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
 
     Args:
         model: the same on every process, its low-rank layers in place and its ``requires_grad`` flags set, which stay
-            as they are. Call :func:`loralib.cast_frozen` before this.
+            as they are. Call :func:`loralib.interop.precision.cast_frozen` before this.
         device_type: of the devices on which the processes compute, ``"cpu"`` or ``"cuda"``.
 
     Raises:

@@ -39,9 +39,9 @@ from loralib.adapter_files import (
 from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.files import FolderWriter
 from loralib.injection import KINDS
+from loralib.interop.peft_heads import modules_to_save, task_type_of
 from loralib.layers import GAUSSIAN_STD
 from loralib.model_card import peft_card
-from loralib.peft_heads import modules_to_save, task_type_of
 
 PREFIX = "base_model.model."
 # What a LoRA's configuration takes over from an AdaLoRA's.

@@ -1,6 +1,6 @@
 """LoRA² as a method of the peft package. Importing this module registers it; peft >= 0.18 must be installed.
 
-    import loralib.peft_method as lora2
+    import loralib.interop.peft_method as lora2
     model = peft.get_peft_model(base, lora2.LoRA2Config(r=8, k=8, target_modules=["query", "value"]))
 
 ``save_pretrained``, ``from_pretrained``, ``merge_and_unload`` and several adapters work as for peft's own methods, also
@@ -267,7 +267,7 @@ class LoRA2Model(BaseTuner):
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> nullcontext:
         """peft calls this before each forward pass with what the model itself does not get."""
         if adapter_names is not None:
-            raise ValueError("LoRA² takes no adapter_names: use set_adapter(), or loralib.MultiAdapter for mixed rows")
+            raise ValueError("LoRA² takes no adapter_names: use set_adapter(), or MultiAdapter for mixed rows")
         return nullcontext()
 
     def compact(self, adapter_name: str = "default") -> dict[str, int]:
