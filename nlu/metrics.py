@@ -27,15 +27,6 @@ def _correlation(function: Callable, references: np.ndarray, predictions: np.nda
     return value if np.isfinite(value) else 0.0
 
 
-# What --metric calls a metric -> its key in records.
-METRICS = {
-    "accuracy": "accuracy",
-    "f1": "f1",
-    "macro-f1": "macro_f1",
-    "matthews": "matthews_correlation",
-    "pearson": "pearson",
-    "spearman": "spearmanr",
-}
 # Each of (references, predictions); a class that is neither there nor predicted has an F1 of 0.
 _macro_f1 = partial(f1_score, average="macro", zero_division=0)
 _FUNCTIONS = {

@@ -10,6 +10,16 @@ from nlu.errors import UsageError
 
 T = TypeVar("T")
 
+# What --metric calls a metric -> its key in records.
+METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "macro-f1": "macro_f1",
+    "matthews": "matthews_correlation",
+    "pearson": "pearson",
+    "spearman": "spearmanr",
+}
+
 
 @dataclass(frozen=True)
 class Task:

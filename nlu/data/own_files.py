@@ -12,8 +12,7 @@ from datasets import Dataset
 from nlu.data.file_formats import Table, names_shown, open_binary, open_table, read_table, shown
 from nlu.data.glue import as_number, build_dataset
 from nlu.errors import UsageError
-from nlu.metrics import METRICS
-from nlu.tasks import TASKS, Task
+from nlu.tasks import METRICS, TASKS, Task
 
 _TEXT_COLUMNS = tuple(dict.fromkeys([*(task.text_fields for task in TASKS.values()), ("text",)]))
 _CODE = re.compile(r"\s*[+-]?[0-9]+\s*")
