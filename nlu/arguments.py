@@ -18,8 +18,7 @@ from nlu.argument_checks import REFUSED_FLAGS, check_given, check_values, one_de
 from nlu.errors import OneLineParser, UsageError, reason, refuse_unknown_flags
 from nlu.json_yaml import parse_yaml
 from nlu.methods.registry import MethodArguments, MethodChoice
-from nlu.metrics import METRICS
-from nlu.tasks import TASKS
+from nlu.tasks import METRICS, TASKS
 
 _SVD = ("adalora", "lora2")  # what the published --lora_type svd can mean
 _RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
