@@ -28,7 +28,8 @@ from loralib.learning_rates import parameter_groups
 from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
 from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
 from loralib.preconditioner import Preconditioner
-from loralib.training import LowRankTrainerMixin, LowRankTraining
+from loralib.recipes.trainer import LowRankTrainerMixin
+from loralib.training import LowRankTraining
 
 __version__ = VERSION
 

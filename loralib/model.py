@@ -174,19 +174,24 @@ def check_shared(model: nn.Module) -> None:
                 )
 
 
-def head_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters that are no factors, and the saved buffers that training changes, by name: those of modules
-    that own such a parameter, and running statistics. A merged layer's weight is the one without the update, as in its
-    state dict."""
-    factors = set(map(id, factors_of(model)))
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that train, one that has several names once, and the saved buffers that training changes, by name:
+    those of modules that own such a parameter, and running statistics. A merged layer's weight is the one without the
+    update, as in its state dict."""
     found: dict[str, Tensor] = {}
     owners = {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in factors:
+        if parameter.requires_grad:
             found[name] = state.get(name, parameter)
             owners.add(name.rpartition(".")[0])
     return found | {n: b for n, b in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}
+
+
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """:func:`trained_tensors` without the low-rank factors."""
+    factors = set(map(id, factors_of(model)))
+    return {name: tensor for name, tensor in trained_tensors(model).items() if id(tensor) not in factors}
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Regulariser and rank allocation in any training loop: a helper for plain loops, a mix-in for transformers' Trainer.
+"""Regulariser and rank allocation in any training loop; for transformers' Trainer there is a mix-in in
+:mod:`loralib.recipes.trainer`.
 
 A plain loop adds four lines::
 
@@ -10,23 +11,14 @@ A plain loop adds four lines::
         optimizer.step()
         low_rank.after_step()                 # before the gradients are cleared
         optimizer.zero_grad()
-
-and a transformers Trainer as well::
-
-    class MyTrainer(LowRankTrainerMixin, Trainer): ...
-    trainer = MyTrainer(model=model, low_rank=LowRankTraining(model, target_rank=4), ...)
-
-transformers is imported only when a trainer is made.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from loralib.allocator import AllocatorSettings, RankAllocator
@@ -36,12 +28,6 @@ from loralib.model import check_shared, factors_of, lora_layers, trained_svd_lay
 from loralib.orthogonality import OrthogonalityRegulariser
 from loralib.preconditioner import PRECONDITIONERS, Preconditioner
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the class that the mix-in is put before brings the Trainer
-
-STATE_FILE = "low_rank.pt"
 ORTHOGONALITIES = ("penalty", "retraction")
 
 
@@ -250,97 +236,3 @@ class LowRankTraining:
             self.allocator.load_state_dict(state["allocator"])
         self.step = state["step"]
         self._saved = state if self.total_steps is None else None
-
-
-class LowRankTrainerMixin(_Trainer):
-    """Put before transformers' Trainer (or a subclass) in the bases of a class.
-
-    Adds the regulariser to the training loss, drives the allocator after every optimiser step, and carries its state
-    in the checkpoints, so that ``resume_from_checkpoint`` goes on where it was.
-
-    Evaluating and saving change nothing: between two maskings the weights are scored and saved as they are. The last
-    step of a training masks, so that the final ranks are the target.
-
-    Args:
-        low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
-            ``penalty``, ``before_step``, ``after_step``, ``state_dict``, ``load_state_dict``, ``step`` and
-            ``total_steps`` (None until they are known) will do.
-        args, kwargs: the Trainer's.
-    """
-
-    def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.low_rank = low_rank
-        self.add_callback(_loop_callback(low_rank))
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The Trainer's loss plus the penalty, which counts once for each optimiser step."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not model.training:
-            return result
-        from transformers import Trainer
-
-        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. transformers
-        # newer than 5.12 lets a subclass say so of its own loss.
-        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
-        if scaled is None:
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-        penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
-        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Overridden because safetensors refuses a tensor with two names: a shared factor is written once."""
-        model = self.accelerator.unwrap_model(self.model)
-        factors, first = set(map(id, factors_of(model))), {name for name, _ in model.named_parameters()}
-        named = model.named_parameters(remove_duplicate=False)
-        if further := {name for name, p in named if id(p) in factors and name not in first}:
-            state = model.state_dict() if state_dict is None else state_dict
-            state_dict = {name: tensor for name, tensor in state.items() if name not in further}
-        super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Overridden because the Trainer's checkpoint has no public place for a further state.
-
-        ``on_save`` comes too late for a subclass that writes its checkpoints as a whole.
-        """
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            torch.save(self.low_rank.state_dict(), os.path.join(output_dir, STATE_FILE))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            path = os.path.join(checkpoint, STATE_FILE)
-            if not os.path.isfile(path):
-                raise ValueError(f"{path} is missing: go on from a checkpoint that was written without save_only_model")
-            if self.low_rank.total_steps not in (None, self.state.max_steps):
-                self.low_rank.start(self.state.max_steps)  # as on_train_begin did in the first run
-            self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _loop_callback(low_rank: LowRankTraining) -> Any:
-    from transformers import TrainerCallback
-
-    class LoopCallback(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            model = kwargs["model"]
-            if not set(lora_layers(getattr(low_rank, "model", model)).values()) <= set(model.modules()):
-                raise ValueError("low_rank was made for another model than the Trainer trains: make it for that one, "
-                                 "and give the Trainer model=, not model_init=")  # fmt: skip
-            resumed = state.global_step > 0 and low_rank.total_steps is not None
-            fresh = low_rank.step == 0 and low_rank.total_steps == state.max_steps
-            if not resumed and not fresh:
-                low_rank.start(state.max_steps)
-
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            low_rank.before_step()
-
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            low_rank.after_step()
-
-    return LoopCallback()

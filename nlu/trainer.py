@@ -29,7 +29,6 @@ from nlu.runs.checkpoints import (
     read_progress,
     restore_progress,
     write_checkpoint,
-    write_trained,
 )  # fmt: skip
 from nlu.runs.finite import FiniteWatch, trained_are_finite
 from nlu.runs.machine import peak_memory_bytes
@@ -371,24 +370,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         super().log(logs, *args, **kwargs)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Overridden to write only what trains: the Trainer writes the frozen base with every checkpoint."""
-        if not self.args.should_save:
-            return
-        write_trained(self.model, Path(output_dir or self.args.output_dir), state_dict)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Overridden because frozen weights are missing from a checkpoint by design, of which the Trainer warns.
-
-        Raises:
-            RunError: for a parameter in the checkpoint that the model lacks.
-        """
-        if load_result.unexpected_keys:
-            raise RunError(
-                f"the checkpoint holds a parameter that this model lacks ({load_result.unexpected_keys[0]}): delete "
-                f"{self.args.output_dir} to train again"
-            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Overridden to write a checkpoint beside its final place and rename it when it is whole.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from loralib.allocator import check_schedule, most_important
-from loralib.training import STATE_FILE
+from loralib.recipes.trainer import STATE_FILE
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: what one holds, how it is written whole, and how a damaged one is known.
 
-A folder ``checkpoint-STEP`` holds ``model.safetensors`` (the parameters that train; one that layers share is stored
-once), the Trainer's own files (``trainer_state.json``, optimiser, schedule, scaler and random numbers), ``progress.pt``
-(the running loss and the time, which the Trainer does not save), and ``manifest.json`` with the digest of each file.
+A folder ``checkpoint-STEP`` holds ``trained.safetensors`` and ``low_rank.pt`` (see loralib/recipes/trainer.py), the
+Trainer's own files (``trainer_state.json``, optimiser, schedule, scaler and random numbers), ``progress.pt`` (the
+running loss and the time, which the Trainer does not save), and ``manifest.json`` with the digest of each file.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -75,15 +73,6 @@ def write_checkpoint(trainer: Any, final: Path) -> None:
         seal(final)
         rotate(final.parent, trainer.checkpoint_limit, {final, Path(state.best_model_checkpoint or final)})
     wait_for_all()
-
-
-def write_trained(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the parameters that train; their values are those of ``state_dict`` where it is given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    if state_dict is not None:
-        trained = {name: state_dict[name] for name in trained}
-    save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_singular_values_have_their_own_learning_rate(base_flags, tmp_path):
     for ratio in ("1", "4"):
         run = tmp_path / ratio
         assert main([*flags, "--value_lr_ratio", ratio, "--root_output_dir", str(run)]) == 0
-        weights[ratio] = load_file(run / "model/checkpoint-1/model.safetensors")
+        weights[ratio] = load_file(run / "model/checkpoint-1/trained.safetensors")
     for name, one in weights["1"].items():  # the first step is proportional to the rate
         if name.endswith("lora_E"):
             torch.testing.assert_close(weights["4"][name], 4 * one, rtol=1e-3, atol=1e-6)

@@ -108,7 +108,7 @@ def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, 
         assert main(flags) == 0
     assert [r.message for r in caplog.records if "new output layer" in r.message][1:] == []
     assert any("new output layer" in r.message for r in caplog.records)
-    weights = load_file(run / "model" / "checkpoint-2" / "model.safetensors")
+    weights = load_file(run / "model" / "checkpoint-2" / "trained.safetensors")
     saved = load_file(folder / "model.safetensors")
     width = 1 if task == "stsb" else len(get_task(task).labels)
     assert weights["classifier.weight"].shape == (width, 16) and weights["classifier.weight"].abs().max() < 0.2

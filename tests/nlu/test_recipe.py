@@ -29,7 +29,7 @@ def run(flags, folder, *more):
 
 
 def weights(folder, step):
-    return load_file(folder / f"model/checkpoint-{step}/model.safetensors")
+    return load_file(folder / f"model/checkpoint-{step}/trained.safetensors")
 
 
 PLUS = ["--method", "lora2_plus"]

@@ -17,7 +17,8 @@ from tests.nlu.tiny import REPOSITORY
 TRIED = ("5.12.0", "5.24.0")
 OVERRIDDEN = {
     "_get_train_sampler": "train_dataset",
-    "_issue_warnings_after_load": "load_result",
+    "_load_best_model": "",
+    "_load_from_checkpoint": "resume_from_checkpoint model",
     "_load_optimizer_and_scheduler": "checkpoint",
     "_maybe_log_save_evaluate": "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
     "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "

@@ -1,0 +1,165 @@
+"""A mix-in for transformers' Trainer: the regulariser, the allocator, and checkpoints of what trains.
+
+    class MyTrainer(LowRankTrainerMixin, Trainer): ...
+    trainer = MyTrainer(model=model, low_rank=LowRankTraining(model, target_rank=4), args=args, train_dataset=rows)
+
+A checkpoint holds, beside the Trainer's own files,
+
+    trained.safetensors   the parameters that train and the buffers that training changes, by the model's own names: a
+                          resume and ``load_best_model_at_end`` read this file, so that the names under which
+                          transformers saves a model do not matter. The frozen base is not written.
+    low_rank.pt           the state of ``low_rank``.
+
+transformers is imported only when a trainer is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from loralib.model import lora_layers, trained_tensors, unwrapped
+from loralib.training import LowRankTraining
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the class that the mix-in is put before brings the Trainer
+
+STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
+
+
+class LowRankTrainerMixin(_Trainer):
+    """Put before transformers' Trainer (or a subclass) in the bases of a class.
+
+    Adds the regulariser to the training loss, drives the allocator after every optimiser step, and carries its state
+    in the checkpoints, so that ``resume_from_checkpoint`` goes on where it was.
+
+    Evaluating and saving change nothing: between two maskings the weights are scored and saved as they are. The last
+    step of a training masks, so that the final ranks are the target. ``save_model()`` writes what a checkpoint holds of
+    the model; :func:`loralib.save_adapter` writes an adapter.
+
+    Args:
+        low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
+            ``penalty``, ``before_step``, ``after_step``, ``state_dict``, ``load_state_dict``, ``step`` and
+            ``total_steps`` (None until they are known) will do.
+        args, kwargs: the Trainer's.
+    """
+
+    def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.low_rank = low_rank
+        self.add_callback(_loop_callback(low_rank))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's loss plus the penalty, which counts once for each optimiser step."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return result
+        from transformers import Trainer
+
+        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. transformers
+        # newer than 5.12 lets a subclass say so of its own loss.
+        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+        penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
+        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Overridden to write what trains, once, under the model's own names; of a PeftModel its adapter too."""
+        folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
+        if hasattr(model, "peft_config"):
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_trained(model, folder / TRAINED_FILE)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Overridden to read what :meth:`_save` writes."""
+        read_trained(unwrapped(self.model), Path(resume_from_checkpoint) / TRAINED_FILE)
+
+    def _load_best_model(self) -> None:
+        """Overridden to read what :meth:`_save` writes."""
+        read_trained(unwrapped(self.model), Path(self.state.best_model_checkpoint) / TRAINED_FILE)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Overridden because the Trainer's checkpoint has no public place for a further state.
+
+        ``on_save`` comes too late for a subclass that writes its checkpoints as a whole.
+        """
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            torch.save(self.low_rank.state_dict(), os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            path = os.path.join(checkpoint, STATE_FILE)
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is missing: go on from a checkpoint that was written without save_only_model")
+            if self.low_rank.total_steps not in (None, self.state.max_steps):
+                self.low_rank.start(self.state.max_steps)  # as on_train_begin did in the first run
+            self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def write_trained(model: nn.Module, path: Path) -> None:
+    """Write :func:`loralib.model.trained_tensors` of a model to a safetensors file."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def read_trained(model: nn.Module, path: Path) -> None:
+    """Copy the tensors of such a file into the model.
+
+    Raises:
+        ValueError: where the file is missing, or the model trains other parameters. The model is unchanged then.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: resume from a checkpoint that a Trainer with this mix-in has written")
+    saved, own = load_file(path), trained_tensors(model)
+    if odd := sorted(_shapes(saved).items() ^ _shapes(own).items()):
+        raise ValueError(f"{path} is of a training of other parameters than this model's (see {odd[0][0]})")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _loop_callback(low_rank: LowRankTraining) -> Any:
+    from transformers import TrainerCallback
+
+    class LoopCallback(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            if not set(lora_layers(getattr(low_rank, "model", model)).values()) <= set(model.modules()):
+                raise ValueError("low_rank was made for another model than the Trainer trains: make it for that one, "
+                                 "and give the Trainer model=, not model_init=")  # fmt: skip
+            resumed = state.global_step > 0 and low_rank.total_steps is not None
+            fresh = low_rank.step == 0 and low_rank.total_steps == state.max_steps
+            if not resumed and not fresh:
+                low_rank.start(state.max_steps)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            low_rank.before_step()
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            low_rank.after_step()
+
+    return LoopCallback()
