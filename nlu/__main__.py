@@ -11,7 +11,6 @@ PROGRAMS = {
     "compare": ("nlu.compare", "compare methods on one task: table and figure"),
     "sweep": ("nlu.sweep", "run every combination that an experiment file names"),
     "submit": ("nlu.data.submission", "gather test predictions into the zip for GLUE's server"),
-    "release": ("nlu.experiments.release", "collect the adapters behind a table, or score them again"),
     "report": ("nlu.report", "make tables and figures from the records of runs"),
     "export": ("loralib.export", "export an adapter to peft or merge it into its base, import one from peft"),
 }

@@ -9,7 +9,6 @@ import pytest
 
 from loralib.interop import export
 from nlu import arguments, compare, predict, report, sweep
-from nlu.experiments import release
 from nlu.experiments.cells import number
 from nlu.experiments.statistics import (
     averages,
@@ -30,7 +29,6 @@ PARSERS = {
     "nlu/sweep.py": sweep.build_parser,
     "nlu/report.py": report.build_parser,
     "loralib.export": export._parser,
-    "scripts/release_adapters.sh": release.build_parser,
 }
 
 

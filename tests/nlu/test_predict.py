@@ -367,13 +367,14 @@ def test_memory_does_not_grow_with_the_input():
 # ---- after a run ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method, task", [("bitfit", "stsb"), ("hadapter", "cola"), ("peft", "cola"), ("full", "stsb")])
+@pytest.mark.parametrize("method, task", [
+    ("lora2", "cola"), ("bitfit", "stsb"), ("hadapter", "cola"), ("peft", "cola"), ("full", "stsb"),
+])  # fmt: skip
 def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_glue, tmp_path, capsys, method, task):
-    """test_release.py has the low-rank methods."""
     flags = changed(base_flags, task_name=task, lora_r=None, lora_alpha=None)
     assert run_glue.main([*flags, "--method", method, *(["--peft_config", "ia3"] if method == "peft" else [])]) == 0
     run, rows = tmp_path / "run", tiny_glue / task / "validation.jsonl"
-    assert ("export:" in capsys.readouterr().out) == (method in ("bitfit", "full"))  # what can be merged
+    assert ("export:" in capsys.readouterr().out) == (method in ("lora2", "bitfit", "full"))  # what can be merged
     if method == "hadapter":
         with pytest.raises(ValueError, match="its method adds modules, which this model lacks"):
             export_merged(run / "adapter", tmp_path / "merged", str(encoder))
