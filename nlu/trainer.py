@@ -25,7 +25,7 @@ from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effectiv
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.checkpoints import (
-    last_whole_checkpoint,
+    last_checkpoint,
     read_progress,
     restore_progress,
     write_checkpoint,
@@ -112,15 +112,10 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         device = self.args.device
         self.finite = FiniteWatch(device)
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
+        for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
+            self.remove_callback(shown)
         self.add_callback(StepClock(self))
         for callback in applied.callbacks:
-            self.add_callback(callback)
-
-    def show_progress(self, *callbacks: TrainerCallback) -> None:
-        """Have them say how the training goes, in place of transformers' own lines and bars."""
-        for shown in (ProgressCallback, PrinterCallback):
-            self.remove_callback(shown)
-        for callback in callbacks:
             self.add_callback(callback)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
@@ -346,7 +341,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         step, what = bad
         rows = self.rows_of_step(step)
         shown = ", ".join(map(str, rows[:32])) + (", …" if len(rows) > 32 else "")
-        good = last_whole_checkpoint(Path(self.args.output_dir))
+        good = last_checkpoint(Path(self.args.output_dir))
         raise RunError(
             f"{what} at step {step}, whose rows have the idx {shown}; last good checkpoint: {good or 'none'}. Lower "
             "--learning_rate, or look at these rows"
@@ -387,7 +382,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
                 remove_leftovers(final)
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); last good "
-                f"checkpoint: {last_whole_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
+                f"checkpoint: {last_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
             ) from error
         self.saved_step = self.state.global_step
 

@@ -25,21 +25,21 @@ if hasattr(os, "register_at_fork"):  # a data loader's process, which may outliv
 
 
 @contextlib.contextmanager
-def locked(path: Path, in_use: str, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock that a file stands for; a system without locks is warned of.
 
     Args:
         path: the file, which is made as needed. in_use: what to say where another process holds it.
-        shared: others may hold it shared at the same time. wait: until the others have let go.
+        wait: until the other process has let go.
 
     Raises:
         UsageError: another process holds it.
     """
-    with path.open("r" if shared else "a") as file:
+    with path.open("a") as file:
         try:
             import fcntl
 
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UsageError(in_use) from None
         except (ImportError, OSError) as error:  # not a Unix, and some network file systems

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -17,17 +17,17 @@ from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.methods.registry import METHODS, count_parameters
 from nlu.metrics import constant_loss, in_words
+from nlu.runs.folder import RECORD, RunFolder
+from nlu.runs.log import say
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
-
-if TYPE_CHECKING:
-    from nlu.runs.folder import RunFolder
+from nlu.runs.processes import is_first
 
 FORMAT_VERSION = 1
 _WRITE_INTERVAL = 10.0  # seconds between two writes while training
 
 
-class RunRecord:
-    """Collects ``results.json`` and writes it, whole each time.
+class RunRecord(TrainerCallback):
+    """Collects ``results.json`` and writes it, whole each time; the first process does so for all.
 
     Args:
         folder: the run's root_output_dir. static: what is known before training.
@@ -35,7 +35,7 @@ class RunRecord:
     """
 
     def __init__(self, folder: Path, static: dict[str, Any], metric: str, live: Callable[[], dict[str, Any]]) -> None:
-        self.path = folder / "results.json"
+        self.path = folder / RECORD
         self.static, self.metric, self.live = static, metric, live
         self.log_history: list[dict[str, Any]] = []
         self.error: str | None = None
@@ -59,14 +59,10 @@ class RunRecord:
             **self.live(),
             "history": self.history(),
         }
-        write_json(self.path, finite(record))
+        if is_first():
+            write_json(self.path, finite(record))
         self._last_write = time.monotonic()
         return record
-
-    def write_sometimes(self) -> None:
-        """Write, unless that was done a moment ago."""
-        if time.monotonic() - self._last_write > _WRITE_INTERVAL:
-            self.write("running")
 
     def evaluations(self) -> list[dict[str, Any]]:
         """Every evaluation: step, epoch, loss and the task's metrics (MNLI's mismatched set with the suffix _mm)."""
@@ -86,44 +82,32 @@ class RunRecord:
         apart = ("epoch", "train_runtime", "train_tokens_per_second")
         return [{k: v for k, v in entry.items() if k not in apart} for entry in self.log_history if "loss" in entry]
 
-
-class RecordCallback(TrainerCallback):
-    """Keeps ``results.json`` current while the Trainer works."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.record.log_history = state.log_history
-        if state.is_world_process_zero:
-            self.record.write_sometimes()
+        self.log_history = state.log_history
+        if time.monotonic() - self._last_write > _WRITE_INTERVAL:
+            self.write("running")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.record.write("running")
+        self.write("running")
 
 
 # ---- a run's own record --------------------------------------------------------------------------------------------
 
 
-def start_record(
-    arguments: Arguments, trainer: Any, eval_rows: int, folder: RunFolder, state: str, warm_start: Any
-) -> RunRecord:
-    """The run's record with all that is known before training; announces the budget.
+def begin_record(arguments: Arguments, trainer: Any, facts: dict[str, Any], folder: RunFolder, state: str) -> RunRecord:
+    """The run's record, with all that is known before training, given to the trainer; says what will train.
 
     Args:
-        trainer: the run's GlueTrainer. eval_rows: of all validation sets. state: of the folder, see `RunFolder.state`.
+        trainer: the run's GlueTrainer. facts: further fields, of data and warm start. state: see `RunFolder.state`.
 
     Raises:
-        UsageError: the run is resumed with another number of rows a step, or another commit of a model on the hub.
+        UsageError: the run is resumed with another commit of a model on the hub.
     """
-    counts, ranks, training = count_parameters(trainer.applied.model), trainer.applied.ranks, arguments.training
-    previous = read_json(folder.path / "results.json") if state == "resume" else None
-    static = {**_known_at_the_start(arguments, trainer, eval_rows, warm_start), **counts}
+    counts, ranks = count_parameters(trainer.applied.model), trainer.applied.ranks
+    previous = read_json(folder.path / RECORD) if state == "resume" else None
+    static = {**_known_at_the_start(arguments, trainer), **facts, **counts, "digests": folder.digests}
     if previous:
-        _check_resumed(previous, static, folder.path, arguments.model.model_name_or_path)
-    # A run that goes on from a record without digests is not known to have read these contents throughout.
-    static["digests"] = folder.digests if previous is None or previous.get("digests") else None
+        _check_commit(previous, static["model_commit"], folder.path, arguments.model.model_name_or_path)
     static["started_at"] = previous["started_at"] if previous else now()
     static["resumes"] = previous["resumes"] + 1 if previous else 0
 
@@ -141,20 +125,20 @@ def start_record(
         }
 
     record = RunRecord(folder.path, static, trainer.task.metric, live)
-    trainer.add_callback(RecordCallback(record))
-    if training.should_save:
-        record.write("running")
+    trainer.add_callback(record)
+    record.write("running")
+    if is_first():
         final = static["final_budget"] or "as gated"
         budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
-        print(
+        say(
             f"{static['method_config']} on {static['task']}: adapter {counts['adapter_params']:,}, head "
             f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
-            f"batch {static['effective_batch_size']}, seed {training.seed}"
+            f"batch {static['effective_batch_size']}, seed {static['seed']}"
         )
     return record
 
 
-def _known_at_the_start(arguments: Arguments, trainer: Any, eval_rows: int, warm_start: Any) -> dict[str, Any]:
+def _known_at_the_start(arguments: Arguments, trainer: Any) -> dict[str, Any]:
     task, ranks, training = trainer.task, trainer.applied.ranks, arguments.training
     return {
         "task": task.name,
@@ -168,10 +152,7 @@ def _known_at_the_start(arguments: Arguments, trainer: Any, eval_rows: int, warm
         "initial_budget": ranks.initial_total_rank if ranks else None,
         "final_budget": ranks.target_total_rank if ranks else None,
         "effective_batch_size": effective_batch_size(training),
-        "train_examples": len(trainer.train_dataset) if trainer.train_dataset is not None else 0,
-        "eval_examples": eval_rows,
         "constant_loss": _constant_loss(trainer),
-        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
         "arguments": arguments.record,
         "versions": versions(),
         "git_commit": COMMIT,
@@ -188,13 +169,8 @@ def _constant_loss(trainer: Any) -> float | None:
     return constant_loss(trainer.task, labels, weights, smoothing)
 
 
-def _check_resumed(previous: dict[str, Any], static: dict[str, Any], folder: Path, model: str) -> None:
-    batch, commit = static["effective_batch_size"], static["model_commit"]
-    if previous["effective_batch_size"] != batch:
-        raise UsageError(
-            f"{folder} was trained with {previous['effective_batch_size']} rows a step, now they would be {batch}: "
-            "start as many processes as before, or change --gradient_accumulation_steps to fit"
-        )
+def _check_commit(previous: dict[str, Any], commit: str | None, folder: Path, model: str) -> None:
+    """A name on the hub has no digest, and may stand for other weights tomorrow."""
     if commit and previous.get("model_commit") not in (None, commit):
         raise UsageError(
             f"{folder} was made with commit {previous['model_commit']} of {model}, now the hub has {commit}: give "
@@ -202,18 +178,18 @@ def _check_resumed(previous: dict[str, Any], static: dict[str, Any], folder: Pat
         )
 
 
-def report(record: dict[str, Any], folder: Path) -> None:
-    """The outcome, and the commands that come next."""
+def say_outcome(record: dict[str, Any], folder: Path) -> None:
+    """The scores, what was trained, where it lies, and the commands that come next."""
     if record["best"] is not None:
-        print(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
+        say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
     for name, scores in record.get("test_scores", {}).items():
-        print(f"{name}: {in_words(scores)}")
+        say(f"{name}: {in_words(scores)}")
     if record["steps"]:
         adapter, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
-        share = (adapter + head) / record["total_params"]
-        print(
+        remain = "all of them remain" if live == adapter else f"{live:,} of the adapter's remain after pruning"
+        say(
             f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each, trained {adapter:,} parameters of the "
-            f"adapter and {head:,} of the head, {share:.2%} of the model; {_remaining(adapter, live)}"
+            f"adapter and {head:,} of the head, {(adapter + head) / record['total_params']:.2%} of the model; {remain}"
         )
     # The commands of a checkout, or those of an installed package.
     here = Path("nlu/predict.py").is_file()
@@ -221,11 +197,10 @@ def report(record: dict[str, Any], folder: Path) -> None:
         "lora2-glue predict", "lora2-glue export"
     )  # fmt: skip
     adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
-    print(f"folder:  {folder}")
-    print(f"predict: {predict} --adapter {adapter} --base {base} --input FILE")
-    if METHODS[record["method"]].card is None:  # otherwise the method adds modules, which cannot be merged
-        print(f"export:  {export} {adapter} --to merged OUT --base {base}")
-
-
-def _remaining(adapter: int, live: int) -> str:
-    return "all of them remain" if live == adapter else f"{live:,} of the adapter's remain after pruning"
+    say(f"folder:  {folder}")
+    if (folder / "predictions").is_dir():
+        say(f"predictions: {folder / 'predictions'}")
+    say(f"predict: {predict} --adapter {adapter} --base {base} --input FILE")
+    method = METHODS[record["method"]]
+    if method.card is None:  # otherwise the method adds modules, which no other tool loads
+        say(f"export:  {export} {adapter} --to {'peft' if method.takes_warm_start else 'merged'} OUT --base {base}")

@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from nlu.runs.processes import several
 
 logger = logging.getLogger(__name__)
@@ -73,6 +70,9 @@ class SignalWatch:
         """The signal to stop for, the same on all processes: each must ask at the same step."""
         if not several():
             return self.requested
+        import torch
+        import torch.distributed as dist
+
         if self._group is None:  # on the CPU, so that asking does not wait for a GPU
             self._group = dist.new_group(backend="gloo")
         wanted = torch.tensor(self.requested or 0)

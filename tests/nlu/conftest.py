@@ -6,7 +6,7 @@ import io
 import pytest
 import yaml
 
-from nlu import run_glue, sweep
+from nlu import fine_tuning, run_glue, sweep
 from tests.nlu.sweeps import places_of
 from tests.nlu.tiny import changed, make_encoder, make_rows, read, tiny_run, write_rows
 
@@ -65,10 +65,10 @@ def own_flags(base_flags, tmp_path):
 def finished(encoder, tiny_glue, tmp_path_factory):
     """One run of LoRA² with k=3 and predictions: (its folder, its record, what it printed, its trainer)."""
     folder, seen, printed = tmp_path_factory.mktemp("finished") / "run", [], io.StringIO()
-    build = run_glue.build_trainer
+    build = fine_tuning.build_trainer
     flags = [*tiny_run(encoder, tiny_glue, folder), "--method", "lora2", "--lora_k", "3", "--reg_orth_coef", "0.1"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(run_glue, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])
+        patch.setattr(fine_tuning, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])
         assert run_glue.main([*flags, "--do_predict"]) == 0
     return folder, read(flags), printed.getvalue(), seen[0]
 

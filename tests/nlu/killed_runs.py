@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from nlu import run_glue
+from nlu import fine_tuning, run_glue
 from nlu.runs import checkpoints
+from nlu.runs.processes import wait_for_all
 
 EVENTS = (
     "on_step_begin",
@@ -55,7 +56,7 @@ def kill() -> None:
 @contextmanager
 def dying(point: str, step: int, die: Callable[[], None]):
     """While it lasts, a run dies at ``point`` of optimiser step ``step`` (steps finished so far)."""
-    build, torch_save, seal = run_glue.build_trainer, torch.save, checkpoints.seal
+    build, torch_save, replace = fine_tuning.build_trainer, torch.save, checkpoints.replace_folder
     built = []
 
     def callback(self, args, state, control, **kwargs):
@@ -74,15 +75,15 @@ def dying(point: str, step: int, die: Callable[[], None]):
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    def seal_dying(*args):
+    def replace_dying(*args):
         if point == "before the rename" and built[0].state.global_step >= step:
             die()
-        seal(*args)
+        replace(*args)
 
     with (
-        mock.patch.object(run_glue, "build_trainer", build_dying),
+        mock.patch.object(fine_tuning, "build_trainer", build_dying),
         mock.patch.object(torch, "save", save_half),
-        mock.patch.object(checkpoints, "seal", seal_dying),
+        mock.patch.object(checkpoints, "replace_folder", replace_dying),
     ):
         yield
 
@@ -147,4 +148,4 @@ if __name__ == "__main__":
             assert run_signalled(flags, "on_step_begin", step, signal.SIGTERM) == 128 + signal.SIGTERM
         else:
             assert run_glue.main(flags) == 128 + signal.SIGTERM
-        run_glue.wait_for_all()  # the other process has let go of the folder
+        wait_for_all()  # the other process has let go of the folder

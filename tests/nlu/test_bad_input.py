@@ -124,7 +124,7 @@ def test_a_few_lines_that_stand_for_gigabytes(tmp_path, content):
 def test_records_in_a_run_folder(tmp_path, record, overwrite):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(record), encoding="utf-8")
-    one_line_or(str, RunFolder(tmp_path, {"lora_r": 8, "do_predict": True}, {"method": "x"}, overwrite).state)
+    one_line_or(str, RunFolder(tmp_path, {"lora_r": 8, "do_predict": True}, {"method": "x"}, 8, overwrite).state)
     assert json.dumps(record) == path.read_text(encoding="utf-8")
 
 

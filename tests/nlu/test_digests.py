@@ -16,7 +16,7 @@ from loralib.adapter_files import TOKENIZER_FILES
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.places import Places
-from nlu.runs import digests, folder
+from nlu.runs import digests, processes
 from nlu.runs.digests import content_digests, file_digest
 from tests.nlu.tiny import run_python
 
@@ -157,25 +157,25 @@ def test_a_file_is_read_once_and_again_where_it_changed(tmp_path, monkeypatch, h
     assert file_digest(path) == hashlib.sha256(b"Weights").hexdigest() != digest
 
 
-def test_the_first_process_reads_for_all(tmp_path, monkeypatch):
-    """What it sends, the others return or raise, without a look at a file."""
-    (tmp_path / "rows.jsonl").write_text("{}")
-    (tmp_path / "damaged.json").write_text("{")
-    good = {"train_file": str(tmp_path / "rows.jsonl")}
+def test_the_first_process_computes_for_all(monkeypatch):
+    """What it sends, the others return or raise, without computing anything."""
     sent, told = [], [[], []]
-    monkeypatch.setattr(folder, "several", lambda: True)
-    for rank, broadcast in enumerate((sent.extend, lambda answer: answer.__setitem__(0, sent.pop(0)))):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    for rank, broadcast in enumerate(
+        (sent.extend, lambda answer: answer.__setitem__(slice(2), [sent.pop(0), sent.pop(0)]))
+    ):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-        for arguments in (good, {"method": "lora", "peft_config": str(tmp_path / "damaged.json")}):
+        for compute in (lambda: 7, lambda: find("x")) if rank == 0 else (pytest.fail, pytest.fail):
             try:
-                told[rank].append(folder.shared_digests(arguments))
+                told[rank].append(processes.first_computes(compute))
             except UsageError as error:
                 told[rank].append(str(error))
-        monkeypatch.setattr(folder, "content_digests", None)
-    first, second = told
-    assert first == second and first[0] == of(**good)
-    assert "--peft_config" in first[1] and "cannot be read" in first[1]
+    assert told[0] == told[1] == [7, "no x"]
+
+
+def find(name):
+    raise UsageError(f"no {name}")
 
 
 def test_a_run_records_its_model_and_data(finished, encoder, tiny_glue):
@@ -199,28 +199,3 @@ def test_a_folder_s_name_may_be_a_number(tmp_path, monkeypatch):
     runs = [Run("trial", "final", f"run-{year}", {}, {"model_name_or_path": year}) for year in (2024, 2025)]
     assert [places.digests(run) for run in runs] == [of(model_name_or_path=year) for year in (2024, 2025)]
     assert places.digests(runs[0]) != places.digests(runs[1])
-
-
-@pytest.mark.parametrize("other, says", [
-    (("new", []), None), (("resume", ["checkpoint-7"]), "see different contents"), (("refused", None), "see different"),
-])  # fmt: skip
-def test_machines_must_see_one_folder(tmp_path, monkeypatch, other, says):
-    """Before any of them waits for another."""
-    monkeypatch.setattr(folder, "several", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", lambda answers, own: answers.__setitem__(slice(2), [own, other]))
-    run = folder.RunFolder(tmp_path / "run", {}, {}, overwrite=False)
-    if says is None:
-        assert folder.shared_state(run) == "new"
-        return
-    with pytest.raises(UsageError, match=says):
-        folder.shared_state(run)
-
-
-def test_a_refusal_is_that_of_all_processes(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(folder, "several", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_gather_object", lambda answers, own: answers.__setitem__(slice(2), [own, own]))
-    with pytest.raises(UsageError, match="holds other files"):
-        folder.shared_state(folder.RunFolder(tmp_path, {}, {}, overwrite=False))

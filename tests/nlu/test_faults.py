@@ -1,7 +1,6 @@
 """What can go wrong in a long run: signals, full disks, damaged files, two runs in one folder, losses that explode."""
 
 import errno
-import fcntl
 import json
 import logging
 import multiprocessing
@@ -16,14 +15,14 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from loralib.files import start_folder, write_text
-from nlu import run_glue
+from loralib.files import start_folder
+from loralib.recipes import trainer as mixin
+from nlu import fine_tuning
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import checkpoints as saving
-from nlu.runs import digests
-from nlu.runs.checkpoints import checkpoints, is_whole, last_whole_checkpoint, rotate, seal
+from nlu.runs.checkpoints import checkpoints, last_checkpoint, rotate
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
 from nlu.trainer import GlueTrainer, StepClock
@@ -119,7 +118,7 @@ def test_a_stop_after_the_last_step_loses_no_training_without_checkpoints(flags,
         if where == "training":
             patch.setattr(StepClock, "on_train_end", stop, raising=False)
         else:
-            patch.setattr(*((GlueTrainer, "evaluate") if where == "evaluation" else (run_glue, "predict")), stop)
+            patch.setattr(*((GlueTrainer, "evaluate") if where == "evaluation" else (fine_tuning, "predict")), stop)
         assert main(flags) == 143
     with monkeypatch.context() as patch:
         patch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
@@ -146,7 +145,7 @@ def test_a_signal_while_the_last_step_is_saved_waits_for_it(flags, run_folder, m
 
 def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(flags, run_folder, monkeypatch):
     scores = iter([0.1, 0.9, 0.2, 0.3])
-    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = [*changed(flags, eval_steps=2, max_steps=8), "--save_total_limit", "1"]
     assert main(flags) == 0 and read(flags)["best_step"] == 4
     monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
@@ -176,13 +175,10 @@ def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
 
 
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(run_glue, "load_data", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(fine_tuning, "load_data", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
     assert main(flags) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to go on\n"
     assert not run_folder.exists()
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
@@ -191,11 +187,11 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
 @pytest.mark.parametrize(
     "owner, name, fault",
     [
-        (saving, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device")),
+        (mixin, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device")),
         (torch, "save", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nsecond line")),
-        (saving, "seal", OSError(errno.ENOSPC, "No space left on device")),
+        (saving, "replace_folder", OSError(errno.ENOSPC, "No space left on device")),
     ],
-    ids=["weights", "optimiser", "manifest"],
+    ids=["weights", "optimiser", "rename"],
 )
 def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault):
     expected = straight_outcome(flags, run_folder)
@@ -205,7 +201,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, own
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
     assert [p.name for p in (run_folder / "model").iterdir()] == ["checkpoint-2"]
-    assert is_whole(run_folder / "model" / "checkpoint-2") and read(flags)["status"] == "failed"
+    assert read(flags)["status"] == "failed"
     assert main(flags) == 0
     assert outcome(run_folder) == expected
 
@@ -217,71 +213,21 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize(("step", "name"), [(4, "model.safetensors"), (4, "trainer_state.json"), (2, "scheduler.pt")])
-def test_a_damaged_checkpoint_is_passed_over_and_leftovers_go_away(flags, run_folder, step, name, caplog):
-    """The run goes on from the checkpoint before, or, where there is none, starts anew."""
-    expected = straight_outcome(flags, run_folder)
-    run_broken_off(flags, step)
-    truncate(run_folder / "model" / f"checkpoint-{step}" / name)
-    (start_folder(run_folder / "model" / "checkpoint-5") / "model.safetensors").write_bytes(b"half")
-    (run_folder / ".results.json.x1").write_text("{")
-    assert main(flags) == 0
-    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
-    assert f"checkpoint-{step} is incomplete or damaged" in caplog.text
-    assert ("continuing from" in caplog.text) == (step == 4)
-    assert outcome(run_folder) == expected
-
-
 def make_checkpoint(folder, step):
-    checkpoint = folder / f"checkpoint-{step}"
-    (start_folder(checkpoint) / "weights").write_text(str(step))
-    seal(checkpoint)
-    return checkpoint
+    (folder / f"checkpoint-{step}").mkdir()
+    return folder / f"checkpoint-{step}"
 
 
-def test_a_checkpoint_with_a_file_too_many_is_not_whole(tmp_path):
-    checkpoint = make_checkpoint(tmp_path, 3)
-    assert is_whole(checkpoint)
-    (checkpoint / "more").write_bytes(b"")
-    assert not is_whole(checkpoint)
-
-
-@pytest.mark.parametrize("manifest", [None, "", '{"weights": ', '["weights"]', '{"weights": 1}', "{}", "1"])
-def test_a_checkpoint_whose_manifest_is_damaged_is_not_whole(tmp_path, manifest):
-    """That of another program has none."""
-    before, checkpoint = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
-    path = checkpoint / saving.MANIFEST
-    path.unlink() if manifest is None else path.write_text(manifest)
-    assert last_whole_checkpoint(tmp_path) == before
-
-
-def test_a_checkpoint_that_was_just_sealed_is_not_read_again(tmp_path, monkeypatch):
-    """With full fine-tuning a checkpoint has gigabytes; sealing reads each of its files once, to write the manifest."""
-    hashed = []
-    sha256 = digests.sha256
-    for module in (saving, digests):  # a look whether it is whole, and the sealing
-        monkeypatch.setattr(module, "sha256", lambda path: hashed.append(path.name) or sha256(path))
-    for step in (2, 4, 6):
-        rotate(tmp_path, 2, {make_checkpoint(tmp_path, step)})
-    assert hashed == ["weights"] * 3
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
-
-
-def test_checkpoints_go_by_step_whatever_the_clock_said(tmp_path):
-    made = [make_checkpoint(tmp_path, step) for step in (2, 4, 10)]
-    for step, path in enumerate(made):
-        os.utime(path, (1e9 - step, 1e9 - step))
-    truncate(made[1] / "weights")
-    shutil.copytree(made[2], tmp_path / "checkpoint-10-mine")  # the user's own copy is none of the run's
-    assert last_whole_checkpoint(tmp_path) == made[2]
-    truncate(made[2] / "weights")
-    assert last_whole_checkpoint(tmp_path) == made[0]
+def test_checkpoints_go_by_step_and_a_user_s_copy_is_none(tmp_path):
+    made = [make_checkpoint(tmp_path, step) for step in (10, 2, 4)]
+    shutil.copytree(made[0], tmp_path / "checkpoint-12-mine")
+    assert checkpoints(tmp_path) == [made[1], made[2], made[0]] and last_checkpoint(tmp_path) == made[0]
 
 
 @pytest.mark.parametrize(
     ("limit", "spared", "left"),
-    [(2, [6], [4, 6]), (2, [2, 6], [2, 6]), (1, [2, 6], [2, 6]), (2, [2], [2, 6]), (0, [6], [2, 4, 6])],
-    ids=["the newest", "the best and the newest", "both beyond the limit", "a newer one was damaged", "no limit"],
+    [(2, [6], [4, 6]), (2, [2, 6], [2, 6]), (1, [2, 6], [2, 6]), (0, [], []), (None, [6], [2, 4, 6])],
+    ids=["the newest", "the best and the newest", "both beyond the limit", "none", "no limit"],
 )
 def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared, left):
     made = {step: make_checkpoint(tmp_path, step) for step in (2, 4, 6)}
@@ -289,26 +235,26 @@ def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared,
     assert checkpoints(tmp_path) == [made[step] for step in left]
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing_but_room(tmp_path, monkeypatch, caplog):
-    made = [make_checkpoint(tmp_path, step) for step in (2, 4)]
-    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", str(path))))
-    rotate(tmp_path, 1, {made[1]})
-    assert f"the old checkpoint {made[0]} cannot be removed: [Errno 13] denied" in caplog.text
-    assert checkpoints(tmp_path) == made
+def test_what_a_killed_run_left_goes_away_and_a_damaged_checkpoint_is_named(flags, run_folder, capsys):
+    expected = straight_outcome(flags, run_folder)
+    run_broken_off(flags, 4)
+    (start_folder(run_folder / "model" / "checkpoint-5") / "model.safetensors").write_bytes(b"half")
+    (run_folder / ".results.json.x1").write_text("{")
+    truncate(run_folder / "model" / "checkpoint-4" / "trained.safetensors")
+    assert main(flags) == 2
+    assert f"checkpoint {run_folder}/model/checkpoint-4 cannot be read" in error_line(capsys)
+    shutil.rmtree(run_folder / "model" / "checkpoint-4")  # as advised: the one before it serves
+    assert main(flags) == 0
+    assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
+    assert outcome(run_folder) == expected
 
 
-@pytest.mark.parametrize(
-    "part, flag",
-    [("model", "--model_name_or_path"), ("model/checkpoint-4", "--model_name_or_path"), ("adapter", "--lora_path")],
-)
-def test_a_run_does_not_replace_what_it_reads(flags, run_folder, part, flag, capsys):
-    (run_folder / part).mkdir(parents=True)
-    (run_folder / part / "own").write_text("")
-    assert main([*flags, flag, str(run_folder / part), "--overwrite_output_dir"]) == 2
-    assert "lies in --root_output_dir" in capsys.readouterr().err
-    assert main([*flags, "--overwrite_output_dir"]) == 2  # no run's folder
-    assert f"holds {part.partition('/')[0]} but no run's results.json" in capsys.readouterr().err
-    assert (run_folder / part / "own").exists()
+def test_a_folder_that_is_no_run_s_keeps_what_a_run_would_replace(flags, run_folder, capsys):
+    (run_folder / "model").mkdir(parents=True)
+    (run_folder / "model" / "own").write_text("")
+    assert main([*flags, "--overwrite_output_dir"]) == 2
+    assert "holds model but no run's results.json" in error_line(capsys)
+    assert (run_folder / "model" / "own").exists()
 
 
 def test_a_run_killed_before_its_first_record_may_start_again(flags, run_folder):
@@ -339,70 +285,19 @@ def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folde
     assert outcome(tmp_path / "moved") == expected
 
 
-@pytest.mark.parametrize(
-    "harm", [shutil.rmtree, lambda best: truncate(best / "model.safetensors")], ids=["", "damaged"]
-)
-def test_without_its_best_checkpoint_a_run_does_not_go_on(flags, run_folder, capsys, monkeypatch, harm):
-    """The adapter of a finished one may be the only copy of those weights."""
-    scores = iter([0.1, 0.9, 0.2, 0.3])
-    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
-    flags = [*changed(flags, eval_steps=2, max_steps=8), "--load_best_model_at_end"]
-    assert main(flags) == 0 and read(flags)["best_step"] == 4
-    before = [
-        path.read_bytes() for path in (run_folder / "results.json", run_folder / "adapter/adapter_model.safetensors")
-    ]
-    harm(run_folder / "model/checkpoint-4")
-    assert main([*flags, "--do_predict"]) == 2
-    line = error_line(capsys)
-    assert "checkpoint-4, the run's best checkpoint, is missing or damaged" in line
-    assert f"or delete {run_folder / 'model'} to train again" in line
-    after = [
-        path.read_bytes() for path in (run_folder / "results.json", run_folder / "adapter/adapter_model.safetensors")
-    ]
-    assert after == before
-    shutil.rmtree(run_folder / "model")  # as advised, of a run that was stopped
-    write_text(run_folder / "results.json", json.dumps(read(flags) | {"status": "interrupted"}))
-    scores = iter([0.1, 0.9, 0.2, 0.3])
-    assert main(flags) == 0 and read(flags)["status"] == "finished"
-
-
 # ---- two runs, other processes, the clock ----------------------------------------------------------------------------
 
 
 def test_a_second_run_in_the_same_folder_is_refused(flags, run_folder):
     asked = parse_arguments(flags).record
-    asked = (run_folder, asked, content_digests(asked))
+    asked = (run_folder, asked, content_digests(asked), 8)
     seen = []
 
     def second():
         with pytest.raises(UsageError, match="in use by a run that is at work"):
-            RunFolder(*asked, overwrite=True).state()
+            RunFolder(*asked, overwrite=True).hold().__enter__()
         seen.append(True)
 
     with dying("on_step_begin", 8, second):
         assert main(flags) == 0
     assert seen and RunFolder(*asked, overwrite=False).state() == "finished"
-
-
-def test_a_lock_taken_at_the_last_moment_is_respected(flags, run_folder, capsys, monkeypatch):
-    """Two runs that both found the folder free: the one that comes second leaves it alone."""
-    monkeypatch.setattr(RunFolder, "state", lambda self: "new")
-    run_folder.mkdir()
-    with (run_folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert main(flags) == 2
-    assert "in use" in error_line(capsys)
-    assert [p.name for p in run_folder.iterdir()] == [".lock"]
-
-
-def test_a_clock_that_goes_back_changes_nothing(flags, run_folder, monkeypatch):
-    expected = straight_outcome(flags, run_folder)
-    moment = iter(range(10**9, 0, -1000))
-    monkeypatch.setattr(time, "time", lambda: float(next(moment)))
-    run_broken_off(flags, 4)
-    assert main(flags) == 0
-    assert outcome(run_folder) == expected
-    left = read(flags)
-    seconds = [row["seconds"] for row in left["history"]]
-    assert seconds == sorted(seconds) and seconds[0] >= 0 and left["train_seconds"] >= seconds[-1] - 1e-3
-    assert all(row["memory_bytes"] > 0 for row in left["history"])

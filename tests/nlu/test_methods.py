@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
-from nlu import run_glue
+from nlu import fine_tuning
 from nlu.arguments import parse_arguments
 from nlu.errors import UsageError
 from nlu.methods.low_rank import SIX_MODULES
@@ -88,7 +88,7 @@ def encoders(tmp_path_factory):
 def moved(monkeypatch):
     """Names of the parameters that a run moved, and of those it did not; filled in by the run."""
     seen = {}
-    original = run_glue.train_and_evaluate
+    original = fine_tuning.train_and_evaluate
 
     def watch(arguments, trainer, *rest):
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -100,7 +100,7 @@ def moved(monkeypatch):
         seen["still"] = before.keys() - seen["moved"]
         seen["buffers"] = {n for n, b in trainer.model.named_buffers() if n in frozen and not torch.equal(b, frozen[n])}
 
-    monkeypatch.setattr(run_glue, "train_and_evaluate", watch)
+    monkeypatch.setattr(fine_tuning, "train_and_evaluate", watch)
     return seen
 
 

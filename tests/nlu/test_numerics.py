@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nlu import run_glue
+from nlu import fine_tuning
 from nlu.run_glue import main
 from tests.nlu.tiny import changed, read, tiny_run
 
@@ -46,8 +46,8 @@ def test_the_seed_alone_fixes_a_run(base_flags, tmp_path, plain):
 
 
 def test_the_seed_fixes_a_run_in_bfloat16_whose_importance_stays_float32(base_flags, tmp_path, monkeypatch):
-    trainers, build = [], run_glue.build_trainer
-    monkeypatch.setattr(run_glue, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
+    trainers, build = [], fine_tuning.build_trainer
+    monkeypatch.setattr(fine_tuning, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
     found = []
     for seed in (111, 222):
         torch.manual_seed(seed)

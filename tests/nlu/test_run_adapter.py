@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import loralib
-from nlu import run_glue
+from nlu import fine_tuning
 from nlu.run_glue import main
-from nlu.runs.folder import _clean
+from nlu.runs.folder import RunFolder
 from tests.nlu.tiny import changed, make_encoder, read, tiny_run
 
 LORA2 = ["--method", "lora2", "--lora_k", "3"]
@@ -43,13 +43,13 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained
     """tests/loralib/test_adapter.py compares the updates of every kind of layer, and refuses every other kind."""
     config, tensors = loralib.adapter_files.read_adapter(trained)
     started = {}
-    load = run_glue.load_warm_start
+    load = fine_tuning.load_warm_start
 
     def keep(config, tensors, model, arguments):
         load(config, tensors, model, arguments)
         started.update({name: p.detach().clone() for name, p in model.named_parameters()})
 
-    monkeypatch.setattr(run_glue, "load_warm_start", keep)
+    monkeypatch.setattr(fine_tuning, "load_warm_start", keep)
     assert main([*base_flags, *LORA2, "--lora_path", str(trained)]) == 0
     record = read(base_flags)
     assert record["warm_start"]["task"] == "mnli"
@@ -93,7 +93,7 @@ def test_going_on_after_a_kill_between_two_renames_keeps_the_adapter(tmp_path):
     for part in ("model", ".adapter.old", ".adapter.new"):
         (folder / part).mkdir(parents=True)
     (folder / ".adapter.new" / "README.md").write_text("new")
-    _clean(folder, "resume")
+    RunFolder(folder, {}, {}).clean("resume")
     assert (folder / "adapter" / "README.md").read_text() == "new"
     assert not list(folder.glob(".*"))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import nlu.arguments
-from nlu import run_glue
+from nlu import fine_tuning
 from nlu.run_glue import main
 from nlu.runs import digests
 from tests.nlu.tiny import make_rows, write_rows
@@ -168,18 +168,6 @@ def test_a_new_test_file_is_predicted_without_training(finished, monkeypatch, ca
     assert len(predictions.read_text().splitlines()) == 11 and run.record["status"] == "finished"
 
 
-def test_a_record_without_digests_says_so(finished, capsys, caplog):
-    run = finished("own")
-    record = run.record
-    del record["digests"]
-    (run.folder / "results.json").write_text(json.dumps(record))
-    flip_a_label(run.root / "train.jsonl")
-    assert run.start() == 0 and "holds this run, finished" in capsys.readouterr().out
-    assert "has no digests" in caplog.text
-    assert run.start("--do_predict", f"--test_file={run.root / 'test.jsonl'}") == 0
-    assert run.record["digests"] is None  # it is not known what was trained on
-
-
 def test_an_interrupted_run_goes_on_with_the_flag_that_replaces_another(finished):
     run = finished("glue")
     (run.folder / "results.json").write_text(json.dumps(run.record | {"status": "interrupted"}))
@@ -191,14 +179,14 @@ def test_another_commit_of_a_model_on_the_hub_is_refused(finished, capsys, monke
     run = finished("glue")
     record = run.record | {"status": "interrupted", "model_commit": "a" * 40}
     (run.folder / "results.json").write_text(json.dumps(record))
-    load, commit = run_glue.load_model, "b" * 40
+    load, commit = fine_tuning.load_model, "b" * 40
 
     def from_the_hub(*args):
         model = load(*args)
         model.config._commit_hash = commit
         return model
 
-    monkeypatch.setattr(run_glue, "load_model", from_the_hub)
+    monkeypatch.setattr(fine_tuning, "load_model", from_the_hub)
     assert run.start() == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"commit {'a' * 40}" in error and f"--model_revision {'a' * 40}" in error

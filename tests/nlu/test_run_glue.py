@@ -12,7 +12,7 @@ from sklearn.metrics import matthews_corrcoef
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
-from nlu import predict, run_glue
+from nlu import fine_tuning, predict
 from nlu.data.tokens import longest_input
 from nlu.run_glue import main
 from nlu.trainer import GlueTrainer
@@ -112,7 +112,7 @@ def trainers(monkeypatch):
     """The trainers that runs make, as they make them."""
     made = []
     monkeypatch.setattr(
-        "nlu.run_glue.GlueTrainer", lambda *args, **options: made.append(GlueTrainer(*args, **options)) or made[-1]
+        "nlu.fine_tuning.GlueTrainer", lambda *args, **options: made.append(GlueTrainer(*args, **options)) or made[-1]
     )
     return made
 
@@ -210,7 +210,7 @@ def test_a_folder_with_other_files_is_not_touched(base_flags, tmp_path, capsys):
 def test_refused_before_a_model_is_loaded_and_nothing_is_written(
     base_flags, tmp_path, capsys, monkeypatch, extra, words
 ):
-    monkeypatch.setattr(run_glue, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(fine_tuning, "load_model", lambda *args: pytest.fail("a model was loaded"))
     assert main([*base_flags, "--method", "lora2", *extra]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and words in error
@@ -228,7 +228,7 @@ def test_real_data_trains(base_flags, task):
 def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_path, monkeypatch):
     """Best at step 3 of 6, before the last gates close: weights, live ranks and the adapter's score are step 3's."""
     scores = iter([0.5, 0.2])
-    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = changed(base_flags, save_steps=3)
     assert main([*flags, "--method", "sora", "--load_best_model_at_end", "--sora_lambda", "10"]) == 0
     record, run = read(flags), tmp_path / "run"
@@ -250,7 +250,7 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
 @pytest.mark.parametrize(("scores", "best"), [([0.2, 0.1, 0.5], ["--load_best_model_at_end"]), ([0.9, 0.1, 0.5], [])])
 def test_the_score_of_the_last_weights_is_that_of_the_adapter(base_flags, tmp_path, monkeypatch, scores, best):
     scores = iter(scores)
-    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = changed(base_flags, save_steps=3, max_steps=9)
     assert main([*flags, "--method", "lora", *best]) == 0
     assert loralib.read_adapter_config(tmp_path / "run" / "adapter").card["score"] == 0.5
@@ -320,7 +320,7 @@ def test_a_tokenizer_without_padding_is_refused_in_one_line(base_flags, encoder,
 def test_a_run_that_ends_or_is_best_between_two_maskings_keeps_its_adapter(base_flags, tmp_path, monkeypatch, best):
     """The ranks of record, pattern and adapter are those of the weights that were scored."""
     scores = iter([0.1, 0.9, 0.2, 0.2, 0.2])
-    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     extra = ["--load_best_model_at_end"] if best else []
     flags = changed(base_flags, max_steps=23, save_steps=6, eval_steps=6)
     schedule = ["--init_warmup", "0", "--final_warmup", "0", "--mask_interval", "10"]

@@ -1,83 +1,59 @@
-"""log/run.log holds what the console showed, errors included, but no progress bars."""
+"""log/run.log holds what the run said, all its numbers, its warnings and what ended it; and the record of scores."""
 
-import io
 import logging
-import os
-import subprocess
-import sys
 
-from tqdm import tqdm
+import pytest
 
 from nlu.run_glue import main
-from nlu.runs.log import ConsoleLog
+from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.record import RunRecord
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import REPOSITORY
 
 
-def test_a_real_run_that_fails(base_flags, tmp_path):
-    """Its scalars, warnings of the logging module, and the error are in both; the bars are on the console only."""
-    flags = [*base_flags, "--method", "lora", "--disable_tqdm", "False", "--learning_rate", "1e38"]
-    result = subprocess.run(
-        [sys.executable, REPOSITORY / "nlu" / "run_glue.py", *flags], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert result.returncode == 1, result.stderr
-    log = (tmp_path / "run" / "log" / "run.log").read_text().splitlines()
-    shown = [line for line in result.stdout.splitlines() if line.startswith(("step", "lora"))]
-    assert len(shown) > 1 and set(shown) <= set(log)
-    assert log[-1].startswith("error: the ") and log[-1] in result.stderr
-    assert log[0].startswith("---- 2") and "run_glue.py --model_name_or_path" in log[0]
-    assert "%|" in result.stderr and not [line for line in log if "%|" in line or "\r" in line]
-
-
-def test_a_resumed_run_appends(base_flags, tmp_path):
-    flags = [*base_flags, "--method", "lora"]
+def test_a_run_that_fails_and_one_that_goes_on_append_to_the_log(base_flags, tmp_path, capsys):
+    flags, path = [*base_flags, "--method", "lora"], tmp_path / "run" / "log" / "run.log"
     run_broken_off(flags, 2)
-    path = tmp_path / "run" / "log" / "run.log"
     first = path.read_text()
-    assert first.splitlines()[-1].endswith("BrokenOff") and "Traceback (most recent call last):" in first
+    assert first.startswith("---- 2")
+    assert "Traceback (most recent call last):" in first and "killed_runs.BrokenOff" in first
+    capsys.readouterr()
     assert main(flags) == 0
-    added = path.read_text().removeprefix(first)
-    assert added.startswith("---- ") and "matthews_correlation: last" in added
+    shown = capsys.readouterr().out.splitlines()
+    added = path.read_text().removeprefix(first).splitlines()
+    assert added[0].startswith("---- ") and set(shown) <= set(added) and len(shown) > 8
+    assert any(line.startswith("continuing from") for line in added)
     assert main(flags) == 0  # finished: nothing is written to a folder that is only looked at
-    assert path.read_text() == first + added
+    assert path.read_text().removeprefix(first).splitlines() == added
 
 
-def console(monkeypatch):
-    """Streams like a process's own; returns stderr and the bytes that stdout gets."""
-    shown = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="utf-8", write_through=True))
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
-    return sys.stderr, shown
+def test_the_log_keeps_lines_and_warnings_of_the_block_and_of_no_other(tmp_path, capsys):
+    path = tmp_path / "log" / "run.log"
+    say("before")
+    with pytest.raises(KeyError), log_to(path):
+        say("a line")
+        logging.getLogger("nlu.data").warning("a warning")
+        logging.getLogger("transformers.trainer").warning("theirs")
+        raise KeyError("end")
+    say("after")
+    lines = path.read_text().splitlines()
+    assert lines[1:4] == ["a line", "a warning", "theirs"] and "KeyError: 'end'" in lines
+    assert "before" not in lines and "after" not in lines
+    assert capsys.readouterr().out == "before\na line\nafter\n"
 
 
-def test_bars_leave_nothing_and_lines_beside_them_stay(tmp_path, monkeypatch):
-    stream, _ = console(monkeypatch)
-    handler = logging.StreamHandler(stream)  # holds the stream from before
-    with ConsoleLog() as log:
-        print("kept until the folder is known")
-        log.write_to(tmp_path / "log" / "run.log")
-        for total, leave in ((3, True), (3, False), (None, True)):
-            for i in tqdm(range(3), total=total, leave=leave, desc="outer", mininterval=0, file=stream):
-                if i == 1:
-                    tqdm.write(f"beside {total} {leave}", file=stream)
-        handler.emit(logging.makeLogRecord({"msg": "logged"}))
-        print("no end of line", end="")
-    lines = (tmp_path / "log" / "run.log").read_text().splitlines()
-    beside = ["beside 3 True", "beside 3 False", "beside None True"]
-    assert lines[1:] == ["kept until the folder is known", *beside, "logged", "no end of line"]
-    assert "write" not in vars(stream)
-
-
-def test_a_full_disk_ends_no_run(tmp_path, monkeypatch):
-    _, shown = console(monkeypatch)
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "run.log").symlink_to("/dev/full")
-    with ConsoleLog() as log:
-        log.write_to(tmp_path / "log" / "run.log")
-        print("shown all the same")
-    assert shown.getvalue() == b"shown all the same\n"
+def test_an_evaluation_speaks_when_it_has_been_silent(monkeypatch, capsys):
+    """Ten batches of eight seconds each: a line after 24, 48 and 72 seconds."""
+    moments = iter(range(0, 1000, 8))
+    monkeypatch.setattr("nlu.runs.log.time.monotonic", lambda: float(next(moments)))
+    lines = ProgressLines("accuracy")
+    for _ in range(10):
+        lines.on_prediction_step(None, None, None, eval_dataloader=range(10))
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluation: batch 4 of 10  0:48 left",
+        "evaluation: batch 7 of 10  0:24 left",
+        "evaluation: batch 10 of 10  0:00 left",
+    ]
+    assert lines.batches == 0
 
 
 def test_of_equal_scores_the_first_is_the_best(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib import export
-from nlu import predict, run_glue
+from nlu import fine_tuning, predict
 from nlu.run_glue import main
 from nlu.runs.log import clock
 from tests.nlu.killed_runs import run_broken_off
@@ -52,15 +52,8 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
     commands = dict(re.findall(r"^(predict|export):\s+(.*)$", shown, re.MULTILINE))
     assert commands["predict"].startswith("python nlu/predict.py --adapter")
     assert predict.main(shlex.split(commands["predict"].replace("FILE", str(rows)))[2:]) == 0
-    merged = str(tmp_path / "merged")
-    assert export.main(shlex.split(commands["export"].replace("OUT", merged))[3:]) == 0
-    card = (tmp_path / "merged/README.md").read_text()
-    assert "| task | cola |" in card and "library_name: transformers" in card and "How to load" not in card
-    predicted = capsys.readouterr().out
-    assert predict.main(["--model", merged, "--input", str(rows)]) == 0
-    one, other = ([json.loads(each) for each in text.splitlines() if each[:1] == "{"]
-                  for text in (predicted, capsys.readouterr().out))  # fmt: skip
-    assert [row["label"] for row in one] == [row["label"] for row in other] and len(one) == 2
+    assert commands["export"].split()[4:6] == ["--to", "peft"]
+    assert export.main(shlex.split(commands["export"].replace("OUT", str(tmp_path / "peft")))[3:]) == 0
 
 
 def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, tmp_path):
@@ -101,7 +94,7 @@ def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(bas
 def test_early_stopping_counts_a_gain_from_its_threshold_on(base_flags, monkeypatch, threshold, steps):
     """The score rises by 0.1 from one evaluation to the next."""
     scores = itertools.count(1)
-    monkeypatch.setattr(run_glue, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores) / 10})
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores) / 10})
     flags = [*changed(base_flags, max_steps=15), "--method", "lora", "--early_stopping_patience", "2"]
     assert main([*flags, "--early_stopping_threshold", str(threshold)]) == 0
     assert read(base_flags)["steps"] == steps

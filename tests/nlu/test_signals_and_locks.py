@@ -11,9 +11,7 @@ import time
 import pytest
 
 from nlu.errors import UsageError
-from nlu.runs.folder import RunFolder
 from nlu.runs.lock import locked
-from nlu.runs.log import ConsoleLog
 from nlu.runs.signals import Interrupted, SignalWatch
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
@@ -52,24 +50,6 @@ def test_a_run_in_a_thread_starts_too():
 # ---- locks -----------------------------------------------------------------------------------------------------------
 
 
-def free(path, **how):
-    """Whether somebody else could lock it."""
-    try:
-        with locked(path, "in use", **how):
-            return True
-    except UsageError:
-        return False
-
-
-def test_a_look_hinders_no_look_and_a_run_hinders_both(tmp_path):
-    path = tmp_path / ".lock"
-    with locked(path, "in use"):
-        assert not free(path) and not free(path, shared=True)
-    with locked(path, "in use", shared=True):
-        assert free(path, shared=True) and not free(path)
-    assert free(path)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
 def test_a_lock_does_not_outlive_its_process_in_a_data_loaders(tmp_path):
     begun, says = os.pipe()
@@ -101,8 +81,7 @@ def test_without_locks_a_run_says_so(tmp_path, monkeypatch, caplog, where):
         monkeypatch.setitem(sys.modules, "fcntl", None)
     else:
         monkeypatch.setattr(fcntl, "flock", none)
-    folder = RunFolder(tmp_path / "run", {}, {}, overwrite=False)
-    with ConsoleLog() as log, folder.hold("new", log):
+    with locked(tmp_path / ".lock", "in use"):
         pass
     assert "cannot be locked" in caplog.text
 
@@ -121,12 +100,3 @@ def test_who_waits_gets_the_lock_when_it_is_let_go(tmp_path):
         assert not entered.wait(0.1) and thread.is_alive()
     thread.join()
     assert entered.is_set()
-
-
-def test_a_folder_in_which_another_run_has_finished_since_the_look_is_left_alone(tmp_path):
-    folder = RunFolder(tmp_path, {}, {}, overwrite=False)
-    assert folder.state() == "new"
-    (tmp_path / "results.json").write_text('{"status": "finished", "arguments": {}}')
-    with pytest.raises(UsageError, match="was changed by another run"), ConsoleLog() as log, folder.hold("new", log):
-        pass
-    assert (tmp_path / "results.json").exists()

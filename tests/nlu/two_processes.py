@@ -15,7 +15,8 @@ if __package__ in (None, ""):
 
 import torch
 
-from nlu import run_glue
+from nlu import fine_tuning
+from nlu.run_glue import main
 from nlu.runs.processes import end_processes
 from nlu.trainer import effective_batch_size
 from tests.nlu.killed_runs import run_signalled
@@ -28,7 +29,7 @@ def stored_bytes(parameter: torch.Tensor) -> int:
 
 def run(flags: list[str], stop_after: int | None = None) -> None:
     """One run; its state at the end goes to process-RANK.pt beside its folder's files."""
-    original = run_glue.train_and_evaluate
+    original = fine_tuning.train_and_evaluate
 
     def watch(arguments, trainer, *rest):
         original(arguments, trainer, *rest)
@@ -41,9 +42,9 @@ def run(flags: list[str], stop_after: int | None = None) -> None:
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 
-    with mock.patch.object(run_glue, "train_and_evaluate", watch):
+    with mock.patch.object(fine_tuning, "train_and_evaluate", watch):
         if stop_after is None:
-            assert run_glue.main(flags) == 0
+            assert main(flags) == 0
         else:  # each process, as a scheduler tells them
             assert run_signalled(flags, "on_step_end", stop_after, signal.SIGTERM) == 128 + signal.SIGTERM
 

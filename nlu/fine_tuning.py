@@ -1,0 +1,233 @@
+"""One run, from its arguments to its record: data, model, training, evaluation, predictions and the adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from safetensors import SafetensorError
+from sklearn.utils.class_weight import compute_class_weight
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, set_seed
+
+from nlu.argument_checks import check_an_evaluation, fit_schedule
+from nlu.arguments import Arguments
+from nlu.data.batching import effective_batch_size, updates_per_epoch
+from nlu.data.glue import reorder_labels
+from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits, tokenize_tests
+from nlu.data.submission import predict, to_labels
+from nlu.errors import UsageError, one_line, reason
+from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
+from nlu.json_yaml import read_json
+from nlu.methods.method import AppliedMethod
+from nlu.methods.registry import apply_method
+from nlu.metrics import compute_glue_metrics
+from nlu.model import check_model_arguments, load_config, load_model, set_precision
+from nlu.runs.adapter import (
+    check_upload,
+    load_warm_start,
+    read_warm_start,
+    save_run_adapter,
+    spectra,
+    upload_adapter,
+)
+from nlu.runs.checkpoints import last_checkpoint, rotate
+from nlu.runs.digests import content_digests
+from nlu.runs.folder import RECORD, RunFolder
+from nlu.runs.log import ProgressLines, log_to, say
+from nlu.runs.processes import first_computes, is_first, wait_for_all
+from nlu.runs.record import RunRecord, begin_record, say_outcome
+from nlu.tasks import Task
+from nlu.trainer import GlueTrainer
+
+logger = logging.getLogger("nlu")
+
+
+def run(arguments: Arguments) -> None:
+    """One run from data to records; nothing where the folder holds it, finished.
+
+    Raises:
+        UsageError: for whatever the arguments, the data, the model or the folder cannot do together.
+        RunError: for a training that cannot go on. Interrupted: after a signal.
+    """
+    training = arguments.training
+    check_upload(arguments)
+    folder = RunFolder(
+        Path(training.root_output_dir),
+        arguments.record,
+        first_computes(lambda: content_digests(arguments.record)),
+        effective_batch_size(training),
+        training.overwrite_output_dir,
+    )
+    with contextlib.ExitStack() as held:  # by the first process, for all
+        state = first_computes(lambda: held.enter_context(folder.hold()))
+        if state == "finished":
+            if is_first():
+                say(f"{folder.path} holds this run, finished: give --overwrite_output_dir to run it again")
+        else:
+            _run_in(folder, state, arguments, held)
+        if arguments.record["push_to_hub"] and is_first():
+            upload_adapter(training, folder.path)
+
+
+def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextlib.ExitStack) -> None:
+    """The run in its folder, whose log is open from where nothing can be refused any more."""
+    training, path = arguments.training, folder.path
+    task, splits = load_data(arguments)
+    others = load_predict_task(arguments, task)
+    total_steps = plan_steps(arguments, splits)
+    started_with = (read_json(path / RECORD) or {}).get("labels") if state == "resume" else None
+    config, tokenizer, head = load_config(arguments, task, started_with)
+    if head.labels is not None:
+        task, splits = reorder_labels(task, splits, head.labels)
+    warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
+    check_model_arguments(arguments, config, tokenizer, total_steps, warm_start)
+    splits = tokenize_splits(arguments, task, splits, tokenizer)
+    tests = [(task, splits.test), *tokenize_tests(arguments, others, task.labels, tokenizer)]
+    weights = class_weights(arguments, task, splits.train)
+
+    wait_for_all()  # every process has read what the folder holds
+    if is_first():
+        folder.clean(state)
+        held.enter_context(log_to(path / "log" / "run.log"))
+    wait_for_all()
+    set_seed(training.seed)
+    sharded = sharding_asked_for()
+    with without_accelerates_own():
+        model = load_model(arguments, config, head)
+        applied = apply_method(model, arguments.method, total_steps)
+        if warm_start is not None:
+            load_warm_start(*warm_start, model, arguments)
+        set_precision(arguments, applied)
+        if sharded:
+            shard(model, training)
+        trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
+    facts = {
+        "train_examples": len(splits.train) if splits.train is not None else 0,
+        "eval_examples": sum(map(len, splits.validation.values())),
+        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
+    }
+    record = begin_record(arguments, trainer, facts, folder, state)
+    checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
+    with trainer.signals:
+        run_recorded(arguments, tests, trainer, record, path, checkpoint)
+
+
+def run_recorded(
+    arguments: Arguments, tests: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: Path | None
+) -> None:
+    """Training, evaluation, prediction and the adapter; whatever ends it early is in the record."""
+    try:
+        train_and_evaluate(arguments, trainer, checkpoint)
+        if arguments.training.do_predict:
+            record.static["test_scores"] = predict(tests, trainer, folder)
+        record.log_history = trainer.state.log_history
+        if is_first():
+            record.static["spectra"] = spectra(trainer.model)
+            if trainer.applied.ranks is not None:
+                live = trainer.applied.ranks.rank_pattern
+                record.static["module_ranks"] = {name: sum(flags) for name, flags in live.items()}
+            running = record.write("running")
+            tokenizer = trainer.processing_class
+            save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)
+            say_outcome(record.write("finished"), folder)
+            if arguments.training.save_strategy == "no":  # they served while the run was at work
+                rotate(folder / "model", 0)
+    except BaseException as error:
+        record.error = one_line(error)
+        with contextlib.suppress(OSError):  # a full disk: the record stays as it was
+            record.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+
+
+def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
+    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training. Fits the schedule."""
+    training = arguments.training
+    if not training.do_train:
+        return 0
+    steps, per_epoch = training.max_steps, updates_per_epoch(training, len(splits["train"]))
+    if steps <= 0:
+        steps = math.ceil(training.num_train_epochs * per_epoch)
+    check_an_evaluation(training, steps, per_epoch)
+    fit_schedule(training, arguments.method, steps)
+    return steps
+
+
+def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
+    """The weight n / (classes · rows of the class) of each class in the training loss; None where all count alike.
+
+    Raises:
+        UsageError: for weights of classes, or smoothed labels, where the labels are numbers; for a class without a row.
+    """
+    asked, smoothing = arguments.data.class_weights, arguments.training.label_smoothing_factor
+    for flag, value in (("class_weights", asked), ("label_smoothing_factor", smoothing)):
+        if value and task.is_regression:
+            raise UsageError(f"--{flag} is for classes, and the labels of {task.name} are numbers: leave it out")
+    if asked is None or train is None:
+        return None
+    labels, classes = np.asarray(train["labels"][:]), np.arange(task.num_labels)
+    if missing := sorted(set(classes.tolist()) - set(labels.tolist())):
+        raise UsageError(f"--class_weights balanced: no training row has class {task.labels[missing[0]]!r}")
+    return compute_class_weight("balanced", classes=classes, y=labels).tolist()
+
+
+def build_trainer(
+    arguments: Arguments,
+    task: Task,
+    applied: AppliedMethod,
+    splits: Splits,
+    tokenizer: Any,
+    class_weights: list[float] | None = None,
+) -> GlueTrainer:
+    """The Trainer with data, metrics and the folders of this run."""
+    training, data = arguments.training, arguments.data
+    training.output_dir = str(Path(training.root_output_dir) / "model")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.root_output_dir) / "log")  # not that of an earlier run
+    training.label_names = ["labels"]
+    training.push_to_hub = False  # the Trainer would upload checkpoints; the run uploads its adapter
+    training.metric_for_best_model, training.greater_is_better = f"eval_{task.metric}", True
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        if not np.isfinite(prediction.predictions).all():
+            return {}  # GlueTrainer.evaluation_loop ends the run then, and says why
+        return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
+
+    validation = list(splits.validation.values()) or [None]
+    bucketed = data.length_bucketing and splits.train is not None
+    trainer = GlueTrainer(
+        task,
+        applied,
+        class_weights=class_weights,
+        train_lengths=splits.train["length"][:] if bucketed else None,
+        second_eval_dataset=validation[1] if len(validation) > 1 else None,
+        args=training,
+        train_dataset=splits.train,
+        eval_dataset=validation[0],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training.fp16 else None),
+        compute_metrics=metrics,
+        callbacks=[ProgressLines(task.metric)],
+    )
+    if training.early_stopping_patience is not None:
+        threshold = training.early_stopping_threshold or 0.0
+        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, threshold))
+    return trainer
+
+
+def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: Path | None) -> None:
+    """Train from the checkpoint, or without one from the start, and evaluate what training ended with."""
+    if arguments.training.do_train:
+        if checkpoint is not None and is_first():
+            logger.warning("continuing from %s", checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (UnpicklingError, SafetensorError) as error:  # only tensors and plain values are read from a checkpoint
+            raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
+    if trainer.lacks_evaluation:
+        trainer.evaluate()
