@@ -177,7 +177,7 @@ def resume() -> str:
             done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise Failed(f"{run_name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-            weights.append(load_file(out / f"model/checkpoint-{steps}/model.safetensors"))
+            weights.append(load_file(out / f"model/checkpoint-{steps}/trained.safetensors"))
     different = [key for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])]
     if different or weights[0].keys() != weights[1].keys():
         raise Failed(f"{len(different)} of {len(weights[0])} tensors differ")

@@ -24,7 +24,6 @@ from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_split
 from nlu.data.submission import predict, to_labels
 from nlu.errors import UsageError, one_line, reason
 from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
-from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.metrics import compute_glue_metrics
@@ -39,7 +38,7 @@ from nlu.runs.adapter import (
 )
 from nlu.runs.checkpoints import last_checkpoint, rotate
 from nlu.runs.digests import content_digests
-from nlu.runs.folder import RECORD, RunFolder
+from nlu.runs.folder import RunFolder
 from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.processes import first_computes, is_first, wait_for_all
 from nlu.runs.record import RunRecord, begin_record, say_outcome
@@ -82,8 +81,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
     task, splits = load_data(arguments)
     others = load_predict_task(arguments, task)
     total_steps = plan_steps(arguments, splits)
-    started_with = (read_json(path / RECORD) or {}).get("labels") if state == "resume" else None
-    config, tokenizer, head = load_config(arguments, task, started_with)
+    config, tokenizer, head = load_config(arguments, task)
     if head.labels is not None:
         task, splits = reorder_labels(task, splits, head.labels)
     warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None

@@ -6,7 +6,6 @@ import copy
 import logging
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,8 @@ class Head:
     unfit: str | None = None
 
 
-def choose_head(saved: Any, task: Task, started_with: Sequence[str] | None = None) -> Head:
-    """Decide from a checkpoint's configuration what its head can do for the task.
-
-    Args:
-        saved: the checkpoint's configuration. started_with: the order of the labels in an interrupted run, which keeps
-            it whatever the checkpoint says.
-    """
+def choose_head(saved: Any, task: Task) -> Head:
+    """Decide from a checkpoint's configuration what its head can do for the task."""
     names = [str(saved.id2label[number]) for number in sorted(saved.id2label)]
     problem = getattr(saved, "problem_type", None)
     if task.labels is None:
@@ -71,8 +65,8 @@ def choose_head(saved: Any, task: Task, started_with: Sequence[str] | None = Non
     words = {label.lower(): label for label in task.labels}
     found = [name.lower() for name in names]
     if sorted(found) == sorted(words) and problem != "regression":
-        return Head(tuple(started_with or (words[name] for name in found)))
-    labels = tuple(started_with or task.labels)
+        return Head(tuple(words[name] for name in found))
+    labels = tuple(task.labels)
     if len(names) != len(labels):
         return Head(labels, f"{_counted(names)}, and {task.name} has {len(labels)}")
     if problem == "regression":
@@ -86,11 +80,8 @@ def _counted(names: list[str]) -> str:
     return "1 label" if len(names) == 1 else f"{len(names)} labels"
 
 
-def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | None = None) -> tuple[Any, Any, Head]:
+def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
     """The encoder's configuration, with the task's labels in it, its tokenizer, and what becomes of its head.
-
-    Args:
-        started_with: see :func:`choose_head`.
 
     Raises:
         UsageError: for a model that is not there, or cannot be read.
@@ -104,7 +95,7 @@ def load_config(arguments: Arguments, task: Task, started_with: Sequence[str] | 
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise _unreadable(arguments, error) from None
     check_tokenizer(tokenizer, model.model_name_or_path, "--model_name_or_path ")
-    head = choose_head(config, task, started_with)
+    head = choose_head(config, task)
     config.problem_type = "regression" if task.is_regression else None
     if head.labels is not None:
         config.id2label = dict(enumerate(head.labels))

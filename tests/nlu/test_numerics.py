@@ -18,7 +18,7 @@ def outcome(flags, folder):
     flags = changed(flags, root_output_dir=folder)
     assert main([*flags, "--mask_interval", "1", "--lora_dropout", "0.1"]) == 0
     record, masks = read(flags), read(flags, "rank_pattern.json")
-    weights = load_file(folder / "model" / "checkpoint-6" / "model.safetensors")
+    weights = load_file(folder / "model" / "checkpoint-6" / "trained.safetensors")
     assert record["live_budget"] < record["initial_budget"]
     return weights, masks, [row["loss"] for row in record["history"]], [e["loss"] for e in record["evaluations"]]
 
