@@ -33,8 +33,8 @@ from transformers.utils import logging
 from benchmarks import losses, run
 from benchmarks.peers import MODELS, PEERS, Shape, installed
 from benchmarks.report import markdown
-from loralib.files import write_text
 from nlu.errors import UsageError, exit_code
+from nlu.runs.files import write_text
 from nlu.runs.machine import COMMIT, now
 
 ROOT = Path(__file__).resolve().parents[1]

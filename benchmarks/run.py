@@ -39,9 +39,9 @@ from tqdm import tqdm
 from benchmarks.lengths import real_batches
 from benchmarks.peers import PEERS, Shape, installed, serve
 from benchmarks.report import Measurement, markdown
-from loralib.files import write_text
 from nlu.errors import UsageError, exit_code, reason
 from nlu.experiments.launchers import available_cores
+from nlu.runs.files import write_text
 from nlu.runs.machine import processor, versions
 
 RESULTS = Path(__file__).parent / "results"

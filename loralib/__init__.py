@@ -8,16 +8,17 @@ from types import ModuleType
 from typing import Any
 
 from loralib.adapter import (
+    base_fingerprint,
     compact,
     load_adapter,
     merge_adapter,
+    merge_and_unload,
     merge_into,
     save_adapter,
     start_from_adapter,
     unmerge_adapter,
 )
-from loralib.adapter_checks import base_fingerprint
-from loralib.adapter_files import VERSION, AdapterConfig, read_adapter_config
+from loralib.adapter_folder import VERSION, AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
 from loralib.diagnostics import UpdateStatistics, update_statistics
 from loralib.exact_factors import ExactFactors
@@ -58,6 +59,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "match_modules",
     "merge_adapter",
+    "merge_and_unload",
     "merge_into",
     "parameter_groups",
     "read_adapter_config",
@@ -75,6 +77,7 @@ _MOVED_NAMES = {
     "import_peft": "loralib.interop.peft_format",
 }
 _MOVED_MODULES = {
+    "loralib.adapter_files": "loralib.adapter_folder",
     "loralib.multi_adapter": "loralib.interop.multi_adapter",
     "loralib.peft_adalora": "loralib.interop.peft_adalora",
     "loralib.peft_format": "loralib.interop.peft_format",

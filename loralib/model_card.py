@@ -1,16 +1,18 @@
-"""The README.md of an adapter, of its form for peft, and of the base that it was merged into."""
+"""The README.md of an adapter."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
-    from loralib.adapter_files import AdapterConfig, LayerGroup
+    from loralib.adapter_folder import AdapterConfig, LayerGroup
 
 _SHOWN = ("task", "method", "metric", "score", "notes")
 _NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
-_HOW_TO_LOAD = "## How to load"
+HOW_TO_LOAD = "## How to load"
 _ADAPTER = """---
 library_name: loralib
 tags:
@@ -38,30 +40,19 @@ _REBUILD = """Its method adds modules of its own, which the GLUE pipeline's pred
     python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
 _TO_PEFT = "    python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft"
 _TO_MERGED = "    python -m loralib.export path/to/this/folder --to merged OUT --base BASE      # a plain checkpoint"
-_PEFT = """---
-library_name: peft
-base_model: {base}
----
-
-# LoRA adapter for a {architecture}
-
-```python
-from peft import PeftModel
-{base_lines}
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
-```
-"""
 
 
-def adapter_card(config: AdapterConfig, adapter_parameters: int, head_parameters: int) -> str:
+def adapter_card(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
     """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
+    head = sum(tensors[name].numel() for name in config.head)
+    factors = sum(tensor.numel() for tensor in tensors.values()) - head
     names = {_name(group) for group in config.groups} or {"Parameter"}
     rows = [("base model", config.base_model or "not recorded")]
     rows += [("base revision", config.base_revision or "not recorded")]
     rows += [(key, _cell(config.card[key])) for key in _SHOWN if key in config.card]
     if labels := label_order(config):
         rows += [("labels", _cell(labels))]
-    rows += [("adapter parameters", f"{adapter_parameters:,}"), ("other trained parameters", f"{head_parameters:,}")]
+    rows += [("adapter parameters", f"{factors:,}"), ("other trained parameters", f"{head:,}")]
     for group in config.groups:
         live = [flags.count("1") for flags in group.rank_pattern.values()]
         scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
@@ -76,25 +67,6 @@ def adapter_card(config: AdapterConfig, adapter_parameters: int, head_parameters
     )
 
 
-def merged_card(adapter: str) -> str:
-    """Of a plain checkpoint: the text of the adapter's own card, without what loads an adapter."""
-    described = adapter.partition("\n# ")[2].partition(_HOW_TO_LOAD)[0].strip() or "Adapter"
-    return (
-        f"---\nlibrary_name: transformers\n---\n\n# {described}\n\n"
-        "The adapter is merged into its base: this is a plain checkpoint, which transformers loads by itself.\n"
-    )
-
-
-def peft_card(config: AdapterConfig, base_model: str | None) -> str:
-    """Of the adapter in peft's format: how peft loads it."""
-    arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
-    name = config.architecture
-    lines = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
-    if not config.base_config:  # no model of transformers
-        lines = f"\nmodel = ...  # the {name} on which the adapter was trained"
-    return _PEFT.format(base=json.dumps(base_model), architecture=name, base_lines=lines)
-
-
 def label_order(config: AdapterConfig) -> str:
     """The labels in the order of a trained head's outputs, "0 entailment, 1 neutral, 2 contradiction"; empty without a
     head or with a single output."""
@@ -105,10 +77,10 @@ def label_order(config: AdapterConfig) -> str:
 def _how_to_load(config: AdapterConfig) -> str:
     """What works for an adapter of this kind, and nothing else."""
     if "method_arguments" in config.card:  # of the pipeline's methods that are no low-rank layers of this library
-        return f"{_HOW_TO_LOAD}\n\n{_REBUILD}"
+        return f"{HOW_TO_LOAD}\n\n{_REBUILD}"
     to_peft = config.groups and "peft_lacks" not in config.card
     exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # merging needs transformers' model
-    return "\n\n".join([_HOW_TO_LOAD, _LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
+    return "\n\n".join([HOW_TO_LOAD, _LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
 
 
 def _name(group: LayerGroup) -> str:

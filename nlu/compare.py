@@ -30,7 +30,6 @@ if packages_missing():
 
 import pandas as pd
 
-from loralib.files import write_bytes, write_text
 from nlu import ROOT
 from nlu.arguments import DataArguments, build_parser, method_file, translate
 from nlu.errors import OneLineParser, UsageError, exit_code
@@ -45,6 +44,7 @@ from nlu.experiments.places import Places, check_data, check_writable, parsed_co
 from nlu.experiments.records import place_of, portable, settings_of
 from nlu.experiments.statistics import as_frame, finished
 from nlu.experiments.tables import comparison_table
+from nlu.runs.files import write_bytes, write_text
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]

@@ -42,13 +42,13 @@ from transformers import (
 )
 
 import loralib
-from loralib.files import open_new
 from loralib.interop.export import load_base_of, quiet_transformers, revision_of
 from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
 from nlu.data.tokens import check_room, check_tokenizer, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
+from nlu.runs.files import open_new
 from nlu.runs.signals import SignalWatch
 from nlu.tasks import TASKS
 
@@ -209,7 +209,7 @@ def _checkpoint(source: str) -> nn.Module:
 
 @contextmanager
 def open_output(path: str) -> Iterator[TextIO]:
-    """Standard output for "-"; otherwise a file as :func:`loralib.files.open_new` writes it."""
+    """Standard output for "-"; otherwise a file as :func:`nlu.runs.files.open_new` writes it."""
     if path == "-":
         if sys.stdout is None:
             raise UsageError("--output -: there is no standard output; name a file")

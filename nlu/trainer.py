@@ -20,7 +20,6 @@ from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallbac
 from transformers.trainer_utils import EvalLoopOutput
 
 import loralib
-from loralib.files import remove_leftovers
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
@@ -30,6 +29,7 @@ from nlu.runs.checkpoints import (
     restore_progress,
     write_checkpoint,
 )  # fmt: skip
+from nlu.runs.files import remove_leftovers
 from nlu.runs.finite import FiniteWatch, trained_are_finite
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.processes import several

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,21 +20,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from loralib.adapter import merge_into, save_adapter
-from loralib.adapter_files import (
+from loralib.adapter import merge_into, name_on_hub, save_adapter
+from loralib.adapter_folder import (
     CARD_FILE,
     AdapterConfig,
     copy_tokenizer,
     has_tokenizer,
+    new_files,
     read_adapter_config,
+    refuse_other_files,
 )
-from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.interop.peft_format import export_peft, import_peft, is_peft, read_pairs
 from loralib.interop.peft_heads import TASK_TYPES
-from loralib.model_card import label_order, merged_card
+from loralib.model_card import HOW_TO_LOAD, label_order
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
@@ -131,21 +133,31 @@ def export_merged(
         ValueError: as :func:`loralib.load_adapter`, or for a base that cannot be loaded, or a folder with other files.
     """
     config = read_adapter_config(adapter)
-    writer = FolderWriter(folder, set(), "config.json")  # refuses a folder with other files before the base is loaded
+    if not dist.is_initialized():  # before the base is loaded; of a group's processes another may be done already
+        refuse_other_files(folder, (), "config.json")
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
     processor = _processor(base, revision_of(config, base), needed=not has_tokenizer(adapter))
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
-    with writer as new, quiet_transformers():
+    with new_files(folder, (), "config.json") as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)
         copy_tokenizer(adapter, new)
         card = Path(adapter) / CARD_FILE
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        (new / CARD_FILE).write_text(merged_card(text), encoding="utf-8")
+        (new / CARD_FILE).write_text(_card(text), encoding="utf-8")
+
+
+def _card(adapter: str) -> str:
+    """Of a plain checkpoint: the text of the adapter's own card, without what loads an adapter."""
+    described = adapter.partition("\n# ")[2].partition(HOW_TO_LOAD)[0].strip() or "Adapter"
+    return (
+        f"---\nlibrary_name: transformers\n---\n\n# {described}\n\n"
+        "The adapter is merged into its base: this is a plain checkpoint, which transformers loads by itself.\n"
+    )
 
 
 def _processor(base: str, revision: dict[str, str], needed: bool) -> Any:
@@ -242,7 +254,7 @@ def _run_import(arguments: argparse.Namespace) -> None:
     if kind in ("lora2", "multiscale"):
         options.setdefault("widths", [8])
     values, _, head = read_pairs(arguments.adapter)
-    name = _hub_name(values.get("base_model_name_or_path"))
+    name = name_on_hub(values.get("base_model_name_or_path"))
     revision = _revision(name, values.get("revision"), arguments.base)
     architecture = _class_for(values.get("task_type"), arguments.base, revision)
     model = load_base(arguments.base, architecture, **_label_count(head), **revision)
@@ -252,13 +264,6 @@ def _run_import(arguments: argparse.Namespace) -> None:
         save_tokenizer=lambda new: copy_tokenizer(arguments.adapter, new),
     )  # fmt: skip
     print(f"{arguments.out}: {kind} adapter")
-
-
-def _hub_name(recorded: Any) -> str | None:
-    """The base's name that a peft adapter records; of a place on somebody's disk only the last part."""
-    name = recorded if isinstance(recorded, str) else ""
-    on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
-    return name if on_the_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
 
 
 def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:
@@ -301,6 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except MemoryError:
         print("error: there is not enough memory for the base model", file=sys.stderr)
+        return 1
+    except SafetensorError as error:  # read errors are ValueErrors here, so that this is a refused write
+        print(f"error: {error}: make room, and give the same command again", file=sys.stderr)
         return 1
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

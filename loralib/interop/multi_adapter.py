@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loralib.adapter import build_layers
-from loralib.adapter_checks import check_adapter
-from loralib.adapter_files import AdapterConfig, read_adapter
+from loralib.adapter import fitting_layers, write_factors
+from loralib.adapter_folder import AdapterConfig, read_adapter
 from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped
@@ -88,9 +87,9 @@ class MultiAdapter:
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
         config, tensors = read_adapter(folder)
-        check_adapter(self.model, config, tensors, allow_other_base, any_head_shape=True)
+        layers = fitting_layers(self.model, config, tensors, allow_other_base, any_head_shape=True)
+        write_factors(layers, config, tensors)
         with keep_flags(self.model):
-            layers = build_layers(self.model, config, tensors)
             parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}
         state = self.model.state_dict(keep_vars=True)
         never_called = modules_never_called(self.model)

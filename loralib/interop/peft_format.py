@@ -21,32 +21,43 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter import install_adapter
-from loralib.adapter_checks import check_adapter
-from loralib.adapter_files import (
+from loralib.adapter import fitting_layers, install
+from loralib.adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
+    FILES,
     SCALES,
-    TOKENIZER_FILES,
     WEIGHTS_FILE,
     AdapterConfig,
     LayerGroup,
     copy_tokenizer,
+    new_files,
     read_adapter,
     read_json_object,
     read_tensors,
 )
 from loralib.checks import check_choice, check_positive, check_whole_number
-from loralib.files import FolderWriter
 from loralib.injection import KINDS
 from loralib.interop.peft_heads import modules_to_save, task_type_of
 from loralib.layers import GAUSSIAN_STD
-from loralib.model_card import peft_card
 
 PREFIX = "base_model.model."
 # What a LoRA's configuration takes over from an AdaLoRA's.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
 _ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
+_CARD = """---
+library_name: peft
+base_model: {base}
+---
+
+# LoRA adapter for a {architecture}
+
+```python
+from peft import PeftModel
+{base_lines}
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+"""
 
 Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
 
@@ -162,10 +173,10 @@ def export_peft(
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
     if lacks := config.card.get("peft_lacks"):
         raise ValueError(f"peft's LoRA format holds whole modules, told by the ends of their names, and would need "
-                         f"{lacks!r:.200} too: merge it instead (--to merged)")  # fmt: skip
+                         f"{lacks!r:.200} too: load the adapter with load_adapter()")  # fmt: skip
     base_model = base_model or config.base_model
     head = {name: tensors[name] for name in config.head}
-    card = peft_card(config, base_model)
+    card = _card(config, base_model)
     return _write_peft(adapter, folder, pairs, head, _peft_fields(config, base_model), card)
 
 
@@ -199,7 +210,7 @@ def _write_peft(
         "bias": "none",
         **fields,
     }
-    with FolderWriter(folder, {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, *TOKENIZER_FILES}, CONFIG_FILE) as new:
+    with new_files(folder, FILES, CONFIG_FILE) as new:
         copy_tokenizer(adapter, new)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if card is not None:
@@ -212,6 +223,16 @@ def _own_pattern(name: str, names: Collection[str]) -> str:
     """An expression for this module alone: peft takes the first whose end matches, in which a dot is any character."""
     matches = re.compile(rf"(?:.*\.)?{name}").fullmatch if re.fullmatch(r"[\w.]+", name) else None
     return name if matches and [*filter(matches, names)] == [name] else f"^{re.escape(name)}"
+
+
+def _card(config: AdapterConfig, base_model: str | None) -> str:
+    """Of the adapter in peft's format: how peft loads it."""
+    arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
+    name = config.architecture
+    lines = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
+    if not config.base_config:  # no model of transformers
+        lines = f"\nmodel = ...  # the {name} on which the adapter was trained"
+    return _CARD.format(base=json.dumps(base_model), architecture=name, base_lines=lines)
 
 
 def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any]:
@@ -277,8 +298,7 @@ def import_peft(
         group.rank_pattern[name] = "1" * key[1]
     config = AdapterConfig(kind, list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
     tensors |= head
-    check_adapter(model, config, tensors, allow_other_base=True)
-    install_adapter(model, config, tensors)
+    install(model, config, tensors, fitting_layers(model, config, tensors, allow_other_base=True))
 
 
 def is_peft(folder: str | os.PathLike[str]) -> bool:

@@ -18,11 +18,11 @@ if __package__ in (None, ""):
 import numpy as np
 from datasets import Dataset
 
-from loralib.files import write_bytes
 from nlu.data.file_formats import read_table, shown
 from nlu.data.glue import as_number
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.metrics import compute_glue_metrics
+from nlu.runs.files import write_bytes
 from nlu.tasks import TASKS, Task
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
-from loralib.adapter_files import has_tokenizer
+from loralib.adapter_folder import has_tokenizer
 from nlu.errors import UsageError
 from nlu.tasks import Task
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from loralib.files import write_text
 from nlu.errors import UsageError
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free, seed_number
 from nlu.json_yaml import check
+from nlu.runs.files import write_text
 from nlu.runs.lock import locked
 from nlu.tasks import TASKS
 

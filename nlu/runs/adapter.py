@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import loralib
-from loralib.adapter import start
-from loralib.adapter_checks import check_start
-from loralib.adapter_files import AdapterConfig, read_adapter
+from loralib.adapter import check_start, start
+from loralib.adapter_folder import AdapterConfig, read_adapter
 from loralib.exact_factors import ORTHONORMAL, deviation
-from loralib.files import write_json
 from loralib.interop.peft_format import decompose
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS, card_of
+from nlu.runs.files import write_json
 from nlu.tasks import Task
 
 

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from loralib.files import new_folder_of, remove_leftovers, replace_folder, start_folder
+from nlu.runs.files import new_folder_of, remove_leftovers, replace_folder, start_folder
 from nlu.runs.processes import wait_for_all
 
 PROGRESS_FILE = "progress.pt"

@@ -27,7 +27,7 @@ READ = (  # arguments that decide which contents a run reads
 )  # fmt: skip
 
 # What decides how a model computes: not what a training leaves beside it. A test compares the tokenizers' files with
-# transformers' classes; the list of loralib.adapter_files would bring torch.
+# transformers' classes; the list of loralib.adapter_folder would bring torch.
 _MODEL_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes", "*.model",

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from loralib.files import remove_leftovers
 from nlu.arguments import DataArguments, MethodArguments, ModelArguments
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
@@ -177,7 +176,6 @@ class RunFolder:
         for name in PARTS if state == "new" and (self.path / RECORD).exists() else ():
             part = self.path / name
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-        remove_leftovers(self.path / "adapter")
         remove_unfinished(self.path / "model")
         for part in self.path.glob(".*.json.*"):
             part.unlink()

@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from loralib.files import write_json
 from nlu.arguments import Arguments, command_line
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.methods.registry import METHODS, count_parameters
 from nlu.metrics import constant_loss, in_words
+from nlu.runs.files import write_json
 from nlu.runs.folder import RECORD, RunFolder
 from nlu.runs.log import say
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from loralib.adapter_files import TOKENIZER_FILES
+from loralib.adapter_folder import TOKENIZER_FILES
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.places import Places

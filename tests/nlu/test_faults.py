@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from loralib.files import start_folder
 from loralib.recipes import trainer as mixin
 from nlu import fine_tuning
 from nlu.arguments import parse_arguments
@@ -24,6 +23,7 @@ from nlu.run_glue import main
 from nlu.runs import checkpoints as saving
 from nlu.runs.checkpoints import checkpoints, last_checkpoint, rotate
 from nlu.runs.digests import content_digests
+from nlu.runs.files import start_folder
 from nlu.runs.folder import RunFolder
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled

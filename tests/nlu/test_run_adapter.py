@@ -41,7 +41,7 @@ def test_the_saved_adapter_gives_the_trained_models_logits(finished, encoder):
 
 def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained, monkeypatch):
     """tests/loralib/test_adapter.py compares the updates of every kind of layer, and refuses every other kind."""
-    config, tensors = loralib.adapter_files.read_adapter(trained)
+    config, tensors = loralib.adapter_folder.read_adapter(trained)
     started = {}
     load = fine_tuning.load_warm_start
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import loralib
-from loralib.adapter_files import CONFIG_FILE, _config_digest
+from loralib.adapter_folder import CONFIG_FILE, _config_digest
 from loralib.interop.export import load_base
 from nlu import predict
 from nlu.run_glue import main

@@ -7,13 +7,16 @@ names no file, so a folder cannot point outside itself. It holds the SHA-256 of 
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loralib.checks import is_number
-from loralib.files import FolderWriter, recover_folder
 from loralib.injection import KINDS
 from loralib.layers import INITS
 from loralib.model_card import adapter_card
@@ -31,8 +33,6 @@ from loralib.model_card import adapter_card
 VERSION = "0.2.0"  # of loralib
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-MOST_SCALES = 17  # a folder from a stranger must not ask for endless memory
-_FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE}
 # What transformers' tokenizers write, for the tools that look for it beside an adapter; a test compares their classes.
 TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -41,6 +41,8 @@ TOKENIZER_FILES = {
     "spm.model", "spm_char.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model",
     "source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json",
 }  # fmt: skip
+FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE} | TOKENIZER_FILES
+_NEW = ".new-"  # begins the name of a folder of files that are being written
 
 
 @dataclass
@@ -79,10 +81,10 @@ class AdapterConfig:
         tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
         head: names of the other trained parameters, and of the saved buffers of their modules.
         architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
-            needed to build the base again. base_model, base_revision: as given to ``save_adapter``; may be None.
+            needed to build the base again. base_model, base_revision: its name and revision on the hub; may be None.
         base_fingerprint: see :func:`loralib.base_fingerprint`.
-        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a name that peft would need too,
-            where the adapter is more than peft's format holds.
+        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of something that
+            was trained, under which peft's format cannot hold it.
         library_version: of loralib. weights_sha256: of the tensors' file.
     """
 
@@ -120,9 +122,12 @@ class AdapterConfig:
 
 
 def write_adapter(
-    folder: Path, config: AdapterConfig, tensors: dict[str, Tensor], save_tokenizer: Callable[[Path], Any] | None = None
+    folder: str | os.PathLike[str],
+    config: AdapterConfig,
+    tensors: dict[str, Tensor],
+    save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> None:
-    """Write the three files, and the tokenizer's. A kill or an error leaves the folder as it was before or complete.
+    """Write the three files, and the tokenizer's, see :func:`new_files`.
 
     Raises:
         ValueError: if the folder holds other files than an adapter's, the card holds values that JSON cannot hold, or
@@ -140,13 +145,96 @@ def write_adapter(
         text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"the card may only hold values of JSON ({error})") from None
-    head = sum(tensors[name].numel() for name in config.head)
-    card = adapter_card(config, sum(tensor.numel() for tensor in tensors.values()) - head, head)
-    with FolderWriter(folder, _FILES | TOKENIZER_FILES, CONFIG_FILE) as new:
+    card = adapter_card(config, tensors)
+    with new_files(folder, FILES, CONFIG_FILE) as new:
         if save_tokenizer is not None:
             save_tokenizer(new)
         for name, content in ((CONFIG_FILE, text.encode()), (WEIGHTS_FILE, weights), (CARD_FILE, card.encode())):
             (new / name).write_bytes(content)
+
+
+@contextmanager
+def new_files(folder: str | os.PathLike[str], replaceable: Collection[str], last: str) -> Iterator[Path]:
+    """An empty folder to write to. At the end of the block its files take the places of those in ``folder``.
+
+    An error leaves the folder as it was. The files are replaced one by one, ``last`` at the end, so that a kill in
+    between leaves an adapter whose checksums do not fit. All processes of a group may write the same folder: they take
+    turns, and one that finds its own files there already leaves them.
+
+    Args:
+        folder: may be absent, empty, or hold nothing but ``replaceable`` names with ``last`` among them.
+
+    Raises:
+        ValueError: where it holds anything else, so that nothing of the user's is deleted.
+    """
+    target = Path(os.path.realpath(folder))
+    is_new = not target.exists()
+    if target.is_file():
+        raise ValueError(f"{folder} is a file: name a folder to write to")
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(target, exclusive=True) as alone, tempfile.TemporaryDirectory(prefix=_NEW, dir=target) as new:
+            for left in target.glob(f"{_NEW}*") if alone else ():  # by a writer that was killed
+                if str(left) != new:
+                    shutil.rmtree(left)
+            yield Path(new)
+            files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix == ".safetensors"))
+            there = [target / file.name for file in files]
+            if all(map(_same_file, files, there)):
+                return
+            refuse_other_files(target, replaceable, last)
+            for file in files:
+                _flush(file)
+            for file, place in zip(files, there, strict=True):
+                os.replace(file, place)
+            for name in set(replaceable) - {place.name for place in there}:
+                (target / name).unlink(missing_ok=True)
+            _flush(target)
+    finally:
+        if is_new:
+            with suppress(OSError):  # it holds what was written
+                target.rmdir()
+
+
+def refuse_other_files(folder: str | os.PathLike[str], replaceable: Collection[str], last: str) -> None:
+    """Raises ValueError unless the folder may be written to, see :func:`new_files`."""
+    present = {path.name for path in Path(folder).glob("*") if not path.name.startswith(_NEW)}
+    other = present.difference(replaceable)
+    if present and (other or last not in present):
+        raise ValueError(f"{folder} holds other files ({min(other or present)}): name a new or an empty folder")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _flush(path: Path) -> None:
+    """Flush a file or folder to the disk; Windows cannot open a folder, and needs no flush of it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
+    """One writer or several readers at a time, over all processes of this machine; a kill unlocks. False where nothing
+    is locked: on Windows, and on network disks that lock no folder."""
+    descriptor, alone = None, False
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            alone = True
+        yield alone
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
@@ -177,8 +265,9 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
     Raises:
         ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed.
     """
-    config = read_adapter_config(folder)
-    return config, read_tensors(Path(folder) / WEIGHTS_FILE, config.weights_sha256)
+    with _locked(Path(folder), exclusive=False):
+        config = read_adapter_config(folder)
+        return config, read_tensors(Path(folder) / WEIGHTS_FILE, config.weights_sha256)
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -187,7 +276,6 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     Raises:
         ValueError: if it is missing, malformed, edited or of another format, or if a key is missing or unknown.
     """
-    recover_folder(Path(folder))  # if the writer was killed between its two renames
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     if "peft_type" in values:
@@ -253,11 +341,10 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def _check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN; and in factors infinity and complex numbers, which a head may hold, as a causal mask does."""
+    """Refuse NaN, and in factors infinity, which a head may hold, as a causal mask does."""
     for name, tensor in tensors.items():
-        values = tensor if tensor.is_complex() else tensor.float()  # half and quarter precision lack some operations
-        wrong = ".lora_" in name and (tensor.is_complex() or values.isinf().any())
-        if wrong or values.isnan().any():
+        values = tensor.float()  # half and quarter precision lack some operations
+        if values.isnan().any() or (".lora_" in name and values.isinf().any()):
             raise ValueError(f"{where}: {name} holds NaN or infinity: the training has failed")
 
 
@@ -283,7 +370,8 @@ def _is_base_config(value: Any) -> bool:
     return _maps_to_text(labels) and set(labels) == {str(i) for i in range(len(labels))} and problem in problems
 
 
-SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(MOST_SCALES)}
+# kind -> the numbers of widths that it may have; a folder from a stranger must not ask for endless memory
+SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(17)}
 _VALUES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("kind", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
     **dict.fromkeys(("base_model", "base_revision"), lambda value: value is None or _is_text(value)),

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from loralib import files
-from loralib.files import FolderWriter, recover_folder, replace_folder, start_folder, write_json, write_text
+from nlu.runs import files
+from nlu.runs.files import FolderWriter, recover_folder, replace_folder, start_folder, write_json, write_text
 from tests.loralib.small import largest_file
 
 
