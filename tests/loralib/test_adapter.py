@@ -136,6 +136,26 @@ def test_running_statistics_of_a_frozen_module_travel(tmp_path):
     assert torch.equal(base(INPUTS), model(INPUTS)) and base[1].num_batches_tracked == 1
 
 
+def test_optimiser_and_helper_go_on_with_an_adapter_that_was_loaded_into_the_layers(tmp_path):
+    folder = loralib.save_adapter(adapted(k=2), tmp_path / "a")
+    outputs = []
+    for late in (False, True):
+        model = adapted(k=2)
+        model.layers[1]["q"].lora_E.data.add_(1)
+        made = [loralib.load_adapter(model, folder)] if late else []
+        made += [torch.optim.SGD(model.parameters(), lr=1e-4), loralib.LowRankTraining(model, 4, target_rank=1)]
+        if not late:
+            loralib.load_adapter(model, folder)
+        optimizer, low_rank = made[-2:]
+        for _ in range(4):
+            (model(INPUTS).square().mean() + low_rank.penalty()).backward()
+            optimizer.step()
+            low_rank.after_step()
+            optimizer.zero_grad()
+        outputs.append(model(INPUTS))
+    assert torch.equal(*outputs) and not torch.allclose(outputs[0], adapted(k=2)(INPUTS), atol=1e-3)
+
+
 @pytest.mark.parametrize("labels, says", [({1: "a", 2: "b"}, "base_config cannot be"), ({0: 0, 1: 1}, None)])
 def test_what_could_not_be_read_again_is_not_saved(tmp_path, labels, says):
     model = adapted(k=2)

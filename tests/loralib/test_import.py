@@ -165,8 +165,8 @@ def test_decomposition_against_a_dense_svd():
 
 
 @pytest.mark.parametrize("recorded, kept", [
-    ("microsoft/deberta-v3-base", "microsoft/deberta-v3-base"), ("bert-base-cased", "bert-base-cased"), ("", None),
-    (5, None), ("../me/model", "model"), ("~/models/bert/", "bert"), ("C:\\me\\model", "model"),
+    ("microsoft/deberta-v3-base", "microsoft/deberta-v3-base"), ("bert-base-cased", "bert-base-cased"), ("", "model"),
+    ("../me/theirs", "theirs"), ("~/models/bert/", "bert"), ("C:\\me\\model", "model"),
 ])  # fmt: skip
 def test_an_import_keeps_the_base_s_name_on_the_hub_and_the_tokenizer(
     pretrained, peft_adapter, tmp_path, recorded, kept

@@ -4,14 +4,12 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
 from loralib import injection
 from loralib.interop.multi_adapter import MultiAdapter
-from loralib.interop.peft_format import import_peft
 from tests.loralib import small
 from tests.loralib.small import adapted, encoder, refused
 
@@ -104,17 +102,10 @@ def test_a_refused_injection_changes_nothing():
 def test_a_layer_that_was_compiled_on_its_own_is_refused(tmp_path):
     """What torch has compiled of it would go on to compute without the update."""
     folder = loralib.save_adapter(adapted(), tmp_path / "adapter")
-    theirs = get_peft_model(small.Net(), LoraConfig(target_modules=["q"], r=2))
-    theirs.save_pretrained(tmp_path / "peft")
     model = small.Net()
     model.layers[1]["q"].compile(backend="eager")
-    for change in (
-        lambda: loralib.inject(model, "lora", ["q"]),
-        lambda: loralib.load_adapter(model, folder),
-        lambda: import_peft(model, tmp_path / "peft"),
-    ):
-        with refused("layers.1.q was compiled on its own", model):
-            change()
+    with refused("layers.1.q was compiled on its own", model):
+        loralib.inject(model, "lora", ["q"])
     model = small.Net()
     model.compile(backend="eager")
     loralib.load_adapter(model, folder)
@@ -192,7 +183,7 @@ def test_what_a_pattern_cannot_take_is_named(recwarn):
         UserWarning, match=r"b\.q is a Own, and only nn\.Linear itself can be replaced.*it stays as before"
     ):
         assert loralib.inject(model, "lora2", ["q"]) == ["a.q"]
-    with pytest.raises(ValueError, match=r"b\.q is a Own.*LoRA2Config of loralib\.peft_method"):
+    with pytest.raises(ValueError, match=r"b\.q is a Own.*LoRA2Config of loralib\.interop\.peft_method"):
         loralib.match_modules(model, r"b\.q")
     with pytest.raises(ValueError, match="target_modules is empty"):
         loralib.match_modules(model, [""])
@@ -227,18 +218,14 @@ def test_what_is_like_no_linear_layer_is_passed_by():
         assert loralib.match_modules(model, ".*") == ["0"]
 
 
-def test_factors_that_are_shared_no_more_are_refused(tmp_path):
+def test_factors_that_are_shared_no_more_are_refused():
     """``assign=True`` makes a parameter for each name, over one memory, which a step would change twice."""
     model, other = (adapted(k=2, share_outer=True) for _ in range(2))
     other.load_state_dict(model.state_dict())
     loralib.LowRankTraining(other, 4)
     other.load_state_dict(model.state_dict(), assign=True)
-    for use in (lambda: loralib.LowRankTraining(other, 4), lambda: loralib.save_adapter(other, tmp_path / "a")):
-        with pytest.raises(ValueError, match=r"shares its memory.*load the state dict without assign=True"):
-            use()
-    with pytest.raises(ValueError, match="meta device"):
-        loralib.save_adapter(model.to("meta"), tmp_path / "a")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"shares its memory.*load the state dict without assign=True"):
+        loralib.LowRankTraining(other, 4)
 
 
 def test_a_sharing_that_shares_nothing_is_said():

@@ -247,31 +247,6 @@ def test_layers_may_lie_on_several_devices(monkeypatch, prune_by):
         assert training.allocator._mask.device == torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"target_rank": 2, "regu_weight": 0}, {"orthogonality": "retraction"},
-    {"precondition": "riemannian", "regu_weight": 0},
-])  # fmt: skip
-def test_what_was_made_for_layers_that_an_adapter_has_replaced_goes_on_with_none(tmp_path, options):
-    model = blocks("lora2", r=4, k=3, init="orthogonal")
-    training = loralib.LowRankTraining(model, 20, **options)
-
-    def step():
-        training.penalty()
-        for factor in (p for p in model.parameters() if p.requires_grad):
-            factor.grad = torch.ones_like(factor)
-        training.before_step()
-        training.after_step()
-
-    step()
-    loralib.load_adapter(model, loralib.save_adapter(model, tmp_path / "a", compact=False))
-    with refused("new factors since .* was made"):
-        step()
-    if options.get("precondition") or options == {}:  # made with the helper; the others are made by start()
-        training = loralib.LowRankTraining(model, 20, **options)
-    training.start(20)
-    step()
-
-
 def test_a_step_that_was_loaded_before_the_start_is_gone_on_from():
     training = loralib.LowRankTraining(model_to_prune())
     training.load_state_dict({"step": 7, "allocator": None})
@@ -406,21 +381,6 @@ def test_pruning_without_gradients_is_refused():
     ):
         trained_once(model, training, clear=True)
     assert training.rank_pattern["layers.2.q"] == [True] * 4
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"target_rank": 2, "regu_weight": 0.0}, {"precondition": "balanced", "regu_weight": 0.0}]
-)
-def test_a_helper_whose_layers_were_replaced_is_refused(tmp_path, options):
-    model = adapted(r=4)
-    folder = loralib.save_adapter(model, tmp_path / "a")
-    training = loralib.LowRankTraining(model, 9, **options)
-    loralib.load_adapter(model, folder)
-    with pytest.raises(ValueError, match="new factors since"):
-        trained_once(model, training)
-    trained_once(model, loralib.LowRankTraining(model, 9, **options))
-    late = loralib.LowRankTraining(model, 9, regu_weight=0.0, orthogonality="retraction")
-    assert late._factors is None  # it looks at the factors in the first step
 
 
 @pytest.mark.parametrize("options", [

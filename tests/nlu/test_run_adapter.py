@@ -10,7 +10,6 @@ from transformers import AutoModelForSequenceClassification
 import loralib
 from nlu import fine_tuning
 from nlu.run_glue import main
-from nlu.runs.folder import RunFolder
 from tests.nlu.tiny import changed, make_encoder, read, tiny_run
 
 LORA2 = ["--method", "lora2", "--lora_k", "3"]
@@ -86,16 +85,6 @@ def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_p
     assert main([*flags, "--overwrite_output_dir"]) == 2
     assert "truncated" in capsys.readouterr().err
     assert main([*changed(flags, lora_path=tmp_path / "none"), "--overwrite_output_dir"]) == 2
-
-
-def test_going_on_after_a_kill_between_two_renames_keeps_the_adapter(tmp_path):
-    folder = tmp_path / "run"
-    for part in ("model", ".adapter.old", ".adapter.new"):
-        (folder / part).mkdir(parents=True)
-    (folder / ".adapter.new" / "README.md").write_text("new")
-    RunFolder(folder, {}, {}).clean("resume")
-    assert (folder / "adapter" / "README.md").read_text() == "new"
-    assert not list(folder.glob(".*"))
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(base_flags, tmp_path, capsys):
