@@ -23,16 +23,8 @@ import loralib
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
-from nlu.runs.checkpoints import (
-    last_checkpoint,
-    read_progress,
-    restore_progress,
-    write_checkpoint,
-)  # fmt: skip
-from nlu.runs.files import remove_leftovers
-from nlu.runs.finite import FiniteWatch, trained_are_finite
+from nlu.runs.checkpoints import last_checkpoint, read_progress, remove_unfinished, restore_progress, write_checkpoint
 from nlu.runs.machine import peak_memory_bytes
-from nlu.runs.processes import several
 from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
 from nlu.tasks import Task
 
@@ -73,7 +65,7 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         task: says whether the loss is a squared error or a cross entropy.
         applied: the method, already applied to its model.
         train_lengths: tokens of each training example, for batches of similar length; None for a plain random order.
-        second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mm``.
+        second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mismatched``.
         class_weights: of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
         kwargs: as for the Trainer.
     """
@@ -110,7 +102,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             **kwargs,
         )
         device = self.args.device
-        self.finite = FiniteWatch(device)
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
             self.remove_callback(shown)
@@ -186,11 +177,9 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         logits = torch.from_numpy(output.predictions)
         if not logits.isfinite().all():
-            if self.train_dataset is not None:
-                self.check_finite(weights=True)
             raise RunError(
-                f"the model gives NaN or infinity in the {description.lower()}, with finite trained weights: look at "
-                "the weights of the base, and at the number format (--bf16 overflows less than --fp16)"
+                f"the model gives NaN or infinity in the {description.lower()}: look at the weights of the base, and "
+                "at the number format (--bf16 overflows less than --fp16)"
             )
         if output.label_ids is not None:
             loss = self.task_loss({"logits": logits}, torch.from_numpy(np.asarray(output.label_ids)))
@@ -241,13 +230,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             return SeededRandomSampler(len(self.train_dataset), seed, multiple)
         return LengthBucketSampler(self.train_lengths, step, seed, multiple)
 
-    def rows_of_step(self, step: int) -> list[int]:
-        """``idx`` of the training rows that all processes together see in that optimiser step, counted from 1."""
-        epoch, position = divmod(step - 1, self.updates_per_epoch)
-        sampler, size = self._make_sampler(), effective_batch_size(self.args)
-        sampler.set_epoch(epoch)
-        return self.train_dataset[list(sampler)[position * size : (position + 1) * size]]["idx"]
-
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
@@ -261,12 +243,12 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
             self.restored = read_progress(Path(resume_from_checkpoint))
         with self.signals.deferred():
             result = super().train(resume_from_checkpoint, **kwargs)
-            self.check_finite(weights=True)
-            if self.signals.agreed() is not None or self.lacks_evaluation or self.args.do_predict:
-                self._save_last()
-        signum = self.signals.agreed()
-        if signum is not None:  # it came after the last step
-            raise Interrupted(signum, f"stopped after step {self.state.global_step}")
+            self.check_finite(result.training_loss)
+            signum = self.signals.agreed()
+            if signum is not None:  # it came after the last step
+                if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
+                    self._save_checkpoint(self.model, None)
+                raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         return result
 
     @property
@@ -274,17 +256,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         """Whether --do_eval asks for an evaluation of the weights that the model holds, and there is none yet."""
         done = [entry["step"] for entry in self.state.log_history if f"eval_{self.task.metric}" in entry]
         return self.args.do_eval and self.weights_step not in done
-
-    def _save_last(self) -> None:
-        """Save the last step, so that a stop in what follows loses no training."""
-        if self.saved_step == self.state.global_step or self.args.load_best_model_at_end:  # which holds other weights
-            return
-        try:
-            self._save_checkpoint(self.model, None)
-        except RunError as error:
-            if several():  # the others wait for this process
-                raise
-            logger.warning("%s", error)  # the smaller adapter may have room
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Overridden for two faults of resuming, which no callback can mend.
@@ -298,11 +269,6 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         self.train_sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.finite.add(self.state.global_step + 1, "loss", loss)
-        return loss
-
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
     ) -> None:
@@ -315,43 +281,34 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
         if not self.epoch_ended and last_step:
             return
-        if grad_norm is not None and self.accelerator.scaler is None:  # float16 skips steps that overflow
-            self.finite.add(self.state.global_step, "gradient", torch.as_tensor(grad_norm))
-        due = self.control.should_log or self.control.should_evaluate or self.control.should_save
-        if due or self.finite.is_due:
-            self.check_finite()
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.check_finite(tr_loss)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         signum = self.signals.agreed()
         if signum is not None:
-            if self.saved_step != self.state.global_step:
-                self._save_checkpoint(model, trial)
+            self._save_checkpoint(model, trial)
             raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
 
-    def check_finite(self, weights: bool = False) -> None:
-        """Look at the losses and gradients since the last check, and at the trained weights if asked for.
+    def check_finite(self, loss: Tensor | float = 0.0) -> None:
+        """Look at a loss and at the trained weights: wherever they are logged, scored or saved, as a look costs time.
 
         Raises:
-            RunError: names the first step with a value that is not finite, its rows and the last good checkpoint.
+            RunError: for a value that is not finite; names the last good checkpoint.
         """
-        bad = self.finite.first_bad()
-        if bad is None and weights and not trained_are_finite(self.model):
-            bad = self.state.global_step, "a trained weight is not finite"
-        if bad is None:
+        trained = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
+        if math.isfinite(loss) and torch.stack(trained).all():
             return
-        step, what = bad
-        rows = self.rows_of_step(step)
-        shown = ", ".join(map(str, rows[:32])) + (", …" if len(rows) > 32 else "")
         good = last_checkpoint(Path(self.args.output_dir))
         raise RunError(
-            f"{what} at step {step}, whose rows have the idx {shown}; last good checkpoint: {good or 'none'}. Lower "
-            "--learning_rate, or look at these rows"
+            f"the loss or a trained weight is not finite at step {self.state.global_step}; last good checkpoint: "
+            f"{good or 'none'}. Lower --learning_rate"
         )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.second_eval_dataset is not None:
             stopping = self.pop_callback(EarlyStoppingCallback)  # it would warn that its metric is not there
-            metrics |= super().evaluate(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mm")
+            metrics |= super().evaluate(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mismatched")
             if stopping is not None:
                 self.add_callback(stopping)
         return metrics
@@ -372,14 +329,15 @@ class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
         Raises:
             RunError: for a weight that is not finite, and where the disk is full.
         """
-        self.check_finite(weights=True)
+        if self.saved_step == self.state.global_step:
+            return
+        self.check_finite()
         run_folder = Path(self._get_output_dir(trial=trial))
         final = run_folder / f"checkpoint-{self.state.global_step}"
         try:
             write_checkpoint(self, final)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if self.args.should_save:
-                remove_leftovers(final)
+            remove_unfinished(run_folder)
             raise RunError(
                 f"the checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); last good "
                 f"checkpoint: {last_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"

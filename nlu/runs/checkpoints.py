@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from nlu.runs.files import new_folder_of, remove_leftovers, replace_folder, start_folder
+from nlu.runs.files import replace_folder
 from nlu.runs.processes import wait_for_all
 
 PROGRESS_FILE = "progress.pt"
@@ -34,9 +34,10 @@ def write_checkpoint(trainer: Any, final: Path) -> None:
     Args:
         trainer: a GlueTrainer. final: the place of the checkpoint, in the folder that holds all of the run.
     """
-    temporary, args, state = new_folder_of(final), trainer.args, trainer.state
+    temporary, args, state = final.with_name(f".{final.name}.new"), trainer.args, trainer.state
     if args.should_save:
-        start_folder(final)
+        remove_unfinished(final.parent)
+        temporary.mkdir(parents=True)
     wait_for_all()
     trainer.store_flos()
     trainer.save_model(str(temporary), _internal_call=True)
@@ -62,7 +63,7 @@ def write_checkpoint(trainer: Any, final: Path) -> None:
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks[type(callback).__name__] = callback.state()
         state.save_to_json(str(temporary / TRAINER_STATE_NAME))
-        replace_folder(final)
+        replace_folder(temporary, final)
         rotate(final.parent, trainer.checkpoint_limit, {final, Path(state.best_model_checkpoint or final)})
     wait_for_all()
 
@@ -108,9 +109,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed run had not completed."""
-    for path in folder.glob(".checkpoint-*.*"):
-        remove_leftovers(folder / path.stem.removeprefix("."))
+    """Delete what a run that was killed, or met a full disk, had not completed."""
+    for path in folder.glob(".checkpoint-*.new"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def rotate(folder: Path, limit: int | None, spared: Collection[Path] = ()) -> None:

@@ -65,15 +65,14 @@ class RunRecord(TrainerCallback):
         return record
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """Every evaluation: step, epoch, loss and the task's metrics (MNLI's mismatched set with the suffix _mm)."""
+        """Every evaluation: step, epoch, loss and the task's metrics (MNLI's second set as mismatched_…)."""
         merged: dict[int, dict[str, Any]] = {}
         timing = ("_runtime", "_per_second", "_preparation_time")
         for entry in self.log_history:
             for key, value in entry.items():
                 if key.startswith("eval_") and not key.endswith(timing):
                     row = merged.setdefault(entry["step"], {"step": entry["step"], "epoch": entry.get("epoch")})
-                    name = key.removeprefix("eval_")
-                    row[f"{name.removeprefix('mm_')}_mm" if name.startswith("mm_") else name] = value
+                    row[key.removeprefix("eval_")] = value
         return [merged[step] for step in sorted(merged)]
 
     def history(self) -> list[dict[str, Any]]:

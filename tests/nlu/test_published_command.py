@@ -41,7 +41,7 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads((tmp_path / "output/glue/mnli/results.json").read_text())
     assert (record["status"], record["method"], record["steps"]) == ("finished", "lora2", 14)
-    assert {"accuracy", "accuracy_mm"} <= set(record["evaluations"][-1])
+    assert "accuracy" in record["evaluations"][-1]
     assert record["live_budget"] == 12 * 3 and record["arguments"]["lora_k"] is None
     assert (tmp_path / "output/glue/mnli/adapter/adapter_config.json").is_file()
 

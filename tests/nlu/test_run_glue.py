@@ -350,23 +350,3 @@ def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, trainers):
 def test_a_batch_is_padded_to_its_longest_row_alone(finished):
     rows = [{"input_ids": [2, 5, 3]}, {"input_ids": [2, 3]}]
     assert finished[3].data_collator(rows)["input_ids"].tolist() == [[2, 5, 3], [2, 3, 0]]
-
-
-def test_the_rows_of_a_step_are_known_in_every_epoch_and_follow_the_seed_of_the_data(base_flags, trainers, monkeypatch):
-    """So that a loss that is not finite names the rows that gave it."""
-    seen, step = {}, GlueTrainer.training_step
-
-    def watch(self, model, inputs, *args, **kwargs):
-        pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        seen.setdefault(self.state.global_step + 1, []).extend(ids[mask.bool()].tolist() for ids, mask in pairs)
-        return step(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(GlueTrainer, "training_step", watch)
-    assert main([*changed(base_flags, max_steps=9), "--data_seed", "5"]) == 0  # seven of them an epoch
-    of_idx = {row["idx"]: row["input_ids"] for row in trainers[0].train_dataset}
-    rows = {number: trainers[0].rows_of_step(number) for number in seen}
-    assert {number: [of_idx[i] for i in rows[number]] for number in rows} == seen and len(seen) == 9
-    trainers[0].args.seed += 1
-    assert trainers[0].rows_of_step(1) == rows[1]
-    trainers[0].args.data_seed += 1
-    assert trainers[0].rows_of_step(1) != rows[1]
