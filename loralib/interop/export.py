@@ -1,6 +1,6 @@
 """Adapters for other tools: as a peft adapter, merged into a plain checkpoint, or from a peft adapter.
 
-    python -m loralib.export ADAPTER --to peft OUT          (ours, or an AdaLoRA of peft: it becomes a LoRA)
+    python -m loralib.export ADAPTER --to peft OUT          (ours, or an AdaLoRA or LoRA² of peft: a LoRA)
     python -m loralib.export ADAPTER --to merged OUT --base MODEL
     python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL [--kind lora2 --r 8 --widths 8]
 

@@ -1,4 +1,4 @@
-"""Adapters in peft's format: write ours as a LoRA of peft, read a LoRA or AdaLoRA of peft as ours. Neither needs peft.
+"""Adapters in peft's format: write ours as a LoRA, read a LoRA, AdaLoRA or LoRA² as ours. Neither needs peft.
 
 An adapter with singular values becomes an ordinary LoRA pair of its true rank. The thin QR decompositions B₀ = Q_b R_b
 and A₀ᵀ = Q_a R_a give ΔW = Q_b (R_b · core · R_aᵀ) Q_aᵀ, and the singular value decomposition of the small matrix in
@@ -133,7 +133,7 @@ def start_factors(
 def export_peft(
     adapter: str | os.PathLike[str], folder: str | os.PathLike[str], base_model: str | None = None
 ) -> dict[str, int]:
-    """Write an adapter of ours, or an AdaLoRA of peft, as a LoRA adapter in peft's format.
+    """Write an adapter of ours, or an AdaLoRA or LoRA² of peft, as a LoRA adapter in peft's format.
 
     Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned whole are left out.
     The head goes to ``modules_to_save``, and the adapter's tokenizer goes along. peft's format has no place for label
@@ -141,7 +141,7 @@ def export_peft(
     adapter's names.
 
     Args:
-        adapter: folder of :func:`loralib.save_adapter`, or of peft's AdaLoRA.
+        adapter: folder of :func:`loralib.save_adapter`, or of peft's AdaLoRA or LoRA².
         folder: new, empty, or a peft adapter's, which is replaced.
         base_model: for ``base_model_name_or_path``; by default the one that the adapter records.
 
@@ -259,7 +259,7 @@ def import_peft(
     lora_alpha: float = 16.0,
     seed: int = 0,
 ) -> None:
-    """Put a LoRA adapter of peft on the plain base ``model`` as layers of ours, in place.
+    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` as layers of ours, in place.
 
     Args:
         kind: ``"lora"`` keeps the pairs unchanged. The other kinds start from the truncated singular value
@@ -313,10 +313,11 @@ def is_peft(folder: str | os.PathLike[str]) -> bool:
 def read_pairs(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """A LoRA or AdaLoRA adapter of peft as low-rank pairs.
+    """A LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs.
 
-    AdaLoRA's ΔW = B diag(e) A · lora_alpha / (init_r + 1e-5), as peft computes it; e and the factor go into B, and
-    what is pruned is left out, whole modules too.
+    AdaLoRA's ΔW = B diag(e) A · lora_alpha / (init_r + 1e-5), as peft computes it, and that of LoRA², see
+    :mod:`loralib.interop.peft_method`, become pairs with e and the factor in B. What is pruned is left out, whole
+    modules too.
 
     Returns:
         Its configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
@@ -327,26 +328,28 @@ def read_pairs(
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     _refuse_other_than_lora(path, values)
-    adalora = values["peft_type"] == "ADALORA"
-    ending = "" if adalora else ".weight"
+    kind = values["peft_type"]
     tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}
-    names = [name.removesuffix(f".lora_A{ending}") for name in state if name.endswith(f".lora_A{ending}")]
+    parts = _PARTS[kind]
+    names = [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]
     pairs = {}
     for name in names:
-        right, left = state.pop(f"{name}.lora_A{ending}"), state.pop(f"{name}.lora_B{ending}", None)
-        if left is None or left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
-            raise ValueError(f"{folder}: {name} has no pair of matrices of one rank")
-        if not adalora:
-            pairs[name] = left, right, _peft_scaling(values, name, right.shape[0])
-            continue
-        e = state.pop(f"{name}.lora_E", None)
-        if e is None or e.shape != (right.shape[0], 1):
-            raise ValueError(f"{folder}: {name} has no singular values lora_E of shape ({right.shape[0]}, 1)")
-        live = e.flatten().nonzero().flatten()
-        if len(live):
-            scaled = left.double() * e.double().T * _adalora_scaling(values)
-            pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
+        try:
+            first, *factors = (state.pop(name + part) for part in parts)
+            if kind == "LORA2":
+                first, factors = first @ factors[0], [factors[1][:, None], factors[2] @ factors[3]]
+            left, *e, right = first, *factors
+            if kind == "LORA":
+                pairs[name] = left, right, _peft_scaling(values, name, right.shape[0])
+            elif len(live := e[0].flatten().nonzero().flatten()):
+                scaled = left.double() * e[0].double().T * _scaling(values)
+                pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
+            fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
+        except (KeyError, IndexError, RuntimeError):  # a factor is missing, or of another shape
+            fits = False
+        if not fits:
+            raise ValueError(f"{folder}: {name} has no factors of one rank")
     if odd := next((name for name in state if ".base_layer." in name), None):
         raise ValueError(f"{folder}: {odd} is the base's: save the adapter in peft with save_embedding_layers=False")
     odd = next((name for name in state if "lora_" in name), None)
@@ -357,9 +360,17 @@ def read_pairs(
     return values, pairs, state
 
 
+# peft's type -> the ends of the names of a module's factors, in the order of their product
+_PARTS = {
+    "LORA": (".lora_B.weight", ".lora_A.weight"),
+    "ADALORA": (".lora_B", ".lora_E", ".lora_A"),
+    "LORA2": tuple(f".lora2_adapters.lora_{part}" for part in ("B_0", "B_1", "E", "A_1", "A_0")),
+}
+
+
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
-    if values.get("peft_type") not in ("LORA", "ADALORA"):
-        raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA and ADALORA can be imported")
+    if values.get("peft_type") not in tuple(_PARTS):
+        raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only {', '.join(_PARTS)} can be imported")
     for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
                 "alora_invocation_tokens"):  # fmt: skip
         if values.get(key):
@@ -371,12 +382,14 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 
 
-def _adalora_scaling(values: dict[str, Any]) -> float:
+def _scaling(values: dict[str, Any]) -> float:
+    """Of AdaLoRA, lora_alpha / (init_r + 1e-5), and of LoRA², lora_alpha / r."""
+    name, more = ("init_r", 1e-5) if values["peft_type"] == "ADALORA" else ("r", 0.0)
     alpha: Any = values.get("lora_alpha")
-    rank: Any = values.get("init_r")
+    rank: Any = values.get(name)
     check_positive("lora_alpha", alpha)
-    check_whole_number("init_r", rank)
-    return alpha / (rank + 1e-5)
+    check_whole_number(name, rank)
+    return alpha / (rank + more)
 
 
 def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:

@@ -11,6 +11,7 @@ in the tools that are built on peft. Each adapter of a layer is a :class:`lorali
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,6 @@ from loralib.layers import INITS, LoRA2Linear
 from loralib.stored_weight import is_conv1d
 
 NAME = "lora2"
-_FACTORS = ("lora_B", "lora_A")
 
 
 def _add_peft_type() -> PeftType:
@@ -95,8 +95,8 @@ class LoRA2Adapter(LoRA2Linear):
     """One adapter of a :class:`LoRA2Layer`. Its frozen weight and bias are those of the base layer, which it does not
     own: its parameters and its state dict are the factors alone.
 
-    In the state dict ``lora_B.0`` is ``lora_B_0``: peft finds the adapter's name in a key only where at most one part
-    follows it.
+    A factor is the parameter ``lora_B_0``, not ``lora_B.0``: peft finds the adapter's name in a key only where at most
+    one part follows it.
     """
 
     in_peft = True
@@ -104,6 +104,7 @@ class LoRA2Adapter(LoRA2Linear):
     def __init__(self, base: nn.Module, config: LoRA2Config) -> None:
         nn.Module.__init__(self)
         self._base = (base,)  # in a tuple, so that it is no submodule
+        self.register_parameter("lora_E", None)  # which makes it the first of the factors, as in other layers
         if is_conv1d(base):
             self.in_features, self.out_features = base.weight.shape
         else:  # not the shape of the weight, which says nothing where it is quantised
@@ -122,24 +123,44 @@ class LoRA2Adapter(LoRA2Linear):
         """input (…, in) → (…, out): the base layer's product, or ``out`` in its place, plus the update."""
         return super().forward(input) if out is None else self.add_update(out, input)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        destination = nn.Module.state_dict(self, *args, **kwargs)
-        self._rename(destination, kwargs.get("prefix", ""), ".", "_")
-        return destination
+    @property
+    def lora_B(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
+        return _Factors(self, "lora_B")
+
+    @property
+    def lora_A(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
+        return _Factors(self, "lora_A")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("lora_B", "lora_A"):
+            super().__setattr__(name, value)
+            return
+        for own in [own for own in self._parameters if own.startswith(f"{name}_")]:
+            delattr(self, own)
+        for number, factor in enumerate(value):
+            super().__setattr__(f"{name}_{number}", factor)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        self._rename(state_dict, prefix, "_", ".")
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args, **kwargs)  # it is the wrapper that unmerges
 
-    @staticmethod
-    def _rename(state: dict[str, Any], prefix: str, old: str, new: str) -> None:
-        for factor in _FACTORS:
-            for number in range(2):
-                if (key := f"{prefix}{factor}{old}{number}") in state:
-                    state[f"{prefix}{factor}{new}{number}"] = state.pop(key)
+
+class _Factors(Sequence):
+    """The factors of one side, which are parameters of the layer itself, as the list that other layers have."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self.layer, self.name = layer, name
+
+    def __len__(self) -> int:
+        return sum(own.startswith(f"{self.name}_") for own in self.layer._parameters)
+
+    def __getitem__(self, place: Any) -> Any:
+        return [getattr(self.layer, f"{self.name}_{number}") for number in range(len(self))][place]
+
+    def __setitem__(self, place: int, factor: nn.Parameter) -> None:
+        setattr(self.layer, f"{self.name}_{range(len(self))[place]}", factor)
 
 
 class LoRA2Layer(nn.Module, BaseTunerLayer):

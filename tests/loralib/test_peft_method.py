@@ -8,10 +8,12 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import loralib
+from loralib.interop.export import main
 from loralib.interop.peft_method import LORA2, LoRA2Config, LoRA2Layer
-from tests.loralib.small import INPUTS, Linear4bit, Net, gpt2, randomise, refused
+from tests.loralib.small import INPUTS, Linear4bit, Net, encoder, gpt2, randomise, refused
 
 SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}
 
@@ -253,3 +255,34 @@ def test_a_lora_of_peft_becomes_one_of_ours_by_peft_s_own_conversion():
     other = get_peft_model(Net(), config)
     set_peft_model_state_dict(other, state)
     torch.testing.assert_close(other(INPUTS), model(INPUTS))
+
+
+def test_transformers_loads_the_folder_by_its_own_loader(tmp_path):
+    """Pruned, compacted, with a head; and the library imports it and exports it as a LoRA."""
+    encoder().save_pretrained(tmp_path / "base")
+    load = AutoModelForSequenceClassification.from_pretrained
+    options = {"task_type": "SEQ_CLS", "rank_pattern": {"layer.0.attention.self.query": 2}}
+    model = net(["query"], load(tmp_path / "base"), **options).eval()
+    model.save_pretrained(tmp_path / "a")
+    ids = torch.arange(4, 16).view(2, 6)
+    expected = model(ids).logits
+    (loaded := load(tmp_path / "base")).load_adapter(tmp_path / "a")
+    for again in (loaded, load(tmp_path / "a")):
+        assert torch.equal(again.eval()(ids).logits, expected)
+    folder = str(tmp_path / "a")
+    with refused(f"python -m loralib.export {folder} --to loralib"):
+        loralib.load_adapter(load(tmp_path / "base"), folder)
+    for kind in ([], ["--kind", "lora2", "--r", "3", "--widths", "4"]):
+        assert main([folder, "--to", "loralib", str(tmp_path / "ours"), "--base", str(tmp_path / "base"), *kind]) == 0
+        loralib.load_adapter(ours := load(tmp_path / "base"), tmp_path / "ours")
+        torch.testing.assert_close(ours.eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert main([folder, "--to", "peft", str(tmp_path / "peft")]) == 0
+    theirs = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "peft").eval()
+    torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_state_dict_has_the_names_of_the_parameters():
+    model, other = net(), randomise(net(), seed=1)
+    assert {n for n, p in model.named_parameters()} <= model.state_dict().keys()
+    out = torch.func.functional_call(model, other.state_dict(), INPUTS)
+    assert torch.equal(out, other(INPUTS)) and not torch.equal(out, model(INPUTS))
