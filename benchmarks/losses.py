@@ -48,11 +48,7 @@ _PEFT_ADALORA = {
 }  # fmt: skip
 # What no file in configs/methods/ switches on: the name of the method's file, and flags.
 _VARIANTS = {
-    "lora balanced": ["lora", "--precondition", "balanced"],
-    "lora2 riemannian": ["lora2", "--precondition", "riemannian", "--reg_orth_coef", "0"],
     "lora2 full importance": ["lora2", "--importance", "full", "--orth_squared", "True"],
-    "lora2 retraction, pruned": ["lora2", "--lora_init", "orthogonal", "--orthogonality", "retraction"],
-    "lora2_plus auto": ["lora2_plus", "--value_lr_ratio", "auto"],
 }
 
 

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import loralib
 from loralib.fused import product
 from loralib.interop.precision import cast_frozen
+from loralib.recipes.exact_factors import ExactFactors
+from loralib.recipes.learning_rates import parameter_groups
 from nlu.fast import speed_up
 from nlu.model import head_modules
 
@@ -186,7 +188,7 @@ def build(peer: Peer, shape: Shape) -> Trained:
     if peer.maker == "here":
         speed_up(model, peer.fast_attention)
     if peer.exact:
-        loop = loralib.LowRankTraining(model, SCHEDULE["total"], orthogonality="retraction")
+        loop = loralib.LowRankTraining(model, SCHEDULE["total"], constraint=ExactFactors(model))
     elif peer.maker in ("here", "plain") and peer.method in ("adalora", "lora2"):
         loop = loralib.LowRankTraining(
             model, SCHEDULE["total"], target_rank=3, regu_weight=REGULARISER, init_warmup=SCHEDULE["init"],
@@ -194,7 +196,7 @@ def build(peer: Peer, shape: Shape) -> Trained:
         )  # fmt: skip
     trainable: list = [p for p in model.parameters() if p.requires_grad]
     if peer.exact:
-        trainable = loralib.parameter_groups(model, LEARNING_RATE, value_lr_ratio=4)
+        trainable = parameter_groups(model, LEARNING_RATE, value_lr_ratio=4)
     optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
     if peer.compiled:
         model = torch.compile(model)

@@ -113,8 +113,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         batch = torch.stack([ids[start : start + 32] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
         (loss + low_rank.penalty()).backward()
-        optimizer.step()
-        low_rank.after_step()
+        low_rank.step(optimizer)
         optimizer.zero_grad()
         losses.append(loss.item())
     print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.allocator.live_rank} singular values live")

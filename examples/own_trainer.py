@@ -17,9 +17,10 @@ from sklearn.datasets import load_digits
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import loralib
+from loralib.recipes.trainer import LowRankTrainerMixin
 
 
-class MyTrainer(loralib.LowRankTrainerMixin, Trainer):
+class MyTrainer(LowRankTrainerMixin, Trainer):
     """The code of your own Trainer goes here."""
 
 

@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> float:
         rows = torch.randint(0, 1500, (32,))
         loss = model(pixel_values=images[rows], labels=labels[rows]).loss + low_rank.penalty()
         loss.backward()
-        optimizer.step()
-        low_rank.after_step()
+        low_rank.step(optimizer)
         optimizer.zero_grad()
 
     model.eval()

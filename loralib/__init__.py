@@ -20,38 +20,26 @@ from loralib.adapter import (
 )
 from loralib.adapter_folder import VERSION, AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
-from loralib.diagnostics import UpdateStatistics, update_statistics
-from loralib.exact_factors import ExactFactors
-from loralib.initialisation import initialise
 from loralib.injection import inject, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
-from loralib.learning_rates import parameter_groups
 from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
-from loralib.orthogonality import OrthogonalityRegulariser, compute_orth_regu
-from loralib.preconditioner import Preconditioner
-from loralib.recipes.trainer import LowRankTrainerMixin
+from loralib.orthogonality import compute_orth_regu
 from loralib.training import LowRankTraining
 
 __version__ = VERSION
 
 __all__ = [
     "AdapterConfig",
-    "ExactFactors",
     "Linear",
     "LoRA2Linear",
     "LoRALayer",
-    "LowRankTrainerMixin",
     "LowRankTraining",
     "MultiScaleLinear",
-    "OrthogonalityRegulariser",
-    "Preconditioner",
     "RankAllocator",
     "SVDLinear",
-    "UpdateStatistics",
     "base_fingerprint",
     "compact",
     "compute_orth_regu",
-    "initialise",
     "inject",
     "load_adapter",
     "lora_layers",
@@ -61,23 +49,28 @@ __all__ = [
     "merge_adapter",
     "merge_and_unload",
     "merge_into",
-    "parameter_groups",
     "read_adapter_config",
     "save_adapter",
     "start_from_adapter",
     "unmerge_adapter",
-    "update_statistics",
 ]
 
 # Old places of one release ago: a name of this package, or one of its modules -> the module that has it now.
 _MOVED_NAMES = {
+    "ExactFactors": "loralib.recipes.exact_factors",
+    "LowRankTrainerMixin": "loralib.recipes.trainer",
     "MultiAdapter": "loralib.interop.multi_adapter",
     "cast_frozen": "loralib.interop.precision",
     "export_peft": "loralib.interop.peft_format",
     "import_peft": "loralib.interop.peft_format",
+    "parameter_groups": "loralib.recipes.learning_rates",
+    "update_statistics": "loralib.recipes.diagnostics",
 }
 _MOVED_MODULES = {
     "loralib.adapter_files": "loralib.adapter_folder",
+    "loralib.diagnostics": "loralib.recipes.diagnostics",
+    "loralib.exact_factors": "loralib.recipes.exact_factors",
+    "loralib.learning_rates": "loralib.recipes.learning_rates",
     "loralib.multi_adapter": "loralib.interop.multi_adapter",
     "loralib.peft_adalora": "loralib.interop.peft_adalora",
     "loralib.peft_format": "loralib.interop.peft_format",

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from loralib.checks import check_choice
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
-from loralib.model import lora_layers, refuse_data_parallel
+from loralib.model import factors_of, lora_layers, refuse_data_parallel
 from loralib.stored_weight import is_conv1d
 
 KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
@@ -29,7 +29,7 @@ PUBLISHED_MODULES = {
 }
 
 # The first three are accelerate's, on a model that it has put on several devices.
-_NOT_HANDED_OVER = ("_hf_hook", "_old_forward", "forward", "replaced")
+_NOT_HANDED_OVER = ("_hf_hook", "_old_forward", "forward")
 NEVER_CALLED = (
     "{} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update there would be ignored; "
     "name other modules"
@@ -137,11 +137,13 @@ def inject(
     lora_dropout: float = 0.0,
     share_outer: bool = False,
     init: str | None = None,
+    freeze: bool = True,
 ) -> list[str]:
-    """Replace the selected linear layers of ``model`` in place.
+    """Replace the selected linear layers of ``model`` in place, and freeze everything else.
 
-    A linear layer that several modules hold becomes one low-rank layer that all of them hold. Hooks, and further
-    attributes, buffers and parameters of a replaced layer are the new layer's.
+    Unfreeze a new head afterwards: ``model.classifier.requires_grad_(True)``. A linear layer that several modules hold
+    becomes one low-rank layer that all of them hold. Hooks, and further attributes, buffers and parameters of a
+    replaced layer are the new layer's.
 
     Args:
         kind: ``"lora"``, ``"adalora"``, ``"lora2"`` or ``"multiscale"``.
@@ -152,6 +154,7 @@ def inject(
         share_outer: layers of one module type (the same name but for numbers between dots, the same shape) hold one and
             the same pair of outer factors; needs at least two scales. Warns where no two layers do.
         init: ``"gaussian"`` (default) or ``"orthogonal"``; not for ``"lora"``.
+        freeze: whether parameters that are no low-rank factors stop training.
 
     Returns:
         The names of the replaced modules.
@@ -184,6 +187,10 @@ def inject(
     if share_outer:
         _share_outer_factors(layers)
     replace_modules(model, layers)
+    if freeze:
+        factors = set(map(id, factors_of(model)))
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
     return list(layers)
 
 
@@ -233,9 +240,6 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         for child, module in list(parent._modules.items()):  # named_children() gives a module once
             if id(module) in replacement:
                 setattr(parent, child, replacement[id(module)])
-    for old in replaced.values():
-        if isinstance(old, LoRALayer):
-            old.replaced = True
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
             module.use_nested_tensor = False  # its attention takes those without gradients only

@@ -73,7 +73,6 @@ class LoRALayer(nn.Linear):
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
     # What the preset takes beyond the common arguments, with the defaults.
     arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}
-    replaced = False  # whether another layer has taken its place in the model, as load_adapter() does
     # The replaced layer where its weight is quantised: it alone knows the product. The tuple hides it from nn.Module,
     # so that the weight has one name.
     _quantised: tuple[nn.Module] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -86,17 +86,6 @@ def refuse_sharded_factors(model: nn.Module) -> None:
     if any(stored_form(factor) == "sharded" for factor in factors_of(model)):
         raise ValueError(
             "the factors are sharded: use loralib.interop.sharding.shard_frozen(), which splits frozen weights alone"
-        )
-
-
-def refuse_new_factors(layers: Sequence[LoRALayer], factors: Sequence[nn.Parameter], made: str) -> None:
-    """Raises ValueError where layers were replaced, or their factors are others, since ``made`` was made of them."""
-    now = factors_in(layers)
-    same = len(now) == len(factors) and all(one is other for one, other in zip(now, factors, strict=True))
-    if not same or any(layer.replaced for layer in layers):
-        raise ValueError(
-            f"the model has new factors since the {made} was made (compact(), load_adapter(), functional_call()): make "
-            "it afterwards"
         )
 
 
@@ -203,15 +192,3 @@ def keep_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Training or evaluation mode; each module has its own mode again at the end of the block."""
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-import loralib
+from loralib.recipes.trainer import LowRankTrainerMixin
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
@@ -58,7 +58,7 @@ class StepClock(TrainerCallback):
         self.trainer.epoch_ended = True
 
 
-class GlueTrainer(loralib.LowRankTrainerMixin, Trainer):
+class GlueTrainer(LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
 
     Args:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loralib.model import lora_layers, trained_tensors, unwrapped
-from loralib.training import LowRankTraining
+from loralib.training import LowRankTraining, refuse_other_parameters
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -47,13 +47,14 @@ class LowRankTrainerMixin(_Trainer):
 
     Args:
         low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
-            ``penalty``, ``before_step``, ``after_step``, ``state_dict``, ``load_state_dict``, ``step`` and
-            ``total_steps`` (None until they are known) will do.
+            ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
         args, kwargs: the Trainer's.
     """
 
     def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.optimizer is not None:  # otherwise the Trainer makes one of what trains
+            refuse_other_parameters(self.optimizer, self.model)
         self.low_rank = low_rank
         self.add_callback(_loop_callback(low_rank))
 
@@ -111,8 +112,7 @@ class LowRankTrainerMixin(_Trainer):
             path = os.path.join(checkpoint, STATE_FILE)
             if not os.path.isfile(path):
                 raise ValueError(f"{path} is missing: go on from a checkpoint that was written without save_only_model")
-            if self.low_rank.total_steps not in (None, self.state.max_steps):
-                self.low_rank.start(self.state.max_steps)  # as on_train_begin did in the first run
+            self.low_rank.start(self.state.max_steps)
             self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -151,9 +151,7 @@ def _loop_callback(low_rank: LowRankTraining) -> Any:
             if not set(lora_layers(getattr(low_rank, "model", model)).values()) <= set(model.modules()):
                 raise ValueError("low_rank was made for another model than the Trainer trains: make it for that one, "
                                  "and give the Trainer model=, not model_init=")  # fmt: skip
-            resumed = state.global_step > 0 and low_rank.total_steps is not None
-            fresh = low_rank.step == 0 and low_rank.total_steps == state.max_steps
-            if not resumed and not fresh:
+            if state.global_step == 0:  # a resumed training was started when its state was loaded
                 low_rank.start(state.max_steps)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

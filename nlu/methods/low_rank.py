@@ -14,13 +14,14 @@ from typing import Any, Literal
 from torch import nn
 
 import loralib
-from loralib.allocator import IMPORTANCES, PRUNE_BY, AllocatorSettings
+from loralib.allocator import IMPORTANCES, AllocatorSettings
 from loralib.injection import PUBLISHED_MODULES, module_type
 from loralib.layers import INITS
 from loralib.model import factors_of
 from loralib.orthogonality import parse_terms
-from loralib.preconditioner import PRECONDITIONERS
-from loralib.training import ORTHOGONALITIES
+from loralib.recipes.diagnostics import update_statistics
+from loralib.recipes.exact_factors import ExactFactors
+from loralib.recipes.learning_rates import parameter_groups
 from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
 from nlu.methods.widths import check_widths, width, widths_of
@@ -52,12 +53,7 @@ LOW_RANK_FLAGS = (LORA_R, LORA_ALPHA, LORA_DROPOUT, LORA_MODULE)
 _LORA_INIT = Flag(
     "lora_init", Literal[INITS], "gaussian", "Initial factors: gaussian (the paper's) or orthogonal.",
 )  # fmt: skip
-_PRECONDITION = Flag(
-    "precondition", Literal[("none", *PRECONDITIONERS)], "none",
-    "Gradients of the factors: balanced (RefLoRA), riemannian, or none.",
-)  # fmt: skip
 _LORA_FLAGS = (
-    _PRECONDITION,
     Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.",
          lambda ratio: 0 < ratio < math.inf, "must be positive and finite"),
 )  # fmt: skip
@@ -72,19 +68,13 @@ def _allocation(name: str, kind: Any, default: Any, text: str) -> Flag:
     return Flag(name, kind, default, text, needs=_RANK_ALLOCATION)
 
 
-def _ratio(text: str) -> float | str:
-    """A number, or ``"auto"``."""
-    return text if text == "auto" else float(text)
-
-
 _ORTHOGONALITY = Flag(
-    "orthogonality", Literal[ORTHOGONALITIES], "penalty",
+    "orthogonality", Literal["penalty", "retraction"], "penalty",
     "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step.",
 )  # fmt: skip
 _SINGULAR_VALUE_FLAGS = (
     _LORA_INIT,
     _ORTHOGONALITY,
-    _PRECONDITION,
     _REG_ORTH_COEF,
     Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +.", needs=_REG_ORTH_COEF),
     Flag("orth_squared", bool, False, "Squared norms in the regulariser.", needs=_REG_ORTH_COEF),
@@ -102,17 +92,12 @@ _SINGULAR_VALUE_FLAGS = (
     _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
     _allocation("min_rank_per_module", int, 0, "Singular values that every module keeps."),
     _allocation(
-        "prune_by", Literal[PRUNE_BY], "importance",
-        "importance: the paper's; value: |e|, where the factors are exact.",
-    ),
-    _allocation(
         "importance", Literal[IMPORTANCES], "inner",
         "inner: the paper's importance; full: outer factors scored too.",
     ),
     Flag(
-        "value_lr_ratio", _ratio, 1.0,
-        "Learning rate of the singular values, as a multiple of --learning_rate; auto: first step as large as LoRA's.",
-        lambda ratio: ratio == "auto" or 0 < ratio < math.inf, "must be positive and finite, or auto",
+        "value_lr_ratio", float, 1.0, "Learning rate of the singular values, as a multiple of --learning_rate.",
+        lambda ratio: 0 < ratio < math.inf, "must be positive and finite",
     ),
 )  # fmt: skip
 _SCALE_FLAGS = (
@@ -131,37 +116,26 @@ def module_patterns(lora_module: str) -> list[str]:
 
 
 def _check_factors(args: Any, given: set[str]) -> None:
-    """The start, the rates and the two ways to orthogonality."""
-    for flag, value in (("orthogonality", "retraction"), ("value_lr_ratio", "auto")):
-        if getattr(args, flag) == value and args.lora_init == "gaussian":
-            raise UsageError(f"--{flag} {value} needs orthonormal factors: give --lora_init orthogonal")
+    """The two ways to orthogonality."""
     if args.orthogonality == "retraction":
+        if args.lora_init == "gaussian":
+            raise UsageError("--orthogonality retraction needs orthonormal factors: give --lora_init orthogonal")
         for flag in sorted({"reg_orth_coef", "orth_terms", "orth_squared"} & given):
             raise UsageError(f"--{flag} has no meaning with --orthogonality retraction: leave it out")
-        if args.precondition != "none":
-            raise UsageError("--precondition has no meaning with --orthogonality retraction: leave one of them out")
         args.reg_orth_coef = 0.0
-    elif args.precondition == "riemannian" and args.reg_orth_coef:
-        raise UsageError("--precondition riemannian would blow up the regulariser's gradient: give --reg_orth_coef 0")
-    elif args.prune_by == "value":
-        raise UsageError("--prune_by value needs exact factors: give --orthogonality retraction")
 
 
 def _check_ranks(args: Any, given: set[str]) -> None:
     _check_factors(args, given)
     if {"target_rank", "target_total_rank"} <= given:
         raise UsageError("--target_rank and --target_total_rank say the same in two ways: give one of them")
-    if args.prune_by == "value":
-        for flag in sorted({"importance", "beta1", "beta2"} & given):
-            raise UsageError(f"--{flag} has no meaning with --prune_by value: leave it out")
     if args.target_rank is None:
         args.target_rank = max(1, args.lora_r // 2)
     try:
         parse_terms(args.orth_terms)
         AllocatorSettings(
-            args.lora_r, args.target_rank, args.init_warmup or 0, args.final_warmup or 0,
-            args.mask_interval, args.beta1, args.beta2, importance=args.importance,
-            min_rank_per_module=args.min_rank_per_module, prune_by=args.prune_by,
+            args.lora_r, args.target_rank, args.init_warmup, args.final_warmup, args.mask_interval, args.beta1,
+            args.beta2, importance=args.importance, min_rank_per_module=args.min_rank_per_module,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -195,13 +169,13 @@ def _inject(model: nn.Module, args: Any) -> None:
 
 def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], float]]:
     ratio = {"b_lr_ratio": args.lora_b_lr_ratio} if args.method == "lora" else {"value_lr_ratio": args.value_lr_ratio}
-    groups = loralib.parameter_groups(model, 1.0, **ratio)
+    groups = parameter_groups(model, 1.0, **ratio)
     return [(group["params"], group["lr"]) for group in groups if group["lr"] != 1]
 
 
 def statistics(model: nn.Module) -> dict[str, float]:
     """For the history: the mean ‖ΔW‖_F of all layers and of each module type, singular values, orthonormality."""
-    found = loralib.update_statistics(model)
+    found = update_statistics(model)
     by_type: dict[str, list[float]] = defaultdict(list)
     for name, norm in found.delta_norms.items():
         published = (short for short, pattern in PUBLISHED_MODULES.items() if re.fullmatch(pattern, name))
@@ -219,12 +193,11 @@ def statistics(model: nn.Module) -> dict[str, float]:
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     _inject(model, args)
     train_only(model, factors_of(model))
-    options: dict[str, Any] = {"regu_weight": 0.0, "precondition": args.precondition}
+    options: dict[str, Any] = {"regu_weight": 0.0}
     if args.method != "lora":
-        options |= {
-            "orthogonality": args.orthogonality, "regu_weight": args.reg_orth_coef, "terms": args.orth_terms,
-            "squared": args.orth_squared,
-        }  # fmt: skip
+        options = {"regu_weight": args.reg_orth_coef, "terms": args.orth_terms, "squared": args.orth_squared}
+        if args.orthogonality == "retraction":
+            options["constraint"] = ExactFactors(model)
         if args.rank_allocation and total_steps:
             options |= {name: getattr(args, name) for name in _PRUNING} | {"total_steps": total_steps}
             if args.target_total_rank is not None:

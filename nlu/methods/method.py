@@ -46,7 +46,7 @@ class AppliedMethod:
 
     Attributes:
         model: what to train; ``requires_grad`` says which parameters do.
-        low_rank: the regulariser and the rank allocation, as :class:`loralib.LowRankTrainerMixin` drives them; by
+        low_rank: the regulariser and the rank allocation, as the Trainer mix-in of loralib drives them; by
             default neither.
         gates: SoRA's, which close ranks without a budget, or None.
         callbacks: further steps of the method inside the training loop.

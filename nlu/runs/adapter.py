@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import loralib
 from loralib.adapter import check_start, start
 from loralib.adapter_folder import AdapterConfig, read_adapter
-from loralib.exact_factors import ORTHONORMAL, deviation
 from loralib.interop.peft_format import decompose
+from loralib.recipes.exact_factors import ORTHONORMAL, deviation, make_orthonormal
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod
@@ -141,19 +141,15 @@ def check_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: n
         for side in "AB"
     }  # fmt: skip
     factors = [t for name, t in tensors.items() if re.search(r"\.lora_[AB]\.", name) and name not in pruned]
-    needs = _needs_orthonormal(arguments)
-    if needs and any(deviation(factor) > ORTHONORMAL for factor in factors):
+    if _needs_orthonormal(arguments) and any(deviation(factor) > ORTHONORMAL for factor in factors):
         raise UsageError(
-            f"--lora_path: the adapter's factors are not orthonormal, which {needs} needs: leave that "
-            "out, or start from an adapter that was trained with --orthogonality retraction"
+            "--lora_path: the adapter's factors are not orthonormal, which --orthogonality retraction needs: leave "
+            "that out, or start from an adapter that was trained with it"
         )
 
 
-def _needs_orthonormal(arguments: Arguments) -> str | None:
-    """The flag with which the factors must be orthonormal at the start, if there is one."""
-    flags = {"orthogonality": "retraction", "value_lr_ratio": "auto"}
-    given = vars(arguments.method)
-    return next((f"--{flag} {value}" for flag, value in flags.items() if given[flag] == value), None)
+def _needs_orthonormal(arguments: Arguments) -> bool:
+    return vars(arguments.method)["orthogonality"] == "retraction"
 
 
 def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module, arguments: Arguments) -> None:
@@ -166,7 +162,7 @@ def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn
         start(model, config, tensors)
     if _needs_orthonormal(arguments):
         with _usage_errors():
-            loralib.ExactFactors(model)  # completes them where singular values were pruned
+            make_orthonormal(model)  # completes them where singular values were pruned
 
 
 @contextmanager

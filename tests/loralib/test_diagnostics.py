@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 import loralib
-from loralib.diagnostics import delta_norms
+from loralib.recipes.diagnostics import delta_norms, update_statistics
 from tests.loralib.small import blocks, factors_of
 
 
@@ -17,8 +17,8 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     layers = loralib.lora_layers(model)
     if kind != "lora":
         layers["layer.1.q"].lora_E.data[2:] = 0
-    found = loralib.update_statistics(model)
-    fresh = loralib.update_statistics(blocks(kind, init=None if kind == "lora" else "orthogonal", r=4, **options))
+    found = update_statistics(model)
+    fresh = update_statistics(blocks(kind, init=None if kind == "lora" else "orthogonal", r=4, **options))
     assert set(fresh.delta_norms.values()) == {0.0} and fresh.largest_value is None
     for name, layer in layers.items():
         dense = torch.linalg.matrix_norm(layer.delta_weight().detach().double())
@@ -36,10 +36,10 @@ def test_statistics_agree_with_the_dense_update(kind, options):
 @pytest.mark.parametrize("options", [{"kind": "lora2", "k": 4}, {"kind": "multiscale", "widths": (4, 3)}])
 def test_autocast_changes_no_update(options):
     model = blocks(std=1.0, r=4, **options)
-    norms, layers = loralib.update_statistics(model).delta_norms, loralib.lora_layers(model).values()
+    norms, layers = update_statistics(model).delta_norms, loralib.lora_layers(model).values()
     deltas = [layer.delta_weight() for layer in layers]
     with torch.autocast("cpu", torch.bfloat16):
-        assert loralib.update_statistics(model).delta_norms == norms
+        assert update_statistics(model).delta_norms == norms
         for layer, delta in zip(layers, deltas, strict=True):
             assert torch.equal(layer.delta_weight(), delta) and layer.folded_core().dtype == torch.float32
 

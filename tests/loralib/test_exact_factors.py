@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import loralib
-from loralib.exact_factors import deviation, deviations, inverse_root
 from loralib.interop.precision import cast_frozen
+from loralib.recipes.exact_factors import ExactFactors, deviation, deviations, inverse_root
+from loralib.recipes.learning_rates import parameter_groups
 from tests.loralib.small import blocks, factors_of, refused
 
 
@@ -34,7 +35,7 @@ SHAPES = [
 def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
     """g − X sym(Xᵀg) as written, for X tall; and XᵀG is skew afterwards, which is what tangent means."""
     model = model_of(widths, share_outer, r=r)
-    exact = loralib.ExactFactors(model)
+    exact = ExactFactors(model)
     expected = {}
     for factor in factors_of(model):
         factor.grad = torch.randn_like(factor)
@@ -45,7 +46,7 @@ def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
         expected[id(factor)] = result if factor.shape[0] >= factor.shape[1] else result.T
     without, *_ = factors_of(model)
     without.grad = None
-    exact.project_gradients()
+    exact.before_step()
     assert without.grad is None
     for factor in (f for f in factors_of(model) if f is not without):
         torch.testing.assert_close(factor.grad.double(), expected[id(factor)], atol=1e-6, rtol=0)
@@ -56,13 +57,13 @@ def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
 def test_whatever_the_drift_retractions_bring_factors_back(size):
     model = model_of()
-    exact = loralib.ExactFactors(model)
+    exact = ExactFactors(model)
     with torch.no_grad():
         for factor in factors_of(model):
             factor.add_(size * torch.randn_like(factor))
     before = deviations(model).max()
     for _ in range(12):
-        exact.retract()
+        exact.after_step()
         after = deviations(model).max()
         assert after < max(float(before), 1e-6)
         before = after
@@ -76,8 +77,8 @@ def test_whatever_the_drift_retractions_bring_factors_back(size):
 def test_a_thousand_steps_leave_factors_orthonormal(widths, share_outer, lr):
     model = model_of(widths, share_outer, features=(24, 16), count=2)
     cast_frozen(model, torch.bfloat16)
-    exact = loralib.ExactFactors(model)
-    optimizer = torch.optim.AdamW(loralib.parameter_groups(model, lr, value_lr_ratio=4), weight_decay=0.01)
+    exact = ExactFactors(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, value_lr_ratio=4), weight_decay=0.01)
     x = torch.randn(64, 24)
     target = [torch.randn(64, 16) for _ in range(2)]
     layers = list(loralib.lora_layers(model).values())
@@ -85,9 +86,9 @@ def test_a_thousand_steps_leave_factors_orthonormal(widths, share_outer, lr):
     for step in range(1000):
         loss = sum((layer(x).float() - t).square().mean() for layer, t in zip(layers, target, strict=True))
         loss.backward()
-        exact.project_gradients()
+        exact.before_step()
         optimizer.step()
-        exact.retract()
+        exact.after_step()
         optimizer.zero_grad()
         if step % 50 == 49:
             worst = max(worst, float(deviations(model).max()))
@@ -114,15 +115,15 @@ def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
     model = model_of(init="gaussian")
     for layer in list(loralib.lora_layers(model).values())[1:]:
         nn.init.zeros_(layer.lora_B[1])
-    loralib.ExactFactors(model)
+    ExactFactors(model)
     assert deviations(model).max() < 1e-5
     trained = model_of(init="gaussian")
     for layer in loralib.lora_layers(trained).values():
         nn.init.ones_(layer.lora_E)
     with refused("not orthonormal", trained):
-        loralib.ExactFactors(trained)
+        ExactFactors(trained)
     with refused("singular values"):
-        loralib.ExactFactors(blocks("lora", r=2))
+        ExactFactors(blocks("lora", r=2))
 
 
 @pytest.mark.parametrize("start", ["load", "start"])
@@ -139,15 +140,15 @@ def test_a_pruned_adapter_trains_on_with_its_update_as_it_was(widths, share_oute
     (loralib.load_adapter if start == "load" else loralib.start_from_adapter)(again, tmp_path / "a")
     updates = [layer.delta_weight() for layer in loralib.lora_layers(again).values()]
     with torch.autocast("cpu", torch.bfloat16):
-        exact = loralib.ExactFactors(again)
+        exact = ExactFactors(again)
         assert deviations(again).max() < 1e-3
-        exact.retract()
+        exact.after_step()
         assert deviations(again).max() < 1e-5
     for layer, update in zip(loralib.lora_layers(again).values(), updates, strict=True):
         torch.testing.assert_close(layer.delta_weight(), update, atol=1e-5, rtol=0)
         layer(torch.randn(8, 12)).square().sum().backward()
         assert layer.lora_E.grad.all()
-    exact.project_gradients()
+    exact.before_step()
 
 
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
@@ -155,15 +156,15 @@ def test_a_pruned_adapter_trains_on_with_its_update_as_it_was(widths, share_oute
 def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share_outer, r, fused):
     """A fused optimiser writes to parameters without leaving a trace in their version."""
     model = model_of(widths, share_outer, r=r)
-    exact, factors = loralib.ExactFactors(model), factors_of(model)
+    exact, factors = ExactFactors(model), factors_of(model)
     optimizer = torch.optim.AdamW(list({id(f): f for f in factors}.values()), lr=0.05, fused=fused)
     for _ in range(2):
         for factor in factors:
             factor.grad = torch.randn_like(factor)
-        exact.project_gradients()
+        exact.before_step()
         optimizer.step()
         expected = [polar(factor) for factor in factors]
-        exact.retract()
+        exact.after_step()
         for factor, wanted in zip(factors, expected, strict=True):
             torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
     assert deviations(model).max() < 1e-6
@@ -181,13 +182,13 @@ def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
         for factor in own:
             nn.init.normal_(factor).requires_grad_(False)
     before = [factor.clone() for factor in own]
-    exact, x = loralib.ExactFactors(model), torch.randn(8, 12)
+    exact, x = ExactFactors(model), torch.randn(8, 12)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(20):
         sum(layer(x).square().mean() for layer in loralib.lora_layers(model).values()).backward()
-        exact.project_gradients()
+        exact.before_step()
         optimizer.step()
-        exact.retract()
+        exact.after_step()
         optimizer.zero_grad()
     trained = [factor for factor in factors_of(model) if factor.requires_grad]
     assert max(map(deviation, trained)) < 1e-5
@@ -195,7 +196,7 @@ def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
     for factor in trained:
         factor.requires_grad_(False)
     with pytest.raises(ValueError, match="let their factors train"):
-        loralib.ExactFactors(model)
+        ExactFactors(model)
 
 
 def test_a_drift_beyond_a_thousandth_is_no_orthonormal_factor():
@@ -205,11 +206,11 @@ def test_a_drift_beyond_a_thousandth_is_no_orthonormal_factor():
     factor = factors_of(model)[0]
     with torch.no_grad():
         factor.mul_(1 + 2e-4)  # ‖Gram − I‖ = 2 · 2e-4 · √4
-    loralib.ExactFactors(model)
+    ExactFactors(model)
     with torch.no_grad():
         factor.mul_(1 + 1e-3)
     with refused("not orthonormal", model):
-        loralib.ExactFactors(model)
+        ExactFactors(model)
 
 
 def test_the_inverse_root_is_exact_over_the_range_it_is_made_for():
@@ -223,4 +224,4 @@ def test_factors_in_half_precision_are_refused():
     """Their rounding is larger than what counts as orthonormal, so a training could not go on from a checkpoint."""
     model = model_of().bfloat16()
     with refused("leave the factors in float32", model):
-        loralib.ExactFactors(model)
+        ExactFactors(model)

@@ -112,26 +112,13 @@ def test_second_derivatives_are_finite_where_the_regulariser_is_0(options):
     assert float(value.detach()) == 0 and all(each.isfinite().all() for each in (*first, *second))
 
 
-def test_a_regulariser_made_before_reads_the_factors_of_a_functional_call():
-    model = model_of((3,))
-    regularised = Regularised(model, loralib.OrthogonalityRegulariser(model))
-    trained = {n: p for n, p in regularised.named_parameters() if p.requires_grad and "lora_E" not in n}
-    found = torch.func.grad(lambda values: torch.func.functional_call(regularised, values, ()))(trained)
-    for name, expected in zip(trained, torch.autograd.grad(regularised(), list(trained.values())), strict=True):
-        torch.testing.assert_close(found[name], expected)
-    other = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
-    # Without a transform it keeps to its own.
-    with pytest.raises(ValueError, match="new factors since the regulariser was made"):
-        torch.func.functional_call(regularised, other, ())
-
-
 class Regularised(nn.Module):
-    def __init__(self, model, regulariser=None):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.regulariser = model, regulariser
+        self.model = model
 
     def forward(self):
-        return self.regulariser() if self.regulariser else loralib.compute_orth_regu(self.model, 1.0)
+        return loralib.compute_orth_regu(self.model, 1.0)
 
 
 def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():

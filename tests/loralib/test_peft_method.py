@@ -154,13 +154,6 @@ def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_
     assert seen == [1]
     with pytest.raises(ValueError, match="not a plain tensor"):
         model.merge_adapter()
-    layers = [list(loralib.lora_layers(each).values()) for each in (model, plain)]
-    for layer in [*layers[0], *layers[1]]:
-        nn.init.zeros_(layer.lora_E)
-    for each in (model, plain):
-        loralib.initialise(each, "gradient", [INPUTS], lambda m, x: m(x).square().sum())
-    for layer, other in zip(*layers, strict=True):
-        torch.testing.assert_close(layer.lora_A[0], other.lora_A[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])

@@ -1,4 +1,4 @@
-"""The Trainer mix-in's checkpoints: they hold what trains, and a resume ends with the same bits whatever the model."""
+"""The Trainer mix-in does what a plain loop does; its checkpoints hold what trains, and a resume changes no bit."""
 
 import pytest
 import torch
@@ -7,8 +7,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import loralib
+from loralib.recipes.exact_factors import ExactFactors
 from loralib.recipes.trainer import TRAINED_FILE, LowRankTrainerMixin
-from tests.loralib.small import encoder
+from tests.loralib.small import encoder, randomise
 
 STEPS = 8
 
@@ -91,3 +92,132 @@ def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     trained(vit, tmp_path / "a", max_steps=4)
     with pytest.raises(ValueError, match=r"other parameters than this model's \(see classifier.1.bias"):
         trained(wider, tmp_path / "b", str(tmp_path / "a/checkpoint-2"))
+
+
+ROWS = [{"input_ids": torch.tensor([2, 5 + i % 15, 7, 3]), "labels": torch.tensor(i % 2)} for i in range(STEPS * 4)]
+
+
+def injected(init="gaussian", **options):
+    model = encoder("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
+    torch.manual_seed(0)
+    loralib.inject(model, "lora2", ["query", "value"], r=4, init=init, **options)
+    loralib.mark_only_lora_as_trainable(model)
+    for layer in loralib.lora_layers(model).values():
+        if init == "gaussian":
+            nn.init.normal_(layer.lora_E)  # scores apart enough that rounding does not change their order
+    return model
+
+
+def plain(folder, accumulate=1, **changes):
+    """Settings under which a Trainer does what a loop over ``ROWS`` with SGD does."""
+    options = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4 // accumulate,
+        "gradient_accumulation_steps": accumulate, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0,
+        "lr_scheduler_type": "constant", "report_to": [], "train_sampling_strategy": "sequential",
+        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, **changes,
+    }  # fmt: skip
+    return TrainingArguments(**options)
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    total = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
+    return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+
+@pytest.mark.parametrize("accumulate, exact", [(1, False), (2, False), (1, True)])
+def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, accumulate, exact):
+    models = [injected("orthogonal" if exact else "gaussian") for _ in range(2)]
+    trainings = [
+        loralib.LowRankTraining(model, constraint=ExactFactors(model)) if exact
+        else loralib.LowRankTraining(model, target_rank=1, init_warmup=1, mask_interval=1, regu_weight=0.3)
+        for model in models
+    ]  # fmt: skip
+    trainings[0].start(STEPS)
+    optimizer = torch.optim.SGD([p for p in models[0].train().parameters() if p.requires_grad], lr=0.1)
+    for start in range(0, len(ROWS), 4):
+        part = ROWS[start : start + 4]
+        loss = models[0](**{n: torch.stack([row[n] for row in part]) for n in part[0]}).loss
+        (loss + trainings[0].penalty()).backward()
+        trainings[0].step(optimizer)
+        optimizer.zero_grad()
+    # BERT's own loss ignores the number of rows in a step, so that it would count twice with two batches a step
+    trainer = MyTrainer(model=models[1], args=plain(tmp_path, accumulate), train_dataset=ROWS, low_rank=trainings[1],
+                        compute_loss_func=mean_loss)  # fmt: skip
+    trainer.train()
+    mine, theirs = (loralib.lora_state_dict(model) for model in models)
+    torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert trainings[1].rank_pattern == trainings[0].rank_pattern
+    assert exact or trainings[1].allocator.live_rank == 4
+    trainer.train()  # another training of the same model
+    assert (trainings[1].steps_done, trainings[1].total_steps) == (STEPS, STEPS)
+
+
+@pytest.mark.parametrize("scaled", [None, False, True])
+def test_the_penalty_counts_once_whatever_a_trainer_says_of_its_own_loss(tmp_path, scaled):
+    class OwnTrainer(MyTrainer):
+        loss_is_scaled_for_ga = scaled
+
+    model, untouched = (randomise(injected(), 0.5) for _ in range(2))
+    # A loss of 0 leaves the penalty alone in the step.
+    OwnTrainer(model=model, args=plain(tmp_path, 4, max_steps=1), train_dataset=ROWS,
+               low_rank=loralib.LowRankTraining(model, regu_weight=0.3),
+               compute_loss_func=lambda outputs, labels, **_: 0 * outputs["logits"].sum()).train()  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in untouched.parameters() if p.requires_grad], lr=0.1)
+    loralib.LowRankTraining(untouched, regu_weight=0.3).penalty().backward()
+    optimizer.step()
+    mine, theirs = (loralib.lora_state_dict(each) for each in (model, untouched))
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_shared_factors_resume_and_an_evaluation_has_no_penalty(tmp_path):
+    def run(folder, resume=None, **changes):
+        model = injected(share_outer=True)
+        args, low_rank = plain(folder, save_strategy="steps", save_steps=4, **changes), loralib.LowRankTraining
+        trainer = MyTrainer(model=model, args=args, train_dataset=ROWS, low_rank=low_rank(model, 100, target_rank=1))
+        trainer.train(resume_from_checkpoint=resume)  # the Trainer's number of steps counts
+        return trainer
+
+    whole, resumed = run(tmp_path / "a"), run(tmp_path / "b", resume=str(tmp_path / "a/checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    states = whole.low_rank.state_dict(), resumed.low_rank.state_dict()
+    assert states[0]["step"] == states[1]["step"] == states[0]["total_steps"] == STEPS
+    assert torch.equal(*(state["allocator"]["mask"] for state in states))
+    inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
+    expected = float(whole.model.eval()(**inputs).loss.detach())
+    assert whole.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    run(tmp_path / "c", save_only_model=True)
+    with pytest.raises(ValueError, match="written without save_only_model"):
+        run(tmp_path / "d", resume=str(tmp_path / "c/checkpoint-4"))
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_training_that_ends_or_is_best_between_two_maskings_leaves_its_adapter(tmp_path, best):
+    """AdamW moves pruned values between two maskings: they are in the weights, so they are in the adapter."""
+    order = iter([0, 2, 1, 0, 0])
+    model = injected()
+    evaluated = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6,
+                 "load_best_model_at_end": True, "metric_for_best_model": "order",
+                 "greater_is_better": True}  # fmt: skip
+    trainer = MyTrainer(
+        model=model, train_dataset=ROWS, eval_dataset=ROWS[:4],
+        low_rank=loralib.LowRankTraining(model, target_rank=1, init_warmup=0, final_warmup=0),
+        args=plain(tmp_path, max_steps=23, optim="adamw_torch", **(evaluated if best else {})),
+        compute_metrics=lambda _: {"order": next(order)},
+    )  # fmt: skip
+    trainer.train()
+    live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
+    stored = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "adapter")).groups[0].rank_pattern
+    assert {name: [flag == "1" for flag in flags] for name, flags in stored.items()} == live
+    assert sum(map(sum, live.values())) == (16 if best else 4)
+
+
+def test_a_helper_or_an_optimiser_made_for_another_model_is_refused(tmp_path):
+    model = injected()
+    trainer = MyTrainer(model_init=lambda trial: injected(), args=plain(tmp_path), train_dataset=ROWS,
+                        low_rank=loralib.LowRankTraining(model))  # fmt: skip
+    with pytest.raises(ValueError, match="another model than the Trainer trains"):
+        trainer.train()
+    early = torch.optim.SGD(encoder("bert").parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="lacks low-rank factors"):
+        MyTrainer(model=model, args=plain(tmp_path), optimizers=(early, None), low_rank=loralib.LowRankTraining(model))

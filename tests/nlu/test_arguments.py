@@ -86,7 +86,6 @@ WRONG = {
         ("--reg_orth_coef -1", "reg_orth_coef"),
         ("--value_lr_ratio 0", "positive"),
         ("--value_lr_ratio fast", "value_lr_ratio"),
-        ("--value_lr_ratio auto", "--lora_init orthogonal"),
         ("--method hadapter --adapter_size 0", "--adapter_size"),
         ("--method sora --sora_lambda -1", "--sora_lambda"),
         ("--lora_k 8 --lora_widths 4,4", "exclude"),

@@ -35,7 +35,7 @@ def flags_of(base_flags, folder, options):
 LEAN = "--gradient_accumulation_steps 3 --gradient_checkpointing True --no_fast_dropout True --no_fast_attention True"
 HALF = "--bf16 True --length_bucketing True --lora_dropout 0.2"
 PLUS = "--method lora2_plus --head_learning_rate 1e-3"
-AUTO = "--lora_init orthogonal --value_lr_ratio auto --lora_k 4"
+AUTO = "--lora_init orthogonal --value_lr_ratio 4 --lora_k 4"
 SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda 8"
 
 

@@ -35,10 +35,7 @@ def weights(folder, step):
 PLUS = ["--method", "lora2_plus"]
 
 
-@pytest.mark.parametrize("options", [
-    ["--method", "lora2_plus_k1", "--value_lr_ratio", "auto"],
-    PLUS,
-])  # fmt: skip
+@pytest.mark.parametrize("options", [["--method", "lora2_plus_k1"], PLUS])
 def test_retraction_keeps_factors_orthonormal(flags, options, tmp_path):
     record = run(flags, tmp_path, *options)
     for name, factor in weights(tmp_path, 4).items():
@@ -98,13 +95,13 @@ def test_a_warm_start_of_exact_factors_needs_orthonormal_ones(flags, tmp_path, c
     assert "not orthonormal" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("width, more", [("8", ["--value_lr_ratio", "auto"]), ("3", [])])
-def test_a_pruned_adapter_of_exact_factors_starts_another_training(flags, width, more, tmp_path):
+@pytest.mark.parametrize("width", ["8", "3"])
+def test_a_pruned_adapter_of_exact_factors_starts_another_training(flags, width, tmp_path):
     """What was pruned grows again, also where k < r and what is left of a factor is not orthonormal by itself."""
     pruning = ["--rank_allocation", "True", "--target_rank", "4", "--mask_interval", "1", "--learning_rate", "1e-2"]
     plus = [*PLUS, "--lora_k", width, "--lora_r", "8"]
     assert run(flags, tmp_path / "pruned", *plus, *pruning)["live_budget"] < 8 * 12
     start = ["--lora_path", str(tmp_path / "pruned/adapter"), "--seed", "7"]
-    going_on = run(flags, tmp_path / "on", *plus, *more, *start)
+    going_on = run(flags, tmp_path / "on", *plus, *start)
     assert going_on["history"][-1]["orthonormality"] < 2e-6
     assert all(value > 0 for values in going_on["spectra"].values() for value in values[: int(width)])

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers import Trainer
 
-import loralib
+from loralib.recipes.trainer import LowRankTrainerMixin
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import REPOSITORY
 
@@ -35,11 +35,11 @@ def test_the_trainers_private_methods_are_those_that_were_tried():
     allowed = next(Requirement(line) for line in lines if line.startswith("transformers"))
     assert oldest in allowed.specifier and Version(f"{oldest.major}.{oldest.minor - 1}") not in allowed.specifier
     assert oldest <= installed < Version(f"{newest.major}.{newest.minor + 1}"), "try this version and name it in TRIED"
-    own = {n for kind in (loralib.LowRankTrainerMixin, GlueTrainer) for n in vars(kind) if not n.startswith("__")}
+    own = {n for kind in (LowRankTrainerMixin, GlueTrainer) for n in vars(kind) if not n.startswith("__")}
     assert {n for n in own if n.startswith("_") and hasattr(Trainer, n)} == set(OVERRIDDEN)
     for name, parameters in OVERRIDDEN.items():
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", *parameters.split()]
-        overrides = [vars(kind)[name] for kind in (loralib.LowRankTrainerMixin, GlueTrainer) if name in vars(kind)]
+        overrides = [vars(kind)[name] for kind in (LowRankTrainerMixin, GlueTrainer) if name in vars(kind)]
         assert all(method.__doc__.startswith("Overridden ") for method in overrides)
 
 

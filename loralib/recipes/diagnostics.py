@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loralib.exact_factors import deviations
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import lora_layers, svd_layers
+from loralib.recipes.exact_factors import deviations
 
 
 @dataclass(frozen=True)

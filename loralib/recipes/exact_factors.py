@@ -15,6 +15,7 @@ pruning the set D changes ΔW by exactly s·√Σ_{i∈D} e_i² in the Frobenius
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -22,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.initialisation import spread
 from loralib.layers import LoRALayer
-from loralib.model import factors_in, refuse_new_factors, svd_layers
+from loralib.model import svd_layers
 
 # From eigenvalues of the Gram between 0.3 and 1.6, four steps of degree five reach 1 to float32's precision. One step
 # of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
@@ -86,83 +86,95 @@ class _Stack:
 class ExactFactors:
     """Keeps every factor that trains, of the layers with singular values, orthonormal along its smaller side.
 
-    Call :meth:`project_gradients` before ``optimizer.step()`` and :meth:`retract` after it. Factors of one shape are
-    handled in one batched product, a factor that layers share once. All is done on the device. A frozen factor is
-    left alone, whether its layer's e trains or not.
+    Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
+    product, a factor that layers share once. All is done on the device. A frozen factor is left alone, whether its
+    layer's e trains or not.
 
     Args:
-        model: holds AdaLoRA, LoRA² or multi-scale layers. ΔW stays as it is. Where e = 0, the factors are replaced by
-            the nearest orthonormal ones now. Where only some e_i are 0 (a pruned adapter), their columns and rows are
-            drawn anew, if that makes the factors orthonormal; these e_i can then grow again.
+        model: holds AdaLoRA, LoRA² or multi-scale layers; :func:`make_orthonormal` is called for it, now and before the
+            first step of each training.
 
     Raises:
-        ValueError: for a model without such factors, factors in half precision, and where ΔW is not 0 and its factors
-            are not orthonormal: their retraction would change it. The model is unchanged then.
+        ValueError: as :func:`make_orthonormal`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = svd_layers(model)
-        trained = [factor for factor in distinct_factors(layers.values()) if factor.requires_grad]
-        if not trained:
-            raise ValueError(
-                "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
-                "and let their factors train"
-            )
-        if half := [factor.dtype for factor in trained if factor.dtype.itemsize < 4]:
-            raise ValueError(
-                f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts the "
-                "frozen weights alone)"
-            )
-        self._layers = list(layers.values())
-        self._factors = factors_in(self._layers)
+        self.model = model
+        self.start()
+
+    def start(self) -> None:
+        """Begin a training: make the factors orthonormal. Raises as :func:`make_orthonormal`."""
+        make_orthonormal(self.model)
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-        for factor in trained:
+        self._factors = _trained_factors(self.model)
+        for factor in self._factors:
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
         self._stacks = [_Stack(factors) for factors in groups.values()]
         by_side: dict[tuple, list[_Stack]] = defaultdict(list)
         for (device, dtype, side, _), stack in zip(groups, self._stacks, strict=True):
             by_side[(device, dtype, side)].append(stack)
         self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
-        if factors_are_orthonormal(trained):
-            return
-        values: dict[nn.Parameter, Tensor] = {}
-        for name, layer in layers.items():
-            own, live = [f for f in distinct_factors([layer]) if f.requires_grad], layer.lora_E.detach().cpu() != 0
-            if not own or not live.any() or factors_are_orthonormal(own):
-                continue
-            left, right = layer.lora_B[-1], layer.lora_A[-1]
-            values |= {left: _completed(left.detach(), live), right: _completed(right.detach().T, live).T}
-            if not factors_are_orthonormal([values.get(f, f) for f in own]):
-                raise ValueError(
-                    f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
-                    "trained with exact factors and, where k < r, loaded without compact"
-                )
-        for factor in trained:
-            value = values.get(factor, factor.detach())
-            factor.data.copy_(value if factors_are_orthonormal([value]) else _polar(value))
 
     @torch.no_grad()
-    def project_gradients(self) -> None:
-        """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place.
-
-        Raises:
-            ValueError: where the model's factors are others than when this was made.
-        """
-        refuse_new_factors(self._layers, self._factors, "ExactFactors")
+    def before_step(self) -> None:
+        """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place."""
         for stack in self._stacks:
             with without_autocast(stack.all[0].device.type):
                 stack.project_gradients()
 
     @torch.no_grad()
-    def retract(self) -> None:
-        """X ← X (XᵀX)^(−1/2) for every factor that trains, in place; raises as :meth:`project_gradients`."""
-        refuse_new_factors(self._layers, self._factors, "ExactFactors")
+    def after_step(self) -> None:
+        """X ← X (XᵀX)^(−1/2) for every factor that trains, in place."""
         for stacks in self._same_side:
             with without_autocast(stacks[0].all[0].device.type):
                 grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
                 roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
                 for stack, root in zip(stacks, roots, strict=True):
                     stack.write_factors(root)
+
+
+def _trained_factors(model: nn.Module) -> list[nn.Parameter]:
+    return [factor for factor in distinct_factors(svd_layers(model).values()) if factor.requires_grad]
+
+
+def make_orthonormal(model: nn.Module) -> None:
+    """Make every factor that trains, of the layers with singular values, orthonormal; ΔW stays as it is.
+
+    Where e = 0, the factors are replaced by the nearest orthonormal ones. Where only some e_i are 0 (a pruned adapter),
+    their columns and rows are drawn anew, if that makes the factors orthonormal; these e_i can then grow again.
+
+    Raises:
+        ValueError: for a model without such factors, factors in half precision, and where ΔW is not 0 and its factors
+            are not orthonormal: to make them so would change it. The model is unchanged then.
+    """
+    trained = _trained_factors(model)
+    if not trained:
+        raise ValueError(
+            "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
+            "and let their factors train"
+        )
+    if half := [factor.dtype for factor in trained if factor.dtype.itemsize < 4]:
+        raise ValueError(
+            f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts the "
+            "frozen weights alone)"
+        )
+    if factors_are_orthonormal(trained):
+        return
+    values: dict[nn.Parameter, Tensor] = {}
+    for name, layer in svd_layers(model).items():
+        own, live = [f for f in distinct_factors([layer]) if f.requires_grad], layer.lora_E.detach().cpu() != 0
+        if not own or not live.any() or factors_are_orthonormal(own):
+            continue
+        left, right = layer.lora_B[-1], layer.lora_A[-1]
+        values |= {left: _completed(left.detach(), live), right: _completed(right.detach().T, live).T}
+        if not factors_are_orthonormal([values.get(f, f) for f in own]):
+            raise ValueError(
+                f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
+                "trained with exact factors and, where k < r, loaded without compact"
+            )
+    for factor in trained:
+        value = values.get(factor, factor.detach())
+        factor.data.copy_(value if factors_are_orthonormal([value]) else _polar(value))
 
 
 def _polar(factor: Tensor) -> Tensor:
@@ -172,6 +184,15 @@ def _polar(factor: Tensor) -> Tensor:
         return wide if factor.shape == wide.shape else wide.T
     u, _, v = torch.linalg.svd(factor.double(), full_matrices=False)
     return u @ v
+
+
+def spread(vectors: Tensor, size: int) -> Tensor:
+    """The first ``size`` of k columns; where size > k, all of them times k orthonormal rows of the DCT-IV."""
+    k = vectors.shape[1]
+    if size <= k:
+        return vectors[:, :size]
+    place = torch.arange(size, dtype=vectors.dtype, device=vectors.device) + 0.5
+    return vectors @ (math.sqrt(2 / size) * torch.cos(math.pi / size * place[:k, None] * place))
 
 
 def _completed(factor: Tensor, live: Tensor) -> Tensor:
