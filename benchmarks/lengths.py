@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
-from nlu.data.glue import load_task_data
+from nlu.data.glue import load_split
 from nlu.tasks import get_task
 
 SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by cost
@@ -20,8 +20,8 @@ def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
         UsageError: when the data cannot be read.
     """
     task = get_task(task_name)
-    rows = load_task_data(task, glue_dir, need=("train",))["train"]
-    words = [sum(len(row[field].split()) for field in task.text_fields) for row in rows]
+    rows = load_split(task, "train", glue_dir)
+    words = [sum(len(text.split()) for text in texts) for texts in zip(*map(rows.get, task.text_fields), strict=True)]
     return [SPECIAL_TOKENS + round(TOKENS_A_WORD * count) for count in words]
 
 

@@ -10,7 +10,7 @@ PROGRAMS = {
     "predict": ("nlu.predict", "predict new rows with a trained adapter or a merged model"),
     "compare": ("nlu.compare", "compare methods on one task: table and figure"),
     "sweep": ("nlu.sweep", "run every combination that an experiment file names"),
-    "submit": ("nlu.data.submission", "gather test predictions into the zip for GLUE's server"),
+    "submit": ("nlu.submission", "gather test predictions into the zip for GLUE's server"),
     "report": ("nlu.report", "make tables and figures from the records of runs"),
     "export": ("loralib.export", "export an adapter to peft or merge it into its base, import one from peft"),
 }

@@ -99,6 +99,11 @@ class DataArguments:
     on_error: Literal["stop", "skip"] = HfArg(
         default="stop", help="A malformed row, or one with an empty text, in your own files: stop, or skip it."
     )
+    encoding: str = HfArg(default="utf-8", help="Encoding of your own CSV, TSV and JSON files.")
+    save_splits: str | None = HfArg(
+        default=None,
+        help="Folder for train.csv and validation.csv, the rows that --holdout_fraction parts.",
+    )
     metric: Literal[tuple(METRICS)] | None = HfArg(
         default=None, help="Main metric for your own data. Default: by the labels."
     )

@@ -19,9 +19,18 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPre
 from nlu.argument_checks import check_an_evaluation, fit_schedule
 from nlu.arguments import Arguments
 from nlu.data.batching import effective_batch_size, updates_per_epoch
-from nlu.data.glue import reorder_labels
-from nlu.data.splits import Splits, load_data, load_predict_task, tokenize_splits, tokenize_tests
-from nlu.data.submission import predict, to_labels
+from nlu.data.predictions import predict_sets, to_labels
+from nlu.data.splits import (
+    Splits,
+    describe,
+    description_lines,
+    load_data,
+    load_predict_task,
+    needed,
+    reorder_labels,
+    save_splits,
+    tokenize_splits,
+)
 from nlu.errors import UsageError, one_line, reason
 from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
 from nlu.methods.method import AppliedMethod
@@ -77,23 +86,30 @@ def run(arguments: Arguments) -> None:
 
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextlib.ExitStack) -> None:
     """The run in its folder, whose log is open from where nothing can be refused any more."""
-    training, path = arguments.training, folder.path
-    task, splits = load_data(arguments)
-    others = load_predict_task(arguments, task)
-    total_steps = plan_steps(arguments, splits)
+    training, data, path = arguments.training, arguments.data, folder.path
+    task, rows, skipped = load_data(data, needed(training), arguments.model.cache_dir)
+    tests = load_predict_task(data, task, arguments.model.cache_dir)
+    total_steps = plan_steps(arguments, rows)
     config, tokenizer, head = load_config(arguments, task)
     if head.labels is not None:
-        task, splits = reorder_labels(task, splits, head.labels)
+        task, rows = reorder_labels(task, rows, head.labels)
+        tests = [reorder_labels(*test, head.labels) for test in tests]
     warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
     check_model_arguments(arguments, config, tokenizer, total_steps, warm_start)
-    splits = tokenize_splits(arguments, task, splits, tokenizer)
-    tests = [(task, splits.test), *tokenize_tests(arguments, others, task.labels, tokenizer)]
+    how = (tokenizer, data.max_seq_length, data.pad_to_max_length)
+    splits = tokenize_splits(task, rows, *how)
+    tests = [(test, tokenize_splits(test, of_test, *how).test) for test, of_test in tests]
+    described = describe(task, rows, skipped, splits.cut)
     weights = class_weights(arguments, task, splits.train)
 
     wait_for_all()  # every process has read what the folder holds
     if is_first():
         folder.clean(state)
         held.enter_context(log_to(path / "log" / "run.log"))
+        for line in description_lines(task, described, data.max_seq_length):
+            say(line)
+        if data.save_splits:
+            save_splits(data, rows)
     wait_for_all()
     set_seed(training.seed)
     sharded = sharding_asked_for()
@@ -107,6 +123,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
             shard(model, training)
         trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
     facts = {
+        "data": described,
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
         "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
@@ -114,17 +131,17 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
     record = begin_record(arguments, trainer, facts, folder, state)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
     with trainer.signals:
-        run_recorded(arguments, tests, trainer, record, path, checkpoint)
+        run_recorded(arguments, [(task, splits.validation | splits.test), *tests], trainer, record, path, checkpoint)
 
 
 def run_recorded(
-    arguments: Arguments, tests: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: Path | None
+    arguments: Arguments, sets: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: Path | None
 ) -> None:
     """Training, evaluation, prediction and the adapter; whatever ends it early is in the record."""
     try:
         train_and_evaluate(arguments, trainer, checkpoint)
         if arguments.training.do_predict:
-            record.static["test_scores"] = predict(tests, trainer, folder)
+            record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer, folder)
         record.log_history = trainer.state.log_history
         if is_first():
             record.static["spectra"] = spectra(trainer.model)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, matthews_corrcoef
 
 from nlu.tasks import Task, get_task
 
@@ -86,6 +87,27 @@ def constant_loss(
     mass = ((1 - smoothing) * shares + smoothing / task.num_labels) * (1.0 if class_weights is None else class_weights)
     mass = mass[mass > 0]
     return float(-(mass * np.log(mass / mass.sum())).sum())
+
+
+def class_report(task: Task, predictions: Sequence, references: Sequence) -> dict[str, Any]:
+    """What a classifier does to each class.
+
+    Args:
+        predictions, references: (n,) class numbers, as for :func:`compute_glue_metrics`.
+
+    Returns:
+        "classes": scikit-learn's report, class word -> precision, recall, f1-score (in [0, 1]) and support (its rows),
+        with the averages; "confusion_matrix": counts, one row for each true class, one column for each predicted one.
+    """
+    classes = range(task.num_labels)
+    report = classification_report(
+        references, predictions, labels=classes, target_names=task.labels, output_dict=True, zero_division=0
+    )
+    return {
+        "labels": list(task.labels),
+        "classes": report,
+        "confusion_matrix": confusion_matrix(references, predictions, labels=classes).tolist(),
+    }
 
 
 def in_words(scores: dict[str, float]) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 from loralib.interop.export import quiet_transformers
 from loralib.interop.precision import cast_frozen
 from nlu.arguments import Arguments
-from nlu.data.tokens import check_tokenizer, longest_input
+from nlu.data.splits import check_tokenizer, longest_input
 from nlu.errors import UsageError, one_line, reason
 from nlu.fast import speed_up
 from nlu.fast.sharding import sharding_asked_for

@@ -4,7 +4,8 @@
     cat new.tsv | python nlu/predict.py --model merged --text_columns sentence1,sentence2 --input - --input_format tsv
 
 Rows are written in input order, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or, for a regression task,
-with "score" instead of label and probabilities. "line" is the input line on which the row ends.
+with "score" instead of label and probabilities. "line" is the input line on which the row ends. The input's
+columns can stand beside them; one that has such a name itself is then called input_NAME.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import io
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -43,8 +42,8 @@ from transformers import (
 
 import loralib
 from loralib.interop.export import load_base_of, quiet_transformers, revision_of
-from nlu.data.file_formats import FORMATS, Row, open_binary, open_table
-from nlu.data.tokens import check_room, check_tokenizer, longest_input
+from nlu.data.reader import FORMATS, Reader, Row, open_binary
+from nlu.data.splits import check_room, check_tokenizer, encode, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
@@ -57,12 +56,18 @@ BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less paddin
 
 @dataclass
 class Predictor:
-    """A model ready to predict, its tokenizer, the names of its classes (None for regression), and tokens of a row."""
+    """A model ready to predict.
+
+    Attributes:
+        labels: the names of its classes; None for regression.
+        max_length: tokens that are kept of a row. cut: rows that had more so far.
+    """
 
     model: nn.Module
     tokenizer: Any
     labels: list[str] | None
     max_length: int
+    cut: int = 0
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[Sequence[str]], batch_size: int) -> list[list[float]]:
@@ -71,7 +76,10 @@ class Predictor:
         Raises:
             UsageError: for what is not finite, and tokens that the model does not take.
         """
-        encoded = self.tokenizer(*map(list, zip(*texts, strict=True)), truncation=True, max_length=self.max_length)
+        encoded, too_long = encode(self.tokenizer, list(zip(*texts, strict=True)), self.max_length)
+        if too_long and not self.cut:
+            print(f"rows of more than {self.max_length} tokens are cut (--max_seq_length)", file=sys.stderr)
+        self.cut += len(too_long)
         order = sorted(range(len(texts)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
         results: list[list[float]] = [[]] * len(texts)
         for start in range(0, len(order), batch_size):
@@ -98,6 +106,8 @@ def read_card(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.adapter is None:
         config = _configuration("--model", arguments.model)
         return {name: getattr(config, name, None) for name in ("text_fields", "max_seq_length")}
+    if os.path.isdir(os.path.join(arguments.adapter, "adapter")):  # of a run
+        arguments.adapter = os.path.join(arguments.adapter, "adapter")
     try:
         return loralib.read_adapter_config(arguments.adapter).card
     except ValueError as error:
@@ -160,7 +170,7 @@ def load_predictor(arguments: argparse.Namespace, card: dict[str, Any], texts: i
 
 def _class_names(id2label: dict[int, Any], number: int, source: str) -> list[str]:
     names = [str(id2label[i]) for i in range(number) if i in id2label]
-    if len({*names}) < number or re.search("[\ud800-\udfff]", "".join(names)):  # halves of letters cannot be written
+    if len({*names}) < number:
         raise UsageError(f"{source}: its config.json must name {number} different classes, numbered from 0 (id2label)")
     return names
 
@@ -177,14 +187,7 @@ def _adapted_base(arguments: argparse.Namespace, card: dict[str, Any]) -> tuple[
             "sequence classification only"
         )
     revision = revision_of(config, source)
-    flag = "--base" if arguments.base else "--base is missing; the adapter's record says"
-    base = _configuration(flag, source, **revision)
-    head = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(base), None)
-    if head and head.__name__ != config.architecture:
-        raise UsageError(
-            f"--base {source} has another architecture ({head.__name__}) than the adapter was trained on "
-            f"({config.architecture}): give the base {config.base_model or 'that it was trained on'}"
-        )
+    _configuration("--base" if arguments.base else "--base is missing; the adapter's record says", source, **revision)
     model = load_base_of(config, source)
     rebuild(model, card)
     loralib.load_adapter(model, arguments.adapter, allow_other_base=arguments.allow_other_base)
@@ -217,50 +220,52 @@ def open_output(path: str) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    if Path(path).is_dir():
-        raise UsageError(f"--output {path}: is a folder; name a file")
-    if not Path(path).parent.is_dir():
-        raise UsageError(f"--output {path}: there is no folder {Path(path).parent}")
     with open_new(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         yield text
         text.detach()
 
 
-def row_writer(output: TextIO, kind: str, labels: list[str] | None) -> Callable[[int, list[float]], None]:
-    """A function that writes one row, given its line and what the predictor says of it."""
+def row_writer(
+    output: TextIO, kind: str, labels: list[str] | None, columns: Sequence[str]
+) -> Callable[[Row, list[float]], None]:
+    """A function that writes one row, given the input's row and what the predictor says of it.
+
+    Args:
+        kind: "csv" or "jsonl". columns: of the input, that are kept.
+    """
+    figures = ["score"] if labels is None else ["label", *(f"probability_{name}" for name in labels)]
+    own = {"line", *(figures if kind == "csv" else ("label", "probabilities", "score"))}
+    names = {column: f"input_{column}" if column in own else column for column in columns}
     table = csv.writer(output, lineterminator="\n")
     if kind == "csv":
-        names = ["score"] if labels is None else ["label", *(f"probability_{name}" for name in labels)]
-        table.writerow(["line", *names])
+        table.writerow(["line", *names.values(), *figures])
 
-    def write(line: int, values: list[float]) -> None:
-        best = None if labels is None else labels[values.index(max(values))]
+    def write(row: Row, values: list[float]) -> None:
+        kept = {name: row.values.get(column) for column, name in names.items()}
+        best = [] if labels is None else [labels[values.index(max(values))]]
         if kind == "csv":
-            table.writerow([line, *([] if best is None else [best]), *values])
+            table.writerow([row.place, *kept.values(), *best, *values])
         elif labels is None:
-            output.write(json.dumps({"line": line, "score": values[0]}) + "\n")
+            output.write(json.dumps({"line": row.place, **kept, "score": values[0]}, ensure_ascii=False) + "\n")
         else:
-            row = {"line": line, "label": best, "probabilities": dict(zip(labels, values, strict=True))}
-            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+            said = {"label": best[0], "probabilities": dict(zip(labels, values, strict=True))}
+            output.write(json.dumps({"line": row.place, **kept, **said}, ensure_ascii=False) + "\n")
 
     return write
 
 
-def predict_rows(rows: Iterable[Row], predictor: Predictor, batch_size: int) -> Iterator[tuple[Row, list[float]]]:
-    """Each row with what the predictor says of it; read in buffers of ``batch_size`` × 32 rows."""
+def predict_rows(
+    rows: Iterable[Row], columns: Sequence[str], predictor: Predictor, batch_size: int
+) -> Iterator[tuple[Row, list[float]]]:
+    """Each row with what the predictor says of its texts; read in buffers of ``batch_size`` × 32 rows."""
     rows = iter(rows)
     while buffer := list(itertools.islice(rows, batch_size * BATCHES_IN_BUFFER)):
-        yield from zip(buffer, predictor([row.values for row in buffer], batch_size), strict=True)
+        texts = [[row.values[column] for column in columns] for row in buffer]
+        yield from zip(buffer, predictor(texts, batch_size), strict=True)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"takes a whole number from 1 to {2**31 - 1}, got {text!r}")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -272,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--adapter", help="folder of a trained adapter (<root_output_dir>/adapter of a run)")
+    model.add_argument("--adapter", help="folder of a trained adapter, or of the run that trained it")
     model.add_argument("--model", help="folder of a merged checkpoint, or any transformers classifier")
     parser.add_argument("--base", help="name or folder of the base model (default: the one that the adapter records)")
     parser.add_argument("--allow_other_base", action="store_true", help="accept a base with other weights")
@@ -280,33 +285,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--input", required=True, help="a .jsonl, .json, .csv, .tsv or .parquet file, or - for standard input"
     )
     parser.add_argument("--input_format", choices=FORMATS, help="default: by the suffix; jsonl for standard input")
+    parser.add_argument("--encoding", default="utf-8", help="of CSV, TSV and JSON input (utf-8)")
     parser.add_argument("--text_columns", "--text_fields", metavar="NAME[,NAME]",
                         help="columns with the text; default: those of training")  # fmt: skip
     parser.add_argument("--output", default="-", help="file to write, or - for standard output (default)")
     parser.add_argument("--output_format", choices=("jsonl", "csv"), help="default: csv for a .csv file, else jsonl")
+    parser.add_argument("--keep_columns", action=argparse.BooleanOptionalAction,
+                        help="write the input's columns too (default: for CSV and TSV input)")  # fmt: skip
     parser.add_argument("--on_error", choices=("stop", "skip"), default="stop",
                         help="what to do with a bad row, after naming its line (default: stop)")  # fmt: skip
-    parser.add_argument("--batch_size", type=_positive, default=64, help="rows computed at once (64)")
-    parser.add_argument("--max_seq_length", type=_positive, help="tokens kept per row; default: that of training")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows computed at once (64)")
+    parser.add_argument("--max_seq_length", type=int, help="tokens kept per row; default: that of training")
     return parser
 
 
 @contextmanager
-def open_input(arguments: argparse.Namespace) -> Iterator[tuple[BinaryIO, str, str]]:
-    """The input as a stream, its name for messages, and its format."""
+def open_input(arguments: argparse.Namespace) -> Iterator[tuple[Reader, BinaryIO]]:
+    """The input's reader and stream."""
+    how = {"kind": arguments.input_format, "encoding": arguments.encoding}
     if arguments.input == "-":
-        kind = arguments.input_format or "jsonl"
-        if kind == "parquet":
-            raise UsageError("--input -: Parquet is not read from a pipe; give the file's name")
         if sys.stdin is None:
             raise UsageError("--input -: there is no standard input; name a file")
-        yield sys.stdin.buffer, "standard input", kind
+        yield Reader(sys.stdin.buffer, "standard input", **how | {"kind": how["kind"] or "jsonl"}), sys.stdin.buffer
         return
-    kind = arguments.input_format or Path(arguments.input).suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UsageError(f"--input {arguments.input}: the suffix does not tell the format: give --input_format")
     with open_binary(arguments.input) as stream:
-        yield stream, arguments.input, kind
+        yield Reader(stream, arguments.input, **how), stream
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -314,41 +317,43 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.model is not None and (arguments.base is not None or arguments.allow_other_base):
         flag = "--allow_other_base" if arguments.base is None else "--base"
         raise UsageError(f"{flag} belongs to --adapter: a merged checkpoint has no base")
-    if all(map(os.path.isfile, (arguments.input, arguments.output))) and os.path.samefile(
-        arguments.input, arguments.output
-    ):
+    if os.path.realpath(arguments.input) == os.path.realpath(arguments.output) != os.path.realpath("-"):
         raise UsageError(f"--output {arguments.output} is the input, which would be lost: name another file")
     output_kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
-    with open_input(arguments) as (stream, name, kind):
+    with open_input(arguments) as (reader, stream):
         card = read_card(arguments)
-        table, columns = open_table(stream, name, kind), text_columns(arguments, card)
-        rows = table.rows(columns)
+        columns = text_columns(arguments, card)
         predictor = load_predictor(arguments, card, len(columns))
-        size = os.path.getsize(name) if os.path.isfile(name) else None
+        size = os.path.getsize(arguments.input) if os.path.isfile(arguments.input) else None
         # disable=None: only a terminal shows it
         bar = tqdm(total=size, unit="B", unit_scale=True, disable=None, desc="predicting")
-
-        bad: list[Row] = []
+        bad = 0
 
         def good_rows() -> Iterator[Row]:
-            for row in rows:
+            nonlocal bad
+            for row in reader.check(reader, columns, blank=False):
                 if row.error is None:
                     yield row
                     continue
-                error = table.error(row.place, row.error)
+                error = reader.error(row.place, row.error)
                 if arguments.on_error == "stop":
                     raise UsageError(f"{error} (--on_error skip leaves such rows out)")
                 bar.write(f"skipped: {error}", file=sys.stderr)
-                bad.append(row)
+                bad += 1
 
-        written = 0
+        rows, written = good_rows(), 0
+        first = list(itertools.islice(rows, 1))  # with it the reader knows the columns
+        keep = arguments.keep_columns if arguments.keep_columns is not None else not reader.typed
         with bar, open_output(arguments.output) as output:
-            write = row_writer(output, output_kind, predictor.labels)
-            for row, values in predict_rows(good_rows(), predictor, arguments.batch_size):
-                write(row.place, values)
+            write = row_writer(output, output_kind, predictor.labels, reader.columns if keep else ())
+            for row, values in predict_rows(itertools.chain(first, rows), columns, predictor, arguments.batch_size):
+                write(row, values)
                 written += 1
                 bar.update(0 if size is None else stream.tell() - bar.n)
-    print(f"{written} rows predicted, {len(bad)} skipped", file=sys.stderr)
+    if bad and not written:
+        raise UsageError(f"none of the {bad} rows could be predicted")
+    cut = f", {predictor.cut} cut at {predictor.max_length} tokens" if predictor.cut else ""
+    print(f"{written} rows predicted{cut}, {bad} skipped", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from typing import TypeVar
 from nlu.errors import UsageError
 
 T = TypeVar("T")
-
 # What --metric calls a metric -> its key in records.
 METRICS = {
     "accuracy": "accuracy",

@@ -3,4 +3,4 @@
 # usage: bash scripts/make_submission.sh FOLDER… [--out submission.zip] [--allow_partial]      (--help says more)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
-exec "$PYTHON" "$ROOT/nlu/data/submission.py" "$@"
+exec "$PYTHON" "$ROOT/nlu/submission.py" "$@"

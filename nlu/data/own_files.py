@@ -7,10 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
-
-from nlu.data.file_formats import Table, names_shown, open_binary, open_table, read_table, shown
-from nlu.data.glue import as_number, build_dataset
+from nlu.data.glue import as_number
+from nlu.data.reader import Reader, Row, good_rows, names_shown, read_file, shown
 from nlu.errors import UsageError
 from nlu.tasks import METRICS, TASKS, Task
 
@@ -18,18 +16,18 @@ _TEXT_COLUMNS = tuple(dict.fromkeys([*(task.text_fields for task in TASKS.values
 _CODE = re.compile(r"\s*[+-]?[0-9]+\s*")
 _WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _OWN_NAMES = ("label", "idx")  # columns of every data set
+_MOST_SKIPPED = 0.1  # of a file's rows; where more are bad, the file is read in the wrong way
 
 
 def load_own_files(
-    train_file: str | Path,
-    validation_file: str | Path | None = None,
-    test_file: str | Path | None = None,
+    paths: dict[str, str | Path],
     *,
     text_columns: Sequence[str] | None = None,
     label_column: str = "label",
     metric: str | None = None,
+    encoding: str = "utf-8",
     skip_bad_rows: bool = False,
-) -> tuple[Task, dict[str, Dataset]]:
+) -> tuple[Task, dict[str, dict[str, list]], dict[str, int]]:
     """Load a user's own task from .csv, .tsv, .json, .jsonl or .parquet files.
 
     The labels of the training file decide the task: whole numbers and words are classes (those of the training file,
@@ -37,58 +35,66 @@ def load_own_files(
     empty or null (for classes also -1).
 
     Args:
+        paths: the file of each split: train, and where there are any validation and test.
         text_columns: the one or two columns with the text. By default the columns of the training file that have a GLUE
             task's names (`sentence1` and `sentence2`, `sentence`, …) or `text`, or the only one beside the label.
         metric: a key of `METRICS`, which becomes the main metric.
-        skip_bad_rows: leave out rows that are malformed or have an empty text, with a warning; by default refuse them.
+        encoding: of the text of CSV, TSV and JSON files.
+        skip_bad_rows: leave out rows that are malformed or have an empty text or label, up to a tenth of a file, with
+            a warning; by default refuse them.
 
     Returns:
-        The task, named "custom" (accuracy; F1 too for two classes; Pearson and Spearman for regression), and its splits
-        in the form of `load_task_data`; hidden labels are -1, in regression NaN.
+        The task, named "custom" (accuracy; F1 too for two classes; Pearson and Spearman for regression); its splits,
+        each column -> values as :func:`~nlu.data.glue.load_split` gives them, with -1 for a hidden label, in regression
+        NaN; and how many rows of each split were left out.
 
     Raises:
         UsageError: a file is missing or malformed, has a label that the training file lacks, or no text columns are
             named or found, or the metric does not go with the labels; names file and line.
     """
-    paths = {"train": train_file, "validation": validation_file, "test": test_file}
-    text = tuple(text_columns or _find_text_columns(train_file, label_column))
-    if not 1 <= len(set(text)) == len(text) <= 2 or label_column in text or not {*text}.isdisjoint(_OWN_NAMES):
-        raise UsageError(
-            f"--text_columns takes one or two different columns other than the label's, {' and '.join(_OWN_NAMES)}, "
-            f"got {','.join(text)}"
-        )
-    tables = {}
+    tables: dict[str, tuple[Reader, list[Row]]] = {}
+    skipped: dict[str, int] = {}
+    text = tuple(text_columns or ())
     for split, path in paths.items():
-        if path is not None:
-            columns = ([], [label_column]) if split == "test" else ([label_column], [])
-            skip = math.inf if skip_bad_rows else 0
-            tables[split] = table = read_table(path, text, *columns, blank=False, skip=skip)
-            if label_column in table.columns:
-                values = table.columns.pop(label_column)
-                table.columns["label"] = [value.strip() if type(value) is str else value for value in values]
-    kind = _label_kind(tables["train"])
-    labels = {split: _own_labels(table, kind, split) for split, table in tables.items() if "label" in table.columns}
-    if kind is float:
-        names, metrics = None, ("pearson", "spearmanr")
-    else:
-        names = tuple(map(str, sorted(set(labels["train"]))))
-        if broken := [name for name in names if len(name.splitlines()) > 1 or "\t" in name]:
-            raise UsageError(f"{train_file}: label {shown(broken[0])} holds a tab or a line break: leave those out")
-        if len(names) < 2:
-            raise UsageError(f"{train_file}: every label is {shown(names[0])}; two classes or more are needed")
-        metrics = ("accuracy", "f1") if len(names) == 2 else ("accuracy",)
-        labels = {split: _class_numbers(tables[split], names, labels[split], split) for split in labels}
-    metrics = _with_main_metric(metrics, metric, names)
-    task = Task("custom", "own data", text, names, metrics)
-    hidden = math.nan if kind is float else -1
-    splits = {
-        split: build_dataset(task, [(table, labels.get(split, [hidden] * len(table)))])
-        for split, table in tables.items()
-    }
-    return task, splits
+        reader, rows = read_file(path, encoding=encoding)
+        text = text or _find_text_columns(reader, label_column)
+        if not 1 <= len(set(text)) == len(text) <= 2 or label_column in text or not {*text}.isdisjoint(_OWN_NAMES):
+            raise UsageError(
+                f"--text_columns takes one or two different columns other than the label's, {' and '.join(_OWN_NAMES)},"
+                f" got {','.join(text)}"
+            )
+        checked = reader.check(rows, text, [] if split == "test" else [label_column], blank=False)
+        most = _MOST_SKIPPED * len(rows) if skip_bad_rows else 0
+        good = good_rows(reader, checked, most, " (--on_error skip leaves such rows out)")
+        tables[split], skipped[split] = (reader, good), len(rows) - len(good)
+    names = _class_names(*tables["train"], label_column)
+    task = Task("custom", "own data", text, names, _metrics(metric, names))
+    splits = {}
+    for split, (reader, rows) in tables.items():
+        columns = {name: [row.values[name] for row in rows] for name in text}
+        columns["label"] = [_label(reader, row, label_column, names, split == "test") for row in rows]
+        splits[split] = columns | {"idx": [row.number for row in rows]}
+    return task, splits, skipped
 
 
-def _with_main_metric(metrics: tuple[str, ...], asked: str | None, names: tuple[str, ...] | None) -> tuple[str, ...]:
+def _find_text_columns(reader: Reader, label_column: str) -> tuple[str, ...]:
+    """The text columns of a file, where its columns leave no doubt."""
+    found = [names for names in _TEXT_COLUMNS if {*names} <= {*reader.columns} - {label_column}]
+    found = [names for names in found if not any({*names} < {*others} for others in found)]
+    rest = [name for name in reader.columns if name != label_column and name not in _OWN_NAMES]
+    if not found and len(rest) == 1:
+        return (rest[0],)
+    if len(found) == 1:
+        return found[0]
+    raise UsageError(
+        f"{reader.name}: {'several columns' if found else 'no columns'} are known to hold the text; the columns are "
+        f"{names_shown(reader.columns)}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column NAME)"
+    )
+
+
+def _metrics(asked: str | None, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The task's metrics, the main one first."""
+    metrics = ("pearson", "spearmanr") if names is None else ("accuracy", "f1")[: 2 if len(names) == 2 else 1]
     if asked is None:
         return metrics
     key = METRICS[asked]
@@ -100,83 +106,53 @@ def _with_main_metric(metrics: tuple[str, ...], asked: str | None, names: tuple[
     return tuple(dict.fromkeys((key, *metrics)))
 
 
-def _find_text_columns(path: str | Path, label_column: str) -> tuple[str, ...]:
-    """The text columns of a file, where its columns leave no doubt."""
-    with open_binary(path) as stream:
-        reader = open_table(stream, path)
-        columns = reader.columns
-        if not columns:  # JSON without an object
-            row = next(reader.rows(("text",)), None)
-            raise reader.error(row.place, row.error) if row else UsageError(f"{path}: the file has no rows")
-    found = [names for names in _TEXT_COLUMNS if {*names} <= {*columns} - {label_column}]
-    found = [names for names in found if not any({*names} < {*others} for others in found)]
-    rest = [name for name in columns if name != label_column and name not in _OWN_NAMES]
-    if not found and len(rest) == 1:
-        return (rest[0],)
-    if len(found) == 1:
-        return found[0]
-    raise UsageError(
-        f"{path}: {'several columns' if found else 'no columns'} are known to hold the text; the first line names the "
-        f"columns {names_shown(columns)}: give --text_columns NAME, or NAME,NAME for pairs (and --label_column "
-        "NAME)"
-    )
+# ---- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _label_kind(table: Table) -> type:
-    """int or str for classes, float for regression, from all labels of the training file."""
-    values = table.columns["label"]
-    if table.reader.typed:
-        kinds = set(map(type, values))
-        if kinds <= {int, float} or kinds == {str}:
-            return str if kinds == {str} else float if float in kinds else int
-        numbers = type(values[0]) in (int, float)
-        row = next(i for i, x in enumerate(values) if type(x) not in ((int, float) if numbers else (str,)))
-        raise table.error(row, f"label {shown(values[row])}: labels must be all numbers or all words")
-    if all(_CODE.fullmatch(value) for value in values):  # codes such as 007 and +1 are words
-        return int if all(_as_integer(value) is not None for value in values) else str
+def _class_names(reader: Reader, rows: list[Row], label_column: str) -> tuple[str, ...] | None:
+    """The sorted classes of the training labels; None where these are numbers to be predicted."""
+    values = [row.values[label_column] for row in rows]
+    if reader.typed:
+        kinds = [{int: float, float: float, str: str}.get(type(value)) for value in values]
+        odd = next((i for i, kind in enumerate(kinds) if kind is None or kind != kinds[0]), None)
+        if odd is not None:
+            raise reader.error(rows[odd].place, f"label {shown(values[odd])}: labels must be all numbers or all words")
+        is_regression = float in map(type, values)
+    else:
+        is_regression = not all(map(_CODE.fullmatch, values)) and _all_numbers(reader, rows, values)
+    if is_regression:
+        return None
+    names = {str(value).strip() for value in values}
+    if len(names) < 2:
+        raise UsageError(f"{reader.name}: every label is {shown(*names)}; two classes or more are needed")
+    whole = all(map(_WHOLE_NUMBER.fullmatch, names))  # codes such as 007 and +1 are words
+    return tuple(sorted(names, key=int if whole else None))
+
+
+def _all_numbers(reader: Reader, rows: list[Row], values: list[str]) -> bool:
+    """Whether all labels are numbers; UsageError where most are, and not all of those are codes."""
     numbers = [as_number(value) for value in values]
     if None not in numbers:
-        return float
-    written = [value for value, x in zip(values, numbers, strict=True) if x is not None]
-    if len(written) > len(values) / 2 and not all(_CODE.fullmatch(value) for value in written):
-        row, hint = numbers.index(None), "correct it, or for classes give a .jsonl file with quoted labels"
-        raise table.error(row, f"label {shown(values[row])} is not a number, as most are: {hint}")
-    return str
+        return True
+    written = [value for value, number in zip(values, numbers, strict=True) if number is not None]
+    if len(written) > len(values) / 2 and not all(map(_CODE.fullmatch, written)):
+        odd = numbers.index(None)
+        hint = "correct it, or for classes give a .jsonl file with quoted labels"
+        raise reader.error(rows[odd].place, f"label {shown(values[odd])} is not a number, as most are: {hint}")
+    return False
 
 
-def _as_integer(value: object) -> int | None:
-    """The whole number that a label is, as Python writes it; None for anything else (007, and beyond 18 digits)."""
-    if type(value) is int:
-        return value
-    return int(value) if type(value) is str and _WHOLE_NUMBER.fullmatch(value) else None
-
-
-def _own_labels(table: Table, kind: type, split: str) -> list:
-    """The labels as `kind` has them; a test file's hidden ones are NaN for numbers, None for classes."""
-    if kind is float:
-        read, wanted = as_number, "a number (the training labels are)"
-    elif kind is int:
-        read, wanted = _as_integer, "a whole number (the training labels are)"
-    else:
-        read, wanted = lambda value: value if type(value) is str and value else None, "a word"
-    labels = []
-    for row, value in enumerate(table.columns["label"]):
-        if split == "test" and (value in (None, "") or (kind is str and type(value) is int and value == -1)):
-            labels.append(math.nan if kind is float else None)
-            continue
-        mismatched = table.reader.typed and kind is not str and type(value) is str
-        labels.append(None if mismatched else read(value))
-        if labels[-1] is None:
-            what = "the label is empty, and must be" if value == "" else f"label {shown(value)} is not"
-            raise table.error(row, f"{what} {wanted}")
-    return labels
-
-
-def _class_numbers(table: Table, names: tuple[str, ...], labels: list, split: str) -> list[int]:
-    codes = {name: code for code, name in enumerate(names)}
-    if split == "test":
-        codes.setdefault("-1", -1)
-    for row, label in enumerate(labels):
-        if label is not None and str(label) not in codes:
-            raise table.error(row, f"label {shown(label)} is not among the training labels: {names_shown(names)}")
-    return [-1 if label is None else codes[str(label)] for label in labels]
+def _label(reader: Reader, row: Row, column: str, names: tuple[str, ...] | None, may_hide: bool) -> float:
+    """A row's class number, or in regression its number; -1 and NaN where a test file hides it."""
+    value = row.values.get(column)
+    word = "" if value is None else str(value).strip()
+    if may_hide and (not word or (names is not None and word == "-1" and word not in names)):
+        return math.nan if names is None else -1
+    if names is None:
+        number = None if reader.typed and type(value) is str else as_number(value)
+        if number is None:
+            raise reader.error(row.place, f"label {shown(value)} is not a number (the training labels are)")
+        return number
+    if word not in names:
+        raise reader.error(row.place, f"label {shown(value)} is not among the training labels: {names_shown(names)}")
+    return names.index(word)

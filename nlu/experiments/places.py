@@ -254,11 +254,12 @@ def check_data(parsed: Iterable[Any]) -> None:
     Raises:
         UsageError: the fault, with file and line.
     """
-    from nlu.data.splits import load_data, load_predict_task
+    from nlu.data.splits import load_data, load_predict_task, needed
 
     different = {repr((each.data, each.training.do_train, each.training.do_predict)): each for each in parsed}
     for each in different.values():
-        load_predict_task(each, load_data(each)[0])
+        task = load_data(each.data, needed(each.training), each.model.cache_dir)[0]
+        load_predict_task(each.data, task, each.model.cache_dir)
 
 
 def check_writable(folder: Path, flag: str) -> None:

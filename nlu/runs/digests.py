@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER, peft_file
-from nlu.data.glue_files import split_files
+from nlu.data.glue import split_files
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import parse_yaml
 from nlu.tasks import find_task

@@ -6,15 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoTokenizer, EarlyStoppingCallback
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
+from transformers import EarlyStoppingCallback
 
 from loralib import export
-from nlu.arguments import parse_arguments
-from nlu.data.glue import reorder_labels
-from nlu.data.splits import load_predict_task, tokenize_tests
 from nlu.run_glue import main
-from nlu.tasks import get_task
+from nlu.tasks import TASKS
 from tests.nlu.tiny import changed, make_rows, write_rows
 
 
@@ -40,9 +37,9 @@ def rows_of(path: Path):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, tmp_path, capsys):
+def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, tmp_path):
     """The same rows, once as MNLI's test set and once as AX: the same words. They can be asked of a run that has
-    finished: the same files, and without a checkpoint it says what to do."""
+    finished: the same files."""
     glue = tmp_path / "glue"
     (glue / "ax/test.jsonl").write_bytes((glue / "mnli/test_mismatched.jsonl").read_bytes())
     at_once = [*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]
@@ -55,13 +52,11 @@ def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, t
     assert {row["prediction"] for row in rows} <= {"entailment", "neutral", "contradiction"}
 
     later = [flag for flag in at_once if flag not in ("--do_predict", "--predict_task", "ax")]
-    for strategy, code in (("no", 2), ("steps", 0)):
-        own = ["--root_output_dir", str(tmp_path / strategy), "--save_strategy", strategy, "--save_steps", "1"]
-        assert main([*later, *own]) == 0
-        weights = (tmp_path / strategy / "adapter/adapter_model.safetensors").read_bytes()
-        assert main([*later, *own, "--do_predict", "--predict_task", "ax"]) == code
-        assert (tmp_path / strategy / "adapter/adapter_model.safetensors").read_bytes() == weights
-    assert "no checkpoint to predict from" in capsys.readouterr().err
+    own = ["--root_output_dir", str(tmp_path / "steps"), "--save_strategy", "steps", "--save_steps", "1"]
+    assert main([*later, *own]) == 0
+    weights = (tmp_path / "steps/adapter/adapter_model.safetensors").read_bytes()
+    assert main([*later, *own, "--do_predict", "--predict_task", "ax"]) == 0
+    assert (tmp_path / "steps/adapter/adapter_model.safetensors").read_bytes() == weights
     for path in folder.iterdir():
         assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()
 
@@ -84,6 +79,7 @@ def test_a_test_set_with_known_labels_is_scored(base_flags, tmp_path, capsys):
 
 
 def test_early_stopping_looks_at_the_first_of_two_validation_sets(mnli_flags, monkeypatch):
+    monkeypatch.setitem(vars(TASKS["mnli"]), "second_rows", 14)
     seen = []
     monkeypatch.setattr(
         EarlyStoppingCallback, "on_evaluate", lambda self, args, state, control, metrics, **_: seen.append(set(metrics))
@@ -110,6 +106,29 @@ def test_an_evaluation_that_has_finished_predicts_later(mnli_flags, base_flags, 
     assert all(f.read_bytes() == (tmp_path / "trained/predictions" / f.name).read_bytes() for f in files)
 
 
+def test_validation_rows_are_predicted_beside_the_test_s_and_each_class_is_reported(own_flags, tmp_path):
+    """scikit-learn on the file that was written is the judge."""
+    rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
+    own_flags += ["--test_file", str(tmp_path / "dev.jsonl"), "--on_error", "skip", "--do_predict"]
+    assert main(own_flags) == 0
+    record = json.loads((tmp_path / "run/results.json").read_text())
+    written = rows_of(tmp_path / "run/predictions/custom_validation.tsv")
+    assert [row["label"] for row in written] == [row["rating"] for i, row in enumerate(rows) if i != 3]
+    assert written == rows_of(tmp_path / "run/predictions/custom_test.tsv")
+    labels, (truth, found) = (
+        ["bad", "fair", "good"],
+        zip(*((r["label"], r["prediction"]) for r in written), strict=True),
+    )
+    report = record["class_reports"]["custom_validation"]
+    assert report["confusion_matrix"] == confusion_matrix(truth, found, labels=labels).tolist()
+    recalls = recall_score(truth, found, labels=labels, average=None, zero_division=0)
+    assert [report["classes"][name]["recall"] for name in labels] == pytest.approx(recalls)
+    assert record["test_scores"] == {"custom_test": {"accuracy": pytest.approx(accuracy_score(truth, found))}}
+    assert (tmp_path / "run/predictions/custom_validation.png").stat().st_size > 2000
+    counts = {name: truth.count(name) for name in labels}
+    assert record["data"]["validation"] == {"rows": 15, "skipped": 1, "cut": 0, "classes": counts}
+
+
 def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path, capsys):
     flags = [f for f in mnli_flags if f not in ("--do_train", "--max_steps", "2", "--save_strategy", "no")]
     assert main([*flags, "--predict_task", "ax"]) == 2
@@ -125,12 +144,3 @@ def test_a_task_that_does_not_go_with_it_is_refused(task, drop, message, mnli_fl
     assert main([*(f for f in mnli_flags if f != drop), "--predict_task", task]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_ax_is_asked_in_the_order_of_the_trained_models_labels(mnli_flags, encoder):
-    arguments = parse_arguments([*mnli_flags, "--predict_task", "ax"])
-    task, _ = reorder_labels(get_task("mnli"), {}, ["contradiction", "neutral", "entailment"])
-    tests = load_predict_task(arguments, task)
-    ((ax, splits),) = tokenize_tests(arguments, tests, task.labels, AutoTokenizer.from_pretrained(encoder))
-    assert ax.name == "ax" and ax.labels == task.labels and ax.submission_labels == task.submission_labels
-    assert len(splits["test"]) == 9

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 import loralib
 from nlu import fine_tuning, predict
-from nlu.data.tokens import longest_input
+from nlu.data.splits import longest_input
 from nlu.run_glue import main
 from nlu.trainer import GlueTrainer
 from tests.nlu.tiny import GLUE, changed, make_encoder, read, write_rows

@@ -1,60 +1,255 @@
-"""The rows a run takes: held-out ones, their order, limits, and where they come from."""
+"""The rows a run takes, and their tokens: held-out rows, limits, order of classes, right ids, counted cuts."""
 
+import csv
+import io
 import math
+from itertools import permutations
+from types import SimpleNamespace
 
-from transformers import AutoTokenizer
+import datasets
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import OPTConfig, OPTModel, PreTrainedTokenizerFast
 
-from nlu.arguments import parse_arguments
-from nlu.data.splits import load_data, tokenize_splits
-from tests.nlu.tiny import changed
+from nlu.data.predictions import write_predictions
+from nlu.data.splits import (
+    describe,
+    description_lines,
+    encode,
+    load_data,
+    load_predict_task,
+    longest_input,
+    reorder_labels,
+    save_splits,
+    tokenize_splits,
+)
+from nlu.errors import UsageError
+from nlu.metrics import compute_glue_metrics
+from nlu.tasks import TASKS
+from tests.nlu.glue_samples import sample_rows
+from tests.nlu.tiny import write_rows
+
+DEFAULTS = dict.fromkeys(
+    ("task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "metric", "predict_task",
+     "holdout_fraction", "max_train_samples", "max_eval_samples", "max_predict_samples"),
+) | {"label_column": "label", "encoding": "utf-8", "on_error": "stop", "holdout_seed": 0}  # fmt: skip
+ALL = ("train", "validation", "test")
 
 
-def loaded(flags, *more):
-    return load_data(parse_arguments([*flags, *more]))[1]
+def arguments(**given):
+    return SimpleNamespace(**DEFAULTS | given)
 
 
-def test_the_held_out_rows_are_the_same_for_every_seed_of_training(base_flags):
-    held = ["--holdout_fraction", "0.2"]
-    first, same, other = (
-        loaded(changed(base_flags, seed=seed), *held, "--holdout_seed", str(number))["validation"]["idx"][:]
-        for seed, number in ((1, 5), (2, 5), (1, 6))
-    )
+def loaded(need=("train", "validation"), **given):
+    return load_data(arguments(**given), need)[1]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_held_out_rows_are_drawn_by_their_own_seed_alone(tiny_glue):
+    held = {"task_name": "cola", "glue_dir": str(tiny_glue), "holdout_fraction": 0.2}
+    first, same, other = (loaded(**held, holdout_seed=seed)["validation"]["idx"][:] for seed in (5, 5, 6))
     assert first == same != other
 
 
-def test_what_is_held_out_replaces_every_validation_set(base_flags, own_flags):
-    for flags, name, rows in (
-        (changed(base_flags, task_name="mnli"), "validation_matched", 50),
-        ([*own_flags, "--on_error", "skip"], "validation", 39),
-    ):
-        splits = loaded(flags, "--holdout_fraction", "0.25")
-        assert set(splits) == {"train", name} and len(splits[name]) == math.ceil(rows / 4)
-        assert len({*splits["train"]["idx"], *splits[name]["idx"]}) == rows
+def test_held_out_rows_are_no_training_rows_and_replace_every_validation_set(tiny_glue):
+    rows = loaded(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25)
+    assert set(rows) == {"train", "validation_matched"} and len(rows["validation_matched"]) == math.ceil(50 / 4)
+    assert sorted([*rows["train"]["idx"], *rows["validation_matched"]["idx"]]) == list(range(50))
+    few = loaded(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25, max_train_samples=9)
+    assert few["train"]["idx"][:] == rows["train"]["idx"][:9] and len(few["validation_matched"]) == 13
 
 
-def test_training_rows_keep_their_order_and_others_go_by_length(base_flags, encoder):
-    arguments = parse_arguments(base_flags)
-    task, rows = load_data(arguments)
-    splits = tokenize_splits(arguments, task, rows, AutoTokenizer.from_pretrained(encoder))
-    assert splits.train["idx"][:] == rows["train"]["idx"][:]
+def test_of_ones_own_rows_each_class_gives_its_share_and_the_parts_are_saved_whole(tmp_path):
+    lines = [{"id": f"n{i}", "text": f'"a,\n{i}', "label": "rare" if i % 10 == 0 else "common"} for i in range(60)]
+    write_rows(tmp_path / "all.csv", lines)
+    given = arguments(train_file=tmp_path / "all.csv", text_columns="text", holdout_fraction=0.5,
+                      save_splits=tmp_path / "parts")  # fmt: skip
+    rows = load_data(given, ALL)[1]
+    assert [np.bincount(rows[part]["label"]).tolist() for part in ("train", "validation")] == [[27, 3], [27, 3]]
+    save_splits(given, rows)
+    saved = {part: list(csv.DictReader(io.StringIO((tmp_path / "parts" / f"{part}.csv").read_bytes().decode())))
+             for part in rows}  # fmt: skip
+    assert [row["text"] for row in saved["train"]] == sorted(rows["train"]["text"], key=lambda t: int(t[4:]))
+    assert sorted(saved["train"] + saved["validation"], key=lambda row: int(row["id"][1:])) == lines
+
+
+def test_a_class_of_one_row_cannot_be_parted(tmp_path):
+    write_rows(tmp_path / "all.csv", [{"text": "a", "label": "lob" if i == 3 else "Lob"} for i in range(20)])
+    with pytest.raises(UsageError, match=r"--holdout_fraction 0.2: .* only 1 member"):
+        loaded(train_file=tmp_path / "all.csv", holdout_fraction=0.2)
+
+
+def test_the_flag_for_the_data_goes_before_the_environment(tiny_glue, monkeypatch):
+    monkeypatch.setenv("GLUE_DIR", "nowhere")
+    assert len(loaded(task_name="cola", glue_dir=str(tiny_glue))["train"]) == 50
+    monkeypatch.setenv("GLUE_DIR", str(tiny_glue))
+    assert len(loaded(task_name="cola")["train"]) == 50
+    with pytest.raises(UsageError, match="no such folder"):
+        loaded(task_name="cola", glue_dir="nowhere")
+    with pytest.raises(UsageError, match="ax has only test"):
+        loaded(task_name="ax", need=["train"])
+
+
+def test_every_split_has_its_own_limit(tiny_glue):
+    given = {"glue_dir": str(tiny_glue), "max_train_samples": 9, "max_eval_samples": 7, "max_predict_samples": 5}
+    rows = loaded(ALL, task_name="cola", **given)
+    assert {name: len(each) for name, each in rows.items()} == {"train": 9, "validation": 7, "test": 5}
+
+
+def test_mnlis_mismatched_set_is_scored_only_where_it_is_whole(tiny_glue, monkeypatch, caplog):
+    given = {"task_name": "mnli", "glue_dir": str(tiny_glue)}
+    assert set(loaded(**given)) == {"train", "validation_matched"}
+    assert "validation_mismatched: 14 of the official 9832 rows are not scored" in caplog.text
+    monkeypatch.setitem(vars(TASKS["mnli"]), "second_rows", 14)
+    assert {name: len(each) for name, each in loaded(**given).items()} == {
+        "train": 50, "validation_matched": 20, "validation_mismatched": 14,
+    }  # fmt: skip
+    assert set(loaded(**given, max_eval_samples=7)) == {"train", "validation_matched"}
+
+
+# ---- the order of the classes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", list(permutations(TASKS["mnli"].labels))[3:])
+def test_rows_and_submissions_keep_their_words_in_another_order(tmp_path, order):
+    task = TASKS["mnli"]
+    for split in ("train", "test_matched", "test_mismatched"):
+        write_rows(tmp_path / "mnli" / f"{split}.jsonl", sample_rows(task, split, 9))
+    rows = loaded(("train", "test"), task_name="mnli", glue_dir=str(tmp_path))
+    reordered, renumbered = reorder_labels(task, rows, order)
+    for split, each in rows.items():
+        new = renumbered[split]
+        assert new.features["label"].names == list(reordered.labels) == list(order)
+        assert [x if x < 0 else order[x] for x in new["label"]] == [
+            x if x < 0 else task.labels[x] for x in each["label"]
+        ]
+        assert new.remove_columns("label").to_dict() == each.remove_columns("label").to_dict()
+    path = write_predictions(reordered, "test_matched", range(3), [order.index(w) for w in task.labels], tmp_path)
+    assert [line.split("\t")[1] for line in path.read_text().splitlines()[1:]] == list(task.labels)
+
+
+@pytest.mark.parametrize("name", ["mrpc", "cola"])
+def test_scores_and_the_servers_numbers_do_not_depend_on_the_order(tmp_path, name):
+    task = TASKS[name]
+    reordered, _ = reorder_labels(task, {}, task.labels[::-1])
+    predictions, references = np.random.default_rng(0).integers(0, 2, (2, 60))
+    swapped = compute_glue_metrics(reordered, 1 - predictions, 1 - references)
+    assert swapped == pytest.approx(compute_glue_metrics(task, predictions, references))
+    paths = [
+        write_predictions(t, "test", range(60), p, tmp_path / str(i))
+        for i, (t, p) in enumerate([(task, predictions), (reordered, 1 - predictions)])
+    ]
+    assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_ax_is_asked_in_the_order_of_the_trained_models_labels(tmp_path):
+    write_rows(tmp_path / "ax" / "test.jsonl", sample_rows(TASKS["ax"], "test", 9))
+    order = ["contradiction", "neutral", "entailment"]
+    task, _ = reorder_labels(TASKS["mnli"], {}, order)
+    ((ax, rows),) = load_predict_task(arguments(predict_task="ax", glue_dir=str(tmp_path)), task)
+    ax, _ = reorder_labels(ax, rows, order)
+    assert ax.name == "ax" and ax.labels == task.labels == ax.submission_labels and len(rows["test"]) == 9
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+WORDS = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "a": 4, "b": 5, "c": 6}
+
+
+def make_tokenizer(**options) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    options = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **options}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
+
+
+def tokens_of(task, texts, labels, length, split="train", pad=False, **options):
+    """Tokens of some texts, and how many rows were cut."""
+    columns = {field: [text[i] for text in texts] for i, field in enumerate(task.text_fields)}
+    rows = {split: datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})}
+    splits = tokenize_splits(task, rows, make_tokenizer(**options), length, pad)
+    return splits.train or splits.test[split], splits.cut[split]
+
+
+def test_a_single_sentence_becomes_its_tokens():
+    tokens, cut = tokens_of(TASKS["cola"], [["a b"], ["c"]], [1, 0], 32)
+    assert tokens.to_dict() == {
+        "input_ids": [[1, 4, 5, 2], [1, 6, 2]], "attention_mask": [[1] * 4, [1] * 3],
+        "token_type_ids": [[0] * 4, [0] * 3], "length": [4, 3], "labels": [1, 0], "idx": [0, 1],
+    }  # fmt: skip
+    assert cut == 0
+
+
+@pytest.mark.parametrize("limit", [{"length": 7}, {"length": 99, "model_max_length": 7}])
+def test_pairs_are_in_order_cut_and_padded_and_cuts_are_counted(limit):
+    texts = [["a b", "c"], ["a a", "b b"], ["a a a a", "b b b b"]]
+    tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], pad=True, **limit)
+    assert tokens["input_ids"][:] == [[1, 4, 5, 2, 6, 2, 0], [1, 4, 4, 2, 5, 5, 2], [1, 4, 4, 2, 5, 5, 2]]
+    assert tokens["token_type_ids"][0] == [0, 0, 0, 0, 1, 1, 0] and tokens["length"][:] == [6, 7, 7] and cut == 1
+
+
+def test_lengths_without_room_for_text_are_refused():
+    with pytest.raises(UsageError, match="--max_seq_length 3 has no room for text: 3 tokens are special"):
+        tokens_of(TASKS["rte"], [["a", "b"]], [0], 3)
+    assert tokens_of(TASKS["cola"], [["a b"]], [0], 3)[0]["input_ids"][:] == [[1, 4, 2]]  # one text has two of them
+
+
+@pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
+def test_a_tokenizer_without_token_types_or_masks_gives_a_mask(names):
+    tokens, _ = tokens_of(TASKS["rte"], [["a", "b"]], [0], 8, model_input_names=names)
+    assert "token_type_ids" not in tokens.column_names and tokens["attention_mask"][:] == [[1] * 5]
+
+
+def test_encode_names_the_rows_that_were_cut():
+    encoded, cut = encode(make_tokenizer(), [["a b c", "a", "a b c a"]], 5)
+    assert encoded["input_ids"] == [[1, 4, 5, 6, 2], [1, 4, 2], [1, 4, 5, 6, 2]] and cut == [2]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "there"),
+    [("mrpc", [-1, -1], False), ("mrpc", [1, 0], True), ("mrpc", [1, -1], False), ("stsb", [0.5, -1.0], False)],
+)
+def test_hidden_labels_are_left_out_and_shown_ones_stay(task, labels, there):
+    tokens, _ = tokens_of(TASKS[task], [["a", "b"]] * 2, labels, 16, "test")
+    assert ("labels" in tokens.column_names) == there
+
+
+def test_training_rows_keep_their_order_and_others_go_by_length(tiny_glue):
+    rows = loaded(task_name="cola", glue_dir=str(tiny_glue))
+    splits = tokenize_splits(TASKS["cola"], rows, make_tokenizer(), 32)
+    assert splits.train["idx"][:] == rows["train"]["idx"][:] and splits.train.cache_files == []
     validation = splits.validation["validation"]
     order = list(zip(validation["length"], validation["idx"], strict=True))
     assert order == sorted(order)  # of one length in their order
 
 
-def test_the_flag_for_the_data_goes_before_the_environment(base_flags, tiny_glue, monkeypatch):
-    monkeypatch.setenv("GLUE_DIR", "nowhere")
-    assert len(loaded(base_flags)["train"]) == 50
-    monkeypatch.setenv("GLUE_DIR", str(tiny_glue))
-    assert len(loaded(changed(base_flags, glue_dir=None))["train"]) == 50
+def test_gpt2s_and_opts_tables_of_positions_limit_their_input():
+    assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
+    opt = OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, max_position_embeddings=30,
+                    vocab_size=50, word_embed_proj_dim=8)  # fmt: skip
+    assert longest_input(OPTModel(opt)) == 30
 
 
-def test_every_split_has_its_own_limit(base_flags):
-    limits = ["--do_predict", "--max_train_samples", "9", "--max_eval_samples", "7", "--max_predict_samples", "5"]
-    assert {name: len(rows) for name, rows in loaded(base_flags, *limits).items()} == {
-        "train": 9, "validation": 7, "test": 5,
-    }  # fmt: skip
-    mnli = loaded(changed(base_flags, task_name="mnli"), "--max_eval_samples", "7")
-    assert {name: len(rows) for name, rows in mnli.items()} == {
-        "train": 50, "validation_matched": 7, "validation_mismatched": 7,
-    }  # fmt: skip
+# ---- what the data are -----------------------------------------------------------------------------------------------
+
+
+def test_counts_cuts_and_likely_typing_errors_are_said(tmp_path):
+    lines = [{"text": "a b c", "label": ["Lob", "Kritik"][i % 2]} for i in range(20)]
+    write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
+    given = arguments(train_file=tmp_path / "all.csv")
+    task, rows, skipped = load_data(given, ["train"])
+    found = describe(task, rows, skipped, tokenize_splits(task, rows, make_tokenizer(), 4).cut)
+    assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "classes": {"Kritik": 10, "Lob": 10, "lob": 1}}}
+    assert description_lines(task, found, 4) == [
+        "train: 21 rows (Kritik 10, Lob 10, lob 1), 20 cut at 4 tokens (--max_seq_length)",
+        "labels that differ in case alone, and are classes of their own: 'Lob', 'lob'",
+        "labels of a single training row: 'lob'",
+    ]

@@ -1,0 +1,112 @@
+"""What a run predicts: the GLUE server's files for test sets, the like for validation sets, and reports by class."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from nlu.errors import UsageError
+from nlu.metrics import class_report, compute_glue_metrics
+from nlu.runs.files import write_bytes
+from nlu.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+SUBFOLDER = "predictions"
+
+
+def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Class numbers, or for regression the number itself, from logits (n, labels)."""
+    return logits[:, 0] if task.is_regression else logits.argmax(-1)
+
+
+def predict_sets(
+    sets: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """Predict the splits of each task, and write them into ``predictions/``, see :func:`write_predictions`.
+
+    Returns:
+        By name of the file, for sets whose labels are known (validation sets, MRPC's test set, a user's own): the
+        metrics of test sets, and of all sets with classes the report of :func:`~nlu.metrics.class_report`, whose
+        confusion matrix is drawn beside the file.
+    """
+    scores, reports = {}, {}
+    for task, split, rows in ((task, split, rows) for task, splits in sets for split, rows in splits.items()):
+        known = "labels" in rows.column_names  # tokenizing leaves hidden ones out
+        output = trainer.predict(rows.remove_columns("labels") if known else rows)
+        if not trainer.args.should_save:
+            continue
+        labels, truth = to_labels(task, output.predictions), rows["labels"][:] if known else None
+        path = write_predictions(task, split, rows["idx"][:], labels, folder / SUBFOLDER, truth)
+        if known and split in task.test_splits:
+            scores[path.stem] = compute_glue_metrics(task, labels, truth)
+        if known and not task.is_regression:
+            reports[path.stem] = class_report(task, labels, truth)
+            draw_confusion(reports[path.stem], path.with_suffix(".png"))
+    return scores, reports
+
+
+def write_predictions(
+    task: Task,
+    split: str,
+    indices: Sequence[int],
+    predictions: Sequence[float],
+    folder: str | Path,
+    labels: Sequence[float] | None = None,
+) -> Path:
+    """Write one split's predictions, ordered by index, and return the file.
+
+    The file of a test set is the GLUE server's (`MNLI-m.tsv`), with the columns `index` and `prediction`. Every other
+    is `<task>_<split>.tsv`, also with the true `label` where it is known. Classes are the server's words; STS-B's
+    scores are cut to [0, 5], with three decimals; other numbers have seven significant digits.
+
+    Args:
+        indices: the `idx` of each row. predictions, labels: (n,) class numbers, or numbers for a regression task.
+
+    Raises:
+        UsageError: a prediction is not a class of the task or not finite, or an index occurs twice.
+    """
+    indices = list(map(int, indices))
+    if len(set(indices)) != len(indices) or len(indices) != len(predictions):
+        raise UsageError(f"{task.name} {split}: {len(predictions)} predictions for {len(set(indices))} different rows")
+    server = dict(zip(task.test_splits, (name for name, _ in task.submission_files), strict=False)).get(split)
+    columns = {"index": indices, "prediction": [_word(task, value) for value in predictions]}
+    if server is None and labels is not None:
+        columns["label"] = [_word(task, value) for value in labels]
+    text = io.StringIO()
+    table = csv.writer(text, delimiter="\t", lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(sorted(zip(*columns.values(), strict=True)))
+    path = Path(folder) / (server or f"{task.name}_{split}.tsv")
+    write_bytes(path, text.getvalue().encode())
+    return path
+
+
+def _word(task: Task, value: float) -> str:
+    if not np.isfinite(value):
+        raise UsageError(f"{task.name}: prediction {value} is not a finite number: training diverged")
+    if not task.is_regression:
+        return task.submission_labels[int(value)]
+    if task.value_range is None:
+        return f"{value:.7g}"
+    return f"{min(max(value, task.value_range[0]), task.value_range[1]):.3f}"
+
+
+def draw_confusion(report: dict[str, Any], path: Path) -> None:
+    """Draw the confusion matrix of a report of :func:`~nlu.metrics.class_report`."""
+    from matplotlib.figure import Figure  # it and scikit-learn's display take a second
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    names = report["labels"]
+    side = 2.5 + 0.45 * min(len(names), 40)  # inches
+    figure = Figure((side, side), layout="constrained")
+    display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=names)
+    display.plot(ax=figure.subplots(), colorbar=False, cmap="Blues", xticks_rotation="vertical")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,120 @@
+"""Gather the test predictions of several runs (--do_predict) into the zip for gluebenchmark.com.
+
+    python nlu/submission.py output/glue/cola output/glue/sst2 … --out submission.zip
+
+The server scores a zip only when it has all eleven files: the nine tasks (two for MNLI) and the diagnostic set AX,
+predicted with the MNLI model. Every file is checked: its header, indices from 0 without a gap, as many rows as the
+official test set, label words, STS-B scores from 0 to 5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from nlu.data.glue import as_number
+from nlu.data.reader import good_rows, read_file, shown
+from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.runs.files import write_bytes
+from nlu.tasks import TASKS, Task
+
+_SERVER = {name: (task, rows) for task in TASKS.values() for name, rows in task.submission_files}
+
+
+def find_predictions(folder: str | Path) -> dict[str, Path]:
+    """The server's files in a folder or its subfolder `predictions`, checked against the server's rules, by name.
+
+    Raises:
+        UsageError: there are none, or a file is not what the server takes.
+    """
+    found: dict[str, Path] = {}
+    for name, (task, rows) in _SERVER.items():
+        for path in (Path(folder) / name, Path(folder) / "predictions" / name):
+            if path.is_file():
+                check_file(path, task, rows)
+                found[name] = path
+    if not found:
+        raise UsageError(f"{folder}: no predictions there; run with --do_predict first")
+    return found
+
+
+def check_file(path: Path, task: Task, rows: int) -> None:
+    """Raise UsageError for a file that breaks a rule of the server, naming its first line that does.
+
+    A wrong header, indices that do not run from 0, another number of rows, a wrong label word or STS-B score.
+    """
+    reader, lines = read_file(path)
+    if reader.columns != ["index", "prediction"]:
+        raise reader.error(1, f"the header must be index<tab>prediction, got {shown(reader.columns)}")
+    for line in good_rows(reader, lines, most=0):
+        index, value = line.values.values()
+        if index != str(line.number):
+            raise reader.error(line.place, f"index {shown(index)} where {line.number} comes next")
+        if task.is_regression:
+            number, (low, high) = as_number(value), task.value_range
+            if number is None or not low <= number <= high:
+                raise reader.error(line.place, f"{shown(value)} is not a score from {low:g} to {high:g}")
+        elif value not in task.submission_labels:
+            raise reader.error(line.place, f"label {shown(value)} is not one of {', '.join(task.submission_labels)}")
+    if len(lines) != rows:
+        raise UsageError(f"{path}: {len(lines)} rows where the test set has {rows}; predict the whole test set")
+
+
+def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partial: bool = False) -> dict[str, Path]:
+    """Check the predictions of several runs and put them into one zip, its files at the top level.
+
+    Returns:
+        The server's file name -> the file taken, in the server's order.
+
+    Raises:
+        UsageError: what `check_file` refuses, one test set in two folders, or a missing one (but for `allow_partial`).
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for name, path in find_predictions(folder).items():
+            if not found.setdefault(name, path).samefile(path):
+                raise UsageError(f"{name} is there twice: {found[name]} and {path}; leave out one of the folders")
+    missing = [name for name in _SERVER if name not in found]
+    if missing and not allow_partial:
+        raise UsageError(
+            f"the server wants all eleven files; missing: {', '.join(missing)} (--allow_partial zips the rest)"
+        )
+    found = {name: found[name] for name in _SERVER if name in found}
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in found.items():
+            archive.writestr(name, path.read_bytes())
+    write_bytes(out, content.getvalue())
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = OneLineParser(
+        prog="submission.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="a run's --root_output_dir, or a folder of TSV files"
+    )
+    parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
+    parser.add_argument("--allow_partial", action="store_true", help="zip the files there although others are missing")
+    try:
+        options = parser.parse_args(arguments)
+        taken = make_submission(options.folders, options.out, options.allow_partial)
+    except BaseException as error:
+        return exit_code(error)
+    for name, path in taken.items():
+        print(f"{name:<10} {_SERVER[name][1]:>7,} rows  {path}")
+    print(f"wrote {options.out} with {len(taken)} of {len(_SERVER)} files")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
