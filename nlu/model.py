@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import sys
@@ -12,25 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-    get_scheduler,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from loralib.interop.export import quiet_transformers
 from loralib.interop.precision import cast_frozen
 from nlu.arguments import Arguments
 from nlu.data.splits import check_tokenizer, longest_input
-from nlu.errors import UsageError, one_line, reason
+from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
-from nlu.fast.sharding import sharding_asked_for
 from nlu.methods.method import AppliedMethod, head_modules, head_parameters
 from nlu.methods.registry import check_method_fits
 from nlu.runs.adapter import check_warm_start
+from nlu.runs.processes import is_first
 from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
@@ -88,7 +80,6 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
     """
     model = arguments.model
     source = {"revision": model.model_revision, "cache_dir": model.cache_dir, "trust_remote_code": False}
-    _refuse_missing_folder(model.model_name_or_path)
     try:
         config = AutoConfig.from_pretrained(model.model_name_or_path, **source)
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
@@ -113,15 +104,6 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
     return config, tokenizer, head
 
 
-def _refuse_missing_folder(name: str) -> None:
-    path = Path(name)
-    no_hub_name = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if not path.is_dir() and (no_hub_name or path.exists()):
-        raise UsageError(f"--model_name_or_path {name}: there is no such folder")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"--model_name_or_path {name}: the folder holds no model (it has no config.json)")
-
-
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     name = arguments.model.model_name_or_path
     absent = "" if Path(name).exists() else "there is no such folder, and the hub gave no such model: "
@@ -129,34 +111,17 @@ def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
 
 
 def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int, warm_start: Any) -> None:
-    """Module patterns, schedule, precision and warm start, on a model without weights, before anything is loaded.
+    """Module patterns, pruning schedule and warm start, on a model without weights, before anything is loaded.
 
     The tokenizer learns how many tokens the model reads, where its own files do not say so.
 
     Raises:
         UsageError: for whatever does not fit.
     """
-    if config.model_type == "fnet" and (arguments.training.bf16 or arguments.training.fp16):
-        raise UsageError("FNet's Fourier transform has no half precision: leave --bf16 and --fp16 out")
     model = without_weights(arguments, config)
-    if arguments.training.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
     with torch.device("meta"):
-        if total_steps:
-            _check_optimisation(arguments.training, model, total_steps)
-        applied = check_method_fits(model, arguments.method, total_steps)
-    training = arguments.training
-    if applied is not None and sharding_asked_for() and all(p.requires_grad for p in model.parameters()):
-        raise UsageError(
-            f"FSDP splits frozen weights here, and --method {arguments.method.method} trains all: leave FSDP out"
-        )
-    casts = training.fp16 or (training.bf16 and applied is not None and applied.needs_autocast)
-    if config.model_type == "deberta" and casts:
-        flag = "--fp16" if training.fp16 else f"--bf16 with --method {arguments.method.method}"
-        raise UsageError(
-            f"{flag}: DeBERTa's (not V2's) attention masks with a number that half precision cannot hold; leave it out"
-        )
+        check_method_fits(model, arguments.method, total_steps)
     if warm_start is not None:
         check_warm_start(*warm_start, model, arguments)
 
@@ -185,15 +150,26 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
             )  # fmt: skip
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise _unreadable(arguments, error) from None
-    missing = set(info["missing_keys"])
-    parts = {id(p) for p in head_parameters(loaded)}
-    encoder = {name for name, p in loaded.named_parameters() if id(p) not in parts}
-    if encoder & missing:
+    missing, mismatched = set(info["missing_keys"]), {key[0]: key[1:] for key in info["mismatched_keys"]}
+    output = _output_layer(loaded, config)
+    kept = {id(p) for p in head_parameters(loaded)}
+    encoder = {name for name, p in loaded.named_parameters() if id(p) not in kept}
+    if lacking := sorted(encoder & missing):
+        raise UsageError(f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {lacking[0]}, …")
+    if wrong := sorted(set(mismatched) - set(output)):
+        saved, needed = map(tuple, mismatched[wrong[0]])
         raise UsageError(
-            f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {min(encoder & missing)}, …"
+            f"--model_name_or_path {model.model_name_or_path}: {wrong[0]} has the shape {saved} in the checkpoint, and "
+            f"its config.json asks for {needed}"
         )
-    is_new = _renew_output_layer(arguments, loaded, config, head, info) or bool(missing)
-    if is_new and not training.do_train:
+    unfit = head.unfit or ("another number of labels" if mismatched else None)
+    if unfit is not None and not set(output) <= missing:
+        with torch.no_grad():
+            for parameter in (p for name, p in output.items() if name not in mismatched):  # those are new already
+                parameter.normal_(std=getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0)
+        if is_first():
+            logger.warning("a new output layer: the checkpoint's has %s", unfit)
+    if (missing or unfit is not None) and not training.do_train:
         raise UsageError(
             f"--model_name_or_path {model.model_name_or_path} has no trained head for the task, and nothing trains it "
             "first: give --do_train, or predict with a trained adapter (nlu/predict.py)"
@@ -202,39 +178,16 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
     return loaded
 
 
-def _renew_output_layer(arguments: Arguments, model: nn.Module, config: Any, head: Head, info: dict[str, Any]) -> bool:
-    """Draw the output layer anew where it does not fit; returns whether the checkpoint had one that did not."""
-    mismatched = {key[0]: key[1:] for key in info["mismatched_keys"]}
-    if head.unfit is None and not mismatched:
-        return False
-    # The output layer is what depends on the number of labels, whatever the architecture calls it.
-    other = copy.deepcopy(config)
-    other.num_labels = config.num_labels + 1
-    wider = dict(without_weights(arguments, other).named_parameters())
-    output = {name: p for name, p in model.named_parameters() if wider[name].shape != p.shape}
-    wrong = [n for n, shapes in mismatched.items() if n not in output or not _only_where(*shapes, wider[n].shape)]
-    if wrong:
-        saved, needed = (tuple(shape) for shape in mismatched[min(wrong)])
-        raise UsageError(
-            f"--model_name_or_path {arguments.model.model_name_or_path}: {min(wrong)} has the shape {saved} in the "
-            f"checkpoint, and its config.json asks for {needed}"
-        )
-    if set(output) <= set(info["missing_keys"]):
-        return False  # the checkpoint has no head at all
-    with torch.no_grad():
-        for name, parameter in output.items():
-            if name not in mismatched:  # those are new already
-                deviation = getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0
-                parameter.normal_(std=deviation)
-    if arguments.training.should_save:
-        logger.warning("a new output layer: the checkpoint's has %s", head.unfit or "another number of labels")
-    return True
-
-
-def _only_where(saved: torch.Size, needed: torch.Size, wider: torch.Size) -> bool:
-    """Whether a saved shape differs from the needed one only in dimensions in which the wider head's shape does too."""
-    sizes = zip(saved, needed, wider, strict=False)
-    return len(saved) == len(needed) and all(one == two or two != other for one, two, other in sizes)
+def _output_layer(model: nn.Module, config: Any) -> dict[str, nn.Parameter]:
+    """The parameters of the head's last layer, which has a row for each label, by name."""
+    head = {id(module) for part in head_modules(model) for module in part.modules()}
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if id(layer) in head and isinstance(layer, nn.Linear) and layer.out_features == config.num_labels
+    ]
+    name, layer = layers[-1]
+    return {f"{name}.{part}": parameter for part, parameter in layer.named_parameters()}
 
 
 def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
@@ -246,43 +199,3 @@ def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
         except ValueError as error:
             raise UsageError(f"--bf16: {error}") from None
         training.bf16, training.mixed_precision = False, "no"
-
-
-def _check_optimisation(training: TrainingArguments, model: torch.nn.Module, total_steps: int) -> None:
-    """Have transformers choose the optimiser and make the schedule, on a parameter that is then thrown away.
-
-    Args:
-        model: may lie on the meta device; some optimisers look at its modules.
-        total_steps: optimiser steps of the training.
-
-    Raises:
-        UsageError: for an optimiser whose package is missing, arguments that they do not take, or a schedule that
-            leaves the range from 0 to the learning rate.
-    """
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
-    warmup = training.get_warmup_steps(total_steps)
-    try:
-        flag = "--optim"
-        Trainer.get_optimizer_cls_and_kwargs(training, model)
-        flag = "--lr_scheduler_type"
-        schedule = get_scheduler(
-            training.lr_scheduler_type,
-            optimiser,
-            num_warmup_steps=warmup,
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
-        )
-        steps = sorted({*range(0, total_steps, max(1, total_steps // 10_000)), total_steps - 1})
-        shares = {step: schedule.lr_lambdas[0](step) for step in steps}
-        beyond = next((step for step, share in shares.items() if not -1e-6 <= share <= 1 + 1e-6), None)
-    except Exception as error:  # a value of the wrong kind raises whatever the schedule runs into
-        planned = flag == "--lr_scheduler_type" and training.lr_scheduler_kwargs
-        hint = "; change --lr_scheduler_kwargs" if planned else ""
-        raise UsageError(f"{flag}: {one_line(error)}{hint}") from None
-    if beyond is not None:
-        raise UsageError(
-            f"--lr_scheduler_type: in step {beyond + 1} the rate would be {shares[beyond]:.3g} times --learning_rate: "
-            "change --lr_scheduler_kwargs"
-        )
-    if warmup < total_steps and not any(shares.values()):
-        raise UsageError("--lr_scheduler_type: the rate would be 0 in every step: change --lr_scheduler_kwargs")

@@ -3,19 +3,17 @@
 import gc
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import fine_tuning
 from nlu.arguments import parse_arguments
-from nlu.errors import UsageError
 from nlu.methods.low_rank import SIX_MODULES
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import PEFT_FOLDER
@@ -25,7 +23,6 @@ from nlu.methods.registry import (
     apply_method,
     count_parameters,
 )
-from nlu.model import check_model_arguments
 from nlu.run_glue import main
 from tests.nlu.tiny import (
     DEBERTA_BASE,
@@ -302,19 +299,6 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
     layers = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(layers) == expected and all(".encoder." in name for name in layers)
     assert [p.numel() for p in head_parameters(model)] == [16 * 2, 2, 16 * 16, 16]
-
-
-@pytest.mark.parametrize("method, processes, refused", [
-    ("full", 2, True), ("full", 1, False), ("lora2", 2, False), ("peft_adalora", 2, False),
-])  # fmt: skip
-def test_fsdp_is_refused_where_nothing_is_frozen(method, processes, refused, base_flags, encoder, monkeypatch):
-    flags = [*changed(base_flags, lora_r=None, lora_alpha=None), "--method", method]
-    arguments = parse_arguments(flags)  # while WORLD_SIZE is unset: torch would wait for the other process
-    config, tokenizer = AutoConfig.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(UsageError, match="FSDP splits frozen weights") if refused else nullcontext():
-        check_model_arguments(arguments, config, tokenizer, 1000, None)
 
 
 def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):

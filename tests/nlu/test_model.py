@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
@@ -113,14 +113,9 @@ def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, 
     assert predict_program.main(["--adapter", str(run / "adapter"), "--base", str(folder), *output]) == 0
 
 
-def test_the_output_layer_may_differ_in_the_number_of_labels_alone(base_flags, tmp_path, capsys):
+def test_an_encoder_of_other_shapes_than_its_configuration_is_refused(base_flags, tmp_path, capsys):
+    """transformers would draw such weights anew."""
     folder = classifier(tmp_path / "odd", PERMUTED)
-    tensors = load_file(folder / "model.safetensors")
-    narrow = tensors | {"classifier.weight": tensors["classifier.weight"][:, :14].contiguous()}
-    save_file(narrow, folder / "model.safetensors", metadata={"format": "pt"})
-    assert main(flags_of(base_flags, folder, "mrpc")) == 2
-    assert "classifier.weight has the shape (3, 14)" in capsys.readouterr().err.splitlines()[-1]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     assert main(flags_of(base_flags, folder, "mrpc")) == 2
@@ -131,25 +126,21 @@ def _broken(folder, how):
     if how == "no folder":
         return folder / "missing" / "model"
     make_encoder(folder)
-    if how == "no config":
-        (folder / "config.json").unlink()
-    elif how == "weights cut":
+    if how == "weights cut":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     elif how == "no tokenizer":  # as the model's save_pretrained alone leaves it
         for path in folder.iterdir():
             if path.name not in ("config.json", "model.safetensors"):
                 path.unlink()
-    elif how == "tokenizer damaged":
-        (folder / "tokenizer.json").write_text("{")
     else:
         (folder / "config.json").write_text('{"model_type": "sam"}')
     return folder
 
 
 @pytest.mark.parametrize("how, words", [
-    ("no folder", "there is no such folder"), ("no config", "no config.json"), ("weights cut", ""),
-    ("tokenizer damaged", ""), ("no tokenizer", "has no tokenizer: save it"), ("no classifier", ""),
+    ("no folder", "there is no such folder"), ("weights cut", ""), ("no tokenizer", "has no tokenizer: save it"),
+    ("no classifier", ""),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path, capsys, how, words):
     assert main(flags_of(base_flags, _broken(tmp_path / "model", how), "cola")) == 2

@@ -14,16 +14,11 @@ from tests.nlu.tiny import SHAPES, changed, make_encoder, tiny_run
 
 @pytest.mark.parametrize("kind, flags, says", [
     ("mpnet", ["--cls_dropout", "0.3"], "mpnet has no dropout of its own in the head"),
-    ("mpnet", ["--gradient_checkpointing"], "MPNetForSequenceClassification does not support it"),
     ("llama", ["--method", "bitfit"], "has no biases to train"),
-    ("deberta", ["--method", "full", "--bf16"], "--bf16 with --method full: DeBERTa's (not V2's) attention"),
 ])  # fmt: skip
 def test_what_an_architecture_cannot_do_is_refused(kind, flags, says, tiny_glue, tmp_path, monkeypatch, capsys):
     """Before its weights are read: there are none."""
-    monkeypatch.setitem(SHAPES, kind, {"pad_token_id": 0} | (
-        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": -1}
-        if kind == "deberta" else {}
-    ))  # fmt: skip
+    monkeypatch.setitem(SHAPES, kind, {"pad_token_id": 0})
     folder = make_encoder(tmp_path / "encoder", kind)
     (folder / "model.safetensors").unlink()
     flags = [*tiny_run(folder, tiny_glue, tmp_path / "run"), *flags]

@@ -165,18 +165,6 @@ def test_other_files_in_the_folder_are_not_touched(base_flags, tmp_path):
         (["--init_warmup", "4", "--final_warmup", "2"], "4 + 2 = 6"),
         (["--lora_module", "nothing"], "matches no linear layer"),
         (["--glue_dir", "nowhere"], "nowhere"),
-        (["--optim", "lomo"], "--optim: "),
-        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_type: "),
-        *(
-            (["--lr_scheduler_type", kind, "--lr_scheduler_kwargs", json.dumps(values)], says)
-            for kind, values, says in (
-                ("cosine_with_min_lr", {"min_lr_rate": math.nan}, "the rate would be 0 in every step"),
-                ("cosine_with_min_lr", {"min_lr": 1.0}, "times --learning_rate: change --lr_scheduler_kwargs"),
-                ("polynomial", {"power": "x"}, "--lr_scheduler_type: TypeError: "),
-                ("inverse_sqrt", {"timescale": 0}, "--lr_scheduler_type: ZeroDivisionError: "),
-                ("cosine", {"last_epoch": 5}, "--lr_scheduler_type: KeyError: "),
-            )
-        ),
         (["--fsdp", "full_shard"], "--fsdp"),
         (["--dataloader_persistent_workers", "True"], "dataloader_num_workers"),
         (["--task_name", "rte"], "rte"),
