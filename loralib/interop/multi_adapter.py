@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped
 
 PADDING = float("-inf")
+torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile traces a model anew once it has hooks
 _RUNS = threading.RLock()  # held by run(), which switches the active adapter
 
 
@@ -50,6 +50,8 @@ class MultiAdapter:
     Adapters may differ in everything, the size of the head included. What is changed is the output of a module: a
     trained parameter that the model's code reads without calling its module stays the base's. ``load_adapter`` has no
     such limit.
+
+    A model that is compiled is traced anew when adapters are loaded, if this module was imported before it was called.
 
     Args:
         model: without low-rank layers of its own, on the device where it will run; wrappers are looked through.
@@ -80,12 +82,15 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: for a name in use, a trained parameter of a module that is never called (a ``ParameterList``,
-                ``out_proj`` in ``nn.MultiheadAttention``) or that holds further modules, and as
-                :func:`loralib.load_adapter`; nothing is changed.
+            ValueError: for a name in use, adapters of another MultiAdapter on the model, a trained parameter of a module
+                that is never called (a ``ParameterList``, ``out_proj`` in ``nn.MultiheadAttention``) or that holds
+                further modules, and as :func:`loralib.load_adapter`; nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
+        hooks = (hook for module in self.model.modules() for hook in module._forward_hooks.values())
+        if any(isinstance(hook, _Hook) and getattr(hook.func, "__self__", None) is not self for hook in hooks):
+            raise ValueError("another MultiAdapter holds adapters for this model: load into that one, or close() it")
         config, tensors = read_adapter(folder)
         layers = fitting_layers(self.model, config, tensors, allow_other_base, any_head_shape=True)
         write_factors(layers, config, tensors)
@@ -110,13 +115,9 @@ class MultiAdapter:
             raise ValueError(f"the adapter holds {alone[0]} of a module with modules of its own, which cannot be "
                              "switched: use load_adapter()")  # fmt: skip
         self._adapters[name] = parts
-        new = parts.keys() - self._hooks.keys()
-        for module_name in new:
-            module = self.model.get_submodule(module_name)
-            hook = partial(self._after_forward, module_name)
+        for module_name in parts.keys() - self._hooks.keys():
+            module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
             self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-        if new:  # what torch.compile has made of the model before does not look for hooks
-            torch.compiler.reset()
         return config
 
     def remove(self, name: str) -> None:
@@ -162,8 +163,7 @@ class MultiAdapter:
 
         Returns:
             What the model returns. Tensors are joined along the first dimension if that has the rows, else along the
-            second, and so are lists with a word for each row. If heads differ in size, the last dimension is padded
-            with −inf after a row's own values.
+            second. If heads differ in size, the last dimension is padded with −inf after a row's own values.
 
         Raises:
             ValueError: for a name that is not loaded, no name at all, or if no input has that many rows; for rows of
@@ -218,6 +218,10 @@ class MultiAdapter:
             return output
         source = args[0] if args else next(iter(kwargs.values()))
         return part.layer.add_update(output, source)
+
+
+class _Hook(partial):
+    """A hook of a MultiAdapter, told from the user's by its type."""
 
 
 class _ForwardAlone(nn.Module):
@@ -279,9 +283,6 @@ def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the o
             if all(part.keys() == first.keys() for part in parts):
                 names = {key: f"{name}[{key!r}]" for key in first}
                 return _like(first, {k: _join([p[k] for p in parts], counts, order, n) for k, n in names.items()})
-        elif _is_list_of_rows(parts, counts):
-            values = list(itertools.chain(*parts))
-            return [values[i] for i in order.tolist()]
         elif isinstance(first, (tuple, list)):
             if all(len(part) == len(first) for part in parts):
                 items = enumerate(zip(*parts, strict=True))
@@ -294,14 +295,6 @@ def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the o
             return first
     raise ValueError(
         f"{name} is not per row, so that run() cannot join it: let the model return none, or run each adapter alone"
-    )
-
-
-def _is_list_of_rows(parts: list[Any], counts: list[int]) -> bool:
-    """Whether the parts are lists with a word for each row; numbers may as well be a shape."""
-    return all(
-        type(part) is list and len(part) == rows and all(isinstance(item, str) for item in part)
-        for part, rows in zip(parts, counts, strict=True)
     )
 
 

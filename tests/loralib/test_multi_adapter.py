@@ -119,15 +119,10 @@ def test_names_are_checked(three):
 
 def test_a_trained_embedding_also_changes_the_output_layer_that_is_tied_to_it(tmp_path):
     model, base = adapted(modules=["c_attn"], model=gpt2(), head="transformer.wte", k=2), gpt2()
-    compiled, ids = torch.compile(base, backend="eager"), IDS[:6]
-    with torch.no_grad():
-        bare, expected = compiled(ids).logits, model(ids).logits
-        adapters = MultiAdapter(base)
-        adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
-        assert torch.equal(compiled(ids).logits, bare)
-        adapters.activate("a")
-        for called in (base, compiled):
-            torch.testing.assert_close(called(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    adapters, ids = MultiAdapter(base), IDS[:6]
+    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
+    adapters.activate("a")
+    torch.testing.assert_close(base(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("trained", ["0.self_attn.out_proj.bias", "1.0"])
@@ -213,7 +208,6 @@ def test_nothing_comes_from_some_of_the_rows_alone(two):
         (lambda x: x.mean(0), "the output is not per row"),
         (lambda x: [x] * len(x), "the output is not per row"),
         (lambda x: x if len(x) > 1 else None, "the output is not per row"),
-        (lambda x: [str(i) for i in x[1:, 0].tolist()], "the output is not per row"),
         (lambda x: {1: x, "extra": Pair(x[:, 0], [x, None, 5, "word", torch.arange(9)])}, None),
     ],
 )
@@ -246,6 +240,41 @@ def test_a_compiled_model_is_looked_through(tmp_path):
     torch.testing.assert_close(adapters.run(rows, INPUTS[: len(rows)]), expected)
 
 
+def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
+    """Also behind a break in the graph."""
+    graphs = []
+
+    class Broken(Net):
+        def forward(self, x):
+            x = self.layers[0]["q"](x)
+            torch._dynamo.graph_break()
+            return super().forward(torch.cat([x, x[:, :1]], 1))
+
+    served, other, model = Broken(), nn.Sequential(nn.Linear(6, 5)), adapted(model=Broken())
+    compiled = [torch.compile(each, backend=lambda graph, _: graphs.append(1) or graph) for each in (served, other)]
+    for each in compiled:
+        each(INPUTS)
+    adapters = MultiAdapter(served)
+    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
+    adapters.activate("a")
+    torch.testing.assert_close(compiled[0](INPUTS), model(INPUTS))
+    before = len(graphs)
+    compiled[1](INPUTS)
+    assert len(graphs) == before
+
+
+def test_a_second_one_on_the_same_model_is_refused_until_the_first_is_closed(tmp_path):
+    folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
+    first, second = MultiAdapter(model), MultiAdapter(model)
+    first.load("a", folder)
+    with refused("another MultiAdapter", model):
+        second.load("a", folder)
+    first.close()
+    second.load("a", folder)
+    second.activate("a")
+    torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
+
+
 def test_run_may_be_compiled_whole(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5))
     loralib.inject(model, "lora2", ["0"], r=2, k=2)
@@ -264,13 +293,11 @@ def test_an_adapter_that_is_served_drops_nothing_and_does_not_train(tmp_path):
     assert not base(INPUTS).requires_grad
 
 
-def test_words_of_rows_are_joined_and_inputs_may_lie_in_containers(two):
-    two.model.forward = lambda batch: ([str(i) for i in batch["x"][0][:, 0].tolist()], [2, 3])
+def test_inputs_may_lie_in_containers(two):
+    two.model.forward = lambda batch: (batch["x"][0][:, 0], [2, 3])
     x = torch.arange(10.0).view(5, 2)
-    words, constant = two.run(["a", "b", "b", "b", "a"], {"x": [x, "kept"]})
-    assert words == ["0.0", "2.0", "4.0", "6.0", "8.0"] and constant == [2, 3]
-    words, constant = two.run(["a", "b", "b", "a"], {"x": [x[:4]]})  # as many numbers as rows
-    assert words == ["0.0", "2.0", "4.0", "6.0"] and constant == [2, 3]
+    rows, constant = two.run(["a", "b", "b", "b", "a"], {"x": [x, "kept"]})
+    assert torch.equal(rows, x[:, 0]) and constant == [2, 3]
     with refused("4 adapters named, but no input has 4 rows"):
         two.run(["a"] * 4, {"x": [x]})
 
