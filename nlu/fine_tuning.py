@@ -39,10 +39,9 @@ from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import (
     check_upload,
-    load_warm_start,
-    read_warm_start,
     save_run_adapter,
     spectra,
+    start_from_adapter,
     upload_adapter,
 )
 from nlu.runs.checkpoints import last_checkpoint, rotate
@@ -94,15 +93,25 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
     if head.labels is not None:
         task, rows = reorder_labels(task, rows, head.labels)
         tests = [reorder_labels(*test, head.labels) for test in tests]
-    warm_start = read_warm_start(arguments.model.lora_path) if arguments.model.lora_path else None
-    check_model_arguments(arguments, config, tokenizer, total_steps, warm_start)
+    check_model_arguments(arguments, config, tokenizer, total_steps)
     how = (tokenizer, data.max_seq_length, data.pad_to_max_length)
     splits = tokenize_splits(task, rows, *how)
     tests = [(test, tokenize_splits(test, of_test, *how).test) for test, of_test in tests]
     described = describe(task, rows, skipped, splits.cut)
     weights = class_weights(arguments, task, splits.train)
 
-    wait_for_all()  # every process has read what the folder holds
+    set_seed(training.seed)
+    sharded = sharding_asked_for()
+    with without_accelerates_own():
+        model = load_model(arguments, config, head)
+        applied = apply_method(model, arguments.method, total_steps)
+        warm_start = start_from_adapter(model, arguments) if arguments.model.lora_path else None
+        set_precision(arguments, applied)
+        if sharded:
+            shard(model, training)
+        trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
+
+    wait_for_all()  # every process has read what it needs of the folder
     if is_first():
         folder.clean(state)
         held.enter_context(log_to(path / "log" / "run.log"))
@@ -111,22 +120,11 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
         if data.save_splits:
             save_splits(data, rows)
     wait_for_all()
-    set_seed(training.seed)
-    sharded = sharding_asked_for()
-    with without_accelerates_own():
-        model = load_model(arguments, config, head)
-        applied = apply_method(model, arguments.method, total_steps)
-        if warm_start is not None:
-            load_warm_start(*warm_start, model, arguments)
-        set_precision(arguments, applied)
-        if sharded:
-            shard(model, training)
-        trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
     facts = {
         "data": described,
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
-        "warm_start": warm_start[0].card | {"weights_sha256": warm_start[0].weights_sha256} if warm_start else None,
+        "warm_start": warm_start,
     }
     record = begin_record(arguments, trainer, facts, folder, state)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None

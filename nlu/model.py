@@ -21,7 +21,6 @@ from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod, head_modules, head_parameters
 from nlu.methods.registry import check_method_fits
-from nlu.runs.adapter import check_warm_start
 from nlu.runs.processes import is_first
 from nlu.tasks import Task
 
@@ -110,8 +109,8 @@ def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
 
 
-def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int, warm_start: Any) -> None:
-    """Module patterns, pruning schedule and warm start, on a model without weights, before anything is loaded.
+def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int) -> None:
+    """Module patterns and pruning schedule, on a model without weights, before anything is loaded.
 
     The tokenizer learns how many tokens the model reads, where its own files do not say so.
 
@@ -122,8 +121,6 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
     with torch.device("meta"):
         check_method_fits(model, arguments.method, total_steps)
-    if warm_start is not None:
-        check_warm_start(*warm_start, model, arguments)
 
 
 def without_weights(arguments: Arguments, config: Any) -> nn.Module:

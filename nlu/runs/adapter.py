@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import loralib
-from loralib.adapter import check_start, start
-from loralib.adapter_folder import AdapterConfig, read_adapter
 from loralib.interop.peft_format import decompose
-from loralib.recipes.exact_factors import ORTHONORMAL, deviation, make_orthonormal
+from loralib.recipes.exact_factors import make_orthonormal
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS, card_of
 from nlu.runs.files import write_json
+from nlu.runs.log import say
 from nlu.tasks import Task
 
 
@@ -46,7 +42,8 @@ def save_run_adapter(
     ranks = applied.ranks
     if ranks is not None:
         write_json(folder / "rank_pattern.json", ranks.rank_pattern)
-    source = Path(arguments.model.model_name_or_path)
+    source, length = Path(arguments.model.model_name_or_path), arguments.data.max_seq_length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # so that other tools cut as training did
     try:
         loralib.save_adapter(
             applied.model,
@@ -59,7 +56,7 @@ def save_run_adapter(
                 "metric": record["metric"],
                 "score": scores.get(step, record["last"]),
                 "seed": record["seed"],
-                "max_seq_length": arguments.data.max_seq_length,
+                "max_seq_length": length,
                 "text_fields": list(task.text_fields),
                 **card_of(arguments.method),
             },
@@ -104,7 +101,7 @@ def upload_adapter(training: Any, folder: Path) -> None:
         raise RunError(
             f"the run is finished, but its upload failed ({reason(error, 200)}): hf upload {name} {adapter}"
         ) from None
-    print(f"uploaded: {adapter} to {name}")
+    say(f"uploaded: {adapter} to {name}")
 
 
 @torch.no_grad()
@@ -117,58 +114,24 @@ def spectra(model: nn.Module) -> dict[str, list[float]] | None:
     return found or None
 
 
-def read_warm_start(path: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The adapter at ``path``. Raises UsageError if it is missing, damaged or edited."""
-    with _usage_errors():
-        return read_adapter(path)
+def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
+    """Start from the update of the adapter at --lora_path; what was pruned can grow again.
 
-
-def check_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module, arguments: Arguments) -> None:
-    """Refuse an adapter whose layers are not the method's. ``model`` may be on the meta device.
+    Returns:
+        What the record says of it: the adapter's card, and the digest of its weights.
 
     Raises:
-        UsageError: for a method that is not low-rank, another kind of layers, modules, rank, widths or sharing, and
-            factors that are not orthonormal where the method needs them to be.
+        UsageError: for a method that is not low-rank, a damaged adapter, other layers or another base than the
+            adapter's, and factors that are not orthonormal where the method needs them to be.
     """
-    if not METHODS[arguments.method.method].takes_warm_start:
-        raise UsageError(f"--lora_path starts low-rank methods, not --method {arguments.method.method}")
-    with _usage_errors(" (flags: --method, --lora_module, --lora_r, --lora_k, --lora_share_outer)"):
-        check_start(model, config, tensors)
-    pruned = {  # what pruning left of a wide factor need not be orthonormal
-        f"{name}.lora_{side}.{len(group.widths)}"
-        for group in config.groups if min(group.widths, default=group.r) < group.r
-        for name, flags in group.rank_pattern.items() if "0" in flags
-        for side in "AB"
-    }  # fmt: skip
-    factors = [t for name, t in tensors.items() if re.search(r"\.lora_[AB]\.", name) and name not in pruned]
-    if _needs_orthonormal(arguments) and any(deviation(factor) > ORTHONORMAL for factor in factors):
-        raise UsageError(
-            "--lora_path: the adapter's factors are not orthonormal, which --orthogonality retraction needs: leave "
-            "that out, or start from an adapter that was trained with it"
-        )
-
-
-def _needs_orthonormal(arguments: Arguments) -> bool:
-    return vars(arguments.method)["orthogonality"] == "retraction"
-
-
-def load_warm_start(config: AdapterConfig, tensors: dict[str, Tensor], model: nn.Module, arguments: Arguments) -> None:
-    """Start from the adapter's update, see :func:`loralib.start_from_adapter`; what was pruned can grow again.
-
-    Raises:
-        UsageError: if the adapter was trained on a base with other weights, or its factors cannot be made orthonormal.
-    """
-    with _usage_errors(" (flag: --model_name_or_path)"):
-        start(model, config, tensors)
-    if _needs_orthonormal(arguments):
-        with _usage_errors():
-            make_orthonormal(model)  # completes them where singular values were pruned
-
-
-@contextmanager
-def _usage_errors(flags: str = "") -> Iterator[None]:
-    """The loader's errors as UsageErrors that name the flags to change."""
+    method = arguments.method
+    if not METHODS[method.method].takes_warm_start:
+        raise UsageError(f"--lora_path starts low-rank methods, not --method {method.method}")
     try:
-        yield
+        config = loralib.start_from_adapter(model, arguments.model.lora_path)
+        if method.orthogonality == "retraction":
+            make_orthonormal(model)  # completes the factors where singular values were pruned
     except ValueError as error:
-        raise UsageError(f"--lora_path: {error}{flags}") from None
+        flags = "--model_name_or_path, --method, --lora_module, --lora_r, --lora_k, --lora_share_outer"
+        raise UsageError(f"--lora_path: {error} (flags: {flags})") from None
+    return config.card | {"weights_sha256": config.weights_sha256}

@@ -74,6 +74,7 @@ def test_the_width_matches_loras_size(layers, hidden, wide, name, k):
     for method in (f"lora2_shared{'' if name == 'lora' else '_small'}", name):
         argv = ["--model_name_or_path", "x", "--task_name", "cola", "--do_train", "--root_output_dir", "x"]
         args = parse_arguments([*argv, "--method", method]).method
+        args.orthogonality = "penalty"  # exact factors need values
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
             apply_method(model, args, 100)

@@ -42,13 +42,14 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained
     """tests/loralib/test_adapter.py compares the updates of every kind of layer, and refuses every other kind."""
     config, tensors = loralib.adapter_folder.read_adapter(trained)
     started = {}
-    load = fine_tuning.load_warm_start
+    start = fine_tuning.start_from_adapter
 
-    def keep(config, tensors, model, arguments):
-        load(config, tensors, model, arguments)
+    def keep(model, arguments):
+        source = start(model, arguments)
         started.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return source
 
-    monkeypatch.setattr(fine_tuning, "load_warm_start", keep)
+    monkeypatch.setattr(fine_tuning, "start_from_adapter", keep)
     assert main([*base_flags, *LORA2, "--lora_path", str(trained)]) == 0
     record = read(base_flags)
     assert record["warm_start"]["task"] == "mnli"

@@ -57,23 +57,23 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
 
 
 def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, tmp_path):
-    """peft loads the exported folder alone; its logits are those of predict.py."""
-    flags = [*base_flags, "--method", "lora"]
+    """peft loads the exported folder alone; its logits are those of predict.py, of a text that training cut too."""
+    flags, text = [*base_flags, "--method", "lora", "--max_seq_length", "6"], "the good cat ran on the small mat"
     assert main(flags) == 0
     assert main([*flags, "--overwrite_output_dir"]) == 0  # an adapter with a tokenizer is replaced
     folder = tmp_path / "peft"
     assert export.main([str(tmp_path / "run/adapter"), "--to", "peft", str(folder), "--base", str(encoder)]) == 0
     for place in (tmp_path / "run/adapter", folder):
-        text = AutoTokenizer.from_pretrained(place)("the good cat", "ran")
-        assert text.data == AutoTokenizer.from_pretrained(encoder)("the good cat", "ran").data
+        cut = AutoTokenizer.from_pretrained(place)(text, truncation=True)
+        assert cut.data == AutoTokenizer.from_pretrained(encoder)(text, truncation=True, max_length=6).data
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
     arguments = predict.build_parser().parse_args(
         ["--adapter", str(tmp_path / "run/adapter"), "--base", str(encoder), "--input", "-"]
     )
     predictor = predict.load_predictor(arguments, predict.read_card(arguments), texts=1)
     with torch.no_grad():
-        logits = loaded(**AutoTokenizer.from_pretrained(folder)("the good cat", return_tensors="pt")).logits
-    torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([["the good cat"]], 1)[0])
+        logits = loaded(**AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")).logits
+    torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([[text]], 1)[0])
 
 
 def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(base_flags, tmp_path):
