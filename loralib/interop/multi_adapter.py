@@ -82,7 +82,7 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: for a name in use, adapters of another MultiAdapter on the model, a trained parameter of a module
+            ValueError: for a name in use, adapters of another MultiAdapter on the model, a parameter of a module
                 that is never called (a ``ParameterList``, ``out_proj`` in ``nn.MultiheadAttention``) or that holds
                 further modules, and as :func:`loralib.load_adapter`; nothing is changed.
         """

@@ -193,3 +193,16 @@ def test_two_processes_that_save_the_same_folder_leave_a_whole_adapter_each_time
     loralib.save_adapter(adapted(k=2), tmp_path / "a")
     torch.multiprocessing.spawn(_save_and_load, (str(tmp_path / "a"), shards), nprocs=2)
     assert loralib.read_adapter_config(tmp_path / "a").card == {"turn": 29}
+
+
+@pytest.mark.parametrize("recorded, given, kept", [
+    ("org/net", {}, ("org/net", "c0ffee")), ("org/net", {"base_model": "other"}, ("other", None)),
+    ("/home/me/net", {}, ("net", "c0ffee")), ("org/net", {"base_model": Path("a/b/net")}, ("net", None)),
+])  # fmt: skip
+def test_the_base_s_name_and_revision_are_those_of_its_configuration(tmp_path, recorded, given, kept):
+    model = adapted(k=2)
+    model.config = SimpleNamespace(_name_or_path=recorded, _commit_hash="c0ffee")
+    (tmp_path / "a/b/net").mkdir(parents=True)
+    given = {name: tmp_path / value for name, value in given.items()} if kept[0] == "net" else given
+    config = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "adapter", **given))
+    assert (config.base_model, config.base_revision) == kept

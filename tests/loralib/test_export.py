@@ -82,6 +82,16 @@ def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, 
         export_peft(tmp_path / "a", tmp_path / "peft")
 
 
+def test_a_low_rank_output_layer_that_is_tied_to_the_embedding_goes_to_peft(tmp_path):
+    model, ids = (
+        adapted(modules=["c_attn", "lm_head"], r=4, k=3, model=gpt2(), head="transformer.ln_f"),
+        torch.ones(1, 8),
+    )
+    export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(gpt2(), tmp_path / "peft").eval()
+    torch.testing.assert_close(theirs(ids.long()).logits, model(ids.long()).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_peft_finds_what_was_adapted_and_no_more(tmp_path):
     def base():
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 import loralib
 from loralib.adapter import merge_into
 from loralib.model import keep_flags
-from tests.loralib.small import INPUTS, Net, adapted, gpt2, refused
+from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
 
 
 def test_a_merge_that_cannot_be_whole_merges_nothing(tmp_path):
@@ -115,3 +115,21 @@ def test_a_head_trains_on_a_merged_adapter():
     model.requires_grad_(False).classifier.requires_grad_(True)
     model(INPUTS).sum().backward()
     assert model.classifier.weight.grad is not None
+
+
+@pytest.mark.parametrize("build, modules", [(gpt2, ["c_attn", "mlp.c_proj"]), (encoder, ["query", "layer.output"])])
+def test_an_unloaded_model_is_one_that_transformers_saves_and_loads(tmp_path, build, modules):
+    """The state dict of a model that is only merged holds the base's weights, so that what is loaded is the base."""
+    ids = torch.arange(2, 10)[None]
+    model = adapted(
+        modules=modules, r=4, k=3, model=build(), head="transformer.ln_f" if build is gpt2 else "classifier"
+    )
+    expected, classes = model(ids).logits, [type(module) for module in build().modules()]
+    plain = loralib.merge_and_unload(torch.compile(model, backend="eager"))
+    assert plain is model and [type(module) for module in plain.modules()] == classes
+    plain.save_pretrained(tmp_path / "m")
+    loaded = type(model).from_pretrained(tmp_path / "m").eval()
+    for merged in (plain, loaded):
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    plain.requires_grad_(True)(ids).logits.sum().backward()  # and it trains as any other
+    assert all(parameter.grad is not None for name, parameter in plain.named_parameters() if "attn.c_attn" in name)
