@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer import LowRankTrainerMixin
-from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size, updates_per_epoch
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
 from nlu.errors import RunError, one_line
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.runs.checkpoints import last_checkpoint, read_progress, remove_unfinished, restore_progress, write_checkpoint
@@ -88,8 +88,7 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         self.signals = SignalWatch()
         self.saved_step: int | None = None
         self.restored: dict[str, Any] = {}  # progress.pt of the checkpoint that the training goes on from
-        args, rows = kwargs["args"], kwargs.get("train_dataset")
-        self.updates_per_epoch = updates_per_epoch(args, len(rows)) if rows is not None else 0
+        args = kwargs["args"]
         # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
         self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
         # With a limit of one the Trainer would delete the last checkpoint at the end, from which a run predicts.
@@ -111,19 +110,12 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
-    def task_loss(
-        self,
-        outputs: Any,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        training: bool | None = None,
-    ) -> Tensor:
+    def task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss summed over the rows, divided by the rows of the whole optimiser step.
 
         Args:
             outputs: with ``logits``, (rows, labels). labels: (rows,); -100, in regression NaN, leaves a row out.
             num_items_in_batch: rows over all processes and accumulated batches; None for those given.
-            training: whether class weights and smoothed labels count; the model's mode without it.
         """
         logits = outputs["logits"].float()
         if self.task.is_regression:
@@ -131,7 +123,7 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
             labels = torch.where(labels.isnan(), logits.detach(), labels.float())
             total = F.mse_loss(logits, labels, reduction="sum")
         else:
-            training = self.model.training if training is None else training
+            training = self.model.training  # class weights and smoothed labels are of the training alone
             total = F.cross_entropy(
                 logits,
                 labels,
@@ -189,25 +181,18 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        self.own_rates = self.restored.get("own_rates") or self._own_rates()
-        parameters = dict(self.model.named_parameters())
-        for names, ratio in self.own_rates:
-            apart = {id(parameters[name]) for name in names}
+        rates = self.applied.own_rates()
+        if self.args.head_learning_rate is not None:
+            ratio = self.args.head_learning_rate / self.args.learning_rate
+            rates.append((head_parameters(self.applied.model), ratio))
+        for parameters, ratio in rates:
+            apart = set(map(id, parameters))
             for group in list(optimizer.param_groups):
                 own = [p for p in group["params"] if id(p) in apart]
                 if own:
                     group["params"] = [p for p in group["params"] if id(p) not in apart]
                     optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
         return optimizer
-
-    def _own_rates(self) -> list[tuple[list[str], float]]:
-        """Names of the parameters that have their own rate, and that rate as a multiple of the learning rate."""
-        rates = self.applied.own_rates()
-        if self.args.head_learning_rate is not None:
-            ratio = self.args.head_learning_rate / self.args.learning_rate
-            rates.append((head_parameters(self.applied.model), ratio))
-        names = {id(parameter): name for name, parameter in self.applied.model.named_parameters()}
-        return [([names[id(parameter)] for parameter in parameters], ratio) for parameters, ratio in rates]
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
@@ -307,10 +292,10 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.second_eval_dataset is not None:
-            stopping = self.pop_callback(EarlyStoppingCallback)  # it would warn that its metric is not there
-            metrics |= super().evaluate(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mismatched")
-            if stopping is not None:
-                self.add_callback(stopping)
+            # Not by evaluate(), at which early stopping would look for its metric.
+            second = self.predict(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mismatched").metrics
+            self.log(second)
+            metrics |= second
         return metrics
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:

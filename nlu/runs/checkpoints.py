@@ -56,7 +56,6 @@ def write_checkpoint(trainer: Any, final: Path) -> None:
             "unlogged_loss": unlogged_loss,
             "logged_loss": trainer._total_loss_scalar,
             "last_logged_step": trainer._globalstep_last_logged,
-            "own_rates": trainer.own_rates,
         }
         torch.save(progress, temporary / PROGRESS_FILE)
         for callback in [*trainer.callback_handler.callbacks, trainer.control]:

@@ -49,6 +49,7 @@ _FREE = frozenset(
         "report_to",
         "root_output_dir",
         "run_name",
+        "save_splits",
         "save_total_limit",
         "test_file",
         "total_batch_size",

@@ -1,5 +1,6 @@
 """Whole runs on a tiny encoder: records, methods, MNLI's two sets, prediction, refusals that lose nothing."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ import loralib
 from nlu import fine_tuning, predict
 from nlu.data.splits import longest_input
 from nlu.run_glue import main
+from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer
 from tests.nlu.tiny import GLUE, changed, make_encoder, read, write_rows
 
@@ -338,3 +340,14 @@ def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, trainers):
 def test_a_batch_is_padded_to_its_longest_row_alone(finished):
     rows = [{"input_ids": [2, 5, 3]}, {"input_ids": [2, 3]}]
     assert finished[3].data_collator(rows)["input_ids"].tolist() == [[2, 5, 3], [2, 3, 0]]
+
+
+def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, monkeypatch):
+    monkeypatch.setitem(TASKS, "mnli", dataclasses.replace(TASKS["mnli"], second_rows=14))  # the tiny set is whole
+    assert main([*changed(base_flags, task_name="mnli", max_steps=3), "--early_stopping_patience", "2"]) == 0
+    record = read(base_flags)
+    assert record["eval_examples"] == 20 + 14
+    (row,) = record["evaluations"]
+    assert row["mismatched_accuracy"] * 14 == pytest.approx(round(row["mismatched_accuracy"] * 14))
+    assert row["accuracy"] * 20 == pytest.approx(round(row["accuracy"] * 20)) and row["mismatched_loss"] != row["loss"]
+    assert record["best"] == row["accuracy"]
