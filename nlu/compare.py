@@ -1,4 +1,4 @@
-"""Compare methods on one task: every method with the same seeds, one table and its figures.
+"""Compare methods on one task: every method with the same seeds, one table, its answer and its figures.
 
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --seeds 3
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR --methods lora2,lora
@@ -14,8 +14,6 @@ import argparse
 import re
 import shlex
 import sys
-from collections.abc import Collection
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,30 +29,31 @@ if packages_missing():
 import pandas as pd
 
 from nlu import ROOT
-from nlu.arguments import DataArguments, build_parser, method_file, translate
+from nlu.arguments import build_parser, method_file, translate
+from nlu.data.splits import load_data
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.cells import Table
-from nlu.experiments.choosing import choose, chosen_runs, not_finished
+from nlu.experiments.claims import Question
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.loop import run_experiment
-from nlu.experiments.places import Places, check_data, check_writable, parsed_command
-from nlu.experiments.records import place_of, portable, settings_of
+from nlu.experiments.loop import Places, check_writable, parsed_command, run_experiment
+from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.statistics import as_frame, finished
-from nlu.experiments.tables import comparison_table
+from nlu.experiments.tables import answer, comparison_text, markdown, number, score_frame, tuning_frame
 from nlu.runs.files import write_bytes, write_text
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
 SCRIPTS = ROOT / "scripts"
-RATES = "3e-4,1e-3,3e-3"  # tried by --tune; one more where the best is at an end, BEYOND times further
+RATES = "3e-4,1e-3,3e-3"  # tried by --tune
 USUAL = "usual"  # --tune without rates
-BEYOND = 3.0
-_FOR_ALL = {field.name for field in fields(DataArguments)} - {
-    "class_weights", "length_bucketing", "max_train_samples", "pad_to_max_length",
-} | {"do_train", "do_eval", "eval_strategy", "eval_steps", "eval_delay"}  # fmt: skip
+# Flags that decide what is scored: they cannot be one method's own.
+_FOR_ALL = {
+    "task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "label_column", "metric",
+    "max_seq_length", "max_eval_samples", "holdout_fraction", "holdout_seed", "do_train", "do_eval", "eval_strategy",
+    "eval_steps",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,14 +77,9 @@ def own_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
     add("--seeds", type=int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
-    add(
-        "--tune",
-        nargs="?",
-        const=USUAL,
-        metavar="RATES",
-        help="first choose each method's learning rate on a held-out tenth of the training set, among RATES, or "
-        f"{RATES} (full: around its own rate)",
-    )
+    add("--tune", nargs="?", const=USUAL, metavar="RATES",
+        help="first choose each method's learning rate by its score on a held-out tenth of the training set, among "
+        f"RATES, or {RATES} (full: around its own rate)")  # fmt: skip
     add("--published", choices=("debertav3", "robertalarge"), help="the published settings of scripts/run_*.sh")
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")
@@ -126,41 +120,27 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         raise UsageError("--seeds and --jobs must be at least 1")
     check_writable(args.output_dir, "output_dir")
     experiment = plan(args, flags)
-    folder = args.output_dir / experiment.name
-    measured = args.output_dir / "measured" / f"{experiment.name}.jsonl"
+    folder, measured = args.output_dir / experiment.name, args.output_dir / "measured" / f"{experiment.name}.jsonl"
     places = Places(measured, folder, COMMAND)
-    selecting = experiment.selection.runs if experiment.selection else []
-    parsed = {run.folder: parsed_command(run, places) for run in [*selecting, *experiment.runs]}
-    if not all(each.training.do_eval for each in parsed.values()):
-        raise UsageError("--do_eval False leaves nothing to compare: leave it out")
     firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
-    shapes = {run.axes["method"]: shape_of(parsed[run.folder]) for run in firsts}
-    labels = {run.axes["method"]: place_of(run, parsed[run.folder].method.method)["label"] for run in firsts}
-    if len({*labels.values()}) < len(labels):
-        raise UsageError(f"--methods: two would have one name in the table: {', '.join(labels.values())}")
+    parsed = {run.axes["method"]: parsed_command(run, places) for run in firsts}
+    shapes = {spec: shape_of(arguments) for spec, arguments in parsed.items()}
+    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
     warnings = unlike(firsts, shapes, places, tuned=args.tune is not None)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    pending = not_finished(selecting, experiment.runs, experiment.selection, places)
-    check_data(parsed[run.folder] for run in pending)
+    if set(places.states(experiment.runs).values()) != {"finished"}:
+        load_data(next(iter(parsed.values())))  # a fault in the data shows now, and not in every run
     code = run_experiment(
-        experiment, selecting, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
+        experiment, experiment.tuning, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
     )
-    lines = {run: line for run, line in places.lines().items() if run in parsed or _beyond(line, shapes)}
-    frame = as_frame((experiment.name, line) for line in lines.values())
-    final = finished(frame)
-    if len(final):
-        final = final.assign(place=final.label.map(list(labels.values()).index)).sort_values(["place", "seed"])
-        table = comparison_table(experiment.name, final, {labels[name]: each.scale for name, each in shapes.items()})
-        table.notes.extend(f"Not alike: {warning}." for warning in warnings)
-        known, _ = chosen_runs(experiment.runs, experiment.selection, choose(experiment.selection, places))
-        changed = {labels[run.axes["method"]]: run for run in known if places.state(run) == "changed"}
-        table.notes.extend(f"{label}: what is shown was {places.what_changed(run)}." for label, run in changed.items())
-        done = {label: int((final.label == label).sum()) for label in labels.values()}
-        table.notes.extend(
-            f"{label}: {n} of {args.seeds} runs finished." for label, n in done.items() if n < args.seeds
-        )
-        write(table, final, frame, folder)
+    wanted = {run.folder for run in [*experiment.tuning, *experiment.runs]}
+    frame = as_frame((experiment.name, line) for name, line in places.lines().items() if name in wanted)
+    if len(finished(frame)):
+        order = {label: place for place, label in enumerate(labels.values())}
+        frame = frame.assign(place=frame.label.map(order)).sort_values(["place", "seed"])
+        scales = {labels[spec]: shape.scale for spec, shape in shapes.items()}
+        write(experiment.name, frame, scales, [f"Not alike: {warning}." for warning in warnings], folder)
     return code
 
 
@@ -181,45 +161,32 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     content["grid"] = {"method": specs, "seed": list(range(1, args.seeds + 1))}
     if args.published:
         script = SCRIPTS / f"run_{args.published}_{task}.sh"
-        if not SCRIPTS.is_dir():
-            raise UsageError(
-                "--published reads the repository's scripts/, which an installed package lacks: use a clone"
-            )
         if not script.is_file():
             raise UsageError(f"--published {args.published} has no settings for {task or 'own data'} in {SCRIPTS}")
         content["command"] = shlex.join(["env", f"PYTHON={sys.executable}", "bash", str(script)])
     if args.tune is not None:
         if "learning_rate" in flags:
             raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
-        untold = args.tune == USUAL
-        named = (RATES if untold else args.tune).split(",")
+        named = (RATES if args.tune == USUAL else args.tune).split(",")
         rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in named]
-        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()} if untold else {}
+        own = {spec: _own_rates(values["method"]) for spec, values in specs.items()} if args.tune == USUAL else {}
         content["select"] = {
-            "values": {"learning_rate": rates}, "beyond": {"learning_rate": BEYOND}, "seeds": [101],
+            "values": {"learning_rate": rates},
+            "seeds": [101],
             "set": {"holdout_fraction": 0.1},
             "overrides": [
                 {"when": {"method": spec}, "values": {"learning_rate": each}} for spec, each in own.items() if each
             ],
-        }  # fmt: skip
+        }
     return make_experiment(content)
-
-
-def _beyond(line: dict[str, Any], methods: Collection[str]) -> bool:
-    """Whether a line is of a learning rate that --tune tried further out, for one of these methods."""
-    return bool(line.get("extra")) and line["axes"].get("method") in map(portable, methods)
 
 
 def _spec(spec: str) -> dict[str, Any]:
     """NAME:flag=value:… as arguments."""
     name, *settings = settings_of(spec)
-    if not name:
-        raise UsageError("--methods holds an empty name: give files of configs/methods/, such as lora2,lora")
-    if ":" in name:
-        raise UsageError(f"--methods {spec}: what follows a name has the form :flag=value")
+    if not name or ":" in name:
+        raise UsageError(f"--methods {spec!r}: give files of configs/methods/, such as lora2,lora:lora_alpha=16")
     values = flag_values([f"--{setting}" for setting in settings])
-    if len(values) < len(settings):
-        raise UsageError(f"--methods {spec} gives a flag twice")
     if common := sorted(_FOR_ALL & set(values)):
         raise UsageError(f"--methods {spec}: {common[0]} decides what is scored: give --{common[0]} for all methods")
     return {"method": name} | values
@@ -229,18 +196,27 @@ def _own_rates(method: str) -> list[float]:
     """What --tune tries for a method whose file has a learning rate of its own: around that."""
     flags = dict(flag.split("=", 1) for flag in method_file(["--method", method])[2])
     rate = float(flags.get("--learning_rate", 0))
-    return [float(f"{rate * factor:.3g}") for factor in (1 / BEYOND, 1, BEYOND)] if rate else []
+    return [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)] if rate else []
 
 
-def write(table: Table, final: pd.DataFrame, frame: pd.DataFrame, folder: Path) -> None:
-    """Print the table, and write it (comparison.md and .csv) with its figures into the comparison's folder."""
-    print(f"\n{table.markdown()}")
-    write_text(folder / "comparison.md", table.markdown())
-    write_text(folder / "comparison.csv", table.csv())
-    for name, drawn in draw("comparison", final, frame):
-        drawing = drawn()
-        if drawing is not None:
-            write_bytes(folder / f"{name}.png", drawing.image("png"))
+def write(name: str, frame: pd.DataFrame, scales: dict[str, float | None], notes: list[str], folder: Path) -> None:
+    """Print the table and what follows, and write them (comparison.md and .csv) with the figures into the folder."""
+    final = frame[frame.stage == "final"]
+    done = finished(final)
+    scores = score_frame(final, Question("", name, against=(done.label.iloc[0],), pooled=True))
+    scores["scale"] = [scales.get(label) for label in scores.row]
+    scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
+    tuning = tuning_frame(frame)
+    if len(tuning) and "tried" in tuning:
+        chosen = [f"{row.row} {row.tried[1:-1]} ({number(row.score)})" for row in tuning[tuning.chosen].itertuples()]
+        notes = [*notes, f"Chosen by the held-out score, in brackets: {', '.join(chosen)}."]
+    lines = ["## " + answer(scores, frame), "", markdown(comparison_text(scores, done)), "", *[f"- {n}" for n in notes]]
+    text = "\n".join([*lines, ""])
+    print(f"\n{text}")
+    write_text(folder / "comparison.md", text)
+    write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    for drawing in draw("comparison", frame, done, scores):
+        write_bytes(folder / f"{drawing.name}.png", drawing.image("png"))
     print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
 
 

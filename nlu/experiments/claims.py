@@ -1,34 +1,35 @@
-"""The questions that a report answers (`configs/experiments/claims.yaml`), each with its experiments and claims.
+"""The questions that a report answers (`configs/experiments/claims.yaml`), each about one experiment.
 
 questions:
-  - question: Does LoRA² score more than LoRA of its size?
-    experiments: [evidence]             # several: their runs are compared together, label by label
-    tuned: rate                         # optional: an axis of the grid; on each task a row takes the value with the
-                                        # lowest mean loss at the last evaluation
-    against: LoRA                       # optional: one table compares every row with this one, in place of the others
+  - question: Does LoRA² score higher than LoRA on {tasks}?   # {model} and {tasks} are those of the lines
+    experiment: base
+    against: [LoRA r=8, LoRA r=1]       # optional: every row is compared with that of these which is nearest in size
     claims:                             # optional, written down before the runs; labels as tables print them
-      - {label: LoRA², against: LoRA, expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"
-published:                              # the cited tables: files of results/published/
-  - {file: lora2_table1_deberta_v3_base, title: "LoRA², Table 1: DeBERTaV3-base"}
+      - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
+    pooled: true                        # optional: intervals by the standard deviation pooled over all rows
+    test: [mrpc]                        # optional: tasks that are scored on their labelled test set
+    published: lora2_table1_deberta_v3_base   # optional: a file of results/published/, to stand beside the scores
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nlu.errors import UsageError
+import pandas as pd
+
 from nlu.json_yaml import check, read_yaml
 
 
-@dataclass(frozen=True, eq=False)  # two questions may make the same claim of different runs
+@dataclass(frozen=True)
 class Claim:
     """`label` against `against`; `published` is the gain that a paper reports, in points, and `source` says where."""
 
     label: str
-    against: str
     expect: str
-    published: float | None
-    source: str
+    against: str | None = None
+    published: float | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,35 +37,41 @@ class Question:
     """A section of the report."""
 
     question: str
-    experiments: list[str]
-    claims: list[Claim]
-    tuned: str | None = None
-    against: str | None = None
+    experiment: str
+    against: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    pooled: bool = False
+    test: tuple[str, ...] = ()
+    published: str | None = None
+
+    def reference(self, label: str, sizes: pd.Series) -> str | None:
+        """The row that a row is compared with; None for one of these rows that all others are compared with.
+
+        Args:
+            sizes: label → trained parameters.
+        """
+        there = [other for other in self.against if other in sizes.index]
+        if not there or label == there[0]:
+            return None
+        return min((other for other in there if other != label), key=lambda other: abs(sizes[other] - sizes[label]))
 
 
-def load_questions(path: Path) -> tuple[list[Question], list[dict[str, Any]]]:
-    """The questions, and the published tables, of a file.
+def load_questions(path: Path) -> list[Question]:
+    """The questions of a file.
 
     Raises:
-        UsageError: a file that cannot be read, an unknown key, a claim that expects something else or compares a row
-            with itself, or claims beside `against`, whose table shows none.
+        UsageError: a file that cannot be read, an unknown key, or a claim that expects something else.
     """
     content = read_yaml(path)
     check(content, "claims", str(path))
-    for raw in content.get("questions") or []:
-        claims, where = raw.get("claims") or [], f"{path}: {raw['question']}"
-        if claims and "against" in raw:
-            raise UsageError(f"{where} has claims, which its table against {raw['against']} does not show: leave one")
-        if same := [claim["label"] for claim in claims if claim["label"] == claim["against"]]:
-            raise UsageError(f"{where} claims something of {same[0]} against itself")
-    questions = [
+    return [
         Question(
-            raw["question"],
-            raw["experiments"],
-            [Claim(**{"published": None, "source": "", **claim}) for claim in raw.get("claims") or []],
-            raw.get("tuned"),
-            raw.get("against"),
+            **{
+                **raw,
+                "against": tuple(raw.get("against", ())),
+                "claims": tuple(Claim(**claim) for claim in raw.get("claims", ())),
+                "test": tuple(raw.get("test", ())),
+            }
         )
-        for raw in content.get("questions") or []
+        for raw in content["questions"]
     ]
-    return questions, content.get("published") or []

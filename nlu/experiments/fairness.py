@@ -12,7 +12,7 @@ from nlu import METHOD_FOLDER
 from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.places import Places, parsed_command
+from nlu.experiments.loop import Places, parsed_command
 from nlu.experiments.records import settings_of
 from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
 from nlu.model import load_config, without_weights

@@ -1,9 +1,10 @@
 """The figures of a report. Lines differ in colour (Okabe and Ito's palette), dash and marker, for print in grey."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from itertools import takewhile
 
@@ -14,21 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.cells import number
-from nlu.experiments.statistics import (
-    Estimate,
-    averages,
-    common_seeds,
-    compared,
-    highest,
-    of_one_data_set,
-    tuned_over,
-)
-from nlu.experiments.tables import are_held_out, rows_of
+from nlu.experiments.tables import rows_of, tuning_runs
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-KINDS = ("parameters", "curves", "rates", "ranks", "against")  # end the figures' names
+KINDS = (
+    "differences",
+    "rates",
+    "curves",
+    "ranks",
+)  # end the figures' names; the first that there is stands on the page
 DASHES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX<>*"
 STYLE = {
@@ -48,8 +44,6 @@ STYLE = {
     "text.parse_math": False,  # a `$` is a character of a label
 }
 WIDTH = 5.0  # inches: on a phone, whose width a page scales figures to, letters of 9 points stay readable
-APART = 1.06  # factor between points of about equal size, which would hide each other
-SHARE = 0.025  # of the axis, at least, between two points that are set apart
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,6 @@ class Drawing:
     """A figure: `text` says in words what it shows, for captions and for those who cannot see it."""
 
     name: str
-    title: str
     text: str
     figure: Figure
 
@@ -70,71 +63,49 @@ class Drawing:
         return output.getvalue()
 
 
-def draw(
-    name: str, final: pd.DataFrame, every: pd.DataFrame, against: str | None = None
-) -> Iterator[tuple[str, Callable[[], Drawing | None]]]:
-    """(name, what draws it) for each figure of a question, so that one that fails does not stop the others.
+def draw(name: str, every: pd.DataFrame, final: pd.DataFrame, scores: pd.DataFrame) -> list[Drawing]:
+    """The figures that there is something to draw for, in the order of `KINDS`.
 
     Args:
-        name: begins the figures' names.
-        final: the finished final runs, in the order of the legend. every: all runs of the same experiments, those of
-            the tuning stage too, as `as_frame` orders them.
-        against: the row that the others are compared with: one figure of that takes the place of the others.
+        name: begins the figures' names. every: all runs of an experiment, those of the tuning stage too.
+        final: the finished final runs. scores: of them, see `tables.score_frame`.
     """
-    labels = list(dict.fromkeys(every.label))  # in the registries' order: a comparison and a report colour alike
+    labels = list(dict.fromkeys(every.label))
     styles = dict(zip(labels, _styles(len(labels)), strict=True))
-    functions = dict(zip(KINDS, (_parameters, _curves, _rates, _ranks, partial(_against, against)), strict=True))
-    for kind in KINDS[:-1] if against is None else KINDS[-1:]:
+    with matplotlib.rc_context(STYLE):
+        drawn = (
+            _differences(f"{name}_differences", scores, final),
+            _rates(f"{name}_rates", every),
+            _curves(f"{name}_curves", final, styles),
+            _ranks(f"{name}_ranks", final),
+        )
+    return [each for each in drawn if each is not None]
 
-        def drawn(kind=kind, function=functions[kind], runs=every if kind == "rates" else final) -> Drawing | None:
-            with matplotlib.rc_context(STYLE):
-                return function(f"{name}_{kind}", runs, styles) if len(runs) else None
 
-        yield f"{name}_{kind}", drawn
-
-
-def _parameters(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """Average score against trained parameters, with 95 % intervals; None where rows differ in the learning rate
-    or in the data."""
-    runs = common_seeds(runs)
-    sizes = runs.groupby("label").adapter_params.max()
-    points = [(label, sizes[label], average) for label, average in averages(runs).items() if sizes[label] > 0]
-    if len(points) < 2 or _rate_is_axis(runs) or not of_one_data_set(runs):
+def _differences(name: str, scores: pd.DataFrame, runs: pd.DataFrame) -> Drawing | None:
+    """Each row's difference from its reference, by both estimates with their intervals."""
+    rows = scores[scores.low.notna()].iloc[::-1].reset_index(drop=True)
+    if not len(rows):
         return None
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for (label, _, result), x in zip(points, spread_apart([size for _, size, _ in points]), strict=True):
-        style = {**styles[label], "linestyle": "none", "markersize": 6, "linewidth": 1.2}
-        axes.errorbar(x, result.mean, yerr=result.half_width, label=label, capsize=3, **style)
-    cut = _cut_long_intervals(axes, [result for _, _, result in points])
-    axes.set_xscale("log")
-    _ticks(axes, [size for _, size, _ in points], _short_count)
-    axes.set_xlabel("trained parameters without the head\n(log scale; points of about equal size are set apart)")
-    axes.set_ylabel("average score, last evaluation")
+    for shift, prefix, marker, colour, label in (
+        (0.12, "", "o", COLOURS[0], "mean of paired differences"),
+        (-0.12, "t_", "s", COLOURS[1], "Student-t errors"),
+    ):
+        means = rows[f"{prefix}difference"]
+        errors = np.abs(rows[[f"{prefix}low", f"{prefix}high"]].to_numpy().T - means.to_numpy())
+        axes.errorbar(means, rows.index + shift, xerr=errors, fmt=marker, color=colour, label=label, capsize=2, ms=4)
+    several = rows.against.nunique() > 1
+    axes.set_yticks(rows.index, [f"{row.row} − {row.against}" if several else row.row for row in rows.itertuples()])
+    axes.axvline(0, color="#888888", linewidth=1)
+    axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
     _legend(figure, [axes])
-    known = {label: average for label, _, average in points}
-    best = highest(known)
-    text = (
-        f"Average over {_names(runs.task)} against trained parameters, over the seeds that every row has, with 95 % "
-        f"intervals{' (the longest cut off)' if cut else ''}. Highest: {' and '.join(best)}, "
-        f"{number(known[best[0]].mean)}."
-    )
-    return Drawing(name, "Score against parameters", text, figure)
+    text = f"Differences of the average over {_names(runs.task)} with 95 % intervals, by both estimates."
+    return Drawing(name, text, figure)
 
 
-def _cut_long_intervals(axes: Axes, results: list[Estimate]) -> bool:
-    """Limit a panel where an interval has over four times the median length, as a lost run makes it; says if it did."""
-    halves = np.array([result.half_width or 0.0 for result in results])
-    means = np.array([result.mean for result in results])
-    known = halves[halves > 0]
-    if len(known) < 3 or known.max() <= 4 * np.median(known):
-        return False
-    kept = np.minimum(halves, 4 * np.median(known))
-    _limit(axes, (means - kept).min(), (means + kept).max())
-    return True
-
-
-def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
     """Singular values left in each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
     pruned = runs[runs.module_ranks.notna()]
     if not len(pruned):
@@ -163,54 +134,13 @@ def _ranks(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | 
         axes.set_title(label, loc="left")
     panels[-1].set_xlabel("layer")
     text = f"Singular values left in each module at the end on {_names(runs.task)}: means over runs."
-    return Drawing(name, "Singular values that each module keeps", text, figure)
+    return Drawing(name, text, figure)
 
 
-def _against(against: str, name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """The paired change of the loss of each row against one of them, the best above."""
-    found = [(label, loss) for label, (loss, _) in compared(runs, against).items() if loss.interval is not None]
-    rows = sorted(found, key=lambda row: -row[1].mean)
-    if not rows:
+def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+    """Score and validation loss against the step, a row for each task; one evaluation alone makes no curve."""
+    if runs.steps_at.map(len).max() < 2:
         return None
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.2 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    means = np.array([each.mean for _, each in rows])
-    errors = np.abs(np.array([each.interval for _, each in rows]).T - means)
-    axes.errorbar(means, range(len(rows)), xerr=errors, fmt="o", color=COLOURS[0], capsize=3, markersize=4)
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.axvline(0, color=COLOURS[1], linewidth=1)
-    axes.set_xlabel(f"change of the loss against {against}, %\n(95 % interval; left is better)")
-    tasks = _names(runs.task)
-    text = (
-        f"Change of the loss at the last evaluation on {tasks} against {against}, with 95 % intervals. Lowest of them: "
-        f"{rows[-1][0]}."
-    )
-    return Drawing(name, f"Loss against {against}", text, figure)
-
-
-def spread_apart(sizes: list[float]) -> list[float]:
-    """The sizes, those that would hide each other moved to neighbouring places around their middle.
-
-    Places lie `APART` from one another, and further where the sizes span a long axis.
-    """
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
-    step = max(APART, (max(sizes) / min(sizes)) ** SHARE)
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and sizes[i] <= sizes[groups[-1][-1]] * step:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    places = list(map(float, sizes))
-    for group in filter(lambda each: len(each) > 1, groups):
-        middle = float(np.exp(np.mean(np.log([sizes[i] for i in group]))))
-        for position, i in enumerate(group):
-            places[i] = middle * step ** (position - (len(group) - 1) / 2)
-    return places
-
-
-def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
-    """Score and validation loss against the step, a row for each task; one lost run does not move a median."""
     tasks = list(dict.fromkeys(runs.task))
     figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
@@ -223,8 +153,10 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
                         by_step.setdefault(step, []).append(value)
                 _line(axes, by_step, label, styles[label])
             axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
-            axes.set_xlim(left=0)  # one evaluation alone would get an axis of fractions of a step
+            axes.set_xlim(left=0)
             _leave_outliers_out(axes)
+            if source == "scores":
+                _end_at_the_possible(axes)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
@@ -232,63 +164,39 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing:
         f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds. Values far from "
         "the others are not shown."
     )
-    return Drawing(name, "Learning curves", text, figure)
+    return Drawing(name, text, figure)
 
 
-def _rates(name: str, every: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+def _rates(name: str, every: pd.DataFrame) -> Drawing | None:
     """Score against the learning rate: in the tuning stage, or of final runs with several rates."""
-    if _rate_is_axis(every):
-        every = tuned_over(every, "learning_rate")
-        rates = [{"learning_rate": asked.get("learning_rate")} for asked in every.asked]  # an axis may name its values
-        every = every.assign(tried=rates)[[None not in rate.values() for rate in rates]]
-        labels = list(dict.fromkeys(every.label))
-        styles = dict(zip(labels, _styles(len(labels)), strict=True))
-    tuning = every[every.stage == "select"]
-    runs = tuning[["learning_rate" in tried for tried in tuning.tried]]
+    runs = tuning_runs(every)
     if not len(runs):
         return None
-    score = "held-out score" if are_held_out(runs) else "score"
-    tasks = list(dict.fromkeys(runs.task.dropna()))
+    labels, tasks = list(dict.fromkeys(runs.row)), list(dict.fromkeys(runs.task.dropna()))
+    styles = dict(zip(labels, _styles(len(labels)), strict=True))
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.3), layout="constrained")
     panels = [figure.add_subplot(lines, columns, number) for number in range(1, len(tasks) + 1)]
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
-        for label, own in rows_of(runs[runs.task == task]):
-            own = own.assign(rate=_learning_rates(own), setting=own.tried.map(str))
-            done = own.status == "finished"
-            means = own[done].groupby(["rate", "setting"])[["loss", "last"]].mean()
-            best = means.sort_values("loss").groupby("rate").head(1)["last"]
-            _line(axes, {rate: [score] for (rate, _), score in best.items()}, label, styles[label])
-            for rate in own[~done].rate:  # a cross on the lower edge
+        for label, own in runs[runs.task == task].groupby("row", sort=False):
+            best = own.groupby(["value", own.tried.map(str)])["last"].mean().groupby(level=0).max().dropna()
+            _line(axes, {rate: [score] for rate, score in best.items()}, label, styles[label])
+            for rate in own[own.failed].value:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
-        _ticks(axes, _learning_rates(runs[runs.task == task]), "{:.3g}".format)
-        axes.set_title(f"{HEADINGS.get(task, task)}: {score}", loc="left")
+        _ticks(axes, list(runs[runs.task == task].value), "{:.3g}".format)
+        axes.set_title(f"{HEADINGS.get(task, task)}: score", loc="left")
+        _end_at_the_possible(axes)
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
     _legend(figure, panels)
     text = (
-        f"Mean {score} at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
-        "tuned too, with those of the lowest loss at that rate. A cross marks a crashed run."
+        f"Mean score at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
+        "tuned too, the best of them at that rate. A cross marks a failed run."
     )
-    return Drawing(name, "Sensitivity to the learning rate", text, figure)
-
-
-def _rate_is_axis(runs: pd.DataFrame) -> bool:
-    """Whether final runs of one row and task have several learning rates, as labels of the grid."""
-    rates: dict[str, set] = {}
-    for axes in runs[runs.stage == "final"]["axes"]:
-        if "learning_rate" in (axes or {}):
-            others = {name: label for name, label in axes.items() if name not in ("learning_rate", "seed")}
-            rates.setdefault(str(others), set()).add(axes["learning_rate"])
-    return any(len(several) > 1 for several in rates.values())
-
-
-def _learning_rates(tuning: pd.DataFrame) -> list[float]:
-    """The rates that runs tried; an experiment's file may quote them."""
-    return [float(tried["learning_rate"]) for tried in tuning.tried]
+    return Drawing(name, text, figure)
 
 
 def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -> None:
@@ -303,13 +211,13 @@ def _leave_outliers_out(axes: Axes) -> None:
     reach = 6 * (high - low)
     low, high = max(values.min(), low - reach), min(values.max(), high + reach)
     if low < high and len(values) >= 20:
-        _limit(axes, low, high)
+        margin = 0.05 * (high - low)
+        axes.set_ylim(low - margin, high + margin)
 
 
-def _limit(axes: Axes, low: float, high: float) -> None:
-    """Show these values with a margin of a twentieth."""
-    margin = 0.05 * (high - low)
-    axes.set_ylim(low - margin, high + margin)
+def _end_at_the_possible(axes: Axes) -> None:
+    """End an axis of scores at the highest that there is."""
+    axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
 
 
 def _styles(number: int) -> Iterator[dict]:
@@ -337,10 +245,6 @@ def _ticks(axes: Axes, places: list[float], form: Callable[[float], str]) -> Non
     axes.set_xticks(
         kept, [form(place) for place in kept], rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5
     )
-
-
-def _short_count(value: float) -> str:
-    return f"{value / 1e6:.3g}M" if value >= 1e6 else f"{value / 1e3:.3g}k"
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:

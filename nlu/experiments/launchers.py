@@ -95,15 +95,12 @@ class SlurmLauncher:
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
-        self.submitted = False
 
     def start(self, command: list[str], log: Path) -> Job:
         """Submit a command that runs in this folder, its output appended to the log.
 
-        A job that is refused counts as failed, the reason in its log.
-
         Raises:
-            UsageError: the first one is refused, so that the others would be as well.
+            UsageError: the cluster refuses the job.
         """
         log, folder = log.resolve(), os.getcwd()
 
@@ -120,16 +117,9 @@ class SlurmLauncher:
                     signal.signal(number, handler)
 
         try:
-            job = _SlurmJob(self.executor.submit(run))
+            return _SlurmJob(self.executor.submit(run))
         except self.refusals as error:
-            message = f"submitit: {reason(error) or type(error).__name__}"
-            if not self.submitted:
-                raise UsageError(f"{message}; check --slurm") from None
-            with open(log, "a", encoding="utf-8") as output:
-                output.write(f"{message}\n")
-            return _RefusedJob()
-        self.submitted = True
-        return job
+            raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
 
 
 class _SlurmJob:
@@ -153,16 +143,6 @@ class _SlurmJob:
     def kill(self) -> None:
         self.stop()
         self.killed = True  # without accounting (sacct) the cluster never says that it has ended
-
-
-class _RefusedJob:
-    def poll(self) -> int:
-        return 1
-
-    def stop(self) -> None:
-        """There is nothing to stop."""
-
-    kill = stop
 
 
 def available_cores() -> int:

@@ -1,25 +1,211 @@
-"""The loop that keeps N runs going, says how they ended, and takes an experiment through its stages."""
+"""Runs an experiment: what is finished, what tuning chose, and the loop that keeps N runs going."""
+
+from __future__ import annotations
 
 import contextlib
-import math
+import json
+import os
+import shlex
 import signal
+import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
+from nlu import ROOT
 from nlu.errors import UsageError
-from nlu.experiments.choosing import choose, chosen_runs, made_otherwise, second_round
 from nlu.experiments.experiment import Experiment, Run
-from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
-from nlu.experiments.places import Places, command_line
+from nlu.experiments.launchers import RUN_GLUE, Job, LocalLauncher, SlurmLauncher
+from nlu.experiments.records import comparable, measured_line, portable, read_lines, write_line
 from nlu.json_yaml import read_json
+from nlu.runs.digests import READ, content_digests
 from nlu.runs.lock import locked
 
 _POLL_SECONDS = 0.1
+
+
+# ---- what is known of a run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an experiment's lines (the file `measured`) and its run folders (`output`) lie, and what starts one run.
+
+    `forced` is the command of --command: it stands in for the experiment's own.
+    """
+
+    measured: Path
+    output: Path
+    command: list[str]
+    forced: bool = False
+    _digests: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
+
+    def working(self, run: Run) -> Path:
+        return self.output / run.folder
+
+    def log(self, run: Run) -> Path:
+        return self.output / "logs" / f"{run.folder}.log"
+
+    def lines(self) -> dict[str, dict[str, Any]]:
+        """Run → its line; UsageError for a damaged one, which it names."""
+        return {line["run"]: line for line in read_lines(self.measured)}
+
+    def states(self, runs: Iterable[Run]) -> dict[str, str]:
+        """Folder → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or `to do`.
+
+        What is to do is started, and an interrupted run goes on: nlu/run_glue.py knows what its folder holds.
+        """
+        lines, states = self.lines(), {}
+        for run in runs:
+            line = lines.get(run.folder, {})
+            done = line.get("status") == "finished"
+            states[run.folder] = line.get("status", "to do") if not done or not self.changes(run, line) else "changed"
+        return states
+
+    def changes(self, run: Run, line: dict[str, Any]) -> list[str]:
+        """How a line's arguments, and the digests of what was read, differ from now."""
+        old, new = line["asked"], comparable(run.arguments)
+        then, now = line.get("digests") or {}, self.digests(run)
+        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        contents = [flag for flag in now if flag in then and then[flag] != now[flag]]
+        return [f"{name} {old.get(name)} → {new.get(name)}" for name in names] + [
+            f"other content of {flag}" for flag in contents
+        ]
+
+    def digests(self, run: Run) -> dict[str, str]:
+        """Flag → digest of the content that the run would read now; computed once for equal arguments."""
+        key = json.dumps([run.arguments.get(name) for name in READ])
+        if key not in self._digests:
+            self._digests[key] = content_digests(run.arguments)
+        return self._digests[key]
+
+    def check_unchanged(self, runs: list[Run]) -> None:
+        """Refuse runs that were finished with other arguments or contents; UsageError names the first."""
+        states = self.states(runs)
+        changed = [run for run in runs if states[run.folder] == "changed"]
+        if changed:
+            differences = ", ".join(self.changes(changed[0], self.lines()[changed[0].folder]))
+            raise UsageError(
+                f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments or contents "
+                f"({differences}); pass --rerun_changed to make them again, or give the experiment a new name (of "
+                "compare.py: --name)"
+            )
+
+    def record_time(self, run: Run) -> int | None:
+        """When the run's record was last written, in nanoseconds; None without a record."""
+        with contextlib.suppress(OSError):
+            return (self.working(run) / "results.json").stat().st_mtime_ns
+        return None
+
+    def publish(self, run: Run) -> dict[str, Any] | None:
+        """Write the line of a run that has finished or failed; returns it, or None where it left no such record."""
+        folder = self.working(run)
+        record = read_json(folder / "results.json", f"delete {folder} to run it again")
+        if record is None or record.get("status") not in ("finished", "failed"):
+            return None
+        line = measured_line(run, record)
+        if command := self.command if self.forced else run.command:  # whose results run_glue.py need not share
+            line["started_by"] = portable(shlex.join(command))
+        write_line(self.measured, run.folder, line)
+        return line
+
+
+def choose(tuning: list[Run], places: Places) -> dict[tuple, dict[str, Any]]:
+    """Row → the values with the highest mean score at the last evaluation, for rows whose tuning has ended.
+
+    The score is the task's one score. Values with a failed run cannot be chosen; of equal scores the first listed wins.
+    """
+    lines, states = places.lines(), places.states(tuning)
+    rows: dict[tuple, dict[str, list[Run]]] = {}
+    for run in tuning:
+        rows.setdefault(run.row, {}).setdefault(json.dumps(run.tried), []).append(run)
+    chosen = {}
+    for row, by_values in rows.items():
+        if any(states[run.folder] not in ("finished", "failed") for runs in by_values.values() for run in runs):
+            continue
+        scores = {
+            values: fmean(lines[run.folder]["last"] for run in runs)
+            for values, runs in by_values.items()
+            if all(states[run.folder] == "finished" for run in runs)
+        }
+        if scores:
+            chosen[row] = json.loads(max(scores, key=scores.__getitem__))
+    return chosen
+
+
+def chosen_runs(experiment: Experiment, final: list[Run], places: Places) -> tuple[list[Run], list[Run]]:
+    """The final runs with the chosen arguments put in, and those for which nothing is chosen yet."""
+    if not experiment.tuning:
+        return final, []
+    chosen = choose(experiment.tuning, places)
+    ready = [
+        replace(run, arguments=run.arguments | chosen[run.row], tried=chosen[run.row])
+        for run in final
+        if run.row in chosen
+    ]
+    return ready, [run for run in final if run.row not in chosen]
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def command_line(run: Run, places: Places) -> list[str]:
+    """The command of one run: null is left out, and in a command of the experiment's own true is a bare flag."""
+    own = bool(run.command) and not places.forced
+    words = [_found(word) for word in run.command] if own else [*places.command]
+    for key, value in run.arguments.items():
+        if value is True and own:
+            words.append(f"--{key}")
+        elif value is not None:
+            words.append(f"--{key}={value}")
+    return [*words, "--root_output_dir", str(places.working(run))]
+
+
+def _found(word: str) -> str:
+    """A word of a command; a file that only the repository has, as its scripts, wherever the sweep is started."""
+    return os.path.relpath(ROOT / word) if (ROOT / word).is_file() and not Path(word).exists() else word
+
+
+def parsed_command(run: Run, places: Places) -> Any:
+    """A run's command as run_glue reads it, that of a script of scripts/ as the script would start it.
+
+    None for a command of the user's, which might begin to train when asked.
+
+    Raises:
+        UsageError: names the run and what it cannot be started with.
+    """
+    from nlu.arguments import parse_arguments
+
+    words, start = command_line(run, places), len(places.command)
+    if run.command and not places.forced:
+        if not any((ROOT / "scripts" / Path(word).name).is_file() for word in run.command if word.endswith(".sh")):
+            return None
+        shown = subprocess.run(["env", "DRY_RUN=null", *words], capture_output=True, text=True)
+        if shown.returncode:
+            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
+        words = shown.stdout.split("\0")[:-1]
+        start = next(i for i, word in enumerate(words, 1) if Path(word).name == RUN_GLUE.name)
+    try:
+        return parse_arguments(words[start:])
+    except UsageError as error:
+        raise UsageError(f"{run.folder}: {error}") from None
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a path that is no folder or cannot be written to, before hours of work are lost; UsageError."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written to" if existing.is_dir() else "is not a folder"
+        raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -36,14 +222,14 @@ class SweepLoop:
     stopped_by: int = 0
     _stop_count: int = 0
 
-    def __enter__(self) -> "SweepLoop":
+    def __enter__(self) -> SweepLoop:
         caught = [signal.SIGINT, signal.SIGTERM]
         # A cluster's jobs, and with nohup the sweep, outlive the terminal.
         if isinstance(self.launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             caught.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=self.total, desc=self.places.measured.stem, bar_format=layout, dynamic_ncols=True)
+        interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log keeps every bar
+        self.bar = tqdm(total=self.total, desc=self.places.measured.stem, unit="run", mininterval=interval)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,29 +241,25 @@ class SweepLoop:
         self.stopped_by = self.stopped_by or number
         self._stop_count += 1
 
-    def run(self, runs: list[Run], *, planned: bool = True) -> None:
-        """Run what is not finished; returns when all have ended, or after a signal when those running have ended.
-
-        `planned` says whether `total` counts these runs already.
-        """
-        if not planned:
-            self.total += len(runs)
-            self.bar.total += len(runs)
-        if adopted := self.places.adopt(runs):
-            self.bar.write(f"{adopted} run(s) taken over: the same arguments and contents have been run")
-        pending = [run for run in runs if self.places.state(run) != "finished"]
-        self.bar.total -= len(runs) - len(pending)
+    def run(self, runs: list[Run]) -> None:
+        """Run what is not finished; returns when all have ended, or after a signal when those running have ended."""
+        states = self.places.states(runs)
+        pending = [run for run in runs if states[run.folder] != "finished"]
+        self.bar.update(len(runs) - len(pending))
         running: dict[str, tuple[Run, int | None, Job]] = {}  # with the time of the record that it found
-        told, shown = 0, -math.inf
-        every = 2.0 if sys.stderr.isatty() else 60.0  # seconds; a log keeps every bar
+        told = 0
         try:
             while (pending and not self.stopped_by) or running:
                 while pending and not self.stopped_by and len(running) < self.jobs:
                     run = pending.pop(0)
-                    if self.places.adopt([run], neighbours=False):  # an equal run has finished since
-                        self.bar.total -= 1
-                        continue
-                    running[run.folder] = (run, self.places.record_time(run), self._start(run))
+                    found = self.places.record_time(run)
+                    try:
+                        running[run.folder] = (run, found, self._start(run, states[run.folder]))
+                    except UsageError as error:
+                        if not running and not self.finished:  # the others would be refused as well
+                            raise
+                        self.failures[run.folder] = str(error)
+                    self.bar.set_postfix_str(", ".join(running))
                 for folder, (run, found, job) in list(running.items()):
                     code = job.poll()
                     if code is not None:
@@ -87,42 +269,34 @@ class SweepLoop:
                     told = self._stop_count
                     for *_, job in running.values():
                         job.stop() if told == 1 else job.kill()
-                if time.monotonic() - shown > every:
-                    shown = time.monotonic()
-                    self._show([run for run, *_ in running.values()])
                 time.sleep(_POLL_SECONDS)
         except BaseException:
             for *_, job in running.values():
                 job.stop()
             raise
-        self._show([])
-
-    def block(self, runs: list[Run], reason: str) -> None:
-        """Count runs that cannot start as failed."""
-        for run in runs:
-            self.failures[run.folder] = reason
 
     def summary(self) -> int:
         """Print how the sweep ended; returns its exit code."""
         for folder, reason in self.failures.items():
             print(f"failed: {folder}: {reason}", file=sys.stderr)
-        already = self.total - self.bar.total
-        counts = f"{self.finished} run(s) finished now, {already} before, {len(self.failures)} failed"
-        print(counts + (f"; their lines are in {self.places.measured}" if self.places.measured.exists() else ""))
+        counts = f"{self.finished} run(s) finished now, {len(self.failures)} failed"
+        print(f"{counts}; the lines of all are in {self.places.measured}")
         if self.stopped_by:
             print("stopped; the same command continues from here", file=sys.stderr)
             return 128 + self.stopped_by
         return 1 if self.failures else 0
 
-    def _start(self, run: Run) -> Job:
-        command, state = command_line(run, self.places), self.places.state(run)
-        if state == "failed" or (self.rerun_changed and state != "new"):
+    def _start(self, run: Run, state: str) -> Job:
+        command = command_line(run, self.places)
+        if state == "failed" or self.rerun_changed:
             command.append("--overwrite_output_dir")  # which replaces another run, and goes on with an unchanged one
-            self.places.forget(run)
+        if state in ("failed", "changed"):
+            write_line(self.places.measured, run.folder, None)
         self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
         return self.launcher.start(command, self.places.log(run))
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
+        self.bar.update()
         try:  # a start that failed before it wrote a record has left that of an earlier start
             line = self.places.publish(run) if code == 0 or self.places.record_time(run) != found else None
         except UsageError as error:  # this run's record is damaged; the others go on
@@ -134,75 +308,39 @@ class SweepLoop:
             error = (line or {}).get("error") or _last_line(self.places.log(run)) or "it left no message"
             self.failures[run.folder] = f"exit code {code}: {error} (log: {self.places.log(run)})"
 
-    def _show(self, running: list[Run]) -> None:
-        parts = sum(self._fraction(run) for run in running)
-        self.bar.n = min(self.finished + len(self.failures) + parts, self.bar.total)
-        names = ", ".join(run.folder for run in running[:2]) + (", …" if len(running) > 2 else "")
-        failed = f", {len(self.failures)} failed" if self.failures else ""
-        self.bar.set_postfix_str(f"{self.finished}/{self.bar.total} runs{failed} {names}")
-
-    def _fraction(self, run: Run) -> float:
-        """How much of a running run is done, where its record says so."""
-        with contextlib.suppress(UsageError, KeyError, IndexError, TypeError, ZeroDivisionError):
-            record = read_json(self.places.working(run) / "results.json")
-            return min(1.0, record["steps"] / record["planned_steps"])
-        return 0.0
-
 
 def run_experiment(
     experiment: Experiment,
-    selecting: list[Run],
+    tuning: list[Run],
     final: list[Run],
     places: Places,
     launcher: LocalLauncher | SlurmLauncher,
     jobs: int,
     rerun_changed: bool = False,
 ) -> int:
-    """Run the selection stage (if any) and the final stage; returns the exit code, see :meth:`SweepLoop.summary`.
+    """Run the tuning stage (if any) and the final stage; returns the exit code, see :meth:`SweepLoop.summary`.
 
     Args:
-        selecting, final: the runs that are wanted of both stages. jobs: runs at once.
+        tuning, final: the runs that are wanted of both stages. jobs: runs at once.
         rerun_changed: run again, from the start, what was made with other arguments or contents.
 
     Raises:
         UsageError: for runs that were made otherwise, and where another process works in the folder.
     """
-    selection = experiment.selection
     places.output.mkdir(parents=True, exist_ok=True)
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
-        # A final run's chosen arguments are known only after the selection; what is known now is checked now.
-        choice = choose(selection, places)
-        known, waiting = chosen_runs(final, selection, choice)
-        if not rerun_changed:
-            places.check_unchanged([*selecting, *known, *made_otherwise(waiting, selection, places)])
-        _place_anew(experiment, choice, places)
-        with SweepLoop(launcher, jobs, places, len(selecting) + len(final), rerun_changed) as loop:
-            loop.run(selecting)
-            if selection and not loop.stopped_by:
-                keys = {selection.key(run) for run in selecting}
-                loop.run(second_round(selection, places, keys), planned=False)
+        if not rerun_changed:  # before hours of work, as far as the choices are known
+            places.check_unchanged([*tuning, *chosen_runs(experiment, final, places)[0]])
+        with SweepLoop(launcher, jobs, places, len(tuning) + len(final), rerun_changed) as loop:
+            loop.run(tuning)
+            ready, waiting = chosen_runs(experiment, final, places)
             if not loop.stopped_by:
-                choice = choose(selection, places)
-                runnable, waiting = chosen_runs(final, selection, choice)
-                changed = [] if rerun_changed else [run for run in runnable if places.state(run) == "changed"]
-                for run in changed:  # the selection, now complete, chose other values than before
-                    loop.block([run], f"it was {places.what_changed(run)}")
-                loop.block(
-                    waiting,
-                    "its selection is not complete: a run has not ended (take a refused value out of the file), "
-                    "or all of them failed",
-                )
-                _place_anew(experiment, choice, places)
-                loop.run([run for run in runnable if run not in changed])
+                for run in waiting:
+                    loop.failures[run.folder] = "its tuning is not complete: a run has not ended, or all values failed"
+                if not rerun_changed:
+                    places.check_unchanged(ready)
+                loop.run(ready)
         return loop.summary()
-
-
-def _place_anew(experiment: Experiment, choice: dict[tuple, dict[str, Any]], places: Places) -> None:
-    """Give the finished runs, those that are not asked for now too, the labels and axes of the experiment."""
-    selection = experiment.selection
-    known, _ = chosen_runs(experiment.runs, selection, choice)
-    tuning = [*selection.runs, *second_round(selection, places)] if selection else []
-    places.place_anew([*known, *tuning])
 
 
 def _last_line(log: Path) -> str:

@@ -1,12 +1,14 @@
 """The measured runs: `MEASURED_DIR/EXPERIMENT.jsonl` holds one line for each run, with what tables and figures need.
 
 A line has the run's place (`run`, `stage`, `axes`, `label`, `task`, `method`, `seed`), what the sweep asked for
-(`asked`), the arguments that differ from the defaults, every evaluation, the final sizes and norms, times, versions,
-the commit and the digests of the contents that the run read. The full record stays in the run's own folder.
+(`asked`), the arguments that differ from the defaults, every evaluation, the training loss in twentieths of the steps,
+the final sizes and norms, times, versions, the commit, the processor and the digests of the contents that the run read.
+The full record stays in the run's own folder.
 """
 
 import io
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -15,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from nlu.errors import UsageError
-from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free, seed_number
+from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
 from nlu.json_yaml import check
 from nlu.runs.files import write_text
 from nlu.runs.lock import locked
-from nlu.tasks import TASKS
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
@@ -48,7 +49,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     if status == "finished" and None in scores:
         status, error = "failed", "an evaluation has no finite score or loss"
     asked = run.arguments.get("seed")
-    if status == "finished" and seed_number(record.get("seed")) != seed_number(asked):
+    if status == "finished" and str(record.get("seed")) != str(asked):
         status, error = "failed", f"its record is of seed {record.get('seed')}, and {asked} was asked for"
     line = {
         **place_of(run, str(record.get("method"))),
@@ -72,8 +73,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
     """The part of a line that says which run of the experiment it is; `method` is the base method."""
     axes = place_free(run.axes)
     label = label_of(axes, method) or _method_name(str(run.arguments.get("method")), method)
-    where = {"run": run.folder, "stage": run.stage, "label": label, "axes": axes, "tried": run.tried}
-    return portable(where | ({"extra": True} if run.extra else {}))
+    return portable({"run": run.folder, "stage": run.stage, "label": label, "axes": axes, "tried": run.tried})
 
 
 def label_of(axes: dict[str, Any], method: str) -> str:
@@ -185,6 +185,21 @@ def portable(value: Any) -> Any:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
+def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
+    """Add the line of a run that no sweep started to `measured`/MODEL.jsonl; returns the file.
+
+    Args:
+        folder: the run's root_output_dir; its path from the folder that holds `measured` names the run.
+        record: its `results.json`; its status is "finished" or "failed".
+    """
+    axes = {"method": record["method_config"], "task_name": record["task"], "seed": record["seed"]}
+    name = os.path.relpath(folder, measured.absolute().parent)
+    path = measured / f"{record['model']}.jsonl"
+    asked = not_default(record["arguments"]) | axes
+    write_line(path, name, measured_line(Run(record["model"], "final", name, axes, asked), record))
+    return path
+
+
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     """Put a run's line in place of its earlier one, or take it out (None); the file is replaced whole, under a lock."""
     if line is not None:
@@ -231,13 +246,9 @@ def check_line(line: Any, where: str) -> None:
     """
     check(line, "measured_line", where)
     if line["status"] == "finished":
-        evaluations = line["evaluations"]
-        task = TASKS.get(line["task"])
-        shown = task.score_columns.values() if task else ()
-        scores = {line["metric"], *(name for name in shown if name in evaluations)}
-        for name in sorted(scores):
-            check(evaluations.get(name), "measured_line", f"{where}: evaluations: {name}", "numbers")
-        if len({len(evaluations[name]) for name in ("step", "loss", *scores)}) > 1:
+        evaluations, metric = line["evaluations"], line["metric"]
+        check(evaluations.get(metric), "measured_line", f"{where}: evaluations: {metric}", "numbers")
+        if len({len(evaluations[name]) for name in ("step", "loss", metric)}) > 1:
             raise UsageError(f"{where}: evaluations have lists of different lengths; restore the line")
 
 

@@ -1,6 +1,8 @@
 """Computes scores, paired differences with their intervals, and the verdicts of claims from the measured lines."""
 
-import math
+from __future__ import annotations
+
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,33 +13,32 @@ import pandas as pd
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.experiments.claims import Claim, Question
-from nlu.experiments.records import label_of, read_lines
+from nlu.experiments.records import read_lines
 from nlu.tasks import TASKS
 
-LEVEL = 0.5  # points: a difference within this margin counts as level
-_BOUND = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim's test compares with
-DATA_FILES = ("train_file", "validation_file")
+LEVEL = 0.5  # points: a gain of less is not worth choosing a method for
 SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
+FREEDOM = 4.0  # of the Student-t errors, as Lange, Little and Taylor (JASA 84, 1989) advise for few observations
+_BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim's test compares with
 _NAMES = [
-    "experiment", "stage", "status", "task", "method", "label", "seed", "tried", "extra", "axes", "asked",
-    "module_ranks", "taken_over_from", "digests",
+    "experiment", "run", "stage", "status", "task", "metric", "method", "label", "seed", "tried", "axes", "asked",
+    "arguments", "model", "machine", "module_ranks", "training_loss", "digests",
 ]  # fmt: skip
 _FIGURES = [
-    "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
-    "rate_sum_pruning", "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes", "test",
+    "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum", "rate_sum_pruning",
+    "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes", "constant_loss",
 ]  # fmt: skip
+_COMPUTED = ["steps_at", "scores", "losses", "last", "best", "loss", "lowest_loss", "mismatched_accuracy", "test"]
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
 
 
 def load_measured(folder: Path) -> pd.DataFrame:
-    """Every run below a folder, one row each, in the order in which tables show them.
-
-    Columns beside those of the lines: `experiment`; `steps_at`, `scores` and `losses` (one list each, over the
-    evaluations; scores in percent, the mean of the task's columns); `last`, `best`, `loss` (the last), `lowest_loss`;
-    `test`, the score on a labelled test set.
+    """Every run below a folder, one row each, in the order in which tables show them; see :func:`as_frame`.
 
     Raises:
-        UsageError: no such folder, a damaged line, or two final runs of one experiment, label, task and seed.
+        UsageError: no such folder, a damaged line, or one run twice.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; name the sweep's --measured_dir")
@@ -45,43 +46,82 @@ def load_measured(folder: Path) -> pd.DataFrame:
 
 
 def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """Lines, each with its experiment's name, as :func:`load_measured` returns them."""
-    rows = [_row(experiment, line) for experiment, line in lines]
-    frame = pd.DataFrame(rows, columns=[*_NAMES, *_FIGURES, "steps_at", "scores", "losses"])
+    """Lines, each with its experiment's name, as one frame.
+
+    Columns beside those of the lines: `steps_at`, `scores` (percent, the task's one score) and `losses`, a list each
+    over the evaluations; `last`, `best`, `loss` (the last) and `lowest_loss`; `mismatched_accuracy`, on MNLI's
+    mismatched set; `test`, on a labelled test set; `data`, which data files were read; `failed`, see
+    :func:`have_failed`; `rerun`, whether it repeats a failed run with its seed + 100.
+    Labels that do not tell two runs of one task and seed apart gain the arguments that do.
+
+    Raises:
+        UsageError: two final runs differ in nothing that a label could name.
+    """
+    frame = pd.DataFrame([_row(*each) for each in lines], columns=[*_NAMES, *_FIGURES, *_COMPUTED])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
-    for name, source in (("last", "scores"), ("loss", "losses")):
-        frame[name] = [values[-1] if values else np.nan for values in frame[source]]
-    frame["best"] = [max(values) if values else np.nan for values in frame["scores"]]
-    frame["lowest_loss"] = [min(values) if values else np.nan for values in frame["losses"]]
-    final = finished(frame)
-    twice = final[final.duplicated(["experiment", "label", "task", "seed"])]
-    if len(twice):
-        first = twice.iloc[0]
-        raise UsageError(
-            f"{first.experiment}.jsonl has {first.label} on {first.task} with seed {first.seed} twice; give "
-            "the axes of the experiment labels that differ"
-        )
+    frame["data"] = [_data_files(*each) for each in zip(frame.digests, frame.asked, strict=True)]
+    frame["failed"] = have_failed(frame)
+    _tell_apart(frame)
+    failed = set(_keys(frame[frame.failed & (frame.stage == "final")]))
+    frame["rerun"] = [key in failed for key in _keys(frame, seed_less=100)]
     return _ordered(frame)
 
 
 def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {name: line.get(name) for name in (*_NAMES, *_FIGURES)}
-    row |= {"experiment": experiment, "extra": bool(line.get("extra")), "steps_at": [], "scores": [], "losses": []}
+    row = {name: line.get(name) for name in (*_NAMES, *_FIGURES)} | {"experiment": experiment}
+    row |= {"steps_at": [], "scores": [], "losses": []}
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
-        metrics = [name for name in (task.score_columns.values() if task else ()) if name in evaluations]
-        metrics = metrics or [line["metric"]]
-        scores = np.mean([evaluations[name] for name in metrics], axis=0)
-        row |= {"steps_at": evaluations["step"], "scores": list(100 * scores), "losses": evaluations["loss"]}
-        own_files = {Path(name).stem for name, _ in task.submission_files} if task else None
-        tests = [
-            scores[metric]
-            for name, scores in line.get("test_scores", {}).items()
-            for metric in metrics
-            if metric in scores and (own_files is None or name in own_files)
-        ]
-        row["test"] = 100 * np.mean(tests) if tests else None
+        scores = evaluations[line["metric"]]  # which is that of Task.score
+        second = evaluations.get("mismatched_accuracy")
+        own = {Path(name).stem for name, _ in task.submission_files[:1]} if task else line.get("test_scores", {})
+        tests = [each[line["metric"]] for name, each in line.get("test_scores", {}).items() if name in own]
+        row |= {
+            "steps_at": evaluations["step"],
+            "scores": [100 * score for score in scores],
+            "losses": evaluations["loss"],
+            "last": 100 * scores[-1],
+            "best": 100 * max(scores),
+            "loss": evaluations["loss"][-1],
+            "lowest_loss": min(evaluations["loss"]),
+            "mismatched_accuracy": 100 * second[-1] if second else None,
+            "test": 100 * np.mean(tests) if tests else None,
+        }
     return row
+
+
+def _data_files(digests: dict[str, str] | None, asked: dict[str, Any]) -> str:
+    names = ("glue_dir", "train_file", "validation_file")
+    return json.dumps([(digests or {}).get(name) or (asked or {}).get(name) for name in names])
+
+
+def have_failed(runs: pd.DataFrame) -> pd.Series:
+    """Whether each run has learned nothing, told without its score.
+
+    The mean training loss of the last tenth of the steps exceeds 0.95 of the loss of the best constant answer. Records
+    from before the training loss was kept: no evaluation's loss is below 0.99 of it. A run that ended early has failed.
+    """
+    ends = np.array([np.mean(losses[-2:]) if isinstance(losses, list) else np.nan for losses in runs.training_loss])
+    shares = np.where(np.isnan(ends), runs.lowest_loss.astype(float) / 0.99, ends / 0.95)
+    return (shares > runs.constant_loss) | (runs.status == "failed")
+
+
+def _tell_apart(frame: pd.DataFrame) -> None:
+    """Add to the labels of an experiment what tells its final runs of one label, task and seed apart."""
+    key = ["experiment", "label", "task", "seed"]
+    for _ in range(10):
+        final = finished(frame)
+        twice = final[final.duplicated(key, keep=False)]
+        if not len(twice):
+            return
+        experiment, label = twice.iloc[0][["experiment", "label"]]
+        one, other = twice[(twice[key] == twice.iloc[0][key]).all(axis=1)].arguments.iloc[:2]
+        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+        if not names:
+            run = twice.iloc[0]
+            raise UsageError(f"{experiment}.jsonl has {label} on {run.task} with seed {run.seed} twice: delete a line")
+        own = (frame.experiment == experiment) & (frame.label == label)
+        frame.loc[own, "label"] += [f", {names[0]}={each.get(names[0])}" for each in frame[own].arguments]
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
@@ -98,77 +138,37 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
             "task": [names.index(name) if name in names else len(names) for name in frame.task],
             "task_name": frame.task,
             "seed": frame.seed,
+            "run": frame.run,
         }
     )
     return frame.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
 
 
-def tuned_over(runs: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """Runs of experiments that tried each row with the values of an axis, as a tuning stage and its choice.
-
-    The final runs become runs of the tuning stage, their labels without the axis, with the
-    arguments that differ between its values as what was tried. For each row and task the runs of the value with the
-    lowest mean loss at the last evaluation are there once more, as final runs; a value that lacks a seed, or of which
-    a run failed, cannot be chosen.
-
-    Raises:
-        UsageError: none of the runs has the axis.
-    """
-    here = runs.stage == "final"
-    known = {name: None for axes in runs[here]["axes"] for name in axes}
-    if known and axis not in known:
-        raise UsageError(f"tuned: no run has the axis {axis!r}; the axes are {', '.join(known)}")
-    here &= runs["axes"].map(lambda axes: axis in axes)
-    tuning = runs[here].copy()
-    values = [repr(axes[axis]) for axes in tuning["axes"]]  # None too is a value
-    free = [{name: value for name, value in axes.items() if name != axis} for axes in tuning["axes"]]
-    tuning["label"] = [label_of(*pair) for pair in zip(free, tuning.method, strict=True)]
-    kept = [runs[~here]]
-    for _, own in tuning.assign(value=values).groupby(["experiment", "label", "task"], sort=False):
-        asked = pd.DataFrame(own.asked.tolist()).drop(columns="seed", errors="ignore").map(repr)
-        varies = (asked.groupby(own.seed.to_numpy()).nunique() > 1).any()  # what goes with a seed does not
-        own["tried"] = [{name: each[name] for name in asked.columns[varies] if name in each} for each in own.asked]
-        losses = mean_losses(own, own.value)
-        kept.append(own.assign(stage="select"))
-        kept.append(own[own.value == losses.idxmin()] if len(losses) else own[:0])
-    return _ordered(pd.concat(kept).drop(columns="value", errors="ignore").reset_index(drop=True))
-
-
-def mean_losses(runs: pd.DataFrame, values: pd.Series) -> pd.Series:
-    """Value → mean loss at the last evaluation over the seeds, for the values whose runs have finished with every seed.
-
-    Args:
-        runs: of one row and task. values: what each of them tried.
-    """
-    done = runs[runs.status == "finished"].groupby(values, sort=False)
-    return done.loss.mean()[done.seed.nunique() == runs.seed.nunique()]
-
-
-def runs_of(runs: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """The runs that a question is about, of both stages, its axis tuned; a run that was taken over counts once.
-
-    Raises:
-        UsageError: two of its experiments have a final run of one label, task and seed.
-    """
-    own = runs[runs.experiment.isin(question.experiments)]
-    own = own if question.tuned is None else tuned_over(own, question.tuned)
-    key = own.assign(tried=own.tried.map(str).where(own.stage == "select")).sort_values(
-        "taken_over_from", na_position="first"
-    )
-    twice = key[key.duplicated(["stage", "status", "label", "task", "seed", "tried"])]
-    originals = finished(twice[twice.taken_over_from.isna()])
-    if len(originals):
-        first = originals.iloc[0]
-        raise UsageError(
-            f"{question.question} {' and '.join(question.experiments)} both have {first.label} on {first.task} with "
-            f"seed {first.seed}, and these are no independent runs: ask about one of them"
-        )
-    return own.drop(twice.index[twice.taken_over_from.notna()])
-
-
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished final runs."""
     return runs[(runs.stage == "final") & (runs.status == "finished")]
+
+
+def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
+    """The same with the test set's score as the last evaluation's on these tasks; `validation` keeps the latter."""
+    there = runs.task.isin(list(tasks)) & runs.test.notna()
+    return runs.assign(validation=runs["last"].where(there), last=runs["last"].mask(there, runs.test))
+
+
+def with_reruns(final: pd.DataFrame) -> pd.DataFrame:
+    """Final runs for their scores: a failed run is left out where it was rerun, and the rerun takes its seed."""
+    keys = _keys(final)
+    rerun = set(_keys(final[final.rerun], seed_less=100))
+    replaced = np.array([key in rerun for key in keys], dtype=bool)
+    return final.assign(seed=final.seed.mask(final.rerun, final.seed - 100))[~replaced]
+
+
+def _keys(runs: pd.DataFrame, seed_less: int = 0) -> list[tuple]:
+    seeds = [seed - seed_less if isinstance(seed, int) else seed for seed in runs.seed]
+    return list(zip(runs.experiment, runs.stage, runs.label, runs.task, seeds, strict=True))
+
+
+# ---- estimates -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,18 +184,15 @@ class Estimate:
     count: int
 
     @property
-    def half_width(self) -> float | None:
-        """Half the width of the 95 % interval (Student's t)."""
-        return None if self.error is None else float(stats.t.ppf(0.975, self.freedom)) * self.error
-
-    @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval."""
-        half = self.half_width
-        return None if half is None else (self.mean - half, self.mean + half)
+        """The 95 % interval (Student's t)."""
+        if self.error is None:
+            return None
+        half = float(stats.t.ppf(0.975, self.freedom)) * self.error
+        return self.mean - half, self.mean + half
 
     def p_value(self, expect: str) -> float | None:
-        """The two-sided p value of the claim: small where it holds, and where its opposite does.
+        """The two-sided p value of a claim: small where it holds, and where its opposite does.
 
         "higher" tests a difference of 0, "not lower" one of -`LEVEL`. "level" has two tests: that the difference lies
         within `LEVEL` in both directions (two one-sided tests), and that it lies outside.
@@ -209,34 +206,43 @@ class Estimate:
             lost, gained = 1 - above[-LEVEL], above[LEVEL]
             smaller = min(max(1 - lost, 1 - gained), lost, gained)
         else:
-            one_sided = above[_BOUND[expect]]
-            smaller = min(one_sided, 1 - one_sided)
+            smaller = min(above[_BOUNDS[expect]], 1 - above[_BOUNDS[expect]])
         return min(1.0, 2 * smaller)
 
+    def verdict(self, expect: str, p: float | None) -> str:
+        """What follows for a claim whose corrected p value is `p`: holds, contradicted, no gain or not shown."""
+        if self.interval is None or p is None:
+            return "not shown"
+        if p < 0.05:
+            holds = abs(self.mean) < LEVEL if expect == "level" else self.mean > _BOUNDS[expect]
+            return "holds" if holds else "contradicted"
+        return f"no gain of {LEVEL}" if expect == "higher" and self.interval[1] < LEVEL else "not shown"
 
-def estimate(values: pd.Series, tasks: pd.Series) -> Estimate:
+
+Spread = dict[str, tuple[float, int]]  # task → the variance of one value, and its degrees of freedom
+
+
+def estimate(values: pd.Series, tasks: pd.Series, pooled: Spread | None = None) -> Estimate:
     """The mean over tasks of the mean over seeds; values that are not known (NaN) do not count.
 
     The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
-    (Biometrics Bulletin 2, 1946). Where a task has one value only, or no value differs from the others of its task, the
-    error is not known.
+    (Biometrics Bulletin 2, 1946). Each task's variance is that of its own values, or of `pooled`.
     """
     values = values.dropna()
     groups = values.groupby(tasks, sort=False)
     mean, sizes = float(groups.mean().mean()), groups.size()
-    if not len(values) or sizes.min() < 2:
+    if pooled is None:
+        variances, freedoms = groups.var(ddof=1), sizes - 1
+    else:
+        variances, freedoms = (pd.Series({t: pooled[t][i] for t in sizes.index}, dtype=float) for i in (0, 1))
+    if not len(values) or freedoms.min() < 1:
         return Estimate(mean, None, None, len(values))
-    parts = groups.var(ddof=1) / sizes / len(sizes) ** 2
+    parts = variances / sizes / len(sizes) ** 2
     variance = float(parts.sum())
     if variance < 1e-18:  # points²: the rounding of the last bit
         return Estimate(mean, None, None, len(values))
-    freedom = 1 / float(((parts / variance) ** 2 / (sizes - 1)).sum())
+    freedom = 1 / float(((parts / variance) ** 2 / freedoms).sum())
     return Estimate(mean, variance**0.5, freedom, len(values))
-
-
-def mean_of_medians(values: pd.Series, tasks: pd.Series) -> float:
-    """The mean over tasks of the median over seeds, which one lost run of several does not move."""
-    return float(values.groupby(tasks).median().mean())
 
 
 def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
@@ -246,69 +252,88 @@ def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
     return {label: estimate(own["last"], own.task) for label, own in labels if own.task.nunique() == tasks}
 
 
-def highest(known: dict[str, Estimate]) -> list[str]:
-    """The labels with the highest mean: several where they tie."""
-    best = max(result.mean for result in known.values())
-    return [label for label, result in known.items() if result.mean > best - 1e-9]
-
-
-def of_one_data_set(runs: pd.DataFrame) -> bool:
-    """Whether all runs of a task and seed were made with the same data files, so that their scores compare."""
-    known_by = zip(runs.digests, runs.asked, strict=True)  # a line holds no folder, and no digest before 0.2
-    files = [str([(digests or {}).get(name) or asked.get(name) for name in DATA_FILES]) for digests, asked in known_by]
-    return not runs.assign(files=files).groupby(["task", "seed"]).files.nunique().gt(1).any()
-
-
-def common_seeds(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs, of the labels that have every task, with the seeds that all of these have on a task.
-
-    None where some task has no such seed.
-    """
-    whole = runs[runs.groupby("label").task.transform("nunique") == runs.task.nunique()]
-    shared = whole[whole.groupby(["task", "seed"]).label.transform("nunique") == whole.label.nunique()]
-    return shared if shared.task.nunique() == runs.task.nunique() else shared[:0]
-
-
-@dataclass(frozen=True)
-class Change:
-    """The change of a positive quantity in percent: geometric mean of ratios, and its 95 % interval."""
-
-    mean: float
-    interval: tuple[float, float] | None
-
-
-def percent(logarithms: Estimate) -> Change:
-    """The change in percent that an estimate of the ln of a ratio stands for."""
-    ends = logarithms.interval and tuple(100 * math.expm1(end) for end in logarithms.interval)
-    return Change(100 * math.expm1(logarithms.mean), ends)
-
-
-def paired(runs: pd.DataFrame, label: str, against: str) -> pd.DataFrame:
-    """The differences of two labels over the (task, seed) that both have: columns task, seed and difference.
+def paired(runs: pd.DataFrame, label: str, against: str, column: str = "last") -> pd.DataFrame:
+    """The differences of two labels over the tasks, seeds and data that both have: columns task, seed, difference.
 
     The column loss_ratio is the ln of the ratio of the losses at the last evaluation: its mean over tasks has a meaning
     whatever their losses are.
     """
-    pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed"])
+    pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed", "data"])
     # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
-    difference = (pairs["last_x"] - pairs["last_y"]).astype(float).round(9)
+    difference = (pairs[f"{column}_x"] - pairs[f"{column}_y"]).astype(float).round(9)
     losses = pairs[["loss_x", "loss_y"]].astype(float)
     losses = losses.where(losses > 0)  # a loss of 0 has no ratio
     ratio = np.log(losses["loss_x"] / losses["loss_y"])
     return pairs[["task", "seed"]].assign(difference=difference, loss_ratio=ratio)
 
 
-def compared(runs: pd.DataFrame, against: str) -> dict[str, tuple[Change, Estimate]]:
-    """Label → change of the loss in percent and of the score in points against one label, in the order of the runs.
+def pooled_spread(runs: pd.DataFrame) -> Spread:
+    """The variance of a paired difference on each task, pooled over all labels.
 
-    A label that shares no task and seed with that one is left out.
+    It is twice the residual variance of score = label + seed, the two-way layout of the task's runs.
     """
-    pairs = {label: paired(runs, label, against) for label in dict.fromkeys(runs.label) if label != against}
-    return {
-        label: (percent(estimate(own.loss_ratio, own.task)), estimate(own.difference, own.task))
-        for label, own in pairs.items()
-        if len(own)
-    }
+    spread = {}
+    for task, own in runs.groupby("task", sort=False):
+        dummies = pd.get_dummies(own[["label", "seed"]].astype(str), dtype=float).to_numpy()
+        scores = own["last"].to_numpy(float)
+        fitted, _, rank, _ = np.linalg.lstsq(dummies, scores)
+        freedom = len(own) - int(rank)
+        residual = float(((scores - dummies @ fitted) ** 2).sum())
+        spread[task] = (2 * residual / freedom if freedom > 0 else np.nan, freedom)
+    return spread
+
+
+def student_t(runs: pd.DataFrame, column: str = "last") -> StudentT | None:
+    """Fit a location for each label and task with Student-t errors, whose scale a task's labels share.
+
+    Maximum likelihood by iterated reweighting with `FREEDOM` degrees of freedom: a lost run counts little, and none is
+    left out. None where no label and task has two runs.
+    """
+    cells, tasks = [runs.label, runs.task], runs.task
+    scores = runs[column].astype(float)
+    sizes = scores.groupby(cells).size()
+    freedoms = scores.groupby(tasks).size() - sizes.groupby(level="task").size()
+    if not len(runs) or freedoms.min() < 1:
+        return None
+    weights = pd.Series(1.0, runs.index)
+    for _ in range(1000):
+        centres = (weights * scores).groupby(cells).sum() / weights.groupby(cells).sum()
+        residuals = scores - centres.reindex(pd.MultiIndex.from_arrays(cells)).to_numpy()
+        variances = (weights * residuals**2).groupby(tasks).sum() / freedoms
+        ratio = (residuals**2 / tasks.map(variances)).fillna(0.0)  # equal scores have no scale
+        new = (FREEDOM + 1) / (FREEDOM + ratio)
+        converged = float((new - weights).abs().max()) < 1e-10
+        weights = new
+        if converged:
+            break
+    information = (FREEDOM + 3) / (FREEDOM + 1)  # of a location's estimate, against that with normal errors
+    return StudentT(centres, sizes, variances * information, int(freedoms.sum()))
+
+
+@dataclass(frozen=True)
+class StudentT:
+    """The fit of :func:`student_t`: (label, task) → location and runs, task → variance of one run's location."""
+
+    centres: pd.Series
+    sizes: pd.Series
+    variances: pd.Series
+    freedom: int
+
+    def difference(self, label: str, against: str) -> Estimate:
+        """The mean over the tasks that both have of the difference of their locations."""
+        tasks = [task for task in self.centres[label].index if task in self.centres[against].index]
+        mean = float(np.mean([self.centres[label, task] - self.centres[against, task] for task in tasks]))
+        shares = [
+            self.variances[task] * (1 / self.sizes[label, task] + 1 / self.sizes[against, task]) for task in tasks
+        ]
+        error = float(np.sqrt(sum(shares))) / len(tasks)
+        return Estimate(mean, error or None, self.freedom, int(self.sizes[label].sum()))
+
+
+def clopper_pearson(failed: int, runs: int) -> tuple[float, float]:
+    """The exact 95 % interval of a rate (Clopper and Pearson, Biometrika 26, 1934)."""
+    interval = stats.binomtest(failed, runs).proportion_ci(method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:
@@ -325,26 +350,36 @@ def holm(p_values: list[float | None]) -> list[float | None]:
     return corrected
 
 
-def correct_claims(runs: pd.DataFrame, questions: Iterable[Question]) -> dict[Claim, float | None]:
-    """Claim → its p value, corrected over the claims of all questions."""
-    claims, raw = [], []
-    for question in questions:
-        own = finished(runs_of(runs, question)) if question.claims else runs
-        for claim in question.claims:
-            pairs = paired(own, claim.label, claim.against)
-            claims.append(claim)
-            raw.append(estimate(pairs.difference, pairs.task).p_value(claim.expect) if len(pairs) else None)
-    return dict(zip(claims, holm(raw), strict=True))
+def seeds_for(points: float, spread: Spread) -> int | None:
+    """Seeds that show a difference of so many points with a power of 80 % (two-sided, 5 %); None without a spread."""
+    variance = sum(each for each, _ in spread.values()) / len(spread) ** 2
+    if not variance > 0:
+        return None
+    n = 2
+    while n < 10_000:
+        quantiles = stats.t.ppf([0.975, 0.8], len(spread) * (n - 1)).sum()
+        if quantiles**2 * variance / n <= points**2:
+            break
+        n += 1
+    return n
 
 
-def verdict(result: Estimate, expect: str, p: float | None) -> str:
-    """The verdict on a claim: holds, level, contradicted or not shown; `p` is corrected for the number of claims."""
-    if result.interval is None or p is None:
-        return "not shown"
-    low, high = result.interval
-    if expect == "higher" and low >= -LEVEL and high <= LEVEL:
-        return "level"
-    if p >= 0.05:
-        return "not shown"
-    holds = abs(result.mean) < LEVEL if expect == "level" else result.mean > _BOUND[expect]
-    return "holds" if holds else "contradicted"
+def choose_rates(runs: pd.DataFrame, setting: str = "learning_rate") -> pd.DataFrame:
+    """One value of a setting for each row over all tasks: the highest mean over tasks of the z-scored score.
+
+    Args:
+        runs: of the tuning, several values for each row and task, in the column `value`; `row` is the label without it.
+
+    Returns:
+        For each row and value: `z`, its mean over tasks; `failed`, whether a run at it failed on any task; `barred`,
+        whether one failed at it or at the next higher value; `chosen`.
+    """
+    scores = runs["last"].astype(float)
+    z = (scores - scores.groupby(runs.task).transform("mean")) / scores.groupby(runs.task).transform("std")
+    groups = runs.assign(z=z).groupby(["row", "value"], sort=False)
+    by_task = runs.assign(z=z).groupby(["row", "value", "task"]).z.mean()
+    table = pd.DataFrame({"z": by_task.groupby(level=[0, 1]).mean(), "failed": groups.failed.any()}).reset_index()
+    table = table.sort_values(["row", "value"]).reset_index(drop=True)
+    table["barred"] = table.failed | table.groupby("row").failed.shift(-1, fill_value=False).astype(bool)
+    best = table[~table.barred].groupby("row").z.idxmax()
+    return table.assign(chosen=table.index.isin(best))

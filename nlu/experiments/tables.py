@@ -1,47 +1,44 @@
-"""The tables of a report: pandas groups and joins the runs."""
+"""The tables of a report: frames of unrounded figures, formatted only where they are printed."""
 
-from statistics import fmean
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from loralib.checks import is_number
-from nlu.experiments.cells import (
-    NONE,
-    Cell,
-    Table,
-    cell,
-    count,
-    counted,
-    interval,
-    number,
-    ranged,
-    rounded,
-    signed,
-    signed_percent,
-    with_deviation,
-)
-from nlu.experiments.claims import Claim, Question
+from nlu.experiments.claims import Question
 from nlu.experiments.statistics import (
     LEVEL,
     SHORT,
+    Estimate,
     averages,
-    common_seeds,
-    compared,
+    choose_rates,
+    clopper_pearson,
     estimate,
     finished,
-    mean_losses,
-    mean_of_medians,
+    holm,
     paired,
-    percent,
-    verdict,
+    pooled_spread,
+    seeds_for,
+    student_t,
+    with_reruns,
 )
+from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
 ALL = "all tasks"
-LOSS_CHANGE = "Loss: the change at the last evaluation, as a geometric mean of ratios; less is better."
-AT_END = "† an end of the values tried: the best value may lie outside."
-SHORT_STEPS = 1000  # a training of fewer steps ranks no methods
+_CLAIM_COLUMNS = [
+    "claim", "expected", "task", "pairs", "difference", "low", "high", "p_holm", "verdict",
+    "loss_change", "loss_low", "loss_high", "published", "source",
+]  # fmt: skip
+NONE = "–"
+
+
+# ---- frames of figures -----------------------------------------------------------------------------------------------
 
 
 def rows_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -49,279 +46,341 @@ def rows_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(label, runs[runs.label == label]) for label in dict.fromkeys(runs.label)]
 
 
-def is_short(runs: pd.DataFrame) -> bool:
-    """Whether a low-rank update was trained with Λ under `SHORT` in some run."""
-    return bool((runs.delta_norm.notna() & (runs.rate_sum < SHORT)).any())
+def _figures(prefix: str, result: Estimate | None) -> dict[str, float]:
+    low, high = (result.interval if result else None) or (np.nan, np.nan)
+    return {f"{prefix}difference": result.mean if result else np.nan, f"{prefix}low": low, f"{prefix}high": high}
 
 
-def are_held_out(runs: pd.DataFrame) -> bool:
-    """Whether all of them were scored on a part of the training set."""
-    return all((asked or {}).get("holdout_fraction") for asked in runs.asked)
+def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
+    """One row for each method: scores in percent, the difference from its reference, and failed runs.
 
-
-def score_table(name: str, runs: pd.DataFrame) -> Table:
-    """Mean ± standard deviation over seeds for each task, and the average over the tasks with its interval.
-
-    Where rows have different seeds, a column has the averages over those that all have: the others do not compare.
+    Columns: `row`, `parameters`, `remaining`, `runs`; for each task its mean and `TASK_std`, where there are such
+    scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average`, and `best`, of the best evaluations;
+    `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by the Student-t model
+    of all runs, and with `best_` by that of the best evaluations; `failed` of `runs`, `failed_low`, `failed_high`.
     """
-    tasks, known, shared = list(dict.fromkeys(runs.task)), averages(runs), averages(common_seeds(runs))
-    seeds_differ = any(known[label] != average for label, average in shared.items())
+    done, planned = finished(with_reruns(final)), final[~final.rerun]
+    sizes = done.groupby("label").adapter_params.max()
+    known, pooled = averages(done), pooled_spread(done) if question.pooled else None
+    models = {"t_": student_t(done), "best_": student_t(done, "best")}
+    tasks = list(dict.fromkeys(done.task))
     rows = []
-    for label, own in rows_of(runs):
-        result = known.get(label)
+    for label, own in rows_of(done):
+        every = planned[planned.label == label]
         row = {
-            "": cell(label + (" (short)" if is_short(own) else ""), row=label, short=is_short(own)),
-            "parameters": counted("parameters", own.adapter_params.max()),
-            "seeds": ranged("seeds", own.groupby("task").seed.nunique()),
+            "row": label,
+            "parameters": sizes[label],
+            "remaining": own.live_adapter_params.mean(),
+            "runs": len(every),
+            "failed": int(every.failed.sum()),
         }
+        row["failed_low"], row["failed_high"] = clopper_pearson(row["failed"], row["runs"])
         for task in tasks:
-            of_task, heading = own[own.task == task], HEADINGS.get(task, task)
-            row[heading] = with_deviation(task, of_task["last"])
-            if runs[runs.task == task].test.notna().any():
-                row[f"{heading} test"] = with_deviation(f"{task}_test", of_task.test)
-        row |= {
-            "average": rounded("average", result and result.mean),
-            "95 % interval": interval(result),
-            **({"average, common seeds": rounded("common", result and shared[label].mean)} if seeds_differ else {}),
-            "average of medians": rounded("medians", result and mean_of_medians(own["last"], own.task)),
-            "average of best": rounded("best", result and own.groupby("task")["best"].mean().mean()),
-        }
+            scores = own[own.task == task]
+            columns = {task: "last", f"{task}_test": "test", f"{task}_validation": "validation"}
+            for name, column in {**columns, "mismatched_accuracy": "mismatched_accuracy"}.items():
+                if column == "last" or (column in scores and scores[column].notna().any() and name not in row):
+                    row |= {name: scores[column].mean(), f"{name}_std": scores[column].std(ddof=1)}
+        row["average"] = known[label].mean if label in known else np.nan
+        row["best"] = own.groupby("task").best.mean().mean() if label in known else np.nan
+        against = question.reference(label, sizes)
+        pairs = paired(done, label, against) if against else []
+        row["against"] = against or ""
+        row |= _figures("", estimate(pairs.difference, pairs.task, pooled) if len(pairs) else None)
+        for name, model in models.items():
+            row |= _figures(name, model.difference(label, against) if model and len(pairs) else None)
         rows.append(row)
-    notes = [
-        "Last evaluation on the validation set in percent, mean ± standard deviation over the seeds. "
-        "Interval: Student's t, the tasks as strata; it covers the variation between seeds only. Average of medians: "
-        "over the tasks, of the medians over the seeds, which one lost run does not move. The last column takes each "
-        "run's best evaluation, chosen on the validation set itself, as the papers report it.",
+    frame = pd.DataFrame(rows)
+    for task in question.test:  # it is the score there, and the validation's stands beside it
+        frame = frame.drop(columns=[f"{task}_test", f"{task}_test_std"], errors="ignore")
+    return frame
+
+
+def claims_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
+    """The question's claims, a row for all tasks together and one for each; p is corrected for their number (Holm)."""
+    done = finished(with_reruns(final))
+    sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
+    rows, whole = [], []
+    for claim in question.claims:
+        against = claim.against or question.reference(claim.label, sizes) if claim.label in sizes else claim.against
+        pairs = paired(done, claim.label, against or "")
+        tasks = list(dict.fromkeys(pairs.task))
+        whole.append(estimate(pairs.difference, pairs.task, pooled) if len(pairs) else None)
+        for task in [ALL, *(tasks if len(tasks) > 1 else [])]:
+            own = pairs if task == ALL else pairs[pairs.task == task]
+            result = estimate(own.difference, own.task, pooled) if len(own) else None
+            loss = estimate(own.loss_ratio, own.task) if len(own) else None
+            rows.append(
+                {"claim": f"{claim.label} − {against}", "expected": claim.expect, "task": task, "pairs": len(own)}
+                | _figures("", result)
+                | {
+                    name.replace("difference", "change"): 100 * np.expm1(value)
+                    for name, value in _figures("loss_", loss).items()
+                }
+                | {"published": claim.published if task == ALL else None, "source": claim.source}
+            )
+    corrected = holm(
+        [result and result.p_value(claim.expect) for claim, result in zip(question.claims, whole, strict=True)]
+    )
+    frame = pd.DataFrame(rows)
+    for (claim, result), p in zip(zip(question.claims, whole, strict=True), corrected, strict=True):
+        title = frame.claim.str.startswith(f"{claim.label} − ") & (frame.expected == claim.expect) & (frame.task == ALL)
+        frame.loc[title, "p_holm"] = p
+        frame.loc[title, "verdict"] = result.verdict(claim.expect, p) if result else "not measured yet"
+    return frame
+
+
+def training_frame(final: pd.DataFrame) -> pd.DataFrame:
+    """How far each row was trained on each task: means over the seeds.
+
+    `rate_sum` is Λ, the sum of the learning rates over the steps, `rate_sum_pruning` that when pruning starts;
+    `delta_norm` is ‖ΔW‖, the Frobenius norm at the last logged step, the mean over the adapted layers.
+    """
+    done = finished(final)
+    done = done.assign(
+        minutes=done.train_seconds / 60,
+        memory_mib=done.peak_memory_bytes / 2**20,
+        training_loss_end=[np.mean(each[-2:]) if isinstance(each, list) else np.nan for each in done.training_loss],
+        processor=[(each or {}).get("cpu", "") for each in done.machine],
+    )
+    columns = {
+        "rate_sum_pruning": "Λ_pruning",
+        "rate_sum": "Λ",
+        "delta_norm": "‖ΔW‖",
+        "live_budget": "remaining_values",
+    }
+    names = [*columns, "initial_budget", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
+    grouped = done.groupby(["label", "task"], sort=False)
+    means = grouped[names].mean().rename(columns=columns)
+    means["processors"] = grouped.processor.agg(lambda each: ", ".join(sorted(set(each))))
+    return means.reset_index().rename(columns={"label": "row"})
+
+
+def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
+    """The runs that tried learning rates, with `row`, the label without the rate, and `value`, the rate.
+
+    They are a selection stage, or the final runs of a grid that has the learning rate as an axis.
+    """
+    tried = every[
+        [
+            stage == "select" and "learning_rate" in values
+            for stage, values in zip(every.stage, every.tried, strict=True)
+        ]
     ]
-    if runs.test.notna().any():
-        notes.append("Test: the model at the end on the task's labelled test set, which is not part of the average.")
-    if seeds_differ:
-        notes.append(
-            "Common seeds: the average over the seeds that every row has. Averages over other seeds do not compare: "
-            "one lost run moves them by points."
-        )
-    if len(known) > 1 and not shared:
-        notes.append("No seed is common to all rows: their averages do not compare.")
-    if any(is_short(own) for _, own in rows_of(runs)):
-        notes.append(f"(short): Λ, the sum of the learning rates over the steps, ends under {SHORT:g} on some task.")
-    return Table(f"{name}_scores", "Score", rows, notes)
+    if len(tried):
+        return tried.assign(row=tried.label, value=[float(values["learning_rate"]) for values in tried.tried])
+    grid = every[["learning_rate" in axes for axes in every["axes"]]]
+    rows = [re.sub(r", learning_rate=[^,]+", "", label) for label in grid.label]
+    return grid.assign(row=rows, value=[float(axes["learning_rate"]) for axes in grid["axes"]])
 
 
-def comparison_table(name: str, runs: pd.DataFrame, scales: dict[str, float | None]) -> Table:
-    """Methods on one task side by side, each with its paired difference from the first.
+def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
+    """What tuning tried: for each row, task and values the mean score and loss, and whether the final runs took them.
+
+    In a grid of learning rates, one rate is chosen for all tasks, see :func:`choose_rates`.
+    """
+    tried = every[every.stage == "select"]
+    if len(tried):
+        final = finished(every)
+        taken = set(zip(final.label, final.task, final.tried.map(str), strict=True))
+        grouped = tried.assign(tried=tried.tried.map(str)).groupby(["label", "task", "tried"], sort=False)
+        frame = grouped.agg(score=("last", "mean"), loss=("loss", "mean"), runs=("seed", "size")).reset_index()
+        keys = zip(frame.label, frame.task, frame.tried, strict=True)
+        return frame.assign(chosen=[key in taken for key in keys]).rename(columns={"label": "row"})
+    rates = tuning_runs(every)
+    if not len(rates):
+        return rates
+    scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
+    return choose_rates(rates).merge(scores.reset_index(), on=["row", "value"])
+
+
+def with_published(frame: pd.DataFrame, final: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Add what a paper's table prints for the same methods: a column TASK_published for each of its tasks."""
+    table = read_json(path, "restore it from the repository")
+    printed = {row["config"]: row for row in (table or {}).get("rows", []) if "config" in row}
+    configs = {label: (own.arguments.iloc[0] or {}).get("method_config") for label, own in rows_of(final)}
+    rows = [printed.get(configs[label], {}) for label in frame.row]
+    for task in [name for name in frame.columns if name in HEADINGS]:
+        column = {"mnli": "mnli_m", "mismatched_accuracy": "mnli_mm", "qqp": "qqp_acc"}.get(task, task)
+        values = [row.get(column, np.nan) for row in rows]
+        if not all(map(pd.isna, values)):
+            frame.insert(list(frame.columns).index(f"{task}_std") + 1, f"{task}_published", values)
+    return frame
+
+
+def setting(runs: pd.DataFrame) -> str:
+    """In words what was run, from the lines alone: model, length, row limits, seeds and processors."""
+    done = finished(runs)
+    arguments = [each or {} for each in done.arguments]
+    limits = {
+        f"at most {int(each[name]):,} {split} rows"
+        for each in arguments
+        for name, split in (("max_train_samples", "training"), ("max_eval_samples", "validation"))
+        if each.get(name)
+    }
+    seeds = done.groupby(["label", "task"]).seed.nunique()
+    parts = [
+        " and ".join(sorted(set(done.model.dropna()))),
+        f"{spread(done.steps.min(), done.steps.max())} steps",
+        *sorted(limits),
+        f"{spread(seeds.min(), seeds.max())} seed(s)",
+        ", ".join(sorted({each["cpu"] for each in done.machine if each and each.get("cpu")})),
+    ]
+    return "; ".join(filter(None, parts))
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A figure with a fixed number of digits, or a dash."""
+    return NONE if value is None or pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def count(value: float | None) -> str:
+    """A whole number with separators, or a dash."""
+    return NONE if value is None or pd.isna(value) else f"{value:,.0f}"
+
+
+def spread(low: float, high: float, form: Callable[[Any], str] = count) -> str:
+    """A range, or one figure where both ends print alike."""
+    return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
+
+
+def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
+    """A difference and its interval in brackets."""
+    if pd.isna(low):
+        return number(mean, digits, sign=True)
+    mean, low, high = (number(value, digits, sign=True) for value in (mean, low, high))
+    return f"{mean} ({low} to {high})"
+
+
+def score_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """The printed form of :func:`score_frame`."""
+    text = pd.DataFrame({"method": frame.row, "parameters": frame.parameters.map(count), "runs": frame.runs.map(str)})
+    for name in frame.columns:
+        if f"{name}_std" in frame:
+            base, _, kind = (name, "", "") if name in HEADINGS else name.rpartition("_")
+            heading = f"{HEADINGS.get(base, base)} {kind}".strip()
+            text[heading] = [_with_deviation(*each) for each in zip(frame[name], frame[f"{name}_std"], strict=True)]
+        elif name.endswith("_published"):
+            text[f"{HEADINGS[name.removesuffix('_published')]} published"] = frame[name].map(number)
+    text["average"] = frame.average.map(number)
+    if frame.against.any():
+        for prefix, heading in (("", "difference (95 % interval)"), ("t_", "by Student-t errors")):
+            columns = [frame[f"{prefix}{name}"] for name in ("difference", "low", "high")]
+            text[heading] = [with_interval(*each) for each in zip(*columns, strict=True)]
+    text["failed runs"] = [
+        f"{row.failed} ({spread(100 * row.failed_low, 100 * row.failed_high)} %)" for row in frame.itertuples()
+    ]
+    return text
+
+
+def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
+    return number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
+
+
+def comparison_text(scores: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
+    """The printed form of a comparison's :func:`score_frame` of one task, with the columns `scale` and so on."""
+    task, metric = done.task.iloc[0], done.metric.iloc[0].replace("_", " ")
+    differences = scores[["difference", "low", "high"]].itertuples(index=False)
+    return pd.DataFrame(
+        {
+            "method": scores.row,
+            "parameters": scores.parameters.map(count),
+            "remaining": scores.remaining.map(count),
+            "α/r": [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale],
+            "runs": scores.runs.map(str),
+            f"{metric}, last": [
+                _with_deviation(*each, 2) for each in zip(scores[task], scores[f"{task}_std"], strict=True)
+            ],
+            f"{metric}, best": scores.best.map(number),
+            f"last, against {scores.row[0]}": [with_interval(*each) for each in differences],
+            "failed runs": scores.failed.map(str),
+            "s/step": [number(value, 3) for value in scores.seconds_per_step],
+        }
+    )
+
+
+def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
+    """What a comparison shows: which method scores higher and by how much, or what would show it.
 
     Args:
-        runs: finished runs of one task, the first label first. scales: label → α/r; None for a method without it.
+        scores: see :func:`score_frame`; the others are compared with the first row. every: the runs.
     """
-    first = runs.label.iloc[0]
-    rows = []
-    for label, own in rows_of(runs):
-        pairs, scale, seeds = paired(runs, label, first), scales.get(label), own.seed.nunique()
-        result = estimate(pairs.difference, pairs.task) if label != first and len(pairs) else None
-        rows.append(
-            {
-                "method": cell(label, method=label),
-                "adapter parameters": counted("parameters", own.adapter_params.max()),
-                "remaining": counted("live", own.live_adapter_params.mean()),
-                "α/r": cell(NONE if scale is None else f"{scale:g}", scale=scale),
-                "seeds": counted("seeds", seeds),
-                "last": with_deviation("last", own["last"], 2),
-                "best": with_deviation("best", own["best"], 2),
-                f"last, against {first}": rounded("difference", result and result.mean, sign=True),
-                "95 % interval": interval(result, signed),
-                "s/step": rounded("seconds_per_step", own.seconds_per_step.mean(), 3),
-            }
+    done = finished(every)
+    first, others = scores.row[0], scores[1:]
+    sentences = []
+    for row in others[(others.low > 0) | (others.high < 0)].itertuples():
+        which = "higher" if row.difference > 0 else "lower"
+        low, high = sorted((abs(row.low), abs(row.high)))
+        sentences.append(
+            f"{row.row} scores {number(abs(row.difference))} points {which} than {first} (95 % interval {number(low)} "
+            f"to {number(high)})."
         )
-    notes = [
-        "In percent on the evaluation set: the last evaluation, and each run's best one, which is "
-        "chosen on that set itself; mean ± standard deviation over the seeds. "
-        f"Against {first}: mean difference over pairs of equal seed, with its interval (Student's t)."
-    ]
-    tried = {label: own.tried.iloc[0] for label, own in rows_of(runs)}
-    chosen = [f"{label} {own['learning_rate']:g}" for label, own in tried.items() if "learning_rate" in (own or {})]
-    if chosen:
-        notes.append(f"Learning rates, chosen on held-out data: {', '.join(chosen)}.")
-    doubts = ["one seed"] if runs.groupby("label").seed.nunique().min() < 2 else []
-    doubts += ["short training"] if runs.steps.max() < SHORT_STEPS else []
-    title = f"Demonstration, {', '.join(doubts)}: not a comparison" if doubts else "Comparison"
-    return Table(name, title, rows, notes)
+    level = others[~((others.low > 0) | (others.high < 0))]
+    if len(done) > 1 and done["last"].nunique() == 1:
+        sentences.append("All runs have one score: they have learned nothing, or the evaluation set is too small.")
+    elif len(level):
+        seeds = seeds_for(1.0, pooled_spread(done))
+        hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
+        sentences.append(f"No difference shown between {first} and {', '.join(level.row)}; {hint}.")
+    return " ".join([*sentences, *(advice for label, own in rows_of(done) for advice in _advice(label, own))])
 
 
-def against_table(name: str, every: pd.DataFrame, against: str) -> Table:
-    """Every row beside one of them: scores, ‖ΔW‖, and the paired changes of loss and score; `every` has both stages."""
-    runs, tried = finished(every), every[(every.stage == "select") & (every.status == "finished")]
-    tasks, changes = list(dict.fromkeys(runs.task)), compared(runs, against)
-    rows = []
-    for label, own in rows_of(runs):
-        loss, score = changes.get(label, (None, None))
-        row = {"": cell(label, row=label), "runs": counted("runs", len(own))}
-        for task in tasks:
-            of_task = own[own.task == task]
-            text, figures = with_deviation(task, of_task["last"])
-            chosen = next(filter(None, of_task.tried), {})
-            tuning = tried[(tried.task == task) & (tried.label == label)]
-            shown, chosen_figures = _chosen(task, chosen, tuning)
-            row[HEADINGS.get(task, task)] = cell(f"{text} at {shown}" if chosen else text, **figures, **chosen_figures)
-        rows.append(
-            row
-            | {
-                "‖ΔW‖": ranged("delta_norm", own.groupby("task").delta_norm.mean(), number),
-                "loss, %": rounded("loss_change", loss and loss.mean, 1, sign=True),
-                "95 % interval (loss)": interval(loss, signed_percent, "loss_"),
-                "score": rounded("difference", score and score.mean, sign=True),
-                "95 % interval": interval(score, signed),
-            }
+def _advice(label: str, runs: pd.DataFrame) -> list[str]:
+    """What a method's runs say against judging it by them, and what to change."""
+    failed, found = int(runs.failed.sum()), []
+    if failed:
+        found.append(f"{failed} of {len(runs)} runs of {label} learned nothing: lower its learning rate, or tune it.")
+    rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
+    if rise > LEVEL:
+        found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
+    elif (runs.delta_norm.notna() & (runs.rate_sum < SHORT)).any():
+        found.append(
+            f"{label} has hardly left its start (Λ, the sum of its learning rates, is {number(runs.rate_sum.min())}): "
+            "train it longer, or raise its learning rate."
         )
-    notes = [
-        "Last evaluation in percent, mean ± standard deviation over the seeds. ‖ΔW‖: Frobenius norm "
-        f"at the last logged step, the mean over the adapted layers. The last four columns compare with {against} over "
-        "pairs of equal task and seed, the tasks as strata. " + LOSS_CHANGE,
-    ]
-    if any(runs.tried):
-        notes += [
-            "At: the learning rate (and other tuned settings) with the lowest loss at the last evaluation.",
-            AT_END,
-        ]
-    return Table(f"{name}_against", f"Comparison with {against}", rows, notes)
+    return found
 
 
-def training_table(name: str, runs: pd.DataFrame) -> Table:
-    """How far each row was trained: Λ, ‖ΔW‖, remaining singular values, the losses behind the score, and the time."""
-    rows = []
-    for label, own in rows_of(runs):
-        means = own.groupby("task", sort=False)[["rate_sum_pruning", "rate_sum", "delta_norm"]].mean()
-        live, initial = own.live_budget.mean(), own.initial_budget.mean()
-        row = {
-            "": cell(label, row=label),
-            "Λ at pruning": ranged("rate_sum_pruning", means.rate_sum_pruning, number),
-            "Λ at the end": ranged("rate_sum", means.rate_sum, number),
-            "‖ΔW‖": ranged("delta_norm", means.delta_norm, number),
-            "remaining values": cell(
-                NONE if pd.isna(live) else f"{count(live)} of {count(initial)}", live=live, initial=initial
-            ),
-        }
-        for task in dict.fromkeys(runs.task):
-            last, lowest = own[own.task == task][["loss", "lowest_loss"]].mean()
-            row[f"{HEADINGS.get(task, task)} loss"] = cell(
-                f"{number(last, 3)} ({number(lowest, 3)})", **{f"{task}_loss": last, f"{task}_lowest_loss": lowest}
-            )
-        row["minutes a run"] = rounded("minutes", own.train_seconds.mean() / 60, 1)
-        row["peak memory, MiB"] = counted("memory_mib", own.peak_memory_bytes.mean() / 2**20)
-        rows.append(row)
-    notes = [
-        "Means over the seeds; a range spans the tasks. Λ: sum of the learning rates over the steps, "
-        "when pruning starts and at the end. ‖ΔW‖: Frobenius norm at the last logged step, the mean over the adapted "
-        "layers. Loss: validation cross-entropy, or squared error, at the last evaluation (the lowest of all "
-        "evaluations). Runs of a sweep may share a machine, so the minutes are no benchmark; benchmarks/ measures the "
-        "methods side by side."
-    ]
-    return Table(f"{name}_training", "Training", rows, notes)
+def claim_lines(frame: pd.DataFrame) -> list[str]:
+    """One line for each claim: the difference over all tasks and what follows."""
+    lines = []
+    for row in frame[frame.task == ALL].itertuples() if len(frame) else ():
+        p = NONE if pd.isna(row.p_holm) else "< 0.001" if row.p_holm < 0.001 else number(row.p_holm, 3)
+        gain = f"; published {number(row.published, sign=True)} ({row.source})" if not pd.isna(row.published) else ""
+        lines.append(
+            f"Claim “{row.expected}”, {row.claim}: {with_interval(row.difference, row.low, row.high)}, p {p}: "
+            f"**{row.verdict}**{gain}."
+        )
+    return lines
 
 
-def claims_table(
-    name: str, runs: pd.DataFrame, question: Question, corrected: dict[Claim, float | None]
-) -> Table | None:
-    """The question's claims with a row for all tasks and one for each; None where no claim has both its rows."""
-    rows = []
-    for claim in question.claims:
-        pairs = paired(runs, claim.label, claim.against)
-        tasks = list(dict.fromkeys(pairs.task))
-        joint = ALL if set(tasks) == set(runs.task) else ", ".join(HEADINGS.get(task, task) for task in tasks)
-        for task in [ALL, *(tasks if len(tasks) > 1 else [])] if len(pairs) else []:
-            whole, own = task == ALL, pairs if task == ALL else pairs[pairs.task == task]
-            result, loss = estimate(own.difference, own.task), percent(estimate(own.loss_ratio, own.task))
-            p = corrected[claim] if whole else None
-            answer, title = verdict(result, claim.expect, p) if whole else "", f"{claim.label} − {claim.against}"
-            rows.append(
-                {
-                    "claim": cell(title if whole else "", claim=title),
-                    "expected": cell(claim.expect if whole else "", expected=claim.expect, source=claim.source),
-                    "verdict": cell(answer, verdict=answer),
-                    "task": cell(joint if whole else HEADINGS.get(task, task), task=joint if whole else task),
-                    "published": rounded("published", claim.published if whole else None, sign=True),
-                    "pairs": counted("pairs", result.count),
-                    "difference": rounded("difference", result.mean, sign=True),
-                    "95 % interval": interval(result, signed),
-                    "median": rounded("median", mean_of_medians(own.difference, own.task), sign=True),
-                    "p (Holm)": cell("< 0.001" if p is not None and p < 0.001 else number(p, 3), p_holm=p),
-                    "loss, %": rounded("loss_change", loss.mean, 1, sign=True),
-                    "95 % interval (loss)": interval(loss, signed_percent, "loss_"),
-                }
-            )
-    notes = [
-        "Differences of the last evaluation in points over pairs of equal task and seed, the tasks as "
-        "strata; p is corrected for the number of all claims. Median: of the differences (all tasks: the mean of the "
-        "tasks' medians), which one lost run does not move. The published column cites the paper, which has another "
-        "model and more tasks. " + LOSS_CHANGE,
-        "holds: p < 0.05 and the difference lies as expected. contradicted: p < 0.05 and it lies otherwise. Higher is "
-        f"tested against 0, not lower against −{LEVEL}, level against ±{LEVEL}. level: higher was "
-        f"expected, and the whole interval lies within ±{LEVEL}; this comes first. not shown: none of these.",
-    ]
-    shown = {row["claim"][1]["claim"] for row in rows}
-    titles = [f"{claim.label} − {claim.against}" for claim in question.claims]
-    if unknown := [title for title in titles if title not in shown]:
-        notes.append(f"Claims without pairs of finished runs, which count in the correction: {'; '.join(unknown)}.")
-    return Table(f"{name}_claims", "Claims", rows, notes) if rows else None
+def markdown_text(text: str) -> str:
+    """Text on one line, with a backslash before what Markdown would not print; an underscore inside a word stays."""
+    marks = r"[\\`*|]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
 
 
-def _values(tried: dict[str, Any], short: bool = False) -> str:
-    """What was tried, in one line; in short the learning rate goes without its name."""
-    values = {name: f"{value:g}" if is_number(value) else str(value) for name, value in tried.items()}
-    named = (value if short and name == "learning_rate" else f"{name}={value}" for name, value in values.items())
-    return ", ".join(named)
+def markdown(text: pd.DataFrame) -> str:
+    """A printed table as Markdown, its first column to the left, figures to the right."""
+    cells = text.map(markdown_text).rename(columns=markdown_text)
+    sides = ["left", *["right"] * (len(cells.columns) - 1)]
+    return cells.to_markdown(index=False, colalign=sides, disable_numparse=True, tablefmt="pipe")
 
 
-def _chosen(task: str, chosen: dict[str, Any], tuning: pd.DataFrame) -> Cell:
-    """The values that tuning chose for a row and a task, with a mark behind each that is an end of those it tried."""
-    ends = {}
-    for name, value in chosen.items():
-        values = {tried[name] for tried in tuning.tried if is_number(tried.get(name))}
-        ends[name] = len(values) > 2 and value in (min(values), max(values))  # of two values each is an end
-    marked = [_values({name: value}, short=True) + " †" * ends[name] for name, value in chosen.items()]
-    return ", ".join(marked) or NONE, {f"{task}_chosen": _values(chosen), f"{task}_at_end": any(ends.values())}
+def latex(text: pd.DataFrame, name: str, caption: str) -> str:
+    """A printed table as a `table` environment for the booktabs package."""
+    escaped = text.map(latex_text).rename(columns=latex_text)
+    sides = "l" + "r" * (len(escaped.columns) - 1)
+    return escaped.to_latex(index=False, escape=False, column_format=sides, caption=caption, label=f"tab:{name}")
 
 
-def _is_stale(tuning: pd.DataFrame, chosen: dict[str, Any]) -> bool:
-    """Whether another value than the chosen one has the lowest mean loss among a row's runs on one task by now."""
-    losses = mean_losses(tuning, tuning.tried.map(_key))
-    return bool(chosen) and len(losses) > 0 and _key(chosen) not in losses.index[losses == losses.min()]
-
-
-def _key(tried: dict[str, Any]) -> str:
-    return repr(sorted(tried.items()))
-
-
-def tuning_table(name: str, runs: pd.DataFrame) -> Table | None:
-    """What the tuning stage chose, and what a user gets without it; `runs` are all of the question's, both stages."""
-    tuning = runs[runs.stage == "select"]
-    where = (
-        "On a held-out part of the training set, at the tuning stage's length"
-        if are_held_out(tuning) else "On the validation set, which the scores above come from too"
-    )  # fmt: skip
-    rows, tasks, stale = [], list(dict.fromkeys(tuning.task.dropna())), False
-    for label, own in rows_of(tuning):
-        usual = own[~own.extra].fillna({"last": 0.0}).groupby("task")["last"].mean()
-        final = runs[(runs.stage == "final") & (runs.label == label)]
-        row, tuned, failed = {"": cell(label, row=label)}, [], int((own.status == "failed").sum())
-        for task in tasks:
-            of_task = own[(own.task == task) & (own.status == "finished")]
-            chosen = next(iter(final[final.task == task].tried), None) or {}
-            text, figures = _chosen(task, chosen, of_task)
-            stale |= (other := _is_stale(own[own.task == task], chosen))
-            row[HEADINGS.get(task, task)] = text + " ‡" * other, figures
-            tuned.append(of_task["last"][[tried == chosen for tried in of_task.tried]].mean())
-        row |= {
-            "mean of the values tried": rounded("untuned", usual.mean() if len(usual) == len(tasks) else None),
-            "at the chosen values": rounded("tuned", fmean(tuned) if tuned else None),
-            "crashed": cell(f"{failed} of {len(own)}", failed=failed, runs=len(own)),
-        }
-        rows.append(row)
-    notes = [
-        f"{where}: the learning rate (and other tuned settings) with the lowest loss at the last evaluation. Mean of "
-        "the values tried: the mean score in percent over the values of the grid, without one more beyond its end: "
-        "what a user gets on average with an untuned value of this grid. A crashed run counts as 0.",
-        AT_END,
-    ]
-    if stale:
-        notes.append("‡ by now another value has the lowest loss; the final runs were made before it was measured.")
-    return Table(f"{name}_tuning", "Tuning", rows, notes) if rows else None
+def latex_text(text: str) -> str:
+    """Text with LaTeX's special characters written out; other letters are UTF-8, which LaTeX reads."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+               "²": r"\textsuperscript{2}", "−": "$-$", "Δ": r"$\Delta$", "Λ": r"$\Lambda$",
+               "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+               **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
+    return "".join(special.get(character, character) for character in text)

@@ -15,7 +15,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from loralib.adapter_folder import TOKENIZER_FILES
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.places import Places
+from nlu.experiments.loop import Places
 from nlu.runs import digests, processes
 from nlu.runs.digests import content_digests, file_digest
 from tests.nlu.tiny import run_python

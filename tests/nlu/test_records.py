@@ -15,7 +15,15 @@ from torch.nn import functional
 
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.records import measured_line, portable, rate_sums, read_lines, training_losses, write_line
+from nlu.experiments.records import (
+    measured_line,
+    portable,
+    publish_run,
+    rate_sums,
+    read_lines,
+    training_losses,
+    write_line,
+)
 from nlu.metrics import constant_loss
 from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line
@@ -120,7 +128,17 @@ def test_a_record_of_another_seed_is_no_result(finished):
     axes = {"method": "lora2", "task_name": "cola", "seed": 4}
     made = measured_line(Run("trial", "final", "lora2-cola-seed=4", axes, axes), finished[1])
     assert (made["status"], made["error"]) == ("failed", "its record is of seed 3, and 4 was asked for")
-    assert measured_line(Run("trial", "final", "a", axes, axes | {"seed": "03"}), finished[1])["status"] == "finished"
+
+
+def test_a_run_that_no_sweep_started_has_a_line_by_its_model(finished, tmp_path):
+    folder, record = finished[0], finished[1]
+    path = publish_run(folder, tmp_path / "output/measured", record)
+    assert path == tmp_path / f"output/measured/{record['model']}.jsonl"
+    (made,) = read_lines(path)
+    assert made["label"] == "LoRA²" and made["stage"] == "final" and made["last"] == record["last"]
+    assert made["axes"] == {"method": "lora2", "task_name": "cola", "seed": 3}
+    publish_run(folder, tmp_path / "output/measured", record | {"status": "failed", "error": "boom"})
+    assert [line["status"] for line in read_lines(path)] == ["failed"]  # of one folder there is one line
 
 
 def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
@@ -149,14 +167,6 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
         ({"last": float("nan")}, "NaN is not a number"),
         ({"evaluations": {"step": [1], "loss": [0.1]}}, "matthews_correlation: None is not of type 'array'"),
         ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
-        (
-            {
-                "task": "qqp",
-                "metric": "accuracy",
-                "evaluations": {"step": [1], "loss": [0.1], "accuracy": [0.1], "f1": [None]},
-            },
-            "evaluations: f1",
-        ),
         ({"tried": {"learning_rate": None}}, "tried.learning_rate: None is not of type"),
         ({"digests": ["train_file"]}, "digests: ['train_file'] is not of type 'object'"),
         ({"axes": {"row": ["a"]}}, "axes.row: ['a'] is not of type"),

@@ -5,36 +5,46 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from nlu.errors import UsageError
 from nlu.experiments.statistics import (
+    FREEDOM,
     Estimate,
     as_frame,
+    choose_rates,
+    clopper_pearson,
     estimate,
     finished,
     holm,
     load_measured,
-    mean_of_medians,
     paired,
-    percent,
-    tuned_over,
-    verdict,
+    pooled_spread,
+    seeds_for,
+    student_t,
+    with_reruns,
 )
 from tests.nlu.measured_lines import line, trial, write
 
 
-def test_one_task_is_the_paired_t_test(tmp_path):
-    ours, theirs = np.array([0.50, 0.53, 0.49, 0.55]), np.array([0.48, 0.50, 0.50, 0.49])
-    lines = [line("LoRA² k=8", "cola", seed, [0.1, score]) for seed, score in enumerate(ours)]
-    lines += [line("LoRA r=8", "cola", seed, [0.9, score]) for seed, score in enumerate(theirs)]
-    lines.append(line("LoRA r=8", "cola", 9, [0.9, 0.1]))  # a seed that only one of them has
-    pairs = paired(load_measured(write(tmp_path, "trial", lines)), "LoRA² k=8", "LoRA r=8")
-    result, test = estimate(pairs.difference, pairs.task), stats.ttest_rel(100 * ours, 100 * theirs)
-    assert (result.count, result.mean) == (4, pytest.approx(test.statistic * result.error))
+def frame_of(scores, **changes):
+    """Runs of (label, task) → scores, one for each seed."""
+    return as_frame(
+        ("trial", line(label, task, seed, [0.1, score], **changes))
+        for (label, task), own in scores.items()
+        for seed, score in enumerate(own, 1)
+    )
+
+
+def test_estimate_of_one_task_is_the_paired_t_test():
+    ours, theirs = [0.50, 0.53, 0.49, 0.55], [0.48, 0.50, 0.50, 0.49, 0.1]  # the last is a seed that only one has
+    runs = frame_of({("LoRA² k=8", "cola"): ours, ("LoRA r=8", "cola"): theirs})
+    pairs = paired(runs, "LoRA² k=8", "LoRA r=8")
+    differences = 100 * (np.array(ours) - theirs[:4])
+    result, test = estimate(pairs.difference, pairs.task), stats.ttest_1samp(differences, 0)
+    assert (result.count, result.mean) == (4, pytest.approx(differences.mean()))
     assert result.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert result.p_value("higher") == pytest.approx(test.pvalue)
-    differences = 100 * (ours - theirs)
     assert result.p_value("not lower") == pytest.approx(stats.ttest_1samp(differences, -0.5).pvalue)
     one_sided = {
         (bound, side): stats.ttest_1samp(differences, bound, alternative=side).pvalue
@@ -46,8 +56,7 @@ def test_one_task_is_the_paired_t_test(tmp_path):
     assert result.p_value("level") == pytest.approx(min(1, 2 * min(within, outside)))
 
 
-def test_tasks_are_strata():
-    """A large difference between tasks is no uncertainty; two equal strata have Welch's degrees of freedom."""
+def test_estimate_adds_the_variances_of_tasks_as_welch_does():
     first, second = np.array([1.0, 2.0, 4.0]), np.array([51.0, 50.5, 50.0, 49.0])
     values = pd.Series([*first, *second])
     result = estimate(values, pd.Series(["a"] * 3 + ["b"] * 4))
@@ -57,6 +66,7 @@ def test_tasks_are_strata():
     assert result.interval == pytest.approx((low / 2, high / 2))
     assert result.freedom == pytest.approx(welch.df)
     assert estimate(values, pd.Series(list("aaabbbc"))).interval is None
+    assert estimate(pd.Series([84.3] * 6), pd.Series(list("aaabbb"))).interval is None  # ties are no proof
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=6), st.integers(1, 5))
@@ -66,38 +76,45 @@ def test_an_interval_holds_its_mean_whatever_the_last_bits(values, tasks):
     if result.interval is None:  # equal values
         assert np.ptp(values) < 1e-6
         return
-    low, high = result.interval
-    assert low <= result.mean <= high and result.half_width >= 0
+    assert result.interval[0] <= result.mean <= result.interval[1]
     assert all(0 <= result.p_value(expect) <= 1 for expect in ("higher", "not lower", "level"))
 
 
-def test_one_lost_run_of_a_task_does_not_move_the_mean_of_its_medians():
-    tasks = pd.Series(list("aaabb"))
-    assert mean_of_medians(pd.Series([60.0, 62.0, 61.0, 80.0, 82.0]), tasks) == 71.0
-    assert mean_of_medians(pd.Series([60.0, 62.0, 61.0, 80.0, 82.0]).replace(60.0, 0.0), tasks) == 71.0
+def test_pooled_spread_is_twice_the_residual_mean_square_of_the_two_way_layout():
+    table = np.array([[50.0, 52.0, 49.0], [53.0, 55.0, 51.0], [40.0, 44.0, 43.0]])  # label × seed
+    names = ("LoRA r=8", "LoRA² k=8", "AdaLoRA")
+    runs = frame_of({(name, "cola"): own / 100 for name, own in zip(names, table, strict=True)})
+    residuals = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    variance, freedom = pooled_spread(runs)["cola"]
+    assert (variance, freedom) == (pytest.approx(2 * (residuals**2).sum() / 4), 4)
+    pairs = paired(runs, "LoRA² k=8", "LoRA r=8")
+    result = estimate(pairs.difference, pairs.task, {"cola": (variance, freedom)})
+    assert result.error == pytest.approx((variance / 3) ** 0.5) and result.freedom == pytest.approx(4)
+    both = runs[runs.label != "AdaLoRA"]  # of two labels it is the variance of their differences
+    assert pooled_spread(both)["cola"][0] == pytest.approx(pairs.difference.var(ddof=1))
 
 
-def test_a_ratio_has_an_interval_of_ratios_and_what_is_unknown_does_not_count():
-    logarithms = pd.Series(np.log([0.1, 0.5, 0.2, np.nan]))
-    result = estimate(logarithms, pd.Series(["a"] * 4))
-    low, high = stats.ttest_1samp(logarithms[:3], 0).confidence_interval(0.95)
-    change = percent(result)
-    assert (result.count, result.freedom) == (3, 2)
-    assert change.mean == pytest.approx(100 * (stats.gmean([0.1, 0.5, 0.2]) - 1))
-    assert change.interval == pytest.approx((100 * (np.exp(low) - 1), 100 * (np.exp(high) - 1)))
-    assert change.interval[0] > -100 and estimate(logarithms[3:], pd.Series(["a"], index=[3])).interval is None
+def test_student_t_maximises_the_likelihood_and_a_lost_run_counts_little():
+    scores = {"LoRA r=8": [0.50, 0.52, 0.49, 0.51, 0.10], "LoRA² k=8": [0.53, 0.55, 0.51, 0.54, 0.52]}
+    runs = frame_of({(name, "cola"): own for name, own in scores.items()})
+    fit = student_t(runs)
+    values = 100 * np.array(list(scores.values()))
+
+    def loss(centres):  # at the scale of the fit
+        scale = (fit.variances["cola"] * (FREEDOM + 1) / (FREEDOM + 3)) ** 0.5
+        return -stats.t.logpdf(values, FREEDOM, np.array(centres)[:, None], scale).sum()
+
+    best = optimize.minimize(loss, np.median(values, axis=1)).x
+    assert [fit.centres["LoRA r=8", "cola"], fit.centres["LoRA² k=8", "cola"]] == pytest.approx(list(best), abs=1e-3)
+    result = fit.difference("LoRA² k=8", "LoRA r=8")
+    normal = (2 * np.var(values, axis=1, ddof=1).mean() / 5) ** 0.5
+    assert result.mean == pytest.approx(2.5, abs=0.3) and result.error < normal / 3
+    assert student_t(runs[runs.seed == 1]) is None
 
 
-def test_values_that_all_tie_show_no_error():
-    """Two seeds that agree by chance are no proof: without an error there is no interval, and no claim holds."""
-    result = estimate(pd.Series([84.3] * 6), pd.Series(list("aaabbb")))
-    assert (result.mean, result.count) == (pytest.approx(84.3), 6)
-    assert result.interval is None and result.p_value("higher") is None
-    assert verdict(result, "higher", result.p_value("higher")) == "not shown"
-    one_task_ties = estimate(pd.Series([84.3, 84.3, 80.0, 82.0]), pd.Series(list("aabb")))
-    assert one_task_ties.interval == pytest.approx(
-        tuple(82.65 + side * stats.t.ppf(0.975, 1) * 0.5 for side in (-1, 1))
-    )
+def test_clopper_pearson_against_the_beta_distribution():
+    assert clopper_pearson(0, 20) == pytest.approx((0, stats.beta.ppf(0.975, 1, 20)))
+    assert clopper_pearson(3, 20) == pytest.approx((stats.beta.ppf(0.025, 3, 18), stats.beta.ppf(0.975, 4, 17)))
 
 
 def test_holm_against_its_definition():
@@ -106,115 +123,103 @@ def test_holm_against_its_definition():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([None]) == [None]
 
 
+def test_seeds_for_gives_a_power_of_eighty_percent():
+    n, variance = seeds_for(1.0, {"cola": (4.0, 8)}), 4.0
+    threshold = stats.t.ppf(0.975, n - 1)
+    power = stats.nct.sf(threshold, n - 1, 1 / (variance / n) ** 0.5)
+    assert 0.78 < power < 0.84 and seeds_for(1.0, {"cola": (float("nan"), 0)}) is None
+
+
 @pytest.mark.parametrize(
     ("mean", "error", "expect", "answer"),
     [
         (2.0, 0.5, "higher", "holds"),
         (-2.0, 0.5, "higher", "contradicted"),
-        (0.3, 0.05, "higher", "level"),
+        (0.1, 0.1, "higher", "no gain of 0.5"),
         (0.3, 1.0, "higher", "not shown"),
         (0.1, 0.1, "level", "holds"),
         (2.0, 0.5, "level", "contradicted"),
-        (0.1, 1.0, "level", "not shown"),
         (0.5, 0.3, "not lower", "holds"),
-        (-2.0, 0.3, "not lower", "contradicted"),
         (-0.4, 0.3, "not lower", "not shown"),
         (2.0, None, "higher", "not shown"),
     ],
 )
-def test_verdicts(mean, error, expect, answer):
+def test_verdict_of_a_claim(mean, error, expect, answer):
     result = Estimate(mean, error, None if error is None else 12.0, 15)
-    assert verdict(result, expect, result.p_value(expect)) == answer
+    assert result.verdict(expect, result.p_value(expect)) == answer
 
 
-def test_a_claim_that_many_others_stand_beside_needs_a_smaller_p():
-    result = Estimate(1.2, 0.5, 12.0, 15)
-    p = result.p_value("higher")
-    assert p < 0.05 and verdict(result, "higher", p) == "holds"
-    assert verdict(result, "higher", holm([p] * 4)[0]) == "not shown"
+def test_a_run_has_failed_by_its_training_loss_and_not_by_its_score():
+    constant = {"constant_loss": 0.6}
+    losses = {
+        "learned": {"training_loss": [0.61] * 18 + [0.5, 0.56]},
+        "failed": {"training_loss": [0.3] * 18 + [0.57, 0.58]},  # over 0.95 of 0.6
+        "old": {"evaluations": {"step": [1, 2], "loss": [0.61, 0.595], "matthews_correlation": [0.1, 0.9]}},
+        "unknown": {"constant_loss": None},
+    }
+    runs = as_frame(("trial", line(name, "cola", 1, [0.1, 0.9], **{**constant, **own})) for name, own in losses.items())
+    assert set(runs[runs.failed].label) == {"failed", "old"}
 
 
-def test_runs_are_read_in_the_order_of_methods_and_tasks(tmp_path):
-    lines = trial(2)
-    runs = load_measured(write(tmp_path, "trial", lines[::-1]))
-    final = runs[runs.stage == "final"]
-    assert list(dict.fromkeys(final.label)) == ["LoRA r=8", "LoRA r=1", "AdaLoRA", "LoRA² k=8", "LoRA² k=1"]
-    assert list(final.task[:4]) == ["cola", "cola", "stsb", "stsb"] and list(final.seed[:2]) == [1, 2]
-    first = final.iloc[0]
-    assert first["last"] == pytest.approx(40.2) and first["best"] == pytest.approx(41.2)
-    assert first["loss"] == pytest.approx(0.1 + 1 / 400) == first["lowest_loss"]
+def test_a_failed_run_has_the_score_of_its_rerun_and_the_rerun_its_seed():
+    def run(label, seed, score, loss):
+        return "trial", line(label, "cola", seed, [score], training_loss=[loss], constant_loss=0.6)
+
+    scores = [(1, 0.5, 0.3), (2, 0.0, 0.6), (102, 0.52, 0.3)]
+    lines = [run("LoRA r=8", *each) for each in scores] + [run("LoRA² k=8", s, 0.5, 0.3) for s in (1, 2)]
+    runs = as_frame(lines)
+    assert list(runs[runs.rerun].seed) == [102]
+    pairs = paired(with_reruns(runs), "LoRA r=8", "LoRA² k=8")
+    assert dict(zip(pairs.seed, pairs.difference, strict=True)) == {1: 0.0, 2: 2.0}
 
 
-def test_the_score_of_a_task_with_two_columns_is_their_mean(tmp_path):
-    both = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}
-    matched = {"step": [1], "loss": [0.5], "accuracy": [0.8]}
-    made = [line("LoRA r=8", "mnli", seed, [0.8], evaluations=e) for seed, e in enumerate((both, matched))]
-    assert list(load_measured(write(tmp_path, "trial", made))["last"]) == pytest.approx([70, 80])
+def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_failure():
+    rows = []
+    for row, scores in (
+        ("a", {1e-3: (50, 60), 2e-3: (52, 64), 4e-3: (51, 10)}),
+        ("b", {1e-3: (40, 50), 2e-3: (45, 50)}),
+    ):
+        for value, own in scores.items():
+            rows += [
+                {"row": row, "value": value, "task": task, "last": score, "failed": score == 10}
+                for task, score in zip(("cola", "rte"), own, strict=True)
+            ]
+    runs = pd.DataFrame(rows)
+    table = choose_rates(runs).set_index(["row", "value"])
+    assert list(table.index[table.barred]) == [("a", 2e-3), ("a", 4e-3)]
+    assert list(table.index[table.chosen]) == [("a", 1e-3), ("b", 2e-3)]
+    cola = runs[runs.task == "cola"]["last"]
+    rte = runs[runs.task == "rte"]["last"]
+    expected = ((45 - cola.mean()) / cola.std() + (50 - rte.mean()) / rte.std()) / 2
+    assert table.z["b", 2e-3] == pytest.approx(expected)
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UsageError, match="no such folder"):
-        load_measured(tmp_path / "absent")
-    twice = [line("LoRA r=8", "cola", 1, [0.1], run=name) for name in "ab"]
-    with pytest.raises(UsageError, match=r"trial.jsonl has LoRA r=8 on cola with seed 1 twice"):
-        load_measured(write(tmp_path, "trial", twice))
+def test_the_score_of_mnli_is_that_of_the_matched_set():
+    both = {"step": [1], "loss": [0.5], "accuracy": [0.8], "mismatched_accuracy": [0.6]}
+    partial = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}  # an early record's 1,000 rows
+    runs = as_frame(("a", line("LoRA r=8", "mnli", i, [0.8], evaluations=e)) for i, e in enumerate((both, partial)))
+    assert list(runs["last"]) == [80, 80] and list(runs.mismatched_accuracy.fillna(0)) == [60, 0]
 
 
-@pytest.mark.parametrize("expect", ["higher", "not lower", "level"])
-def test_a_contradiction_is_corrected_for_the_number_of_claims_too(expect):
-    result = Estimate(-1.6, 0.45, 12.0, 15)
-    p = result.p_value(expect)
-    assert p < 0.05 and verdict(result, expect, p) == "contradicted"
-    assert verdict(result, expect, holm([p] * 20)[0]) == "not shown"
-
-
-def test_a_value_of_an_axis_is_chosen_by_the_last_loss_not_the_lowest(tmp_path):
-    lines = []
-    for rate, losses in (("low", [0.5, 0.5]), ("high", [0.1, 0.9])):
-        for seed in (1, 2):
-            axes = {"row": "a", "rate": rate, "task_name": "cola", "seed": seed}
-            made = line(f"a, {rate}", "cola", seed, [0.3, 0.4], axes=axes, run=f"{rate}-{seed}", tried={})
-            made["evaluations"]["loss"] = losses
-            lines.append(made)
-    chosen = finished(tuned_over(load_measured(write(tmp_path, "trial", lines)), "rate"))
-    assert {axes["rate"] for axes in chosen["axes"]} == {"low"}
-
-
-def tuned(tmp_path, lines):
-    """What a question about the axis ``variant`` gets: the settings of each tuning run, and the chosen variants."""
-    runs = tuned_over(load_measured(write(tmp_path, "trial", lines)), "variant")
-    select = runs[runs.stage == "select"]
-    return list(select.tried), {axes["variant"] for axes in finished(runs)["axes"]}
-
-
-def variant(name, seed, loss, **asked):
-    axes = {"method": "lora", "variant": name, "task_name": "cola", "seed": seed}
-    made = line(f"LoRA, variant={name}", "cola", seed, [0.4, 0.5], tried={}, axes=axes, run=f"{name}-{seed}")
-    made["asked"] = {"method": "lora", "task_name": "cola", "seed": seed, **asked}
-    made["evaluations"]["loss"] = [1.0, loss]
-    return made
-
-
-def test_labels_of_an_axis_may_set_different_flags_or_none(tmp_path):
-    flags = {"usual": {}, "wide": {"lora_alpha": 32}, "deep": {"lora_r": 16}}
-    losses = {"usual": 0.3, "wide": 0.1, "deep": 0.6}
-    tried, chosen = tuned(tmp_path, [variant(v, s, losses[v], **flags[v]) for v in flags for s in (1, 2)])
-    assert chosen == {"wide"} and sorted(map(str, tried)) == sorted(2 * list(map(str, flags.values())))
-
-
-def test_null_is_a_value_of_an_axis(tmp_path):
-    lines = [variant(v, s, loss, value_lr_ratio=v) for v, loss in ((None, 0.1), (4, 0.4), (8, 0.3)) for s in (1, 2)]
-    assert tuned(tmp_path, lines)[1] == {None}
-
-
-def test_what_goes_with_a_seed_is_not_tried(tmp_path):
-    lines = [variant(v, s, 0.1 * v, value_lr_ratio=v, data_seed=10 + s) for v in (4, 8) for s in (1, 2)]
-    tried, chosen = tuned(tmp_path, lines)
-    assert chosen == {4} and {tuple(each) for each in tried} == {("value_lr_ratio",)}
-
-
-def test_the_test_score_is_of_the_task_s_own_test_sets():
+def test_the_test_score_is_of_the_tasks_own_test_set():
     scores = {"MNLI-m": {"accuracy": 0.7}, "MNLI-mm": {"accuracy": 0.72}, "AX": {"accuracy": 0.3}}
     own = line("LoRA r=8", "custom", 1, [0.5], test_scores={"custom_test": {"accuracy": 0.6}}, metric="accuracy")
     frame = as_frame([("a", line("LoRA r=8", "mnli", 1, [0.5], test_scores=scores)), ("a", own)])
-    assert sorted(frame.test) == pytest.approx([60, 71])
+    assert sorted(frame.test) == pytest.approx([60, 70])
+
+
+def test_runs_on_other_data_are_no_pairs():
+    digests = ({"glue_dir": "a"}, {"glue_dir": "b"})
+    lines = [line(x, "cola", 1, [0.5], digests=d) for x, d in zip(("LoRA r=8", "LoRA² k=8"), digests, strict=True)]
+    assert not len(paired(as_frame(("a", each) for each in lines), "LoRA r=8", "LoRA² k=8"))
+
+
+def test_as_frame_orders_methods_and_tasks_and_tells_equal_labels_apart(tmp_path):
+    runs = load_measured(write(tmp_path, "trial", trial(2)[::-1]))
+    final = finished(runs)
+    assert list(dict.fromkeys(final.label)) == ["LoRA r=8", "LoRA r=1", "AdaLoRA", "LoRA² k=8", "LoRA² k=1"]
+    assert list(final.task[:4]) == ["cola", "cola", "stsb", "stsb"] and list(final.seed[:2]) == [1, 2]
+    twice = [line("LoRA", "cola", 1, [0.1], run=f"{n}", arguments={"max_steps": n, "bf16": True}) for n in (10, 20)]
+    assert list(as_frame(("a", each) for each in twice).label) == ["LoRA, max_steps=10", "LoRA, max_steps=20"]
+    with pytest.raises(UsageError, match=r"a.jsonl has LoRA on cola with seed 1 twice"):
+        as_frame(("a", each | {"arguments": {}}) for each in twice)

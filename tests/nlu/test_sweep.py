@@ -1,8 +1,8 @@
-"""The sweep with real child processes (a stand-in for run_glue), and what it does on failures."""
+"""The sweep with real child processes (a stand-in for run_glue), what it does on failures, and its loop."""
 
 import json
+import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,74 +13,18 @@ import yaml
 
 from nlu import sweep
 from nlu.errors import UsageError
-from nlu.experiments import launchers
 from nlu.experiments.experiment import load_experiment, place_free
+from nlu.experiments.launchers import LocalLauncher
+from nlu.experiments.loop import Places, SweepLoop
 from tests.nlu.sweeps import BASIC, FAKE, ONE, SELECT, lines_of, places_of, record_of
 from tests.nlu.test_digests import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
 
-
-def test_what_another_experiment_finished_with_the_same_arguments_is_taken_over(run_sweep, tmp_path):
-    assert run_sweep(BASIC | {"name": "first", "grid": ONE})[0] == 0
-    first = lines_of(tmp_path, "first")["lora-cola-seed=1"]
-    ranks = {"eight": {"method": "lora"}, "two": {"method": "lora", "learning_rate": 0.5}}
-    second = BASIC | {"name": "second", "grid": {"rank": ranks, "task_name": ["cola"], "seed": [1, 2]}}
-    plan = run_sweep(second, "--dry_run")[1]
-    assert re.search(r"taken over +eight-cola-seed=1\n +finished with .* first/lora-cola-seed=1", plan)
-    code, out, err = run_sweep(second)
-    assert code == 0 and "1 run(s) taken over" in out + err and "3 run(s) finished now, 1 before" in out
-    taken = lines_of(tmp_path, "second")["eight-cola-seed=1"]
-    place = {"run": "eight-cola-seed=1", "label": "eight", "axes": {"rank": "eight", "task_name": "cola", "seed": 1}}
-    assert taken == first | place | {"taken_over_from": "first/lora-cola-seed=1"}
-    # A number is the same whether it is written with a point or without.
-    whole = {"eight": {"method": "lora", "lora_alpha": 8}}, {"eight": {"method": "lora", "lora_alpha": 8.0}}
-    for name, rows in zip(("whole", "point"), whole, strict=True):
-        said = run_sweep(BASIC | {"name": name, "grid": {"rank": rows, "task_name": ["cola"], "seed": [1]}})
-    assert "1 run(s) taken over" in "".join(said[1:])
-    # A row that is added later takes over from one of its own experiment too.
-    ranks |= {name: {**ranks["eight"]} for name in ("eight again", "and again")}
-    assert "4 run(s) taken over" in "".join(run_sweep(second)[1:])
-    # Of equal rows that are new together, one runs.
-    twice = {"one": {"method": "sora"}, "other": {"method": "sora"}}
-    third = BASIC | {"name": "twice", "grid": {"rank": twice, "task_name": ["cola"], "seed": [1]}}
-    assert "1 run(s) finished now, 1 before" in run_sweep(third)[1]
-    # A copy is no source of copies, and hides no original that is listed after it.
-    one = {"rank": {"eight": ranks["eight"]}, "task_name": ["cola"], "seed": [1]}
-    assert "1 run(s) taken over" in "".join(run_sweep(BASIC | {"name": "a-copy", "grid": one})[1:])
-    assert "1 run(s) taken over" in "".join(run_sweep(BASIC | {"name": "one-more", "grid": one})[1:])
-    (tmp_path / "measured/first.jsonl").unlink()
-    assert "taken over" not in "".join(run_sweep(BASIC | {"name": "third", "grid": one})[1:])
-
-
-@pytest.mark.parametrize("flag", ["model_name_or_path", "lora_path"])
-def test_contents_decide_what_is_the_same_run_and_names_do_not(run_sweep, tmp_path, flag):
-    """Two warm starts in folders named `adapter`, or two models of one name, are different runs."""
-    places = [_content(tmp_path / each, flag, each) for each in "ab"]
-    small = {**BASIC, "grid": ONE}
-    assert run_sweep(small | {"name": "first"}, "--set", f"{flag}={places[0]}")[0] == 0
-    assert "taken over" not in "".join(run_sweep(small | {"name": "second"}, "--set", f"{flag}={places[1]}")[1:])
-    code, _, err = run_sweep(small | {"name": "first"}, "--set", f"{flag}={places[1]}")
-    assert code == 2 and f"{flag}: other content, " in err and "--rerun_changed" in err and err.count("\n") == 1
-    moved = shutil.copytree(tmp_path / "a", tmp_path / "moved") / places[0].name
-    assert "0 run(s) finished now, 1 before" in run_sweep(small | {"name": "first"}, "--set", f"{flag}={moved}")[1]
-    assert "1 run(s) taken over" in "".join(run_sweep(small | {"name": "third"}, "--set", f"{flag}={moved}")[1:])
-    axis = {"start": {"one": {flag: str(places[0])}, "other": {flag: str(places[1])}}}
-    assert run_sweep(small | {"name": "fourth", "grid": axis | small["grid"]})[0] == 0
-    taken = {line["label"]: line["taken_over_from"] for line in lines_of(tmp_path, "fourth").values()}
-    assert taken == {"one, LoRA": "first/lora-cola-seed=1", "other, LoRA": "second/lora-cola-seed=1"}
-    assert run_sweep(small | {"name": "first"}, "--set", f"{flag}={places[1]}", "--rerun_changed")[0] == 0
-
-
-def _content(folder, flag, text):
-    if flag == "model_name_or_path":
-        return model(folder / "encoder", text.encode())
-    (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter/adapter_model.safetensors").write_text(text)
-    return folder / "adapter"
+THREE = BASIC | {"grid": ONE | {"seed": [1, 2, 3]}}
 
 
 def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "available_cores", lambda: 8)
+    monkeypatch.setattr("nlu.experiments.launchers.available_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run_sweep(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
     lines = lines_of(tmp_path)
@@ -99,44 +43,12 @@ def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"run": "lora-cola-seed=1"' not in line))
     code, out, _ = run_sweep(BASIC, "--set", "model_name_or_path=/elsewhere/encoder")  # another place, the same model
-    assert code == 0 and "1 run(s) finished now, 7 before" in out
+    assert code == 0 and "1 run(s) finished now" in out
     again = [path.parent.name for path, at in before.items() if path.stat().st_mtime_ns != at]
     assert again == ["lora-cola-seed=1"]
     assert [json.loads(line)["run"] for line in path.read_text().splitlines()] == [
         json.loads(line)["run"] for line in whole.splitlines()
     ]
-
-
-def test_a_finished_run_has_the_labels_that_its_file_has_now(run_sweep, tmp_path):
-    def content(axis, label):
-        return BASIC | {"grid": {axis: {label: {"method": "lora"}}, "task_name": ["cola"], "seed": [1]}}
-
-    assert run_sweep(content("row", "LoRA2 k8"))[0] == 0
-    for axis, label in (("row", "LoRA² k8"), ("variant", "LoRA² k8")):  # of one folder name
-        code, out, _ = run_sweep(content(axis, label))
-        assert code == 0 and "0 run(s) finished now, 1 before" in out
-        (line,) = lines_of(tmp_path).values()
-        assert line["label"] == label and line["axes"][axis] == label and len(line["axes"]) == 3
-
-
-def test_a_row_keeps_one_label_where_a_part_of_it_is_asked_for(run_sweep, tmp_path):
-    def content(label):
-        return BASIC | {"grid": {"row": {label: {"method": "lora"}}, "task_name": ["cola", "rte"], "seed": [1]}}
-
-    assert run_sweep(content("LoRA2 k8"))[0] == 0
-    assert run_sweep(content("LoRA² k8"), "--only", "cola")[0] == 0
-    assert {line["label"] for line in lines_of(tmp_path).values()} == {"LoRA² k8"}
-
-
-def test_a_value_tried_beyond_the_end_and_listed_later_is_one_of_the_list(run_sweep, tmp_path):
-    def content(*values, **more):
-        select = {"values": {"learning_rate": [*values]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}
-        return BASIC | {"grid": {"method": ["lora"], "task_name": ["cola"], "seed": [1]}, "select": select | more}
-
-    assert run_sweep(content(1e-4, 1e-3, beyond={"learning_rate": 3}))[0] == 0
-    assert [line["tried"] for line in lines_of(tmp_path).values() if "extra" in line] == [{"learning_rate": 3e-3}]
-    assert "0 run(s) finished now" in run_sweep(content(1e-4, 1e-3, 3e-3))[1]
-    assert not any("extra" in line for line in lines_of(tmp_path).values())
 
 
 def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_asked(run_sweep, tmp_path):
@@ -147,153 +59,133 @@ def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_a
     assert run_sweep(BASIC, "--set", "learning_rate=0.005", "--rerun_changed")[0] == 0
     assert {line["asked"]["learning_rate"] for line in lines_of(tmp_path).values()} == {0.005}
     assert record_of(tmp_path, "lora-cola-seed=1")["arguments"]["overwrite_output_dir"] is True
-    assert record_of(tmp_path, "lora-cola-seed=2")["arguments"]["overwrite_output_dir"] is False
+
+
+def test_changed_contents_are_refused_and_a_moved_folder_is_not(run_sweep, tmp_path):
+    places = [model(tmp_path / each / "encoder", each.encode()) for each in "ab"]
+    small = BASIC | {"grid": ONE}
+    assert run_sweep(small, "--set", f"model_name_or_path={places[0]}")[0] == 0
+    code, _, err = run_sweep(small, "--set", f"model_name_or_path={places[1]}")
+    assert code == 2 and "other content of model_name_or_path" in err and err.count("\n") == 1
+    moved = places[0].rename(tmp_path / "encoder")
+    assert "0 run(s) finished now" in run_sweep(small, "--set", f"model_name_or_path={moved}")[1]
 
 
 def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
     content = {
         **BASIC,
-        "grid": {"method": ["lora"], "task_name": ["cola", "rte", "mrpc", "stsb"], "seed": [1]},
+        "grid": {"method": ["lora"], "task_name": ["cola", "rte", "mrpc", "qnli", "wnli", "stsb"], "seed": [1]},
         "overrides": [
             {"when": {"task_name": task}, "set": {"weight_decay": kind}}
-            for task, kind in (("cola", 1), ("rte", 2), ("mrpc", 3))
+            for task, kind in (("cola", 1), ("rte", 2), ("mrpc", 3), ("qnli", 5), ("wnli", 6))
         ],
     }
     code, out, err = run_sweep(content)
-    assert code == 1 and "1 run(s) finished now, 0 before, 3 failed" in out
+    assert code == 1 and "1 run(s) finished now, 5 failed" in out
     assert "the loss is nan at step 3" in err
     assert "exit code 2: error: target_rank 9 is larger than lora_r 8" in err
-    assert re.search(r"lora-mrpc-seed=1: exit code -9", err)
+    assert re.search(r"lora-mrpc-seed=1: exit code -9", err) and "the adapter cannot be uploaded" in err
     status = {name: line["status"] for name, line in lines_of(tmp_path).items()}
-    assert status == {"lora-cola-seed=1": "failed", "lora-stsb-seed=1": "finished"}
+    expected = {"cola": "failed", "qnli": "finished", "stsb": "finished"}
+    assert status == {f"lora-{task}-seed=1": state for task, state in expected.items()}
     # A start that leaves no record is not told with the reason of the one before.
     other = content | {"overrides": [{"when": {"task_name": "cola"}, "set": {"weight_decay": 2}}]}
     err = run_sweep(other, "--only", "cola")[2]
     assert "target_rank 9 is larger" in err and "the loss is nan" not in err
-    fixed = {key: value for key, value in content.items() if key != "overrides"}
-    assert run_sweep(fixed)[0] == 0
-    assert [line["status"] for line in lines_of(tmp_path).values()] == ["finished"] * 4
 
 
-@pytest.mark.parametrize(
-    ("kind", "says"), [(5, "exit code 1: error: the adapter cannot be uploaded"), (6, "results.json cannot be read")]
-)
-def test_a_run_that_fails_at_its_very_end_is_told_and_the_next_one_runs(run_sweep, tmp_path, kind, says):
-    """After its record has finished, or amid the writing of it."""
-    worse = {"when": {"task_name": "cola"}, "set": {"weight_decay": kind}}
-    grid = {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}
-    code, out, err = run_sweep(BASIC | {"grid": grid, "overrides": [worse]})
-    assert code == 1 and "1 run(s) finished now, 0 before, 1 failed" in out
-    assert re.search(f"failed: lora-cola-seed=1: .*{says}", err) and "lora-rte-seed=1" in lines_of(tmp_path)
+def test_a_failed_run_has_no_line_while_it_is_made_again(run_sweep, tmp_path):
+    """Were it interrupted then, the line would have it begin anew and not go on."""
+    content = THREE | {"base": BASIC["base"] | {"weight_decay": 1}}
+    assert run_sweep(content)[0] == 1 and len(lines_of(tmp_path)) == 3
+    seen = []
+
+    def start(command, log):
+        seen.append(("--overwrite_output_dir" in command, list(lines_of(tmp_path))))
+        raise UsageError("enough")
+
+    loop, runs = loop_of(tmp_path, start, content)
+    with pytest.raises(UsageError, match="enough"), loop:
+        loop.run(runs)
+    assert seen == [(True, ["lora-cola-seed=2", "lora-cola-seed=3"])]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(tmp_path, capsys, number, code):
-    content = {**BASIC, "base": {**BASIC["base"], "weight_decay": 4}, "grid": {**BASIC["grid"], "task_name": ["cola"]}}
+def test_tuning_takes_the_highest_mean_score_over_its_seeds(run_sweep, tmp_path):
+    content = BASIC | {"grid": ONE, "select": SELECT | {"seeds": [7, 8]}}
+    code, out, _ = run_sweep(content)
+    assert code == 0 and "5 run(s) finished now" in out
+    lines = lines_of(tmp_path)
+    assert lines["lora-cola-seed=1"]["tried"] == {"learning_rate": 2e-3}
+    assert lines["lora-cola-seed=1"]["asked"]["learning_rate"] == 2e-3
+    assert "holdout_fraction" not in lines["lora-cola-seed=1"]["asked"]
+    assert sorted(name for name in lines if name.startswith("select/")) == [
+        f"select/lora-cola-learning_rate={rate}-seed={seed}" for rate in (0.001, 0.002) for seed in (7, 8)
+    ]
+    # By the score and not by the loss, and never a value of which a run failed.
+    path = tmp_path / "measured/trial.jsonl"
+    edited = [json.loads(text) for text in path.read_text().splitlines()]
+    edited = [line for line in edited if line["stage"] == "select"]
+    for line in edited:
+        line["evaluations"]["loss"] = [0.1 if line["tried"]["learning_rate"] == 1e-3 else 0.9]
+    path.write_text("".join(json.dumps(line) + "\n" for line in edited))
+    assert re.search(r"to do +lora-cola-seed=1\n.*--learning_rate=0.002", run_sweep(content, "--dry_run")[1])
+    edited[-1]["status"] = "failed"
+    path.write_text("".join(json.dumps(line) + "\n" for line in edited))
+    assert re.search(r"to do +lora-cola-seed=1\n.*--learning_rate=0.001", run_sweep(content, "--dry_run")[1])
+
+
+def test_final_runs_wait_for_a_tuning_that_has_not_ended(run_sweep, tmp_path):
+    rules = [{"when": {"method": "lora2"}, "set": {"weight_decay": 2}}]
+    content = BASIC | {"grid": ONE | {"method": ["lora", "lora2"]}, "select": SELECT | {"overrides": rules}}
+    code, _, err = run_sweep(content)
+    assert code == 1 and "failed: lora2-cola-seed=1: its tuning is not complete" in err
+    assert "lora-cola-seed=1" in lines_of(tmp_path) and "lora2-cola-seed=1" not in lines_of(tmp_path)
+    assert "waits for its tuninglora2-cola-seed=1" in run_sweep(content, "--dry_run")[1]
+    code, out, _ = run_sweep(content, "--only", "^lora-")
+    assert code == 0 and "0 run(s) finished now" in out
+
+
+def test_a_stopped_sweep_lets_its_runs_save_and_continues(tmp_path):
     path = tmp_path / "experiment.yaml"
+    base = BASIC["base"] | {"weight_decay": 4}
+    content = BASIC | {"grid": ONE | {"seed": [1, 2]}, "base": base}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    command = [sys.executable, str(REPOSITORY / "nlu/sweep.py"), str(path), "--jobs", "2", *places_of(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # The tests themselves may run under nohup, and what ignores SIGHUP hands that on.
-    process = subprocess.Popen(command, **pipes, preexec_fn=partial(signal.signal, number, signal.SIG_DFL))
-    first_two = [tmp_path / f"output/trial/lora-cola-seed={seed}/started" for seed in (1, 2)]
-    try:
-        wait_until(lambda: all(marker.exists() for marker in first_two))
-        assert sweep.main(command[2:]) == 2 and "another sweep is running" in capsys.readouterr().err
-    finally:
-        process.send_signal(number)
-        _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "continues from here" in err and "failed" not in err
-    records = [json.loads(marker.with_name("results.json").read_text()) for marker in first_two]
-    assert [record["status"] for record in records] == ["interrupted"] * 2
-    assert lines_of(tmp_path) == {} and not (tmp_path / "output/trial/lora2-cola-seed=1").exists()
-    assert sweep.main([*command[2:], "--only", "lora-"]) == 0, capsys.readouterr().err
-    assert [record_of(tmp_path, run)["resumes"] for run in lines_of(tmp_path)] == [1, 1]
+    command = [sys.executable, "nlu/sweep.py", str(path), *places_of(tmp_path)]
+    start = partial(subprocess.Popen, command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(text=True)
+    wait_until(lambda: list(tmp_path.rglob("started")))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command continues" in err and "failed" not in err
+    assert record_of(tmp_path, "lora-cola-seed=1")["status"] == "interrupted"
+    assert not (tmp_path / "output/trial/lora-cola-seed=2").exists()
+    process = start(text=True)
+    wait_until(lambda: (tmp_path / "output/trial/lora-cola-seed=2/started").exists())
+    assert record_of(tmp_path, "lora-cola-seed=1")["resumes"] == 1
+    process.kill()  # nothing of what was finished is lost
+    process.communicate()
+    assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
 
 
-def test_a_run_of_another_command_is_not_taken_over(run_sweep, tmp_path):
-    own = tmp_path / "mine.py"
-    own.write_text(FAKE.read_text())
-    (tmp_path / "nlu").symlink_to(REPOSITORY / "nlu")
-    assert run_sweep(BASIC | {"name": "first", "grid": ONE})[0] == 0
-    assert lines_of(tmp_path, "first")["lora-cola-seed=1"]["started_by"].endswith("…/fake_run_glue.py")
-    environment = f"env PYTHONPATH={REPOSITORY} {sys.executable} {own}"
-    out = run_sweep(BASIC | {"name": "second", "grid": ONE}, "--command", environment)[1]
-    assert "1 run(s) finished now, 0 before" in out
-
-
-def test_a_line_of_a_run_that_the_file_no_longer_gives_is_named(run_sweep):
-    select = SELECT | {"beyond": {"learning_rate": 2}}
-    assert "no longer gives" not in run_sweep(BASIC | {"select": select})[2]
-    note = run_sweep(BASIC | {"grid": BASIC["grid"] | {"method": ["lora"]}, "select": select})[2]
-    assert re.search(
-        r"note: .*trial.jsonl has \d+ line\(s\) of runs that the file no longer gives \(lora2-cola-seed=1 f", note
-    )
-
-
-def test_an_absolute_path_in_any_argument_changes_nothing(run_sweep):
-    content = BASIC | {"grid": ONE, "base": BASIC["base"] | {"importance": "/scratch/a"}}
-    assert run_sweep(content)[0] == 0
-    assert "0 run(s) finished now, 1 before" in run_sweep(content)[1]
-
-
-def test_the_slurm_launcher_runs_the_same_sweep_as_jobs(run_sweep, tmp_path):
-    content = {
-        **BASIC,
-        "grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]},
-        "overrides": [{"when": {"task_name": "rte"}, "set": {"weight_decay": 2}}],
-    }
-    code, out, err = run_sweep(content, "--launcher", "slurm", "--slurm", "cluster=local", "--slurm", "timeout_min=10")
+def test_jobs_run_on_a_cluster(run_sweep, tmp_path):
+    content = BASIC | {"grid": ONE | {"task_name": ["cola", "rte"]}}
+    content["overrides"] = [{"when": {"task_name": "rte"}, "set": {"weight_decay": 2}}]
+    code, out, err = run_sweep(content, "--launcher", "slurm", "--slurm", "cluster=local")
     assert code == 1 and "1 run(s) finished now" in out and "target_rank 9 is larger" in err
     assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
-    for wrong in ("nonsense_parameter=1", "timeout_min=abc"):
-        code, _, err = run_sweep(BASIC, "--launcher", "slurm", "--slurm", wrong, "--slurm", "cluster=local")
-        assert code == 2 and err.startswith("error: submitit: ")
-
-
-def test_a_job_that_slurm_refuses_is_a_failed_run_and_the_first_one_ends_the_sweep(run_sweep, tmp_path, monkeypatch):
-    programs = {
-        "sbatch": """[ ! -e "$0.full" ] || { echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1; }
-                     touch "$0.full"; script=$(cat "$1")  # submitit moves the file at once
-                     SLURM_JOB_ID=7 sh -c "$script" >"$0.out" 2>&1 & echo "Submitted batch job 7" """,
-        "srun": 'shift 5; exec "$@"',
-    }
-    for name, script in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    content = BASIC | {"grid": {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}}
-    for flags, says in (
-        ([], "add --slurm timeout_min"),
-        (["timeout_min=9", "tasks_per_node=2"], "tasks_per_node would start each run"),
-    ):
-        code, _, err = run_sweep(
-            content, "--launcher", "slurm", *[word for flag in flags for word in ("--slurm", flag)]
-        )
-        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
-    code, out, err = run_sweep(content, "--launcher", "slurm", "--slurm", "timeout_min=9")
-    assert code == 1 and "1 run(s) finished now" in out and list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
-    assert "failed: lora-rte-seed=1: exit code 1: submitit: sbatch: error: AssocMaxSubmitJobLimit" in err
-    code, _, err = run_sweep(content, "--launcher", "slurm", "--slurm", "timeout_min=9")
-    assert code == 2 and err.splitlines()[-1] == "error: submitit: sbatch: error: AssocMaxSubmitJobLimit; check --slurm"
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--dryrun",),
         ("--jobs", "0"),
         ("--set", "seed"),
-        ("--set", "max_steps="),
         ("--set", "seed=3"),
         ("--only", "("),
-        ("--slurm", "a=b"),
-        ("--command", "/no/such"),
         ("--command", "foo 'bar"),
-        ("--command", " "),
-        ("--set", "learning_rate=.nan"),
         ("--output_dir", __file__),
-        ("--measured_dir", f"{__file__}/below"),
+        ("--launcher", "slurm"),
+        ("--launcher", "slurm", "--slurm", "timeout_min=9", "--slurm", "tasks_per_node=2"),
     ],
 )
 def test_faulty_flags_are_refused_in_one_line(run_sweep, flags):
@@ -301,18 +193,15 @@ def test_faulty_flags_are_refused_in_one_line(run_sweep, flags):
     assert code == 2 and err.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_damaged_line_is_named_and_nothing_starts_where_it_is_the_sweep_s_own(run_sweep, tmp_path, caplog):
+def test_a_damaged_line_is_named_and_nothing_starts(run_sweep, tmp_path):
     (tmp_path / "measured").mkdir()
-    (tmp_path / "measured/neighbour.jsonl").write_text('{"status": "fin')
-    assert run_sweep(BASIC | {"name": "first", "grid": ONE})[0] == 0
-    assert ["neighbour.jsonl:1: damaged" in message for message in caplog.messages] == [True]
     (tmp_path / "measured/trial.jsonl").write_text('{"status": "fin')
     code, _, err = run_sweep(BASIC)
     assert code == 2 and f"{tmp_path}/measured/trial.jsonl:1: damaged" in err and "delete it" in err
     assert not list((tmp_path / "output/trial").rglob("results.json"))
 
 
-def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys, monkeypatch):
+def test_a_files_own_command_gets_the_runs_arguments(tmp_path, capsys):
     path = tmp_path / "experiment.yaml"
     grid = {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}
     own = f"env METHOD={{method}} {sys.executable} {tmp_path}/run_{{task_name}}.py"
@@ -325,42 +214,30 @@ def test_a_file_s_own_command_gets_the_run_s_arguments(tmp_path, capsys, monkeyp
     assert sweep.main([str(path), *places_of(tmp_path)[2:]]) == 0, capsys.readouterr().err
     models = [record_of(tmp_path, run)["arguments"]["model_name_or_path"] for run in lines_of(tmp_path)]
     assert models == ["lora-cola", "lora-rte"]
-    own = {
-        "command": "env METHOD={method} bash scripts/run_debertav3_{task_name}.sh",
-        "grid": grid,
-        "base": {"bf17": True},
-    }
-    path.write_text(yaml.safe_dump({"name": "scripts", **own}))
-    monkeypatch.chdir(tmp_path)  # the file's paths are the repository's
+    own = {"command": "env METHOD={method} bash scripts/run_debertav3_{task_name}.sh", "grid": grid}
+    path.write_text(yaml.safe_dump({"name": "scripts", **own, "base": {"bf17": True}}))
     assert sweep.main([str(path), *places_of(tmp_path)[2:]]) == 2 and "did you mean --bf16?" in capsys.readouterr().err
-    path.write_text(yaml.safe_dump({"name": "scripts", **own}).replace("debertav3", "absent"))
-    assert sweep.main([str(path), *places_of(tmp_path)[2:]]) == 2
-    error = capsys.readouterr().err
-    assert "scripts/run_absent_cola.sh" in error and "start it in a clone" in error and error.count("\n") == 1
     path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
     with pytest.raises(UsageError, match="'task' is not an argument of every run"):
         load_experiment(path)
 
 
-def test_one_s_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep, tmp_path):
+def test_ones_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep, tmp_path):
     for name in ("train", "other", "dev"):
         (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{name},1\n")
     base = {**BASIC["base"], "validation_file": str(tmp_path / "dev.csv")}
     grid = {"method": ["lora"], "train_file": [str(tmp_path / f"{name}.csv") for name in ("train", "other")]}
     content = {"name": "own", "base": base, "grid": {**grid, "seed": [1]}}
-    code, _, err = run_sweep(content)
-    assert code == 0, err
+    assert run_sweep(content)[0] == 0
     lines = lines_of(tmp_path, "own")
     assert {line["label"] for line in lines.values()} == {"LoRA, train.csv", "LoRA, other.csv"}
     assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
     (tmp_path / "other.csv").write_text("sentence,label\nother,0\n")
     code, _, err = run_sweep(content)
-    assert code == 2 and "train_file: other content" in err and "lora-other.csv" in err
-    code, _, err = run_sweep({**content, "grid": {"method": ["lora"], "seed": [1]}})
-    assert code == 2 and "no task_name is given" in err
+    assert code == 2 and "other content of train_file" in err and "lora-other.csv" in err
 
 
-def test_models_of_one_name_on_the_hub_are_two(tmp_path):
+def test_models_of_one_name_on_the_hub_are_two():
     names = [place_free({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
     assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
 
@@ -369,3 +246,91 @@ def test_a_folder_named_on_the_command_line_stays_text():
     texts = ["model_name_or_path=2024", "glue_dir=2024.10", "max_steps=5", "lora_path=null"]
     expected = {"model_name_or_path": "2024", "glue_dir": "2024.10", "max_steps": 5, "lora_path": None}
     assert sweep._pairs(texts, "--set") == expected
+
+
+# ---- the loop, with stand-ins for started runs -----------------------------------------------------------------------
+
+
+class Job:
+    """A stand-in for a started run, which keeps what it hears; `poll` gives its exit code, or None while it runs."""
+
+    def __init__(self, poll=lambda job: None):
+        self.heard, self._poll = [], poll
+
+    def poll(self):
+        return self._poll(self)
+
+    def stop(self):
+        self.heard.append("stop")
+
+    def kill(self):
+        self.heard.append("kill")
+
+
+def loop_of(tmp_path, start, content=THREE):
+    """The loop of an experiment, two runs at once, in which `start` starts a run; and the three runs."""
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    places = Places(tmp_path / "measured/trial.jsonl", tmp_path / "output/trial", ["run"])
+    launcher = LocalLauncher(2)
+    launcher.start = start
+    return SweepLoop(launcher, 2, places, 3), load_experiment(path).runs
+
+
+def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
+    def poll(job):
+        looks.append(job)
+        if signals and len(job.heard) + len(signals) == 2:  # the second when the first has been passed on
+            os.kill(os.getpid(), signals.pop(0))
+        assert len(looks) < 50, "it is not killed"
+        return -9 if "kill" in job.heard else None
+
+    signals, looks, job = [signal.SIGINT, signal.SIGTERM], [], Job(poll)
+    loop, runs = loop_of(tmp_path, lambda command, log: job)
+    with loop:
+        loop.run(runs[:1])
+    assert job.heard == ["stop", "kill"] and loop.summary() == 128 + signal.SIGINT
+
+
+def test_after_a_signal_no_run_is_started_in_the_place_of_one_that_has_ended(tmp_path):
+    def poll(job):
+        looks.append(job)
+        if len(looks) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 143 if looks.count(job) > (3 if job is started[0] else 6) else None
+
+    looks, started = [], []
+    loop, runs = loop_of(tmp_path, lambda command, log: started.append(Job(poll)) or started[-1])
+    with loop:
+        loop.run(runs)
+    assert [job.heard for job in started] == [["stop"], ["stop"]] and not loop.failures
+
+
+def test_a_run_that_cannot_be_started_is_a_failed_one_and_the_first_ends_the_sweep(tmp_path):
+    def start(command, log):
+        if jobs:
+            raise UsageError("the cluster is full")
+        jobs.append(Job(lambda job: 0))
+        return jobs[0]
+
+    jobs = []
+    loop, runs = loop_of(tmp_path, start)
+    with loop:
+        loop.run(runs[:2])
+    assert loop.failures["lora-cola-seed=2"] == "the cluster is full"
+    with pytest.raises(UsageError, match="the cluster is full"), loop:
+        loop.run(runs[2:])
+
+
+@pytest.mark.parametrize(("where", "handler"), [("here", signal.SIG_IGN), ("on a cluster", signal.SIG_DFL)])
+def test_what_outlives_the_terminal_is_not_stopped_with_it(tmp_path, where, handler):
+    """A sweep under nohup, which ignores the signal, and jobs on a cluster."""
+    before = signal.signal(signal.SIGHUP, handler)
+    loop, _ = loop_of(tmp_path, None)
+    if where == "on a cluster":
+        loop.launcher = None
+    try:
+        with loop:
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -14,7 +14,7 @@ import yaml
 from nlu.argument_checks import fit_schedule
 from nlu.arguments import parse_arguments
 from nlu.experiments.experiment import load_experiment
-from nlu.experiments.places import Places, command_line
+from nlu.experiments.loop import Places, command_line
 from nlu.methods.low_rank import SIX_MODULES
 from nlu.tasks import TASKS
 
