@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import takewhile
@@ -154,16 +154,12 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
                 _line(axes, by_step, label, styles[label])
             axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
             axes.set_xlim(left=0)
-            _leave_outliers_out(axes)
             if source == "scores":
                 _end_at_the_possible(axes)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
-    text = (
-        f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds. Values far from "
-        "the others are not shown."
-    )
+    text = f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds."
     return Drawing(name, text, figure)
 
 
@@ -186,7 +182,9 @@ def _rates(name: str, every: pd.DataFrame) -> Drawing | None:
             for rate in own[own.failed].value:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
-        _ticks(axes, list(runs[runs.task == task].value), "{:.3g}".format)
+        rates = sorted(set(runs[runs.task == task].value))
+        axes.minorticks_off()
+        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=45, fontsize=7.5)
         axes.set_title(f"{HEADINGS.get(task, task)}: score", loc="left")
         _end_at_the_possible(axes)
     for axes in panels[-columns:]:
@@ -202,17 +200,6 @@ def _rates(name: str, every: pd.DataFrame) -> Drawing | None:
 def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -> None:
     xs = sorted(by_x)
     axes.plot(xs, [np.median(by_x[x]) for x in xs], label=label, **style)
-
-
-def _leave_outliers_out(axes: Axes) -> None:
-    """Limit a panel of many points to six interquartile ranges from the quartiles, twice Tukey's outer fences."""
-    values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
-    low, high = np.quantile(values, [0.25, 0.75])
-    reach = 6 * (high - low)
-    low, high = max(values.min(), low - reach), min(values.max(), high + reach)
-    if low < high and len(values) >= 20:
-        margin = 0.05 * (high - low)
-        axes.set_ylim(low - margin, high + margin)
 
 
 def _end_at_the_possible(axes: Axes) -> None:
@@ -234,34 +221,16 @@ def _styles(number: int) -> Iterator[dict]:
         }
 
 
-def _ticks(axes: Axes, places: list[float], form: Callable[[float], str]) -> None:
-    """Ticks of a logarithmic axis at the places themselves, without those that would run into the one before."""
-    kept: list[float] = []
-    span = max(places) / min(places)
-    for place in sorted(set(places)):
-        if not kept or place / kept[-1] > max(1.02, span**0.09):
-            kept.append(place)
-    axes.minorticks_off()
-    axes.set_xticks(
-        kept, [form(place) for place in kept], rotation=45, ha="right", rotation_mode="anchor", fontsize=7.5
-    )
-
-
 def _legend(figure: Figure, panels: list[Axes]) -> None:
-    """One legend below all panels with every label once, in as many columns as the width allows."""
+    """One legend below all panels with every label once."""
     handles: dict[str, object] = {}
     for axes in panels:
         for handle in axes.containers or axes.get_lines():
             if getattr(handle, "get_marker", str)() != "x":  # a cross marks what another handle names
-                handles.setdefault(handle.get_label(), handle)
-    texts = ["\n".join(textwrap.wrap(label, 28)) for label in handles]
-    widest = max((len(line) for text in texts for line in text.split("\n")), default=1)
-    columns = max(1, min(len(texts), int(figure.get_figwidth() / (0.07 * widest + 0.6))))
-    lines = -(-len(texts) // columns) * max((text.count("\n") + 1 for text in texts), default=1)
-    figure.set_figheight(figure.get_figheight() + 0.19 * lines)  # the panels keep their size
-    legend = figure.legend(handles.values(), ["label"] * len(texts), loc="outside lower center", ncols=columns)
-    for entry, text in zip(legend.get_texts(), texts, strict=True):
-        entry.set_text(text)  # given to the constructor, a label that begins with `_` would drop out
+                handles.setdefault("\n".join(textwrap.wrap(handle.get_label(), 28)), handle)
+    lines = sum(text.count("\n") + 1 for text in handles) / 2
+    figure.set_figheight(figure.get_figheight() + 0.2 * lines)  # the panels keep their size
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
 
 
 def _names(tasks: Iterable[str]) -> str:
