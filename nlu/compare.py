@@ -30,7 +30,7 @@ import pandas as pd
 
 from nlu import ROOT
 from nlu.arguments import build_parser, method_file, translate
-from nlu.data.splits import load_data
+from nlu.data.splits import load_data, needed
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.claims import Question
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
@@ -130,7 +130,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if set(places.states(experiment.runs).values()) != {"finished"}:
-        load_data(next(iter(parsed.values())))  # a fault in the data shows now, and not in every run
+        first = next(iter(parsed.values()))
+        load_data(first.data, needed(first.training), first.model.cache_dir)  # a fault shows now, and not in every run
     code = run_experiment(
         experiment, experiment.tuning, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
     )
