@@ -144,7 +144,7 @@ def _check_task(data: Any, training: Any) -> None:
             "nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval "
             "and --eval_strategy out"
         )
-    elif training.do_predict and data.test_file is None:
+    elif training.do_predict and data.test_file is None and not training.do_eval:
         raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib import export
 from nlu import fine_tuning, predict
+from nlu.data.reader import Row
 from nlu.run_glue import main
 from nlu.runs.log import clock
 from tests.nlu.killed_runs import run_broken_off
@@ -70,10 +71,10 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
     arguments = predict.build_parser().parse_args(
         ["--adapter", str(tmp_path / "run/adapter"), "--base", str(encoder), "--input", "-"]
     )
-    predictor = predict.load_predictor(arguments, predict.read_card(arguments), texts=1)
+    predictor = predict.load_predictor(arguments)
     with torch.no_grad():
         logits = loaded(**AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")).logits
-    torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([[text]], 1)[0])
+    torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([Row(0, 1, {"sentence": text})], 1)[0])
 
 
 def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(base_flags, tmp_path):
