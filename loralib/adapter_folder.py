@@ -104,9 +104,14 @@ class AdapterConfig:
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
+    def modules(self) -> dict[str, LayerGroup]:
+        """Module name -> its group."""
+        return {name: group for group in self.groups for name in group.rank_pattern}
+
+    @property
     def ranks(self) -> dict[str, int]:
-        """Module name -> live rank, over all groups."""
-        return {name: flags.count("1") for group in self.groups for name, flags in group.rank_pattern.items()}
+        """Module name -> live rank."""
+        return {name: len(group.live(name)) for name, group in self.modules.items()}
 
     def head_options(self) -> dict[str, Any]:
         """Arguments of transformers' ``from_pretrained`` with which the base has the labels that the adapter's head
@@ -130,27 +135,25 @@ def write_adapter(
     """Write the three files, and the tokenizer's, see :func:`new_files`.
 
     Raises:
-        ValueError: if the folder holds other files than an adapter's, the card holds values that JSON cannot hold, or
-            :func:`read_adapter` would refuse a value.
+        ValueError: if the folder holds other files than an adapter's, or :func:`read_adapter` would refuse a value.
     """
-    problem = _misfit(vars(config), _VALUES) or next(filter(None, map(_misfit_of_group, config.groups)), None)
-    if problem:
-        raise ValueError(f"the adapter cannot be saved: {problem}")
     _check_finite("the adapter cannot be saved", tensors)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config.weights_sha256 = hashlib.sha256(weights).hexdigest()
     values = asdict(config)
     try:
-        values["config_sha256"] = _config_digest(values)
-        text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the card may only hold values of JSON ({error})") from None
-    card = adapter_card(config, tensors)
+        _config_of(values)
+        text = json.dumps(
+            values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False, allow_nan=False
+        )
+    except (TypeError, ValueError) as error:  # the first for a card with what JSON cannot hold
+        raise ValueError(f"the adapter cannot be saved: {error}") from None
     with new_files(folder, FILES, CONFIG_FILE) as new:
         if save_tokenizer is not None:
             save_tokenizer(new)
-        for name, content in ((CONFIG_FILE, text.encode()), (WEIGHTS_FILE, weights), (CARD_FILE, card.encode())):
-            (new / name).write_bytes(content)
+        (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        (new / CARD_FILE).write_text(adapter_card(config, tensors), encoding="utf-8")
+        (new / WEIGHTS_FILE).write_bytes(weights)
 
 
 @contextmanager
@@ -180,7 +183,7 @@ def new_files(folder: str | os.PathLike[str], replaceable: Collection[str], last
             yield Path(new)
             files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix == ".safetensors"))
             there = [target / file.name for file in files]
-            if all(map(_same_file, files, there)):
+            if all(o.is_file() and filecmp.cmp(f, o, shallow=False) for f, o in zip(files, there, strict=True)):
                 return
             refuse_other_files(target, replaceable, last)
             for file in files:
@@ -189,7 +192,6 @@ def new_files(folder: str | os.PathLike[str], replaceable: Collection[str], last
                 os.replace(file, place)
             for name in set(replaceable) - {place.name for place in there}:
                 (target / name).unlink(missing_ok=True)
-            _flush(target)
     finally:
         if is_new:
             with suppress(OSError):  # it holds what was written
@@ -204,15 +206,9 @@ def refuse_other_files(folder: str | os.PathLike[str], replaceable: Collection[s
         raise ValueError(f"{folder} holds other files ({min(other or present)}): name a new or an empty folder")
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
-
-
 def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk; Windows cannot open a folder, and needs no flush of it."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file to the disk."""
+    descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -274,7 +270,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """Read and check ``adapter_config.json``.
 
     Raises:
-        ValueError: if it is missing, malformed, edited or of another format, or if a key is missing or unknown.
+        ValueError: if it is missing, malformed, edited or of another format.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
@@ -284,20 +280,12 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     if values.get("format_version") != FORMAT_VERSION:
         version = values.get("format_version")
         raise ValueError(f"{path}: format_version is {version!r}, this loralib reads {FORMAT_VERSION}: update loralib")
-    _check_keys(path, "", values, {*AdapterConfig.__dataclass_fields__, "config_sha256"})
-    if values["config_sha256"] != _config_digest(values):
+    if values.pop("config_sha256", None) != _config_digest(values):
         raise ValueError(f"{path} was changed after it was saved (its checksum does not match): save the adapter again")
-    del values["config_sha256"]
-    _refuse(path, _misfit(values, _VALUES))
-    for group in values["groups"]:
-        if not isinstance(group, dict):
-            raise ValueError(f"{path}: groups must be a list of objects")
-        _check_keys(path, "groups: ", group, set(LayerGroup.__dataclass_fields__))
-        _refuse(path, _misfit_of_group(LayerGroup(**group)))
-    names = [name for group in values["groups"] for name in group["rank_pattern"]]
-    if len(names) != len(set(names)):
-        raise ValueError(f"{path}: groups: a module is in two of them")
-    return AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
+    try:
+        return _config_of(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: save the adapter again") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -348,8 +336,7 @@ def _check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{where}: {name} holds NaN or infinity: the training has failed")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+# ---- values ---------------------------------------------------------------------------------------------------------
 
 
 def _is_text(value: Any) -> bool:
@@ -361,13 +348,12 @@ def _maps_to_text(value: Any) -> bool:
 
 
 def _is_base_config(value: Any) -> bool:
-    if value == {}:
-        return True
-    if not isinstance(value, dict) or set(value) != {"id2label", "problem_type"}:
-        return False
+    if value == {} or not isinstance(value, dict) or set(value) != {"id2label", "problem_type"}:
+        return value == {}
     labels, problem = value["id2label"], value["problem_type"]
-    problems = (None, "regression", "single_label_classification", "multi_label_classification")
-    return _maps_to_text(labels) and set(labels) == {str(i) for i in range(len(labels))} and problem in problems
+    return (
+        _maps_to_text(labels) and set(labels) == set(map(str, range(len(labels)))) and isinstance(problem, str | None)
+    )
 
 
 # kind -> the numbers of widths that it may have; a folder from a stranger must not ask for endless memory
@@ -376,17 +362,15 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("kind", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
     **dict.fromkeys(("base_model", "base_revision"), lambda value: value is None or _is_text(value)),
     "architecture": lambda value: _is_text(value) and value.isidentifier(),
-    "groups": lambda value: isinstance(value, list),
     "tied": _maps_to_text,
     "head": lambda value: isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value),
     "base_config": _is_base_config,
     "card": lambda value: isinstance(value, dict),
-    "library": lambda value: value == "loralib",
 }
 _GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
     "kind": lambda value: _is_text(value) and value in KINDS,
-    "r": _is_count,
-    "widths": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "r": lambda value: type(value) is int and value > 0,
+    "widths": lambda value: isinstance(value, list) and all(type(width) is int and width > 0 for width in value),
     "lora_alpha": lambda value: is_number(value) and 0 < value < math.inf,
     "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
     "init": lambda value: _is_text(value) and value in INITS,
@@ -395,27 +379,22 @@ _GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _misfit(values: Mapping[str, Any], checks: dict[str, Callable[[Any], Any]]) -> str | None:
-    """The first value that an adapter cannot have."""
-    return next(
-        (f"{name} cannot be {values[name]!r:.80}" for name, fits in checks.items() if not fits(values[name])), None
-    )
+def _config_of(values: dict[str, Any]) -> AdapterConfig:
+    """The configuration with these values.
 
-
-def _misfit_of_group(group: LayerGroup) -> str | None:
-    problem = _misfit(vars(group), _GROUP_VALUES)
-    if problem is None and len(group.widths) not in SCALES[group.kind]:
-        problem = f"kind {group.kind} cannot have {len(group.widths)} widths"
-    return problem and f"groups: {problem}"
-
-
-def _refuse(path: Path, problem: str | None) -> None:
-    """The checksum only shows damage: the author of a malicious folder can make it fit, so values are checked too."""
-    if problem:
-        raise ValueError(f"{path}: {problem}: save the adapter again")
-
-
-def _check_keys(path: Path, where: str, values: dict[str, Any], expected: set[str]) -> None:
-    for problem, names in (("unknown", set(values) - expected), ("missing", expected - set(values))):
-        if names:
-            raise ValueError(f"{path}: {where}{problem} key {sorted(names)[0]!r}")
+    Raises:
+        ValueError: for a value that no adapter has. Checksums only show damage: the author of a malicious folder can
+            make them fit.
+    """
+    try:
+        config = AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
+    except (TypeError, KeyError) as error:  # an unknown or a missing key, or no list of objects
+        raise ValueError(f"its keys are wrong ({error})") from None
+    for part, checks in [(config, _VALUES), *((group, _GROUP_VALUES) for group in config.groups)]:
+        for name, fits in checks.items():
+            if not fits(value := getattr(part, name)):
+                raise ValueError(f"{name} cannot be {value!r:.80}")
+    names = [name for group in config.groups for name in group.rank_pattern]
+    if len(names) != len(set(names)) or any(len(group.widths) not in SCALES[group.kind] for group in config.groups):
+        raise ValueError("groups: a module is in two of them, or one has more widths than its kind")
+    return config

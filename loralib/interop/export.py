@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from loralib.adapter import merge_into, name_on_hub, save_adapter
+from loralib.adapter import name_on_hub, save_adapter
 from loralib.adapter_folder import (
     CARD_FILE,
     AdapterConfig,
@@ -37,6 +37,7 @@ from loralib.adapter_folder import (
 from loralib.injection import KINDS
 from loralib.interop.peft_format import export_peft, import_peft, is_peft, read_pairs
 from loralib.interop.peft_heads import TASK_TYPES
+from loralib.merging import merge_into
 from loralib.model_card import HOW_TO_LOAD, label_order
 
 # ---- transformers ---------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loralib.adapter import fitting_layers, write_factors
+from loralib.adapter import fitting_layers
 from loralib.adapter_folder import AdapterConfig, read_adapter
+from loralib.adapter_layers import write_factors
 from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from loralib.adapter import keep_fingerprint
+from loralib.fingerprint import keep_fingerprint
 from loralib.model import head_tensors
 from loralib.stored_weight import stored_form
 

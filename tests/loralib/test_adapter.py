@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import loralib
-from loralib.adapter import merge_into
 from loralib.interop.precision import cast_frozen
+from loralib.merging import merge_into
 from tests.loralib.small import INPUTS, Net, adapted, refused
 
 KINDS = [

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import loralib
 import loralib.interop.peft_method  # which registers LoRA² with peft
-from loralib.adapter import merge_into
 from loralib.interop.peft_format import import_peft
 from loralib.interop.sharding import shard_frozen
+from loralib.merging import merge_into
 from tests.loralib.small import INPUTS, Net, adapted, refused
 
 FOLDER = Path(__file__).parent / "adapters_v1"

@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from transformers.utils import logging
 
 import loralib
-from loralib.adapter import merge_into
 from loralib.adapter_folder import TOKENIZER_FILES
 from loralib.interop.export import export_merged, main
 from loralib.interop.peft_format import export_peft, import_peft
@@ -228,17 +227,13 @@ def test_a_checkpoint_whose_head_has_another_size_is_a_base(tmp_path):
     torch.testing.assert_close(merged(ids).logits, model(ids).logits, **CLOSE)
 
 
-def test_a_merge_leaves_flags_and_transformers_settings_alone(tmp_path):
+def test_an_export_leaves_transformers_settings_alone(tmp_path):
     base = encoder()
     base.save_pretrained(tmp_path / "base")
     loralib.save_adapter(adapted(modules=["query"], k=2, model=encoder()), tmp_path / "a")
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     export_merged(tmp_path / "a", tmp_path / "m", str(tmp_path / "base"))
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-    base.bert.embeddings.requires_grad_(False)
-    flags = [parameter.requires_grad for parameter in base.parameters()]
-    merge_into(base, tmp_path / "a")
-    assert [parameter.requires_grad for parameter in base.parameters()] == flags
 
 
 # ---- import ---------------------------------------------------------------------------------------------------------

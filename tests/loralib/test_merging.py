@@ -8,16 +8,13 @@ from torch import nn
 from torch.nn.utils import prune
 
 import loralib
-from loralib.adapter import merge_into
+from loralib.merging import merge_into
 from loralib.model import keep_flags
 from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
 
 
-def test_a_merge_that_cannot_be_whole_merges_nothing(tmp_path):
+def test_a_merge_that_cannot_be_whole_merges_nothing():
     model = adapted(k=2)
-    folder = loralib.save_adapter(model, tmp_path / "a")
-    with refused("low-rank layers already", model):
-        merge_into(model, folder)
     prune.identity(model.layers[2]["v"], "weight")
     with refused("layers.2.v.weight is computed by a hook", model):
         loralib.merge_adapter(model)
@@ -38,7 +35,7 @@ def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modul
         assert model.lm_head.lora_E.grad.abs().sum() > 0
         with refused(r"lm_head\.weight is tied to transformer\.wte\.weight", model):
             loralib.merge_adapter(model)
-        with refused("tied", base):
+        with pytest.raises(ValueError, match="tied"):
             merge_into(base, folder)
     else:  # GPT-2's Conv1D stores its weight as (in, out)
         loralib.merge_adapter(model)

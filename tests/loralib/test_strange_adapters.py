@@ -143,8 +143,8 @@ FORGED = {
     "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
     "a module in two groups": (lambda c, t: c["groups"].append(copy.deepcopy(c["groups"][0])), "is in two of them"),
     "a head that is named twice": (lambda c, t: c["head"].append(c["head"][0]), "head cannot be"),
-    "two widths": (group(widths=[2, 2]), "kind lora2 cannot have 2 widths"),
-    "endless scales": (group(kind="multiscale", widths=[1] * 1000), "kind multiscale cannot have 1000 widths"),
+    "two widths": (group(widths=[2, 2]), "has more widths than its kind"),
+    "endless scales": (group(kind="multiscale", widths=[1] * 1000), "has more widths than its kind"),
     "endless rank": (group(r=10**9, rank_pattern={"layers.0.q": "0"}), "rank or width of layers.0.q is beyond 1024"),
     "more values than the rank": (group(r=2), "rank or width of layers.0.q is beyond 1024, or its pattern beyond r"),
     "a tie to another shape": (

@@ -1,0 +1,104 @@
+"""An adapter in the weights of its base: for speed and undone exactly, or for good."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+
+from loralib.adapter import load_adapter
+from loralib.adapter_folder import AdapterConfig
+from loralib.layers import LoRALayer
+from loralib.model import layers_outside_peft, lora_layers, unwrapped
+from loralib.stored_weight import stored_form
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Put W + ΔW into the weight of every low-rank layer. A second call changes nothing.
+
+    The state dict still holds W and the factors: :func:`merge_and_unload` gives a model to save.
+
+    Raises:
+        ValueError: if a weight is quantised or sharded, another module uses it too, or peft holds the layers; nothing
+            is merged then.
+    """
+    layers = layers_outside_peft(model, "merge_and_unload()")
+    _refuse_merging(unwrapped(model), layers)
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Undo :func:`merge_adapter` bit for bit.
+
+    Raises:
+        ValueError: if peft holds the layers.
+    """
+    for layer in layers_outside_peft(model, "unmerge_adapter()").values():
+        layer.unmerge()
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merge the adapter, in place, and put plain linear layers with W + ΔW in the place of the low-rank ones.
+
+    Returns:
+        The :func:`unwrapped <loralib.model.unwrapped>` model, which any tool saves and loads.
+
+    Raises:
+        ValueError: as :func:`merge_adapter`.
+    """
+    merge_adapter(model)
+    model = unwrapped(model)
+    plain = {id(layer): _plain_linear(layer) for layer in lora_layers(model).values()}
+    for parent in list(model.modules()):
+        for name, module in list(parent._modules.items()):  # named_children() gives a module once
+            if id(module) in plain:
+                setattr(parent, name, plain[id(module)])
+    return plain.get(id(model), model)
+
+
+def _plain_linear(layer: LoRALayer) -> nn.Module:
+    """A layer's frozen weight and bias, the same parameters, in a linear layer of the class that it was made from."""
+    if layer.fan_in_fan_out:
+        from transformers.pytorch_utils import Conv1D
+
+        plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)
+
+
+def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
+    """Add a saved adapter's updates to the weights of the plain base ``model``, in place, and copy its head:
+    :func:`loralib.load_adapter` and :func:`merge_and_unload` in one. Every parameter is frozen then but the head's.
+
+    Raises:
+        ValueError: as these.
+    """
+    config = load_adapter(model, folder, compact=True, allow_other_base=allow_other_base)
+    merge_and_unload(model)
+    return config
+
+
+def _refuse_merging(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises ValueError where ΔW cannot be added to the weight of a named module: where it is quantised, sharded or
+    computed by a hook, or where another module uses it too, as an output layer that is tied to the embedding does."""
+    users: dict[int, list[str]] = defaultdict(list)
+    for module_name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(module_name, recurse=False):
+            users[id(parameter)].append(parameter_name)
+    for name in names:
+        own = f"{name}.weight" if name else "weight"
+        weight = model.get_submodule(name).weight
+        if stored_form(weight) is not None:
+            raise ValueError(f"{own} is {stored_form(weight)}: save the adapter, and merge it into the plain base")
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(f"{own} is computed by a hook (pruning, a parametrisation): remove that first")
+        others = [user for user in users[id(weight)] if user != own]
+        if others:
+            raise ValueError(
+                f"{own} is tied to {others[0]}, which a merge would change too: untie them, or do not merge"
+            )
