@@ -25,7 +25,6 @@ METHODS = {
     "lora2_plus": ("mrpc", 33, "--lora_r 1 --lora_k 1 --learning_rate 1e-3 --adam_epsilon 1e-4"),
 }  # fmt: skip
 
-# Under FSDP the two run that have factors, regulariser, allocator and exact factors.
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "fsdp": [
@@ -33,6 +32,12 @@ LAUNCHERS = {
         "--main_process_port", "0",
     ],
 }  # fmt: skip
+# What is launched together; under FSDP the two that have factors, regulariser, allocator and exact factors.
+LAUNCHES = {
+    "torchrun": ("torchrun", ["lora2"]),
+    "more methods": ("torchrun", ["sora", "bitfit", "lora2_plus"]),
+    "fsdp": ("fsdp", ["lora2", "lora2_plus"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +68,6 @@ def flags_of(method, flags, rows_a_process, folder):
     ]  # fmt: skip
 
 
-def methods_of(launcher):
-    return ["lora2", "lora2_plus"] if launcher == "fsdp" else list(METHODS)
-
-
 def start(launcher, runs, folder):
     """Do the runs, flags and step to stop after, one after another by two processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -80,17 +81,22 @@ def start(launcher, runs, folder):
 
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """Launcher → the folder of the runs of all methods by two processes, four rows each."""
+    """A function: name of a launch → the folder of its runs by two processes, four rows each."""
     roots = {}
-    for name, launcher in LAUNCHERS.items():
-        root = roots[name] = tmp_path_factory.mktemp(name)
-        runs = [[flags_of(method, flags, 4, root / method), None] for method in methods_of(name)]
-        if name == "fsdp":
-            runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7])
-            two_processes.run([*flags_of("lora2", flags, 8, root / "by one"), "--total_batch_size", "8"], 7)
-            runs.append([[*flags_of("lora2", flags, 4, root / "by one"), "--total_batch_size", "8"], None])
-        start(launcher, runs, root)
-    return roots
+
+    def launch(name):
+        if name not in roots:
+            root = roots[name] = tmp_path_factory.mktemp("two")
+            launcher, methods = LAUNCHES[name]
+            runs = [[flags_of(method, flags, 4, root / method), None] for method in methods]
+            if launcher == "fsdp":
+                runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7])
+                two_processes.run([*flags_of("lora2", flags, 8, root / "by one"), "--total_batch_size", "8"], 7)
+                runs.append([[*flags_of("lora2", flags, 4, root / "by one"), "--total_batch_size", "8"], None])
+            start(LAUNCHERS[launcher], runs, root)
+        return roots[name]
+
+    return launch
 
 
 def states(folder: Path) -> list[dict]:
@@ -101,29 +107,33 @@ def fingerprint(folder: Path) -> str:
     return loralib.read_adapter_config(folder / "adapter").base_fingerprint
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_are_one(method, two, flags, tmp_path):
+@pytest.mark.parametrize(
+    ("launch", "method"),
+    [
+        pytest.param(launch, method, marks=() if launch == "torchrun" else pytest.mark.slow)
+        for launch, (_, methods) in LAUNCHES.items()
+        for method in methods
+    ],
+)
+def test_two_processes_are_one(launch, method, two, flags, tmp_path):
     two_processes.run(flags_of(method, flags, 8, tmp_path / "one"))
     accumulate = ["--gradient_accumulation_steps", "2"]
     two_processes.run([*flags_of(method, flags, 4, tmp_path / "accumulated"), *accumulate])
-    (one,), (accumulated,) = states(tmp_path / "one"), states(tmp_path / "accumulated")
-    roots = {name: root for name, root in two.items() if method in methods_of(name)}
-    several = {name: states(root / method) for name, root in roots.items()}
-    everyone = [one, accumulated, *itertools.chain(*several.values())]
-    assert len(everyone) == 2 + 2 * len(roots)
-    assert {state["batch"] for state in everyone} == {8}
-    assert all(state["ranks"] == one["ranks"] for state in everyone)
+    folders = [tmp_path / "one", tmp_path / "accumulated", two(launch) / method]
+    one, *others = everyone = list(itertools.chain.from_iterable(map(states, folders)))
+    assert len(everyone) == 4 and {state["batch"] for state in everyone} == {8}
+    assert all(state["ranks"] == one["ranks"] for state in others)
     if one["ranks"] is not None:
         assert 0 < sum(map(sum, one["ranks"].values())) < sum(map(len, one["ranks"].values()))
     for name, expected in one["trained"].items():
-        assert all(torch.equal(first["trained"][name], second["trained"][name]) for first, second in several.values())
-        for state in everyone:
+        assert torch.equal(others[1]["trained"][name], others[2]["trained"][name])
+        for state in others:
             torch.testing.assert_close(state["trained"][name], expected, rtol=1e-3, atol=1e-5)
-    assert {state["frozen_bytes"] for state in several["torchrun"]} == {one["frozen_bytes"]}
-    if "fsdp" in several:
-        parts = [state["frozen_bytes"] for state in several["fsdp"]]
+    parts = [state["frozen_bytes"] for state in others[1:]]
+    if launch == "fsdp":
         assert sum(parts) == one["frozen_bytes"] and max(parts) < 0.52 * sum(parts)
-    folders = [tmp_path / "one", tmp_path / "accumulated", *(root / method for root in roots.values())]
+    else:
+        assert set(parts) == {one["frozen_bytes"]}
     assert len({fingerprint(folder) for folder in folders}) == 1
     records = [json.loads((folder / "results.json").read_text()) for folder in folders]
     for record in records:
@@ -134,10 +144,11 @@ def test_two_processes_are_one(method, two, flags, tmp_path):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["stopped", "by one"])
 def test_another_number_of_processes_goes_on(first, two, flags):
     """Two with split weights, then one, and the reverse: a checkpoint has whole factors and optimiser states."""
-    folder, (expected, _) = two["fsdp"] / first, states(two["fsdp"] / "lora2")
+    folder, (expected, _) = two("fsdp") / first, states(two("fsdp") / "lora2")
     if first == "stopped":
         assert [path.name for path in (folder / "model").iterdir()] == ["checkpoint-7"]
         two_processes.run([*flags_of("lora2", flags, 8, folder), "--total_batch_size", "8"])
