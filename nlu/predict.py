@@ -68,11 +68,7 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
-        """For each row its class probabilities, or the one predicted number; batched by length.
-
-        Raises:
-            UsageError: for what is not finite, and tokens that the model does not take.
-        """
+        """For each row its class probabilities, or the one predicted number; UsageError for what is not finite."""
         texts = [[row.values[column] for row in rows] for column in self.columns]
         encoded, too_long = encode(self.tokenizer, texts, self.max_length)
         if too_long and not self.cut:
@@ -84,10 +80,7 @@ class Predictor:
             chosen = order[start : start + batch_size]
             batch = {name: [values[i] for i in chosen] for name, values in encoded.items()}
             batch = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)
-            try:
-                logits = self.model(**batch).logits.float()
-            except (IndexError, ValueError) as error:  # a token beyond the embedding, a model without pad_token_id
-                raise UsageError(f"the model cannot read what its tokenizer makes: {reason(error, 300)}") from None
+            logits = self.model(**batch).logits.float()
             values = logits if self.labels is None else logits.softmax(-1)
             if not values.isfinite().all():
                 raise UsageError("the model gives NaN or infinity: its training has failed")

@@ -10,12 +10,11 @@ import subprocess
 import sys
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.interop.export import export_merged
@@ -183,26 +182,17 @@ def test_bad_rows_are_named_and_skipped_or_fatal(pretrained, lora2, tmp_path, ca
 @pytest.mark.parametrize(
     "flags, says",
     [
-        (["--input", "none.jsonl"], "cannot be read"),
-        (["--input", "."], "cannot be read"),
         (["--input", "in.xlsx"], "the formats are jsonl, json, csv, tsv, parquet; save a spreadsheet as CSV"),
         (["--input", "in.csv"], "no column 'sentence1'"),
-        (["--input", "in.jsonl", "--base", "nowhere"], "nowhere"),
-        (["--input", "in.csv", "--text_columns", "a,b", "--output", "."], "check the path"),
-        (["--input", "in.jsonl", "--batchsize", "9"], "did you mean --batch_size?"),
-        (["--input", "in.jsonl", "--model", "m"], "not allowed with"),
-        (["--input", "in.jsonl", "--text_fields", "a,b,c"], "--text_columns"),
-        (["--input", "in.csv", "--text_columns", "a"], "2 different column(s)"),
         (["--input", "in.csv", "--text_columns", "a,a"], "2 different column(s)"),
         (["--input", "in.csv", "--text_columns", "a,b", "--max_seq_length", "3"], "no room for text"),
         (["--input", "in.csv", "--text_columns", "a,b", "--output", "./in.csv"], "is the input"),
-        (["--input", "in.jsonl", "--adapter", "none"], "not an adapter folder"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monkeypatch, capsys, flags, says):
     monkeypatch.chdir(tmp_path)
-    for name, text in (("in.csv", "a,b\n1,2\n"), ("in.xlsx", ""), ("in.jsonl", "{}\n"), ("in.txt", "a")):
-        Path(name).write_text(text)
+    for name in ("in.csv", "in.xlsx"):
+        Path(name).write_text("a,b\n1,2\n")
     before = sorted(p.name for p in tmp_path.iterdir())
     assert main(["--adapter", str(lora2[2]), "--base", str(pretrained.path), *flags]) == 2
     captured = capsys.readouterr()
@@ -210,43 +200,18 @@ def test_bad_usage_is_one_line_and_exit_code_2(pretrained, lora2, tmp_path, monk
     assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_a_tokenizer_of_another_model_is_one_line(tmp_path, capsys):
-    folder = make_encoder(tmp_path / "model")
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    tokenizer.add_tokens(["zebra"])  # without a row in the embedding
-    tokenizer.save_pretrained(folder)
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": "zebra"}\n')
-    out = tmp_path / "out.csv"
-    flags = ["--model", str(folder), "--input", str(tmp_path / "in.jsonl"), "--text_columns", "text"]
-    assert main([*flags, "--output", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert "error: the model cannot read what its tokenizer makes: index out of range" in error and not out.exists()
-
-
 @pytest.mark.parametrize("labels", [None, ["a", "b"]])
-def test_nan_is_no_answer(labels):
-    class Broken:
-        device = "cpu"
-
-        def __call__(self, input_ids):
-            return SimpleNamespace(logits=torch.full((len(input_ids), len(labels or "a")), math.nan))
-
-    class Tokens(dict):
-        def __call__(self, texts, **options):
-            return {"input_ids": [[1] for _ in texts]}
-
-        def pad(self, rows, return_tensors):
-            return BatchEncoding(rows, tensor_type="pt")
-
+def test_nan_is_no_answer(encoder, labels):
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(labels or "a"))
+    torch.nn.init.constant_(model.classifier.bias, math.nan)
+    predictor = predict.Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), labels, 8)
     with pytest.raises(UsageError, match="gives NaN or infinity: its training has failed"):
-        predict.Predictor(Broken(), Tokens(), ("text",), labels, 8)([Row(i, i, {"text": "a"}) for i in (0, 1)], 2)
+        predictor([Row(0, 1, {"text": "a cat"})], 2)
 
 
 def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, encoder, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"sentence1": "a", "sentence2": "b"}\n')
     flags = ["--input", str(tmp_path / "in.jsonl")]
-    roberta = make_encoder(tmp_path / "roberta", "roberta")
     other = pretrained.base()
     with torch.no_grad():
         other.bert.embeddings.word_embeddings.weight[0, 0] += 1
@@ -255,11 +220,9 @@ def test_a_base_that_is_missing_or_another_says_what_differs(pretrained, lora2, 
         pretrained.tokenizer.save_pretrained(tmp_path / name)
     for model, says in [
         (["--adapter", str(lora2[2])], "cannot be loaded"),
-        (["--adapter", str(lora2[2]), "--base", str(roberta)], "no linear layer bert.encoder"),
         (["--adapter", str(lora2[2]), "--base", str(encoder)], "no linear layer bert.encoder.layer.2"),
         (["--adapter", str(lora2[2]), "--base", str(tmp_path / "changed")], "weights are not those"),
         (["--model", str(tmp_path / "headless"), "--text_columns", "sentence1"], "is not a trained classifier"),
-        (["--model", str(tmp_path), "--text_columns", "sentence1"], "Unrecognized model"),
     ]:
         capsys.readouterr()
         assert main([*model, *flags]) == 2
