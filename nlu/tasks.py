@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from nlu.errors import UsageError
 
-T = TypeVar("T")
 # What --metric calls a metric -> its key in records.
 METRICS = {
     "accuracy": "accuracy",
@@ -30,8 +27,6 @@ class Task:
         text_fields: the one or two text columns, under the hub's names, in the order the encoder reads them.
         labels: the class words, by class number as on the hub; None for a regression task.
         metrics: every metric reported, the main one first. All are fractions, higher is better.
-        columns: where the published tables have several columns for the task, (column, its metric, its heading) for
-            each; empty where there is one column, of the main metric. The task's score is the mean of its columns.
         train_splits, validation_splits, test_splits: the splits' names, as on the hub.
         second_rows: the rows of the official second validation set, MNLI's mismatched one. A part of it is not scored.
         value_range: the lowest and highest label of a regression task, or None for no bounds.
@@ -52,7 +47,6 @@ class Task:
     text_fields: tuple[str, ...]
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
-    columns: tuple[tuple[str, str, str], ...] = ()
     train_splits: tuple[str, ...] = ("train",)
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
@@ -70,16 +64,11 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The main metric's key; the best checkpoint is the one where it is highest."""
-        return self.metrics[0]
+        """The key of the task's one score, of which console, record, tables, comparisons and the best checkpoint speak.
 
-    def score(self, metrics: Mapping[str, T]) -> T:
-        """The task's one score among its metrics: of MNLI that of the matched set, of QQP and MRPC the accuracy.
-
-        Args:
-            metrics: metric key -> value, or one value for each evaluation.
+        MNLI's is of the matched set alone.
         """
-        return metrics[self.metric]
+        return self.metrics[0]
 
     @property
     def submission_labels(self) -> tuple[str, ...] | None:
@@ -95,11 +84,6 @@ class Task:
     def num_labels(self) -> int:
         """Outputs of the classification head: 1 for regression."""
         return 1 if self.labels is None else len(self.labels)
-
-    @property
-    def score_columns(self) -> dict[str, str]:
-        """Column of the published tables → metric of the record, in the tables' order."""
-        return {column: metric for column, metric, _ in self.columns} or {self.name: self.metric}
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -149,7 +133,6 @@ _ROWS = (
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
-        columns=(("qqp_acc", "accuracy", "QQP acc"), ("qqp_f1", "f1", "QQP F1")),
         official_label="is_duplicate",
         short_rows_skipped=20,
         submission_files=(("QQP.tsv", 390965),),
@@ -171,7 +154,6 @@ _ROWS = (
         ("premise", "hypothesis"),
         _MNLI,
         ("accuracy",),
-        columns=(("mnli_m", "accuracy", "MNLI-m"), ("mnli_mm", "accuracy_mm", "MNLI-mm")),
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
         second_rows=9832,
@@ -221,9 +203,8 @@ _ROWS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
-# Column of a published table → its heading.
-HEADINGS = {task.name: task.display for task in _ROWS} | {c: text for t in _ROWS for c, _, text in t.columns}
-HEADINGS["mismatched_accuracy"] = "MNLI-mm"  # measured here
+# Column of a table of scores → its heading.
+HEADINGS = {task.name: task.display for task in _ROWS} | {"mismatched_accuracy": "MNLI-mm"}
 
 
 def find_task(name: object) -> Task | None:

@@ -72,7 +72,7 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     row |= {"steps_at": [], "scores": [], "losses": []}
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
-        scores = evaluations[line["metric"]]  # which is that of Task.score
+        scores = evaluations[line["metric"]]  # which is Task.metric
         second = evaluations.get("mismatched_accuracy")
         own = {Path(name).stem for name, _ in task.submission_files[:1]} if task else line.get("test_scores", {})
         tests = [each[line["metric"]] for name, each in line.get("test_scores", {}).items() if name in own]
