@@ -38,6 +38,7 @@ from nlu.experiments.tables import (
     setting,
     training_frame,
     tuning_frame,
+    tuning_text,
     with_published,
 )
 from nlu.json_yaml import read_json
@@ -59,6 +60,8 @@ NOTES = f"""\
   (records before 2026-11-28: no evaluation's loss is below 0.99 of it), of all runs, with the exact interval of the
   rate (Clopper and Pearson). A failed run with a rerun at seed + 100 has the rerun's score.
 - Claims: p is corrected for the number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below.
+- Learning rates: the scores of each task are z-scored over all rows and rates; the highest mean over tasks is chosen. A
+  rate is barred if a run failed at it or at the next higher rate.
 - tables/*.csv have every figure unrounded, with the claims by task, the training (Λ under {SHORT:g}: the method has
   hardly left its start) and the tuning.
 """
@@ -123,7 +126,7 @@ def write_report(args: argparse.Namespace) -> int:
     for name, content in files.items():
         (write_text if isinstance(content, str) else write_bytes)(output / name, content)
     write_text(page, "\n".join([GENERATED, "# Measured results\n", *parts, NOTES]))
-    print(f"{page}: {len(parts)} section(s), {len(files)} tables and figures beside it")
+    print(f"written: {page}, with {len(files)} tables and figures beside it")
     return 0
 
 
@@ -136,8 +139,9 @@ def section(question: Question, every: pd.DataFrame, form: str) -> tuple[str, di
     done = finished(with_reruns(all_final))
     if (published := _published(question, done)) is not None:
         scores = with_published(scores, done, published)
-    claims, printed = claims_frame(all_final, question), score_text(scores)
-    frames = {"scores": scores, "claims": claims, "training": training_frame(done), "tuning": tuning_frame(every)}
+    claims, tuning = claims_frame(all_final, question), tuning_frame(every)
+    printed = tuning_text(tuning) if question.tuning else score_text(scores)
+    frames = {"scores": scores, "claims": claims, "training": training_frame(done), "tuning": tuning}
     # Six digits: libraries' versions may differ in the last ones, and equal lines give equal bytes.
     files = {f"tables/{name}_{kind}.csv": frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
              for kind, frame in frames.items() if len(frame)}  # fmt: skip
@@ -164,7 +168,7 @@ def section(question: Question, every: pd.DataFrame, form: str) -> tuple[str, di
 
 def _open_line(question: Question, every: pd.DataFrame) -> str:
     failed = f" {len(every)} run(s) failed." if len(every) else ""
-    text = question.question.format(model="the model of the file", tasks="its tasks")
+    text = question.question.format(model=question.model, tasks="its tasks")
     return f"- {markdown_text(text)} Not measured yet (`configs/experiments/{question.experiment}.yaml`).{failed}"
 
 

@@ -3,10 +3,12 @@
 questions:
   - question: Does LoRA² score higher than LoRA on {tasks}?   # {model} and {tasks} are those of the lines
     experiment: base
+    model: MPNet-base                   # the encoder that is meant, named while there are no lines
     against: [LoRA r=8, LoRA r=1]       # optional: every row is compared with that of these which is nearest in size
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
     pooled: true                        # optional: intervals by the standard deviation pooled over all rows
+    tuning: true                        # optional: a grid of learning rates, of which one is chosen for each row
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
     published: lora2_table1_deberta_v3_base   # optional: a file of results/published/, to stand beside the scores
 """
@@ -38,9 +40,11 @@ class Question:
 
     question: str
     experiment: str
+    model: str = "the encoder"
     against: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
     pooled: bool = False
+    tuning: bool = False
     test: tuple[str, ...] = ()
     published: str | None = None
 

@@ -223,7 +223,7 @@ def setting(runs: pd.DataFrame) -> str:
         " and ".join(sorted(set(done.model.dropna()))),
         f"{spread(done.steps.min(), done.steps.max())} steps",
         *sorted(limits),
-        f"{spread(seeds.min(), seeds.max())} seed(s)",
+        f"{spread(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",
         ", ".join(sorted({each["cpu"] for each in done.machine if each and each.get("cpu")})),
     ]
     return "; ".join(filter(None, parts))
@@ -265,7 +265,8 @@ def score_text(frame: pd.DataFrame) -> pd.DataFrame:
             text[heading] = [_with_deviation(*each) for each in zip(frame[name], frame[f"{name}_std"], strict=True)]
         elif name.endswith("_published"):
             text[f"{HEADINGS[name.removesuffix('_published')]} published"] = frame[name].map(number)
-    text["average"] = frame.average.map(number)
+    if sum(name in HEADINGS for name in frame.columns) > 1:
+        text["average"] = frame.average.map(number)
     if frame.against.any():
         for prefix, heading in (("", "difference (95 % interval)"), ("t_", "by Student-t errors")):
             columns = [frame[f"{prefix}{name}"] for name in ("difference", "low", "high")]
@@ -278,6 +279,17 @@ def score_text(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
     return number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
+
+
+def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """The printed form of :func:`tuning_frame` of a grid of learning rates."""
+    tasks = [name for name in frame.columns if name in HEADINGS]
+    marks = ["barred" if row.barred else "chosen" if row.chosen else "" for row in frame.itertuples()]
+    return pd.DataFrame(
+        {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
+        | {HEADINGS[task]: frame[task].map(lambda score: number(score, 1)) for task in tasks}
+        | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
+    )
 
 
 def comparison_text(scores: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:

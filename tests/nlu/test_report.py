@@ -80,9 +80,9 @@ def test_headings_and_settings_come_from_the_lines(make, tmp_path):
     assert make(lines, questions={"questions": [question]})[0] == 0
     page = (tmp_path / "README.md").read_text()
     assert "## Does LoRA² score higher on minilm?" in page
-    assert "Measured: minilm; 6 steps; at most 100 validation rows; 1 seed(s); AMD EPYC." in page
+    assert "Measured: minilm; 6 steps; at most 100 validation rows; 1 seed; AMD EPYC." in page
     # The paper's number stands beside, in a column of its own (LoRA², Table 1, RTE).
-    assert re.search(r"\| +RTE \| +RTE published \|", page) and re.search(r"\| +50\.0 \| +88\.45 \|", page)
+    assert re.search(r"\| +RTE \| +RTE published \| +failed", page) and re.search(r"\| +50\.0 \| +88\.45 \|", page)
     own = [line("LoRA² k=8", "rte", 1, [0.5], model="deberta-v3-base", arguments={"method_config": "lora2"})]
     assert "88.45" in make(own, "--only", "mine", experiment="mine")[1]  # found by the encoder's name
     assert "88.45" not in make(lines, "--only", "third", experiment="third")[1]
@@ -99,6 +99,20 @@ def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
     row = rows_of_csv(tmp_path / "tables/trial_scores.csv")["LoRA² k=8"]
     assert [float(row[name]) for name in ("mrpc", "mrpc_validation", "difference")] == pytest.approx([76.5, 90, 5])
     assert "MRPC validation" in (tmp_path / "README.md").read_text()
+
+
+def test_a_grid_of_rates_is_shown_with_the_one_that_is_chosen(make, tmp_path):
+    lines = []
+    for rate, score, loss in ((1e-3, 0.5, 0.1), (2e-3, 0.6, 0.1), (4e-3, 0.7, 0.1), (8e-3, 0.0, 0.6)):
+        axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "cola"}
+        lost = {"training_loss": [loss] * 20, "constant_loss": 0.6}
+        lines.append(line(f"LoRA r=8, learning_rate={rate:g}", "cola", 201, [score], axes=axes, tried={}, **lost))
+        lines[-1]["run"] = f"{rate}"
+    question = {"question": "Which rate?", "experiment": "trial", "tuning": True}
+    assert make(lines, questions={"questions": [question]})[0] == 0
+    page = (tmp_path / "README.md").read_text()
+    marks = dict(re.findall(r"^\| LoRA r=8 \| +([\d.]+) \|.*\| +(\w*) \|$", page, re.M))
+    assert marks == {"0.001": "", "0.002": "chosen", "0.004": "barred", "0.008": "barred"}
 
 
 def test_claims_are_corrected_for_the_number_of_their_question(make, tmp_path):
