@@ -32,6 +32,7 @@ from nlu.data.splits import (
     tokenize_splits,
 )
 from nlu.errors import UsageError, one_line, reason
+from nlu.experiments.records import publish_run
 from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
@@ -149,14 +150,27 @@ def run_recorded(
             running = record.write("running")
             tokenizer = trainer.processing_class
             save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)
-            say_outcome(record.write("finished"), folder)
+            finished = record.write("finished")
             if arguments.training.save_strategy == "no":  # they served while the run was at work
                 rotate(folder / "model", 0)
     except BaseException as error:
         record.error = one_line(error)
         with contextlib.suppress(OSError):  # a full disk: the record stays as it was
-            record.write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            if isinstance(error, KeyboardInterrupt):
+                record.write("interrupted")
+            else:
+                _publish(arguments, folder, record.write("failed"))
         raise
+    if is_first():
+        say_outcome(finished, folder)
+        _publish(arguments, folder, finished)
+
+
+def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None:
+    """Add the run's line to the folder that --measured_dir names, from which tables are made."""
+    measured = arguments.record.get("measured_dir")
+    if measured and is_first():
+        say(f"line:    {publish_run(folder, Path(measured), record)}")
 
 
 def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:

@@ -40,6 +40,7 @@ _FREE = frozenset(
         "log_level",
         "log_level_replica",
         "log_on_each_node",
+        "measured_dir",
         "method_file_wins",
         "output_dir",
         "overwrite_output_dir",
