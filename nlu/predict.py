@@ -38,7 +38,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.interop.export import load_base_of, quiet_transformers, revision_of
-from nlu.data.reader import FORMATS, Reader, Row, open_binary
+from nlu.data.reader import FORMATS, Reader, Row
 from nlu.data.splits import check_room, check_tokenizer, encode, longest_input
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast import speed_up
@@ -183,7 +183,7 @@ def open_input(arguments: argparse.Namespace) -> Iterator[tuple[Reader, BinaryIO
         stream, kind = sys.stdin.buffer, arguments.input_format or "jsonl"
         yield Reader(stream, "standard input", kind, encoding=arguments.encoding), stream
         return
-    with open_binary(arguments.input) as stream:
+    with open(arguments.input, "rb") as stream:
         yield Reader(stream, arguments.input, arguments.input_format, encoding=arguments.encoding), stream
 
 

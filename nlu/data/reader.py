@@ -79,7 +79,10 @@ class Reader:
         else:
             # A carriage return ends a line of CSV; in TSV and JSON it is an ordinary character, as in GLUE's texts.
             known = "utf-8-sig" if encoding == "utf-8" else encoding
-            self._text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
+            try:
+                self._text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
+            except LookupError as error:
+                raise UsageError(f"--encoding: {error}; cp1252 and utf-16 are known, among others") from None
             self._found = self._json(self._text, kind) if self.typed else self._delimited(self._text, kind)
 
     def __iter__(self) -> Iterator[Row]:
@@ -207,14 +210,6 @@ def _tsv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str], str | 
 # ---- whole files -----------------------------------------------------------------------------------------------------
 
 
-def open_binary(path: str | Path) -> BinaryIO:
-    """A file to read; UsageError where it is missing, is a folder, or may not be read."""
-    try:
-        return open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
-        raise UsageError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
 def read_file(path: str | Path, **how: Any) -> tuple[Reader, list[Row]]:
     """The reader of a file, and all its rows.
 
@@ -222,9 +217,9 @@ def read_file(path: str | Path, **how: Any) -> tuple[Reader, list[Row]]:
         how: `kind`, `header` and `encoding` of :class:`Reader`.
 
     Raises:
-        UsageError: the file cannot be read, or has no rows.
+        UsageError: the file is damaged, or has no rows. OSError: it cannot be read.
     """
-    with open_binary(path) as stream:
+    with open(path, "rb") as stream:
         reader = Reader(stream, path, **how)
         rows = list(reader)
     if not rows:

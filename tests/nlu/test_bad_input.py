@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from nlu.arguments import Arguments, build_parser, parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, load_experiment
-from nlu.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
 CASES = int(os.environ.get("GENERATED_CASES", 300))
 MANY = settings(
     max_examples=CASES,
@@ -119,15 +119,6 @@ def test_a_few_lines_that_stand_for_gigabytes(tmp_path, content):
             read()
 
 
-@MANY
-@given(st.dictionaries(st.sampled_from(["arguments", "status", "digests"]), anything) | anything, st.booleans())
-def test_records_in_a_run_folder(tmp_path, record, overwrite):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(record), encoding="utf-8")
-    one_line_or(str, RunFolder(tmp_path, {"lora_r": 8, "do_predict": True}, {"method": "x"}, 8, overwrite).state)
-    assert json.dumps(record) == path.read_text(encoding="utf-8")
-
-
 # ---- experiments ----------------------------------------------------------------------------------------------------
 
 labels = st.sampled_from(["lora", "lora2", "cola", "rte", "..", ".", "a/b", "", 1, 2, 1e-3, True, None]) | plain
@@ -165,10 +156,3 @@ def test_experiment_files(tmp_path, values):
     for run in experiment.runs if experiment else ():
         assert Path("top", run.folder).resolve().is_relative_to(Path("top").resolve())
         assert Path(run.folder).name not in ("", ".", "..")
-
-
-def test_arguments_come_from_nowhere_else(tmp_path, monkeypatch):
-    """transformers' parser would read a file named after the script."""
-    (tmp_path / "run_glue.args").write_text("--learning_rate 7")
-    monkeypatch.setattr("sys.argv", [str(tmp_path / "run_glue.py")])
-    assert parse_arguments(flags_of(GOOD)).training.learning_rate < 1

@@ -134,13 +134,3 @@ def test_nothing_is_predicted_by_a_head_that_nobody_trained(mnli_flags, tmp_path
     assert main([*flags, "--predict_task", "ax"]) == 2
     assert "no trained head" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.tsv"))
-
-
-@pytest.mark.parametrize("task, drop, message", [
-    ("ax", "--do_predict", "needs --do_predict"), ("qnli", None, "other classes"),
-    ("mnli", None, "is the trained task"), ("nosuch", None, "unknown task"),
-])  # fmt: skip
-def test_a_task_that_does_not_go_with_it_is_refused(task, drop, message, mnli_flags, tmp_path, capsys):
-    assert main([*(f for f in mnli_flags if f != drop), "--predict_task", task]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

@@ -1,8 +1,5 @@
 """The GLUE server's files: written, checked against the rules, zipped."""
 
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -110,14 +107,6 @@ def test_a_refused_submission_leaves_the_old_zip(runs, tmp_path, capsys):
     assert list(make_submission([other, other / ".." / "other"], out, allow_partial=True)) == ["WNLI.tsv"]
 
 
-def test_files_may_be_older_than_a_zip_can_say(tmp_path):
-    path = write_predictions(TASKS["wnli"], "test", range(146), [0] * 146, tmp_path)
-    os.utime(path, (0, 0))  # 1970; a zip begins with 1980
-    make_submission([tmp_path], tmp_path / "s.zip", allow_partial=True)
-    with zipfile.ZipFile(tmp_path / "s.zip") as archive:
-        assert archive.read("WNLI.tsv") == path.read_bytes()
-
-
 def wnli(lines: list[str]) -> str:
     return "".join(line + "\n" for line in lines)
 
@@ -132,8 +121,6 @@ ROWS = ["index\tprediction", *(f"{i}\t{i % 2}" for i in range(146))]
         ("WNLI.tsv", wnli([*ROWS[:5], *ROWS[6:]]), "line 6: index '5' where 4 comes next"),
         ("WNLI.tsv", wnli([*ROWS[:5], "4\tentailment", *ROWS[6:]]), "line 6: label 'entailment' is not one of 0, 1"),
         ("WNLI.tsv", wnli(ROWS[:-1]), "145 rows where the test set has 146"),
-        ("WNLI.tsv", wnli([*ROWS[:3], "2\t1\t0.7", *ROWS[4:]]), "line 4: 3 fields where 2 are expected"),
-        ("WNLI.tsv", "", "the file has no rows"),
         ("STS-B.tsv", "index\tprediction\n0\t5.001\n", "line 2: '5.001' is not a score from 0 to 5"),
     ],
 )
@@ -141,12 +128,3 @@ def test_what_breaks_a_rule_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
         find_predictions(tmp_path)
-
-
-def test_the_script(tmp_path):
-    result = subprocess.run(
-        ["bash", "scripts/make_submission.sh", tmp_path / "none"],
-        cwd=ROOT, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
