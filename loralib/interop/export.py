@@ -35,8 +35,7 @@ from loralib.adapter_folder import (
     refuse_other_files,
 )
 from loralib.injection import KINDS
-from loralib.interop.peft_format import export_peft, import_peft, is_peft, read_pairs
-from loralib.interop.peft_heads import TASK_TYPES
+from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
 from loralib.merging import merge_into
 from loralib.model_card import HOW_TO_LOAD, label_order
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from loralib.adapter import fitting_layers
 from loralib.adapter_folder import AdapterConfig, read_adapter
@@ -23,6 +24,9 @@ from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped
 
 PADDING = float("-inf")
+NOT_PER_ROW = (
+    "an output is not per row, so that run() cannot join it: let the model return none, or run each adapter alone"
+)
 torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile traces a model anew once it has hooks
 _RUNS = threading.RLock()  # held by run(), which switches the active adapter
 
@@ -174,7 +178,7 @@ class MultiAdapter:
             self._known(name)
         if not adapters:
             raise ValueError("no adapters named: give run() at least one row, and name one for each row")
-        batch = next(_tensors_of((args, kwargs), len(adapters)), None)
+        batch = next((leaf for leaf in tree_leaves((args, kwargs)) if _has_rows(leaf, len(adapters))), None)
         if batch is None:
             raise ValueError(
                 f"{len(adapters)} adapters named, but no input has {len(adapters)} rows: name one for each row"
@@ -192,9 +196,8 @@ class MultiAdapter:
                 for self._active, places in rows.items():
                     if len(rows) == 1:
                         return self.model(*args, **kwargs)
-                    index = torch.tensor(places, device=batch.device)
-                    own_args, own_kwargs = (_select(value, index, len(adapters)) for value in (args, kwargs))
-                    parts.append(self.model(*own_args, **own_kwargs))
+                    rows_of = partial(_rows, index=torch.tensor(places), count=len(adapters))
+                    parts.append(self.model(*tree_map(rows_of, args), **tree_map(rows_of, kwargs)))
             finally:
                 self._active = before
         order = torch.tensor([i for places in rows.values() for i in places], device=batch.device).argsort()
@@ -236,79 +239,45 @@ class _ForwardAlone(nn.Module):
         return self.module.forward(*args, **kwargs)
 
 
-def _select(value: Any, chosen: Tensor, count: int) -> Any:
-    """The chosen rows of every tensor inside ``value`` that has ``count`` rows."""
-    if isinstance(value, Tensor):
-        return value.index_select(0, chosen.to(value.device)) if _has_rows(value, count) else value
-    if isinstance(value, Mapping):
-        return _like(value, {key: _select(item, chosen, count) for key, item in value.items()})
-    if isinstance(value, (tuple, list)):
-        return _like(value, [_select(item, chosen, count) for item in value])
-    return value
-
-
-def _tensors_of(value: Any, count: int) -> Iterator[Tensor]:
-    """The tensors inside ``value`` that have ``count`` rows."""
-    if _has_rows(value, count):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_of(item, count)
+def _rows(value: Any, index: Tensor, count: int) -> Any:
+    """The rows of a tensor that has ``count`` of them; anything else as it is."""
+    return value.index_select(0, index.to(value.device)) if _has_rows(value, count) else value
 
 
 def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
 
 
-def _like(container: Any, items: Any) -> Any:
-    """A container of the same type with other items."""
-    if type(container) is dict:  # its keys need not be strings
-        return items
-    if isinstance(container, Mapping):
-        return type(container)(**items)
-    return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
+def _join(parts: list[Any], counts: list[int], order: Tensor) -> Any:
+    """Results of parts of a batch as one, its rows in the given order."""
+    leaves, forms = zip(*map(tree_flatten, parts), strict=True)
+    if any(form != forms[0] for form in forms):
+        raise ValueError(NOT_PER_ROW)
+    return tree_unflatten([_join_leaf(each, counts, order) for each in zip(*leaves, strict=True)], forms[0])
 
 
-def _join(parts: list[Any], counts: list[int], order: Tensor, name: str = "the output") -> Any:
-    """Results of parts of a batch as one, its rows in the given order; ``name`` is for the refusal.
-
-    What has no rows must be the same in all parts. A number, as a loss is, never is: equal sums would pass for one.
-    """
+def _join_leaf(parts: Sequence[Any], counts: list[int], order: Tensor) -> Any:
+    """What has no rows must be the same in all parts. A number, as a loss is, never is: equal sums might be chance."""
     first = parts[0]
-    if all(type(part) is type(first) for part in parts):
-        if isinstance(first, Tensor):
-            joined = _join_tensors(parts, counts, order)
-            if joined is not None:
-                return joined
-        elif isinstance(first, Mapping):
-            if all(part.keys() == first.keys() for part in parts):
-                names = {key: f"{name}[{key!r}]" for key in first}
-                return _like(first, {k: _join([p[k] for p in parts], counts, order, n) for k, n in names.items()})
-        elif isinstance(first, (tuple, list)):
-            if all(len(part) == len(first) for part in parts):
-                items = enumerate(zip(*parts, strict=True))
-                return _like(first, [_join(list(each), counts, order, f"{name}[{i}]") for i, each in items])
-        elif hasattr(first, "__dict__") and not isinstance(first, type) and not callable(first):  # a cache
-            joined = copy(first)
-            joined.__dict__.update(_join([vars(part) for part in parts], counts, order, name))
-            return joined
-        elif not isinstance(first, float) and all(part == first for part in parts):
-            return first
-    raise ValueError(
-        f"{name} is not per row, so that run() cannot join it: let the model return none, or run each adapter alone"
-    )
-
-
-def _join_tensors(parts: list[Tensor], counts: list[int], order: Tensor) -> Tensor | None:
-    """The parts as one tensor; None where they have neither rows nor the same values."""
-    first = parts[0]
-    for of_rows in (0, 1):
-        if all(p.shape[of_rows : of_rows + 1] == (n,) for p, n in zip(parts, counts, strict=True)):
-            break
-    else:
+    if isinstance(first, Tensor):
+        for of_rows in (0, 1):
+            if all(part.shape[of_rows : of_rows + 1] == (n,) for part, n in zip(parts, counts, strict=True)):
+                return _join_tensors(parts, of_rows, order)
         is_number = first.dim() == 0 and first.is_floating_point()
-        return first if not is_number and all(torch.equal(part, first) for part in parts) else None
-    if first.dim() > 1 and of_rows == 0:
+        if not is_number and all(torch.equal(part, first) for part in parts):
+            return first
+    elif hasattr(first, "__dict__") and not isinstance(first, type) and not callable(first):  # a cache
+        joined = copy(first)
+        joined.__dict__.update(_join([vars(part) for part in parts], counts, order))
+        return joined
+    elif not isinstance(first, float) and all(part == first for part in parts):
+        return first
+    raise ValueError(NOT_PER_ROW)
+
+
+def _join_tensors(parts: Sequence[Tensor], of_rows: int, order: Tensor) -> Tensor:
+    """The parts as one tensor; heads of several sizes are padded to the largest."""
+    if parts[0].dim() > 1 and of_rows == 0:
         width = max(part.shape[-1] for part in parts)
         parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts]
-    return torch.cat(parts, of_rows).index_select(of_rows, order.to(first.device))
+    return torch.cat(list(parts), of_rows).index_select(of_rows, order.to(parts[0].device))

@@ -1,9 +1,7 @@
 """Adapters in peft's format: write ours as a LoRA, read a LoRA, AdaLoRA or LoRA² as ours. Neither needs peft.
 
-An adapter with singular values becomes an ordinary LoRA pair of its true rank. The thin QR decompositions B₀ = Q_b R_b
-and A₀ᵀ = Q_a R_a give ΔW = Q_b (R_b · core · R_aᵀ) Q_aᵀ, and the singular value decomposition of the small matrix in
-the middle gives ΔW = U diag(σ) Vᵀ in float64. Values of σ below the rounding of the stored float32 are dropped. The
-pair is (U √σ, √σ Vᵀ), and peft's scaling lora_alpha / r is 1.
+An adapter with singular values becomes an ordinary LoRA pair of its true rank: ΔW = U diag(σ) Vᵀ is stored as
+(U √σ, √σ Vᵀ), and peft's scaling lora_alpha / r is 1.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -38,10 +36,17 @@ from loralib.adapter_folder import (
 )
 from loralib.checks import check_choice, check_positive, check_whole_number
 from loralib.injection import KINDS
-from loralib.interop.peft_heads import modules_to_save, task_type_of
-from loralib.layers import GAUSSIAN_STD
+from loralib.interop.decomposition import decompose, start_factors
 
 PREFIX = "base_model.model."
+TASK_TYPES = {  # the end of a class's name in transformers -> peft's task type
+    "SequenceClassification": "SEQ_CLS",
+    "CausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+}
+_HEADS = {"classifier", "score", "qa_outputs"}
 # What a LoRA's configuration takes over from an AdaLoRA's.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
 _ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
@@ -58,73 +63,6 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 """
-
-Decomposition = tuple[Tensor, Tensor, Tensor]  # U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64
-
-
-# ---- decomposition --------------------------------------------------------------------------------------------------
-
-
-def decompose(left: Tensor, core: Tensor, right: Tensor) -> Decomposition:
-    """Singular value decomposition of left · core · right at its numerical rank ρ; the product is not formed.
-
-    Args:
-        left: (out, p). core: (p, q). right: (q, in).
-    """
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double().T)
-    u, sigma, vt = torch.linalg.svd(r_left @ core.double() @ r_right.T, full_matrices=False)
-    floor = float(sigma.max()) * torch.finfo(torch.float32).eps if len(sigma) else 0.0
-    rank = int((sigma > floor).sum())
-    return q_left @ u[:, :rank], sigma[:rank], vt[:rank] @ q_right.T
-
-
-def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """(B, A) of one module with ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
-
-    Plain LoRA keeps its A as it is, and its scaling goes into B.
-    """
-
-    def stored(part: str) -> Tensor:
-        return tensors[tied.get(f"{name}.{part}", f"{name}.{part}")].double()
-
-    if "1" not in group.rank_pattern[name]:
-        return torch.zeros(0, 0, device="cpu"), torch.zeros(0, 0, device="cpu")
-    scaling = group.lora_alpha / group.r
-    scales = range(len(group.widths) + 1)
-    left = reduce(torch.matmul, [stored(f"lora_B.{i}") for i in scales])
-    right = reduce(torch.matmul, [stored(f"lora_A.{i}") for i in reversed(scales)])
-    if group.kind == "lora":
-        return (left * scaling).float(), right.float()
-    u, sigma, vt = decompose(left, torch.diag(stored("lora_E") * scaling), right)
-    root = sigma.sqrt()
-    return (u * root).float(), (root[:, None] * vt).float()
-
-
-def start_factors(
-    decomposition: Decomposition, r: int, widths: Sequence[int], scaling: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Factors of a layer with singular values whose update is the best approximation of the decomposed matrix.
-
-    By the theorem of Eckart and Young it keeps the min(ρ, r, *widths) largest σ: e = σ / scaling, B₀ = U, A₀ = Vᵀ, and
-    the inner factors are identities. The other entries are drawn from N(0, 0.02²) with e = 0, as at any start.
-
-    Returns:
-        "lora_B.0" … "lora_E", "lora_A.0" … → tensor, float32.
-    """
-    u, sigma, vt = decomposition
-    rank = min([len(sigma), r, *widths])
-    inner = [*widths, r]
-    factors: dict[str, Tensor] = {}
-    for i, size in enumerate(inner):
-        for side, outer, size_outside in (("B", u[:, :rank], u.shape[0]), ("A", vt[:rank].T, vt.shape[1])):
-            rows = size_outside if i == 0 else inner[i - 1]
-            factor = torch.randn(rows, size, generator=generator, device="cpu") * GAUSSIAN_STD
-            factor[:, :rank] = outer.float() if i == 0 else torch.eye(rows, rank, device="cpu")
-            factors[f"lora_{side}.{i}"] = factor if side == "B" else factor.T.contiguous()
-    factors["lora_E"] = torch.zeros(r, device="cpu")
-    factors["lora_E"][:rank] = (sigma[:rank] / scaling).float()
-    return factors
 
 
 # ---- write a peft adapter -------------------------------------------------------------------------------------------
@@ -150,34 +88,49 @@ def export_peft(
 
     Raises:
         ValueError: for a damaged adapter, one without a low-rank update, or one that peft cannot hold: a parameter that
-            trained beside its update, a module that trained in part, or one that is tied to another, has two names, or
-            whose name another one ends with.
+            trained beside its update, is tied to another, or has two names.
     """
     if is_peft(adapter):
         values, scaled, head = read_pairs(adapter)
-        if values["peft_type"] == "LORA":
-            raise ValueError(f"{adapter} is a peft adapter already, a LoRA: there is nothing to convert")
         fields = {name: values.get(name) for name in _KEPT}
         if base_model not in (None, fields["base_model_name_or_path"]):
             fields |= {"base_model_name_or_path": base_model, "revision": None}
-        unscaled = {name: (left, right) for name, (left, right, _) in scaled.items()}
-        return _write_peft(adapter, folder, unscaled, head, fields, None)
+        pairs = {name: (left * scaling, right) for name, (left, right, scaling) in scaled.items()}
+        return _write_peft(adapter, folder, pairs, head, fields, None)
     config, tensors = read_adapter(adapter)
-    if "" in config.ranks:
-        raise ValueError("the adapter's layer is the model itself, which has no name in peft: put it into a module")
-    pairs = {
-        name: layer_pair(group, name, tensors, config.tied) for group in config.groups for name in group.rank_pattern
-    }
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
     if lacks := config.card.get("peft_lacks"):
-        raise ValueError(f"peft's LoRA format holds whole modules, told by the ends of their names, and would need "
-                         f"{lacks!r:.200} too: load the adapter with load_adapter()")  # fmt: skip
+        raise ValueError(f"{lacks!r:.200} is a second name of what was trained, which peft's format cannot hold: load "
+                         "the adapter with load_adapter()")  # fmt: skip
+    pairs = {name: layer_pair(group, name, tensors, config.tied) for name, group in config.modules.items()}
     base_model = base_model or config.base_model
     head = {name: tensors[name] for name in config.head}
     card = _card(config, base_model)
     return _write_peft(adapter, folder, pairs, head, _peft_fields(config, base_model), card)
+
+
+def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """(B, A) of one module with ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
+
+    Plain LoRA keeps its A as it is, and its scaling goes into B.
+    """
+
+    def stored(part: str) -> Tensor:
+        return tensors[tied.get(f"{name}.{part}", f"{name}.{part}")].double()
+
+    if "1" not in group.rank_pattern[name]:
+        return torch.zeros(0, 0, device="cpu"), torch.zeros(0, 0, device="cpu")
+    scaling = group.lora_alpha / group.r
+    scales = range(len(group.widths) + 1)
+    left = reduce(torch.matmul, [stored(f"lora_B.{i}") for i in scales])
+    right = reduce(torch.matmul, [stored(f"lora_A.{i}") for i in reversed(scales)])
+    if group.kind == "lora":
+        return (left * scaling).float(), right.float()
+    u, sigma, vt = decompose(left, torch.diag(stored("lora_E") * scaling), right)
+    root = sigma.sqrt()
+    return (u * root).float(), (root[:, None] * vt).float()
 
 
 def _write_peft(
@@ -197,7 +150,8 @@ def _write_peft(
         for side, factor in zip("BA", pairs[name], strict=True):
             state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
     most = max(ranks.values())
-    pattern = {_own_pattern(name, ranks): rank for name, rank in ranks.items() if rank != most}
+    # peft takes the first expression that the end of a name matches: each of these is for one module alone.
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     config = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -217,12 +171,6 @@ def _write_peft(
             (new / CARD_FILE).write_text(card, encoding="utf-8")
         (new / WEIGHTS_FILE).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
     return ranks
-
-
-def _own_pattern(name: str, names: Collection[str]) -> str:
-    """An expression for this module alone: peft takes the first whose end matches, in which a dot is any character."""
-    matches = re.compile(rf"(?:.*\.)?{name}").fullmatch if re.fullmatch(r"[\w.]+", name) else None
-    return name if matches and [*filter(matches, names)] == [name] else f"^{re.escape(name)}"
 
 
 def _card(config: AdapterConfig, base_model: str | None) -> str:
@@ -245,6 +193,23 @@ def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any
         "modules_to_save": modules_to_save(config.head, task_type) or None,
         "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),
     }
+
+
+def task_type_of(architecture: str, head: Iterable[str]) -> str | None:
+    """peft's task type for a class of transformers; None where peft would miss the head, whose names are given."""
+    task_type = next((t for ending, t in TASK_TYPES.items() if architecture.endswith(ending)), None)
+    insists = task_type not in (None, "CAUSAL_LM")
+    return None if insists and not any(_HEADS & set(name.split(".")) for name in head) else task_type
+
+
+def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
+    """The modules that own the head's parameters. With a task type that has a head, peft saves a whole classifier."""
+    modules: dict[str, None] = {}
+    for name in head:
+        parts = name.split(".")[:-1]
+        whole = [i for i, part in enumerate(parts) if part in _HEADS]
+        modules[".".join(parts[: whole[0] + 1] if task_type and whole else parts)] = None
+    return list(modules)
 
 
 # ---- read a peft adapter --------------------------------------------------------------------------------------------
@@ -282,11 +247,10 @@ def import_peft(
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}
     tensors: dict[str, Tensor] = {}
-    key: tuple[str, int, list[int], float]
     for name, (left, right, scaling) in pairs.items():
         rank = right.shape[0]
         if kind == "lora":
-            key = (kind, rank, [], scaling * rank)
+            key: tuple[str, int, list[int], float] = (kind, rank, [], scaling * rank)
             factors = {"lora_B.0": left, "lora_A.0": right}
         else:
             key = (kind, r, list(widths), float(lora_alpha))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import loralib
-from loralib.interop.peft_format import decompose
+from loralib.interop.decomposition import decompose
 from loralib.recipes.exact_factors import make_orthonormal
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason

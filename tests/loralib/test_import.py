@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loralib
+from loralib.interop.decomposition import decompose, start_factors
 from loralib.interop.export import main
-from loralib.interop.peft_format import decompose, export_peft, import_peft, start_factors
+from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import Net, adapted, encoder, factors_of, refused
 from tests.loralib.test_adapter_files import FOLDER
 
