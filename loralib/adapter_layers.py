@@ -6,6 +6,7 @@ A layer's factors are stored at its live singular values; a factor that layers s
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,7 @@ def new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]:
         if max(group.r, *group.widths, 0) > most or len(flags) > group.r:  # a stranger may ask for endless memory
             raise ValueError(f"the adapter's rank or width of {name} is beyond {most}, or its pattern beyond r")
         options = {"k": next(iter(group.widths), None), "widths": group.widths, "init": group.init}
-        options = {option: options[option] for option in KINDS[group.kind].arguments}
+        options = {option: options[option] for option in signature(KINDS[group.kind].scales).parameters}
         layer = KINDS[group.kind].from_linear(modules[name], group.r, group.lora_alpha, group.lora_dropout, **options)
         layer.keep_singular_values(range(len(flags)))
         layers[name] = layer

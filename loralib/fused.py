@@ -8,7 +8,7 @@ node in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # Whether a transform of torch.func is active, which takes no autograd function of the form below.
 transformed = torch._C._are_functorch_transforms_active
@@ -45,11 +46,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
 
-def add_product_(out: Tensor, x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
-    """out += scale · x weightᵀ, in place."""
+def add_product_(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """out += x weightᵀ, in place. A factor belongs into x: the compiler drops the ``alpha`` of a sum with a product."""
     if _ONEDNN and out.dtype == torch.float32 and out.device.type == "cpu":
-        return out.add_(product(x, weight), alpha=scale)
-    return out.addmm_(x, weight.T, alpha=scale)
+        return out.add_(product(x, weight))
+    return out.addmm_(x, weight.T)
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+        """What ``FlopCounterMode`` counts for :func:`product`: two for each multiplication."""
+        return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -95,45 +104,44 @@ def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
         return (left * values) @ right if transformed() else _Fold.apply(left, values, right)
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
 class _AdaptedLinear(torch.autograd.Function):
+    """Of matrices x (n, in): a size that the backward pass read of what is saved could not be traced."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, a, core, b, scale, dropped, dtype):
+    def forward(ctx, x, weight, bias, a, core, b, dropped, dtype):
         dense = weight.to(dtype)
-        out = product(_rows(x, dtype), dense, None if bias is None else bias.to(dtype))
-        hidden = product(_rows(x if dropped is None else dropped, dtype), a.to(dtype))
-        inner = hidden if core is None else hidden @ core.T.to(dtype)
-        add_product_(out, inner, b.to(dtype), scale)
-        # The arguments themselves, so that layers with one input keep it once; a cast of the big weight is kept too.
-        ctx.save_for_backward(x, weight, a, core, b, dropped, hidden, None if dense is weight else dense)
-        ctx.scale, ctx.dtype, ctx.bias_dtype = scale, dtype, None if bias is None else bias.dtype
-        return out  # a matrix: a view of it, made in here, could not be written to in place
+        out = product(x.to(dtype), dense, None if bias is None else bias.to(dtype))
+        hidden = product((x if dropped is None else dropped).to(dtype), a.to(dtype))
+        add_product_(out, _inner(hidden, core), b.to(dtype))
+        # Views of the arguments, so that layers with one input keep it once; a cast of the big weight is kept too.
+        matrix, ctx.number = (core, None) if isinstance(core, Tensor) else (None, core)
+        ctx.save_for_backward(x, weight, a, matrix, b, dropped, hidden, None if dense is weight else dense)
+        ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
+        return out
 
     @staticmethod
     @outside_autocast
     def backward(ctx, grad):
         x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_a, need_core, need_b, _, need_dropped, _ = ctx.needs_input_grad
+        core = ctx.number if core is None else core
+        need_x, need_weight, need_bias, need_a, need_core, need_b, need_dropped, _ = ctx.needs_input_grad
         dtype, grad = ctx.dtype, grad.to(ctx.dtype)
-        source = _rows(x if dropped is None else dropped, dtype)
-        low_a, low_core, low_b = (None if t is None else t.to(dtype) for t in (a, core, b))
+        source = (x if dropped is None else dropped).to(dtype)
+        low_a, low_b = a.to(dtype), b.to(dtype)
         if torch.is_grad_enabled():  # a second derivative is wanted: nothing may come without its history
             hidden, dense = source @ low_a.T, None
-        grad_inner = product(grad, low_b.T) * ctx.scale
-        grad_hidden = grad_inner if core is None else grad_inner @ low_core
+        grad_inner = product(grad, low_b.T)
+        grad_hidden = grad_inner @ core.to(dtype) if isinstance(core, Tensor) else grad_inner * core
         grad_x = grad_weight = grad_bias = grad_a = grad_core = grad_b = grad_dropped = None
         if need_x:
             grad_x = product(grad, (weight.to(dtype) if dense is None else dense).T)
             if dropped is None:
                 add_product_(grad_x, grad_hidden, low_a.T)
-            grad_x = grad_x.view(x.shape).to(x.dtype)
+            grad_x = grad_x.to(x.dtype)
         if need_dropped:
-            grad_dropped = product(grad_hidden, low_a.T).view(x.shape).to(dropped.dtype)
+            grad_dropped = product(grad_hidden, low_a.T).to(dropped.dtype)
         if need_weight:
-            grad_weight = product(grad.T, _rows(x, dtype).T).to(weight.dtype)
+            grad_weight = product(grad.T, x.to(dtype).T).to(weight.dtype)
         if need_bias:
             grad_bias = grad.sum(0).to(ctx.bias_dtype)
         if need_a:
@@ -141,17 +149,19 @@ class _AdaptedLinear(torch.autograd.Function):
         if need_core:
             grad_core = (grad_inner.T @ hidden).to(core.dtype)
         if need_b:
-            inner = hidden if core is None else hidden @ low_core.T
             # innerᵀ grad, turned round: gradᵀ inner costs up to eight times as much.
-            grad_b = (product(inner.T, grad.T).T * ctx.scale).to(b.dtype)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, None, grad_dropped, None
+            grad_b = product(_inner(hidden, core).T, grad.T).T.to(b.dtype)
+        return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, grad_dropped, None
 
 
-def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor | None, b: Tensor, scale: float) -> Tensor:
-    """out + scale · x Aᵀ Cᵀ Bᵀ in the dtype of ``out``, by torch's own operations; see :func:`adapted_linear`."""
-    hidden = F.linear(x.to(out.dtype), a.to(out.dtype))
-    inner = hidden if core is None else F.linear(hidden, core.to(out.dtype))
-    return out.add(F.linear(inner, b.to(out.dtype)), alpha=scale)
+def _inner(hidden: Tensor, core: Tensor | float) -> Tensor:
+    return hidden @ core.T.to(hidden.dtype) if isinstance(core, Tensor) else hidden * core
+
+
+def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor | float, b: Tensor) -> Tensor:
+    """out + x Aᵀ Cᵀ Bᵀ in the dtype of ``out``, by torch's own operations; see :func:`adapted_linear`."""
+    inner = _inner(F.linear(x.to(out.dtype), a.to(out.dtype)), core)
+    return out + F.linear(inner, b.to(out.dtype))
 
 
 def adapted_linear(
@@ -159,16 +169,15 @@ def adapted_linear(
     weight: Tensor,
     bias: Tensor | None,
     a: Tensor,
-    core: Tensor | None,
+    core: Tensor | float,
     b: Tensor,
-    scale: float = 1.0,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scale · x̃ Aᵀ Cᵀ Bᵀ, computed in the dtype of W (in autocast's where that is on, but for float64).
+    """x Wᵀ + bias + x̃ Aᵀ Cᵀ Bᵀ, computed in the dtype of W (in autocast's where that is on, but for float64).
 
     Args:
         x: (…, in). weight: (out, in). bias: (out,) or None.
-        a: (k, in). core: C, (k, k), None for the identity. b: (out, k).
+        a: (k, in). core: C, (k, k), or a number, for that number times the identity. b: (out, k).
         dropped: x̃, x after dropout; None where it is x itself.
 
     Returns:
@@ -179,6 +188,7 @@ def adapted_linear(
     with without_autocast(device):
         if transformed():
             out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-            return add_low_rank(out, x if dropped is None else dropped, a, core, b, scale)
-        out = _AdaptedLinear.apply(x, weight, bias, a, core, b, scale, dropped, dtype)
+            return add_low_rank(out, x if dropped is None else dropped, a, core, b)
+        rows, kept = x.reshape(-1, x.shape[-1]), None if dropped is None else dropped.reshape(-1, x.shape[-1])
+        out = _AdaptedLinear.apply(rows, weight, bias, a, core, b, kept, dtype)
     return out.view(*x.shape[:-1], out.shape[-1])

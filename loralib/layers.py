@@ -7,16 +7,15 @@
 
 with s = lora_alpha / r. B₀ is (out, k), A₀ is (k, in): the outer scale; B₁ (k, r), e (r) and A₁ (r, k) live at the
 second scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets, which fix
-the arguments and, but for :class:`MultiScaleLinear`, the number of scales. Every layer is an ``nn.Linear``, so the
-frozen weight keeps its name in a state dict, and ΔW is never formed while training: the small factors are multiplied
-first.
+the number of scales. Every layer is an ``nn.Linear``, so the frozen weight keeps its name in a state dict, and ΔW is
+never formed while training: the small factors are multiplied first.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -29,19 +28,6 @@ from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
-_ON_META = (
-    "low-rank layers were made on the meta device, so their factors have no values: load the weights before inject(), "
-    "or set the factors afterwards (reset_lora_parameters() of each layer, load_adapter(), a checkpoint)"
-)
-
-
-def factor_shapes(
-    out_features: int, in_features: int, widths: Sequence[int], r: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Shapes of the left and of the right factors, from the outermost inward."""
-    inner = [*widths, r]
-    left, right = zip([out_features, *widths], inner, strict=True), zip(inner, [in_features, *widths], strict=True)
-    return list(left), list(right)
 
 
 class LoRALayer(nn.Linear):
@@ -52,7 +38,7 @@ class LoRALayer(nn.Linear):
         in_features, out_features: sizes of the frozen layer.
         r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of the update.
         bias: whether the frozen layer has a bias.
-        args, options: what the preset's :attr:`arguments` name, in that order or by name.
+        args, options: the arguments of the preset's :meth:`scales`.
 
     Attributes:
         lora_B: left factors from the outermost inward, shapes (out, k₁), (k₁, k₂), …, (kₙ₋₁, r).
@@ -67,15 +53,18 @@ class LoRALayer(nn.Linear):
         ValueError: for a rank, width, alpha, dropout or init out of range. TypeError: for an unknown argument.
     """
 
-    kind: ClassVar[str] = "multiscale"  # the preset's name, see :func:`loralib.inject`
+    kind: ClassVar[str]  # the preset's name, see :func:`loralib.inject`
     has_singular_values: ClassVar[bool] = True
     in_peft: ClassVar[bool] = False  # whether peft holds the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
-    # What the preset takes beyond the common arguments, with the defaults.
-    arguments: ClassVar[dict[str, Any]] = {"widths": (), "init": INITS[0]}
     # The replaced layer where its weight is quantised: it alone knows the product. The tuple hides it from nn.Module,
     # so that the weight has one name.
     _quantised: tuple[nn.Module] | None = None
+
+    @staticmethod
+    def scales(*args: Any, **options: Any) -> tuple[Sequence[int], str]:
+        """The preset's own arguments → the widths from the outermost inward, and the initialisation."""
+        raise NotImplementedError
 
     def __init__(
         self,
@@ -90,9 +79,9 @@ class LoRALayer(nn.Linear):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        widths, init = self._widths_and_init(args, options)
+        scales = self.scales(*args, **options)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._add_factors(r, lora_alpha, lora_dropout, widths, init, fan_in_fan_out=False)
+        self._add_factors(r, lora_alpha, lora_dropout, *scales, fan_in_fan_out=False)
 
     @classmethod
     def from_linear(
@@ -108,12 +97,12 @@ class LoRALayer(nn.Linear):
         Args:
             linear: an ``nn.Linear``, one with a weight quantised by torchao, bitsandbytes' ``Linear4bit``, or, with a
                 weight stored (in, out), GPT-2's ``Conv1D`` or a layer whose attribute ``fan_in_fan_out`` is true.
-            options: what the preset's :attr:`arguments` name.
+            options: the arguments of the preset's :meth:`scales`.
 
         Raises:
             ValueError: for a value out of range. TypeError: for an unknown argument.
         """
-        widths, init = cls._widths_and_init((), options)
+        scales = cls.scales(**options)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = frozen_shape(linear)
@@ -121,19 +110,8 @@ class LoRALayer(nn.Linear):
         if stored_form(layer.weight) == "quantised":
             layer._quantised = linear._quantised if isinstance(linear, LoRALayer) else (linear,)
         layer.register_parameter("bias", linear.bias)
-        layer._add_factors(r, lora_alpha, lora_dropout, widths, init, is_transposed(linear))
+        layer._add_factors(r, lora_alpha, lora_dropout, *scales, fan_in_fan_out=is_transposed(linear))
         return layer.train(linear.training)
-
-    @classmethod
-    def _widths_and_init(cls, args: Sequence[Any], options: dict[str, Any]) -> tuple[Sequence[int], str]:
-        """The preset's own arguments, given by place or by name, as the widths and the initialisation."""
-        by_place = dict(zip(cls.arguments, args, strict=False))
-        unknown = [*args[len(cls.arguments) :], *(set(options) - set(cls.arguments)), *(set(by_place) & set(options))]
-        if unknown:
-            known = ", ".join(cls.arguments) or "none"
-            raise TypeError(f"{cls.__name__} got {unknown[0]!r}; its arguments beyond the common ones: {known}")
-        values = cls.arguments | by_place | options
-        return (values["k"],) if "k" in values else values.get("widths", ()), values.get("init", INITS[0])
 
     def _add_factors(
         self, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str, fan_in_fan_out: bool
@@ -145,41 +123,38 @@ class LoRALayer(nn.Linear):
         check_positive("lora_alpha", lora_alpha)
         check_fraction("lora_dropout", lora_dropout)
         check_choice("init", init, INITS)
-        self.lora_alpha = float(lora_alpha)
-        self.init = init
+        self.lora_alpha, self.init = float(lora_alpha), init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
         self.lora_dropout = nn.Dropout(float(lora_dropout))  # an adapter file holds no NumPy number
         # A buffer, so that it follows the layer to another device; never part of a state dict.
         self.register_buffer("_weight_before_merge", None, persistent=False)
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        for frozen in (self.weight, self.bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
 
         # Half-precision factors would lose small steps: they are kept in float32 even beside a bfloat16 weight.
         options = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
-        b_shapes, a_shapes = factor_shapes(self.out_features, self.in_features, self.widths, r)
-        self.lora_B = nn.ParameterList(torch.empty(shape, **options) for shape in b_shapes)
-        self.lora_E = nn.Parameter(torch.empty(self.r, **options)) if self.has_singular_values else None
-        self.lora_A = nn.ParameterList(torch.empty(shape, **options) for shape in a_shapes)
+        inner = [*self.widths, r]
+        self.lora_B = nn.ParameterList(
+            torch.empty(rows, columns, **options) for rows, columns in pairwise([self.out_features, *inner])
+        )
+        self.lora_E = nn.Parameter(torch.empty(r, **options)) if self.has_singular_values else None
+        self.lora_A = nn.ParameterList(
+            torch.empty(rows, columns, **options) for columns, rows in pairwise([self.in_features, *inner])
+        )
         self.register_forward_pre_hook(_call_me)
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
         """Draw the factors anew; ΔW is zero afterwards: e is, or LoRA's B beside a Kaiming-uniform A.
 
-        Warns on the meta device, where nothing can be drawn.
-
         Raises:
             RuntimeError: while merged.
         """
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn again")
-        if self.r == 0:
-            return
-        if self.lora_A[0].is_meta:
-            if not self.in_peft:  # which loads an adapter so
-                warnings.warn(_ON_META, stacklevel=2)
+        if self.r == 0 or self.lora_A[0].is_meta:  # where nothing can be drawn
             return
         if self.lora_E is None:
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
@@ -290,8 +265,8 @@ class LoRALayer(nn.Linear):
         called ``input`` as ``nn.Linear``'s is.
 
         Raises:
-            RuntimeError: in training mode with gradients on while merged, if a factor trains; for factors without
-                values; for a jagged tensor whose lengths are not its dimension 1.
+            RuntimeError: in training mode with gradients on while merged, if a factor trains, and for factors without
+                values.
         """
         if self._quantised is not None:
             return self._beside_quantised(self._quantised[0], input)
@@ -301,19 +276,8 @@ class LoRALayer(nn.Linear):
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
         if self.merged or self.r == 0:
             return self._dense(input, weight)
-        if input.is_nested:  # in evaluation nn.TransformerEncoder packs a padded batch so
-            return self._nested(input)
         dropped = self.lora_dropout(input) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
-        core, scale = self.core_and_scale()
-        return adapted_linear(input, weight, self.bias, self.lora_A[0], core, self.lora_B[0], scale, dropped)
-
-    def _nested(self, input: Tensor) -> Tensor:
-        if input.layout is torch.jagged:  # all rows lie in one tensor
-            if input._ragged_idx != 1:
-                raise RuntimeError("a jagged tensor must have its lengths in dimension 1: unbind or transpose it first")
-            packed = self.forward(input.values())
-            return torch.nested.nested_tensor_from_jagged(packed, input.offsets(), input.lengths())
-        return torch.nested.as_nested_tensor([self.forward(row) for row in input.unbind()])
+        return adapted_linear(input, weight, self.bias, self.lora_A[0], self._core(), self.lora_B[0], dropped)
 
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
@@ -324,8 +288,7 @@ class LoRALayer(nn.Linear):
         """out + x ΔWᵀ, (…, out), in the dtype of ``out``: a frozen product that is not this layer's own."""
         if self.r == 0:
             return out
-        core, scale = self.core_and_scale()
-        return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], core, self.lora_B[0], scale)
+        return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self._core(), self.lora_B[0])
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""
@@ -333,18 +296,14 @@ class LoRALayer(nn.Linear):
             x = x.to(weight.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
-    def core_and_scale(self) -> tuple[Tensor | None, float]:
-        """The core as the forward pass wants it: a matrix, or None for the identity times a number.
-
-        Raises:
-            RuntimeError: for factors without values beside a weight that has some.
-        """
+    def _core(self) -> Tensor | float:
+        """The core as the forward pass wants it: a matrix, or a number for that number times the identity."""
         if self.lora_A[0].is_meta and not self.weight.is_meta:  # a product of the two is whatever lay in memory
             raise RuntimeError(
                 "the factors are on the meta device and have no values: load the weights before inject(), and let "
                 "accelerate dispatch the model without offloading"
             )
-        return (None, self.scaling) if self.lora_E is None else (self.folded_core(), 1.0)
+        return self.scaling if self.lora_E is None else self.folded_core()
 
     def merge(self) -> None:
         """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit.
@@ -407,7 +366,10 @@ class Linear(LoRALayer):
 
     kind = "lora"
     has_singular_values = False
-    arguments: ClassVar[dict[str, Any]] = {}
+
+    @staticmethod
+    def scales() -> tuple[Sequence[int], str]:
+        return (), INITS[0]
 
 
 class MultiScaleLinear(LoRALayer):
@@ -419,10 +381,14 @@ class MultiScaleLinear(LoRALayer):
             columns. e = 0 with either.
     """
 
-    arguments: ClassVar[dict[str, Any]] = {"widths": (8,), "init": INITS[0]}
+    kind = "multiscale"
+
+    @staticmethod
+    def scales(widths: Sequence[int] = (8,), init: str = INITS[0]) -> tuple[Sequence[int], str]:
+        return widths, init
 
 
-class SVDLinear(MultiScaleLinear):
+class SVDLinear(LoRALayer):
     """AdaLoRA's layer, one scale: ΔW = s · P diag(e) Q with P (out, r), Q (r, in) (arXiv 2303.10512, eq. 3).
 
     Args:
@@ -430,10 +396,13 @@ class SVDLinear(MultiScaleLinear):
     """
 
     kind = "adalora"
-    arguments: ClassVar[dict[str, Any]] = {"init": INITS[0]}
+
+    @staticmethod
+    def scales(init: str = INITS[0]) -> tuple[Sequence[int], str]:
+        return (), init
 
 
-class LoRA2Linear(MultiScaleLinear):
+class LoRA2Linear(LoRALayer):
     """LoRA²'s layer, two scales: ΔW = s · B₀ B₁ diag(e) A₁ A₀, B₀ (out, k), A₀ (k, in) (arXiv 2408.06854, eq. 4).
 
     Args:
@@ -441,4 +410,7 @@ class LoRA2Linear(MultiScaleLinear):
     """
 
     kind = "lora2"
-    arguments: ClassVar[dict[str, Any]] = {"k": 8, "init": INITS[0]}
+
+    @staticmethod
+    def scales(k: int = 8, init: str = INITS[0]) -> tuple[Sequence[int], str]:
+        return (k,), init

@@ -4,36 +4,37 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import loralib
 from loralib.fused import adapted_linear, product
 from tests.loralib.small import randomise
 
 
-def separate(x, weight, bias, a, core, b, scale=1.0, dropped=None):
-    core = torch.eye(a.shape[0], dtype=a.dtype) if core is None else core
+def separate(x, weight, bias, a, core, b, dropped=None):
+    core = core if isinstance(core, torch.Tensor) else core * torch.eye(a.shape[0], dtype=a.dtype)
     low = (x if dropped is None else dropped) @ a.T @ core.T @ b.T
-    return x @ weight.T + (0 if bias is None else bias) + scale * low
+    return x @ weight.T + (0 if bias is None else bias) + low
 
 
 def arguments(n=(2, 5), in_features=11, out_features=7, k=3, dtype=torch.float64, **without):
     torch.manual_seed(0)
     shapes = {"x": (*n, in_features), "weight": (out_features, in_features), "bias": (out_features,),
               "a": (k, in_features), "core": (k, k), "b": (out_features, k), "dropped": (*n, in_features)}  # fmt: skip
-    return {name: None if without.get(name, False) is None else torch.randn(shape, dtype=dtype, requires_grad=True)
-            for name, shape in shapes.items()}  # fmt: skip
+    drawn = {name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
+    return drawn | without
 
 
-MISSING = [{}, {"dropped": None}, {"core": None}, {"bias": None, "dropped": None, "core": None}]
+MISSING = [{}, {"dropped": None}, {"core": 1.7}, {"bias": None, "dropped": None, "core": 1.7}]
 
 
 @pytest.mark.parametrize("without", MISSING)
 @pytest.mark.parametrize("n", [(2, 5), (4,), (), (0, 5), (1, 1, 2)])
 def test_values_and_gradients_equal_the_separate_operations(without, n):
     given = arguments(n, **without)
-    expected, found = (function(**given, scale=1.7) for function in (separate, adapted_linear))
+    expected, found = (function(**given) for function in (separate, adapted_linear))
     torch.testing.assert_close(found, expected)
-    leaves = [t for t in given.values() if t is not None]
+    leaves = [t for t in given.values() if isinstance(t, torch.Tensor)]
     weight = torch.randn_like(expected)
     for mine, theirs in zip(
         torch.autograd.grad(found, leaves, weight), torch.autograd.grad(expected, leaves, weight), strict=True
@@ -44,11 +45,11 @@ def test_values_and_gradients_equal_the_separate_operations(without, n):
 @pytest.mark.parametrize("without", MISSING)
 def test_second_derivatives(without):
     names, tensors = zip(*arguments((3,), 4, 3, 2, **without).items(), strict=True)
-    present = [i for i, t in enumerate(tensors) if t is not None]
+    present = [i for i, t in enumerate(tensors) if isinstance(t, torch.Tensor)]
+    fixed = dict(zip(names, tensors, strict=True))
 
     def run(*leaves):
-        values = dict(zip([names[i] for i in present], leaves, strict=True))
-        return adapted_linear(**dict.fromkeys(names) | values, scale=0.5)
+        return adapted_linear(**fixed | {names[i]: leaf for i, leaf in zip(present, leaves, strict=True)})
 
     leaves = tuple(tensors[i] for i in present)
     assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
@@ -181,11 +182,37 @@ def test_can_be_traced(monkeypatch):
         torch.testing.assert_close(traced(x), layer(x))
 
 
-def test_traces_whole_under_torch_compile():
-    layer, x = trained_layer(), torch.randn(6, 16)
-    expected = layer(x), gradients(layer, lambda m: m(x))
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close((compiled(x), gradients(layer, lambda m: compiled(x))), expected)
+KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"widths": (4, 3)})]
+
+
+@pytest.mark.parametrize("kind, options, dynamic", [
+    ("lora", {}, None),
+    *(pytest.param(*kind, dynamic, marks=pytest.mark.slow) for kind in KINDS for dynamic in (False, True)),
+])  # fmt: skip
+def test_the_compilers_default_backend_agrees_with_eager(kind, options, dynamic):
+    """α ≠ r; the input needs a gradient, which dynamic shapes must not stop."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 7))
+    loralib.inject(model, kind, ["0", "2"], r=3, lora_alpha=7.0, **options)
+    randomise(model, 0.5)
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=dynamic, fullgraph=True)
+    for rows in (5, 9) if dynamic else (5,):
+        x = torch.randn(rows, 3, 12, requires_grad=True)
+        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+        results = []
+        for run in (model, compiled):
+            out = run(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_onednn_are_counted(monkeypatch):
+    monkeypatch.setattr("loralib.fused._ONEDNN", True)
+    layer, x = trained_layer(), torch.randn(2000, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    assert counter.get_total_flops() >= 2 * 2000 * (16 * 24 + 16 * 3 + 3 * 24)
 
 
 def test_exports_for_batches_of_any_size():

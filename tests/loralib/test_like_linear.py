@@ -89,16 +89,11 @@ def test_a_state_dict_is_the_base_and_the_factors_merged_or_not(merged, source_m
 
 @pytest.mark.parametrize("kind", ["lora", "lora2"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("grad", "by_hand"), [(False, False), (True, False), (False, True)])
-def test_torchs_encoder_layer_does_not_look_past_the_adapter(kind, padded, grad, by_hand):
+@pytest.mark.parametrize("grad", [False, True])
+def test_torchs_encoder_layer_does_not_look_past_the_adapter(kind, padded, grad):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    if by_hand:
-        layer.linear1 = loralib.injection.KINDS[kind].from_linear(layer.linear1, 4, 8)
-        model = randomise(nn.TransformerEncoder(layer, 2), 0.3)
-    else:
-        model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2", kind=kind)
-    loralib.mark_only_lora_as_trainable(model)
+    model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2", kind=kind)
     x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 3:] = padded
     outputs = []
@@ -118,7 +113,7 @@ def test_the_projection_that_attention_never_calls_is_refused(projection):
 
 @pytest.mark.parametrize("kind, options", [("lora", {}), ("adalora", {}), ("lora2", {"share_outer": True})])
 def test_forward_backward_and_regulariser_on_the_meta_device(kind, options):
-    with torch.device("meta"), pytest.warns(UserWarning, match="meta device, so their factors have no values"):
+    with torch.device("meta"):
         model = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
         loralib.inject(model, kind, ["0", "1"], r=4, lora_dropout=0.1, **options)
         x = torch.randn(2, 3, 6)
@@ -156,40 +151,12 @@ def test_a_module_under_two_parents_is_adapted_in_both(tmp_path):
     torch.testing.assert_close(model(X), expected)
 
 
-def test_hooks_attributes_and_buffers_of_a_replaced_layer_are_kept():
-    model = nn.Sequential(nn.Linear(6, 5))
-    calls = []
-    handles = [
-        model[0].register_forward_hook(lambda module, inputs, output: calls.append("after") or output + 1),
-        model[0].register_forward_pre_hook(lambda module, inputs, kwargs: calls.append("before"), with_kwargs=True),
-        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
-    ]
-    model[0].note = "kept"
-    model[0].register_buffer("counts", torch.arange(3))
-    model[0].register_buffer("passing", torch.arange(2), persistent=False)
-    model[0].register_parameter("gain", nn.Parameter(torch.ones(1)))
-    frozen = model(X).detach()
-    calls.clear()
-    loralib.inject(model, "lora2", ["0"])
-    out = model(X)
-    out.sum().backward()
-    torch.testing.assert_close(out, frozen)
-    assert calls == ["before", "after", "backward"]
-    assert model[0].note == "kept" and {"0.counts", "0.gain"} <= set(model.state_dict())
-    assert model[0].passing.shape == (2,) and "0.passing" not in model.state_dict()
-    for handle in handles:
-        handle.remove()
-    torch.testing.assert_close(model(X), frozen - 1)
-    assert calls == ["before", "after", "backward"]
-
-
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (nn.utils.weight_norm, "computed by a hook"),
+        (nn.utils.weight_norm, "1 has a hook"),
+        (lambda linear: linear.register_forward_hook(lambda module, inputs, output: output + 1), "1 has a hook"),
         (lambda linear: setattr(linear, "forward", lambda x: x), "was replaced"),
-        (lambda linear: setattr(linear, "scaling", 3.0), "1 has an attribute 'scaling'"),
-        (lambda linear: setattr(linear, "lora_A", nn.Linear(2, 2)), "1 has an attribute 'lora_A'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -314,8 +314,8 @@ def test_hooks_of_one_s_own_see_what_the_adapter_gives(tmp_path, name, early):
         module.register_forward_hook(lambda module, args, output: calls.append(name) or output * 2)
 
     served, loaded = Net(), Net()
-    add_hooks(loaded)
     loralib.load_adapter(loaded, folder)
+    add_hooks(loaded)
     if early:
         add_hooks(served)
     adapters = MultiAdapter(served)
