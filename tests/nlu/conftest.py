@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from nlu import fine_tuning, run_glue, sweep
-from tests.nlu.sweeps import places_of
+from tests.nlu.sweeps import places_of, without_processes
 from tests.nlu.tiny import changed, make_encoder, make_rows, read, tiny_run, write_rows
 
 
@@ -74,8 +74,10 @@ def finished(encoder, tiny_glue, tmp_path_factory):
 
 
 @pytest.fixture
-def run_sweep(tmp_path, capsys):
+def run_sweep(tmp_path, capsys, monkeypatch):
     """Call the sweep on an experiment given as a mapping; returns (exit code, stdout, stderr)."""
+
+    without_processes(monkeypatch)
 
     def call(content, *flags):
         path = tmp_path / "experiment.yaml"

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from nlu.runs.digests import content_digests
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     for name in ("method", "model_name_or_path", "root_output_dir"):
         parser.add_argument(f"--{name}", required=True)
@@ -37,7 +37,7 @@ def main() -> int:
         parser.add_argument(f"--{name}")
     parser.add_argument("--bf16", type=lambda word: word == "True", default=False)
     parser.add_argument("--overwrite_output_dir", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder = Path(args.root_output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
@@ -60,7 +60,7 @@ def main() -> int:
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "resumes": int(resumed),
         "arguments": vars(args),
-        "command": " ".join(sys.argv),
+        "command": " ".join(argv),
     }
 
     def write(status: str, error: str | None = None) -> None:
@@ -91,4 +91,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 import itertools
 import re
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,15 +10,15 @@ from transformers import AutoConfig
 
 from nlu import compare
 from nlu.experiments.records import read_lines, settings_of
+from tests.nlu.sweeps import FAKE, without_processes
 from tests.nlu.tiny import DEBERTA_BASE, make_encoder
-
-FAKE = Path(__file__).with_name("fake_run_glue.py")
 
 
 @pytest.fixture
 def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
     """Call the program on the tiny task with a stand-in for run_glue; returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(compare, "COMMAND", [sys.executable, str(FAKE)])
+    without_processes(monkeypatch)
 
     def run(*flags):
         places = ["--model_name_or_path", str(encoder), "--glue_dir", str(tiny_glue), "--output_dir", str(tmp_path)]
