@@ -21,6 +21,9 @@ _FLOAT32_ONLY = {
 def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:
     """Store every frozen floating-point parameter in ``dtype``; trainable ones and the head's become float32.
 
+    Of a fresh model, in which nothing is frozen yet, all but the head is taken as frozen: cast, then quantise or
+    inject.
+
     The low-rank layers compute in the dtype of their frozen weight and take inputs, factors and a bias of either. Any
     other module with a trainable parameter of its own, or a floating-point buffer beside its parameters (BatchNorm),
     stays float32 as a whole, and is given float32 inputs; what it returns is cast to ``dtype`` for the frozen modules
@@ -32,7 +35,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     compared in bfloat16, which rounds otherwise.
 
     Args:
-        model: its ``requires_grad`` flags say what is frozen; set them first, and call this again when they change.
+        model: its ``requires_grad`` flags say what is frozen, unless all of them are set. Call this again when they
+            change.
         dtype: a floating-point dtype, normally ``torch.bfloat16``.
         head: the module or modules that end the model, for example a classifier and the pooler before it.
 
@@ -94,7 +98,9 @@ def _computing(module: nn.Module) -> list[nn.Parameter]:
 def _kept_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     """Ids of what stays float32: all that trains, the chosen modules' own, and what is used beside them, also where
     modules share a parameter."""
-    kept = {id(p) for p in model.parameters() if p.requires_grad}
+    parameters = list(model.parameters())
+    fresh = all(p.requires_grad for p in parameters)
+    kept = {id(p) for p in parameters if p.requires_grad and not fresh}
     kept.update(id(p) for module in chosen for p in module.parameters(recurse=False))
     groups = [_computing(module) for module in model.modules()]
     groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LoRALayer)]

@@ -20,6 +20,22 @@ def test_a_dtype_or_head_that_is_none_is_refused():
             cast_frozen(tiny(), dtype, head)
 
 
+def test_a_fresh_model_is_cast_but_for_its_head_and_factors_that_come_later_are_float32():
+    """The order of the documents, cast, quantise, inject: nothing is frozen before the last of them."""
+    model, ids = Tiny(), torch.arange(12).view(2, 6)
+    expected = model(ids)
+    cast_frozen(model, torch.bfloat16, head=model.head)
+    loralib.inject(model, "lora2", ["query", "up"], r=4)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {name for name in dtypes if ".lora_" in name or name.startswith("head")}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    logits = model(ids)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+    logits.sum().backward()
+
+
 # ---- whatever else trains ------------------------------------------------------------------------------------------
 
 
