@@ -232,7 +232,7 @@ def good_rows(reader: Reader, rows: Iterable[Row], most: float, hint: str = "") 
 
     Args:
         rows: of :meth:`Reader.check`. most: how many bad rows there may be.
-        hint: how the user can go on in spite of bad rows.
+        hint: how the user can go on, where none may be bad.
 
     Raises:
         UsageError: there are more bad rows, or no good ones; names the first bad one.
@@ -241,9 +241,11 @@ def good_rows(reader: Reader, rows: Iterable[Row], most: float, hint: str = "") 
     bad = [row for row in rows if row.error is not None]
     if not bad:
         return rows
-    first = reader.error(bad[0].place, f"{bad[0].error}{hint}")
+    first = f"{reader.name}, {reader.unit} {bad[0].place}: {bad[0].error}"
+    if most == 0:
+        raise UsageError(first + hint)
     if len(bad) > most:
-        raise first if most == 0 else UsageError(f"{len(bad)} of {len(rows)} rows are bad; the first: {first}")
+        raise UsageError(f"{len(bad)} of {len(rows)} rows are bad; the first: {first}")
     logger.warning("%d of %d rows are left out; the first: %s", len(bad), len(rows), first)
     return [row for row in rows if row.error is None]
 

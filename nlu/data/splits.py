@@ -60,6 +60,8 @@ def load_data(data: Any, need: Sequence[str], cache_dir: str | None = None) -> t
         UsageError: a needed split is missing, or a file is malformed, naming the file and the line.
     """
     need = list(dict.fromkeys("train" if name == "validation" and data.holdout_fraction else name for name in need))
+    if data.save_splits is not None and (data.train_file is None or data.holdout_fraction is None):
+        raise UsageError("--save_splits writes what --holdout_fraction parts of --train_file: give all three")
     skipped: dict[str, int] = {}
     if data.task_name is None:
         paths = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
@@ -165,7 +167,9 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
     try:
         parts = train.train_test_split(fraction, seed=seed, stratify_by_column="label" if own_classes else None)
     except ValueError as error:  # a class of one row
-        raise UsageError(f"--holdout_fraction {fraction}: {reason(error)}") from None
+        counts = np.bincount(train["label"][:]).tolist()
+        shown = ", ".join(f"{name} {rows}" for name, rows in zip(task.labels, counts, strict=True))
+        raise UsageError(f"--holdout_fraction {fraction}: {reason(error)} (rows of each class: {shown})") from None
     return {"train": parts["train"], task.validation_splits[0]: parts["test"]}
 
 
@@ -300,7 +304,7 @@ def describe(task: Task, rows: Rows, skipped: dict[str, int], cut: dict[str, int
         if task.labels is not None:
             labels = np.asarray(each["label"][:])
             counts = np.bincount(labels[labels >= 0], minlength=task.num_labels).tolist()
-            found[split]["classes"] = dict(zip(task.labels, counts, strict=True))
+            found[split] |= {"classes": dict(zip(task.labels, counts, strict=True))} if any(counts) else {}
     return found
 
 
@@ -309,10 +313,10 @@ def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_leng
     lines = []
     for split, of in found.items():
         line = f"{split}: {of['rows']:,} rows"
-        if any(of.get("classes", {}).values()):
+        if "classes" in of:
             counts = ", ".join(f"{name} {rows:,}" for name, rows in of["classes"].items())
             line += f" ({counts if len(counts) <= 200 else counts[:197] + '...'})"
-        line += f", {of['skipped']:,} bad ones left out" if of["skipped"] else ""
+        line += f", {of['skipped']:,} bad and left out" if of["skipped"] else ""
         line += f", {of['cut']:,} cut at {max_seq_length} tokens (--max_seq_length)" if of["cut"] else ""
         lines.append(line)
     classes = found.get("train", {}).get("classes", {}) if task.name not in TASKS else {}

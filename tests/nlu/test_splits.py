@@ -33,7 +33,7 @@ from tests.nlu.tiny import write_rows
 
 DEFAULTS = dict.fromkeys(
     ("task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "metric", "predict_task",
-     "holdout_fraction", "max_train_samples", "max_eval_samples", "max_predict_samples"),
+     "holdout_fraction", "save_splits", "max_train_samples", "max_eval_samples", "max_predict_samples"),
 ) | {"label_column": "label", "encoding": "utf-8", "on_error": "stop", "holdout_seed": 0}  # fmt: skip
 ALL = ("train", "validation", "test")
 
@@ -75,6 +75,11 @@ def test_of_ones_own_rows_each_class_gives_its_share_and_the_parts_are_saved_who
              for part in rows}  # fmt: skip
     assert [row["text"] for row in saved["train"]] == sorted(rows["train"]["text"], key=lambda t: int(t[4:]))
     assert sorted(saved["train"] + saved["validation"], key=lambda row: int(row["id"][1:])) == lines
+
+
+def test_nothing_is_saved_that_was_not_held_out(tmp_path):
+    with pytest.raises(UsageError, match="--save_splits writes what --holdout_fraction parts"):
+        loaded(train_file=tmp_path / "all.csv", validation_file=tmp_path / "all.csv", save_splits=tmp_path / "parts")
 
 
 def test_a_class_of_one_row_cannot_be_parted(tmp_path):
