@@ -11,7 +11,6 @@ A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 th
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -289,33 +288,16 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code, with one line on stderr.
-
-    2: bad arguments or input. 1: a full disk or memory. 130: stopped by Ctrl-C.
-    """
+    """Returns the exit code: 2, with one line on stderr, for what is wrong with arguments, input, disk or memory."""
     try:
         run(argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except ModuleNotFoundError as error:  # the library alone is installed
         print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # a folder is written whole or not at all
-        print("stopped: nothing was written", file=sys.stderr)
-        return 130
-    except MemoryError:
-        print("error: there is not enough memory for the base model", file=sys.stderr)
-        return 1
-    except SafetensorError as error:  # read errors are ValueErrors here, so that this is a refused write
-        print(f"error: {error}: make room, and give the same command again", file=sys.stderr)
-        return 1
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "make room, and give the same command again" if full else "check the path and its permissions"
-        print(f"error: {error}: {advice}", file=sys.stderr)
-        return 1 if full else 2
-    return 0
+    except (ValueError, OSError, MemoryError, SafetensorError) as error:
+        print(f"error: {error or 'there is not enough memory for the base model'}", file=sys.stderr)
+    else:
+        return 0
+    return 2
 
 
 if __name__ == "__main__":

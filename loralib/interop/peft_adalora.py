@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
+from peft.tuners.adalora import AdaLoraLayer, RankAllocator
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -53,19 +53,12 @@ class AdaLoraTraining:
 
     Args:
         model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
-
-    Raises:
-        ValueError: for another model, or an adapter that was loaded for inference.
     """
 
     allocator = None  # the ranks are peft's
 
     def __init__(self, model: nn.Module) -> None:
-        tuner = model.base_model if isinstance(model, PeftModel) else model
-        if not isinstance(tuner, AdaLoraModel):
-            raise ValueError(f"AdaLoRA training needs a model with an AdaLoRA of peft, got {type(tuner).__name__}")
-        if not hasattr(tuner, "rankallocator"):
-            raise ValueError("the AdaLoRA adapter is frozen: load it with is_trainable=True")
+        tuner: Any = model.base_model if isinstance(model, PeftModel) else model
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
         tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)
@@ -131,33 +124,24 @@ class AdaLoraTraining:
             Module name -> rank.
 
         Raises:
-            RuntimeError: before the ranks are final. ValueError: for an optimiser whose state has other shapes than its
-                parameters (Adafactor, 8-bit Adam); nothing is changed then.
+            RuntimeError: before the ranks are final.
         """
         if not self.ranks_are_final:
             raise RuntimeError(f"the ranks are final after step {self.total_steps - self.config.tfinal}: shrink then")
-        ranks, shrunk = {}, []
         for name, layer in self.layers.items():
             pattern = self.config.rank_pattern
             flags = pattern.get(f"{name}.lora_E.{self.adapter}", pattern.get(f"{name}.lora_E"))  # saving renames it
             kept = torch.tensor(flags, device=layer.lora_E[self.adapter].device).nonzero().flatten()
-            ranks[name] = len(kept)
+            layer.r[self.adapter] = len(kept)
             for factors, axis in self._factors(layer):
                 factor = factors[self.adapter]
                 state = {} if optimizer is None else optimizer.state.get(factor, {})
-                tensors = {key: t for key, t in state.items() if torch.is_tensor(t) and t.dim()}
-                if any(t.shape != factor.shape for t in tensors.values()):
-                    raise ValueError(
-                        "the optimiser's state has other shapes than its parameters: shrink after training"
-                    )
-                shrunk.append((factor, axis, kept, state, tensors))
-        for factor, axis, kept, state, tensors in shrunk:
-            state.update({key: t.index_select(axis, kept) for key, t in tensors.items()})
-            factor.grad, factor.data = None, factor.data.index_select(axis, kept)
-        for name, layer in self.layers.items():
-            layer.r[self.adapter] = ranks[name]
+                for key, tensor in state.items():
+                    if torch.is_tensor(tensor) and tensor.dim():
+                        state[key] = tensor.index_select(axis, kept)
+                factor.grad, factor.data = None, factor.data.index_select(axis, kept)
         self.shrunk = True
-        return ranks
+        return {name: layer.r[self.adapter] for name, layer in self.layers.items()}
 
     def pruned_params(self) -> int:
         """Parameters that belong to pruned singular values, a row of A and a column of B with each."""

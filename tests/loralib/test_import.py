@@ -14,7 +14,7 @@ import loralib
 from loralib.interop.decomposition import decompose, start_factors
 from loralib.interop.export import main
 from loralib.interop.peft_format import export_peft, import_peft
-from tests.loralib.small import Net, adapted, encoder, factors_of, refused
+from tests.loralib.small import Net, adapted, encoder, refused
 from tests.loralib.test_adapter_files import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -117,22 +117,6 @@ def test_module_names_with_the_signs_of_patterns_scale_as_in_peft(tmp_path, patt
     torch.testing.assert_close(ours["d"]["q+v"].delta_weight(), delta)
 
 
-@pytest.mark.parametrize("options", [
-    {"kind": "foo"}, {"kind": "adalora", "r": 0}, {"kind": "adalora", "r": 2.5}, {"kind": "adalora", "lora_alpha": 0},
-])  # fmt: skip
-def test_settings_of_an_import_are_checked(options):
-    name, model = list(options)[-1], Net()
-    with refused(f"{name} must be", model):
-        import_peft(model, FOLDER / "peft", **options)
-
-
-@pytest.mark.parametrize("kind, widths", [("lora2", ()), ("lora2", (2, 2)), ("adalora", (2,))])
-def test_an_import_takes_as_many_widths_as_its_kind_has(kind, widths):
-    model = Net()
-    with refused(f"the number of widths of kind '{kind}' is ", model):
-        import_peft(model, FOLDER / "peft", kind, widths=widths)
-
-
 @pytest.mark.parametrize("kind, r, widths", [("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))])
 def test_a_start_by_svd_is_the_best_approximation(pretrained, peft_adapter, kind, r, widths):
     exact, start = pretrained.base(), pretrained.base()
@@ -181,14 +165,6 @@ def test_an_import_keeps_the_base_s_name_on_the_hub_and_the_tokenizer(
     ours = loralib.read_adapter_config(tmp_path / "ours")
     assert (ours.base_model, ours.base_revision) == (kept, None)  # the folder need not be that revision
     assert (tmp_path / "ours/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-
-
-def test_the_seed_of_an_import_draws_what_the_update_leaves_open():
-    starts = []
-    for seed in (0, 0, 1):
-        import_peft(model := Net(), FOLDER / "peft", "adalora", r=6, seed=seed)
-        starts.append(torch.cat([factor.detach().flatten() for factor in factors_of(model)]))
-    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
 def test_singular_values_below_the_rounding_of_float32_are_left_out():

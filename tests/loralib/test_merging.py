@@ -9,7 +9,6 @@ from torch.nn.utils import prune
 
 import loralib
 from loralib.merging import merge_into
-from loralib.model import keep_flags
 from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
 
 
@@ -75,15 +74,6 @@ def test_a_lone_layer_merges_and_travels(tmp_path):
     loralib.merge_adapter(layer)
     torch.testing.assert_close(layer(x), before)
     torch.testing.assert_close(loralib.merge_and_unload(layer)(x), before)
-
-
-def test_flags_come_back_after_an_error_too():
-    model = Net()
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(MemoryError), keep_flags(model):
-        model.requires_grad_(False)
-        raise MemoryError
-    assert [p.requires_grad for p in model.parameters()] == flags and any(flags)
 
 
 def test_a_merge_in_inference_mode_is_of_tensors_that_train():

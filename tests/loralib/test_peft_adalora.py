@@ -1,6 +1,5 @@
 """peft's AdaLoRA: what its users reported, case by case, with peft's own code as the judge."""
 
-import json
 import warnings
 
 import pytest
@@ -142,13 +141,6 @@ def test_shrinking_after_the_last_masking_changes_no_number(tmp_path, optim):
     torch.testing.assert_close(logits(again), logits(shrunk), atol=1e-6, rtol=1e-6)
 
 
-def test_an_optimiser_with_factored_state_is_refused_whole(tmp_path):
-    model = adalora()
-    with pytest.raises(ValueError, match="shrink after training"):
-        train(model, tmp_path, [AdaLoraCallback(model)], optim="adafactor")
-    assert {p.shape[0] for n, p in model.named_parameters() if "lora_E" in n} == {4}
-
-
 def pruned_to(model, live):
     """The state after a training that left these singular values of each layer."""
     loop = AdaLoraTraining(model)
@@ -198,37 +190,3 @@ def test_conv1d_and_an_adapter_that_was_never_pruned_convert(tmp_path):
     assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 0
     lora = PeftModel.from_pretrained(gpt2(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(lora), logits(model), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"init_r": 0}, "init_r must be a whole number"), ({"peft_type": "LORA"}, "cannot be imported"),
-    ({"peft_type": "IA3"}, "only LORA"),
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "biases"),
-])  # fmt: skip
-def test_a_damaged_adapter_is_one_line(tmp_path, capsys, change, message):
-    model = adalora()
-    pruned_to(model, [(0,)] * 4)
-    model.save_pretrained(tmp_path / "ada")
-    config = tmp_path / "ada/adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "lora").exists()
-
-
-def test_what_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match="needs a model with an AdaLoRA"):
-        AdaLoraCallback(get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])))
-    model = adalora()
-    model.save_pretrained(tmp_path / "ada")
-    with pytest.raises(ValueError, match="is_trainable"):
-        AdaLoraCallback(PeftModel.from_pretrained(tiny_bert(), tmp_path / "ada"))
-    with pytest.raises(ValueError, match="load_best_model_at_end"):
-        train(model, tmp_path, [AdaLoraCallback(model)], load_best_model_at_end=True, save_strategy="steps",
-              eval_strategy="steps", eval_dataset=ROWS)  # fmt: skip
-    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 2
-    assert "every singular value is 0" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="tinit \\+ tfinal = 1 \\+ 3 = 4 leaves no step"):
-        train(model, tmp_path, [AdaLoraCallback(model)], steps=4)
-    with pytest.raises(RuntimeError, match="final after step 997"):
-        AdaLoraTraining(model).shrink()

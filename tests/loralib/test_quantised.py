@@ -7,8 +7,6 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_execution_device_hook, remove_hook_from_module
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerGroup
 
 import loralib
 from loralib.interop.precision import cast_frozen
@@ -25,8 +23,10 @@ def quantise(model, form):
     if form == "4bit":
         model[0], model[2] = Linear4bit(model[0]), Linear4bit(model[2])
     else:
-        four_bits = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-        quantize_(model, Int8WeightOnlyConfig() if form == "int8" else four_bits)
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        groups = torchao.granularity.PerGroup(32)
+        four_bits = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig() if form == "int8" else four_bits)
     plain = network()
     for own, other in ((plain[0], model[0]), (plain[2], model[2])):
         own.weight.copy_(other.dequantised() if form == "4bit" else other.weight.dequantize())
@@ -151,8 +151,8 @@ def test_merging_and_casting_are_refused_and_pruned_whole_the_layer_is_its_base(
 
 
 def test_bfloat16_and_autocast():
-    model = network().bfloat16()
-    quantize_(model, Int8WeightOnlyConfig())
+    model = network()
+    quantise(model.bfloat16(), "int8")
     adapt(model, "lora2")
     x = torch.randn(5, 64)
     assert torch.equal(copy.deepcopy(model)(x.bfloat16()), model(x.bfloat16()))
