@@ -40,7 +40,7 @@ from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import Places, check_writable, parsed_command, run_experiment
 from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.statistics import as_frame, finished
-from nlu.experiments.tables import answer, comparison_text, markdown, number, score_frame, tuning_frame
+from nlu.experiments.tables import advice, answer, comparison_text, markdown, number, score_frame, tuning_frame
 from nlu.runs.files import write_bytes, write_text
 from nlu.tasks import get_task
 
@@ -211,8 +211,8 @@ def write(name: str, frame: pd.DataFrame, scales: dict[str, float | None], notes
     if len(tuning) and "tried" in tuning:
         chosen = [f"{row.row} {row.tried[1:-1]} ({number(row.score)})" for row in tuning[tuning.chosen].itertuples()]
         notes = [*notes, f"Chosen by the held-out score, in brackets: {', '.join(chosen)}."]
-    lines = ["## " + answer(scores, frame), "", markdown(comparison_text(scores, done)), "", *[f"- {n}" for n in notes]]
-    text = "\n".join([*lines, ""])
+    notes = [f"- {note}" for note in [*advice(frame), *notes]]
+    text = "\n".join([markdown(comparison_text(scores, done)), "", answer(scores, frame), "", *notes, ""])
     print(f"\n{text}")
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))

@@ -337,22 +337,24 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
         seeds = seeds_for(1.0, pooled_spread(done))
         hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
         sentences.append(f"No difference shown between {first} and {', '.join(level.row)}; {hint}.")
-    return " ".join([*sentences, *(advice for label, own in rows_of(done) for advice in _advice(label, own))])
+    return " ".join(sentences)
 
 
-def _advice(label: str, runs: pd.DataFrame) -> list[str]:
-    """What a method's runs say against judging it by them, and what to change."""
-    failed, found = int(runs.failed.sum()), []
-    if failed:
-        found.append(f"{failed} of {len(runs)} runs of {label} learned nothing: lower its learning rate, or tune it.")
-    rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
-    if rise > LEVEL:
-        found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
-    elif (runs.delta_norm.notna() & (runs.rate_sum < SHORT)).any():
-        found.append(
-            f"{label} has hardly left its start (Λ, the sum of its learning rates, is {number(runs.rate_sum.min())}): "
-            "train it longer, or raise its learning rate."
-        )
+def advice(every: pd.DataFrame) -> list[str]:
+    """What each method's runs say against judging it by them, and what to change."""
+    found = []
+    for label, runs in rows_of(finished(every)):
+        failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
+        rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
+        if (runs.delta_norm.notna() & (runs.rate_sum < SHORT)).any():
+            found.append(
+                f"{failed or f'{label} has hardly left its start'} (Λ, the sum of the learning rates, is "
+                f"{number(runs.rate_sum.min())}): train it longer, or raise its learning rate."
+            )
+        elif failed:
+            found.append(f"{failed}: lower its learning rate, or tune it.")
+        elif rise > LEVEL:
+            found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
     return found
 
 

@@ -10,7 +10,7 @@ from nlu import report
 from nlu.experiments.claims import Question
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import as_frame
-from nlu.experiments.tables import answer, markdown_text, score_frame
+from nlu.experiments.tables import advice, answer, markdown_text, score_frame
 from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 
@@ -141,7 +141,8 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
             line(label, "rte", s, [0.4, 0.5, x], **changes) for label, own in scores.items() for s, x in enumerate(own)
         ]
         runs = as_frame(("one", each) for each in lines)
-        return answer(score_frame(runs, Question("", "one", against=("LoRA r=8",), pooled=True)), runs)
+        sentence = answer(score_frame(runs, Question("", "one", against=("LoRA r=8",), pooled=True)), runs)
+        return " ".join([sentence, *advice(runs)])
 
     clear = {"LoRA r=8": [0.50, 0.51, 0.52], "LoRA² k=8": [0.60, 0.612, 0.618]}
     assert said(clear).startswith("LoRA² k=8 scores 10.00 points higher than LoRA r=8 (95 % interval ")
@@ -153,9 +154,10 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
     assert said({label: [0.5, 0.5, 0.5] for label in clear}) == (
         "All runs have one score: they have learned nothing, or the evaluation set is too small."
     )
-    assert "LoRA r=8 has hardly left its start (Λ, the sum of its learning rates, is 0.20)" in said(
-        {label: [0.4, 0.41, 0.42] for label in clear}, rate_sum=0.2
-    )
+    lost = said(clear, training_loss=[0.6] * 20, constant_loss=0.6)
+    assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in lost
+    short = said({label: [0.4, 0.41, 0.42] for label in clear}, rate_sum=0.2)
+    assert "LoRA r=8 has hardly left its start (Λ, the sum of the learning rates, is 0.20): train it longer" in short
 
 
 def test_an_axis_of_scores_ends_at_what_a_score_can_be_and_one_evaluation_is_no_curve():
