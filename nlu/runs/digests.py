@@ -5,19 +5,17 @@ Nothing here imports torch or transformers.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER, peft_file
 from nlu.data.glue import split_files
-from nlu.errors import UsageError, reason
-from nlu.json_yaml import parse_yaml
+from nlu.json_yaml import read_json, read_yaml
 from nlu.tasks import find_task
 
 _PATHS = ("model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir")
@@ -50,39 +48,19 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         method, peft_config: the values in the file. With --do_predict test_file: the test rows, of GLUE's tasks too.
 
     Raises:
-        UsageError: a file cannot be read.
+        OSError: a file cannot be read. UsageError: a method's or a peft file is damaged.
     """
     found = {}
     arguments = {name: arguments.get(name) for name in READ}
     # YAML may hold a number for a name.
     arguments |= {flag: str(arguments[flag]) for flag in _PATHS if arguments[flag]}
     for flag in _PATHS:
-        with _named(flag, arguments.get(flag)):
-            files = _files(flag, arguments)
-            if files:
-                # The name of a user's own file says only how it is read, by its suffix.
-                own = Path(arguments.get(flag) or "")
-                names = [path.suffix if path == own else path.name for path in files]
-                found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
+        if files := _files(flag, arguments):
+            # The name of a user's own file says only how it is read, by its suffix.
+            own = Path(arguments.get(flag) or "")
+            names = [path.suffix if path == own else path.name for path in files]
+            found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
     return found | _config_digests(arguments)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal; the file need not fit in memory."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def folder_digests(folder: Path) -> dict[str, str]:
-    """Relative name → :func:`sha256` of every file below a folder, by name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-
-
-# ---- which files ----------------------------------------------------------------------------------------------------
 
 
 def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
@@ -115,50 +93,40 @@ def _config_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Of a method's file and a peft file the values count: a comment or another order of lines changes no run."""
     found = {}
     name = arguments.get("method_config") or arguments.get("method")
-    method = _values("method", METHOD_FOLDER / f"{name}.yaml") if name else None
+    method = _values(METHOD_FOLDER / f"{name}.yaml") if name else None
     if method is not None:
         found["method"] = _together(method)
     peft = arguments.get("peft_config") or (method.get("peft_config") if isinstance(method, dict) else None)
-    if peft:
-        values = _values("peft_config", peft_file(peft))
-        if values is not None:
-            found["peft_config"] = _together(values)
+    values = _values(peft_file(peft)) if peft else None
+    if values is not None:
+        found["peft_config"] = _together(values)
     return found
 
 
-def _values(flag: str, path: Path) -> Any:
+def _values(path: Path) -> Any:
     """What a JSON or YAML file holds; None where there is no file."""
     if not path.is_file():
         return None
-    with _named(flag, path):
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else parse_yaml(text)
+    return read_json(path, "mend it") if path.suffix == ".json" else read_yaml(path)
 
 
 def _together(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-@contextlib.contextmanager
-def _named(flag: str, value: Any) -> Iterator[None]:
-    """Errors of reading as a UsageError that names the flag."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"--{flag}: {error.filename or value} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--{flag}: {value} cannot be read ({reason(error, 300)})") from None
-
-
-# ---- digests that are computed once ---------------------------------------------------------------------------------
-
-
 def file_digest(path: Path) -> str:
-    """As :func:`sha256`, but a file whose size, times and inode have not changed is read once a process."""
+    """The SHA-256 of a file's contents, in hexadecimal.
+
+    A file whose size, times and inode have not changed is read once a process.
+    """
     stat = path.stat()
     return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
 
 
 @functools.cache
 def _digest(path: Path, *state: int) -> str:
-    return sha256(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nlu.errors import UsageError
-
 T = TypeVar("T")
 
 
@@ -24,11 +22,7 @@ def several() -> bool:
 
 
 def first_computes(compute: Callable[[], T]) -> T:
-    """In all processes what ``compute`` gives in the first, which alone calls it.
-
-    Raises:
-        UsageError: as ``compute`` does; in all processes.
-    """
+    """In all processes what ``compute`` gives, or raises, in the first, which alone calls it."""
     if not several():
         return compute()
     import torch.distributed as dist
@@ -37,7 +31,7 @@ def first_computes(compute: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             answer[0] = compute()
-        except UsageError as error:
+        except Exception as error:
             answer[1] = error
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
