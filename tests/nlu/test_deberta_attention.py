@@ -18,7 +18,7 @@ def check(model, inputs):
     assert_same(outcome(fast, inputs, states=True), outcome(model, inputs, states=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_equals_stock_for_any_configuration(data):
     draw = data.draw
@@ -69,6 +69,7 @@ def test_any_mask_and_rows_that_attend_to_nothing():
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_traces_whole_under_torch_compile():
     model, inputs = build(num_hidden_layers=1), batch([10, 1])
     expected = outcome(model, inputs, states=True)

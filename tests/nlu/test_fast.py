@@ -58,7 +58,7 @@ def test_results_and_gradients_are_those_of_transformers(technique, kind, length
         assert_same(outcome(fast, inputs, states), outcome(model, inputs, states))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @every_case
 def test_narrower_types_are_as_near_to_the_truth_as_stock(technique, kind, dtype):
     model, inputs, states = build(kind, dtype, initializer_range=0.1), batch(), technique != "first token"
@@ -194,6 +194,7 @@ def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, mon
     assert (len(drawn) > 0) == fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "compiled"), [(None, 0), ("8", 1100)])
 def test_kernels_are_compiled_once_unless_the_user_keeps_fewer(asked, compiled):
     """More shapes than oneDNN keeps by default, each used twice; oneDNN's own log says what was compiled."""
@@ -213,6 +214,7 @@ def test_kernels_are_compiled_once_unless_the_user_keeps_fewer(asked, compiled):
     assert first.count("create:cache_miss") == 1100 and second.count("create:cache_miss") == compiled
 
 
+@pytest.mark.slow
 def test_freed_memory_is_used_again_without_page_faults():
     if platform.libc_ver()[0] != "glibc":
         assert not keep_freed_memory()

@@ -84,6 +84,7 @@ def test_hooks_and_subclasses_of_the_attention_keep_their_say(kind):
     assert not enable_first_token(model)
 
 
+@pytest.mark.slow
 def test_compiled_models_compute_the_same():
     model, inputs = build("bert").eval(), batch()
     expected = model(**inputs).logits

@@ -45,6 +45,7 @@ def test_the_seed_alone_fixes_a_run(base_flags, tmp_path, plain):
     assert other[2] != plain[2] and not all(torch.equal(other[0][n], w) for n, w in plain[0].items())
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_a_run_in_bfloat16_whose_importance_stays_float32(base_flags, tmp_path, monkeypatch):
     trainers, build = [], fine_tuning.build_trainer
     monkeypatch.setattr(fine_tuning, "build_trainer", lambda *args: trainers.append(build(*args)) or trainers[-1])
@@ -63,7 +64,9 @@ def test_the_seed_fixes_a_run_in_bfloat16_whose_importance_stays_float32(base_fl
     assert (averages != averages.bfloat16().float()).any()  # held in float32, not merely of that type
 
 
-@pytest.mark.parametrize("changes, rtol", [("the threads", 1e-3), ("what is computed again", 1e-4)])
+@pytest.mark.parametrize(
+    "changes, rtol", [pytest.param("the threads", 1e-3, marks=pytest.mark.slow), ("what is computed again", 1e-4)]
+)
 def test_another_order_of_sums_chooses_the_same_masks(base_flags, tmp_path, plain, changes, rtol):
     """Activations may be computed again: their dropout is drawn as it was."""
     before, extra = torch.get_num_threads(), ["--gradient_checkpointing"]

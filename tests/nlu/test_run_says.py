@@ -91,6 +91,7 @@ def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(bas
     assert main(flags) == 0 and read(base_flags)["steps"] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "steps"), [(0.15, 9), (0.05, 15)])
 def test_early_stopping_counts_a_gain_from_its_threshold_on(base_flags, monkeypatch, threshold, steps):
     """The score rises by 0.1 from one evaluation to the next."""
@@ -103,7 +104,11 @@ def test_early_stopping_counts_a_gain_from_its_threshold_on(base_flags, monkeypa
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [("lora2", {"load", "peft", "merged"}), ("bitfit", {"load", "merged"}), ("hadapter", {"predict"})],
+    [
+        ("lora2", {"load", "peft", "merged"}),
+        pytest.param("bitfit", {"load", "merged"}, marks=pytest.mark.slow),
+        pytest.param("hadapter", {"predict"}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_card_names_what_works_for_its_method(base_flags, encoder, tmp_path, method, expected):
     """All of it is run."""

@@ -1,10 +1,7 @@
 """Signals and locks alone; test_faults.py has them in whole runs."""
 
-import errno
-import fcntl
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -33,20 +30,6 @@ def test_one_signal_that_comes_twice_is_one(second):
         assert watch.agreed() == signal.SIGTERM
 
 
-def test_a_run_in_a_thread_starts_too():
-    """Python gives signals to the main thread alone."""
-    entered = []
-
-    def watch():
-        with SignalWatch() as watching:
-            entered.append(watching.agreed())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    thread.join()
-    assert entered == [None]
-
-
 # ---- locks -----------------------------------------------------------------------------------------------------------
 
 
@@ -68,22 +51,6 @@ def test_a_lock_does_not_outlive_its_process_in_a_data_loaders(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-@pytest.mark.parametrize("where", ["Windows", "a network's disk"])
-def test_without_locks_a_run_says_so(tmp_path, monkeypatch, caplog, where):
-    """Windows has no fcntl, and some network file systems have no locks."""
-
-    def none(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    if where == "Windows":
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    else:
-        monkeypatch.setattr(fcntl, "flock", none)
-    with locked(tmp_path / ".lock", "in use"):
-        pass
-    assert "cannot be locked" in caplog.text
 
 
 def test_who_waits_gets_the_lock_when_it_is_let_go(tmp_path):
