@@ -290,37 +290,30 @@ class FastDebertaV2Encoder(stock.DebertaV2Encoder):
         return torch.arange(1 - length, length, device=hidden_states.device)
 
 
-def _why_not(module: nn.Module) -> str | None:
-    """Why the fast attention does not cover a module, None if it does."""
-    if type(module) is not stock.DisentangledSelfAttention:
-        return f"is a {type(module).__name__}, not transformers' DisentangledSelfAttention"
-    if "forward" in vars(module):
-        return "has its own forward"
-    if not isinstance(module.dropout, nn.Dropout):
-        return f"drops attention with a {type(module.dropout).__name__}"
+def _covers(module: nn.Module) -> bool:
     buckets = module.position_buckets if module.relative_attention else 0
-    if buckets > 0 and not 2 <= buckets // 2 < module.max_relative_positions - 1:
-        return f"has {buckets} buckets for {module.max_relative_positions} positions"
-    return None
+    return (
+        type(module) is stock.DisentangledSelfAttention
+        and "forward" not in vars(module)
+        and isinstance(module.dropout, nn.Dropout)
+        and (buckets <= 0 or 2 <= buckets // 2 < module.max_relative_positions - 1)
+    )
 
 
 def enable_fast_attention(model: nn.Module) -> int:
     """Replace the self-attention of every DeBERTa-v2/v3 encoder in `model`; returns the number of attention modules.
 
     Only the class of the modules changes, so parameters, hooks and the state dict stay as they are. An encoder with
-    a subclass or configuration that is not covered keeps the stock implementation, with a line in the log saying why. A
-    model without DeBERTa-v2 encoders is left alone (returns 0).
+    a subclass or configuration that is not covered keeps the stock implementation, with a line in the log. A model
+    without DeBERTa-v2 encoders is left alone (returns 0).
     """
     replaced = 0
     for name, encoder in model.named_modules():
         if not isinstance(encoder, stock.DebertaV2Encoder) or type(encoder) is FastDebertaV2Encoder:
             continue
         attentions = [layer.attention.self for layer in encoder.layer]
-        reasons = [reason for reason in map(_why_not, attentions) if reason]
-        if type(encoder) is not stock.DebertaV2Encoder:
-            reasons.insert(0, f"is a {type(encoder).__name__}, not transformers' DebertaV2Encoder")
-        if reasons:
-            logger.warning(f"fast attention left out of {name or 'the encoder'}: a module of it {reasons[0]}")
+        if type(encoder) is not stock.DebertaV2Encoder or not all(map(_covers, attentions)):
+            logger.warning(f"fast attention left out of {name or 'the encoder'}: it is not transformers' own")
             continue
         encoder.__class__ = FastDebertaV2Encoder
         for attention in attentions:

@@ -11,6 +11,7 @@ recomputation of gradient checkpointing behave as with `torch.nn.Dropout` (the d
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 _LEVELS = 1 << 16
 
@@ -50,10 +51,9 @@ class _Dropout(torch.autograd.Function):
         return _apply(x, dropped, ctx.scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         (dropped,) = ctx.saved_tensors
-        if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: no writing in place
-            return grad * (1 - dropped).to(grad.dtype) * ctx.scale, None
         return _apply(grad, dropped, ctx.scale), None
 
 
