@@ -37,7 +37,7 @@ from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experi
 from nlu.experiments.fairness import shape_of, unlike
 from nlu.experiments.figures import draw
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.loop import Places, check_writable, parsed_command, run_experiment
+from nlu.experiments.loop import Places, parsed_command, run_experiment
 from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.statistics import as_frame, finished
 from nlu.experiments.tables import advice, answer, comparison_text, markdown, number, score_frame, tuning_frame
@@ -118,7 +118,6 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """
     if args.seeds < 1 or args.jobs < 1:
         raise UsageError("--seeds and --jobs must be at least 1")
-    check_writable(args.output_dir, "output_dir")
     experiment = plan(args, flags)
     folder, measured = args.output_dir / experiment.name, args.output_dir / "measured" / f"{experiment.name}.jsonl"
     places = Places(measured, folder, COMMAND)

@@ -19,7 +19,7 @@ if packages_missing():
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.loop import Places, check_writable, chosen_runs, command_line, parsed_command, run_experiment
+from nlu.experiments.loop import Places, chosen_runs, command_line, parsed_command, run_experiment
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 
@@ -85,8 +85,6 @@ def run_sweep(args: argparse.Namespace) -> int:
     command = [sys.executable, os.path.relpath(RUN_GLUE)]
     if args.command is not None:
         command = list(split_command(args.command, "--command"))
-    check_writable(args.measured_dir, "measured_dir")
-    check_writable(args.output_dir, "output_dir")
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command, forced=args.command is not None)
     tuning, final = _wanted(experiment, args.only)

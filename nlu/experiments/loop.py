@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import RUN_GLUE, Job, LocalLauncher, SlurmLauncher
-from nlu.experiments.records import comparable, measured_line, portable, read_lines, write_line
+from nlu.experiments.records import comparable, measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import READ, content_digests
 from nlu.runs.lock import locked
@@ -110,8 +109,6 @@ class Places:
         if record is None or record.get("status") not in ("finished", "failed"):
             return None
         line = measured_line(run, record)
-        if command := self.command if self.forced else run.command:  # whose results run_glue.py need not share
-            line["started_by"] = portable(shlex.join(command))
         write_line(self.measured, run.folder, line)
         return line
 
@@ -195,14 +192,6 @@ def parsed_command(run: Run, places: Places) -> Any:
         return parse_arguments(words[start:])
     except UsageError as error:
         raise UsageError(f"{run.folder}: {error}") from None
-
-
-def check_writable(folder: Path, flag: str) -> None:
-    """Refuse a path that is no folder or cannot be written to, before hours of work are lost; UsageError."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        what = "cannot be written to" if existing.is_dir() else "is not a folder"
-        raise UsageError(f"--{flag} {folder}: {existing} {what}; name another")
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -327,7 +316,10 @@ def run_experiment(
     Raises:
         UsageError: for runs that were made otherwise, and where another process works in the folder.
     """
-    places.output.mkdir(parents=True, exist_ok=True)
+    for folder in (places.output, places.measured.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(places.measured.parent / ".lock", "", wait=True):  # lines can be written: else hours would be lost
+        pass
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
         if not rerun_changed:  # before hours of work, as far as the choices are known
             places.check_unchanged([*tuning, *chosen_runs(experiment, final, places)[0]])
