@@ -104,7 +104,6 @@ def main(argv: list[str] | None = None) -> list[float]:
 
     model = load_base(args).train()
     loralib.inject(model, "lora2", TARGETS[kind], r=8, k=8, init="orthogonal")
-    loralib.mark_only_lora_as_trainable(model)
     low_rank = loralib.LowRankTraining(model, args.steps, target_rank=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []

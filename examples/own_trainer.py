@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         initializer_range=0.2,
     ))  # fmt: skip
     loralib.inject(model, "lora2", ["query", "key", "value", "intermediate", "layer.output"], r=8, init="orthogonal")
-    loralib.mark_only_lora_as_trainable(model)
     model.classifier.requires_grad_(True)
 
     with tempfile.TemporaryDirectory() as folder:

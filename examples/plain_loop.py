@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
 
     base, before = {name: tensor.clone() for name, tensor in model.state_dict().items()}, accuracy()
     loralib.inject(model, "lora2", ["0", "2", "4"], r=8, k=8)
-    loralib.mark_only_lora_as_trainable(model)
     low_rank = loralib.LowRankTraining(model, args.steps, target_rank=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(args.steps):

@@ -40,9 +40,7 @@ def main(argv: list[str] | None = None) -> float:
     images = F.interpolate(images, size=model.config.image_size).expand(-1, 3, -1, -1)
     labels = torch.tensor(digits.target)
 
-    every_block = r".*\.layers?\.\d+\..*"  # all linear layers of it
-    loralib.inject(model, "lora2", every_block, r=8, k=8, init="orthogonal")
-    loralib.mark_only_lora_as_trainable(model)
+    loralib.inject(model, "lora2", "all-linear", r=8, k=8, init="orthogonal")
     model.classifier.requires_grad_(True)
     low_rank = loralib.LowRankTraining(model, args.steps, target_rank=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)

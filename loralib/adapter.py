@@ -37,7 +37,6 @@ from loralib.model import (
     keep_flags,
     layers_outside_peft,
     lora_layers,
-    refuse_data_parallel,
     refuse_sharded_factors,
     unwrapped,
 )
@@ -59,7 +58,6 @@ def compact(model: nn.Module) -> dict[str, int]:
         ValueError: if peft holds the layers, and for a model in DistributedDataParallel.
     """
     layers = layers_outside_peft(model, "base_model.compact()")
-    refuse_data_parallel(model, "compact the model")
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
@@ -192,7 +190,6 @@ def load_adapter(
             weights, other low-rank layers, a merged model, or one in DistributedDataParallel. The model is unchanged
             then.
     """
-    refuse_data_parallel(model, "load the adapter")
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
     layers = fitting_layers(model, config, tensors, allow_other_base)
     install(model, config, tensors, layers, compact)

@@ -37,7 +37,6 @@ class AllocatorSettings:
         total_step: optimiser steps of the whole training; may be set later by :meth:`set_total_step`.
         target_total_rank: final number of singular values over all layers, in place of target_rank × layers.
         importance: ``"inner"`` or ``"full"``, see the module's text.
-        min_rank_per_module: singular values that every layer keeps.
 
     Raises:
         ValueError: for a value out of range or a contradiction; the message says what to change.
@@ -53,11 +52,10 @@ class AllocatorSettings:
     total_step: int | None = None
     target_total_rank: int | None = None
     importance: str = "inner"
-    min_rank_per_module: int = 0
 
     def __post_init__(self) -> None:
         least = {"target_rank": 1, "mask_interval": 1, "target_total_rank": 1}
-        least |= dict.fromkeys(("init_warmup", "final_warmup", "min_rank_per_module"), 0)
+        least |= {"init_warmup": 0, "final_warmup": 0}
         for name, smallest in least.items():
             if getattr(self, name) is not None:
                 check_whole_number(name, getattr(self, name), smallest)
@@ -111,11 +109,10 @@ class RankAllocator(AllocatorSettings):
         self.initial_total_rank = self.lora_r * len(layers)
         if self.target_total_rank is None:
             self.target_total_rank = self.target_rank * len(layers)
-        least = max(1, self.min_rank_per_module * len(layers))
-        if not least <= self.target_total_rank <= self.initial_total_rank:
+        if self.target_total_rank > self.initial_total_rank:
             raise ValueError(
-                f"the target of {self.target_total_rank} singular values over {len(layers)} layers must lie between "
-                f"{least} (min_rank_per_module in each) and {self.initial_total_rank} (rank {self.lora_r} in each)"
+                f"the target of {self.target_total_rank} singular values is above the {self.initial_total_rank} of "
+                f"{len(layers)} layers of rank {self.lora_r}"
             )
         scored = self._scored(list(layers.values()))
         device = scored[0][0].device
@@ -255,9 +252,6 @@ class RankAllocator(AllocatorSettings):
         names and indices stay. The other layers keep theirs."""
         places = torch.tensor(training, device=self._mask.device)
         scores = self.importance_scores().index_select(0, places)
-        if self.min_rank_per_module:
-            first = scores.argsort(dim=1, stable=True)[:, -self.min_rank_per_module :]
-            scores = scores.scatter(1, first, torch.inf)
         mask, self._threshold = most_important(scores.flatten(), budget)
         self._mask.index_copy_(0, places, mask.view_as(scores))
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from loralib.checks import check_choice
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
-from loralib.model import factors_of, lora_layers, refuse_data_parallel
+from loralib.model import factors_of, lora_layers
 from loralib.stored_weight import is_conv1d
 
 KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
@@ -140,10 +140,9 @@ def inject(
 
     Raises:
         ValueError: for an unknown kind, a pattern that matches nothing, a layer that is low-rank already or cannot be
-            replaced, a value out of range, or a model in DistributedDataParallel. TypeError: for an argument that does
-            not belong to the kind. The model is unchanged then.
+            replaced, or a value out of range. TypeError: for an argument that does not belong to the kind. The model is
+            unchanged then.
     """
-    refuse_data_parallel(model, "inject the layers")
     check_choice("kind", kind, KINDS)
     if share_outer and not KINDS[kind].scales(**options)[0]:
         raise ValueError(f"share_outer needs two or more scales; {kind!r} has one here")

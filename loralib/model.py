@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -30,24 +30,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def factors_of(model: nn.Module) -> list[nn.Parameter]:
     """The factors of all low-rank layers; one that layers share is there once."""
-    return list({id(factor): factor for factor in factors_in(lora_layers(model).values())}.values())
-
-
-def factors_in(layers: Iterable[LoRALayer]) -> list[nn.Parameter]:
-    """The factors layer by layer; one that layers share is there for each of them."""
-    return [factor for layer in layers for factor in layer.lora_parameters()]
-
-
-def injected_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """:func:`lora_layers` of a model that must have some.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model has no low-rank layers: call inject() first")
-    return layers
+    found = (factor for layer in lora_layers(model).values() for factor in layer.lora_parameters())
+    return list({id(factor): factor for factor in found}.values())
 
 
 def layers_outside_peft(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
@@ -71,13 +55,12 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     """The low-rank layers whose singular values train. A frozen adapter is neither pruned nor regularised.
 
     Raises:
-        ValueError: where there is none, with the ``purpose`` that it was wanted for, and for sharded factors.
+        ValueError: where there is none, with the ``purpose`` that it was wanted for.
     """
     found = {name: layer for name, layer in svd_layers(model).items() if layer.lora_E.requires_grad}
     if not found:
         advice = "let their lora_E train" if svd_layers(model) else "inject one first"
         raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) that trains to {purpose}: {advice}")
-    refuse_sharded_factors(model)
     return found
 
 
@@ -87,12 +70,6 @@ def refuse_sharded_factors(model: nn.Module) -> None:
         raise ValueError(
             "the factors are sharded: use loralib.interop.sharding.shard_frozen(), which splits frozen weights alone"
         )
-
-
-def refuse_data_parallel(model: nn.Module, first: str) -> None:
-    """Raises ValueError for a model in DistributedDataParallel, with what is to come ``first``."""
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError(f"DistributedDataParallel reduces the parameters that it found: {first}, then wrap")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -105,7 +82,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
         ValueError: for another ``bias``, or a model without low-rank layers.
     """
     check_choice("bias", bias, BIASES)
-    layers = injected_layers(model)
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no low-rank layers: call inject() first")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bias == "all" and is_bias(name))
     for parameter in factors_of(model):
@@ -144,23 +123,6 @@ def is_bias(name: str) -> bool:
     """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0)."""
     own = name.rpartition(".")[2]
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
-
-
-def check_shared(model: nn.Module) -> None:
-    """Refuse factors that share memory without being one parameter: a training would step that memory twice.
-
-    Raises:
-        ValueError: ``load_state_dict(assign=True)`` has made several parameters of one that layers share.
-    """
-    owners: dict[int, nn.Parameter] = {}
-    for name, layer in lora_layers(model).items():
-        for parameter in layer.lora_parameters():
-            plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel()
-            if plain and parameter.data_ptr() and owners.setdefault(parameter.data_ptr(), parameter) is not parameter:
-                raise ValueError(
-                    f"a factor of {name} shares its memory with another layer's, but is no longer the same parameter: "
-                    "load the state dict without assign=True"
-                )
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loralib.allocator import AllocatorSettings, RankAllocator
 from loralib.checks import check_not_negative, check_whole_number
-from loralib.model import check_shared, factors_of, lora_layers, trained_svd_layers
+from loralib.model import factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import compute_orth_regu
 
 REGU_WEIGHT = 0.1
@@ -88,7 +88,6 @@ class LowRankTraining:
         return {"lora_r": r, "target_rank": r if rank is None else rank, "target_total_rank": total, **options}
 
     def _begin(self) -> None:
-        check_shared(self.model)
         if self.total_steps is not None:
             check_whole_number("total_steps", self.total_steps)
         self.allocator: RankAllocator | None = None
@@ -100,7 +99,7 @@ class LowRankTraining:
         """Begin a training of ``total_steps`` optimiser steps: plan the pruning anew.
 
         Raises:
-            ValueError: where the steps are too few, or layers no longer share the factors that they were made to share.
+            ValueError: where the steps are too few.
         """
         self.total_steps = total_steps
         self._begin()

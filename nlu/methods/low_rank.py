@@ -90,7 +90,6 @@ _SINGULAR_VALUE_FLAGS = (
     _allocation("mask_interval", int, 10, "Steps between two allocations."),
     _allocation("beta1", float, 0.85, "Moving average of the sensitivity, in (0, 1)."),
     _allocation("beta2", float, 0.85, "Moving average of the uncertainty, in (0, 1)."),
-    _allocation("min_rank_per_module", int, 0, "Singular values that every module keeps."),
     _allocation(
         "importance", Literal[IMPORTANCES], "inner",
         "inner: the paper's importance; full: outer factors scored too.",
@@ -135,7 +134,7 @@ def _check_ranks(args: Any, given: set[str]) -> None:
         parse_terms(args.orth_terms)
         AllocatorSettings(
             args.lora_r, args.target_rank, args.init_warmup, args.final_warmup, args.mask_interval, args.beta1,
-            args.beta2, importance=args.importance, min_rank_per_module=args.min_rank_per_module,
+            args.beta2, importance=args.importance,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -340,21 +340,6 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     torch.testing.assert_close(model(INPUTS), outputs)
 
 
-def test_what_changes_parameters_comes_before_they_are_reduced_over_processes(tmp_path):
-    folder = loralib.save_adapter(adapted(k=2), tmp_path / "a")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for plain, change, says in (
-            (Net(), lambda model: loralib.load_adapter(model, folder), "load the adapter, then wrap"),
-            (Net(), lambda model: loralib.inject(model, "lora", ["q"]), "inject the layers, then wrap"),
-            (adapted(k=2), loralib.compact, "compact the model, then wrap"),
-        ):
-            with refused(says, wrapped := nn.parallel.DistributedDataParallel(plain)):
-                change(wrapped)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_an_average_of_weights_is_saved_as_a_model_is(tmp_path):
     model = adapted(k=2)
     averaged = torch.optim.swa_utils.AveragedModel(model)

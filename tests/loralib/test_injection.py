@@ -9,7 +9,7 @@ from torch import nn
 import loralib
 from loralib import injection
 from tests.loralib import small
-from tests.loralib.small import adapted, encoder, refused
+from tests.loralib.small import encoder, refused
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 DEBERTA = small.DEBERTA | {
@@ -167,16 +167,6 @@ def test_inject_freezes_all_but_the_factors(freeze):
     assert len([p for p in model.parameters() if p.requires_grad]) - len(trained) == 2 * 5 + 2 * 2 - 1
     assert "bert.pooler.dense.weight" not in trained and bool(trained) is not freeze
     assert freeze or {"classifier.weight", "bert.encoder.layer.0.output.dense.bias"} <= trained
-
-
-def test_factors_that_are_shared_no_more_are_refused():
-    """``assign=True`` makes a parameter for each name, over one memory, which a step would change twice."""
-    model, other = (adapted(k=2, share_outer=True) for _ in range(2))
-    other.load_state_dict(model.state_dict())
-    loralib.LowRankTraining(other, 4)
-    other.load_state_dict(model.state_dict(), assign=True)
-    with pytest.raises(ValueError, match=r"shares its memory.*load the state dict without assign=True"):
-        loralib.LowRankTraining(other, 4)
 
 
 def test_a_sharing_that_shares_nothing_is_said():
