@@ -83,7 +83,7 @@ def save_adapter(
     call it: they take turns, and each returns when the folder is there.
 
     Args:
-        folder: new, empty, or an adapter's, which is replaced.
+        folder: new, empty, or an adapter's, whose files are replaced.
         base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
             ``config`` of a transformers model. Of a path only the last part is recorded.
         card: values of JSON, recorded under "card"; task, method, metric, score and notes also show in README.md.
@@ -255,12 +255,12 @@ def install(
     compact: bool = False,
 ) -> None:
     """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`."""
+    replace_modules(model, {name: layer for name, layer in layers.items() if model.get_submodule(name) is not layer})
     write_factors(layers, config, tensors)
     if compact:
         for name, group in config.modules.items():
             layers[name].keep_singular_values(group.live(name))
     model.requires_grad_(False)
-    replace_modules(model, {name: layer for name, layer in layers.items() if model.get_submodule(name) is not layer})
     for factor in factors_of(model):
         factor.requires_grad_(True)
     state = model.state_dict(keep_vars=True)

@@ -7,7 +7,6 @@ names no file, so a folder cannot point outside itself. It holds the SHA-256 of 
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 import json
 import math
@@ -15,7 +14,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,15 +32,8 @@ from loralib.model_card import adapter_card
 VERSION = "0.2.0"  # of loralib
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-# What transformers' tokenizers write, for the tools that look for it beside an adapter; a test compares their classes.
-TOKENIZER_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "vocab.txt", "vocab.json", "merges.txt", "bpe.codes", "dict.txt", "byte_maps.json", "emoji.json",
-    "entity_vocab.json", "normalizer.json", "word_pronunciation.json", "word_shape.json", "prophetnet.tokenizer",
-    "spm.model", "spm_char.model", "spiece.model", "sentencepiece.model", "sentencepiece.bpe.model", "tokenizer.model",
-    "source.spm", "target.spm", "target_vocab.json", "vocab-src.json", "vocab-tgt.json",
-}  # fmt: skip
-FILES = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE} | TOKENIZER_FILES
+# Names of tokenizers' files, one of which each tokenizer of transformers writes.
+_TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
 _NEW = ".new-"  # begins the name of a folder of files that are being written
 
 
@@ -148,7 +140,7 @@ def write_adapter(
         )
     except (TypeError, ValueError) as error:  # the first for a card with what JSON cannot hold
         raise ValueError(f"the adapter cannot be saved: {error}") from None
-    with new_files(folder, FILES, CONFIG_FILE) as new:
+    with new_files(folder) as new:
         if save_tokenizer is not None:
             save_tokenizer(new)
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -157,18 +149,17 @@ def write_adapter(
 
 
 @contextmanager
-def new_files(folder: str | os.PathLike[str], replaceable: Collection[str], last: str) -> Iterator[Path]:
+def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
     """An empty folder to write to. At the end of the block its files take the places of those in ``folder``.
 
     An error leaves the folder as it was. The files are replaced one by one, ``last`` at the end, so that a kill in
-    between leaves an adapter whose checksums do not fit. All processes of a group may write the same folder: they take
-    turns, and one that finds its own files there already leaves them.
+    between leaves an adapter whose checksums do not fit. Processes that write the same folder take turns.
 
     Args:
-        folder: may be absent, empty, or hold nothing but ``replaceable`` names with ``last`` among them.
+        folder: may be absent, empty, or hold ``last``; its other files stay.
 
     Raises:
-        ValueError: where it holds anything else, so that nothing of the user's is deleted.
+        ValueError: where it holds something else.
     """
     target = Path(os.path.realpath(folder))
     is_new = not target.exists()
@@ -180,30 +171,25 @@ def new_files(folder: str | os.PathLike[str], replaceable: Collection[str], last
             for left in target.glob(f"{_NEW}*") if alone else ():  # by a writer that was killed
                 if str(left) != new:
                     shutil.rmtree(left)
+            if not (target / last).exists():
+                refuse_files(target)
             yield Path(new)
             files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix == ".safetensors"))
-            there = [target / file.name for file in files]
-            if all(o.is_file() and filecmp.cmp(f, o, shallow=False) for f, o in zip(files, there, strict=True)):
-                return
-            refuse_other_files(target, replaceable, last)
             for file in files:
                 _flush(file)
-            for file, place in zip(files, there, strict=True):
-                os.replace(file, place)
-            for name in set(replaceable) - {place.name for place in there}:
-                (target / name).unlink(missing_ok=True)
+            for file in files:
+                os.replace(file, target / file.name)
     finally:
         if is_new:
             with suppress(OSError):  # it holds what was written
                 target.rmdir()
 
 
-def refuse_other_files(folder: str | os.PathLike[str], replaceable: Collection[str], last: str) -> None:
-    """Raises ValueError unless the folder may be written to, see :func:`new_files`."""
-    present = {path.name for path in Path(folder).glob("*") if not path.name.startswith(_NEW)}
-    other = present.difference(replaceable)
-    if present and (other or last not in present):
-        raise ValueError(f"{folder} holds other files ({min(other or present)}): name a new or an empty folder")
+def refuse_files(folder: str | os.PathLike[str]) -> None:
+    """Raises ValueError unless the folder is absent or empty."""
+    names = [path.name for path in Path(folder).glob("*") if not path.name.startswith(_NEW)]
+    if names:
+        raise ValueError(f"{folder} holds other files ({min(names)}): name a new or an empty folder")
 
 
 def _flush(path: Path) -> None:
@@ -235,15 +221,14 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a file of a tokenizer."""
-    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+    return any(True for name in _TOKENIZER for _ in Path(folder).glob(name))
 
 
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
-    """Put the tokenizer of an adapter's folder, if it has one, in the place of that in ``folder``."""
-    for name in TOKENIZER_FILES if has_tokenizer(adapter) else ():
-        (folder / name).unlink(missing_ok=True)
-        if (Path(adapter) / name).is_file():
-            shutil.copy(Path(adapter) / name, folder)
+    """Copy what an adapter's folder holds beside the adapter itself."""
+    for path in Path(adapter).iterdir():
+        if path.is_file() and path.name not in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+            shutil.copy(path, folder)
 
 
 def _config_digest(values: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from loralib.adapter_folder import (
     has_tokenizer,
     new_files,
     read_adapter_config,
-    refuse_other_files,
+    refuse_files,
 )
 from loralib.injection import KINDS
 from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
@@ -133,14 +133,14 @@ def export_merged(
     """
     config = read_adapter_config(adapter)
     if not dist.is_initialized():  # before the base is loaded; of a group's processes another may be done already
-        refuse_other_files(folder, (), "config.json")
+        refuse_files(folder)
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
     processor = _processor(base, revision_of(config, base), needed=not has_tokenizer(adapter))
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
-    with new_files(folder, (), "config.json") as new, quiet_transformers():
+    with new_files(folder, "config.json") as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)

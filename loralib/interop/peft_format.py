@@ -23,7 +23,6 @@ from loralib.adapter import fitting_layers, install
 from loralib.adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
-    FILES,
     SCALES,
     WEIGHTS_FILE,
     AdapterConfig,
@@ -164,7 +163,7 @@ def _write_peft(
         "bias": "none",
         **fields,
     }
-    with new_files(folder, FILES, CONFIG_FILE) as new:
+    with new_files(folder) as new:
         copy_tokenizer(adapter, new)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if card is not None:

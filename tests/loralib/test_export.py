@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 import loralib
-from loralib.adapter_folder import TOKENIZER_FILES
 from loralib.interop.export import export_merged, main
 from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import INPUTS, SIZES, Net, adapted, encoder, gpt2, refused
@@ -223,20 +222,16 @@ def test_a_checkpoint_whose_head_has_another_size_is_a_base(tmp_path):
 
 
 def test_a_merged_checkpoint_has_the_adapter_s_tokenizer(pretrained, lora2, tmp_path, capsys):
-    """A damaged one of the base is an error where the adapter has none, and nothing of the base's stays beside it."""
+    """A damaged one of the base is an error where the adapter has none."""
     adapter, base = shutil.copytree(lora2[2], tmp_path / "a"), shutil.copytree(pretrained.path, tmp_path / "base")
-    for path in adapter.iterdir():
-        if path.name in TOKENIZER_FILES:
-            path.unlink()
+    for path in adapter.glob("*token*"):
+        path.unlink()
     (base / "tokenizer.json").write_text("{")
     command = [str(adapter), "--to", "merged", str(tmp_path / "out"), "--base", str(base)]
     assert main(command) == 2 and "cannot be loaded" in capsys.readouterr().err
     pretrained.tokenizer.save_pretrained(adapter)
     assert main(command) == 0
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir() if path.name in TOKENIZER_FILES} == {
-        path.name for path in adapter.iterdir() if path.name in TOKENIZER_FILES
-    }
     assert merged("a cat sat")["input_ids"] == pretrained.tokenizer("a cat sat")["input_ids"]
 
 

@@ -275,6 +275,14 @@ def test_a_second_one_on_the_same_model_is_refused_until_the_first_is_closed(tmp
     torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
 
 
+def test_a_served_model_takes_no_adapter_of_its_own_beside(tmp_path):
+    folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
+    MultiAdapter(model).load("a", folder)
+    for use in (lambda: loralib.load_adapter(model, folder), lambda: loralib.inject(model, "lora", ["q"])):
+        with refused("has a hook", model):
+            use()
+
+
 def test_run_may_be_compiled_whole(tmp_path):
     model = nn.Sequential(nn.Linear(6, 5))
     loralib.inject(model, "lora2", ["0"], r=2, k=2)
