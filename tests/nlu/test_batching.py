@@ -18,7 +18,7 @@ from nlu.errors import UsageError
 @given(
     st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 40), st.integers(0, 2**63), st.integers(0, 9)
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_every_example_once_and_pure(lengths, batch, seed, epoch):
     n = len(lengths)
     for make in (

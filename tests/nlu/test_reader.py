@@ -69,7 +69,9 @@ def test_damage_in_csv_ends_with_its_row_and_the_place_is_where_a_row_ends():
     assert [(place, values, bool(error)) for place, values, error in read("csv", text)] == [
         (3, ['x, "y"', "two\nlines"], False), (4, [None] * 2, True), (5, [None] * 2, True), (7, ["last", "row"], False)
     ]  # fmt: skip
-    never = read("csv", 'a,b\n"x,' + "y\n" * 600_000 + "1,2\n")  # a quote that never closes ends at csv's field limit
+    never = read(
+        "csv", 'a,b\n"x,' + ("y" * 999 + "\n") * 1100 + "1,2\n"
+    )  # a quote that never closes ends at csv's field limit
     assert never[0][2] and never[-1][1] == ["1", "2"]
 
 
@@ -128,7 +130,7 @@ def test_an_endless_file_is_read_in_constant_memory(kind):
     reader = Reader(io.BufferedReader(Endless()), "name", kind, header=["a", "b"] if kind != "jsonl" else None)
     tracemalloc.start()
     for found in reader:
-        if found.number == 50_000:
+        if found.number == 5_000:
             break
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nlu import submission
 from nlu.data.predictions import write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main, make_submission
@@ -13,7 +14,7 @@ from nlu.tasks import TASKS, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 # the server's names, the sizes of the official test sets and the words of its sample submission
-SERVER = {
+OFFICIAL = {
     "CoLA.tsv": ("cola", "test", 1063, "01"),
     "SST-2.tsv": ("sst2", "test", 1821, "01"),
     "MRPC.tsv": ("mrpc", "test", 1725, "01"),
@@ -26,6 +27,23 @@ SERVER = {
     "WNLI.tsv": ("wnli", "test", 146, "01"),
     "AX.tsv": ("ax", "test", 1104, ["entailment", "neutral", "contradiction"]),
 }
+SERVER = dict(OFFICIAL)
+TAKEN = dict(submission._SERVER)
+
+
+def test_the_servers_files_are_the_official_test_sets():
+    assert {name: (task.name, rows) for name, (task, rows) in TAKEN.items()} == {
+        name: (task, rows) for name, (task, _, rows, _) in OFFICIAL.items()
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_rows_of_qqp():
+    """Which take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SERVER, "QQP.tsv", ("qqp", "test", 500, "01"))
+        patch.setitem(submission._SERVER, "QQP.tsv", (TASKS["qqp"], 500))
+        yield
 
 
 @pytest.fixture(scope="module")
