@@ -43,9 +43,10 @@ def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that the disk refuses names no file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the temporary one, or none
         raise
 
 

@@ -98,3 +98,10 @@ def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
         write_json(path, float("nan"))
     write_text(path, "new")
     assert path.read_text() == "new"
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
+    path = tmp_path / ("x" * 250)  # with the temporary name's ending too long
+    with pytest.raises(OSError) as caught:
+        write_text(path, "")
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
