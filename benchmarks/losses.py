@@ -30,7 +30,7 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PrinterCallback
 from transformers.utils import logging
 
-from nlu.arguments import METHOD_FOLDER, Arguments, parse_arguments
+from nlu.arguments import METHOD_FOLDER, Arguments, method_file, parse_arguments
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
@@ -39,6 +39,7 @@ from nlu.model import set_precision
 from nlu.runs.machine import processor, versions
 from nlu.tasks import get_task
 from nlu.trainer import GlueTrainer
+from nlu.trainer_arguments import trainer_arguments
 
 STEPS = 20
 ROWS, TOKENS, BATCH, VOCABULARY = 48, 12, 8, 40
@@ -83,13 +84,14 @@ def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: 
         path = Path(folder) / "adalora.json"
         path.write_text(json.dumps(_PEFT_ADALORA))
         flags = ["--method", "peft", "--peft_config", str(path), *flags[2:]]
-    return parse_arguments([
-        "--model_name_or_path", "tiny", "--task_name", "cola", "--root_output_dir", folder, "--do_train", "True",
-        "--max_steps", str(steps), "--per_device_train_batch_size", str(BATCH), "--learning_rate", "2e-3",
-        "--warmup_steps", "0", "--seed", "0", "--save_strategy", "no", "--logging_strategy", "no", "--report_to",
-        "none", "--disable_tqdm", "True", "--use_cpu", str(device == "cpu"), "--bf16", str(dtype == "bfloat16"),
-        "--method_file_wins", *flags,
-    ])  # fmt: skip
+    settings = {
+        "model_name_or_path": "tiny", "task_name": "cola", "root_output_dir": folder, "do_train": True,
+        "max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": 2e-3, "warmup_steps": 0, "seed": 0,
+        "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": device == "cpu",
+        "bf16": dtype == "bfloat16",
+    }  # fmt: skip
+    own = {flag.partition("=")[0] for flag in method_file(flags)[2]}  # the method's file wins over these
+    return parse_arguments([f"--{name}={value}" for name, value in settings.items() if f"--{name}" not in own] + flags)
 
 
 def prepared(
@@ -100,7 +102,7 @@ def prepared(
     model, rows = problem()
     speed_up(model)
     applied = apply_method(model, arguments.method, steps)
-    set_precision(arguments, applied)
+    set_precision(arguments, applied.model)
     return arguments, applied, rows
 
 
@@ -137,8 +139,10 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
     """The losses of the first steps, the regulariser included: float32 numbers in their shortest decimal form."""
     with tempfile.TemporaryDirectory() as folder:
         arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
-        arguments.training.output_dir = folder
-        trainer = _Recording(get_task("cola"), applied, args=arguments.training, train_dataset=rows)
+        trainer = _Recording(
+            get_task("cola"), applied, head_learning_rate=arguments.training.head_learning_rate,
+            args=trainer_arguments(arguments), train_dataset=rows,
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [float(str(loss)) for loss in torch.stack(trainer.losses).float().cpu().numpy()]

@@ -1,12 +1,17 @@
 """Fine-tuning encoders on GLUE: run_glue.py, predict.py, compare.py, sweep.py and report.py are the programs."""
 
+import os
 from pathlib import Path
+
+# How OpenMP's idle threads wait, unless the user has said it. By default they spin, which makes a step ten times as
+# slow or worse where other processes want the processor. torch reads this when it is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE.parent  # the checkout, with scripts/ and results/; not there in an installed package
 # An installed package holds configs/ inside; in a checkout it stands beside nlu/.
 CONFIGS = next(path for path in (_PACKAGE / "configs", ROOT / "configs") if path.is_dir())
-METHOD_FOLDER, PEFT_FOLDER = CONFIGS / "methods", CONFIGS / "peft"
+METHOD_FOLDER, PEFT_FOLDER, TASK_FOLDER = CONFIGS / "methods", CONFIGS / "peft", CONFIGS / "tasks"
 
 
 def peft_file(name: str) -> Path:

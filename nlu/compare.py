@@ -2,7 +2,7 @@
 
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --seeds 3
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR --methods lora2,lora
-    python nlu/compare.py --task_name rte --published debertav3 --methods lora2,lora:lora_alpha=64,adalora_r8 --seeds 5
+    python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64,adalora_r8
 
 Every other flag goes to nlu/run_glue.py for all methods; NAME:flag=value in --methods sets it for one method.
 The others are compared with the first method. After an interruption, the same command continues.
@@ -12,23 +12,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import shlex
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from nlu.errors import packages_missing
-
-if packages_missing():
-    sys.exit(2)
-
 import pandas as pd
 
-from nlu import ROOT
 from nlu.arguments import build_parser, method_file, translate
 from nlu.data.splits import load_data, needed
 from nlu.errors import OneLineParser, UsageError, exit_code
@@ -45,7 +35,6 @@ from nlu.runs.files import write_bytes, write_text
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
-SCRIPTS = ROOT / "scripts"
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
 USUAL = "usual"  # --tune without rates
 # Flags that decide what is scored: they cannot be one method's own.
@@ -72,7 +61,7 @@ def own_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="compare.py --methods NAMES [--seeds N] [--tune [RATES]] [--published BACKBONE] [run_glue's flags]",
+        usage="compare.py --methods NAMES [--seeds N] [--tune [RATES]] [run_glue's flags]",
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
@@ -80,7 +69,6 @@ def own_parser() -> argparse.ArgumentParser:
     add("--tune", nargs="?", const=USUAL, metavar="RATES",
         help="first choose each method's learning rate by its score on a held-out tenth of the training set, among "
         f"RATES, or {RATES} (full: around its own rate)")  # fmt: skip
-    add("--published", choices=("debertav3", "robertalarge"), help="the published settings of scripts/run_*.sh")
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
@@ -149,21 +137,18 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     task = get_task(flags["task_name"]).name if "task_name" in flags else None
     if task is None and "train_file" not in flags:
         raise UsageError("nothing to compare on: give --task_name, or --train_file and --validation_file")
-    if "model_name_or_path" not in flags and not args.published:
+    if "model_name_or_path" not in flags and "published" not in flags:
         raise UsageError("--model_name_or_path is missing: give a model's folder or its name on the hub")
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     if len(specs) < len(args.methods.split(",")):
         raise UsageError("--methods names a method twice")
     name = args.name or f"compare-{task or re.sub('[^A-Za-z0-9_.-]+', '_', Path(flags.get('train_file', 'own')).stem)}"
     content: dict[str, Any] = {"name": name, "description": f"{', '.join(specs)} on {task or 'own data'}"}
-    usual = {"do_train": True, "do_eval": True, "eval_strategy": "steps" if "eval_steps" in flags else "epoch"}
-    content["base"] = {**({} if args.published else usual), **flags, **({"task_name": task} if task else {})}
+    usual = {"do_train": True, "do_eval": True}
+    if "published" not in flags:
+        usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
+    content["base"] = {**usual, **flags, **({"task_name": task} if task else {})}
     content["grid"] = {"method": specs, "seed": list(range(1, args.seeds + 1))}
-    if args.published:
-        script = SCRIPTS / f"run_{args.published}_{task}.sh"
-        if not script.is_file():
-            raise UsageError(f"--published {args.published} has no settings for {task or 'own data'} in {SCRIPTS}")
-        content["command"] = shlex.join(["env", f"PYTHON={sys.executable}", "bash", str(script)])
     if args.tune is not None:
         if "learning_rate" in flags:
             raise UsageError("--tune chooses the learning rate: leave --learning_rate out")

@@ -9,22 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from nlu import ROOT
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A path that the user gave can cause these; any other OSError is a fault whose traceback is wanted.
-_BAD_PATH = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
-
-_PACKAGES = (
-    "torch", "transformers", "accelerate", "datasets", "pyarrow", "safetensors", "numpy", "scipy", "sklearn", "yaml",
-    "jsonschema", "pandas", "matplotlib", "jinja2",
-)  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -43,16 +30,6 @@ def reason(error: BaseException, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
-def refuse_unknown_flags(argv: Iterable[str], known: Collection[str]) -> None:
-    """Raise UsageError for the first `--flag` (or `--flag=value`) that is not known, with the nearest one that is."""
-    for token in argv:
-        flag = token.partition("=")[0]
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, 1, 0.7)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
-            raise UsageError(f"unknown argument {flag[:80]}: {hint}")
-
-
 def one_line(error: BaseException) -> str:
     """An exception with its type as one line, for a record."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
@@ -61,9 +38,9 @@ def one_line(error: BaseException) -> str:
 def exit_code(error: BaseException) -> int:
     """Say on stderr, in one line, what ended a command, and return its exit code.
 
-    2: bad arguments or input, among them a path that cannot be read or written, and a file that is not UTF-8; 1: a run
-    that cannot go on, among them a full disk, too little memory and a closed pipe; 128 + the signal's number: stopped.
-    Any other exception is raised again.
+    2: bad arguments or input, among them a path that cannot be read or written; 1: a run that cannot go on, among them
+    a full disk, too little memory and a closed pipe; 128 + the signal's number: stopped. Any other exception is raised
+    again.
     """
     if isinstance(error, KeyboardInterrupt):
         print(f"{str(error) or 'stopped'}: give the same command again to go on", file=sys.stderr)
@@ -71,45 +48,32 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    code, message = _explained(error)
-    if message is None:
+    code, hint = 1, ""
+    if isinstance(error, UsageError):
+        code = 2
+    elif isinstance(error, OSError) and error.errno in _NO_ROOM:
+        hint = ": make room, and give the same command again"
+    elif isinstance(error, OSError) and error.filename is not None:
+        code, hint = 2, ": check the path and its permissions"
+    elif isinstance(error, UnicodeDecodeError):
+        code, hint = 2, ": save the text file as UTF-8"
+    # torch's exceptions: the GPU's, by name because torch is not imported here, and the CPU's, which has no type.
+    elif isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
+        hint = ": not enough memory; lower --batch_size of predict.py, or --per_device_train_batch_size of a training"
+    elif not isinstance(error, RunError):
         raise error
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {reason(error)}{hint}", file=sys.stderr)
     return code
 
 
-def _explained(error: BaseException) -> tuple[int, str | None]:
-    """Exit code and line of an error that a user can cause; no line for any other."""
-    if isinstance(error, UsageError):
-        return 2, str(error)
-    if isinstance(error, RunError):
-        return 1, str(error)
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return 1, f"{reason(error)}: make room, and give the same command again"
-    if isinstance(error, OSError) and error.errno in _BAD_PATH:
-        return 2, f"{reason(error)}: check the path and its permissions"
-    if isinstance(error, UnicodeDecodeError):
-        return 2, f"a text file is not in {error.encoding} ({reason(error, 200)}): save it as UTF-8"
-    # torch's exceptions: the GPU's, by name because torch is not imported here, and the CPU's, which has no type.
-    no_memory = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or no_memory:
-        return 1, (
-            f"there is not enough memory ({reason(error, 200) or 'MemoryError'}): lower predict.py's --batch_size, or "
-            "a training's --per_device_train_batch_size (PER_DEVICE of a script), and without --total_batch_size raise "
-            "--gradient_accumulation_steps by the same factor; the run then goes on"
-        )
-    return 1, None
-
-
-def packages_missing() -> bool:
-    """Whether a package that the programs need is not installed; says so on stderr. It imports none of them."""
-    for package in _PACKAGES:
-        if find_spec(package) is None:
-            in_clone = (ROOT / "scripts").is_dir()
-            way = "run bash scripts/setup.sh first" if in_clone else "in a clone, pip install '.[glue]'"
-            print(f"error: the package {package} is not installed: {way}", file=sys.stderr)
-            return True
-    return False
+def refuse_unknown_flags(words: Iterable[str], known: Collection[str]) -> None:
+    """Raise UsageError for the first ``--flag`` or ``--flag=value`` that is not known, with the nearest one that is."""
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, 1, 0.7)
+            hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
+            raise UsageError(f"unknown argument {flag[:80]}: {hint}")
 
 
 class OneLineParser(argparse.ArgumentParser):

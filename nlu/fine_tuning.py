@@ -14,10 +14,9 @@ import numpy as np
 from datasets import Dataset
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, set_seed
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
 
-from nlu.argument_checks import check_an_evaluation, fit_schedule
-from nlu.arguments import Arguments
+from nlu.arguments import Arguments, fit_schedule
 from nlu.data.batching import effective_batch_size, updates_per_epoch
 from nlu.data.predictions import predict_sets, to_labels
 from nlu.data.splits import (
@@ -49,10 +48,11 @@ from nlu.runs.checkpoints import last_checkpoint, rotate
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
 from nlu.runs.log import ProgressLines, log_to, say
-from nlu.runs.processes import first_computes, is_first, wait_for_all
+from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
 from nlu.runs.record import RunRecord, begin_record, say_outcome
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer
+from nlu.trainer_arguments import trainer_arguments
 
 logger = logging.getLogger("nlu")
 
@@ -65,6 +65,7 @@ def run(arguments: Arguments) -> None:
         RunError: for a training that cannot go on. Interrupted: after a signal.
     """
     training = arguments.training
+    start_processes(training.use_cpu)
     check_upload(arguments)
     folder = RunFolder(
         Path(training.root_output_dir),
@@ -86,10 +87,12 @@ def run(arguments: Arguments) -> None:
 
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextlib.ExitStack) -> None:
     """The run in its folder, whose log is open from where nothing can be refused any more."""
-    training, data, path = arguments.training, arguments.data, folder.path
-    task, rows, skipped = load_data(data, needed(training), arguments.model.cache_dir)
+    data, path = arguments.data, folder.path
+    task, rows, skipped = load_data(data, needed(arguments.training), arguments.model.cache_dir)
     tests = load_predict_task(data, task, arguments.model.cache_dir)
-    total_steps = plan_steps(arguments, rows)
+    total_steps = plan_steps(arguments.training, rows)
+    arguments = fit_schedule(arguments, total_steps)
+    training = trainer_arguments(arguments, task.metric)
     config, tokenizer, head = load_config(arguments, task)
     if head.labels is not None:
         task, rows = reorder_labels(task, rows, head.labels)
@@ -107,10 +110,10 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
         model = load_model(arguments, config, head)
         applied = apply_method(model, arguments.method, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.model.lora_path else None
-        set_precision(arguments, applied)
+        set_precision(arguments, applied.model)
         if sharded:
             shard(model, training)
-        trainer = build_trainer(arguments, task, applied, splits, tokenizer, weights)
+        trainer = build_trainer(arguments, training, task, applied, splits, tokenizer, weights)
 
     wait_for_all()  # every process has read what it needs of the folder
     if is_first():
@@ -173,17 +176,12 @@ def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None
         say(f"line:    {publish_run(folder, Path(measured), record)}")
 
 
-def plan_steps(arguments: Arguments, splits: dict[str, Dataset]) -> int:
-    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training. Fits the schedule."""
-    training = arguments.training
+def plan_steps(training: Any, splits: dict[str, Dataset]) -> int:
+    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training."""
     if not training.do_train:
         return 0
-    steps, per_epoch = training.max_steps, updates_per_epoch(training, len(splits["train"]))
-    if steps <= 0:
-        steps = math.ceil(training.num_train_epochs * per_epoch)
-    check_an_evaluation(training, steps, per_epoch)
-    fit_schedule(training, arguments.method, steps)
-    return steps
+    per_epoch = updates_per_epoch(training, len(splits["train"]))
+    return training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
@@ -206,6 +204,7 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
 
 def build_trainer(
     arguments: Arguments,
+    training: TrainingArguments,
     task: Task,
     applied: AppliedMethod,
     splits: Splits,
@@ -213,12 +212,7 @@ def build_trainer(
     class_weights: list[float] | None = None,
 ) -> GlueTrainer:
     """The Trainer with data, metrics and the folders of this run."""
-    training, data = arguments.training, arguments.data
-    training.output_dir = str(Path(training.root_output_dir) / "model")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.root_output_dir) / "log")  # not that of an earlier run
-    training.label_names = ["labels"]
-    training.push_to_hub = False  # the Trainer would upload checkpoints; the run uploads its adapter
-    training.metric_for_best_model, training.greater_is_better = f"eval_{task.metric}", True
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.output_dir).parent / "log")  # not that of an earlier run
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         if not np.isfinite(prediction.predictions).all():
@@ -226,12 +220,13 @@ def build_trainer(
         return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
 
     validation = list(splits.validation.values()) or [None]
-    bucketed = data.length_bucketing and splits.train is not None
+    bucketed = arguments.data.length_bucketing and splits.train is not None
     trainer = GlueTrainer(
         task,
         applied,
         class_weights=class_weights,
         train_lengths=splits.train["length"][:] if bucketed else None,
+        head_learning_rate=arguments.training.head_learning_rate,
         second_eval_dataset=validation[1] if len(validation) > 1 else None,
         args=training,
         train_dataset=splits.train,
@@ -241,9 +236,9 @@ def build_trainer(
         compute_metrics=metrics,
         callbacks=[ProgressLines(task.metric)],
     )
-    if training.early_stopping_patience is not None:
-        threshold = training.early_stopping_threshold or 0.0
-        trainer.add_callback(EarlyStoppingCallback(training.early_stopping_patience, threshold))
+    patience, threshold = arguments.training.early_stopping_patience, arguments.training.early_stopping_threshold
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience, threshold))
     return trainer
 
 

@@ -19,8 +19,8 @@ from nlu.arguments import Arguments
 from nlu.data.splits import check_tokenizer, longest_input
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
-from nlu.methods.method import AppliedMethod, head_modules, head_parameters
-from nlu.methods.registry import check_method_fits
+from nlu.methods.method import head_modules, head_parameters
+from nlu.methods.registry import METHODS, check_method_fits
 from nlu.runs.processes import is_first
 from nlu.tasks import Task
 
@@ -187,12 +187,10 @@ def _output_layer(model: nn.Module, config: Any) -> dict[str, nn.Parameter]:
     return {f"{name}.{part}": parameter for part, parameter in layer.named_parameters()}
 
 
-def set_precision(arguments: Arguments, applied: AppliedMethod) -> None:
+def set_precision(arguments: Arguments, model: nn.Module) -> None:
     """bfloat16 without autocast where only the method's own layers and the head train: no step casts a weight."""
-    training = arguments.training
-    if training.bf16 and not applied.needs_autocast:
+    if arguments.training.bf16 and not METHODS[arguments.method.method].needs_autocast:
         try:
-            cast_frozen(applied.model, torch.bfloat16, head=head_modules(applied.model))
+            cast_frozen(model, torch.bfloat16, head=head_modules(model))
         except ValueError as error:
             raise UsageError(f"--bf16: {error}") from None
-        training.bf16, training.mixed_precision = False, "no"

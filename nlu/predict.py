@@ -20,16 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, TextIO
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from nlu.errors import packages_missing
-
-if packages_missing():
-    sys.exit(2)
 
 import torch
 from torch import nn

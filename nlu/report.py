@@ -12,14 +12,6 @@ import re
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from nlu.errors import packages_missing
-
-if packages_missing():
-    sys.exit(2)
-
 import pandas as pd
 
 from nlu import CONFIGS, ROOT

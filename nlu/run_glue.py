@@ -10,17 +10,9 @@ rank_pattern.json) to root_output_dir; the same command continues an interrupted
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from nlu.errors import exit_code, packages_missing
-
-if packages_missing():
-    sys.exit(2)
 
 from nlu.arguments import parse_arguments
+from nlu.errors import exit_code
 from nlu.runs.processes import end_processes, is_first
 from nlu.runs.signals import Interrupted, SignalWatch
 

@@ -16,9 +16,6 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from nlu.data.glue import as_number
 from nlu.data.reader import good_rows, read_file, shown
 from nlu.errors import OneLineParser, UsageError, exit_code

@@ -8,14 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from nlu.errors import packages_missing
-
-if packages_missing():
-    sys.exit(2)
-
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher

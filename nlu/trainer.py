@@ -65,6 +65,7 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         task: says whether the loss is a squared error or a cross entropy.
         applied: the method, already applied to its model.
         train_lengths: tokens of each training example, for batches of similar length; None for a plain random order.
+        head_learning_rate: of the classification head; None for that of the others.
         second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mismatched``.
         class_weights: of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
         kwargs: as for the Trainer.
@@ -75,12 +76,14 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         task: Task,
         applied: AppliedMethod,
         train_lengths: list[int] | None = None,
+        head_learning_rate: float | None = None,
         second_eval_dataset: Any = None,
         class_weights: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.task, self.applied = task, applied
         self.train_lengths = train_lengths
+        self.head_learning_rate = head_learning_rate
         self.second_eval_dataset = second_eval_dataset
         self.train_seconds = 0.0
         self.step_started = 0.0
@@ -182,8 +185,8 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.applied.own_rates()
-        if self.args.head_learning_rate is not None:
-            ratio = self.args.head_learning_rate / self.args.learning_rate
+        if self.head_learning_rate is not None:
+            ratio = self.head_learning_rate / self.args.learning_rate
             rates.append((head_parameters(self.applied.model), ratio))
         for parameters, ratio in rates:
             apart = set(map(id, parameters))

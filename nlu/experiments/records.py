@@ -10,12 +10,12 @@ import io
 import json
 import os
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nlu.arguments import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
 from nlu.json_yaml import check
@@ -100,20 +100,9 @@ def settings_of(spec: str) -> list[str]:
     return re.split(r":(?=[\w-]+=)", spec)
 
 
-@cache
-def _parser() -> Any:
-    from nlu.arguments import build_parser  # loads transformers: only where a run has ended
-
-    return build_parser()
-
-
 def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that differ from run_glue's defaults, without places."""
-    changed = {}
-    for name, value in arguments.items():
-        default = _parser().get_default(name)
-        if value is not None and value != getattr(default, "value", default):
-            changed[name] = value
+    changed = {n: v for n, v in arguments.items() if v is not None and v != DEFAULTS.get(n)}
     return comparable({name: value for name, value in changed.items() if name not in SET_BY_THE_SWEEP})
 
 

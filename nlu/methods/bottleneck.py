@@ -10,42 +10,19 @@ tables (arXiv 2303.10512, Table 1) are those of the adapters alone.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from loralib import match_modules
 from nlu.errors import UsageError
-from nlu.methods.low_rank import at_least_1
-from nlu.methods.method import AppliedMethod, Flag, Method, train_only
+from nlu.flags import AT_LEAST_1, Flag
+from nlu.methods.method import AppliedMethod, Method, train_only
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nlu.methods._bottleneck_layer import BottleneckAdapter
 
 PLACES = {"hadapter": ("attention.output", "layer.output"), "padapter": ("layer.output",)}
-ACTIVATIONS = {"hadapter": nn.GELU, "padapter": nn.ReLU}
-INIT_STD = 1e-2  # Houlsby et al., section 3.6: near the identity at the start; robust below 1e-2
-
-
-class BottleneckAdapter(nn.Module):
-    """x + up(activation(down(x))) over the last dimension; near the identity at the start.
-
-    Args:
-        features: size d of the last dimension. size: the bottleneck m. activation: between the two layers.
-    """
-
-    def __init__(self, features: int, size: int, activation: type[nn.Module]) -> None:
-        super().__init__()
-        self.down = nn.Linear(features, size)
-        self.activation = activation()
-        self.up = nn.Linear(size, features)
-        for layer in (self.down, self.up):
-            nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, d) → (…, d), in x's dtype, the bottleneck computed in the adapter's."""
-        # Not called as modules, of which each would have its output cast to the dtype of the frozen weights.
-        narrow = F.linear(x.to(self.down.weight.dtype), self.down.weight, self.down.bias)
-        return x + F.linear(self.activation(narrow), self.up.weight, self.up.bias).to(x.dtype)
+ACTIVATIONS = {"hadapter": "GELU", "padapter": "ReLU"}
 
 
 def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapter]:
@@ -61,12 +38,18 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
     Raises:
         UsageError: for a model without such blocks, which is unchanged then.
     """
+    from torch import nn
+
+    from loralib import match_modules
+    from nlu.methods._bottleneck_layer import BottleneckAdapter
+
+    activation = getattr(nn, ACTIVATIONS[kind])
     try:
         projections = match_modules(model, PLACES[kind])
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name in projections]
         if not all(isinstance(getattr(block, "dropout", None), nn.Module) for block in blocks):
             raise ValueError(f"{projections[0]} has no dropout beside it to put the adapter behind")
-        adapters = [BottleneckAdapter(block.dense.out_features, size, ACTIVATIONS[kind]) for block in blocks]
+        adapters = [BottleneckAdapter(block.dense.out_features, size, activation) for block in blocks]
     except ValueError as error:
         raise UsageError(f"method {kind}: {error}") from None
     for block, adapter in zip(blocks, adapters, strict=True):
@@ -75,10 +58,7 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
     return adapters
 
 
-ADAPTER_SIZE = Flag(
-    "adapter_size", int, 16, "Bottleneck of the Houlsby and Pfeiffer adapters.",
-    at_least_1, "must be at least 1",
-)  # fmt: skip
+ADAPTER_SIZE = Flag("adapter_size", int, 16, "Bottleneck of the Houlsby and Pfeiffer adapters.", AT_LEAST_1)
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:

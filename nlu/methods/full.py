@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from loralib.model import is_bias
 from nlu.errors import UsageError
 from nlu.methods.method import AppliedMethod, Method, train_only
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     train_only(model, model.parameters())
-    return AppliedMethod(model, needs_autocast=True)
+    return AppliedMethod(model)
 
 
 def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    from loralib.model import is_bias
+
     biases = [p for name, p in model.base_model.named_parameters() if is_bias(name)]
     if not biases:
         raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")
     train_only(model, biases)
-    return AppliedMethod(model, needs_autocast=True)
+    return AppliedMethod(model)
 
 
-METHODS = (Method("full", "full fine-tuning", 10, _full), Method("bitfit", "BitFit", 20, _bitfit))
+METHODS = (
+    Method("full", "full fine-tuning", 10, _full, needs_autocast=True),
+    Method("bitfit", "BitFit", 20, _bitfit, needs_autocast=True),
+)

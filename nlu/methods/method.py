@@ -1,43 +1,23 @@
-"""What a method is: its flags, what it does to a model, and the parts that all methods share."""
+"""What a method is: its flags, what it does to a model, and the parts that all methods share.
+
+The files of this package import torch and loralib where they touch a model, so that a command line is read without.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformers import TrainerCallback
-
-import loralib
 from nlu.errors import UsageError
+from nlu.flags import Flag
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerCallback
 
-@dataclass(frozen=True)
-class Flag:
-    """One flag of the command line that belongs to methods.
-
-    Attributes:
-        name, kind, default, help: the flag without its dashes, its Python type, and what ``--help`` says.
-        holds, rule: a test of a given value, and the end of the sentence "--name …" for a value that fails it.
-        needs: a flag that must not be switched off (False or 0) for this one to have a meaning.
-        fixed: a value in the method's file stands for the method itself, so that the command line cannot replace it.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    help: str
-    holds: Callable[[Any], bool] | None = None
-    rule: str = ""
-    needs: Flag | None = None
-    fixed: bool = False
-
-    def check(self, value: Any) -> None:
-        """Raises UsageError for a value out of the flag's range; None means that the flag is not set."""
-        if value is not None and self.holds is not None and not self.holds(value):
-            raise UsageError(f"--{self.name} {self.rule}, got {value!r}")
+    import loralib
 
 
 @dataclass
@@ -53,7 +33,6 @@ class AppliedMethod:
         own_rates: gives (parameters, what the learning rate is multiplied by for them), asked for when the optimiser is
             made.
         statistics: gives numbers by name for the history, asked for at every logging step.
-        needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
         pruned_params: counts the adapter's parameters that belong to pruned ranks; None: those of the low-rank layers.
     """
 
@@ -63,10 +42,11 @@ class AppliedMethod:
     callbacks: list[TrainerCallback] = field(default_factory=list)
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
     statistics: Callable[[], dict[str, float]] = dict
-    needs_autocast: bool = False
     pruned_params: Callable[[], int] | None = None
 
     def __post_init__(self) -> None:
+        import loralib
+
         if self.low_rank is None:
             self.low_rank = loralib.LowRankTraining(self.model, regu_weight=0)
         if self.pruned_params is None:
@@ -89,7 +69,7 @@ def _accept(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune an encoder; ``args`` below are the run's ``MethodArguments``.
+    """One way to fine-tune an encoder; ``args`` below are the run's flags of methods, ``Arguments.method``.
 
     Attributes:
         name: the base method that a file in configs/methods/ names.
@@ -101,6 +81,7 @@ class Method:
         card: (args) → what ``rebuild`` needs from an adapter's card; None where the adapter's tensors say everything.
         rebuild: (model, args, card): puts the method's modules into a base before the adapter's tensors are loaded.
         takes_warm_start: whether ``--lora_path`` can start it.
+        needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
     """
 
     name: str
@@ -112,6 +93,7 @@ class Method:
     card: Callable[[Any], dict[str, Any]] | None = None
     rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] = _accept
     takes_warm_start: bool = False
+    needs_autocast: bool = False
 
 
 # ---- the head, the encoder's layers, and what trains ---------------------------------------------------------------
@@ -146,11 +128,13 @@ def encoder_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     Raises:
         UsageError: for a pattern that selects none of them.
     """
+    from loralib import match_modules
+
     head = {id(p) for p in head_parameters(model)}
     chosen: dict[str, None] = {}
     for pattern in patterns:
         try:
-            names = loralib.match_modules(model, pattern)
+            names = match_modules(model, pattern)
         except ValueError as error:
             raise UsageError(f"--lora_module: {error}") from None
         inside = [name for name in names if id(model.get_submodule(name).weight) not in head]

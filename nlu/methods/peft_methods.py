@@ -12,16 +12,16 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from loralib import match_modules
-from loralib.allocator import check_schedule
 from nlu import PEFT_FOLDER, peft_file
 from nlu.errors import UsageError, reason
-from nlu.methods.low_rank import LORA_MODULE, module_patterns
-from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
+from nlu.flags import Flag
+from nlu.methods.low_rank import LORA_MODULE, adapted_modules
+from nlu.methods.method import AppliedMethod, Method, train_only
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ADAPTER = "default"
 _PEFT_CONFIG = "give a JSON mapping with a peft_type that this peft knows"
@@ -88,6 +88,8 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
 
 
 def _schedule(source: str | Path, values: dict[str, Any], total_steps: int) -> None:
+    from loralib.allocator import check_schedule
+
     warmups = values.get("tinit", 0), values.get("tfinal", 0)
     try:
         values["total_step"] = total_steps or sum(warmups) + 1
@@ -100,15 +102,15 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
     """Put the config's layers into ``model`` in place; returns peft's tuner object around it.
 
     Args:
-        target_modules: patterns for :func:`loralib.match_modules`, used where the config names none itself.
+        target_modules: names of modules, used where the config names none itself.
 
     Raises:
-        UsageError: for what peft refuses, or a pattern that matches nothing.
+        UsageError: for what peft refuses.
     """
     peft = import_peft()
     try:
         if config.target_modules is None:
-            config.target_modules = match_modules(model, target_modules)
+            config.target_modules = target_modules
         return peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, ADAPTER)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise UsageError(f"--method peft, {config.peft_type.value}: {reason(error)}") from None
@@ -118,7 +120,7 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
 
 
 PEFT_CONFIG = Flag(
-    "peft_config", str | None, None, "A config file of the peft package, or the name of one in configs/peft/.",
+    "peft_config", str, None, "A config file of the peft package, or the name of one in configs/peft/.",
     fixed=True,
 )  # fmt: skip
 
@@ -137,7 +139,7 @@ def _config_of(args: Any, total_steps: int) -> Any:
 
 
 def _modules_of(model: nn.Module, config: Any, args: Any) -> list[str]:
-    return [] if config.target_modules is not None else encoder_modules(model, module_patterns(args.lora_module))
+    return [] if config.target_modules is not None else adapted_modules(model, args)
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
@@ -145,11 +147,11 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     tuner = inject_peft(model, config, _modules_of(model, config, args))
     train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
     if config.peft_type.value != "ADALORA":
-        return AppliedMethod(model, needs_autocast=True)
+        return AppliedMethod(model)
     from loralib.interop.peft_adalora import AdaLoraTraining
 
     loop = AdaLoraTraining(tuner)
-    return AppliedMethod(model, loop, needs_autocast=True, pruned_params=loop.pruned_params)
+    return AppliedMethod(model, loop, pruned_params=loop.pruned_params)
 
 
 def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
@@ -160,6 +162,6 @@ def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
 METHODS = (
     Method(
         "peft", "peft", 100, _apply, (LORA_MODULE, PEFT_CONFIG), _check,
-        card=lambda args: {"peft_config": read_peft_config(args.peft_config)[1]}, rebuild=_rebuild,
+        card=lambda args: {"peft_config": read_peft_config(args.peft_config)[1]}, rebuild=_rebuild, needs_autocast=True,
     ),
 )  # fmt: skip

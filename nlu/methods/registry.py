@@ -1,4 +1,7 @@
-"""Every method by name: each file of this package lists its own in a tuple ``METHODS``, and is found by that."""
+"""Every method by name: each file of this package lists its own in a tuple ``METHODS``, and is found by that.
+
+Files whose names begin with an underscore hold what a method puts into a model.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,22 @@ import contextlib
 import importlib
 import pkgutil
 import warnings
-from dataclasses import dataclass, make_dataclass
-from typing import Any, Literal
-
-from torch import nn
-from transformers.hf_argparser import HfArg
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import nlu.methods
 from nlu.errors import UsageError, reason
-from nlu.methods.method import AppliedMethod, Flag, Method, head_parameters
+from nlu.flags import Flag
+from nlu.methods.method import AppliedMethod, Method, head_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def _registered() -> dict[str, Method]:
     found: list[Method] = []
     for module in pkgutil.iter_modules(nlu.methods.__path__, f"{nlu.methods.__name__}."):
-        if module.name != __name__:
+        if module.name != __name__ and "._" not in module.name:
             found += getattr(importlib.import_module(module.name), "METHODS", ())
     return {method.name: method for method in sorted(found, key=lambda method: method.order)}
 
@@ -40,30 +44,15 @@ def _flags() -> dict[str, Flag]:
 FLAGS = _flags()
 
 
-@dataclass
-class MethodChoice:
-    """The base method, and the published flags that stand for one."""
+def method_arguments(method: str, **values: Any) -> Any:
+    """The flags of all methods by name, at their defaults where ``values`` has no other; ``method`` is the base method.
 
-    method: str | None = HfArg(
-        default=None, help="A file of configs/methods/ without .yaml: lora2, adalora, lora, …. Default: lora2."
-    )
-    method_file_wins: bool = HfArg(
-        default=False, help="The settings in the method's file win over the flags that stand before this one."
-    )
-    apply_lora: bool = HfArg(default=False, help="Published flag; with --lora_type it means --method.")
-    apply_adalora: bool = HfArg(default=False, help="Published flag: with rank allocation.")
-    lora_type: Literal["svd", "frd"] | None = HfArg(
-        default=None, help="Published flag: svd is --method lora2, frd is --method lora."
-    )
-
-
-# The same with every method's flags.
-MethodArguments: Any = make_dataclass(
-    "MethodArguments",
-    [(f.name, f.kind, HfArg(default=f.default, help=f.help)) for f in FLAGS.values()],
-    bases=(MethodChoice,),
-    namespace={"__module__": __name__},
-)
+    Raises:
+        TypeError: for a name that is no flag of a method.
+    """
+    if unknown := sorted(values.keys() - FLAGS.keys()):
+        raise TypeError(f"no method has a flag {unknown[0]!r:.80}")
+    return SimpleNamespace(method=method, **{flag.name: flag.default for flag in FLAGS.values()} | values)
 
 
 def flag_methods(name: str) -> list[str]:
@@ -72,7 +61,7 @@ def flag_methods(name: str) -> list[str]:
 
 
 def check_arguments(args: Any, given: set[str]) -> None:
-    """Refuse values out of range and contradictions, before any model is looked at; fills in what follows from others.
+    """Refuse contradictions, before any model is looked at; fills in what follows from others.
 
     Args:
         args: with the base method in ``args.method``. given: the flags on the command line.
@@ -82,7 +71,6 @@ def check_arguments(args: Any, given: set[str]) -> None:
     """
     method = METHODS[args.method]
     for flag in method.flags:
-        flag.check(getattr(args, flag.name))
         switch = flag.needs
         if switch is not None and flag.name in given and not getattr(args, switch.name):
             value = getattr(args, switch.name)
@@ -140,7 +128,7 @@ def rebuild(model: nn.Module, card: dict[str, Any]) -> None:
     if "method_arguments" not in card:
         return
     try:
-        args = MethodArguments(**card["method_arguments"])
+        args = method_arguments(**card["method_arguments"])
         method = METHODS.get(args.method)
         if method is None or method.card is None:
             raise ValueError(f"no method that adds modules: {args.method!r:.80}")

@@ -13,24 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import TrainerCallback
-
-from loralib import inject
-from loralib.model import factors_of, svd_layers
 from nlu.errors import UsageError
-from nlu.methods.low_rank import LOW_RANK_FLAGS, module_patterns, not_negative, statistics
-from nlu.methods.method import AppliedMethod, Flag, Method, encoder_modules, train_only
+from nlu.flags import NOT_NEGATIVE, Flag
+from nlu.methods.low_rank import LOW_RANK_FLAGS, adapted_modules, statistics
+from nlu.methods.method import AppliedMethod, Method, train_only
 
-
-def soft_threshold_(gates: Iterable[torch.Tensor], threshold: float) -> None:
-    """T(g, ξ) = sign(g) · max(|g| − ξ, 0) for every tensor, in place."""
-    with torch.no_grad():
-        for gate in gates:
-            gate.copy_(torch.nn.functional.softshrink(gate, threshold))
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def inject_sora(
@@ -43,6 +34,10 @@ def inject_sora(
     Raises:
         ValueError: as :func:`loralib.inject`.
     """
+    from torch import nn
+
+    from loralib import inject
+
     names = inject(model, "adalora", target_modules, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
     for name in names:
         layer = model.get_submodule(name)
@@ -51,53 +46,17 @@ def inject_sora(
         nn.init.normal_(layer.lora_E)
 
 
-class ProximalGates(TrainerCallback):
-    """Takes the proximal step on every gate after each optimiser step, and counts what is left.
-
-    There is no budget to reach and nothing is scored: ``target_total_rank`` and ``scored_parameters`` are None.
-
-    Args:
-        model: after :func:`inject_sora`. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
-    """
-
-    target_total_rank = None
-    scored_parameters = None
-
-    def __init__(self, model: nn.Module, sparsity: float) -> None:
-        self.sparsity = sparsity
-        self._layers = svd_layers(model)
-        self.initial_total_rank = sum(layer.r for layer in self._layers.values())
-
-    @property
-    def rank_pattern(self) -> dict[str, list[bool]]:
-        """Module name → which of its r ranks are live (gate ≠ 0)."""
-        return {name: (layer.lora_E != 0).tolist() for name, layer in self._layers.items()}
-
-    @property
-    def live_rank(self) -> int:
-        """Live ranks over all layers."""
-        return sum(int(layer.lora_E.count_nonzero()) for layer in self._layers.values())
-
-    def learning_rate(self, optimizer: Any) -> float:
-        """The rate with which the optimiser moves the gates."""
-        gates = {id(layer.lora_E) for layer in self._layers.values()}
-        return next(g["lr"] for g in optimizer.param_groups if gates & {id(p) for p in g["params"]})
-
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """After ``optimizer.step()``, before the schedule moves on: the rate is the one just used."""
-        threshold = self.sparsity * self.learning_rate(optimizer)
-        soft_threshold_([layer.lora_E for layer in self._layers.values()], threshold)
-
-
 SORA_LAMBDA = Flag(
     "sora_lambda", float, 0.375,
-    "SoRA: weight λ of the gates' L1 penalty; each step shrinks them by λ × learning rate.",
-    not_negative, "must not be negative",
+    "SoRA: weight λ of the gates' L1 penalty; each step shrinks them by λ × learning rate.", NOT_NEGATIVE,
 )  # fmt: skip
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    modules = encoder_modules(model, module_patterns(args.lora_module))
+    from loralib.model import factors_of
+    from nlu.methods._sora_gates import ProximalGates
+
+    modules = adapted_modules(model, args)
     try:
         inject_sora(model, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
     except ValueError as error:

@@ -79,7 +79,7 @@ def check_upload(arguments: Arguments) -> None:
     if huggingface_hub.constants.is_offline_mode():
         raise UsageError(f"--push_to_hub needs the hub, and HF_HUB_OFFLINE is set: unset it, or {later}")
     try:
-        huggingface_hub.HfApi(token=training.hub_token).whoami()
+        huggingface_hub.HfApi().whoami()
     except Exception as error:  # of the hub's own classes, or of the network's
         raise UsageError(
             f"--push_to_hub: the hub gives no account ({reason(error, 200)}): log in with hf auth login, or {later}"
@@ -93,10 +93,10 @@ def upload_adapter(training: Any, folder: Path) -> None:
         RunError: the upload failed; the run itself is finished.
     """
     adapter, name = folder / "adapter", training.hub_model_id
-    api = huggingface_hub.HfApi(token=training.hub_token)
+    api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=adapter, revision=training.hub_revision)
+        api.upload_folder(repo_id=name, folder_path=adapter)
     except Exception as error:  # of the hub's own classes, or of the network's
         raise RunError(
             f"the run is finished, but its upload failed ({reason(error, 200)}): hf upload {name} {adapter}"

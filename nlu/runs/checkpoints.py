@@ -90,7 +90,6 @@ def restore_progress(trainer: Any) -> None:
             callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
             stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
             trainer.control.should_training_stop = stops
-    trainer.args.eval_on_start = False  # done, before the first step
     trainer.saved_step = state.global_step
     best = Path(trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
     state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved

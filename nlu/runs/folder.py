@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlu.arguments import DataArguments, MethodArguments, ModelArguments
+from nlu.arguments import DEFAULTS
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import remove_unfinished
@@ -25,24 +25,12 @@ _FREE = frozenset(
     {
         "cache_dir",
         "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "ddp_backend",
-        "ddp_timeout",
         "disable_tqdm",
         "glue_dir",
         "gradient_accumulation_steps",
         "hub_model_id",
         "hub_private_repo",
-        "hub_revision",
-        "local_rank",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
         "measured_dir",
-        "method_file_wins",
-        "output_dir",
         "overwrite_output_dir",
         "per_device_eval_batch_size",
         "per_device_train_batch_size",
@@ -61,8 +49,6 @@ _FREE = frozenset(
 # What a finished run may be asked for on top: it goes on from its last checkpoint, to predict.
 _PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
-_DEFAULTS = {f.name: f.default for part in (ModelArguments, DataArguments, MethodArguments) for f in fields(part)}
-
 
 def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that make ``new`` another run than ``old``.
@@ -72,7 +58,7 @@ def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     """
     compared = finite(dict(new)).items()
     free = _FREE | _PREDICTING
-    return sorted(name for name, value in compared if name not in free and old.get(name, _DEFAULTS.get(name)) != value)
+    return sorted(name for name, value in compared if name not in free and old.get(name, DEFAULTS.get(name)) != value)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,15 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def start_processes(use_cpu: bool) -> None:
+    """Join the process group of a launcher that started several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch
+        from accelerate import PartialState
+
+        PartialState(cpu=use_cpu or not torch.accelerator.is_available())
+
+
 def several() -> bool:
     """Whether other processes take part in this run."""
     import torch.distributed as dist

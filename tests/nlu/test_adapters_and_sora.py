@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 import loralib
 from loralib.interop.precision import cast_frozen
 from nlu.errors import UsageError
-from nlu.methods.bottleneck import BottleneckAdapter, add_adapters
-from nlu.methods.sora import ProximalGates, inject_sora, soft_threshold_
+from nlu.methods._bottleneck_layer import BottleneckAdapter
+from nlu.methods._sora_gates import ProximalGates, soft_threshold_
+from nlu.methods.bottleneck import add_adapters
+from nlu.methods.sora import inject_sora
 from tests.nlu.tiny import SHAPES, tiny_bert, tiny_classifier
 
 INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])

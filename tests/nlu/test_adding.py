@@ -7,18 +7,19 @@ import zipfile
 from tests.nlu.tiny import REPOSITORY, make_rows, run_python, write_rows
 
 METHOD = """
-from nlu.methods.method import AppliedMethod, Flag, Method, train_only
+from nlu.flags import AT_LEAST_1, Flag
+from nlu.methods.method import AppliedMethod, Method, train_only
 
-WIDTH = Flag("toy_layers", int, 1, "Layer norms that train.", lambda n: n >= 1, "must be at least 1")
+WIDTH = Flag("toy_layers", int, 1, "Layer norms that train.", AT_LEAST_1)
 
 
 def _apply(model, args, total_steps):
     norms = [m for m in model.base_model.modules() if type(m).__name__ == "LayerNorm"][: args.toy_layers]
     train_only(model, [p for norm in norms for p in norm.parameters()])
-    return AppliedMethod(model, needs_autocast=True)
+    return AppliedMethod(model)
 
 
-METHODS = (Method("toy", "Toy", 45, _apply, (WIDTH,)),)
+METHODS = (Method("toy", "Toy", 45, _apply, (WIDTH,), needs_autocast=True),)
 """
 CONFIG = "method: toy\ntoy_layers: 2\n"
 ROW = """    Task("toy", "Toy task", ("left", "right"), ("no", "yes"), ("accuracy", "f1")),

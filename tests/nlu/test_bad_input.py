@@ -66,7 +66,6 @@ def flags_of(values: dict) -> list[str]:
     st.booleans(),
 )
 @example([("learning_rate", "--", True)], True)
-@example([("lora_widths", "--", True)], True)
 @example([("report_to", "\x1d", True)], True)
 def test_command_lines(pairs, complete):
     argv = flags_of(GOOD) if complete else []

@@ -42,7 +42,7 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / "output/glue/mnli/results.json").read_text())
     assert (record["status"], record["method"], record["steps"]) == ("finished", "lora2", 14)
     assert "accuracy" in record["evaluations"][-1]
-    assert record["live_budget"] == 12 * 3 and record["arguments"]["lora_k"] is None
+    assert record["live_budget"] == 12 * 3 and record["arguments"]["lora_k"] == 8
     assert (tmp_path / "output/glue/mnli/adapter/adapter_config.json").is_file()
 
     assert main(PUBLISHED.split()) == 2

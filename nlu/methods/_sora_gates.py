@@ -1,0 +1,57 @@
+"""SoRA's gates inside the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from loralib.model import svd_layers
+
+
+def soft_threshold_(gates: Iterable[torch.Tensor], threshold: float) -> None:
+    """T(g, ξ) = sign(g) · max(|g| − ξ, 0) for every tensor, in place."""
+    with torch.no_grad():
+        for gate in gates:
+            gate.copy_(torch.nn.functional.softshrink(gate, threshold))
+
+
+class ProximalGates(TrainerCallback):
+    """Takes the proximal step on every gate after each optimiser step, and counts what is left.
+
+    There is no budget to reach and nothing is scored: ``target_total_rank`` and ``scored_parameters`` are None.
+
+    Args:
+        model: after :func:`inject_sora`. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
+    """
+
+    target_total_rank = None
+    scored_parameters = None
+
+    def __init__(self, model: nn.Module, sparsity: float) -> None:
+        self.sparsity = sparsity
+        self._layers = svd_layers(model)
+        self.initial_total_rank = sum(layer.r for layer in self._layers.values())
+
+    @property
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """Module name → which of its r ranks are live (gate ≠ 0)."""
+        return {name: (layer.lora_E != 0).tolist() for name, layer in self._layers.items()}
+
+    @property
+    def live_rank(self) -> int:
+        """Live ranks over all layers."""
+        return sum(int(layer.lora_E.count_nonzero()) for layer in self._layers.values())
+
+    def learning_rate(self, optimizer: Any) -> float:
+        """The rate with which the optimiser moves the gates."""
+        gates = {id(layer.lora_E) for layer in self._layers.values()}
+        return next(g["lr"] for g in optimizer.param_groups if gates & {id(p) for p in g["params"]})
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
+        """After ``optimizer.step()``, before the schedule moves on: the rate is the one just used."""
+        threshold = self.sparsity * self.learning_rate(optimizer)
+        soft_threshold_([layer.lora_E for layer in self._layers.values()], threshold)
