@@ -129,7 +129,7 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
         (["--methods", "lora:max_eval_samples=5"], "give --max_eval_samples for all methods"),
         (["--methods", "lora:seed=3"], "--seed is set for each run"),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "leave --learning_rate out"),
-        (["--methods", "lora", "--published", "robertalarge", "--task_name", "wnli"], "has no settings for wnli"),
+        (["--methods", "lora", "--published", "roberta-large", "--task_name", "wnli"], "wnli.yaml has deberta-v3-base"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
