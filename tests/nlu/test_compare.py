@@ -87,8 +87,8 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # sizes need no weights
     capsys.readouterr()  # how far the saving was
     monkeypatch.setenv("LC_ALL", "C")  # the scripts' words are read whatever the locale
-    flags = ["--task_name", "rte", "--published", "deberta-v3-base", "--model_name_or_path", str(deberta), "--seeds", "1",
-             "--output_dir", str(tmp_path), "--glue_dir", str(tmp_path / "donné\n s")]  # fmt: skip
+    flags = ["--task_name", "rte", "--published", "deberta-v3-base", "--model_name_or_path", str(deberta),
+             "--seeds", "1", "--output_dir", str(tmp_path), "--glue_dir", str(tmp_path / "donné\n s")]  # fmt: skip
     assert compare.main([*flags, "--methods", "lora2,lora,adalora"]) == 0
     warnings = capsys.readouterr().err.splitlines()
     ends = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
