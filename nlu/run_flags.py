@@ -58,6 +58,7 @@ TRAINING_FLAGS = (
     Flag("root_output_dir", str, None,
          "Folder of the run: results.json, adapter/, model/ (checkpoints), log/."),
     Flag("overwrite_output_dir", bool, False, "Replace what another or a finished run left in root_output_dir."),
+    Flag("measured_dir", str, None, "Folder of the runs' lines that nlu/report.py reads: the run adds its own."),
     Flag("do_train", bool, False, "Train."),
     Flag("do_eval", bool, False, "Evaluate on the validation set."),
     Flag("do_predict", bool, False, "Predict the test set."),

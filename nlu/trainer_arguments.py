@@ -15,8 +15,9 @@ from nlu.run_flags import TRAINING_FLAGS
 
 # The flags that the run itself reads, not the Trainer.
 OWN = frozenset({
-    "root_output_dir", "overwrite_output_dir", "head_learning_rate", "schedule_steps", "total_batch_size",
-    "early_stopping_patience", "early_stopping_threshold", "push_to_hub", "hub_model_id", "hub_private_repo",
+    "root_output_dir", "overwrite_output_dir", "measured_dir", "head_learning_rate", "schedule_steps",
+    "total_batch_size", "early_stopping_patience", "early_stopping_threshold", "push_to_hub", "hub_model_id",
+    "hub_private_repo",
 })  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from nlu import METHOD_FOLDER
 from nlu.errors import UsageError
 from nlu.flags import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.json_yaml import read_yaml
-from nlu.methods.method import AppliedMethod, Method, encoder_modules, train_only
+from nlu.methods.method import AppliedMethod, Method, encoder_modules, head_parameters, train_only
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,10 +87,10 @@ def adapted_modules(model: nn.Module, args: Any) -> list[str]:
         UsageError: for a pattern that selects none.
     """
     if args.lora_module == "auto":
-        try:
-            return encoder_modules(model, SIX_MODULES.split(","))
-        except UsageError:
-            return encoder_modules(model, [".*"])
+        from loralib.injection import auto_modules
+
+        head = {id(p) for p in head_parameters(model)}
+        return [name for name in auto_modules(model) if id(model.get_submodule(name).weight) not in head]
     return encoder_modules(model, [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)])
 
 

@@ -47,7 +47,8 @@ def arguments_of(words):
 
 def settings(backbone, task, method, *flags):
     """Of a task's script, whose flags the next test compares with these."""
-    choice = ["--published", backbone, "--task_name", task, "--method", method, "--do_train", "--do_eval"]
+    choice = ["--published", backbone, "--task_name", task, "--method", method, "--do_train", "--do_eval",
+              "--measured_dir", "output/measured"]  # fmt: skip
     return parse_arguments([*choice, *flags]).record
 
 
