@@ -20,7 +20,6 @@ from nlu.methods.method import AppliedMethod, Method, encoder_modules, head_para
 if TYPE_CHECKING:
     from torch import nn
 
-SIX_MODULES = "query,key,value,attention.output,intermediate,layer.output"
 _MATCH = "match:"
 _TOLERANCE = 0.1  # of the size that match: is after
 
