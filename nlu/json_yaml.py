@@ -63,7 +63,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: for text that is no YAML; one line.
     """
     try:
-        return yaml.load(text, _Loader)
+        return _Loader(text).get_single_data()
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise ValueError(f"not valid YAML ({reason(error, 300)})") from None
 
