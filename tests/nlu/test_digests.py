@@ -13,8 +13,6 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from loralib.adapter_folder import has_tokenizer
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Run
-from nlu.experiments.loop import Places
 from nlu.runs import digests, processes
 from nlu.runs.digests import content_digests, file_digest
 from tests.nlu.tiny import run_python
@@ -178,14 +176,3 @@ def test_spellings_of_a_task_are_the_task(tiny_glue):
     assert of(task_name="MNLI", glue_dir=str(tiny_glue), do_predict=True, predict_task="CoLA") == plain
     assert {"glue_dir", "test_file"} == plain.keys()
     assert of(task_name="mnli", glue_dir=str(tiny_glue), do_predict=True) != plain
-
-
-def test_a_folder_s_name_may_be_a_number(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model(tmp_path / "2024")
-    assert of(model_name_or_path=2024) == of(model_name_or_path="2024") != {}
-    model(tmp_path / "2025", b"other weights")
-    places = Places(tmp_path, tmp_path, [])
-    runs = [Run("trial", "final", f"run-{year}", {}, {"model_name_or_path": year}) for year in (2024, 2025)]
-    assert [places.digests(run) for run in runs] == [of(model_name_or_path=year) for year in (2024, 2025)]
-    assert places.digests(runs[0]) != places.digests(runs[1])
