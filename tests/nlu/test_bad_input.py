@@ -91,20 +91,6 @@ def test_argument_files(tmp_path, values, complete, suffix):
     one_line_or(Arguments, lambda: parse_arguments([str(path)]))
 
 
-@MANY
-@given(st.text(st.sampled_from("ab1:-[]{},&*!<>|\"'#%\n  \t~=.e"), max_size=40), st.sampled_from([".yaml", ".json"]))
-@example("a: !!timestamp x", ".yaml")
-@example("a: 2020-13-45", ".yaml")
-@example("a: " + "9" * 5000, ".json")
-@example("[" * 100_000, ".json")
-@example("[" * 10_000, ".yaml")
-def test_files_of_any_text(tmp_path, text, suffix):
-    path = tmp_path / f"arguments{suffix}"
-    path.write_text(text, encoding="utf-8")
-    one_line_or(Arguments, lambda: parse_arguments([str(path), *flags_of(GOOD)]))
-    one_line_or(Experiment, lambda: load_experiment(path))
-
-
 LISTS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))
 MERGES = "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" if i else "a0: &a0 {k: 1}\n" for i in range(40))
 

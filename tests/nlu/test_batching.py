@@ -82,15 +82,6 @@ def test_batches_are_of_similar_length_in_random_order():
     assert 0.3 < np.mean(np.diff(means) > 0) < 0.7
 
 
-def test_company_changes_between_epochs():
-    sampler = LengthBucketSampler(np.random.default_rng(0).permutation(6400), 32, 0)
-    batches = []
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        batches.append({frozenset(batch) for batch in BatchSampler(sampler, 32, drop_last=False)})
-    assert not batches[0] & batches[1]
-
-
 @pytest.mark.parametrize(("processes", "per_device", "accumulation"), [(1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 2, 1)])
 def test_an_epoch_has_the_steps_that_its_rows_fill_whoever_takes_them(processes, per_device, accumulation):
     args = SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,

@@ -70,12 +70,3 @@ def test_json_rows_of_any_shape(tmp_path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     rows_or_one_line(lambda: [load_split(TASKS["cola"], "train", tmp_path)])
     rows_or_one_line(lambda: load_own_files({"train": path, "validation": path, "test": path})[1].values())
-
-
-@given(st.text(st.sampled_from('a1-.,\t"\n\r \x00é'), max_size=40), st.sampled_from([".csv", ".tsv"]))
-@settings(**FAST)
-def test_delimited_text_of_any_shape(tmp_path, body, suffix):
-    path = tmp_path / f"own{suffix}"
-    separator = "," if suffix == ".csv" else "\t"
-    path.write_bytes(f"sentence{separator}label\n{body}".encode())
-    rows_or_one_line(lambda: load_own_files({"train": path, "validation": path})[1].values())

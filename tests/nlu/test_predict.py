@@ -4,10 +4,7 @@ import csv
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +24,7 @@ from nlu import predict, run_glue
 from nlu.data.reader import Row
 from nlu.errors import UsageError
 from nlu.predict import main
-from tests.nlu.tiny import changed, make_encoder, make_rows
+from tests.nlu.tiny import changed, make_rows
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{name: row[name] for name in ("a", "b")} for row in make_rows(("a", "b"), True, 40, 0)]
@@ -159,26 +156,6 @@ def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, caps
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--input", "in.xlsx"], "the formats are jsonl, json, csv, tsv, parquet; save a spreadsheet as CSV"),
-        (["--input", "in.csv"], "no column 'a'"),
-        (["--input", "in.csv", "--text_columns", "c,c"], "2 different column(s)"),
-        (["--input", "in.csv", "--text_columns", "c,d", "--max_seq_length", "3"], "no room for text"),
-        (["--input", "in.csv", "--text_columns", "c,d", "--output", "./in.csv"], "is the input"),
-    ],
-)
-def test_bad_usage_is_one_line_and_exit_code_2(encoder, scorer, tmp_path, monkeypatch, capsys, flags, says):
-    monkeypatch.chdir(tmp_path)
-    for name in ("in.csv", "in.xlsx"):
-        Path(name).write_text("c,d\n1,2\n")
-    assert main(["--adapter", str(scorer[0]), "--base", str(encoder), *flags]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and says in captured.err and captured.err.count("\n") == 1
-    assert captured.out == "" and sorted(p.name for p in tmp_path.iterdir()) == ["in.csv", "in.xlsx"]
-
-
 # ---- what is no answer ----------------------------------------------------------------------------------------------
 
 
@@ -234,38 +211,6 @@ def test_another_model_than_the_trained_one_is_refused(encoder, scorer, input_fi
     assert main([*model, "--input", str(input_files / "rows.csv"), "--text_columns", "a,b"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_the_revision_that_an_adapter_records_is_the_base(tmp_path):
-    """A hub's cache with two commits; predicting and merging take the recorded one, though main is the other."""
-    hub, commits = tmp_path / "hub/models--me--encoder", {"main": "1" * 40, "r1": "2" * 40}
-    first = make_encoder(hub / "snapshots" / commits["main"])
-    shutil.copytree(first, second := hub / "snapshots" / commits["r1"])
-    model = AutoModelForSequenceClassification.from_pretrained(first)
-    with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight.mul_(2)
-    model.bert.save_pretrained(second)
-    (hub / "refs").mkdir()
-    for name, commit in commits.items():
-        (hub / "refs" / name).write_text(commit)
-    loralib.inject(model, "lora", ["query"], r=2, lora_alpha=2)
-    model.classifier.requires_grad_(True)
-    loralib.save_adapter(
-        model, tmp_path / "a", base_model="me/encoder", base_revision="r1", card={"text_fields": ["text"]}
-    )
-    (tmp_path / "in.jsonl").write_text('{"text": "the cat sat"}\n')
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    export = ["-m", "loralib.export"]
-    for program in (
-        [ROOT / "nlu/predict.py", "--adapter", "a", "--input", "in.jsonl"],
-        [*export, "a", "merged", "--to", "merged", "--base", "me/encoder"],
-        [*export, "a", "peft", "--to", "peft"],
-        [*export, "peft", "back", "--to", "loralib", "--base", "me/encoder"],
-        [*export, "back", "merged-again", "--to", "merged", "--base", "me/encoder"],
-    ):
-        done = subprocess.run([sys.executable, *program], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
 
 
 def test_memory_does_not_grow_with_the_input():

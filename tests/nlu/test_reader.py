@@ -134,13 +134,3 @@ def test_an_endless_file_is_read_in_constant_memory(kind):
             break
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
-
-
-def test_a_text_that_many_parquet_rows_share_is_not_unpacked_for_all_at_once(tmp_path):
-    """A file of some kilobytes stands for half a gigabyte."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 8192, pa.int32()), pa.array(["x" * 65536]))
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    before = pa.total_allocated_bytes()
-    with open(tmp_path / "a.parquet", "rb") as stream:
-        row = next(iter(Reader(stream, "a.parquet")))
-        assert len(row.values["text"]) == 65536 and pa.total_allocated_bytes() - before < 1 << 28

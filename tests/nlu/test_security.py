@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import loralib
 from loralib.adapter_folder import CONFIG_FILE, _config_digest
-from loralib.interop.export import load_base
 from nlu import predict
 from nlu.run_glue import main
-from tests.nlu.tiny import REPOSITORY, read, tiny_run
+from tests.nlu.killed_runs import run_broken_off
+from tests.nlu.tiny import REPOSITORY
 
 FOLDERS = ("loralib", "nlu", "scripts", "benchmarks", "examples")
 SOURCES = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
@@ -71,40 +70,20 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-@pytest.fixture(scope="module")
-def interrupted(encoder, tiny_glue, tmp_path_factory):
-    """The folder of a run that has something left to train."""
-    folder = tmp_path_factory.mktemp("interrupted") / "run"
-    flags = tiny_run(encoder, tiny_glue, folder)
-    assert main(flags) == 0
-    (folder / "results.json").write_text(json.dumps(read(flags) | {"status": "interrupted"}))
-    shutil.rmtree(folder / "model" / "checkpoint-6")
-    return folder
-
-
-@pytest.mark.parametrize("name", [
-    "progress.pt", *(pytest.param(f"{name}", marks=pytest.mark.slow) for name in ("optimizer.pt", "rng_state.pth"))
-])  # fmt: skip
-def test_a_checkpoint_with_a_pickle_is_refused(interrupted, base_flags, tmp_path, trap, capsys, name):
-    run = shutil.copytree(interrupted, tmp_path / "run")
-    for checkpoint in list((run / "model").glob("checkpoint-*")):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["progress.pt", "low_rank.pt", "optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsys, name):
+    run_broken_off(base_flags, 4)
+    for checkpoint in (tmp_path / "run/model").glob("checkpoint-*"):
         torch.save({"x": Bomb(trap)}, checkpoint / name)
     assert main(base_flags) == 2
     assert not trap.exists()
     pickle.loads(pickle.dumps(Bomb(trap)))
     assert trap.exists()  # so the trap works
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and "checkpoint" in error
-    assert read(base_flags)["status"] == "failed"
+    assert "checkpoint" in capsys.readouterr().err
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["os", "AutoTokenizer", "pipeline", "BertConfig", "__name__", "NoSuchModel"])
-def test_an_adapter_cannot_name_anything_but_a_model(name):
-    with pytest.raises(ValueError, match="no model class"):
-        load_base("anywhere", name)
 
 
 def edit(folder, change):
@@ -119,10 +98,8 @@ CARDS = [
     {"method": "full"},
     {"method": "hadapter", "adapter_size": "x"},
     {"typo": 1},
-    [],
     None,
     {"method": "peft", "peft_config": "/etc/passwd"},
-    {"method": "peft", "lora_module": 3},
 ]
 
 
@@ -139,18 +116,3 @@ def test_an_adapters_card_is_only_data(base_flags, encoder, tmp_path, capsys):
         assert predict.main([*flags, "--output", str(tmp_path / "out.jsonl")]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: the adapter's card") and not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_few_bytes_cannot_ask_for_endless_memory(tmp_path):
-    def net():
-        torch.manual_seed(0)
-        return torch.nn.ModuleDict({"q": torch.nn.Linear(6, 5), "v": torch.nn.Linear(6, 5)})
-
-    model = net()
-    loralib.inject(model, "lora2", ["q", "v"], r=3, k=2)
-    model["v"].lora_E.data.fill_(1.0)
-    folder = loralib.save_adapter(model, tmp_path / "a")
-    for change in ({"r": 10**12}, {"widths": [10**12]}):
-        edit(folder, lambda config, change=change: config["groups"][0].update(change))
-        with pytest.raises(ValueError, match="beyond"):
-            loralib.load_adapter(net(), folder)
