@@ -211,7 +211,7 @@ def with_published(frame: pd.DataFrame, final: pd.DataFrame, path: Path) -> pd.D
 def setting(runs: pd.DataFrame) -> str:
     """In words what was run, from the lines alone: model, length, row limits, seeds and processors."""
     done = finished(runs)
-    arguments = [each or {} for each in done.arguments]
+    arguments = [{**(used or {}), **(asked or {})} for used, asked in zip(done.arguments, done.asked, strict=True)]
     limits = {
         f"at most {int(each[name]):,} {split} rows"
         for each in arguments
@@ -219,8 +219,10 @@ def setting(runs: pd.DataFrame) -> str:
         if each.get(name)
     }
     seeds = done.groupby(["label", "task"]).seed.nunique()
+    epochs = sorted({each["num_train_epochs"] for each in arguments if each.get("num_train_epochs")})
     parts = [
         " and ".join(sorted(set(done.model.dropna()))),
+        f"{spread(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",
         f"{spread(done.steps.min(), done.steps.max())} steps",
         *sorted(limits),
         f"{spread(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",

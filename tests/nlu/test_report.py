@@ -88,6 +88,16 @@ def test_headings_and_settings_come_from_the_lines(make, tmp_path):
     assert "88.45" not in make(lines, "--only", "third", experiment="third")[1]
 
 
+def test_without_arguments_the_report_reads_the_lines_of_ones_own_runs(tmp_path, monkeypatch):
+    write(
+        tmp_path / "output/measured", "minilm", [line("LoRA r=8", "rte", 1, [0.5], arguments={"num_train_epochs": 3})]
+    )
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 0
+    page = (tmp_path / "output/README.md").read_text()
+    assert "## How do the methods compare on RTE with minilm?" in page and "Measured: minilm; 3 epochs; " in page
+
+
 def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
     lines = [
         line(label, "mrpc", seed, [0.9], test_scores={"MRPC": {"accuracy": score + seed / 100}})
