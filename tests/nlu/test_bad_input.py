@@ -91,19 +91,6 @@ def test_argument_files(tmp_path, values, complete, suffix):
     one_line_or(Arguments, lambda: parse_arguments([str(path)]))
 
 
-LISTS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))
-MERGES = "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" if i else "a0: &a0 {k: 1}\n" for i in range(40))
-
-
-@pytest.mark.parametrize("content", [LISTS, MERGES], ids=["lists", "merges"])
-def test_a_few_lines_that_stand_for_gigabytes(tmp_path, content):
-    path = tmp_path / "bomb.yaml"
-    path.write_text(content)
-    for read in (lambda: parse_arguments([str(path)]), lambda: load_experiment(path)):
-        with pytest.raises(UsageError, match="aliases"):
-            read()
-
-
 # ---- experiments ----------------------------------------------------------------------------------------------------
 
 labels = st.sampled_from(["lora", "lora2", "cola", "rte", "..", ".", "a/b", "", 1, 2, 1e-3, True, None]) | plain
