@@ -237,23 +237,24 @@ class RankAllocator(AllocatorSettings):
 
     def importance_scores(self) -> Tensor:
         """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
-        totals = torch.zeros(self._mask.shape, dtype=torch.float32, device=self._mask.device)
         scored = self._scored(self._layers())
         entries = (self._sensitivity * self._uncertainty).split([p.numel() for p, *_ in scored])
+        totals: list[Any] = [0.0] * len(self._names)  # rows: an index tensor would be copied to the device
         for part, (parameter, axis, rows) in zip(entries, scored, strict=True):
             values = part.view(parameter.shape)
             values = values.mean() if axis is None else values.mean(1 - axis) if values.dim() == 2 else values
-            places = torch.tensor(rows, device=totals.device)
-            totals.index_add_(0, places, values.expand(len(rows), self.lora_r))
-        return totals
+            for row in rows:
+                totals[row] = totals[row] + values
+        return torch.stack(totals)
 
     def _choose_mask(self, budget: int, training: list[int]) -> None:
         """Keep the ``budget`` most important singular values of the layers that train; of equal ones, those of later
         names and indices stay. The other layers keep theirs."""
-        places = torch.tensor(training, device=self._mask.device)
-        scores = self.importance_scores().index_select(0, places)
-        mask, self._threshold = most_important(scores.flatten(), budget)
-        self._mask.index_copy_(0, places, mask.view_as(scores))
+        scores, rows = self.importance_scores().unbind(), list(self._mask.unbind())
+        mask, self._threshold = most_important(torch.cat([scores[row] for row in training]), budget)
+        for row, kept in zip(training, mask.view(len(training), -1).unbind(), strict=True):
+            rows[row] = kept
+        self._mask = torch.stack(rows)
 
     def _apply_mask(self, layers: list[LoRALayer], training: list[int]) -> None:
         """Set the pruned singular values to 0."""

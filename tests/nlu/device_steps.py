@@ -92,4 +92,4 @@ def test_a_step_stays_on_the_device(name, dtype, no_contents):
         loss = step(applied, optimizer, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32
     if applied.allocator is not None:
-        assert applied.low_rank.step == applied.low_rank.total_steps
+        assert applied.low_rank.steps_done == applied.low_rank.total_steps
