@@ -37,7 +37,6 @@ from loralib.model import (
     keep_flags,
     layers_outside_peft,
     lora_layers,
-    refuse_sharded_factors,
     unwrapped,
 )
 
@@ -94,12 +93,11 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft holds the layers, the factors are sharded, the folder holds other
-            files, or a value is NaN.
+        ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, or a value is
+            NaN.
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
-    refuse_sharded_factors(model)
     live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
     factors, tied = stored_factors(layers, live)
     head = head_tensors(model)

@@ -10,7 +10,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from loralib.checks import check_choice
 from loralib.layers import LoRALayer
-from loralib.stored_weight import stored_form
 
 BIASES = ("none", "all", "lora_only")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -62,14 +61,6 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
         advice = "let their lora_E train" if svd_layers(model) else "inject one first"
         raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) that trains to {purpose}: {advice}")
     return found
-
-
-def refuse_sharded_factors(model: nn.Module) -> None:
-    """Raises ValueError where a process has only a part of a factor."""
-    if any(stored_form(factor) == "sharded" for factor in factors_of(model)):
-        raise ValueError(
-            "the factors are sharded: use loralib.interop.sharding.shard_frozen(), which splits frozen weights alone"
-        )
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:

@@ -72,7 +72,12 @@ def train(model, ids, labels, steps=10):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
 
-@pytest.mark.parametrize("model_type", ENCODERS)
+QUICK = ("bert", "deberta-v2", "electra", "mpnet", "roberta", "xlnet")
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ENCODERS]
+)
 def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
     model = adapted(encoder(model_type, ENCODERS[model_type]))
     half = copy.deepcopy(model)

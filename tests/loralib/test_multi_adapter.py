@@ -231,15 +231,6 @@ def test_equal_numbers_of_parts_pass_for_none_of_the_whole():
         _join(parts, [1, 2], torch.arange(3))
 
 
-def test_a_compiled_model_is_looked_through(tmp_path):
-    model, base = adapted(), Net()
-    adapters = MultiAdapter(torch.compile(base, backend="eager"))
-    adapters.load("a", loralib.save_adapter(model, tmp_path / "a"))
-    rows = [None, "a"] * (len(INPUTS) // 2)
-    expected = torch.stack([(model if name else Net())(row[None])[0] for name, row in zip(rows, INPUTS, strict=False)])
-    torch.testing.assert_close(adapters.run(rows, INPUTS[: len(rows)]), expected)
-
-
 def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
     """Also behind a break in the graph."""
     graphs = []

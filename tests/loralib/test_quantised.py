@@ -45,7 +45,7 @@ def dispatch(model):
     return model
 
 
-FORMS = pytest.mark.parametrize("form", ["int8", "int4", "4bit"])
+FORMS = pytest.mark.parametrize("form", ["int8", pytest.param("int4", marks=pytest.mark.slow), "4bit"])
 
 
 @FORMS

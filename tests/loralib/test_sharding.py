@@ -10,13 +10,7 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
 from loralib.stored_weight import stored_form
-from tests.loralib.small import INPUTS, Net, adapted, refused
-
-
-@pytest.mark.parametrize("model, says", [(adapted(), "process group"), (Net(), "nothing to shard")])
-def test_a_refused_model_is_unchanged(model, says):
-    with refused(says, model):
-        shard_frozen(model)
+from tests.loralib.small import INPUTS, Net, adapted
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +73,6 @@ def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, gro
         if expected.requires_grad:
             torch.testing.assert_close(found, expected)
     assert loralib.base_fingerprint(sharded) == fingerprint
-
-
-def test_factors_that_are_split_too_are_refused(group, tmp_path):
-    from torch.distributed.fsdp import fully_shard
-
-    model = adapted()
-    fully_shard(model)
-    for refusing in (loralib.compute_orth_regu, lambda m: loralib.LowRankTraining(m, 9, target_rank=1),
-                     lambda m: loralib.save_adapter(m, tmp_path / "a")):  # fmt: skip
-        with pytest.raises(ValueError, match="shard_frozen"):
-            refusing(model)
-    assert not (tmp_path / "a").exists()
 
 
 def test_save_works_and_merge_is_refused(group, tmp_path):

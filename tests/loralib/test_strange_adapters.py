@@ -21,7 +21,7 @@ from loralib.interop.peft_format import import_peft
 from tests.loralib.small import Net, assert_unchanged, refused, state_of
 
 MANY = settings(
-    max_examples=int(os.environ.get("GENERATED_CASES", 100)),
+    max_examples=int(os.environ.get("GENERATED_CASES", 50)),
     deadline=None,
     derandomize="GENERATED_CASES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
@@ -175,6 +175,7 @@ def test_a_forged_folder_is_refused_for_what_is_wrong(tmp_path, name):
         loralib.load_adapter(model, folder)
 
 
+@pytest.mark.slow
 @MANY
 @given(st.sampled_from(OURS), st.sampled_from([CONFIG_FILE, WEIGHTS_FILE]), st.integers(0, 3000), st.integers(0, 9),
        st.binary(max_size=4))  # fmt: skip
