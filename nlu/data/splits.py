@@ -97,10 +97,7 @@ def load_predict_task(data: Any, task: Task, cache_dir: str | None = None) -> li
     if data.predict_task is None:
         return []
     other = get_task(data.predict_task)
-    if other.name == task.name:
-        raise UsageError(f"--predict_task {other.name} is the trained task: leave it out")
-    same_classes = sorted(other.labels or ()) == sorted(task.labels or ())
-    if not same_classes or len(other.text_fields) != len(task.text_fields):
+    if sorted(other.labels or ()) != sorted(task.labels or ()) or len(other.text_fields) != len(task.text_fields):
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
     columns = _load_glue(other, ["test"], data.glue_dir, cache_dir)
     return [(other, {split: limit(_dataset(other, each), data.max_predict_samples) for split, each in columns.items()})]
