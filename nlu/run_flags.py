@@ -110,7 +110,6 @@ TRAINING_FLAGS = (
     Flag("data_seed", int, None, "Seed of the order of the rows. Default: --seed.", _SEED),
     Flag("full_determinism", bool, False, "Deterministic kernels on a GPU: slower."),
     Flag("dataloader_num_workers", int, 0, "Processes that make batches.", NOT_NEGATIVE),
-    Flag("dataloader_drop_last", bool, False, "Leave out rows that fill no whole step."),
     Flag("use_cpu", bool, False, "Use the CPU although there is an accelerator."),
     Flag("ddp_find_unused_parameters", bool, False, "As of torch's DistributedDataParallel."),
 )  # fmt: skip

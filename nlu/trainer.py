@@ -92,8 +92,6 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         self.saved_step: int | None = None
         self.restored: dict[str, Any] = {}  # progress.pt of the checkpoint that the training goes on from
         args = kwargs["args"]
-        # The sampler leaves rows out, and only in training: every row is evaluated and predicted.
-        self.drop_last, args.dataloader_drop_last = args.dataloader_drop_last, False
         # With a limit of one the Trainer would delete the last checkpoint at the end, from which a run predicts.
         self.checkpoint_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(
@@ -207,16 +205,12 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         """Overridden because the Trainer takes no sampler: its own order depends on the number of processes."""
-        self.train_sampler = self._make_sampler()
-        return self.train_sampler
-
-    def _make_sampler(self) -> SeededRandomSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        step = effective_batch_size(self.args)
-        multiple = step if self.drop_last else 1
         if self.train_lengths is None:
-            return SeededRandomSampler(len(self.train_dataset), seed, multiple)
-        return LengthBucketSampler(self.train_lengths, step, seed, multiple)
+            self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
+        else:
+            self.train_sampler = LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+        return self.train_sampler
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from nlu.errors import UsageError
-
 _POOL_BATCHES = 50  # batches sorted together: more of them give less padding, fewer give more random batches
 
 
@@ -25,24 +23,23 @@ class SeededRandomSampler(Sampler[int]):
     Args:
         n: number of examples, at least 1.
         seed: any whole number from 0.
-        multiple: an epoch has that many examples or a multiple of it, the last of the order left out.
     """
 
-    def __init__(self, n: int, seed: int, multiple: int = 1):
-        self.n, self.seed, self.multiple, self.epoch = n, seed, multiple, 0
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed, self.epoch = n, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of that epoch, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n - self.n % self.multiple
+        return self.n
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
         return generator.permutation(self.n)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._order(np.random.default_rng([self.seed, self.epoch]))[: len(self)].tolist())
+        return iter(self._order(np.random.default_rng([self.seed, self.epoch])).tolist())
 
 
 class LengthBucketSampler(SeededRandomSampler):
@@ -54,11 +51,11 @@ class LengthBucketSampler(SeededRandomSampler):
     Args:
         lengths: tokens of each example.
         effective_batch_size: examples of one optimiser step, over all processes and accumulation steps.
-        seed, multiple: as for :class:`SeededRandomSampler`.
+        seed: as for :class:`SeededRandomSampler`.
     """
 
-    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int, multiple: int = 1):
-        super().__init__(len(lengths), seed, multiple)
+    def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int):
+        super().__init__(len(lengths), seed)
         self.lengths, self.batch = np.asarray(lengths), effective_batch_size
 
     def _order(self, generator: np.random.Generator) -> np.ndarray:
@@ -77,17 +74,5 @@ def effective_batch_size(args: Any) -> int:
 
 
 def updates_per_epoch(args: Any, rows: int) -> int:
-    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them.
-
-    With ``dataloader_drop_last`` a step that lacks rows is left out: whole steps are the same for any number of
-    processes, which whole batches of a process are not.
-
-    Raises:
-        UsageError: such steps are left out, and there is no other.
-    """
-    step = effective_batch_size(args)
-    if not args.dataloader_drop_last:
-        return max(1, math.ceil(rows / step))
-    if rows < step:
-        raise UsageError(f"--dataloader_drop_last leaves nothing: {rows} training rows, {step} in each step")
-    return rows // step
+    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
+    return max(1, math.ceil(rows / effective_batch_size(args)))

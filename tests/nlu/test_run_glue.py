@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 import loralib
 from nlu import fine_tuning, predict
 from nlu.data.splits import longest_input
+from nlu.experiments.records import read_lines
 from nlu.run_glue import main
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer
@@ -42,6 +43,8 @@ def test_a_run_leaves_a_record_that_tells_all(finished):
     assert record["steps"] == 6 and len(record["history"]) == 6
     assert [row["budget"] for row in record["history"]][-1] == 24
     assert record["steps_per_second"] == pytest.approx(6 / record["train_seconds"])
+    accuracy = record["evaluations"][-1]["accuracy"] * 20  # of all 20 rows
+    assert accuracy == pytest.approx(round(accuracy))
     assert record["effective_batch_size"] == 8 and record["train_examples"] == 50 and record["eval_examples"] == 20
     assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
     assert record["machine"]["cpu"]  # times mean little without it
@@ -223,29 +226,6 @@ def test_the_score_of_the_last_weights_is_that_of_the_adapter(base_flags, tmp_pa
     assert loralib.read_adapter_config(tmp_path / "run" / "adapter").card["score"] == 0.5
 
 
-@pytest.mark.slow
-def test_dropped_rows_are_those_of_a_whole_step_however_it_is_taken(base_flags, tmp_path):
-    """50 rows in steps of 12: four steps an epoch, whether a step takes 12 rows at once or 3."""
-    for at_once in (12, 3):
-        flags = changed(base_flags, max_steps=-1, root_output_dir=tmp_path / str(at_once))
-        flags = changed(flags, per_device_train_batch_size=at_once)
-        extra = ["--total_batch_size", "12", "--dataloader_drop_last", "--num_train_epochs", "2", "--method", "lora"]
-        assert main([*flags, *extra]) == 0
-        assert read(flags)["steps"] == len(read(flags)["history"]) == 2 * 4
-
-
-def test_every_row_is_evaluated_when_training_drops_incomplete_batches(base_flags):
-    flags = changed(base_flags, max_steps=-1)
-    extra = ["--dataloader_drop_last", "--num_train_epochs", "1", "--per_device_eval_batch_size", "16", "--do_predict"]
-    assert main([*flags, *extra]) == 0
-    record = read(flags)
-    assert record["steps"] == 50 // 8 and "matthews_correlation" in record["evaluations"][-1]
-    accuracy = record["evaluations"][-1]["accuracy"] * 20  # of all 20 rows, not of the 16 in whole batches
-    assert accuracy == pytest.approx(round(accuracy))
-    predictions = Path(flags[flags.index("--root_output_dir") + 1]) / "predictions" / "CoLA.tsv"
-    assert len(predictions.read_text().splitlines()) == 1 + 12
-
-
 def test_a_held_out_part_of_training_replaces_validation(base_flags, tmp_path, capsys):
     assert main([*base_flags, "--holdout_fraction", "0.2"]) == 0
     assert (read(base_flags)["train_examples"], read(base_flags)["eval_examples"]) == (40, 10)
@@ -329,3 +309,14 @@ def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, 
     assert row["mismatched_accuracy"] * 14 == pytest.approx(round(row["mismatched_accuracy"] * 14))
     assert row["accuracy"] * 20 == pytest.approx(round(row["accuracy"] * 20)) and row["mismatched_loss"] != row["loss"]
     assert record["best"] == row["accuracy"]
+
+
+def test_a_run_adds_its_line_to_the_records_that_tables_are_made_from(base_flags, tmp_path, capsys):
+    flags = [*changed(base_flags, max_steps=2), "--measured_dir", str(tmp_path / "measured")]
+    assert main(flags) == 0
+    assert "line:    " in capsys.readouterr().out
+    (line,) = read_lines(tmp_path / "measured" / "tiny-bert.jsonl")
+    assert (line["status"], line["method"], line["steps"]) == ("finished", read(flags)["method_config"], 2)
+    assert main([*flags, "--learning_rate", "1e38", "--overwrite_output_dir"]) == 1
+    (line,) = read_lines(tmp_path / "measured" / "tiny-bert.jsonl")
+    assert line["status"] == "failed" and "not finite" in line["error"]
