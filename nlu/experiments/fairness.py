@@ -43,7 +43,7 @@ class Shape:
     def __str__(self) -> str:
         if self.trained is None:
             return "a size that is not known yet"
-        pruned = "" if self.size == self.trained else f" ({self.size:,.0f} after pruning)"
+        pruned = "" if self.size == self.trained else f" (about {self.size:,.0f} after pruning)"
         return f"{self.trained:,} parameters{pruned}" + ("" if self.scale is None else f", α/r {self.scale:g}")
 
 

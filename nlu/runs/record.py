@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
+from loralib import lora_layers
+from loralib.injection import module_type
 from nlu.arguments import Arguments, command_line
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
@@ -131,10 +134,16 @@ def begin_record(arguments: Arguments, trainer: Any, facts: dict[str, Any], fold
         budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
         say(
             f"{static['method_config']} on {static['task']}: adapter {counts['adapter_params']:,}, head "
-            f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}; "
+            f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}{_adapted(trainer.model)}; "
             f"batch {static['effective_batch_size']}, seed {static['seed']}"
         )
     return record
+
+
+def _adapted(model: nn.Module) -> str:
+    """Which modules got a low-rank update, by their names without the numbers of layers."""
+    types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(model)})
+    return f"; adapted: {', '.join(types)}" if types else ""
 
 
 def _known_at_the_start(arguments: Arguments, trainer: Any) -> dict[str, Any]:

@@ -97,10 +97,10 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     lora2 = 12 * sum(8 * (i + o) + 2 * 8 * 4 + 4 for i, o in ends)
     kept = 12 * sum(8 * (i + o) + 2 * 8 * 3 + 3 for i, o in ends)
     assert (lora, adalora) == (1_327_104, 331_920)
-    first = f"lora2 has {lora2:,} parameters ({kept:,} after pruning), α/r 8"
+    first = f"lora2 has {lora2:,} parameters (about {kept:,} after pruning), α/r 8"
     assert warnings == [
         f"warning: lora has {lora:,} parameters, α/r 4, {first}: lora:lora_alpha=64 matches",
-        f"warning: adalora has {adalora:,} parameters ({adalora // 2:,} after pruning), α/r 16, {first}: "
+        f"warning: adalora has {adalora:,} parameters (about {adalora // 2:,} after pruning), α/r 16, {first}: "
         "adalora_r8:lora_alpha=96 matches",
     ]
     assert compare.main([*flags, "--methods", "lora2,lora:lora_alpha=64,adalora_r8:lora_alpha=96"]) == 0

@@ -3,6 +3,8 @@
 import gc
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -306,3 +308,28 @@ def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
     expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
     torch.testing.assert_close(applied.low_rank.penalty(), expected)
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
+
+
+def test_lora_module_auto_adapts_every_linear_layer_of_an_encoder_without_the_six_names(
+    tiny_glue, tmp_path, monkeypatch, capsys
+):
+    """MPNet calls its projections attn.q, attn.k, attn.v and attn.o; its head trains whole."""
+    monkeypatch.setitem(SHAPES, "mpnet", SHAPES["roberta"])
+    encoder = make_encoder(tmp_path / "mpnet", "mpnet")
+    flags = changed(tiny_run(encoder, tiny_glue, tmp_path / "run"), max_steps=1, eval_strategy="no", save_strategy="no")
+    assert main([*flags, "--method", "lora2"]) == 0
+    shown = capsys.readouterr().out
+    names = ("attention.attn.k", "attention.attn.o", "attention.attn.q", "attention.attn.v", "intermediate.dense")
+    assert f"; adapted: {', '.join(names)}, output.dense; batch" in shown
+    adapter = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert not any("classifier" in name and "lora" in name for name in adapter)
+
+
+def test_idle_threads_of_a_program_do_not_spin_unless_the_user_says_so(monkeypatch):
+    look = "import os, sys, nlu.run_glue; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    for given, found in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        shown = subprocess.run([sys.executable, "-c", look], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert shown.stdout.split() == [found, "False"]
