@@ -1,7 +1,7 @@
 """A model's adapter: save it, load it, start a training from it, merge it, and drop pruned singular values.
 
 Every use of a saved adapter takes the same steps: :func:`read_adapter` checks the folder, :func:`fitting_layers` or
-:func:`own_layers` finds the model's layers for it, or says what does not fit, and only then the model is changed.
+:func:`own_layers` finds the model's layers for it or says what does not fit, and only then the model is changed.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mappin
     return next(iter(names + [n for n, t in state.items() if id(t) in trained and n not in head]), None)
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading and starting -------------------------------------------------------------------------------------------
 
 
 def load_adapter(
@@ -269,9 +269,6 @@ def install(
             state[name].requires_grad_(True)
 
 
-# ---- warm start -----------------------------------------------------------------------------------------------------
-
-
 def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterConfig:
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
@@ -289,28 +286,15 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
         ValueError: for a damaged folder, other layers, or a base with other weights. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    check_start(model, config, tensors)
-    start(model, config, tensors)
-    return config
-
-
-def check_start(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless the model's low-rank layers are those of the adapter. The model may be on "meta"."""
+    layers = own_layers(model, config)
     factors = {name: tensor for name, tensor in tensors.items() if name not in config.head}
-    _compare(stored_shapes(own_layers(model, config), config), factors, config)
-
-
-def start(model: nn.Module, config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
-    """Change the model as :func:`start_from_adapter` does, after :func:`check_start`.
-
-    Raises:
-        ValueError: for a base with other weights. The model is unchanged then.
-    """
+    _compare(stored_shapes(layers, config), factors, config)
     check_base(model, config)
     for name, group in config.modules.items():
-        layer, live = model.get_submodule(name), group.live(name)
+        layer, live = layers[name], group.live(name)
         if live:
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
             rescale = group.lora_alpha / group.r / layer.scaling
             pairs = zip(layer.lora_parameters(), read_factors(name, layer, config, tensors), strict=True)
             layer.scatter(live, [values * rescale if p is amplitude else values for p, values in pairs])
+    return config

@@ -71,7 +71,7 @@ def grouped(layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]) -> l
 
 
 def own_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]:
-    """The model's low-rank layers. The model may be on "meta".
+    """The model's low-rank layers.
 
     Raises:
         ValueError: unless they are in the adapter's places, of its rank and widths, and share no more than the

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import loralib
 import loralib.interop.peft_method  # which registers LoRA² with peft
-from loralib.interop.peft_format import import_peft
+from loralib.interop.peft_format import export_peft, import_peft
 from loralib.interop.sharding import shard_frozen
 from loralib.merging import merge_into
 from tests.loralib.small import INPUTS, Net, adapted, refused
@@ -185,13 +185,15 @@ def _save_and_load(rank, folder, shards):
     for turn in range(30):  # without waiting for each other the folder is whole at any time
         loralib.save_adapter(model, folder, card={"turn": turn})
         loralib.load_adapter(Net(), folder)
+        export_peft(folder, f"{folder}.peft")
+        import_peft(Net(), f"{folder}.peft")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
 def test_two_processes_that_save_the_same_folder_leave_a_whole_adapter_each_time(tmp_path, shards):
     loralib.save_adapter(adapted(k=2), tmp_path / "a")
-    torch.multiprocessing.spawn(_save_and_load, (str(tmp_path / "a"), shards), nprocs=2)
+    torch.multiprocessing.start_processes(_save_and_load, (str(tmp_path / "a"), shards), nprocs=2, start_method="fork")
     assert loralib.read_adapter_config(tmp_path / "a").card == {"turn": 29}
 
 
