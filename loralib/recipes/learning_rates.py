@@ -45,10 +45,10 @@ def parameter_groups(
     factors = set(map(id, factors_of(model)))
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in (p for p in model.parameters() if p.requires_grad):
-        in_head = head_lr is not None and id(parameter) not in factors
-        groups.setdefault(head_lr if in_head else lr * ratios.get(id(parameter), 1.0), []).append(parameter)
+        rate = lr * ratios.get(id(parameter), 1.0)
+        groups.setdefault(rate if head_lr is None or id(parameter) in factors else head_lr, []).append(parameter)
     if not groups:
-        raise ValueError("nothing trains: call mark_only_lora_as_trainable() first")
+        raise ValueError("nothing trains: inject low-rank layers first")
     if head_lr is not None and all(id(p) in factors for group in groups.values() for p in group):
         raise ValueError("head_lr is for what trains besides the factors, and nothing does: unfreeze the head first")
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]

@@ -18,7 +18,7 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     if kind != "lora":
         layers["layer.1.q"].lora_E.data[2:] = 0
     found = update_statistics(model)
-    fresh = update_statistics(blocks(kind, init=None if kind == "lora" else "orthogonal", r=4, **options))
+    fresh = update_statistics(blocks(kind, r=4, **options))
     assert set(fresh.delta_norms.values()) == {0.0} and fresh.largest_value is None
     for name, layer in layers.items():
         dense = torch.linalg.matrix_norm(layer.delta_weight().detach().double())

@@ -48,6 +48,8 @@ def test_counts_on_encoders_of_the_paper(encoder, kind, options, modules, expect
 @pytest.mark.parametrize("model_type", ["deberta-v2", "roberta", "bert", "electra"])
 def test_the_six_published_names_mean_the_same_on_every_encoder(model_type):
     model = build(model_type)
+    for pattern in SIX:  # none selects another's modules
+        assert len(loralib.match_modules(model, pattern)) == 2
     names = loralib.inject(model, "lora2", SIX, r=2, k=2)
     assert len(names) == len(set(names)) == 12
     for layer in range(2):

@@ -58,7 +58,7 @@ def trained(make, folder, resume=None, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("make", [vit, int8_bert])
+@pytest.mark.parametrize("make", [vit, pytest.param(int8_bert, marks=pytest.mark.slow)])
 def test_resume_of_a_renamed_and_of_a_quantised_model_ends_with_the_same_bits(tmp_path, make):
     if make is int8_bert:
         pytest.importorskip("torchao")
