@@ -38,7 +38,6 @@ from nlu.methods.registry import apply_method
 from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import (
-    check_upload,
     save_run_adapter,
     spectra,
     start_from_adapter,
@@ -66,7 +65,6 @@ def run(arguments: Arguments) -> None:
     """
     training = arguments.training
     start_processes(training.use_cpu)
-    check_upload(arguments)
     folder = RunFolder(
         Path(training.root_output_dir),
         arguments.record,

@@ -66,26 +66,6 @@ def save_run_adapter(
         raise RunError(str(error)) from None
 
 
-def check_upload(arguments: Arguments) -> None:
-    """Refuse ``--push_to_hub`` where the upload at the end of the run would fail.
-
-    Raises:
-        UsageError: offline, or not logged in.
-    """
-    training = arguments.training
-    if not training.push_to_hub:
-        return
-    later = f"leave --push_to_hub out, and upload later: hf upload {training.hub_model_id} RUN_FOLDER/adapter"
-    if huggingface_hub.constants.is_offline_mode():
-        raise UsageError(f"--push_to_hub needs the hub, and HF_HUB_OFFLINE is set: unset it, or {later}")
-    try:
-        huggingface_hub.HfApi().whoami()
-    except Exception as error:  # of the hub's own classes, or of the network's
-        raise UsageError(
-            f"--push_to_hub: the hub gives no account ({reason(error, 200)}): log in with hf auth login, or {later}"
-        ) from None
-
-
 def upload_adapter(training: Any, folder: Path) -> None:
     """Upload ``adapter/`` of a finished run, whose card shows the score, to ``--hub_model_id``.
 

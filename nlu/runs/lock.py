@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from nlu.errors import UsageError
 
 logger = logging.getLogger("nlu")
-_held: set[IO] = set()
-
-
-def _let_go() -> None:
-    for file in _held:
-        file.close()
-
-
-if hasattr(os, "register_at_fork"):  # a data loader's process, which may outlive this one, must not keep its locks
-    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
@@ -44,8 +32,4 @@ def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
             raise UsageError(in_use) from None
         except (ImportError, OSError) as error:  # not a Unix, and some network file systems
             logger.warning("%s cannot be locked (%s): start nothing else there", path.parent, error)
-        _held.add(file)
-        try:
-            yield
-        finally:
-            _held.discard(file)
+        yield

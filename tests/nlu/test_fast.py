@@ -2,8 +2,6 @@
 
 import copy
 import os
-import platform
-import resource
 import subprocess
 import sys
 
@@ -17,7 +15,6 @@ from nlu.fast import speed_up
 from nlu.fast.cpu_attention import NAME, cpu_attention, enable_cpu_attention
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.first_token import enable_first_token
-from nlu.fast.memory import keep_freed_memory
 from tests.nlu.fast_models import assert_same, batch, build, outcome
 from tests.nlu.tiny import REPOSITORY
 
@@ -143,28 +140,11 @@ def test_the_state_dict_and_the_saved_configuration_never_change(technique, kind
         (enable_first_token, lambda: build("electra")),
         (enable_first_token, lambda: BertForTokenClassification(build("bert").config)),
         (enable_cpu_attention, lambda: build("bert", implementation="eager")),
-        (enable_cpu_attention, lambda: nn.Linear(2, 2)),
+        (first_token_on, lambda: build("bert", is_decoder=True)),
     ],
 )
 def test_other_models_are_left_alone(switch_on, model):
     assert not switch_on(model())
-
-
-def test_what_the_cpu_attention_does_not_cover_goes_to_sdpa(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "nlu.fast.cpu_attention.sdpa_attention_forward", lambda *a, **k: asked.append(a) or (a[1], None)
-    )
-    query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
-    causal, plain = nn.Module(), nn.Module()
-    causal.is_causal, plain.is_causal = True, False
-    cpu_attention(causal, query, key, value, None)
-    cpu_attention(plain, query, key[:, :1], value[:, :1], None)
-    cpu_attention(plain, query, key, value, torch.zeros(1, 1, 5, 5))
-    cpu_attention(plain, query, key, value, None, position_bias=torch.zeros(1, 2, 5, 5))
-    assert len(asked) == 4
-    cpu_attention(plain, query, key, value, None, is_causal=False)
-    assert len(asked) == 4
 
 
 # ---- all of them together --------------------------------------------------------------------------------------------
@@ -212,34 +192,6 @@ def test_kernels_are_compiled_once_unless_the_user_keeps_fewer(asked, compiled):
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.split("turn")[1:]
     assert first.count("create:cache_miss") == 1100 and second.count("create:cache_miss") == compiled
-
-
-@pytest.mark.slow
-def test_freed_memory_is_used_again_without_page_faults():
-    if platform.libc_ver()[0] != "glibc":
-        assert not keep_freed_memory()
-        return
-    assert keep_freed_memory()
-
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            torch.ones(8 << 20)  # 32 MiB: 8192 pages, which a mapping of its own would fault in each time
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    faults()
-    assert faults() < 8192
-
-
-def twice_the_last():
-    model = build()
-    model.deberta.z_steps = 2  # DeBERTa's enhanced mask decoder runs the last layer again
-    return model
-
-
-@pytest.mark.parametrize("model", [twice_the_last, lambda: build("bert", is_decoder=True)])
-def test_more_models_are_left_alone(model):
-    assert not first_token_on(model())
 
 
 def test_cpu_attention_scales_as_it_is_asked_to():

@@ -123,22 +123,8 @@ def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(fl
     assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()
 
 
-@pytest.mark.slow
-def test_a_second_signal_ends_the_run_at_once(flags, run_folder, monkeypatch):
-    clock = iter(range(10**9))
-    monkeypatch.setattr("nlu.runs.signals.time.monotonic", lambda: float(next(clock)))
-
-    def twice():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with dying("on_pre_optimizer_step", 2, twice):
-        assert main(flags) == 143
-    assert checkpoints(run_folder / "model")[-1].name == "checkpoint-2"
-
-
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(fine_tuning, "load_data", lambda arguments: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(fine_tuning, "load_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(flags) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to go on\n"
     assert not run_folder.exists()

@@ -1,6 +1,5 @@
 """What a run tells people: lines while it trains, the commands that come next, trackers, and the hub."""
 
-import itertools
 import json
 import re
 import shlex
@@ -16,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib import export
-from nlu import fine_tuning, predict
+from nlu import predict
 from nlu.data.reader import Row
 from nlu.run_glue import main
 from nlu.runs.log import clock
@@ -91,17 +90,6 @@ def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(bas
     assert main(flags) == 0 and read(base_flags)["steps"] == 9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("threshold", "steps"), [(0.15, 9), (0.05, 15)])
-def test_early_stopping_counts_a_gain_from_its_threshold_on(base_flags, monkeypatch, threshold, steps):
-    """The score rises by 0.1 from one evaluation to the next."""
-    scores = itertools.count(1)
-    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores) / 10})
-    flags = [*changed(base_flags, max_steps=15), "--method", "lora", "--early_stopping_patience", "2"]
-    assert main([*flags, "--early_stopping_threshold", str(threshold)]) == 0
-    assert read(base_flags)["steps"] == steps
-
-
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -136,9 +124,6 @@ class Hub:
     def __init__(self, token=None):
         pass
 
-    def whoami(self):
-        return {"name": "me"}
-
     def create_repo(self, name, **options):
         self.calls.append(name)
 
@@ -150,7 +135,6 @@ UPLOAD = ["--method", "lora", "--push_to_hub", "--hub_model_id", "me/cola"]
 
 
 def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [], raising=False)
     assert main([*base_flags, *UPLOAD]) == 0
@@ -162,24 +146,14 @@ def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, m
     assert Hub.calls[2:] == ["me/again", ("me/again", files)] and "uploaded: " in capsys.readouterr().out
 
 
-def test_without_the_hub_nothing_starts_and_a_failed_upload_loses_nothing(base_flags, tmp_path, monkeypatch, capsys):
+def test_a_failed_upload_loses_nothing(base_flags, tmp_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert main([*base_flags, *UPLOAD]) == 2
-    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "whoami", fail)
-    assert main([*base_flags, *UPLOAD]) == 2
-    assert "hf auth login" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    monkeypatch.setattr(Hub, "whoami", lambda self: {})
-    monkeypatch.setattr(Hub, "create_repo", lambda self, name, **options: None)
-    monkeypatch.setattr(Hub, "upload_folder", fail)
+    monkeypatch.setattr(Hub, "create_repo", fail)
     assert main([*base_flags, *UPLOAD]) == 1
-    error = capsys.readouterr().err
-    assert error.endswith(f"(no route): hf upload me/cola {tmp_path}/run/adapter\n")
+    assert capsys.readouterr().err.endswith(f"(no route): hf upload me/cola {tmp_path}/run/adapter\n")
     assert read(base_flags)["status"] == "finished"
 
 
