@@ -56,19 +56,6 @@ def test_resuming_from_the_state_is_exact(stop, tmp_path):
     assert torch.equal(fresh.importance_scores(), whole_allocator.importance_scores())
 
 
-def test_scoring_the_outer_factors_too_adds_to_every_importance():
-    both = []
-    for importance in ("inner", "full"):
-        model = model_to_prune()
-        allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE | {"importance": importance})
-        for t in range(1, 8):  # before anything is pruned: both see the same weights and gradients
-            random_step(model, torch.Generator().manual_seed(t))
-            allocator.update_and_mask(model, t) if t <= SCHEDULE["init_warmup"] else None
-        both.append(allocator)
-    inner, full = both
-    assert (full.importance_scores() > inner.importance_scores()).all()
-
-
 def test_a_state_of_another_run_is_refused_and_changes_nothing():
     model = model_to_prune()
     allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
@@ -143,17 +130,6 @@ def test_a_gradient_that_is_not_finite_leaves_the_scores_alone():
             allocator.update_and_mask(model, step)
         scores.append(allocator.importance_scores())
     assert scores[0].isfinite().all() and torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
-
-
-def test_a_resumed_training_says_the_threshold_of_the_held_mask():
-    model = model_to_prune()
-    allocator = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
-    for t in range(1, 34):
-        random_step(model, torch.Generator().manual_seed(t))
-        _, threshold = allocator.update_and_mask(model, t)
-    fresh = loralib.RankAllocator(model, 4, 2, **SCHEDULE)
-    fresh.load_state_dict(allocator.state_dict())
-    assert fresh.update_and_mask(model, 34)[1] == threshold
 
 
 def test_of_equal_scores_the_later_stay():

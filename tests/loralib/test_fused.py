@@ -173,15 +173,6 @@ def test_transforms_of_torch_func(layer):
     torch.testing.assert_close(tangent, x.sin() @ (layer.weight + layer.delta_weight()).T, rtol=1e-4, atol=1e-4)
 
 
-def test_can_be_traced(monkeypatch):
-    """Above the size from which oneDNN's own operator is called, which no trace takes."""
-    monkeypatch.setattr("loralib.fused._WORTHWHILE", 0)
-    layer, x = trained_layer(), torch.randn(6, 16)
-    with torch.no_grad():
-        traced = torch.jit.trace(layer.eval(), x)
-        torch.testing.assert_close(traced(x), layer(x))
-
-
 KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"widths": (4, 3)})]
 
 

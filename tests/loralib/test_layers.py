@@ -206,23 +206,6 @@ def test_a_merge_into_bfloat16_rounds_once():
     assert torch.equal(layer.weight, expected)
 
 
-def test_float64_stays_float64_below_autocast():
-    layer, x = randomise(loralib.LoRA2Linear(11, 7, 4, 12.0, k=3)).double(), torch.randn(5, 11, dtype=torch.float64)
-    expected = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(layer(x), expected)
-
-
-def test_the_dropout_of_an_update_follows_its_own_mode():
-    """As for an average over dropout masks in evaluation."""
-    layer, x = random_layer((3,), lora_dropout=0.5).eval(), torch.randn(4, 11)
-    quiet = layer(x)
-    layer.lora_dropout.train()
-    assert not torch.equal(layer(x), quiet)
-    layer.train().lora_dropout.eval()
-    assert torch.equal(layer(x), quiet)
-
-
 def test_factors_without_values_are_not_computed_with():
     with torch.device("meta"):
         layer = loralib.LoRA2Linear(11, 7, 4, 12.0)

@@ -1,6 +1,5 @@
 """The helper for plain loops: what a step does, what it warns of, and exact resumption."""
 
-import copy
 import re
 import warnings
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 import loralib
 from loralib.recipes.exact_factors import ExactFactors, deviations
@@ -304,31 +302,3 @@ def test_an_adapter_loaded_into_the_layers_of_a_training_trains_on(tmp_path):
     loralib.load_adapter(model, folder)
     stepped(training, 7, optimizer, **squares)
     assert training.allocator.live_rank == 6
-
-
-def test_layers_may_lie_on_several_devices(monkeypatch):
-    """As a large model split over GPUs: fake tensors know their device, and refuse to meet one of another."""
-    monkeypatch.setattr("loralib.allocator.most_important", lambda scores, _: (scores > 0, None))  # slicing needs CUDA
-    with FakeTensorMode():
-        model = blocks("lora2", std=1.0, r=4, k=3)
-        for number, layer in enumerate(loralib.lora_layers(model).values()):
-            for tensor in layer.parameters():
-                tensor.fake_device = torch.device("cuda", number)
-        with torch.no_grad():  # autograd would look for CUDA's streams
-            training = loralib.LowRankTraining(model, 10, target_rank=2, mask_interval=1)
-            for layer in loralib.lora_layers(model).values():
-                layer.lora_E.grad = torch.zeros_like(layer.lora_E)
-            for _ in range(9):
-                assert training.penalty().device == torch.device("cuda", 0)
-                training.after_step()
-
-
-def test_a_training_is_copied_with_its_model():
-    """The copy trains and prunes the copied model, and leaves the first one alone."""
-    model = blocks("multiscale", 2, (12, 9), std=0.3, r=4, widths=(4,))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    options = {"total_steps": 8, "target_rank": 2, "init_warmup": 1, "final_warmup": 4, "mask_interval": 1}
-    trained, low_rank = copy.deepcopy((model, loralib.LowRankTraining(model, **options)))
-    stepped(low_rank, 8, loss=lambda model: sum(p.square().sum() for p in parameters(model)))
-    assert sum(int(layer.lora_E.count_nonzero()) for layer in loralib.lora_layers(trained).values()) == 4
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
