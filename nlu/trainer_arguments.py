@@ -43,6 +43,8 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         "metric_for_best_model": metric and f"eval_{metric}",
         "greater_is_better": metric and True,
     }
+    if not values["gradient_checkpointing"]:  # transformers warns of its older name wherever that is given
+        del values["gradient_checkpointing"]
     try:
         training = TrainingArguments(**values)
     except (ValueError, ImportError) as error:
