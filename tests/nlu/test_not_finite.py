@@ -55,4 +55,5 @@ def test_a_base_that_is_not_finite_is_not_scored(encoder, tiny_glue, tmp_path, r
     assert main([*changed(tiny_run(base, glue, run_folder), task_name=task), "--do_predict"]) == 1
     stage = {"validation": "evaluation", "test": "prediction"}[split]
     assert f"the model gives NaN or infinity in the {stage}" in error_line(capsys)
-    assert read(tiny_run(base, glue, run_folder))["status"] == "failed" and not (run_folder / "predictions").exists()
+    assert read(tiny_run(base, glue, run_folder))["status"] == "failed"
+    assert not list(run_folder.glob(f"predictions/*{split}*")) and not (run_folder / "predictions/CoLA.tsv").exists()
