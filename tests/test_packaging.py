@@ -53,14 +53,6 @@ def test_the_library_needs_torch_safetensors_and_numpy_only():
     assert set(re.findall(r'"([^"]+)"', library.group(1))) <= set(listed)
 
 
-def test_the_command_lists_its_programs_and_refuses_others(capsys):
-    assert main([]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in PROGRAMS)
-    assert main(["trian"]) == 2
-    assert "choose from train" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_each_program_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as ended:

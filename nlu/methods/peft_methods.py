@@ -8,7 +8,6 @@ for the other methods. AdaLoRA, the one method that acts inside the training loo
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nlu import PEFT_FOLDER, peft_file
 from nlu.errors import UsageError, reason
 from nlu.flags import Flag
+from nlu.json_yaml import read_json
 from nlu.methods.low_rank import LORA_MODULE, adapted_modules
 from nlu.methods.method import AppliedMethod, Method, train_only
 
@@ -42,16 +42,11 @@ def read_peft_config(name: str) -> tuple[Path, Any]:
         UsageError: for a missing file, or one that is no JSON.
     """
     path = peft_file(name)
-    if not path.is_file():
+    values = read_json(path, "give a peft config file")
+    if values is None:
         ready = ", ".join(sorted(p.stem for p in PEFT_FOLDER.glob("*.json")))
         raise UsageError(f"--peft_config: there is no file {name}; give a peft config file, or one of {ready}")
-    try:
-        return path, json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: no peft config ({reason(error)}): {_PEFT_CONFIG}") from None
-
-
-_UNFIT = {"POLY": "needs the number of a task with each row", "SHADOW": "wraps the whole model"}
+    return path, values
 
 
 def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
@@ -80,8 +75,6 @@ def make_peft_config(values: Any, source: str | Path, total_steps: int) -> Any:
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{source}: {reason(error)}") from None
-    if kind.value in _UNFIT:
-        raise UsageError(f"{source}: {kind.value} {_UNFIT[kind.value]}, which this program does not do")
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
         raise UsageError(f"{source}: {kind.value} changes the input, not layers; name a method that changes layers")
     return config

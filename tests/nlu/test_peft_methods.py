@@ -1,6 +1,5 @@
 """peft's own methods: its AdaLoRA's regulariser, allocation and resume, and configs that cannot be used."""
 
-import importlib
 import json
 
 import pytest
@@ -38,17 +37,10 @@ def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("{", "cannot be read"), ("[]", "no peft config"),
-    ('{"peft_type": "NOSUCH"}', "no peft config"), ('{"peft_type": "LORA", "rank": 8}', "unexpected keyword"),
+    ('{"peft_type": "NOSUCH"}', "no peft config"),
     ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}', "changes the input"),
-    ('{"peft_type": "POLY"}', "needs the number of a task with each row"),
-    ('{"peft_type": "SHADOW"}', "wraps the whole model"),
     ('{"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}', "tinit + tfinal = 5 + 5 = 10 leaves no step"),
-    ('{"peft_type": "ADALORA", "tinit": null}', "tinit, tfinal: "),
-    ('{"peft_type": "LORA", "rank_pattern": [1]}', "LORA: "),
     ('{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}', "at random"),
-    ('{"peft_type": "LORA", "target_modules": ["nosuch"]}', "nosuch"),
-    ('{"peft_type": "LORA", "target_modules": "(["}', "unterminated"),
 ])  # fmt: skip
 def test_a_bad_peft_config_is_one_line(content, message, tmp_path, base_flags, capsys):
     (tmp_path / "config.json").write_text(content)
@@ -56,23 +48,4 @@ def test_a_bad_peft_config_is_one_line(content, message, tmp_path, base_flags, c
     assert main([*flags, "--method", "peft", "--peft_config", str(tmp_path / "config.json"), "--max_steps", "10"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("error: ")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_missing_peft_or_config_says_what_to_do(base_flags, tmp_path, capsys, monkeypatch):
-    flags = [f for f in base_flags if f not in ("--lora_r", "4", "--lora_alpha", "32")]
-    assert main([*flags, "--method", "peft", "--peft_config", "nosuch"]) == 2
-    assert "dora" in capsys.readouterr().err
-    assert main([*flags, "--method", "peft"]) == 2
-    assert "--peft_config" in capsys.readouterr().err
-    original = importlib.import_module
-
-    def without_peft(name, package=None):
-        if name == "peft":
-            raise ImportError(name)
-        return original(name, package)
-
-    monkeypatch.setattr(importlib, "import_module", without_peft)
-    assert main([*flags, "--method", "dora"]) == 2
-    assert "pip install 'peft" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
