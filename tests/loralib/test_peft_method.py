@@ -187,18 +187,6 @@ def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by()
         torch.testing.assert_close(out, model.merge_and_unload()(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"r": 0}, ValueError, "r must be a whole number"), ({"init": "zeros"}, ValueError, "init must be one of"),
-    ({"target_modules": ["layers"]}, ValueError, "linear layers"), ({"rank": 8}, TypeError, "rank"),
-    ({"target_modules": r".*\.q", "layers_to_transform": 0}, ValueError, "is an expression"),
-])  # fmt: skip
-def test_what_is_refused(options, error, message):
-    base = Net()
-    with pytest.raises(error, match=message):
-        get_peft_model(base, LoRA2Config(**{"target_modules": ["q"], **options}))
-    assert not any(isinstance(module, LoRA2Layer) for module in base.modules())
-
-
 @pytest.mark.parametrize("call, instead", [
     (loralib.save_adapter, "save_pretrained"), (loralib.compact, "base_model.compact"),
     (loralib.merge_adapter, "merge_and_unload"), (loralib.unmerge_adapter, "unmerge_adapter"),

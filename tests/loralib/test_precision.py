@@ -11,15 +11,6 @@ from loralib.interop.precision import cast_frozen
 from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, randomise, refused
 
 
-def test_a_dtype_or_head_that_is_none_is_refused():
-    """test_architectures.py has the models that take no half precision."""
-    for dtype, head, says in [
-        (torch.bfloat16, nn.Linear(16, 3), "not a module of the model"), (torch.int8, (), "floating"),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=says):
-            cast_frozen(tiny(), dtype, head)
-
-
 def test_a_fresh_model_is_cast_but_for_its_head_and_factors_that_come_later_are_float32():
     """The order of the documents, cast, quantise, inject: nothing is frozen before the last of them."""
     model, ids = Tiny(), torch.arange(12).view(2, 6)
