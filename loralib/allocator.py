@@ -11,7 +11,6 @@ them, a constant within a layer, though not across layers, over which the thresh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,13 +21,18 @@ from loralib.layers import LoRALayer
 from loralib.model import lora_layers, trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
+_STEPS = ("total_step", "init_warmup", "final_warmup")
+_SETTINGS = (*_STEPS, "lora_r", "target_total_rank", "mask_interval", "beta1", "beta2", "importance")
 
 
-@dataclass(eq=False)
-class AllocatorSettings:
-    """When, how much and by what a :class:`RankAllocator` prunes.
+class RankAllocator:
+    """Prunes the singular values of all layers against one global budget.
+
+    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
+    A layer that is frozen, before or afterwards, keeps its singular values, and the budget is that of the other layers.
 
     Args:
+        model: holds low-rank layers with singular values, all of rank ``lora_r``.
         lora_r: initial rank of each layer. target_rank: average final rank of a layer.
         init_warmup: steps before pruning starts. final_warmup: last steps, with the mask held. A tenth and half of the
             training where None.
@@ -38,35 +42,64 @@ class AllocatorSettings:
         target_total_rank: final number of singular values over all layers, in place of target_rank × layers.
         importance: ``"inner"`` or ``"full"``, see the module's text.
 
+    Attributes:
+        initial_total_rank, target_total_rank: singular values over all layers at the start and at the end.
+
     Raises:
         ValueError: for a value out of range or a contradiction; the message says what to change.
     """
 
-    lora_r: int
-    target_rank: int
-    init_warmup: int | None = None
-    final_warmup: int | None = None
-    mask_interval: int = 10
-    beta1: float = 0.85
-    beta2: float = 0.85
-    total_step: int | None = None
-    target_total_rank: int | None = None
-    importance: str = "inner"
-
-    def __post_init__(self) -> None:
-        least = {"target_rank": 1, "mask_interval": 1, "target_total_rank": 1}
-        least |= {"init_warmup": 0, "final_warmup": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) is not None:
-                check_whole_number(name, getattr(self, name), smallest)
-        if self.target_rank > self.lora_r:
-            raise ValueError(f"target_rank ({self.target_rank}) is larger than the layers' rank r ({self.lora_r})")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {getattr(self, name)!r}")
-        check_choice("importance", self.importance, IMPORTANCES)
-        if self.total_step is not None:
-            self.set_total_step(self.total_step)
+    def __init__(
+        self,
+        model: nn.Module,
+        lora_r: int,
+        target_rank: int,
+        init_warmup: int | None = None,
+        final_warmup: int | None = None,
+        mask_interval: int = 10,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        total_step: int | None = None,
+        *,
+        target_total_rank: int | None = None,
+        importance: str = "inner",
+    ) -> None:
+        for name, value, least in (
+            ("target_rank", target_rank, 1), ("target_total_rank", target_total_rank, 1),
+            ("mask_interval", mask_interval, 1), ("init_warmup", init_warmup, 0), ("final_warmup", final_warmup, 0),
+        ):  # fmt: skip
+            if value is not None:
+                check_whole_number(name, value, least)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 < beta < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {beta!r}")
+        check_choice("importance", importance, IMPORTANCES)
+        # By name, so that ties do not depend on the order in which modules were registered.
+        layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
+        for name, layer in layers.items():
+            if layer.r != lora_r:
+                raise ValueError(f"all layers must have rank {lora_r} to be pruned, {name} has {layer.r}")
+        self.model, self._names, self.lora_r = model, list(layers), lora_r
+        self.initial_total_rank = lora_r * len(layers)
+        self.target_total_rank = target_rank * len(layers) if target_total_rank is None else target_total_rank
+        if self.target_total_rank > self.initial_total_rank:
+            raise ValueError(
+                f"the target of {self.target_total_rank} singular values is larger than the {self.initial_total_rank} "
+                f"of {len(layers)} layers of rank {lora_r}"
+            )
+        self.init_warmup, self.final_warmup, self.mask_interval = init_warmup, final_warmup, mask_interval
+        self.beta1, self.beta2, self.importance = beta1, beta2, importance
+        self.total_step: int | None = None
+        scored = self._scored(list(layers.values()))
+        device = scored[0][0].device
+        self._mask = torch.ones(len(layers), lora_r, dtype=torch.bool, device=device)
+        # Ī and Ū of all scored entries, one parameter behind the other.
+        self._sensitivity = torch.zeros(sum(p.numel() for p, *_ in scored), dtype=torch.float32, device=device)
+        self._uncertainty = torch.zeros_like(self._sensitivity)
+        self._threshold: Tensor | None = None
+        self._final_mask_set = False
+        if total_step is not None:
+            self.set_total_step(total_step)
 
     def set_total_step(self, total_step: int) -> None:
         """Say how many optimiser steps the training has.
@@ -79,49 +112,6 @@ class AllocatorSettings:
         final = total_step // 2 if self.final_warmup is None else self.final_warmup
         check_schedule(init, final, total_step)
         self.init_warmup, self.final_warmup, self.total_step = init, final, total_step
-
-
-class RankAllocator(AllocatorSettings):
-    """Prunes the singular values of all layers against one global budget.
-
-    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
-    A layer that is frozen, before or afterwards, keeps its singular values, and the budget is that of the other layers.
-
-    Args:
-        model: holds low-rank layers with singular values, all of rank ``lora_r``.
-        args, settings: those of :class:`AllocatorSettings`, by place or by name.
-
-    Raises:
-        ValueError: for a value out of range or a contradiction; the message says what to change.
-    """
-
-    target_total_rank: int
-
-    def __init__(self, model: nn.Module, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.model = model
-        # By name, so that ties do not depend on the order in which modules were registered.
-        layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
-        for name, layer in layers.items():
-            if layer.r != self.lora_r:
-                raise ValueError(f"all layers must have rank {self.lora_r} to be pruned, {name} has {layer.r}")
-        self._names = list(layers)
-        self.initial_total_rank = self.lora_r * len(layers)
-        if self.target_total_rank is None:
-            self.target_total_rank = self.target_rank * len(layers)
-        if self.target_total_rank > self.initial_total_rank:
-            raise ValueError(
-                f"the target of {self.target_total_rank} singular values is above the {self.initial_total_rank} of "
-                f"{len(layers)} layers of rank {self.lora_r}"
-            )
-        scored = self._scored(list(layers.values()))
-        device = scored[0][0].device
-        self._mask = torch.ones(len(layers), self.lora_r, dtype=torch.bool, device=device)
-        # Ī and Ū of all scored entries, one parameter behind the other.
-        self._sensitivity = torch.zeros(sum(p.numel() for p, *_ in scored), dtype=torch.float32, device=device)
-        self._uncertainty = torch.zeros_like(self._sensitivity)
-        self._threshold: Tensor | None = None
-        self._final_mask_set = False
 
     def _layers(self) -> list[LoRALayer]:
         found = lora_layers(self.model)
@@ -265,7 +255,7 @@ class RankAllocator(AllocatorSettings):
         """All that a resumed training needs: tensors (on the CPU) and plain values."""
         return {
             "layers": list(self._names),
-            "settings": {field.name: getattr(self, field.name) for field in fields(self)},
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
             "sensitivity": self._sensitivity.cpu(),
             "uncertainty": self._uncertainty.cpu(),
             "mask": self._mask.cpu(),
@@ -281,7 +271,7 @@ class RankAllocator(AllocatorSettings):
         """
         saved, own = dict(state["settings"]), self.state_dict()["settings"]
         if self.total_step is None:  # then the saved training's
-            own |= {name: saved[name] for name in ("total_step", "init_warmup", "final_warmup")}
+            own |= {name: saved[name] for name in _STEPS}
         if own["total_step"] != saved["total_step"]:
             raise ValueError(
                 f"the pruning was planned over {saved['total_step']} optimiser steps, and now the training has "
@@ -291,7 +281,7 @@ class RankAllocator(AllocatorSettings):
             raise ValueError(f"the allocator state was saved with {name}={saved.get(name)}, now it is {own[name]}")
         if state["layers"] != self._names or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")
-        for name in ("total_step", "init_warmup", "final_warmup"):
+        for name in _STEPS:
             setattr(self, name, own[name])
         for name in ("mask", "sensitivity", "uncertainty"):
             getattr(self, f"_{name}").copy_(state[name])

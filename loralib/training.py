@@ -13,13 +13,12 @@ A plain loop calls the model's optimiser through ``step``::
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralib.allocator import AllocatorSettings, RankAllocator
+from loralib.allocator import RankAllocator
 from loralib.checks import check_not_negative, check_whole_number
 from loralib.model import factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import compute_orth_regu
@@ -75,9 +74,6 @@ class LowRankTraining:
         self._begin()
 
     def _allocator_options(self, rank: int | None, total: int | None, options: dict[str, Any]) -> dict[str, Any] | None:
-        known = sorted({field.name for field in fields(AllocatorSettings)} - {"lora_r", "total_step"})
-        if unknown := sorted(options.keys() - set(known)):
-            raise TypeError(f"unknown option {unknown[0]}; the options of pruning are {', '.join(known)}")
         if rank is None and total is None:
             if given := [name for name, value in options.items() if value is not None]:
                 raise ValueError(f"{given[0]} has no meaning without target_rank: give that, or leave it out")

@@ -76,13 +76,13 @@ def test_a_state_of_another_run_is_refused_and_changes_nothing():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"target_rank": 5}, "larger than the layers' rank"),
+        ({"target_rank": 5}, "15 singular values is larger"),
         ({"lora_r": 3}, "has 4"),
         ({"mask_interval": 0}, "mask_interval"),
         ({"init_warmup": 32}, "32 + 8 = 40"),
         ({"beta2": float("nan")}, "beta2"),
         ({"importance": "outer"}, "importance"),
-        ({"target_total_rank": 13}, "above the 12"),
+        ({"target_total_rank": 13}, "larger than the 12"),
         ({"total_step": 40.5}, "total_step must be a whole number"),
     ],
 )
