@@ -46,23 +46,25 @@ def adapter_card(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
     """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
     head = sum(tensors[name].numel() for name in config.head)
     factors = sum(tensor.numel() for tensor in tensors.values()) - head
-    names = {_name(group) for group in config.groups} or {"Parameter"}
-    rows = [("base model", config.base_model or "not recorded")]
-    rows += [("base revision", config.base_revision or "not recorded")]
-    rows += [(key, _cell(config.card[key])) for key in _SHOWN if key in config.card]
-    if labels := label_order(config):
-        rows += [("labels", _cell(labels))]
-    rows += [("adapter parameters", f"{factors:,}"), ("other trained parameters", f"{head:,}")]
-    for group in config.groups:
-        live = [flags.count("1") for flags in group.rank_pattern.values()]
+    rows = {
+        "base model": config.base_model or "not recorded",
+        "base revision": config.base_revision or "not recorded",
+        **{key: config.card[key] for key in _SHOWN if key in config.card},
+        **({"labels": labels} if (labels := label_order(config)) else {}),
+        "adapter parameters": f"{factors:,}",
+        "other trained parameters": f"{head:,}",
+    }
+    for number, group in enumerate(config.groups, 1):
+        live = [len(group.live(name)) for name in group.rank_pattern]
         scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
-        settings = f"{_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}"
-        ranks = f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
-        rows.append((f"{len(live)} layers", f"{settings}; {ranks}"))
+        rows[f"layers ({number})"] = (
+            f"{len(live)} of {_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}; "
+            f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
+        )
     return _ADAPTER.format(
-        title=" and ".join(sorted(names)),
+        title=" and ".join(sorted({_name(group) for group in config.groups})) or "Parameter",
         architecture=config.architecture,
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows),
+        rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
         how_to_load=_how_to_load(config),
     )
 
