@@ -246,12 +246,10 @@ class LoRALayer(nn.Linear):
         if not self.widths:
             return torch.diag(values)
         left, right = self.lora_B[1], self.lora_A[1]
-        if len(self.widths) == 1:
-            return fold(left, values, right)
-        with without_autocast(left.device.type):  # as fold does
+        with without_autocast(left.device.type):
             for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
                 left, right = left @ inner_b, inner_a @ right
-            return (left * values) @ right
+        return fold(left, values, right)
 
     def delta_weight(self) -> Tensor:
         """The update ΔW with its scaling, shape (out, in), in the factors' dtype. For merging and inspection."""

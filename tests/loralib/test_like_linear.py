@@ -167,13 +167,6 @@ def test_a_layer_that_computes_something_else_is_refused(change, reason):
         loralib.inject(model, "lora2", ["0", "1"])
 
 
-def test_a_weight_that_is_computed_since_cannot_be_merged_into():
-    model = two_layers()
-    nn.utils.parametrizations.orthogonal(model[0], "weight")
-    with refused("computed by a hook", model):
-        loralib.merge_adapter(model)
-
-
 def test_the_presets_are_one_layer():
     for kind, cls in loralib.injection.KINDS.items():
         model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
