@@ -387,16 +387,7 @@ def markdown(text: pd.DataFrame) -> str:
 
 
 def latex(text: pd.DataFrame, name: str, caption: str) -> str:
-    """A printed table as a `table` environment for the booktabs package."""
-    escaped = text.map(latex_text).rename(columns=latex_text)
-    sides = "l" + "r" * (len(escaped.columns) - 1)
-    return escaped.to_latex(index=False, escape=False, column_format=sides, caption=caption, label=f"tab:{name}")
-
-
-def latex_text(text: str) -> str:
-    """Text with LaTeX's special characters written out; other letters are UTF-8, which LaTeX reads."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-               "²": r"\textsuperscript{2}", "−": "$-$", "Δ": r"$\Delta$", "Λ": r"$\Lambda$",
-               "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-               **{c: f"\\{c}" for c in "&%$#_{}"}}  # fmt: skip
-    return "".join(special.get(character, character) for character in text)
+    """A printed table as a `table` environment for the booktabs package; letters beyond ASCII are UTF-8."""
+    plain = text.replace("−", "-", regex=True)
+    sides = "l" + "r" * (len(text.columns) - 1)
+    return plain.to_latex(index=False, escape=True, column_format=sides, caption=caption, label=f"tab:{name}")

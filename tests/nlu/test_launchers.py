@@ -29,6 +29,7 @@ def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path,
     assert log.read_text() == f"{threads}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
     log = tmp_path / "log"

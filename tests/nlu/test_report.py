@@ -15,10 +15,12 @@ from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 
 @pytest.fixture
-def make(tmp_path, capsys):
-    """Write lines and questions, run the report; returns (exit code, stdout, stderr)."""
+def make(tmp_path, capsys, monkeypatch):
+    """Write lines and questions, run the report; returns (exit code, stdout, stderr). Figures are drawn where asked."""
 
-    def call(lines, *flags, experiment="trial", questions=QUESTIONS):
+    def call(lines, *flags, experiment="trial", questions=QUESTIONS, figures=False):
+        if not figures:
+            monkeypatch.setattr(report, "draw", lambda *_: [])
         write(tmp_path / "measured", experiment, lines)
         (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
         code = report.main(
@@ -34,7 +36,7 @@ def rows_of_csv(path):
 
 
 def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path):
-    assert make(trial())[0] == 0
+    assert make(trial(), figures=True)[0] == 0
     page = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (.*)", page, re.M) == [
         "Does the larger one score more on CoLA and STS-B?", "Open questions", "How to read the tables"
@@ -52,23 +54,29 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert {row["tried"] for row in tuning if row["chosen"] == "True"} == {"{'learning_rate': 0.001}"}
 
 
-def test_the_same_lines_give_the_same_bytes_and_what_is_drawn_no_more_goes(make, tmp_path):
+def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, tmp_path):
     make(trial())
-    first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".png", ".csv")}
-    (tmp_path / "figures/mine.png").touch()
+    first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
+    (tmp_path / "tables/mine.csv").touch()
     make(trial()[::-1])
     assert all(path.read_bytes() == content for path, content in first.items())
     make([each for each in trial() if each["stage"] == "final"])
-    assert not (tmp_path / "figures/trial_rates.png").exists() and (tmp_path / "figures/mine.png").exists()
+    assert not (tmp_path / "tables/trial_tuning.csv").exists() and (tmp_path / "tables/mine.csv").exists()
+
+
+def test_a_figure_has_the_same_bytes_for_the_same_lines():
+    runs = as_frame(("one", line("LoRA r=8", "rte", s, [0.5, 0.6])) for s in (1, 2))
+    scores = score_frame(runs, Question("", "one"))
+    assert len({draw("one", runs, runs, scores)[0].image("svg") for _ in range(2)}) == 1
 
 
 @pytest.mark.parametrize(
     ("form", "made"), [("latex", "tables/trial_scores.tex"), ("svg", "figures/trial_differences.svg")]
 )
 def test_other_formats_are_made_on_request(make, tmp_path, form, made):
-    assert make(trial(2), "--format", form)[0] == 0
+    assert make(trial(2), "--format", form, figures=form == "svg")[0] == 0
     text = (tmp_path / made).read_text()
-    assert form == "svg" or (r"LoRA\textsuperscript{2} k=8" in text and text.count(r"\\") == 1 + 5)
+    assert form == "svg" or ("LoRA² k=8" in text and text.count(r"\\") == 1 + 5)
 
 
 def test_headings_and_settings_come_from_the_lines(make, tmp_path):
