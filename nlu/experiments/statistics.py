@@ -289,25 +289,31 @@ def student_t(runs: pd.DataFrame, column: str = "last") -> StudentT | None:
     Maximum likelihood by iterated reweighting with `FREEDOM` degrees of freedom: a lost run counts little, and none is
     left out. None where no label and task has two runs.
     """
-    cells, tasks = [runs.label, runs.task], runs.task
-    scores = runs[column].astype(float)
-    sizes = scores.groupby(cells).size()
-    freedoms = scores.groupby(tasks).size() - sizes.groupby(level="task").size()
+    scores = runs[column].to_numpy(float)
+    cells = pd.MultiIndex.from_frame(runs[["label", "task"]])
+    cell, cell_names = cells.factorize()
+    task, task_names = runs.task.factorize()
+    sizes = np.bincount(cell)
+    freedoms = np.bincount(task) - np.bincount(task_names.get_indexer(cell_names.get_level_values(1)))
     if not len(runs) or freedoms.min() < 1:
         return None
-    weights = pd.Series(1.0, runs.index)
+    weights = np.ones(len(runs))
     for _ in range(1000):
-        centres = (weights * scores).groupby(cells).sum() / weights.groupby(cells).sum()
-        residuals = scores - centres.reindex(pd.MultiIndex.from_arrays(cells)).to_numpy()
-        variances = (weights * residuals**2).groupby(tasks).sum() / freedoms
-        ratio = (residuals**2 / tasks.map(variances)).fillna(0.0)  # equal scores have no scale
-        new = (FREEDOM + 1) / (FREEDOM + ratio)
-        converged = float((new - weights).abs().max()) < 1e-10
-        weights = new
-        if converged:
+        centres = np.bincount(cell, weights * scores) / np.bincount(cell, weights)
+        squares = (scores - centres[cell]) ** 2
+        variances = np.bincount(task, weights * squares) / freedoms
+        scales = variances[task]
+        ratio = np.divide(squares, scales, out=np.zeros_like(squares), where=scales > 0)  # equal scores have no scale
+        before, weights = weights, (FREEDOM + 1) / (FREEDOM + ratio)
+        if np.abs(weights - before).max() < 1e-10:
             break
     information = (FREEDOM + 3) / (FREEDOM + 1)  # of a location's estimate, against that with normal errors
-    return StudentT(centres, sizes, variances * information, int(freedoms.sum()))
+    return StudentT(
+        pd.Series(centres, cell_names),
+        pd.Series(sizes, cell_names),
+        pd.Series(variances * information, task_names),
+        int(freedoms.sum()),
+    )
 
 
 @dataclass(frozen=True)
