@@ -131,6 +131,9 @@ def test_bad_rows_up_to_a_tenth_can_be_skipped_and_are_counted(tmp_path, caplog)
     _, splits, skipped = own_files.load_own_files({"train": path}, skip_bad_rows=True)
     assert skipped == {"train": 2} and splits["train"]["idx"] == [*range(1, 10), *range(11, 20)]
     assert "2 of 20 rows are left out; the first: " in caplog.text and "line 2: column 'text' is empty" in caplog.text
+    path.write_text(path.read_text().replace("text 5,", ","))
+    with pytest.raises(UsageError, match=r"3 of 20 rows are bad; the first: .*line 2: column 'text' is empty$"):
+        own_files.load_own_files({"train": path}, skip_bad_rows=True)
 
 
 def test_a_file_of_another_encoding_is_not_skipped_but_read_with_it(tmp_path):
