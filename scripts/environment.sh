@@ -40,11 +40,8 @@ run() {
             --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
             --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
     fi
-    case ${DRY_RUN:-0} in
-        0) exec "$PYTHON" "$@" ;;
-        null) printf '%s\0' "$PYTHON" "$@" ;; # for a program to read: each word ends in a NUL
-        *) printf '%q ' "$PYTHON" "$@" && echo ;;
-    esac
+    [[ ${DRY_RUN:-0} == 0 ]] && exec "$PYTHON" "$@"
+    printf '%q ' "$PYTHON" "$@" && echo
 }
 
 for word in "$@"; do

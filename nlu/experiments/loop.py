@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
-from nlu.experiments.launchers import RUN_GLUE, Job, LocalLauncher, SlurmLauncher
+from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.records import comparable, measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import READ, content_digests
@@ -170,26 +169,17 @@ def _found(word: str) -> str:
 
 
 def parsed_command(run: Run, places: Places) -> Any:
-    """A run's command as run_glue reads it, that of a script of scripts/ as the script would start it.
-
-    None for a command of the user's, which might begin to train when asked.
+    """A run's command as run_glue reads it; None for a command of the user's, which might begin to train when asked.
 
     Raises:
         UsageError: names the run and what it cannot be started with.
     """
     from nlu.arguments import parse_arguments
 
-    words, start = command_line(run, places), len(places.command)
     if run.command and not places.forced:
-        if not any((ROOT / "scripts" / Path(word).name).is_file() for word in run.command if word.endswith(".sh")):
-            return None
-        shown = subprocess.run(["env", "DRY_RUN=null", *words], capture_output=True, text=True)
-        if shown.returncode:
-            raise UsageError(f"{run.folder}: {shown.stderr.strip().removeprefix('error: ')}")
-        words = shown.stdout.split("\0")[:-1]
-        start = next(i for i, word in enumerate(words, 1) if Path(word).name == RUN_GLUE.name)
+        return None
     try:
-        return parse_arguments(words[start:])
+        return parse_arguments(command_line(run, places)[len(places.command) :])
     except UsageError as error:
         raise UsageError(f"{run.folder}: {error}") from None
 
