@@ -290,7 +290,10 @@ def published_flags(words: list[str], method: str) -> list[str]:
     settings = read_yaml(path) if path.is_file() else {}
     if chosen.published not in settings:
         raise UsageError(f"--published {chosen.published}: {path} has {', '.join(settings) or 'no settings'}")
-    section = settings[chosen.published]
+    layers = read_yaml(TASK_FOLDER / "every_task.yaml")[chosen.published], settings[chosen.published]
     read = {flag.name for flag in METHODS[method].flags}
-    shared = {n: v for n, v in section.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
-    return _mapping_flags(shared | section.get(method, {}), path.name)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        shared = {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
+        merged |= shared | layer.get(method, {})
+    return _mapping_flags(merged, path.name)
