@@ -37,12 +37,12 @@ SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda
 
 
 CASES = {
-    "in an epoch, evaluation at other steps": (f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8),
     "exact factors, a rate of the head": (f"{STEPS} {PLUS}", 6),
     "epochs": (f"{EPOCHS} --save_strategy epoch", 7),
     "best model at the end": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 8),
 }
 SLOW_CASES = {
+    "in an epoch, evaluation at other steps": (f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8),
     "layers that are no update of a weight": (f"{STEPS} --method padapter", 6),
     "peft's allocation": (f"{STEPS} --method peft --peft_config adalora.json", 2),
     "end of an epoch": (f"{STEPS.replace('save_steps 2', 'save_steps 7')} --method adalora", 7),

@@ -1,7 +1,6 @@
 """The adapter that a run leaves, and the warm start from one."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -64,28 +63,17 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, trained
     assert started["classifier.weight"].shape[0] == 2
 
 
-def test_an_adapter_that_does_not_fit_is_refused(base_flags, trained, tmp_path, capsys):
-    flags = changed(base_flags, lora_r=None, lora_alpha=None)
-    for extra, words in [([*LORA2, "--lora_r", "3"], "rank"), (["--method", "bitfit"], "low-rank")]:
-        assert main([*flags, *extra, "--lora_path", str(trained)]) == 2
-        assert words in capsys.readouterr().err.strip().splitlines()[-1]
-        assert not (tmp_path / "run").exists()
-
-
-def test_a_damaged_adapter_or_another_base_is_refused(base_flags, trained, tmp_path, capsys):
-    source, other = shutil.copytree(trained, tmp_path / "adapter"), make_encoder(tmp_path / "other")
+def test_a_warm_start_on_another_base_or_method_is_refused(base_flags, trained, tmp_path, capsys):
+    other = make_encoder(tmp_path / "other")
     model = AutoModelForSequenceClassification.from_pretrained(other)
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight.add_(1)
     model.bert.save_pretrained(other)
-    flags = [*base_flags, *LORA2, "--lora_path", str(source)]
+    flags = [*base_flags, *LORA2, "--lora_path", str(trained)]
     assert main(changed(flags, model_name_or_path=other)) == 2
-    assert "weights are not those" in capsys.readouterr().err
-    weights = source / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-7])
-    assert main([*flags, "--overwrite_output_dir"]) == 2
-    assert "truncated" in capsys.readouterr().err
-    assert main([*changed(flags, lora_path=tmp_path / "none"), "--overwrite_output_dir"]) == 2
+    assert "weights are not those" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert main([*flags, "--lora_r", "3"]) == 2
+    assert "rank" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(base_flags, tmp_path, capsys):

@@ -109,21 +109,6 @@ def test_your_own_files(own_flags, tmp_path, capsys):
     assert len(answers) == 2 and set(answers[0]["probabilities"]) == {"bad", "fair", "good"}
 
 
-@pytest.mark.slow
-def test_a_model_that_gives_more_than_logits_is_scored_by_these(base_flags, encoder, tmp_path):
-    ends = []
-    for name, more in (("plain", {}), ("more", {"output_hidden_states": True})):
-        base = shutil.copytree(encoder, tmp_path / f"base-{name}")
-        config = json.loads((base / "config.json").read_text()) | more
-        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # masks come with the shapes
-        (base / "config.json").write_text(json.dumps(config))
-        flags = changed(base_flags, model_name_or_path=base, root_output_dir=tmp_path / name)
-        assert main([*flags, "--do_predict"]) == 0
-        ends.append(([entry["loss"] for entry in read(flags)["evaluations"]], tmp_path / name / "predictions/CoLA.tsv"))
-    assert ends[0][0] == pytest.approx(ends[1][0], abs=1e-5) and len(ends[0][0]) == 2
-    assert ends[0][1].read_bytes() == ends[1][1].read_bytes()
-
-
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that runs make, as they make them."""
@@ -293,11 +278,6 @@ def test_smoothed_labels_count_in_the_training_loss_alone(base_flags, trainers):
     for training, expected in ((True, 0.8 * plain + 0.2 * uniform), (False, plain)):
         trainers[0].model.train(training)
         torch.testing.assert_close(trainers[0].task_loss({"logits": logits}, labels), expected)
-
-
-def test_a_batch_is_padded_to_its_longest_row_alone(finished):
-    rows = [{"input_ids": [2, 5, 3]}, {"input_ids": [2, 3]}]
-    assert finished[3].data_collator(rows)["input_ids"].tolist() == [[2, 5, 3], [2, 3, 0]]
 
 
 def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, monkeypatch):
