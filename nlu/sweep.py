@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.experiment import Experiment, Run, load_experiment, split_command
+from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import Places, chosen_runs, command_line, parsed_command, run_experiment
 from nlu.json_yaml import parse_yaml
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor")
-    add("--command", help="what starts one run (the experiment's, or nlu/run_glue.py)")
+    add("--command", help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'")
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
     return parser
@@ -74,13 +74,11 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
-    command = [sys.executable, os.path.relpath(RUN_GLUE)]
-    if args.command is not None:
-        command = list(split_command(args.command, "--command"))
+    command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
-    places = Places(measured, output, command, forced=args.command is not None)
+    places = Places(measured, output, command)
     tuning, final = _wanted(experiment, args.only)
-    if not places.forced:  # a wrong flag shows now and not after hours; of runs that differ in the seed, one is read
+    if args.command is None:  # a wrong flag shows now and not after hours; of runs that differ in the seed, one is read
         for run in {str(run.arguments | {"seed": None}): run for run in [*tuning, *final]}.values():
             parsed_command(run, places)
     print(f"{experiment.name}: {experiment.description or 'no description'}")

@@ -2,7 +2,6 @@
 
 name: example
 description: one sentence, printed at the start
-command: bash scripts/run_{task_name}.sh   # optional, in place of nlu/run_glue.py; the run's arguments fill the braces
 base:                                   # arguments of every run, any flag of nlu/run_glue.py
   max_steps: 600
 grid:                                   # one run for each combination
@@ -27,14 +26,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shlex
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nlu.errors import UsageError, reason
+from nlu.errors import UsageError
 from nlu.json_yaml import check, read_yaml
 from nlu.runs.digests import INPUTS
 
@@ -53,21 +51,12 @@ class Run:
     folder: str
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
-    words: tuple[str, ...] = ()  # of a command of its own, with arguments in braces; empty: nlu/run_glue.py
     tried: dict[str, Any] = field(default_factory=dict)  # the arguments that a selection tries, or has chosen
 
     @property
     def row(self) -> tuple:
         """What a selection chooses for: the labels of all axes but the seed."""
         return tuple(label for axis, label in self.axes.items() if axis != "seed")
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """The words of its own command, the braces filled."""
-        try:
-            return tuple(word.format_map(self.arguments) for word in self.words)
-        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-            raise UsageError(f"command {' '.join(self.words)!r}: {error} is not an argument of every run") from None
 
 
 @dataclass(frozen=True)
@@ -116,8 +105,6 @@ class _Reader:
                 self._check_no_axis({name for name in arguments if name != axis}, f"grid.{axis} {label}")
         self._check_no_axis(self.settings, "--set")
         self.overrides = self._rules(content.get("overrides"), "overrides")
-        own = content.get("command")
-        self.words = () if own is None else split_command(own, "command")
 
     def experiment(self) -> Experiment:
         combinations = self._combinations()
@@ -127,13 +114,11 @@ class _Reader:
         return Experiment(self.content["name"], self.content.get("description", ""), runs, tuning)
 
     def _run(self, stage: str, folder: str, axes: dict, arguments: dict, tried: dict | None = None) -> Run:
-        run = Run(self.content["name"], stage, folder, axes, arguments, self.words, tried or {})
-        needed = ["method", "seed", *([] if arguments.get("train_file") else ["task_name"])]
-        for key in needed if self.words else [*needed, "model_name_or_path"]:
-            if arguments.get(key) is None:
+        for key, instead in (("method", ""), ("seed", ""), ("task_name", "train_file"),
+                             ("model_name_or_path", "published")):  # fmt: skip
+            if arguments.get(key) is None and arguments.get(instead) is None:
                 raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
-        _ = run.command  # raises where it names no argument
-        return run
+        return Run(self.content["name"], stage, folder, axes, arguments, tried or {})
 
     def _choices(self, axis: str, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
         """Label → arguments of one axis."""
@@ -210,17 +195,6 @@ class _Reader:
                     arguments = resolved | changed | self.settings | {"seed": seed} | chosen
                     runs.setdefault(folder, self._run("select", folder, own, arguments, chosen))
         return list(runs.values())
-
-
-def split_command(text: str, where: str) -> tuple[str, ...]:
-    """A command's words; UsageError where a quotation does not end, or there are none."""
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise UsageError(f"{where} {text!r} cannot be split into words: {reason(error)}") from None
-    if not words:
-        raise UsageError(f"{where} is empty: give what starts one run, or leave it out")
-    return words
 
 
 def run_name(axes: dict[str, Any]) -> str:

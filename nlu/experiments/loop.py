@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
@@ -16,7 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
@@ -33,15 +31,11 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Places:
-    """Where an experiment's lines (the file `measured`) and its run folders (`output`) lie, and what starts one run.
-
-    `forced` is the command of --command: it stands in for the experiment's own.
-    """
+    """Where an experiment's lines (the file `measured`) and its run folders (`output`) lie, and what starts one run."""
 
     measured: Path
     output: Path
     command: list[str]
-    forced: bool = False
     _digests: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
 
     def working(self, run: Run) -> Path:
@@ -152,32 +146,19 @@ def chosen_runs(experiment: Experiment, final: list[Run], places: Places) -> tup
 
 
 def command_line(run: Run, places: Places) -> list[str]:
-    """The command of one run: null is left out, and in a command of the experiment's own true is a bare flag."""
-    own = bool(run.command) and not places.forced
-    words = [_found(word) for word in run.command] if own else [*places.command]
-    for key, value in run.arguments.items():
-        if value is True and own:
-            words.append(f"--{key}")
-        elif value is not None:
-            words.append(f"--{key}={value}")
-    return [*words, "--root_output_dir", str(places.working(run))]
-
-
-def _found(word: str) -> str:
-    """A word of a command; a file that only the repository has, as its scripts, wherever the sweep is started."""
-    return os.path.relpath(ROOT / word) if (ROOT / word).is_file() and not Path(word).exists() else word
+    """The command of one run; null is left out."""
+    words = [f"--{key}={value}" for key, value in run.arguments.items() if value is not None]
+    return [*places.command, *words, "--root_output_dir", str(places.working(run))]
 
 
 def parsed_command(run: Run, places: Places) -> Any:
-    """A run's command as run_glue reads it; None for a command of the user's, which might begin to train when asked.
+    """A run's command as run_glue reads it.
 
     Raises:
         UsageError: names the run and what it cannot be started with.
     """
     from nlu.arguments import parse_arguments
 
-    if run.command and not places.forced:
-        return None
     try:
         return parse_arguments(command_line(run, places)[len(places.command) :])
     except UsageError as error:

@@ -16,7 +16,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment, place_free
 from nlu.experiments.launchers import LocalLauncher
 from nlu.experiments.loop import Places, SweepLoop
-from tests.nlu.sweeps import BASIC, FAKE, ONE, SELECT, lines_of, places_of, record_of
+from tests.nlu.sweeps import BASIC, ONE, SELECT, lines_of, places_of, record_of
 from tests.nlu.test_digests import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
 
@@ -195,24 +195,6 @@ def test_a_damaged_line_is_named_and_nothing_starts(run_sweep, tmp_path):
     code, _, err = run_sweep(BASIC)
     assert code == 2 and f"{tmp_path}/measured/trial.jsonl:1: damaged" in err and "delete it" in err
     assert not list((tmp_path / "output/trial").rglob("results.json"))
-
-
-def test_a_files_own_command_gets_the_runs_arguments(tmp_path, capsys):
-    path = tmp_path / "experiment.yaml"
-    grid = {"method": ["lora"], "task_name": ["cola", "rte"], "seed": [1]}
-    own = f"env METHOD={{method}} {sys.executable} {tmp_path}/run_{{task_name}}.py"
-    path.write_text(yaml.safe_dump({"name": "trial", "command": own, "grid": grid, "base": {}}, sort_keys=False))
-    for task in grid["task_name"]:
-        lines = ["import os, sys, runpy", f"sys.argv += ['--model_name_or_path', os.environ['METHOD'] + '-{task}']"]
-        (tmp_path / f"run_{task}.py").write_text(
-            "\n".join([*lines, f"runpy.run_path({str(FAKE)!r}, run_name='__main__')"])
-        )
-    assert sweep.main([str(path), *places_of(tmp_path)[2:]]) == 0, capsys.readouterr().err
-    models = [record_of(tmp_path, run)["arguments"]["model_name_or_path"] for run in lines_of(tmp_path)]
-    assert models == ["lora-cola", "lora-rte"]
-    path.write_text(yaml.safe_dump({"name": "trial", "command": "run_{task}.sh", "grid": grid}))
-    with pytest.raises(UsageError, match="'task' is not an argument of every run"):
-        load_experiment(path)
 
 
 def test_ones_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep, tmp_path):
