@@ -183,7 +183,7 @@ class Reader:
                 for values in batch.to_pylist():
                     place += 1
                     yield place, values, None
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise UsageError(f"{self.name}: not a readable Parquet file ({shown(reason(error))})") from None
 
 
