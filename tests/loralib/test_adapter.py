@@ -173,21 +173,6 @@ def test_a_factor_that_is_not_finite_leaves_the_last_good_adapter(tmp_path, valu
     assert torch.equal(base(INPUTS), before)
 
 
-def test_a_head_may_hold_infinity(tmp_path):
-    class Masked(nn.Linear):
-        def __init__(self):
-            super().__init__(6, 6)
-            self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
-
-    model, base = (nn.Sequential(nn.Linear(6, 6), Masked()) for _ in range(2))
-    base[0].load_state_dict(model[0].state_dict())
-    loralib.inject(model, "lora2", ["0"], r=2, k=2)
-    loralib.mark_only_lora_as_trainable(model)
-    model[1].requires_grad_(True)
-    loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "a"))
-    assert torch.equal(base[1].mask, model[1].mask)
-
-
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
@@ -338,11 +323,3 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
     loralib.merge_adapter(wrapped)
     assert all(layer.merged for layer in loralib.lora_layers(model).values())
     torch.testing.assert_close(model(INPUTS), outputs)
-
-
-def test_an_average_of_weights_is_saved_as_a_model_is(tmp_path):
-    model = adapted(k=2)
-    averaged = torch.optim.swa_utils.AveragedModel(model)
-    averaged.update_parameters(model)
-    loralib.load_adapter(base := Net(), loralib.save_adapter(averaged, tmp_path / "a"))
-    assert torch.equal(base(INPUTS), model(INPUTS))

@@ -131,13 +131,6 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
-def test_an_adapter_may_be_named_by_a_dot(tmp_path, monkeypatch):
-    model, base = adapted(k=2), Net()
-    monkeypatch.chdir(loralib.save_adapter(model, tmp_path / "a"))
-    loralib.load_adapter(base, ".")
-    assert torch.equal(base(INPUTS), model(INPUTS))
-
-
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the code under test runs after it."""
 

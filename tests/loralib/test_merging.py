@@ -60,40 +60,6 @@ def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_be
         torch.testing.assert_close(other(INPUTS), outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_a_lone_layer_merges_and_travels(tmp_path):
-    layer, x = loralib.LoRA2Linear(6, 5, 4, 16, k=3).eval(), torch.randn(2, 6)
-    base = nn.Linear(6, 5)
-    base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    nn.init.normal_(layer.lora_E, std=1e5)
-    before = layer(x)
-    assert (before - base(x)).abs().max() > 0.1
-    folder = loralib.save_adapter(layer, tmp_path / "a")
-    nn.init.zeros_(layer.lora_E)
-    loralib.start_from_adapter(layer, folder)
-    assert torch.equal(layer(x), before)
-    loralib.merge_adapter(layer)
-    torch.testing.assert_close(layer(x), before)
-    torch.testing.assert_close(loralib.merge_and_unload(layer)(x), before)
-
-
-def test_a_merge_in_inference_mode_is_of_tensors_that_train():
-    model = adapted()
-    with torch.inference_mode():
-        loralib.merge_adapter(model)
-    model(INPUTS.clone().requires_grad_()).sum().backward()
-    assert model.classifier.weight.grad is not None
-
-
-def test_a_model_of_inference_mode_stays_one(tmp_path):
-    folder = loralib.save_adapter(adapted(), tmp_path / "a")
-    with torch.inference_mode():
-        model = Net()
-        merge_into(model, folder)
-        torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
-    with torch.no_grad():
-        torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
-
-
 def test_a_head_trains_on_a_merged_adapter():
     model = adapted(k=2)
     loralib.merge_adapter(model.train())

@@ -11,7 +11,6 @@ from transformers import Trainer, TrainingArguments
 
 from loralib.interop.export import main
 from loralib.interop.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
-from tests.loralib.small import gpt2
 from tests.nlu.tiny import tiny_bert
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
@@ -179,14 +178,3 @@ def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink
     assert type(config) is LoraConfig and config.base_model_name_or_path == "some/base"
     assert "classifier" in config.modules_to_save and config.task_type == "SEQ_CLS"
     torch.testing.assert_close(logits(lora.merge_and_unload()), logits(again.merge_and_unload()), atol=1e-5, rtol=1e-5)
-
-
-def test_conv1d_and_an_adapter_that_was_never_pruned_convert(tmp_path):
-    model = adalora(gpt2(), ["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True).eval()
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(p)
-    model.save_pretrained(tmp_path / "ada")
-    assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora")]) == 0
-    lora = PeftModel.from_pretrained(gpt2(), tmp_path / "lora").eval()
-    torch.testing.assert_close(logits(lora), logits(model), atol=1e-4, rtol=1e-4)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -156,26 +156,6 @@ def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_
         model.merge_adapter()
 
 
-@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])
-def test_hooks_of_the_base_layer_run(register):
-    """A pre-hook that doubles the input, or a backward hook that doubles its gradient, acts as without LoRA²."""
-    base = Net()
-
-    def double(module, values, *_):
-        return tuple(2 * value for value in values)
-
-    getattr(base.layers[0]["v"], register)(double)
-    model, x = net(base=copy.deepcopy(base)), INPUTS.clone().requires_grad_(True)
-    for layer in loralib.lora_layers(model).values():
-        nn.init.zeros_(layer.lora_E)
-    y = INPUTS.clone().requires_grad_(True)
-    base(y).sum().backward()
-    out = model(x)
-    out.sum().backward()
-    torch.testing.assert_close(out, base(INPUTS))
-    torch.testing.assert_close(x.grad, y.grad)
-
-
 def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
@@ -207,15 +187,6 @@ def test_rows_of_several_adapters_and_a_projection_that_nobody_calls_are_refused
         net(["out_proj"], nn.TransformerEncoderLayer(8, 2, 16))
 
 
-def test_a_merge_that_overflows_is_refused():
-    model = net()
-    layer = model.base_model.model.layers[1]["q"]
-    layer.lora2_adapters["default"].lora_E.data.fill_(torch.inf)
-    with refused("not be finite", model):
-        layer.merge(safe_merge=True)
-    assert not layer.merged
-
-
 def test_patterns_of_ranks_are_read_as_peft_s_lora_reads_them():
     model = net(rank_pattern={"q": 1, "layers.1.v": 0, r"layers\.[02]\.v": 2})
     layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, LoRA2Layer)}
@@ -223,16 +194,6 @@ def test_patterns_of_ranks_are_read_as_peft_s_lora_reads_them():
     for rank, says in ((4, "above r = 3"), (-1, "whole number")):
         with refused(f"a rank in rank_pattern.*{says}"):
             net(rank_pattern={"q": rank})
-
-
-def test_a_lora_of_peft_becomes_one_of_ours_by_peft_s_own_conversion():
-    from peft import convert_to_lora
-
-    model = net()
-    config, state = convert_to_lora(model, rank=3)
-    other = get_peft_model(Net(), config)
-    set_peft_model_state_dict(other, state)
-    torch.testing.assert_close(other(INPUTS), model(INPUTS))
 
 
 def test_transformers_loads_the_folder_by_its_own_loader(tmp_path):

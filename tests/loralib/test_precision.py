@@ -8,7 +8,7 @@ from torch import nn
 
 import loralib
 from loralib.interop.precision import cast_frozen
-from tests.loralib.small import DEBERTA, SIZES, adapted, encoder, randomise, refused
+from tests.loralib.small import adapted, encoder, randomise, refused
 
 
 def test_a_fresh_model_is_cast_but_for_its_head_and_factors_that_come_later_are_float32():
@@ -113,49 +113,6 @@ def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
             assert module.weight.dtype == torch.bfloat16, name  # the large weight is halved whatever its bias does
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_deberta_with_biases_that_train(bias):
-    """Its query projects a table of positions too, which comes from a LayerNorm; test_architectures.py has the others
-    with factors alone."""
-    model = encoder("deberta-v2", SIZES | DEBERTA)
-    loralib.inject(model, "lora2", ["query"], r=4, k=2)
-    loralib.mark_only_lora_as_trainable(model, bias)
-    model.classifier.requires_grad_(True)
-    ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(1))
-    check_against_float32(model, lambda m: m(input_ids=ids).logits, head="classifier")
-
-
-@pytest.mark.parametrize("trains", ["self_attn.out_proj.bias", "self_attn.in_proj_bias", "norm2.weight"])
-def test_attention_of_torch_and_a_parameter_of_the_model_itself(trains):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.full((16,), 1.5))
-            self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-            self.last = nn.Linear(16, 2)
-
-        def forward(self, x):
-            return self.last(self.layer(x * self.scale))
-
-    torch.manual_seed(0)
-    model = Scaled()
-    loralib.inject(model, "lora", ["linear1"], r=2)
-    loralib.mark_only_lora_as_trainable(model)
-    model.scale.requires_grad_(True)
-    model.layer.get_parameter(trains).requires_grad_(True)
-    x = torch.randn(2, 3, 16)
-    check_against_float32(model, lambda m: m(x), head="last")
-
-
-def test_a_weight_shared_with_a_module_that_trains():
-    model = tiny(also=())
-    model.head = nn.Linear(16, 20)
-    model.head.weight = model.embeddings.weight
-    model.head.weight.requires_grad_(False)
-    half = check_against_float32(model, atol=0.3)
-    assert half.head.weight is half.embeddings.weight and half.head.weight.dtype == torch.float32
-
-
 @pytest.mark.parametrize("also", [("head",), ("head", "norm")])
 def test_a_further_call_changes_nothing_but_what_trains_by_then(also):
     once, twice = tiny(also=also), tiny(also=also)
@@ -188,50 +145,6 @@ def test_inputs_may_be_floating_point(stem):
     torch.testing.assert_close(model(x), expected, atol=0.05, rtol=0.05)
     model(x).sum().backward()
     assert model[1].lora_E.grad.dtype == torch.float32
-
-
-def test_beside_adapters_and_a_head_the_frozen_modules_have_no_hooks():
-    """As in transformers' models of text, which say that token ids come in."""
-    model = tiny()
-    model.main_input_name = "input_ids"
-    cast_frozen(model, torch.bfloat16, model.head)
-    assert [name for name, m in model.named_modules() if m._forward_hooks] == ["head"]
-    assert all(loralib.layers._call_me in m._forward_pre_hooks.values() for m in loralib.lora_layers(model).values())
-    hooked = [
-        name for name, m in model.named_modules() if m._forward_pre_hooks and name not in loralib.lora_layers(model)
-    ]
-    assert hooked == ["head"]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_model_that_is_moved_since_computes_in_its_new_dtype(dtype):
-    model, ids = tiny(also=("head", "blocks.0.norm2")), torch.arange(12).view(3, 4)
-    cast_frozen(model, torch.bfloat16, model.head)
-    expected = model(ids)
-    found = model.to(dtype)(ids)
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False)])
-@pytest.mark.parametrize("training", [False, True])
-def test_float32_buffers_meet_the_hidden_values(norm, training):
-    """Positions that are added, and running statistics."""
-
-    class Buffered(Tiny):
-        def forward(self, ids):
-            x = self.embeddings(ids) + self.positions
-            for block in self.blocks:
-                x = self.norm(block(x).mT).mT
-            return self.head(input=x.mean(1))
-
-    model = tiny()
-    model.__class__, model.norm = Buffered, copy.deepcopy(norm).requires_grad_(False)
-    model.register_buffer("positions", torch.randn(6, 16))
-    model.embeddings.register_buffer("scale", torch.tensor(4.0))
-    check_against_float32(model.train(training), atol=0.1)
-    cast_frozen(model, torch.bfloat16, model.head)
-    assert model.embeddings.weight.dtype == torch.bfloat16
 
 
 def test_a_merged_layer_takes_a_float32_bias():

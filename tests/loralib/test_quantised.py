@@ -1,7 +1,5 @@
 """Low-rank layers on quantised weights: torchao's on the CPU, and a stand-in for bitsandbytes' 4-bit layer."""
 
-import copy
-
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -148,33 +146,3 @@ def test_merging_and_casting_are_refused_and_pruned_whole_the_layer_is_its_base(
         layer.keep_singular_values([])
     assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-
-
-def test_bfloat16_and_autocast():
-    model = network()
-    quantise(model.bfloat16(), "int8")
-    adapt(model, "lora2")
-    x = torch.randn(5, 64)
-    assert torch.equal(copy.deepcopy(model)(x.bfloat16()), model(x.bfloat16()))
-    assert model(x.bfloat16()).dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    float32 = network()
-    quantise(float32, "int8")
-    adapt(float32, "lora2")
-    with torch.autocast("cpu", torch.bfloat16):
-        half = float32(x)
-    torch.testing.assert_close(half.float(), float32(x), rtol=0.05, atol=0.05 * float32(x).abs().max().item())
-
-
-@FORMS
-def test_dropout_acts_on_the_update_beside_a_quantised_weight(form):
-    model = network()
-    quantise(model, form)
-    loralib.inject(model, "lora2", ["0"], r=4, lora_dropout=0.5)
-    layer, x = randomise(model, 0.2)[0], torch.randn(4000, 64)
-    with torch.no_grad():
-        frozen = model[0]._quantised[0](x)
-        update, dropped = layer.eval()(x) - frozen, layer.train()(x) - frozen
-    assert not torch.allclose(dropped, update, atol=1e-3)
-    slope = (dropped * update).sum() / update.square().sum()  # dropout rescales: right on average
-    assert abs(slope.item() - 1) < 0.05

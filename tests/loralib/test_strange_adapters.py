@@ -173,19 +173,3 @@ def test_a_forged_folder_is_refused_for_what_is_wrong(tmp_path, name):
     (folder / CONFIG_FILE).write_text(json.dumps(config))
     with refused(says, model):
         loralib.load_adapter(model, folder)
-
-
-@pytest.mark.slow
-@MANY
-@given(st.sampled_from(OURS), st.sampled_from([CONFIG_FILE, WEIGHTS_FILE]), st.integers(0, 3000), st.integers(0, 9),
-       st.binary(max_size=4))  # fmt: skip
-def test_a_damaged_folder(tmp_path, which, name, start, removed, added):
-    folder = tmp_path / "adapter"
-    shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
-    content = (folder / name).read_bytes()
-    start %= len(content)
-    damaged = content[:start] + added + content[start + removed :]
-    (folder / name).write_bytes(damaged)
-    fine = loaded_or_refused(lambda model: loralib.load_adapter(model, folder))
-    if fine and damaged != content:  # white space in JSON, at most
-        assert name == CONFIG_FILE and json.loads(damaged) == json.loads(content)
