@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from loralib.checks import is_number
 from nlu.arguments import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
-from nlu.json_yaml import check
 from nlu.runs.files import write_text
 from nlu.runs.lock import locked
 
@@ -227,17 +227,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+_FIELDS = {"run": str, "stage": str, "status": str, "label": str, "axes": dict, "asked": dict, "tried": dict}
+_OF_FINISHED = {"task": str, "method": str, "metric": str, "last": float, "steps": int, "evaluations": dict}
+
+
 def check_line(line: Any, where: str) -> None:
     """Refuse a line that tables could not compute with: an editor, a merge or another program may have made it.
 
     Raises:
         UsageError: the first field that is not what it must be.
     """
-    check(line, "measured_line", where)
-    if line["status"] == "finished":
-        evaluations, metric = line["evaluations"], line["metric"]
-        check(evaluations.get(metric), "measured_line", f"{where}: evaluations: {metric}", "numbers")
-        if len({len(evaluations[name]) for name in ("step", "loss", metric)}) > 1:
+    finished = isinstance(line, dict) and line.get("status") == "finished"
+    for name, kind in (_FIELDS | (_OF_FINISHED if finished else {})).items():
+        value = line.get(name) if isinstance(line, dict) else None
+        if not (isinstance(value, kind) or (kind is float and is_number(value))):
+            raise UsageError(f"{where}: {name} is {str(value)[:80]!r}: restore the line, or delete it to run it again")
+    if finished:
+        lists = [line["evaluations"].get(name) for name in ("step", "loss", line["metric"])]
+        if not all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists):
+            raise UsageError(f"{where}: evaluations need numbers for step, loss and {line['metric']}; restore the line")
+        if len(set(map(len, lists))) > 1:
             raise UsageError(f"{where}: evaluations have lists of different lengths; restore the line")
 
 
