@@ -173,9 +173,6 @@ class LoRALayer(nn.Linear):
         innermost A. The scaling stays. With none kept the layer has no factors left, and is its frozen layer.
 
         The shrunk parameters are new objects: make the optimiser afterwards.
-
-        Raises:
-            ValueError: for indices that do not increase from 0 to r − 1.
         """
         shrunk = self.select(kept)
         if len(kept) == self.r:
@@ -204,34 +201,22 @@ class LoRALayer(nn.Linear):
 
     def select(self, kept: Sequence[int]) -> list[Tensor]:
         """The values of :meth:`lora_parameters`, in that order and detached, with only the kept singular values. An
-        outer factor is returned as it is; all others are contiguous copies.
-
-        Raises:
-            ValueError: for indices that do not increase from 0 to r − 1.
+        outer factor is returned as it is; all others are contiguous copies. ``kept`` increases from 0 to r − 1.
         """
         values = [parameter.detach() for parameter in self.lora_parameters()]
-        index = self._singular_index(kept)
+        index = torch.tensor(list(kept), dtype=torch.long)
         pairs = zip(values, self.singular_axes(), strict=True)
         return [value if axis is None else value.index_select(axis, index.to(value.device)) for value, axis in pairs]
 
     @torch.no_grad()
     def scatter(self, kept: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Write what :meth:`select` gives into those places; the factors' other entries stay as they are.
-
-        Raises:
-            ValueError: for indices that do not increase from 0 to r − 1; nothing is written then.
-        """
-        index = self._singular_index(kept)
+        """Write what :meth:`select` gives into those places; the factors' other entries stay as they are."""
+        index = torch.tensor(list(kept), dtype=torch.long)
         for parameter, axis, values in zip(self.lora_parameters(), self.singular_axes(), tensors, strict=True):
             if axis is None:
                 parameter.copy_(values)
             else:
                 parameter.index_copy_(axis, index.to(parameter.device), values.to(parameter))
-
-    def _singular_index(self, kept: Sequence[int]) -> Tensor:
-        if list(kept) != sorted(set(kept) & set(range(self.r))):
-            raise ValueError(f"the kept indices must increase from 0 to {self.r - 1}, got {list(kept)}")
-        return torch.tensor(list(kept), dtype=torch.long)
 
     @property
     def scaling(self) -> float:
