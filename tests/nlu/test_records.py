@@ -163,7 +163,10 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
     [
         ('{"run": "a"', "damaged"),
         ({"last": float("nan")}, "NaN is not a number"),
-        ({"evaluations": {"step": [1], "loss": [0.1]}}, "evaluations need numbers for step, loss and matthews_correlation"),
+        (
+            {"evaluations": {"step": [1], "loss": [0.1]}},
+            "evaluations need numbers for step, loss and matthews_correlation",
+        ),
         ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
         ({"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"}, "is on line 1 too"),
     ],
