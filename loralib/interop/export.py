@@ -288,11 +288,15 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2, with one line on stderr, for what is wrong with arguments, input, disk or memory."""
+    """Returns the exit code: 2, with one line on stderr, for what is wrong with arguments, input, disk or memory; 130
+    after Ctrl-C."""
     try:
         run(argv)
     except ModuleNotFoundError as error:  # the library alone is installed
         print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped: what was there before is whole", file=sys.stderr)
+        return 130
     except (ValueError, OSError, MemoryError, SafetensorError) as error:
         print(f"error: {error or 'there is not enough memory for the base model'}", file=sys.stderr)
     else:

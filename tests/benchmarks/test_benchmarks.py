@@ -44,6 +44,7 @@ def test_every_peer_lowers_its_loss(key, precision):
 
 
 @pytest.mark.parametrize("key", ["lora2", "lora2-stock"])
+@pytest.mark.slow
 def test_a_compiled_peer_takes_the_same_step(key, monkeypatch):
     """Traced, not generated: no C++ compiler is needed for that."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
@@ -92,6 +93,7 @@ def small_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_runs")
+@pytest.mark.slow
 def test_one_run_writes_what_it_prints(tmp_path, capsys):
     arguments = ["--peers", "lora2,limit", "--lengths", "6", "--rounds", "2", "--threads", "1", "--name", "x"]
     assert run.main(arguments) == 0
@@ -156,6 +158,7 @@ def test_a_stop_before_anything_was_measured_keeps_the_earlier_table(tmp_path, m
 
 
 @pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.slow
 def test_peers_ignore_the_terminals_ctrl_c():
     workers = run.Workers(["limit"], 1)
     try:

@@ -45,6 +45,7 @@ def test_differences_name_method_step_and_size():
     assert differences({"a": [float("nan")]}, {"a": [1.0]}, 1e-4) != []
 
 
+@pytest.mark.slow
 def test_two_commits_are_compared(tmp_path):
     def run(*command):
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
