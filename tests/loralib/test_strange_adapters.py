@@ -107,6 +107,7 @@ def loaded_or_refused(load):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whose", [OURS, ["peft"]], ids=["ours", "peft"])
 @MANY
 @given(st.data(), edits, tensor_edits, st.sampled_from(["lora", "adalora", "lora2"]))

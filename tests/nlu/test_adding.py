@@ -4,6 +4,8 @@ import json
 import shutil
 import zipfile
 
+import pytest
+
 from tests.nlu.tiny import REPOSITORY, make_rows, run_python, write_rows
 
 METHOD = """
@@ -34,6 +36,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path, encoder):
     source, installed = tmp_path / "source", tmp_path / "installed"
     for name in ("nlu", "loralib", "configs"):
