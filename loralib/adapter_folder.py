@@ -29,7 +29,7 @@ from loralib.injection import KINDS
 from loralib.layers import INITS
 from loralib.model_card import adapter_card
 
-VERSION = "0.2.0"  # of loralib
+VERSION = "0.3.0"  # of loralib
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # Names of tokenizers' files, one of which each tokenizer of transformers writes.
