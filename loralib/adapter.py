@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter_folder import VERSION, AdapterConfig, read_adapter, write_adapter
+from loralib.adapter_config import VERSION, AdapterConfig
+from loralib.adapter_folder import read_adapter, write_adapter
 from loralib.adapter_layers import (
     architecture_of,
     architectures,

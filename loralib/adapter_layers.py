@@ -11,7 +11,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter_folder import AdapterConfig, LayerGroup
+from loralib.adapter_config import AdapterConfig, LayerGroup
 from loralib.injection import KINDS, check_replaceable, is_linear
 from loralib.layers import LoRALayer
 from loralib.model import lora_layers

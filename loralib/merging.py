@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from loralib.adapter import load_adapter
-from loralib.adapter_folder import AdapterConfig
+from loralib.adapter_config import AdapterConfig
 from loralib.layers import LoRALayer
 from loralib.model import layers_outside_peft, lora_layers, unwrapped
 from loralib.stored_weight import stored_form

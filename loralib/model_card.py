@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from loralib.adapter_folder import AdapterConfig, LayerGroup
+from loralib.adapter_config import AdapterConfig, LayerGroup
 
 _SHOWN = ("task", "method", "metric", "score", "notes")
 _NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}

@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from loralib.adapter import fitting_layers
-from loralib.adapter_folder import AdapterConfig, read_adapter
+from loralib.adapter_config import AdapterConfig
+from loralib.adapter_folder import read_adapter
 from loralib.adapter_layers import write_factors
 from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
