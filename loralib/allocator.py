@@ -214,8 +214,11 @@ class RankAllocator:
         # No gradient (an unused module), or none that is finite (a step that float16 skips), is a gradient of zero.
         current = self._flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         current = current.nan_to_num(0.0, 0.0, 0.0).mul_(self._flat(parameters)).abs_()
-        self._sensitivity.lerp_(current, 1 - self.beta1)
-        self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), 1 - self.beta2)
+        moves: Tensor | float = 1.0
+        if not all(p.requires_grad for p in parameters):  # what is frozen keeps its scores: it may train again
+            moves = self._flat([torch.full_like(p, p.requires_grad) for p in parameters])
+        self._sensitivity.lerp_(current, (1 - self.beta1) * moves)
+        self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), (1 - self.beta2) * moves)
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
         """All entries one after the other, float32, on the device of the first; the averages follow it there."""

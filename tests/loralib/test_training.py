@@ -255,6 +255,21 @@ def test_a_frozen_layer_keeps_its_singular_values_whenever_it_was_frozen(frozen)
         assert torch.equal(training.penalty(), before)
 
 
+def test_a_layer_that_is_frozen_for_a_while_keeps_its_scores():
+    """They would decay, and prune all of it once it trains again."""
+    model = model_to_prune()
+    first = next(iter(loralib.lora_layers(model).values()))
+    training = loralib.LowRankTraining(model, 100, target_rank=2)
+    for step in range(6):
+        if step == 3:
+            first.requires_grad_(False).zero_grad()
+            frozen, trained, _ = training.allocator.importance_scores()
+        random_step(model, torch.Generator().manual_seed(step))
+        training.after_step()
+    scores = training.allocator.importance_scores()
+    assert torch.equal(scores[0], frozen) and not torch.equal(scores[1], trained)
+
+
 class Reader(nn.Module):
     """Reads the weight of one of its layers itself, as WavLM's attention does."""
 
