@@ -24,6 +24,7 @@ from loralib.model import factors_of, lora_layers, trained_svd_layers
 from loralib.orthogonality import compute_orth_regu
 
 REGU_WEIGHT = 0.1
+UNMOVED_STEPS = 30  # the loss scale of a GradScaler can skip some, and a rate that warms up begins at 0
 
 
 class LowRankTraining:
@@ -136,7 +137,8 @@ class LowRankTraining:
 
         The first call warns of layers that no gradient has reached: a model may read a weight past its layer's forward
         pass, which ignores an update. A call beyond ``total_steps`` warns too: it is often one of each batch, where
-        several are accumulated. So does one without :meth:`before_step` where a constraint needs it.
+        several are accumulated. So does one without :meth:`before_step` where a constraint needs it, and the 30th or
+        last where every update is still 0.
 
         Raises:
             RuntimeError: where pruning is asked for and the number of steps is unknown.
@@ -156,16 +158,22 @@ class LowRankTraining:
                 "take one for each of them, not for each accumulated batch",
                 stacklevel=2,
             )
+        if self.steps_done == min(UNMOVED_STEPS, self.total_steps or UNMOVED_STEPS):
+            self._warn_of_factors_that_never_moved()
         if self.allocator is not None:
             self.allocator.update_and_mask(self.model, self.steps_done)
 
+    def _warn_of_factors_that_never_moved(self) -> None:
+        values = [p for p in _amplitudes(self.model).values() if p.requires_grad]
+        if values and not any(p.detach().any() for p in values):
+            warnings.warn(
+                f"after {self.steps_done} steps every update is still exactly 0: the optimiser does not hold their "
+                "factors (make it after inject()), or its rate was 0",
+                stacklevel=3,
+            )
+
     def _warn_of_layers_without_gradient(self) -> None:
-        amplitudes = {
-            name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            for name, layer in lora_layers(self.model).items()
-            if layer.r
-        }
-        trained = {name: parameter for name, parameter in amplitudes.items() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in _amplitudes(self.model).items() if parameter.requires_grad}
         if missed := [name for name, parameter in trained.items() if parameter.grad is None]:
             warnings.warn(
                 f"in the first step no gradient reached {len(missed)} of {len(trained)} low-rank layers, {missed[0]} "
@@ -201,6 +209,12 @@ class LowRankTraining:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
         self.total_steps = state["total_steps"] if self.total_steps is None else self.total_steps
+
+
+def _amplitudes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of every layer what is 0 while its update is: e, or B of plain LoRA."""
+    layers = {name: layer for name, layer in lora_layers(model).items() if layer.r}
+    return {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
 
 
 def refuse_other_parameters(optimizer: Any, model: nn.Module) -> None:

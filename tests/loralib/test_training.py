@@ -77,6 +77,20 @@ def test_an_optimiser_without_all_factors_is_refused(make):
     stepped(training, 1)
 
 
+def test_an_optimiser_that_never_moves_a_factor_is_warned_of_where_the_loop_steps_it_itself():
+    model = Net()
+    optimizer = torch.optim.SGD(parameters(model), lr=0.1)
+    loralib.inject(model, "lora2", ["q", "v"], r=3)
+    training = loralib.LowRankTraining(model, 9)
+    with pytest.warns(UserWarning, match="every update is still exactly 0") as seen:
+        for _ in range(9):
+            model(INPUTS).square().sum().backward()
+            training.before_step()
+            optimizer.step()
+            training.after_step()
+    assert len(seen) == 1
+
+
 def test_after_step_without_before_step_is_warned_of_where_a_constraint_needs_it():
     model = blocks("lora2", r=3, k=3, init="orthogonal")
     training = loralib.LowRankTraining(model, 9, constraint=ExactFactors(model))
