@@ -320,10 +320,6 @@ class LoRALayer(nn.Linear):
         self._weight_before_merge = None
         self.merged = False
 
-    def base_weight(self) -> Tensor:
-        """The frozen weight as stored, without the update even while merged."""
-        return self._weight_before_merge if self.merged else self.weight.data
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A state dict holds W and the factors, merged or not."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
