@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
-# How OpenMP's idle threads wait, unless the user has said it. By default they spin, which makes a step ten times as
-# slow or worse where other processes want the processor. torch reads this when it is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# How long idle threads of GNU OpenMP spin before they sleep, unless the user has said it. By default they spin for
+# milliseconds, which multiplies the time of a step where other processes want the processor (docs/speed.md has the
+# figures). torch reads this when it is first imported.
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = "20000"
 
 _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE.parent  # the checkout, with scripts/ and results/; not there in an installed package
