@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -27,16 +27,6 @@ class Measurement:
     @property
     def method_median(self) -> float | None:
         return statistics.median(self.method_seconds) if self.method_seconds else None
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self) | {"median_seconds": self.median, "median_method_seconds": self.method_median}
-
-
-def _by_setting(found: list[Measurement]) -> dict[str, dict[str, Measurement]]:
-    settings: dict[str, dict[str, Measurement]] = {}
-    for m in found:
-        settings.setdefault(m.setting, {})[m.key] = m
-    return settings
 
 
 def _rows(rows: dict[str, Measurement]) -> list[str]:
@@ -84,19 +74,23 @@ def targets(settings: dict[str, dict[str, Measurement]]) -> list[str]:
     return ["| setting | ratio | |", "| --- | --- | ---: |", *lines] if lines else []
 
 
-def markdown(record: dict[str, Any], found: list[Measurement]) -> str:
-    """The whole report."""
-    settings = _by_setting(found)
+def section(record: dict[str, Any]) -> str:
+    """A record as Markdown: the machine, a table for each setting, and the ratios."""
+    settings: dict[str, dict[str, Measurement]] = {}
+    for each in record["measurements"]:
+        settings.setdefault(each["setting"], {})[each["key"]] = Measurement(**each)
     machine = record["machine"]
     names = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines = [
+        f"## {record['name']}",
+        "",
         f"{machine['device']}, {machine['threads']} threads, {machine['system']}; {names}; {record['started_at']}; "
-        f"medians of {record['rounds']} rounds in which the peers step by turns, in another order each time.",
+        f"medians of {record['rounds']} rounds.",
         "",
     ]
     for name, rows in settings.items():
-        lines += [f"## {name}", "", *_rows(rows), ""]
+        lines += [f"### {name}", "", *_rows(rows), ""]
     if record.get("failure"):
         lines += [f"Ended early: {record['failure']}", ""]
     ratios = targets(settings)
-    return "\n".join([*lines, *(["## Ratios", "", *ratios, ""] if ratios else [])])
+    return "\n".join([*lines, *(["### Ratios", "", *ratios, ""] if ratios else [])])

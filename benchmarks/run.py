@@ -2,7 +2,7 @@
 
 Each peer is a separate process; they take turns, so that other load on the machine hits all alike, and
 medians are compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is
-printed and written, with the machine and the versions, to benchmarks/results/NAME.json and NAME.md.
+printed. With machine and versions it goes to benchmarks/results/: a line of records.jsonl, a section of README.md.
 
     python benchmarks/run.py --quick                          # under 3 minutes on 2 cores: 2 layers, length 64
     python benchmarks/run.py --lengths 64,128,256             # real size, 12 layers
@@ -20,13 +20,12 @@ import multiprocessing as mp
 import os
 import platform
 import random
-import re
 import signal
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,156 +36,91 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lengths import real_batches
-from benchmarks.peers import PEERS, Shape, installed, serve
-from benchmarks.report import Measurement, markdown
-from nlu.errors import UsageError, exit_code, reason
+from benchmarks.peers import PEERS, Shape, serve
+from benchmarks.report import Measurement, section
+from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.launchers import available_cores
 from nlu.runs.files import write_text
-from nlu.runs.machine import processor, versions
+from nlu.runs.machine import now, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
 TASKS = ("mrpc", "rte")  # whose estimated lengths can be asked for
 PUBLISHED_LENGTH = 320  # what the published code pads every sequence to
-USUAL = {
-    "layers": 12,
-    "batch": 32,
-    "lengths": "64,128,256",
-    "precisions": ",".join(PRECISIONS),
-    "peers": ",".join(key for key, peer in PEERS.items() if not (peer.compiled or peer.package)),
-    "rounds": 5,
-}
-QUICK = {"layers": 2, "lengths": "64", "rounds": 3}
-SCALED = ("layers", "batch", "lengths", "precisions", "peers")
+QUICK = {"layers": 2, "lengths": [64], "rounds": 3}
 SCALING_PEERS = ["peft-lora-bf16", "lora2"]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments, those left out filled in; whatever would end or waste a long measuring is refused here.
-
-    Raises:
-        UsageError: bad arguments.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 layers, length 64, few rounds: under 3 minutes")
-    parser.add_argument("--scaling", action="store_true", help="vary layers, batch and length, two peers")
-    parser.add_argument("--layers", type=int, help="encoder layers (12)")
-    parser.add_argument("--batch", type=int, help="sequences a step (32)")
-    parser.add_argument("--lengths", help="tokens a sequence, or mrpc or rte: their estimated lengths (64,128,256)")
-    parser.add_argument("--precisions", help="float32, bfloat16, or both with a comma between them (both)")
-    rows = ", ".join(
-        f"{key} (needs the package {peer.package})" if peer.package else key for key, peer in PEERS.items()
-    )
-    parser.add_argument("--peers", help=f"rows, of {rows}; by default all that need no package and do not compile")
-    parser.add_argument("--rounds", type=int, help="timed rounds after one to warm up (5)")
-    parser.add_argument("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="threads a peer (all cores)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--name", default=None, help="name of the files in benchmarks/results (by date)")
+    """The arguments."""
+    usual = [key for key, peer in PEERS.items() if not (peer.compiled or peer.package)]
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="2 layers, length 64, 3 rounds unless given: under 3 minutes")
+    add("--scaling", action="store_true", help="vary layers, batch and length of two peers, whatever else is given")
+    add("--layers", type=int, default=12, help="encoder layers (12)")
+    add("--batch", type=int, default=32, help="sequences a step (32)")
+    add("--lengths", type=_lengths, default=[64, 128, 256],
+        help="tokens a sequence, or mrpc or rte: their estimated lengths (64,128,256)")  # fmt: skip
+    add("--precisions", type=_among(PRECISIONS), default=list(PRECISIONS), help="float32, bfloat16 or both (both)")
+    add("--peers", type=_among(PEERS), default=usual,
+        help=f"rows, of {', '.join(PEERS)}; by default all that need no package and do not compile")  # fmt: skip
+    add("--rounds", type=int, default=5, help="timed rounds after one to warm up (5)")
+    add("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
+    add("--threads", type=int, default=available_cores(), help="threads a peer (all cores)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--name", default="latest", help="of the record, which replaces an earlier one of that name (latest)")
+    quick, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**(QUICK if quick.quick else {}))
     arguments = parser.parse_args(argv)
-    _check_mode(arguments)
-    arguments.named_peers = arguments.peers is not None
-    for name, value in {**USUAL, **(QUICK if arguments.quick else {})}.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    _check_values(arguments)
     # The vocabulary costs a step nothing where embeddings are frozen, but minutes to fill at random for every peer.
     arguments.vocabulary = 8_000 if arguments.quick or arguments.scaling else 128_100
     return arguments
 
 
-def _check_mode(arguments: argparse.Namespace) -> None:
-    """--quick and --scaling settle some arguments: one given beside them would be ignored."""
-    if arguments.quick and arguments.scaling:
-        raise UsageError("--quick and --scaling measure different settings: give one of them")
-    for mode, settled in (("quick", QUICK), ("scaling", SCALED)):
-        given = [name for name in settled if getattr(arguments, name) is not None]
-        if getattr(arguments, mode) and given:
-            raise UsageError(f"--{mode} settles --{given[0]} itself: leave out one of the two")
+def _among(known: Collection[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return text.split(",")
+
+    return names
 
 
-def _check_values(arguments: argparse.Namespace) -> None:
-    """Split what is a list, and check each value."""
-    for what, known in (("peers", PEERS), ("precisions", PRECISIONS), ("lengths", None)):
-        chosen = getattr(arguments, what).split(",")
-        unknown = [value for value in chosen if known and value not in known]
-        if unknown:
-            raise UsageError(f"--{what}: {unknown[0]!r} is none of {', '.join(known)}")
-        setattr(arguments, what, chosen if known else [_length(value) for value in chosen])
-        twice = [value for i, value in enumerate(getattr(arguments, what)) if value in getattr(arguments, what)[:i]]
-        if twice:
-            raise UsageError(f"--{what}: {twice[0]} is there twice: name each once")
-    for key in arguments.peers:
-        if PEERS[key].package and not installed(key):
-            raise UsageError(f"--peers {key} needs the package {PEERS[key].package}: install it, or leave it out")
-    for name in ("layers", "batch", "rounds", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    if arguments.device not in ("cpu", "cuda"):
-        raise UsageError(f"--device: {arguments.device!r} is neither cpu nor cuda")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device here: leave --device out, or give cpu")
-    if arguments.name is not None and not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", arguments.name):
-        raise UsageError(f"--name: {arguments.name!r} must be 1 to 100 letters, digits, dots, underscores and dashes")
-
-
-def _length(text: str) -> int | str:
-    if text in TASKS:
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--lengths: {text!r} is neither a number of tokens nor mrpc or rte")
-    return int(text)
+def _lengths(text: str) -> list[int | str]:
+    return [each if each in TASKS else int(each) for each in text.split(",")]
 
 
 def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
     """The settings to measure: a name, and the shape of each peer (they differ only where batching policies do).
 
     Raises:
-        UsageError: data that cannot be read; a peer that was named and would be measured nowhere, or a setting nobody
-            would be measured in.
+        UsageError: data that cannot be read.
     """
     if arguments.scaling:
         grid = [(n, 16, 64) for n in (1, 2, 4)] + [(2, b, 64) for b in (8, 32)] + [(2, 8, s) for s in (128, 256, 512)]
         return [_setting(arguments, SCALING_PEERS, "bfloat16", *cell) for cell in grid]
-    settings = []
-    for precision in arguments.precisions:
-        for length in arguments.lengths:
-            peers = [key for key in arguments.peers if _missing(key, precision, length) is None]
-            if not peers:
-                key = arguments.peers[0]
-                raise UsageError(
-                    f"--peers: {key} is measured with {_missing(key, precision, length)} only, so nothing is left in "
-                    f"{precision} at {length}: change one of them"
-                )
-            settings.append(_setting(arguments, peers, precision, arguments.layers, arguments.batch, length))
-    nowhere = [key for key in arguments.peers if not any(key in shapes for _, shapes in settings)]
-    if nowhere and arguments.named_peers:
-        needed = _missing(nowhere[0], arguments.precisions[0], arguments.lengths[0])
-        raise UsageError(f"--peers: {nowhere[0]} is measured with {needed} only: leave it out, or add that")
-    return settings
-
-
-def _missing(key: str, precision: str, length: int | str) -> str | None:
-    """What a peer needs to be measured and a setting does not have; None: nothing."""
-    if key == "published" and length not in TASKS:
-        return "--lengths mrpc or rte"
-    if key == "peft-lora-bf16" and precision != "bfloat16":
-        return "--precisions bfloat16"
-    return None
+    settings = [
+        _setting(arguments, arguments.peers, precision, arguments.layers, arguments.batch, length)
+        for precision in arguments.precisions
+        for length in arguments.lengths
+    ]
+    return [(name, shapes) for name, shapes in settings if shapes]
 
 
 def _setting(
     arguments: argparse.Namespace, peers: list[str], precision: str, layers: int, batch: int, length: int | str
 ) -> tuple[str, dict[str, Shape]]:
+    """One setting with the peers that have a meaning in it."""
     shapes = {}
     for key in peers:
+        kept, batches = precision, ((batch, length),)
+        if (key == "peft-lora-bf16" and precision != "bfloat16") or (key == "published" and length not in TASKS):
+            continue
         if key == "published":
             kept, batches = "float32", ((batch, PUBLISHED_LENGTH),)
         elif length in TASKS:
-            bucketed = PEERS[key].maker in ("here", "limit")
-            kept, batches = precision, real_batches(length, arguments.glue_dir, batch, bucketed)
-        else:
-            kept, batches = precision, ((batch, length),)
+            batches = real_batches(length, arguments.glue_dir, batch, bucketed=PEERS[key].maker in ("here", "limit"))
         shapes[key] = Shape(kept, layers, batches, arguments.device, vocabulary=arguments.vocabulary)
     shown = length if length in TASKS else f"length {length}"
     return f"{precision}, {layers} layers, batch {batch}, {shown}", shapes
@@ -319,12 +253,14 @@ def measure_all(
     return outcome
 
 
-def write(record: dict[str, Any], table: str, name: str) -> None:
-    """Put record and table in benchmarks/results."""
-    RESULTS.mkdir(exist_ok=True)
-    # Not with_suffix, which would take the .2 of v1.2 for a suffix.
-    write_text(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    write_text(RESULTS / f"{name}.md", table)
+def write(record: dict[str, Any]) -> None:
+    """Put a record in place of that of its name, a line of benchmarks/results/records.jsonl, and make the page anew."""
+    path = RESULTS / "records.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = {each["name"]: each for each in map(json.loads, lines)} | {record["name"]: record}
+    ordered = [records[name] for name in sorted(records)]
+    write_text(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in ordered))
+    write_text(RESULTS / "README.md", "\n".join(["# Measured steps\n", *map(section, ordered)]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -334,21 +270,21 @@ def main(argv: list[str] | None = None) -> int:
         settings = plan(arguments)
     except UsageError as error:
         return exit_code(error)
-    started = datetime.now(timezone.utc)
+    started_at = now()
     outcome = measure_all(arguments, settings)
-    if outcome.found:  # else there is nothing to write, least of all over an earlier table of that name
+    if outcome.found:  # else there is nothing to write, least of all over an earlier record of that name
         record = {
-            "started_at": started.isoformat(timespec="seconds"),
+            "name": arguments.name,
+            "started_at": started_at,
             "machine": machine(arguments),
             "rounds": arguments.rounds,
             "failure": outcome.failure,
-            "measurements": [m.record() for m in outcome.found],
+            "measurements": [asdict(each) for each in outcome.found],
         }
-        table = markdown(record, outcome.found)
-        write(record, table, arguments.name or started.strftime("%Y%m%d-%H%M%S"))
-        print(table)
+        write(record)
+        print(section(record))
     if outcome.failure:
-        left = "the table has what was measured before" if outcome.found else "nothing was measured before, or written"
+        left = "what was measured before is kept" if outcome.found else "nothing was measured before, or written"
         print(f"error: {outcome.failure}; {left}", file=sys.stderr)
     return outcome.code
 

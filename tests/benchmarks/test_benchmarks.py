@@ -1,12 +1,9 @@
 """The benchmark measures what it says: every peer steps, learns and is put into the table."""
 
 import dataclasses
-import functools
 import json
 import multiprocessing
-import os
-import signal
-import threading
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +12,8 @@ import torch
 from benchmarks import run
 from benchmarks.lengths import epoch_batches
 from benchmarks.peers import PEERS, Limit, Shape, build, make_batches, method_step, prepare_method_step, train_step
-from benchmarks.report import Measurement, markdown
+from benchmarks.report import Measurement, section
+from tests.nlu.tiny import write_rows
 
 SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=2, vocabulary=60)
 # The flash peers need CUDA and packages of their own; benchmarks/gpu_check.py lists them where they are missing.
@@ -41,21 +39,6 @@ def test_every_peer_lowers_its_loss(key, precision):
     if trained.loop is not None:
         prepare_method_step(trained)
         method_step(trained)
-
-
-@pytest.mark.parametrize("key", ["lora2", "lora2-stock"])
-@pytest.mark.slow
-def test_a_compiled_peer_takes_the_same_step(key, monkeypatch):
-    """Traced, not generated: no C++ compiler is needed for that."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    plain, compiled, (batch,) = build(PEERS[key], SMALL), build(PEERS[f"{key}-compiled"], SMALL), make_batches(SMALL)
-    assert type(compiled.model) is not type(plain.model)
-    losses = [[trained.model.eval()(**batch).loss.item() for _ in range(2)] for trained in (plain, compiled)]
-    for trained in (plain, compiled):
-        train_step(trained, batch)
-    after = [trained.model(**batch).loss.item() for trained in (plain, compiled)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and after[0] == pytest.approx(after[1], rel=1e-5)
-    assert after[0] < losses[0][0]
 
 
 def test_adapter_peers_train_the_same_number_of_parameters():
@@ -92,89 +75,75 @@ def small_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
 
 
-@pytest.mark.usefixtures("small_runs")
 @pytest.mark.slow
-def test_one_run_writes_what_it_prints(tmp_path, capsys):
+@pytest.mark.usefixtures("small_runs")
+def test_a_run_writes_what_it_prints_beside_the_records_of_other_names(tmp_path, capsys):
+    (tmp_path / "records.jsonl").write_text(json.dumps(RECORD | {"name": "a"}) + "\n")
     arguments = ["--peers", "lora2,limit", "--lengths", "6", "--rounds", "2", "--threads", "1", "--name", "x"]
     assert run.main(arguments) == 0
-    assert capsys.readouterr().out.strip() == (tmp_path / "x.md").read_text().strip()
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert {m["key"] for m in record["measurements"]} == {"lora2", "limit"}
+    assert capsys.readouterr().out.strip() in (tmp_path / "README.md").read_text()
+    first, record = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert first["name"] == "a" and {m["key"] for m in record["measurements"]} == {"lora2", "limit"}
     assert all(len(m["seconds"]) == 2 for m in record["measurements"])
-    assert record["machine"]["versions"]["torch"] == torch.__version__
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's own reaction to SIGINT: what runs in the background (nohup, &) inherits that it is ignored."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, handler)
-
-
-@pytest.mark.usefixtures("ctrl_c", "small_runs")
-@pytest.mark.parametrize(
-    "how, peers, code, says",
-    [
-        ("killed", "lora,limit", 1, "the process of limit ended"),
-        ("stopped before it answers", "limit", 1, "the process of limit ended"),
-        ("Ctrl-C", "limit", 130, "length 7: stopped"),
-    ],
-)
-def test_what_ends_a_run_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys, how, peers, code, says):
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_runs")
+@pytest.mark.parametrize(("how", "code"), [("killed", 1), ("Ctrl-C", 130)])
+def test_what_ends_a_run_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys, how, code):
     measure, processes = run.measure, []
 
     def second_ends(workers, name, shapes, rounds):
         processes[:] = workers.processes
         if "length 7" in name and how == "Ctrl-C":
-            signal.raise_signal(signal.SIGINT)
-        elif "length 7" in name and how == "killed":
+            raise KeyboardInterrupt
+        if "length 7" in name:
             processes[-1].kill()
             processes[-1].join()
-        elif "length 7" in name:
-            os.kill(processes[-1].pid, signal.SIGSTOP)
-            threading.Timer(0.3, processes[-1].kill).start()
         return measure(workers, name, shapes, rounds)
 
     monkeypatch.setattr(run, "measure", second_ends)
-    flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1", "--name", "x"]
-    assert run.main(["--peers", peers, "--lengths", "6,7", *flags]) == code
-    out, err = capsys.readouterr()
-    assert says in err.strip().splitlines()[-1] and "length 7" in err and "Traceback" not in err
-    record = json.loads((tmp_path / "x.json").read_text())
-    assert len(record["measurements"]) == len(peers.split(",")) and record["failure"]
-    assert {m["setting"] for m in record["measurements"]} == {"float32, 12 layers, batch 32, length 6"}
-    assert "Ended early" in (tmp_path / "x.md").read_text() and "length 6" in out
-    assert processes and not any(process.is_alive() for process in processes)
+    flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1"]
+    assert run.main(["--peers", "limit", "--lengths", "6,7", *flags]) == code
+    assert "length 7" in capsys.readouterr().err
+    record = json.loads((tmp_path / "records.jsonl").read_text())
+    assert [m["setting"] for m in record["measurements"]] == ["float32, 12 layers, batch 32, length 6"]
+    assert record["failure"] and not any(process.is_alive() for process in processes)
 
 
-@pytest.mark.usefixtures("ctrl_c", "small_runs")
-def test_a_stop_before_anything_was_measured_keeps_the_earlier_table(tmp_path, monkeypatch, capsys):
-    (tmp_path / "x.json").write_text("earlier")
-    monkeypatch.setattr(run, "measure", lambda *_: signal.raise_signal(signal.SIGINT))
-    assert run.main(["--peers", "limit", "--lengths", "6", "--name", "x"]) == 130
-    assert "nothing was measured" in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
-
-
-@pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.slow
-def test_peers_ignore_the_terminals_ctrl_c():
-    workers = run.Workers(["limit"], 1)
-    try:
-        os.kill(workers.processes[0].pid, signal.SIGINT)
-        workers.ask("limit", "build", SMALL)
-        assert workers.processes[0].is_alive() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        workers.close()
+RECORD = {"name": "x", "machine": {"device": "d", "threads": 1, "system": "s", "versions": {}}, "rounds": 3,
+          "started_at": "now", "measurements": []}  # fmt: skip
 
 
 def test_ratios_are_medians_over_medians():
     def row(key, seconds, method=()):
-        return Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None)
+        return asdict(Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None))
 
-    found = [row("peft-lora", [4.0, 2.0, 9.0]), row("lora2", [1.0, 3.0, 1.0], [0.5])]
-    text = markdown({"machine": {"device": "d", "threads": 1, "system": "s", "versions": {}}, "rounds": 3,
-                     "started_at": "now"}, found)  # fmt: skip
+    text = section(RECORD | {"measurements": [row("peft-lora", [4.0, 2.0, 9.0]), row("lora2", [1.0, 3.0, 1.0], [0.5])]})
     assert "| float32, s | step, LoRA² : peft LoRA, stock attention | 0.250 |" in text
     assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
+
+
+def planned(*words):
+    """(setting, peer → shape) of a command."""
+    return run.plan(run.parse(list(words)))
+
+
+@pytest.mark.parametrize(("words", "layers", "lengths"), [((), 12, (64, 128, 256)), (("--quick",), 2, (64,))])
+def test_the_usual_settings_measure_each_peer_where_it_has_a_meaning(words, layers, lengths):
+    settings = planned(*words)
+    cells = [{(s.precision, s.layers, s.batches) for s in shapes.values()} for _, shapes in settings]
+    assert cells == [{(p, layers, ((32, n),))} for p in ("float32", "bfloat16") for n in lengths]
+    for name, shapes in settings:
+        assert ("peft-lora-bf16" in shapes) == name.startswith("bfloat16") and "published" not in shapes
+
+
+def test_lengths_of_a_task_are_in_buckets_for_the_peers_here_and_padded_to_320_as_published(tmp_path):
+    texts = ["w " * (2 + (7 * i) % 19) for i in range(96)]
+    rows = [{"sentence1": text, "sentence2": text, "label": i % 2, "idx": i} for i, text in enumerate(texts)]
+    write_rows(tmp_path / "mrpc/train.jsonl", rows)
+    words = ["--peers", "peft-lora,lora2,published", "--precisions", "bfloat16", "--batch", "8"]
+    ((_, shapes),) = planned("--lengths", "mrpc", "--glue_dir", str(tmp_path), *words)
+    tokens = {key: sum(rows * n for rows, n in shapes[key].batches) for key in ("peft-lora", "lora2")}
+    assert len(shapes["lora2"].batches) == 6 and tokens["lora2"] < 0.9 * tokens["peft-lora"]
+    assert (shapes["published"].precision, shapes["published"].batches) == ("float32", ((8, 320),))

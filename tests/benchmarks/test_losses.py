@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.compare_losses import differences
-from benchmarks.losses import losses, machine, main, method_flags
+from benchmarks.losses import losses, machine, method_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests/nlu/golden_losses.json").read_text())
@@ -71,13 +71,3 @@ def test_two_commits_are_compared(tmp_path):
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "nosuch" in unknown.stderr
     unknown = run(*compare, "HEAD~1", "HEAD", "--methods", "lora,lroa")
     assert unknown.returncode == 2 and unknown.stderr.count("\n") == 1 and "'lroa'" in unknown.stderr
-
-
-def test_losses_have_help_and_refuse_what_they_do_not_know(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert "METHOD" in capsys.readouterr().out
-    for words in (["lora", "lroa"], ["--method", "lora"]):
-        assert main(words) == 2
-        out, err = capsys.readouterr()
-        assert not out and err.startswith("error: ") and err.count("\n") == 1
