@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.allocator import RankAllocator
-from loralib.checks import check_not_negative, check_whole_number
-from loralib.model import factors_of, lora_layers, trained_svd_layers
+from loralib.model import factors_of, lora_layers
 from loralib.orthogonality import compute_orth_regu
 
 REGU_WEIGHT = 0.1
@@ -33,24 +32,23 @@ class LowRankTraining:
     Args:
         model: holds low-rank layers: with singular values for the regulariser, and all of one rank for pruning.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
-        target_rank: average singular values that a layer keeps. target_total_rank: those of all layers together, in
-            its place. Without either nothing is pruned.
+        target_rank: average singular values that a layer keeps; without it nothing is pruned.
         constraint: an object with ``start()``, called before the first step, ``before_step()``, which changes the
             gradients, and ``after_step()``, which changes the factors:
             :class:`loralib.recipes.exact_factors.ExactFactors`.
         regu_weight: of the regulariser, 0 for none; where None 0.1, or 0 beside a constraint. terms, squared: as for
             :func:`loralib.compute_orth_regu`.
-        allocator_options: init_warmup (a tenth of the steps), final_warmup (half of them), mask_interval (10), beta1
-            and beta2 (0.85), importance … of :class:`loralib.RankAllocator`.
+        pruning: init_warmup (a tenth of the steps), final_warmup (half of them), mask_interval (10), beta1 and beta2
+            (0.85), importance … of :class:`loralib.RankAllocator`.
 
     Attributes:
         steps_done: optimiser steps since :meth:`start`.
-        allocator: the :class:`loralib.RankAllocator`, None where nothing is pruned.
+        allocator: the :class:`loralib.RankAllocator`; None where nothing is pruned, and before :meth:`start`.
 
     Raises:
         TypeError: for an unknown option.
-        ValueError: for a value out of range, both targets, an option of pruning without either, and a model without
-            such layers where there is something to do with them.
+        ValueError: for a value out of range, an option of pruning without ``target_rank``, and a model without such
+            layers where there is something to do with them.
     """
 
     def __init__(
@@ -59,38 +57,22 @@ class LowRankTraining:
         total_steps: int | None = None,
         *,
         target_rank: int | None = None,
-        target_total_rank: int | None = None,
         constraint: Any = None,
         regu_weight: float | None = None,
         terms: str = "all",
         squared: bool = False,
-        **allocator_options: Any,
+        **pruning: Any,
     ) -> None:
+        if pruning and target_rank is None:
+            raise ValueError(f"{next(iter(pruning))} has no meaning without target_rank: give that, or leave it out")
         self.model, self.constraint, self.terms, self.squared = model, constraint, terms, squared
         self.regu_weight = (REGU_WEIGHT if constraint is None else 0.0) if regu_weight is None else regu_weight
+        self.target_rank, self._pruning = target_rank, pruning
         self.total_steps, self.steps_done = total_steps, 0
-        self._options = self._allocator_options(target_rank, target_total_rank, allocator_options)
-        check_not_negative("regu_weight", self.regu_weight)
-        self.penalty()  # refuses what it cannot compute
-        self._begin()
-
-    def _allocator_options(self, rank: int | None, total: int | None, options: dict[str, Any]) -> dict[str, Any] | None:
-        if rank is None and total is None:
-            if given := [name for name, value in options.items() if value is not None]:
-                raise ValueError(f"{given[0]} has no meaning without target_rank: give that, or leave it out")
-            return None
-        if rank is not None and total is not None:
-            raise ValueError("target_rank and target_total_rank say the same in two ways: give one of them")
-        r = next(iter(trained_svd_layers(self.model, "prune").values())).r
-        return {"lora_r": r, "target_rank": r if rank is None else rank, "target_total_rank": total, **options}
-
-    def _begin(self) -> None:
-        if self.total_steps is not None:
-            check_whole_number("total_steps", self.total_steps)
         self.allocator: RankAllocator | None = None
-        if self._options is not None:
-            self.allocator = RankAllocator(self.model, total_step=self.total_steps, **self._options)
-        self.steps_done, self._prepared, self._warned = 0, False, False
+        self.penalty()  # refuses what it cannot compute
+        if total_steps is not None:
+            self.start(total_steps)
 
     def start(self, total_steps: int) -> None:
         """Begin a training of ``total_steps`` optimiser steps: plan the pruning anew.
@@ -98,12 +80,15 @@ class LowRankTraining:
         Raises:
             ValueError: where the steps are too few.
         """
-        self.total_steps = total_steps
-        self._begin()
+        if self.target_rank is not None:
+            self.allocator = RankAllocator(self.model, total_steps, self.target_rank, **self._pruning)
+        self.total_steps, self.steps_done = total_steps, 0
 
     def penalty(self) -> Tensor | float:
         """The weighted regulariser, to add to the loss of one optimiser step; 0 where it is off."""
-        return compute_orth_regu(self.model, self.regu_weight, self.terms, self.squared) if self.regu_weight else 0.0
+        if self.regu_weight == 0:
+            return 0.0
+        return compute_orth_regu(self.model, self.regu_weight, self.terms, self.squared)
 
     def step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
         """One optimiser step: :meth:`before_step`, ``optimizer.step()`` and :meth:`after_step`.
@@ -126,7 +111,6 @@ class LowRankTraining:
 
     def before_step(self) -> None:
         """For a loop that steps the optimiser itself: call this before, once the gradients are complete and clipped."""
-        self._prepared = True
         if self.constraint is not None:
             if self.steps_done == 0:
                 self.constraint.start()
@@ -135,23 +119,21 @@ class LowRankTraining:
     def after_step(self) -> None:
         """For a loop that steps the optimiser itself: call this after it, before the gradients are cleared.
 
-        The first call warns of layers that no gradient has reached: a model may read a weight past its layer's forward
-        pass, which ignores an update. A call beyond ``total_steps`` warns too: it is often one of each batch, where
-        several are accumulated. So does one without :meth:`before_step` where a constraint needs it, and the 30th or
-        last where every update is still 0.
+        Warns, once each, of layers that no gradient has reached in the first step (a model may read a weight past its
+        layer's forward pass, which ignores an update), of updates that are all still 0 after 30 steps or the last, and
+        at each step beyond ``total_steps``, which is often one of each batch where several are accumulated.
 
         Raises:
             RuntimeError: where pruning is asked for and the number of steps is unknown.
             ValueError: where pruning finds no gradient at all.
         """
+        if self.target_rank is not None and self.allocator is None:
+            raise RuntimeError("pruning depends on the number of optimiser steps: give total_steps, or call start()")
         if self.steps_done == 0:
             self._warn_of_layers_without_gradient()
         if self.constraint is not None:
-            if not self._prepared and not self._warned:
-                self._warned = True
-                warnings.warn("after_step() without before_step(): call step(optimizer), which does both", stacklevel=2)
             self.constraint.after_step()
-        self.steps_done, self._prepared = self.steps_done + 1, False
+        self.steps_done += 1
         if self.total_steps is not None and self.steps_done > self.total_steps:
             warnings.warn(
                 f"there are more steps than total_steps ({self.total_steps}): give the number of optimiser steps, and "
@@ -161,11 +143,11 @@ class LowRankTraining:
         if self.steps_done == min(UNMOVED_STEPS, self.total_steps or UNMOVED_STEPS):
             self._warn_of_factors_that_never_moved()
         if self.allocator is not None:
-            self.allocator.update_and_mask(self.model, self.steps_done)
+            self.allocator.update_and_mask(self.steps_done)
 
     def _warn_of_factors_that_never_moved(self) -> None:
-        values = [p for p in _amplitudes(self.model).values() if p.requires_grad]
-        if values and not any(p.detach().any() for p in values):
+        values = _trained_amplitudes(self.model).values()
+        if values and not any(value.detach().any() for value in values):
             warnings.warn(
                 f"after {self.steps_done} steps every update is still exactly 0: the optimiser does not hold their "
                 "factors (make it after inject()), or its rate was 0",
@@ -173,7 +155,7 @@ class LowRankTraining:
             )
 
     def _warn_of_layers_without_gradient(self) -> None:
-        trained = {name: parameter for name, parameter in _amplitudes(self.model).items() if parameter.requires_grad}
+        trained = _trained_amplitudes(self.model)
         if missed := [name for name, parameter in trained.items() if parameter.grad is None]:
             warnings.warn(
                 f"in the first step no gradient reached {len(missed)} of {len(trained)} low-rank layers, {missed[0]} "
@@ -185,16 +167,16 @@ class LowRankTraining:
     @property
     def rank_pattern(self) -> dict[str, list[bool]] | None:
         """Module name → which singular values are not 0 in the weights now; None where nothing is pruned."""
-        return self.allocator.rank_pattern if self.allocator is not None else None
+        return None if self.allocator is None else self.allocator.rank_pattern
 
     @property
     def budget(self) -> int | None:
         """Singular values that the schedule allows at this step; None where nothing is pruned."""
-        return self.allocator.schedule(self.steps_done)[0] if self.allocator is not None else None
+        return None if self.allocator is None else self.allocator.budget(self.steps_done)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs beside the model and the optimiser."""
-        allocator = self.allocator.state_dict() if self.allocator is not None else None
+        allocator = None if self.allocator is None else self.allocator.state_dict()
         return {"step": self.steps_done, "total_steps": self.total_steps, "allocator": allocator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -203,18 +185,20 @@ class LowRankTraining:
         Raises:
             ValueError: where it belongs to another training.
         """
+        if self.total_steps is None:
+            self.start(state["total_steps"])
         if (state["allocator"] is None) != (self.allocator is None):
             raise ValueError("only one of the saved training and this one prunes: give the same target_rank")
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
-        self.total_steps = state["total_steps"] if self.total_steps is None else self.total_steps
 
 
-def _amplitudes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Of every layer what is 0 while its update is: e, or B of plain LoRA."""
+def _trained_amplitudes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Of every layer what is 0 while its update is, if it trains: e, or B of plain LoRA."""
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.r}
-    return {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
+    values = {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
+    return {name: value for name, value in values.items() if value.requires_grad}
 
 
 def refuse_other_parameters(optimizer: Any, model: nn.Module) -> None:

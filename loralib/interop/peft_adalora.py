@@ -36,7 +36,7 @@ class SortingAllocator(RankAllocator):
         """Zero all but the ``budget`` most important singular values; parameter name of E -> which are kept."""
         ending = f"lora_E.{self.adapter_name}"
         values = {name: p for name, p in model.named_parameters() if name.endswith(ending)}
-        kept, _ = most_important(torch.cat([self._importance(name) for name in values]), budget)
+        kept = most_important(torch.cat([self._importance(name) for name in values]), budget)
         masks = dict(zip(values, kept.split([len(p) for p in values.values()]), strict=True))
         for name, mask in masks.items():
             values[name].masked_fill_(~mask[:, None], 0.0)

@@ -12,7 +12,7 @@ import loralib
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
 # Of an allocator over 40 steps.
-SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_step": 40}
+SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_steps": 40}
 
 # Of a tiny encoder, and what makes one a DeBERTa.
 SIZES = {

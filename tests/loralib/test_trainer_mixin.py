@@ -171,7 +171,7 @@ def test_shared_factors_resume_and_an_evaluation_has_no_penalty(tmp_path):
         assert torch.equal(a, b)
     states = whole.low_rank.state_dict(), resumed.low_rank.state_dict()
     assert states[0]["step"] == states[1]["step"] == states[0]["total_steps"] == STEPS
-    assert torch.equal(*(state["allocator"]["mask"] for state in states))
+    assert torch.equal(*(state["allocator"]["masks"] for state in states))
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
     expected = float(whole.model.eval()(**inputs).loss.detach())
     assert whole.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)

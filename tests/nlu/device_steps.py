@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_check import WAITING
 from benchmarks.losses import BATCH, method_flags, prepared, step
+from loralib import LowRankTraining
 from loralib.recipes import exact_factors
 from nlu.methods._bottleneck_layer import BottleneckAdapter
 from nlu.methods.peft_methods import PEFT_FOLDER
@@ -67,7 +68,8 @@ def on_device(rows):
 
 @pytest.fixture
 def no_contents(monkeypatch):
-    """What looks at contents once, before the first step, does not look."""
+    """What looks at contents once in a training does not look."""
+    monkeypatch.setattr(LowRankTraining, "_warn_of_factors_that_never_moved", lambda self: None)
     monkeypatch.setattr(exact_factors, "factors_are_orthonormal", lambda factors: True)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     monkeypatch.setattr(BottleneckAdapter, "to", lambda self, device: self)  # a fake parameter cannot be moved
