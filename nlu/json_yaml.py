@@ -1,4 +1,4 @@
-"""JSON and YAML files: read as plain values, and checked against a JSON Schema."""
+"""JSON and YAML files, read as plain values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from nlu import CONFIGS
 from nlu.errors import UsageError, reason
 
 
@@ -80,27 +79,3 @@ def read_yaml(path: Path) -> Any:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UsageError(f"{path}: {reason(error)}") from None
-
-
-def check(value: Any, name: str, where: str = "", part: str = "") -> None:
-    """Refuse a value that the JSON Schema in ``configs/schemas/NAME.yaml`` does not allow.
-
-    Args:
-        where: begins the message, before the place inside the value.
-        part: the definition of the schema that the value must fit; the whole schema without it.
-
-    Raises:
-        UsageError: names the first place that is wrong. A ``description`` beside the broken rule ends "VALUE …".
-    """
-    import jsonschema
-
-    schema = read_yaml(CONFIGS / "schemas" / f"{name}.yaml")
-    if part:
-        schema = {"$defs": schema["$defs"], "$ref": f"#/$defs/{part}"}
-    fault = next(jsonschema.Draft202012Validator(schema).iter_errors(value), None)
-    if fault is None:
-        return
-    message = fault.message
-    if fault.validator in ("type", "pattern", "not", "anyOf", "exclusiveMinimum") and "description" in fault.schema:
-        message = f"{fault.instance!s:.60} {fault.schema['description']}"
-    raise UsageError(": ".join(filter(None, (where, ".".join(map(str, fault.absolute_path)), message[:300]))))

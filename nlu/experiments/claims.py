@@ -15,12 +15,14 @@ questions:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from nlu.json_yaml import check, read_yaml
+from nlu.errors import UsageError, reason
+from nlu.json_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,15 @@ def load_questions(path: Path) -> list[Question]:
     """The questions of a file.
 
     Raises:
-        UsageError: a file that cannot be read, an unknown key, or a claim that expects something else.
+        UsageError: a file that cannot be read, an unknown or missing key.
     """
-    content = read_yaml(path)
-    check(content, "claims", str(path))
-    return [
-        Question(
-            **{
-                **raw,
-                "against": tuple(raw.get("against", ())),
-                "claims": tuple(Claim(**claim) for claim in raw.get("claims", ())),
-                "test": tuple(raw.get("test", ())),
-            }
-        )
-        for raw in content["questions"]
-    ]
+    try:
+        return [_question(**raw) for raw in read_yaml(path)["questions"]]
+    except (TypeError, KeyError) as error:
+        raise UsageError(
+            f"{path}: {reason(error, 200)}; the format is explained in nlu/experiments/claims.py"
+        ) from None
+
+
+def _question(claims: Iterable[dict] = (), against: Iterable[str] = (), test: Iterable[str] = (), **rest) -> Question:
+    return Question(claims=tuple(Claim(**claim) for claim in claims), against=tuple(against), test=tuple(test), **rest)

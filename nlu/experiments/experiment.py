@@ -27,13 +27,13 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nlu.errors import UsageError
-from nlu.json_yaml import check, read_yaml
+from nlu.errors import UsageError, reason
+from nlu.json_yaml import read_yaml
 from nlu.runs.digests import INPUTS
 
 # Of these only the last part of a path is compared and recorded: records name no folder of this machine.
@@ -69,6 +69,25 @@ class Experiment:
     tuning: list[Run]
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """What `set` (and of a selection `values`) gives to the combinations that have the labels of `when`."""
+
+    when: dict[str, Any]
+    set: dict[str, Any] | None = None
+    values: dict[str, list] | None = None
+
+
+@dataclass(frozen=True)
+class _Select:
+    """The part `select` of a file."""
+
+    values: dict[str, list]
+    seeds: list
+    set: dict[str, Any]
+    overrides: list[dict[str, Any]] | None = None
+
+
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
     """Read and check an experiment file.
 
@@ -77,10 +96,10 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
         settings: arguments given on the command line; they win over `base`, labels, `overrides` and `select.set`.
 
     Raises:
-        UsageError: unreadable file, unknown or missing key, empty grid, a flag set in two places that cannot both hold,
-            runs that would share a folder.
+        UsageError: unreadable file, unknown or missing key, a flag set in two places that cannot both hold, runs that
+            would share a folder.
     """
-    content = read_yaml(Path(path))
+    content = read_yaml(path)
     try:
         return make_experiment(content, settings)
     except UsageError as error:
@@ -89,122 +108,124 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
 
 def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Experiment:
     """Check the content of an experiment file; arguments and errors as :func:`load_experiment`."""
-    return _Reader(content, settings or {}).experiment()
+    try:
+        return _experiment(settings or {}, **content)
+    except (TypeError, KeyError, AttributeError) as error:  # another key, or a list where a mapping belongs
+        what = reason(error, 200).replace("_experiment()", "the file")
+        raise UsageError(f"{what}; the format is explained at the top of nlu/experiments/experiment.py") from None
 
 
-class _Reader:
-    """The checks of one file that a schema cannot make: those between its parts."""
+def _experiment(
+    settings: dict[str, Any],
+    name: str,
+    grid: dict[str, list | dict],
+    description: str = "",
+    base: dict[str, Any] | None = None,
+    exclude: list[dict] | None = None,
+    overrides: list[dict] | None = None,
+    select: dict[str, Any] | None = None,
+) -> Experiment:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
+    choices = {axis: _choices(axis, labels) for axis, labels in grid.items()}
+    every = [dict(zip(choices, labels, strict=True)) for labels in itertools.product(*choices.values())]
+    excluded = [_Rule(when) for when in exclude or []]
+    rules = [_Rule(**rule) for rule in overrides or []]
+    selection = _Select(**select) if select else None
+    runs, tuning = [], {}
+    for axes in every:
+        if _matching(excluded, axes, choices):
+            continue
+        arguments = (base or {}) | _of_labels(axes, choices)
+        for rule in _matching(rules, axes, choices):
+            arguments |= rule.set or {}
+        runs.append(Run(name, "final", run_name(axes), axes, arguments | settings))
+        for run in _tuning_runs(selection, runs[-1], settings, choices) if selection else ():
+            tuning.setdefault(run.folder, run)
+    _check([*runs, *tuning.values()], [axis for axis, labels in grid.items() if isinstance(labels, list)])
+    return Experiment(name, description, runs, list(tuning.values()))
 
-    def __init__(self, content: Any, settings: dict[str, Any]) -> None:
-        self.content, self.settings = content, settings
-        check(self.content, "experiment")
-        check(self.settings, "experiment", "--set", "arguments")
-        self.grid = {axis: self._choices(axis, labels) for axis, labels in content["grid"].items()}
-        for axis, labels in self.grid.items():
-            for label, arguments in labels.items():
-                self._check_no_axis({name for name in arguments if name != axis}, f"grid.{axis} {label}")
-        self._check_no_axis(self.settings, "--set")
-        self.overrides = self._rules(content.get("overrides"), "overrides")
 
-    def experiment(self) -> Experiment:
-        combinations = self._combinations()
-        runs = [self._run("final", run_name(axes), axes, self._resolve(axes)) for axes in combinations]
-        tuning = self._tuning(combinations) if self.content.get("select") else []
-        _check_folders(run.folder for run in [*runs, *tuning])
-        return Experiment(self.content["name"], self.content.get("description", ""), runs, tuning)
+def _choices(axis: str, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
+    """Label → arguments of one axis."""
+    if isinstance(labels, dict):
+        return {label: arguments or {} for label, arguments in labels.items()}
+    if not isinstance(labels, list):
+        raise UsageError(f"grid.{axis} must be a list of values, or a mapping of labels to arguments")
+    return {value: {axis: value} for value in labels}
 
-    def _run(self, stage: str, folder: str, axes: dict, arguments: dict, tried: dict | None = None) -> Run:
+
+def _of_labels(axes: dict[str, Any], choices: dict[str, dict]) -> dict[str, Any]:
+    """The arguments that the labels stand for."""
+    arguments: dict[str, Any] = {}
+    for axis, label in axes.items():
+        for flag, value in choices[axis][label].items():
+            if arguments.setdefault(flag, value) != value:
+                raise UsageError(f"grid.{axis} {label} sets {flag}, which another axis sets otherwise")
+    return arguments
+
+
+def _matching(rules: Iterable[_Rule], axes: dict[str, Any], choices: dict[str, dict]) -> list[_Rule]:
+    """The rules whose labels a combination has; UsageError for a label that the grid does not have."""
+    found = []
+    for rule in rules:
+        when = {axis: labels if isinstance(labels, list) else [labels] for axis, labels in rule.when.items()}
+        for axis, label in [(axis, label) for axis, labels in when.items() for label in labels]:
+            if label not in choices.get(axis, ()):
+                raise UsageError(f"a rule names {axis} {label}, which the grid does not have")
+        found += [rule] * all(axes[axis] in labels for axis, labels in when.items())
+    return found
+
+
+def _tuning_runs(select: _Select, final: Run, settings: dict[str, Any], choices: dict[str, dict]) -> Iterator[Run]:
+    """The runs that choose for a final run; those that differ from it in the seed alone choose for it too."""
+    tried, changed = dict(select.values), dict(select.set)
+    for rule in _matching([_Rule(**rule) for rule in select.overrides or []], final.axes, choices):
+        tried |= rule.values or {}
+        changed |= rule.set or {}
+    if "holdout_fraction" in final.arguments or not changed.get("holdout_fraction"):
+        raise UsageError(
+            "tuning would choose by the rows that the final runs are scored on: give a holdout_fraction in select.set, "
+            "and a validation set in place of one to the final runs"
+        )
+    if both := sorted(set(tried) & {*final.arguments, *changed}):
+        raise UsageError(f"{both[0]} is both selected and set in base, grid, overrides or set; leave one")
+    for *values, seed in itertools.product(*tried.values(), select.seeds):
+        chosen, axes = dict(zip(tried, values, strict=True)), {**final.axes, "seed": seed}
+        named = {axis: label for axis, label in axes.items() if axis != "seed"}
+        arguments = final.arguments | changed | settings | {"seed": seed} | chosen
+        folder = f"select/{run_name({**named, **chosen, 'seed': seed})}"
+        yield Run(final.experiment, "select", folder, axes, arguments, chosen)
+
+
+def _check(runs: list[Run], flags: list[str]) -> None:
+    """Refuse runs without what each needs, with names that lie, or with a folder that another uses.
+
+    Args:
+        flags: axes that are flags: their values are in the runs' names.
+    """
+    seen = {"", "select", "logs"}
+    for run in runs:
         for key, instead in (("method", ""), ("seed", ""), ("task_name", "train_file"),
                              ("model_name_or_path", "published")):  # fmt: skip
-            if arguments.get(key) is None and arguments.get(instead) is None:
+            if run.arguments.get(key) is None and run.arguments.get(instead) is None:
                 raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
-        return Run(self.content["name"], stage, folder, axes, arguments, tried or {})
-
-    def _choices(self, axis: str, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
-        """Label → arguments of one axis."""
-        if isinstance(labels, dict):
-            return {label: arguments or {} for label, arguments in labels.items()}
-        check({axis: None}, "experiment", "grid", "arguments")
-        return {value: {axis: value} for value in labels}
-
-    def _check_no_axis(self, names: Iterable[str], where: str) -> None:
-        """Refuse to set an axis that is a flag: its values are in the runs' names."""
-        for name in names:
-            if isinstance(self.content["grid"].get(name), list):
-                raise UsageError(f"{where} sets {name}, which is an axis of the grid: the run's name would be wrong")
-
-    def _combinations(self) -> list[dict[str, Any]]:
-        excluded = [self._when(rule, "exclude") for rule in self.content.get("exclude") or []]
-        every = [dict(zip(self.grid, labels, strict=True)) for labels in itertools.product(*self.grid.values())]
-        kept = [axes for axes in every if not any(_matches(axes, rule) for rule in excluded)]
-        if not kept:
-            raise UsageError("exclude leaves no run")
-        return kept
-
-    def _resolve(self, axes: dict[str, Any]) -> dict[str, Any]:
-        labels: dict[str, Any] = {}
-        for axis, label in axes.items():
-            for flag, value in self.grid[axis][label].items():
-                if labels.setdefault(flag, value) != value:
-                    raise UsageError(f"grid.{axis} {label} sets {flag}, which another axis sets otherwise")
-        arguments = (self.content.get("base") or {}) | labels
-        for rule in self.overrides:
-            if _matches(axes, rule["when"]):
-                arguments |= rule["set"]
-        return arguments | self.settings
-
-    def _rules(self, raw: list[dict[str, Any]] | None, where: str) -> list[dict[str, Any]]:
-        """Rules of `when` and `set`, in a selection of `values` too."""
-        rules = []
-        for rule in raw or []:
-            self._check_no_axis({**(rule.get("set") or {}), **rule.get("values", {})}, where)
-            when = self._when(rule["when"], where)
-            rules.append({"when": when, "set": rule.get("set") or {}, "values": rule.get("values", {})})
-        return rules
-
-    def _when(self, rule: dict[Any, Any], where: str) -> dict[Any, list]:
-        checked = {axis: labels if isinstance(labels, list) else [labels] for axis, labels in rule.items()}
-        for axis, labels in checked.items():
-            for label in labels:
-                if label not in self.grid.get(axis, ()):
-                    raise UsageError(f"{where} names {axis} {label}, which the grid does not have")
-        return checked
-
-    def _tuning(self, combinations: list[dict[str, Any]]) -> list[Run]:
-        raw = self.content["select"]
-        self._check_no_axis([*raw["values"], *raw["set"]], "select")
-        rules = self._rules(raw.get("overrides"), "select.overrides")
-        runs: dict[str, Run] = {}
-        for axes in combinations:
-            tried, changed, resolved = dict(raw["values"]), dict(raw["set"]), self._resolve(axes)
-            for rule in rules:
-                if _matches(axes, rule["when"]):
-                    tried |= rule["values"]
-                    changed |= rule["set"]
-            if "holdout_fraction" in resolved:
-                raise UsageError(
-                    "holdout_fraction: tuning would choose by the rows that the final runs are scored on: give a "
-                    "validation set (validation_file), or no tuning"
-                )
-            if both := sorted(set(tried) & {*resolved, *changed}):
-                raise UsageError(f"{both[0]} is both selected and set in base, grid, overrides or set; leave one")
-            for values in itertools.product(*tried.values()):
-                for seed in raw["seeds"]:
-                    own, chosen = {**axes, "seed": seed}, dict(zip(tried, values, strict=True))
-                    folder = f"select/{run_name({**{a: own[a] for a in axes if a != 'seed'}, **chosen, 'seed': seed})}"
-                    arguments = resolved | changed | self.settings | {"seed": seed} | chosen
-                    runs.setdefault(folder, self._run("select", folder, own, arguments, chosen))
-        return list(runs.values())
+        for flag in flags:
+            if run.arguments.get(flag) != run.axes[flag]:
+                raise UsageError(f"{run.folder}: {flag} is an axis of the grid, and set again elsewhere")
+        folder = run.folder.lower()  # some systems do not tell case apart
+        if folder in seen or folder.rpartition("/")[2].startswith("."):
+            raise UsageError(
+                f"two runs would share the folder {folder!r}, or the sweep needs it: give axes labels that differ in "
+                "more than case, in A-Z, 0-9 and . + = , - (other characters become _, of a path the last part stays)"
+            )
+        seen.add(folder)
 
 
 def run_name(axes: dict[str, Any]) -> str:
     """A folder's name from the labels of a run's axes, LoRA² as LoRA2; numbers carry their axis' name."""
     parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in place_free(axes).items()]
     return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts)))
-
-
-def _matches(axes: dict[str, Any], rule: dict[str, list]) -> bool:
-    return all(axes[axis] in labels for axis, labels in rule.items())
 
 
 def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -217,15 +238,3 @@ def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _is_place(value: str) -> bool:
     return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1
-
-
-def _check_folders(folders: Iterable[str]) -> None:
-    """Refuse folders that two runs would share, or that the sweep uses itself."""
-    seen = {"", "select", "logs"}
-    for folder in folders:
-        if folder.lower() in seen or folder.rpartition("/")[2].startswith("."):  # some systems do not tell case apart
-            raise UsageError(
-                f"two runs would share the folder {folder!r}, or the sweep needs it: give axes labels that differ in "
-                "more than case, in A-Z, 0-9 and . + = , - (other characters become _, of a path the last part stays)"
-            )
-        seen.add(folder.lower())

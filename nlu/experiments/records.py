@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from loralib.checks import is_number
 from nlu.arguments import DEFAULTS
-from nlu.errors import UsageError
+from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
 from nlu.runs.files import write_text
 from nlu.runs.lock import locked
@@ -48,6 +47,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     scores = [record.get("last"), *evaluations.get("loss", [None]), *evaluations.get(record.get("metric"), [None])]
     if status == "finished" and None in scores:
         status, error = "failed", "an evaluation has no finite score or loss"
+    norms = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
     asked = run.arguments.get("seed")
     if status == "finished" and str(record.get("seed")) != str(asked):
         status, error = "failed", f"its record is of seed {record.get('seed')}, and {asked} was asked for"
@@ -64,7 +64,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         **{name: record.get(name) for name in COPIED},
         **rate_sums(record),
         "training_loss": training_losses(record),
-        "delta_norm": delta_norm(record),
+        "delta_norm": norms[-1] if norms else None,  # ‖ΔW‖_F at the end, the mean over the adapted layers
     }
     return portable({name: value for name, value in line.items() if value is not None})
 
@@ -150,12 +150,6 @@ def training_losses(record: dict[str, Any], parts: int = 20) -> list[float] | No
     return [_figures(part.mean()) for part in np.array_split(by_step, min(parts, len(by_step)))]
 
 
-def delta_norm(record: dict[str, Any]) -> float | None:
-    """‖ΔW‖_F at the end, the mean over the adapted layers; None for a method without such an update."""
-    logged = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
-    return logged[-1] if logged else None
-
-
 def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:
     """step, loss and metrics as one list each."""
     names = dict.fromkeys(name for entry in evaluations for name in entry if name != "epoch")
@@ -191,8 +185,6 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     """Put a run's line in place of its earlier one, or take it out (None); the file is replaced whole, under a lock."""
-    if line is not None:
-        check_line(line, f"{path}: {run}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / ".lock", f"{path.parent} is in use", wait=True):
         lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
@@ -212,42 +204,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read ({error})") from None
-    lines, seen = [], {}
+    lines: dict[str, dict[str, Any]] = {}
     for number, each in enumerate(io.StringIO(text), 1):  # splitlines() also splits at U+2028 within a label
-        where = f"{path}:{number}"
         try:
             line = json.loads(each, parse_constant=_no_number)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where}: damaged ({error}); restore the line, or delete it to run it again") from None
-        check_line(line, where)
-        if line["run"] in seen:
-            raise UsageError(f"{where}: the run {line['run']} is on line {seen[line['run']]} too; delete one of them")
-        seen[line["run"]] = number
-        lines.append(line)
-    return lines
+            _check_line(line)
+            if line["run"] in lines:
+                raise ValueError(f"the run {line['run']} is on another line too")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            what = f"{path}:{number}: damaged ({one_line(error)})"
+            raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
+        lines[line["run"]] = line
+    return list(lines.values())
 
 
-_FIELDS = {"run": str, "stage": str, "status": str, "label": str, "axes": dict, "asked": dict, "tried": dict}
-_OF_FINISHED = {"task": str, "method": str, "metric": str, "last": float, "steps": int, "evaluations": dict}
-
-
-def check_line(line: Any, where: str) -> None:
+def _check_line(line: dict[str, Any]) -> None:
     """Refuse a line that tables could not compute with: an editor, a merge or another program may have made it.
 
     Raises:
-        UsageError: the first field that is not what it must be.
+        KeyError, TypeError, ValueError: what tables need is missing, or is no number.
     """
-    finished = isinstance(line, dict) and line.get("status") == "finished"
-    for name, kind in (_FIELDS | (_OF_FINISHED if finished else {})).items():
-        value = line.get(name) if isinstance(line, dict) else None
-        if not (isinstance(value, kind) or (kind is float and is_number(value))):
-            raise UsageError(f"{where}: {name} is {str(value)[:80]!r}: restore the line, or delete it to run it again")
-    if finished:
-        lists = [line["evaluations"].get(name) for name in ("step", "loss", line["metric"])]
-        if not all(isinstance(each, list) and each and all(map(is_number, each)) for each in lists):
-            raise UsageError(f"{where}: evaluations need numbers for step, loss and {line['metric']}; restore the line")
-        if len(set(map(len, lists))) > 1:
-            raise UsageError(f"{where}: evaluations have lists of different lengths; restore the line")
+    for name in ("run", "stage", "status", "label", "axes", "asked", "tried"):
+        line[name]
+    if line["status"] == "finished":
+        lists = [line["evaluations"][name] for name in ("step", "loss", line["metric"])]
+        if not (lists[0] and np.isfinite(np.array([*lists, [line["last"]] * len(lists[0])])).all()):
+            raise ValueError("the evaluations need numbers for step, loss and metric")
 
 
 def _no_number(text: str) -> None:

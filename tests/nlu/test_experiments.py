@@ -85,21 +85,13 @@ TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (_with(grid={"variant": {"..": {"method": "lora"}}, "task_name": ["cola"], "seed": [1]}), "share the folder"),
-        (_with(grid={**BASIC["grid"], "row": {"a": {"seed": 3}}}), "grid.row a sets seed, which is an axis"),
-        (_with(grid={**BASIC["grid"], "orth_terms": ["uv", "UV"]}), "share the folder"),
-        (_with(overrides=[{"when": {"method": "sora"}, "set": {}}]), "names method sora"),
-        (_with(overrides=[{"when": {"methods": "lora"}, "set": {}}]), "names methods lora, which the grid does not"),
-        (_with(overrides=[{"when": {"method": "lora"}, "set": {"seed": 3}}]), "is an axis"),
+        (_with(override=[]), "unexpected keyword argument 'override'"),
+        (_with(overrides=[{"when": {"method": "sora"}}]), "names method sora, which the grid does not have"),
+        (_with(overrides=[{"when": {"method": "lora"}, "set": {"seed": 3}}]), "seed is an axis of the grid, and set"),
         (_with(grid={**BASIC["grid"], **TWO}), "which another axis sets"),
-        (_select(set={}), "holdout_fraction"),
-        (_select(values={"seed": [1]}), "select sets seed, which is an axis"),
+        (_with(grid={**BASIC["grid"], "orth_terms": ["uv", "UV"]}), "share the folder"),
+        (_select(set={"max_steps": 5}), "give a holdout_fraction in select.set"),
         (_select(set={"holdout_fraction": 0.1, "learning_rate": 1}), "both selected and set"),
-        ({**_select(), "base": {"model_name_or_path": "m", "learning_rate": 1}}, "both selected and set"),
-        (
-            {**_select(), "base": {"model_name_or_path": "m", "holdout_fraction": 0.1}},
-            "by the rows that the final runs",
-        ),
     ],
 )
 def test_a_faulty_file_is_refused_in_one_line_before_anything_starts(tmp_path, capsys, content, message):

@@ -7,8 +7,6 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import entropy
 from torch.nn import functional
@@ -106,28 +104,19 @@ def test_the_sums_of_the_learning_rates(every):
     assert rate_sums(record | {"history": constant, "arguments": arguments})["rate_sum"] == pytest.approx(1.0)
 
 
-def test_the_norm_is_the_last_of_the_history():
+def test_the_norm_is_the_last_of_the_history_and_what_is_no_result_counts_as_failed():
     run = Run("trial", "final", "a", {"method": "lora"}, {"method": "lora", "seed": 1})
-    record = {
-        "status": "finished",
-        "method": "lora",
-        "seed": 1,
-        "last": 0.5,
-        "metric": "accuracy",
-    }
-    record["evaluations"] = [{"step": 1, "epoch": 1.0, "loss": 0.3, "accuracy": 0.5}]
-    assert "delta_norm" not in measured_line(run, record)
-    record["history"] = [{"step": 1, "delta_norm": 1.0}, {"step": 2, "delta_norm": 2.0}]
-    assert measured_line(run, record)["delta_norm"] == 2.0
-    record["evaluations"].append({"step": 2, "epoch": 2.0, "loss": None, "accuracy": 0.5})
-    assert measured_line(run, record)["status"] == "failed"
-
-
-def test_a_record_of_another_seed_is_no_result(finished):
-    """A command of one's own may forget to hand its --seed on."""
-    axes = {"method": "lora2", "task_name": "cola", "seed": 4}
-    made = measured_line(Run("trial", "final", "lora2-cola-seed=4", axes, axes), finished[1])
-    assert (made["status"], made["error"]) == ("failed", "its record is of seed 3, and 4 was asked for")
+    evaluations = [{"step": 1, "epoch": 1.0, "loss": 0.3, "accuracy": 0.5}]
+    record = {"status": "finished", "method": "lora", "seed": 1, "last": 0.5, "metric": "accuracy",
+              "evaluations": evaluations}  # fmt: skip
+    made = measured_line(run, record)
+    assert made["status"] == "finished" and "delta_norm" not in made
+    history = [{"step": 1, "delta_norm": 1.0}, {"step": 2, "delta_norm": 2.0}]
+    assert measured_line(run, record | {"history": history})["delta_norm"] == 2.0
+    endless = [*evaluations, {"step": 2, "epoch": 2.0, "loss": None, "accuracy": 0.5}]
+    assert measured_line(run, record | {"evaluations": endless})["status"] == "failed"
+    other = measured_line(run, record | {"seed": 3})  # a command of one's own may forget to hand --seed on
+    assert (other["status"], other["error"]) == ("failed", "its record is of seed 3, and 1 was asked for")
 
 
 def test_a_run_that_no_sweep_started_has_a_line_by_its_model(finished, tmp_path):
@@ -159,27 +148,23 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        ('{"run": "a"', "damaged"),
-        ({"last": float("nan")}, "NaN is not a number"),
-        (
-            {"evaluations": {"step": [1], "loss": [0.1]}},
-            "evaluations need numbers for step, loss and matthews_correlation",
-        ),
-        ({"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}}, "different lengths"),
-        ({"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"}, "is on line 1 too"),
+        '{"run": "a"',
+        {"last": float("nan")},
+        {"evaluations": {"step": [1], "loss": [0.1]}},
+        {"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}},
+        {"evaluations": {"step": [1], "loss": ["low"], "matthews_correlation": [0.1]}},
+        {"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"},  # that of the first line
     ],
 )
-def test_a_damaged_line_is_named(tmp_path, change, message):
+def test_a_line_that_tables_could_not_compute_with_is_named(tmp_path, change):
     path = tmp_path / "trial.jsonl"
     first, second = (line("LoRA r=8", "cola", seed, [0.1]) for seed in (1, 2))
     text = change if isinstance(change, str) else json.dumps({**second, **change})
     path.write_text(json.dumps(first) + "\n" + text + "\n")
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=rf"^{path}:2: damaged \(.*delete it to run it again$"):
         read_lines(path)
-    assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -196,13 +181,3 @@ def test_a_damaged_line_is_named(tmp_path, change, message):
 def test_portable_takes_folders_out_and_nothing_else(text, expected):
     assert portable({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
     assert portable(expected) == expected
-
-
-@given(st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.floats() | st.text(max_size=5), max_size=6))
-def test_any_object_is_a_line_or_is_refused_in_one_line(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    path.write_text(json.dumps({**line("LoRA r=8", "cola", 1, [0.1]), **content}))
-    try:
-        assert len(read_lines(path)) == 1
-    except UsageError as error:
-        assert "\n" not in str(error)
