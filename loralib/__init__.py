@@ -8,8 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from loralib.adapter import compact, load_adapter, save_adapter, start_from_adapter
-from loralib.adapter_config import VERSION, AdapterConfig
-from loralib.adapter_folder import read_adapter_config
+from loralib.adapter_folder import VERSION, AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, match_modules

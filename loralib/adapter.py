@@ -1,7 +1,12 @@
-"""A model's adapter: save it, load it, start a training from it, merge it, and drop pruned singular values.
+"""A model's adapter: save it, load it, start a training from it, and drop pruned singular values.
 
-Every use of a saved adapter takes the same steps: :func:`read_adapter` checks the folder, :func:`fitting_layers` or
-:func:`own_layers` finds the model's layers for it or says what does not fit, and only then the model is changed.
+**What is stored**: each factor at the live singular values of its layer, those that are not exactly 0; a factor that
+layers share, once; and whatever else trains, the head. :mod:`loralib.adapter_folder` has the files.
+
+**What is checked** before the model is changed, in :func:`fitting_layers` and :func:`start_from_adapter`: the folder's
+checksums; that model and adapter have low-rank layers in the same places and of one rank, factors of one shape, and no
+sharing that the adapter lacks (:func:`check_factors`); and that the base's weights are those of the training
+(:func:`check_base`).
 """
 
 from __future__ import annotations
@@ -9,37 +14,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter_config import VERSION, AdapterConfig
-from loralib.adapter_folder import read_adapter, write_adapter
-from loralib.adapter_layers import (
-    architecture_of,
-    architectures,
-    grouped,
-    live_singular_values,
-    new_layers,
-    own_layers,
-    read_factors,
-    stored_factors,
-    stored_shapes,
-    write_factors,
-)
+from loralib.adapter_folder import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
+from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
-from loralib.injection import replace_modules
+from loralib.injection import KINDS, check_replaceable, is_linear, replace_modules
 from loralib.layers import LoRALayer
-from loralib.model import (
-    factors_of,
-    head_tensors,
-    keep_flags,
-    layers_outside_peft,
-    lora_layers,
-    unwrapped,
-)
+from loralib.model import factors_of, head_tensors, keep_flags, layers_outside_peft, lora_layers, unwrapped
+from loralib.model_card import adapter_card
+from loralib.stored_weight import frozen_shape
+
+# ---- pruned singular values -----------------------------------------------------------------------------------------
 
 
 def compact(model: nn.Module) -> dict[str, int]:
@@ -63,6 +54,17 @@ def compact(model: nn.Module) -> dict[str, int]:
     return {name: layer.r for name, layer in layers.items()}
 
 
+def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
+    """Module name -> indices of the singular values that are not 0; of all of them where every one is 0."""
+    live = {
+        name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
+        for name, layer in layers.items()
+    }
+    if any(kept for name, kept in live.items() if layers[name].lora_E is not None):
+        return live
+    return {name: list(range(layer.r)) for name, layer in layers.items()}
+
+
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 
@@ -73,21 +75,20 @@ def save_adapter(
     base_model: str | None = None,
     base_revision: str | None = None,
     card: Mapping[str, Any] | None = None,
-    compact: bool = True,
     save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
 
-    The model need not have low-rank layers: the adapter then holds the trainable parameters. Of a compiled,
-    data-parallel or averaged model it is the adapter of the model inside. All processes of a group, or one of them, may
-    call it: they take turns, and each returns when the folder is there.
+    Singular values that are exactly 0 are left out, see :func:`loralib.compact`. The model need not have low-rank
+    layers: the adapter then holds the trainable parameters. Of a compiled, data-parallel or averaged model it is the
+    adapter of the model inside. All processes of a group, or one of them, may call it: they take turns, and each
+    returns when the folder is there.
 
     Args:
         folder: new, empty, or an adapter's, whose files are replaced.
         base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
             ``config`` of a transformers model. Of a path only the last part is recorded.
         card: values of JSON, recorded under "card"; task, method, metric, score and notes also show in README.md.
-        compact: leave out the singular values that are exactly 0, see :func:`loralib.compact`.
         save_tokenizer: such as ``tokenizer.save_pretrained``: writes the tokenizer's files into the folder too.
 
     Returns:
@@ -99,12 +100,12 @@ def save_adapter(
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
-    live = live_singular_values(layers) if compact else {name: list(range(m.r)) for name, m in layers.items()}
-    factors, tied = stored_factors(layers, live)
+    live = live_singular_values(layers)
+    factors, tied = _stored_factors(layers, live)
     head = head_tensors(model)
     if not factors and not head:
         raise ValueError("nothing to save: the model has no low-rank layer and no trainable parameter")
-    groups = grouped(layers, live)
+    groups = _groups(layers, live)
     kinds = {group.kind for group in groups}
     second = _second_name(model, layers, head) if layers else None
     if base_model is None:
@@ -115,7 +116,7 @@ def save_adapter(
         groups=groups,
         tied=tied,
         head=sorted(head),
-        architecture=architecture_of(model),
+        architecture=type(model).__name__.removeprefix("FSDP"),  # which fully_shard puts before it
         base_config=_head_config(model),
         base_model=name_on_hub(base_model),
         base_revision=base_revision,
@@ -125,8 +126,44 @@ def save_adapter(
         weights_sha256="",  # write_adapter fills it in
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
-    write_adapter(folder, config, stored, save_tokenizer)
+    write_adapter(folder, config, stored, adapter_card(config, stored), save_tokenizer)
     return Path(folder)
+
+
+def _factor_names(layer_name: str, layer: LoRALayer) -> list[str]:
+    """Names of ``layer.lora_parameters()``, in that order."""
+    own = {id(parameter): name for name, parameter in layer.named_parameters()}
+    prefix = f"{layer_name}." if layer_name else ""
+    return [prefix + own[id(parameter)] for parameter in layer.lora_parameters()]
+
+
+def _stored_factors(
+    layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to store by name, each parameter once, and name -> stored name for the others."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    for layer_name in sorted(layers, key=lambda name: not live[name]):  # those of which something is stored come first
+        layer, kept = layers[layer_name], live[layer_name]
+        names, parameters = _factor_names(layer_name, layer), layer.lora_parameters()
+        for name, parameter, values in zip(names, parameters, layer.select(kept), strict=True):
+            owner = owners.setdefault(id(parameter), name) if kept else owners.get(id(parameter))
+            if owner == name:
+                tensors[name] = values
+            elif owner is not None:  # what a layer shares stays shared, also where nothing else of it is stored
+                tied[name] = owner
+    return tensors, tied
+
+
+def _groups(layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]) -> list[LayerGroup]:
+    groups: dict[tuple, LayerGroup] = {}
+    for name, layer in layers.items():
+        dropout = layer.lora_dropout.p
+        key = (layer.kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
+        group = groups.setdefault(key, LayerGroup(key[0], key[1], list(key[2]), key[3], key[4], key[5], key[6], {}))
+        group.rank_pattern[name] = "".join("1" if i in live[name] else "0" for i in range(layer.r))
+    return list(groups.values())
 
 
 def name_on_hub(recorded: Any) -> str | None:
@@ -157,28 +194,20 @@ def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mappin
     return next(iter(names + [n for n, t in state.items() if id(t) in trained and n not in head]), None)
 
 
-# ---- loading and starting -------------------------------------------------------------------------------------------
+# ---- loading --------------------------------------------------------------------------------------------------------
 
 
-def load_adapter(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    compact: bool = False,
-    allow_other_base: bool = False,
-) -> AdapterConfig:
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
     (To rounding, where its factors had been cast to half precision: they come back in float32.) The model is the plain
     base, or has low-rank layers in exactly the adapter's places, of its rank and widths, into whose factors the values
     are written. Afterwards the adapter's parameters are trainable and all others frozen. An adapter that was trained on
     frozen weights in bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Pruned singular values come
-    back as zeros beside factors of zero: they get no gradient and stay pruned. :func:`start_from_adapter` lets them
-    grow again.
+    back as zeros beside factors of zero: they get no gradient and stay pruned. :func:`loralib.compact` drops them, and
+    :func:`start_from_adapter` lets them grow again.
 
     Args:
-        compact: leave pruned singular values out instead of setting them to zero, as :func:`loralib.compact` does. The
-            logits then agree to rounding.
         allow_other_base: accept a base with other weights than those the adapter was trained on.
 
     Returns:
@@ -190,75 +219,119 @@ def load_adapter(
             then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    layers = fitting_layers(model, config, tensors, allow_other_base)
-    install(model, config, tensors, layers, compact)
+    install(model, config, tensors, fitting_layers(model, config, tensors, allow_other_base))
     return config
 
 
 def fitting_layers(
-    model: nn.Module,
-    config: AdapterConfig,
-    tensors: dict[str, Tensor],
-    allow_other_base: bool = False,
-    any_head_shape: bool = False,
+    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], allow_other_base: bool = False
 ) -> dict[str, LoRALayer]:
     """The layers for an adapter by module name: the model's own, or new ones over its weights. Nothing is changed.
 
-    Args:
-        any_head_shape: the adapter's head may have other shapes than the model's.
-
     Raises:
-        ValueError: the adapter does not fit the model, see :func:`load_adapter`.
+        ValueError: the adapter does not fit the model, see :func:`load_adapter`. The head's shapes are not looked at.
     """
     with keep_flags(model):
-        layers = own_layers(model, config) if lora_layers(model) else new_layers(model, config)
+        layers = lora_layers(model) or _new_layers(model, config)
+    check_factors(layers, config, tensors)
     state = model.state_dict(keep_vars=True)
-    expected = stored_shapes(layers, config)
     for name in config.head:
-        if name not in state:
-            raise ValueError(f"the model has no parameter {name}: {architectures(model, config)}")
-        expected[name] = (tensors.get(name, state[name]) if any_head_shape else state[name]).shape
-    _compare(expected, tensors, config)
+        if name not in state or name not in tensors:
+            raise ValueError(f"the adapter's {name} is missing in its file or in the model: {_origin(config)}")
     if not allow_other_base:
-        check_base(model, config, ", or allow another base explicitly (allow_other_base)")
+        check_base(model, config)
     return layers
 
 
-def _compare(expected: Mapping[str, torch.Size], tensors: dict[str, Tensor], config: AdapterConfig) -> None:
-    for name in sorted(set(expected) ^ set(tensors)):
-        raise ValueError(f"{'unknown' if name in tensors else 'missing'} tensor {name} in the adapter's file")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)} in the adapter, the model needs {tuple(shape)}: load "
-                f"the base it was trained on ({config.base_model or config.architecture})"
-            )
+def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]:
+    """Layers over the model's weights with the adapter's rank, widths and sharing; the model keeps its own modules."""
+    modules = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    layers: dict[str, LoRALayer] = {}
+    outer: dict[str, tuple[nn.ParameterList, int]] = {}  # name of an outer factor -> the list that holds it, its place
+    for name, group in config.modules.items():
+        if name not in modules:
+            raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
+        check_replaceable(name, modules[name])
+        check_choice("kind", group.kind, KINDS)
+        most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
+        if (
+            max(group.r, len(flags), *group.widths) > most or len(group.widths) > 16
+        ):  # a stranger asks for endless memory
+            raise ValueError(f"the adapter's rank or width of {name} is beyond {most}, or it has too many widths")
+        options = {"k": next(iter(group.widths), None), "widths": group.widths, "init": group.init}
+        options = {option: options[option] for option in signature(KINDS[group.kind].scales).parameters}
+        layer = KINDS[group.kind].from_linear(modules[name], group.r, group.lora_alpha, group.lora_dropout, **options)
+        layer.keep_singular_values(range(min(len(flags), group.r)))
+        layers[name] = layer
+        for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
+            outer |= {f"{name}.lora_{side}.{i}": (factors, i) for i in range(len(factors) - 1)}
+    for alias, stored in config.tied.items():
+        if alias in outer and stored in outer:
+            (own, i), (factors, j) = outer[alias], outer[stored]
+            if own[i].shape == factors[j].shape:
+                own[i] = factors[j]
+    return layers
 
 
-def check_base(model: nn.Module, config: AdapterConfig, other_way: str = "") -> None:
+def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the adapter's file holds the factors of these layers and no others, at one rank, and
+    every factor that the layers share is one that the adapter's layers share. Neither layer may be merged."""
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
+    if odd := set(config.modules) ^ set(layers):
+        raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
+    owners: dict[int, str] = {}  # factor -> the stored tensor for it
+    for name, group in config.modules.items():
+        layer, live = layers[name], group.live(name)
+        same = (
+            f"give the adapter's method ({group.kind}), rank ({group.r}) and widths ({group.widths}); {_origin(config)}"
+        )
+        if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
+            raise ValueError(f"{name} has rank {layer.initial_r}, {layer.r} of it left: {same}")
+        for factor, parameter, values in (
+            zip(_factor_names(name, layer), layer.lora_parameters(), layer.select(live), strict=True) if live else ()
+        ):
+            stored = config.tied.get(factor, factor)
+            if owners.setdefault(id(parameter), stored) != stored:
+                raise ValueError("the model's layers share outer factors, the adapter's do not: leave share_outer out")
+            if stored not in tensors or tensors[stored].shape != values.shape:
+                found = tuple(tensors[stored].shape) if stored in tensors else "no"
+                raise ValueError(f"{stored} has {found} shape, the model needs {tuple(values.shape)}: {same}")
+    if unknown := set(tensors) - set(owners.values()) - set(config.head):
+        raise ValueError(f"the model has no {min(unknown)}, which the adapter's file holds: {_origin(config)}")
+
+
+def check_base(model: nn.Module, config: AdapterConfig) -> None:
     """Raises ValueError unless the base's weights are those that the adapter was trained on."""
     if base_fingerprint(model, config.head) != config.base_fingerprint:
-        origin = config.base_model or "unnamed"
-        revision = f", revision {config.base_revision}" if config.base_revision else ""
         raise ValueError(
-            f"the base's weights are not those the adapter was trained on ({origin}{revision}): load that "
-            f"base{other_way}"
+            f"the base's weights are not those the adapter was trained on: {_origin(config)} "
+            "(load_adapter() takes another with allow_other_base)"
         )
 
 
+def _origin(config: AdapterConfig) -> str:
+    base = ", revision ".join(filter(None, (config.base_model, config.base_revision)))
+    return f"the adapter was made for a {config.architecture}" + (f" ({base})" if base else "")
+
+
 def install(
-    model: nn.Module,
-    config: AdapterConfig,
-    tensors: dict[str, Tensor],
-    layers: Mapping[str, LoRALayer],
-    compact: bool = False,
+    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LoRALayer]
 ) -> None:
-    """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`."""
+    """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`.
+
+    Raises:
+        ValueError: for a head of other shapes, or a hook on a module to be replaced. The model is unchanged then.
+    """
+    state = model.state_dict(keep_vars=True)
+    for name in config.head:
+        if tensors[name].shape != state[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)} in the adapter, the model needs "
+                f"{tuple(state[name].shape)}: load the base with a head of that size; {_origin(config)}"
+            )
     replace_modules(model, {name: layer for name, layer in layers.items() if model.get_submodule(name) is not layer})
     write_factors(layers, config, tensors)
-    if compact:
-        for name, group in config.modules.items():
-            layers[name].keep_singular_values(group.live(name))
     model.requires_grad_(False)
     for factor in factors_of(model):
         factor.requires_grad_(True)
@@ -268,6 +341,27 @@ def install(
             state[name].copy_(tensors[name])
         if isinstance(state[name], nn.Parameter):
             state[name].requires_grad_(True)
+
+
+@torch.no_grad()
+def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Give layers the adapter's settings and factors; what was pruned is zero, its factors too."""
+    for layer in layers.values():
+        for parameter in layer.lora_parameters():
+            parameter.zero_()
+    for name, group in config.modules.items():
+        layer, live = layers[name], group.live(name)
+        layer.lora_alpha, layer.lora_dropout.p, layer.init = group.lora_alpha, group.lora_dropout, group.init
+        if live:
+            layer.scatter(live, _stored_values(name, layer, config, tensors))
+
+
+def _stored_values(name: str, layer: LoRALayer, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The stored values of ``layer.lora_parameters()`` at the live singular values."""
+    return [tensors[config.tied.get(factor, factor)] for factor in _factor_names(name, layer)]
+
+
+# ---- a warm start ---------------------------------------------------------------------------------------------------
 
 
 def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -287,15 +381,14 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
         ValueError: for a damaged folder, other layers, or a base with other weights. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    layers = own_layers(model, config)
-    factors = {name: tensor for name, tensor in tensors.items() if name not in config.head}
-    _compare(stored_shapes(layers, config), factors, config)
+    layers = lora_layers(model)
+    check_factors(layers, config, tensors)
     check_base(model, config)
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
         if live:
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
             rescale = group.lora_alpha / group.r / layer.scaling
-            pairs = zip(layer.lora_parameters(), read_factors(name, layer, config, tensors), strict=True)
+            pairs = zip(layer.lora_parameters(), _stored_values(name, layer, config, tensors), strict=True)
             layer.scatter(live, [values * rescale if p is amplitude else values for p, values in pairs])
     return config

@@ -1,39 +1,147 @@
-"""The adapter folder: its files, how they are written, read and checked.
+"""The adapter folder: what it holds, and how it is written, read and checked.
 
-A folder holds adapter_config.json, adapter_model.safetensors and README.md, and may hold a tokenizer. The configuration
-names no file, so a folder cannot point outside itself. It holds the SHA-256 of the tensors' file and of its own content
-(sorted keys, without that entry), so that a truncated or edited folder is refused.
+A folder holds adapter_config.json (an :class:`AdapterConfig`), adapter_model.safetensors (the tensors), README.md and
+often a tokenizer. The configuration names no file, so a folder cannot point outside itself. It holds the SHA-256 of the
+tensors' file and of its own content (sorted keys, without that entry), so that a truncated or edited folder is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from loralib.adapter_config import FORMAT_VERSION, AdapterConfig, LayerGroup
-from loralib.checks import is_number
-from loralib.injection import KINDS
-from loralib.layers import INITS
-from loralib.model_card import adapter_card
-
+VERSION = "0.3.0"  # of loralib
+FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # Names of tokenizers' files, one of which each tokenizer of transformers writes.
 _TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
 _NEW = ".new-"  # begins the name of a folder of files that are being written
+
+
+# ---- the configuration ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerGroup:
+    """Low-rank layers with the same settings.
+
+    Attributes:
+        kind: lora, adalora, lora2 or multiscale. r: initial rank; lora_alpha / r is the scaling.
+        widths: from the outermost inward. init: of the factors, for layers with singular values.
+        fan_in_fan_out: whether the modules store their weight as (in, out), as GPT-2's ``Conv1D`` does.
+        rank_pattern: module name -> one character for each singular value (LoRA: rank) of the layer: "1" if it is live
+            and stored, "0" if it is pruned.
+    """
+
+    kind: str
+    r: int
+    widths: list[int]
+    lora_alpha: float
+    lora_dropout: float
+    init: str
+    fan_in_fan_out: bool
+    rank_pattern: dict[str, str]
+
+    def live(self, name: str) -> list[int]:
+        """Indices of the live singular values of a module."""
+        return [i for i, flag in enumerate(self.rank_pattern[name]) if flag == "1"]
+
+
+@dataclass
+class AdapterConfig:
+    """The content of ``adapter_config.json``.
+
+    Attributes:
+        kind: the kind of all layers, "mixed", or "parameters" if there are no layers (BitFit, full fine-tuning).
+        groups: the low-rank layers.
+        tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
+        head: names of the other trained parameters, and of the saved buffers of their modules.
+        architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
+            needed to build the base again. base_model, base_revision: its name and revision on the hub; may be None.
+        base_fingerprint: see :func:`loralib.base_fingerprint`.
+        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of something that
+            was trained, under which peft's format cannot hold it.
+        library_version: of loralib. weights_sha256: of the tensors' file.
+    """
+
+    kind: str
+    groups: list[LayerGroup]
+    tied: dict[str, str]
+    head: list[str]
+    architecture: str
+    base_config: dict[str, Any]
+    base_model: str | None
+    base_revision: str | None
+    base_fingerprint: str
+    card: dict[str, Any]
+    library_version: str
+    weights_sha256: str
+    library: str = field(default="loralib")
+    format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def modules(self) -> dict[str, LayerGroup]:
+        """Module name -> its group."""
+        return {name: group for group in self.groups for name in group.rank_pattern}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module name -> live rank."""
+        return {name: len(group.live(name)) for name, group in self.modules.items()}
+
+    def head_options(self) -> dict[str, Any]:
+        """Arguments of transformers' ``from_pretrained`` with which the base has the labels that the adapter's head
+        was trained for: id2label, label2id and problem_type. Empty for a model of another library."""
+        if not self.base_config:
+            return {}
+        id2label = {int(number): name for number, name in self.base_config["id2label"].items()}
+        label2id = {name: number for number, name in id2label.items()}
+        return {"id2label": id2label, "label2id": label2id, "problem_type": self.base_config["problem_type"]}
+
+
+def _config_of(values: dict[str, Any]) -> AdapterConfig:
+    """The configuration with these values, each of its type. Whether they fit a model is seen when layers are built.
+
+    Raises:
+        ValueError: for a wrong key or type. Checksums only show damage: the author of a malicious folder can make them
+            fit.
+    """
+    try:
+        config = AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
+    except (TypeError, KeyError) as error:  # an unknown or a missing key, or no list of objects
+        raise ValueError(f"its keys are wrong ({error})") from None
+    for part in (config, *config.groups):
+        for name, hint in get_type_hints(type(part)).items():
+            if not _is_a(value := getattr(part, name), hint):
+                raise ValueError(f"{name} cannot be {value!r:.80}")
+    if not config.architecture.isidentifier():  # README.md has it in lines of code
+        raise ValueError(f"architecture cannot be {config.architecture!r:.80}")
+    return config
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of an annotated type; True is no number."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
+    if inner:  # a union
+        return any(_is_a(value, each) for each in inner)
+    return hint is Any or type(value) is hint or (hint is float and type(value) is int)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -43,9 +151,10 @@ def write_adapter(
     folder: str | os.PathLike[str],
     config: AdapterConfig,
     tensors: dict[str, Tensor],
+    card: str,
     save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> None:
-    """Write the three files, and the tokenizer's, see :func:`new_files`.
+    """Write the three files, README.md with ``card``, and the tokenizer's, see :func:`new_files`.
 
     Raises:
         ValueError: if the folder holds other files than an adapter's, or :func:`read_adapter` would refuse a value.
@@ -56,16 +165,14 @@ def write_adapter(
     values = asdict(config)
     try:
         _config_of(values)
-        text = json.dumps(
-            values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False, allow_nan=False
-        )
+        text = json.dumps(values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False)
     except (TypeError, ValueError) as error:  # the first for a card with what JSON cannot hold
         raise ValueError(f"the adapter cannot be saved: {error}") from None
     with new_files(folder) as new:
         if save_tokenizer is not None:
             save_tokenizer(new)
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        (new / CARD_FILE).write_text(adapter_card(config, tensors), encoding="utf-8")
+        (new / CARD_FILE).write_text(card, encoding="utf-8")
         (new / WEIGHTS_FILE).write_bytes(weights)
 
 
@@ -80,12 +187,10 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
         folder: may be absent, empty, or hold ``last``; its other files stay.
 
     Raises:
-        ValueError: where it holds something else.
+        ValueError: where it holds something else. OSError: where it is a file or cannot be written to.
     """
     target = Path(os.path.realpath(folder))
     is_new = not target.exists()
-    if target.is_file():
-        raise ValueError(f"{folder} is a file: name a folder to write to")
     target.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(target, exclusive=True) as alone, tempfile.TemporaryDirectory(prefix=_NEW, dir=target) as new:
@@ -97,7 +202,8 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
             yield Path(new)
             files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix == ".safetensors"))
             for file in files:
-                _flush(file)
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
             for file in files:
                 os.replace(file, target / file.name)
     finally:
@@ -111,15 +217,6 @@ def refuse_files(folder: str | os.PathLike[str]) -> None:
     names = [path.name for path in Path(folder).glob("*") if not path.name.startswith(_NEW)]
     if names:
         raise ValueError(f"{folder} holds other files ({min(names)}): name a new or an empty folder")
-
-
-def _flush(path: Path) -> None:
-    """Flush a file to the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -202,10 +299,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {path.parent} is not an adapter folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): name an adapter's folder") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return values
@@ -222,14 +317,11 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from None
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path} is truncated or was changed ({len(data)} bytes, wrong checksum): copy it again")
-    try:
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("it is truncated or was changed: its checksum is wrong")
         tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a safetensors file ({' '.join(str(error).split())[:200]})") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): copy it again") from None
     _check_finite(path, tensors)
     return tensors
 
@@ -240,67 +332,3 @@ def _check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
         values = tensor.float()  # half and quarter precision lack some operations
         if values.isnan().any() or (".lora_" in name and values.isinf().any()):
             raise ValueError(f"{where}: {name} holds NaN or infinity: the training has failed")
-
-
-# ---- values ---------------------------------------------------------------------------------------------------------
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _maps_to_text(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, value.values()))
-
-
-def _is_base_config(value: Any) -> bool:
-    if value == {} or not isinstance(value, dict) or set(value) != {"id2label", "problem_type"}:
-        return value == {}
-    labels, problem = value["id2label"], value["problem_type"]
-    return (
-        _maps_to_text(labels) and set(labels) == set(map(str, range(len(labels)))) and isinstance(problem, str | None)
-    )
-
-
-# kind -> the numbers of widths that it may have; a folder from a stranger must not ask for endless memory
-SCALES = {"lora": (0,), "adalora": (0,), "lora2": (1,), "multiscale": range(17)}
-_VALUES: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("kind", "base_fingerprint", "library_version", "weights_sha256"), _is_text),
-    **dict.fromkeys(("base_model", "base_revision"), lambda value: value is None or _is_text(value)),
-    "architecture": lambda value: _is_text(value) and value.isidentifier(),
-    "tied": _maps_to_text,
-    "head": lambda value: isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value),
-    "base_config": _is_base_config,
-    "card": lambda value: isinstance(value, dict),
-}
-_GROUP_VALUES: dict[str, Callable[[Any], Any]] = {
-    "kind": lambda value: _is_text(value) and value in KINDS,
-    "r": lambda value: type(value) is int and value > 0,
-    "widths": lambda value: isinstance(value, list) and all(type(width) is int and width > 0 for width in value),
-    "lora_alpha": lambda value: is_number(value) and 0 < value < math.inf,
-    "lora_dropout": lambda value: is_number(value) and 0 <= value < 1,
-    "init": lambda value: _is_text(value) and value in INITS,
-    "fan_in_fan_out": lambda value: isinstance(value, bool),
-    "rank_pattern": lambda value: _maps_to_text(value) and all(set(flags) <= {"0", "1"} for flags in value.values()),
-}
-
-
-def _config_of(values: dict[str, Any]) -> AdapterConfig:
-    """The configuration with these values.
-
-    Raises:
-        ValueError: for a value that no adapter has. Checksums only show damage: the author of a malicious folder can
-            make them fit.
-    """
-    try:
-        config = AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
-    except (TypeError, KeyError) as error:  # an unknown or a missing key, or no list of objects
-        raise ValueError(f"its keys are wrong ({error})") from None
-    for part, checks in [(config, _VALUES), *((group, _GROUP_VALUES) for group in config.groups)]:
-        for name, fits in checks.items():
-            if not fits(value := getattr(part, name)):
-                raise ValueError(f"{name} cannot be {value!r:.80}")
-    names = [name for group in config.groups for name in group.rank_pattern]
-    if len(names) != len(set(names)) or any(len(group.widths) not in SCALES[group.kind] for group in config.groups):
-        raise ValueError("groups: a module is in two of them, or one has more widths than its kind")
-    return config

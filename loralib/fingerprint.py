@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -34,14 +34,26 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
         ValueError: for a sharded model whose trainable parameters have changed since.
     """
     model = unwrapped(model)
-    tensors = _base_tensors(model, exclude)
-    if any(stored_form(tensor) == "sharded" for tensor in tensors.values()):
-        head, digest = getattr(model, _KEPT, (None, ""))
-        if head != set(exclude):
-            raise ValueError("the model was sharded with other trainable parameters: set them before shard_frozen()")
-        return digest
+    state = model.state_dict(keep_vars=True)  # of a merged layer it holds the base's weight
+    seen = {id(factor) for factor in factors_of(model)} | {id(state[name]) for name in exclude if name in state}
+    parts: list[tuple[str, Tensor]] = []
+    for name, tensor in state.items():
+        if id(tensor) in seen or not isinstance(tensor, Tensor):
+            continue
+        seen.add(id(tensor))  # a tensor that has several names counts once, under the first
+        if stored_form(tensor) == "sharded":
+            head, digest = getattr(model, _KEPT, (None, ""))
+            if head != set(exclude):
+                raise ValueError(
+                    "the model was sharded with other trainable parameters: set them before shard_frozen()"
+                )
+            return digest
+        if hasattr(tensor, "__tensor_flatten__"):  # quantised
+            parts += [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
+        else:
+            parts.append((name, tensor))
     chunks: list[tuple[bytes, Tensor]] = []
-    for name, tensor in sorted(_stored_parts(tensors)):
+    for name, tensor in sorted(parts, key=lambda part: part[0]):
         flat = tensor.detach().flatten()
         chunks.append((f"{name} {tuple(tensor.shape)}".encode(), flat[:0]))
         chunks += [(b"", part) for part in flat.split(_CHUNK)]
@@ -52,26 +64,6 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
 def keep_fingerprint(model: nn.Module, exclude: Collection[str]) -> None:
     """Keep the fingerprint of a model that is about to be sharded; ``exclude`` as in :func:`base_fingerprint`."""
     setattr(unwrapped(model), _KEPT, (set(exclude), base_fingerprint(model, exclude)))
-
-
-def _base_tensors(model: nn.Module, exclude: Collection[str]) -> dict[str, Tensor]:
-    """Each base tensor once, under the first of its names."""
-    state = model.state_dict(keep_vars=True)  # of a merged layer it holds the base's weight
-    skip = {id(factor) for factor in factors_of(model)} | {id(state[name]) for name in exclude if name in state}
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and id(tensor) not in skip:
-            found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
-
-
-def _stored_parts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Names and plain tensors: a quantised one as the tensors inside it."""
-    for name, tensor in tensors.items():
-        if hasattr(tensor, "__tensor_flatten__"):
-            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
-        else:
-            yield name, tensor
 
 
 def _chunk_digest(chunk: tuple[bytes, Tensor]) -> bytes:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 
 from torch import nn
 
 from loralib.adapter import load_adapter
-from loralib.adapter_config import AdapterConfig
+from loralib.adapter_folder import AdapterConfig
 from loralib.layers import LoRALayer
 from loralib.model import layers_outside_peft, lora_layers, unwrapped
-from loralib.stored_weight import stored_form
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -21,13 +19,23 @@ def merge_adapter(model: nn.Module) -> None:
     The state dict still holds W and the factors: :func:`merge_and_unload` gives a model to save.
 
     Raises:
-        ValueError: if a weight is quantised or sharded, another module uses it too, or peft holds the layers; nothing
-            is merged then.
+        ValueError: if a weight is quantised, sharded or computed by a hook, another module uses it too (as an output
+            layer that is tied to the embedding does), or peft holds the layers; nothing is merged then.
     """
     layers = layers_outside_peft(model, "merge_and_unload()")
-    _refuse_merging(unwrapped(model), layers)
-    for layer in layers.values():
-        layer.merge()
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in unwrapped(model).named_modules():
+        for own, parameter in module.named_parameters(name, recurse=False):
+            users[id(parameter)].append(own)
+    for name, layer in layers.items():
+        try:
+            if len(tied := users[id(layer.weight)]) > 1:
+                raise ValueError(f"{' is tied to '.join(sorted(tied))}, which a merge would change too")
+            layer.merge()
+        except ValueError as error:
+            for merged in layers.values():
+                merged.unmerge()
+            raise ValueError(f"{name} cannot be merged: {error}") from None
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -78,27 +86,6 @@ def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_
     Raises:
         ValueError: as these.
     """
-    config = load_adapter(model, folder, compact=True, allow_other_base=allow_other_base)
+    config = load_adapter(model, folder, allow_other_base=allow_other_base)
     merge_and_unload(model)
     return config
-
-
-def _refuse_merging(model: nn.Module, names: Iterable[str]) -> None:
-    """Raises ValueError where ΔW cannot be added to the weight of a named module: where it is quantised, sharded or
-    computed by a hook, or where another module uses it too, as an output layer that is tied to the embedding does."""
-    users: dict[int, list[str]] = defaultdict(list)
-    for module_name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(module_name, recurse=False):
-            users[id(parameter)].append(parameter_name)
-    for name in names:
-        own = f"{name}.weight" if name else "weight"
-        weight = model.get_submodule(name).weight
-        if stored_form(weight) is not None:
-            raise ValueError(f"{own} is {stored_form(weight)}: save the adapter, and merge it into the plain base")
-        if not isinstance(weight, nn.Parameter):
-            raise ValueError(f"{own} is computed by a hook (pruning, a parametrisation): remove that first")
-        others = [user for user in users[id(weight)] if user != own]
-        if others:
-            raise ValueError(
-                f"{own} is tied to {others[0]}, which a merge would change too: untie them, or do not merge"
-            )

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from loralib.adapter_config import AdapterConfig, LayerGroup
+from loralib.adapter_folder import AdapterConfig
 
-_SHOWN = ("task", "method", "metric", "score", "notes")
-_NAMES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
 HOW_TO_LOAD = "## How to load"
-_ADAPTER = """---
+_SHOWN = ("task", "method", "metric", "score", "notes")
+_TITLES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
+_CARD = """---
 library_name: loralib
 tags:
 - lora2
@@ -44,24 +44,23 @@ _TO_MERGED = "    python -m loralib.export path/to/this/folder --to merged OUT -
 def adapter_card(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
     """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
     head = sum(tensors[name].numel() for name in config.head)
-    factors = sum(tensor.numel() for tensor in tensors.values()) - head
-    rows = {
+    rows: dict[str, object] = {
         "base model": config.base_model or "not recorded",
         "base revision": config.base_revision or "not recorded",
         **{key: config.card[key] for key in _SHOWN if key in config.card},
         **({"labels": labels} if (labels := label_order(config)) else {}),
-        "adapter parameters": f"{factors:,}",
+        "adapter parameters": f"{sum(tensor.numel() for tensor in tensors.values()) - head:,}",
         "other trained parameters": f"{head:,}",
     }
     for number, group in enumerate(config.groups, 1):
         live = [len(group.live(name)) for name in group.rank_pattern]
         scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
         rows[f"layers ({number})"] = (
-            f"{len(live)} of {_name(group)}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}; "
+            f"{len(live)} of {_TITLES[group.kind]}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}; "
             f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
         )
-    return _ADAPTER.format(
-        title=" and ".join(sorted({_name(group) for group in config.groups})) or "Parameter",
+    return _CARD.format(
+        title=" and ".join(sorted({_TITLES[group.kind] for group in config.groups})) or "Parameter",
         architecture=config.architecture,
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
         how_to_load=_how_to_load(config),
@@ -82,10 +81,6 @@ def _how_to_load(config: AdapterConfig) -> str:
     to_peft = config.groups and "peft_lacks" not in config.card
     exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # merging needs transformers' model
     return "\n\n".join([HOW_TO_LOAD, _LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
-
-
-def _name(group: LayerGroup) -> str:
-    return _NAMES["lora2" if group.kind == "multiscale" and len(group.widths) == 1 else group.kind]
 
 
 def _cell(value: object) -> str:

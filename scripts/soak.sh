@@ -11,4 +11,4 @@ export SOAK_SEED
 echo "SOAK_SEED=$SOAK_SEED"
 SOAK_TRIALS="${2:-10}" "$PYTHON" -m pytest -m "slow or not slow" --durations=5 tests/nlu/test_exact_resume.py tests/nlu/test_faults.py
 GENERATED_CASES="${1:-10000}" "$PYTHON" -m pytest --durations=0 -n "${TEST_WORKERS:-2}" \
-  tests/nlu/test_bad_input.py tests/loralib/test_strange_adapters.py
+  tests/nlu/test_bad_input.py tests/loralib/test_adapter_folder.py

@@ -259,7 +259,7 @@ def _run_import(arguments: argparse.Namespace) -> None:
     model = load_base(arguments.base, architecture, **_label_count(head), **revision)
     import_peft(model, arguments.adapter, kind, **options)
     save_adapter(
-        model, arguments.out, base_model=name, base_revision=revision.get("revision"), compact=False,
+        model, arguments.out, base_model=name, base_revision=revision.get("revision"),
         save_tokenizer=lambda new: copy_tokenizer(arguments.adapter, new),
     )  # fmt: skip
     print(f"{arguments.out}: {kind} adapter")

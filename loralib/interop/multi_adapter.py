@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from loralib.adapter import fitting_layers
-from loralib.adapter_config import AdapterConfig
-from loralib.adapter_folder import read_adapter
-from loralib.adapter_layers import write_factors
+from loralib.adapter import fitting_layers, write_factors
+from loralib.adapter_folder import AdapterConfig, read_adapter
 from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped
@@ -98,7 +96,7 @@ class MultiAdapter:
         if any(isinstance(hook, _Hook) and getattr(hook.func, "__self__", None) is not self for hook in hooks):
             raise ValueError("another MultiAdapter holds adapters for this model: load into that one, or close() it")
         config, tensors = read_adapter(folder)
-        layers = fitting_layers(self.model, config, tensors, allow_other_base, any_head_shape=True)
+        layers = fitting_layers(self.model, config, tensors, allow_other_base)
         write_factors(layers, config, tensors)
         with keep_flags(self.model):
             parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}

@@ -23,7 +23,6 @@ from loralib.adapter import fitting_layers, install
 from loralib.adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
-    SCALES,
     WEIGHTS_FILE,
     AdapterConfig,
     LayerGroup,
@@ -238,10 +237,6 @@ def import_peft(
     check_choice("kind", kind, KINDS)
     check_whole_number("r", r)
     check_positive("lora_alpha", lora_alpha)
-    if kind != "lora" and len(widths) not in SCALES[kind]:
-        least, most = SCALES[kind][0], SCALES[kind][-1]
-        scales = str(least) if least == most else f"{least} to {most}"
-        raise ValueError(f"the number of widths of kind {kind!r} is {scales}, got {list(widths)}")
     _, pairs, head = read_pairs(folder)
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}

@@ -22,7 +22,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loralib.adapter_layers import live_singular_values
+from loralib.adapter import live_singular_values
 from loralib.checks import check_whole_number
 from loralib.injection import NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear

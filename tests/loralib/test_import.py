@@ -15,7 +15,7 @@ from loralib.interop.decomposition import decompose, start_factors
 from loralib.interop.export import main
 from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import Net, adapted, encoder, refused
-from tests.loralib.test_adapter_files import FOLDER
+from tests.loralib.test_adapter_folder import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -76,7 +76,7 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
         ({"use_dora": True}, "", "use_dora"),
         ({"init_lora_weights": "lora_ga"}, "", "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
-        ({}, "other.weight", "no parameter other.weight: the adapter was made for a model that peft adapted, this"),
+        ({}, "other.weight", "other.weight is missing .* model: the adapter was made for a model that peft adapted"),
     ],
 )
 def test_a_peft_adapter_that_is_more_than_lora_is_refused(tmp_path, change, tensor, says):

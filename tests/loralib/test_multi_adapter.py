@@ -167,6 +167,7 @@ def test_any_output_is_joined_or_refused(two, of_rows, says):
     assert torch.equal(pair.second[4], torch.arange(9))
 
 
+@pytest.mark.slow
 def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
     """Also behind a break in the graph."""
     graphs = []

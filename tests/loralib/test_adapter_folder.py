@@ -1,0 +1,337 @@
+"""Adapter folders: those of version 1 load, damage and forgery are refused, a kill or a full disk loses nothing."""
+
+import contextlib
+import copy
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import loralib
+import loralib.interop.peft_method  # which registers LoRA² with peft
+from loralib.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, _config_digest
+from loralib.interop.export import export_merged
+from loralib.interop.peft_format import import_peft
+from loralib.interop.sharding import shard_frozen
+from loralib.merging import merge_into
+from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, encoder, refused, state_of
+
+FOLDER = Path(__file__).parent / "adapters_v1"
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_outputs_are_those_that_were_stored(name):
+    outputs = torch.tensor(EXPECTED[name]["outputs"])
+    model = Net()
+    assert (model(INPUTS) - outputs).abs().max() > 0.1
+    if name.startswith("peft"):
+        import_peft(model, FOLDER / name)
+        theirs = PeftModel.from_pretrained(Net(), FOLDER / name)  # LoRA² too: its folders of 0.2 load
+        torch.testing.assert_close(theirs(INPUTS), outputs, rtol=1e-5, atol=1e-5)
+    else:
+        assert loralib.load_adapter(model, FOLDER / name).ranks == EXPECTED[name]["ranks"]
+        compacted, merged = Net(), Net()
+        loralib.load_adapter(compacted, FOLDER / name)
+        assert loralib.compact(compacted) == EXPECTED[name]["ranks"]
+        merge_into(merged, FOLDER / name)
+        for other in (compacted, merged):
+            torch.testing.assert_close(other(INPUTS), outputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(INPUTS), outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_saving_again_writes_the_same_tensors_and_settings(tmp_path):
+    for name in EXPECTED.keys() - {"peft", "peft_lora2"}:
+        model = Net()
+        loralib.load_adapter(model, FOLDER / name)
+        again = loralib.save_adapter(model, tmp_path / name, base_model="tiny", card={"task": "none"})
+        assert (
+            again.joinpath("adapter_model.safetensors").read_bytes()
+            == (FOLDER / name / "adapter_model.safetensors").read_bytes()
+        )
+        assert loralib.read_adapter_config(again).groups == loralib.read_adapter_config(FOLDER / name).groups
+
+
+# ---- damage and forgery ---------------------------------------------------------------------------------------------
+
+
+def forge(folder, change, sign=True):
+    """Change configuration and tensors; ``sign`` makes the checksums fit, as a stranger can."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    change(config, tensors)
+    stored = safetensors.torch.save(tensors)
+    (folder / WEIGHTS_FILE).write_bytes(stored)
+    if sign and "peft_type" not in config:
+        config["weights_sha256"] = hashlib.sha256(stored).hexdigest()
+        with contextlib.suppress(ValueError):  # NaN has no digest
+            config["config_sha256"] = _config_digest(config)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+
+DAMAGE = {
+    "another tensor more": lambda c, t: t.update(extra=torch.zeros(1)),
+    "unknown key": lambda c, t: c.update(weights="../../elsewhere.safetensors"),
+    "another alpha": lambda c, t: c["groups"][0].update(lora_alpha=1.0),
+    "newer format": lambda c, t: c.update(format_version=2),
+    "peft's": lambda c, t: c.update(peft_type="LORA"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_folder_that_was_changed_is_refused(tmp_path, damage):
+    folder, model = shutil.copytree(FOLDER / "shared_outer", tmp_path / "a"), Net()
+    forge(folder, DAMAGE[damage], sign=False)
+    with refused(model=model):
+        loralib.load_adapter(model, folder)
+
+
+FORGED = {
+    "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
+    "a rank that is true": (lambda c, t: c["groups"][0].update(r=True), "r cannot be True"),
+    "a head of numbers": (lambda c, t: c.update(head=[1]), "head cannot be"),
+    "endless rank": (
+        lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"
+    ),
+    "an unknown kind": (lambda c, t: c["groups"][0].update(kind="x"), "kind must be one of"),
+    "fewer values than the weights": (lambda c, t: c["groups"][0].update(r=2), "has rank 2"),
+    "a tie to another shape": (
+        lambda c, t: c["tied"].update({"layers.1.q.lora_B.0": "layers.0.v.lora_B.0"}), "the model needs"
+    ),
+    "a head with NaN": (lambda c, t: t["classifier.bias"].fill_(math.nan), "classifier.bias holds NaN"),
+    "a factor with infinity": (lambda c, t: t["layers.0.q.lora_E"].fill_(math.inf), "lora_E holds NaN or infinity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_folder_is_refused_for_what_is_wrong(tmp_path, name):
+    folder, model = shutil.copytree(FOLDER / "shared_outer", tmp_path / "a"), Net()
+    change, says = FORGED[name]
+    forge(folder, change)
+    with refused(says, model):
+        loralib.load_adapter(model, folder)
+
+
+WORDS = """010 ../../x layers.0.q layers.0.q.lora_B.0 layers.1.v.lora_A.1 classifier.weight lora lora2 multiscale
+    orthogonal (a+)+$ (("""
+scalars = (
+    st.none() | st.booleans() | st.integers(-3, 9) | st.text(max_size=4)
+    | st.sampled_from([10**12, -(10**30), 1e308, math.nan, math.inf, 0.5, *WORDS.split(), "", "1", "\x00"])
+)  # fmt: skip
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+steps = st.lists(st.integers(0, 30), min_size=1, max_size=4)
+edits = st.lists(st.tuples(steps, st.sampled_from(["set", "delete", "add"]), values), max_size=3)
+DTYPES = [torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn]
+tensor_edits = st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["drop", "flatten", "nan", *DTYPES])), max_size=2)
+
+
+def edit(tree, path, action, value):
+    """Walk into a JSON tree by numbers, then set, delete or add what is there."""
+    for step in path:
+        keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else []
+        if not keys:
+            return
+        parent, key = tree, list(keys)[step % len(keys)]
+        tree = parent[key]
+    if action == "set":
+        parent[key] = value
+    elif action == "delete":
+        del parent[key]
+    elif isinstance(parent, dict):
+        parent[str(value)[:20]] = copy.deepcopy(tree)
+    else:
+        parent.append(copy.deepcopy(tree))
+
+
+def edit_tensor(tensors, number, what):
+    name = sorted(tensors)[number % len(tensors)]
+    old = tensors.pop(name)
+    if what == "flatten":
+        tensors[name] = old.reshape(-1).contiguous()
+    elif what == "nan":
+        tensors[name] = torch.full(old.shape, math.nan)
+    elif what != "drop":
+        tensors[name] = old.to(what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", [["lora", "adalora", "shared_outer", "three_scales", "head"], ["peft"]])
+@settings(
+    max_examples=int(os.environ.get("GENERATED_CASES", 50)), deadline=None,
+    derandomize="GENERATED_CASES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(st.data(), edits, tensor_edits, st.sampled_from(["lora", "adalora", "lora2"]))
+def test_any_folder_whose_checksums_fit_is_loaded_or_refused(tmp_path, whose, data, changes, weights, kind):
+    """Whatever is refused leaves the model as it was."""
+    which, folder, model = data.draw(st.sampled_from(whose)), tmp_path / "adapter", Net()
+    shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
+    forge(folder, lambda c, t: [edit(c, *each) for each in changes] + [edit_tensor(t, *each) for each in weights])
+    before = state_of(model)
+    try:
+        if which == "peft":
+            import_peft(model, folder, kind, r=3, widths=(2,) if kind == "lora2" else ())
+        else:
+            loralib.load_adapter(model, folder, allow_other_base=True)
+    except ValueError as error:
+        assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 1000 and (changes or weights)
+        assert_unchanged(model, before)
+    else:
+        for layer in loralib.lora_layers(model).values():
+            assert layer.delta_weight().shape == layer.weight.shape
+
+
+# ---- README.md -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_card_says_what_the_adapter_is_one_line_each(tmp_path, trained):
+    model = adapted("multiscale", widths=(2,))
+    model.config = SimpleNamespace(id2label={0: "no", 1: "yes"})
+    model.classifier.requires_grad_(trained)
+    card = {"task": "a|b\nc", "score": 0.51239}
+    folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1", card=card)
+    text = (folder / "README.md").read_text()
+    for line in (
+        "# multi-scale LoRA² adapter for a Net",
+        "| base revision | r1 |",
+        r"| task | a\|b c |",
+        "| score | 0.5124 |",
+    ):
+        assert line in text.splitlines()
+    assert ("| labels | 0 no, 1 yes |" in text) == trained  # else they are the base's own
+    assert "--to peft" in text and "--to merged" in text
+    del model.config  # no model of transformers
+    for name, value in (("peft_lacks", "0"), ("method_arguments", {})):
+        text = (loralib.save_adapter(model, folder, card={name: value}) / "README.md").read_text()
+        assert "--to" not in text and ("load_adapter(" in text) == (name == "peft_lacks")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
+    model = adapted(k=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        loralib.save_adapter(model, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    folder = loralib.save_adapter(model, tmp_path / "a" / "b")
+    first = (folder / "adapter_config.json").read_bytes()
+    with monkeypatch.context() as full_disk, pytest.raises(OSError, match="disk full"):
+        full_disk.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        loralib.save_adapter(model, folder, base_model="x")
+    assert (folder / "adapter_config.json").read_bytes() == first
+    assert [p.name for p in folder.parent.iterdir()] == ["b"] and len(list(folder.iterdir())) == 3
+    loralib.save_adapter(model, folder, base_model="x")
+    assert [p.name for p in folder.parent.iterdir()] == ["b"] and len(list(folder.iterdir())) == 3
+    for value in (object(), math.nan):
+        with pytest.raises(ValueError, match="JSON"):
+            loralib.save_adapter(model, tmp_path / "c", card={"x": value})
+    assert not (tmp_path / "c").exists()
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the code under test runs after it."""
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_a_kill_leaves_the_old_adapter_or_the_new_or_one_that_is_refused(tmp_path, monkeypatch, moment):
+    model, other, folder = adapted(k=2), adapted(k=2), tmp_path / "a"
+    other.classifier.weight.data.add_(1)
+    loralib.save_adapter(model, folder)
+    with monkeypatch.context() as killed, contextlib.suppress(Killed):
+        calls = itertools.count(1)
+        for name in ("replace", "fsync"):
+            killed.setattr(os, name, functools.partial(_call_or_die, getattr(os, name), calls, moment))
+        killed.setattr("shutil.rmtree", lambda *_, **__: None)
+        loralib.save_adapter(other, folder)
+    try:
+        loralib.load_adapter(base := Net(), folder)
+        assert any(torch.equal(base(INPUTS), each(INPUTS)) for each in (model, other))
+    except ValueError as error:
+        assert "truncated or was changed" in str(error) and moment == 6  # between the tensors and the configuration
+    loralib.load_adapter(base := Net(), loralib.save_adapter(other, folder))
+    assert torch.equal(base(INPUTS), other(INPUTS)) and len(list(folder.iterdir())) == 3
+
+
+def _call_or_die(call, calls, moment, *args, **kwargs):
+    if next(calls) == moment:
+        raise Killed
+    return call(*args, **kwargs)
+
+
+def _save_and_load(rank, folder, shards):
+    """One of two processes that both save over the same adapter and then load it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}.store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = adapted(k=2)
+    if shards:
+        shard_frozen(model)
+    for turn in range(30):
+        model.classifier.weight.data.fill_(turn)
+        loralib.save_adapter(model, folder, card={"turn": turn})
+        torch.distributed.barrier()
+        assert loralib.load_adapter(base := Net(), folder).card == {"turn": turn}
+        assert base.classifier.weight.eq(turn).all()
+        torch.distributed.barrier()
+    for turn in range(10):  # without waiting for each other the folder is whole at any time
+        loralib.save_adapter(model, folder, card={"turn": turn})
+        loralib.load_adapter(Net(), folder)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
+def test_two_processes_that_save_the_same_folder_leave_a_whole_adapter_each_time(tmp_path, shards):
+    loralib.save_adapter(adapted(k=2), tmp_path / "a")
+    torch.multiprocessing.start_processes(_save_and_load, (str(tmp_path / "a"), shards), nprocs=2, start_method="fork")
+    assert loralib.read_adapter_config(tmp_path / "a").card == {"turn": 9}
+
+
+def _export_merged(rank, folder):
+    """One of two processes that both export the same checkpoint and then load it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for _ in range(3):
+        export_merged(f"{folder}/a", f"{folder}/merged", f"{folder}/base")
+        merged = AutoModelForSequenceClassification.from_pretrained(f"{folder}/merged").eval()
+        torch.testing.assert_close(merged(IDS).logits, torch.load(f"{folder}/logits.pt"), atol=1e-5, rtol=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+IDS = torch.arange(10, 16)[None]
+
+
+def test_two_processes_that_export_the_same_merged_checkpoint_leave_a_whole_one(tmp_path):
+    encoder().save_pretrained(tmp_path / "base")
+    loralib.save_adapter(model := adapted(modules=["query"], k=2, model=encoder()), tmp_path / "a")
+    torch.save(model(IDS).logits.detach(), tmp_path / "logits.pt")
+    torch.multiprocessing.start_processes(_export_merged, (str(tmp_path),), nprocs=2, start_method="fork")
+
+
+@pytest.mark.parametrize("recorded, given, kept", [
+    ("org/net", {}, ("org/net", "c0ffee")), ("org/net", {"base_model": "other"}, ("other", None)),
+    ("/home/me/net", {}, ("net", "c0ffee")), ("org/net", {"base_model": Path("a/b/net")}, ("net", None)),
+])  # fmt: skip
+def test_the_base_s_name_and_revision_are_those_of_its_configuration(tmp_path, recorded, given, kept):
+    model = adapted(k=2)
+    model.config = SimpleNamespace(_name_or_path=recorded, _commit_hash="c0ffee")
+    (tmp_path / "a/b/net").mkdir(parents=True)
+    given = {name: tmp_path / value for name, value in given.items()} if kept[0] == "net" else given
+    config = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "adapter", **given))
+    assert (config.base_model, config.base_revision) == kept
