@@ -90,8 +90,8 @@ def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: 
         "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": device == "cpu",
         "bf16": dtype == "bfloat16",
     }  # fmt: skip
-    own = {flag.partition("=")[0] for flag in method_file(flags)[2]}  # the method's file wins over these
-    return parse_arguments([f"--{name}={value}" for name, value in settings.items() if f"--{name}" not in own] + flags)
+    own = method_file(flags[1])[1]  # the method's file wins over these
+    return parse_arguments([f"--{name}={value}" for name, value in settings.items() if name not in own] + flags)
 
 
 def prepared(

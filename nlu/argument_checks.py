@@ -1,143 +1,104 @@
-"""Checks of the command line, made before data or model are touched, and the values that follow from it."""
+"""What contradicts itself on a command line, and the values that follow from others, before data or model are read."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Collection
 from typing import Any
 
 from nlu.errors import UsageError
-from nlu.methods.registry import FLAGS, check_arguments, flag_methods
+from nlu.methods.registry import METHODS, flag_methods
 from nlu.tasks import get_task
 
+_OF_OWN_FILES = ("train_file", "validation_file", "test_file", "text_columns", "label_column", "metric")
 
-def check_method_flags(given: set[str], of_file: set[str], config: str, method: str) -> None:
-    """Refuse flags that the method would ignore.
+
+def check(args: Any, given: Collection[str], chosen: Collection[str], config: str) -> None:
+    """Refuse what would train, score or name something else than was asked for; fill in what follows from others.
 
     Args:
-        given: the arguments that the command line sets. of_file: those of the method's file.
-        config, method: the method's file and its base method.
+        args: every flag's value by name, with the base method in ``method``; changed in place.
+        given: the flags of the command. chosen: these, those of the method's file and the published ones.
+        config: the method's file.
 
     Raises:
-        UsageError: one line.
+        UsageError: one line that says what to change.
     """
+    if args.model_name_or_path is None:
+        raise UsageError("--model_name_or_path is missing: name the encoder's folder, or its name on the hub")
+    _check_method(args, given, config)
+    args.do_eval = args.do_eval or args.eval_strategy != "no"
+    args.do_predict = args.do_predict or args.predict_task is not None
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    _check_data(args, given)
+    if args.bf16 and args.fp16:
+        raise UsageError("--bf16 and --fp16 exclude each other")
+    if args.push_to_hub != (args.hub_model_id is not None):
+        raise UsageError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both or neither")
+    _plan_evaluations(args)
+    share_batch(args, chosen)
+
+
+def _check_method(args: Any, given: Collection[str], config: str) -> None:
     for name in sorted(given):
         readers = flag_methods(name)
-        if readers and method not in readers:
+        if readers and args.method not in readers:
             raise UsageError(
-                f"--{name} has no meaning with --method {method} (only with {', '.join(readers)}): leave it out"
+                f"--{name} has no meaning with --method {args.method} (only with {', '.join(readers)}): leave it out"
             )
-        if name in of_file and name in FLAGS and FLAGS[name].fixed:
-            raise UsageError(f"--method {config} has a {name} of its own: give --method {method} with --{name}")
+    if "peft_config" in given and config != "peft":
+        raise UsageError(f"--method {config} has a peft_config of its own: give --method peft with --peft_config")
+    METHODS[args.method].check(args, given)
 
 
-def check_values(model: Any, data: Any, method: Any, training: Any, given: set[str]) -> None:
-    """Refuse missing arguments and contradictions, and fill in what follows from others.
+def _check_data(args: Any, given: Collection[str]) -> None:
+    """One task of GLUE or files of one's own; the task's name gets its usual form."""
+    if args.task_name is None:
+        if args.train_file is None:
+            raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
+        if args.do_eval and args.validation_file is None and args.holdout_fraction is None:
+            raise UsageError(
+                "nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval and "
+                "--eval_strategy out"
+            )
+        return
+    args.task_name = get_task(args.task_name).name
+    for name in _OF_OWN_FILES:
+        if name in given:
+            raise UsageError(f"--{name} is for your own files: leave it out, or --task_name")
 
-    Args:
-        model, data, method, training: the parts of the run's arguments. given: what the command line sets.
+
+def _plan_evaluations(args: Any) -> None:
+    """When a training is evaluated, and which of its evaluations have a checkpoint."""
+    if args.eval_steps is None and args.eval_strategy == "steps":
+        args.eval_steps = args.logging_steps
+    if args.eval_strategy == "no" and (args.load_best_model_at_end or args.early_stopping_patience is not None):
+        raise UsageError(
+            "--load_best_model_at_end and --early_stopping_patience need evaluations: give --eval_strategy steps"
+        )
+    if args.load_best_model_at_end and args.save_strategy != "best":
+        args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps or args.save_steps
+
+
+def share_batch(args: Any, chosen: Collection[str]) -> None:
+    """Share ``--total_batch_size`` out: rows a process takes at once, and batches that it accumulates.
+
+    The rows at once are the largest divisor of a process's share that ``--per_device_train_batch_size`` allows.
 
     Raises:
-        UsageError: one line.
+        UsageError: for a batch that the processes do not divide.
     """
-    if training.root_output_dir is None and method.published is None:
-        raise UsageError("--root_output_dir is missing: name the folder that the run writes to")
-    training.do_eval = training.do_eval or training.eval_strategy != "no"
-    if training.eval_steps is None and training.eval_strategy == "steps":
-        training.eval_steps = training.logging_steps
-    _check_task(data, training)
-    if not (training.do_train or training.do_eval or training.do_predict):
-        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
-    if training.bf16 and training.fp16:
-        raise UsageError("--bf16 and --fp16 exclude each other")
-    if training.report_to != "none" and find_spec(training.report_to) is None:
-        raise UsageError(f"--report_to {training.report_to} needs a package: pip install {training.report_to}")
-    if training.push_to_hub != (training.hub_model_id is not None):
-        raise UsageError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both or neither")
-    _check_evaluations(training)
-    check_arguments(method, given)
-
-
-def _check_task(data: Any, training: Any) -> None:
-    """The task, or the files of one's own, and what is asked of them; the task's name gets its usual form."""
-    if data.task_name is None and data.train_file is None:
-        raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
-    if data.predict_task is not None and not training.do_predict:
-        raise UsageError("--predict_task needs --do_predict: give both or neither")
-    if data.task_name is not None:
-        task = get_task(data.task_name)
-        data.task_name = task.name
-        if not task.train_splits and (training.do_train or training.do_eval or data.holdout_fraction is not None):
-            raise UsageError(f"{task.name} has a test set only: give --task_name mnli --predict_task {task.name}")
-        if data.train_file or data.validation_file or data.test_file:
-            raise UsageError("--task_name and --train_file/--validation_file/--test_file exclude each other")
-        for name, default in (("text_columns", None), ("label_column", "label"), ("metric", None)):
-            if getattr(data, name) != default:
-                raise UsageError(f"--{name} is for your own files: leave it out, or give --train_file")
-    elif training.do_eval and data.validation_file is None and data.holdout_fraction is None:
-        raise UsageError(
-            "nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval "
-            "and --eval_strategy out"
-        )
-    elif training.do_predict and data.test_file is None and not training.do_eval:
-        raise UsageError("nothing to predict: give --test_file, or leave --do_predict out")
-
-
-def _check_evaluations(training: Any) -> None:
-    """What acts on evaluations needs some, and the best checkpoint one of each."""
-    evaluates = training.do_train and training.eval_strategy != "no"
-    for flag, on in (
-        ("load_best_model_at_end", training.load_best_model_at_end),
-        ("save_strategy best", training.save_strategy == "best"),
-        ("early_stopping_patience", training.early_stopping_patience is not None),
-    ):
-        if on and not evaluates:
-            raise UsageError(f"--{flag} needs evaluations: give --do_train and --eval_strategy steps")
-    rhythms = ("strategy", "steps") if training.eval_strategy == "steps" else ("strategy",)
-    unlike = [n for n in rhythms if getattr(training, f"save_{n}") != getattr(training, f"eval_{n}")]
-    if training.load_best_model_at_end and training.save_strategy != "best" and unlike:
-        raise UsageError(
-            f"--load_best_model_at_end needs a checkpoint of every evaluation: give --save_{unlike[0]} and "
-            f"--eval_{unlike[0]} one value"
-        )
-    if training.early_stopping_patience and training.logging_strategy == "epoch" != training.eval_strategy:
-        raise UsageError(
-            "--logging_strategy epoch with --early_stopping_patience would lose an entry where a run that stopped "
-            "within an epoch is continued: give --logging_strategy steps, or --eval_strategy epoch"
-        )
-
-
-def share_batch(training: Any, named: set[str]) -> None:
-    """Share ``--total_batch_size`` out: rows a process takes at once, and steps that it accumulates.
-
-    Args:
-        training: ``world_size`` is the number of processes; set in place. named: the arguments that are given:
-            ``per_device_train_batch_size`` is an upper bound where it is.
-
-    Raises:
-        UsageError: for a batch that the processes, or the rows at once, do not divide.
-    """
-    total, processes = training.total_batch_size, training.world_size
+    total, processes = args.total_batch_size, args.world_size
     if total is None:
         return
-    if "gradient_accumulation_steps" in named:
+    if "gradient_accumulation_steps" in chosen:
         raise UsageError(
             "--gradient_accumulation_steps follows from --total_batch_size: leave it out, or bound the rows at once "
             "with --per_device_train_batch_size"
         )
     if total % processes:
-        raise UsageError(
-            f"--total_batch_size {total} does not divide among {processes} processes: start one of "
-            f"{_divisors(total)} processes"
-        )
+        raise UsageError(f"--total_batch_size {total} does not divide among {processes} processes")
     share = total // processes
-    at_once = min(share, training.per_device_train_batch_size) if "per_device_train_batch_size" in named else share
-    if share % at_once:
-        raise UsageError(
-            f"--per_device_train_batch_size {at_once} does not divide the {share} rows of a process: give one of "
-            f"{_divisors(share)}"
-        )
-    training.per_device_train_batch_size, training.gradient_accumulation_steps = at_once, share // at_once
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
+    most = args.per_device_train_batch_size if "per_device_train_batch_size" in chosen else share
+    at_once = next(rows for rows in range(min(share, most), 0, -1) if share % rows == 0)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = at_once, share // at_once

@@ -1,71 +1,42 @@
-"""Command line of ``nlu/run_glue.py``: its flags, the published and older spellings, and the files that set flags."""
+"""Command line of ``nlu/run_glue.py``: where the value of each argument comes from.
+
+Later ones win: the table in ``nlu/flags.py``, the published settings (``--published``), the method's file, an argument
+file (the first word of the command), the flags of the command. Nothing here imports torch or transformers.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from nlu import METHOD_FOLDER, TASK_FOLDER
-from nlu.argument_checks import check_method_flags, check_values, share_batch
-from nlu.errors import OneLineParser, UsageError, refuse_unknown_flags
-from nlu.flags import SHARE, make_parser
+from nlu.argument_checks import check
+from nlu.errors import OneLineParser, UsageError
+from nlu.flags import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
 from nlu.json_yaml import read_yaml
 from nlu.methods.registry import FLAGS as METHOD_FLAGS
 from nlu.methods.registry import METHODS
-from nlu.run_flags import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
-from nlu.tasks import TASKS, get_task
+from nlu.tasks import get_task
 
 logger = logging.getLogger("nlu")
 
-_SVD = ("adalora", "lora2")  # what the published --lora_type svd can mean
-_RENAMED = {"evaluation_strategy": "eval_strategy", "output_dir": "root_output_dir"}
-PARTS = (MODEL_FLAGS, DATA_FLAGS, (*CHOICE_FLAGS, *METHOD_FLAGS.values()), TRAINING_FLAGS)
-DEFAULTS = {flag.name: flag.default for flags in PARTS for flag in flags}
-
-HELP = """\
-usage: run_glue.py [FILE.yaml] --model_name_or_path MODEL {{--task_name T | --train_file F}} --root_output_dir DIR …
-
-Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. The same command
-continues an interrupted run from its last checkpoint. --help_all lists every argument.
-
-model and data
-  --model_name_or_path MODEL   hub name or local folder of the pretrained encoder
-  --task_name TASK             {tasks}
-  --glue_dir DIR               <task>/<split>.jsonl|parquet|csv, or the official TSV folders; default: the hub's
-  --published BACKBONE         the task's published settings on deberta-v3-base or roberta-large (configs/tasks/)
-  --train_file, --validation_file, --test_file FILE
-                               your own data: CSV, TSV, JSONL or Parquet
-  --text_columns A[,B], --label_column NAME, --metric NAME, --class_weights balanced
-                               columns, score and class weights of your own data
-  --holdout_fraction F         evaluate on a share of the training set
-  --max_seq_length N           tokens per input (128)
-method
-  --method NAME                a file of configs/methods/: lora2, adalora, lora, sora, hadapter, bitfit, full, … (lora2)
-  --lora_k K, --lora_r R, --lora_alpha ALPHA, --lora_module NAMES
-                               width of LoRA²'s outer scale, rank, scale of the update (alpha / r), adapted modules
-  --target_rank R, --init_warmup N, --final_warmup N
-                               rank to prune to; steps before pruning starts, and after it ends
-training
-  --do_train, --do_eval, --do_predict
-  --root_output_dir DIR        the run's folder: results.json, adapter/, model/ (checkpoints), log/
-  --learning_rate LR, --head_learning_rate LR, --warmup_steps N, --weight_decay D
-  --num_train_epochs E, --max_steps N, --early_stopping_patience N
-  --total_batch_size N, --per_device_train_batch_size N, --bf16, --length_bucketing, --seed N
-  --eval_strategy, --save_strategy no|steps|epoch, --eval_steps, --save_steps, --logging_steps N
-results
-  --load_best_model_at_end     keep the best checkpoint's weights, not the last ones
-  --report_to NAME             tensorboard, wandb or trackio
-  --push_to_hub --hub_model_id OWNER/NAME
-                               upload the adapter with its card at the end
-"""
+PARTS = {
+    "model": MODEL_FLAGS,
+    "data": DATA_FLAGS,
+    "method": (*CHOICE_FLAGS, *METHOD_FLAGS.values()),
+    "training": TRAINING_FLAGS,
+}
+DEFAULTS = {flag.name: flag.default for flags in PARTS.values() for flag in flags}
 
 
 @dataclass(frozen=True)
@@ -87,71 +58,126 @@ class Arguments:
     record: Mapping[str, Any]
 
 
+@functools.cache
 def build_parser() -> OneLineParser:
-    """The parser behind the command line; also what tests check scripts and configs against."""
-    return make_parser(
-        (flag for flags in PARTS for flag in flags),
+    """The parser of all flags, which gives those of a command alone."""
+    parser = OneLineParser(
         prog="run_glue.py",
-        usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} "
-        "--root_output_dir DIR …",
-        add_help=False,
+        usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} --do_train …",
+        description="Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. The same "
+        "command continues an interrupted run from its last checkpoint. FILE.yaml sets arguments by name.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
+    for part, flags in PARTS.items():
+        group = parser.add_argument_group(part)
+        for flag in flags:
+            flag.add_to(group)
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
 
 
-def parse_arguments(argv: list[str]) -> Arguments:
+def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Arguments from the command line, checked as far as that needs neither data nor model.
-
-    Later ones win: defaults, the published settings, the method's file, an argument file (first argument), the command
-    line. It imports neither torch nor transformers.
 
     Raises:
         UsageError: for anything unknown, malformed or contradictory; one line that says what to change.
     """
-    words = list(argv)
+    given = read_flags(argv)
+    config, published = chosen_method(given)
+    base, of_method = method_file(config)
+    chosen = published_settings(given, base) | published | of_method | given
+    processes = {"world_size": int(os.environ.get("WORLD_SIZE", 1)), "process_index": int(os.environ.get("RANK", 0))}
+    args = SimpleNamespace(**DEFAULTS | chosen | processes | {"method": base})
+    check(args, given, chosen, config)
+    if args.root_output_dir is None:
+        data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
+        folder = data.format(Path(args.model_name_or_path).name)
+        args.root_output_dir = f"output/{folder}/{config}/seed-{args.seed}"
+    parts = {part: SimpleNamespace(**{f.name: getattr(args, f.name) for f in flags}) for part, flags in PARTS.items()}
+    vars(parts["training"]).update(processes)
+    record = {name: getattr(args, name) for name in DEFAULTS}
+    return Arguments(**parts, method_config=config, record={**record, "method_config": config})
+
+
+def read_flags(words: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags that a command gives, by name; its first word may be an argument file (YAML or JSON).
+
+    Raises:
+        UsageError: for a flag that there is not, and a value that it does not take.
+    """
+    words = list(words)
     if words and not words[0].startswith("-"):
-        words[:1] = file_flags(Path(words[0]))
-    words = translate(words)
-    parser = build_parser()
-    _explain(parser, words)
-    given = _names(words, parser)
-    config, base, of_method = method_file(words)
-    published = published_flags(words, base)
-    check_method_flags(given, _names(of_method, parser), config, base)
-    values = vars(parser.parse_args([*published, *of_method, *words]))
-    values["method"] = base
-    parts = [SimpleNamespace(**{flag.name: values[flag.name] for flag in flags}) for flags in PARTS]
-    model, data, method, training = parts
-    training.world_size, training.process_index = (int(os.environ.get(n, d)) for n, d in _PROCESSES.items())
-    for flags, part in zip(PARTS, parts, strict=True):
-        for flag in flags:
-            flag.check(getattr(part, flag.name))
-    check_values(model, data, method, training, given)
-    if training.root_output_dir is None:
-        name = Path(model.model_name_or_path).name
-        training.root_output_dir = f"output/glue/{name}/{data.task_name}/{config}/seed-{training.seed}"
-    share_batch(training, given | _names(of_method + published, parser))
-    record = {flag.name: getattr(p, flag.name) for flags, p in zip(PARTS, parts, strict=True) for flag in flags}
-    return Arguments(*parts, config, {**record, "method_config": config})
+        words[:1] = _as_words(read_yaml(Path(words[0])), words[0])
+    values = vars(build_parser().parse_args(words))
+    values.pop("local_rank", None)
+    return values
 
 
-_PROCESSES = {"WORLD_SIZE": "1", "RANK": "0"}  # set by torchrun and accelerate launch
+def _as_words(values: Any, source: str | Path) -> list[str]:
+    """{"lora_r": 8, "do_train": true} → ["--lora_r=8", "--do_train=True"]; null leaves a flag out.
+
+    Raises:
+        UsageError: for what is no mapping of names to values; ``source`` names the file.
+    """
+    if not isinstance(values, dict) or any(isinstance(value, list) for value in values.values()):
+        raise UsageError(f"{source}: an argument file is a mapping of argument names to values")
+    texts = {n: json.dumps(value) if isinstance(value, dict) else value for n, value in values.items()}
+    return [f"--{name}={text}" for name, text in texts.items() if text is not None]
 
 
-def _explain(parser: OneLineParser, words: Iterable[str]) -> None:
-    """For ``--help`` print the usual arguments by purpose, for ``--help_all`` every one; exit."""
-    if {"-h", "--help"} & {*words}:
-        print(HELP.format(tasks=", ".join(TASKS)), end="")
-    elif "--help_all" in words:
-        parser.print_help()
-    else:
-        return
-    sys.exit(0)
+def chosen_method(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The file of configs/methods/ that a command names, and what the published flags in place of --method set besides.
+
+    Raises:
+        UsageError: for published flags that contradict each other, or stand beside --method.
+    """
+    flags = [name for name in ("apply_lora", "apply_adalora", "lora_type") if given.get(name)]
+    if not flags:
+        return given.get("method", "lora2"), {}
+    if "method" in given:
+        raise UsageError(f"--{flags[0]} is a published name of a method: leave it or --method out")
+    prunes, lora_type = given.get("apply_adalora", False), given.get("lora_type")
+    if prunes and lora_type == "frd":
+        raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
+    return ("lora2", {"rank_allocation": prunes}) if prunes or lora_type == "svd" else ("lora", {})
 
 
-def _names(words: Iterable[str], parser: OneLineParser) -> set[str]:
-    """The arguments that flags set; UsageError for a flag that there is not."""
-    refuse_unknown_flags(words, parser._option_string_actions)
-    return {word.partition("=")[0][2:] for word in words if word.startswith("--")}
+def method_file(config: str) -> tuple[str, dict[str, Any]]:
+    """The base method, and the flags that it sets, of a file in configs/methods/.
+
+    Raises:
+        UsageError: for a name without a file.
+    """
+    files = {path.stem: path for path in sorted(METHOD_FOLDER.glob("*.yaml"))}
+    if config not in files:
+        raise UsageError(f"unknown method {config!r}: --method takes one of {', '.join(files)}")
+    values = read_flags(_as_words(read_yaml(files[config]), files[config].name))
+    return values.pop("method"), values
+
+
+def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings of ``--published``: the task's, without flags that the method does not read, then the method's own.
+
+    Raises:
+        UsageError: for a task or a backbone without published settings.
+    """
+    backbone, task = given.get("published"), given.get("task_name")
+    if backbone is None:
+        return {}
+    if task is None:
+        raise UsageError("--published needs --task_name: the settings are a task's")
+    path = TASK_FOLDER / f"{get_task(task).name}.yaml"
+    settings = read_yaml(path) if path.is_file() else {}
+    if backbone not in settings:
+        raise UsageError(f"--published {backbone}: {path} has {', '.join(settings) or 'no settings'}")
+    read = {flag.name for flag in METHODS[method].flags}
+    merged: dict[str, Any] = {}
+    for layer in (read_yaml(TASK_FOLDER / "every_task.yaml")[backbone], settings[backbone]):
+        merged |= {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
+        merged |= layer.get(method, {})
+    return read_flags(_as_words(merged, path))
 
 
 def command_line() -> str:
@@ -184,116 +210,3 @@ def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:
         if number is not None:
             setattr(fitted.method, name, max(least, number * total_steps // made_for))
     return fitted
-
-
-# ---- flags before they are parsed ----------------------------------------------------------------------------------
-
-
-def file_flags(path: Path) -> list[str]:
-    """An argument file (YAML or JSON, a mapping of argument names to values) as command-line flags."""
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: an argument file is a mapping of argument names to values")
-    return _mapping_flags(values, str(path))
-
-
-def _mapping_flags(values: Mapping[str, Any], source: str) -> list[str]:
-    """{"lora_r": 8, "do_train": true} → ["--lora_r=8", "--do_train=True"].
-
-    Raises:
-        UsageError: for a value that is no plain string, number or boolean; ``source`` names the file.
-    """
-    flags = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            raise UsageError(f"{source}: {name} needs a plain value, got a {type(value).__name__}")
-        flags += [] if value is None else [f"--{name}={value}"]
-    return flags
-
-
-def translate(argv: Iterable[str]) -> list[str]:
-    """Published and older flags in today's spelling."""
-    out: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        bare = name.removeprefix("--").replace("-", "_")
-        if not name.startswith("--"):
-            out.append(word)
-        elif bare == "local_rank":  # torch.distributed.launch passes it; the environment says the same
-            if not equals:
-                next(words, None)
-        elif bare == "warmup_ratio":
-            out.append(f"--warmup_steps={_ratio(value if equals else next(words, ''))}")
-        else:
-            out.append(f"--{_RENAMED.get(bare, bare)}{equals}{value}")
-    return out
-
-
-def _ratio(text: str) -> str:
-    try:
-        if float(text) in SHARE:
-            return text
-    except ValueError:
-        pass
-    raise UsageError(f"--warmup_ratio must lie in [0, 1), got {text!r}; for a number of steps use --warmup_steps")
-
-
-def _chosen(words: list[str]) -> Any:
-    """What the command line says of the flags that choose files, the others unread."""
-    flags = [*CHOICE_FLAGS, *(flag for flag in DATA_FLAGS if flag.name == "task_name")]
-    return make_parser(flags, add_help=False).parse_known_args(words)[0]
-
-
-def method_file(words: list[str]) -> tuple[str, str, list[str]]:
-    """(config name, base method, default flags) from --method or the published flags that stand for it.
-
-    Raises:
-        UsageError: for an unknown method, or published flags that contradict it or each other.
-    """
-    chosen = _chosen(words)
-    name, lora_type = chosen.method, chosen.lora_type
-    published = lora_type is not None or chosen.apply_lora or chosen.apply_adalora
-    if lora_type == "frd" and chosen.apply_adalora:
-        raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
-    plain = lora_type == "frd" or (chosen.apply_lora and lora_type is None)
-    meant = "lora" if plain and not chosen.apply_adalora else "lora2"
-    config = meant if name is None else name
-    path = METHOD_FOLDER / f"{config}.yaml"
-    if Path(config).name != config or not path.is_file():
-        names = ", ".join(sorted(p.stem for p in METHOD_FOLDER.glob("*.yaml")))
-        raise UsageError(f"unknown method {config!r}: --method takes one of {names}")
-    values = read_yaml(path)
-    base = values.pop("method")
-    if published and name is not None and (base in _SVD) != (meant == "lora2"):
-        raise UsageError(f"--method {name} contradicts --lora_type {lora_type or 'frd'}: give one of the two")
-    defaults = _mapping_flags(values, path.name)
-    if published and name is None and meant == "lora2" and not chosen.apply_adalora:
-        defaults.append("--rank_allocation=False")  # svd layers without --apply_adalora: nothing is pruned
-    return config, base, defaults
-
-
-def published_flags(words: list[str], method: str) -> list[str]:
-    """The settings of ``--published``: the task's, without flags that the method does not read, then the method's own.
-
-    Raises:
-        UsageError: for a task or a backbone without published settings.
-    """
-    chosen = _chosen(words)
-    if chosen.published is None:
-        return []
-    if chosen.task_name is None:
-        raise UsageError("--published needs --task_name: the settings are a task's")
-    path = TASK_FOLDER / f"{get_task(chosen.task_name).name}.yaml"
-    settings = read_yaml(path) if path.is_file() else {}
-    if chosen.published not in settings:
-        raise UsageError(f"--published {chosen.published}: {path} has {', '.join(settings) or 'no settings'}")
-    layers = read_yaml(TASK_FOLDER / "every_task.yaml")[chosen.published], settings[chosen.published]
-    read = {flag.name for flag in METHODS[method].flags}
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        shared = {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
-        merged |= shared | layer.get(method, {})
-    return _mapping_flags(merged, path.name)

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nlu.arguments import build_parser, method_file, translate
+from nlu.arguments import method_file, read_flags
 from nlu.data.splits import load_data, needed
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.claims import Question
@@ -82,20 +81,11 @@ def flag_values(words: list[str]) -> dict[str, Any]:
     Raises:
         UsageError: for what run_glue does not take, or a flag that a comparison sets itself.
     """
-    values = vars(_parser().parse_args(translate(words)))
+    values = read_flags(words)
     for name in ("method", "seed", *SET_BY_THE_SWEEP):
         if name in values:
             raise UsageError(f"--{name} is set for each run: give --methods, --seeds and --output_dir")
-    return {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-@cache
-def _parser() -> argparse.ArgumentParser:
-    """run_glue's parser, which gives the flags that are there, without defaults."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return parser
+    return values
 
 
 def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
@@ -179,8 +169,7 @@ def _spec(spec: str) -> dict[str, Any]:
 
 def _own_rates(method: str) -> list[float]:
     """What --tune tries for a method whose file has a learning rate of its own: around that."""
-    flags = dict(flag.split("=", 1) for flag in method_file(["--method", method])[2])
-    rate = float(flags.get("--learning_rate", 0))
+    rate = method_file(method)[1].get("learning_rate")
     return [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)] if rate else []
 
 

@@ -3,7 +3,7 @@
     python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola --method lora2 \\
         --do_train --do_eval --root_output_dir output/cola
 
-``--help_all`` lists every argument. The run writes results.json, adapter/, model/ and log/ (and, where it prunes,
+``--help`` lists every argument. The run writes results.json, adapter/, model/ and log/ (and, where it prunes,
 rank_pattern.json) to root_output_dir; the same command continues an interrupted run from its last checkpoint.
 """
 

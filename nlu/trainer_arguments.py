@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -11,14 +11,8 @@ from transformers import TrainingArguments
 from nlu.arguments import Arguments
 from nlu.errors import UsageError, reason
 from nlu.methods.registry import METHODS
-from nlu.run_flags import TRAINING_FLAGS
 
-# The flags that the run itself reads, not the Trainer.
-OWN = frozenset({
-    "root_output_dir", "overwrite_output_dir", "measured_dir", "head_learning_rate", "schedule_steps",
-    "total_batch_size", "early_stopping_patience", "early_stopping_threshold", "push_to_hub", "hub_model_id",
-    "hub_private_repo",
-})  # fmt: skip
+_THEIRS = {field.name for field in fields(TrainingArguments)}
 
 
 def trainer_arguments(arguments: Arguments, metric: str | None = None) -> TrainingArguments:
@@ -31,7 +25,7 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         UsageError: for what transformers does not take.
     """
     given = arguments.training
-    values: dict[str, Any] = {f.name: getattr(given, f.name) for f in TRAINING_FLAGS if f.name not in OWN}
+    values = {name: value for name, value in vars(given).items() if name in _THEIRS}
     values |= {
         "output_dir": str(Path(given.root_output_dir) / "model"),
         # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
@@ -42,6 +36,7 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
         "metric_for_best_model": metric and f"eval_{metric}",
         "greater_is_better": metric and True,
+        "push_to_hub": False,  # the run uploads its adapter itself
     }
     if not values["gradient_checkpointing"]:  # transformers warns of its older name wherever that is given
         del values["gradient_checkpointing"]

@@ -110,10 +110,10 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places, tuned: boo
 def _matching(run: Run, wanted: Shape, places: Places) -> Iterator[str]:
     """Specifications of the same base method with the wanted size and scale, the run's own file first."""
     name, *settings = settings_of(run.axes["method"])
-    base = method_file(["--method", name])[1]
+    base = method_file(name)[0]
     files = [path.stem for path in sorted(METHOD_FOLDER.glob("*.yaml"))]
     for file in dict.fromkeys([name, *files]):
-        if method_file(["--method", file])[1] != base:
+        if method_file(file)[0] != base:
             continue
         try:
             own = shape_of(parsed_command(replace(run, arguments=run.arguments | {"method": file}), places))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -42,29 +43,30 @@ LOW_RANK_FLAGS = (
 _LORA_FLAGS = (
     Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.", POSITIVE),
 )
-_REG_ORTH_COEF = Flag("reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", NOT_NEGATIVE)
-_RANK_ALLOCATION = Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank.")
 _PRUNING_FLAGS = (
     Flag("target_rank", int, None, "Average number of singular values kept per layer. Default: half of lora_r.",
-         AT_LEAST_1, _RANK_ALLOCATION),
+         AT_LEAST_1),
     Flag("init_warmup", int, None, "Steps before pruning starts. Default: a tenth of the training.",
-         NOT_NEGATIVE, _RANK_ALLOCATION),
+         NOT_NEGATIVE),
     Flag("final_warmup", int, None, "Last steps, with the ranks held. Default: half of the training.",
-         NOT_NEGATIVE, _RANK_ALLOCATION),
-    Flag("mask_interval", int, 10, "Steps between two allocations.", AT_LEAST_1, _RANK_ALLOCATION),
-    Flag("beta1", float, 0.85, "Moving average of the sensitivity.", INSIDE_1, _RANK_ALLOCATION),
-    Flag("beta2", float, 0.85, "Moving average of the uncertainty.", INSIDE_1, _RANK_ALLOCATION),
+         NOT_NEGATIVE),
+    Flag("mask_interval", int, 10, "Steps between two allocations.", AT_LEAST_1),
+    Flag("beta1", float, 0.85, "Moving average of the sensitivity.", INSIDE_1),
+    Flag("beta2", float, 0.85, "Moving average of the uncertainty.", INSIDE_1),
     Flag("importance", ("inner", "full"), "inner",
-         "inner: the paper's importance; full: outer factors scored too.", None, _RANK_ALLOCATION),
+         "inner: the paper's importance; full: outer factors scored too.", None),
 )  # fmt: skip
+_REGULARISER_FLAGS = (
+    Flag("reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", NOT_NEGATIVE),
+    Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +."),
+    Flag("orth_squared", bool, False, "Squared norms in the regulariser."),
+)
 _SINGULAR_VALUE_FLAGS = (
     Flag("lora_init", ("gaussian", "orthogonal"), "gaussian", "Initial factors; gaussian is the paper's."),
     Flag("orthogonality", ("penalty", "retraction"), "penalty",
          "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step."),
-    _REG_ORTH_COEF,
-    Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +.", needs=_REG_ORTH_COEF),
-    Flag("orth_squared", bool, False, "Squared norms in the regulariser.", needs=_REG_ORTH_COEF),
-    _RANK_ALLOCATION,
+    *_REGULARISER_FLAGS,
+    Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank."),
     *_PRUNING_FLAGS,
     Flag("value_lr_ratio", float, 1.0,
          "Learning rate of the singular values, as a multiple of --learning_rate.", POSITIVE),
@@ -93,13 +95,18 @@ def adapted_modules(model: nn.Module, args: Any) -> list[str]:
     return encoder_modules(model, [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)])
 
 
-def _check_factors(args: Any, given: set[str]) -> None:
-    """The two ways to orthogonality, and the rank to prune to."""
+_SWITCHES = (("rank_allocation", False, _PRUNING_FLAGS), ("orthogonality", "retraction", _REGULARISER_FLAGS))
+
+
+def _check_factors(args: Any, given: Collection[str]) -> None:
+    """Flags that a switched-off part would ignore, and the two ways to orthogonality."""
+    for switch, off, flags in _SWITCHES:
+        for flag in flags:
+            if flag.name in given and getattr(args, switch) == off:
+                raise UsageError(f"--{flag.name} has no meaning with --{switch} {off}: leave it out")
     if args.orthogonality == "retraction":
         if args.lora_init == "gaussian":
             raise UsageError("--orthogonality retraction needs orthonormal factors: give --lora_init orthogonal")
-        for flag in sorted({"reg_orth_coef", "orth_terms", "orth_squared"} & given):
-            raise UsageError(f"--{flag} has no meaning with --orthogonality retraction: leave it out")
         args.reg_orth_coef = 0.0
     if args.target_rank is None:
         args.target_rank = max(1, args.lora_r // 2)

@@ -112,10 +112,7 @@ def inject_peft(model: nn.Module, config: Any, target_modules: list[str]) -> Any
 # ---- the method ----------------------------------------------------------------------------------------------------
 
 
-PEFT_CONFIG = Flag(
-    "peft_config", str, None, "A config file of the peft package, or the name of one in configs/peft/.",
-    fixed=True,
-)  # fmt: skip
+PEFT_CONFIG = Flag("peft_config", str, None, "A config file of the peft package, or the name of one in configs/peft/.")
 
 
 def _check(args: Any, given: set[str]) -> None:

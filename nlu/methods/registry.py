@@ -60,24 +60,6 @@ def flag_methods(name: str) -> list[str]:
     return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
 
 
-def check_arguments(args: Any, given: set[str]) -> None:
-    """Refuse contradictions, before any model is looked at; fills in what follows from others.
-
-    Args:
-        args: with the base method in ``args.method``. given: the flags on the command line.
-
-    Raises:
-        UsageError: one line that says what to change.
-    """
-    method = METHODS[args.method]
-    for flag in method.flags:
-        switch = flag.needs
-        if switch is not None and flag.name in given and not getattr(args, switch.name):
-            value = getattr(args, switch.name)
-            raise UsageError(f"--{flag.name} has no meaning with --{switch.name} {value}: leave it out")
-    method.check(args, given)
-
-
 def apply_method(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     """Make ``model`` ready for the chosen method, in place.
 

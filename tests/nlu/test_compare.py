@@ -140,7 +140,7 @@ def test_a_value_of_one_method_may_hold_a_colon():
     spec = "lora2:lora_k=match:lora:lora_r=4"
     assert compare._spec(spec) == {"method": "lora2", "lora_k": "match:lora", "lora_r": 4}
     assert settings_of(spec) == ["lora2", "lora_k=match:lora", "lora_r=4"]
-    assert compare._spec("lora2:lora-k=4:lora-r=2") == {"method": "lora2", "lora_k": 4, "lora_r": 2}
+    assert compare._spec("lora2:lora_k=4:lora_r=2") == {"method": "lora2", "lora_k": 4, "lora_r": 2}
 
 
 @pytest.mark.parametrize(("steps", "strategy"), [([], "epoch"), (["--eval_steps", "5"], "steps")])

@@ -140,7 +140,7 @@ def test_the_example_of_the_scripts_head():
     ("", {"PER_DEVICE": "8"}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}),
     ("", {"MODEL": "models/mine"}, {"model_name_or_path": "models/mine"}),
     ("--root_output_dir elsewhere", {}, {"root_output_dir": "elsewhere"}),
-    ("--seed=3 --method adalora --model-name-or-path models/mine", {"METHOD": "full", "SEED": "1"},
+    ("--seed=3 --method adalora --model_name_or_path models/mine", {"METHOD": "full", "SEED": "1"},
      {"lora_r": 2, "seed": 3, "root_output_dir": "output/glue/mine/rte/adalora/seed-3"}),
 ])  # fmt: skip
 def test_the_environment_sets_flags_and_flags_that_follow_win(flags, environment, expected):
