@@ -70,21 +70,17 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
     """
     import transformers
 
-    model_class: Any = getattr(transformers, architecture, None)  # the name may come from a stranger's folder
-    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    if not known and (model_class is None or not architecture.startswith("AutoModel")):
-        raise ValueError(
-            f"transformers has no model class {architecture}: load the model yourself and use merge_into()"
-        )
     with quiet_transformers():
         try:
             # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
-            model = model_class.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **options)
+            model = getattr(transformers, architecture).from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=False, **options
+            )
+            return model.eval()
         except MemoryError:
             raise
         except Exception as error:  # a damaged file raises whatever its reader runs into
             raise _not_loaded(source, error) from None
-    return model.eval()
 
 
 def _not_loaded(base: str, error: Exception) -> ValueError:
@@ -136,7 +132,7 @@ def export_merged(
         refuse_files(folder)
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
-    processor = _processor(base, revision_of(config, base), needed=not has_tokenizer(adapter))
+    processor = None if has_tokenizer(adapter) else _processor(base, revision_of(config, base))
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
@@ -159,19 +155,19 @@ def _card(adapter: str) -> str:
     )
 
 
-def _processor(base: str, revision: dict[str, str], needed: bool) -> Any:
-    """What reads the base's inputs; None for a model of neither text nor images, and a tokenizer that is not needed."""
+def _processor(base: str, revision: dict[str, str]) -> Any:
+    """What reads the base's inputs; None for a model of neither text nor images."""
     import transformers
 
-    empty = os.path.isdir(base) and not has_tokenizer(base)  # transformers makes a tokenizer that knows no word
     try:
         processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False, **revision)
     except Exception as error:
-        if needed and has_tokenizer(base):
+        if has_tokenizer(base):
             raise _not_loaded(base, error) from None
         return None
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
-    return None if is_tokenizer and (empty or not needed) else processor
+    made_up = is_tokenizer and os.path.isdir(base) and not has_tokenizer(base)  # it knows no word
+    return None if made_up else processor
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -182,17 +178,21 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help shows the arguments)")
 
 
+_OPTIONS = {"merged": ("dtype", "allow_other_base"), "loralib": ("kind", "r", "widths", "lora_alpha"), "peft": ()}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m loralib.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("adapter", help="folder of the adapter")
     parser.add_argument("out", help="folder to write: new or empty; an adapter there is replaced by an adapter")
     parser.add_argument("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
-    parser.add_argument("--base", help="name or path of the base model; --to peft only records it")
+    parser.add_argument("--base", default=None, help="name or path of the base model; --to peft only records it")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights")
     parser.add_argument("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
     parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact); others by truncated SVD")
@@ -204,65 +204,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_BELONGS_TO = {
-    "dtype": "merged", "allow_other_base": "merged",
-    "kind": "loralib", "r": "loralib", "widths": "loralib", "lora_alpha": "loralib",
-}  # fmt: skip
-
-
 def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad arguments or input."""
-    arguments = _parser().parse_args(argv)
-    for name, target in _BELONGS_TO.items():
-        value = getattr(arguments, name)
-        if value is not None and value is not False and arguments.to != target:
-            raise ValueError(f"--{name} belongs to --to {target}: leave it out")
-    if arguments.to == "peft":
-        ranks = export_peft(arguments.adapter, arguments.out, arguments.base)
+    options = vars(_parser().parse_args(argv))
+    adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
+    if odd := set(options) - set(_OPTIONS[to]):
+        raise ValueError(f"--{min(odd)} does not belong to --to {to}: leave it out")
+    if to == "peft":
+        ranks = export_peft(adapter, out, base)
         least, most = min(ranks.values()), max(ranks.values())
-        print(f"{arguments.out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
-        if not is_peft(arguments.adapter):
-            _print_labels(arguments.adapter, " (load the base with these names, see README.md there)")
+        print(f"{out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
+        if not is_peft(adapter):
+            _print_labels(adapter, " (load the base with these names, see README.md there)")
         return
-    if arguments.base is None:
-        raise ValueError(f"--to {arguments.to} needs the base model: give --base NAME_OR_PATH")
-    if arguments.to == "merged":
-        dtype = getattr(torch, arguments.dtype or "float32")
-        export_merged(
-            arguments.adapter, arguments.out, arguments.base,
-            dtype=dtype, allow_other_base=arguments.allow_other_base,
-        )  # fmt: skip
-        print(f"{arguments.out}: plain {str(dtype).removeprefix('torch.')} checkpoint")
-        _print_labels(arguments.adapter)
+    if base is None:
+        raise ValueError(f"--to {to} needs the base model: give --base NAME_OR_PATH")
+    if to == "loralib":
+        _import(adapter, out, base, **options)
         return
-    _run_import(arguments)
+    dtype = options.pop("dtype", "float32")
+    export_merged(adapter, out, base, dtype=getattr(torch, dtype), **options)
+    print(f"{out}: plain {dtype} checkpoint")
+    _print_labels(adapter)
 
 
 def _print_labels(adapter: str, hint: str = "") -> None:
-    config = read_adapter_config(adapter)
-    if labels := label_order(config):
+    if labels := label_order(read_adapter_config(adapter)):
         print(f"labels: {labels}{hint}")
 
 
-def _run_import(arguments: argparse.Namespace) -> None:
-    kind = arguments.kind or "lora"
-    given = {name: getattr(arguments, name) for name in ("r", "widths", "lora_alpha")}
-    options = {name: value for name, value in given.items() if value is not None}
+def _import(adapter: str, out: str, base: str, kind: str = "lora", **options: Any) -> None:
     if kind == "lora" and options:
-        raise ValueError(f"--{next(iter(options))} is for truncated SVD: give --kind lora2, adalora or multiscale")
+        raise ValueError(f"--{min(options)} is for truncated SVD: give --kind lora2, adalora or multiscale")
     if kind in ("lora2", "multiscale"):
         options.setdefault("widths", [8])
-    values, _, head = read_pairs(arguments.adapter)
+    values, _, head = read_pairs(adapter)
     name = name_on_hub(values.get("base_model_name_or_path"))
-    revision = _revision(name, values.get("revision"), arguments.base)
-    architecture = _class_for(values.get("task_type"), arguments.base, revision)
-    model = load_base(arguments.base, architecture, **_label_count(head), **revision)
-    import_peft(model, arguments.adapter, kind, **options)
+    revision = _revision(name, values.get("revision"), base)
+    model = load_base(base, _class_for(values.get("task_type"), base, revision), **_label_count(head), **revision)
+    import_peft(model, adapter, kind, **options)
     save_adapter(
-        model, arguments.out, base_model=name, base_revision=revision.get("revision"),
-        save_tokenizer=lambda new: copy_tokenizer(arguments.adapter, new),
+        model, out, base_model=name, base_revision=revision.get("revision"),
+        save_tokenizer=lambda new: copy_tokenizer(adapter, new),
     )  # fmt: skip
-    print(f"{arguments.out}: {kind} adapter")
+    print(f"{out}: {kind} adapter")
 
 
 def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:

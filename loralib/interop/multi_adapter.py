@@ -170,13 +170,11 @@ class MultiAdapter:
             second. If heads differ in size, the last dimension is padded with −inf after a row's own values.
 
         Raises:
-            ValueError: for a name that is not loaded, no name at all, or if no input has that many rows; for rows of
-                several adapters also if labels or a cache are given, or a part of the output cannot be joined.
+            ValueError: for a name that is not loaded, or if no input has that many rows; for rows of several adapters
+                also if a cache is given, or a part of the output cannot be joined.
         """
         for name in adapters:
             self._known(name)
-        if not adapters:
-            raise ValueError("no adapters named: give run() at least one row, and name one for each row")
         batch = next((leaf for leaf in tree_leaves((args, kwargs)) if _has_rows(leaf, len(adapters))), None)
         if batch is None:
             raise ValueError(
@@ -185,9 +183,8 @@ class MultiAdapter:
         rows: dict[str | None, list[int]] = {}
         for i, name in enumerate(adapters):
             rows.setdefault(name, []).append(i)
-        for given in ("labels", "past_key_values"):  # a loss is of all rows at once, and a cache is written in place
-            if len(rows) > 1 and kwargs.get(given) is not None:
-                raise ValueError(f"give no {given} to run() where rows have several adapters")
+        if len(rows) > 1 and kwargs.get("past_key_values") is not None:  # each call would write to it
+            raise ValueError("give no past_key_values to run() where rows have several adapters")
         parts = []
         with nullcontext() if torch.compiler.is_compiling() else _RUNS:
             before = self._active
@@ -214,6 +211,8 @@ class MultiAdapter:
         part = self._adapters[self._active].get(name) if self._active is not None else None
         if part is None:
             return None
+        if self.model.get_submodule(name) is not module:  # by get_peft_model, whose update would be added to this one
+            raise RuntimeError(f"{name} was replaced while a MultiAdapter serves the model: close() it first")
         if part.head:
             tensors = {f"module.{tensor}": value for tensor, value in part.head.items()}
             output = functional_call(_ForwardAlone(module), tensors, args, kwargs)

@@ -32,8 +32,7 @@ from loralib.adapter_folder import (
     read_json_object,
     read_tensors,
 )
-from loralib.checks import check_choice, check_positive, check_whole_number
-from loralib.injection import KINDS
+from loralib.checks import check_whole_number
 from loralib.interop.decomposition import decompose, start_factors
 
 PREFIX = "base_model.model."
@@ -231,12 +230,11 @@ def import_peft(
         seed: of the factors that are drawn at random.
 
     Raises:
-        ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, biases, embeddings, convolutions) or
-            changes the base's weights (PiSSA, OLoRA), or a base that it does not fit; the model is unchanged then.
+        ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
+            the base's weights (PiSSA, OLoRA), settings out of range, or a base that it does not fit; the model is
+            unchanged then.
     """
-    check_choice("kind", kind, KINDS)
     check_whole_number("r", r)
-    check_positive("lora_alpha", lora_alpha)
     _, pairs, head = read_pairs(folder)
     generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}
@@ -299,9 +297,9 @@ def read_pairs(
                 first, factors = first @ factors[0], [factors[1][:, None], factors[2] @ factors[3]]
             left, *e, right = first, *factors
             if kind == "LORA":
-                pairs[name] = left, right, _peft_scaling(values, name, right.shape[0])
+                pairs[name] = left, right, _scaling(values, name, right.shape[0])
             elif len(live := e[0].flatten().nonzero().flatten()):
-                scaled = left.double() * e[0].double().T * _scaling(values)
+                scaled = left.double() * e[0].double().T * _scaling(values, name, 0)
                 pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
             fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
         except (KeyError, IndexError, RuntimeError):  # a factor is missing, or of another shape
@@ -327,44 +325,29 @@ _PARTS = {
 
 
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
+    """Raises ValueError for what the tensors do not show; DoRA and the like have tensors of their own."""
     if values.get("peft_type") not in tuple(_PARTS):
         raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only {', '.join(_PARTS)} can be imported")
-    for key in ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices",
-                "alora_invocation_tokens"):  # fmt: skip
-        if values.get(key):
-            raise ValueError(f"{path}: adapters with {key} cannot be imported")
+    if values.get("alora_invocation_tokens"):
+        raise ValueError(f"{path}: adapters with alora_invocation_tokens cannot be imported")
     if str(values.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
         raise ValueError(f"{path}: its init_lora_weights has changed the base's weights: save it in peft as a "
                          "plain LoRA (path_initial_model_for_weight_conversion)")  # fmt: skip
-    if values.get("bias", "none") != "none":
-        raise ValueError(f"{path}: adapters with trained biases cannot be imported")
 
 
-def _scaling(values: dict[str, Any]) -> float:
-    """Of AdaLoRA, lora_alpha / (init_r + 1e-5), and of LoRA², lora_alpha / r."""
-    name, more = ("init_r", 1e-5) if values["peft_type"] == "ADALORA" else ("r", 0.0)
-    alpha: Any = values.get("lora_alpha")
-    rank: Any = values.get(name)
-    check_positive("lora_alpha", alpha)
-    check_whole_number(name, rank)
-    return alpha / (rank + more)
-
-
-def _peft_scaling(values: dict[str, Any], name: str, rank: int) -> float:
-    """lora_alpha / r, or lora_alpha / √r with rank-stabilised scaling. Patterns match as they do in peft; where none
-    does, the plain name is looked up."""
-    patterns = values.get("alpha_pattern") or {}
+def _scaling(values: dict[str, Any], name: str, rank: int) -> float:
+    """AdaLoRA: lora_alpha / (init_r + 1e-5). LoRA²: lora_alpha / r. LoRA: lora_alpha / r, or lora_alpha / √r with
+    rank-stabilised scaling, of the module's own rank and alpha. Patterns match as they do in peft; where none does, the
+    plain name is looked up."""
+    kind, alpha, divisor = values["peft_type"], values.get("lora_alpha"), float(rank)
     try:
-        matches = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({_safe(pattern)})$", name))
-        alpha: Any = next(matches, patterns.get(name, values.get("lora_alpha")))
-    except (AttributeError, TypeError, re.error) as error:
-        raise ValueError(f"alpha_pattern does not map patterns to numbers ({error})") from None
-    check_positive(f"lora_alpha of {name}", alpha)
-    return alpha / math.sqrt(rank) if values.get("use_rslora") else alpha / rank
-
-
-def _safe(pattern: str) -> str:
-    """The pattern, unless it repeats a group, which can take exponential time to match."""
-    if re.search(r"\)[*+?{]", pattern):
-        raise ValueError(f"alpha_pattern {pattern!r:.80} repeats a group: write it without the repetition")
-    return pattern
+        if kind == "LORA":
+            patterns = values.get("alpha_pattern") or {}
+            matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+            alpha = next(matches, patterns.get(name, alpha))
+            divisor = math.sqrt(rank) if values.get("use_rslora") else divisor
+        else:
+            divisor = values["init_r"] + 1e-5 if kind == "ADALORA" else values["r"]
+        return float(alpha) / divisor  # type: ignore[arg-type]
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+        raise ValueError(f"the scaling of {name} cannot be read ({type(error).__name__}: {error})") from None

@@ -23,7 +23,6 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from loralib.adapter import live_singular_values
-from loralib.checks import check_whole_number
 from loralib.injection import NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
 from loralib.stored_weight import is_conv1d
@@ -177,9 +176,6 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         """Add an adapter, its ``rank`` singular values left of r (None: all)."""
         adapter = LoRA2Adapter(self.get_base_layer(), config)
         if rank is not None:
-            check_whole_number("a rank in rank_pattern", rank, least=0)
-            if rank > config.r:
-                raise ValueError(f"a rank in rank_pattern is {rank}, above r = {config.r}: give at most r")
             adapter.keep_singular_values(range(rank))
         self.lora2_adapters[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -220,11 +216,9 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
             ValueError: for a quantised weight, or, with ``safe_merge``, a result that is not finite; the weight is
                 unchanged then.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora2_adapters]
-        if names and not self._has_plain_weight():
-            raise ValueError(f"the weight of {type(self.base_layer).__name__} is not a plain tensor: load the base "
-                             "without quantisation to merge")  # fmt: skip
-        for name in names:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora2_adapters:
+                continue
             adapter = self.lora2_adapters[name]
             adapter.merge()
             if safe_merge and not torch.isfinite(adapter.weight).all():

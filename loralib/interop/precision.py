@@ -8,21 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralib.injection import is_linear
 from loralib.layers import LoRALayer
 from loralib.stored_weight import stored_form
-
-# What computes with functions that take no half precision, told by name so that no library need be imported.
-_FLOAT32_ONLY = {
-    "FNetBasicFourierTransform": "its Fourier transform (torch.fft)",
-    "NystromformerSelfAttention": "its iterative inverse, which starts from a float32 identity,",
-}
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:
     """Store every frozen floating-point parameter in ``dtype``; trainable ones and the head's become float32.
 
-    Of a fresh model, in which nothing is frozen yet, all but the head is taken as frozen: cast, then quantise or
-    inject.
+    While every linear layer of the model trains, nothing has been frozen for a training yet, and all but the head is
+    taken as frozen: cast, then quantise or inject.
 
     The low-rank layers compute in the dtype of their frozen weight and take inputs, factors and a bias of either. Any
     other module with a trainable parameter of its own, or a floating-point buffer beside its parameters (BatchNorm),
@@ -35,17 +30,16 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     compared in bfloat16, which rounds otherwise.
 
     Args:
-        model: its ``requires_grad`` flags say what is frozen, unless all of them are set. Call this again when they
-            change.
+        model: its ``requires_grad`` flags say what is frozen, once a linear layer is. Call this again when they change.
         dtype: a floating-point dtype, normally ``torch.bfloat16``.
         head: the module or modules that end the model, for example a classifier and the pooler before it.
 
     Raises:
-        ValueError: for a dtype that is not floating point, a head outside the model, a quantised, sharded or merged
-            weight, or a model with a function that takes no half precision (FNet). The model is unchanged then.
+        ValueError: for a head outside the model, and a quantised, sharded or merged weight. The model is unchanged
+            then.
     """
     heads = [head] if isinstance(head, nn.Module) else list(head)
-    _check(model, dtype, heads)
+    _check(model, heads)
     in_head = {module for part in heads for module in part.modules()}
     buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
     # A buffer without dimensions, such as a scale, promotes nothing.
@@ -65,14 +59,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
             _set_border(module, dtype if reached and not isinstance(module, LoRALayer) else None, None)
 
 
-def _check(model: nn.Module, dtype: torch.dtype, heads: list[nn.Module]) -> None:
-    if not dtype.is_floating_point:
-        raise ValueError(f"frozen weights are stored in a floating-point dtype, got {dtype}")
-    names = {type(module).__name__ for module in model.modules()}
-    for name in sorted(names & set(_FLOAT32_ONLY)) if dtype.itemsize < 4 else ():
-        raise ValueError(
-            f"{type(model).__name__} cannot compute in {dtype}: {_FLOAT32_ONLY[name]} takes none; train it in float32"
-        )
+def _check(model: nn.Module, heads: list[nn.Module]) -> None:
     for name, parameter in model.named_parameters():
         if stored_form(parameter) is not None:
             raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model, before that is done to it")
@@ -99,7 +86,8 @@ def _kept_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
     """Ids of what stays float32: all that trains, the chosen modules' own, and what is used beside them, also where
     modules share a parameter."""
     parameters = list(model.parameters())
-    fresh = all(p.requires_grad for p in parameters)
+    weights = [module.weight for module in model.modules() if is_linear(module)] or parameters
+    fresh = all(weight.requires_grad for weight in weights)
     kept = {id(p) for p in parameters if p.requires_grad and not fresh}
     kept.update(id(p) for module in chosen for p in module.parameters(recurse=False))
     groups = [_computing(module) for module in model.modules()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,7 +31,7 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
 
     Raises:
         ValueError: for a model without a frozen parameter, or with one that is sharded or quantised already, and
-            without a process group. RuntimeError: on a torch before 2.7. The model is unchanged then.
+            without a process group. The model is unchanged then.
     """
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     if not frozen:
@@ -42,8 +41,6 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
             raise ValueError(
                 f"{name} is {stored_form(parameter)} already, and FSDP splits plain weights: leave one out"
             )
-    if torch.__version__ < (2, 7):
-        raise RuntimeError(f"sharding beside whole factors needs torch 2.7, this is {torch.__version__}")
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     units = [*_units(model), model]
     keep_fingerprint(model, head_tensors(model))

@@ -71,11 +71,10 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
     [
         ({"alora_invocation_tokens": [3]}, "", "alora_invocation_tokens"),
         ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
-        ({"alpha_pattern": {"(q+)+": 2}}, "", "repeats a group"),
-        ({"bias": "all"}, "", "trained biases"),
-        ({"use_dora": True}, "", "use_dora"),
+        ({"lora_alpha": "x"}, "", "the scaling of layers.0.q cannot be read"),
         ({"init_lora_weights": "lora_ga"}, "", "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
+        ({}, "layers.0.q.lora_magnitude_vector", "lora_magnitude_vector cannot be imported"),
         ({}, "other.weight", "other.weight is missing .* model: the adapter was made for a model that peft adapted"),
     ],
 )
@@ -120,22 +119,15 @@ def test_decomposition_against_a_dense_svd():
     torch.testing.assert_close(chain, dense.float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recorded, kept", [
-    ("microsoft/deberta-v3-base", "microsoft/deberta-v3-base"), ("bert-base-cased", "bert-base-cased"), ("", "model"),
-    ("../me/theirs", "theirs"), ("~/models/bert/", "bert"), ("C:\\me\\model", "model"),
-])  # fmt: skip
-def test_an_import_keeps_the_base_s_name_on_the_hub_and_the_tokenizer(
-    pretrained, peft_adapter, tmp_path, recorded, kept
-):
-    folder, _ = peft_adapter
-    config = json.loads((folder / "adapter_config.json").read_text())
+@pytest.mark.parametrize("recorded, kept", [("microsoft/deberta-v3-base", "microsoft/deberta-v3-base"),
+                                            ("C:\\me\\model", "model"), ("../me/theirs/", "theirs")])  # fmt: skip
+def test_an_import_keeps_the_base_s_name_on_the_hub(pretrained, peft_adapter, tmp_path, recorded, kept):
+    config = json.loads((peft_adapter[0] / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": recorded, "revision": "r1"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    pretrained.tokenizer.save_pretrained(folder)
-    assert main([str(folder), "--to", "loralib", str(tmp_path / "ours"), "--base", str(pretrained.path)]) == 0
+    (peft_adapter[0] / "adapter_config.json").write_text(json.dumps(config))
+    assert main([str(peft_adapter[0]), "--to", "loralib", str(tmp_path / "ours"), "--base", str(pretrained.path)]) == 0
     ours = loralib.read_adapter_config(tmp_path / "ours")
     assert (ours.base_model, ours.base_revision) == (kept, None)  # the folder need not be that revision
-    assert (tmp_path / "ours/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
 def test_singular_values_below_the_rounding_of_float32_are_left_out():

