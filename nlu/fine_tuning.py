@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
 
 from nlu.arguments import Arguments, fit_schedule
 from nlu.data.batching import effective_batch_size, updates_per_epoch
@@ -32,20 +34,16 @@ from nlu.data.splits import (
 )
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
-from nlu.fast.sharding import shard, sharding_asked_for, without_accelerates_own
+from nlu.fast.sharding import shard, without_accelerates_own
+from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import apply_method
 from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
-from nlu.runs.adapter import (
-    save_run_adapter,
-    spectra,
-    start_from_adapter,
-    upload_adapter,
-)
+from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint, rotate
 from nlu.runs.digests import content_digests
-from nlu.runs.folder import RunFolder
+from nlu.runs.folder import RECORD, RunFolder
 from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
 from nlu.runs.record import RunRecord, begin_record, say_outcome
@@ -86,6 +84,10 @@ def run(arguments: Arguments) -> None:
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextlib.ExitStack) -> None:
     """The run in its folder, whose log is open from where nothing can be refused any more."""
     data, path = arguments.data, folder.path
+    previous = read_json(path / RECORD) if state == "resume" else None
+    if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
+        arguments = replace(arguments, model=copy(arguments.model))
+        arguments.model.model_revision = previous["model_commit"]
     task, rows, skipped = load_data(data, needed(arguments.training), arguments.model.cache_dir)
     tests = load_predict_task(data, task, arguments.model.cache_dir)
     total_steps = plan_steps(arguments.training, rows)
@@ -103,8 +105,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
     weights = class_weights(arguments, task, splits.train)
 
     set_seed(training.seed)
-    sharded = sharding_asked_for()
-    with without_accelerates_own():
+    with without_accelerates_own() as sharded:
         model = load_model(arguments, config, head)
         applied = apply_method(model, arguments.method, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.model.lora_path else None
@@ -127,11 +128,11 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
         "train_examples": len(splits.train) if splits.train is not None else 0,
         "eval_examples": sum(map(len, splits.validation.values())),
         "warm_start": warm_start,
+        "digests": folder.digests,
     }
-    record = begin_record(arguments, trainer, facts, folder, state)
+    record = begin_record(arguments, trainer, facts, path, previous)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
-    with trainer.signals:
-        run_recorded(arguments, [(task, splits.validation | splits.test), *tests], trainer, record, path, checkpoint)
+    run_recorded(arguments, [(task, splits.validation | splits.test), *tests], trainer, record, path, checkpoint)
 
 
 def run_recorded(
@@ -142,15 +143,8 @@ def run_recorded(
         train_and_evaluate(arguments, trainer, checkpoint)
         if arguments.training.do_predict:
             record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer, folder)
-        record.log_history = trainer.state.log_history
         if is_first():
-            record.static["spectra"] = spectra(trainer.model)
-            if trainer.applied.ranks is not None:
-                live = trainer.applied.ranks.rank_pattern
-                record.static["module_ranks"] = {name: sum(flags) for name, flags in live.items()}
-            running = record.write("running")
-            tokenizer = trainer.processing_class
-            save_run_adapter(arguments, trainer.task, trainer.applied, tokenizer, running, trainer.weights_step, folder)
+            save_run_adapter(arguments, trainer, record.write("running"), folder)
             finished = record.write("finished")
             if arguments.training.save_strategy == "no":  # they served while the run was at work
                 rotate(folder / "model", 0)
@@ -169,7 +163,7 @@ def run_recorded(
 
 def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None:
     """Add the run's line to the folder that --measured_dir names, from which tables are made."""
-    measured = arguments.record.get("measured_dir")
+    measured = arguments.training.measured_dir
     if measured and is_first():
         say(f"line:    {publish_run(folder, Path(measured), record)}")
 
@@ -188,16 +182,16 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
     Raises:
         UsageError: for weights of classes, or smoothed labels, where the labels are numbers; for a class without a row.
     """
-    asked, smoothing = arguments.data.class_weights, arguments.training.label_smoothing_factor
-    for flag, value in (("class_weights", asked), ("label_smoothing_factor", smoothing)):
-        if value and task.is_regression:
-            raise UsageError(f"--{flag} is for classes, and the labels of {task.name} are numbers: leave it out")
+    asked = arguments.data.class_weights
+    if task.is_regression and (asked or arguments.training.label_smoothing_factor):
+        flag = "class_weights" if asked else "label_smoothing_factor"
+        raise UsageError(f"--{flag} is for classes, and the labels of {task.name} are numbers: leave it out")
     if asked is None or train is None:
         return None
-    labels, classes = np.asarray(train["labels"][:]), np.arange(task.num_labels)
-    if missing := sorted(set(classes.tolist()) - set(labels.tolist())):
-        raise UsageError(f"--class_weights balanced: no training row has class {task.labels[missing[0]]!r}")
-    return compute_class_weight("balanced", classes=classes, y=labels).tolist()
+    try:
+        return compute_class_weight(asked, classes=np.arange(task.num_labels), y=np.array(train["labels"][:])).tolist()
+    except ValueError as error:
+        raise UsageError(f"--class_weights: not every class has a training row ({reason(error)})") from None
 
 
 def build_trainer(
@@ -217,27 +211,25 @@ def build_trainer(
             return {}  # GlueTrainer.evaluation_loop ends the run then, and says why
         return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
 
-    validation = list(splits.validation.values()) or [None]
+    given, callbacks = arguments.training, [ProgressLines(task.metric)]
+    if given.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(given.early_stopping_patience, given.early_stopping_threshold))
+    validation = [*splits.validation.values(), None, None]
     bucketed = arguments.data.length_bucketing and splits.train is not None
-    trainer = GlueTrainer(
+    return GlueTrainer(
         task,
         applied,
         class_weights=class_weights,
         train_lengths=splits.train["length"][:] if bucketed else None,
-        head_learning_rate=arguments.training.head_learning_rate,
-        second_eval_dataset=validation[1] if len(validation) > 1 else None,
+        head_learning_rate=given.head_learning_rate,
+        second_eval_dataset=validation[1],
         args=training,
         train_dataset=splits.train,
         eval_dataset=validation[0],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if training.fp16 else None),
         compute_metrics=metrics,
-        callbacks=[ProgressLines(task.metric)],
+        callbacks=callbacks,
     )
-    patience, threshold = arguments.training.early_stopping_patience, arguments.training.early_stopping_threshold
-    if patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(patience, threshold))
-    return trainer
 
 
 def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: Path | None) -> None:
@@ -249,5 +241,6 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: P
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (UnpicklingError, SafetensorError) as error:  # only tensors and plain values are read from a checkpoint
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
-    if trainer.lacks_evaluation:
+    scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
+    if arguments.training.do_eval and trainer.weights_step not in scored:
         trainer.evaluate()

@@ -99,7 +99,6 @@ MODEL_FLAGS = (
     Flag("lora_path", str, None, "Start from the factors of this saved adapter folder (the head is new)."),
     Flag("no_fast_attention", bool, False,
          "Use transformers' own attention, and compute all tokens in the last layer, not the exact faster ways."),
-    Flag("no_fast_dropout", bool, False, "On a CPU, use torch's own dropout instead of the faster one (other draws)."),
 )  # fmt: skip
 DATA_FLAGS = (
     Flag("task_name", str, None, f"One of {', '.join(TASKS)}."),

@@ -171,7 +171,7 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
             f"--model_name_or_path {model.model_name_or_path} has no trained head for the task, and nothing trains it "
             "first: give --do_train, or predict with a trained adapter (nlu/predict.py)"
         )
-    speed_up(loaded, not model.no_fast_attention, not model.no_fast_dropout)
+    speed_up(loaded, not model.no_fast_attention)
     return loaded
 
 

@@ -35,7 +35,7 @@ from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
 from nlu.runs.files import open_new
-from nlu.runs.signals import SignalWatch
+from nlu.runs.signals import stopped_by_signals
 from nlu.tasks import TASKS
 
 BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
@@ -303,7 +303,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
-    with SignalWatch():
+    with stopped_by_signals():
         try:
             run(build_parser().parse_args(argv))
         except BaseException as error:

@@ -14,7 +14,7 @@ import sys
 from nlu.arguments import parse_arguments
 from nlu.errors import exit_code
 from nlu.runs.processes import end_processes, is_first
-from nlu.runs.signals import Interrupted, SignalWatch
+from nlu.runs.signals import Interrupted, stopped_by_signals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     2: bad arguments or input; 1: a run that cannot go on; 128 + the signal's number: stopped, to be gone on with.
     """
-    with SignalWatch():
+    with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
             from nlu.fine_tuning import run  # its libraries take seconds, which a refused command need not wait for

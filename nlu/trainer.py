@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -21,14 +19,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer import LowRankTrainerMixin
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
-from nlu.errors import RunError, one_line
+from nlu.errors import RunError
 from nlu.methods.method import AppliedMethod, head_parameters
-from nlu.runs.checkpoints import last_checkpoint, read_progress, remove_unfinished, restore_progress, write_checkpoint
+from nlu.runs.checkpoints import Progress, WholeCheckpoints, last_checkpoint
 from nlu.runs.machine import peak_memory_bytes
-from nlu.runs.signals import Interrupted, SignalWatch, keep_workers
+from nlu.runs.signals import Interrupted, StopRequest
 from nlu.tasks import Task
-
-logger = logging.getLogger("nlu")
 
 _IGNORED = -100  # the class number that torch's cross entropy leaves out
 
@@ -44,9 +40,6 @@ class StepClock(TrainerCallback):
     def __init__(self, trainer: GlueTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        restore_progress(self.trainer)
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = False
         self.trainer.step_started = time.perf_counter()
@@ -58,7 +51,7 @@ class StepClock(TrainerCallback):
         self.trainer.epoch_ended = True
 
 
-class GlueTrainer(LowRankTrainerMixin, Trainer):
+class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
 
     Args:
@@ -85,12 +78,9 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         self.train_lengths = train_lengths
         self.head_learning_rate = head_learning_rate
         self.second_eval_dataset = second_eval_dataset
-        self.train_seconds = 0.0
         self.step_started = 0.0
         self.epoch_ended = False
-        self.signals = SignalWatch()
-        self.saved_step: int | None = None
-        self.restored: dict[str, Any] = {}  # progress.pt of the checkpoint that the training goes on from
+        self.stop_request = StopRequest()
         args = kwargs["args"]
         # With a limit of one the Trainer would delete the last checkpoint at the end, from which a run predicts.
         self.checkpoint_limit, args.save_total_limit = args.save_total_limit, None
@@ -105,8 +95,7 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
             self.remove_callback(shown)
-        self.add_callback(StepClock(self))
-        for callback in applied.callbacks:
+        for callback in (Progress(self), StepClock(self), *applied.callbacks):
             self.add_callback(callback)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
@@ -197,12 +186,6 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
-        return keep_workers(super().get_train_dataloader())
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        return keep_workers(super().get_eval_dataloader(*args, **kwargs))
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         """Overridden because the Trainer takes no sampler: its own order depends on the number of processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -221,23 +204,15 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
             RunError: for a loss, gradient or weight that is not finite, and for a checkpoint that cannot be written.
             Interrupted: after a signal, the state saved.
         """
-        if resume_from_checkpoint is not None:
-            self.restored = read_progress(Path(resume_from_checkpoint))
-        with self.signals.deferred():
+        with self.stop_request.awaited():
             result = super().train(resume_from_checkpoint, **kwargs)
             self.check_finite(result.training_loss)
-            signum = self.signals.agreed()
+            signum = self.stop_request.agreed()
             if signum is not None:  # it came after the last step
                 if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
                     self._save_checkpoint(self.model, None)
                 raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         return result
-
-    @property
-    def lacks_evaluation(self) -> bool:
-        """Whether --do_eval asks for an evaluation of the weights that the model holds, and there is none yet."""
-        done = [entry["step"] for entry in self.state.log_history if f"eval_{self.task.metric}" in entry]
-        return self.args.do_eval and self.weights_step not in done
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
         """Overridden for two faults of resuming, which no callback can mend.
@@ -266,7 +241,7 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self.check_finite(tr_loss)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
-        signum = self.signals.agreed()
+        signum = self.stop_request.agreed()
         if signum is not None:
             self._save_checkpoint(model, trial)
             raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
@@ -302,29 +277,6 @@ class GlueTrainer(LowRankTrainerMixin, Trainer):
             if self.applied.ranks is not None:
                 logs |= {"budget": self.low_rank.budget, "live": self.applied.ranks.live_rank}
         super().log(logs, *args, **kwargs)
-
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Overridden to write a checkpoint beside its final place and rename it when it is whole.
-
-        Raises:
-            RunError: for a weight that is not finite, and where the disk is full.
-        """
-        if self.saved_step == self.state.global_step:
-            return
-        self.check_finite()
-        run_folder = Path(self._get_output_dir(trial=trial))
-        final = run_folder / f"checkpoint-{self.state.global_step}"
-        try:
-            write_checkpoint(self, final)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            remove_unfinished(run_folder)
-            raise RunError(
-                f"the checkpoint of step {self.state.global_step} cannot be written ({one_line(error)}); last good "
-                f"checkpoint: {last_checkpoint(run_folder) or 'none'}. Make room, and give the same command again"
-            ) from error
-        self.saved_step = self.state.global_step
 
     @property
     def weights_step(self) -> int:

@@ -21,7 +21,7 @@ from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
 from nlu.experiments.records import comparable, measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import READ, content_digests
-from nlu.runs.lock import locked
+from nlu.runs.files import locked
 
 _POLL_SECONDS = 0.1
 

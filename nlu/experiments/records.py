@@ -18,8 +18,7 @@ import numpy as np
 from nlu.arguments import DEFAULTS
 from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
-from nlu.runs.files import write_text
-from nlu.runs.lock import locked
+from nlu.runs.files import locked, write_text
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")

@@ -10,22 +10,19 @@ from nlu.fast.cpu_attention import enable_cpu_attention
 from nlu.fast.deberta_attention import enable_fast_attention
 from nlu.fast.dropout import enable_fast_dropout
 from nlu.fast.first_token import enable_first_token
-from nlu.fast.kernels import keep_kernels
-from nlu.fast.memory import keep_freed_memory
+from nlu.fast.process import keep_freed_memory, keep_kernels
 
 
-def speed_up(model: nn.Module, fast_attention: bool = True, fast_dropout: bool = True) -> None:
+def speed_up(model: nn.Module, fast_attention: bool = True) -> None:
     """Apply every technique that covers `model`, in place.
 
     Args:
         fast_attention: whether attention is replaced, and the last layer computed for the one token that is read.
-        fast_dropout: whether dropout draws its masks from whole random words.
     """
     keep_freed_memory()
     keep_kernels()
-    if fast_dropout:
-        enable_fast_dropout(model)
+    enable_fast_dropout(model)
     if fast_attention:
-        enable_cpu_attention(model, fast_dropout)
+        enable_cpu_attention(model)
         enable_fast_attention(model)
         enable_first_token(model)

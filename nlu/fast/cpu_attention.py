@@ -13,8 +13,6 @@ A query that may attend to nothing, as in a row of padding alone, gets the mean 
 attention; `sdpa` gives it zeros.
 """
 
-from functools import partial
-
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -23,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from nlu.fast.deberta_attention import DisentangledAttention
 
-NAME, NAME_PLAIN_DROPOUT = "lora2_cpu", "lora2_cpu_plain_dropout"
+NAME = "lora2_cpu"
 
 
 def cpu_attention(
@@ -34,7 +32,6 @@ def cpu_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    fast_dropout: bool = True,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """softmax(scaling · q kᵀ, masked) with dropout, times v, as transformers' attention functions do it.
@@ -44,7 +41,6 @@ def cpu_attention(
         attention_mask: bool, broadcastable to (B, H, L, L), True where a key may be attended to; None for everywhere.
         dropout: probability of dropping a weight; 0 outside training.
         scaling: of the scores; None for d^−½.
-        fast_dropout: whether the mask is drawn as `nlu.fast.dropout` draws it.
 
     Returns:
         The context (B, L, H, d), and None in place of the weights, which are not handed out.
@@ -57,7 +53,7 @@ def cpu_attention(
     else:
         mask = attention_mask.transpose(0, 1)
     merged = (states.transpose(1, 2).flatten(2) for states in (query, key, value))
-    context = DisentangledAttention.apply(*merged, None, None, mask, query.size(1), scaling, dropout, fast_dropout)
+    context = DisentangledAttention.apply(*merged, None, None, mask, query.size(1), scaling, dropout)
     return context.unflatten(-1, (query.size(1), -1)), None
 
 
@@ -75,12 +71,11 @@ def _covers(module: nn.Module, query, key, value, mask: torch.Tensor | None, kwa
     )
 
 
-for name, fast_dropout in ((NAME, True), (NAME_PLAIN_DROPOUT, False)):
-    AttentionInterface.register(name, partial(cpu_attention, fast_dropout=fast_dropout))
-    AttentionMaskInterface.register(name, sdpa_mask)
+AttentionInterface.register(NAME, cpu_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def enable_cpu_attention(model: nn.Module, fast_dropout: bool = True) -> bool:
+def enable_cpu_attention(model: nn.Module) -> bool:
     """Let a transformers model that runs `sdpa` attention use `cpu_attention`; returns whether it does now.
 
     Only `model.config`'s attention implementation changes, which is not saved.
@@ -89,5 +84,5 @@ def enable_cpu_attention(model: nn.Module, fast_dropout: bool = True) -> bool:
     if not isinstance(model, PreTrainedModel) or not type(model)._supports_attention_backend:
         return False
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME if fast_dropout else NAME_PLAIN_DROPOUT)
-    return model.config._attn_implementation in (NAME, NAME_PLAIN_DROPOUT)
+        model.set_attn_implementation(NAME)
+    return model.config._attn_implementation == NAME

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 from transformers.utils import logging
 
-from nlu.fast.dropout import FastDropout, drop_mask
+from nlu.fast.dropout import drop_mask
 
 logger = logging.get_logger(__name__)
 
@@ -100,16 +100,14 @@ class DisentangledAttention(torch.autograd.Function):
     """softmax(scale·q kᵀ + scale·skew(q pkᵀ) + skew(k pqᵀ)ᵀ, masked) with dropout, times v; pq is scaled already."""
 
     @staticmethod
-    def forward(ctx, query, key, value, pos_key, pos_query, mask, heads, scale, dropout_p, fast_dropout):
+    def forward(ctx, query, key, value, pos_key, pos_query, mask, heads, scale, dropout_p):
         """query, key, value (B, L, H·d); pos_key (H, 2L−1, d) by falling δ, pos_query by rising δ, or None; mask
-        (H or 1, B or 1, L or 1, L) bool, True where a key may be attended to; fast_dropout says whether the mask comes
-        from `drop_mask` or from torch. Returns the context (B, L, H·d)."""
+        (H or 1, B or 1, L or 1, L) bool, True where a key may be attended to. Returns the context (B, L, H·d)."""
         with torch.autocast(query.device.type, enabled=False):
             query, key, value = (_split_heads(x, heads, s) for x, s in ((query, scale), (key, 1.0), (value, 1.0)))
             probs = torch.softmax(_scores(query, key, pos_key, pos_query, mask), dim=-1)
             if dropout_p > 0:
-                dropped = drop_mask(probs, dropout_p) if fast_dropout else torch.empty_like(probs).bernoulli_(dropout_p)
-                probs.addcmul_(probs, dropped, value=-2)  # sign bit: dropped
+                probs.addcmul_(probs, drop_mask(probs, dropout_p), value=-2)  # sign bit: dropped
             kept = probs.relu() if dropout_p > 0 else probs
             context = torch.bmm(kept.flatten(0, 1), value.flatten(0, 1)).view_as(value)
             ctx.save_for_backward(query, key, value, pos_key, pos_query, mask, probs)
@@ -144,7 +142,7 @@ class DisentangledAttention(torch.autograd.Function):
                 _position_grads(grad_scores.transpose(-1, -2), key, pos_query, grad_key, grad_pos_query)
             grads = ((grad_query, ctx.scale), (grad_key, 1.0), (grad_value, 1.0))
             merged = [None if g is None else _merge_heads(g, s) for g, s in grads]
-        return *merged, grad_pos_key, grad_pos_query, None, None, None, None, None
+        return *merged, grad_pos_key, grad_pos_query, None, None, None, None
 
 
 def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
@@ -243,7 +241,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
             context, probs = _plain_attention(*inputs, self.dropout)
             return context, probs if output_attentions else None
         dropout_p = self.dropout.p if self.dropout.training else 0.0
-        return DisentangledAttention.apply(*inputs, dropout_p, isinstance(self.dropout, FastDropout)), None
+        return DisentangledAttention.apply(*inputs, dropout_p), None
 
     def _positions(
         self, rel_embeddings: torch.Tensor | None, length: int, scale: float, dtype: torch.dtype

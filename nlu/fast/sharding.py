@@ -19,17 +19,15 @@ from nlu.errors import UsageError
 _ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it, for a file with distributed_type: FSDP
 
 
-def sharding_asked_for() -> bool:
-    """Whether the run was launched with FSDP, on more than one process."""
-    return os.environ.get(_ASKED, "false").lower() == "true" and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
-def without_accelerates_own() -> Iterator[None]:
-    """A region in which accelerate and transformers see no request for FSDP, and make a plain distributed run."""
+def without_accelerates_own() -> Iterator[bool]:
+    """A block in which accelerate and transformers see no request for FSDP, and make a plain distributed run.
+
+    It gives whether the run was launched with FSDP, on more than one process.
+    """
     asked = os.environ.pop(_ASKED, None)
     try:
-        yield
+        yield asked is not None and asked.lower() == "true" and int(os.environ.get("WORLD_SIZE", "1")) > 1
     finally:
         if asked is not None:
             os.environ[_ASKED] = asked

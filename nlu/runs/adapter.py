@@ -1,4 +1,4 @@
-"""The adapter that a run writes, what the record says of its ranks, and the adapter that a run may start from."""
+"""The adapter that a run writes, and the adapter that a run may start from."""
 
 from __future__ import annotations
 
@@ -6,47 +6,35 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import torch
 from torch import nn
 
 import loralib
-from loralib.interop.decomposition import decompose
 from loralib.recipes.exact_factors import make_orthonormal
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
-from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS, card_of
 from nlu.runs.files import write_json
 from nlu.runs.log import say
-from nlu.tasks import Task
 
 
-def save_run_adapter(
-    arguments: Arguments,
-    task: Task,
-    applied: AppliedMethod,
-    tokenizer: Any,
-    record: dict[str, Any],
-    step: int,
-    folder: Path,
-) -> None:
+def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any], folder: Path) -> None:
     """Write ``rank_pattern.json`` and ``adapter/`` of a finished run, from the weights as they are.
 
     Args:
-        step: the optimiser step of the model's weights; the card shows their score.
+        trainer: the run's GlueTrainer. record: the run's; the card shows the score of the weights.
 
     Raises:
         RunError: the weights hold NaN, or the folder other files.
     """
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
-    ranks = applied.ranks
-    if ranks is not None:
-        write_json(folder / "rank_pattern.json", ranks.rank_pattern)
+    if trainer.applied.ranks is not None:
+        write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
     source, length = Path(arguments.model.model_name_or_path), arguments.data.max_seq_length
+    tokenizer = trainer.processing_class
     tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # so that other tools cut as training did
     try:
         loralib.save_adapter(
-            applied.model,
+            trainer.applied.model,
             folder / "adapter",
             base_model=source.name if source.exists() else arguments.model.model_name_or_path,
             base_revision=None if source.exists() else record["model_commit"] or arguments.model.model_revision,
@@ -54,10 +42,10 @@ def save_run_adapter(
                 "task": record["task"],
                 "method": record["method_config"],
                 "metric": record["metric"],
-                "score": scores.get(step, record["last"]),
+                "score": scores.get(trainer.weights_step, record["last"]),
                 "seed": record["seed"],
                 "max_seq_length": length,
-                "text_fields": list(task.text_fields),
+                "text_fields": list(trainer.task.text_fields),
                 **card_of(arguments.method),
             },
             save_tokenizer=tokenizer.save_pretrained,
@@ -82,16 +70,6 @@ def upload_adapter(training: Any, folder: Path) -> None:
             f"the run is finished, but its upload failed ({reason(error, 200)}): hf upload {name} {adapter}"
         ) from None
     say(f"uploaded: {adapter} to {name}")
-
-
-@torch.no_grad()
-def spectra(model: nn.Module) -> dict[str, list[float]] | None:
-    """Module name → singular values of ΔW, descending, to five significant digits; None without low-rank layers."""
-    found = {}
-    for name, layer in loralib.lora_layers(model).items():
-        _, values, _ = decompose(layer.lora_B[0], layer.folded_core(), layer.lora_A[0])
-        found[name] = [float(f"{value:.5g}") for value in values.tolist()]
-    return found or None
 
 
 def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]:

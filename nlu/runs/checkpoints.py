@@ -1,9 +1,8 @@
-"""Checkpoints of a run: what one holds, and how it is written whole or not at all.
+"""Checkpoints of a run: what one holds, how it is written whole or not at all, and what a resumed run takes from it.
 
-A folder ``checkpoint-STEP`` holds ``trained.safetensors`` and ``low_rank.pt`` (see loralib/recipes/trainer.py), the
-Trainer's own files (``trainer_state.json``, optimiser, schedule, scaler and random numbers), and ``progress.pt`` (the
-running loss and the time, which the Trainer does not save). It is written beside its place and renamed when it is
-complete.
+A folder ``model/checkpoint-STEP`` holds ``trained.safetensors`` and ``low_rank.pt`` (see loralib/recipes/trainer.py)
+and the Trainer's own files; in its ``trainer_state.json`` stand the running loss and the time too. The Trainer writes
+it in ``model/.unfinished/``, from where it is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -12,87 +11,25 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import EarlyStoppingCallback
+from safetensors import SafetensorError
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from nlu.errors import RunError, one_line
 from nlu.runs.files import replace_folder
 from nlu.runs.processes import wait_for_all
 
-PROGRESS_FILE = "progress.pt"
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the class that the mix-in is put before brings the Trainer
+
+UNFINISHED = ".unfinished"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def write_checkpoint(trainer: Any, final: Path) -> None:
-    """Write the trainer's state beside ``final`` and rename it when it is whole; then delete the oldest ones there.
-
-    All processes call it. The Trainer's own files are written by its own (private) methods.
-
-    Args:
-        trainer: a GlueTrainer. final: the place of the checkpoint, in the folder that holds all of the run.
-    """
-    temporary, args, state = final.with_name(f".{final.name}.new"), trainer.args, trainer.state
-    if args.should_save:
-        remove_unfinished(final.parent)
-        temporary.mkdir(parents=True)
-    wait_for_all()
-    trainer.store_flos()
-    trainer.save_model(str(temporary), _internal_call=True)
-    trainer._save_optimizer_and_scheduler(str(temporary))
-    trainer._save_scaler(str(temporary))
-    trainer._save_rng_state(str(temporary))
-    unlogged_loss = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).cpu()  # one number a process
-    if state.best_global_step:
-        best = final.parent / f"checkpoint-{state.best_global_step}"
-        if best == final or best.is_dir():
-            state.best_model_checkpoint = str(best)
-    wait_for_all()
-    if args.should_save:
-        progress = {
-            "train_seconds": trainer.train_seconds,
-            "unlogged_loss": unlogged_loss,
-            "logged_loss": trainer._total_loss_scalar,
-            "last_logged_step": trainer._globalstep_last_logged,
-        }
-        torch.save(progress, temporary / PROGRESS_FILE)
-        for callback in [*trainer.callback_handler.callbacks, trainer.control]:
-            if isinstance(callback, ExportableState):
-                state.stateful_callbacks[type(callback).__name__] = callback.state()
-        state.save_to_json(str(temporary / TRAINER_STATE_NAME))
-        replace_folder(temporary, final)
-        rotate(final.parent, trainer.checkpoint_limit, {final, Path(state.best_model_checkpoint or final)})
-    wait_for_all()
-
-
-def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """The content of ``progress.pt``; only tensors and plain values are read, nothing that could run."""
-    return torch.load(checkpoint / PROGRESS_FILE, map_location="cpu", weights_only=True)
-
-
-def restore_progress(trainer: Any) -> None:
-    """When training begins, set what the Trainer does not restore: the running loss, the time, the best score."""
-    progress, state = trainer.restored, trainer.state
-    if not progress:
-        return
-    losses = progress["unlogged_loss"]
-    same = len(losses) == trainer.args.world_size
-    own = losses[trainer.args.process_index] if same else losses.mean()
-    trainer._tr_loss += own.to(trainer._tr_loss.device)
-    trainer.train_seconds = progress["train_seconds"]
-    trainer._total_loss_scalar = progress["logged_loss"]
-    trainer._globalstep_last_logged = progress["last_logged_step"]
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, EarlyStoppingCallback):
-            saved = state.stateful_callbacks[type(callback).__name__]["attributes"]
-            callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
-            stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            trainer.control.should_training_stop = stops
-    trainer.saved_step = state.global_step
-    best = Path(trainer.args.output_dir) / f"checkpoint-{state.best_global_step}"
-    state.best_model_checkpoint = str(best) if best.is_dir() else None  # the folder may have moved
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -106,12 +43,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a run that was killed, or met a full disk, had not completed."""
-    for path in folder.glob(".checkpoint-*.new"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def rotate(folder: Path, limit: int | None, spared: Collection[Path] = ()) -> None:
     """Delete the oldest checkpoints, except the ``spared`` ones, until ``limit`` are left; None keeps all."""
     if limit is None:
@@ -120,3 +51,90 @@ def rotate(folder: Path, limit: int | None, spared: Collection[Path] = ()) -> No
     deletable = [path for path in present if path not in spared]
     for path in deletable[: max(0, len(present) - limit)]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+class Progress(TrainerCallback, ExportableState):
+    """Carries in ``trainer_state.json`` what the Trainer's own state lacks: the time of the steps, the running loss."""
+
+    def __init__(self, trainer: WholeCheckpoints) -> None:
+        self.trainer = trainer
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": self.trainer.progress}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self.trainer.restore_progress()
+
+
+class WholeCheckpoints(_Trainer):
+    """Put before the other bases of GlueTrainer: its checkpoints are whole or absent.
+
+    Attributes:
+        train_seconds: time of the steps. progress: what :class:`Progress` carries, as of the last checkpoint.
+        checkpoint_limit: how many checkpoints are kept, at least the last and the best one; None keeps all.
+    """
+
+    train_seconds: float = 0.0
+    progress: dict[str, Any] = {}  # noqa: RUF012
+    checkpoint_limit: int | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Overridden to have the Trainer write a checkpoint apart from the complete ones."""
+        return str(Path(self.args.output_dir) / UNFINISHED)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Overridden to rename a checkpoint to its place when it is whole; it has the running loss and the time too.
+
+        Raises:
+            RunError: for a weight that is not finite, and where the disk is full.
+        """
+        folder, state = Path(self.args.output_dir), self.state
+        final, best = (folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
+        if final.exists():  # saved already
+            return
+        unfinished = folder / UNFINISHED / final.name
+        self.check_finite()
+        self.progress = {
+            "train_seconds": self.train_seconds,
+            "unlogged_loss": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),  # one a process
+            "logged_loss": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        best_before = state.best_model_checkpoint
+        try:
+            super()._save_checkpoint(model, trial)
+            state.best_model_checkpoint = str(best) if best == final or best.is_dir() else best_before
+            wait_for_all()
+            if self.args.should_save:
+                state.save_to_json(str(unfinished / TRAINER_STATE_NAME))  # with the final place of the best one
+                replace_folder(unfinished, final)
+                unfinished.parent.rmdir()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            raise RunError(
+                f"the checkpoint of step {state.global_step} cannot be written ({one_line(error)}); last good "
+                f"checkpoint: {last_checkpoint(folder) or 'none'}. Make room, and give the same command again"
+            ) from error
+        wait_for_all()
+        if self.args.should_save:
+            rotate(folder, self.checkpoint_limit, {final, Path(state.best_model_checkpoint or final)})
+
+    def restore_progress(self) -> None:
+        """Restore what the Trainer does not when it resumes: the running loss, the time, the end by early stopping."""
+        self.progress = self.state.stateful_callbacks["Progress"]["attributes"]
+        losses = self.progress["unlogged_loss"]
+        same = len(losses) == self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
+        self.train_seconds = self.progress["train_seconds"]
+        self._total_loss_scalar = self.progress["logged_loss"]
+        self._globalstep_last_logged = self.progress["last_logged_step"]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                saved = self.state.stateful_callbacks[type(callback).__name__]["attributes"]
+                callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
+                stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
+                self.control.should_training_stop = stops
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # the run's folder may have moved
+            self.state.best_model_checkpoint = str(best)

@@ -1,18 +1,23 @@
 """Files and folders that are written whole: a reader, or a run that was killed, finds the old content or the new one.
 
-Each is written beside its place, flushed to the disk and renamed.
+Each is written beside its place, flushed to the disk and renamed. A lock keeps a folder for one process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from nlu.errors import UsageError
+
+logger = logging.getLogger("nlu")
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 
@@ -97,3 +102,29 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock that a file stands for, until the process ends at the latest; a system without locks is warned of.
+
+    Args:
+        path: the file, which is made as needed. in_use: what to say where another process holds it.
+        wait: until the other process has let go.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with path.open("a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UsageError(in_use) from None
+        except (ImportError, OSError) as error:  # not a Unix, and some network file systems
+            logger.warning("%s cannot be locked (%s): start nothing else there", path.parent, error)
+        yield

@@ -12,8 +12,8 @@ from typing import Any
 from nlu.arguments import DEFAULTS
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
-from nlu.runs.checkpoints import remove_unfinished
-from nlu.runs.lock import locked
+from nlu.runs.checkpoints import UNFINISHED
+from nlu.runs.files import locked
 
 RECORD = "results.json"
 PARTS = ("model", "adapter", "predictions", "log", RECORD, "rank_pattern.json")
@@ -21,31 +21,12 @@ LOCK = ".lock"
 
 # What may differ between a run and its continuation: where it lies, how it reports, how fast it goes, and how the
 # processes share a batch. The rows of a step are compared instead.
-_FREE = frozenset(
-    {
-        "cache_dir",
-        "dataloader_num_workers",
-        "disable_tqdm",
-        "glue_dir",
-        "gradient_accumulation_steps",
-        "hub_model_id",
-        "hub_private_repo",
-        "measured_dir",
-        "overwrite_output_dir",
-        "per_device_eval_batch_size",
-        "per_device_train_batch_size",
-        "push_to_hub",
-        "report_to",
-        "root_output_dir",
-        "run_name",
-        "save_splits",
-        "save_total_limit",
-        "test_file",
-        "total_batch_size",
-        "train_file",
-        "validation_file",
-    }
-)
+_FREE = frozenset({
+    "cache_dir", "dataloader_num_workers", "disable_tqdm", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
+    "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name", "save_splits",
+    "save_total_limit", "test_file", "total_batch_size", "train_file", "validation_file",
+})  # fmt: skip
 # What a finished run may be asked for on top: it goes on from its last checkpoint, to predict.
 _PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
@@ -135,13 +116,9 @@ class RunFolder:
 
     def _differences(self, previous: dict[str, Any]) -> list[str]:
         """How this run differs from the recorded one: a digest tells where there is one, and the argument elsewhere."""
-        old, new = _mapping(previous, "digests"), self.digests
+        old, new = previous.get("digests", {}), self.digests
         flags = sorted(flag for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
-        names = [
-            name
-            for name in changed_arguments(_mapping(previous, "arguments"), self.arguments)
-            if name not in old and name not in new
-        ]
+        names = [n for n in changed_arguments(previous.get("arguments", {}), self.arguments) if n not in {*old, *new}]
         parts = [f"other contents of {', '.join(map(self._shown, flags))}"] if flags else []
         parts += [f"other {', '.join(names[:5])}"] if names else []
         rows = previous.get("effective_batch_size")
@@ -155,7 +132,7 @@ class RunFolder:
         """Whether predictions are asked for that the recorded run did not make, or not from these contents."""
         if not self.arguments.get("do_predict"):
             return False
-        made, old = _mapping(previous, "arguments"), _mapping(previous, "digests")
+        made, old = previous.get("arguments", {}), previous.get("digests", {})
         changed = any(made.get(name) != self.arguments.get(name) for name in _PREDICTING)
         return changed or old.get("test_file") != self.digests.get("test_file")
 
@@ -164,12 +141,6 @@ class RunFolder:
         for name in PARTS if state == "new" and (self.path / RECORD).exists() else ():
             part = self.path / name
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-        remove_unfinished(self.path / "model")
+        shutil.rmtree(self.path / "model" / UNFINISHED, ignore_errors=True)
         for part in self.path.glob(".*.json.*"):
             part.unlink()
-
-
-def _mapping(record: dict[str, Any], name: str) -> dict[str, Any]:
-    """A field of a record; a damaged one is empty."""
-    value = record.get(name)
-    return value if isinstance(value, dict) else {}

@@ -8,6 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nlu.runs.processes import is_first
 
 logger = logging.getLogger("nlu")
 
-_ESTIMATE_AFTER = 5  # steps; the first of them is left out, which is slower
+_FIRST_LINE = 5  # steps, after which there is a line even where the first logging step is far
 _SILENCE = 20.0  # seconds without a line, at most, while an evaluation lasts
 
 
@@ -68,33 +69,28 @@ class ProgressLines(TrainerCallback):
         self.metric = metric
         self.loss: float | None = None
         self.score: float | None = None
-        self.first_step = 0
-        self.times: dict[int, float] = {}  # steps of this process → the clock, for those that an estimate needs
-        self.batches, self.began, self.spoke = 0, 0.0, 0.0  # of the evaluation that is under way
+        self.first_step, self.began = 0, 0.0  # of this process: the clock after its first step, which is slower
+        self.batches, self.spoke = 0, 0.0  # of the evaluation that is under way
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.first_step, self.times = state.global_step, {0: time.monotonic()}
+        self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step - self.first_step
-        if done in (1, _ESTIMATE_AFTER):
-            self.times[done] = time.monotonic()
-        if done == _ESTIMATE_AFTER and is_first() and state.max_steps > state.global_step:
-            each = (self.times[done] - self.times[1]) / (done - 1)
-            left = clock(each * (state.max_steps - state.global_step))
-            say(f"about {each:.2g} s a step: {left} left, evaluations apart; {_memory()} so far")
+        if done == 1:
+            self.began = time.monotonic()
+        if done == _FIRST_LINE and self.loss is None and is_first():
+            say(self._line(state))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         moment, total = time.monotonic(), len(kwargs["eval_dataloader"])
         if self.batches == 0:
-            self.began = self.spoke = moment
+            self.spoke = moment
         self.batches += 1
         if is_first() and moment - self.spoke > _SILENCE:
             self.spoke = moment
-            left = clock((moment - self.began) / (self.batches - 1) * (total - self.batches))
-            say(f"evaluation: batch {self.batches} of {total}  {left} left")
-        if self.batches == total:
-            self.batches = 0
+            say(f"evaluation: batch {self.batches} of {total}")
+        self.batches %= total
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -113,19 +109,9 @@ class ProgressLines(TrainerCallback):
         parts = [f"step {state.global_step}/{state.max_steps}"] if state.max_steps else []
         parts += [f"loss {self.loss:.4g}"] if self.loss is not None else []
         parts += [f"{self.metric} {self.score:.4f}"] if self.score is not None else []
-        parts.append(_memory())
+        parts.append(f"{peak_memory_bytes() / 1e9:.1f} GB")
         done, left = state.global_step - self.first_step, state.max_steps - state.global_step
-        if done and left > 0:
-            parts.append(f"{clock((time.monotonic() - self.times[0]) / done * left)} left")
+        if done > 1 and left > 0:
+            seconds = (time.monotonic() - self.began) / (done - 1) * left
+            parts.append(f"{timedelta(seconds=round(seconds))} left")
         return "  ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """12:34, or 1:02:03 from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _memory() -> str:
-    return f"{peak_memory_bytes() / 1e9:.1f} GB"

@@ -19,13 +19,8 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "n
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    """Versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
     return found | {"torch": str(torch.__version__)}  # with its build, which the package's version may lack
 
 
@@ -36,14 +31,13 @@ def git_commit(root: Path = ROOT) -> str | None:
     """
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
+        # The folder's own repository, not one that it is installed inside of.
+        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return None  # an installed package inside of somebody's own repository
         commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude,top)results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(root), ":(exclude,top)results")
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}-dirty" if changed else commit

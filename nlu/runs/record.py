@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from loralib import lora_layers
 from loralib.injection import module_type
 from nlu.arguments import Arguments, command_line
 from nlu.data.batching import effective_batch_size
-from nlu.errors import UsageError
-from nlu.json_yaml import finite, read_json
+from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters
 from nlu.metrics import constant_loss, in_words
 from nlu.runs.files import write_json
-from nlu.runs.folder import RECORD, RunFolder
+from nlu.runs.folder import RECORD
 from nlu.runs.log import say
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 from nlu.runs.processes import is_first
@@ -33,33 +31,30 @@ class RunRecord(TrainerCallback):
     """Collects ``results.json`` and writes it, whole each time; the first process does so for all.
 
     Args:
-        folder: the run's root_output_dir. static: what is known before training.
-        metric: key of the main metric. live: gives the fields that change while training.
+        folder: the run's root_output_dir. static: what is known before training. trainer: the run's GlueTrainer.
     """
 
-    def __init__(self, folder: Path, static: dict[str, Any], metric: str, live: Callable[[], dict[str, Any]]) -> None:
-        self.path = folder / RECORD
-        self.static, self.metric, self.live = static, metric, live
-        self.log_history: list[dict[str, Any]] = []
+    def __init__(self, folder: Path, static: dict[str, Any], trainer: Any) -> None:
+        self.path, self.static, self.trainer = folder / RECORD, static, trainer
         self.error: str | None = None
         self._last_write = 0.0
 
     def write(self, status: str) -> dict[str, Any]:
         """Write the record with that status (running, finished, failed, interrupted); returns it."""
-        evaluations = self.evaluations()
-        scores = [(e[self.metric], e["step"]) for e in evaluations if self.metric in e]
+        evaluations, metric = self.evaluations(), self.trainer.task.metric
+        scores = [(e[metric], e["step"]) for e in evaluations if metric in e]
         best = max(scores, key=lambda pair: (pair[0], -pair[1]), default=(None, None))
         record = {
             "format_version": FORMAT_VERSION,
             "status": status,
             "error": self.error,
             **self.static,
-            "metric": self.metric,
+            "metric": metric,
             "best": best[0],
             "best_step": best[1],
             "last": scores[-1][0] if scores else None,
             "evaluations": evaluations,
-            **self.live(),
+            **self.progress(),
             "history": self.history(),
         }
         if is_first():
@@ -67,11 +62,27 @@ class RunRecord(TrainerCallback):
         self._last_write = time.monotonic()
         return record
 
+    def progress(self) -> dict[str, Any]:
+        """What changes while training."""
+        applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.train_seconds
+        pattern = applied.ranks.rank_pattern if applied.ranks else None
+        return {
+            "live_adapter_params": self.static["adapter_params"] - applied.pruned_params(),
+            "live_budget": applied.ranks.live_rank if applied.ranks else None,
+            "module_ranks": pattern and {name: sum(flags) for name, flags in pattern.items()},
+            "steps": steps,
+            "planned_steps": self.trainer.state.max_steps,
+            "train_seconds": seconds,
+            "steps_per_second": steps / seconds if seconds else None,
+            "seconds_per_step": seconds / steps if steps else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
     def evaluations(self) -> list[dict[str, Any]]:
         """Every evaluation: step, epoch, loss and the task's metrics (MNLI's second set as mismatched_…)."""
         merged: dict[int, dict[str, Any]] = {}
         timing = ("_runtime", "_per_second", "_preparation_time")
-        for entry in self.log_history:
+        for entry in self.trainer.state.log_history:
             for key, value in entry.items():
                 if key.startswith("eval_") and not key.endswith(timing):
                     row = merged.setdefault(entry["step"], {"step": entry["step"], "epoch": entry.get("epoch")})
@@ -82,10 +93,10 @@ class RunRecord(TrainerCallback):
         """Every logging step: loss, learning rate, seconds, memory, budget."""
         # The Trainer adds times that begin anew when a run is continued.
         apart = ("epoch", "train_runtime", "train_tokens_per_second")
-        return [{k: v for k, v in entry.items() if k not in apart} for entry in self.log_history if "loss" in entry]
+        logged = [entry for entry in self.trainer.state.log_history if "loss" in entry]
+        return [{key: value for key, value in entry.items() if key not in apart} for entry in logged]
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.log_history = state.log_history
         if time.monotonic() - self._last_write > _WRITE_INTERVAL:
             self.write("running")
 
@@ -96,45 +107,27 @@ class RunRecord(TrainerCallback):
 # ---- a run's own record --------------------------------------------------------------------------------------------
 
 
-def begin_record(arguments: Arguments, trainer: Any, facts: dict[str, Any], folder: RunFolder, state: str) -> RunRecord:
+def begin_record(
+    arguments: Arguments, trainer: Any, facts: dict[str, Any], folder: Path, previous: dict[str, Any] | None
+) -> RunRecord:
     """The run's record, with all that is known before training, given to the trainer; says what will train.
 
     Args:
-        trainer: the run's GlueTrainer. facts: further fields, of data and warm start. state: see `RunFolder.state`.
-
-    Raises:
-        UsageError: the run is resumed with another commit of a model on the hub.
+        trainer: the run's GlueTrainer. facts: further fields, of data and warm start. folder: the run's.
+        previous: the record of an interrupted run that goes on.
     """
-    counts, ranks = count_parameters(trainer.applied.model), trainer.applied.ranks
-    previous = read_json(folder.path / RECORD) if state == "resume" else None
-    static = {**_known_at_the_start(arguments, trainer), **facts, **counts, "digests": folder.digests}
-    if previous:
-        _check_commit(previous, static["model_commit"], folder.path, arguments.model.model_name_or_path)
+    static = {**_known_at_the_start(arguments, trainer), **facts, **count_parameters(trainer.applied.model)}
     static["started_at"] = previous["started_at"] if previous else now()
     static["resumes"] = previous["resumes"] + 1 if previous else 0
-
-    def live() -> dict[str, Any]:
-        steps, seconds = trainer.state.global_step, trainer.train_seconds
-        return {
-            "live_adapter_params": counts["adapter_params"] - trainer.applied.pruned_params(),
-            "live_budget": ranks.live_rank if ranks else None,
-            "steps": steps,
-            "planned_steps": trainer.state.max_steps,
-            "train_seconds": seconds,
-            "steps_per_second": steps / seconds if seconds else None,
-            "seconds_per_step": seconds / steps if steps else None,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-
-    record = RunRecord(folder.path, static, trainer.task.metric, live)
+    record = RunRecord(folder, static, trainer)
     trainer.add_callback(record)
     record.write("running")
     if is_first():
         final = static["final_budget"] or "as gated"
-        budget = f", singular values {static['initial_budget']} → {final}" if ranks else ""
+        budget = f", singular values {static['initial_budget']} → {final}" if trainer.applied.ranks else ""
         say(
-            f"{static['method_config']} on {static['task']}: adapter {counts['adapter_params']:,}, head "
-            f"{counts['head_params']:,}, all {counts['total_params']:,} parameters{budget}{_adapted(trainer.model)}; "
+            f"{static['method_config']} on {static['task']}: adapter {static['adapter_params']:,}, head "
+            f"{static['head_params']:,}, all {static['total_params']:,} parameters{budget}{_adapted(trainer.model)}; "
             f"batch {static['effective_batch_size']}, seed {static['seed']}"
         )
     return record
@@ -177,15 +170,6 @@ def _constant_loss(trainer: Any) -> float | None:
     return constant_loss(trainer.task, labels, weights, smoothing)
 
 
-def _check_commit(previous: dict[str, Any], commit: str | None, folder: Path, model: str) -> None:
-    """A name on the hub has no digest, and may stand for other weights tomorrow."""
-    if commit and previous.get("model_commit") not in (None, commit):
-        raise UsageError(
-            f"{folder} was made with commit {previous['model_commit']} of {model}, now the hub has {commit}: give "
-            f"--model_revision {previous['model_commit']} to a run of its own"
-        )
-
-
 def say_outcome(record: dict[str, Any], folder: Path) -> None:
     """The scores, what was trained, where it lies, and the commands that come next."""
     if record["best"] is not None:
@@ -199,16 +183,12 @@ def say_outcome(record: dict[str, Any], folder: Path) -> None:
             f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each, trained {adapter:,} parameters of the "
             f"adapter and {head:,} of the head, {(adapter + head) / record['total_params']:.2%} of the model; {remain}"
         )
-    # The commands of a checkout, or those of an installed package.
-    here = Path("nlu/predict.py").is_file()
-    predict, export = ("python nlu/predict.py", "python -m loralib.export") if here else (
-        "lora2-glue predict", "lora2-glue export"
-    )  # fmt: skip
     adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
     say(f"folder:  {folder}")
     if (folder / "predictions").is_dir():
         say(f"predictions: {folder / 'predictions'}")
-    say(f"predict: {predict} --adapter {adapter} --base {base} --input FILE")
+    say(f"predict: python -m nlu predict --adapter {adapter} --base {base} --input FILE")
     method = METHODS[record["method"]]
     if method.card is None:  # otherwise the method adds modules, which no other tool loads
-        say(f"export:  {export} {adapter} --to {'peft' if method.takes_warm_start else 'merged'} OUT --base {base}")
+        form = "peft" if method.takes_warm_start else "merged"
+        say(f"export:  python -m nlu export {adapter} --to {form} OUT --base {base}")

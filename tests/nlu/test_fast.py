@@ -142,21 +142,10 @@ def test_speed_up_replaces_the_attention_that_it_covers():
     assert enable_fast_attention(model) == 2 and enable_first_token(model)
     assert not enable_fast_attention(whole) and not enable_first_token(whole)  # done already
     bert = build("bert")
-    speed_up(bert, fast_attention=False, fast_dropout=False)
+    speed_up(bert, fast_attention=False)
     assert bert.config._attn_implementation == "sdpa"
     speed_up(bert)
     assert bert.config._attn_implementation == bert.bert.config._attn_implementation == NAME
-
-
-@pytest.mark.parametrize("kind", ["bert", "deberta-v2", "albert"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("nlu.fast.deberta_attention.drop_mask", lambda x, p: drawn.append(p) or torch.zeros_like(x))
-    model = build(kind, attention_probs_dropout_prob=0.3)
-    speed_up(model, fast_dropout=fast)
-    model(**batch())
-    assert (len(drawn) > 0) == fast
 
 
 @pytest.mark.slow
@@ -164,7 +153,7 @@ def test_fast_dropout_inside_attention_is_switched_with_the_rest(kind, fast, mon
 def test_kernels_are_compiled_once_unless_the_user_keeps_fewer(asked, compiled):
     """More shapes than oneDNN keeps by default, each used twice; oneDNN's own log says what was compiled."""
     code = (
-        "import torch; from nlu.fast.kernels import keep_kernels; keep_kernels(); weight = torch.ones(2, 2)\n"
+        "import torch; from nlu.fast.process import keep_kernels; keep_kernels(); weight = torch.ones(2, 2)\n"
         "for turn in range(2):\n"
         "    print('turn', turn, flush=True)\n"
         "    for rows in range(1, 1101):\n"

@@ -3,12 +3,9 @@
 import errno
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import time
 from unittest import mock
 
 import pytest
@@ -24,6 +21,7 @@ from nlu.runs import checkpoints as saving
 from nlu.runs.checkpoints import checkpoints, last_checkpoint, rotate
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RunFolder
+from nlu.runs.signals import Interrupted, StopRequest
 from nlu.trainer import StepClock
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
 from tests.nlu.tiny import changed, error_line, read
@@ -72,25 +70,6 @@ def test_a_signal_lets_the_step_finish_and_saves_it(flags, run_folder, capsys, p
     assert read(flags)["status"] == "interrupted" and read(flags)["steps"] == saved
     assert checkpoints(run_folder / "model")[-1].name == f"checkpoint-{saved}"
     assert main(flags) == 0 and read(flags)["resumes"] == 1
-    assert outcome(run_folder) == expected
-
-
-@pytest.mark.slow
-def test_a_signal_to_the_whole_group_leaves_the_loader_s_workers(flags, run_folder):
-    """As `timeout` and Slurm send it: from outside, to each process."""
-    flags = [*flags, "--dataloader_num_workers", "1"]
-    expected = straight_outcome(flags, run_folder)
-
-    def to_all():
-        group = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
-        assert len(group) > 1
-        subprocess.run(["kill", *map(str, group)], check=True)
-        time.sleep(0.5)
-
-    with dying("on_step_begin", 2, to_all):
-        assert main(flags) == 143
-    assert read(flags)["status"] == "interrupted" and read(flags)["steps"] == 3
-    assert main(flags) == 0
     assert outcome(run_folder) == expected
 
 
@@ -187,7 +166,7 @@ def test_so_many_checkpoints_are_kept_as_the_limit_says(tmp_path, limit, spared,
 def test_what_a_killed_run_left_goes_away_and_a_damaged_checkpoint_is_named(flags, run_folder, capsys):
     expected = straight_outcome(flags, run_folder)
     run_broken_off(flags, 4)
-    (run_folder / "model" / ".checkpoint-5.new").mkdir()
+    (run_folder / "model" / ".unfinished" / "checkpoint-5").mkdir(parents=True)
     (run_folder / ".results.json.x1").write_text("{")
     truncate(run_folder / "model" / "checkpoint-4" / "trained.safetensors")
     assert main(flags) == 2
@@ -250,3 +229,16 @@ def test_a_second_run_in_the_same_folder_is_refused(flags, run_folder):
     with dying("on_step_begin", 8, second):
         assert main(flags) == 0
     assert seen and RunFolder(*asked, overwrite=False).state() == "finished"
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_that_comes_twice_is_one(second):
+    """A launcher and the terminal may both send it."""
+    request = StopRequest()
+    with request.awaited():
+        try:
+            for number in (signal.SIGTERM, second):
+                os.kill(os.getpid(), number)
+        except Interrupted:
+            pytest.fail("the run ended at once")
+        assert request.agreed() == signal.SIGTERM

@@ -2,13 +2,13 @@
 
 import os
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from nlu.runs.checkpoints import remove_unfinished
-from nlu.runs.files import replace_folder, write_json, write_text
+from nlu.runs.files import locked, replace_folder, write_json, write_text
 
 
 class Killed(BaseException):
@@ -47,7 +47,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_whole_or_absent(tmp_path, monk
     whole = []
     for number in range(1, 100):
         folder = tmp_path / str(number) / "checkpoint-3"
-        new = folder.with_name(".checkpoint-3.new")
+        new = folder.with_name(".unfinished")
         (new / "inner").mkdir(parents=True)
         for path in (new / "a", new / "inner" / "b"):
             path.write_text("new")
@@ -59,8 +59,6 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_whole_or_absent(tmp_path, monk
                 pass
             else:
                 break
-        remove_unfinished(folder.parent)
-        assert not new.exists()
         whole.append(folder.exists())
         assert not folder.exists() or (folder / "inner" / "b").read_text() == "new"
     assert calls.count("rename") == 1 and calls.index("rename") == calls.count("fsync") - 1 == 4
@@ -105,3 +103,19 @@ def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
     with pytest.raises(OSError) as caught:
         write_text(path, "")
     assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
+def test_who_waits_gets_the_lock_when_it_is_let_go(tmp_path):
+    """As sweeps do that write their lines to one folder."""
+    entered = threading.Event()
+
+    def second():
+        with locked(tmp_path / ".lock", "in use", wait=True):
+            entered.set()
+
+    thread = threading.Thread(target=second)
+    with locked(tmp_path / ".lock", "in use"):
+        thread.start()
+        assert not entered.wait(0.1) and thread.is_alive()
+    thread.join()
+    assert entered.is_set()

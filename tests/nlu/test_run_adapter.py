@@ -23,15 +23,12 @@ def trained(encoder, tiny_glue, tmp_path_factory):
 
 
 def test_the_saved_adapter_gives_the_trained_models_logits(finished, encoder):
-    folder, record, _, trainer = finished
+    folder, _, _, trainer = finished
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     config = loralib.load_adapter(model, folder / "adapter")
     ids = torch.randint(5, 20, (4, 9))
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(ids).logits, trainer.model.eval()(ids).logits)
-    for name, layer in loralib.lora_layers(model).items():
-        expected = torch.linalg.svdvals(layer.delta_weight())[: len(record["spectra"][name])]
-        torch.testing.assert_close(torch.tensor(record["spectra"][name]), expected, rtol=1e-3, atol=1e-6)
     assert config.card["task"] == "cola" and config.base_model == encoder.name
     pattern = json.loads((folder / "rank_pattern.json").read_text())
     assert {n: sum(flags) for n, flags in pattern.items()} == config.ranks

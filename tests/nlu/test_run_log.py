@@ -1,12 +1,14 @@
 """log/run.log holds what the run said, all its numbers, its warnings and what ended it; and the record of scores."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from nlu.run_glue import main
 from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.record import RunRecord
+from nlu.tasks import TASKS
 from tests.nlu.killed_runs import run_broken_off
 
 
@@ -49,16 +51,15 @@ def test_an_evaluation_speaks_when_it_has_been_silent(monkeypatch, capsys):
     lines = ProgressLines("accuracy")
     for _ in range(10):
         lines.on_prediction_step(None, None, None, eval_dataloader=range(10))
-    assert capsys.readouterr().out.splitlines() == [
-        "evaluation: batch 4 of 10  0:48 left",
-        "evaluation: batch 7 of 10  0:24 left",
-        "evaluation: batch 10 of 10  0:00 left",
-    ]
-    assert lines.batches == 0
+    expected = [f"evaluation: batch {number} of 10" for number in (4, 7, 10)]
+    assert capsys.readouterr().out.splitlines() == expected and lines.batches == 0
 
 
 def test_of_equal_scores_the_first_is_the_best(tmp_path):
-    record = RunRecord(tmp_path, {}, "accuracy", dict)
-    record.log_history = [{"step": step, "eval_accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
-    made = record.write("running")
+    logged = [{"step": step, "eval_accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
+    trainer = SimpleNamespace(
+        task=TASKS["rte"], applied=SimpleNamespace(ranks=None, pruned_params=lambda: 0), train_seconds=0.0,
+        state=SimpleNamespace(log_history=logged, global_step=6, max_steps=6),
+    )  # fmt: skip
+    made = RunRecord(tmp_path, {"adapter_params": 1}, trainer).write("running")
     assert (made["best"], made["best_step"], made["last"]) == (0.5, 4, 0.5)

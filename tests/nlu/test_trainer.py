@@ -9,13 +9,16 @@ from packaging.version import Version
 from transformers import Trainer
 
 from loralib.recipes.trainer import LowRankTrainerMixin
+from nlu.runs.checkpoints import WholeCheckpoints
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import REPOSITORY
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
 # in between 5.19 and 5.20 were tried. Along with 5.12 pip takes older tokenizers and huggingface_hub.
 TRIED = ("5.12.0", "5.24.0")
+KINDS = (LowRankTrainerMixin, WholeCheckpoints, GlueTrainer)
 OVERRIDDEN = {
+    "_get_output_dir": "trial",
     "_get_train_sampler": "train_dataset",
     "_load_best_model": "",
     "_load_from_checkpoint": "resume_from_checkpoint model",
@@ -35,11 +38,11 @@ def test_the_trainers_private_methods_are_those_that_were_tried():
     allowed = next(Requirement(line) for line in lines if line.startswith("transformers"))
     assert oldest in allowed.specifier and Version(f"{oldest.major}.{oldest.minor - 1}") not in allowed.specifier
     assert oldest <= installed < Version(f"{newest.major}.{newest.minor + 1}"), "try this version and name it in TRIED"
-    own = {n for kind in (LowRankTrainerMixin, GlueTrainer) for n in vars(kind) if not n.startswith("__")}
+    own = {n for kind in KINDS for n in vars(kind) if not n.startswith("__")}
     assert {n for n in own if n.startswith("_") and hasattr(Trainer, n)} == set(OVERRIDDEN)
     for name, parameters in OVERRIDDEN.items():
         assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", *parameters.split()]
-        overrides = [vars(kind)[name] for kind in (LowRankTrainerMixin, GlueTrainer) if name in vars(kind)]
+        overrides = [vars(kind)[name] for kind in KINDS if name in vars(kind)]
         assert all(method.__doc__.startswith("Overridden ") for method in overrides)
 
 

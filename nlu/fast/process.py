@@ -1,0 +1,38 @@
+"""Settings of the process: freed memory and compiled kernels are kept. Both are measured in benchmarks/README.md.
+
+Memory gains, ms per layer and step of DeBERTaV3-base (batch 32, length 64, two EPYC cores): float32 383 → 331, bfloat16
+117 → 103. Kernels gain, a step of 6-layer MiniLM on QNLI in bfloat16 (batch 32, in buckets, one Intel core): 0.452 s →
+0.400 s over 800 steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt's parameters, from glibc's malloc.h
+_KERNELS = 4096  # those of 160 lengths; up to 0.7 MiB each
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's allocator reuse a freed activation in place of giving its pages back to the kernel.
+
+    By default every tensor beyond 32 MiB, and at first every one beyond 128 KiB, is mapped afresh, zeroed and page-
+    faulted in, in every step. The process's peak memory stays what it was; it is only not given back in between.
+    Returns whether the setting took hold; without glibc nothing is done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def keep_kernels() -> None:
+    """Let oneDNN keep more compiled kernels, unless the user has said how many.
+
+    It compiles one for each shape of a matrix product, which takes as long as several products, and keeps 1024 of them:
+    with some 25 shapes a step, those of 40 lengths. Where the lengths differ from batch to batch, most are compiled
+    anew in each. oneDNN reads this when it computes its first product, and never again.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS))
