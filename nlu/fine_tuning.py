@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from copy import copy
 from dataclasses import replace
@@ -19,7 +18,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
 
 from nlu.arguments import Arguments, fit_schedule
-from nlu.data.batching import effective_batch_size, updates_per_epoch
+from nlu.data.batching import effective_batch_size, planned_steps
 from nlu.data.predictions import predict_sets, to_labels
 from nlu.data.splits import (
     Splits,
@@ -90,7 +89,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
         arguments.model.model_revision = previous["model_commit"]
     task, rows, skipped = load_data(data, needed(arguments.training), arguments.model.cache_dir)
     tests = load_predict_task(data, task, arguments.model.cache_dir)
-    total_steps = plan_steps(arguments.training, rows)
+    total_steps = planned_steps(arguments.training, len(rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
     training = trainer_arguments(arguments, task.metric)
     config, tokenizer, head = load_config(arguments, task)
@@ -166,14 +165,6 @@ def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None
     measured = arguments.training.measured_dir
     if measured and is_first():
         say(f"line:    {publish_run(folder, Path(measured), record)}")
-
-
-def plan_steps(training: Any, splits: dict[str, Dataset]) -> int:
-    """Optimiser steps of the whole training, as the Trainer will count them; 0 without training."""
-    if not training.do_train:
-        return 0
-    per_epoch = updates_per_epoch(training, len(splits["train"]))
-    return training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:

@@ -73,6 +73,10 @@ def effective_batch_size(args: Any) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def updates_per_epoch(args: Any, rows: int) -> int:
-    """Optimiser steps of one epoch over that many training rows, as the Trainer counts them."""
-    return max(1, math.ceil(rows / effective_batch_size(args)))
+def planned_steps(args: Any, rows: int) -> int:
+    """Optimiser steps of the whole training over that many rows, as the Trainer counts them; 0 without training."""
+    if not args.do_train:
+        return 0
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(rows / effective_batch_size(args))))

@@ -167,29 +167,18 @@ def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
     return scores.add_(mask.to(scores.dtype).sub_(1).mul_(-lowest))
 
 
-def _plain_attention(
-    query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in ordinary differentiable operations, for `torch.compile` and for returning the probabilities; and for
-    the query of the first token alone, (B, 1, H·d), whose distance to key j is −j: there is nothing to skew."""
-    length, alone = key.size(1), query.size(1) == 1
-
-    def skew(product: torch.Tensor) -> torch.Tensor:
-        flat = product.flatten(-2)[..., length - 1 : length - 1 + length * (2 * length - 2)]
-        return flat.unflatten(-1, (length, 2 * length - 2))[..., :length] if length > 1 else product
-
+def _first_token_attention(query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable):
+    """The same for the query of the first token alone, (B, 1, H·d), in ordinary differentiable operations: its distance
+    to key j is −j, so there is nothing to skew."""
+    length = key.size(1)
     query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
     scores = torch.matmul(query, key.transpose(-1, -2))
     if pos_key is not None:
-        met = pos_key[:, length - 1 :] if alone else pos_key
-        positional = torch.matmul(query, met.unsqueeze(1).transpose(-1, -2))
-        scores = scores + (positional if alone else skew(positional))
-    if pos_query is not None and alone:
+        scores = scores + torch.matmul(query, pos_key[:, length - 1 :].unsqueeze(1).transpose(-1, -2))
+    if pos_query is not None:
         scores = scores + (key * pos_query[:, :length].flip(1).unsqueeze(1)).sum(-1).unsqueeze(-2)
-    elif pos_query is not None:
-        scores = scores + skew(torch.matmul(key, pos_query.unsqueeze(1).transpose(-1, -2))).transpose(-1, -2)
     probs = dropout(torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1))
-    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2), probs.transpose(0, 1)
+    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -218,15 +207,14 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         rel_embeddings: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the stock module. `relative_pos` is the ordered distances (1-D) that `FastDebertaV2Encoder` hands out, or
-        None; with it a single query is the first token's. Any other relative positions (a caller's own), and queries
-        of another length, go the stock way."""
+        None; with it a single query is the first token's. The stock way go any other relative positions (a caller's
+        own), queries of another length, whoever wants the attention weights, and `torch.compile`."""
         queries = hidden_states if query_states is None else query_states
-        own_positions = self.relative_attention and relative_pos is not None and relative_pos.dim() != 1
-        first_alone = queries.size(-2) == 1 and (relative_pos is not None or not self.relative_attention)
-        if own_positions or not (queries.size(-2) == hidden_states.size(-2) or first_alone):
-            logger.warning_once("attention with a caller's own relative positions: using the stock implementation")
-            if relative_pos is not None and relative_pos.dim() == 1:
-                relative_pos = None
+        ordered = relative_pos is None or relative_pos.dim() == 1
+        alone = queries.size(-2) == 1 and ordered and (relative_pos is not None or not self.relative_attention)
+        whole = queries.size(-2) == hidden_states.size(-2) and not torch.compiler.is_compiling()
+        if output_attentions or not ordered or not (alone or whole):
+            relative_pos = None if ordered else relative_pos
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
             )
@@ -237,9 +225,8 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         mask = attention_mask.bool()
         mask = mask.view((1,) * (4 - mask.dim()) + mask.shape).transpose(0, 1)
         inputs = (query, key, value, pos_key, pos_query, mask, self.num_attention_heads, scale)
-        if first_alone or output_attentions or torch.compiler.is_compiling():
-            context, probs = _plain_attention(*inputs, self.dropout)
-            return context, probs if output_attentions else None
+        if alone:
+            return _first_token_attention(*inputs, self.dropout), None
         dropout_p = self.dropout.p if self.dropout.training else 0.0
         return DisentangledAttention.apply(*inputs, dropout_p), None
 

@@ -94,10 +94,8 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk; Windows cannot open a folder, and needs no flush of it."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, updates_per_epoch
+from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, planned_steps
 
 
 @given(
@@ -78,8 +78,8 @@ def test_batches_are_of_similar_length_in_random_order():
 @pytest.mark.parametrize(("processes", "per_device", "accumulation"), [(1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 2, 1)])
 def test_an_epoch_has_the_steps_that_its_rows_fill_whoever_takes_them(processes, per_device, accumulation):
     args = SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
-                           world_size=processes)  # fmt: skip
-    assert [updates_per_epoch(args, rows) for rows in (33, 32, 31, 3)] == [5, 4, 4, 1]
+                           world_size=processes, do_train=True, max_steps=-1, num_train_epochs=1)  # fmt: skip
+    assert [planned_steps(args, rows) for rows in (33, 32, 31, 3)] == [5, 4, 4, 1]
 
 
 def test_the_rows_that_fill_no_batch_come_last_and_are_sorted_too():

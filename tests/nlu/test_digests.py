@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from loralib.adapter_folder import has_tokenizer
 from nlu.errors import UsageError
-from nlu.runs import digests, processes
+from nlu.runs import digests
 from nlu.runs.digests import content_digests, file_digest
 from tests.nlu.tiny import run_python
 
@@ -128,7 +127,7 @@ def test_configurations_are_their_values(tmp_path, monkeypatch):
 # ---- digests that are computed once ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["in place", "renamed", "with the same times"])
+@pytest.mark.parametrize("how", ["renamed", "with the same times"])
 def test_a_file_is_read_once_and_again_where_it_changed(tmp_path, how):
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
@@ -145,34 +144,6 @@ def test_a_file_is_read_once_and_again_where_it_changed(tmp_path, how):
     assert file_digest(path) == hashlib.sha256(b"Weights").hexdigest() != digest
 
 
-def test_the_first_process_computes_for_all(monkeypatch):
-    """What it sends, the others return or raise, without computing anything."""
-    sent, told = [], [[], []]
-    monkeypatch.setattr(processes, "several", lambda: True)
-    for rank, broadcast in enumerate(
-        (sent.extend, lambda answer: answer.__setitem__(slice(2), [sent.pop(0), sent.pop(0)]))
-    ):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
-        for compute in (lambda: 7, lambda: find("x")) if rank == 0 else (pytest.fail, pytest.fail):
-            try:
-                told[rank].append(processes.first_computes(compute))
-            except UsageError as error:
-                told[rank].append(str(error))
-    assert told[0] == told[1] == [7, "no x"]
-
-
-def find(name):
-    raise UsageError(f"no {name}")
-
-
 def test_a_run_records_its_model_and_data(finished, encoder, tiny_glue):
     expected = of(model_name_or_path=str(encoder), task_name="cola", glue_dir=str(tiny_glue), do_predict=True)
     assert finished[1]["digests"] == expected | of(method="lora2") and len(expected) == 3
-
-
-def test_spellings_of_a_task_are_the_task(tiny_glue):
-    plain = of(task_name="mnli", glue_dir=str(tiny_glue), do_predict=True, predict_task="cola")
-    assert of(task_name="MNLI", glue_dir=str(tiny_glue), do_predict=True, predict_task="CoLA") == plain
-    assert {"glue_dir", "test_file"} == plain.keys()
-    assert of(task_name="mnli", glue_dir=str(tiny_glue), do_predict=True) != plain

@@ -30,19 +30,6 @@ def kill_at(monkeypatch, number):
     return calls
 
 
-def test_of_a_link_the_target_is_replaced_and_a_pipe_is_written_to(tmp_path):
-    (tmp_path / "link").symlink_to("folder/real")
-    write_text(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder/real").read_text() == "new"
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_text(tmp_path / "pipe", "new")
-    assert os.read(reader, 9) == b"new" and (tmp_path / "pipe").is_fifo()
-    os.close(reader)
-    with pytest.raises(IsADirectoryError):
-        write_text("", "")
-
-
 def test_a_kill_at_any_moment_leaves_a_checkpoint_whole_or_absent(tmp_path, monkeypatch):
     whole = []
     for number in range(1, 100):
@@ -96,13 +83,6 @@ def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
         write_json(path, float("nan"))
     write_text(path, "new")
     assert path.read_text() == "new"
-
-
-def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path):
-    path = tmp_path / ("x" * 250)  # with the temporary name's ending too long
-    with pytest.raises(OSError) as caught:
-        write_text(path, "")
-    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
 
 
 def test_who_waits_gets_the_lock_when_it_is_let_go(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from loralib.interop.export import export_merged
 from nlu import predict as predict_program
-from nlu.model import choose_head
+from nlu.arguments import parse_arguments
+from nlu.model import choose_head, load_config, without_weights
 from nlu.run_glue import main
-from nlu.tasks import get_task
+from nlu.tasks import TASKS, get_task
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import changed, make_encoder, make_rows, read, write_rows
+from tests.nlu.tiny import SHAPES, changed, make_encoder, make_rows, read, tiny_run, write_rows
 
 PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
 
@@ -94,7 +96,9 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     assert main(flags) == 0 and read(flags)["labels"] == list(get_task("mrpc").labels)
 
 
-@pytest.mark.parametrize("task, names", [("stsb", PERMUTED), ("mnli", ["joy", "anger", "fear"])])
+@pytest.mark.parametrize(
+    "task, names", [("stsb", PERMUTED), pytest.param("mnli", ["joy", "anger", "fear"], marks=pytest.mark.slow)]
+)
 def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, caplog, task, names):
     run = tmp_path / "run"
     folder = classifier(tmp_path / "other", names)
@@ -129,20 +133,38 @@ def _broken(folder, how):
     if how == "weights cut":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    elif how == "no tokenizer":  # as the model's save_pretrained alone leaves it
-        for path in folder.iterdir():
-            if path.name not in ("config.json", "model.safetensors"):
-                path.unlink()
     else:
         (folder / "config.json").write_text('{"model_type": "sam"}')
     return folder
 
 
 @pytest.mark.parametrize("how, words", [
-    ("no folder", "there is no such folder"), ("weights cut", ""), ("no tokenizer", "has no tokenizer: save it"),
-    ("no classifier", ""),
+    ("no folder", "there is no such folder"), ("weights cut", ""), ("no classifier", ""),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path, capsys, how, words):
     assert main(flags_of(base_flags, _broken(tmp_path / "model", how), "cola")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: --model_name_or_path ") and words in error
+
+
+def test_a_dropout_that_a_head_lacks_is_refused(tiny_glue, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SHAPES, "mpnet", {"pad_token_id": 0})
+    folder = make_encoder(tmp_path / "encoder", "mpnet")
+    assert main([*tiny_run(folder, tiny_glue, tmp_path / "run"), "--method", "lora", "--cls_dropout", "0.3"]) == 2
+    assert "mpnet has no dropout of its own in the head" in capsys.readouterr().err
+
+
+def test_the_dropout_of_albert_s_head_has_another_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
+    folder = make_encoder(tmp_path / "encoder", "albert")
+    arguments = parse_arguments([*tiny_run(folder, tmp_path, tmp_path / "run"), "--cls_dropout", "0.37"])
+    model = without_weights(arguments, load_config(arguments, TASKS["cola"])[0])
+    assert model.dropout.p == 0.37
+
+
+def test_a_base_that_returns_tuples_trains_all_the_same(encoder, tiny_glue, tmp_path):
+    base = shutil.copytree(encoder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"return_dict": False, "chunk_size_feed_forward": 4}))
+    run = tiny_run(base, tiny_glue, tmp_path / "run")
+    assert main([*run, "--pad_to_max_length", "True", "--max_seq_length", "32"]) == 0

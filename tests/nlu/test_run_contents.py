@@ -56,7 +56,6 @@ def another_rank(path):
 @pytest.mark.parametrize(
     ("flag", "name", "change"),
     [
-        ("glue_dir", "glue/cola/train.jsonl", flip_a_label),
         ("glue_dir", "glue/cola/validation.jsonl", flip_a_label),
         ("glue_dir", "glue/cola/train.jsonl", lambda path: path.unlink()),
         ("model_name_or_path", "model/model.safetensors", other_weights),
@@ -99,6 +98,26 @@ def test_predictions_that_a_finished_run_lacks_are_made(arguments, tmp_path):
     assert folder_of(asked, tmp_path).state() == folder_of(arguments, tmp_path).state() == "finished"
     flip_a_label(tmp_path / "glue/cola/test.jsonl")
     assert folder_of(asked, tmp_path).state() == "resume"
+
+
+def test_who_may_write_to_a_folder(arguments, tmp_path):
+    """Nothing is replaced that is no run's; what a killed run left is no obstacle; one run at a time."""
+    folder, run = folder_of(arguments, tmp_path), tmp_path / "run"
+    with folder.hold() as state:
+        assert state == "new"
+        with pytest.raises(UsageError, match="in use by a run that is at work"):
+            folder_of(arguments, tmp_path, overwrite=True).hold().__enter__()
+    assert not run.exists()  # nothing was written to it
+    (run / "log").mkdir(parents=True)
+    (run / ".results.json.x1").write_text("{")
+    assert folder.state() == "new"
+    (run / "model").mkdir()
+    with pytest.raises(UsageError, match="holds model but no run's"):
+        folder_of(arguments, tmp_path, overwrite=True).state()
+    (run / "results.json").write_text('{"status": ')
+    with pytest.raises(UsageError, match=r"results\.json cannot be read.*--overwrite_output_dir"):
+        folder.state()
+    assert folder_of(arguments, tmp_path, overwrite=True).state() == "new"
 
 
 def test_a_new_test_file_is_predicted_without_training(own_flags, tmp_path, monkeypatch):
