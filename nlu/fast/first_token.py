@@ -40,11 +40,10 @@ class _Layer:
         return super().__call__(*args, **kwargs, first_token_alone=_ALONE.get())
 
 
-class FirstTokenDebertaV2Layer(_Layer, deberta.DebertaV2Layer):
-    """`DebertaV2Layer` that returns (B, 1, hidden) where the first token is all that is asked for."""
+class _DebertaLayer(_Layer):
+    """The layer of `hidden_states` (B, L, hidden), of the first alone if asked to."""
 
     def forward(self, hidden_states, attention_mask, query_states=None, *args, first_token_alone=False, **kwargs):
-        """As the stock layer, for `hidden_states` (B, L, hidden)."""
         if first_token_alone and query_states is None:
             query_states, attention_mask = hidden_states[:, :1], _first_row(attention_mask)
         return super().forward(hidden_states, attention_mask, query_states, *args, **kwargs)
@@ -68,46 +67,23 @@ class _BertSelfAttention:
         if not first_token_alone:
             return super().forward(hidden_states, *args, **kwargs)
         mask = _first_row(kwargs.pop("attention_mask"))
-        return self.cross_attend(hidden_states[:, :1], hidden_states, mask, **kwargs)
+        return bert.BertCrossAttention.forward(self, hidden_states[:, :1], hidden_states, mask, **kwargs)
 
 
-class FirstTokenBertLayer(_Layer, bert.BertLayer):
-    pass
-
-
-class FirstTokenBertAttention(_BertAttention, bert.BertAttention):
-    pass
-
-
-class FirstTokenBertSelfAttention(_BertSelfAttention, bert.BertSelfAttention):
-    cross_attend = bert.BertCrossAttention.forward
-
-
-class FirstTokenRobertaLayer(_Layer, roberta.RobertaLayer):
-    pass
-
-
-class FirstTokenRobertaAttention(_BertAttention, roberta.RobertaAttention):
-    pass
-
-
-class FirstTokenRobertaSelfAttention(_BertSelfAttention, roberta.RobertaSelfAttention):
-    cross_attend = roberta.RobertaCrossAttention.forward
+def _first_token(*classes: type) -> dict[type, type]:
+    """Each of transformers' classes → the class of ours that a module of it becomes."""
+    kinds = (_Layer, _BertAttention, _BertSelfAttention) if len(classes) > 1 else (_DebertaLayer,)
+    made = zip(classes, kinds, strict=True)
+    return {stock: type(f"FirstToken{stock.__name__}", (kind, stock), {}) for stock, kind in made}
 
 
 # Classifier → the classes of its last layer, of that layer's attention, and of the self-attention in it.
 _COVERED = {
-    deberta.DebertaV2ForSequenceClassification: {deberta.DebertaV2Layer: FirstTokenDebertaV2Layer},
-    bert.BertForSequenceClassification: {
-        bert.BertLayer: FirstTokenBertLayer,
-        bert.BertAttention: FirstTokenBertAttention,
-        bert.BertSelfAttention: FirstTokenBertSelfAttention,
-    },
-    roberta.RobertaForSequenceClassification: {
-        roberta.RobertaLayer: FirstTokenRobertaLayer,
-        roberta.RobertaAttention: FirstTokenRobertaAttention,
-        roberta.RobertaSelfAttention: FirstTokenRobertaSelfAttention,
-    },
+    deberta.DebertaV2ForSequenceClassification: _first_token(deberta.DebertaV2Layer),
+    bert.BertForSequenceClassification: _first_token(bert.BertLayer, bert.BertAttention, bert.BertSelfAttention),
+    roberta.RobertaForSequenceClassification: _first_token(
+        roberta.RobertaLayer, roberta.RobertaAttention, roberta.RobertaSelfAttention
+    ),
 }
 
 

@@ -1,7 +1,9 @@
-"""Runs that die at a chosen point, and what a run leaves that must not depend on it; driven by test_exact_resume.py.
+"""Runs that die at a chosen point, and what a run leaves that must not depend on it; driven by test_exact_resume.py
+and test_two_processes.py.
 
 usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to end or null, how])
-where how is "break off", "signal" for a SIGTERM to the last process only, or "last" for a run with whose code to exit.
+where how is "break off", "signal" for a SIGTERM to the last process only, "watch" for a run that leaves each process's
+parameters and ranks, or "last" for a run with whose code to exit.
 """
 
 import json
@@ -22,7 +24,8 @@ from transformers import TrainerCallback
 
 from nlu import fine_tuning, run_glue
 from nlu.runs import checkpoints
-from nlu.runs.processes import wait_for_all
+from nlu.runs.processes import end_processes, wait_for_all
+from nlu.trainer import effective_batch_size
 
 EVENTS = (
     "on_step_begin",
@@ -138,10 +141,39 @@ def run_signalled(flags: list[str], point: str, step: int, signum: int) -> int:
         return run_glue.main(flags)
 
 
+def stored_bytes(parameter: torch.Tensor) -> int:
+    """Of the part that this process has."""
+    return getattr(parameter, "to_local", lambda: parameter)().nbytes
+
+
+def run_watched(flags: list[str], stop_after: int | None = None) -> None:
+    """One run; its state at the end goes to process-RANK.pt beside its folder's files."""
+    original = fine_tuning.train_and_evaluate
+
+    def watch(arguments, trainer, *rest):
+        original(arguments, trainer, *rest)
+        folder = Path(arguments.training.root_output_dir)
+        state = {
+            "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
+            "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
+            "batch": effective_batch_size(trainer.args),
+            "frozen_bytes": sum(stored_bytes(p) for p in trainer.model.parameters() if not p.requires_grad),
+        }
+        torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
+
+    with mock.patch.object(fine_tuning, "train_and_evaluate", watch):
+        if stop_after is None:
+            assert run_glue.main(flags) == 0
+        else:  # each process, as a scheduler tells them
+            assert run_signalled(flags, "on_step_end", stop_after, signal.SIGTERM) == 128 + signal.SIGTERM
+
+
 if __name__ == "__main__":
     for flags, step, how in json.loads(Path(sys.argv[1]).read_text()):
         if how == "break off":
             run_broken_off(flags, step)
+        elif how == "watch":
+            run_watched(flags, step)
         elif how == "last":
             sys.exit(run_glue.main(flags))
         elif os.environ["RANK"] == "1":
@@ -149,3 +181,4 @@ if __name__ == "__main__":
         else:
             assert run_glue.main(flags) == 128 + signal.SIGTERM
         wait_for_all()  # the other process has let go of the folder
+    end_processes()

@@ -251,6 +251,15 @@ def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):
     assert "has no trained head for the task, and nothing trains it first" in capsys.readouterr().err
 
 
+def test_a_failed_run_adds_its_line_to_the_records_that_tables_are_made_from(base_flags, tmp_path, capsys):
+    flags = [*changed(base_flags, max_steps=2), "--measured_dir", str(tmp_path / "measured"), "--learning_rate", "1e38"]
+    assert main(flags) == 1
+    assert "line:    " in capsys.readouterr().out
+    (line,) = read_lines(tmp_path / "measured" / "tiny-bert.jsonl")
+    assert (line["status"], line["method"]) == ("failed", read(flags)["method_config"])
+    assert "not finite" in line["error"]
+
+
 def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, monkeypatch):
     monkeypatch.setitem(TASKS, "mnli", dataclasses.replace(TASKS["mnli"], second_rows=14))  # the tiny set is whole
     assert main([*changed(base_flags, task_name="mnli", max_steps=3), "--early_stopping_patience", "2"]) == 0
@@ -260,14 +269,3 @@ def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, 
     assert row["mismatched_accuracy"] * 14 == pytest.approx(round(row["mismatched_accuracy"] * 14))
     assert row["accuracy"] * 20 == pytest.approx(round(row["accuracy"] * 20)) and row["mismatched_loss"] != row["loss"]
     assert record["best"] == row["accuracy"]
-
-
-def test_a_run_adds_its_line_to_the_records_that_tables_are_made_from(base_flags, tmp_path, capsys):
-    flags = [*changed(base_flags, max_steps=2), "--measured_dir", str(tmp_path / "measured")]
-    assert main(flags) == 0
-    assert "line:    " in capsys.readouterr().out
-    (line,) = read_lines(tmp_path / "measured" / "tiny-bert.jsonl")
-    assert (line["status"], line["method"], line["steps"]) == ("finished", read(flags)["method_config"], 2)
-    assert main([*flags, "--learning_rate", "1e38", "--overwrite_output_dir"]) == 1
-    (line,) = read_lines(tmp_path / "measured" / "tiny-bert.jsonl")
-    assert line["status"] == "failed" and "not finite" in line["error"]

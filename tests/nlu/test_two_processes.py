@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import loralib
-from tests.nlu import two_processes
+from tests.nlu import killed_runs
+from tests.nlu.killed_runs import run_watched
 from tests.nlu.tiny import PATIENCE, REPOSITORY, make_encoder, make_rows, write_rows
 
 # Task, training rows and flags. Two processes with four rows each divide none of these numbers: accelerate repeats
@@ -69,10 +70,10 @@ def flags_of(method, flags, rows_a_process, folder):
 
 
 def start(launcher, runs, folder):
-    """Do the runs, flags and step to stop after, one after another by two processes."""
+    """Do the runs, see killed_runs.py, one after another by two processes."""
     (folder / "runs.json").write_text(json.dumps(runs))
     result = subprocess.run(
-        [sys.executable, "-m", *launcher, two_processes.__file__, str(folder / "runs.json")],
+        [sys.executable, "-m", *launcher, killed_runs.__file__, str(folder / "runs.json")],
         cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
@@ -88,11 +89,11 @@ def two(flags, tmp_path_factory):
         if name not in roots:
             root = roots[name] = tmp_path_factory.mktemp("two")
             launcher, methods = LAUNCHES[name]
-            runs = [[flags_of(method, flags, 4, root / method), None] for method in methods]
+            runs = [[flags_of(method, flags, 4, root / method), None, "watch"] for method in methods]
             if launcher == "fsdp":
-                runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7])
-                two_processes.run([*flags_of("lora2", flags, 8, root / "by one"), "--total_batch_size", "8"], 7)
-                runs.append([[*flags_of("lora2", flags, 4, root / "by one"), "--total_batch_size", "8"], None])
+                runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7, "watch"])
+                run_watched([*flags_of("lora2", flags, 8, root / "by one"), "--total_batch_size", "8"], 7)
+                runs.append([[*flags_of("lora2", flags, 4, root / "by one"), "--total_batch_size", "8"], None, "watch"])
             start(LAUNCHERS[launcher], runs, root)
         return roots[name]
 
@@ -116,9 +117,9 @@ def fingerprint(folder: Path) -> str:
     ],
 )
 def test_two_processes_are_one(launch, method, two, flags, tmp_path):
-    two_processes.run(flags_of(method, flags, 8, tmp_path / "one"))
+    run_watched(flags_of(method, flags, 8, tmp_path / "one"))
     accumulate = ["--gradient_accumulation_steps", "2"]
-    two_processes.run([*flags_of(method, flags, 4, tmp_path / "accumulated"), *accumulate])
+    run_watched([*flags_of(method, flags, 4, tmp_path / "accumulated"), *accumulate])
     folders = [tmp_path / "one", tmp_path / "accumulated", two(launch) / method]
     one, *others = everyone = list(itertools.chain.from_iterable(map(states, folders)))
     assert len(everyone) == 4 and {state["batch"] for state in everyone} == {8}
@@ -151,7 +152,7 @@ def test_another_number_of_processes_goes_on(first, two, flags):
     folder, (expected, _) = two("fsdp") / first, states(two("fsdp") / "lora2")
     if first == "stopped":
         assert [path.name for path in (folder / "model").iterdir()] == ["checkpoint-7"]
-        two_processes.run([*flags_of("lora2", flags, 8, folder), "--total_batch_size", "8"])
+        run_watched([*flags_of("lora2", flags, 8, folder), "--total_batch_size", "8"])
     resumed = states(folder)[0]
     assert json.loads((folder / "results.json").read_text())["resumes"] == 1
     assert resumed["ranks"] == expected["ranks"]
