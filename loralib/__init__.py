@@ -47,29 +47,21 @@ __all__ = [
     "unmerge_adapter",
 ]
 
-# Old places of one release ago: a name of this package, or one of its modules -> the module that has it now.
-_MOVED_NAMES = {
-    "ExactFactors": "loralib.recipes.exact_factors",
-    "LowRankTrainerMixin": "loralib.recipes.trainer",
-    "MultiAdapter": "loralib.interop.multi_adapter",
-    "cast_frozen": "loralib.interop.precision",
-    "export_peft": "loralib.interop.peft_format",
-    "import_peft": "loralib.interop.peft_format",
-    "parameter_groups": "loralib.recipes.learning_rates",
-    "update_statistics": "loralib.recipes.diagnostics",
+# Old places of one release ago: the modules that moved, with the public names that each took along.
+_MOVED = {
+    "diagnostics": ("recipes", ["update_statistics"]),
+    "exact_factors": ("recipes", ["ExactFactors"]),
+    "learning_rates": ("recipes", ["parameter_groups"]),
+    "trainer": ("recipes", ["LowRankTrainerMixin"]),
+    "multi_adapter": ("interop", ["MultiAdapter"]),
+    "peft_adalora": ("interop", []),
+    "peft_format": ("interop", ["export_peft", "import_peft"]),
+    "peft_method": ("interop", []),
+    "precision": ("interop", ["cast_frozen"]),
+    "sharding": ("interop", []),
 }
-_MOVED_MODULES = {
-    "loralib.adapter_files": "loralib.adapter_folder",
-    "loralib.diagnostics": "loralib.recipes.diagnostics",
-    "loralib.exact_factors": "loralib.recipes.exact_factors",
-    "loralib.learning_rates": "loralib.recipes.learning_rates",
-    "loralib.multi_adapter": "loralib.interop.multi_adapter",
-    "loralib.peft_adalora": "loralib.interop.peft_adalora",
-    "loralib.peft_format": "loralib.interop.peft_format",
-    "loralib.peft_method": "loralib.interop.peft_method",
-    "loralib.precision": "loralib.interop.precision",
-    "loralib.sharding": "loralib.interop.sharding",
-}
+_MODULES = {f"loralib.{name}": f"loralib.{room}.{name}" for name, (room, _) in _MOVED.items()}
+_NAMES = {public: _MODULES[f"loralib.{name}"] for name, (_, names) in _MOVED.items() for public in names}
 
 
 def _from_new_place(old: str, new: str) -> ModuleType:
@@ -78,9 +70,9 @@ def _from_new_place(old: str, new: str) -> ModuleType:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MOVED_NAMES:
+    if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_from_new_place(f"loralib.{name}", _MOVED_NAMES[name]), name)
+    return getattr(_from_new_place(f"loralib.{name}", _NAMES[name]), name)
 
 
 class _MovedModules:
@@ -88,7 +80,7 @@ class _MovedModules:
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, cls) if name in _MOVED_MODULES else None  # type: ignore[arg-type]
+        return ModuleSpec(name, cls) if name in _MODULES else None  # type: ignore[arg-type]
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> None:
@@ -97,7 +89,7 @@ class _MovedModules:
     @staticmethod
     def exec_module(module: ModuleType) -> None:
         old = module.__name__
-        sys.modules[old] = _from_new_place(old, _MOVED_MODULES[old])
+        sys.modules[old] = _from_new_place(old, _MODULES[old])
 
 
 sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]

@@ -152,10 +152,8 @@ def inject(
             raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
         check_replaceable(name, module)
     refuse_hooks(modules)
-    layers = {
-        name: KINDS[kind].from_linear(module, r, lora_alpha, lora_dropout, **options)
-        for name, module in modules.items()
-    }
+    new = KINDS[kind].from_linear
+    layers = {name: new(module, r, lora_alpha, lora_dropout, **options) for name, module in modules.items()}
     if share_outer:
         _share_outer_factors(layers)
     replace_modules(model, layers)
@@ -193,7 +191,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer wherever the model holds the module of that name; accelerate's ``device_map`` goes on with it.
 
     Raises:
-        ValueError: for a module with hooks of another kind. The model is unchanged then.
+        ValueError: as :func:`refuse_hooks`. The model is unchanged then.
     """
     replaced = {name: model.get_submodule(name) for name in layers}
     refuse_hooks(replaced)

@@ -144,17 +144,11 @@ class LoRALayer(nn.Linear):
             torch.empty(rows, columns, **options) for columns, rows in pairwise([self.in_features, *inner])
         )
         self.register_forward_pre_hook(_call_me)
-        self.reset_lora_parameters()
+        self._draw_factors()
 
-    def reset_lora_parameters(self) -> None:
-        """Draw the factors anew; ΔW is zero afterwards: e is, or LoRA's B beside a Kaiming-uniform A.
-
-        Raises:
-            RuntimeError: while merged.
-        """
-        if self.merged:
-            raise RuntimeError("the layer is merged: call unmerge() before its factors are drawn again")
-        if self.r == 0 or self.lora_A[0].is_meta:  # where nothing can be drawn
+    def _draw_factors(self) -> None:
+        """ΔW is zero afterwards: e is, or LoRA's B beside a Kaiming-uniform A."""
+        if self.lora_A[0].is_meta:  # where nothing can be drawn
             return
         if self.lora_E is None:
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
@@ -300,12 +294,7 @@ class LoRALayer(nn.Linear):
             raise ValueError("the weight is computed by a hook (pruning, a parametrisation): remove that first")
         if stored_form(self.weight) is not None:
             raise ValueError(f"the weight is {stored_form(self.weight)}, and only a plain one can be merged into")
-        # A tensor of inference mode in a weight of none, or the other way round, could not be used afterwards.
-        with (
-            torch.inference_mode(self.weight.is_inference()),
-            torch.no_grad(),
-            without_autocast(self.weight.device.type),
-        ):
+        with torch.no_grad():
             delta = self.delta_weight()
             merged = self.weight.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
             self._weight_before_merge = self.weight.data

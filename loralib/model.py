@@ -8,10 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from loralib.checks import check_choice
 from loralib.layers import LoRALayer
 
-BIASES = ("none", "all", "lora_only")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -63,57 +61,29 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     return found
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze everything but the factors of the low-rank layers.
-
-    Args:
-        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Freeze everything but the factors of the low-rank layers, as :func:`loralib.inject` has done.
 
     Raises:
-        ValueError: for another ``bias``, or a model without low-rank layers.
+        ValueError: for a model without low-rank layers.
     """
-    check_choice("bias", bias, BIASES)
-    layers = lora_layers(model)
-    if not layers:
+    factors = factors_of(model)
+    if not factors:
         raise ValueError("the model has no low-rank layers: call inject() first")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bias == "all" and is_bias(name))
-    for parameter in factors_of(model):
-        parameter.requires_grad_(True)
-    for layer in layers.values():
-        if bias == "lora_only" and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+    model.requires_grad_(False)
+    for factor in factors:
+        factor.requires_grad_(True)
 
 
-def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The adapter's tensors by name, each parameter once: a factor that layers share has its first layer's name.
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The factors by name, each once: one that layers share has its first layer's name.
 
-    It is there, and ``bias`` too, because Microsoft's ``loralib`` has it; :func:`loralib.save_adapter` writes a file.
-    Names are those of the :func:`unwrapped` model, into which ``load_state_dict(state, strict=False)`` loads it if it
-    has the same layers.
-
-    Args:
-        bias: biases to add: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
-
-    Raises:
-        ValueError: for another ``bias``.
+    It is there because Microsoft's ``loralib`` has it; :func:`loralib.save_adapter` writes a file. Names are those of
+    the :func:`unwrapped` model, into which ``load_state_dict(state, strict=False)`` loads it if it has the same layers.
     """
-    check_choice("bias", bias, BIASES)
-    model = unwrapped(model)
-    wanted = set(map(id, factors_of(model)))
-    if bias == "lora_only":
-        wanted |= {id(layer.bias) for layer in lora_layers(model).values() if layer.bias is not None}
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()  # gives a shared parameter once
-        if id(parameter) in wanted or (bias == "all" and is_bias(name))
-    }
-
-
-def is_bias(name: str) -> bool:
-    """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0)."""
-    own = name.rpartition(".")[2]
-    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
+    factors = set(map(id, factors_of(model)))
+    parameters = unwrapped(model).named_parameters()  # gives a shared parameter once
+    return {name: parameter.detach() for name, parameter in parameters if id(parameter) in factors}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import lora_layers, svd_layers
-from loralib.recipes.exact_factors import deviations
+from loralib.recipes.exact_factors import deviations, distinct_factors
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,15 @@ def update_statistics(model: nn.Module) -> UpdateStatistics:
         values = torch.cat([layer.lora_E.detach().abs().cpu() for layer in layers.values()])
         live = values[values > 0]
         largest, smallest = (float(live.max()), float(live.min())) if len(live) else (None, None)
-        deviation = float(deviations(model).max())
-    return UpdateStatistics(delta_norms(model), largest, smallest, deviation)
-
-
-@torch.no_grad()
-def delta_norms(model: nn.Module) -> dict[str, float]:
-    """Module name → ‖ΔW‖_F of every low-rank layer."""
-    layers = lora_layers(model)
-    squares = {name: _squared_norm(layer) for name, layer in layers.items() if layer.r > 0}
-    if not squares:
-        return dict.fromkeys(layers, 0.0)
-    one_device = next(iter(squares.values())).device  # layers may lie on several; one wait for each
-    norms = torch.stack([square.to(one_device) for square in squares.values()]).clamp_(min=0).sqrt().tolist()
-    return dict.fromkeys(layers, 0.0) | dict(zip(squares, norms, strict=True))
+        deviation = float(deviations(distinct_factors(layers.values())).max())
+    squares = {name: _squared_norm(layer).cpu() for name, layer in lora_layers(model).items()}
+    norms = {name: float(square.clamp(min=0).sqrt()) for name, square in squares.items()}
+    return UpdateStatistics(norms, largest, smallest, deviation)
 
 
 def _squared_norm(layer: LoRALayer) -> Tensor:
+    if layer.r == 0:
+        return torch.zeros(())
     b, core, a = layer.lora_B[0], layer.folded_core(), layer.lora_A[0]
     with without_autocast(b.device.type):
         return (core @ (a @ a.T) @ core.T * (b.T @ b)).sum()

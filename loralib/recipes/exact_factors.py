@@ -15,9 +15,9 @@ pruning the set D changes ΔW by exactly s·√Σ_{i∈D} e_i² in the Frobenius
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,10 @@ _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed thi
 ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
 
 
-def distinct_factors(layers: Iterable[LoRALayer]) -> list[nn.Parameter]:
-    """The factors of the layers; what layers share is there once."""
-    return list({id(f): f for layer in layers for f in [*layer.lora_B, *layer.lora_A]}.values())
+def distinct_factors(layers: Iterable[LoRALayer], trained: bool = False) -> list[nn.Parameter]:
+    """The factors of the layers, or those of them that train; what layers share is there once."""
+    found = {id(f): f for layer in layers for f in [*layer.lora_B, *layer.lora_A]}.values()
+    return [factor for factor in found if factor.requires_grad or not trained]
 
 
 class _Stack:
@@ -106,19 +107,17 @@ class ExactFactors:
         """Begin a training: make the factors orthonormal. Raises as :func:`make_orthonormal`."""
         make_orthonormal(self.model)
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-        self._factors = _trained_factors(self.model)
-        for factor in self._factors:
+        for factor in distinct_factors(svd_layers(self.model).values(), trained=True):
             groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
-        self._stacks = [_Stack(factors) for factors in groups.values()]
         by_side: dict[tuple, list[_Stack]] = defaultdict(list)
-        for (device, dtype, side, _), stack in zip(groups, self._stacks, strict=True):
-            by_side[(device, dtype, side)].append(stack)
+        for (device, dtype, side, _), factors in groups.items():
+            by_side[(device, dtype, side)].append(_Stack(factors))
         self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
 
     @torch.no_grad()
     def before_step(self) -> None:
         """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place."""
-        for stack in self._stacks:
+        for stack in chain.from_iterable(self._same_side):
             with without_autocast(stack.all[0].device.type):
                 stack.project_gradients()
 
@@ -133,10 +132,6 @@ class ExactFactors:
                     stack.write_factors(root)
 
 
-def _trained_factors(model: nn.Module) -> list[nn.Parameter]:
-    return [factor for factor in distinct_factors(svd_layers(model).values()) if factor.requires_grad]
-
-
 def make_orthonormal(model: nn.Module) -> None:
     """Make every factor that trains, of the layers with singular values, orthonormal; ΔW stays as it is.
 
@@ -147,7 +142,7 @@ def make_orthonormal(model: nn.Module) -> None:
         ValueError: for a model without such factors, factors in half precision, and where ΔW is not 0 and its factors
             are not orthonormal: to make them so would change it. The model is unchanged then.
     """
-    trained = _trained_factors(model)
+    trained = distinct_factors(svd_layers(model).values(), trained=True)
     if not trained:
         raise ValueError(
             "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
@@ -162,7 +157,7 @@ def make_orthonormal(model: nn.Module) -> None:
         return
     values: dict[nn.Parameter, Tensor] = {}
     for name, layer in svd_layers(model).items():
-        own, live = [f for f in distinct_factors([layer]) if f.requires_grad], layer.lora_E.detach().cpu() != 0
+        own, live = distinct_factors([layer], trained=True), layer.lora_E.detach().cpu() != 0
         if not own or not live.any() or factors_are_orthonormal(own):
             continue
         left, right = layer.lora_B[-1], layer.lora_A[-1]
@@ -178,21 +173,16 @@ def make_orthonormal(model: nn.Module) -> None:
 
 
 def _polar(factor: Tensor) -> Tensor:
-    """The polar factor, float64. Zeros have no directions to keep: they become cosines, which leave out no feature."""
+    """The polar factor, float64. Zeros have no directions to keep, and are drawn."""
     if not factor.any():
-        wide = spread(torch.eye(min(factor.shape), dtype=torch.float64, device=factor.device), max(factor.shape))
-        return wide if factor.shape == wide.shape else wide.T
+        return _orthonormal(*factor.shape)
     u, _, v = torch.linalg.svd(factor.double(), full_matrices=False)
     return u @ v
 
 
-def spread(vectors: Tensor, size: int) -> Tensor:
-    """The first ``size`` of k columns; where size > k, all of them times k orthonormal rows of the DCT-IV."""
-    k = vectors.shape[1]
-    if size <= k:
-        return vectors[:, :size]
-    place = torch.arange(size, dtype=vectors.dtype, device=vectors.device) + 0.5
-    return vectors @ (math.sqrt(2 / size) * torch.cos(math.pi / size * place[:k, None] * place))
+def _orthonormal(rows: int, columns: int) -> Tensor:
+    """A random matrix with orthonormal rows or columns, float64, the same in every process."""
+    return nn.init.orthogonal_(torch.empty(rows, columns).double(), generator=torch.Generator().manual_seed(0))
 
 
 def _completed(factor: Tensor, live: Tensor) -> Tensor:
@@ -203,9 +193,11 @@ def _completed(factor: Tensor, live: Tensor) -> Tensor:
     u, values, _ = torch.linalg.svd(factor[:, live].double().cpu())
     left_out = torch.ones_like(u[0])
     left_out[: len(values)] -= values.square()
-    columns = spread((u * left_out.clamp(min=0).sqrt()).flip(1), int((~live).sum()))
+    columns, pruned = (u * left_out.clamp(min=0).sqrt()).flip(1), int((~live).sum())
+    if pruned > len(u):  # all of them, mixed by orthonormal rows
+        columns = columns @ _orthonormal(len(u), pruned)
     factor = factor.clone()
-    factor[:, ~live] = columns.to(factor)
+    factor[:, ~live] = columns[:, :pruned].to(factor)
     return factor
 
 
@@ -234,23 +226,13 @@ def _compose(root: Tensor | None, change: Tensor) -> Tensor:
     return change if root is None else torch.baddbmm(root + change, root, change)
 
 
-def deviation(factor: Tensor) -> Tensor:
-    """‖Gram − I‖_F of one factor, on its smaller side; float64."""
-    wide = (factor.detach() if factor.shape[0] <= factor.shape[1] else factor.detach().T).double()
-    gram = wide @ wide.T
-    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+def deviations(factors: Iterable[Tensor]) -> Tensor:
+    """‖Gram − I‖_F of every factor, on its smaller side; (n,) float64, on the first one's device."""
+    grams = [x.T @ x if x.shape[0] > x.shape[1] else x @ x.T for x in (f.detach().double() for f in factors)]
+    norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
-def deviations(model: nn.Module) -> Tensor:
-    """:func:`deviation` of every distinct factor of the layers with singular values, (n,)."""
-    return _deviations(distinct_factors(svd_layers(model).values()))
-
-
-def _deviations(factors: list[nn.Parameter]) -> Tensor:
-    found = [deviation(factor) for factor in factors]
-    return torch.stack([each.to(found[0].device) for each in found])
-
-
-def factors_are_orthonormal(factors: list[nn.Parameter]) -> bool:
+def factors_are_orthonormal(factors: Iterable[Tensor]) -> bool:
     """Whether all of the factors, at least one, have orthonormal rows or columns."""
-    return bool((_deviations(factors) < ORTHONORMAL).all())
+    return bool((deviations(factors) < ORTHONORMAL).all())

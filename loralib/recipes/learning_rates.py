@@ -26,29 +26,20 @@ def parameter_groups(
         head_lr: rate of what trains besides the factors; ``lr`` where None. Unfreeze a new head before.
 
     Raises:
-        ValueError: for a rate out of range, a ratio of something the model lacks, and a model in which nothing trains,
-            or no head where it has a rate.
+        ValueError: for a rate out of range, and where the head has a rate and does not train.
     """
     rates = {"lr": lr, "value_lr_ratio": value_lr_ratio, "b_lr_ratio": b_lr_ratio}
     for name, value in (rates if head_lr is None else rates | {"head_lr": head_lr}).items():
         check_positive(name, value)
+    ratios = {id(layer.lora_E): value_lr_ratio for layer in svd_layers(model).values()}
     plain = [layer for layer in lora_layers(model).values() if layer.lora_E is None and layer.r > 0]
-    ratios: dict[int, float] = {}
-    for name, ratio, own in (
-        ("value_lr_ratio", value_lr_ratio, [layer.lora_E for layer in svd_layers(model).values()]),
-        ("b_lr_ratio", b_lr_ratio, [layer.lora_B[0] for layer in plain]),
-    ):
-        if ratio != 1 and not own:
-            raise ValueError(f"{name} is for parameters that this model lacks: singular values have value_lr_ratio, "
-                             "LoRA's B has b_lr_ratio")  # fmt: skip
-        ratios |= dict.fromkeys(map(id, own), ratio)
+    ratios |= {id(layer.lora_B[0]): b_lr_ratio for layer in plain}
     factors = set(map(id, factors_of(model)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if head_lr is not None and all(id(p) in factors for p in trained):
+        raise ValueError("head_lr is for what trains besides the factors, and nothing does: unfreeze the head first")
     groups: dict[float, list[nn.Parameter]] = {}
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    for parameter in trained:
         rate = lr * ratios.get(id(parameter), 1.0)
         groups.setdefault(rate if head_lr is None or id(parameter) in factors else head_lr, []).append(parameter)
-    if not groups:
-        raise ValueError("nothing trains: inject low-rank layers first")
-    if head_lr is not None and all(id(p) in factors for group in groups.values() for p in group):
-        raise ValueError("head_lr is for what trains besides the factors, and nothing does: unfreeze the head first")
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]

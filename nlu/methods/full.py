@@ -16,10 +16,14 @@ def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model)
 
 
-def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    from loralib.model import is_bias
+def _is_bias(name: str) -> bool:
+    """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0)."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
-    biases = [p for name, p in model.base_model.named_parameters() if is_bias(name)]
+
+def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+    biases = [p for name, p in model.base_model.named_parameters() if _is_bias(name)]
     if not biases:
         raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")
     train_only(model, biases)

@@ -10,7 +10,7 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from nlu.methods.method import head_parameters, train_only
 from nlu.model import head_modules
-from tests.loralib.small import DEBERTA, SIZES, encoder, refused
+from tests.loralib.small import DEBERTA, SIZES, encoder
 
 BERT = SIZES | {"max_position_embeddings": 64, "pad_token_id": 1}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_embeddings": 64, "pad_index": 1}
@@ -18,33 +18,24 @@ ENCODERS = {
     "albert": BERT | {"embedding_size": 8},
     "bert": BERT,
     "big_bird": BERT | {"attention_type": "original_full"},
-    "camembert": BERT,
     "canine": BERT | {"downsampling_rate": 4, "local_transformer_stride": 8, "num_hash_buckets": 64},
     "convbert": BERT | {"embedding_size": 16},
-    "data2vec-text": BERT,
     "deberta": BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
     "deberta-v2": BERT | DEBERTA,
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50},
     "electra": BERT | {"embedding_size": 8},
-    "ernie": BERT,
     "esm": BERT | {"mask_token_id": 2},
     "flaubert": XLM,
     "funnel": {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1], "vocab_size": 50},
-    "layoutlm": BERT,
     "longformer": BERT | {"attention_window": 8},
-    "megatron-bert": BERT,
     "mobilebert": BERT | {"embedding_size": 8, "intra_bottleneck_size": 8, "true_hidden_size": 8},
     "modernbert": BERT | {"attn_implementation": "sdpa"},
     "mpnet": BERT,
-    "mra": BERT,
     "rembert": BERT | {"input_embedding_size": 8, "output_embedding_size": 8},
     "roberta": BERT,
-    "roberta-prelayernorm": BERT,
     "roc_bert": BERT | {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
     "roformer": BERT | {"embedding_size": 8},
     "xlm": XLM,
-    "xlm-roberta": BERT,
-    "xlm-roberta-xl": BERT,
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 50},
     "yoso": BERT | {"use_expectation": True},
 }
@@ -71,7 +62,7 @@ def train(model, ids, labels, steps=10):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
 
 
-QUICK = ("bert", "deberta-v2", "electra", "mpnet", "roberta", "xlnet")
+QUICK = ("deberta-v2", "mpnet", "roberta")
 
 
 @pytest.mark.parametrize(
@@ -91,9 +82,3 @@ def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
     assert (full.logits - cast.logits).abs().max() < 0.1 * scale, (full.logits, cast.logits)
     used = [layer for layer in loralib.lora_layers(half).values() if layer.lora_E.grad is not None]
     assert used and all(layer.weight.dtype == torch.bfloat16 for layer in used)
-
-
-def test_an_encoder_without_linear_layers_is_refused():
-    """I-BERT computes with quantised layers of its own."""
-    with refused("matches no linear layer; the model has: classifier"):
-        loralib.inject(encoder("ibert"), "lora2", ["query", "value"])

@@ -30,14 +30,3 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     grams = [f @ f.T if f.shape[0] <= f.shape[1] else f.T @ f for f in factors_of(model)]
     expected = max(float(torch.linalg.matrix_norm(g - torch.eye(len(g)))) for g in grams)
     assert found.deviation == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("options", [{"kind": "lora2", "k": 4}, {"kind": "multiscale", "widths": (4, 3)}])
-def test_autocast_changes_no_update(options):
-    model = blocks(std=1.0, r=4, **options)
-    norms, layers = update_statistics(model).delta_norms, loralib.lora_layers(model).values()
-    deltas = [layer.delta_weight() for layer in layers]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert update_statistics(model).delta_norms == norms
-        for layer, delta in zip(layers, deltas, strict=True):
-            assert torch.equal(layer.delta_weight(), delta) and layer.folded_core().dtype == torch.float32

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import loralib
-from loralib.interop.precision import cast_frozen
-from loralib.recipes.exact_factors import ExactFactors, deviation, deviations, inverse_root
+from loralib.recipes.exact_factors import ExactFactors, deviations, inverse_root
 from loralib.recipes.learning_rates import parameter_groups
 from tests.loralib.small import blocks, factors_of, refused
 
@@ -61,55 +60,36 @@ def test_whatever_the_drift_retractions_bring_factors_back(size):
     with torch.no_grad():
         for factor in factors_of(model):
             factor.add_(size * torch.randn_like(factor))
-    before = deviations(model).max()
+    before = deviations(factors_of(model)).max()
     for _ in range(12):
         exact.after_step()
-        after = deviations(model).max()
+        after = deviations(factors_of(model)).max()
         assert after < max(float(before), 1e-6)
         before = after
     assert after < 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "widths, share_outer, lr",
-    [((), False, 5e-4), ((1,), False, 4e-3), ((6,), True, 4e-3)],
-)
-def test_a_thousand_steps_leave_factors_orthonormal(widths, share_outer, lr):
-    model = model_of(widths, share_outer, features=(24, 16), count=2)
-    cast_frozen(model, torch.bfloat16)
-    exact = ExactFactors(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, value_lr_ratio=4), weight_decay=0.01)
-    x = torch.randn(64, 24)
-    target = [torch.randn(64, 16) for _ in range(2)]
-    layers = list(loralib.lora_layers(model).values())
-    worst = 0.0
-    for step in range(1000):
-        loss = sum((layer(x).float() - t).square().mean() for layer, t in zip(layers, target, strict=True))
-        loss.backward()
+@pytest.mark.parametrize("widths", [(), (6,)])
+def test_singular_values_of_the_update_are_those_of_the_layer_after_many_steps(widths):
+    """s·|e| are the singular values of ΔW, and pruning the set D changes ΔW by s·√Σ e_i²."""
+    model = model_of(widths, features=(24, 16), count=1)
+    exact, (layer,) = ExactFactors(model), loralib.lora_layers(model).values()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, value_lr_ratio=4), weight_decay=0.01)
+    x, target = torch.randn(64, 24), torch.randn(64, 16)
+    for _ in range(150):
+        (layer(x) - target).square().mean().backward()
         exact.before_step()
         optimizer.step()
         exact.after_step()
         optimizer.zero_grad()
-        if step % 50 == 49:
-            worst = max(worst, float(deviations(model).max()))
-    assert worst < 1e-5
-    if widths == (1,):
-        return
-    for layer in layers:
-        p, q = (layer.lora_B[0], layer.lora_A[0]) if not widths else (
-            layer.lora_B[0] @ layer.lora_B[1], layer.lora_A[1] @ layer.lora_A[0])  # fmt: skip
-        for gram in (p.T @ p, q @ q.T):
-            assert torch.linalg.matrix_norm(gram.double() - torch.eye(4)) < 1e-5
-        values = torch.linalg.svdvals(layer.delta_weight().double())[:4]
-        expected = (layer.lora_E.detach().abs() * layer.scaling).sort(descending=True).values.double()
-        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
-        before = layer.delta_weight().double()
-        with torch.no_grad():
-            pruned = layer.lora_E[[1, 3]].double()
-            layer.lora_E[[1, 3]] = 0
-        lost = torch.linalg.matrix_norm(before - layer.delta_weight().double())
-        torch.testing.assert_close(lost, layer.scaling * pruned.norm(), rtol=1e-4, atol=1e-6)
+    assert deviations(factors_of(model)).max() < 1e-5
+    before = layer.delta_weight().detach().double()
+    expected = (layer.lora_E.detach().abs() * layer.scaling).sort(descending=True).values.double()
+    torch.testing.assert_close(torch.linalg.svdvals(before)[:4], expected, rtol=1e-5, atol=1e-6)
+    pruned = layer.lora_E.detach()[[1, 3]].double()
+    layer.lora_E.data[[1, 3]] = 0
+    lost = torch.linalg.matrix_norm(before - layer.delta_weight().double())
+    torch.testing.assert_close(lost, layer.scaling * pruned.norm(), rtol=1e-4, atol=1e-6)
 
 
 def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
@@ -117,7 +97,7 @@ def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
     for layer in list(loralib.lora_layers(model).values())[1:]:
         nn.init.zeros_(layer.lora_B[1])
     ExactFactors(model)
-    assert deviations(model).max() < 1e-5
+    assert deviations(factors_of(model)).max() < 1e-5
     trained = model_of(init="gaussian")
     for layer in loralib.lora_layers(trained).values():
         nn.init.ones_(layer.lora_E)
@@ -142,9 +122,9 @@ def test_a_pruned_adapter_trains_on_with_its_update_as_it_was(widths, share_oute
     updates = [layer.delta_weight() for layer in loralib.lora_layers(again).values()]
     with torch.autocast("cpu", torch.bfloat16):
         exact = ExactFactors(again)
-        assert deviations(again).max() < 1e-3
+        assert deviations(factors_of(again)).max() < 1e-3
         exact.after_step()
-        assert deviations(again).max() < 1e-5
+        assert deviations(factors_of(again)).max() < 1e-5
     for layer, update in zip(loralib.lora_layers(again).values(), updates, strict=True):
         torch.testing.assert_close(layer.delta_weight(), update, atol=1e-5, rtol=0)
         layer(torch.randn(8, 12)).square().sum().backward()
@@ -168,7 +148,7 @@ def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share
         exact.after_step()
         for factor, wanted in zip(factors, expected, strict=True):
             torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
-    assert deviations(model).max() < 1e-6
+    assert deviations(factors_of(model)).max() < 1e-6
 
 
 @pytest.mark.parametrize("frozen", ["values", "factors"])
@@ -192,7 +172,7 @@ def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
         exact.after_step()
         optimizer.zero_grad()
     trained = [factor for factor in factors_of(model) if factor.requires_grad]
-    assert max(map(deviation, trained)) < 1e-5
+    assert deviations(trained).max() < 1e-5
     assert all(torch.equal(f, b) for f, b in zip(own, before, strict=True)) == (frozen == "factors")
     for factor in trained:
         factor.requires_grad_(False)

