@@ -230,7 +230,7 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: P
             logger.warning("continuing from %s", checkpoint)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (UnpicklingError, SafetensorError) as error:  # only tensors and plain values are read from a checkpoint
+        except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or of an older version
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
     scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
     if arguments.training.do_eval and trainer.weights_step not in scored:

@@ -127,10 +127,9 @@ def read_trained(model: nn.Module, path: Path) -> None:
     """Copy the tensors of such a file into the model.
 
     Raises:
-        ValueError: where the file is missing, or the model trains other parameters. The model is unchanged then.
+        FileNotFoundError: in a checkpoint that no Trainer with this mix-in has written. ValueError: where the model
+            trains other parameters. The model is unchanged then.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: resume from a checkpoint that a Trainer with this mix-in has written")
     saved, own = load_file(path), trained_tensors(model)
     if odd := sorted(_shapes(saved).items() ^ _shapes(own).items()):
         raise ValueError(f"{path} is of a training of other parameters than this model's (see {odd[0][0]})")

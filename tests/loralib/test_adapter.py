@@ -21,11 +21,6 @@ KINDS = [
     ("lora2", {"k": 2, "share_outer": True, "init": "orthogonal"}),
     ("multiscale", {"widths": (4, 2), "lora_dropout": 0.1}),
 ]
-SINGULAR = KINDS[1:]
-
-
-def ranks(model):
-    return {name: layer.r for name, layer in loralib.lora_layers(model).items()}
 
 
 def live_ranks(model):
@@ -33,21 +28,6 @@ def live_ranks(model):
 
 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["lora", "lora2"])
-def test_a_strength_that_was_changed_is_saved(tmp_path, kind):
-    model = adapted(kind)
-    deltas = {name: layer.delta_weight().detach() for name, layer in loralib.lora_layers(model).items()}
-    for layer in loralib.lora_layers(model).values():
-        layer.lora_alpha /= 2
-        with pytest.raises(AttributeError):
-            layer.scaling = 1.0
-    again = Net()
-    loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
-    assert torch.equal(again(INPUTS), model(INPUTS))
-    for name, layer in loralib.lora_layers(again).items():
-        torch.testing.assert_close(layer.delta_weight(), deltas[name] / 2)
 
 
 def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2):
@@ -77,20 +57,21 @@ def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2):
 
 
 @pytest.mark.parametrize("kind, options", KINDS)
-def test_every_kind_on_bfloat16_frozen_weights(tmp_path, kind, options):
-    model, again, small = adapted(kind, **options), Net(), Net()
+def test_every_kind_reloads_on_bfloat16_frozen_weights_at_its_strength(tmp_path, kind, options):
+    model, again = adapted(kind, **options), Net()
+    for layer in loralib.lora_layers(model).values():
+        layer.lora_alpha /= 2
     cast_frozen(model, torch.bfloat16)
     loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
     cast_frozen(again, torch.bfloat16)
     assert torch.equal(again(INPUTS), model(INPUTS))
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
-    loralib.load_adapter(small, tmp_path / "a")
-    assert loralib.compact(small) == loralib.compact(model)
-    # shared parameters come once in both
-    assert [p.shape for p in small.parameters()] == [p.shape for p in model.parameters()]
     loralib.save_adapter(again, tmp_path / "b")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
+    assert loralib.compact(again) == loralib.compact(model)
+    # shared parameters come once in both
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
 
 
 @pytest.mark.parametrize("trained", ["bias", ""])
@@ -137,22 +118,11 @@ def test_optimiser_and_helper_go_on_with_an_adapter_that_was_loaded_into_the_lay
     assert torch.equal(*outputs) and not torch.allclose(outputs[0], adapted(k=2)(INPUTS), atol=1e-3)
 
 
-def test_a_factor_that_is_nan_leaves_the_last_good_adapter(tmp_path):
-    model, base = adapted(k=2), Net()
-    before = model(INPUTS)
-    loralib.save_adapter(model, tmp_path / "a")
-    model.layers[0]["q"].lora_E.data[0] = float("nan")
-    with refused("holds NaN or infinity: the training has failed"):
-        loralib.save_adapter(model, tmp_path / "a")
-    loralib.load_adapter(base, tmp_path / "a")
-    assert torch.equal(base(INPUTS), before)
-
-
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, options", SINGULAR)
-def test_compacted_layers_of_differing_rank_do_everything(kind, options, tmp_path):
+@pytest.mark.parametrize("kind, options", KINDS[1:])
+def test_compacted_layers_train_merge_save_and_load(kind, options, tmp_path):
     model, again = adapted(kind, **options), Net()
     outputs, expected = model(INPUTS), live_ranks(model)
     before = {n: (m.delta_weight(), m.scaling) for n, m in loralib.lora_layers(model).items()}
@@ -166,9 +136,8 @@ def test_compacted_layers_of_differing_rank_do_everything(kind, options, tmp_pat
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     (model(INPUTS).square().mean() + loralib.compute_orth_regu(model)).backward()
     optimizer.step()
-    trained = model(INPUTS)
+    trained, fingerprint = model(INPUTS), loralib.base_fingerprint(model)
     assert (trained - outputs).abs().max() > 1e-3
-    fingerprint = loralib.base_fingerprint(model)
     for _ in range(2):  # twice merged is once merged
         loralib.merge_adapter(model)
     torch.testing.assert_close(model(INPUTS), trained, atol=1e-4, rtol=1e-4)

@@ -34,7 +34,7 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_the_outputs_are_those_that_were_stored(name):
+def test_the_outputs_are_those_that_were_stored(tmp_path, name):
     outputs = torch.tensor(EXPECTED[name]["outputs"])
     model = Net()
     assert (model(INPUTS) - outputs).abs().max() > 0.1
@@ -48,21 +48,12 @@ def test_the_outputs_are_those_that_were_stored(name):
         loralib.load_adapter(compacted, FOLDER / name)
         assert loralib.compact(compacted) == EXPECTED[name]["ranks"]
         merge_into(merged, FOLDER / name)
+        again = loralib.save_adapter(model, tmp_path / "again")
+        assert (again / WEIGHTS_FILE).read_bytes() == (FOLDER / name / WEIGHTS_FILE).read_bytes()
+        assert loralib.read_adapter_config(again).groups == loralib.read_adapter_config(FOLDER / name).groups
         for other in (compacted, merged):
             torch.testing.assert_close(other(INPUTS), outputs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(INPUTS), outputs, rtol=1e-5, atol=1e-5)
-
-
-def test_saving_again_writes_the_same_tensors_and_settings(tmp_path):
-    for name in EXPECTED.keys() - {"peft", "peft_lora2"}:
-        model = Net()
-        loralib.load_adapter(model, FOLDER / name)
-        again = loralib.save_adapter(model, tmp_path / name, base_model="tiny", card={"task": "none"})
-        assert (
-            again.joinpath("adapter_model.safetensors").read_bytes()
-            == (FOLDER / name / "adapter_model.safetensors").read_bytes()
-        )
-        assert loralib.read_adapter_config(again).groups == loralib.read_adapter_config(FOLDER / name).groups
 
 
 # ---- damage and forgery ---------------------------------------------------------------------------------------------
@@ -208,22 +199,17 @@ def test_the_card_says_what_the_adapter_is_one_line_each(tmp_path, trained):
     card = {"task": "a|b\nc", "score": 0.51239}
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1", card=card)
     text = (folder / "README.md").read_text()
-    for line in (
-        "# multi-scale LoRA² adapter for a Net",
-        "| base revision | r1 |",
-        r"| task | a\|b c |",
-        "| score | 0.5124 |",
-    ):
+    for line in ("| base revision | r1 |", r"| task | a\|b c |", "| score | 0.5124 |"):
         assert line in text.splitlines()
     assert ("| labels | 0 no, 1 yes |" in text) == trained  # else they are the base's own
     assert "--to peft" in text and "--to merged" in text
     del model.config  # no model of transformers
-    for name, value in (("peft_lacks", "0"), ("method_arguments", {})):
-        text = (loralib.save_adapter(model, folder, card={name: value}) / "README.md").read_text()
+    for name in ("peft_lacks", "method_arguments"):
+        text = (loralib.save_adapter(model, folder, card={name: "0"}) / "README.md").read_text()
         assert "--to" not in text and ("load_adapter(" in text) == (name == "peft_lacks")
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
+def test_what_cannot_be_written_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     model = adapted(k=2)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
@@ -234,14 +220,15 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as full_disk, pytest.raises(OSError, match="disk full"):
         full_disk.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
         loralib.save_adapter(model, folder, base_model="x")
-    assert (folder / "adapter_config.json").read_bytes() == first
-    assert [p.name for p in folder.parent.iterdir()] == ["b"] and len(list(folder.iterdir())) == 3
-    loralib.save_adapter(model, folder, base_model="x")
-    assert [p.name for p in folder.parent.iterdir()] == ["b"] and len(list(folder.iterdir())) == 3
-    for value in (object(), math.nan):
-        with pytest.raises(ValueError, match="JSON"):
-            loralib.save_adapter(model, tmp_path / "c", card={"x": value})
-    assert not (tmp_path / "c").exists()
+    with pytest.raises(ValueError, match="JSON"):
+        loralib.save_adapter(model, folder, card={"x": math.nan})
+    model.layers[0]["q"].lora_E.data[0] = math.nan
+    with refused("holds NaN or infinity: the training has failed"):
+        loralib.save_adapter(model, folder)
+    with refused("holds NaN"):
+        loralib.save_adapter(model, tmp_path / "c")
+    assert (folder / "adapter_config.json").read_bytes() == first and len(list(folder.iterdir())) == 3
+    assert [p.name for p in folder.parent.iterdir()] == ["b"] and not (tmp_path / "c").exists()
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -326,12 +313,10 @@ def test_two_processes_that_export_the_same_merged_checkpoint_leave_a_whole_one(
 
 @pytest.mark.parametrize("recorded, given, kept", [
     ("org/net", {}, ("org/net", "c0ffee")), ("org/net", {"base_model": "other"}, ("other", None)),
-    ("/home/me/net", {}, ("net", "c0ffee")), ("org/net", {"base_model": Path("a/b/net")}, ("net", None)),
+    ("/home/me/net", {}, ("net", "c0ffee")),
 ])  # fmt: skip
 def test_the_base_s_name_and_revision_are_those_of_its_configuration(tmp_path, recorded, given, kept):
     model = adapted(k=2)
     model.config = SimpleNamespace(_name_or_path=recorded, _commit_hash="c0ffee")
-    (tmp_path / "a/b/net").mkdir(parents=True)
-    given = {name: tmp_path / value for name, value in given.items()} if kept[0] == "net" else given
     config = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "adapter", **given))
     assert (config.base_model, config.base_revision) == kept

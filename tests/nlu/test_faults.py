@@ -168,6 +168,9 @@ def test_what_a_killed_run_left_goes_away_and_a_damaged_checkpoint_is_named(flag
     truncate(run_folder / "model" / "checkpoint-4" / "trained.safetensors")
     assert main(flags) == 2
     assert f"checkpoint {run_folder}/model/checkpoint-4 cannot be read" in error_line(capsys)
+    (run_folder / "model" / "checkpoint-4" / "trained.safetensors").unlink()  # as in a checkpoint of 0.2
+    assert main(flags) == 2
+    assert f"checkpoint {run_folder}/model/checkpoint-4 cannot be read" in error_line(capsys)
     shutil.rmtree(run_folder / "model" / "checkpoint-4")  # as advised: the one before it serves
     assert main(flags) == 0
     assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
