@@ -257,6 +257,16 @@ def test_a_merge_that_cannot_be_whole_merges_nothing():
     assert not any(layer.merged for layer in loralib.lora_layers(model).values())
 
 
+def test_a_merged_layer_does_not_train_and_a_head_on_it_does():
+    model = adapted(k=2)
+    loralib.merge_adapter(model.train())
+    with pytest.raises(RuntimeError, match="call unmerge"):
+        model(INPUTS)
+    model.requires_grad_(False).classifier.requires_grad_(True)
+    model(INPUTS).sum().backward()
+    assert model.classifier.weight.grad is not None
+
+
 @pytest.mark.parametrize("modules", [["c_attn", "lm_head"], ["c_attn", "mlp.c_proj"]])
 def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modules):
     tokens, base, again = torch.arange(8)[None], gpt2(), gpt2()
