@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from nlu.arguments import method_file, read_flags
-from nlu.data.splits import load_data, needed
+from nlu.data.splits import load_data
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.claims import Question
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
@@ -107,8 +107,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if set(places.states(experiment.runs).values()) != {"finished"}:
-        first = next(iter(parsed.values()))
-        load_data(first.data, needed(first.training), first.model.cache_dir)  # a fault shows now, and not in every run
+        load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
     code = run_experiment(
         experiment, experiment.tuning, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
     )

@@ -15,21 +15,18 @@ import numpy as np
 from datasets import Dataset
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
 
 from nlu.arguments import Arguments, fit_schedule
 from nlu.data.batching import effective_batch_size, planned_steps
 from nlu.data.predictions import predict_sets, to_labels
 from nlu.data.splits import (
-    Splits,
+    Data,
     describe,
     description_lines,
-    load_data,
-    load_predict_task,
-    needed,
     reorder_labels,
     save_splits,
-    tokenize_splits,
+    tokenize,
 )
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
@@ -53,8 +50,8 @@ from nlu.trainer_arguments import trainer_arguments
 logger = logging.getLogger("nlu")
 
 
-def run(arguments: Arguments) -> None:
-    """One run from data to records; nothing where the folder holds it, finished.
+def run(arguments: Arguments, data: Data) -> None:
+    """One run from its data, loaded for these arguments, to records; nothing where the folder holds it, finished.
 
     Raises:
         UsageError: for whatever the arguments, the data, the model or the folder cannot do together.
@@ -75,33 +72,31 @@ def run(arguments: Arguments) -> None:
             if is_first():
                 say(f"{folder.path} holds this run, finished: give --overwrite_output_dir to run it again")
         else:
-            _run_in(folder, state, arguments, held)
+            _run_in(folder, state, arguments, data, held)
         if arguments.record["push_to_hub"] and is_first():
             upload_adapter(training, folder.path)
 
 
-def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextlib.ExitStack) -> None:
+def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, held: contextlib.ExitStack) -> None:
     """The run in its folder, whose log is open from where nothing can be refused any more."""
     data, path = arguments.data, folder.path
     previous = read_json(path / RECORD) if state == "resume" else None
     if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
         arguments = replace(arguments, model=copy(arguments.model))
         arguments.model.model_revision = previous["model_commit"]
-    task, rows, skipped = load_data(data, needed(arguments.training), arguments.model.cache_dir)
-    tests = load_predict_task(data, task, arguments.model.cache_dir)
-    total_steps = planned_steps(arguments.training, len(rows.get("train", ())))
+    total_steps = planned_steps(arguments.training, len(loaded.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
-    training = trainer_arguments(arguments, task.metric)
-    config, tokenizer, head = load_config(arguments, task)
-    if head.labels is not None:
-        task, rows = reorder_labels(task, rows, head.labels)
-        tests = [reorder_labels(*test, head.labels) for test in tests]
+    training = trainer_arguments(arguments, loaded.task.metric)
+    config, tokenizer, head = load_config(arguments, loaded.task)
     check_model_arguments(arguments, config, tokenizer, total_steps)
-    how = (tokenizer, data.max_seq_length, data.pad_to_max_length)
-    splits = tokenize_splits(task, rows, *how)
-    tests = [(test, tokenize_splits(test, of_test, *how).test) for test, of_test in tests]
-    described = describe(task, rows, skipped, splits.cut)
-    weights = class_weights(arguments, task, splits.train)
+    sets = [(loaded.task, loaded.rows), *loaded.others]
+    if head.labels is not None:
+        sets = [(reorder_labels(each, head.labels), rows) for each, rows in sets]
+    tokens, cuts = zip(*(tokenize(*each, tokenizer, data.max_seq_length) for each in sets), strict=True)
+    tasks = [each for each, _ in sets]
+    task, splits = tasks[0], tokens[0]
+    described = describe(loaded, cuts[0])
+    weights = class_weights(arguments, task, splits.get("train"))
 
     set_seed(training.seed)
     with without_accelerates_own() as sharded:
@@ -120,18 +115,18 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, held: contextli
         for line in description_lines(task, described, data.max_seq_length):
             say(line)
         if data.save_splits:
-            save_splits(data, rows)
+            save_splits(loaded, data.label_column, data.save_splits)
     wait_for_all()
     facts = {
         "data": described,
-        "train_examples": len(splits.train) if splits.train is not None else 0,
-        "eval_examples": sum(map(len, splits.validation.values())),
+        "train_examples": len(splits.get("train", ())),
+        "eval_examples": sum(len(splits.get(split, ())) for split in task.validation_splits),
         "warm_start": warm_start,
         "digests": folder.digests,
     }
     record = begin_record(arguments, trainer, facts, path, previous)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
-    run_recorded(arguments, [(task, splits.validation | splits.test), *tests], trainer, record, path, checkpoint)
+    run_recorded(arguments, list(zip(tasks, tokens, strict=True)), trainer, record, path, checkpoint)
 
 
 def run_recorded(
@@ -190,7 +185,7 @@ def build_trainer(
     training: TrainingArguments,
     task: Task,
     applied: AppliedMethod,
-    splits: Splits,
+    splits: dict[str, Dataset],
     tokenizer: Any,
     class_weights: list[float] | None = None,
 ) -> GlueTrainer:
@@ -205,19 +200,22 @@ def build_trainer(
     given, callbacks = arguments.training, [ProgressLines(task.metric)]
     if given.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(given.early_stopping_patience, given.early_stopping_threshold))
-    validation = [*splits.validation.values(), None, None]
-    bucketed = arguments.data.length_bucketing and splits.train is not None
+    validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]
+    bucketed = arguments.data.length_bucketing and "train" in splits
+    longest = min(arguments.data.max_seq_length, tokenizer.model_max_length)
+    padding = ("max_length", longest) if arguments.data.pad_to_max_length else (True,)
     return GlueTrainer(
         task,
         applied,
         class_weights=class_weights,
-        train_lengths=splits.train["length"][:] if bucketed else None,
+        train_lengths=splits["train"]["length"][:] if bucketed else None,
         head_learning_rate=given.head_learning_rate,
         second_eval_dataset=validation[1],
         args=training,
-        train_dataset=splits.train,
+        train_dataset=splits.get("train"),
         eval_dataset=validation[0],
         processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer, *padding),
         compute_metrics=metrics,
         callbacks=callbacks,
     )

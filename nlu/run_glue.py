@@ -25,9 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-            from nlu.fine_tuning import run  # its libraries take seconds, which a refused command need not wait for
+            # What each needs takes seconds to import, which a command with a fault need not wait for.
+            from nlu.data.splits import load_data
 
-            run(arguments)
+            data = load_data(arguments)
+            from nlu.fine_tuning import run
+
+            run(arguments, data)
         except BaseException as error:
             if isinstance(error, Interrupted) and not is_first():  # all stop alike, and the first one says so
                 return 128 + error.signum

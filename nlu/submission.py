@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nlu.data.glue import as_number
-from nlu.data.reader import good_rows, read_file, shown
+from nlu.data.reader import open_file, shown
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.runs.files import write_bytes
 from nlu.tasks import TASKS, Task
@@ -47,21 +47,21 @@ def check_file(path: Path, task: Task, rows: int) -> None:
 
     A wrong header, indices that do not run from 0, another number of rows, a wrong label word or STS-B score.
     """
-    reader, lines = read_file(path)
+    reader = open_file(path)
     if reader.columns != ["index", "prediction"]:
         raise reader.error(1, f"the header must be index<tab>prediction, got {shown(reader.columns)}")
-    for line in good_rows(reader, lines, most=0):
-        index, value = line.values.values()
-        if index != str(line.number):
-            raise reader.error(line.place, f"index {shown(index)} where {line.number} comes next")
+    for number, place, values in reader.good_rows():
+        index, value = values.values()
+        if index != str(number):
+            raise reader.error(place, f"index {shown(index)} where {number} comes next")
         if task.is_regression:
-            number, (low, high) = as_number(value), task.value_range
-            if number is None or not low <= number <= high:
-                raise reader.error(line.place, f"{shown(value)} is not a score from {low:g} to {high:g}")
+            score, (low, high) = as_number(value), task.value_range
+            if score is None or not low <= score <= high:
+                raise reader.error(place, f"{shown(value)} is not a score from {low:g} to {high:g}")
         elif value not in task.submission_labels:
-            raise reader.error(line.place, f"label {shown(value)} is not one of {', '.join(task.submission_labels)}")
-    if len(lines) != rows:
-        raise UsageError(f"{path}: {len(lines)} rows where the test set has {rows}; predict the whole test set")
+            raise reader.error(place, f"label {shown(value)} is not one of {', '.join(task.submission_labels)}")
+    if number + 1 != rows:
+        raise UsageError(f"{path}: {number + 1} rows where the test set has {rows}; predict the whole test set")
 
 
 def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partial: bool = False) -> dict[str, Path]:

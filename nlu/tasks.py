@@ -30,13 +30,12 @@ class Task:
         train_splits, validation_splits, test_splits: the splits' names, as on the hub.
         second_rows: the rows of the official second validation set, MNLI's mismatched one. A part of it is not scored.
         value_range: the lowest and highest label of a regression task, or None for no bounds.
-        official_folders: folders of the official release's TSV files that may hold the task, beside its two names.
-        official_files: (split, file) pairs where the release's name is not `train.tsv`, `dev*.tsv` or `test*.tsv`.
+        official_file: of the official release, where it is not `train.tsv`, `dev*.tsv` or `test*.tsv` in the folder
+            `name` or `display`.
         official_text: the TSV columns of `text_fields`, in the same order; empty where the names are the same.
         official_label: the TSV column of the label.
         official_header: the columns of a train or dev TSV file that comes without a header line.
-        short_rows_skipped: how many rows with missing fields the release's file may hold; they are left out, as the
-            hub's copy leaves them out.
+        short_rows_skipped: whether the release's file holds rows with missing fields, which the hub's copy lacks.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
         server_labels: the words the GLUE server wants, by class number, where they are not `labels`.
         positive: the number of the class whose F1 is reported; GLUE's second class.
@@ -52,12 +51,11 @@ class Task:
     test_splits: tuple[str, ...] = ("test",)
     second_rows: int | None = None
     value_range: tuple[float, float] | None = None
-    official_folders: tuple[str, ...] = ()
-    official_files: tuple[tuple[str, str], ...] = ()
+    official_file: str | None = None
     official_text: tuple[str, ...] = ()
     official_label: str = "label"
-    official_header: tuple[str, ...] | None = None
-    short_rows_skipped: int = 0
+    official_header: tuple[str, ...] = ()
+    short_rows_skipped: bool = False
     submission_files: tuple[tuple[str, int], ...] = ()
     server_labels: tuple[str, ...] | None = None
     positive: int = 1
@@ -134,7 +132,7 @@ _ROWS = (
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
         official_label="is_duplicate",
-        short_rows_skipped=20,
+        short_rows_skipped=True,
         submission_files=(("QQP.tsv", 390965),),
         server_labels=_NUMBERS,
     ),
@@ -195,8 +193,7 @@ _ROWS = (
         ("matthews_correlation", "accuracy"),
         train_splits=(),
         validation_splits=(),
-        official_folders=("diagnostic",),
-        official_files=(("test", "diagnostic.tsv"),),
+        official_file="diagnostic/diagnostic.tsv",
         official_text=_PAIR,
         submission_files=(("AX.tsv", 1104),),
     ),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from nlu.data.reader import Reader, Row, good_rows, read_file, shown
+from nlu.data.reader import Reader, Row, open_file, shown
 from nlu.errors import UsageError, reason
 from nlu.tasks import Task
 
 HUB_DATASET = "nyu-mll/glue"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_HIDDEN = (-1, "-1", "-1.0")  # what test sets have for a label
 _FLOAT32_MAX = 3.4028234e38
 
 
@@ -33,18 +33,18 @@ def load_split(
         return _from_hub(task, split, cache_dir)
     paths = split_files(task, split, glue_dir)
     if not paths:
-        known = f"{split}.jsonl (.json, .parquet, .csv) or {_official_file(task, split)}"
-        folders = ", ".join(map(str, _official_folders(task, glue_dir)))
-        raise UsageError(f"no {split} split of {task.name}: looked for {known} in {folders}")
+        places = ", ".join(map(str, _official_files(task, split, glue_dir)))
+        named = Path(glue_dir) / task.name / split
+        raise UsageError(f"no {split} split of {task.name}: looked for {named}.jsonl (.json, .parquet, .csv), {places}")
     official, hidden = paths[0].suffix == ".tsv", split in task.test_splits
     text = task.official_text if official and task.official_text else task.text_fields
     label = task.official_label if official else "label"
+    header = task.official_header if official and not hidden else ()
     columns: dict[str, list] = {name: [] for name in (*task.text_fields, "label", "idx")}
     for path in paths:
-        reader, rows = read_file(path, header=task.official_header if official and not hidden else None)
-        rows = reader.check(rows, text, [] if hidden else [label])
-        first = len(columns["idx"])
-        for row in good_rows(reader, rows, most=task.short_rows_skipped if official else 0):
+        reader, first = open_file(path, header), len(columns["idx"])
+        on_error = "skip" if official and task.short_rows_skipped else None
+        for row in reader.good_rows(text, [] if hidden else [label], on_error=on_error):
             for field, name in zip(task.text_fields, text, strict=True):
                 columns[field].append(row.values[name])
             columns["label"].append(_label(reader, row, row.values.get(label, "-1"), task, split))
@@ -68,33 +68,28 @@ def as_number(value: object) -> float | None:
 
 def _label(reader: Reader, row: Row, value: object, task: Task, split: str) -> float:
     """A row's label as a class number or float; -1 where a test split hides it."""
-    hidden = split in task.test_splits
-    if hidden and value in (-1, "-1", "-1.0"):
+    if split in task.test_splits and value in _HIDDEN:
         return -1
     if task.is_regression:
-        low, high = task.value_range or (-math.inf, math.inf)
-        number, expected = as_number(value), f"a number from {low:g} to {high:g}"
+        low, high = task.value_range
+        number, expected = as_number(value), f"numbers from {low:g} to {high:g}"
         if number is not None and low <= number <= high:
             return number
     else:
-        expected = f"{', '.join(map(str, range(task.num_labels)))} or {', '.join(task.labels)}"
-        codes = {word: code for code, word in enumerate(task.labels)}
-        codes |= {code if reader.typed else str(code): code for code in range(task.num_labels)}
-        if type(value) in (int, str) and value in codes:  # JSON's true and 1.0 equal 1 as keys
-            return codes[value]
-    what = "is hidden" if value in (-1, "-1", "-1.0") else "is none"
-    raise reader.error(row.place, f"label {shown(value)} {what}; the labels of {task.name} {split} are {expected}")
+        names = [*task.labels, *map(str, range(task.num_labels))]
+        expected = ", ".join(names)
+        if type(value) in (int, str) and str(value) in names:  # JSON's true and 1.0 are no classes
+            return names.index(str(value)) % task.num_labels
+    raise reader.error(row.place, f"label {shown(value)}: the labels of {task.name} {split} are {expected}")
 
 
 def _from_hub(task: Task, split: str, cache_dir: str | Path | None) -> dict[str, list]:
     from datasets import load_dataset  # takes a second, which those do without who read files' names alone
 
-    columns = [*task.text_fields, "label", "idx"]
+    cache = None if cache_dir is None else str(cache_dir)
     try:
-        rows = load_dataset(
-            HUB_DATASET, task.name, split=split, cache_dir=None if cache_dir is None else str(cache_dir)
-        )
-        return rows.select_columns(columns)[:]
+        rows = load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache)
+        return rows.select_columns([*task.text_fields, "label", "idx"])[:]
     except Exception as error:  # the hub's client raises dozens of unrelated types, all meaning the same to the user
         raise UsageError(
             f"cannot load {HUB_DATASET} ({task.name}, {split}) from the hub: {reason(error, 200)}; pass --glue_dir DIR"
@@ -117,13 +112,10 @@ def split_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
         paths = [path] if path.is_file() else sorted(folder.glob(f"{split}-*-of-*{suffix}"))
         if paths:
             return paths
-    released = (folder / _official_file(task, split) for folder in _official_folders(task, glue_dir))
-    return [path for path in released if path.is_file()][:1]
+    return [path for path in _official_files(task, split, glue_dir) if path.is_file()][:1]
 
 
-def _official_folders(task: Task, glue_dir: str | Path) -> list[Path]:
-    return [Path(glue_dir) / name for name in dict.fromkeys((task.name, task.display, *task.official_folders))]
-
-
-def _official_file(task: Task, split: str) -> str:
-    return dict(task.official_files).get(split, split.replace("validation", "dev") + ".tsv")
+def _official_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
+    name = split.replace("validation", "dev") + ".tsv"
+    names = [task.official_file] if task.official_file else [f"{task.name}/{name}", f"{task.display}/{name}"]
+    return [Path(glue_dir) / name for name in names]

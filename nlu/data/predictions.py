@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from datasets import Dataset
 
-from nlu.errors import UsageError
 from nlu.metrics import class_report, compute_glue_metrics
-from nlu.runs.files import write_bytes
+from nlu.runs.files import write_text
 from nlu.tasks import Task
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
 def predict_sets(
     sets: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
-    """Predict the splits of each task, and write them into ``predictions/``, see :func:`write_predictions`.
+    """Predict validation and test splits of each task, and write them into ``predictions/``: :func:`write_predictions`.
 
     Returns:
         By name of the file, for sets whose labels are known (validation sets, MRPC's test set, a user's own): the
@@ -38,7 +36,8 @@ def predict_sets(
         confusion matrix is drawn beside the file.
     """
     scores, reports = {}, {}
-    for task, split, rows in ((task, split, rows) for task, splits in sets for split, rows in splits.items()):
+    predicted = [(task, split, rows) for task, splits in sets for split, rows in splits.items() if split != "train"]
+    for task, split, rows in predicted:
         known = "labels" in rows.column_names  # tokenizing leaves hidden ones out
         output = trainer.predict(rows.remove_columns("labels") if known else rows)
         if not trainer.args.should_save:
@@ -69,34 +68,22 @@ def write_predictions(
 
     Args:
         indices: the `idx` of each row. predictions, labels: (n,) class numbers, or numbers for a regression task.
-
-    Raises:
-        UsageError: a prediction is not a class of the task or not finite, or an index occurs twice.
     """
-    indices = list(map(int, indices))
-    if len(set(indices)) != len(indices) or len(indices) != len(predictions):
-        raise UsageError(f"{task.name} {split}: {len(predictions)} predictions for {len(set(indices))} different rows")
     server = dict(zip(task.test_splits, (name for name, _ in task.submission_files), strict=False)).get(split)
-    columns = {"index": indices, "prediction": [_word(task, value) for value in predictions]}
+    table = pd.DataFrame({"index": indices, "prediction": [_word(task, value) for value in predictions]})
     if server is None and labels is not None:
-        columns["label"] = [_word(task, value) for value in labels]
-    text = io.StringIO()
-    table = csv.writer(text, delimiter="\t", lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(sorted(zip(*columns.values(), strict=True)))
+        table["label"] = [_word(task, value) for value in labels]
     path = Path(folder) / (server or f"{task.name}_{split}.tsv")
-    write_bytes(path, text.getvalue().encode())
+    write_text(path, table.sort_values("index").to_csv(sep="\t", index=False))
     return path
 
 
 def _word(task: Task, value: float) -> str:
-    if not np.isfinite(value):
-        raise UsageError(f"{task.name}: prediction {value} is not a finite number: training diverged")
     if not task.is_regression:
         return task.submission_labels[int(value)]
     if task.value_range is None:
         return f"{value:.7g}"
-    return f"{min(max(value, task.value_range[0]), task.value_range[1]):.3f}"
+    return f"{np.clip(value, *task.value_range):.3f}"
 
 
 def draw_confusion(report: dict[str, Any], path: Path) -> None:

@@ -1,30 +1,30 @@
-"""Reads CSV, TSV, JSON lines, JSON and Parquet as a stream of rows, each of which knows its place in the file.
+"""Reads CSV, TSV, JSON lines and Parquet as a stream of rows, each of which knows its place in the file.
 
-Training, prediction and GLUE's official files use this reader. Only a .json file is held in memory whole.
+Training, prediction and GLUE's official files use this reader.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from nlu.errors import UsageError, reason
 
 logger = logging.getLogger("nlu")
 
-FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")  # .json is another suffix of JSON lines
 csv.field_size_limit(1 << 20)  # characters of a text in CSV; it bounds what a quote that never closes takes along
 _ROWS_AT_ONCE = 1024  # few, because a long text that many rows share takes little room in a Parquet file
+_ROWS_SKIPPED = 10  # that may be bad before a tenth of the rows is the bound
 
-_Found = Iterator[tuple[int, dict[str, Any], str | None]]  # place, values and error of each row
+_Found = Iterator[tuple[int, dict[str, Any] | str]]  # place of each row, and its values or what is wrong with it
 
 
 class Row(NamedTuple):
@@ -32,15 +32,13 @@ class Row(NamedTuple):
 
     Attributes:
         number: counted from 0; bad rows count too.
-        place: the line that the row ends on, or in formats without lines number + 1.
-        values: column -> value, of every column; empty for a bad row.
-        error: what is wrong with a bad row.
+        place: the line that the row ends on, or in Parquet number + 1.
+        values: column -> value, of every column.
     """
 
     number: int
     place: int
     values: dict[str, Any]
-    error: str | None = None
 
 
 class Reader:
@@ -53,12 +51,13 @@ class Reader:
         encoding: of the text of CSV, TSV and JSON files.
 
     Attributes:
-        columns: the columns of the file, known with its first row; for JSON those of its first object.
+        columns: the columns of the file; of JSON those of its first object.
         typed: whether the format tells numbers from text (JSON, Parquet); otherwise every value is text.
         unit: what `Row.place` counts, "line" or "row".
+        skipped: the bad rows that `good_rows` has left out.
 
     Raises:
-        UsageError: another suffix; while reading: a damaged file.
+        UsageError: another suffix, no rows; then and while reading: a damaged file.
     """
 
     def __init__(
@@ -66,206 +65,189 @@ class Reader:
         stream: BinaryIO,
         name: str | Path,
         kind: str | None = None,
-        header: Sequence[str] | None = None,
+        header: Sequence[str] = (),
         encoding: str = "utf-8",
     ) -> None:
         kind = kind or Path(name).suffix.lower().removeprefix(".")
         if kind not in FORMATS:
             raise UsageError(f"{name}: the formats are {', '.join(FORMATS)}; save a spreadsheet as CSV")
-        self.name, self.encoding = name, encoding
-        self.columns, self.typed, self.unit = list(header or ()), kind not in ("csv", "tsv"), "line"
-        if kind == "parquet":
-            self._found = self._parquet(stream)
-        else:
-            # A carriage return ends a line of CSV; in TSV and JSON it is an ordinary character, as in GLUE's texts.
-            known = "utf-8-sig" if encoding == "utf-8" else encoding
-            try:
-                self._text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
-            except LookupError as error:
-                raise UsageError(f"--encoding: {error}; cp1252 and utf-16 are known, among others") from None
-            self._found = self._json(self._text, kind) if self.typed else self._delimited(self._text, kind)
-
-    def __iter__(self) -> Iterator[Row]:
-        for number, found in enumerate(self._found):
-            yield Row(number, *found)
+        self.name, self.encoding, self.columns, self.skipped = name, encoding, list(header), 0
+        self.typed, self.unit = kind not in ("csv", "tsv"), "row" if kind == "parquet" else "line"
+        found = self._parquet(stream) if kind == "parquet" else self._lines(stream, kind)
+        read: list[tuple[int, dict[str, Any] | str]] = []
+        while not (read and self.columns) and (one := next(found, None)):
+            read.append(one)
+        if not self.columns:
+            raise self.error(*read[0]) if read else UsageError(f"{name}: the file has no rows")
+        self._found = itertools.chain(read, found)
 
     def error(self, place: int, message: str) -> UsageError:
         """The error for one row, naming the file and the place."""
         return UsageError(f"{self.name}, {self.unit} {place}: {message}")
 
-    def check(
-        self, rows: Iterable[Row], text: Sequence[str], other: Sequence[str] = (), blank: bool = True
+    def good_rows(
+        self, text: Sequence[str] = (), other: Sequence[str] = (), blank: bool = True, on_error: str | None = None
     ) -> Iterator[Row]:
-        """The rows; those that lack one of the columns, or hold no text in one of `text`, become bad ones.
+        """The rows that have these columns, and text in each of `text`.
 
         Args:
-            text, other: columns. blank: whether these may be empty.
+            text, other: columns. blank: whether they may be empty.
+            on_error: "skip" leaves bad rows out: up to ten, or a tenth of those read so far. Otherwise the first one is
+                an error; for "stop" it tells of --on_error skip.
 
         Raises:
-            UsageError: the file has two such columns of one name.
+            UsageError: a bad row, too many of them, or no good one.
         """
-        for row in rows:
-            for name in (*text, *other):
-                if self.columns.count(name) > 1:
-                    raise self.error(1, f"two columns are called {name!r}")
-                error = row.error or self._fault(row.values, name, name in text, blank)
-                if error is not None:
-                    row = Row(row.number, row.place, {}, error)
-                    break
-            yield row
+        number, first = -1, None
+        for number, (place, found) in enumerate(self._found):
+            fault = found if isinstance(found, str) else self._fault(found, text, other, blank)
+            if fault is None:
+                yield Row(number, place, found)
+                continue
+            error = self.error(place, fault)
+            if on_error != "skip":
+                raise UsageError(f"{error}{' (--on_error skip leaves such rows out)' if on_error else ''}")
+            self.skipped, first = self.skipped + 1, first or error
+            if self.skipped > max(_ROWS_SKIPPED, (number + 1) / 10):
+                raise UsageError(f"{self.skipped} of the first {number + 1} rows are bad; the first: {first}")
+            if self.skipped <= _ROWS_SKIPPED:
+                logger.warning("left out: %s", error)
+        if self.skipped > number:
+            raise first or UsageError(f"{self.name}: the file has no rows")
 
-    def _fault(self, values: dict[str, Any], name: str, is_text: bool, blank: bool) -> str | None:
-        if name not in values:
-            return _missing(name, values)
-        value = values[name]
-        if not blank and (value is None or (type(value) is str and not value.strip())):
-            return f"column {name!r} is empty"
-        if is_text and type(value) is not str:
-            return f"column {name!r} must be text, got {shown(value)}"
-        if type(value) is str and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:  # a byte that could not be decoded became half of a surrogate pair
-                return f"column {name!r} is not {self.encoding} text: give --encoding (cp1252, utf-16, …)"
+    def _fault(self, values: dict[str, Any], text: Sequence[str], other: Sequence[str], blank: bool) -> str | None:
+        for name in (*text, *other):
+            if name not in values:
+                return f"no column {name!r}; the columns are {shown(list(values))}"
+            value = values[name]
+            if not blank and (value is None or not str(value).strip()):
+                return f"column {name!r} is empty"
+            if name in text and type(value) is not str:
+                return f"column {name!r} must be text, got {shown(value)}"
+            if type(value) is str and not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError:  # a byte that could not be decoded became half of a surrogate pair
+                    return f"column {name!r} is not {self.encoding} text: give --encoding (cp1252, utf-16, …)"
         return None
 
     # ---- formats -----------------------------------------------------------------------------------------------------
 
+    def _lines(self, stream: BinaryIO, kind: str) -> _Found:
+        # A carriage return ends a line of CSV; in TSV and JSON it is an ordinary character, as in GLUE's texts.
+        known = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
+        try:
+            text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
+        except LookupError as error:
+            raise UsageError(f"--encoding: {error}; cp1252 and utf-16 are known, among others") from None
+        yield from self._json(text) if self.typed else self._delimited(text, kind)
+
     def _delimited(self, text: io.TextIOWrapper, kind: str) -> _Found:
         """CSV with quotes as in RFC 4180, and TSV in which quotes are ordinary characters, as in GLUE's release."""
-        for place, fields, error in _csv_fields(text) if kind == "csv" else _tsv_fields(text):
+        for place, fields in _csv_fields(text) if kind == "csv" else _tsv_fields(text):
             width = len(self.columns)
-            if error is None and not width:
-                self.columns = fields
-            elif error is not None:
-                yield place, {}, error
+            if isinstance(fields, str):
+                yield place, fields
+            elif not width:
+                self._set_columns(fields)
             elif len(fields) == width:
-                yield place, dict(zip(self.columns, fields, strict=True)), None
+                yield place, dict(zip(self.columns, fields, strict=True))
             elif len(fields) > 1 or fields[0].strip():  # not an empty line
-                names = names_shown(self.columns)
-                yield place, {}, f"{len(fields)} fields where {width} are expected ({names})"
+                yield place, f"{len(fields)} fields where {width} are expected ({shown(self.columns)})"
 
-    def _json(self, text: io.TextIOWrapper, kind: str) -> _Found:
-        """One object a line; a `.json` file may also be one list of objects."""
-        lines: Iterable[str] = text
-        if kind == "json":
-            content = text.read()
-            if content.lstrip().startswith("["):
-                self.unit = "row"
-                try:
-                    records = json.loads(content)
-                except ValueError as error:
-                    raise UsageError(f"{self.name}: not valid JSON ({error})") from None
-                for place, record in enumerate(records, 1):
-                    yield self._object(place, record)
-                return
-            lines = io.StringIO(content)
-        for place, line in enumerate(lines, 1):
+    def _set_columns(self, names: list[str]) -> None:
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            raise self.error(1, f"two columns are called {twice!r}")
+        if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
+            raise self.error(1, f"{mark!r} separates no columns: save it with commas (.csv) or tabs (.tsv)")
+        self.columns = names
+
+    def _json(self, text: io.TextIOWrapper) -> _Found:
+        """One object a line."""
+        for place, line in enumerate(text, 1):
             if not line.strip():
                 continue
             try:
-                yield self._object(place, json.loads(line))
-            except ValueError as error:
-                yield place, {}, f"not valid JSON ({getattr(error, 'msg', error)})"
-
-    def _object(self, place: int, record: object) -> tuple[int, dict[str, Any], str | None]:
-        if type(record) is not dict:
-            return place, {}, f'expected an object such as {{"text": …}}, got {shown(record)}'
-        self.columns = self.columns or list(record)
-        return place, record, None
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield place, f"not valid JSON ({getattr(error, 'msg', error)})"
+                continue
+            if type(record) is dict:
+                self.columns = self.columns or list(record)
+                yield place, record
+            else:
+                yield place, f'expected an object a line, such as {{"text": …}}, got {shown(record)}'
 
     def _parquet(self, stream: BinaryIO) -> _Found:
-        self.unit, place = "row", 0
+        import pyarrow as pa  # takes a moment, which those do without who read other formats
+        import pyarrow.parquet as pq
+
         try:
             file = pq.ParquetFile(stream)
             self.columns = list(file.schema_arrow.names)
-            for batch in file.iter_batches(_ROWS_AT_ONCE):
-                for values in batch.to_pylist():
-                    place += 1
-                    yield place, values, None
+            rows = (row for batch in file.iter_batches(_ROWS_AT_ONCE) for row in batch.to_pylist())
+            yield from enumerate(rows, 1)
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise UsageError(f"{self.name}: not a readable Parquet file ({shown(reason(error))})") from None
 
 
-def _csv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str], str | None]]:
+def _csv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str] | str]]:
     reader = csv.reader(text, strict=True)
     while True:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num, [], f"not valid CSV ({error})"
+            yield reader.line_num, f"not valid CSV ({error})"
             continue
         if fields is None:
             return
         if fields:
-            yield reader.line_num, fields, None
+            yield reader.line_num, fields
 
 
-def _tsv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str], str | None]]:
+def _tsv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
     for place, line in enumerate(text, 1):
         if line.strip("\r\n"):
-            yield place, line.removesuffix("\n").removesuffix("\r").split("\t"), None
+            yield place, line.removesuffix("\n").removesuffix("\r").split("\t")
 
 
 # ---- whole files -----------------------------------------------------------------------------------------------------
 
-
-def read_file(path: str | Path, **how: Any) -> tuple[Reader, list[Row]]:
-    """The reader of a file, and all its rows.
-
-    Args:
-        how: `kind`, `header` and `encoding` of :class:`Reader`.
-
-    Raises:
-        UsageError: the file is damaged, or has no rows. OSError: it cannot be read.
-    """
-    with open(path, "rb") as stream:
-        reader = Reader(stream, path, **how)
-        rows = list(reader)
-    if not rows:
-        raise UsageError(f"{path}: the file has no rows")
-    return reader, rows
+_digests: dict[tuple, str] = {}  # of the files read so far
 
 
-def good_rows(reader: Reader, rows: Iterable[Row], most: float, hint: str = "") -> list[Row]:
-    """The rows without the bad ones, with a warning that names the first.
-
-    Args:
-        rows: of :meth:`Reader.check`. most: how many bad rows there may be.
-        hint: how the user can go on, where none may be bad.
+def open_file(path: str | Path, header: Sequence[str] = (), encoding: str = "utf-8") -> Reader:
+    """The reader of a file, which is read now and once; :func:`file_digest` remembers it.
 
     Raises:
-        UsageError: there are more bad rows, or no good ones; names the first bad one.
+        OSError: it cannot be read.
     """
-    rows = list(rows)
-    bad = [row for row in rows if row.error is not None]
-    if not bad:
-        return rows
-    first = f"{reader.name}, {reader.unit} {bad[0].place}: {bad[0].error}"
-    if most == 0:
-        raise UsageError(first + hint)
-    if len(bad) > most:
-        raise UsageError(f"{len(bad)} of {len(rows)} rows are bad; the first: {first}")
-    logger.warning("%d of %d rows are left out; the first: %s", len(bad), len(rows), first)
-    return [row for row in rows if row.error is None]
+    content = Path(path).read_bytes()
+    _digests[_state(path)] = hashlib.sha256(content).hexdigest()
+    return Reader(io.BytesIO(content), path, header=header, encoding=encoding)
+
+
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 of a file's contents, in hexadecimal.
+
+    A file whose size, times and inode have not changed is read once a process.
+    """
+    state = _state(path)
+    if state not in _digests:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        _digests[state] = digest.hexdigest()
+    return _digests[state]
+
+
+def _state(path: str | Path) -> tuple:
+    stat = Path(path).stat()
+    return Path(path).resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
 def shown(value: object) -> str:
     """A value as one short line for a message."""
-    return _shortened(repr(value), 60)
-
-
-def names_shown(names: Iterable[object]) -> str:
-    """Names, each in quotation marks, as one short line for a message."""
-    return _shortened(", ".join(map(repr, names)), 120)
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _missing(column: str, present: Iterable[str]) -> str:
-    names = list(map(str, present))
-    other = next((mark for mark in ";|\t" if len(names) == 1 and mark in names[0]), None)
-    hint = f", one column: {other!r} separates no columns, save it with commas (.csv) or tabs (.tsv)" if other else ""
-    return f"no column {column!r}; the columns are {names_shown(names)}{hint}"
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

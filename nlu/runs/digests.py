@@ -5,7 +5,6 @@ Nothing here imports torch or transformers.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 from nlu import METHOD_FOLDER, peft_file
 from nlu.data.glue import split_files
+from nlu.data.reader import file_digest
 from nlu.json_yaml import read_json, read_yaml
 from nlu.tasks import find_task
 
@@ -112,21 +112,3 @@ def _values(path: Path) -> Any:
 
 def _together(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal.
-
-    A file whose size, times and inode have not changed is read once a process.
-    """
-    stat = path.stat()
-    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
-
-
-@functools.cache
-def _digest(path: Path, *state: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

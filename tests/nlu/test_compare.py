@@ -50,7 +50,7 @@ def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monke
     flags = ["--train_file", str(tmp_path / "train.csv"), "--holdout_fraction", "0.5", "--seeds", "1",
              "--model_name_or_path", str(encoder), "--output_dir", str(tmp_path / "out")]  # fmt: skip
     assert compare.main([*flags, "--methods", "lora2,lora"]) == 2
-    assert "no column 'label'; the columns are 'étiquette', 'text'" in capsys.readouterr().err
+    assert "no column 'label'; the columns are ['étiquette', 'text']" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("results.json"))
 
 

@@ -47,7 +47,7 @@ def test_class_words_are_the_hubs_and_may_stand_for_numbers(tmp_path, name):
 # Every task's official columns, and every other format with words and with scores.
 FORMS = [
     *((name, "tsv") for name in TASKS),
-    *itertools.product(("mnli", "stsb"), ("jsonl", "json", "list.json", "parquet", "pieces.parquet", "csv")),
+    *itertools.product(("mnli", "stsb"), ("jsonl", "json", "parquet", "pieces.parquet", "csv")),
 ]
 
 
@@ -59,9 +59,6 @@ def test_every_format_round_trips(tmp_path, name, form):
         stem = tmp_path / name / split
         if form == "tsv":
             write_official(official_path(tmp_path, task, split), task, split, rows)
-        elif form == "list.json":
-            stem.parent.mkdir(exist_ok=True)
-            stem.with_suffix(".json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
         elif form == "pieces.parquet":
             for i, piece in enumerate((rows[:5], rows[5:])):
                 unnumbered = [{name: row[name] for name in row if name != "idx"} for row in piece]
@@ -80,12 +77,8 @@ def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path, caplog):
     lines = path.read_text("utf-8").split("\n")
     lines[2] = "\t".join(lines[2].split("\t")[:3])
     path.write_text("\n".join(lines), encoding="utf-8")
-    assert load_split(task, "train", tmp_path)["idx"] == [0, 2, 3, 4] and "1 of 5 rows are left out" in caplog.text
-    path.write_text("\n".join(lines[:2] + lines[2:3] * 20), encoding="utf-8")
-    assert load_split(task, "train", tmp_path)["idx"] == [0]
-    path.write_text("\n".join(lines[:1] + lines[2:3] * 21), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"21 of 21 rows .*train.tsv, line 2: 3 fields where 6 are expected"):
-        load_split(task, "train", tmp_path)
+    assert load_split(task, "train", tmp_path)["idx"] == [0, 2, 3, 4]
+    assert "train.tsv, line 3: 3 fields where 6 are expected" in caplog.text
 
 
 # Rows of the real files and the sum of their labels, from the counts in their SOURCES.md; -1 is a hidden label.
@@ -136,13 +129,11 @@ GOOD = b'{"sentence": "a", "label": 1}\n'
         (
             "train.jsonl",
             GOOD + b'{"sentence": "a", "label": 2}',
-            "line 2: label 2 is none; .* are 0, 1 or unacc",
+            "line 2: label 2: .* unacceptable, acceptable, 0, 1",
         ),
-        ("train.jsonl", GOOD + b'{"sentence": "a", "label": -1}', "line 2: label -1 is hidden"),
-        ("train.jsonl", GOOD + b'{"sentence": "a", "label": true}', "line 2: label True is none"),
-        ("train.json", b'[{"sentence": "a", "label": 1},\n{"sentence": "a", "label": 3}]', "row 2: label 3 is none"),
-        ("train.csv", b"sentence,label\n", "the file has no rows"),
-        ("train.csv", b'sentence,label\n"a\nb",1\nc,7\n', "line 4: label '7' is none"),
+        ("train.jsonl", GOOD + b'{"sentence": "a", "label": -1}', "line 2: label -1: the labels of"),
+        ("train.jsonl", GOOD + b'{"sentence": "a", "label": true}', "line 2: label True: the labels of"),
+        ("train.csv", b'sentence,label\n"a\nb",1\nc,7\n', "line 4: label '7': the labels of"),
         ("train.tsv", b"gj04\t1\t\ta\ngj04\t1\tb\n", "line 2: 3 fields where 4 are expected"),
     ],
 )
@@ -158,7 +149,7 @@ def test_bad_files_are_named_with_their_line(tmp_path, file, content, message):
 @pytest.mark.parametrize("label", ["5.1", "-1", "nan", "inf", "1_0", "", "x"])
 def test_scores_outside_the_range_are_refused(tmp_path, label):
     write_rows(tmp_path / "stsb" / "train.csv", [{"sentence1": "a", "sentence2": "b", "label": label}])
-    with pytest.raises(UsageError, match=r"line 2: label .*a number from 0 to 5"):
+    with pytest.raises(UsageError, match=r"line 2: label .*numbers from 0 to 5"):
         load_split(TASKS["stsb"], "train", tmp_path)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loralib.recipes import trainer as mixin
 from nlu import fine_tuning
+from nlu.data import splits
 from nlu.run_glue import main
 from nlu.runs import checkpoints as saving
 from nlu.runs.checkpoints import checkpoints, last_checkpoint, rotate
@@ -101,7 +102,7 @@ def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(fl
 
 
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(fine_tuning, "load_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(splits, "load_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(flags) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to go on\n"
     assert not run_folder.exists()

@@ -24,6 +24,7 @@ from nlu import predict, run_glue
 from nlu.data.reader import Row
 from nlu.errors import UsageError
 from nlu.predict import main
+from nlu.predictor import Predictor
 from tests.nlu.tiny import changed, make_rows
 
 ROOT = Path(__file__).parents[2]
@@ -118,41 +119,31 @@ def test_classes_come_with_probabilities_and_the_columns_of_the_input(encoder, i
 
 
 def test_a_column_with_the_name_of_an_answer_is_kept_under_another():
-    for kind in ("csv", "jsonl"):
-        output = io.StringIO()
-        write = predict.row_writer(output, kind, ["no", "yes"], ["id", "label"])
-        write(Row(0, 2, {"id": "a", "label": "gold"}), [0.25, 0.75])
-        if kind == "csv":
-            assert (
-                output.getvalue()
-                == "line,id,input_label,label,probability_no,probability_yes\n2,a,gold,yes,0.25,0.75\n"
-            )
-        else:
-            said = {"line": 2, "id": "a", "input_label": "gold", "label": "yes"}
-            assert json.loads(output.getvalue()) == said | {"probabilities": {"no": 0.25, "yes": 0.75}}
+    answers = [(Row(0, 2, {"id": "a", "label": "gold"}), [0.25, 0.75])]
+    for kind, said in (
+        ("csv", {"probability_no": 0.25, "probability_yes": 0.75}),
+        ("jsonl", {"probabilities": {"no": 0.25, "yes": 0.75}}),
+    ):
+        (record,) = predict.records(answers, kind, ["no", "yes"], ["id", "label"])
+        assert list(record.items()) == list(
+            {"line": 2, "id": "a", "input_label": "gold", "label": "yes", **said}.items()
+        )
 
 
-BAD = {
-    2: '{"a": "x"}', 3: "not json", 4: '{"a": "x", "b": 3}', 5: '["a", "b"]', 7: '{"a": "\\ud800", "b": "x"}',
-    8: '{"a": "x", "b": "y" ',
-}  # fmt: skip
-
-
-def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, capsys):
-    good = '{"a": "the cat", "b": "a dog"}'
-    lines = [BAD.get(i, good if i != 6 else "") for i in range(1, 11)]
+def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, capsys, caplog):
+    lines = ['{"a": "the cat", "b": "a dog"}'] * 8
+    lines[1], lines[4], lines[6] = '{"a": "x"}', "", '{"a": "x", "b": " "}'
     (tmp_path / "in.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"a": "\xff", "b": "x"}')
     flags = ["--adapter", str(scorer[0]), "--base", str(encoder), "--input", str(tmp_path / "in.jsonl")]
     assert main([*flags, "--output", str(tmp_path / "out.jsonl"), "--on_error", "skip"]) == 0
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["line"] for row in found] == [1, 9, 10]
-    messages = capsys.readouterr().err.splitlines()
-    assert messages[-1] == "3 rows predicted, 7 skipped"
-    assert [int(m.split("line ")[1].split(":")[0]) for m in messages[:-1]] == [*BAD, 11]
+    assert [row["line"] for row in found] == [1, 3, 4, 6, 8]
+    assert [m.split("line ")[1].split(":")[0] for m in caplog.messages] == ["2", "7", "9"]
+    assert capsys.readouterr().err.splitlines()[-1] == "5 rows predicted, 3 skipped"
     (tmp_path / "out.jsonl").unlink()
     assert main([*flags, "--output", str(tmp_path / "out.jsonl")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "in.jsonl, line 2: no column 'b'" in error and error.count("\n") == 1
+    assert "in.jsonl, line 2: no column 'b'" in error and error.splitlines()[-1].startswith("error: ")
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -163,25 +154,21 @@ def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, caps
 def test_nan_is_no_answer(encoder, labels):
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(labels or "a"))
     torch.nn.init.constant_(model.classifier.bias, math.nan)
-    predictor = predict.Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), labels, 8)
+    predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), labels, 8)
     with pytest.raises(UsageError, match="gives NaN or infinity: its training has failed"):
         predictor([Row(0, 1, {"text": "a cat"})], 2)
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"problem_type": "multi_label_classification", "num_labels": 2}, "several labels or numbers"),
-    ({"problem_type": "regression", "num_labels": 3}, "several labels or numbers"),
-    ({"id2label": {0: "same", 1: "same"}}, "2 different classes"),
-    ({"id2label": {1: "a", 2: "b"}}, "2 different classes, numbered from 0"),
+@pytest.mark.parametrize("change", [
+    {"problem_type": "multi_label_classification", "num_labels": 2}, {"problem_type": "regression", "num_labels": 3},
+    {"id2label": {0: "same", 1: "same"}}, {"id2label": {1: "a", 2: "b"}},
 ])  # fmt: skip
-def test_a_checkpoint_that_does_not_name_one_answer_a_row_is_refused(
-    encoder, tmp_path, input_files, change, says, capsys
-):
+def test_a_checkpoint_that_does_not_name_one_answer_a_row_is_refused(encoder, tmp_path, input_files, change, capsys):
     folder = shutil.copytree(encoder, tmp_path / "m")
     config = AutoConfig.from_pretrained(folder, **change)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     assert main(["--model", str(folder), "--input", str(input_files / "rows.csv"), "--text_columns", "a"]) == 2
-    assert says in capsys.readouterr().err
+    assert "must give one number, or one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -189,7 +176,7 @@ def test_a_checkpoint_that_does_not_name_one_answer_a_row_is_refused(
     [
         ("changed base", "weights are not those"), ("headless model", "is not a trained classifier"),
         ("no tokenizer", "has no tokenizer"),
-        ("of tokens", "models for sequence classification only"),
+        ("of tokens", "not of a model for sequence classification"),
     ],
 )  # fmt: skip
 def test_another_model_than_the_trained_one_is_refused(encoder, scorer, input_files, tmp_path, capsys, case, says):
@@ -249,7 +236,7 @@ def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_
     run, rows = tmp_path / "run", tiny_glue / task / "validation.jsonl"
     assert ("export:" in capsys.readouterr().out) == (method in ("lora2", "bitfit", "full"))  # what can be merged
     if method == "hadapter":
-        with pytest.raises(ValueError, match="its method adds modules, which this model lacks"):
+        with pytest.raises(ValueError, match="is missing in its file or in the model"):
             export_merged(run / "adapter", tmp_path / "merged", str(encoder))
     assert main(["--adapter", str(run), "--base", str(encoder), "--input", str(rows),
                  "--output", str(tmp_path / "out.jsonl")]) == 0  # fmt: skip

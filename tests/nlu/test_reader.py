@@ -1,9 +1,11 @@
 """The reader of data files: what a row is in each format, its place, and what is said of a bad one."""
 
+import hashlib
 import io
 import json
-import re
 import tracemalloc
+from itertools import islice
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,16 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlu.data.reader import Reader
+from nlu.data.reader import Reader, file_digest, open_file
 from nlu.errors import UsageError
 
 
-def read(kind: str, content: str | bytes, *columns: str, encoding: str = "utf-8"):
-    """Place, values and error of each row."""
-    content = content if isinstance(content, bytes) else content.encode()
-    reader = Reader(io.BytesIO(content), "name", kind, encoding=encoding)
+def reader_of(kind: str, content: str | bytes, **how) -> Reader:
+    return Reader(io.BytesIO(content if isinstance(content, bytes) else content.encode()), "name", kind, **how)
+
+
+def read(kind: str, content: str | bytes, *columns: str, **how):
+    """Place and values of each row."""
     columns = columns or ("a", "b")
-    return [(r.place, [r.values.get(c) for c in columns], r.error) for r in reader.check(reader, columns)]
+    return [(row.place, [row.values[c] for c in columns]) for row in reader_of(kind, content, **how).good_rows(columns)]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r\0"), min_size=1, max_size=8)
@@ -35,83 +39,79 @@ def test_every_format_gives_the_rows_that_were_written(pairs):
     parquet = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), parquet)
     for kind, content, first in (
-        ("jsonl", lines, 1), ("json", lines, 1), ("json", json.dumps(rows), 1), ("csv", "a,b\n" + quoted, 2),
-        ("tsv", "a\tb\n" + "".join(f"{a}\t{b}\n" for a, b in pairs), 2), ("parquet", parquet.getvalue(), 1),
+        ("jsonl", lines, 1), ("json", lines, 1), ("csv", "a,b\n" + quoted, 2), ("parquet", parquet.getvalue(), 1),
+        ("tsv", "a\tb\n" + "".join(f"{a}\t{b}\n" for a, b in pairs), 2),
     ):  # fmt: skip
-        found = read(kind, content)
-        assert found == [(first + i, list(pair), None) for i, pair in enumerate(pairs)]
-
-
-def test_a_carriage_return_inside_a_text_of_tsv_ends_no_row():
-    assert read("tsv", "a\tb\r\nx\ry\tz\r\n") == [(2, ["x\ry", "z"], None)]
+        assert read(kind, content) == [(first + i, list(pair)) for i, pair in enumerate(pairs)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "content"),
+    ("kind", "content", "row"),
     [
-        ("tsv", "a\tb\n\n1\t2\n  \n"),
-        ("csv", "a,b\r\n\r\n1,2\r\n  \r\n"),
-        ("jsonl", '\n\n{"a": "1", "b": "2"}\n  \n'),
-        ("csv", "\ufeffa,b\r\r1,2\r"),  # with a byte order mark, and line ends of old Macs
-        ("tsv", "\ufeffa\tb\r\n\r\n1\t2\r\n"),
+        ("tsv", "a\tb\n\n1\t2\n  \n", (3, ["1", "2"])),  # lines without text are no rows
+        ("csv", "a,b\r\n\r\n1,2\r\n  \r\n", (3, ["1", "2"])),
+        ("jsonl", '\n\n{"a": "1", "b": "2"}\n  \n', (3, ["1", "2"])),
+        ("csv", "\ufeffa,b\r\r1,2\r", (3, ["1", "2"])),  # with a byte order mark, and line ends of old Macs
+        ("tsv", "\ufeffa\tb\r\n\r\n1\t2\r\n", (3, ["1", "2"])),
+        ("tsv", "a\tb\r\nx\ry\tz\r\n", (2, ["x\ry", "z"])),  # a carriage return inside a text of TSV ends no row
+        ("csv", 'a,b\n"x, ""y""","two\nlines"\n', (3, ['x, "y"', "two\nlines"])),  # the place is where a row ends
     ],
 )
-def test_lines_without_text_are_no_rows_and_marks_no_text(kind, content):
-    assert read(kind, content) == [(3, ["1", "2"], None)]
+def test_rows_and_places_of_unusual_files(kind, content, row):
+    assert read(kind, content) == [row]
 
 
 def test_an_empty_text_of_one_column_is_a_row_of_csv_and_an_empty_line_is_none():
-    assert read("csv", 'a\n""\n\n2\n', "a") == [(2, [""], None), (4, ["2"], None)]
-
-
-def test_damage_in_csv_ends_with_its_row_and_the_place_is_where_a_row_ends():
-    text = 'a,b,c\n"x, ""y""","two\nlines",1\nonly,two\n"bad"quote,b,c\n\nlast,row,1'
-    assert [(place, values, bool(error)) for place, values, error in read("csv", text)] == [
-        (3, ['x, "y"', "two\nlines"], False), (4, [None] * 2, True), (5, [None] * 2, True), (7, ["last", "row"], False)
-    ]  # fmt: skip
-    never = read(
-        "csv", 'a,b\n"x,' + ("y" * 999 + "\n") * 1100 + "1,2\n"
-    )  # a quote that never closes ends at csv's field limit
-    assert never[0][2] and never[-1][1] == ["1", "2"]
+    assert read("csv", 'a\n""\n\n2\n', "a") == [(2, [""]), (4, ["2"])]
 
 
 @pytest.mark.parametrize(
-    ("kind", "content", "place", "message"),
+    ("kind", "content", "message"),
     [
-        ("jsonl", '{"a": "1"}\n{', 2, "not valid JSON"),
-        ("jsonl", '{"a": "1"}\n[1]', 2, "expected an object"),
-        ("jsonl", '{"a": "1"}\n{"b": "1"}', 2, "no column 'a'; the columns are 'b'"),
-        ("jsonl", '{"a": "1"}\n{"a": 3}', 2, "column 'a' must be text, got 3"),
-        ("jsonl", json.dumps({"a": [1] * 10**5}), 1, r"column 'a' must be text, got \[1, 1, .{,60}$"),
-        ("csv", "a;b\n1;2\n", 2, "no column 'a'.*';' separates no columns, save it with commas"),
-        ("tsv", "a\tb\n1\n", 2, "1 fields where 2 are expected"),
-        ("csv", "a\nlaß\n".encode("latin-1"), 2, "column 'a' is not utf-8 text: give --encoding"),
-        ("jsonl", '{"a": "\\ud800"}', 1, "column 'a' is not utf-8 text"),
+        ("jsonl", '{"a": "1"}\n{', "line 2: not valid JSON"),
+        ("jsonl", '{"a": "1"}\n[1]', "line 2: expected an object"),
+        ("jsonl", '{"a": "1"}\n{"b": "1"}', r"line 2: no column 'a'; the columns are \['b'\]"),
+        ("jsonl", json.dumps({"a": [1] * 10**5}), r"line 1: column 'a' must be text, got \[1, 1, .{,120}$"),
+        ("jsonl", '{"a": "\\ud800"}', "line 1: column 'a' is not utf-8 text"),
+        ("csv", "a\nlaß\n".encode("latin-1"), "line 2: column 'a' is not utf-8 text: give --encoding"),
+        ("csv", "a;b\n1;2\n", "line 1: ';' separates no columns: save it with commas"),
+        ("csv", 'a,b\n"bad"quote,b\n', "line 2: not valid CSV"),
+        ("csv", "a,b,a\n1,2,3\n", "two columns are called 'a'"),
+        ("csv", "a,b\n", "name: the file has no rows"),
+        ("tsv", "a\tb\n1\n", r"line 2: 1 fields where 2 are expected \(\['a', 'b'\]\)"),
+        ("parquet", b"PAR1 not really", "not a readable Parquet file"),
+        ("xlsx", b"x", "name: the formats are jsonl, json, csv, tsv, parquet; save a spreadsheet as CSV"),
     ],
 )
-def test_a_bad_row_says_what_is_wrong_with_it(kind, content, place, message):
-    last = read(kind, content, "a")[-1]
-    assert last[0] == place and re.search(message, last[2])
+def test_the_first_fault_is_named_with_its_place(kind, content, message):
+    with pytest.raises(UsageError, match=message):
+        read(kind, content, "a")
+
+
+def test_damage_ends_with_its_row():
+    """Of a quote that never closes at csv's field limit."""
+    text = 'a,b\nx,1\nonly\n"bad"quote,b\n\n"y,' + ("y" * 999 + "\n") * 1052 + "last,2\n"
+    reader = reader_of("csv", text)
+    found = [row.values["b"] for row in reader.good_rows(["a"], on_error="skip")]
+    assert found == ["1", "2"] and reader.skipped >= 3
+
+
+def test_ten_bad_rows_or_a_tenth_may_be_skipped_and_are_named(caplog):
+    def skipping(bad, of):
+        reader = reader_of("csv", "a,b\n" + "".join(f"{'' if of - i <= bad else 'x'},b\n" for i in range(of)))
+        return len(list(reader.good_rows(["a"], blank=False, on_error="skip"))), reader.skipped
+
+    assert skipping(10, 20) == (10, 10) and skipping(30, 300) == (270, 30)
+    assert "left out: name, line 272: column 'a' is empty" in caplog.text
+    with pytest.raises(UsageError, match="11 of the first 20 rows are bad; the first: name, line 11: column 'a' is em"):
+        skipping(11, 20)
+    with pytest.raises(UsageError, match="name, line 2: column 'a' is empty"):
+        skipping(3, 3)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
 def test_encoding_is_that_of_the_file(encoding):
-    assert read("csv", "a,b\nlaß,é\n".encode(encoding), encoding=encoding) == [(2, ["laß", "é"], None)]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.xlsx", b"x", "a.xlsx: the formats are jsonl, json, csv, tsv, parquet; save a spreadsheet as CSV"),
-        ("a.json", b'[{"a": "1"},\n{"a"]', "a.json: not valid JSON .*line 2"),
-        ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
-        ("a.csv", b"a,b,a\n1,2,3\n", "two columns are called 'a'"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(name, content, message):
-    with pytest.raises(UsageError, match=message):
-        reader = Reader(io.BytesIO(content), name)
-        list(reader.check(reader, ["a"]))
+    assert read("csv", "a,b\nlaß,é\n".encode(encoding), encoding=encoding) == [(2, ["laß", "é"])]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv"])
@@ -127,10 +127,21 @@ def test_an_endless_file_is_read_in_constant_memory(kind):
             buffer[: len(data)] = data
             return len(data)
 
-    reader = Reader(io.BufferedReader(Endless()), "name", kind, header=["a", "b"] if kind != "jsonl" else None)
+    reader = Reader(io.BufferedReader(Endless()), "name", kind, header=["a", "b"] if kind != "jsonl" else ())
     tracemalloc.start()
-    for found in reader:
-        if found.number == 5_000:
-            break
+    assert sum(1 for _ in islice(reader.good_rows(["a"]), 5_000)) == 5_000
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+def test_a_file_that_was_read_is_not_read_again_for_its_digest(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"a\nx\n")
+    open_file(path)
+    expected = hashlib.sha256(b"a\nx\n").hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda *_, **__: pytest.fail("read again"))
+        patch.setattr(Path, "read_bytes", lambda *_: pytest.fail("read again"))
+        assert file_digest(path) == expected
+    path.write_bytes(b"a\ny\n")
+    assert file_digest(path) == hashlib.sha256(b"a\ny\n").hexdigest()

@@ -19,6 +19,7 @@ import loralib
 from loralib import export
 from nlu import predict
 from nlu.data.reader import Row
+from nlu.predictor import load_predictor
 from nlu.run_glue import main
 from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.record import RunRecord
@@ -72,7 +73,7 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
     arguments = predict.build_parser().parse_args(
         ["--adapter", str(tmp_path / "run/adapter"), "--base", str(encoder), "--input", "-"]
     )
-    predictor = predict.load_predictor(arguments)
+    predictor = load_predictor(arguments)
     with torch.no_grad():
         logits = loaded(**AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")).logits
     torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([Row(0, 1, {"sentence": text})], 1)[0])

@@ -1,7 +1,6 @@
 """The rows a run takes, and their tokens: held-out rows, limits, order of classes, right ids, counted cuts."""
 
 import csv
-import io
 import math
 from itertools import permutations
 from types import SimpleNamespace
@@ -19,11 +18,10 @@ from nlu.data.splits import (
     description_lines,
     encode,
     load_data,
-    load_predict_task,
     longest_input,
     reorder_labels,
     save_splits,
-    tokenize_splits,
+    tokenize,
 )
 from nlu.errors import UsageError
 from nlu.metrics import compute_glue_metrics
@@ -35,15 +33,17 @@ DEFAULTS = dict.fromkeys(
     ("task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "metric", "predict_task",
      "holdout_fraction", "save_splits", "max_train_samples", "max_eval_samples", "max_predict_samples"),
 ) | {"label_column": "label", "encoding": "utf-8", "on_error": "stop", "holdout_seed": 0}  # fmt: skip
-ALL = ("train", "validation", "test")
+ALL = ("train", "eval", "predict")
 
 
-def arguments(**given):
-    return SimpleNamespace(**DEFAULTS | given)
+def load(need=("train", "eval"), **given):
+    training = SimpleNamespace(**{f"do_{name}": name in need for name in ALL})
+    data = SimpleNamespace(**DEFAULTS | given)
+    return load_data(SimpleNamespace(data=data, training=training, model=SimpleNamespace(cache_dir=None)))
 
 
-def loaded(need=("train", "validation"), **given):
-    return load_data(arguments(**given), need)[1]
+def loaded(need=("train", "eval"), **given):
+    return load(need, **given).rows
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -66,15 +66,18 @@ def test_held_out_rows_are_no_training_rows_and_replace_every_validation_set(tin
 def test_of_ones_own_rows_each_class_gives_its_share_and_the_parts_are_saved_whole(tmp_path):
     lines = [{"id": f"n{i}", "text": f'"a,\n{i}', "label": "rare" if i % 10 == 0 else "common"} for i in range(60)]
     write_rows(tmp_path / "all.csv", lines)
-    given = arguments(train_file=tmp_path / "all.csv", text_columns="text", holdout_fraction=0.5,
-                      save_splits=tmp_path / "parts")  # fmt: skip
-    rows = load_data(given, ALL)[1]
-    assert [np.bincount(rows[part]["label"]).tolist() for part in ("train", "validation")] == [[27, 3], [27, 3]]
-    save_splits(given, rows)
-    saved = {part: list(csv.DictReader(io.StringIO((tmp_path / "parts" / f"{part}.csv").read_bytes().decode())))
-             for part in rows}  # fmt: skip
-    assert [row["text"] for row in saved["train"]] == sorted(rows["train"]["text"], key=lambda t: int(t[4:]))
-    assert sorted(saved["train"] + saved["validation"], key=lambda row: int(row["id"][1:])) == lines
+    given = {"text_columns": "text", "holdout_fraction": 0.5, "save_splits": tmp_path / "parts"}
+    data = load(train_file=tmp_path / "all.csv", **given)
+    parts = [data.rows[part]["label"] for part in ("train", "validation")]
+    assert [np.bincount(labels).tolist() for labels in parts] == [[27, 3], [27, 3]]
+    save_splits(data, "label", tmp_path / "parts")
+    saved = []
+    for part, rows in data.rows.items():
+        with (tmp_path / "parts" / f"{part}.csv").open(newline="") as file:
+            saved.append(list(csv.DictReader(file)))
+        assert [row["text"] for row in saved[-1]] == rows["text"][:]
+    expected = [{"text": row["text"], "label": row["label"], "idx": str(i)} for i, row in enumerate(lines)]
+    assert sorted([*saved[0], *saved[1]], key=lambda row: int(row["idx"])) == expected
 
 
 def test_nothing_is_saved_that_was_not_held_out(tmp_path):
@@ -93,10 +96,8 @@ def test_the_flag_for_the_data_goes_before_the_environment(tiny_glue, monkeypatc
     assert len(loaded(task_name="cola", glue_dir=str(tiny_glue))["train"]) == 50
     monkeypatch.setenv("GLUE_DIR", str(tiny_glue))
     assert len(loaded(task_name="cola")["train"]) == 50
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="no train split of cola: looked for nowhere"):
         loaded(task_name="cola", glue_dir="nowhere")
-    with pytest.raises(UsageError, match="ax has only test"):
-        loaded(task_name="ax", need=["train"])
 
 
 def test_every_split_has_its_own_limit(tiny_glue):
@@ -120,19 +121,17 @@ def test_mnlis_mismatched_set_is_scored_only_where_it_is_whole(tiny_glue, monkey
 
 
 @pytest.mark.parametrize("order", list(permutations(TASKS["mnli"].labels))[3:])
-def test_rows_and_submissions_keep_their_words_in_another_order(tmp_path, order):
+def test_tokens_and_submissions_keep_their_words_in_another_order(tmp_path, order):
     task = TASKS["mnli"]
     for split in ("train", "test_matched", "test_mismatched"):
         write_rows(tmp_path / "mnli" / f"{split}.jsonl", sample_rows(task, split, 9))
-    rows = loaded(("train", "test"), task_name="mnli", glue_dir=str(tmp_path))
-    reordered, renumbered = reorder_labels(task, rows, order)
-    for split, each in rows.items():
-        new = renumbered[split]
-        assert new.features["label"].names == list(reordered.labels) == list(order)
-        assert [x if x < 0 else order[x] for x in new["label"]] == [
-            x if x < 0 else task.labels[x] for x in each["label"]
-        ]
-        assert new.remove_columns("label").to_dict() == each.remove_columns("label").to_dict()
+    rows = loaded(("train", "predict"), task_name="mnli", glue_dir=str(tmp_path))
+    reordered = reorder_labels(task, order)
+    tokens, _ = tokenize(reordered, rows, make_tokenizer(), 9)
+    assert [order[label] for label in tokens["train"]["labels"]] == [
+        task.labels[label] for label in rows["train"]["label"]
+    ]
+    assert "labels" not in tokens["test_matched"].column_names
     path = write_predictions(reordered, "test_matched", range(3), [order.index(w) for w in task.labels], tmp_path)
     assert [line.split("\t")[1] for line in path.read_text().splitlines()[1:]] == list(task.labels)
 
@@ -140,7 +139,7 @@ def test_rows_and_submissions_keep_their_words_in_another_order(tmp_path, order)
 @pytest.mark.parametrize("name", ["mrpc", "cola"])
 def test_scores_and_the_servers_numbers_do_not_depend_on_the_order(tmp_path, name):
     task = TASKS[name]
-    reordered, _ = reorder_labels(task, {}, task.labels[::-1])
+    reordered = reorder_labels(task, task.labels[::-1])
     predictions, references = np.random.default_rng(0).integers(0, 2, (2, 60))
     swapped = compute_glue_metrics(reordered, 1 - predictions, 1 - references)
     assert swapped == pytest.approx(compute_glue_metrics(task, predictions, references))
@@ -151,13 +150,16 @@ def test_scores_and_the_servers_numbers_do_not_depend_on_the_order(tmp_path, nam
     assert paths[0].read_text() == paths[1].read_text()
 
 
-def test_ax_is_asked_in_the_order_of_the_trained_models_labels(tmp_path):
+def test_ax_is_loaded_with_mnli_and_asked_in_the_order_of_the_trained_models_labels(tiny_glue, tmp_path):
     write_rows(tmp_path / "ax" / "test.jsonl", sample_rows(TASKS["ax"], "test", 9))
+    (tmp_path / "mnli").symlink_to(tiny_glue / "mnli")
+    data = load(["train"], task_name="mnli", predict_task="ax", glue_dir=str(tmp_path))
+    ((ax, rows),) = data.others
     order = ["contradiction", "neutral", "entailment"]
-    task, _ = reorder_labels(TASKS["mnli"], {}, order)
-    ((ax, rows),) = load_predict_task(arguments(predict_task="ax", glue_dir=str(tmp_path)), task)
-    ax, _ = reorder_labels(ax, rows, order)
-    assert ax.name == "ax" and ax.labels == task.labels == ax.submission_labels and len(rows["test"]) == 9
+    ax = reorder_labels(ax, order)
+    assert ax.name == "ax" and ax.labels == tuple(order) == ax.submission_labels and len(rows["test"]) == 9
+    with pytest.raises(UsageError, match="--predict_task cola has other classes"):
+        load(["train"], task_name="mnli", predict_task="cola", glue_dir=str(tiny_glue))
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -176,12 +178,13 @@ def make_tokenizer(**options) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
-def tokens_of(task, texts, labels, length, split="train", pad=False, **options):
+def tokens_of(task, texts, labels, length, split="train", **options):
     """Tokens of some texts, and how many rows were cut."""
     columns = {field: [text[i] for text in texts] for i, field in enumerate(task.text_fields)}
-    rows = {split: datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})}
-    splits = tokenize_splits(task, rows, make_tokenizer(**options), length, pad)
-    return splits.train or splits.test[split], splits.cut[split]
+    kind = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
+    rows = datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})
+    tokens, cut = tokenize(task, {split: rows.cast_column("label", kind)}, make_tokenizer(**options), length)
+    return tokens[split], cut[split]
 
 
 def test_a_single_sentence_becomes_its_tokens():
@@ -194,17 +197,12 @@ def test_a_single_sentence_becomes_its_tokens():
 
 
 @pytest.mark.parametrize("limit", [{"length": 7}, {"length": 99, "model_max_length": 7}])
-def test_pairs_are_in_order_cut_and_padded_and_cuts_are_counted(limit):
+def test_pairs_are_in_order_and_cut_and_cuts_are_counted(limit):
     texts = [["a b", "c"], ["a a", "b b"], ["a a a a", "b b b b"]]
-    tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], pad=True, **limit)
-    assert tokens["input_ids"][:] == [[1, 4, 5, 2, 6, 2, 0], [1, 4, 4, 2, 5, 5, 2], [1, 4, 4, 2, 5, 5, 2]]
-    assert tokens["token_type_ids"][0] == [0, 0, 0, 0, 1, 1, 0] and tokens["length"][:] == [6, 7, 7] and cut == 1
-
-
-def test_lengths_without_room_for_text_are_refused():
-    with pytest.raises(UsageError, match="--max_seq_length 3 has no room for text: 3 tokens are special"):
-        tokens_of(TASKS["rte"], [["a", "b"]], [0], 3)
-    assert tokens_of(TASKS["cola"], [["a b"]], [0], 3)[0]["input_ids"][:] == [[1, 4, 2]]  # one text has two of them
+    tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], **limit)
+    assert tokens["input_ids"][:] == [[1, 4, 5, 2, 6, 2], [1, 4, 4, 2, 5, 5, 2], [1, 4, 4, 2, 5, 5, 2]]
+    assert tokens["token_type_ids"][0] == [0, 0, 0, 0, 1, 1] and tokens["length"][:] == [6, 7, 7] and cut == 1
+    assert tokens["labels"][:] == [0.5, 1.0, 5.0]
 
 
 @pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
@@ -229,11 +227,12 @@ def test_hidden_labels_are_left_out_and_shown_ones_stay(task, labels, there):
 
 def test_training_rows_keep_their_order_and_others_go_by_length(tiny_glue):
     rows = loaded(task_name="cola", glue_dir=str(tiny_glue))
-    splits = tokenize_splits(TASKS["cola"], rows, make_tokenizer(), 32)
-    assert splits.train["idx"][:] == rows["train"]["idx"][:] and splits.train.cache_files == []
-    validation = splits.validation["validation"]
-    order = list(zip(validation["length"], validation["idx"], strict=True))
+    tokens, _ = tokenize(TASKS["cola"], rows, make_tokenizer(), 32)
+    assert tokens["train"]["idx"][:] == rows["train"]["idx"][:] and tokens["train"].cache_files == []
+    order = list(zip(tokens["validation"]["length"], tokens["validation"]["idx"], strict=True))
     assert order == sorted(order)  # of one length in their order
+    gold = dict(zip(rows["validation"]["idx"], rows["validation"]["label"], strict=True))
+    assert [gold[i] for i in tokens["validation"]["idx"]] == tokens["validation"]["labels"][:]
 
 
 def test_gpt2s_and_opts_tables_of_positions_limit_their_input():
@@ -249,12 +248,11 @@ def test_gpt2s_and_opts_tables_of_positions_limit_their_input():
 def test_counts_cuts_and_likely_typing_errors_are_said(tmp_path):
     lines = [{"text": "a b c", "label": ["Lob", "Kritik"][i % 2]} for i in range(20)]
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
-    given = arguments(train_file=tmp_path / "all.csv")
-    task, rows, skipped = load_data(given, ["train"])
-    found = describe(task, rows, skipped, tokenize_splits(task, rows, make_tokenizer(), 4).cut)
+    data = load(["train"], train_file=tmp_path / "all.csv")
+    found = describe(data, tokenize(data.task, data.rows, make_tokenizer(), 4)[1])
     assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "classes": {"Kritik": 10, "Lob": 10, "lob": 1}}}
-    assert description_lines(task, found, 4) == [
-        "train: 21 rows (Kritik 10, Lob 10, lob 1), 20 cut at 4 tokens (--max_seq_length)",
-        "labels that differ in case alone, and are classes of their own: 'Lob', 'lob'",
-        "labels of a single training row: 'lob'",
+    assert description_lines(data.task, found, 4) == [
+        "train: 21 rows ('Kritik': 10, 'Lob': 10, 'lob': 1), 20 cut at 4 tokens (--max_seq_length)",
+        "labels that differ in case alone, and are classes of their own: ['Lob', 'lob']",
+        "labels of a single training row: ['lob']",
     ]

@@ -1,0 +1,143 @@
+"""A trained adapter on its base, or a merged checkpoint, as a function from rows of text to probabilities."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import loralib
+from loralib.interop.export import load_base_of, quiet_transformers, revision_of
+from nlu.data.reader import Row
+from nlu.data.splits import check_tokenizer, encode, longest_input
+from nlu.errors import UsageError, reason
+from nlu.fast import speed_up
+from nlu.methods.registry import rebuild
+from nlu.tasks import TASKS
+
+
+@dataclass
+class Predictor:
+    """A model ready to predict.
+
+    Attributes:
+        columns: the one or two columns with the text. labels: the names of its classes; None for regression.
+        max_length: tokens that are kept of a row. cut: rows that had more so far.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    columns: tuple[str, ...]
+    labels: list[str] | None
+    max_length: int
+    cut: int = 0
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
+        """For each row its class probabilities, or the one predicted number; UsageError for what is not finite."""
+        texts = [[row.values[column] for row in rows] for column in self.columns]
+        encoded, too_long = encode(self.tokenizer, texts, self.max_length)
+        if too_long and not self.cut:
+            print(f"rows of more than {self.max_length} tokens are cut (--max_seq_length)", file=sys.stderr)
+        self.cut += len(too_long)
+        order = sorted(range(len(rows)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
+        results: list[list[float]] = [[]] * len(rows)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {name: [values[i] for i in chosen] for name, values in encoded.items()}
+            batch = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)
+            logits = self.model(**batch).logits.float()
+            values = logits if self.labels is None else logits.softmax(-1)
+            if not values.isfinite().all():
+                raise UsageError("the model gives NaN or infinity: its training has failed")
+            for i, value in zip(chosen, values.tolist(), strict=True):
+                results[i] = value
+        return results
+
+
+def load_predictor(arguments: argparse.Namespace) -> Predictor:
+    """The adapter on its base, or the merged checkpoint, on the accelerator where there is one.
+
+    Args:
+        arguments: of ``nlu/predict.py``.
+
+    Raises:
+        UsageError: for a damaged adapter, a base that is missing or does not fit, and a model that does not give one
+            class or one number for a row.
+    """
+    load = _load_checkpoint if arguments.adapter is None else _load_adapted
+    try:
+        model, source, revision, card = load(arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader runs into
+        raise UsageError(f"{arguments.adapter or arguments.model}: {reason(error, 400)}") from None
+    check_tokenizer(tokenizer, source)
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
+    speed_up(model)
+    length = arguments.max_seq_length or card.get("max_seq_length") or 512
+    length = min(length, tokenizer.model_max_length, longest_input(model) or length)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    columns, names = _text_columns(arguments.text_columns, card), _class_names(model.config, source)
+    return Predictor(model.eval().to(device), tokenizer, columns, names, length)
+
+
+# A model, its source and revision, and the record of its task.
+_Loaded = tuple[nn.Module, str, dict[str, str], dict[str, Any]]
+
+
+def _load_adapted(arguments: argparse.Namespace) -> _Loaded:
+    of_run = os.path.join(arguments.adapter, "adapter")
+    folder = of_run if os.path.isdir(of_run) else arguments.adapter
+    config = loralib.read_adapter_config(folder)
+    source = arguments.base or config.base_model
+    if source is None:
+        raise UsageError("the adapter does not record its base model: give --base NAME_OR_FOLDER")
+    if not config.architecture.endswith("ForSequenceClassification"):
+        raise UsageError(f"{folder} is an adapter of {config.architecture}, not of a model for sequence classification")
+    model = load_base_of(config, source)
+    rebuild(model, config.card)
+    loralib.load_adapter(model, folder, allow_other_base=arguments.allow_other_base)
+    return model, source, revision_of(config, source), config.card
+
+
+def _load_checkpoint(arguments: argparse.Namespace) -> _Loaded:
+    with quiet_transformers():
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        lacks = min(info["missing_keys"])
+        raise UsageError(f"--model {arguments.model} is not a trained classifier: it lacks {lacks}; give an --adapter")
+    return model, arguments.model, {}, model.config.to_dict()
+
+
+def _class_names(config: Any, source: str) -> list[str] | None:
+    """The names of the classes by number; None for a regression of one number."""
+    number, problem = config.num_labels, config.problem_type
+    names = [str(config.id2label[i]) for i in range(number) if i in config.id2label]
+    several = problem == "multi_label_classification" or (problem == "regression" and number > 1)
+    if several or (number > 1 and len({*names}) < number):
+        raise UsageError(
+            f"{source} must give one number, or one of {number} classes that its config.json names differently and "
+            "numbers from 0 (id2label), for each row"
+        )
+    return None if number == 1 else names
+
+
+def _text_columns(asked: str | None, card: dict[str, Any]) -> tuple[str, ...]:
+    """The columns to read, from --text_columns or else from the training; UsageError where neither names any."""
+    task = TASKS.get(str(card.get("task")))
+    trained = tuple(card.get("text_fields") or (task.text_fields if task else ()))
+    columns = tuple(asked.split(",")) if asked else trained
+    if not columns or len({*columns}) != len(trained or columns):
+        raise UsageError(f"--text_columns: name the {len(trained) or '1 or 2'} different column(s) that hold the text")
+    return columns
