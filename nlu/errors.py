@@ -8,10 +8,8 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
@@ -51,12 +49,10 @@ def exit_code(error: BaseException) -> int:
     code, hint = 1, ""
     if isinstance(error, UsageError):
         code = 2
-    elif isinstance(error, OSError) and error.errno in _NO_ROOM:
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         hint = ": make room, and give the same command again"
     elif isinstance(error, OSError) and error.filename is not None:
         code, hint = 2, ": check the path and its permissions"
-    elif isinstance(error, UnicodeDecodeError):
-        code, hint = 2, ": save the text file as UTF-8"
     # torch's exceptions: the GPU's, by name because torch is not imported here, and the CPU's, which has no type.
     elif isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
         hint = ": not enough memory; lower --batch_size of predict.py, or --per_device_train_batch_size of a training"
@@ -66,24 +62,19 @@ def exit_code(error: BaseException) -> int:
     return code
 
 
-def refuse_unknown_flags(words: Iterable[str], known: Collection[str]) -> None:
-    """Raise UsageError for the first ``--flag`` or ``--flag=value`` that is not known, with the nearest one that is."""
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, 1, 0.7)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
-            raise UsageError(f"unknown argument {flag[:80]}: {hint}")
-
-
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser that raises a UsageError for each fault, and names the nearest flag for an unknown one."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args
-        refuse_unknown_flags(words, self._option_string_actions)
+        for flag in (word.partition("=")[0] for word in words):
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
+                raise UsageError(
+                    f"unknown argument {flag[:80]}: {f'did you mean {near[0]}?' if near else 'see --help'}"
+                )
         return super().parse_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""
-        raise UsageError(f"{' '.join(message.split())} (--help lists the arguments)")
+        raise UsageError(f"{message} (--help lists the arguments)")

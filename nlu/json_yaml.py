@@ -20,7 +20,7 @@ def read_json(path: Path, advice: str = "delete it to run it again") -> dict[str
         UsageError: the file is damaged; its message ends with the advice.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError, RecursionError) as error:
@@ -55,27 +55,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str | bytes, name: str | Path = "") -> Any:
     """YAML as plain values.
 
     Raises:
-        ValueError: for text that is no YAML; one line.
+        UsageError: for text that is no YAML; it begins with the name, that of the file.
     """
     try:
         return _Loader(text).get_single_data()
     except Exception as error:  # a damaged file raises whatever its reader runs into
-        raise ValueError(f"not valid YAML ({reason(error, 300)})") from None
+        raise UsageError(f"{name}{': ' if name else ''}not valid YAML ({reason(error, 300)})") from None
 
 
 def read_yaml(path: Path) -> Any:
     """A YAML file's content.
 
     Raises:
-        UsageError: a file that cannot be read or is no YAML.
+        UsageError: a file that is no YAML in UTF-8. OSError: it cannot be read.
     """
-    try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {reason(error)}") from None
+    return parse_yaml(path.read_bytes(), path)

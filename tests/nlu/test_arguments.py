@@ -119,7 +119,6 @@ WRONG = [
     ("", "--model_name_or_path m --do_train", "no data: give --task_name"),
     ("", "--model_name_or_path m --task_name cola", "nothing to do"),
     ("", "--model_name_or_path m --train_file a.csv --do_train --do_eval", "--validation_file"),
-    ("", "missing.yaml --do_train", "missing.yaml"),
 ]  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from tests.nlu.tiny import REPOSITORY
         (RunError("diverged"), 1, "error: diverged"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "check the path"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "save the text file as UTF-8"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "--per_device_train_batch_size"),
         (MemoryError(), 1, "--per_device_train_batch_size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--per_device_train_batch_size"),

@@ -81,17 +81,10 @@ def test_constant_predictions_score_zero():
     assert compute_glue_metrics(TASKS["mrpc"], [0, 0], [0, 0]) == {"accuracy": 1.0, "f1": 0.0}
 
 
-def test_bad_predictions():
-    with pytest.raises(ValueError, match="hold NaN or infinity"):
-        compute_glue_metrics(TASKS["stsb"], [float("nan"), 1.0], [1, 2])
-    for predictions, references in (([], []), ([1], [1, 0]), ([[0.1, 0.9]], [1])):
-        with pytest.raises(ValueError, match="one prediction for each label"):
-            compute_glue_metrics(TASKS["rte"], predictions, references)
-    for predictions, references in (([0.4], [1]), ([2], [1]), ([0], [-1])):
-        with pytest.raises(ValueError, match="must be classes from 0 to 1"):
-            compute_glue_metrics(TASKS["rte"], predictions, references)
-    with pytest.raises(ValueError, match="hidden labels"):
-        compute_glue_metrics(TASKS["stsb"], [1.0, 2.0], [-1.0, -1.0])
+def test_hidden_labels_are_not_scored():
+    for task, predictions, references in (("rte", [0], [-1]), ("rte", [0], [2]), ("stsb", [1.0, 2.0], [3.0, -1.0])):
+        with pytest.raises(ValueError, match="hidden labels"):
+            compute_glue_metrics(TASKS[task], predictions, references)
 
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mrpc", "mnli"])
