@@ -11,7 +11,6 @@ from loralib.adapter_folder import AdapterConfig
 
 HOW_TO_LOAD = "## How to load"
 _SHOWN = ("task", "method", "metric", "score", "notes")
-_TITLES = {"lora": "LoRA", "adalora": "AdaLoRA", "lora2": "LoRA²", "multiscale": "multi-scale LoRA²"}
 _CARD = """---
 library_name: loralib
 tags:
@@ -19,7 +18,7 @@ tags:
 - adapter
 ---
 
-# {title} adapter for a {architecture}
+# Adapter ({kind}) for a {architecture}
 
 | | |
 |---|---|
@@ -52,15 +51,10 @@ def adapter_card(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
         "adapter parameters": f"{sum(tensor.numel() for tensor in tensors.values()) - head:,}",
         "other trained parameters": f"{head:,}",
     }
-    for number, group in enumerate(config.groups, 1):
-        live = [len(group.live(name)) for name in group.rank_pattern]
-        scales = f", widths {', '.join(map(str, group.widths))}" if group.widths else ""
-        rows[f"layers ({number})"] = (
-            f"{len(live)} of {_TITLES[group.kind]}, initial rank {group.r}{scales}, alpha {group.lora_alpha:g}; "
-            f"stored ranks {min(live)} to {max(live)}, {sum(live)} in all"
-        )
+    if ranks := config.ranks.values():
+        rows["low-rank layers"] = f"{len(ranks)}, stored ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
     return _CARD.format(
-        title=" and ".join(sorted({_TITLES[group.kind] for group in config.groups})) or "Parameter",
+        kind=config.kind,
         architecture=config.architecture,
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
         how_to_load=_how_to_load(config),

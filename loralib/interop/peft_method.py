@@ -231,9 +231,6 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             self.lora2_adapters[self.merged_adapters.pop()].unmerge()
 
-    def __repr__(self) -> str:
-        return f"{NAME}.{super().__repr__()}"
-
 
 class LoRA2Model(BaseTuner):
     """peft's tuner for LoRA²; ``get_peft_model`` makes it.
