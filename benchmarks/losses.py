@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,7 +33,7 @@ from nlu.arguments import METHOD_FOLDER, Arguments, method_file, parse_arguments
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
-from nlu.methods.registry import apply_method
+from nlu.methods.registry import METHODS
 from nlu.model import set_precision
 from nlu.runs.machine import processor, versions
 from nlu.tasks import get_task
@@ -81,9 +80,7 @@ def problem() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
 def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: str) -> Arguments:
     """run_glue.py's arguments for the tiny problem. ``device``: "cpu", or "cuda" for what the Trainer finds."""
     if flags[1] == "peft_adalora":  # its file's schedule is longer than this training
-        path = Path(folder) / "adalora.json"
-        path.write_text(json.dumps(_PEFT_ADALORA))
-        flags = ["--method", "peft", "--peft_config", str(path), *flags[2:]]
+        flags = ["--method", "peft", "--peft_config", json.dumps(_PEFT_ADALORA), *flags[2:]]
     settings = {
         "model_name_or_path": "tiny", "task_name": "cola", "root_output_dir": folder, "do_train": True,
         "max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": 2e-3, "warmup_steps": 0, "seed": 0,
@@ -101,7 +98,7 @@ def prepared(
     arguments = arguments_of(flags, folder, steps, device, dtype)
     model, rows = problem()
     speed_up(model)
-    applied = apply_method(model, arguments.method, steps)
+    applied = METHODS[arguments.method.method].apply(model, arguments.method, steps)
     set_precision(arguments, applied.model)
     return arguments, applied, rows
 
@@ -119,8 +116,8 @@ def step(
     applied.low_rank.before_step()
     optimizer.step()
     applied.low_rank.after_step()
-    for callback in applied.callbacks:
-        callback.on_optimizer_step(None, None, None, optimizer=optimizer)
+    if applied.gates is not None:
+        applied.gates.on_optimizer_step(None, None, None, optimizer=optimizer)
     optimizer.zero_grad()
     return loss.detach()
 

@@ -13,10 +13,4 @@ _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE.parent  # the checkout, with scripts/ and results/; not there in an installed package
 # An installed package holds configs/ inside; in a checkout it stands beside nlu/.
 CONFIGS = next(path for path in (_PACKAGE / "configs", ROOT / "configs") if path.is_dir())
-METHOD_FOLDER, PEFT_FOLDER, TASK_FOLDER = CONFIGS / "methods", CONFIGS / "peft", CONFIGS / "tasks"
-
-
-def peft_file(name: str) -> Path:
-    """The file that ``--peft_config`` names: a path, or the stem of a file in configs/peft/."""
-    ready = PEFT_FOLDER / f"{name}.json"
-    return ready if Path(name).name == name and ready.is_file() else Path(name)
+METHOD_FOLDER, TASK_FOLDER = CONFIGS / "methods", CONFIGS / "tasks"

@@ -33,7 +33,7 @@ from nlu.experiments.records import publish_run
 from nlu.fast.sharding import shard, without_accelerates_own
 from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
-from nlu.methods.registry import apply_method
+from nlu.methods.registry import METHODS
 from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
@@ -101,7 +101,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     set_seed(training.seed)
     with without_accelerates_own() as sharded:
         model = load_model(arguments, config, head)
-        applied = apply_method(model, arguments.method, total_steps)
+        applied = METHODS[arguments.method.method].apply(model, arguments.method, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.model.lora_path else None
         set_precision(arguments, applied.model)
         if sharded:

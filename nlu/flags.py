@@ -65,8 +65,8 @@ class Flag:
         kind = boolean if self.kind is bool else str if isinstance(self.kind, tuple) else self.kind
         try:
             value = kind(text)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be its value") from None
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, OSError) as error:
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be its value ({type(error).__name__})") from None
         if self.range is not None and isinstance(value, (int, float)) and value not in self.range:
             raise argparse.ArgumentTypeError(f"must be {self.range}, got {text}")
         return value

@@ -95,8 +95,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
             self.remove_callback(shown)
-        for callback in (Progress(self), StepClock(self), *applied.callbacks):
+        for callback in (Progress(self), StepClock(self)):
             self.add_callback(callback)
+        if applied.gates is not None:
+            self.add_callback(applied.gates)
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ class ProximalGates(TrainerCallback):
     There is no budget to reach and nothing is scored: ``target_total_rank`` and ``scored_parameters`` are None.
 
     Args:
-        model: after :func:`inject_sora`. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
+        model: its low-rank layers' e are the gates. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
     """
 
     target_total_rank = None

@@ -69,7 +69,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 
 def _method(name: str, display: str, order: int) -> Method:
     return Method(
-        name, display, order, _apply, (ADAPTER_SIZE,), card=lambda args: {},
+        name, display, order, _apply, (ADAPTER_SIZE,),
         rebuild=lambda model, args, card: add_adapters(model, args.method, args.adapter_size),
     )  # fmt: skip
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Collection
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nlu import METHOD_FOLDER
 from nlu.errors import UsageError
 from nlu.flags import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.json_yaml import read_yaml
-from nlu.methods.method import AppliedMethod, Method, encoder_modules, head_parameters, train_only
+from nlu.methods.method import AppliedMethod, Method, head_parameters, train_only
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +23,7 @@ _MATCH = "match:"
 _TOLERANCE = 0.1  # of the size that match: is after
 
 
-def _width(text: str) -> int | str:
+def _number_or_match(text: str) -> int | str:
     """``--lora_k``: a whole number, or ``match:`` and the name of a LoRA file in configs/methods/."""
     return text if text.startswith(_MATCH) else int(text)
 
@@ -72,14 +70,14 @@ _SINGULAR_VALUE_FLAGS = (
          "Learning rate of the singular values, as a multiple of --learning_rate.", POSITIVE),
 )  # fmt: skip
 _SCALE_FLAGS = (
-    Flag("lora_k", _width, 8,
+    Flag("lora_k", _number_or_match, 8,
          "LoRA²: width k of the outer scale; match:lora chooses it for LoRA's number of parameters.", AT_LEAST_1),
     Flag("lora_share_outer", bool, False, "All layers of one module type share their outer factors."),
 )  # fmt: skip
 
 
 def adapted_modules(model: nn.Module, args: Any) -> list[str]:
-    """Names of the encoder's linear layers that ``--lora_module`` selects.
+    """Names of the encoder's linear layers that ``--lora_module`` selects; the head trains whole and gets no update.
 
     The comma of a quantifier such as ``{1,2}`` belongs to its expression. ``auto`` selects the six published modules
     where the encoder has all of them, and each of its linear layers elsewhere.
@@ -87,12 +85,21 @@ def adapted_modules(model: nn.Module, args: Any) -> list[str]:
     Raises:
         UsageError: for a pattern that selects none.
     """
-    if args.lora_module == "auto":
-        from loralib.injection import auto_modules
+    from loralib import match_modules
+    from loralib.injection import auto_modules
 
-        head = {id(p) for p in head_parameters(model)}
+    head = {id(p) for p in head_parameters(model)}
+    if args.lora_module == "auto":
         return [name for name in auto_modules(model) if id(model.get_submodule(name).weight) not in head]
-    return encoder_modules(model, [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)])
+    patterns = [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)]
+    try:
+        names = match_modules(model, patterns)
+    except ValueError as error:
+        raise UsageError(f"--lora_module: {error}") from None
+    names = [name for name in names if id(model.get_submodule(name).weight) not in head]
+    if not names:
+        raise UsageError(f"--lora_module {args.lora_module} selects only the head, which trains whole")
+    return names
 
 
 _SWITCHES = (("rank_allocation", False, _PRUNING_FLAGS), ("orthogonality", "retraction", _REGULARISER_FLAGS))
@@ -112,57 +119,50 @@ def _check_factors(args: Any, given: Collection[str]) -> None:
         args.target_rank = max(1, args.lora_r // 2)
 
 
-# ---- LoRA²'s width -------------------------------------------------------------------------------------------------
+def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list[str]:
+    """Put low-rank layers of a kind into the selected modules; they and the head train. Returns the modules' names.
+
+    Raises:
+        UsageError: for modules that cannot have them.
+    """
+    import loralib
+    from loralib.model import factors_of
+
+    try:
+        names = loralib.inject(
+            model, kind, adapted_modules(model, args), r=args.lora_r, lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout, **scales,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(f"--lora_module: {error}") from None
+    train_only(model, factors_of(model))
+    return names
 
 
-def _rank_to_match(match: str) -> int:
-    name = match.removeprefix(_MATCH)
-    path = METHOD_FOLDER / f"{name}.yaml"
-    values = read_yaml(path) if path.name in {p.name for p in METHOD_FOLDER.iterdir()} else {}
-    if values.get("method") != "lora":
-        raise UsageError(f"--lora_k {match}: {name!r} is no LoRA method of configs/methods/: give match:lora")
-    return values["lora_r"]
-
-
-def _matched_width(model: nn.Module, modules: list[str], args: Any) -> int:
-    """The k whose size is nearest to (out + in)·ρ over all modules, ρ being LoRA's rank.
+def _width(model: nn.Module, args: Any) -> int:
+    """LoRA²'s k: --lora_k, or the one whose size is nearest to LoRA's, (out + in)·ρ over all modules at its rank ρ.
 
     Raises:
         UsageError: where no width comes within a tenth of that.
     """
     from loralib.injection import module_type
 
-    sides = {name: sum(model.get_submodule(name).weight.shape) for name in modules}
+    if isinstance(args.lora_k, int):
+        return args.lora_k
+    sides = {name: sum(model.get_submodule(name).weight.shape) for name in adapted_modules(model, args)}
     outer = {(module_type(name) if args.lora_share_outer else name, side) for name, side in sides.items()}
-    a_width = sum(side for _, side in outer) + 2 * args.lora_r * len(modules)  # parameters that one more k adds
-    target = sum(sides.values()) * _rank_to_match(args.lora_k)
-    k = max(1, math.ceil((target - args.lora_r * len(modules)) / a_width - 0.5))
-    size = k * a_width + args.lora_r * len(modules)
+    values = args.lora_r * len(sides)
+    a_width = sum(side for _, side in outer) + 2 * values  # parameters that one more k adds
+    rank = read_yaml(METHOD_FOLDER / f"{args.lora_k.removeprefix(_MATCH)}.yaml")["lora_r"]
+    target = sum(sides.values()) * rank
+    k = max(1, math.ceil((target - values) / a_width - 0.5))
+    size = k * a_width + values
     if abs(size - target) > _TOLERANCE * target:
-        raise UsageError(
-            f"--lora_k {args.lora_k}: the nearest size is {size:,} at k = {k}, not {target:,}: give a number"
-        )
+        raise UsageError(f"--lora_k {args.lora_k}: k = {k} is nearest, with {size:,} for {target:,}: give a number")
     return k
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
-
-
-def _inject(model: nn.Module, args: Any) -> None:
-    import loralib
-
-    options: dict[str, Any] = {} if args.method == "lora" else {"init": args.lora_init}
-    modules = adapted_modules(model, args)
-    if args.method == "lora2":
-        k = args.lora_k if isinstance(args.lora_k, int) else _matched_width(model, modules, args)
-        options |= {"k": k, "share_outer": args.lora_share_outer}
-    try:
-        loralib.inject(
-            model, args.method, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-            **options,
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(f"--lora_module: {error}") from None
 
 
 def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], float]]:
@@ -172,33 +172,14 @@ def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], fl
     return [(group["params"], group["lr"]) for group in parameter_groups(model, 1.0, **ratio) if group["lr"] != 1]
 
 
-def statistics(model: nn.Module) -> dict[str, float]:
-    """For the history: the mean ‖ΔW‖_F of all layers and of each module type, singular values, orthonormality."""
-    from loralib.injection import PUBLISHED_MODULES, module_type
-    from loralib.recipes.diagnostics import update_statistics
-
-    found = update_statistics(model)
-    by_type: dict[str, list[float]] = defaultdict(list)
-    for name, norm in found.delta_norms.items():
-        published = (short for short, pattern in PUBLISHED_MODULES.items() if re.fullmatch(pattern, name))
-        by_type[next(published, module_type(name))].append(norm)
-    numbers = {
-        "delta_norm": fmean(found.delta_norms.values()),
-        "largest_value": found.largest_value,
-        "smallest_value": found.smallest_value,
-        "orthonormality": found.deviation,
-    }
-    numbers |= {f"delta_norm/{name}": fmean(norms) for name, norms in by_type.items()}
-    return {name: number for name, number in numbers.items() if number is not None}
-
-
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     from loralib import LowRankTraining
-    from loralib.model import factors_of
     from loralib.recipes.exact_factors import ExactFactors
 
-    _inject(model, args)
-    train_only(model, factors_of(model))
+    scales: dict[str, Any] = {} if args.method == "lora" else {"init": args.lora_init}
+    if args.method == "lora2":
+        scales |= {"k": _width(model, args), "share_outer": args.lora_share_outer}
+    inject_layers(model, args, args.method, **scales)
     options: dict[str, Any] = {"regu_weight": 0.0}
     if args.method != "lora":
         options = {"regu_weight": args.reg_orth_coef, "terms": args.orth_terms, "squared": args.orth_squared}
@@ -211,9 +192,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         low_rank = LowRankTraining(model, **options)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    return AppliedMethod(
-        model, low_rank, statistics=lambda: statistics(model), own_rates=lambda: _own_rates(model, args)
-    )
+    return AppliedMethod(model, low_rank, own_rates=lambda: _own_rates(model, args))
 
 
 _ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS

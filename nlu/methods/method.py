@@ -5,17 +5,17 @@ The files of this package import torch and loralib where they touch a model, so 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from nlu.errors import UsageError
 from nlu.flags import Flag
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import TrainerCallback
 
     import loralib
 
@@ -26,31 +26,22 @@ class AppliedMethod:
 
     Attributes:
         model: what to train; ``requires_grad`` says which parameters do.
-        low_rank: the regulariser and the rank allocation, as the Trainer mix-in of loralib drives them; by
-            default neither.
-        gates: SoRA's, which close ranks without a budget, or None.
-        callbacks: further steps of the method inside the training loop.
+        low_rank: what the Trainer mix-in of loralib drives: :class:`loralib.LowRankTraining`, by default one that
+            neither regularises nor prunes, or peft's AdaLoRA.
+        gates: SoRA's, a callback of the Trainer that closes ranks without a budget, or None.
         own_rates: gives (parameters, what the learning rate is multiplied by for them), asked for when the optimiser is
             made.
-        statistics: gives numbers by name for the history, asked for at every logging step.
-        pruned_params: counts the adapter's parameters that belong to pruned ranks; None: those of the low-rank layers.
     """
 
     model: nn.Module
     low_rank: Any = None
     gates: Any = None
-    callbacks: list[TrainerCallback] = field(default_factory=list)
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
-    statistics: Callable[[], dict[str, float]] = dict
-    pruned_params: Callable[[], int] | None = None
 
     def __post_init__(self) -> None:
         import loralib
 
-        if self.low_rank is None:
-            self.low_rank = loralib.LowRankTraining(self.model, regu_weight=0)
-        if self.pruned_params is None:
-            self.pruned_params = functools.partial(_pruned_factor_params, self)
+        self.low_rank = self.low_rank or loralib.LowRankTraining(self.model, regu_weight=0)
 
     @property
     def allocator(self) -> loralib.RankAllocator | None:
@@ -61,6 +52,45 @@ class AppliedMethod:
     def ranks(self) -> Any:
         """What knows which ranks are live (the allocator or SoRA's gates); None where the method prunes none."""
         return self.allocator or self.gates
+
+    def statistics(self) -> dict[str, float]:
+        """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; nothing without low-rank layers."""
+        from loralib.injection import PUBLISHED_MODULES, module_type
+        from loralib.model import lora_layers
+        from loralib.recipes.diagnostics import update_statistics
+
+        if not lora_layers(self.model):
+            return {}
+        found = update_statistics(self.model)
+        by_type: dict[str, list[float]] = defaultdict(list)
+        for name, norm in found.delta_norms.items():
+            published = (short for short, pattern in PUBLISHED_MODULES.items() if re.fullmatch(pattern, name))
+            by_type[next(published, module_type(name))].append(norm)
+        numbers = {
+            "delta_norm": fmean(found.delta_norms.values()),
+            "largest_value": found.largest_value,
+            "smallest_value": found.smallest_value,
+            "orthonormality": found.deviation,
+        }
+        numbers |= {f"delta_norm/{name}": fmean(norms) for name, norms in by_type.items()}
+        return {name: number for name, number in numbers.items() if number is not None}
+
+    def pruned_params(self) -> int:
+        """The adapter's parameters that no live singular value uses, and the saved adapter leaves out.
+
+        The outer factors of a layer without a live one are among them.
+        """
+        if hasattr(self.low_rank, "pruned_params"):  # peft's AdaLoRA
+            return self.low_rank.pruned_params()
+        every: dict[int, int] = {}
+        kept: dict[int, int] = {}
+        for name, mask in self.ranks.rank_pattern.items() if self.ranks else ():
+            layer, live = self.model.get_submodule(name), [i for i, is_live in enumerate(mask) if is_live]
+            for parameter, values in zip(layer.lora_parameters(), layer.select(live), strict=True):
+                every[id(parameter)] = parameter.numel()
+                if live:
+                    kept[id(parameter)] = values.numel()
+        return sum(every.values()) - sum(kept.values())
 
 
 def _accept(*_: Any) -> None:
@@ -76,10 +106,13 @@ class Method:
         display: its name in tables and figures.
         order: its place in tables, ascending.
         apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what does not train.
+            ``total_steps`` are the optimiser steps of the training, over which pruning is scheduled; 0 for none.
+            Raises UsageError for arguments that do not fit the model or the length of the training.
         flags: what the command line may set; every other method's flags are refused.
         check: (args, given): refuses contradictions between flags; ``given`` are the names on the command line.
-        card: (args) → what ``rebuild`` needs from an adapter's card; None where the adapter's tensors say everything.
-        rebuild: (model, args, card): puts the method's modules into a base before the adapter's tensors are loaded.
+        rebuild: (model, args, card): puts the method's modules into a base before an adapter's tensors are loaded;
+            None where the tensors say everything.
+        card: (args) → what ``rebuild`` needs from the card beside the values of the flags.
         takes_warm_start: whether ``--lora_path`` can start it.
         needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
     """
@@ -89,14 +122,14 @@ class Method:
     order: int
     apply: Callable[[nn.Module, Any, int], AppliedMethod]
     flags: tuple[Flag, ...] = ()
-    check: Callable[[Any, set[str]], None] = _accept
-    card: Callable[[Any], dict[str, Any]] | None = None
-    rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] = _accept
+    check: Callable[[Any, Collection[str]], None] = _accept
+    rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] | None = None
+    card: Callable[[Any], dict[str, Any]] = lambda args: {}
     takes_warm_start: bool = False
     needs_autocast: bool = False
 
 
-# ---- the head, the encoder's layers, and what trains ---------------------------------------------------------------
+# ---- the head, and what trains -------------------------------------------------------------------------------------
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:
@@ -117,42 +150,3 @@ def train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     model.requires_grad_(False)
     for parameter in [*parameters, *head_parameters(model)]:
         parameter.requires_grad_(True)
-
-
-def encoder_modules(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Names of the encoder's linear layers that the patterns select; the head trains whole and gets no update.
-
-    Args:
-        patterns: as :func:`loralib.match_modules` takes them.
-
-    Raises:
-        UsageError: for a pattern that selects none of them.
-    """
-    from loralib import match_modules
-
-    head = {id(p) for p in head_parameters(model)}
-    chosen: dict[str, None] = {}
-    for pattern in patterns:
-        try:
-            names = match_modules(model, pattern)
-        except ValueError as error:
-            raise UsageError(f"--lora_module: {error}") from None
-        inside = [name for name in names if id(model.get_submodule(name).weight) not in head]
-        if not inside:
-            raise UsageError(f"--lora_module: {pattern!r} selects only the head, which trains whole: leave it out")
-        chosen |= dict.fromkeys(inside)
-    return list(chosen)
-
-
-def _pruned_factor_params(applied: AppliedMethod) -> int:
-    """Parameters of low-rank layers that no live singular value uses, and the saved adapter leaves out: also the outer
-    factors of layers without one."""
-    every: dict[int, int] = {}
-    kept: dict[int, int] = {}
-    for name, mask in applied.ranks.rank_pattern.items() if applied.ranks else ():
-        layer, live = applied.model.get_submodule(name), [i for i, is_live in enumerate(mask) if is_live]
-        for parameter, values in zip(layer.lora_parameters(), layer.select(live), strict=True):
-            every[id(parameter)] = parameter.numel()
-            if live:
-                kept[id(parameter)] = values.numel()
-    return sum(every.values()) - sum(kept.values())

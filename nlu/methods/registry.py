@@ -30,29 +30,12 @@ def _registered() -> dict[str, Method]:
 
 
 METHODS: dict[str, Method] = _registered()
-
-
-def _flags() -> dict[str, Flag]:
-    flags: dict[str, Flag] = {}
-    for method in METHODS.values():
-        for flag in method.flags:
-            if flags.setdefault(flag.name, flag) is not flag:
-                raise TypeError(f"two methods declare --{flag.name} differently: share one Flag")
-    return flags
-
-
-FLAGS = _flags()
+FLAGS: dict[str, Flag] = {flag.name: flag for method in METHODS.values() for flag in method.flags}
 
 
 def method_arguments(method: str, **values: Any) -> Any:
-    """The flags of all methods by name, at their defaults where ``values`` has no other; ``method`` is the base method.
-
-    Raises:
-        TypeError: for a name that is no flag of a method.
-    """
-    if unknown := sorted(values.keys() - FLAGS.keys()):
-        raise TypeError(f"no method has a flag {unknown[0]!r:.80}")
-    return SimpleNamespace(method=method, **{flag.name: flag.default for flag in FLAGS.values()} | values)
+    """The flags of all methods by name, at their defaults where ``values`` has no other, and the base method."""
+    return SimpleNamespace(method=method, **{name: flag.default for name, flag in FLAGS.items()} | values)
 
 
 def flag_methods(name: str) -> list[str]:
@@ -60,24 +43,8 @@ def flag_methods(name: str) -> list[str]:
     return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
 
 
-def apply_method(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    """Make ``model`` ready for the chosen method, in place.
-
-    Args:
-        total_steps: optimiser steps of the whole training; the rank allocation is scheduled over them. 0 where nothing
-            is trained: there is no allocation then.
-
-    Raises:
-        UsageError: for arguments that do not fit the model or the length of the training.
-    """
-    return METHODS[args.method].apply(model, args, total_steps)
-
-
 def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod | None:
-    """Raise what :func:`apply_method` would, on a model without weights (on the meta device).
-
-    Args:
-        total_steps: as there.
+    """Raise what the method's ``apply`` would, on a model without weights (on the meta device).
 
     Returns:
         The applied method; None where it cannot be told without weights.
@@ -95,7 +62,7 @@ def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedM
 def card_of(args: Any) -> dict[str, Any]:
     """What an adapter's card must hold so that :func:`rebuild` can put the method's modules into a base."""
     method = METHODS[args.method]
-    if method.card is None:
+    if method.rebuild is None:
         return {}
     values = {flag.name: getattr(args, flag.name) for flag in method.flags}
     return {"method_arguments": {"method": method.name, **values}, **method.card(args)}
@@ -111,10 +78,7 @@ def rebuild(model: nn.Module, card: dict[str, Any]) -> None:
         return
     try:
         args = method_arguments(**card["method_arguments"])
-        method = METHODS.get(args.method)
-        if method is None or method.card is None:
-            raise ValueError(f"no method that adds modules: {args.method!r:.80}")
-        method.rebuild(model, args, card)
+        METHODS[args.method].rebuild(model, args, card)
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
         raise UsageError(f"the adapter's card does not describe its method ({reason(error, 300)})") from None
 

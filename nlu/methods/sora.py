@@ -12,38 +12,14 @@ gate comes back where the gradient is large enough. The published code shrinks b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from nlu.errors import UsageError
 from nlu.flags import NOT_NEGATIVE, Flag
-from nlu.methods.low_rank import LOW_RANK_FLAGS, adapted_modules, statistics
-from nlu.methods.method import AppliedMethod, Method, train_only
+from nlu.methods.low_rank import LOW_RANK_FLAGS, inject_layers
+from nlu.methods.method import AppliedMethod, Method
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-def inject_sora(
-    model: nn.Module, target_modules: Iterable[str], *, r: int, lora_alpha: float, lora_dropout: float
-) -> None:
-    """Put gated low-rank layers, ready to train, in the place of the selected linear layers.
-
-    The gate is the layers' ``lora_E``, so that saving, merging and dropping dead ranks are those of any other layer.
-
-    Raises:
-        ValueError: as :func:`loralib.inject`.
-    """
-    from torch import nn
-
-    from loralib import inject
-
-    names = inject(model, "adalora", target_modules, r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-    for name in names:
-        layer = model.get_submodule(name)
-        nn.init.kaiming_uniform_(layer.lora_A[0], a=math.sqrt(5))
-        nn.init.zeros_(layer.lora_B[0])
-        nn.init.normal_(layer.lora_E)
 
 
 SORA_LAMBDA = Flag(
@@ -53,17 +29,17 @@ SORA_LAMBDA = Flag(
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    from loralib.model import factors_of
+    from torch import nn
+
     from nlu.methods._sora_gates import ProximalGates
 
-    modules = adapted_modules(model, args)
-    try:
-        inject_sora(model, modules, r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
-    except ValueError as error:
-        raise UsageError(f"--lora_module: {error}") from None
-    train_only(model, factors_of(model))
-    gates = ProximalGates(model, args.sora_lambda)
-    return AppliedMethod(model, gates=gates, callbacks=[gates], statistics=lambda: statistics(model))
+    # The gate is the layers' ``lora_E``, so that saving, merging and dropping dead ranks are those of any other layer.
+    for name in inject_layers(model, args, "adalora"):
+        layer = model.get_submodule(name)
+        nn.init.kaiming_uniform_(layer.lora_A[0], a=math.sqrt(5))
+        nn.init.zeros_(layer.lora_B[0])
+        nn.init.normal_(layer.lora_E)
+    return AppliedMethod(model, gates=ProximalGates(model, args.sora_lambda))
 
 
 METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA), takes_warm_start=True),)

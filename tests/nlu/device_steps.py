@@ -19,17 +19,16 @@ from benchmarks.gpu_check import WAITING
 from benchmarks.losses import BATCH, method_flags, prepared, step
 from loralib import LowRankTraining
 from loralib.recipes import exact_factors
+from nlu.arguments import method_file
 from nlu.methods._bottleneck_layer import BottleneckAdapter
-from nlu.methods.peft_methods import PEFT_FOLDER
 
 DEVICE = "pretend"
-PEFT = {path.stem for path in PEFT_FOLDER.glob("*.json")} | {"peft_adalora"}
 STOCK = ("bitfit", "full")  # train inside stock modules: bfloat16 is autocast's, which a pretended device lacks
 KINDS = [
     (name, dtype)
     for name in method_flags()
     for dtype in ("float32", "bfloat16")
-    if name not in PEFT and not (name in STOCK and dtype == "bfloat16")
+    if method_file(name)[0] != "peft" and not (name in STOCK and dtype == "bfloat16")
 ]
 
 

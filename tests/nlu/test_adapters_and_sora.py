@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 import loralib
 from loralib.interop.precision import cast_frozen
-from nlu.errors import UsageError
 from nlu.methods._bottleneck_layer import BottleneckAdapter
-from nlu.methods._sora_gates import ProximalGates, soft_threshold_
+from nlu.methods._sora_gates import soft_threshold_
 from nlu.methods.bottleneck import add_adapters
-from nlu.methods.sora import inject_sora
+from nlu.methods.registry import METHODS, method_arguments
 from tests.nlu.tiny import SHAPES, tiny_bert, tiny_classifier
 
 INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])
@@ -67,11 +66,6 @@ def test_adapters_stand_before_the_residual_and_the_norm(model_type, kind, a_lay
     torch.testing.assert_close(seen["output"], expected)
 
 
-def test_adapters_need_a_feed_forward_network():
-    with pytest.raises(UsageError, match="matches no linear layer"):
-        add_adapters(torch.nn.Sequential(torch.nn.Linear(2, 2)), "padapter", 4)
-
-
 # ---- SoRA ----------------------------------------------------------------------------------------------------------
 
 
@@ -87,10 +81,14 @@ def test_soft_threshold_minimises_the_proximal_objective(values, threshold):
         assert abs(x) > threshold or z == 0
 
 
+def apply_sora(model, modules, **flags):
+    return METHODS["sora"].apply(model, method_arguments("sora", lora_module=modules, **flags), 0)
+
+
 def test_sora_starts_as_the_base_and_is_lora_with_a_gate():
     model = tiny_bert().eval()
     expected = model(INPUT).logits
-    inject_sora(model, ["query", "value"], r=3, lora_alpha=6.0, lora_dropout=0.0)
+    apply_sora(model, "query,value", lora_r=3, lora_alpha=6.0)
     assert torch.equal(model(INPUT).logits, expected)
     for layer in loralib.lora_layers(model).values():
         assert layer.lora_E.std() > 0.05 and not layer.lora_B[0].any()
@@ -105,9 +103,8 @@ def test_gates_follow_a_proximal_gradient_reference():
     The threshold is λ times the gates' own rate: the other parameters have another.
     """
     model = tiny_bert().eval()
-    inject_sora(model, ["query"], r=4, lora_alpha=4.0, lora_dropout=0.0)
+    gates = apply_sora(model, "query", lora_r=4, lora_alpha=4.0, sora_lambda=0.5).gates
     layer = next(iter(loralib.lora_layers(model).values()))
-    gates = ProximalGates(model, sparsity=0.5)
     values = [each.lora_E for each in loralib.lora_layers(model).values()]
     others = [p for p in model.parameters() if all(p is not e for e in values)]
     optimizer = torch.optim.SGD([{"params": others, "lr": 9.0}, {"params": values, "lr": 0.1}])

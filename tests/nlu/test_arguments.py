@@ -107,7 +107,7 @@ WRONG = [
     (BASE, "--method lora --target_rank 3", "--target_rank has no meaning with --method lora"),
     (BASE, "--method lora2_plus --target_rank 3", "--target_rank has no meaning with --rank_allocation False"),
     (BASE, "--orthogonality retraction", "--lora_init orthogonal"),
-    (BASE, "--method rslora --peft_config dora", "a peft_config of its own"),
+    (BASE, "--method rslora --peft_config {}", "a peft_config of its own"),
     (BASE, "--learning_rat 1", "unknown argument --learning_rat: did you mean --learning_rate?"),
     (BASE, "--total_batch_size 32 --gradient_accumulation_steps 2", "follows from --total_batch_size"),
     (BASE, "--train_file x.csv", "for your own files"),

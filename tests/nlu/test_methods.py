@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
+from loralib.interop.peft_adalora import AdaLoraTraining
 from nlu import fine_tuning
 from nlu.arguments import parse_arguments
-from nlu.methods.method import head_parameters
-from nlu.methods.peft_methods import PEFT_FOLDER
-from nlu.methods.registry import (
-    METHODS,
-    apply_method,
-    count_parameters,
-    method_arguments,
-)
+from nlu.errors import UsageError
+from nlu.methods.method import AppliedMethod, head_parameters
+from nlu.methods.peft_methods import inject_peft, make_peft_config
+from nlu.methods.registry import METHODS, count_parameters, method_arguments
 from nlu.run_glue import main
 from tests.nlu.tiny import (
     DEBERTA_BASE,
@@ -137,27 +133,17 @@ def test_exactly_what_a_method_names_moves(method, shape, task, encoders, tiny_g
     assert SCORES[task] <= set(record["evaluations"][-1])
 
 
-def test_singular_values_have_their_own_learning_rate(base_flags, tmp_path):
-    flags = changed(base_flags, max_steps=1, save_steps=1, learning_rate=1e-3)
-    flags += ["--method", "lora2", "--rank_allocation", "False", "--lr_scheduler_type", "constant"]
-    weights = {}
-    for ratio in ("1", "4"):
-        run = tmp_path / ratio
-        assert main([*flags, "--value_lr_ratio", ratio, "--root_output_dir", str(run)]) == 0
-        weights[ratio] = load_file(run / "model/checkpoint-1/trained.safetensors")
-    for name, one in weights["1"].items():  # the first step is proportional to the rate
-        if name.endswith("lora_E"):
-            torch.testing.assert_close(weights["4"][name], 4 * one, rtol=1e-3, atol=1e-6)
-            assert one.abs().max() > 0
-        else:
-            torch.testing.assert_close(weights["4"][name], one)
+@pytest.mark.parametrize("method, factor, ratio", [("lora2_plus", "lora_E", 4), ("lora_plus", "lora_B", 16)])
+def test_own_rates_multiply_the_rate_of_e_or_b_alone(method, factor, ratio):
+    applied = apply(tiny_bert(), arguments_of(method))
+    ((parameters, multiplied_by),) = applied.own_rates()
+    named = {id(p) for name, p in applied.model.named_parameters() if factor in name}
+    assert {id(p) for p in parameters} == named and len(named) == 12 and multiplied_by == ratio
 
 
-def test_the_contract_covers_every_method_and_config():
-    bases = {CONFIGS[method]["method"] for method in MOVES}
-    assert bases == set(METHODS)
-    named = {CONFIGS[method].get("peft_config") for method in MOVES} - {None}
-    assert named == {path.stem for path in PEFT_FOLDER.glob("*.json")}
+def test_the_contract_covers_every_method():
+    assert {CONFIGS[method]["method"] for method in MOVES} == set(METHODS)
+    assert {name for name, values in CONFIGS.items() if "peft_config" in values} < set(MOVES)
 
 
 # ---- budgets at real size ------------------------------------------------------------------------------------------
@@ -174,16 +160,21 @@ REAL_SIZES = {
 
 def arguments_of(method, **changes):
     values = CONFIGS[method] | changes
+    values |= {"peft_config": json.dumps(values.get("peft_config"))}
     args = method_arguments(**{k: v for k, v in values.items() if not k.endswith("learning_rate")})
     args.target_rank = args.target_rank or args.lora_r
     return args
+
+
+def apply(model, args, total_steps=100):
+    return METHODS[args.method].apply(model, args, total_steps)
 
 
 def applied_counts(method, kind="deberta-v2", **changes):
     """The method on a model of the papers' size, without weights, and its parameters."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **REAL_SIZES[kind]))
-        return apply_method(model, arguments_of(method, **changes), 100), count_parameters(model)
+        return apply(model, arguments_of(method, **changes)), count_parameters(model)
 
 
 # adapter parameters on DeBERTaV3-base, and the published "#Params" they stand for (None: it comes out otherwise).
@@ -271,18 +262,12 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
     assert counts["adapter_params"] - applied.pruned_params() == expected
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--method", "lora2", "--orthogonality", "retraction"], "--lora_init orthogonal"),
-    (["--method", "lora2_plus", "--target_rank", "2"], "--target_rank has no meaning with --rank_allocation False"),
-    (["--method", "lora", "--lora_module", "query,classifier"], "'classifier' selects only the head"),
-    (["--method", "ia3", "--lora_module", "query"], "names its own target_modules"),
-    (["--method", "rslora", "--peft_config", "dora"], "a peft_config of its own"),
+@pytest.mark.parametrize("method, modules, message", [
+    ("lora", "classifier", "selects only the head"), ("ia3", "query", "names its own target_modules"),
 ])  # fmt: skip
-def test_contradictions_are_refused_before_anything_is_written(flags, message, base_flags, capsys):
-    plain = [f for f in base_flags if f not in ("--lora_r", "4", "--lora_alpha", "32")]
-    assert main([*plain, *flags]) == 2
-    assert message in capsys.readouterr().err
-    assert not Path(base_flags[base_flags.index("--root_output_dir") + 1]).exists()
+def test_modules_that_would_be_left_out_in_silence_are_refused(method, modules, message):
+    with pytest.raises(UsageError, match=message):
+        apply(tiny_bert(), arguments_of(method, lora_module=modules))
 
 
 @pytest.mark.parametrize("modules, expected", [
@@ -292,7 +277,7 @@ def test_contradictions_are_refused_before_anything_is_written(flags, message, b
 def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, modules, expected):
     """``.*`` matches the pooler and the classifier too, which train whole: they get no update."""
     model = tiny_bert()
-    apply_method(model, arguments_of(method, lora_module=modules), 100)
+    apply(model, arguments_of(method, lora_module=modules))
     layers = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(layers) == expected and all(".encoder." in name for name in layers)
     assert [p.numel() for p in head_parameters(model)] == [16 * 2, 2, 16 * 16, 16]
@@ -301,7 +286,7 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
 def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
     flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3"]
     arguments = parse_arguments([*base_flags, *flags, "--lora_dropout", "0.25"])
-    applied = apply_method(tiny_bert(), arguments.method, 10)
+    applied = apply(tiny_bert(), arguments.method)
     expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
     torch.testing.assert_close(applied.low_rank.penalty(), expected)
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
@@ -330,3 +315,37 @@ def test_idle_threads_of_a_program_spin_shortly_unless_the_user_says_otherwise()
             [sys.executable, "-c", look], cwd=REPOSITORY, env=clean | given, capture_output=True, text=True, check=True
         )
         assert shown.stdout.split() == [found, "False"]
+
+
+# ---- peft ----------------------------------------------------------------------------------------------------------
+
+
+def test_pefts_adalora_has_pefts_own_regulariser_and_allocation(tmp_path):
+    values = json.loads(quick_peft_adalora(tmp_path).read_text())
+    model = tiny_bert()
+    tuner = inject_peft(model, make_peft_config(values, 8), method_arguments("peft", lora_module="query,value"))
+    loop = AdaLoraTraining(tuner)
+    inputs = {"input_ids": torch.tensor([[2, 7, 9, 3]]), "labels": torch.tensor([1])}
+    model.eval()
+    torch.testing.assert_close(loop.penalty(), tuner(**inputs).loss - model(**inputs).loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    budgets = []
+    for _ in range(8):
+        (model(**inputs).loss + loop.penalty()).backward()
+        optimizer.step()
+        loop.after_step()
+        optimizer.zero_grad()
+        budgets.append(sum(int(p.count_nonzero()) for n, p in model.named_parameters() if "lora_E" in n))
+    assert budgets[0] == 48 and budgets[-1] == 32 and budgets == sorted(budgets, reverse=True)
+    hidden = model.config.hidden_size
+    assert AppliedMethod(model, loop).pruned_params() == (48 - 32) * (1 + 2 * hidden)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "changes the input"),
+    ({"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}, "budgeting phase"),
+    ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "at random"),
+])  # fmt: skip
+def test_a_peft_config_that_would_train_something_else_is_refused(content, message):
+    with pytest.raises(UsageError, match=message):
+        make_peft_config(content, 10)

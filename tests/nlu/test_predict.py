@@ -228,11 +228,11 @@ def test_memory_does_not_grow_with_the_input():
 
 @pytest.mark.parametrize("method, task", [
     ("lora2", "cola"), ("bitfit", "stsb"), pytest.param("hadapter", "cola", marks=pytest.mark.slow),
-    pytest.param("peft", "cola", marks=pytest.mark.slow), pytest.param("full", "stsb", marks=pytest.mark.slow),
+    pytest.param("ia3", "cola", marks=pytest.mark.slow), pytest.param("full", "stsb", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_glue, tmp_path, capsys, method, task):
     flags = changed(base_flags, task_name=task, lora_r=None, lora_alpha=None)
-    assert run_glue.main([*flags, "--method", method, *(["--peft_config", "ia3"] if method == "peft" else [])]) == 0
+    assert run_glue.main([*flags, "--method", method]) == 0
     run, rows = tmp_path / "run", tiny_glue / task / "validation.jsonl"
     assert ("export:" in capsys.readouterr().out) == (method in ("lora2", "bitfit", "full"))  # what can be merged
     if method == "hadapter":

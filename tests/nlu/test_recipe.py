@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu.arguments import parse_arguments
-from nlu.methods.registry import apply_method, count_parameters
+from nlu.methods.registry import METHODS, count_parameters
 from nlu.run_glue import main
 
 
@@ -76,7 +76,7 @@ def test_the_width_matches_loras_size(layers, hidden, wide, name, k):
         args.orthogonality = "penalty"  # exact factors need values
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
-            apply_method(model, args, 100)
+            METHODS[args.method].apply(model, args, 100)
         sizes[method] = count_parameters(model)["adapter_params"]
         if method != name:
             assert {layer.widths for layer in loralib.lora_layers(model).values()} == {(k,)}

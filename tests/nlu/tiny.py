@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertTokenizerFast
 
+from nlu.arguments import method_file
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GLUE = Path(os.environ.get("GLUE_TEST_DIR", REPOSITORY.parent / "shared" / "data" / "glue"))
 
@@ -117,7 +119,7 @@ def read(flags: list[str], name: str = "results.json") -> dict:
 
 def quick_peft_adalora(folder: Path) -> Path:
     """A configuration of peft's AdaLoRA that allocates in a few steps."""
-    values = json.loads((REPOSITORY / "configs/peft/adalora.json").read_text())
+    values = json.loads(method_file("peft_adalora")[1]["peft_config"])
     (folder / "adalora.json").write_text(json.dumps(values | {"tinit": 1, "tfinal": 2, "deltaT": 1}))
     return folder / "adalora.json"
 
