@@ -13,7 +13,6 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from loralib.adapter_folder import has_tokenizer
 from nlu.data import reader
 from nlu.data.reader import file_digest
-from nlu.errors import UsageError
 from nlu.runs import digests
 from nlu.runs.digests import content_digests
 from tests.nlu.tiny import run_python
