@@ -108,9 +108,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     if set(places.states(experiment.runs).values()) != {"finished"}:
         load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
-    code = run_experiment(
-        experiment, experiment.tuning, experiment.runs, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed
-    )
+    code = run_experiment(experiment, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed)
     wanted = {run.folder for run in [*experiment.tuning, *experiment.runs]}
     frame = as_frame((experiment.name, line) for name, line in places.lines().items() if name in wanted)
     if len(finished(frame)):

@@ -5,11 +5,12 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.experiment import Experiment, Run, load_experiment
+from nlu.experiments.experiment import Experiment, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.loop import Places, chosen_runs, command_line, parsed_command, run_experiment
 from nlu.json_yaml import parse_yaml
@@ -77,30 +78,29 @@ def run_sweep(args: argparse.Namespace) -> int:
     command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command)
-    tuning, final = _wanted(experiment, args.only)
+    if args.only is not None:
+        experiment = _only(experiment, args.only)
+    every = [*experiment.tuning, *experiment.runs]
     if args.command is None:  # a wrong flag shows now and not after hours; of runs that differ in the seed, one is read
-        for run in {str(run.arguments | {"seed": None}): run for run in [*tuning, *final]}.values():
+        for run in {str(run.arguments | {"seed": None}): run for run in every}.values():
             parsed_command(run, places)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
-        ready, waiting = chosen_runs(experiment, final, places)
-        states = places.states([*tuning, *ready]) | {run.folder: "waits for its tuning" for run in waiting}
-        for run in [*tuning, *ready, *waiting]:
+        ready, waiting = chosen_runs(experiment, places)
+        started = [*experiment.tuning, *ready]
+        states = places.states(started) | {run.folder: "waits for its tuning" for run in waiting}
+        for run in [*started, *waiting]:
             print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(command_line(run, places))}")
         return 0
     if args.launcher == "slurm":
-        launcher = SlurmLauncher(output / "logs" / "submitit", _pairs(args.slurm, "--slurm"))
-        jobs = args.jobs or len(tuning) + len(final)
-    else:
-        jobs = args.jobs or 1
-        launcher = LocalLauncher(jobs)
-    return run_experiment(experiment, tuning, final, places, launcher, jobs, args.rerun_changed)
+        launcher = SlurmLauncher(output / "logs/submitit", _pairs(args.slurm, "--slurm"))
+        return run_experiment(experiment, places, launcher, args.jobs or len(every), args.rerun_changed)
+    jobs = args.jobs or 1
+    return run_experiment(experiment, places, LocalLauncher(jobs), jobs, args.rerun_changed)
 
 
-def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[Run]]:
-    """The tuning runs and the final runs that `--only` leaves."""
-    if only is None:
-        return experiment.tuning, experiment.runs
+def _only(experiment: Experiment, only: str) -> Experiment:
+    """The final runs whose names match, and the tuning runs that match or choose for them."""
     try:
         pattern = re.compile(only)
     except re.error as error:
@@ -109,8 +109,8 @@ def _wanted(experiment: Experiment, only: str | None) -> tuple[list[Run], list[R
     rows = {run.row for run in final}
     tuning = [run for run in experiment.tuning if pattern.search(run.folder) or run.row in rows]
     if not final and not tuning:
-        raise UsageError(f"--only {only} matches no run; names look like {experiment.runs[0].folder}")
-    return tuning, final
+        raise UsageError(f"--only {only} matches no run; --dry_run lists their names")
+    return replace(experiment, runs=final, tuning=tuning)
 
 
 def _pairs(texts: list[str], flag: str) -> dict[str, Any]:

@@ -77,21 +77,13 @@ class SlurmLauncher:
     """
 
     def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise UsageError("--launcher slurm needs submitit; install it with pip install submitit") from None
-        parameters = dict(parameters)
-        cluster = parameters.pop("cluster", "slurm")
-        if cluster == "slurm" and not {"timeout_min", "slurm_timeout_min", "slurm_time"} & parameters.keys():
-            raise UsageError("submitit would end each run after 5 minutes; add --slurm timeout_min=MINUTES")
-        for name in ("nodes", "slurm_nodes", "tasks_per_node", "slurm_ntasks_per_node", "slurm_ntasks"):
-            if parameters.get(name, 1) != 1:
-                raise UsageError(f"--slurm {name} would start each run several times: leave it out (scripts take "
-                                 "NPROC=2 from the environment)")  # fmt: skip
+        import submitit
+
+        cluster = parameters.get("cluster", "slurm")
+        rest = {name: value for name, value in parameters.items() if name != "cluster"}
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-            self.executor.update_parameters(**parameters)
+            self.executor.update_parameters(**{"timeout_min": 24 * 60, **rest})  # submitit's own limit is 5 minutes
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)

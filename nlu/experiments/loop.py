@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from math import inf, isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -106,40 +107,29 @@ class Places:
         return line
 
 
-def choose(tuning: list[Run], places: Places) -> dict[tuple, dict[str, Any]]:
-    """Row → the values with the highest mean score at the last evaluation, for rows whose tuning has ended.
+def chosen_runs(experiment: Experiment, places: Places) -> tuple[list[Run], list[Run]]:
+    """The final runs with the chosen arguments put in, and those for which nothing is chosen yet.
 
-    The score is the task's one score. Values with a failed run cannot be chosen; of equal scores the first listed wins.
+    Chosen are the values with the highest mean of the task's one score at the last evaluation, once all that were tried
+    for a row have ended. Values with a failed run cannot be chosen; of equal scores the first listed wins.
     """
-    lines, states = places.lines(), places.states(tuning)
-    rows: dict[tuple, dict[str, list[Run]]] = {}
-    for run in tuning:
-        rows.setdefault(run.row, {}).setdefault(json.dumps(run.tried), []).append(run)
-    chosen = {}
-    for row, by_values in rows.items():
-        if any(states[run.folder] not in ("finished", "failed") for runs in by_values.values() for run in runs):
-            continue
-        scores = {
-            values: fmean(lines[run.folder]["last"] for run in runs)
-            for values, runs in by_values.items()
-            if all(states[run.folder] == "finished" for run in runs)
-        }
-        if scores:
-            chosen[row] = json.loads(max(scores, key=scores.__getitem__))
-    return chosen
-
-
-def chosen_runs(experiment: Experiment, final: list[Run], places: Places) -> tuple[list[Run], list[Run]]:
-    """The final runs with the chosen arguments put in, and those for which nothing is chosen yet."""
     if not experiment.tuning:
-        return final, []
-    chosen = choose(experiment.tuning, places)
-    ready = [
-        replace(run, arguments=run.arguments | chosen[run.row], tried=chosen[run.row])
-        for run in final
-        if run.row in chosen
-    ]
-    return ready, [run for run in final if run.row not in chosen]
+        return experiment.runs, []
+    lines, states = places.lines(), places.states(experiment.tuning)
+    scores: dict[tuple, dict[str, list[float]]] = {}
+    for run in experiment.tuning:
+        without = -inf if states[run.folder] == "failed" else nan
+        score = lines[run.folder]["last"] if states[run.folder] == "finished" else without
+        scores.setdefault(run.row, {}).setdefault(json.dumps(run.tried), []).append(score)
+    ready, waiting = [], []
+    for run in experiment.runs:
+        means = {values: fmean(own) for values, own in scores[run.row].items()}
+        if any(map(isnan, means.values())) or max(means.values()) == -inf:
+            waiting.append(run)
+        else:
+            chosen = json.loads(max(means, key=means.__getitem__))
+            ready.append(replace(run, arguments=run.arguments | chosen, tried=chosen))
+    return ready, waiting
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -271,8 +261,6 @@ class SweepLoop:
 
 def run_experiment(
     experiment: Experiment,
-    tuning: list[Run],
-    final: list[Run],
     places: Places,
     launcher: LocalLauncher | SlurmLauncher,
     jobs: int,
@@ -281,22 +269,21 @@ def run_experiment(
     """Run the tuning stage (if any) and the final stage; returns the exit code, see :meth:`SweepLoop.summary`.
 
     Args:
-        tuning, final: the runs that are wanted of both stages. jobs: runs at once.
+        jobs: runs at once.
         rerun_changed: run again, from the start, what was made with other arguments or contents.
 
     Raises:
         UsageError: for runs that were made otherwise, and where another process works in the folder.
     """
+    tuning = experiment.tuning
     for folder in (places.output, places.measured.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(places.measured.parent / ".lock", "", wait=True):  # lines can be written: else hours would be lost
-        pass
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
         if not rerun_changed:  # before hours of work, as far as the choices are known
-            places.check_unchanged([*tuning, *chosen_runs(experiment, final, places)[0]])
-        with SweepLoop(launcher, jobs, places, len(tuning) + len(final), rerun_changed) as loop:
+            places.check_unchanged([*tuning, *chosen_runs(experiment, places)[0]])
+        with SweepLoop(launcher, jobs, places, len(tuning) + len(experiment.runs), rerun_changed) as loop:
             loop.run(tuning)
-            ready, waiting = chosen_runs(experiment, final, places)
+            ready, waiting = chosen_runs(experiment, places)
             if not loop.stopped_by:
                 for run in waiting:
                     loop.failures[run.folder] = "its tuning is not complete: a run has not ended, or all values failed"
