@@ -29,7 +29,7 @@ from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import Places, parsed_command, run_experiment
 from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.statistics import as_frame, finished
-from nlu.experiments.tables import advice, answer, comparison_text, markdown, number, score_frame, tuning_frame
+from nlu.experiments.tables import NONE, advice, answer, markdown, number, score_frame, score_text, tuning_frame
 from nlu.runs.files import write_bytes, write_text
 from nlu.tasks import get_task
 
@@ -182,7 +182,10 @@ def write(name: str, frame: pd.DataFrame, scales: dict[str, float | None], notes
         chosen = [f"{row.row} {row.tried[1:-1]} ({number(row.score)})" for row in tuning[tuning.chosen].itertuples()]
         notes = [*notes, f"Chosen by the held-out score, in brackets: {', '.join(chosen)}."]
     notes = [f"- {note}" for note in [*advice(frame), *notes]]
-    text = "\n".join([markdown(comparison_text(scores, done)), "", answer(scores, frame), "", *notes, ""])
+    table = score_text(scores)
+    table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
+    table["s/step"] = [number(value, 3) for value in scores.seconds_per_step]
+    text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
     print(f"\n{text}")
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))

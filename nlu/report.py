@@ -20,7 +20,6 @@ from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import KINDS, draw
 from nlu.experiments.statistics import LEVEL, SHORT, finished, load_measured, scored_on_test, with_reruns
 from nlu.experiments.tables import (
-    claim_lines,
     claims_frame,
     latex,
     markdown,
@@ -45,17 +44,18 @@ NOTES = f"""\
 - Score: the last evaluation on the validation set in percent, mean ± standard deviation over the seeds. “Test” is a
   labelled test set, “published” what the paper prints for another encoder or protocol.
 - Difference: the mean over the tasks of the differences over pairs of one task and seed, with its 95 % interval
-  (Student's t, the tasks as strata). It covers the variation between seeds only.
-- Student-t errors: the same difference by a model of all runs in which a lost run counts little. Both stand beside
-  each other, because neither answers for the other.
+  (Student's t, the tasks as strata). It covers the variation between seeds only. Student-t errors: the same difference
+  by a model of all runs in which a lost run counts little. Neither of the two answers for the other.
 - Failed runs: the mean training loss of the last tenth of the steps exceeds 0.95 of the best constant answer's loss
   (records before 2026-11-28: no evaluation's loss is below 0.99 of it), of all runs, with the exact interval of the
   rate (Clopper and Pearson). A failed run with a rerun at seed + 100 has the rerun's score.
-- Claims: p is corrected for the number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below.
+- Claim: “higher” (“not lower”, “level”) than the row that the difference is from, or that is named; p is corrected
+  for the number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below. “Paper”: its gain.
 - Learning rates: the scores of each task are z-scored over all rows and rates; the highest mean over tasks is chosen. A
   rate is barred if a run failed at it or at the next higher rate.
-- tables/*.csv have every figure unrounded, with the claims by task, the training (Λ under {SHORT:g}: the method has
-  hardly left its start) and the tuning.
+- Every figure without rounding: [scores](tables/scores.csv), [claims](tables/claims.csv) with each task,
+  [training](tables/training.csv) (Λ under {SHORT:g}: the method has hardly left its start) and
+  [tuning](tables/tuning.csv).
 """
 
 
@@ -97,65 +97,72 @@ def write_report(args: argparse.Namespace) -> int:
                   for name in dict.fromkeys(runs.experiment) if name not in asked]  # fmt: skip
     if args.only is not None:
         questions = [question for question in questions if question.experiment == args.only]
-    parts, files, open_questions = [], {}, []
+    parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
         every = runs[runs.experiment == question.experiment]
         if not len(finished(every)):
             open_questions.append(_open_line(question, every))
             continue
-        text, written = section(question, every, args.format)
+        text, tables, written = section(question, every, args.format)
         parts.append(text)
         files |= written
+        for kind, frame in tables.items():
+            frame.insert(0, "experiment", question.experiment)
+            frames.setdefault(kind, []).append(frame)
     if args.only is not None:
         print("\n".join(parts or open_questions))
         return 0
     if open_questions:
         parts += ["## Open questions\n", *open_questions, ""]
-    for folder, kinds in (("figures", KINDS), ("tables", ("scores", "claims", "training", "tuning"))):
-        for old in (output / folder).glob("*.*") if page.exists() else ():
-            if f"{folder}/{old.name}" not in files and old.stem.rpartition("_")[2] in kinds:
-                old.unlink()  # of an earlier report
+    for old in (output / "figures").glob("*.*") if page.exists() else ():
+        if f"figures/{old.name}" not in files and old.stem.rpartition("_")[2] in KINDS:
+            old.unlink()  # of an earlier report
+    for kind, each in frames.items():
+        # Six digits: libraries' versions may differ in the last ones, and equal lines give equal bytes.
+        files[f"tables/{kind}.csv"] = (
+            pd.concat(each).to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+        )
     for name, content in files.items():
-        (write_text if isinstance(content, str) else write_bytes)(output / name, content)
+        write_bytes(output / name, content)
     write_text(page, "\n".join([GENERATED, "# Measured results\n", *parts, NOTES]))
     print(f"written: {page}, with {len(files)} tables and figures beside it")
     return 0
 
 
-def section(question: Question, every: pd.DataFrame, form: str) -> tuple[str, dict[str, str | bytes]]:
-    """The text of a question's section, and the files beside it: name → content."""
-    name = question.experiment
+def section(
+    question: Question, every: pd.DataFrame, form: str
+) -> tuple[str, dict[str, pd.DataFrame], dict[str, bytes]]:
+    """A question's text, its tables (kind → figures without rounding) and the files beside it (name → content)."""
     every = scored_on_test(every, question.test)
-    all_final = every[every.stage == "final"]
-    scores = score_frame(all_final, question)
-    done = finished(with_reruns(all_final))
+    final = every[every.stage == "final"]
+    done = finished(with_reruns(final))
+    scores, claims, tuning = score_frame(final, question), claims_frame(final, question), tuning_frame(every)
     if (published := _published(question, done)) is not None:
         scores = with_published(scores, done, published)
-    claims, tuning = claims_frame(all_final, question), tuning_frame(every)
-    printed = tuning_text(tuning) if question.tuning else score_text(scores)
-    frames = {"scores": scores, "claims": claims, "training": training_frame(done), "tuning": tuning}
-    # Six digits: libraries' versions may differ in the last ones, and equal lines give equal bytes.
-    files = {f"tables/{name}_{kind}.csv": frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-             for kind, frame in frames.items() if len(frame)}  # fmt: skip
+    printed = tuning_text(tuning) if question.tuning else score_text(scores, claims)
     heading = question.question.format(
         model=" and ".join(sorted(set(done.model.dropna()))),
         tasks=" and ".join(", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(done.task)).rsplit(", ", 1)),
     )
-    if form == "latex":
-        files[f"tables/{name}_scores.tex"] = latex(printed, name, heading)
     suffix = "svg" if form == "svg" else "png"
-    drawings = draw(name, every, done, scores)
-    files |= {f"figures/{drawing.name}.{suffix}": drawing.image(suffix) for drawing in drawings}
-    crashed = int((all_final.status == "failed").sum())
-    lines = [f"## {markdown_text(heading)}", "", f"Measured: {markdown_text(setting(done))}."]
+    drawings = draw(question.experiment, every, done, scores)
+    shown, *others = drawings or [None]
+    links = [f"[{drawing.name.rpartition('_')[2]}](figures/{drawing.name}.{suffix})" for drawing in others]
+    more = f" More figures: {', '.join(links)}." if links else ""
+    lines = [f"## {markdown_text(heading)}", "", f"Measured: {markdown_text(setting(done))}.{more}"]
+    crashed = int((final.status == "failed").sum())
     lines += [f"{crashed} run(s) ended early and have no score."] if crashed else []
-    lines += ["", markdown(printed), "", *[f"- {line}" for line in claim_lines(claims)], *[""] * bool(len(claims))]
-    for drawing in drawings[:1]:
-        alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(drawing.text.split()))  # a bracket would end it
-        lines += [f"![{alternative}](figures/{drawing.name}.{suffix})", ""]
-    links = [f"[{drawing.name.rpartition('_')[2]}](figures/{drawing.name}.{suffix})" for drawing in drawings[1:]]
-    links += [f"[{kind}.csv](tables/{name}_{kind}.csv)" for kind, frame in frames.items() if len(frame)]
-    return "\n".join([*lines, f"More: {', '.join(links)}.", ""]), files
+    missing = [each.label for each in question.claims if each.label not in set(done.label)]
+    lines += [f"Claimed and not measured yet: {', '.join(missing)}."] if missing else []
+    lines += ["", markdown(printed), ""]
+    if shown is not None:
+        alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(shown.text.split()))  # a bracket would end it
+        lines += [f"![{alternative}](figures/{shown.name}.{suffix})", ""]
+    tables = {"scores": scores, "claims": claims, "training": training_frame(done), "tuning": tuning}
+    files = {f"figures/{each.name}.{suffix}": each.image(suffix) for each in drawings}
+    if form == "latex":
+        files[f"tables/{question.experiment}.tex"] = latex(printed, question.experiment, heading).encode()
+    return "\n".join(lines), tables, files
 
 
 def _open_line(question: Question, every: pd.DataFrame) -> str:

@@ -109,19 +109,16 @@ def have_failed(runs: pd.DataFrame) -> pd.Series:
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Add to the labels of an experiment what tells its final runs of one label, task and seed apart."""
     key = ["experiment", "label", "task", "seed"]
-    for _ in range(10):
-        final = finished(frame)
-        twice = final[final.duplicated(key, keep=False)]
-        if not len(twice):
-            return
-        experiment, label = twice.iloc[0][["experiment", "label"]]
-        one, other = twice[(twice[key] == twice.iloc[0][key]).all(axis=1)].arguments.iloc[:2]
-        names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
-        if not names:
-            run = twice.iloc[0]
-            raise UsageError(f"{experiment}.jsonl has {label} on {run.task} with seed {run.seed} twice: delete a line")
-        own = (frame.experiment == experiment) & (frame.label == label)
-        frame.loc[own, "label"] += [f", {names[0]}={each.get(names[0])}" for each in frame[own].arguments]
+    while len(twice := finished(frame)[finished(frame).duplicated(key, keep=False)]):
+        run = twice.iloc[0]
+        one, other = twice[(twice[key] == run[key]).all(axis=1)].arguments.iloc[:2]
+        name = next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
+        if name is None:
+            raise UsageError(
+                f"{run.experiment}.jsonl has {run.label} on {run.task} with seed {run.seed} twice: delete a line"
+            )
+        own = (frame.experiment == run.experiment) & (frame.label == run.label)
+        frame.loc[own, "label"] += [f", {name}={each.get(name)}" for each in frame[own].arguments]
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
@@ -245,26 +242,11 @@ def estimate(values: pd.Series, tasks: pd.Series, pooled: Spread | None = None) 
     return Estimate(mean, variance**0.5, freedom, len(values))
 
 
-def averages(runs: pd.DataFrame) -> dict[str, Estimate]:
-    """Label → its average over the tasks, for the labels that have a run of every task, in the order of the runs."""
-    tasks = runs.task.nunique()
-    labels = runs.groupby("label", sort=False)
-    return {label: estimate(own["last"], own.task) for label, own in labels if own.task.nunique() == tasks}
-
-
-def paired(runs: pd.DataFrame, label: str, against: str, column: str = "last") -> pd.DataFrame:
-    """The differences of two labels over the tasks, seeds and data that both have: columns task, seed, difference.
-
-    The column loss_ratio is the ln of the ratio of the losses at the last evaluation: its mean over tasks has a meaning
-    whatever their losses are.
-    """
+def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
+    """The differences of two labels over the tasks, seeds and data that both have: columns task, seed, difference."""
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed", "data"])
     # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
-    difference = (pairs[f"{column}_x"] - pairs[f"{column}_y"]).astype(float).round(9)
-    losses = pairs[["loss_x", "loss_y"]].astype(float)
-    losses = losses.where(losses > 0)  # a loss of 0 has no ratio
-    ratio = np.log(losses["loss_x"] / losses["loss_y"])
-    return pairs[["task", "seed"]].assign(difference=difference, loss_ratio=ratio)
+    return pairs[["task", "seed"]].assign(difference=(pairs.last_x - pairs.last_y).astype(float).round(9))
 
 
 def pooled_spread(runs: pd.DataFrame) -> Spread:

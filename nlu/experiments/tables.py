@@ -15,7 +15,6 @@ from nlu.experiments.statistics import (
     LEVEL,
     SHORT,
     Estimate,
-    averages,
     choose_rates,
     clopper_pearson,
     estimate,
@@ -31,10 +30,6 @@ from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
 ALL = "all tasks"
-_CLAIM_COLUMNS = [
-    "claim", "expected", "task", "pairs", "difference", "low", "high", "p_holm", "verdict",
-    "loss_change", "loss_low", "loss_high", "published", "source",
-]  # fmt: skip
 NONE = "–"
 
 
@@ -61,7 +56,7 @@ def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
     """
     done, planned = finished(with_reruns(final)), final[~final.rerun]
     sizes = done.groupby("label").adapter_params.max()
-    known, pooled = averages(done), pooled_spread(done) if question.pooled else None
+    pooled = pooled_spread(done) if question.pooled else None
     models = {"t_": student_t(done), "best_": student_t(done, "best")}
     tasks = list(dict.fromkeys(done.task))
     rows = []
@@ -81,8 +76,8 @@ def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
             for name, column in {**columns, "mismatched_accuracy": "mismatched_accuracy"}.items():
                 if column == "last" or (column in scores and scores[column].notna().any() and name not in row):
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std(ddof=1)}
-        row["average"] = known[label].mean if label in known else np.nan
-        row["best"] = own.groupby("task").best.mean().mean() if label in known else np.nan
+        by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
+        row["average"], row["best"] = by_task.mean(skipna=False)  # none where a task is missing
         against = question.reference(label, sizes)
         pairs = paired(done, label, against) if against else []
         row["against"] = against or ""
@@ -100,34 +95,23 @@ def claims_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, a row for all tasks together and one for each; p is corrected for their number (Holm)."""
     done = finished(with_reruns(final))
     sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
-    rows, whole = [], []
-    for claim in question.claims:
-        against = claim.against or question.reference(claim.label, sizes) if claim.label in sizes else claim.against
-        pairs = paired(done, claim.label, against or "")
-        tasks = list(dict.fromkeys(pairs.task))
-        whole.append(estimate(pairs.difference, pairs.task, pooled) if len(pairs) else None)
-        for task in [ALL, *(tasks if len(tasks) > 1 else [])]:
-            own = pairs if task == ALL else pairs[pairs.task == task]
-            result = estimate(own.difference, own.task, pooled) if len(own) else None
-            loss = estimate(own.loss_ratio, own.task) if len(own) else None
-            rows.append(
-                {"claim": f"{claim.label} − {against}", "expected": claim.expect, "task": task, "pairs": len(own)}
-                | _figures("", result)
-                | {
-                    name.replace("difference", "change"): 100 * np.expm1(value)
-                    for name, value in _figures("loss_", loss).items()
-                }
-                | {"published": claim.published if task == ALL else None, "source": claim.source}
-            )
-    corrected = holm(
-        [result and result.p_value(claim.expect) for claim, result in zip(question.claims, whole, strict=True)]
-    )
-    frame = pd.DataFrame(rows)
-    for (claim, result), p in zip(zip(question.claims, whole, strict=True), corrected, strict=True):
-        title = frame.claim.str.startswith(f"{claim.label} − ") & (frame.expected == claim.expect) & (frame.task == ALL)
-        frame.loc[title, "p_holm"] = p
-        frame.loc[title, "verdict"] = result.verdict(claim.expect, p) if result else "not measured yet"
-    return frame
+    references = [
+        claim.against or (question.reference(claim.label, sizes) if claim.label in sizes else None)
+        for claim in question.claims
+    ]
+    pairs = [paired(done, claim.label, other) for claim, other in zip(question.claims, references, strict=True)]
+    whole = [estimate(each.difference, each.task, pooled) if len(each) else None for each in pairs]
+    p_values = holm([a and a.p_value(claim.expect) for claim, a in zip(question.claims, whole, strict=True)])
+    rows = []
+    for claim, against, own, result, p in zip(question.claims, references, pairs, whole, p_values, strict=True):
+        named = {"row": claim.label, "against": against, "expected": claim.expect}
+        verdict = result.verdict(claim.expect, p) if result else "not measured yet"
+        rows.append(named | {"task": ALL, "pairs": len(own)} | _figures("", result) | {"p_holm": p, "verdict": verdict})
+        rows[-1] |= {"published": claim.published, "source": claim.source}
+        for task, part in own.groupby("task", sort=False) if own.task.nunique() > 1 else ():
+            part_result = estimate(part.difference, part.task, pooled)
+            rows.append(named | {"task": task, "pairs": len(part)} | _figures("", part_result))
+    return pd.DataFrame(rows)
 
 
 def training_frame(final: pd.DataFrame) -> pd.DataFrame:
@@ -189,7 +173,7 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
         return frame.assign(chosen=[key in taken for key in keys]).rename(columns={"label": "row"})
     rates = tuning_runs(every)
     if not len(rates):
-        return rates
+        return pd.DataFrame()
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
     return choose_rates(rates).merge(scores.reset_index(), on=["row", "value"])
 
@@ -219,7 +203,7 @@ def setting(runs: pd.DataFrame) -> str:
         if each.get(name)
     }
     seeds = done.groupby(["label", "task"]).seed.nunique()
-    epochs = sorted({each["num_train_epochs"] for each in arguments if each.get("num_train_epochs")})
+    epochs = sorted({each.get("num_train_epochs", 0) for each in arguments if not each.get("max_steps")} - {0})
     parts = [
         " and ".join(sorted(set(done.model.dropna()))),
         f"{spread(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",
@@ -257,8 +241,8 @@ def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def score_text(frame: pd.DataFrame) -> pd.DataFrame:
-    """The printed form of :func:`score_frame`."""
+def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.DataFrame:
+    """The printed form of :func:`score_frame`, with the verdicts of :func:`claims_frame`."""
     text = pd.DataFrame({"method": frame.row, "parameters": frame.parameters.map(count), "runs": frame.runs.map(str)})
     for name in frame.columns:
         if f"{name}_std" in frame:
@@ -270,13 +254,33 @@ def score_text(frame: pd.DataFrame) -> pd.DataFrame:
     if sum(name in HEADINGS for name in frame.columns) > 1:
         text["average"] = frame.average.map(number)
     if frame.against.any():
+        if frame.against[frame.against != ""].nunique() > 1:
+            text["against"] = frame.against.replace("", NONE)
         for prefix, heading in (("", "difference (95 % interval)"), ("t_", "by Student-t errors")):
             columns = [frame[f"{prefix}{name}"] for name in ("difference", "low", "high")]
             text[heading] = [with_interval(*each) for each in zip(*columns, strict=True)]
     text["failed runs"] = [
         f"{row.failed} ({spread(100 * row.failed_low, 100 * row.failed_high)} %)" for row in frame.itertuples()
     ]
+    if claims is not None and len(claims):
+        against = dict(zip(frame.row, frame.against, strict=True))
+        verdicts: dict[str, list[str]] = {}
+        for claim in claims[claims.task == ALL].itertuples():
+            verdicts.setdefault(claim.row, []).append(_verdict(claim, against.get(claim.row)))
+        text["claim"] = ["; ".join(verdicts.get(label, [])) for label in frame.row]
     return text
+
+
+def _verdict(claim: Any, against: str | None) -> str:
+    """A claim in a cell; with its difference where the row's own is from another row."""
+    other = f", against {claim.against}" if claim.against != against else ""
+    if pd.isna(claim.p_holm):
+        return f"{claim.expected}{other}: {claim.verdict}"
+    if other:
+        other += f", {with_interval(claim.difference, claim.low, claim.high)}"
+    p = "< 0.001" if claim.p_holm < 0.001 else number(claim.p_holm, 3)
+    gain = f"; paper {number(claim.published, sign=True)}" if not pd.isna(claim.published) else ""
+    return f"{claim.expected}{other}: {claim.verdict} (p {p}{gain})"
 
 
 def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
@@ -291,28 +295,6 @@ def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
         {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
         | {HEADINGS[task]: frame[task].map(lambda score: number(score, 1)) for task in tasks}
         | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
-    )
-
-
-def comparison_text(scores: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
-    """The printed form of a comparison's :func:`score_frame` of one task, with the columns `scale` and so on."""
-    task, metric = done.task.iloc[0], done.metric.iloc[0].replace("_", " ")
-    differences = scores[["difference", "low", "high"]].itertuples(index=False)
-    return pd.DataFrame(
-        {
-            "method": scores.row,
-            "parameters": scores.parameters.map(count),
-            "remaining": scores.remaining.map(count),
-            "α/r": [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale],
-            "runs": scores.runs.map(str),
-            f"{metric}, last": [
-                _with_deviation(*each, 2) for each in zip(scores[task], scores[f"{task}_std"], strict=True)
-            ],
-            f"{metric}, best": scores.best.map(number),
-            f"last, against {scores.row[0]}": [with_interval(*each) for each in differences],
-            "failed runs": scores.failed.map(str),
-            "s/step": [number(value, 3) for value in scores.seconds_per_step],
-        }
     )
 
 
@@ -343,34 +325,26 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
 
 
 def advice(every: pd.DataFrame) -> list[str]:
-    """What each method's runs say against judging it by them, and what to change."""
+    """What each method's runs say against judging it by them, and what to change.
+
+    Λ, the sum of the learning rates over the steps, tells a low-rank method that has hardly left its start from one
+    whose rate is too high; without it a failed run has no advice.
+    """
     found = []
     for label, runs in rows_of(finished(every)):
         failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
         rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
-        if (runs.delta_norm.notna() & (runs.rate_sum < SHORT)).any():
+        sums = runs.rate_sum[runs.delta_norm.notna()]  # of a low-rank method
+        if (sums < SHORT).any():
             found.append(
                 f"{failed or f'{label} has hardly left its start'} (Λ, the sum of the learning rates, is "
-                f"{number(runs.rate_sum.min())}): train it longer, or raise its learning rate."
+                f"{number(sums.min())}): train it longer, or raise its learning rate."
             )
         elif failed:
-            found.append(f"{failed}: lower its learning rate, or tune it.")
+            found.append(f"{failed}{': lower its learning rate, or tune it' if sums.notna().any() else ''}.")
         elif rise > LEVEL:
             found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
     return found
-
-
-def claim_lines(frame: pd.DataFrame) -> list[str]:
-    """One line for each claim: the difference over all tasks and what follows."""
-    lines = []
-    for row in frame[frame.task == ALL].itertuples() if len(frame) else ():
-        p = NONE if pd.isna(row.p_holm) else "< 0.001" if row.p_holm < 0.001 else number(row.p_holm, 3)
-        gain = f"; published {number(row.published, sign=True)} ({row.source})" if not pd.isna(row.published) else ""
-        lines.append(
-            f"Claim “{row.expected}”, {row.claim}: {with_interval(row.difference, row.low, row.high)}, p {p}: "
-            f"**{row.verdict}**{gain}."
-        )
-    return lines
 
 
 def markdown_text(text: str) -> str:
