@@ -1,7 +1,6 @@
 """GLUE's data: every format gives the same rows, real files the published counts, bad files name their line."""
 
 import itertools
-import json
 from pathlib import Path
 
 import datasets
@@ -35,13 +34,13 @@ HUB_WORDS = {
 }
 
 
-@pytest.mark.parametrize("name", HUB_WORDS)
-def test_class_words_are_the_hubs_and_may_stand_for_numbers(tmp_path, name):
-    words = HUB_WORDS[name].split()
-    rows = [{**dict.fromkeys(TASKS[name].text_fields, "a"), "label": word} for word in words]
-    write_rows(tmp_path / name / "train.csv", rows)
-    train = load_split(TASKS[name], "train", tmp_path)
-    assert list(TASKS[name].labels) == words and train["label"] == list(range(len(words))) == train["idx"]
+def test_class_words_are_the_hubs_and_may_stand_for_numbers(tmp_path):
+    for name, words in HUB_WORDS.items():
+        words = words.split()
+        rows = [{**dict.fromkeys(TASKS[name].text_fields, "a"), "label": word} for word in words]
+        write_rows(tmp_path / name / "train.csv", rows)
+        train = load_split(TASKS[name], "train", tmp_path)
+        assert list(TASKS[name].labels) == words and train["label"] == list(range(len(words))) == train["idx"]
 
 
 # Every task's official columns, and every other format with words and with scores.
@@ -106,26 +105,12 @@ def test_real_rows_and_labels(name):
         assert labels is None or sum(found["label"]) == pytest.approx(labels, abs=0.3)
 
 
-@real
-@pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "wnli"])
-def test_real_rows_survive_the_official_format(tmp_path, name):
-    task = TASKS[name]
-    for split in ("validation", "test"):
-        rows = [json.loads(line) for line in (GLUE / name / f"{split}.jsonl").read_text("utf-8").split("\n") if line]
-        write_official(official_path(tmp_path, task, split), task, split, rows)
-        expected, read = load_split(task, split, GLUE), load_split(task, split, tmp_path)
-        for column in (*task.text_fields, "label"):
-            if not (name == "mrpc" and split == "test" and column == "label"):  # the release hides what the hub shows
-                assert read[column] == expected[column]
-
-
 GOOD = b'{"sentence": "a", "label": 1}\n'
 
 
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("train.jsonl", GOOD + b"{", "line 2: not valid JSON"),
         (
             "train.jsonl",
             GOOD + b'{"sentence": "a", "label": 2}',
@@ -134,7 +119,6 @@ GOOD = b'{"sentence": "a", "label": 1}\n'
         ("train.jsonl", GOOD + b'{"sentence": "a", "label": -1}', "line 2: label -1: the labels of"),
         ("train.jsonl", GOOD + b'{"sentence": "a", "label": true}', "line 2: label True: the labels of"),
         ("train.csv", b'sentence,label\n"a\nb",1\nc,7\n', "line 4: label '7': the labels of"),
-        ("train.tsv", b"gj04\t1\t\ta\ngj04\t1\tb\n", "line 2: 3 fields where 4 are expected"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, file, content, message):
@@ -146,11 +130,11 @@ def test_bad_files_are_named_with_their_line(tmp_path, file, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("label", ["5.1", "-1", "nan", "inf", "1_0", "", "x"])
-def test_scores_outside_the_range_are_refused(tmp_path, label):
-    write_rows(tmp_path / "stsb" / "train.csv", [{"sentence1": "a", "sentence2": "b", "label": label}])
-    with pytest.raises(UsageError, match=r"line 2: label .*numbers from 0 to 5"):
-        load_split(TASKS["stsb"], "train", tmp_path)
+def test_scores_outside_the_range_are_refused(tmp_path):
+    for label in ("5.1", "-1", "nan", "inf", "1_0", "", "x"):
+        write_rows(tmp_path / "stsb" / "train.csv", [{"sentence1": "a", "sentence2": "b", "label": label}])
+        with pytest.raises(UsageError, match=r"line 2: label .*numbers from 0 to 5"):
+            load_split(TASKS["stsb"], "train", tmp_path)
 
 
 def test_the_hub_gives_the_same_columns_and_its_failure_is_one_line(monkeypatch):

@@ -21,24 +21,24 @@ def own(tmp_path, name: str, text: str | bytes) -> Path:
     return path
 
 
-def test_own_word_classes(tmp_path):
+def test_word_classes_in_three_formats(tmp_path):
     train = own(tmp_path, "a.csv", 'text,label\n"x, y",sad\nz,glad\nw,sad\n')
     valid = own(tmp_path, "b.jsonl", '{"text": "q", "label": "sad"}\n')
     task, splits = load_own_files(train, valid, own(tmp_path, "c.tsv", 'text\n"tab\n'))
     assert (task.labels, task.metrics, task.text_fields) == (("glad", "sad"), ("accuracy", "f1"), ("text",))
-    assert splits["train"]["label"] == [1, 0, 1]
-    assert splits["validation"] == {"text": ["q"], "label": [1], "idx": [0]}
-    assert splits["test"] == {"text": ['"tab'], "label": [-1], "idx": [0]}
+    assert splits == {
+        "train": {"text": ["x, y", "z", "w"], "label": [1, 0, 1], "idx": [0, 1, 2]},
+        "validation": {"text": ["q"], "label": [1], "idx": [0]}, "test": {"text": ['"tab'], "label": [-1], "idx": [0]},
+    }  # fmt: skip
     with pytest.raises(UsageError, match=r"b.csv, line 3: label 'calm' is not among the training labels"):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,sad\nb,calm\n"))
 
 
-def test_own_integer_classes_are_numbered_in_order(tmp_path):
+def test_whole_numbers_are_classes_in_their_order(tmp_path):
     train = own(tmp_path, "a.csv", "sentence1,sentence2,label\na,b,10\na,b,-1\na,b,2\n")
     task, splits = load_own_files(train, own(tmp_path, "b.json", '{"sentence1":"a", "sentence2":"b", "label":10}'))
     assert task.labels == ("-1", "2", "10") and task.metrics == ("accuracy",)
-    assert splits["train"]["label"] == [2, 0, 1]
-    assert splits["validation"]["label"] == [2]
+    assert splits["train"]["label"] == [2, 0, 1] and splits["validation"]["label"] == [2]
 
 
 @pytest.mark.parametrize(
