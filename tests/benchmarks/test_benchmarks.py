@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.lengths import epoch_batches
 from benchmarks.peers import PEERS, Limit, Shape, build, make_batches, method_step, prepare_method_step, train_step
 from benchmarks.report import Measurement, section
 from tests.nlu.tiny import write_rows
@@ -59,7 +58,7 @@ def test_the_limit_counts_its_own_operations():
 
 def test_epoch_batches_hold_every_example_and_bucketing_saves_padding():
     lengths = [5 + (37 * i) % 90 for i in range(130)]
-    plain, bucketed = (epoch_batches(lengths, 16, flag) for flag in (False, True))
+    plain, bucketed = (run.epoch_batches(lengths, 16, flag) for flag in (False, True))
     assert sum(rows for rows, _ in plain) == sum(rows for rows, _ in bucketed) == 130
     assert max(t for _, t in plain) == max(t for _, t in bucketed) == max(lengths)
     assert sum(r * t for r, t in bucketed) < 0.8 * sum(r * t for r, t in plain)

@@ -124,10 +124,8 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     ("flags", "message"),
     [
         (["--methods", "lora2,lora:task_name=mrpc"], "give --task_name for all methods"),
-        (["--methods", "lora:max_eval_samples=5"], "give --max_eval_samples for all methods"),
         (["--methods", "lora:seed=3"], "--seed is set for each run"),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "leave --learning_rate out"),
-        (["--methods", "lora", "--published", "roberta-large", "--task_name", "wnli"], "wnli.yaml has deberta-v3-base"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
@@ -149,9 +147,3 @@ def test_evaluations_are_by_epoch_unless_their_steps_are_given(steps, strategy):
     args, rest = compare.own_parser().parse_known_args(words)
     (run, *_) = compare.plan(args, compare.flag_values(rest)).runs
     assert run.arguments["eval_strategy"] == strategy and run.arguments["do_train"] and run.arguments["do_eval"]
-
-
-def test_text_stays_text_and_numbers_become_numbers():
-    words = ["--label_column", "01", "--model_revision=12e45", "--max_steps", "7", "--learning_rate=1e-3", "--bf16"]
-    values = {"label_column": "01", "model_revision": "12e45", "max_steps": 7, "learning_rate": 1e-3, "bf16": True}
-    assert compare.flag_values(words) == values

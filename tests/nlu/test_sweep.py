@@ -177,26 +177,6 @@ def test_jobs_run_on_a_cluster(run_sweep, tmp_path):
     assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--set", "seed=3"),  # the runs' names would be wrong
-        ("--launcher", "slurm", "--slurm", "timeout_min=9", "--slurm", "tasks_per_node=2"),  # each would start twice
-    ],
-)
-def test_faulty_flags_are_refused_in_one_line(run_sweep, flags):
-    code, _, err = run_sweep(BASIC, *flags)
-    assert code == 2 and err.strip().splitlines()[-1].startswith("error: ")
-
-
-def test_a_damaged_line_is_named_and_nothing_starts(run_sweep, tmp_path):
-    (tmp_path / "measured").mkdir()
-    (tmp_path / "measured/trial.jsonl").write_text('{"status": "fin')
-    code, _, err = run_sweep(BASIC)
-    assert code == 2 and f"{tmp_path}/measured/trial.jsonl:1: damaged" in err and "delete it" in err
-    assert not list((tmp_path / "output/trial").rglob("results.json"))
-
-
 def test_ones_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep, tmp_path):
     for name in ("train", "other", "dev"):
         (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{name},1\n")
@@ -265,20 +245,6 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
     with loop:
         loop.run(runs[:1])
     assert job.heard == ["stop", "kill"] and loop.summary() == 128 + signal.SIGINT
-
-
-def test_after_a_signal_no_run_is_started_in_the_place_of_one_that_has_ended(tmp_path):
-    def poll(job):
-        looks.append(job)
-        if len(looks) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return 143 if looks.count(job) > (3 if job is started[0] else 6) else None
-
-    looks, started = [], []
-    loop, runs = loop_of(tmp_path, lambda command, log: started.append(Job(poll)) or started[-1])
-    with loop:
-        loop.run(runs)
-    assert [job.heard for job in started] == [["stop"], ["stop"]] and not loop.failures
 
 
 def test_a_run_that_cannot_be_started_is_a_failed_one_and_the_first_ends_the_sweep(tmp_path):
