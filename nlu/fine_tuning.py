@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -37,12 +38,12 @@ from nlu.methods.registry import METHODS
 from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
-from nlu.runs.checkpoints import last_checkpoint, rotate
+from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RECORD, RunFolder
 from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
-from nlu.runs.record import RunRecord, begin_record, say_outcome
+from nlu.runs.record import RunRecord, say_outcome, say_start
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer
 from nlu.trainer_arguments import trainer_arguments
@@ -124,13 +125,17 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
         "warm_start": warm_start,
         "digests": folder.digests,
     }
-    record = begin_record(arguments, trainer, facts, path, previous)
+    record = RunRecord(arguments, trainer, facts, path, previous)
+    trainer.add_callback(record)
+    record.write("running")
+    if is_first():
+        say_start(record.static, trainer)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
     run_recorded(arguments, list(zip(tasks, tokens, strict=True)), trainer, record, path, checkpoint)
 
 
 def run_recorded(
-    arguments: Arguments, sets: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: Path | None
+    arguments: Arguments, sets: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: str | None
 ) -> None:
     """Training, evaluation, prediction and the adapter; whatever ends it early is in the record."""
     try:
@@ -141,7 +146,7 @@ def run_recorded(
             save_run_adapter(arguments, trainer, record.write("running"), folder)
             finished = record.write("finished")
             if arguments.training.save_strategy == "no":  # they served while the run was at work
-                rotate(folder / "model", 0)
+                shutil.rmtree(folder / "model", ignore_errors=True)
     except BaseException as error:
         record.error = one_line(error)
         with contextlib.suppress(OSError):  # a full disk: the record stays as it was
@@ -221,13 +226,13 @@ def build_trainer(
     )
 
 
-def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: Path | None) -> None:
+def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: str | None) -> None:
     """Train from the checkpoint, or without one from the start, and evaluate what training ended with."""
     if arguments.training.do_train:
         if checkpoint is not None and is_first():
             logger.warning("continuing from %s", checkpoint)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=checkpoint)
         except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or of an older version
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
     scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]

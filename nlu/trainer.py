@@ -81,9 +81,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.step_started = 0.0
         self.epoch_ended = False
         self.stop_request = StopRequest()
-        args = kwargs["args"]
-        # With a limit of one the Trainer would delete the last checkpoint at the end, from which a run predicts.
-        self.checkpoint_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(
             model=applied.model,
             low_rank=applied.low_rank,

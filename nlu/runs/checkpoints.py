@@ -7,9 +7,8 @@ it in ``model/.unfinished/``, from where it is renamed when it is complete.
 
 from __future__ import annotations
 
-import re
+import os
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,9 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from nlu.errors import RunError, one_line
-from nlu.runs.files import replace_folder
 from nlu.runs.processes import wait_for_all
 
 if TYPE_CHECKING:
@@ -29,35 +28,18 @@ else:
     _Trainer = object  # the class that the mix-in is put before brings the Trainer
 
 UNFINISHED = ".unfinished"
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders by step, the first one first."""
-    found = [(int(m.group(1)), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint."""
-    return next(reversed(checkpoints(folder)), None)
-
-
-def rotate(folder: Path, limit: int | None, spared: Collection[Path] = ()) -> None:
-    """Delete the oldest checkpoints, except the ``spared`` ones, until ``limit`` are left; None keeps all."""
-    if limit is None:
-        return
-    present = checkpoints(folder)
-    deletable = [path for path in present if path not in spared]
-    for path in deletable[: max(0, len(present) - limit)]:
-        shutil.rmtree(path, ignore_errors=True)
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in a folder, which need not exist."""
+    return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
 class Progress(TrainerCallback, ExportableState):
     """Carries in ``trainer_state.json`` what the Trainer's own state lacks: the time of the steps, the running loss."""
 
     def __init__(self, trainer: WholeCheckpoints) -> None:
-        self.trainer = trainer
+        self.trainer, trainer.progress = trainer, {}
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": self.trainer.progress}
@@ -72,12 +54,10 @@ class WholeCheckpoints(_Trainer):
 
     Attributes:
         train_seconds: time of the steps. progress: what :class:`Progress` carries, as of the last checkpoint.
-        checkpoint_limit: how many checkpoints are kept, at least the last and the best one; None keeps all.
     """
 
     train_seconds: float = 0.0
-    progress: dict[str, Any] = {}  # noqa: RUF012
-    checkpoint_limit: int | None = None
+    progress: dict[str, Any]
 
     def _get_output_dir(self, trial: Any) -> str:
         """Overridden to have the Trainer write a checkpoint apart from the complete ones."""
@@ -108,7 +88,7 @@ class WholeCheckpoints(_Trainer):
             wait_for_all()
             if self.args.should_save:
                 state.save_to_json(str(unfinished / TRAINER_STATE_NAME))  # with the final place of the best one
-                replace_folder(unfinished, final)
+                os.rename(unfinished, final)
                 unfinished.parent.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -118,7 +98,7 @@ class WholeCheckpoints(_Trainer):
             ) from error
         wait_for_all()
         if self.args.should_save:
-            rotate(folder, self.checkpoint_limit, {final, Path(state.best_model_checkpoint or final)})
+            rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint)
 
     def restore_progress(self) -> None:
         """Restore what the Trainer does not when it resumes: the running loss, the time, the end by early stopping."""

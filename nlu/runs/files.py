@@ -1,4 +1,4 @@
-"""Files and folders that are written whole: a reader, or a run that was killed, finds the old content or the new one.
+"""Files that are written whole: a reader, or a run that was killed, finds the old content or the new one.
 
 Each is written beside its place, flushed to the disk and renamed. A lock keeps a folder for one process.
 """
@@ -74,32 +74,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         TypeError: for what JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-# ---- folders --------------------------------------------------------------------------------------------------------
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Flush a complete folder to the disk and rename it to ``folder``, in the place of what is there.
-
-    Raises:
-        OSError: a file cannot be flushed or the folder cannot be renamed.
-    """
-    for path in (*new.rglob("*"), new):
-        _flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(new, folder)
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- locks ----------------------------------------------------------------------------------------------------------

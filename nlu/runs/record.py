@@ -31,28 +31,54 @@ class RunRecord(TrainerCallback):
     """Collects ``results.json`` and writes it, whole each time; the first process does so for all.
 
     Args:
-        folder: the run's root_output_dir. static: what is known before training. trainer: the run's GlueTrainer.
+        trainer: the run's GlueTrainer. facts: further fields that are known before training. folder: the run's.
+        previous: the record of an interrupted run that goes on.
     """
 
-    def __init__(self, folder: Path, static: dict[str, Any], trainer: Any) -> None:
-        self.path, self.static, self.trainer = folder / RECORD, static, trainer
+    def __init__(
+        self, arguments: Arguments, trainer: Any, facts: dict[str, Any], folder: Path, previous: dict[str, Any] | None
+    ) -> None:
+        self.path, self.trainer = folder / RECORD, trainer
         self.error: str | None = None
         self._last_write = 0.0
+        task, ranks, training = trainer.task, trainer.applied.ranks, arguments.training
+        self.static = {
+            "task": task.name,
+            "labels": list(task.labels) if task.labels else None,
+            "method": arguments.method.method,
+            "method_config": arguments.method_config,
+            "seed": training.seed,
+            "model": Path(arguments.model.model_name_or_path).name,
+            "model_commit": getattr(trainer.applied.model.config, "_commit_hash", None),
+            "scored_params": ranks.scored_parameters if ranks else None,
+            "initial_budget": ranks.initial_total_rank if ranks else None,
+            "final_budget": ranks.target_total_rank if ranks else None,
+            "effective_batch_size": effective_batch_size(training),
+            "constant_loss": _constant_loss(trainer),
+            "arguments": arguments.record,
+            "versions": versions(),
+            "git_commit": COMMIT,
+            "machine": machine(),
+            "command": command_line(),
+            **facts,
+            **count_parameters(trainer.applied.model),
+            "started_at": previous["started_at"] if previous else now(),
+            "resumes": previous["resumes"] + 1 if previous else 0,
+        }
 
     def write(self, status: str) -> dict[str, Any]:
         """Write the record with that status (running, finished, failed, interrupted); returns it."""
         evaluations, metric = self.evaluations(), self.trainer.task.metric
-        scores = [(e[metric], e["step"]) for e in evaluations if metric in e]
-        best = max(scores, key=lambda pair: (pair[0], -pair[1]), default=(None, None))
+        best, best_step, last = best_and_last(evaluations, metric)
         record = {
             "format_version": FORMAT_VERSION,
             "status": status,
             "error": self.error,
             **self.static,
             "metric": metric,
-            "best": best[0],
-            "best_step": best[1],
-            "last": scores[-1][0] if scores else None,
+            "best": best,
+            "best_step": best_step,
+            "last": last,
             "evaluations": evaluations,
             **self.progress(),
             "history": self.history(),
@@ -104,62 +130,28 @@ class RunRecord(TrainerCallback):
         self.write("running")
 
 
-# ---- a run's own record --------------------------------------------------------------------------------------------
+def best_and_last(evaluations: list[dict[str, Any]], metric: str) -> tuple[float | None, int | None, float | None]:
+    """The highest score, its step (of equal scores the first), and the last score; None without an evaluation."""
+    scored = [row for row in evaluations if metric in row]
+    best = max(scored, key=lambda row: row[metric], default={})
+    return best.get(metric), best.get("step"), scored[-1][metric] if scored else None
 
 
-def begin_record(
-    arguments: Arguments, trainer: Any, facts: dict[str, Any], folder: Path, previous: dict[str, Any] | None
-) -> RunRecord:
-    """The run's record, with all that is known before training, given to the trainer; says what will train.
-
-    Args:
-        trainer: the run's GlueTrainer. facts: further fields, of data and warm start. folder: the run's.
-        previous: the record of an interrupted run that goes on.
-    """
-    static = {**_known_at_the_start(arguments, trainer), **facts, **count_parameters(trainer.applied.model)}
-    static["started_at"] = previous["started_at"] if previous else now()
-    static["resumes"] = previous["resumes"] + 1 if previous else 0
-    record = RunRecord(folder, static, trainer)
-    trainer.add_callback(record)
-    record.write("running")
-    if is_first():
-        final = static["final_budget"] or "as gated"
-        budget = f", singular values {static['initial_budget']} → {final}" if trainer.applied.ranks else ""
-        say(
-            f"{static['method_config']} on {static['task']}: adapter {static['adapter_params']:,}, head "
-            f"{static['head_params']:,}, all {static['total_params']:,} parameters{budget}{_adapted(trainer.model)}; "
-            f"batch {static['effective_batch_size']}, seed {static['seed']}"
-        )
-    return record
+def say_start(record: dict[str, Any], trainer: Any) -> None:
+    """What will train, and how much of it."""
+    final = record["final_budget"] or "as gated"
+    budget = f", singular values {record['initial_budget']} → {final}" if trainer.applied.ranks else ""
+    say(
+        f"{record['method_config']} on {record['task']}: adapter {record['adapter_params']:,}, head "
+        f"{record['head_params']:,}, all {record['total_params']:,} parameters{budget}{_adapted(trainer.model)}; "
+        f"batch {record['effective_batch_size']}, seed {record['seed']}"
+    )
 
 
 def _adapted(model: nn.Module) -> str:
     """Which modules got a low-rank update, by their names without the numbers of layers."""
     types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(model)})
     return f"; adapted: {', '.join(types)}" if types else ""
-
-
-def _known_at_the_start(arguments: Arguments, trainer: Any) -> dict[str, Any]:
-    task, ranks, training = trainer.task, trainer.applied.ranks, arguments.training
-    return {
-        "task": task.name,
-        "labels": list(task.labels) if task.labels else None,
-        "method": arguments.method.method,
-        "method_config": arguments.method_config,
-        "seed": training.seed,
-        "model": Path(arguments.model.model_name_or_path).name,
-        "model_commit": getattr(trainer.applied.model.config, "_commit_hash", None),
-        "scored_params": ranks.scored_parameters if ranks else None,
-        "initial_budget": ranks.initial_total_rank if ranks else None,
-        "final_budget": ranks.target_total_rank if ranks else None,
-        "effective_batch_size": effective_batch_size(training),
-        "constant_loss": _constant_loss(trainer),
-        "arguments": arguments.record,
-        "versions": versions(),
-        "git_commit": COMMIT,
-        "machine": machine(),
-        "command": command_line(),
-    }
 
 
 def _constant_loss(trainer: Any) -> float | None:

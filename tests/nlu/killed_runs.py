@@ -23,19 +23,12 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from nlu import fine_tuning, run_glue
-from nlu.runs import checkpoints
 from nlu.runs.processes import end_processes, wait_for_all
 from nlu.trainer import effective_batch_size
 
 EVENTS = (
-    "on_step_begin",
-    "on_pre_optimizer_step",
-    "on_optimizer_step",
-    "on_step_end",
-    "on_log",
-    "on_evaluate",
-    "on_save",
-)
+    "on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save",
+)  # fmt: skip
 WRITES = ("half a file", "before the rename")
 # Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
 TIME_FIELDS = frozenset(
@@ -59,7 +52,7 @@ def kill() -> None:
 @contextmanager
 def dying(point: str, step: int, die: Callable[[], None]):
     """While it lasts, a run dies at ``point`` of optimiser step ``step`` (steps finished so far)."""
-    build, torch_save, replace = fine_tuning.build_trainer, torch.save, checkpoints.replace_folder
+    build, torch_save, rename = fine_tuning.build_trainer, torch.save, os.rename
     built = []
 
     def callback(self, args, state, control, **kwargs):
@@ -78,15 +71,15 @@ def dying(point: str, step: int, die: Callable[[], None]):
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    def replace_dying(*args):
-        if point == "before the rename" and built[0].state.global_step >= step:
+    def rename_dying(*args):
+        if point == "before the rename" and built and built[0].state.global_step >= step:
             die()
-        replace(*args)
+        rename(*args)
 
     with (
         mock.patch.object(fine_tuning, "build_trainer", build_dying),
         mock.patch.object(torch, "save", save_half),
-        mock.patch.object(checkpoints, "replace_folder", replace_dying),
+        mock.patch.object(os, "rename", rename_dying),
     ):
         yield
 

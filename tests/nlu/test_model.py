@@ -147,13 +147,6 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path
     assert error.startswith("error: --model_name_or_path ") and words in error
 
 
-def test_a_dropout_that_a_head_lacks_is_refused(tiny_glue, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(SHAPES, "mpnet", {"pad_token_id": 0})
-    folder = make_encoder(tmp_path / "encoder", "mpnet")
-    assert main([*tiny_run(folder, tiny_glue, tmp_path / "run"), "--method", "lora", "--cls_dropout", "0.3"]) == 2
-    assert "mpnet has no dropout of its own in the head" in capsys.readouterr().err
-
-
 def test_the_dropout_of_albert_s_head_has_another_name(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
     folder = make_encoder(tmp_path / "encoder", "albert")

@@ -59,13 +59,6 @@ def test_checkpoints_hold_what_trains_and_not_the_base(finished):
     assert sum(w.numel() for w in weights.values()) == record["adapter_params"] + record["head_params"]
 
 
-def test_predictions_are_in_the_servers_format(finished):
-    lines = (finished[0] / "predictions" / "CoLA.tsv").read_text().splitlines()
-    assert lines[0] == "index\tprediction"
-    assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(12)]
-    assert {line.split("\t")[1] for line in lines[1:]} <= {"0", "1"}
-
-
 def test_the_record_counts_rows_and_reports_each_class(finished):
     _, record, printed, trainer = finished
     assert {split: found["rows"] for split, found in record["data"].items()} == {

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -22,8 +21,7 @@ from nlu.data.reader import Row
 from nlu.predictor import load_predictor
 from nlu.run_glue import main
 from nlu.runs.log import ProgressLines, log_to, say
-from nlu.runs.record import RunRecord
-from nlu.tasks import TASKS
+from nlu.runs.record import best_and_last
 from tests.nlu.killed_runs import run_broken_off
 from tests.nlu.tiny import changed, read, write_rows
 
@@ -185,11 +183,6 @@ def test_an_evaluation_speaks_when_it_has_been_silent(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == expected and lines.batches == 0
 
 
-def test_of_equal_scores_the_first_is_the_best(tmp_path):
-    logged = [{"step": step, "eval_accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
-    trainer = SimpleNamespace(
-        task=TASKS["rte"], applied=SimpleNamespace(ranks=None, pruned_params=lambda: 0), train_seconds=0.0,
-        state=SimpleNamespace(log_history=logged, global_step=6, max_steps=6),
-    )  # fmt: skip
-    made = RunRecord(tmp_path, {"adapter_params": 1}, trainer).write("running")
-    assert (made["best"], made["best_step"], made["last"]) == (0.5, 4, 0.5)
+def test_of_equal_scores_the_first_is_the_best():
+    rows = [{"step": step, "accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
+    assert best_and_last([*rows, {"step": 7, "loss": 0.1}], "accuracy") == (0.5, 4, 0.5)
