@@ -5,6 +5,7 @@
 
 ``--help`` lists every argument. The run writes results.json, adapter/, model/ and log/ (and, where it prunes,
 rank_pattern.json) to root_output_dir; the same command continues an interrupted run from its last checkpoint.
+``nlu/fine_tuning.py`` has the steps of a run; this file turns what ends it into an exit code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from nlu.runs.signals import Interrupted, stopped_by_signals
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns the exit code, with one line on stderr unless it is 0.
 
-    2: bad arguments or input; 1: a run that cannot go on; 128 + the signal's number: stopped, to be gone on with.
+    2: bad arguments or input. 1: a run that cannot go on. 128 + the signal's number: stopped; the same command
+    continues.
     """
     with stopped_by_signals():
         try:

@@ -117,16 +117,12 @@ class RunFolder:
     def _differences(self, previous: dict[str, Any]) -> list[str]:
         """How this run differs from the recorded one: a digest tells where there is one, and the argument elsewhere."""
         old, new = previous.get("digests", {}), self.digests
-        flags = sorted(flag for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
+        flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
         names = [n for n in changed_arguments(previous.get("arguments", {}), self.arguments) if n not in {*old, *new}]
-        parts = [f"other contents of {', '.join(map(self._shown, flags))}"] if flags else []
+        parts = [f"other contents of {', '.join(flags)}"] if flags else []
         parts += [f"other {', '.join(names[:5])}"] if names else []
         rows = previous.get("effective_batch_size")
         return parts + ([f"{rows} rows a step, not {self.batch_size}"] if rows != self.batch_size else [])
-
-    def _shown(self, flag: str) -> str:
-        value = self.arguments.get("method_config" if flag == "method" else flag)
-        return f"--{flag}{f' {value}' if value else ''}{'' if flag in self.digests else ' (no file there)'}"
 
     def _lacks_predictions(self, previous: dict[str, Any]) -> bool:
         """Whether predictions are asked for that the recorded run did not make, or not from these contents."""
