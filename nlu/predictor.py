@@ -106,7 +106,7 @@ def _load_adapted(arguments: argparse.Namespace) -> _Loaded:
     model = load_base_of(config, source)
     rebuild(model, config.card)
     loralib.load_adapter(model, folder, allow_other_base=arguments.allow_other_base)
-    return model, source, revision_of(config, source), config.card
+    return model, source, revision_of(config.base_model, config.base_revision, source), config.card
 
 
 def _load_checkpoint(arguments: argparse.Namespace) -> _Loaded:

@@ -94,18 +94,13 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
     Raises:
         ValueError: as :func:`load_base`.
     """
-    options: dict[str, Any] = config.head_options() | revision_of(config, source)
+    options: dict[str, Any] = config.head_options() | revision_of(config.base_model, config.base_revision, source)
     # The adapter brings its own head, with as many labels as it has.
     return load_base(source, config.architecture, ignore_mismatched_sizes=True, **options)
 
 
-def revision_of(config: AdapterConfig, source: str) -> dict[str, str]:
-    """The option ``revision`` of ``from_pretrained``, where ``source`` is the hub's name that an adapter records."""
-    return _revision(config.base_model, config.base_revision, source)
-
-
-def _revision(name: str | None, revision: Any, source: str) -> dict[str, str]:
-    """As :func:`revision_of`, of a ``revision`` that was recorded with the ``name``."""
+def revision_of(name: str | None, revision: Any, source: str) -> dict[str, str]:
+    """The option ``revision`` of ``from_pretrained``, where ``source`` is the hub's name that it was recorded with."""
     return {"revision": str(revision)} if revision and name == source and not Path(source).exists() else {}
 
 
@@ -132,7 +127,8 @@ def export_merged(
         refuse_files(folder)
     model = load_base_of(config, base)
     merge_into(model, adapter, allow_other_base=allow_other_base)
-    processor = None if has_tokenizer(adapter) else _processor(base, revision_of(config, base))
+    revision = revision_of(config.base_model, config.base_revision, base)
+    processor = None if has_tokenizer(adapter) else _processor(base, revision)
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
@@ -240,7 +236,7 @@ def _import(adapter: str, out: str, base: str, kind: str = "lora", **options: An
         options.setdefault("widths", [8])
     values, _, head = read_pairs(adapter)
     name = name_on_hub(values.get("base_model_name_or_path"))
-    revision = _revision(name, values.get("revision"), base)
+    revision = revision_of(name, values.get("revision"), base)
     model = load_base(base, _class_for(values.get("task_type"), base, revision), **_label_count(head), **revision)
     import_peft(model, adapter, kind, **options)
     save_adapter(

@@ -102,22 +102,20 @@ class MultiAdapter:
             parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}
         state = self.model.state_dict(keep_vars=True)
         never_called = modules_never_called(self.model)
-        trained = {id(state[n]): tensors[n].to(state[n]) for n in config.head}
-        in_leaves: set[int] = set()
-        in_others: dict[str, int] = {}
+        trained = {id(state[n]): n for n in config.head}
+        served: set[int] = set()
         for owner, module in self.model.named_modules():  # a tied tensor has several owners
-            held = {n: id(t) for n, t in (module._parameters | module._buffers).items() if id(t) in trained}
-            if held and (owner in never_called or type(module).forward is nn.Module.forward):
-                raise ValueError(f"the adapter holds {owner}.{min(held)}, of a module that is never called, and a hook "
-                                 "would not apply it: use load_adapter()")  # fmt: skip
-            if next(module.children(), None) is not None:  # a hook would run it twice, and its caches with it
-                in_others |= {f"{owner}.{n}": number for n, number in held.items()}
-            elif held:
-                in_leaves.update(held.values())
-                parts.setdefault(owner, _Part()).head.update({n: trained[number] for n, number in held.items()})
-        if alone := [name for name, number in in_others.items() if number not in in_leaves]:
-            raise ValueError(f"the adapter holds {alone[0]} of a module with modules of its own, which cannot be "
-                             "switched: use load_adapter()")  # fmt: skip
+            called = owner not in never_called and type(module).forward is not nn.Module.forward
+            if not called or next(module.children(), None) is not None:  # a hook would run it twice, and its caches too
+                continue
+            for own, tensor in (module._parameters | module._buffers).items():
+                if id(tensor) in trained:
+                    parts.setdefault(owner, _Part()).head[own] = tensors[trained[id(tensor)]].to(tensor)
+                    served.add(id(tensor))
+        if alone := [n for number, n in trained.items() if number not in served]:
+            raise ValueError(
+                f"no hook can apply the adapter's {alone[0]}: its module is never called or holds others; use load_adapter()"
+            )
         self._adapters[name] = parts
         for module_name in parts.keys() - self._hooks.keys():
             module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)

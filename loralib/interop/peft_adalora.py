@@ -185,10 +185,8 @@ class AdaLoraCallback(TrainerCallback):
             raise ValueError("peft cannot load a checkpoint of other ranks: leave load_best_model_at_end out")
         self.training.start(state.max_steps)
         if state.global_step:
-            path = self._state_file(args, state)
-            if not path.is_file():
-                raise ValueError(f"{path} is missing: resume from a checkpoint in output_dir that this callback wrote")
-            self.training.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            saved = torch.load(self._state_file(args, state), map_location="cpu", weights_only=True)
+            self.training.load_state_dict(saved)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:

@@ -30,12 +30,10 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
         device_type: of the devices on which the processes compute, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: for a model without a frozen parameter, or with one that is sharded or quantised already, and
-            without a process group. The model is unchanged then.
+        ValueError: for a weight that is sharded or quantised already, and without a process group. The model is
+            unchanged then.
     """
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    if not frozen:
-        raise ValueError("there is nothing to shard: every parameter of the model trains")
     for name, parameter in frozen.items():
         if stored_form(parameter) is not None:
             raise ValueError(
