@@ -113,9 +113,7 @@ class MultiAdapter:
                     parts.setdefault(owner, _Part()).head[own] = tensors[trained[id(tensor)]].to(tensor)
                     served.add(id(tensor))
         if alone := [n for number, n in trained.items() if number not in served]:
-            raise ValueError(
-                f"no hook can apply the adapter's {alone[0]}: its module is never called or holds others; use load_adapter()"
-            )
+            raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or holds others")
         self._adapters[name] = parts
         for module_name in parts.keys() - self._hooks.keys():
             module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
