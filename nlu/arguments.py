@@ -173,9 +173,11 @@ def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     if backbone not in settings:
         raise UsageError(f"--published {backbone}: {path} has {', '.join(settings) or 'no settings'}")
     read = {flag.name for flag in METHODS[method].flags}
+    layers = read_yaml(TASK_FOLDER / "every_task.yaml")[backbone], settings[backbone]
     merged: dict[str, Any] = {}
-    for layer in (read_yaml(TASK_FOLDER / "every_task.yaml")[backbone], settings[backbone]):
+    for layer in layers:
         merged |= {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
+    for layer in layers:
         merged |= layer.get(method, {})
     return read_flags(_as_words(merged, path))
 

@@ -1,4 +1,4 @@
-# Sourced by the scripts/run_*.sh files with their arguments: --help, the environment variables, and `run`.
+# Sourced by the scripts/run_*.sh files with their arguments: --help, what the environment variables set (PROCESSES, FLAGS), and `run`.
 
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 
@@ -14,7 +14,7 @@ The environment sets:
   MODEL        a model's folder, or another name on the hub
   SEED         replaces the published one
   NPROC        processes on this machine, one per GPU (default: 1)
-  PER_DEVICE   rows a process takes at once; the rest of its share of the batch is accumulated (default: all)
+  PER_DEVICE   rows a process takes at once, at most; the rest of its share of the batch is accumulated (default: all)
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for a run over several machines, as in torchrun
   ACCELERATE   a file in configs/accelerate/: \`accelerate launch\` starts the run with its settings (FSDP, for example)
   DRY_RUN=1    prints the command and starts nothing
@@ -53,5 +53,9 @@ done
 
 NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+PROCESSES=(--nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+FLAGS=(--measured_dir output/measured ${MODEL:+--model_name_or_path "$MODEL"} ${SEED:+--seed "$SEED"}
+    ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"})
 # Seconds that torchrun leaves its processes to end their step and save it, before it kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
