@@ -181,6 +181,6 @@ def say_outcome(record: dict[str, Any], folder: Path) -> None:
         say(f"predictions: {folder / 'predictions'}")
     say(f"predict: python -m nlu predict --adapter {adapter} --base {base} --input FILE")
     method = METHODS[record["method"]]
-    if method.card is None:  # otherwise the method adds modules, which no other tool loads
+    if method.rebuild is None:  # otherwise the method adds modules, which no other tool loads
         form = "peft" if method.takes_warm_start else "merged"
         say(f"export:  python -m nlu export {adapter} --to {form} OUT --base {base}")
