@@ -165,11 +165,6 @@ class LowRankTraining:
             )
 
     @property
-    def rank_pattern(self) -> dict[str, list[bool]] | None:
-        """Module name → which singular values are not 0 in the weights now; None where nothing is pruned."""
-        return None if self.allocator is None else self.allocator.rank_pattern
-
-    @property
     def budget(self) -> int | None:
         """Singular values that the schedule allows at this step; None where nothing is pruned."""
         return None if self.allocator is None else self.allocator.budget(self.steps_done)

