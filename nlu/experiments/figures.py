@@ -1,16 +1,17 @@
-"""The figures of a report. Lines differ in colour (Okabe and Ito's palette), dash and marker, for print in grey."""
+"""The figures of a report. Lines differ in colour (Okabe and Ito's palette) and marker, for print in grey."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import takewhile
+from itertools import cycle, takewhile
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,14 +20,8 @@ from nlu.experiments.tables import rows_of, tuning_runs
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-KINDS = (
-    "differences",
-    "rates",
-    "curves",
-    "ranks",
-)  # end the figures' names; the first that there is stands on the page
-DASHES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX<>*"
+KINDS = ("differences", "rates", "curves", "ranks")  # the figures, by the ends of their names, as the page has them
+STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE = {
     "svg.hashsalt": "nlu",  # fixed identifiers: equal lines give equal bytes
     "svg.fonttype": "path",
@@ -41,6 +36,8 @@ STYLE = {
     "axes.formatter.useoffset": False,
     "savefig.dpi": 150,
     "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.0,
     "text.parse_math": False,  # a `$` is a character of a label
 }
 WIDTH = 5.0  # inches: on a phone, whose width a page scales figures to, letters of 9 points stay readable
@@ -71,7 +68,7 @@ def draw(name: str, every: pd.DataFrame, final: pd.DataFrame, scores: pd.DataFra
         final: the finished final runs. scores: of them, see `tables.score_frame`.
     """
     labels = list(dict.fromkeys(every.label))
-    styles = dict(zip(labels, _styles(len(labels)), strict=True))
+    styles = dict(zip(labels, cycle(STYLES), strict=False))
     with matplotlib.rc_context(STYLE):
         drawn = (
             _differences(f"{name}_differences", scores, final),
@@ -169,7 +166,7 @@ def _rates(name: str, every: pd.DataFrame) -> Drawing | None:
     if not len(runs):
         return None
     labels, tasks = list(dict.fromkeys(runs.row)), list(dict.fromkeys(runs.task.dropna()))
-    styles = dict(zip(labels, _styles(len(labels)), strict=True))
+    styles = dict(zip(labels, cycle(STYLES), strict=False))
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.3), layout="constrained")
@@ -205,20 +202,6 @@ def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -
 def _end_at_the_possible(axes: Axes) -> None:
     """End an axis of scores at the highest that there is."""
     axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
-
-
-def _styles(number: int) -> Iterator[dict]:
-    """One style for each label; the first are the widest and lie below: an equal line over one leaves its rim."""
-    for i in range(number):
-        narrow = i / max(1, number - 1)
-        yield {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[(i + i // len(COLOURS)) % len(DASHES)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linewidth": 2.6 - 1.6 * narrow,
-            "markersize": 6.5 - 4 * narrow,
-            "zorder": 2 + narrow,
-        }
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:

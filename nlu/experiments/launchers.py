@@ -1,28 +1,16 @@
 """How a sweep starts its runs: as processes of this machine, or as jobs of a Slurm cluster."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nlu import ROOT
 from nlu.errors import UsageError, reason
-
-
-class Job(Protocol):
-    """A started run."""
-
-    def poll(self) -> int | None:
-        """The exit code, or None while it runs."""
-
-    def stop(self) -> None:
-        """Ask it to save and end (SIGTERM)."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
 
 RUN_GLUE = ROOT / "nlu/run_glue.py"
 
@@ -36,7 +24,7 @@ class LocalLauncher:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         self.environment = {**dict.fromkeys(names, threads), **os.environ, "OMP_NUM_THREADS": threads}
 
-    def start(self, command: list[str], log: Path) -> Job:
+    def start(self, command: list[str], log: Path) -> LocalJob:
         """Start a command; its output is appended to the log.
 
         Raises:
@@ -44,7 +32,7 @@ class LocalLauncher:
         """
         with open(log, "ab") as output:
             try:
-                return _LocalJob(
+                return LocalJob(
                     command,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -56,13 +44,15 @@ class LocalLauncher:
                 raise UsageError(f"cannot run {command[0]}: {error.strerror}; check --command") from None
 
 
-class _LocalJob(subprocess.Popen):
-    """A process with all that it starts."""
+class LocalJob(subprocess.Popen):
+    """A process with all that it starts; `poll` gives its exit code, or None while it runs."""
 
     def stop(self) -> None:
+        """Ask it to save and end."""
         self._signal_all(signal.SIGTERM)
 
     def kill(self) -> None:
+        """End it at once."""
         self._signal_all(signal.SIGKILL)
 
     def _signal_all(self, number: int) -> None:
@@ -88,7 +78,7 @@ class SlurmLauncher:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
 
-    def start(self, command: list[str], log: Path) -> Job:
+    def start(self, command: list[str], log: Path) -> SlurmJob:
         """Submit a command that runs in this folder, its output appended to the log.
 
         Raises:
@@ -109,12 +99,14 @@ class SlurmLauncher:
                     signal.signal(number, handler)
 
         try:
-            return _SlurmJob(self.executor.submit(run))
+            return SlurmJob(self.executor.submit(run))
         except self.refusals as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
 
 
-class _SlurmJob:
+class SlurmJob:
+    """A job of the cluster, with the methods of :class:`LocalJob`."""
+
     def __init__(self, job: Any) -> None:
         self.job, self.killed = job, False
 

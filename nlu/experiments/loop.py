@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
-from nlu.experiments.launchers import Job, LocalLauncher, SlurmLauncher
+from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
 from nlu.experiments.records import comparable, measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.digests import READ, content_digests
@@ -196,7 +196,8 @@ class SweepLoop:
         states = self.places.states(runs)
         pending = [run for run in runs if states[run.folder] != "finished"]
         self.bar.update(len(runs) - len(pending))
-        running: dict[str, tuple[Run, int | None, Job]] = {}  # with the time of the record that it found
+        # Folder → the run, the time of the record that its start found, and what was started.
+        running: dict[str, tuple[Run, int | None, LocalJob | SlurmJob]] = {}
         told = 0
         try:
             while (pending and not self.stopped_by) or running:
@@ -236,7 +237,7 @@ class SweepLoop:
             return 128 + self.stopped_by
         return 1 if self.failures else 0
 
-    def _start(self, run: Run, state: str) -> Job:
+    def _start(self, run: Run, state: str) -> LocalJob | SlurmJob:
         command = command_line(run, self.places)
         if state == "failed" or self.rerun_changed:
             command.append("--overwrite_output_dir")  # which replaces another run, and goes on with an unchanged one

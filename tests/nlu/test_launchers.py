@@ -55,7 +55,7 @@ def test_a_job_that_the_cluster_forgets_ends_when_it_is_killed():
             if check:
                 raise subprocess.CalledProcessError(1, "scancel")
 
-    job = launchers._SlurmJob(Forgotten())
+    job = launchers.SlurmJob(Forgotten())
     job.stop()
     assert job.poll() is None
     job.kill()
