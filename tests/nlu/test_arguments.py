@@ -48,17 +48,17 @@ def test_parse_arguments_maps_published_flags_to_a_method(flags, method, allocat
     assert parsed.method == method and (allocation is None or parsed.rank_allocation is allocation)
 
 
-@pytest.mark.parametrize("suffix", [".yaml", ".json"])
-def test_an_argument_file_comes_first_and_flags_override_it(tmp_path, suffix):
+def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
     values = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out",
               "method": "adalora", "lora_r": 6, "learning_rate": 1e-3, "cls_dropout": None,
               "lr_scheduler_kwargs": {"num_cycles": 2}}  # fmt: skip
-    path = tmp_path / f"run{suffix}"
+    path = tmp_path / "run.yaml"
     path.write_text(json.dumps(values))  # JSON is YAML too
     parsed = parse(f"{path} --lora_r 5")
     assert parsed.method.lora_r == 5 and parsed.method.method == "adalora"
     assert parsed.training.learning_rate == 1e-3 and parsed.training.do_train
     assert parsed.training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert parsed.method.target_rank == 2  # by default half the rank
     assert parse(f"{path} --method lora2").method.method == "lora2"
 
 
@@ -89,44 +89,46 @@ def test_a_run_without_a_folder_gets_one_by_model_data_method_and_seed():
     assert training.root_output_dir == "output/own/m/x/lora_r1/seed-42"
 
 
-def test_the_default_target_rank_is_half_the_rank():
-    assert parse(f"{BASE} --lora_r 8").method.target_rank == 4
-    assert parse(f"{BASE} --lora_r 1").method.target_rank == 1
-
-
 # In silence, a wrong number would follow, or a run other than the one asked for.
-WRONG = [
-    (BASE, "--method ../methods/lora", "unknown method"),
-    (BASE, "--method lora --lora_type svd", "--lora_type is a published name of a method"),
-    (BASE, "--lora_type frd --apply_adalora", "svd"),
-    (BASE, "--lora_r 0", "--lora_r: must be at least 1 and below 2147483648, got 0"),
-    (BASE, "--lora_r two", "--lora_r: 'two' cannot be its value"),
-    (BASE, "--learning_rate nan", "must be above 0"),
-    (BASE, "--beta1 1", "must be above 0 and below 1"),
-    (BASE, "--lr_scheduler_type reduce_lr_on_plateau", "invalid choice"),
-    (BASE, "--method lora --target_rank 3", "--target_rank has no meaning with --method lora"),
-    (BASE, "--method lora2_plus --target_rank 3", "--target_rank has no meaning with --rank_allocation False"),
-    (BASE, "--orthogonality retraction", "--lora_init orthogonal"),
-    (BASE, "--method rslora --peft_config {}", "a peft_config of its own"),
-    (BASE, "--learning_rat 1", "unknown argument --learning_rat: did you mean --learning_rate?"),
-    (BASE, "--total_batch_size 32 --gradient_accumulation_steps 2", "follows from --total_batch_size"),
-    (BASE, "--train_file x.csv", "for your own files"),
-    (BASE, "--bf16 --fp16", "exclude each other"),
-    (BASE, "--push_to_hub", "--hub_model_id OWNER/NAME"),
-    (BASE, "--load_best_model_at_end", "need evaluations"),
-    (BASE, "--published gpt", "cola.yaml has deberta-v3-base, roberta-large"),
-    ("", "--task_name cola --do_train", "model_name_or_path"),
-    ("", "--model_name_or_path m --do_train", "no data: give --task_name"),
-    ("", "--model_name_or_path m --task_name cola", "nothing to do"),
-    ("", "--model_name_or_path m --train_file a.csv --do_train --do_eval", "--validation_file"),
-]  # fmt: skip
+WRONG = """
+--method ../methods/lora | unknown method
+--method lora --lora_type svd | --lora_type is a published name of a method
+--lora_type frd --apply_adalora | svd
+--lora_r 0 | --lora_r: must be at least 1 and below 2147483648, got 0
+--lora_r two | --lora_r: 'two' cannot be its value
+--learning_rate nan | must be above 0
+--lr_scheduler_type reduce_lr_on_plateau | invalid choice
+--method lora --target_rank 3 | --target_rank has no meaning with --method lora
+--method lora2_plus --target_rank 3 | --target_rank has no meaning with --rank_allocation False
+--orthogonality retraction | --lora_init orthogonal
+--method rslora --peft_config {} | a peft_config of its own
+--learning_rat 1 | unknown argument --learning_rat: did you mean --learning_rate?
+--total_batch_size 32 --gradient_accumulation_steps 2 | follows from --total_batch_size
+--train_file x.csv | for your own files
+--bf16 --fp16 | exclude each other
+--push_to_hub | --hub_model_id OWNER/NAME
+--load_best_model_at_end | need evaluations
+--published gpt | cola.yaml has deberta-v3-base, roberta-large
+""".strip().splitlines()
 
 
-@pytest.mark.parametrize("start, flags, words", WRONG)
-def test_parse_arguments_refuses_in_one_line(start, flags, words):
+@pytest.mark.parametrize("line", WRONG)
+def test_parse_arguments_refuses_in_one_line(line):
+    flags, message = line.split(" | ")
     with pytest.raises(UsageError) as error:
-        parse(f"{start} {flags}")
-    assert words in str(error.value)
+        parse(f"{BASE} {flags}")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("command, message", [
+    ("--task_name cola --do_train", "--model_name_or_path is missing"),
+    ("--model_name_or_path m --do_train", "no data"),
+    ("--model_name_or_path m --task_name cola", "nothing to do"),
+    ("--model_name_or_path m --train_file a.csv --do_train --do_eval", "nothing to evaluate on"),
+])  # fmt: skip
+def test_parse_arguments_needs_a_model_data_and_something_to_do(command, message):
+    with pytest.raises(UsageError, match=message):
+        parse(command)
 
 
 def test_a_command_line_is_refused_without_torch_and_transformers():
