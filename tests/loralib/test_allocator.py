@@ -197,7 +197,7 @@ def test_contradictions_are_refused_in_one_line(changes):
         allocator_of(model_to_prune(), **changes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(r=st.integers(1, 6), count=st.integers(1, 4), data=st.data(), every=st.integers(1, 5), seed=st.integers(0, 99))
 def test_budget_falls_monotonically_to_the_target_and_is_what_is_live(r, count, data, every, seed):
     target = data.draw(st.integers(1, r))
