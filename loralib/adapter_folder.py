@@ -129,6 +129,10 @@ def _config_of(values: dict[str, Any]) -> AdapterConfig:
                 raise ValueError(f"{name} cannot be {value!r:.80}")
     if not config.architecture.isidentifier():  # README.md has it in lines of code
         raise ValueError(f"architecture cannot be {config.architecture!r:.80}")
+    try:
+        config.head_options()
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ValueError(f"base_config holds no labels ({error})") from None
     return config
 
 

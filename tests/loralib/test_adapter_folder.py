@@ -93,6 +93,7 @@ def test_a_folder_that_was_changed_is_refused(tmp_path, damage):
 FORGED = {
     "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
     "a rank that is true": (lambda c, t: c["groups"][0].update(r=True), "r cannot be True"),
+    "labels that are no mapping": (lambda c, t: c.update(base_config={"id2label": 5}), "base_config holds no labels"),
     "a head of numbers": (lambda c, t: c.update(head=[1]), "head cannot be"),
     "endless rank": (
         lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"
