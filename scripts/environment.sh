@@ -16,7 +16,7 @@ The environment sets:
   NPROC        processes on this machine, one per GPU (default: 1)
   PER_DEVICE   rows a process takes at once, at most; the rest of its share of the batch is accumulated (default: all)
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for a run over several machines, as in torchrun
-  ACCELERATE   a file in configs/accelerate/: \`accelerate launch\` starts the run with its settings (FSDP, for example)
+  ACCELERATE   a file in configs/accelerate/: \`accelerate launch\` starts the run with its settings (FSDP)
   DRY_RUN=1    prints the command and starts nothing
   PYTHON       the interpreter (default: .venv/bin/python where scripts/setup.sh made it, else python3 or python)
 

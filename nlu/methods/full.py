@@ -16,14 +16,9 @@ def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model)
 
 
-def _is_bias(name: str) -> bool:
-    """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0)."""
-    own = name.rpartition(".")[2]
-    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
-
-
 def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    biases = [p for name, p in model.base_model.named_parameters() if _is_bias(name)]
+    # Also in_proj_bias of nn.MultiheadAttention and bias_ih_l0 of nn.LSTM.
+    biases = [p for name, p in model.base_model.named_parameters() if "bias" in name.rpartition(".")[2]]
     if not biases:
         raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")
     train_only(model, biases)
