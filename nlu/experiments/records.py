@@ -69,19 +69,18 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def place_of(run: Run, method: str) -> dict[str, Any]:
-    """The part of a line that says which run of the experiment it is; `method` is the base method."""
+    """The part of a line that says which run of the experiment it is; `method` is the base method.
+
+    Tables call the run by the labels of the grid's axes (`label`), but for those that stand in other places.
+    """
     axes = place_free(run.axes)
-    label = label_of(axes, method) or _method_name(str(run.arguments.get("method")), method)
+    names = []
+    for axis, value in axes.items():
+        if axis not in NO_LABEL:
+            text = value if isinstance(value, str) else f"{axis}={value}"
+            names.append(_method_name(text, method) if axis == "method" else text)
+    label = ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
     return portable({"run": run.folder, "stage": run.stage, "label": label, "axes": axes, "tried": run.tried})
-
-
-def label_of(axes: dict[str, Any], method: str) -> str:
-    """What tables call a run with these labels of the grid's axes; empty where all of them stand in other places."""
-    return ", ".join(
-        _method_name(str(value), method)
-        if axis == "method" else value if isinstance(value, str) else f"{axis}={value}"
-        for axis, value in axes.items() if axis not in NO_LABEL
-    )  # fmt: skip
 
 
 def _method_name(name: str, base: str) -> str:

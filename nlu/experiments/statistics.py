@@ -178,7 +178,6 @@ class Estimate:
     mean: float
     error: float | None
     freedom: float | None
-    count: int
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -233,13 +232,13 @@ def estimate(values: pd.Series, tasks: pd.Series, pooled: Spread | None = None) 
     else:
         variances, freedoms = (pd.Series({t: pooled[t][i] for t in sizes.index}, dtype=float) for i in (0, 1))
     if not len(values) or freedoms.min() < 1:
-        return Estimate(mean, None, None, len(values))
+        return Estimate(mean, None, None)
     parts = variances / sizes / len(sizes) ** 2
     variance = float(parts.sum())
     if variance < 1e-18:  # points²: the rounding of the last bit
-        return Estimate(mean, None, None, len(values))
+        return Estimate(mean, None, None)
     freedom = 1 / float(((parts / variance) ** 2 / freedoms).sum())
-    return Estimate(mean, variance**0.5, freedom, len(values))
+    return Estimate(mean, variance**0.5, freedom)
 
 
 def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
@@ -315,7 +314,7 @@ class StudentT:
             self.variances[task] * (1 / self.sizes[label, task] + 1 / self.sizes[against, task]) for task in tasks
         ]
         error = float(np.sqrt(sum(shares))) / len(tasks)
-        return Estimate(mean, error or None, self.freedom, int(self.sizes[label].sum()))
+        return Estimate(mean, error or None, self.freedom)
 
 
 def clopper_pearson(failed: int, runs: int) -> tuple[float, float]:
