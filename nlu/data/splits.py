@@ -72,14 +72,13 @@ def load_data(arguments: Any) -> Data:
             encoding=data.encoding,
             on_error=data.on_error,
         )
+        rows = {split: _dataset(task, values) for split, values in columns.items()}
     else:
         task = get_task(data.task_name)
-        columns = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
-    rows = {split: _dataset(task, values) for split, values in columns.items()}
+        rows = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
     if held_out:
         rows |= _hold_out(task, rows["train"], data.holdout_fraction, data.holdout_seed)
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
-    rows = {split: _limit(each, limits[split.partition("_")[0]]) for split, each in rows.items()}
+    rows = _limit(rows, data)
     second = task.validation_splits[-1] if task.second_rows else ""
     if second in rows and (part := len(rows[second])) != task.second_rows:
         del rows[second]
@@ -93,9 +92,7 @@ def _other_tasks(arguments: Any, task: Task) -> list[tuple[Task, Rows]]:
     other = get_task(arguments.data.predict_task)
     if sorted(other.labels or ()) != sorted(task.labels or ()) or len(other.text_fields) != len(task.text_fields):
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
-    columns = _load_glue(other, other.test_splits, arguments)
-    limit = arguments.data.max_predict_samples
-    return [(other, {split: _limit(_dataset(other, each), limit) for split, each in columns.items()})]
+    return [(other, _limit(_load_glue(other, other.test_splits, arguments), arguments.data))]
 
 
 def reorder_labels(task: Task, order: Sequence[str]) -> Task:
@@ -115,13 +112,16 @@ def reorder_labels(task: Task, order: Sequence[str]) -> Task:
     )
 
 
-def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> dict[str, dict[str, list]]:
-    glue_dir = arguments.data.glue_dir or os.environ.get("GLUE_DIR")
-    return {split: load_split(task, split, glue_dir, arguments.model.cache_dir) for split in splits}
+def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
+    source = arguments.data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir
+    return {split: _dataset(task, load_split(task, split, *source)) for split in splits}
 
 
-def _limit(dataset: Dataset, n: int | None) -> Dataset:
-    return dataset if n is None else dataset.select(range(min(n, len(dataset))))
+def _limit(rows: Rows, data: Any) -> Rows:
+    """The first --max_*_samples rows of each split."""
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    most = {split: limits[split.partition("_")[0]] or len(each) for split, each in rows.items()}
+    return {split: each.select(range(min(most[split], len(each)))) for split, each in rows.items()}
 
 
 def _dataset(task: Task, columns: dict[str, list]) -> Dataset:
