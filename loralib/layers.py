@@ -108,7 +108,7 @@ class LoRALayer(nn.Linear):
         layer.out_features, layer.in_features = frozen_shape(linear)
         layer.weight = linear.weight
         if stored_form(layer.weight) == "quantised":
-            layer._quantised = linear._quantised if isinstance(linear, LoRALayer) else (linear,)
+            layer._quantised = (linear,)
         layer.register_parameter("bias", linear.bias)
         layer._add_factors(r, lora_alpha, lora_dropout, *scales, fan_in_fan_out=is_transposed(linear))
         return layer.train(linear.training)
