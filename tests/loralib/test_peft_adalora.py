@@ -24,14 +24,14 @@ def adalora(base=None, modules=("query", "value"), **options):
     return get_peft_model(tiny_bert() if base is None else base, AdaLoraConfig(**settings))
 
 
-def train(model, folder, callbacks, steps=8, resume=None, eval_dataset=None, **options):
+def train(model, folder, callbacks, resume=None, **options):
     torch.manual_seed(1)
     settings = {
-        "max_steps": steps, "per_device_train_batch_size": 2, "learning_rate": 0.05, "report_to": [],
+        "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.05, "report_to": [],
         "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", **options,
     }  # fmt: skip
     arguments = TrainingArguments(str(folder), **settings)
-    trainer = Trainer(model=model, args=arguments, train_dataset=ROWS, eval_dataset=eval_dataset, callbacks=callbacks)
+    trainer = Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return model.eval()
 
@@ -136,27 +136,17 @@ def test_shrinking_after_the_last_masking_changes_no_number(tmp_path):
     torch.testing.assert_close(logits(again), logits(shrunk), atol=1e-6, rtol=1e-6)
 
 
-def pruned_to(model, live):
-    """The state after a training that left these singular values of each layer."""
-    loop = AdaLoraTraining(model)
-    generator = torch.Generator().manual_seed(3)
-    pattern = {}
-    for (name, layer), kept in zip(loop.layers.items(), live, strict=True):
-        for factors in (layer.lora_A, layer.lora_B, layer.lora_E):
-            torch.nn.init.normal_(factors["default"], generator=generator)
-        flags = [i in kept for i in range(4)]
-        layer.lora_E["default"].data[[not flag for flag in flags]] = 0
-        pattern[f"{name}.lora_E.default"] = flags
-    model.peft_config["default"].rank_pattern = pattern
-    loop.step = loop.total_steps
-    return loop
-
-
 @pytest.mark.parametrize("shrink", [False, True])
 def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink, capsys):
     """peft's issue 1539."""
-    model = adalora().eval()
-    loop = pruned_to(model, [(0, 2), (), (1, 2, 3), ()])
+    loop = AdaLoraTraining(model := adalora().eval())
+    generator, pattern = torch.Generator().manual_seed(3), {}
+    for (name, layer), kept in zip(loop.layers.items(), [(0, 2), (), (1, 2, 3), ()], strict=True):
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_E):
+            torch.nn.init.normal_(factors["default"], generator=generator)
+        pattern[f"{name}.lora_E.default"] = flags = [i in kept for i in range(4)]
+        layer.lora_E["default"].data[[not flag for flag in flags]] = 0
+    model.peft_config["default"].rank_pattern, loop.step = pattern, loop.total_steps
     expected = logits(model)
     if shrink:
         assert list(loop.shrink().values()) == [2, 0, 3, 0]

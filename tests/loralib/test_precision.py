@@ -78,25 +78,6 @@ def tiny(kind="lora2", modules=("query", "up"), also=("head",)):
 IDS = torch.arange(24).reshape(4, 6) % 20
 
 
-def check_against_float32(model, call=lambda model: model(IDS), logits=torch.float32, atol=0.05, head="head"):
-    """Gradients exist, are float32, finite and within 5 % of the float32 model's; returns the cast model."""
-    half = copy.deepcopy(model)
-    cast_frozen(half, torch.bfloat16, head=half.get_submodule(head))
-    outputs = [call(m) for m in (model, half)]
-    assert outputs[1].dtype == logits
-    torch.testing.assert_close(outputs[1].float(), outputs[0], rtol=0, atol=atol)
-    for output in outputs:
-        output.float().square().sum().backward()
-    pairs = [(name, p, half.get_parameter(name)) for name, p in model.named_parameters() if p.requires_grad]
-    for name, full, cast in pairs:
-        assert cast.dtype == cast.grad.dtype == torch.float32 and cast.grad.isfinite().all(), name
-        assert not (full.grad.abs() > 1e-3).any() or cast.grad.any(), name
-    assert all(p.grad is None for p in half.parameters() if not p.requires_grad)
-    error = sum((full.grad - cast.grad).square().sum() for _, full, cast in pairs)
-    assert error.sqrt() < 0.05 * sum(full.grad.square().sum() for _, full, _ in pairs).sqrt()
-    return half
-
-
 EVERY = ("query", "key", "value", "up", "down")
 
 
@@ -105,7 +86,22 @@ EVERY = ("query", "key", "value", "up", "down")
     *({"also": also} for also in [("embeddings",), ("head", "norm", "blocks.1.value"), ("query.weight", "norm1.bias")]),
 ])  # fmt: skip
 def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
-    half = check_against_float32(tiny(**options))
+    """Gradients are float32, finite and within 5 % of the float32 model's."""
+    model = tiny(**options)
+    half = copy.deepcopy(model)
+    cast_frozen(half, torch.bfloat16, head=half.head)
+    outputs = [m(IDS) for m in (model, half)]
+    assert outputs[1].dtype == torch.float32
+    torch.testing.assert_close(*outputs, rtol=0, atol=0.05)
+    for output in outputs:
+        output.square().sum().backward()
+    pairs = [(name, p, half.get_parameter(name)) for name, p in model.named_parameters() if p.requires_grad]
+    for name, full, cast in pairs:
+        assert cast.dtype == cast.grad.dtype == torch.float32 and cast.grad.isfinite().all(), name
+        assert not (full.grad.abs() > 1e-3).any() or cast.grad.any(), name
+    assert all(p.grad is None for p in half.parameters() if not p.requires_grad)
+    error = sum((full.grad - cast.grad).square().sum() for _, full, cast in pairs)
+    assert error.sqrt() < 0.05 * sum(full.grad.square().sum() for _, full, _ in pairs).sqrt()
     for name, module in half.named_modules():
         if isinstance(module, loralib.LoRALayer) and not module.weight.requires_grad:
             assert module.weight.dtype == torch.bfloat16, name  # the large weight is halved whatever its bias does
