@@ -100,8 +100,9 @@ def write_report(args: argparse.Namespace) -> int:
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
         every = runs[runs.experiment == question.experiment]
-        if not len(finished(every)):
-            open_questions.append(_open_line(question, every))
+        there, wanted = _measured(question, every)
+        if there < wanted:
+            open_questions.append(_open_line(question, every, there, wanted))
             continue
         text, tables, written = section(question, every, args.format)
         parts.append(text)
@@ -165,10 +166,25 @@ def section(
     return "\n".join(lines), tables, files
 
 
-def _open_line(question: Question, every: pd.DataFrame) -> str:
-    failed = f" {len(every)} run(s) failed." if len(every) else ""
+def _measured(question: Question, every: pd.DataFrame) -> tuple[int, int]:
+    """How many runs a question has, and for how many it waits: one, or all of its `seeds`.
+
+    Whoever looks at differences before the last seed may stop where they please: until then none is written.
+    """
+    done = finished(with_reruns(every[every.stage == "final"]))
+    if question.seeds is None:
+        return len(done), 1
+    rows = {*done.label, *question.against, *(claim.label for claim in question.claims)}
+    there = done.groupby(["label", "task"]).size().clip(upper=question.seeds).sum()
+    return int(there), len(rows) * max(1, done.task.nunique()) * question.seeds
+
+
+def _open_line(question: Question, every: pd.DataFrame, there: int, wanted: int) -> str:
     text = question.question.format(model=question.model, tasks="its tasks")
-    return f"- {markdown_text(text)} Not measured yet (`configs/experiments/{question.experiment}.yaml`).{failed}"
+    state = f"Measured so far: {there} of {wanted} runs" if there else "Not measured yet"
+    failed = int((every.status == "failed").sum())
+    ended = f" {failed} run(s) failed." if failed else ""
+    return f"- {markdown_text(text)} {state} (`configs/experiments/{question.experiment}.yaml`).{ended}"
 
 
 def _published(question: Question, done: pd.DataFrame) -> Path | None:

@@ -7,6 +7,7 @@ questions:
     against: [LoRA r=8, LoRA r=1]       # optional: every row is compared with that of these which is nearest in size
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
+    seeds: 5                            # optional: nothing is shown before every row has so many runs of each task
     pooled: true                        # optional: intervals by the standard deviation pooled over all rows
     tuning: true                        # optional: a grid of learning rates, of which one is chosen for each row
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
@@ -45,6 +46,7 @@ class Question:
     model: str = "the encoder"
     against: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
+    seeds: int | None = None
     pooled: bool = False
     tuning: bool = False
     test: tuple[str, ...] = ()

@@ -75,6 +75,17 @@ def test_latex_is_made_on_request(make, tmp_path):
     assert "LoRA² k=8" in text and text.count(r"\\") == 1 + 5
 
 
+def test_nothing_is_shown_of_a_question_before_its_last_seed(make, tmp_path):
+    question = QUESTIONS["questions"][0] | {"seeds": 3, "against": ["LoRA r=8"], "claims": []}
+    lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
+    make(lines[:-5], questions={"questions": [question]})  # without the last seed of one row and task
+    page = (tmp_path / "README.md").read_text()
+    assert "score more on its tasks? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
+    assert not (tmp_path / "tables").exists()
+    make(lines, questions={"questions": [question]})
+    assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
+
+
 def test_headings_and_settings_come_from_the_lines(make, tmp_path):
     """What was run with another model, for six steps and on 100 rows is not called the paper's table."""
     changes = {"model": "minilm", "steps": 6, "arguments": {"max_eval_samples": 100, "method_config": "lora2"}}
