@@ -17,7 +17,7 @@ from nlu.experiments.experiment import load_experiment, place_free
 from nlu.experiments.launchers import LocalLauncher
 from nlu.experiments.loop import Places, SweepLoop
 from tests.nlu.sweeps import BASIC, ONE, SELECT, lines_of, places_of, record_of
-from tests.nlu.test_digests import model
+from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
 
 THREE = BASIC | {"grid": ONE | {"seed": [1, 2, 3]}}
