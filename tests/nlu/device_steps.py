@@ -26,9 +26,9 @@ DEVICE = "pretend"
 STOCK = ("bitfit", "full")  # train inside stock modules: bfloat16 is autocast's, which a pretended device lacks
 KINDS = [
     (name, dtype)
-    for name in method_flags()
+    for name, flags in method_flags().items()
     for dtype in ("float32", "bfloat16")
-    if method_file(name)[0] != "peft" and not (name in STOCK and dtype == "bfloat16")
+    if method_file(flags[1])[0] != "peft" and not (name in STOCK and dtype == "bfloat16")
 ]
 
 
