@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from loralib.checks import check_choice
 from loralib.layers import LoRALayer
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -61,29 +62,45 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     return found
 
 
-def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Freeze everything but the factors of the low-rank layers, as :func:`loralib.inject` has done.
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze everything but the factors of the low-rank layers, as :func:`loralib.inject` has done, and some biases.
+
+    Args:
+        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
 
     Raises:
-        ValueError: for a model without low-rank layers.
+        ValueError: for another ``bias``, or a model without low-rank layers.
     """
-    factors = factors_of(model)
-    if not factors:
-        raise ValueError("the model has no low-rank layers: call inject() first")
+    adapter = _factors_and_biases(model, bias)
     model.requires_grad_(False)
-    for factor in factors:
-        factor.requires_grad_(True)
+    for parameter in adapter.values():
+        parameter.requires_grad_(True)
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The factors by name, each once: one that layers share has its first layer's name.
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """What :func:`mark_only_lora_as_trainable` lets train, by name; a factor that layers share has its first name.
 
     It is there because Microsoft's ``loralib`` has it; :func:`loralib.save_adapter` writes a file. Names are those of
     the :func:`unwrapped` model, into which ``load_state_dict(state, strict=False)`` loads it if it has the same layers.
+
+    Raises:
+        ValueError: for another ``bias``, or a model without low-rank layers.
     """
-    factors = set(map(id, factors_of(model)))
-    parameters = unwrapped(model).named_parameters()  # gives a shared parameter once
-    return {name: parameter.detach() for name, parameter in parameters if id(parameter) in factors}
+    return {name: parameter.detach() for name, parameter in _factors_and_biases(model, bias).items()}
+
+
+def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    check_choice("bias", bias, ("none", "all", "lora_only"))
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no low-rank layers: call inject() first")
+    wanted = set(map(id, factors_of(model)))
+    if bias == "lora_only":
+        wanted |= {id(layer.bias) for layer in layers.values()}
+    if bias == "all":  # also in_proj_bias of nn.MultiheadAttention and bias_ih_l0 of nn.LSTM
+        wanted |= {id(each) for name, each in model.named_parameters() if "bias" in name.rpartition(".")[2]}
+    # named_parameters() gives a shared parameter once.
+    return {name: each for name, each in unwrapped(model).named_parameters() if id(each) in wanted}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

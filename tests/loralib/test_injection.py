@@ -107,15 +107,20 @@ def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():
     assert len({id(layer.lora_A[0]) for layer in queries}) == 1 and len({id(q.lora_A[1]) for q in queries}) == 12
 
 
-def test_mark_only_lora_as_trainable_and_its_state_dict():
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_mark_only_lora_as_trainable_and_its_state_dict(bias):
     model = build("bert")
     with pytest.raises(ValueError, match="inject"):
         loralib.mark_only_lora_as_trainable(model)
     loralib.inject(model, "lora2", ["query", "value"], r=2, k=2, freeze=False)
-    loralib.mark_only_lora_as_trainable(model)
+    loralib.mark_only_lora_as_trainable(model, bias)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert len(trainable) == 4 * 5 and all("lora_" in n for n in trainable)
-    assert set(loralib.lora_state_dict(model)) == trainable
+    factors = {n for n in trainable if "lora_" in n}
+    biases = {n for n, _ in model.named_parameters() if n.endswith("bias")}
+    of_layers = {n for n in biases if "self.query" in n or "self.value" in n}
+    assert len(factors) == 4 * 5
+    assert trainable - factors == {"none": set(), "all": biases, "lora_only": of_layers}[bias]
+    assert set(loralib.lora_state_dict(model, bias)) == trainable
 
 
 def test_all_linear_is_every_linear_layer_but_the_head_and_auto_the_published_ones_if_there_are_some():
