@@ -19,6 +19,7 @@ SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=
 TRAINED = [key for key, peer in PEERS.items() if not (peer.maker == "limit" or peer.compiled or peer.package)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "precision"), [(k, ("float32", "bfloat16")[i % 2]) for i, k in enumerate(TRAINED)])
 def test_every_peer_lowers_its_loss(key, precision):
     shape = dataclasses.replace(SMALL, precision=precision)

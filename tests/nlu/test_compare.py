@@ -60,6 +60,7 @@ def test_a_method_whose_runs_failed_has_no_row_and_the_code_says_so(call, tmp_pa
     assert re.findall(r"^\| (LoRA\S*) ", out, re.MULTILINE) == ["LoRA²"]
 
 
+@pytest.mark.slow
 def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path):
     """The stand-in's score is highest at 2e-3."""
     code, shown, err = call("--methods", "lora,full", "--seeds", "1", "--tune")

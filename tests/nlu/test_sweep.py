@@ -245,19 +245,3 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
     with loop:
         loop.run(runs[:1])
     assert job.heard == ["stop", "kill"] and loop.summary() == 128 + signal.SIGINT
-
-
-def test_a_run_that_cannot_be_started_is_a_failed_one_and_the_first_ends_the_sweep(tmp_path):
-    def start(command, log):
-        if jobs:
-            raise UsageError("the cluster is full")
-        jobs.append(Job(lambda job: 0))
-        return jobs[0]
-
-    jobs = []
-    loop, runs = loop_of(tmp_path, start)
-    with loop:
-        loop.run(runs[:2])
-    assert loop.failures["lora-cola-seed=2"] == "the cluster is full"
-    with pytest.raises(UsageError, match="the cluster is full"), loop:
-        loop.run(runs[2:])
