@@ -112,7 +112,7 @@ DATA_FLAGS = (
     Flag("encoding", str, "utf-8", "Encoding of your own CSV, TSV and JSON files."),
     Flag("label_column", str, "label", "Column of your own files with the label."),
     Flag("on_error", ("stop", "skip"), "stop",
-         "A malformed row, or one with an empty text, in your own files: stop, or skip it."),
+         "A malformed row, or one with an empty text, in your own files: stop, or skip up to ten or a tenth."),
     Flag("metric", tuple(METRICS), None, "Main metric for your own data. Default: by the labels."),
     Flag("class_weights", ("balanced",), None,
          "balanced: the training loss weighs each class by the inverse of its share of the rows."),
