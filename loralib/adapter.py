@@ -254,9 +254,8 @@ def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]
         check_replaceable(name, modules[name])
         check_choice("kind", group.kind, KINDS)
         most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
-        if (
-            max(group.r, len(flags), *group.widths) > most or len(group.widths) > 16
-        ):  # a stranger asks for endless memory
+        # A folder from a stranger must not ask for endless memory.
+        if max(group.r, len(flags), *group.widths) > most or len(group.widths) > 16:
             raise ValueError(f"the adapter's rank or width of {name} is beyond {most}, or it has too many widths")
         options = {"k": next(iter(group.widths), None), "widths": group.widths, "init": group.init}
         options = {option: options[option] for option in signature(KINDS[group.kind].scales).parameters}
@@ -283,20 +282,22 @@ def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
     owners: dict[int, str] = {}  # factor -> the stored tensor for it
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
-        same = (
-            f"give the adapter's method ({group.kind}), rank ({group.r}) and widths ({group.widths}); {_origin(config)}"
-        )
+        wanted = f"method ({group.kind}), rank ({group.r}) and widths ({group.widths})"
         if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
-            raise ValueError(f"{name} has rank {layer.initial_r}, {layer.r} of it left: {same}")
-        for factor, parameter, values in (
-            zip(_factor_names(name, layer), layer.lora_parameters(), layer.select(live), strict=True) if live else ()
-        ):
+            raise ValueError(f"{name} has rank {layer.initial_r}, {layer.r} of it left: give the adapter's {wanted}")
+        if not live:
+            continue
+        factors = zip(_factor_names(name, layer), layer.lora_parameters(), layer.select(live), strict=True)
+        for factor, parameter, values in factors:
             stored = config.tied.get(factor, factor)
             if owners.setdefault(id(parameter), stored) != stored:
                 raise ValueError("the model's layers share outer factors, the adapter's do not: leave share_outer out")
             if stored not in tensors or tensors[stored].shape != values.shape:
                 found = tuple(tensors[stored].shape) if stored in tensors else "no"
-                raise ValueError(f"{stored} has {found} shape, the model needs {tuple(values.shape)}: {same}")
+                raise ValueError(
+                    f"{stored} has {found} shape, the model needs {tuple(values.shape)}: give the adapter's {wanted} "
+                    f"and its base; {_origin(config)}"
+                )
     if unknown := set(tensors) - set(owners.values()) - set(config.head):
         raise ValueError(f"the model has no {min(unknown)}, which the adapter's file holds: {_origin(config)}")
 

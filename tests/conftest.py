@@ -72,7 +72,7 @@ class Encoder:
             low_rank.after_step()
             optimizer.zero_grad()
         model.eval()
-        return low_rank.rank_pattern
+        return low_rank.allocator.rank_pattern
 
     @torch.no_grad()
     def logits(self, model):

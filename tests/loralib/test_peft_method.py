@@ -123,7 +123,7 @@ def prune(model, steps=6):
                 parameter -= 1e-6 * parameter.grad
         low_rank.after_step()
         model.zero_grad()
-    return low_rank.rank_pattern
+    return low_rank.allocator.rank_pattern
 
 
 def test_the_regulariser_and_the_allocator_work_and_leave_other_adapters_alone(tmp_path):
