@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,14 +43,11 @@ class ProximalGates(TrainerCallback):
     @property
     def live_rank(self) -> int:
         """Live ranks over all layers."""
-        return sum(int(layer.lora_E.count_nonzero()) for layer in self._layers.values())
-
-    def learning_rate(self, optimizer: Any) -> float:
-        """The rate with which the optimiser moves the gates."""
-        gates = {id(layer.lora_E) for layer in self._layers.values()}
-        return next(g["lr"] for g in optimizer.param_groups if gates & {id(p) for p in g["params"]})
+        return sum(map(sum, self.rank_pattern.values()))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """After ``optimizer.step()``, before the schedule moves on: the rate is the one just used."""
-        threshold = self.sparsity * self.learning_rate(optimizer)
-        soft_threshold_([layer.lora_E for layer in self._layers.values()], threshold)
+        """After ``optimizer.step()``, before the schedule moves on: the gates' rate is the one just used."""
+        gates = [layer.lora_E for layer in self._layers.values()]
+        own = set(map(id, gates))
+        rate = next(group["lr"] for group in optimizer.param_groups if own & set(map(id, group["params"])))
+        soft_threshold_(gates, self.sparsity * rate)
