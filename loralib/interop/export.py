@@ -132,6 +132,8 @@ def export_merged(
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
+    # In a process group transformers writes on the first process alone, and another's checkpoint would lack the model.
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
     with new_files(folder, "config.json") as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
         if processor is not None:

@@ -292,10 +292,10 @@ def test_two_processes_that_save_the_same_folder_leave_a_whole_adapter_each_time
 def _export_merged(rank, folder):
     """One of two processes that both export the same checkpoint and then load it."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for _ in range(3):
-        export_merged(f"{folder}/a", f"{folder}/merged", f"{folder}/base")
+    for out in (f"{folder}/{rank}", f"{folder}/merged", f"{folder}/merged"):  # first each for itself
+        export_merged(f"{folder}/a", out, f"{folder}/base")
         torch.distributed.barrier()  # transformers' reader takes no turn
-        merged = AutoModelForSequenceClassification.from_pretrained(f"{folder}/merged").eval()
+        merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
         torch.testing.assert_close(merged(IDS).logits, torch.load(f"{folder}/logits.pt"), atol=1e-5, rtol=1e-5)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
