@@ -1,15 +1,21 @@
-"""What the trainer takes from transformers' private methods, and the versions in which they are as expected."""
+"""The rows and epochs that a step counts, its time, and what the trainer takes from transformers' private methods."""
 
 import inspect
 from types import SimpleNamespace
 
+import pytest
+import torch
 import transformers
+from accelerate.data_loader import BatchSamplerShard
 from packaging.requirements import Requirement
 from packaging.version import Version
+from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from loralib.recipes.trainer import LowRankTrainerMixin
+from nlu.data.batching import SeededRandomSampler
 from nlu.runs.checkpoints import WholeCheckpoints
+from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import REPOSITORY
 
@@ -55,3 +61,33 @@ def test_the_times_of_the_steps_add_up_without_what_lies_between(monkeypatch):
         progress.on_step_begin(None, None, None)
         progress.on_step_end(None, None, None)
     assert trainer.train_seconds == 5 + 1 + 2
+
+
+@pytest.mark.parametrize("task, rows, processes, accumulation", [
+    ("cola", 50, 1, 1), ("mrpc", 33, 2, 1), ("stsb", 37, 2, 1), ("mrpc", 70, 2, 2), ("mrpc", 32, 2, 1),
+])  # fmt: skip
+def test_an_epochs_steps_count_each_row_once_however_many_processes_share_it(task, rows, processes, accumulation):
+    sampler, counted, seen = SeededRandomSampler(rows, 0), [], []
+    for rank in range(processes):
+        shard = list(BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), processes, rank))
+        state, args = SimpleNamespace(), SimpleNamespace(train_batch_size=4, world_size=processes, process_index=rank)
+        accelerator = SimpleNamespace(gradient_state=state)
+        trainer = SimpleNamespace(task=TASKS[task], train_sampler=sampler, args=args, accelerator=accelerator)
+        batches = iter([{"labels": torch.tensor(batch, dtype=torch.float32)} for batch in shard])
+        for first in range(0, len(shard), accumulation):
+            state.end_of_dataloader = first + accumulation >= len(shard)
+            step, count = GlueTrainer.get_batch_samples(trainer, batches, accumulation, None)
+            counted.append(count / processes)
+            seen += [row for batch in step for row in batch["labels"].tolist() if row >= 0]
+    assert sum(counted) == rows and sorted(seen) == list(range(rows))
+
+
+def test_the_sampler_is_told_each_epoch_where_accelerate_does_not_tell_it(finished, monkeypatch):
+    """accelerate reaches it in one process alone: two of them would take every epoch in the order of the first."""
+    trainer, told = finished[3], []
+    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **_: told.append(list(self.train_sampler)))
+    monkeypatch.setattr(trainer.state, "global_step", 0)
+    monkeypatch.setattr(trainer.control, "should_training_stop", False)
+    for epoch in range(2):
+        trainer._run_epoch(epoch=epoch)
+    assert told[0] != told[1] and sorted(told[0]) == sorted(told[1]) == list(range(50))
