@@ -16,21 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from nlu.arguments import method_file, read_flags
-from nlu.data.splits import load_data
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.claims import Question
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
-from nlu.experiments.fairness import shape_of, unlike
-from nlu.experiments.figures import draw
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.loop import Places, parsed_command, run_experiment
 from nlu.experiments.records import place_of, settings_of
-from nlu.experiments.statistics import as_frame, finished
-from nlu.experiments.tables import NONE, advice, answer, markdown, number, score_frame, score_text, tuning_frame
-from nlu.runs.files import write_bytes, write_text
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
@@ -101,21 +92,24 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     places = Places(measured, folder, COMMAND)
     firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
     parsed = {run.axes["method"]: parsed_command(run, places) for run in firsts}
+    # What data, sizes and tables need takes seconds to import, which a command with a fault need not wait for.
+    if set(places.states(experiment.runs).values()) != {"finished"}:
+        from nlu.data.splits import load_data
+
+        load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
+    from nlu.experiments.comparison import write
+    from nlu.experiments.fairness import shape_of, unlike
+
     shapes = {spec: shape_of(arguments) for spec, arguments in parsed.items()}
-    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
     warnings = unlike(firsts, shapes, places, tuned=args.tune is not None)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if set(places.states(experiment.runs).values()) != {"finished"}:
-        load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
     code = run_experiment(experiment, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed)
     wanted = {run.folder for run in [*experiment.tuning, *experiment.runs]}
-    frame = as_frame((experiment.name, line) for name, line in places.lines().items() if name in wanted)
-    if len(finished(frame)):
-        order = {label: place for place, label in enumerate(labels.values())}
-        frame = frame.assign(place=frame.label.map(order)).sort_values(["place", "seed"])
-        scales = {labels[spec]: shape.scale for spec, shape in shapes.items()}
-        write(experiment.name, frame, scales, [f"Not alike: {warning}." for warning in warnings], folder)
+    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
+    scales = {label: shapes[spec].scale for spec, label in labels.items()}
+    lines = [line for name, line in places.lines().items() if name in wanted]
+    write(experiment.name, lines, scales, [f"Not alike: {warning}." for warning in warnings], folder)
     return code
 
 
@@ -168,30 +162,6 @@ def _own_rates(method: str) -> list[float]:
     """What --tune tries for a method whose file has a learning rate of its own: around that."""
     rate = method_file(method)[1].get("learning_rate")
     return [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)] if rate else []
-
-
-def write(name: str, frame: pd.DataFrame, scales: dict[str, float | None], notes: list[str], folder: Path) -> None:
-    """Print the table and what follows, and write them (comparison.md and .csv) with the figures into the folder."""
-    final = frame[frame.stage == "final"]
-    done = finished(final)
-    scores = score_frame(final, Question("", name, against=(done.label.iloc[0],), pooled=True))
-    scores["scale"] = [scales.get(label) for label in scores.row]
-    scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
-    tuning = tuning_frame(frame)
-    if len(tuning) and "tried" in tuning:
-        chosen = [f"{row.row} {row.tried[1:-1]} ({number(row.score)})" for row in tuning[tuning.chosen].itertuples()]
-        notes = [*notes, f"Chosen by the held-out score, in brackets: {', '.join(chosen)}."]
-    notes = [f"- {note}" for note in [*advice(frame), *notes]]
-    table = score_text(scores)
-    table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
-    table["s/step"] = [number(value, 3) for value in scores.seconds_per_step]
-    text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
-    print(f"\n{text}")
-    write_text(folder / "comparison.md", text)
-    write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    for drawing in draw("comparison", frame, done, scores):
-        write_bytes(folder / f"{drawing.name}.png", drawing.image("png"))
-    print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
 
 
 if __name__ == "__main__":

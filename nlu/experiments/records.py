@@ -18,6 +18,7 @@ import numpy as np
 from nlu.arguments import DEFAULTS
 from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
+from nlu.methods.registry import METHODS
 from nlu.runs.files import locked, write_text
 
 # Where things lie says nothing about a run's result: these may differ without a run counting as another.
@@ -85,8 +86,6 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
 
 def _method_name(name: str, base: str) -> str:
     """The display name of the base method, and what a file in configs/methods/, and flags behind colons, add to it."""
-    from nlu.methods.registry import METHODS  # loads torch: only where a run has ended
-
     if base not in METHODS or not name.startswith(base):
         return name
     file, *flags = settings_of(name[len(base) :])

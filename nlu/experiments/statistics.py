@@ -14,6 +14,7 @@ from scipy import stats
 
 from nlu.errors import UsageError
 from nlu.experiments.records import read_lines
+from nlu.methods.registry import METHODS
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a gain of less is not worth choosing a method for
@@ -123,8 +124,6 @@ def _tell_apart(frame: pd.DataFrame) -> None:
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Methods and tasks in the order of their registries; of one method the larger first."""
-    from nlu.methods.registry import METHODS  # loads torch: only where there are rows to sort
-
     names = list(TASKS)
     keys = pd.DataFrame(
         {
@@ -351,8 +350,8 @@ def seeds_for(points: float, spread: Spread) -> int | None:
     return n
 
 
-def choose_rates(runs: pd.DataFrame, setting: str = "learning_rate") -> pd.DataFrame:
-    """One value of a setting for each row over all tasks: the highest mean over tasks of the z-scored score.
+def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
+    """One learning rate for each row over all tasks: the highest mean over tasks of the z-scored score.
 
     Args:
         runs: of the tuning, several values for each row and task, in the column `value`; `row` is the label without it.

@@ -12,8 +12,6 @@ import pandas as pd
 
 from nlu.experiments.claims import Question
 from nlu.experiments.statistics import (
-    LEVEL,
-    SHORT,
     Estimate,
     choose_rates,
     clopper_pearson,
@@ -22,7 +20,6 @@ from nlu.experiments.statistics import (
     holm,
     paired,
     pooled_spread,
-    seeds_for,
     student_t,
     with_reruns,
 )
@@ -296,55 +293,6 @@ def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
         | {HEADINGS[task]: frame[task].map(lambda score: number(score, 1)) for task in tasks}
         | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
     )
-
-
-def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
-    """What a comparison shows: which method scores higher and by how much, or what would show it.
-
-    Args:
-        scores: see :func:`score_frame`; the others are compared with the first row. every: the runs.
-    """
-    done = finished(every)
-    first, others = scores.row[0], scores[1:]
-    sentences = []
-    for row in others[(others.low > 0) | (others.high < 0)].itertuples():
-        which = "higher" if row.difference > 0 else "lower"
-        low, high = sorted((abs(row.low), abs(row.high)))
-        sentences.append(
-            f"{row.row} scores {number(abs(row.difference))} points {which} than {first} (95 % interval {number(low)} "
-            f"to {number(high)})."
-        )
-    level = others[~((others.low > 0) | (others.high < 0))]
-    if len(done) > 1 and done["last"].nunique() == 1:
-        sentences.append("All runs have one score: they have learned nothing, or the evaluation set is too small.")
-    elif len(level):
-        seeds = seeds_for(1.0, pooled_spread(done))
-        hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
-        sentences.append(f"No difference shown between {first} and {', '.join(level.row)}; {hint}.")
-    return " ".join(sentences)
-
-
-def advice(every: pd.DataFrame) -> list[str]:
-    """What each method's runs say against judging it by them, and what to change.
-
-    Λ, the sum of the learning rates over the steps, tells a low-rank method that has hardly left its start from one
-    whose rate is too high; without it a failed run has no advice.
-    """
-    found = []
-    for label, runs in rows_of(finished(every)):
-        failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
-        rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
-        sums = runs.rate_sum[runs.delta_norm.notna()]  # of a low-rank method
-        if (sums < SHORT).any():
-            found.append(
-                f"{failed or f'{label} has hardly left its start'} (Λ, the sum of the learning rates, is "
-                f"{number(sums.min())}): train it longer, or raise its learning rate."
-            )
-        elif failed:
-            found.append(f"{failed}{': lower its learning rate, or tune it' if sums.notna().any() else ''}.")
-        elif rise > LEVEL:
-            found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
-    return found
 
 
 def markdown_text(text: str) -> str:

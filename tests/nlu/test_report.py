@@ -8,9 +8,10 @@ import yaml
 
 from nlu import report
 from nlu.experiments.claims import Question
+from nlu.experiments.comparison import advice, answer
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import as_frame
-from nlu.experiments.tables import advice, answer, score_frame
+from nlu.experiments.tables import score_frame
 from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 
@@ -20,7 +21,7 @@ def make(tmp_path, capsys, monkeypatch):
 
     def call(lines, *flags, experiment="trial", questions=QUESTIONS, figures=False):
         if not figures:
-            monkeypatch.setattr(report, "draw", lambda *_: [])
+            monkeypatch.setattr("nlu.experiments.page.draw", lambda *_: [])
         write(tmp_path / "measured", experiment, lines)
         (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
         code = report.main(

@@ -1,0 +1,100 @@
+"""What a comparison prints and writes: its table, its answer, and what speaks against judging by the runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from nlu.experiments.claims import Question
+from nlu.experiments.figures import draw
+from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, pooled_spread, seeds_for
+from nlu.experiments.tables import NONE, markdown, number, rows_of, score_frame, score_text, tuning_frame
+from nlu.runs.files import write_bytes, write_text
+
+
+def write(
+    name: str, lines: list[dict[str, Any]], scales: dict[str, float | None], notes: list[str], folder: Path
+) -> None:
+    """Print the table and what follows, and write them (comparison.md and .csv) with the figures into the folder.
+
+    Args:
+        lines: of the comparison's runs; nothing is written where none has finished.
+        scales: label → α/r, in the order of the rows.
+    """
+    frame = as_frame((name, line) for line in lines)
+    order = {label: place for place, label in enumerate(scales)}
+    frame = frame.assign(place=frame.label.map(order)).sort_values(["place", "seed"])
+    final = frame[frame.stage == "final"]
+    done = finished(final)
+    if not len(done):
+        return
+    scores = score_frame(final, Question("", name, against=(done.label.iloc[0],), pooled=True))
+    scores["scale"] = [scales.get(label) for label in scores.row]
+    scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
+    tuning = tuning_frame(frame)
+    if len(tuning) and "tried" in tuning:
+        chosen = [f"{row.row} {row.tried[1:-1]} ({number(row.score)})" for row in tuning[tuning.chosen].itertuples()]
+        notes = [*notes, f"Chosen by the held-out score, in brackets: {', '.join(chosen)}."]
+    notes = [f"- {note}" for note in [*advice(frame), *notes]]
+    table = score_text(scores)
+    table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
+    table["s/step"] = [number(value, 3) for value in scores.seconds_per_step]
+    text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
+    print(f"\n{text}")
+    write_text(folder / "comparison.md", text)
+    write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    for drawing in draw("comparison", frame, done, scores):
+        write_bytes(folder / f"{drawing.name}.png", drawing.image("png"))
+    print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
+
+
+def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
+    """What a comparison shows: which method scores higher and by how much, or what would show it.
+
+    Args:
+        scores: see :func:`score_frame`; the others are compared with the first row. every: the runs.
+    """
+    done = finished(every)
+    first, others = scores.row[0], scores[1:]
+    sentences = []
+    for row in others[(others.low > 0) | (others.high < 0)].itertuples():
+        which = "higher" if row.difference > 0 else "lower"
+        low, high = sorted((abs(row.low), abs(row.high)))
+        sentences.append(
+            f"{row.row} scores {number(abs(row.difference))} points {which} than {first} (95 % interval {number(low)} "
+            f"to {number(high)})."
+        )
+    level = others[~((others.low > 0) | (others.high < 0))]
+    if len(done) > 1 and done["last"].nunique() == 1:
+        sentences.append("All runs have one score: they have learned nothing, or the evaluation set is too small.")
+    elif len(level):
+        seeds = seeds_for(1.0, pooled_spread(done))
+        hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
+        sentences.append(f"No difference shown between {first} and {', '.join(level.row)}; {hint}.")
+    return " ".join(sentences)
+
+
+def advice(every: pd.DataFrame) -> list[str]:
+    """What each method's runs say against judging it by them, and what to change.
+
+    Λ, the sum of the learning rates over the steps, tells a low-rank method that has hardly left its start from one
+    whose rate is too high; without it a failed run has no advice.
+    """
+    found = []
+    for label, runs in rows_of(finished(every)):
+        failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
+        rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
+        sums = runs.rate_sum[runs.delta_norm.notna()]  # of a low-rank method
+        if (sums < SHORT).any():
+            found.append(
+                f"{failed or f'{label} has hardly left its start'} (Λ, the sum of the learning rates, is "
+                f"{number(sums.min())}): train it longer, or raise its learning rate."
+            )
+        elif failed:
+            found.append(f"{failed}{': lower its learning rate, or tune it' if sums.notna().any() else ''}.")
+        elif rise > LEVEL:
+            found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
+    return found
