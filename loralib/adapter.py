@@ -3,10 +3,10 @@
 **What is stored**: each factor at the live singular values of its layer, those that are not exactly 0; a factor that
 layers share, once; and whatever else trains, the head. :mod:`loralib.adapter_folder` has the files.
 
-**What is checked** before the model is changed, in :func:`fitting_layers` and :func:`start_from_adapter`: the folder's
-checksums; that model and adapter have low-rank layers in the same places and of one rank, factors of one shape, and no
-sharing that the adapter lacks (:func:`check_factors`); and that the base's weights are those of the training
-(:func:`check_base`).
+**What is checked** before the model is changed: the folder's checksums (:func:`loralib.adapter_folder.read_adapter`);
+that each layer has the same rank and the same shapes of factors in model and adapter, and that no layers share what
+the adapter's do not (:func:`check_factors`); that the base's weights are those of the training (:func:`check_base`);
+and, by a load alone, the shapes of the head (:func:`install`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def compact(model: nn.Module) -> dict[str, int]:
         Module name -> rank it has now.
 
     Raises:
-        ValueError: if peft holds the layers, and for a model in DistributedDataParallel.
+        ValueError: if peft holds the layers.
     """
     layers = layers_outside_peft(model, "base_model.compact()")
     for name, kept in live_singular_values(layers).items():
@@ -80,8 +80,8 @@ def save_adapter(
     """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
 
     Singular values that are exactly 0 are left out, see :func:`loralib.compact`. The model need not have low-rank
-    layers: the adapter then holds the trainable parameters. Of a compiled, data-parallel or averaged model it is the
-    adapter of the model inside. All processes of a group, or one of them, may call it: they take turns, and each
+    layers: the adapter then holds the trainable parameters. From a compiled, data-parallel or averaged model it saves
+    the adapter of the model inside. All processes of a group, or one of them, may call it: they take turns, and each
     returns when the folder is there.
 
     Args:
@@ -110,7 +110,8 @@ def save_adapter(
     second = _second_name(model, layers, head) if layers else None
     if base_model is None:
         base_config = getattr(model, "config", None)
-        base_model, base_revision = (getattr(base_config, name, None) for name in ("_name_or_path", "_commit_hash"))
+        base_model = getattr(base_config, "_name_or_path", None)
+        base_revision = base_revision or getattr(base_config, "_commit_hash", None)
     config = AdapterConfig(
         kind="parameters" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
         groups=groups,
@@ -151,7 +152,7 @@ def _stored_factors(
             owner = owners.setdefault(id(parameter), name) if kept else owners.get(id(parameter))
             if owner == name:
                 tensors[name] = values
-            elif owner is not None:  # what a layer shares stays shared, also where nothing else of it is stored
+            elif owner is not None:  # a layer with nothing to store still records which factors it shares
                 tied[name] = owner
     return tensors, tied
 
@@ -186,7 +187,7 @@ def _head_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
-    """The first further name of an adapted module or of a trained tensor (one that is tied to another)."""
+    """A second name, by tying, of an adapted module or of a trained tensor; None where there is none."""
     trained = set(map(id, head.values()))
     modules = model.named_modules(remove_duplicate=False)
     names = [name for name, module in modules if isinstance(module, LoRALayer) and name not in layers]
@@ -200,12 +201,12 @@ def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mappin
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
-    (To rounding, where its factors had been cast to half precision: they come back in float32.) The model is the plain
-    base, or has low-rank layers in exactly the adapter's places, of its rank and widths, into whose factors the values
-    are written. Afterwards the adapter's parameters are trainable and all others frozen. An adapter that was trained on
-    frozen weights in bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Pruned singular values come
-    back as zeros beside factors of zero: they get no gradient and stay pruned. :func:`loralib.compact` drops them, and
-    :func:`start_from_adapter` lets them grow again.
+    Factors that had been cast to half precision return in float32; the logits then agree to rounding. The model is the
+    plain base, or has low-rank layers in exactly the adapter's places, of its rank and widths, into whose factors the
+    values are written. Afterwards the adapter's parameters are trainable and all others frozen. An adapter that was
+    trained on frozen weights in bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Pruned singular
+    values come back as zeros beside factors of zero: they get no gradient and stay pruned. :func:`loralib.compact`
+    drops them, and :func:`start_from_adapter` lets them grow again.
 
     Args:
         allow_other_base: accept a base with other weights than those the adapter was trained on.
@@ -215,8 +216,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_othe
 
     Raises:
         ValueError: for a damaged or edited folder, a base of another architecture, shape or (unless allowed) other
-            weights, other low-rank layers, a merged model, or one in DistributedDataParallel. The model is unchanged
-            then.
+            weights, other low-rank layers, or a merged model. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
     install(model, config, tensors, fitting_layers(model, config, tensors, allow_other_base))
@@ -274,7 +274,7 @@ def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]
 
 def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError unless the adapter's file holds the factors of these layers and no others, at one rank, and
-    every factor that the layers share is one that the adapter's layers share. Neither layer may be merged."""
+    every factor that the layers share is one that the adapter's layers share. No layer may be merged."""
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
@@ -293,10 +293,10 @@ def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
             if owners.setdefault(id(parameter), stored) != stored:
                 raise ValueError("the model's layers share outer factors, the adapter's do not: leave share_outer out")
             if stored not in tensors or tensors[stored].shape != values.shape:
-                found = tuple(tensors[stored].shape) if stored in tensors else "no"
+                found = f"has shape {tuple(tensors[stored].shape)}" if stored in tensors else "is not in the file"
                 raise ValueError(
-                    f"{stored} has {found} shape, the model needs {tuple(values.shape)}: give the adapter's {wanted} "
-                    f"and its base; {_origin(config)}"
+                    f"{stored} {found}, the model needs {tuple(values.shape)}: give the adapter's {wanted} and its "
+                    f"base; {_origin(config)}"
                 )
     if unknown := set(tensors) - set(owners.values()) - set(config.head):
         raise ValueError(f"the model has no {min(unknown)}, which the adapter's file holds: {_origin(config)}")

@@ -184,8 +184,9 @@ def write_adapter(
 def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
     """An empty folder to write to. At the end of the block its files take the places of those in ``folder``.
 
-    An error leaves the folder as it was. The files are replaced one by one, ``last`` at the end, so that a kill in
-    between leaves an adapter whose checksums do not fit. Processes that write the same folder take turns.
+    An error leaves the folder as it was. The files are replaced one by one, the weights first and ``last`` at the end,
+    so that a kill in between leaves an adapter whose checksums do not fit. Processes that write the same folder take
+    turns.
 
     Args:
         folder: may be absent, empty, or hold ``last``; its other files stay.
@@ -204,7 +205,7 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
             if not (target / last).exists():
                 refuse_files(target)
             yield Path(new)
-            files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix == ".safetensors"))
+            files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix != ".safetensors"))
             for file in files:
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())

@@ -4,8 +4,9 @@ A value is pruned in two moves. At every masking the ``b(t)`` most important sin
 others are set to 0. Between maskings the optimiser may move a pruned value away from 0, so that it can come back; for
 the last final_warmup steps one mask is held and applied in each step, so that it cannot.
 
-Budget     b(t) = b₀ up to init_warmup; then b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, whole singular values,
-           masked every mask_interval steps and at T; b_T for the last final_warmup steps with the mask held.
+Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
+           b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
+           where t_f is 0); b_T for the last t_f steps with the mask held.
 Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁); Ū that of |I − Ī| (β₂); its score S = Ī · Ū.
 Importance of singular value i of a layer: S(e_i) + mean of S over the innermost B[:, i] + the same over A[i, :].
 With one scale this is AdaLoRA's. LoRA² leaves the outer factors out ("inner"); "full" adds the mean score of each of
@@ -81,11 +82,10 @@ class RankAllocator:
         self._names, self._layers = list(layers), list(layers.values())
         self.r = self._layers[0].r
         for name, layer in layers.items():
-            if not layer.r == self.r >= target_rank:
-                raise ValueError(
-                    f"all layers must have one rank, at least target_rank {target_rank}, to be pruned: {name} has "
-                    f"{layer.r}, {self._names[0]} {self.r}"
-                )
+            if layer.r != self.r:
+                raise ValueError(f"all layers must have one rank to be pruned: {name} has {layer.r}, not {self.r}")
+        if target_rank > self.r:
+            raise ValueError(f"target_rank {target_rank} exceeds the layers' rank {self.r}")
         self.initial_total_rank, self.target_total_rank = self.r * len(layers), target_rank * len(layers)
         self._masks = [torch.ones_like(layer.lora_E, dtype=torch.bool) for layer in self._layers]
         # Ī and Ū of all scored entries, one parameter behind the other.
@@ -145,7 +145,7 @@ class RankAllocator:
             ValueError: where no singular value has a gradient to score it by.
         """
         last = self.total_steps - self.final_warmup  # step after which one mask is held
-        if step < max(last, 2):  # at least once
+        if step < max(last, 2):  # step 1 is scored even where it is the last before the mask is held
             self._update_scores()
         due = step > last or step == self.total_steps or step % self.mask_interval == 0
         if step <= self.init_warmup or not due:
@@ -175,7 +175,7 @@ class RankAllocator:
         """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
         scored = self._scored()
         entries = (self._sensitivity * self._uncertainty).split([p.numel() for p, *_ in scored])
-        totals: list[Any] = [0.0] * len(self._layers)  # rows: an index tensor would be copied to the device
+        totals: list[Any] = [0.0] * len(self._layers)  # a list, because an index tensor would be copied to the device
         for part, (parameter, axis, rows) in zip(entries, scored, strict=True):
             values = part.view(parameter.shape)
             values = values.mean() if axis is None else values.mean(1 - axis) if values.dim() == 2 else values
@@ -216,7 +216,7 @@ class RankAllocator:
             if saved.get(name) != own:
                 raise ValueError(
                     f"the pruning was planned with {name} = {saved.get(name)}, and now it is {own}: go on with the "
-                    "same, or save the adapter and train on from it (load_adapter)"
+                    "same, or save the adapter and start from it (start_from_adapter)"
                 )
         if state["layers"] != self._names or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")

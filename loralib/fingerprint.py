@@ -21,7 +21,7 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     """SHA-256 over the name, shape and every value of the base's parameters and saved buffers, as a hex string.
 
     Floating-point values are first rounded to bfloat16, so that a base and its copy in bfloat16 have the same
-    fingerprint. A base that differs by less than this rounding in every value has it too. Low-rank factors do not
+    fingerprint. A base whose values all round to the same numbers has it too. Low-rank factors do not
     count, a merged layer counts with its base weight, and a quantised weight with the tensors that it stores. Of a
     sharded model this is the fingerprint that it had before, since no process has all its values. 184M float32
     parameters took 0.12 s on two CPU cores.

@@ -74,7 +74,7 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A function's backward pass as its forward pass was, without autocast, also where its caller has it on."""
+    """Runs a backward pass without autocast, as its forward pass ran."""
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor) -> Any:
@@ -105,7 +105,7 @@ def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Of matrices x (n, in): a size that the backward pass read of what is saved could not be traced."""
+    """Takes matrices x (n, in) only: a backward pass that reads the size of a saved tensor cannot be traced."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, core, b, dropped, dtype):
@@ -113,7 +113,7 @@ class _AdaptedLinear(torch.autograd.Function):
         out = product(x.to(dtype), dense, None if bias is None else bias.to(dtype))
         hidden = product((x if dropped is None else dropped).to(dtype), a.to(dtype))
         add_product_(out, _inner(hidden, core), b.to(dtype))
-        # Views of the arguments, so that layers with one input keep it once; a cast of the big weight is kept too.
+        # x and dropped are views, so that layers with one input keep it once; a cast of the big weight is kept too.
         matrix, ctx.number = (core, None) if isinstance(core, Tensor) else (None, core)
         ctx.save_for_backward(x, weight, a, matrix, b, dropped, hidden, None if dense is weight else dense)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype

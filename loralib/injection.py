@@ -85,7 +85,7 @@ def auto_modules(model: nn.Module) -> list[str]:
 
 
 def modules_never_called(model: nn.Module) -> set[str]:
-    """Names of the output projections of ``nn.MultiheadAttention``, which reads their weight and passes forward by."""
+    """Names of the output projections of ``nn.MultiheadAttention``, which reads their weight and bypasses forward."""
     return {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
@@ -131,7 +131,7 @@ def inject(
         r, lora_alpha, lora_dropout: as for the layers.
         share_outer: layers of one module type (the same name but for numbers between dots, the same shape) hold one and
             the same pair of outer factors; needs at least two scales. Warns where no two layers do.
-        freeze: whether parameters that are no low-rank factors stop training.
+        freeze: whether all parameters but the factors stop training; those of adapted layers always do.
         options: the kind's own arguments: ``k`` (8) of ``"lora2"``, ``widths`` of ``"multiscale"``, and of all but
             ``"lora"`` ``init``, ``"gaussian"`` (the default) or ``"orthogonal"``.
 
@@ -165,9 +165,9 @@ def inject(
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raises ValueError where a linear layer computes something else than its weight says, or lies out of memory."""
+    """Raises ValueError where a linear layer computes something else than its weight says, or is offloaded."""
     if getattr(vars(module).get("_hf_hook"), "offload", False):
-        raise ValueError(f"accelerate has moved {name} out of memory: load the model without offloading")
+        raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
     own_forward = vars(module).get("forward")  # accelerate leaves the class's there when its hook is removed
     usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
     if not usual and not _is_dispatched(module):

@@ -147,7 +147,7 @@ class LoRALayer(nn.Linear):
         self._draw_factors()
 
     def _draw_factors(self) -> None:
-        """ΔW is zero afterwards: e is, or LoRA's B beside a Kaiming-uniform A."""
+        """Draws the start values. e (for LoRA: B) starts at 0, so that ΔW = 0."""
         if self.lora_A[0].is_meta:  # where nothing can be drawn
             return
         if self.lora_E is None:
@@ -163,14 +163,14 @@ class LoRALayer(nn.Linear):
 
     @torch.no_grad()
     def keep_singular_values(self, kept: Sequence[int]) -> None:
-        """Drop all but those of the r inner dimensions: e, the columns of the innermost B and the rows of the
+        """Keep only the inner dimensions in ``kept``: of e, of the columns of the innermost B and of the rows of the
         innermost A. The scaling stays. With none kept the layer has no factors left, and is its frozen layer.
 
         The shrunk parameters are new objects: make the optimiser afterwards.
         """
-        shrunk = self.select(kept)
         if len(kept) == self.r:
             return
+        shrunk = self.select(kept)
         if kept:
             scales = len(self.lora_B)
             self.lora_B[-1] = nn.Parameter(shrunk[scales - 1], self.lora_B[-1].requires_grad)
@@ -195,7 +195,8 @@ class LoRALayer(nn.Linear):
 
     def select(self, kept: Sequence[int]) -> list[Tensor]:
         """The values of :meth:`lora_parameters`, in that order and detached, with only the kept singular values. An
-        outer factor is returned as it is; all others are contiguous copies. ``kept`` increases from 0 to r − 1.
+        outer factor is returned as it is; all others are contiguous copies. ``kept`` holds
+        increasing indices below r.
         """
         values = [parameter.detach() for parameter in self.lora_parameters()]
         index = torch.tensor(list(kept), dtype=torch.long)
@@ -242,8 +243,7 @@ class LoRALayer(nn.Linear):
         called ``input`` as ``nn.Linear``'s is.
 
         Raises:
-            RuntimeError: in training mode with gradients on while merged, if a factor trains, and for factors without
-                values.
+            RuntimeError: if the layer is merged while a factor trains, or if the factors are on the meta device.
         """
         if self._quantised is not None:
             return self._beside_quantised(self._quantised[0], input)
@@ -258,7 +258,8 @@ class LoRALayer(nn.Linear):
 
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
         """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
-        base._parameters.update(weight=self.weight, bias=self.bias)  # which move to another device here alone
+        # .to() moves only the tensors that this layer knows: the frozen layer gets them here.
+        base._parameters.update(weight=self.weight, bias=self.bias)
         return self.add_update(type(base).forward(base, x), x)  # not called: its hooks are this layer's
 
     def add_update(self, out: Tensor, x: Tensor) -> Tensor:
@@ -316,7 +317,7 @@ class LoRALayer(nn.Linear):
             destination[f"{prefix}weight"] = self._weight_before_merge
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loading unmerges first: what is loaded is W and the factors, and ΔW is another one afterwards."""
+        """Loading restores W first, because it changes W and ΔW."""
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 

@@ -81,7 +81,7 @@ def _plain_linear(layer: LoRALayer) -> nn.Module:
 
 def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Add a saved adapter's updates to the weights of the plain base ``model``, in place, and copy its head:
-    :func:`loralib.load_adapter` and :func:`merge_and_unload` in one. Every parameter is frozen then but the head's.
+    :func:`loralib.load_adapter` and :func:`merge_and_unload` in one. Afterwards only the head trains.
 
     Raises:
         ValueError: as these.

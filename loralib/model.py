@@ -104,9 +104,9 @@ def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that train, one that has several names once, and the saved buffers that training changes, by name:
-    those of modules that own such a parameter, and running statistics. A merged layer's weight is the one without the
-    update, as in its state dict."""
+    """All parameters that train, each under one name, and the saved buffers that training changes: those of the modules
+    that own such a parameter, and running statistics. A merged layer's weight is the one without the update, as in its
+    state dict."""
     found: dict[str, Tensor] = {}
     owners = {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = model.state_dict(keep_vars=True)

@@ -25,7 +25,7 @@ from loralib.fused import outside_autocast, without_autocast
 from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
-_Side = tuple[bool, list[nn.Parameter]]  # whether its factors are wide, as A's are; they, from the outermost inward
+_Side = tuple[bool, list[nn.Parameter]]  # (whether it is A's side, its factors from the outermost inward)
 
 
 def parse_terms(terms: str) -> frozenset[str]:
@@ -85,7 +85,7 @@ def _grams(sides: list[_Side], with_factors: bool, with_product: bool, counted: 
         stacks = [(wide, torch.stack([factor for _, factor in group])) for (wide, _), group in by_shape]
         if level == 0:
             inner = [_Gram.apply(x, wide) for wide, x in stacks]
-            # A factor wider than it is tall reaches the identity on its other side only.
+            # A factor with m < s can have XXᵀ = I only.
             own = [
                 gram if gram.shape[-1] == min(x.shape[1:]) else _Gram.apply(x, not wide)
                 for gram, (wide, x) in zip(inner, stacks, strict=True)

@@ -36,7 +36,7 @@ class LowRankTraining:
         constraint: an object with ``start()``, called before the first step, ``before_step()``, which changes the
             gradients, and ``after_step()``, which changes the factors:
             :class:`loralib.recipes.exact_factors.ExactFactors`.
-        regu_weight: of the regulariser, 0 for none; where None 0.1, or 0 beside a constraint. terms, squared: as for
+        regu_weight: of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint. terms, squared: as for
             :func:`loralib.compute_orth_regu`.
         pruning: init_warmup (a tenth of the steps), final_warmup (half of them), mask_interval (10), beta1 and beta2
             (0.85), importance … of :class:`loralib.RankAllocator`.
@@ -183,14 +183,14 @@ class LowRankTraining:
         if self.total_steps is None:
             self.start(state["total_steps"])
         if (state["allocator"] is None) != (self.allocator is None):
-            raise ValueError("only one of the saved training and this one prunes: give the same target_rank")
+            raise ValueError("one of the saved training and this one prunes, the other does not: give one target_rank")
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
 
 
 def _trained_amplitudes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Of every layer what is 0 while its update is, if it trains: e, or B of plain LoRA."""
+    """For each layer the factor that is 0 while ΔW is 0, if it trains: e, or B of plain LoRA."""
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.r}
     values = {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
     return {name: value for name, value in values.items() if value.requires_grad}
