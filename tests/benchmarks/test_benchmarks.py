@@ -124,26 +124,12 @@ def test_ratios_are_medians_over_medians():
     assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
 
 
-def planned(*words):
-    """(setting, peer → shape) of a command."""
-    return run.plan(run.parse(list(words)))
-
-
-@pytest.mark.parametrize(("words", "layers", "lengths"), [((), 12, (64, 128, 256)), (("--quick",), 2, (64,))])
-def test_the_usual_settings_measure_each_peer_where_it_has_a_meaning(words, layers, lengths):
-    settings = planned(*words)
-    cells = [{(s.precision, s.layers, s.batches) for s in shapes.values()} for _, shapes in settings]
-    assert cells == [{(p, layers, ((32, n),))} for p in ("float32", "bfloat16") for n in lengths]
-    for name, shapes in settings:
-        assert ("peft-lora-bf16" in shapes) == name.startswith("bfloat16") and "published" not in shapes
-
-
 def test_lengths_of_a_task_are_in_buckets_for_the_peers_here_and_padded_to_320_as_published(tmp_path):
     texts = ["w " * (2 + (7 * i) % 19) for i in range(96)]
     rows = [{"sentence1": text, "sentence2": text, "label": i % 2, "idx": i} for i, text in enumerate(texts)]
     write_rows(tmp_path / "mrpc/train.jsonl", rows)
     words = ["--peers", "peft-lora,lora2,published", "--precisions", "bfloat16", "--batch", "8"]
-    ((_, shapes),) = planned("--lengths", "mrpc", "--glue_dir", str(tmp_path), *words)
+    ((_, shapes),) = run.plan(run.parse(["--lengths", "mrpc", "--glue_dir", str(tmp_path), *words]))
     tokens = {key: sum(rows * n for rows, n in shapes[key].batches) for key in ("peft-lora", "lora2")}
     assert len(shapes["lora2"].batches) == 6 and tokens["lora2"] < 0.9 * tokens["peft-lora"]
     assert (shapes["published"].precision, shapes["published"].batches) == ("float32", ((8, 320),))

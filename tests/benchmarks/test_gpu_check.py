@@ -1,8 +1,6 @@
 """The GPU check in small, on the CPU: what it says about checks that pass, fail, are skipped or take too long."""
 
 import json
-import subprocess
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,32 +57,6 @@ def test_a_check_that_takes_too_long_is_ended_and_skipped():
     assert found["status"] == "skipped" and "no time was left" in found["found"]
 
 
-def test_what_a_check_leaves_of_its_time_is_the_next_one_s(monkeypatch, tmp_path):
-    given = []
-    monkeypatch.setattr(gpu_check, "CHECKS", dict.fromkeys(("first", "second", "third"), (gpu_check.suite, 10)))
-    result = {"status": "passed", "found": "", "seconds": 0.0}
-    monkeypatch.setattr(
-        gpu_check, "check_apart", lambda name, seconds: given.append(seconds) or result | {"check": name}
-    )
-    assert gpu_check.main(["--out", str(tmp_path), "--ends", str(time.time() + 30)]) == 0
-    assert given == pytest.approx([10, 20, 30], abs=5) and given == sorted(given)
-
-
-def test_methods_for_which_no_time_is_left_are_named_and_one_that_breaks_hides_no_other(monkeypatch):
-    def broken(name, flags):
-        if name == "lora":
-            raise RuntimeError("no kernel\nfor this")
-        return [f"{name} differs"]
-
-    with pytest.raises(gpu_check.Failed, match=r"^lora: RuntimeError: no kernel; lora2 differs$"):
-        gpu_check.each_method(broken, ["lora", "lora2"])
-    monkeypatch.setattr(gpu_check, "ends", 0.0)
-    with pytest.raises(gpu_check.Skipped, match="no time was left for lora, lora2; 0 methods"):
-        gpu_check.each_method(broken, ["lora", "lora2"])
-    outcome = gpu_check.run.measure_all(gpu_check.run.parse([]), [("first", {})], ends=0.0)
-    assert (outcome.found, outcome.code, outcome.failure) == ([], 0, "no time was left from first on")
-
-
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """What the check does where a GPU is, with stand-ins for all that would need one."""
@@ -118,38 +90,3 @@ def test_a_step_that_waits_is_found_and_the_mode_set_back(monkeypatch):
     found = gpu_check.check("no_synchronisation")
     assert found["status"] == "failed" and modes[-1] == "default"
     assert "lora2 in float32: called a synchronizing CUDA operation; lora2 in bfloat16: called" in found["found"]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("on_a_gpu")
-def test_the_benchmark_of_a_gpu_has_both_models_at_every_length(monkeypatch):
-    measured = []
-    monkeypatch.setattr(gpu_check, "DEVICE", "cuda")
-    monkeypatch.setattr(gpu_check, "installed", lambda key: key == "flashdeberta")
-    outcome = gpu_check.run.Outcome()
-    monkeypatch.setattr(gpu_check.run, "measure_all", lambda _, settings, ends: measured.extend(settings) or outcome)
-    assert gpu_check.check("benchmark")["status"] == "passed"
-    own = ["peft-lora", "peft-lora-bf16", "lora", "lora2"]
-    expected = [(m, n) for m in ("deberta-v3-base", "roberta-large") for n in (64, 128, 256, 512)]
-    for (title, shapes), (model, length) in zip(measured, expected, strict=True):
-        assert title.startswith(f"{model}, bfloat16") and title.endswith(f"length {length}")
-        assert list(shapes) == [*own, *(["flashdeberta"] if model == "deberta-v3-base" else [])]
-        (shape,) = set(shapes.values())
-        assert (shape.device, shape.model, set(shape.batches)) == ("cuda", model, {(min(32, 4096 // length), length)})
-    outcome.failure = "no time was left from x on"
-    assert gpu_check.check("benchmark")["status"] == "skipped"
-    outcome.code = 1
-    assert gpu_check.check("benchmark")["status"] == "failed"
-
-
-def test_the_limits_keep_nine_minutes_and_the_script_names_its_interpreter(tmp_path):
-    assert sum(limit for _, limit in gpu_check.CHECKS.values()) <= gpu_check.SECONDS <= 9 * 60 - 15
-    script = gpu_check.ROOT / "scripts/gpu_check.sh"
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    done = subprocess.run(["bash", script, "--out", "x"], env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"},
-                          capture_output=True, text=True)  # fmt: skip
-    program, flag, ends, *rest = done.stdout.split()
-    assert (program, flag, rest) == ("benchmarks/gpu_check.py", "--ends", ["--out", "x"])
-    assert abs(int(ends) - time.time() - gpu_check.SECONDS) < 10

@@ -3,7 +3,7 @@
 torch's CPU wheel can hold a fake device: its tensors have no contents and know where they lie. An operation that mixes
 devices raises, and so does one for whose result the host would have to wait (``item()``, a mask as an index).
 
-A process that has registered such a device trains nothing else afterwards, so `test_device.py` starts these tests in
+A process that has registered such a device trains nothing else afterwards, so `test_methods.py` starts these tests in
 a process of their own.
 """
 

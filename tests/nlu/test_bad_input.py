@@ -58,14 +58,6 @@ def test_command_lines(pairs, complete):
         one_line_or_result(lambda: parse_arguments(argv))
 
 
-@MANY
-@given(st.dictionaries(st.sampled_from(NAMES) | odd_text | st.integers(), anything, max_size=4), st.booleans())
-def test_argument_files(tmp_path, values, complete):
-    path = tmp_path / "arguments.yaml"
-    path.write_text(yaml.safe_dump({**(GOOD if complete else {}), **values}), encoding="utf-8")
-    one_line_or_result(lambda: parse_arguments([str(path)]))
-
-
 labels = st.sampled_from(["lora", "lora2", "cola", "rte", "..", ".", "a/b", "", 1, 2, 1e-3, True, None]) | plain
 flag_names = st.sampled_from(["method", "task_name", "seed", "model_name_or_path", "learning_rate"]) | odd_text
 mappings = st.dictionaries(flag_names, labels, max_size=3) | anything

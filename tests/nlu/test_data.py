@@ -1,7 +1,6 @@
 """GLUE's data: every format gives the same rows, real files the published counts, bad files name their line."""
 
 import itertools
-import json
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nlu.data.glue import load_split, split_files
-from nlu.data.own_files import load_own_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
 from tests.nlu.glue_samples import sample_rows, write_official
@@ -115,11 +113,6 @@ GOOD = b'{"sentence": "a", "label": 1}\n'
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (
-            "train.jsonl",
-            GOOD + b'{"sentence": "a", "label": 2}',
-            "line 2: label 2: .* unacceptable, acceptable, 0, 1",
-        ),
         ("train.jsonl", GOOD + b'{"sentence": "a", "label": -1}', "line 2: label -1: the labels of"),
         ("train.jsonl", GOOD + b'{"sentence": "a", "label": true}', "line 2: label True: the labels of"),
         ("train.csv", b'sentence,label\n"a\nb",1\nc,7\n', "line 4: label '7': the labels of"),
@@ -141,7 +134,7 @@ def test_scores_outside_the_range_are_refused(tmp_path):
             load_split(TASKS["stsb"], "train", tmp_path)
 
 
-def test_the_hub_gives_the_same_columns_and_its_failure_is_one_line(monkeypatch):
+def test_the_hub_gives_the_same_columns(monkeypatch):
     rows = sample_rows(TASKS["rte"], "train", 4)
     hub = datasets.Dataset.from_list([{**row, "more": 1} for row in rows])
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or hub)
@@ -150,24 +143,10 @@ def test_the_hub_gives_the_same_columns_and_its_failure_is_one_line(monkeypatch)
     assert asked == [(("nyu-mll/glue", "rte"), {"split": "train", "cache_dir": "cache"})]
     assert found == {column: [row[column] for row in rows] for column in rows[0]}
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the hub\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UsageError, match=r"from the hub: .*reach the hub.*; pass --glue_dir DIR") as caught:
-        load_split(TASKS["rte"], "train")
-    assert "\n" not in str(caught.value)
-
 
 def test_a_split_is_read_from_the_first_place_that_has_it(tmp_path):
-    files = [
-        "CoLA/train.tsv",
-        "cola/train.tsv",
-        "cola/train.csv",
-        "cola/train-00000-of-00001.jsonl",
-        "cola/train.jsonl",
-    ]
-    for name in files:
+    own = ("train.tsv", "train.csv", "train-00000-of-00001.jsonl", "train.jsonl")
+    for name in ("CoLA/train.tsv", *(f"cola/{each}" for each in own)):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -176,29 +155,8 @@ def test_a_split_is_read_from_the_first_place_that_has_it(tmp_path):
 
 # ---- files that were damaged at random end in rows or in one line of error ------------------------------------------
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=4,
-)
-ROW = st.fixed_dictionaries(
-    {}, optional={"sentence": st.text(max_size=6) | JSON, "label": st.integers(-2, 3) | JSON, "idx": JSON, "text": JSON}
-)
-FAST = {
-    "max_examples": 80,
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
-}
 TOKENS = [b"\t", b"\n", b"\r", b'"', b",", b"{", b"[", b"NaN", b"1e999", b"\\ud800", b"\x00"]
 DAMAGED = {"cola": "train.jsonl", "stsb": "train.csv", "mnli": "train.tsv", "rte": "train.parquet", "qqp": "train.json"}
-
-
-def rows_or_one_line(load) -> None:
-    try:
-        for columns in load():
-            assert len({*map(len, columns.values())} - {0}) == 1
-    except UsageError as error:
-        assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 600
 
 
 @pytest.mark.slow
@@ -214,23 +172,15 @@ def test_damaged_bytes(tmp_path, name):
     edits = st.tuples(st.integers(0, len(good)), st.integers(0, 4), st.binary(max_size=3) | st.sampled_from(TOKENS))
 
     @given(st.lists(edits, min_size=1, max_size=4), st.none() | st.integers(0, len(good)))
-    @settings(**FAST)
+    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     def check(changes, end):
         content = good[:end]
         for start, removed, added in changes:
             content = content[:start] + added + content[start + removed :]
         path.write_bytes(content)
-        rows_or_one_line(lambda: [load_split(task, "train", tmp_path)])
+        try:
+            assert len({*map(len, load_split(task, "train", tmp_path).values())}) == 1
+        except UsageError as error:
+            assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 600
 
     check()
-
-
-@pytest.mark.slow
-@given(st.lists(ROW, max_size=4))
-@settings(**FAST)
-def test_json_rows_of_any_shape(tmp_path, rows):
-    path = tmp_path / "cola" / "train.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    rows_or_one_line(lambda: [load_split(TASKS["cola"], "train", tmp_path)])
-    rows_or_one_line(lambda: load_own_files({"train": path, "validation": path, "test": path})[1].values())

@@ -249,7 +249,6 @@ def check_first_token(model, inputs):
         ("deberta-v2", {"num_hidden_layers": 1}),
         ("deberta-v2", {"share_att_key": False}),
         ("deberta-v2", {"pos_att_type": ["c2p"]}),
-        ("deberta-v2", {"pos_att_type": ["p2c"]}),
         ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
         ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
     ],
@@ -302,7 +301,7 @@ def test_neighbours_and_draws_are_independent():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(), (1,), (3, 7), (0, 4), (64, 33)])
+@pytest.mark.parametrize("shape", [(), (0, 4), (64, 33)])
 def test_output_and_gradient(dtype, shape):
     x = torch.rand(shape, dtype=dtype).add_(1).requires_grad_()
     y = FastDropout(0.25)(x)

@@ -165,13 +165,12 @@ def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folde
     assert outcome(tmp_path / "moved") == expected
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_one_signal_that_comes_twice_is_one(second):
+def test_one_signal_that_comes_twice_is_one():
     """A launcher and the terminal may both send it."""
     request = StopRequest()
     with request.awaited():
         try:
-            for number in (signal.SIGTERM, second):
+            for number in (signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
         except Interrupted:
             pytest.fail("the run ended at once")

@@ -29,19 +29,6 @@ def kill_at(monkeypatch, number):
     return calls
 
 
-def test_a_new_file_follows_the_umask_and_a_replaced_one_keeps_its_mode(tmp_path):
-    path, before = tmp_path / "x.json", os.umask(0o077)
-    try:
-        write_json(path, 1)
-    finally:
-        os.umask(before)
-    for mode in (0o600, 0o664):
-        if mode == 0o664:
-            path.chmod(mode)
-        write_json(path, 2)
-        assert path.stat().st_mode & 0o777 == mode
-
-
 def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"é": 1})

@@ -87,7 +87,7 @@ def test_hidden_labels_are_not_scored():
             compute_glue_metrics(TASKS[task], predictions, references)
 
 
-@pytest.mark.parametrize("name", ["cola", "stsb", "mrpc", "mnli"])
+@pytest.mark.parametrize("name", ["stsb", "mrpc"])
 def test_the_evaluate_module_loads_offline(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     evaluate = pytest.importorskip("evaluate")

@@ -126,27 +126,6 @@ def test_an_encoder_of_other_shapes_than_its_configuration_is_refused(base_flags
     assert "position_embeddings.weight has the shape (64, 16)" in capsys.readouterr().err.splitlines()[-1]
 
 
-def _broken(folder, how):
-    if how == "no folder":
-        return folder / "missing" / "model"
-    make_encoder(folder)
-    if how == "weights cut":
-        content = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    else:
-        (folder / "config.json").write_text('{"model_type": "sam"}')
-    return folder
-
-
-@pytest.mark.parametrize("how, words", [
-    ("no folder", "there is no such folder"), ("weights cut", ""), ("no classifier", ""),
-])  # fmt: skip
-def test_a_model_that_cannot_be_used_is_refused_in_one_line(base_flags, tmp_path, capsys, how, words):
-    assert main(flags_of(base_flags, _broken(tmp_path / "model", how), "cola")) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: --model_name_or_path ") and words in error
-
-
 def test_the_dropout_of_albert_s_head_has_another_name(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
     folder = make_encoder(tmp_path / "encoder", "albert")

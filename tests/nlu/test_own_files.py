@@ -75,8 +75,6 @@ def test_own_regression(tmp_path):
     ("name", "text", "message"),
     [
         ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
-        ("a.csv", "body,more,label\na,b,1\n", r"hold the text\? The columns are \['body', .* give --text_columns"),
-        ("a.csv", "sentence,label\n  ,1\n", "line 2: column 'sentence' is empty .--on_error skip leaves such rows out"),
         ("a.csv", "sentence,label\na,\nb,x\n", "line 2: column 'label' is empty .--on_error skip leaves such rows out"),
         ("a.csv", "text,label\na,0.5\na,NA\na,2\n", "line 3: label 'NA' is not a number, as most training labels are"),
         ("a.jsonl", '{"text":"a","label":0.5}\n{"text":"a","label":2}\n{"text":"a","label":"2"}', "line 3: label '2'"),

@@ -11,13 +11,13 @@ from sklearn.metrics import matthews_corrcoef
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import loralib
-from nlu import fine_tuning, predict
+from nlu import fine_tuning
 from nlu.data.splits import longest_input
 from nlu.experiments.records import read_lines
 from nlu.run_glue import main
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer
-from tests.nlu.tiny import GLUE, changed, make_encoder, read, write_rows
+from tests.nlu.tiny import changed, make_encoder, read, write_rows
 
 
 def test_a_run_leaves_a_record_that_tells_all(finished):
@@ -83,23 +83,6 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(finished):
     assert record["last"] == pytest.approx(expected)
 
 
-def test_your_own_files(own_flags, tmp_path, capsys):
-    assert main(own_flags) == 2
-    assert "train.jsonl, line 4: column 'body' is empty" in capsys.readouterr().err
-    assert main([*own_flags, "--on_error", "skip", "--metric", "macro-f1"]) == 0
-    record = read(own_flags)
-    assert (record["task"], record["metric"], record["train_examples"]) == ("custom", "macro_f1", 39)
-    assert set(record["evaluations"][-1]) >= {"macro_f1", "accuracy"}
-    # the adapter knows the columns
-    adapter = ["--adapter", str(tmp_path / "run" / "adapter"), "--base", own_flags[1]]
-    rows = '{"title": "the good cat", "body": "sat on it"}\n{"title": "bad", "body": "the dog ran"}\n'
-    (tmp_path / "new.jsonl").write_text(rows)
-    assert predict.main([*adapter, "--input", str(tmp_path / "new.jsonl")]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    answers = [json.loads(line) for line in shown if line.startswith('{"line"')]
-    assert len(answers) == 2 and set(answers[0]["probabilities"]) == {"bad", "fair", "good"}
-
-
 @pytest.fixture
 def trainers(monkeypatch):
     """The trainers that runs make, as they make them."""
@@ -162,15 +145,6 @@ def test_refused_before_a_model_is_loaded_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
-@pytest.mark.parametrize("task", ["mrpc", "stsb"])
-def test_real_data_trains(base_flags, task):
-    flags = [*changed(base_flags, task_name=task, glue_dir=GLUE, max_steps=3), "--max_train_samples", "60"]
-    assert main([*flags, "--max_eval_samples", "40"]) == 0
-    assert read(flags)["steps"] == 3 and read(flags)["eval_examples"] == 40
-
-
 def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_path, monkeypatch):
     """Best at step 3 of 6, before the last gates close: weights, live ranks and the adapter's score are step 3's."""
     scores = iter([0.5, 0.2])
@@ -191,11 +165,6 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
         torch.testing.assert_close(kept, values[values != 0], rtol=0, atol=0)
         assert flags_of_layer == (values != 0).tolist()
     assert record["live_budget"] == sum(map(sum, pattern.values()))
-
-
-def test_a_held_out_part_of_training_replaces_validation(base_flags):
-    assert main([*base_flags, "--holdout_fraction", "0.2"]) == 0
-    assert (read(base_flags)["train_examples"], read(base_flags)["eval_examples"]) == (40, 10)
 
 
 @pytest.mark.parametrize(

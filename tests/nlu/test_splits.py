@@ -79,12 +79,6 @@ def test_of_ones_own_rows_each_class_gives_its_share_and_the_parts_are_saved_who
     assert sorted([*saved[0], *saved[1]], key=lambda row: int(row["idx"])) == expected
 
 
-def test_a_class_of_one_row_cannot_be_parted(tmp_path):
-    write_rows(tmp_path / "all.csv", [{"text": "a", "label": "lob" if i == 3 else "Lob"} for i in range(20)])
-    with pytest.raises(UsageError, match=r"--holdout_fraction 0.2: .* only 1 member"):
-        loaded(train_file=tmp_path / "all.csv", holdout_fraction=0.2)
-
-
 def test_the_flag_for_the_data_goes_before_the_environment(tiny_glue, monkeypatch):
     monkeypatch.setenv("GLUE_DIR", "nowhere")
     assert len(loaded(task_name="cola", glue_dir=str(tiny_glue))["train"]) == 50

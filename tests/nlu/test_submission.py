@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
-from loralib import export
-from nlu import run_glue, submission
+from nlu import predict, run_glue, submission
 from nlu.data.predictions import write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
 from nlu.tasks import TASKS, Task
-from tests.nlu.tiny import changed, make_rows, write_rows
+from tests.nlu.tiny import make_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # the server's names, the sizes of the official test sets and the words of its sample submission
@@ -112,25 +110,21 @@ def test_a_refused_submission_leaves_the_old_zip(runs, tmp_path, capsys):
     assert "WNLI.tsv is there twice" in capsys.readouterr().err and out.read_text() == "old"
 
 
-def wnli(lines: list[str]) -> str:
-    return "".join(line + "\n" for line in lines)
-
-
 ROWS = ["index\tprediction", *(f"{i}\t{i % 2}" for i in range(146))]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "lines", "message"),
     [
-        ("WNLI.tsv", wnli(["id\tlabel", *ROWS[1:]]), "line 1: the header must be"),
-        ("WNLI.tsv", wnli([*ROWS[:5], *ROWS[6:]]), "line 6: index '5' where 4 comes next"),
-        ("WNLI.tsv", wnli([*ROWS[:5], "4\tentailment", *ROWS[6:]]), "line 6: label 'entailment' is not one of 0, 1"),
-        ("WNLI.tsv", wnli(ROWS[:-1]), "145 rows where the test set has 146"),
-        ("STS-B.tsv", "index\tprediction\n0\t5.001\n", "line 2: '5.001' is not a score from 0 to 5"),
+        ("WNLI.tsv", ["id\tlabel", *ROWS[1:]], "line 1: the header must be"),
+        ("WNLI.tsv", [*ROWS[:5], *ROWS[6:]], "line 6: index '5' where 4 comes next"),
+        ("WNLI.tsv", [*ROWS[:5], "4\tentailment", *ROWS[6:]], "line 6: label 'entailment' is not one of 0, 1"),
+        ("WNLI.tsv", ROWS[:-1], "145 rows where the test set has 146"),
+        ("STS-B.tsv", [ROWS[0], "0\t5.001"], "line 2: '5.001' is not a score from 0 to 5"),
     ],
 )
-def test_what_breaks_a_rule_is_refused(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+def test_what_breaks_a_rule_is_refused(tmp_path, name, lines, message):
+    (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(UsageError, match=message):
         find_predictions(tmp_path)
 
@@ -184,43 +178,11 @@ def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, t
         assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_test_set_with_known_labels_is_scored(base_flags, tmp_path, capsys):
-    """MRPC's labels are public: scikit-learn on the file that was written is the judge."""
-    rows = make_rows(("sentence1", "sentence2"), False, 40, seed=3)
-    write_rows(tmp_path / "glue/mrpc/train.jsonl", rows)
-    write_rows(tmp_path / "glue/mrpc/test.jsonl", rows)
-    glue = ["--task_name", "mrpc", "--glue_dir", str(tmp_path / "glue"), "--do_eval", "False", "--eval_strategy", "no"]
-    assert run_glue.main([*base_flags, *glue, "--do_predict", "--max_steps", "2"]) == 0
-    predicted = [int(row["prediction"]) for row in rows_of(tmp_path / "run/predictions/MRPC.tsv")]
-    gold = [row["label"] for row in rows]
-    scores = json.loads((tmp_path / "run/results.json").read_text())["test_scores"]["MRPC"]
-    assert scores == {"accuracy": accuracy_score(gold, predicted), "f1": f1_score(gold, predicted)}
-    assert f"MRPC: accuracy {scores['accuracy']:.4f}" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_an_evaluation_that_has_finished_predicts_later(mnli_flags, base_flags, tmp_path):
-    assert run_glue.main([*mnli_flags, "--do_eval"]) == 0
-    shutil.copytree(tmp_path / "run", tmp_path / "trained")
-    merged = str(tmp_path / "merged")
-    assert export.main([str(tmp_path / "trained/adapter"), "--to", "merged", merged, "--base", base_flags[1]]) == 0
-    gone = ("--do_train", "--do_predict", "--max_steps", "2", "--save_strategy", "no")
-    flags = changed([f for f in mnli_flags if f not in gone], model_name_or_path=merged, root_output_dir=tmp_path / "e")
-    flags += ["--length_bucketing"]  # of the training rows, of which there are none
-    assert run_glue.main([*flags, "--do_eval"]) == 0 and not (tmp_path / "e/predictions").exists()
-    first = json.loads((tmp_path / "e/results.json").read_text())["evaluations"]
-    assert run_glue.main([*flags, "--do_eval", "--do_predict"]) == 0
-    assert json.loads((tmp_path / "e/results.json").read_text())["evaluations"] == first
-    files = sorted((tmp_path / "e/predictions").glob("*.tsv"))
-    assert [f.name for f in files] == [f.name for f in sorted((tmp_path / "trained/predictions").glob("*.tsv"))]
-    assert all(f.read_bytes() == (tmp_path / "trained/predictions" / f.name).read_bytes() for f in files)
-
-
 def test_validation_rows_are_predicted_beside_the_test_s_and_each_class_is_reported(own_flags, tmp_path):
     """scikit-learn on the file that was written is the judge."""
     rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
     own_flags += ["--test_file", str(tmp_path / "dev.jsonl"), "--on_error", "skip", "--do_predict"]
-    assert run_glue.main(own_flags) == 0
+    assert run_glue.main([*own_flags, "--metric", "macro-f1"]) == 0
     record = json.loads((tmp_path / "run/results.json").read_text())
     written = rows_of(tmp_path / "run/predictions/custom_validation.tsv")
     assert [row["label"] for row in written] == [row["rating"] for i, row in enumerate(rows) if i != 3]
@@ -231,7 +193,15 @@ def test_validation_rows_are_predicted_beside_the_test_s_and_each_class_is_repor
     assert report["confusion_matrix"] == confusion_matrix(truth, found, labels=labels).tolist()
     recalls = recall_score(truth, found, labels=labels, average=None, zero_division=0)
     assert [report["classes"][name]["recall"] for name in labels] == pytest.approx(recalls)
-    assert record["test_scores"] == {"custom_test": {"accuracy": pytest.approx(accuracy_score(truth, found))}}
+    expected = {"macro_f1": f1_score(truth, found, average="macro"), "accuracy": accuracy_score(truth, found)}
+    assert record["test_scores"] == {"custom_test": pytest.approx(expected)}
+    assert (record["metric"], record["train_examples"]) == ("macro_f1", 39)
+    assert record["last"] == pytest.approx(expected["macro_f1"])
     assert (tmp_path / "run/predictions/custom_validation.png").stat().st_size > 2000
     counts = {name: truth.count(name) for name in labels}
     assert record["data"]["validation"] == {"rows": 15, "skipped": 1, "cut": 0, "classes": counts}
+    # The adapter knows the columns.
+    adapter = ["--adapter", str(tmp_path / "run/adapter"), "--base", own_flags[1], "--on_error", "skip"]
+    output = tmp_path / "out.jsonl"
+    assert predict.main([*adapter, "--input", str(tmp_path / "dev.jsonl"), "--output", str(output)]) == 0
+    assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == found
