@@ -104,7 +104,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     warnings = unlike(firsts, shapes, places, tuned=args.tune is not None)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    code = run_experiment(experiment, places, LocalLauncher(args.jobs), args.jobs, args.rerun_changed)
+    code = run_experiment(experiment, places, LocalLauncher(args.jobs), args.rerun_changed)
     wanted = {run.folder for run in [*experiment.tuning, *experiment.runs]}
     labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
     scales = {label: shapes[spec].scale for spec, label in labels.items()}

@@ -93,10 +93,10 @@ def run_sweep(args: argparse.Namespace) -> int:
             print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(command_line(run, places))}")
         return 0
     if args.launcher == "slurm":
-        launcher = SlurmLauncher(output / "logs/submitit", _pairs(args.slurm, "--slurm"))
-        return run_experiment(experiment, places, launcher, args.jobs or len(every), args.rerun_changed)
-    jobs = args.jobs or 1
-    return run_experiment(experiment, places, LocalLauncher(jobs), jobs, args.rerun_changed)
+        launcher = SlurmLauncher(output / "logs/submitit", _pairs(args.slurm, "--slurm"), args.jobs or len(every))
+    else:
+        launcher = LocalLauncher(args.jobs or 1)
+    return run_experiment(experiment, places, launcher, args.rerun_changed)
 
 
 def _only(experiment: Experiment, only: str) -> Experiment:

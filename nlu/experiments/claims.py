@@ -11,7 +11,6 @@ questions:
     pooled: true                        # optional: intervals by the standard deviation pooled over all rows
     tuning: true                        # optional: a grid of learning rates, of which one is chosen for each row
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
-    published: lora2_table1_deberta_v3_base   # optional: a file of results/published/, to stand beside the scores
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class Question:
     pooled: bool = False
     tuning: bool = False
     test: tuple[str, ...] = ()
-    published: str | None = None
 
     def reference(self, label: str, sizes: pd.Series) -> str | None:
         """The row that a row is compared with; None for one of these rows that all others are compared with.

@@ -16,9 +16,10 @@ RUN_GLUE = ROOT / "nlu/run_glue.py"
 
 
 class LocalLauncher:
-    """Runs as child processes with OMP_NUM_THREADS threads each; by default `jobs` of them share out the machine's."""
+    """Runs as child processes, `jobs` at once, with OMP_NUM_THREADS threads each; by default they share the cores."""
 
     def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
         # One name for each threading library that torch or NumPy may be built on.
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -61,14 +62,15 @@ class LocalJob(subprocess.Popen):
 
 
 class SlurmLauncher:
-    """Runs as jobs that submitit hands to a cluster; `parameters` go to its executor as they are.
+    """Runs as jobs that submitit hands to a cluster, `jobs` at once; `parameters` go to its executor as they are.
 
     `parameters["cluster"]` may name submitit's other executors (`local`, `debug`), which need no Slurm.
     """
 
-    def __init__(self, folder: Path, parameters: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, parameters: dict[str, Any], jobs: int) -> None:
         import submitit
 
+        self.jobs = jobs
         cluster = parameters.get("cluster", "slurm")
         rest = {name: value for name, value in parameters.items() if name != "cluster"}
         try:

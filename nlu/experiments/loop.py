@@ -160,10 +160,9 @@ def parsed_command(run: Run, places: Places) -> Any:
 
 @dataclass
 class SweepLoop:
-    """Keeps `jobs` runs going, shows one progress bar, collects what failed; a context manager for signals and bar."""
+    """Keeps the launcher's `jobs` runs going and collects what failed; a context manager for signals and the bar."""
 
     launcher: LocalLauncher | SlurmLauncher
-    jobs: int
     places: Places
     total: int
     rerun_changed: bool = False
@@ -201,7 +200,7 @@ class SweepLoop:
         told = 0
         try:
             while (pending and not self.stopped_by) or running:
-                while pending and not self.stopped_by and len(running) < self.jobs:
+                while pending and not self.stopped_by and len(running) < self.launcher.jobs:
                     run = pending.pop(0)
                     found = self.places.record_time(run)
                     try:
@@ -261,16 +260,11 @@ class SweepLoop:
 
 
 def run_experiment(
-    experiment: Experiment,
-    places: Places,
-    launcher: LocalLauncher | SlurmLauncher,
-    jobs: int,
-    rerun_changed: bool = False,
+    experiment: Experiment, places: Places, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False
 ) -> int:
     """Run the tuning stage (if any) and the final stage; returns the exit code, see :meth:`SweepLoop.summary`.
 
     Args:
-        jobs: runs at once.
         rerun_changed: run again, from the start, what was made with other arguments or contents.
 
     Raises:
@@ -282,7 +276,7 @@ def run_experiment(
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
         if not rerun_changed:  # before hours of work, as far as the choices are known
             places.check_unchanged([*tuning, *chosen_runs(experiment, places)[0]])
-        with SweepLoop(launcher, jobs, places, len(tuning) + len(experiment.runs), rerun_changed) as loop:
+        with SweepLoop(launcher, places, len(tuning) + len(experiment.runs), rerun_changed) as loop:
             loop.run(tuning)
             ready, waiting = chosen_runs(experiment, places)
             if not loop.stopped_by:

@@ -12,7 +12,7 @@ from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import KINDS, draw
-from nlu.experiments.statistics import LEVEL, SHORT, finished, load_measured, scored_on_test, with_reruns
+from nlu.experiments.statistics import LEVEL, SHORT, finished, load_measured, scored_on_test
 from nlu.experiments.tables import (
     claims_frame,
     latex,
@@ -108,9 +108,9 @@ def section(
     """A question's text, its tables (kind → figures without rounding) and the files beside it (name → content)."""
     every = scored_on_test(every, question.test)
     final = every[every.stage == "final"]
-    done = finished(with_reruns(final))
+    done = finished(final)
     scores, claims, tuning = score_frame(final, question), claims_frame(final, question), tuning_frame(every)
-    if (published := _published(question, done)) is not None:
+    if (published := _published(done)) is not None:
         scores = with_published(scores, done, published)
     printed = tuning_text(tuning) if question.tuning else score_text(scores, claims)
     heading = question.question.format(
@@ -143,7 +143,7 @@ def _measured(question: Question, every: pd.DataFrame) -> tuple[int, int]:
 
     Whoever looks at differences before the last seed may stop where they please: until then none is written.
     """
-    done = finished(with_reruns(every[every.stage == "final"]))
+    done = finished(every)
     if question.seeds is None:
         return len(done), 1
     rows = {*done.label, *question.against, *(claim.label for claim in question.claims)}
@@ -159,10 +159,8 @@ def _open_line(question: Question, every: pd.DataFrame, there: int, wanted: int)
     return f"- {markdown_text(text)} {state} (`configs/experiments/{question.experiment}.yaml`).{ended}"
 
 
-def _published(question: Question, done: pd.DataFrame) -> Path | None:
-    """The paper's table to stand beside the scores: that of the question, or of the same encoder."""
-    if question.published:
-        return PUBLISHED / f"{question.published}.json"
+def _published(done: pd.DataFrame) -> Path | None:
+    """The paper's table of the same encoder, to stand beside the scores."""
     models = set(done.model)
     tables = {path: (read_json(path) or {}).get("model") for path in sorted(PUBLISHED.glob("*.json"))}
     return next((path for path, model in tables.items() if models == {model}), None)

@@ -62,7 +62,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "arguments": not_default(record.get("arguments") or {}),
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
-        **rate_sums(record),
+        "rate_sum": rate_sum(record),
         "training_loss": training_losses(record),
         "delta_norm": norms[-1] if norms else None,  # ‖ΔW‖_F at the end, the mean over the adapted layers
     }
@@ -109,24 +109,16 @@ def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     return portable(place_free(kept))
 
 
-def rate_sums(record: dict[str, Any]) -> dict[str, float]:
-    """Λ, the sum of the learning rates over the steps, when pruning starts and at the end, where the history tells.
-
-    The rates between two logging steps are interpolated. Pruning starts after the last step with the initial budget.
-    """
+def rate_sum(record: dict[str, Any]) -> float | None:
+    """Λ, the sum of the learning rates over the steps, those between two logging steps interpolated."""
     history = record.get("history") or []
     logged = {entry["step"]: entry["learning_rate"] for entry in history if entry.get("learning_rate") is not None}
-    whole = [entry["step"] for entry in history if entry.get("budget") == record.get("initial_budget")]
     if not logged or not record.get("steps"):
-        return {}
+        return None
     arguments = record.get("arguments") or {}
     if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type") != "constant":
         logged = {1: 0.0} | logged
-    rates = np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values()))
-    pruning = (
-        {"rate_sum_pruning": _figures(rates[: max(whole)].sum())} if whole and record.get("initial_budget") else {}
-    )
-    return pruning | {"rate_sum": _figures(rates.sum())}
+    return _figures(np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values())).sum())
 
 
 def _figures(value: float) -> float:

@@ -26,7 +26,7 @@ _NAMES = [
     "arguments", "model", "machine", "module_ranks", "training_loss", "digests",
 ]  # fmt: skip
 _FIGURES = [
-    "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum", "rate_sum_pruning",
+    "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
     "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes", "constant_loss",
 ]  # fmt: skip
 _COMPUTED = ["steps_at", "scores", "losses", "last", "best", "loss", "lowest_loss", "mismatched_accuracy", "test"]
@@ -52,7 +52,8 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     Columns beside those of the lines: `steps_at`, `scores` (percent, the task's one score) and `losses`, a list each
     over the evaluations; `last`, `best`, `loss` (the last) and `lowest_loss`; `mismatched_accuracy`, on MNLI's
     mismatched set; `test`, on a labelled test set; `data`, which data files were read; `failed`, see
-    :func:`have_failed`; `rerun`, whether it repeats a failed run with its seed + 100.
+    :func:`have_failed`. Where a failed final run was rerun with its seed + 100, the rerun takes its place and its seed,
+    and counts as failed.
     Labels that do not tell two runs of one task and seed apart gain the arguments that do.
 
     Raises:
@@ -63,9 +64,7 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     frame["data"] = [_data_files(*each) for each in zip(frame.digests, frame.asked, strict=True)]
     frame["failed"] = have_failed(frame)
     _tell_apart(frame)
-    failed = set(_keys(frame[frame.failed & (frame.stage == "final")]))
-    frame["rerun"] = [key in failed for key in _keys(frame, seed_less=100)]
-    return _ordered(frame)
+    return _ordered(_with_reruns(frame))
 
 
 def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +121,15 @@ def _tell_apart(frame: pd.DataFrame) -> None:
         frame.loc[own, "label"] += [f", {name}={each.get(name)}" for each in frame[own].arguments]
 
 
+def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with each rerun in place of the failed run that it repeats."""
+    key, seeds = ["experiment", "stage", "label", "task", "seed"], frame.seed - 100
+    runs, repeated = (pd.MultiIndex.from_frame(each[key]) for each in (frame, frame.assign(seed=seeds)))
+    rerun = repeated.isin(runs[frame.failed & (frame.stage == "final")])
+    frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun)
+    return frame[~runs.isin(repeated[rerun])]
+
+
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Methods and tasks in the order of their registries; of one method the larger first."""
     names = list(TASKS)
@@ -149,19 +157,6 @@ def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
     """The same with the test set's score as the last evaluation's on these tasks; `validation` keeps the latter."""
     there = runs.task.isin(list(tasks)) & runs.test.notna()
     return runs.assign(validation=runs["last"].where(there), last=runs["last"].mask(there, runs.test))
-
-
-def with_reruns(final: pd.DataFrame) -> pd.DataFrame:
-    """Final runs for their scores: a failed run is left out where it was rerun, and the rerun takes its seed."""
-    keys = _keys(final)
-    rerun = set(_keys(final[final.rerun], seed_less=100))
-    replaced = np.array([key in rerun for key in keys], dtype=bool)
-    return final.assign(seed=final.seed.mask(final.rerun, final.seed - 100))[~replaced]
-
-
-def _keys(runs: pd.DataFrame, seed_less: int = 0) -> list[tuple]:
-    seeds = [seed - seed_less if isinstance(seed, int) else seed for seed in runs.seed]
-    return list(zip(runs.experiment, runs.stage, runs.label, runs.task, seeds, strict=True))
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------

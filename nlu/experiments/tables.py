@@ -21,7 +21,6 @@ from nlu.experiments.statistics import (
     paired,
     pooled_spread,
     student_t,
-    with_reruns,
 )
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
@@ -51,14 +50,14 @@ def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
     `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by the Student-t model
     of all runs, and with `best_` by that of the best evaluations; `failed` of `runs`, `failed_low`, `failed_high`.
     """
-    done, planned = finished(with_reruns(final)), final[~final.rerun]
+    done = finished(final)
     sizes = done.groupby("label").adapter_params.max()
     pooled = pooled_spread(done) if question.pooled else None
     models = {"t_": student_t(done), "best_": student_t(done, "best")}
     tasks = list(dict.fromkeys(done.task))
     rows = []
     for label, own in rows_of(done):
-        every = planned[planned.label == label]
+        every = final[final.label == label]
         row = {
             "row": label,
             "parameters": sizes[label],
@@ -90,7 +89,7 @@ def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
 
 def claims_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, a row for all tasks together and one for each; p is corrected for their number (Holm)."""
-    done = finished(with_reruns(final))
+    done = finished(final)
     sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
     references = [
         claim.against or (question.reference(claim.label, sizes) if claim.label in sizes else None)
@@ -114,8 +113,8 @@ def claims_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
 def training_frame(final: pd.DataFrame) -> pd.DataFrame:
     """How far each row was trained on each task: means over the seeds.
 
-    `rate_sum` is Λ, the sum of the learning rates over the steps, `rate_sum_pruning` that when pruning starts;
-    `delta_norm` is ‖ΔW‖, the Frobenius norm at the last logged step, the mean over the adapted layers.
+    `rate_sum` is Λ, the sum of the learning rates over the steps; `delta_norm` is ‖ΔW‖, the Frobenius norm at the last
+    logged step, the mean over the adapted layers.
     """
     done = finished(final)
     done = done.assign(
@@ -124,12 +123,7 @@ def training_frame(final: pd.DataFrame) -> pd.DataFrame:
         training_loss_end=[np.mean(each[-2:]) if isinstance(each, list) else np.nan for each in done.training_loss],
         processor=[(each or {}).get("cpu", "") for each in done.machine],
     )
-    columns = {
-        "rate_sum_pruning": "Λ_pruning",
-        "rate_sum": "Λ",
-        "delta_norm": "‖ΔW‖",
-        "live_budget": "remaining_values",
-    }
+    columns = {"rate_sum": "Λ", "delta_norm": "‖ΔW‖", "live_budget": "remaining_values"}
     names = [*columns, "initial_budget", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
     grouped = done.groupby(["label", "task"], sort=False)
     means = grouped[names].mean().rename(columns=columns)

@@ -53,7 +53,6 @@ def line(label: str, task: str, seed: int, scores: list[float], **changes) -> di
         "initial_budget": 288 if prunes else None,
         "live_budget": 144 if prunes else None,
         "rate_sum": 2.0,
-        "rate_sum_pruning": 0.9 if prunes else None,
         "delta_norm": None if label in ("full", "BitFit") else 3.0,
         "train_seconds": 120.0,
         "seconds_per_step": 0.25,

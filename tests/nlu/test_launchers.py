@@ -37,7 +37,7 @@ def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
         "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
         "print(os.getppid(), flush=True); time.sleep(60)"
     )
-    launcher = SlurmLauncher(tmp_path / "jobs", {"cluster": "local", "timeout_min": 10})
+    launcher = SlurmLauncher(tmp_path / "jobs", {"cluster": "local", "timeout_min": 10}, 1)
     job = launcher.start([sys.executable, "-c", code], log)
     wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
     os.kill(int(log.read_text()), number)

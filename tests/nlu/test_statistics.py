@@ -20,7 +20,6 @@ from nlu.experiments.statistics import (
     pooled_spread,
     seeds_for,
     student_t,
-    with_reruns,
 )
 from tests.nlu.measured_lines import line, trial, write
 
@@ -155,8 +154,8 @@ def test_a_failed_run_has_the_score_of_its_rerun_and_the_rerun_its_seed():
     scores = [(1, 0.5, 0.3), (2, 0.0, 0.6), (102, 0.52, 0.3)]
     lines = [run("LoRA r=8", *each) for each in scores] + [run("LoRA² k=8", s, 0.5, 0.3) for s in (1, 2)]
     runs = as_frame(lines)
-    assert list(runs[runs.rerun].seed) == [102]
-    pairs = paired(with_reruns(runs), "LoRA r=8", "LoRA² k=8")
+    assert list(runs[runs.failed].seed) == [2]  # it counts as failed, and keeps its rerun's score
+    pairs = paired(runs, "LoRA r=8", "LoRA² k=8")
     assert dict(zip(pairs.seed, pairs.difference, strict=True)) == {1: 0.0, 2: 2.0}
 
 

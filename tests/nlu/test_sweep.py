@@ -229,7 +229,7 @@ def loop_of(tmp_path, start, content=THREE):
     places = Places(tmp_path / "measured/trial.jsonl", tmp_path / "output/trial", ["run"])
     launcher = LocalLauncher(2)
     launcher.start = start
-    return SweepLoop(launcher, 2, places, 3), load_experiment(path).runs
+    return SweepLoop(launcher, places, 3), load_experiment(path).runs
 
 
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
