@@ -134,6 +134,7 @@ def test_the_dropout_of_albert_s_head_has_another_name(tmp_path, monkeypatch):
     assert model.dropout.p == 0.37
 
 
+@pytest.mark.slow
 def test_a_base_that_returns_tuples_trains_all_the_same(encoder, tiny_glue, tmp_path):
     base = shutil.copytree(encoder, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())

@@ -87,11 +87,7 @@ def test_the_width_matches_loras_size(layers, hidden, wide, name, k):
 
 
 def test_a_warm_start_of_exact_factors_needs_orthonormal_ones(flags, tmp_path, capsys):
-    run(flags, tmp_path / "exact", *PLUS)
-    run(flags, tmp_path / "plain", "--method", "lora2", "--rank_allocation", "False")
-    going_on = run(flags, tmp_path / "on", *PLUS, "--lora_path", str(tmp_path / "exact/adapter"))
-    assert going_on["history"][-1]["orthonormality"] < 2e-6
-    capsys.readouterr()
+    run(flags, tmp_path / "plain", "--method", "lora2", "--rank_allocation", "False", "--max_steps", "1")
     refused = [*flags, *PLUS, "--lora_path", str(tmp_path / "plain/adapter"), "--root_output_dir", str(tmp_path / "no")]
     assert main(refused) == 2
     assert "not orthonormal" in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -126,6 +126,7 @@ class Hub:
 UPLOAD = ["--method", "lora", "--push_to_hub", "--hub_model_id", "me/cola"]
 
 
+@pytest.mark.slow
 def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [], raising=False)

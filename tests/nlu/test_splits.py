@@ -26,7 +26,7 @@ from nlu.errors import UsageError
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
 from tests.nlu.glue_samples import sample_rows
-from tests.nlu.tiny import write_rows
+from tests.nlu.tiny import tiny_classifier, write_rows
 
 DEFAULTS = dict.fromkeys(
     ("task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "metric", "predict_task",
@@ -220,7 +220,8 @@ def test_training_rows_keep_their_order_and_others_go_by_length(tiny_glue):
     assert [gold[i] for i in tokens["validation"]["idx"]] == tokens["validation"]["labels"][:]
 
 
-def test_gpt2s_and_opts_tables_of_positions_limit_their_input():
+def test_tables_of_positions_limit_the_input():
+    assert [longest_input(tiny_classifier(kind)) for kind in ("bert", "roberta", "deberta-v2")] == [64, 64, None]
     assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
     opt = OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, max_position_embeddings=30,
                     vocab_size=50, word_embed_proj_dim=8)  # fmt: skip
