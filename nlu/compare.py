@@ -91,7 +91,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     folder, measured = args.output_dir / experiment.name, args.output_dir / "measured" / f"{experiment.name}.jsonl"
     places = Places(measured, folder, COMMAND)
     firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
-    parsed = {run.axes["method"]: parsed_command(run, places) for run in firsts}
+    parsed = {run.axes["method"]: parsed_command(run) for run in firsts}
     # What data, sizes and tables need takes seconds to import, which a command with a fault need not wait for.
     if set(places.states(experiment.runs).values()) != {"finished"}:
         from nlu.data.splits import load_data
@@ -100,8 +100,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     from nlu.experiments.comparison import write
     from nlu.experiments.fairness import shape_of, unlike
 
-    shapes = {spec: shape_of(arguments) for spec, arguments in parsed.items()}
-    warnings = unlike(firsts, shapes, places, tuned=args.tune is not None)
+    shapes = {spec: shape_of(arguments, tuned=args.tune is not None) for spec, arguments in parsed.items()}
+    warnings = unlike(firsts, shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     code = run_experiment(experiment, places, LocalLauncher(args.jobs), args.rerun_changed)

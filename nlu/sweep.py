@@ -83,7 +83,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     every = [*experiment.tuning, *experiment.runs]
     if args.command is None:  # a wrong flag shows now and not after hours; of runs that differ in the seed, one is read
         for run in {str(run.arguments | {"seed": None}): run for run in every}.values():
-            parsed_command(run, places)
+            parsed_command(run)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         ready, waiting = chosen_runs(experiment, places)

@@ -58,6 +58,11 @@ class Run:
         """What a selection chooses for: the labels of all axes but the seed."""
         return tuple(label for axis, label in self.axes.items() if axis != "seed")
 
+    @property
+    def flags(self) -> list[str]:
+        """The arguments as words of a command; null is left out."""
+        return [f"--{name}={value}" for name, value in self.arguments.items() if value is not None]
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -76,16 +81,6 @@ class _Rule:
     when: dict[str, Any]
     set: dict[str, Any] | None = None
     values: dict[str, list] | None = None
-
-
-@dataclass(frozen=True)
-class _Select:
-    """The part `select` of a file."""
-
-    values: dict[str, list]
-    seeds: list
-    set: dict[str, Any]
-    overrides: list[dict[str, Any]] | None = None
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -111,7 +106,7 @@ def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Exp
     try:
         return _experiment(settings or {}, **content)
     except (TypeError, KeyError, AttributeError) as error:  # another key, or a list where a mapping belongs
-        what = reason(error, 200).replace("_experiment()", "the file")
+        what = reason(error, 200).replace("_experiment()", "the file").replace("_tuning_runs()", "select")
         raise UsageError(f"{what}; the format is explained at the top of nlu/experiments/experiment.py") from None
 
 
@@ -131,7 +126,6 @@ def _experiment(
     every = [dict(zip(choices, labels, strict=True)) for labels in itertools.product(*choices.values())]
     excluded = [_Rule(when) for when in exclude or []]
     rules = [_Rule(**rule) for rule in overrides or []]
-    selection = _Select(**select) if select else None
     runs, tuning = [], {}
     for axes in every:
         if _matching(excluded, axes, choices):
@@ -140,7 +134,7 @@ def _experiment(
         for rule in _matching(rules, axes, choices):
             arguments |= rule.set or {}
         runs.append(Run(name, "final", run_name(axes), axes, arguments | settings))
-        for run in _tuning_runs(selection, runs[-1], settings, choices) if selection else ():
+        for run in _tuning_runs(runs[-1], settings, choices, **select) if select else ():
             tuning.setdefault(run.folder, run)
     _check([*runs, *tuning.values()], [axis for axis, labels in grid.items() if isinstance(labels, list)])
     return Experiment(name, description, runs, list(tuning.values()))
@@ -177,21 +171,32 @@ def _matching(rules: Iterable[_Rule], axes: dict[str, Any], choices: dict[str, d
     return found
 
 
-def _tuning_runs(select: _Select, final: Run, settings: dict[str, Any], choices: dict[str, dict]) -> Iterator[Run]:
-    """The runs that choose for a final run; those that differ from it in the seed alone choose for it too."""
-    tried, changed = dict(select.values), dict(select.set)
-    for rule in _matching([_Rule(**rule) for rule in select.overrides or []], final.axes, choices):
-        tried |= rule.values or {}
-        changed |= rule.set or {}
+def _tuning_runs(
+    final: Run,
+    settings: dict[str, Any],
+    choices: dict[str, dict],
+    values: dict[str, list],
+    seeds: list,
+    set: dict[str, Any],
+    overrides: list[dict] | None = None,
+) -> Iterator[Run]:
+    """The runs that choose for a final run; those that differ from it in the seed alone choose for it too.
+
+    Args:
+        values, seeds, set, overrides: the part `select` of a file.
+    """
+    tried, changed = values, set
+    for rule in _matching([_Rule(**rule) for rule in overrides or []], final.axes, choices):
+        tried, changed = tried | (rule.values or {}), changed | (rule.set or {})
     if "holdout_fraction" in final.arguments or not changed.get("holdout_fraction"):
         raise UsageError(
             "tuning would choose by the rows that the final runs are scored on: give a holdout_fraction in select.set, "
             "and a validation set in place of one to the final runs"
         )
-    if both := sorted(set(tried) & {*final.arguments, *changed}):
+    if both := sorted({*tried} & {*final.arguments, *changed}):
         raise UsageError(f"{both[0]} is both selected and set in base, grid, overrides or set; leave one")
-    for *values, seed in itertools.product(*tried.values(), select.seeds):
-        chosen, axes = dict(zip(tried, values, strict=True)), {**final.axes, "seed": seed}
+    for *each, seed in itertools.product(*tried.values(), seeds):
+        chosen, axes = dict(zip(tried, each, strict=True)), {**final.axes, "seed": seed}
         named = {axis: label for axis, label in axes.items() if axis != "seed"}
         arguments = final.arguments | changed | settings | {"seed": seed} | chosen
         folder = f"select/{run_name({**named, **chosen, 'seed': seed})}"

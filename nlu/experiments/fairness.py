@@ -12,7 +12,7 @@ from nlu import METHOD_FOLDER
 from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.loop import Places, parsed_command
+from nlu.experiments.loop import parsed_command
 from nlu.experiments.records import settings_of
 from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
@@ -27,7 +27,7 @@ class Shape:
 
     Attributes:
         trained: the adapter's parameters. size: those at the ranks that pruning aims for. scale: α/r. rank: r.
-        head_rate: the head's own learning rate; None where it has that of the rest. rate: that of the rest.
+        head_rate: the head's learning rate; None where it is the one that tuning will choose for the rest.
     """
 
     trained: int | None
@@ -35,7 +35,6 @@ class Shape:
     scale: float | None
     rank: int
     head_rate: float | None
-    rate: float
 
     def like(self, other: Shape) -> bool:
         return alike(self.size, other.size) and alike(self.scale, other.scale)
@@ -52,8 +51,11 @@ def alike(one: float | None, other: float | None) -> bool:
     return None in (one, other) or abs(one - other) <= CLOSE * max(one, other) + 1e-9
 
 
-def shape_of(arguments: Arguments) -> Shape:
+def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     """Size and scale of a method on its encoder, whose weights are not loaded.
+
+    Args:
+        tuned: whether the method's learning rate is yet to be chosen.
 
     Raises:
         UsageError: for a model that cannot be read, and modules that it lacks.
@@ -72,34 +74,31 @@ def shape_of(arguments: Arguments) -> Shape:
                 size -= (1 - kept) * sum(factor.numel() for factor, axis in pairs if axis is not None)
     has_scale = method.method in flag_methods("lora_alpha")
     scale = method.lora_alpha / method.lora_r if has_scale else None
-    return Shape(
-        trained, size, scale, method.lora_r, arguments.training.head_learning_rate, arguments.training.learning_rate
-    )
+    rate = None if tuned else arguments.training.learning_rate
+    return Shape(trained, size, scale, method.lora_r, arguments.training.head_learning_rate or rate)
 
 
-def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places, tuned: bool = False) -> list[str]:
+def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:
     """A line for each method that differs from the first in size or α/r, or in the head's rate, with what would match.
 
     Args:
         runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that.
-        tuned: whether each method's learning rate is yet to be chosen: a head without its own rate follows that.
     """
     first, *others = (run.axes["method"] for run in runs)
     lines = []
     for run, spec in zip(runs[1:], others, strict=True):
         if not shapes[spec].like(shapes[first]):
-            matching = _matching(run, shapes[first], places)
+            matching = _matching(run, shapes[first])
             match = next((each for each in matching if each not in shapes), None)
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
             lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
-        used = [shapes[each].head_rate or shapes[each].rate for each in (spec, first)]
-        if used[0] != used[1] and not (tuned and None in (shapes[spec].head_rate, shapes[first].head_rate)):
-            common = next((rate for each in (spec, first) if (rate := shapes[each].head_rate)), used[1])
+        own, wanted = shapes[spec].head_rate, shapes[first].head_rate
+        if None not in (own, wanted) and own != wanted:
             lines.append(
-                f"{spec} trains the head at {used[0]:g}, {first} at {used[1]:g}: --head_learning_rate {common:g} for "
-                "all makes them equal"
+                f"{spec} trains the head at {own:g}, {first} at {wanted:g}: --head_learning_rate {wanted:g} for all "
+                "makes them equal"
             )
-    if tuned and any(shapes[spec].head_rate is None for spec in (first, *others)):
+    if any(shapes[spec].head_rate is None for spec in (first, *others)):
         lines.append(
             "heads without a rate of their own train at the one that is chosen for their method: --head_learning_rate "
             "gives all heads the same"
@@ -107,7 +106,7 @@ def unlike(runs: list[Run], shapes: dict[str, Shape], places: Places, tuned: boo
     return lines
 
 
-def _matching(run: Run, wanted: Shape, places: Places) -> Iterator[str]:
+def _matching(run: Run, wanted: Shape) -> Iterator[str]:
     """Specifications of the same base method with the wanted size and scale, the run's own file first."""
     name, *settings = settings_of(run.axes["method"])
     base = method_file(name)[0]
@@ -116,7 +115,7 @@ def _matching(run: Run, wanted: Shape, places: Places) -> Iterator[str]:
         if method_file(file)[0] != base:
             continue
         try:
-            own = shape_of(parsed_command(replace(run, arguments=run.arguments | {"method": file}), places))
+            own = shape_of(parsed_command(replace(run, arguments=run.arguments | {"method": file})))
         except UsageError:  # the run's own settings contradict that file
             continue
         if alike(own.size, wanted.size):

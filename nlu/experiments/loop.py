@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nlu.arguments import Arguments, parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
@@ -136,21 +137,18 @@ def chosen_runs(experiment: Experiment, places: Places) -> tuple[list[Run], list
 
 
 def command_line(run: Run, places: Places) -> list[str]:
-    """The command of one run; null is left out."""
-    words = [f"--{key}={value}" for key, value in run.arguments.items() if value is not None]
-    return [*places.command, *words, "--root_output_dir", str(places.working(run))]
+    """The command of one run."""
+    return [*places.command, *run.flags, "--root_output_dir", str(places.working(run))]
 
 
-def parsed_command(run: Run, places: Places) -> Any:
-    """A run's command as run_glue reads it.
+def parsed_command(run: Run) -> Arguments:
+    """A run's flags as run_glue reads them.
 
     Raises:
         UsageError: names the run and what it cannot be started with.
     """
-    from nlu.arguments import parse_arguments
-
     try:
-        return parse_arguments(command_line(run, places)[len(places.command) :])
+        return parse_arguments(run.flags)
     except UsageError as error:
         raise UsageError(f"{run.folder}: {error}") from None
 

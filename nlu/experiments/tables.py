@@ -174,7 +174,8 @@ def with_published(frame: pd.DataFrame, final: pd.DataFrame, path: Path) -> pd.D
     table = read_json(path, "restore it from the repository")
     printed = {row["config"]: row for row in (table or {}).get("rows", []) if "config" in row}
     configs = {label: (own.arguments.iloc[0] or {}).get("method_config") for label, own in rows_of(final)}
-    rows = [printed.get(configs[label], {}) for label in frame.row]
+    each = list(configs.values())  # of several rows with one file of configs/methods/ the paper's is not known
+    rows = [printed.get(configs[label], {}) if each.count(configs[label]) == 1 else {} for label in frame.row]
     for task in [name for name in frame.columns if name in HEADINGS]:
         column = {"mnli": "mnli_m", "mismatched_accuracy": "mnli_mm", "qqp": "qqp_acc"}.get(task, task)
         values = [row.get(column, np.nan) for row in rows]

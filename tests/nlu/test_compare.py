@@ -105,7 +105,7 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     assert compare.main([*flags, "--methods", "lora,lora2_plus:lora_r=8:lora_alpha=32"]) == 0
     assert capsys.readouterr().err == (
         "warning: lora2_plus:lora_r=8:lora_alpha=32 trains the head at 0.001, lora at 0.0012: "
-        "--head_learning_rate 0.001 for all makes them equal\n"
+        "--head_learning_rate 0.0012 for all makes them equal\n"
     )
     for alike in (["--head_learning_rate", "2e-3"], ["--learning_rate", "1e-3"]):
         assert compare.main([*flags, "--methods", "lora,lora2_plus:lora_r=8:lora_alpha=32", *alike]) == 0

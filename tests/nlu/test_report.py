@@ -101,6 +101,9 @@ def test_headings_and_settings_come_from_the_lines(make, tmp_path):
     # The paper's number stands beside, in a column of its own (LoRA², Table 1, RTE).
     assert re.search(r"\| +RTE \| +RTE published \| +failed", shown) and re.search(r"\| +50\.0 \| +88\.45 \|", shown)
     assert "88.45" not in page
+    settings = {"model": "deberta-v3-base", "arguments": {"method_config": "lora2"}}
+    ablation = [line(label, "rte", 1, [0.5], **settings) for label in ("all terms", "two terms")]
+    assert "published" not in make(ablation, "--only", "terms", experiment="terms")[1]  # neither is known to be its row
 
 
 def test_without_arguments_the_report_reads_the_lines_of_ones_own_runs(tmp_path, monkeypatch):
