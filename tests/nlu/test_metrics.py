@@ -28,7 +28,7 @@ def test_keys_and_main_metric(name):
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=60))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_two_classes_against_scikit_learn(pairs):
     predictions, references = zip(*pairs, strict=True)
     expected = {

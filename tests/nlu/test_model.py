@@ -102,7 +102,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
 def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, caplog, task, names):
     run = tmp_path / "run"
     folder = classifier(tmp_path / "other", names)
-    flags = flags_of(base_flags, folder, task, "--save_total_limit", "9", "--learning_rate", "1e-9")
+    flags = changed(flags_of(base_flags, folder, task), learning_rate=1e-9, max_steps=2, eval_strategy="no")
     with caplog.at_level(logging.WARNING, logger="nlu"):
         assert main(flags) == 0
     assert [r.message for r in caplog.records if "new output layer" in r.message][1:] == []

@@ -101,6 +101,7 @@ def test_class_weights_and_smoothed_labels_count_in_the_training_loss_alone(own_
 
 
 def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, capsys):
+    base_flags = changed(base_flags, max_steps=1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
     assert main(base_flags) == 0
