@@ -11,7 +11,7 @@ import pandas as pd
 from nlu.experiments.claims import Question
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, pooled_spread, seeds_for
-from nlu.experiments.tables import NONE, markdown, number, rows_of, score_frame, score_text, tuning_frame
+from nlu.experiments.tables import NONE, markdown, number, score_frame, score_text, tuning_frame
 from nlu.runs.files import write_bytes, write_text
 
 
@@ -27,11 +27,10 @@ def write(
     frame = as_frame((name, line) for line in lines)
     order = {label: place for place, label in enumerate(scales)}
     frame = frame.assign(place=frame.label.map(order)).sort_values(["place", "seed"])
-    final = frame[frame.stage == "final"]
-    done = finished(final)
+    done = finished(frame)
     if not len(done):
         return
-    scores = score_frame(final, Question("", name, against=(done.label.iloc[0],), pooled=True))
+    scores = score_frame(frame, Question("", name, against=(done.label.iloc[0],), pooled=True))
     scores["scale"] = [scales.get(label) for label in scores.row]
     scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
     tuning = tuning_frame(frame)
@@ -46,7 +45,7 @@ def write(
     print(f"\n{text}")
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    for drawing in draw("comparison", frame, done, scores):
+    for drawing in draw("comparison", frame, scores):
         write_bytes(folder / f"{drawing.name}.png", drawing.image("png"))
     print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
 
@@ -84,7 +83,7 @@ def advice(every: pd.DataFrame) -> list[str]:
     whose rate is too high; without it a failed run has no advice.
     """
     found = []
-    for label, runs in rows_of(finished(every)):
+    for label, runs in finished(every).groupby("label", sort=False):
         failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
         rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
         sums = runs.rate_sum[runs.delta_norm.notna()]  # of a low-rank method

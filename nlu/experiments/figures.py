@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
-from nlu.experiments.tables import rows_of, tuning_runs
+from nlu.experiments.statistics import finished
+from nlu.experiments.tables import tuning_runs
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -60,13 +61,14 @@ class Drawing:
         return output.getvalue()
 
 
-def draw(name: str, every: pd.DataFrame, final: pd.DataFrame, scores: pd.DataFrame) -> list[Drawing]:
+def draw(name: str, every: pd.DataFrame, scores: pd.DataFrame) -> list[Drawing]:
     """The figures that there is something to draw for, in the order of `KINDS`.
 
     Args:
         name: begins the figures' names. every: all runs of an experiment, those of the tuning stage too.
-        final: the finished final runs. scores: of them, see `tables.score_frame`.
+        scores: of the finished final runs, see `tables.score_frame`.
     """
+    final = finished(every)
     labels = list(dict.fromkeys(every.label))
     styles = dict(zip(labels, cycle(STYLES), strict=False))
     with matplotlib.rc_context(STYLE):
@@ -107,7 +109,7 @@ def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
     pruned = runs[runs.module_ranks.notna()]
     if not len(pruned):
         return None
-    rows = rows_of(pruned)
+    rows = list(pruned.groupby("label", sort=False))
     means = [pd.DataFrame(own.module_ranks.tolist()).mean() for _, own in rows]
     kinds = list(dict.fromkeys(module_type(module) for mean in means for module in mean.index))
     owners = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
@@ -143,7 +145,7 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     panels = figure.subplots(len(tasks), 2, squeeze=False)
     for task, row in zip(tasks, panels, strict=True):
         for source, axes in zip(("scores", "losses"), row, strict=True):
-            for label, own in rows_of(runs[runs.task == task]):
+            for label, own in runs[runs.task == task].groupby("label", sort=False):
                 by_step: dict[float, list[float]] = {}
                 for steps, values in zip(own.steps_at, own[source], strict=True):
                     for step, value in zip(steps, values, strict=True):

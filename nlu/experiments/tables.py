@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from nlu import ROOT
 from nlu.experiments.claims import Question
 from nlu.experiments.statistics import (
     Estimate,
@@ -27,14 +27,10 @@ from nlu.tasks import HEADINGS
 
 ALL = "all tasks"
 NONE = "–"
+PUBLISHED = ROOT / "results/published"
 
 
 # ---- frames of figures -----------------------------------------------------------------------------------------------
-
-
-def rows_of(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(label, runs) in the order of the runs."""
-    return [(label, runs[runs.label == label]) for label in dict.fromkeys(runs.label)]
 
 
 def _figures(prefix: str, result: Estimate | None) -> dict[str, float]:
@@ -42,28 +38,28 @@ def _figures(prefix: str, result: Estimate | None) -> dict[str, float]:
     return {f"{prefix}difference": result.mean if result else np.nan, f"{prefix}low": low, f"{prefix}high": high}
 
 
-def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """One row for each method: scores in percent, the difference from its reference, and failed runs.
+def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
+    """One row for each method of the final runs: scores in percent, the difference from its reference, and failed runs.
 
     Columns: `row`, `parameters`, `remaining`, `runs`; for each task its mean and `TASK_std`, where there are such
     scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average`, and `best`, of the best evaluations;
     `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by the Student-t model
     of all runs, and with `best_` by that of the best evaluations; `failed` of `runs`, `failed_low`, `failed_high`.
     """
-    done = finished(final)
+    final, done = every[every.stage == "final"], finished(every)
     sizes = done.groupby("label").adapter_params.max()
     pooled = pooled_spread(done) if question.pooled else None
     models = {"t_": student_t(done), "best_": student_t(done, "best")}
     tasks = list(dict.fromkeys(done.task))
     rows = []
-    for label, own in rows_of(done):
-        every = final[final.label == label]
+    for label, own in done.groupby("label", sort=False):
+        planned = final[final.label == label]
         row = {
             "row": label,
             "parameters": sizes[label],
             "remaining": own.live_adapter_params.mean(),
-            "runs": len(every),
-            "failed": int(every.failed.sum()),
+            "runs": len(planned),
+            "failed": int(planned.failed.sum()),
         }
         row["failed_low"], row["failed_high"] = clopper_pearson(row["failed"], row["runs"])
         for task in tasks:
@@ -87,9 +83,9 @@ def score_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
     return frame
 
 
-def claims_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
+def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, a row for all tasks together and one for each; p is corrected for their number (Holm)."""
-    done = finished(final)
+    done = finished(every)
     sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
     references = [
         claim.against or (question.reference(claim.label, sizes) if claim.label in sizes else None)
@@ -110,13 +106,13 @@ def claims_frame(final: pd.DataFrame, question: Question) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def training_frame(final: pd.DataFrame) -> pd.DataFrame:
+def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     """How far each row was trained on each task: means over the seeds.
 
     `rate_sum` is Λ, the sum of the learning rates over the steps; `delta_norm` is ‖ΔW‖, the Frobenius norm at the last
     logged step, the mean over the adapted layers.
     """
-    done = finished(final)
+    done = finished(every)
     done = done.assign(
         minutes=done.train_seconds / 60,
         memory_mib=done.peak_memory_bytes / 2**20,
@@ -169,13 +165,18 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
     return choose_rates(rates).merge(scores.reset_index(), on=["row", "value"])
 
 
-def with_published(frame: pd.DataFrame, final: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """Add what a paper's table prints for the same methods: a column TASK_published for each of its tasks."""
-    table = read_json(path, "restore it from the repository")
-    printed = {row["config"]: row for row in (table or {}).get("rows", []) if "config" in row}
-    configs = {label: (own.arguments.iloc[0] or {}).get("method_config") for label, own in rows_of(final)}
-    each = list(configs.values())  # of several rows with one file of configs/methods/ the paper's is not known
-    rows = [printed.get(configs[label], {}) if each.count(configs[label]) == 1 else {} for label in frame.row]
+def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
+    """Add what a paper's table prints for the same encoder and methods: a column TASK_published for each of its tasks.
+
+    Rows that share a file of configs/methods/ are ablations of it, for which no number is printed.
+    """
+    done = finished(every)
+    tables = [read_json(path) or {} for path in sorted(PUBLISHED.glob("*.json"))]
+    printed = [row for table in tables if {table.get("model")} == set(done.model) for row in table["rows"]]
+    configs = {each.label: (each.arguments or {}).get("method_config") for each in done.itertuples()}
+    names = list(configs.values())
+    of_config = {row["config"]: row for row in printed if names.count(row.get("config")) == 1}
+    rows = [of_config.get(configs[label], {}) for label in frame.row]
     for task in [name for name in frame.columns if name in HEADINGS]:
         column = {"mnli": "mnli_m", "mismatched_accuracy": "mnli_mm", "qqp": "qqp_acc"}.get(task, task)
         values = [row.get(column, np.nan) for row in rows]
@@ -184,9 +185,9 @@ def with_published(frame: pd.DataFrame, final: pd.DataFrame, path: Path) -> pd.D
     return frame
 
 
-def setting(runs: pd.DataFrame) -> str:
+def setting(every: pd.DataFrame) -> str:
     """In words what was run, from the lines alone: model, length, row limits, seeds and processors."""
-    done = finished(runs)
+    done = finished(every)
     arguments = [{**(used or {}), **(asked or {})} for used, asked in zip(done.arguments, done.asked, strict=True)]
     limits = {
         f"at most {int(each[name]):,} {split} rows"

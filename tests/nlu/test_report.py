@@ -67,7 +67,7 @@ def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, 
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
     runs = as_frame(("one", line("LoRA r=8", "rte", s, [0.5, 0.6])) for s in (1, 2))
     scores = score_frame(runs, Question("", "one"))
-    assert len({draw("one", runs, runs, scores)[0].image("svg") for _ in range(2)}) == 1
+    assert len({draw("one", runs, scores)[0].image("svg") for _ in range(2)}) == 1
 
 
 def test_latex_is_made_on_request(make, tmp_path):
@@ -196,17 +196,17 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
 def test_an_axis_of_scores_ends_at_what_a_score_can_be_and_one_evaluation_is_no_curve():
     lines = [line("LoRA r=8", "rte", s, [0.9, 1.0]) for s in (1, 2)]
     runs = as_frame(("one", each) for each in lines)
-    (curves,) = draw("one", runs, runs, score_frame(runs, Question("", "one")))
+    (curves,) = draw("one", runs, score_frame(runs, Question("", "one")))
     assert curves.figure.axes[0].get_ylim()[1] == 100
     single = as_frame(("one", each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]}) for each in lines)
-    assert draw("one", single, single, score_frame(single, Question("", "one"))) == []
+    assert draw("one", single, score_frame(single, Question("", "one"))) == []
 
 
 def test_live_ranks_are_drawn_for_each_row_that_prunes():
     ranks = {f"encoder.layer.{i}.attention.{name}": i + 1 for i in (0, 1) for name in ("query", "key")}
     lines = [line("LoRA² k=8", "rte", 1, [0.5, 0.6], module_ranks=ranks), line("LoRA r=8", "rte", 1, [0.5, 0.6])]
     runs = as_frame(("one", each) for each in lines)
-    drawing = draw("one", runs, runs, score_frame(runs, Question("", "one")))[-1]
+    drawing = draw("one", runs, score_frame(runs, Question("", "one")))[-1]
     assert drawing.name == "one_ranks" and [axes.get_title(loc="left") for axes in drawing.figure.axes] == ["LoRA² k=8"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]
 
