@@ -183,7 +183,7 @@ class LowRankTraining:
         if self.total_steps is None:
             self.start(state["total_steps"])
         if (state["allocator"] is None) != (self.allocator is None):
-            raise ValueError("one of the saved training and this one prunes, the other does not: give the same target_rank")
+            raise ValueError("one of the two trainings prunes, the other does not: give the same target_rank")
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
