@@ -65,19 +65,13 @@ def test_epoch_batches_hold_every_example_and_bucketing_saves_padding():
     assert sum(r * t for r, t in bucketed) < 0.8 * sum(r * t for r, t in plain)
 
 
-@pytest.fixture
-def small_runs(tmp_path, monkeypatch):
-    """Runs of benchmarks/run.py measure the small shape and write here; all peers are forked from one process."""
-    context = multiprocessing.get_context("forkserver")
+@pytest.mark.slow
+def test_a_run_writes_what_it_prints_beside_the_records_of_other_names(tmp_path, monkeypatch, capsys):
+    context = multiprocessing.get_context("forkserver")  # all peers are forked from one process
     context.set_forkserver_preload(["benchmarks.peers"])
     monkeypatch.setattr(run, "mp", SimpleNamespace(get_context=lambda _: context))
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("small_runs")
-def test_a_run_writes_what_it_prints_beside_the_records_of_other_names(tmp_path, capsys):
     (tmp_path / "records.jsonl").write_text(json.dumps(RECORD | {"name": "a"}) + "\n")
     arguments = ["--peers", "lora2,limit", "--lengths", "6", "--rounds", "2", "--threads", "1", "--name", "x"]
     assert run.main(arguments) == 0
@@ -85,30 +79,6 @@ def test_a_run_writes_what_it_prints_beside_the_records_of_other_names(tmp_path,
     first, record = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
     assert first["name"] == "a" and {m["key"] for m in record["measurements"]} == {"lora2", "limit"}
     assert all(len(m["seconds"]) == 2 for m in record["measurements"])
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("small_runs")
-@pytest.mark.parametrize(("how", "code"), [("killed", 1), ("Ctrl-C", 130)])
-def test_what_ends_a_run_leaves_what_was_measured_before(tmp_path, monkeypatch, capsys, how, code):
-    measure, processes = run.measure, []
-
-    def second_ends(workers, name, shapes, rounds):
-        processes[:] = workers.processes
-        if "length 7" in name and how == "Ctrl-C":
-            raise KeyboardInterrupt
-        if "length 7" in name:
-            processes[-1].kill()
-            processes[-1].join()
-        return measure(workers, name, shapes, rounds)
-
-    monkeypatch.setattr(run, "measure", second_ends)
-    flags = ["--precisions", "float32", "--rounds", "1", "--threads", "1"]
-    assert run.main(["--peers", "limit", "--lengths", "6,7", *flags]) == code
-    assert "length 7" in capsys.readouterr().err
-    record = json.loads((tmp_path / "records.jsonl").read_text())
-    assert [m["setting"] for m in record["measurements"]] == ["float32, 12 layers, batch 32, length 6"]
-    assert record["failure"] and not any(process.is_alive() for process in processes)
 
 
 RECORD = {"name": "x", "machine": {"device": "d", "threads": 1, "system": "s", "versions": {}}, "rounds": 3,

@@ -53,8 +53,6 @@ def test_a_check_that_takes_too_long_is_ended_and_skipped():
     found = gpu_check.check_apart("resume", 1.0)
     assert found["status"] == "skipped" and "not done after 1 s, when its time was up" in found["found"]
     assert 1.0 <= found["seconds"] < 60
-    found = gpu_check.check_apart("resume", 0.5)
-    assert found["status"] == "skipped" and "no time was left" in found["found"]
 
 
 @pytest.fixture

@@ -122,7 +122,6 @@ def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, 
     [
         (["--init_warmup", "4", "--final_warmup", "2"], "4 + 2 = 6"),
         (["--lora_module", "nothing"], "matches no linear layer"),
-        (["--task_name", "stsb", "--class_weights", "balanced"], "the labels of stsb are numbers"),
         (["--class_weights", "balanced", "--max_train_samples", "1"], "not every class has a training row"),
     ],
 )

@@ -93,16 +93,6 @@ def edit(folder, change):
     (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
-CARDS = [
-    {"method": "os.system"},
-    {"method": "full"},
-    {"method": "hadapter", "adapter_size": "x"},
-    {"typo": 1},
-    None,
-    {"method": "peft", "peft_config": "/etc/passwd"},
-]
-
-
 @pytest.mark.slow
 def test_an_adapters_card_is_only_data(base_flags, encoder, tmp_path, capsys):
     flags = [flag for flag in base_flags if flag not in ("--lora_r", "4", "--lora_alpha", "32")]
@@ -111,7 +101,7 @@ def test_an_adapters_card_is_only_data(base_flags, encoder, tmp_path, capsys):
     (tmp_path / "new.jsonl").write_text('{"sentence": "a cat"}\n')
     flags = ["--adapter", str(folder), "--base", str(encoder), "--input", str(tmp_path / "new.jsonl")]
     assert predict.main([*flags, "--output", str(tmp_path / "good.jsonl")]) == 0
-    for card in CARDS:
+    for card in ({"method": "os.system"}, {"typo": 1}, None, {"method": "peft", "peft_config": "/etc/passwd"}):
         edit(folder, lambda config, card=card: config["card"].update(method_arguments=card))
         assert predict.main([*flags, "--output", str(tmp_path / "out.jsonl")]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
