@@ -48,17 +48,10 @@ class LocalLauncher:
 class LocalJob(subprocess.Popen):
     """A process with all that it starts; `poll` gives its exit code, or None while it runs."""
 
-    def stop(self) -> None:
-        """Ask it to save and end."""
-        self._signal_all(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End it at once."""
-        self._signal_all(signal.SIGKILL)
-
-    def _signal_all(self, number: int) -> None:
+    def stop(self, at_once: bool = False) -> None:
+        """Ask it to save and end, or end it at once."""
         if self.poll() is None:
-            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal.SIGKILL if at_once else signal.SIGTERM)
 
 
 class SlurmLauncher:
@@ -110,10 +103,10 @@ class SlurmJob:
     """A job of the cluster, with the methods of :class:`LocalJob`."""
 
     def __init__(self, job: Any) -> None:
-        self.job, self.killed = job, False
+        self.job, self.ended = job, False
 
     def poll(self) -> int | None:
-        if self.killed:
+        if self.ended:
             return 1
         if not self.job.done():
             return None
@@ -123,12 +116,9 @@ class SlurmJob:
             print(f"job {self.job.job_id}: {reason(error)}", file=sys.stderr)
             return 1
 
-    def stop(self) -> None:
+    def stop(self, at_once: bool = False) -> None:
         self.job.cancel(check=False)  # scancel fails where the job has ended since
-
-    def kill(self) -> None:
-        self.stop()
-        self.killed = True  # without accounting (sacct) the cluster never says that it has ended
+        self.ended = at_once  # without accounting (sacct) the cluster never says so
 
 
 def available_cores() -> int:

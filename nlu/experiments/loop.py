@@ -216,7 +216,7 @@ class SweepLoop:
                 if self._stop_count > told:
                     told = self._stop_count
                     for *_, job in running.values():
-                        job.stop() if told == 1 else job.kill()
+                        job.stop(at_once=told > 1)
                 time.sleep(_POLL_SECONDS)
         except BaseException:
             for *_, job in running.values():

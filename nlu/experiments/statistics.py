@@ -22,14 +22,16 @@ SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its
 FREEDOM = 4.0  # of the Student-t errors, as Lange, Little and Taylor (JASA 84, 1989) advise for few observations
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim's test compares with
 _NAMES = [
-    "experiment", "run", "stage", "status", "task", "metric", "method", "label", "seed", "tried", "axes", "asked",
-    "arguments", "model", "machine", "module_ranks", "training_loss", "digests",
+    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "tried", "axes", "asked", "arguments",
+    "model", "machine", "module_ranks", "training_loss", "digests",
 ]  # fmt: skip
 _FIGURES = [
-    "steps", "adapter_params", "live_adapter_params", "initial_budget", "live_budget", "rate_sum",
-    "delta_norm", "seconds_per_step", "train_seconds", "peak_memory_bytes", "constant_loss",
+    "steps", "adapter_params", "live_adapter_params", "rate_sum", "delta_norm", "seconds_per_step", "train_seconds",
+    "peak_memory_bytes", "constant_loss",
 ]  # fmt: skip
-_COMPUTED = ["steps_at", "scores", "losses", "last", "best", "loss", "lowest_loss", "mismatched_accuracy", "test"]
+_COMPUTED = [
+    "steps_at", "scores", "losses", "last", "best", "loss", "lowest_loss", "mismatched_accuracy", "test", "validation",
+]  # fmt: skip
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
@@ -156,7 +158,8 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
     """The same with the test set's score as the last evaluation's on these tasks; `validation` keeps the latter."""
     there = runs.task.isin(list(tasks)) & runs.test.notna()
-    return runs.assign(validation=runs["last"].where(there), last=runs["last"].mask(there, runs.test))
+    last, test = runs["last"], runs.test
+    return runs.assign(validation=last.where(there), last=last.mask(there, test), test=test.mask(there))
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------

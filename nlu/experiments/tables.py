@@ -66,7 +66,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
             scores = own[own.task == task]
             columns = {task: "last", f"{task}_test": "test", f"{task}_validation": "validation"}
             for name, column in {**columns, "mismatched_accuracy": "mismatched_accuracy"}.items():
-                if column == "last" or (column in scores and scores[column].notna().any() and name not in row):
+                if column == "last" or scores[column].notna().any():
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std(ddof=1)}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
         row["average"], row["best"] = by_task.mean(skipna=False)  # none where a task is missing
@@ -77,10 +77,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         for name, model in models.items():
             row |= _figures(name, model.difference(label, against) if model and len(pairs) else None)
         rows.append(row)
-    frame = pd.DataFrame(rows)
-    for task in question.test:  # it is the score there, and the validation's stands beside it
-        frame = frame.drop(columns=[f"{task}_test", f"{task}_test_std"], errors="ignore")
-    return frame
+    return pd.DataFrame(rows)
 
 
 def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
@@ -119,8 +116,8 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
         training_loss_end=[np.mean(each[-2:]) if isinstance(each, list) else np.nan for each in done.training_loss],
         processor=[(each or {}).get("cpu", "") for each in done.machine],
     )
-    columns = {"rate_sum": "Λ", "delta_norm": "‖ΔW‖", "live_budget": "remaining_values"}
-    names = [*columns, "initial_budget", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
+    columns = {"rate_sum": "Λ", "delta_norm": "‖ΔW‖"}
+    names = [*columns, "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
     grouped = done.groupby(["label", "task"], sort=False)
     means = grouped[names].mean().rename(columns=columns)
     means["processors"] = grouped.processor.agg(lambda each: ", ".join(sorted(set(each))))

@@ -50,8 +50,6 @@ def line(label: str, task: str, seed: int, scores: list[float], **changes) -> di
         "head_params": 500,
         "total_params": 22_000_000,
         "live_adapter_params": SIZES.get(label, 8000) // 2 if prunes else None,
-        "initial_budget": 288 if prunes else None,
-        "live_budget": 144 if prunes else None,
         "rate_sum": 2.0,
         "delta_norm": None if label in ("full", "BitFit") else 3.0,
         "train_seconds": 120.0,

@@ -58,7 +58,7 @@ def test_a_job_that_the_cluster_forgets_ends_when_it_is_killed():
     job = launchers.SlurmJob(Forgotten())
     job.stop()
     assert job.poll() is None
-    job.kill()
+    job.stop(at_once=True)
     assert job.poll() == 1
 
 

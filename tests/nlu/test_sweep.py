@@ -215,11 +215,8 @@ class Job:
     def poll(self):
         return self._poll(self)
 
-    def stop(self):
-        self.heard.append("stop")
-
-    def kill(self):
-        self.heard.append("kill")
+    def stop(self, at_once=False):
+        self.heard.append("kill" if at_once else "stop")
 
 
 def loop_of(tmp_path, start, content=THREE):
