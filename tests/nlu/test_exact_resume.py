@@ -31,7 +31,7 @@ TRIALS = int(os.environ.get("SOAK_TRIALS", "1"))  # each is killed twice
 # 50 rows are 7 batches of 8, so 4 optimiser steps an epoch: nothing here falls on the same step as anything else.
 UNALIGNED = """--max_steps 9 --gradient_accumulation_steps 2 --save_steps 3 --eval_steps 5 --logging_steps 4
     --lora_dropout 0.2 --length_bucketing True --mask_interval 2 --save_total_limit 2 --method lora2"""
-STEPS = "--max_steps 12 --save_steps 2 --eval_steps 4 --logging_steps 3"
+STEPS = "--max_steps 10 --save_steps 2 --eval_steps 4 --logging_steps 3"
 EPOCHS = "--max_steps -1 --num_train_epochs 2 --logging_steps 3 --eval_strategy epoch"
 
 
