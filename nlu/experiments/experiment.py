@@ -214,7 +214,8 @@ def _check(runs: list[Run], flags: list[str]) -> None:
         for key, instead in (("method", ""), ("seed", ""), ("task_name", "train_file"),
                              ("model_name_or_path", "published")):  # fmt: skip
             if run.arguments.get(key) is None and run.arguments.get(instead) is None:
-                raise UsageError(f"no {key} is given; put it in the file or pass --set {key}=VALUE")
+                what = f"{key} or {instead}" if instead else key
+                raise UsageError(f"no {what} is given: give --{key} VALUE, of sweep.py --set {key}=VALUE")
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
                 raise UsageError(f"{run.folder}: {flag} is an axis of the grid, and set again elsewhere")
