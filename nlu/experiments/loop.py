@@ -22,7 +22,7 @@ from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
 from nlu.experiments.records import comparable, measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
-from nlu.runs.digests import READ, content_digests
+from nlu.runs.digests import content_digests
 from nlu.runs.files import locked
 
 _POLL_SECONDS = 0.1
@@ -38,7 +38,6 @@ class Places:
     measured: Path
     output: Path
     command: list[str]
-    _digests: dict[str, dict[str, str]] = field(default_factory=dict, compare=False)
 
     def working(self, run: Run) -> Path:
         return self.output / run.folder
@@ -65,19 +64,12 @@ class Places:
     def changes(self, run: Run, line: dict[str, Any]) -> list[str]:
         """How a line's arguments, and the digests of what was read, differ from now."""
         old, new = line["asked"], comparable(run.arguments)
-        then, now = line.get("digests") or {}, self.digests(run)
+        then, now = line.get("digests") or {}, content_digests(run.arguments)
         names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
         contents = [flag for flag in now if flag in then and then[flag] != now[flag]]
         return [f"{name} {old.get(name)} → {new.get(name)}" for name in names] + [
             f"other content of {flag}" for flag in contents
         ]
-
-    def digests(self, run: Run) -> dict[str, str]:
-        """Flag → digest of the content that the run would read now; computed once for equal arguments."""
-        key = json.dumps([run.arguments.get(name) for name in READ])
-        if key not in self._digests:
-            self._digests[key] = content_digests(run.arguments)
-        return self._digests[key]
 
     def check_unchanged(self, runs: list[Run]) -> None:
         """Refuse runs that were finished with other arguments or contents; UsageError names the first."""

@@ -21,9 +21,6 @@ from nlu.tasks import find_task
 INPUTS = (  # flags that name what a run reads
     "model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir", "peft_config",
 )  # fmt: skip
-READ = (  # arguments that decide which contents a run reads
-    *INPUTS, "method", "method_config", "task_name", "predict_task", "do_predict", "holdout_fraction",
-)  # fmt: skip
 
 # What decides how a model computes: not what a training leaves beside it. A test compares the tokenizers' files with
 # transformers' classes; the list of loralib.adapter_folder would bring torch.
@@ -53,9 +50,8 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         OSError: a file cannot be read. UsageError: a method's file is damaged.
     """
     found = {}
-    arguments = {name: arguments.get(name) for name in READ}
     # YAML may hold a number for a name.
-    arguments |= {flag: str(arguments[flag]) for flag in INPUTS if arguments[flag]}
+    arguments = {**arguments, **{flag: str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}}
     for flag in INPUTS:
         if files := _files(flag, arguments):
             # The name of a user's own file says only how it is read, by its suffix.
