@@ -285,12 +285,15 @@ def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
 
 def test_a_program_sets_the_threads_before_torch_and_refuses_without_it():
     """Idle threads spin shortly; a wrong command line and the digests of a sweep's runs cost no import of seconds."""
-    look = "import os, sys, nlu.run_glue, nlu.runs.digests; code = nlu.run_glue.main(['--method', 'lora3'])\n"
-    look += "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & {*sys.modules}\n"
-    look += "print(os.environ.get('GOMP_SPINCOUNT'), code, heavy)"
+    look = "import os, sys, nlu.run_glue, nlu.runs.digests; codes = [nlu.run_glue.main(['--method', 'lora3'])]\n"
+    look += "heavy = {'numpy'} & {*sys.modules}\n"
+    look += "import nlu.compare, nlu.report, nlu.sweep\n"
+    look += "codes += [each.main(['--lora3']) for each in (nlu.compare, nlu.report, nlu.sweep)]\n"
+    look += "heavy |= {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib'} & {*sys.modules}\n"
+    look += "print(os.environ.get('GOMP_SPINCOUNT'), codes, heavy)"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     shown = subprocess.run([sys.executable, "-c", look], cwd=REPOSITORY, env=clean, capture_output=True, text=True)
-    assert shown.stdout == "20000 2 set()\n", shown.stderr
+    assert shown.stdout == "20000 [2, 2, 2, 2] set()\n", shown.stderr
 
 
 # ---- peft ----------------------------------------------------------------------------------------------------------
