@@ -156,8 +156,12 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
-    """The same with the test set's score as the last evaluation's on these tasks; `validation` keeps the latter."""
-    there = runs.task.isin(list(tasks)) & runs.test.notna()
+    """The same with the test set's score as the last evaluation's on these tasks; `validation` keeps the latter.
+
+    A task with a finished run that has no score there keeps the validation set's: runs of two sets are not compared.
+    """
+    done = finished(runs)
+    there = runs.task.isin({*tasks} - {*done.task[done.test.isna()]}) & runs.test.notna()
     last, test = runs["last"], runs.test
     return runs.assign(validation=last.where(there), last=last.mask(there, test), test=test.mask(there))
 

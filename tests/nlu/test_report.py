@@ -128,6 +128,10 @@ def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
     row = table(tmp_path, "scores").set_index("row").loc["LoRA² k=8"]
     assert [row[name] for name in ("mrpc", "mrpc_validation", "difference")] == pytest.approx([76.5, 90, 5])
     assert "MRPC validation" in (tmp_path / "README.md").read_text()
+    del lines[0]["test_scores"]  # one set for all runs, or the difference is of two sets
+    make(lines, questions={"questions": [question]})
+    row = table(tmp_path, "scores").set_index("row").loc["LoRA² k=8"]
+    assert [row[name] for name in ("mrpc", "mrpc_test", "difference")] == pytest.approx([90, 76.5, 0])
 
 
 def test_a_grid_of_rates_is_shown_with_the_one_that_is_chosen(make, tmp_path):
