@@ -1,7 +1,7 @@
 """Command line of ``nlu/run_glue.py``: where the value of each argument comes from.
 
-Later ones win: the table in ``nlu/flags.py``, the published settings (``--published``), the method's file, an argument
-file (the first word of the command), the flags of the command. Nothing here imports torch or transformers.
+Later ones win: the table in ``nlu/flag_table.py``, the published settings (``--published``), the method's file, an
+argument file (the first word of the command), the flags of the command. Nothing here imports torch or transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from nlu import METHOD_FOLDER, TASK_FOLDER
 from nlu.argument_checks import check
 from nlu.errors import OneLineParser, UsageError
-from nlu.flags import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
+from nlu.flag_table import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
 from nlu.json_yaml import read_yaml
 from nlu.methods.registry import FLAGS as METHOD_FLAGS
 from nlu.methods.registry import METHODS

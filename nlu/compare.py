@@ -20,8 +20,8 @@ from nlu.arguments import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.loop import Places, parsed_command, run_experiment
 from nlu.experiments.records import place_of, settings_of
+from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
 from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]

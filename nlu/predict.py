@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
-from nlu.data.reader import FORMATS, Reader, Row
+from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.interop.export import load_base_of, quiet_transformers, revision_of
-from nlu.data.reader import Row
+from nlu.data.file_formats import Row
 from nlu.data.splits import check_tokenizer, encode, longest_input
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up

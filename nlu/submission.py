@@ -16,8 +16,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from nlu.data.file_formats import open_file, shown
 from nlu.data.glue import as_number
-from nlu.data.reader import open_file, shown
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.runs.files import write_bytes
 from nlu.tasks import TASKS, Task

@@ -12,7 +12,7 @@ from typing import Any
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Experiment, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.loop import Places, chosen_runs, command_line, parsed_command, run_experiment
+from nlu.experiments.sweep_loop import Places, chosen_runs, command_line, parsed_command, run_experiment
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 

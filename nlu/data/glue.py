@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nlu.data.reader import Reader, Row, open_file, shown
+from nlu.data.file_formats import Reader, Row, open_file, shown
 from nlu.errors import UsageError, reason
 from nlu.tasks import Task
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value
 
+from nlu.data.file_formats import shown
 from nlu.data.glue import load_split
-from nlu.data.own_files import load_own_files
-from nlu.data.reader import shown
+from nlu.data.own_task import load_own_files
 from nlu.errors import UsageError, reason
 from nlu.runs.files import write_text
 from nlu.tasks import TASKS, Task, get_task

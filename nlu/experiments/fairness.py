@@ -12,8 +12,8 @@ from nlu import METHOD_FOLDER
 from nlu.arguments import Arguments, method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
-from nlu.experiments.loop import parsed_command
 from nlu.experiments.records import settings_of
+from nlu.experiments.sweep_loop import parsed_command
 from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import get_task

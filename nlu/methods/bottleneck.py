@@ -13,7 +13,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 from nlu.errors import UsageError
-from nlu.flags import AT_LEAST_1, Flag
+from nlu.flag_table import AT_LEAST_1, Flag
 from nlu.methods.method import AppliedMethod, Method, train_only
 
 if TYPE_CHECKING:

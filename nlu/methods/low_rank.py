@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nlu import METHOD_FOLDER
 from nlu.errors import UsageError
-from nlu.flags import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
+from nlu.flag_table import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.json_yaml import read_yaml
 from nlu.methods.method import AppliedMethod, Method, head_parameters, train_only
 

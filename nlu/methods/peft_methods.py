@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nlu.errors import UsageError, reason
-from nlu.flags import Flag, json_object
+from nlu.flag_table import Flag, json_object
 from nlu.methods.low_rank import LORA_MODULE, adapted_modules
 from nlu.methods.method import AppliedMethod, Method, train_only
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import nlu.methods
 from nlu.errors import UsageError, reason
-from nlu.flags import Flag
+from nlu.flag_table import Flag
 from nlu.methods.method import AppliedMethod, Method, head_parameters
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER
+from nlu.data.file_formats import file_digest
 from nlu.data.glue import split_files
-from nlu.data.reader import file_digest
 from nlu.json_yaml import read_yaml
 from nlu.tasks import find_task
 

@@ -9,7 +9,7 @@ import pytest
 from tests.nlu.tiny import REPOSITORY, make_rows, run_python, write_rows
 
 METHOD = """
-from nlu.flags import AT_LEAST_1, Flag
+from nlu.flag_table import AT_LEAST_1, Flag
 from nlu.methods.method import AppliedMethod, Method, train_only
 
 WIDTH = Flag("toy_layers", int, 1, "Layer norms that train.", AT_LEAST_1)

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from nlu import run_glue
 from nlu.arguments import fit_schedule, parse_arguments
 from nlu.errors import UsageError
-from nlu.flags import TRAINING_FLAGS
+from nlu.flag_table import TRAINING_FLAGS
 from nlu.trainer_arguments import trainer_arguments
 from tests.nlu.tiny import make_encoder, make_rows, write_rows
 

@@ -9,8 +9,8 @@ from nlu import sweep
 from nlu.arguments import parse_arguments
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
-from nlu.experiments.loop import Places, command_line
 from nlu.experiments.records import comparable, place_of
+from nlu.experiments.sweep_loop import Places, command_line
 from nlu.json_yaml import parse_yaml, read_json
 from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC, SELECT

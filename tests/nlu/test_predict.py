@@ -20,7 +20,7 @@ from transformers import (
 import loralib
 from loralib.interop.export import export_merged
 from nlu import predict, run_glue
-from nlu.data.reader import Row
+from nlu.data.file_formats import Row
 from nlu.errors import UsageError
 from nlu.predict import main
 from nlu.predictor import Predictor

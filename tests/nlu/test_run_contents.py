@@ -13,8 +13,8 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from loralib.adapter_folder import has_tokenizer
 from nlu import fine_tuning
-from nlu.data import reader
-from nlu.data.reader import file_digest
+from nlu.data import file_formats
+from nlu.data.file_formats import file_digest
 from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import digests
@@ -157,7 +157,7 @@ def test_a_run_goes_on_with_the_commit_of_a_model_on_the_hub_that_it_began_with(
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
     """No digest is known from before."""
-    reader._digests.clear()
+    file_formats._digests.clear()
     monkeypatch.delenv("GLUE_DIR", raising=False)
 
 
@@ -262,7 +262,7 @@ def test_a_file_is_read_once_and_again_where_it_changed(tmp_path, how):
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     digest, times = file_digest(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    assert file_digest(path) == digest and len(reader._digests) == 1
+    assert file_digest(path) == digest and len(file_formats._digests) == 1
     time.sleep(0.02)  # the clock's grain
     if how == "renamed":
         (tmp_path / "other").write_bytes(b"Weights")

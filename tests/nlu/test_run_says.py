@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib import export
 from nlu import predict
-from nlu.data.reader import Row
+from nlu.data.file_formats import Row
 from nlu.predictor import load_predictor
 from nlu.run_glue import main
 from nlu.runs.log import log_to, say

@@ -15,7 +15,7 @@ from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment, place_free
 from nlu.experiments.launchers import LocalLauncher
-from nlu.experiments.loop import Places, SweepLoop
+from nlu.experiments.sweep_loop import Places, SweepLoop
 from tests.nlu.sweeps import BASIC, ONE, SELECT, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from nlu.data import own_files
+from nlu.data import own_task
 from nlu.errors import UsageError
 
 
 def load_own_files(train, validation=None, test=None, **how):
     """The task and, by split, column -> values."""
     paths = {"train": train, "validation": validation, "test": test}
-    task, splits, _ = own_files.load_own_files({split: path for split, path in paths.items() if path}, **how)
+    task, splits, _ = own_task.load_own_files({split: path for split, path in paths.items() if path}, **how)
     return task, splits
 
 
@@ -122,7 +122,7 @@ def test_own_columns_by_name_or_without_doubt(tmp_path):
 
 def test_skipped_rows_are_counted_and_keep_their_numbers(tmp_path):
     path = own(tmp_path, "a.csv", "text,label\n,1\na,0\nb,1\nc,\nd,0\n")
-    _, splits, skipped = own_files.load_own_files({"train": path}, on_error="skip")
+    _, splits, skipped = own_task.load_own_files({"train": path}, on_error="skip")
     assert skipped == {"train": 2} and splits["train"] == {
         "text": ["a", "b", "d"],
         "label": [0, 1, 0],

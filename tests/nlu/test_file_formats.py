@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nlu.data.reader import Reader
+from nlu.data.file_formats import Reader
 from nlu.errors import UsageError
 
 

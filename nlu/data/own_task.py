@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nlu.data.file_formats import Reader, Row, open_file, shown
 from nlu.data.glue import as_number
-from nlu.data.reader import Reader, Row, open_file, shown
 from nlu.errors import UsageError
 from nlu.tasks import METRICS, TASKS, Task
 
@@ -40,7 +40,7 @@ def load_own_files(
         metric: a key of `METRICS`, which becomes the main metric.
         encoding: of the text of CSV, TSV and JSON files.
         on_error: "skip" leaves out rows that are malformed or have an empty text or label, as
-            :meth:`Reader.good_rows <nlu.data.reader.Reader.good_rows>` says; "stop" refuses them.
+            :meth:`Reader.good_rows <nlu.data.file_formats.Reader.good_rows>` says; "stop" refuses them.
 
     Returns:
         The task, named "custom" (accuracy; F1 too for two classes; Pearson and Spearman for regression); its splits,
