@@ -37,8 +37,7 @@ from nlu.methods.registry import METHODS
 from nlu.model import set_precision
 from nlu.runs.machine import processor, versions
 from nlu.tasks import get_task
-from nlu.trainer import GlueTrainer
-from nlu.trainer_arguments import trainer_arguments
+from nlu.trainer import GlueTrainer, trainer_arguments
 
 STEPS = 20
 ROWS, TOKENS, BATCH, VOCABULARY = 48, 12, 8, 40

@@ -45,8 +45,7 @@ from nlu.runs.log import ProgressLines, log_to, say
 from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
 from nlu.runs.record import RunRecord, say_outcome, say_start
 from nlu.tasks import Task
-from nlu.trainer import GlueTrainer
-from nlu.trainer_arguments import trainer_arguments
+from nlu.trainer import GlueTrainer, trainer_arguments
 
 logger = logging.getLogger("nlu")
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer import LowRankTrainerMixin
+from nlu.arguments import Arguments
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
-from nlu.errors import RunError
+from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod, head_parameters
+from nlu.methods.registry import METHODS
 from nlu.runs.checkpoints import Progress, WholeCheckpoints, last_checkpoint
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.signals import Interrupted, StopRequest
@@ -284,3 +287,37 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         if not self.args.load_best_model_at_end or best is None:
             return self.state.global_step
         return int(Path(best).name.rpartition("-")[2])
+
+
+def trainer_arguments(arguments: Arguments, metric: str | None = None) -> TrainingArguments:
+    """transformers' arguments for a run; the defaults and words of the flags are in ``nlu/flag_table.py``.
+
+    Args:
+        metric: the task's main metric, by which the best checkpoint is chosen.
+
+    Raises:
+        UsageError: for what transformers does not take.
+    """
+    given = arguments.training
+    values = {field.name: vars(given)[field.name] for field in fields(TrainingArguments) if field.name in vars(given)}
+    values |= {
+        "output_dir": str(Path(given.root_output_dir) / "model"),
+        # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
+        "use_cpu": given.use_cpu or not torch.accelerator.is_available(),
+        # Without autocast where only the method's own layers and the head train: no step casts a weight.
+        "bf16": given.bf16 and METHODS[arguments.method.method].needs_autocast,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
+        "metric_for_best_model": metric and f"eval_{metric}",
+        "greater_is_better": metric and True,
+        "push_to_hub": False,  # the run uploads its adapter itself
+    }
+    if not values["gradient_checkpointing"]:  # transformers warns of its older name wherever that is given
+        del values["gradient_checkpointing"]
+    try:
+        training = TrainingArguments(**values)
+    except (ValueError, ImportError) as error:
+        raise UsageError(reason(error, 400)) from None
+    if training.n_gpu > 1:  # DataParallel over all that a process sees would multiply the batch unasked
+        training._n_gpu = 1
+    return training

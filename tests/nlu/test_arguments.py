@@ -11,7 +11,7 @@ from nlu import run_glue
 from nlu.arguments import fit_schedule, parse_arguments
 from nlu.errors import UsageError
 from nlu.flag_table import TRAINING_FLAGS
-from nlu.trainer_arguments import trainer_arguments
+from nlu.trainer import trainer_arguments
 from tests.nlu.tiny import make_encoder, make_rows, write_rows
 
 # The published flags; what depends on the number of rows is to be filled in.
