@@ -296,9 +296,11 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         metric: the task's main metric, by which the best checkpoint is chosen.
 
     Raises:
-        UsageError: for what transformers does not take.
+        UsageError: for float16 on a CPU, and what transformers does not take.
     """
     given = arguments.training
+    if given.fp16 and not torch.accelerator.is_available():
+        raise UsageError("--fp16 needs a GPU: give --bf16")
     values = {field.name: vars(given)[field.name] for field in fields(TrainingArguments) if field.name in vars(given)}
     values |= {
         "output_dir": str(Path(given.root_output_dir) / "model"),

@@ -80,7 +80,7 @@ class LowRankTrainerMixin(_Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write what trains, once, under the model's own names; of a PeftModel its adapter too."""
         folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
-        if hasattr(model, "peft_config"):
+        if hasattr(model, "get_base_model"):  # a PeftModel; one into which peft has put layers has none
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)

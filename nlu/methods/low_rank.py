@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from nlu import METHOD_FOLDER
-from nlu.errors import UsageError
+from nlu.errors import UsageError, reason
 from nlu.flag_table import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.json_yaml import read_yaml
 from nlu.methods.method import AppliedMethod, Method, head_parameters, train_only
@@ -134,7 +134,7 @@ def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list
             lora_dropout=args.lora_dropout, **scales,
         )  # fmt: skip
     except ValueError as error:
-        raise UsageError(f"--lora_module: {error}") from None
+        raise UsageError(reason(error)) from None
     train_only(model, factors_of(model))
     return names
 

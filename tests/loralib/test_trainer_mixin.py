@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
@@ -81,6 +82,16 @@ def test_the_best_checkpoint_of_a_renamed_model_is_loaded_at_the_end(tmp_path):
     stored = load_file(f"{trainer.state.best_model_checkpoint}/{TRAINED_FILE}")
     own = dict(trainer.model.named_parameters()) | dict(trainer.model.named_buffers())
     assert stored.keys() <= own.keys() and all(torch.equal(own[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_checkpoint_of_layers_that_peft_has_put_in_holds_what_trains_alone(tmp_path):
+    model = encoder("bert")
+    get_peft_model(model, VeraConfig(r=2, target_modules=["query", "value"]))  # its layers share two matrices
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    MyTrainer(model=model, args=args, low_rank=None).save_model(str(tmp_path / "saved"))
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == [TRAINED_FILE]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert load_file(tmp_path / "saved" / TRAINED_FILE).keys() == trained
 
 
 ROWS = [{"input_ids": torch.tensor([2, 5 + i % 15, 7, 3]), "labels": torch.tensor(i % 2)} for i in range(STEPS * 4)]

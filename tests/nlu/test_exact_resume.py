@@ -55,6 +55,7 @@ CASES = {
 SLOW_CASES = {
     "in an epoch, evaluation at other steps": (f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8),
     "layers that are no update of a weight": (f"{STEPS} --method padapter", 6),
+    "vectors beside matrices that layers share": (f"{STEPS} --method vera", 6),
     "peft's allocation": (f"{STEPS} --method peft --peft_config adalora.json", 2),
     "end of an epoch": (f"{STEPS.replace('save_steps 2', 'save_steps 7')} --method adalora", 7),
     "accumulation, activation checkpointing, stock attention": (f"{STEPS} {LEAN}", 8),
