@@ -97,10 +97,16 @@ def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
     wanted = set(map(id, factors_of(model)))
     if bias == "lora_only":
         wanted |= {id(layer.bias) for layer in layers.values()}
-    if bias == "all":  # also in_proj_bias of nn.MultiheadAttention and bias_ih_l0 of nn.LSTM
-        wanted |= {id(each) for name, each in model.named_parameters() if "bias" in name.rpartition(".")[2]}
+    if bias == "all":
+        wanted |= {id(each) for name, each in model.named_parameters() if is_bias(name)}
     # named_parameters() gives a shared parameter once.
     return {name: each for name, each in unwrapped(model).named_parameters() if id(each) in wanted}
+
+
+def is_bias(name: str) -> bool:
+    """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0); a table of position biases is none."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 
 
 def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    # Also in_proj_bias of nn.MultiheadAttention and bias_ih_l0 of nn.LSTM.
-    biases = [p for name, p in model.base_model.named_parameters() if "bias" in name.rpartition(".")[2]]
+    from loralib.model import is_bias
+
+    biases = [p for name, p in model.base_model.named_parameters() if is_bias(name)]
     if not biases:
         raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")
     train_only(model, biases)

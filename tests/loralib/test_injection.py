@@ -6,6 +6,7 @@ from torch import nn
 
 import loralib
 from loralib import injection
+from loralib.model import is_bias
 from tests.loralib import small
 from tests.loralib.small import encoder, refused
 
@@ -105,6 +106,11 @@ def test_share_outer_holds_one_pair_per_module_type_and_counts_it_once():
     assert len({id(layer.lora_B[0]) for layer in layers.values()}) == 6
     queries = [layer for name, layer in layers.items() if name.endswith("query_proj")]
     assert len({id(layer.lora_A[0]) for layer in queries}) == 1 and len({id(q.lora_A[1]) for q in queries}) == 12
+
+
+def test_a_table_of_position_biases_is_no_bias():
+    names = ("a.bias", "in_proj_bias", "lstm.bias_ih_l0", "attn.relative_position_bias_table", "bias_net.weight")
+    assert [is_bias(name) for name in names] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
