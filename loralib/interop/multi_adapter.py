@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from loralib.adapter import fitting_layers, write_factors
 from loralib.adapter_folder import AdapterConfig, read_adapter
@@ -24,7 +22,8 @@ from loralib.model import keep_flags, lora_layers, unwrapped
 
 PADDING = float("-inf")
 NOT_PER_ROW = (
-    "an output is not per row, so that run() cannot join it: let the model return none, or run each adapter alone"
+    "run() joins tensors with the rows first, and an output is none: give use_cache=False to a decoder, no labels, or "
+    "one adapter for all rows"
 )
 torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile traces a model anew once it has hooks
 _RUNS = threading.RLock()  # held by run(), which switches the active adapter
@@ -86,15 +85,12 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: for a name in use, adapters of another MultiAdapter on the model, a parameter of a module
-                that is never called (a ``ParameterList``, ``out_proj`` in ``nn.MultiheadAttention``) or that holds
-                further modules, and as :func:`loralib.load_adapter`; nothing is changed.
+            ValueError: for a name in use, a parameter of a module that is never called (a ``ParameterList``,
+                ``out_proj`` in ``nn.MultiheadAttention``) or that holds further modules, and as
+                :func:`loralib.load_adapter`; nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
-        hooks = (hook for module in self.model.modules() for hook in module._forward_hooks.values())
-        if any(isinstance(hook, _Hook) and getattr(hook.func, "__self__", None) is not self for hook in hooks):
-            raise ValueError("another MultiAdapter holds adapters for this model: load into that one, or close() it")
         config, tensors = read_adapter(folder)
         layers = fitting_layers(self.model, config, tensors, allow_other_base)
         write_factors(layers, config, tensors)
@@ -116,7 +112,7 @@ class MultiAdapter:
             raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or holds others")
         self._adapters[name] = parts
         for module_name in parts.keys() - self._hooks.keys():
-            module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
+            module, hook = self.model.get_submodule(module_name), partial(self._after_forward, module_name)
             self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         return config
 
@@ -153,7 +149,7 @@ class MultiAdapter:
         """Call the model on a batch whose rows each have their own adapter.
 
         The model is called once for each adapter, on the rows that have it. Outputs for each row are joined, inside
-        containers and caches too. An output over all rows, such as a loss, needs one adapter for all rows. Calls from
+        containers too. An output over all rows, such as a loss, and a cache need one adapter for all rows. Calls from
         several threads take turns; a plain call of the model beside them would take their adapter.
 
         Args:
@@ -162,12 +158,12 @@ class MultiAdapter:
                 containers too.
 
         Returns:
-            What the model returns. Tensors are joined along the first dimension if that has the rows, else along the
-            second. If heads differ in size, the last dimension is padded with −inf after a row's own values.
+            What the model returns. If heads differ in size, the last dimension is padded with −inf after a row's own
+            values.
 
         Raises:
             ValueError: for a name that is not loaded, or if no input has that many rows; for rows of several adapters
-                also if a cache is given, or a part of the output cannot be joined.
+                also if a cache is given, or the output holds anything but None and tensors with the rows first.
         """
         for name in adapters:
             self._known(name)
@@ -182,7 +178,7 @@ class MultiAdapter:
         if len(rows) > 1 and kwargs.get("past_key_values") is not None:  # each call would write to it
             raise ValueError("give no past_key_values to run() where rows have several adapters")
         parts = []
-        with nullcontext() if torch.compiler.is_compiling() else _RUNS:
+        with _RUNS:
             before = self._active
             try:
                 for self._active, places in rows.items():
@@ -193,7 +189,7 @@ class MultiAdapter:
             finally:
                 self._active = before
         order = torch.tensor([i for places in rows.values() for i in places], device=batch.device).argsort()
-        return _join(parts, [len(places) for places in rows.values()], order)
+        return tree_map(partial(_join_rows, [len(places) for places in rows.values()], order), *parts)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -207,8 +203,6 @@ class MultiAdapter:
         part = self._adapters[self._active].get(name) if self._active is not None else None
         if part is None:
             return None
-        if self.model.get_submodule(name) is not module:  # by get_peft_model, whose update would be added to this one
-            raise RuntimeError(f"{name} was replaced while a MultiAdapter serves the model: close() it first")
         if part.head:
             tensors = {f"module.{tensor}": value for tensor, value in part.head.items()}
             output = functional_call(_ForwardAlone(module), tensors, args, kwargs)
@@ -216,10 +210,6 @@ class MultiAdapter:
             return output
         source = args[0] if args else next(iter(kwargs.values()))
         return part.layer.add_update(output, source)
-
-
-class _Hook(partial):
-    """A hook of a MultiAdapter, told from the user's by its type."""
 
 
 class _ForwardAlone(nn.Module):
@@ -242,36 +232,13 @@ def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count
 
 
-def _join(parts: list[Any], counts: list[int], order: Tensor) -> Any:
-    """Results of parts of a batch as one, its rows in the given order."""
-    leaves, forms = zip(*map(tree_flatten, parts), strict=True)
-    if any(form != forms[0] for form in forms):
+def _join_rows(counts: list[int], order: Tensor, *parts: Any) -> Tensor | None:
+    """The parts' rows as one tensor, in the given order; heads of several sizes are padded to the largest."""
+    if all(part is None for part in parts):
+        return None
+    if not all(map(_has_rows, parts, counts)):
         raise ValueError(NOT_PER_ROW)
-    return tree_unflatten([_join_leaf(each, counts, order) for each in zip(*leaves, strict=True)], forms[0])
-
-
-def _join_leaf(parts: Sequence[Any], counts: list[int], order: Tensor) -> Any:
-    """What has no rows must be the same in all parts. A number, as a loss is, never is: equal sums might be chance."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        for of_rows in (0, 1):
-            if all(part.shape[of_rows : of_rows + 1] == (n,) for part, n in zip(parts, counts, strict=True)):
-                return _join_tensors(parts, of_rows, order)
-        is_number = first.dim() == 0 and first.is_floating_point()
-        if not is_number and all(torch.equal(part, first) for part in parts):
-            return first
-    elif hasattr(first, "__dict__") and not isinstance(first, type) and not callable(first):  # a cache
-        joined = copy(first)
-        joined.__dict__.update(_join([vars(part) for part in parts], counts, order))
-        return joined
-    elif not isinstance(first, float) and all(part == first for part in parts):
-        return first
-    raise ValueError(NOT_PER_ROW)
-
-
-def _join_tensors(parts: Sequence[Tensor], of_rows: int, order: Tensor) -> Tensor:
-    """The parts as one tensor; heads of several sizes are padded to the largest."""
-    if parts[0].dim() > 1 and of_rows == 0:
+    if parts[0].dim() > 1:
         width = max(part.shape[-1] for part in parts)
-        parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts]
-    return torch.cat(list(parts), of_rows).index_select(of_rows, order.to(parts[0].device))
+        parts = tuple(nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts)
+    return torch.cat(parts).index_select(0, order.to(parts[0].device))

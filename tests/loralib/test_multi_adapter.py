@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import loralib
@@ -105,51 +104,60 @@ def test_what_no_hook_can_change_is_refused(tmp_path, trained):
 @pytest.fixture
 def two(tmp_path):
     """Adapters "a" and "b" on a classifier that returns a cache, in float64: kernels round by the number of rows."""
-    adapters = MultiAdapter(encoder("llama", pad_token_id=0).double())
+
+    def base():
+        return encoder("llama", pad_token_id=0, attn_implementation="eager").double()
+
+    adapters = MultiAdapter(base())
     for r, name in enumerate("ab", 2):
-        model = adapted("lora", ["q_proj", "v_proj"], r, encoder("llama", pad_token_id=0).double(), "score")
+        model = adapted("lora", ["q_proj", "v_proj"], r, base(), "score")
         adapters.load(name, loralib.save_adapter(model, tmp_path / name))
     return adapters
 
 
-def test_nothing_comes_from_some_of_the_rows_alone(two):
+def test_every_row_is_as_if_it_were_alone(two):
     rows, ids = ["a", "b", "a", None, "b", "b"], torch.arange(2, 32).view(6, 5)
-    mixed = two.run(rows, input_ids=ids)
+    options = {"use_cache": False, "output_hidden_states": True, "output_attentions": True}
+    mixed = two.run(rows, input_ids=ids, **options)
     for i, name in enumerate(rows):
-        alone = two.run([name], input_ids=ids[i : i + 1])
-        torch.testing.assert_close(mixed.logits[i], alone.logits[0], atol=1e-6, rtol=1e-5)
-        for layer, own in zip(mixed.past_key_values.layers, alone.past_key_values.layers, strict=True):
-            assert layer.keys.shape[0] == 6 and mixed.past_key_values.get_seq_length() == 5
-            torch.testing.assert_close(layer.keys[i], own.keys[0], atol=1e-6, rtol=1e-5)
-            torch.testing.assert_close(layer.values[i], own.values[0], atol=1e-6, rtol=1e-5)
+        alone = two.run([name], input_ids=ids[i : i + 1], **options)
+        torch.testing.assert_close(mixed.logits[i], alone.logits[0])
+        for kind in ("hidden_states", "attentions"):
+            for joined, own in zip(mixed[kind], alone[kind], strict=True):
+                assert len(joined) == 6
+                torch.testing.assert_close(joined[i], own[0])
 
-    labels = torch.arange(6) % 2
+
+def test_a_loss_or_a_cache_needs_one_adapter_for_all_rows(two):
+    rows, ids, labels = ["a", "b", "b", None], torch.arange(2, 22).view(4, 5), torch.arange(4) % 2
+    cache = two.model(ids).past_key_values
+    for option in ({"labels": labels, "use_cache": False}, {}):
+        with pytest.raises(ValueError, match="give use_cache=False to a decoder, no labels, or one adapter"):
+            two.run(rows, input_ids=ids, **option)
     with pytest.raises(ValueError, match="give no past_key_values to run"):
-        two.run(rows, input_ids=ids, past_key_values=mixed.past_key_values)
-    with pytest.raises(ValueError, match="not per row"):
-        two.run(rows, input_ids=ids, labels=labels)
+        two.run(rows, input_ids=ids, past_key_values=cache, use_cache=False)
     two.activate("a")
-    of_all = two.model(input_ids=ids, labels=labels).loss
+    of_all = two.model(input_ids=ids, labels=labels)
     two.activate(None)
-    assert torch.equal(two.run(["a"] * 6, input_ids=ids, labels=labels).loss, of_all)
+    found = two.run(["a"] * 4, input_ids=ids, labels=labels)
+    assert torch.equal(found.loss, of_all.loss) and found.past_key_values.get_seq_length() == 5
 
 
 @pytest.mark.parametrize(
-    "of_rows", [lambda x: {1: x, "extra": [x, x.sum()]}, lambda x: x.mean(0), lambda x: x if len(x) > 1 else None]
+    "of_rows", [lambda x: {1: x, "extra": [x, x.sum()]}, lambda x: x.mean(0), lambda x: x.T, lambda x: [x] * len(x)]
 )
 def test_an_output_over_all_rows_is_refused(two, of_rows):
     two.model.forward = of_rows
-    with pytest.raises(ValueError, match="not per row"):
+    with pytest.raises(ValueError):
         two.run(["a", "b", "b", "b"], torch.arange(12.0).view(4, 3))
 
 
 def test_outputs_in_containers_are_joined(two):
-    two.model.forward = lambda x: {1: x, "extra": Pair(x[:, 0], [x, None, 5, "word", torch.arange(9)])}
+    two.model.forward = lambda x: {1: x, "extra": Pair(x[:, 0], [x, None])}
     joined = two.run(["a", "b", "b", "b"], x := torch.arange(12.0).view(4, 3))
     pair = joined["extra"]
     assert torch.equal(joined[1], x) and isinstance(pair, Pair) and torch.equal(pair.first, x[:, 0])
-    assert torch.equal(pair.second[0], x) and pair.second[1:4] == [None, 5, "word"]
-    assert torch.equal(pair.second[4], torch.arange(9))
+    assert torch.equal(pair.second[0], x) and pair.second[1] is None
 
 
 @pytest.mark.slow
@@ -176,27 +184,9 @@ def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
     assert len(graphs) == before
 
 
-def test_a_second_one_on_the_same_model_is_refused_until_the_first_is_closed(tmp_path):
-    folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
-    first, second = MultiAdapter(model), MultiAdapter(model)
-    first.load("a", folder)
-    with refused("another MultiAdapter", model):
-        second.load("a", folder)
-    first.close()
-    second.load("a", folder)
-    second.activate("a")
-    torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
-
-
 def test_a_served_model_takes_no_adapter_of_its_own_beside(tmp_path):
     folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
-    adapters = MultiAdapter(model)
-    adapters.load("a", folder)
+    MultiAdapter(model).load("a", folder)
     for use in (lambda: loralib.load_adapter(model, folder), lambda: loralib.inject(model, "lora", ["q"])):
         with refused("has a hook", model):
             use()
-    theirs = get_peft_model(model, LoraConfig(target_modules=["q"]))
-    assert torch.equal(theirs(INPUTS), Net()(INPUTS))
-    adapters.activate("a")
-    with pytest.raises(RuntimeError, match="was replaced while a MultiAdapter serves the model"):
-        theirs(INPUTS)
