@@ -24,7 +24,7 @@ from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effectiv
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import METHODS
-from nlu.runs.checkpoints import Progress, WholeCheckpoints, last_checkpoint
+from nlu.runs.checkpoints import WholeCheckpoints, last_checkpoint
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.tasks import Task
@@ -38,10 +38,14 @@ def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -
 
 
 class StepClock(TrainerCallback):
-    """Keeps the time of the steps, and tells the trainer where an epoch ends."""
+    """Keeps the time of the steps, and tells the trainer where a resumed training begins and where an epoch ends."""
 
     def __init__(self, trainer: GlueTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step:
+            self.trainer.restore_progress()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = False
@@ -95,8 +99,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
             self.remove_callback(shown)
-        for callback in (Progress(self), StepClock(self)):
-            self.add_callback(callback)
+        self.add_callback(StepClock(self))
         if applied.gates is not None:
             self.add_callback(applied.gates)
 

@@ -7,6 +7,7 @@ it in ``model/.unfinished/``, from where it is renamed when it is complete.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from nlu.errors import RunError, one_line
@@ -28,6 +28,8 @@ else:
     _Trainer = object  # the class that the mix-in is put before brings the Trainer
 
 UNFINISHED = ".unfinished"
+_PROGRESS = "Progress"  # in trainer_state.json, beside the states of the Trainer's own callbacks
+_NO_ROOM = 1 << 20  # bytes; with fewer of them free, a disk is full
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -35,29 +37,20 @@ def last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
-class Progress(TrainerCallback, ExportableState):
-    """Carries in ``trainer_state.json`` what the Trainer's own state lacks: the time of the steps, the running loss."""
-
-    def __init__(self, trainer: WholeCheckpoints) -> None:
-        self.trainer, trainer.progress = trainer, {}
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": self.trainer.progress}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            self.trainer.restore_progress()
+def _is_full(folder: Path, error: Exception) -> bool:
+    """Whether a file could not be written for want of room, which torch's own exception does not say."""
+    said = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    return said or shutil.disk_usage(folder).free < _NO_ROOM
 
 
 class WholeCheckpoints(_Trainer):
     """Put before the other bases of GlueTrainer: its checkpoints are whole or absent.
 
     Attributes:
-        train_seconds: time of the steps. progress: what :class:`Progress` carries, as of the last checkpoint.
+        train_seconds: time of the steps.
     """
 
     train_seconds: float = 0.0
-    progress: dict[str, Any]
 
     def _get_output_dir(self, trial: Any) -> str:
         """Overridden to have the Trainer write a checkpoint apart from the complete ones."""
@@ -67,7 +60,7 @@ class WholeCheckpoints(_Trainer):
         """Overridden to rename a checkpoint to its place when it is whole; it has the running loss and the time too.
 
         Raises:
-            RunError: for a weight that is not finite, and where the disk is full.
+            RunError: for a weight that is not finite, and for a file that cannot be written.
         """
         folder, state = Path(self.args.output_dir), self.state
         final, best = (folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
@@ -75,12 +68,13 @@ class WholeCheckpoints(_Trainer):
             return
         unfinished = folder / UNFINISHED / final.name
         self.check_finite()
-        self.progress = {
+        progress = {
             "train_seconds": self.train_seconds,
             "unlogged_loss": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),  # one a process
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
+        state.stateful_callbacks[_PROGRESS] = {"args": {}, "attributes": progress}
         best_before = state.best_model_checkpoint
         try:
             super()._save_checkpoint(model, trial)
@@ -91,10 +85,11 @@ class WholeCheckpoints(_Trainer):
                 os.rename(unfinished, final)
                 unfinished.parent.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:
+            hint = ". Make room, and give the same command again" if _is_full(folder, error) else ""
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             raise RunError(
                 f"the checkpoint of step {state.global_step} cannot be written ({one_line(error)}); last good "
-                f"checkpoint: {last_checkpoint(folder) or 'none'}. Make room, and give the same command again"
+                f"checkpoint: {last_checkpoint(folder) or 'none'}{hint}"
             ) from error
         wait_for_all()
         if self.args.should_save:
@@ -102,13 +97,13 @@ class WholeCheckpoints(_Trainer):
 
     def restore_progress(self) -> None:
         """Restore what the Trainer does not when it resumes: the running loss, the time, the end by early stopping."""
-        self.progress = self.state.stateful_callbacks["Progress"]["attributes"]
-        losses = self.progress["unlogged_loss"]
+        progress = self.state.stateful_callbacks[_PROGRESS]["attributes"]
+        losses = progress["unlogged_loss"]
         same = len(losses) == self.args.world_size
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
-        self.train_seconds = self.progress["train_seconds"]
-        self._total_loss_scalar = self.progress["logged_loss"]
-        self._globalstep_last_logged = self.progress["last_logged_step"]
+        self.train_seconds = progress["train_seconds"]
+        self._total_loss_scalar = progress["logged_loss"]
+        self._globalstep_last_logged = progress["last_logged_step"]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 saved = self.state.stateful_callbacks[type(callback).__name__]["attributes"]

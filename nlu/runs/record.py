@@ -99,7 +99,6 @@ class RunRecord(TrainerCallback):
             "steps": steps,
             "planned_steps": self.trainer.state.max_steps,
             "train_seconds": seconds,
-            "steps_per_second": steps / seconds if seconds else None,
             "seconds_per_step": seconds / steps if steps else None,
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -142,8 +141,8 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     final = record["final_budget"] or "as gated"
     budget = f", singular values {record['initial_budget']} → {final}" if trainer.applied.ranks else ""
     say(
-        f"{record['method_config']} on {record['task']}: adapter {record['adapter_params']:,}, head "
-        f"{record['head_params']:,}, all {record['total_params']:,} parameters{budget}{_adapted(trainer.model)}; "
+        f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
+        f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{_adapted(trainer.model)}; "
         f"batch {record['effective_batch_size']}, seed {record['seed']}"
     )
 
@@ -169,11 +168,11 @@ def say_outcome(record: dict[str, Any], folder: Path) -> None:
     for name, scores in record.get("test_scores", {}).items():
         say(f"{name}: {in_words(scores)}")
     if record["steps"]:
-        adapter, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
-        remain = "all of them remain" if live == adapter else f"{live:,} of the adapter's remain after pruning"
+        encoder, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
+        pruned = "" if live == encoder else f"; {live:,} of the encoder's remain after pruning"
         say(
-            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each, trained {adapter:,} parameters of the "
-            f"adapter and {head:,} of the head, {(adapter + head) / record['total_params']:.2%} of the model; {remain}"
+            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each, trained {encoder:,} parameters in the "
+            f"encoder and {head:,} in the head, {(encoder + head) / record['total_params']:.2%} of the model{pruned}"
         )
     adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
     say(f"folder:  {folder}")

@@ -32,8 +32,7 @@ EVENTS = (
 WRITES = ("half a file", "before the rename")
 # Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
 TIME_FIELDS = frozenset(
-    {"seconds", "memory_bytes", "train_seconds", "steps_per_second", "seconds_per_step", "peak_memory_bytes",
-     "started_at", "resumes"}
+    {"seconds", "memory_bytes", "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "resumes"}
 )  # fmt: skip
 
 

@@ -6,9 +6,11 @@ import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -111,20 +113,27 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
 
 
 @pytest.mark.parametrize(
-    "owner, name, fault",
+    "owner, name, fault, free, full",
     [
-        (mixin, "save_file", SafetensorError("Error while serializing: I/O error: No space left on device")),
-        pytest.param(os, "rename", OSError(errno.ENOSPC, "No space left"), marks=pytest.mark.slow),
+        (mixin, "save_file", SafetensorError("I/O error: No space left on device (os error 28)"), None, True),
+        (torch, "save", RuntimeError("unexpected pos 576 vs 534"), 0, True),  # what torch says of a full disk
+        pytest.param(os, "rename", PermissionError(errno.EACCES, "denied"), None, False, marks=pytest.mark.slow),
     ],
-    ids=["weights", "rename"],
+    ids=["weights", "optimizer", "not for want of room"],
 )
-def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault):
+def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault, free, full):
     expected = straight_outcome(flags, run_folder)
-    full = mock.Mock(side_effect=fault)
-    with pytest.MonkeyPatch.context() as patch, dying("on_save", 2, lambda: patch.setattr(owner, name, full)):
+
+    def fail():
+        patch.setattr(owner, name, mock.Mock(side_effect=fault))
+        if free is not None:
+            patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+    with pytest.MonkeyPatch.context() as patch, dying("on_save", 2, fail):
         assert main(flags) == 1
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
+    assert ("Make room" in line) == full
     assert [p.name for p in (run_folder / "model").iterdir()] == ["checkpoint-2"]
     assert read(flags)["status"] == "failed"
     assert main(flags) == 0

@@ -38,14 +38,14 @@ def test_a_run_leaves_a_record_that_tells_all(finished):
     assert record["live_adapter_params"] == sum(t.numel() for name, t in stored.items() if ".lora_" in name)
     assert record["steps"] == 6 and len(record["history"]) == 6
     assert [row["budget"] for row in record["history"]][-1] == 24
-    assert record["steps_per_second"] == pytest.approx(6 / record["train_seconds"])
+    assert record["seconds_per_step"] == pytest.approx(record["train_seconds"] / 6)
     accuracy = record["evaluations"][-1]["accuracy"] * 20  # of all 20 rows
     assert accuracy == pytest.approx(round(accuracy))
     assert record["effective_batch_size"] == 8 and record["train_examples"] == 50 and record["eval_examples"] == 20
     assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
     assert record["machine"]["cpu"]  # times mean little without it
     assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
-    assert f"adapter {record['adapter_params']:,}" in printed and "best" in printed
+    assert f"trains {record['adapter_params']:,} parameters in the encoder" in printed and "best" in printed
     assert {p.name for p in folder.iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
 
 

@@ -47,8 +47,8 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
     scores = {event.step: event.value for event in events.Scalars("eval/matthews_correlation")}
     assert scores == pytest.approx({e["step"]: e["matthews_correlation"] for e in record["evaluations"]})
 
-    assert f"trained {record['adapter_params']:,} parameters of the adapter and {record['head_params']:,}" in shown
-    assert f"{record['live_adapter_params']:,} of the adapter's remain after pruning" in shown
+    assert f"trained {record['adapter_params']:,} parameters in the encoder and {record['head_params']:,} in" in shown
+    assert f"{record['live_adapter_params']:,} of the encoder's remain after pruning" in shown
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, [{"sentence": "the good cat"}, {"sentence": "a bad dog"}])
     commands = dict(re.findall(r"^(predict|export):\s+(.*)$", shown, re.MULTILINE))
