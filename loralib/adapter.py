@@ -307,7 +307,7 @@ def check_base(model: nn.Module, config: AdapterConfig) -> None:
     if base_fingerprint(model, config.head) != config.base_fingerprint:
         raise ValueError(
             f"the base's weights are not those the adapter was trained on: {_origin(config)} "
-            "(load_adapter() takes another with allow_other_base)"
+            "(allow_other_base takes another)"
         )
 
 

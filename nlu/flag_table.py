@@ -8,23 +8,29 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from nlu.errors import reason
 from nlu.tasks import METRICS, TASKS
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` to below ``high``; ``low`` is one where ``closed``. NaN and infinity are none."""
+    """The numbers from ``low`` to below ``high``; ``low`` is one where ``closed``, and so is ``off``, if there is one.
+
+    NaN and infinity are none.
+    """
 
     low: float
     high: float = math.inf
     closed: bool = True
+    off: int | None = None
 
     def __contains__(self, value: float) -> bool:
-        return self.low < value < self.high or (self.closed and value == self.low)
+        return self.low < value < self.high or (self.closed and value == self.low) or value == self.off
 
     def __str__(self) -> str:
         lower = f"at least {self.low}" if self.closed else f"above {self.low}"
-        return f"{lower} and {'finite' if self.high == math.inf else f'below {self.high}'}"
+        off = "" if self.off is None else f", or {self.off} for none"
+        return f"{lower} and {'finite' if self.high == math.inf else f'below {self.high}'}{off}"
 
 
 NOT_NEGATIVE, POSITIVE, AT_LEAST_1 = Range(0), Range(0, closed=False), Range(1, 2**31)
@@ -33,7 +39,9 @@ SHARE, INSIDE_1 = Range(0, 1), Range(0, 1, closed=False)
 
 def boolean(text: str) -> bool:
     """``true`` or ``false``, in any case."""
-    return {"true": True, "false": False}[text.lower()]
+    if text.lower() not in ("true", "false"):
+        raise ValueError("give true or false")
+    return text.lower() == "true"
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -65,8 +73,8 @@ class Flag:
         kind = boolean if self.kind is bool else str if isinstance(self.kind, tuple) else self.kind
         try:
             value = kind(text)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError, OSError) as error:
-            raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be its value ({type(error).__name__})") from None
+        except (ValueError, TypeError, OverflowError, RecursionError, OSError) as error:
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be its value: {reason(error, 80)}") from None
         if self.range is not None and isinstance(value, (int, float)) and value not in self.range:
             raise argparse.ArgumentTypeError(f"must be {self.range}, got {text}")
         return value
@@ -152,7 +160,7 @@ TRAINING_FLAGS = (
          "and --mask_interval were chosen: they shrink in proportion in a shorter training. Default: they are used "
          "unchanged.", AT_LEAST_1),
     Flag("num_train_epochs", float, 3.0, "Epochs.", POSITIVE),
-    Flag("max_steps", int, -1, "Optimiser steps, in place of --num_train_epochs.", Range(-1, 2**31)),
+    Flag("max_steps", int, -1, "Optimiser steps, in place of --num_train_epochs.", Range(1, 2**31, off=-1)),
     Flag("total_batch_size", int, None, "Rows per step, over all processes. The rows a process takes at once follow "
          "from it, or, where --per_device_train_batch_size is lower, the steps it accumulates.", AT_LEAST_1),
     Flag("per_device_train_batch_size", int, 8, "Rows a process takes at once.", AT_LEAST_1),

@@ -189,6 +189,13 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
                     optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
         return optimizer
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; UsageError for what the schedule does not take."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--lr_scheduler_kwargs: {reason(error, 200)}") from None
+
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:

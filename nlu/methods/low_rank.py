@@ -191,7 +191,8 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     try:
         low_rank = LowRankTraining(model, **options)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        shrink = "; --schedule_steps N shrinks a schedule made for N steps" if "init_warmup +" in str(error) else ""
+        raise UsageError(f"{error}{shrink}") from None
     return AppliedMethod(model, low_rank, own_rates=lambda: _own_rates(model, args))
 
 

@@ -62,8 +62,9 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
 
     assert run_glue.main(PUBLISHED.split()) == 2
     error = capsys.readouterr().err
-    assert "8000 + 50000 = 58000" in error and "the training has 14" in error
+    assert "8000 + 50000 = 58000" in error and "the training has 14" in error and "--schedule_steps" in error
     assert json.loads((tmp_path / "output/glue/mnli/results.json").read_text()) == record
+    assert run_glue.main([*flags, "--root_output_dir=other", "--lr_scheduler_kwargs", '{"power": 2}']) == 2
 
 
 @pytest.mark.parametrize("flags, method, allocation", [
@@ -125,6 +126,7 @@ WRONG = """
 --method lora --lora_type svd | --lora_type is a published name of a method
 --lora_type frd --apply_adalora | svd
 --learning_rate nan | must be above 0
+--max_steps 0 | must be at least 1
 --method lora --target_rank 3 | --target_rank has no meaning with --method lora
 --method lora2_plus --target_rank 3 | --target_rank has no meaning with --rank_allocation False
 --orthogonality retraction | --lora_init orthogonal
