@@ -13,7 +13,7 @@ from loralib.allocator import RankAllocator
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
-from loralib.merging import merge_adapter, merge_and_unload, merge_into, unmerge_adapter
+from loralib.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
 from loralib.orthogonality import compute_orth_regu
 from loralib.training import LowRankTraining
@@ -40,7 +40,6 @@ __all__ = [
     "match_modules",
     "merge_adapter",
     "merge_and_unload",
-    "merge_into",
     "read_adapter_config",
     "save_adapter",
     "start_from_adapter",

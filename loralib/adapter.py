@@ -127,7 +127,7 @@ def save_adapter(
         weights_sha256="",  # write_adapter fills it in
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
-    write_adapter(folder, config, stored, adapter_card(config, stored), save_tokenizer)
+    write_adapter(folder, config, stored, adapter_card(config), save_tokenizer)
     return Path(folder)
 
 
@@ -219,17 +219,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_othe
             weights, other low-rank layers, or a merged model. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    install(model, config, tensors, fitting_layers(model, config, tensors, allow_other_base))
+    layers = fitting_layers(model, config, tensors)
+    if not allow_other_base:
+        check_base(model, config)
+    install(model, config, tensors, layers)
     return config
 
 
-def fitting_layers(
-    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], allow_other_base: bool = False
-) -> dict[str, LoRALayer]:
+def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoRALayer]:
     """The layers for an adapter by module name: the model's own, or new ones over its weights. Nothing is changed.
 
     Raises:
-        ValueError: the adapter does not fit the model, see :func:`load_adapter`. The head's shapes are not looked at.
+        ValueError: the adapter does not fit the model, see :func:`load_adapter`. The head's shapes and the base's
+            weights are not looked at.
     """
     with keep_flags(model):
         layers = lora_layers(model) or _new_layers(model, config)
@@ -238,8 +240,6 @@ def fitting_layers(
     for name in config.head:
         if name not in state or name not in tensors:
             raise ValueError(f"the adapter's {name} is missing in its file or in the model: {_origin(config)}")
-    if not allow_other_base:
-        check_base(model, config)
     return layers
 
 

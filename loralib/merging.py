@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 
 from torch import nn
 
-from loralib.adapter import load_adapter
-from loralib.adapter_folder import AdapterConfig
 from loralib.layers import LoRALayer
 from loralib.model import layers_outside_peft, lora_layers, unwrapped
 
@@ -77,15 +74,3 @@ def _plain_linear(layer: LoRALayer) -> nn.Module:
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     plain.weight, plain.bias = layer.weight, layer.bias
     return plain.train(layer.training)
-
-
-def merge_into(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
-    """Add a saved adapter's updates to the weights of the plain base ``model``, in place, and copy its head:
-    :func:`loralib.load_adapter` and :func:`merge_and_unload` in one. Afterwards only the head trains.
-
-    Raises:
-        ValueError: as these.
-    """
-    config = load_adapter(model, folder, allow_other_base=allow_other_base)
-    merge_and_unload(model)
-    return config

@@ -1,18 +1,12 @@
-"""The README.md of an adapter."""
+"""The README.md of an adapter's folder, and of what an export makes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
 from loralib.adapter_folder import AdapterConfig
 
-HOW_TO_LOAD = "## How to load"
 _SHOWN = ("task", "method", "metric", "score", "notes")
 _CARD = """---
-library_name: loralib
+library_name: {library}
 tags:
 - lora2
 - adapter
@@ -23,6 +17,8 @@ tags:
 | | |
 |---|---|
 {rows}
+
+## How to load
 
 {how_to_load}
 """
@@ -40,41 +36,38 @@ _TO_PEFT = "    python -m loralib.export path/to/this/folder --to peft OUT      
 _TO_MERGED = "    python -m loralib.export path/to/this/folder --to merged OUT --base BASE      # a plain checkpoint"
 
 
-def adapter_card(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> str:
-    """Markdown: what the adapter is, its score, its labels, its size (stored values), and how to load it."""
-    head = sum(tensors[name].numel() for name in config.head)
+def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: str | None = None) -> str:
+    """Markdown: what the adapter is, its base, score, labels and ranks, and how to load it.
+
+    Args:
+        library: that loads the folder. how_to_load: by default that of an adapter of ours.
+    """
     rows: dict[str, object] = {
         "base model": config.base_model or "not recorded",
         "base revision": config.base_revision or "not recorded",
         **{key: config.card[key] for key in _SHOWN if key in config.card},
-        **({"labels": labels} if (labels := label_order(config)) else {}),
-        "adapter parameters": f"{sum(tensor.numel() for tensor in tensors.values()) - head:,}",
-        "other trained parameters": f"{head:,}",
     }
+    labels = config.head_options().get("id2label", {}) if config.head else {}  # without a head they are the base's own
+    if len(labels) > 1:
+        rows["labels"] = ", ".join(f"{number} {name}" for number, name in sorted(labels.items()))
     if ranks := config.ranks.values():
         rows["low-rank layers"] = f"{len(ranks)}, stored ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
     return _CARD.format(
+        library=library,
         kind=config.kind,
         architecture=config.architecture,
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
-        how_to_load=_how_to_load(config),
+        how_to_load=how_to_load or _how_to_load(config),
     )
-
-
-def label_order(config: AdapterConfig) -> str:
-    """The labels in the order of a trained head's outputs, "0 entailment, 1 neutral, 2 contradiction"; empty without a
-    head or with a single output."""
-    labels: dict[int, Any] = config.head_options().get("id2label", {}) if config.head else {}
-    return ", ".join(f"{number} {name}" for number, name in sorted(labels.items())) if len(labels) > 1 else ""
 
 
 def _how_to_load(config: AdapterConfig) -> str:
     """What works for an adapter of this kind, and nothing else."""
     if "method_arguments" in config.card:  # of the pipeline's methods that are no low-rank layers of this library
-        return f"{HOW_TO_LOAD}\n\n{_REBUILD}"
+        return _REBUILD
     to_peft = config.groups and "peft_lacks" not in config.card
     exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # merging needs transformers' model
-    return "\n\n".join([HOW_TO_LOAD, _LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
+    return "\n\n".join([_LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
 
 
 def _cell(value: object) -> str:

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from loralib.adapter import name_on_hub, save_adapter
+from loralib.adapter import load_adapter, name_on_hub, save_adapter
 from loralib.adapter_folder import (
     CARD_FILE,
     AdapterConfig,
@@ -34,9 +34,9 @@ from loralib.adapter_folder import (
     refuse_files,
 )
 from loralib.injection import KINDS
-from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, is_peft, read_pairs
-from loralib.merging import merge_into
-from loralib.model_card import HOW_TO_LOAD, label_order
+from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs
+from loralib.merging import merge_and_unload
+from loralib.model_card import adapter_card
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +126,9 @@ def export_merged(
     if not dist.is_initialized():  # before the base is loaded; of a group's processes another may be done already
         refuse_files(folder)
     model = load_base_of(config, base)
-    merge_into(model, adapter, allow_other_base=allow_other_base)
-    revision = revision_of(config.base_model, config.base_revision, base)
-    processor = None if has_tokenizer(adapter) else _processor(base, revision)
+    load_adapter(model, adapter, allow_other_base=allow_other_base)
+    merge_and_unload(model)
+    processor = None if has_tokenizer(adapter) else _processor(base, config)
     for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
         if name in config.card:
             setattr(model.config, name, config.card[name])
@@ -139,103 +139,67 @@ def export_merged(
         if processor is not None:
             processor.save_pretrained(new)
         copy_tokenizer(adapter, new)
-        card = Path(adapter) / CARD_FILE
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        (new / CARD_FILE).write_text(_card(text), encoding="utf-8")
+        how_to_load = "The adapter is merged into its base: transformers loads this plain checkpoint by itself."
+        (new / CARD_FILE).write_text(adapter_card(config, "transformers", how_to_load), encoding="utf-8")
 
 
-def _card(adapter: str) -> str:
-    """Of a plain checkpoint: the text of the adapter's own card, without what loads an adapter."""
-    described = adapter.partition("\n# ")[2].partition(HOW_TO_LOAD)[0].strip() or "Adapter"
-    return (
-        f"---\nlibrary_name: transformers\n---\n\n# {described}\n\n"
-        "The adapter is merged into its base: this is a plain checkpoint, which transformers loads by itself.\n"
-    )
-
-
-def _processor(base: str, revision: dict[str, str]) -> Any:
-    """What reads the base's inputs; None for a model of neither text nor images."""
+def _processor(base: str, config: AdapterConfig) -> Any:
+    """What reads the base's inputs, text or images; None where it has none."""
     import transformers
 
+    revision = revision_of(config.base_model, config.base_revision, base)
     try:
         processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False, **revision)
-    except Exception as error:
-        if has_tokenizer(base):
-            raise _not_loaded(base, error) from None
+    except Exception:
         return None
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
-    made_up = is_tokenizer and os.path.isdir(base) and not has_tokenizer(base)  # it knows no word
-    return None if made_up else processor
+    return None if is_tokenizer and os.path.isdir(base) and not has_tokenizer(base) else processor  # that knows no word
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help shows the arguments)")
-
-
-_OPTIONS = {"merged": ("dtype", "allow_other_base"), "loralib": ("kind", "r", "widths", "lora_alpha"), "peft": ()}
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="python -m loralib.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("adapter", help="folder of the adapter")
-    parser.add_argument("out", help="folder to write: new or empty; an adapter there is replaced by an adapter")
-    parser.add_argument("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
-    parser.add_argument("--base", default=None, help="name or path of the base model; --to peft only records it")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights")
-    parser.add_argument("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
-    parser.add_argument("--kind", choices=tuple(KINDS), help="loralib: lora (default, exact); others by truncated SVD")
-    parser.add_argument("--r", type=int, help="loralib: rank after the truncated SVD (8)")
-    parser.add_argument(
-        "--widths", type=int, nargs="+", metavar="K", help="loralib: widths of its scales, outermost first"
-    )
-    parser.add_argument("--lora_alpha", type=float, help="loralib: alpha after the truncated SVD (16)")
+    add = parser.add_argument
+    add("adapter", help="folder of the adapter")
+    add("out", help="folder to write: new or empty; an adapter there is replaced by an adapter")
+    add("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
+    add("--base", help="name or path of the base model; --to peft only records it")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="merged: dtype of the weights")
+    add("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
+    add("--kind", choices=tuple(KINDS), default="lora", help="loralib: lora is exact; the others by truncated SVD")
+    add("--r", type=int, default=8, help="loralib: rank after the truncated SVD (8)")
+    add("--widths", type=int, nargs="+", default=[8], help="lora2, multiscale: widths of the scales, outermost first")
+    add("--lora_alpha", type=float, default=16.0, help="loralib: alpha after the truncated SVD (16)")
     return parser
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Run the command. Raises ValueError with one line for bad arguments or input."""
-    options = vars(_parser().parse_args(argv))
-    adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
-    if odd := set(options) - set(_OPTIONS[to]):
-        raise ValueError(f"--{min(odd)} does not belong to --to {to}: leave it out")
-    if to == "peft":
-        ranks = export_peft(adapter, out, base)
+    """Run the command. Raises ValueError with one line for bad input."""
+    args = _parser().parse_args(argv)
+    if args.to == "peft":
+        ranks = export_peft(args.adapter, args.out, args.base)
         least, most = min(ranks.values()), max(ranks.values())
-        print(f"{out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
-        if not is_peft(adapter):
-            _print_labels(adapter, " (load the base with these names, see README.md there)")
-        return
-    if base is None:
-        raise ValueError(f"--to {to} needs the base model: give --base NAME_OR_PATH")
-    if to == "loralib":
-        _import(adapter, out, base, **options)
-        return
-    dtype = options.pop("dtype", "float32")
-    export_merged(adapter, out, base, dtype=getattr(torch, dtype), **options)
-    print(f"{out}: plain {dtype} checkpoint")
-    _print_labels(adapter)
+        print(f"{args.out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
+    elif args.base is None:
+        raise ValueError(f"--to {args.to} needs the base model: give --base NAME_OR_PATH")
+    elif args.to == "merged":
+        dtype = getattr(torch, args.dtype)
+        export_merged(args.adapter, args.out, args.base, dtype=dtype, allow_other_base=args.allow_other_base)
+        print(f"{args.out}: plain {args.dtype} checkpoint")
+    else:
+        widths = args.widths if args.kind in ("lora2", "multiscale") else []
+        _import(args.adapter, args.out, args.base, args.kind, r=args.r, widths=widths, lora_alpha=args.lora_alpha)
+        print(f"{args.out}: {args.kind} adapter")
 
 
-def _print_labels(adapter: str, hint: str = "") -> None:
-    if labels := label_order(read_adapter_config(adapter)):
-        print(f"labels: {labels}{hint}")
-
-
-def _import(adapter: str, out: str, base: str, kind: str = "lora", **options: Any) -> None:
-    if kind == "lora" and options:
-        raise ValueError(f"--{min(options)} is for truncated SVD: give --kind lora2, adalora or multiscale")
-    if kind in ("lora2", "multiscale"):
-        options.setdefault("widths", [8])
+def _import(adapter: str, out: str, base: str, kind: str, **options: Any) -> None:
     values, _, head = read_pairs(adapter)
     name = name_on_hub(values.get("base_model_name_or_path"))
     revision = revision_of(name, values.get("revision"), base)
@@ -245,7 +209,6 @@ def _import(adapter: str, out: str, base: str, kind: str = "lora", **options: An
         model, out, base_model=name, base_revision=revision.get("revision"),
         save_tokenizer=lambda new: copy_tokenizer(adapter, new),
     )  # fmt: skip
-    print(f"{out}: {kind} adapter")
 
 
 def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:

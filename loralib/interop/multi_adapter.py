@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from loralib.adapter import fitting_layers, write_factors
+from loralib.adapter import check_base, fitting_layers, write_factors
 from loralib.adapter_folder import AdapterConfig, read_adapter
 from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
@@ -92,7 +92,9 @@ class MultiAdapter:
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
         config, tensors = read_adapter(folder)
-        layers = fitting_layers(self.model, config, tensors, allow_other_base)
+        layers = fitting_layers(self.model, config, tensors)
+        if not allow_other_base:
+            check_base(self.model, config)
         write_factors(layers, config, tensors)
         with keep_flags(self.model):
             parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from loralib.adapter_folder import (
 )
 from loralib.checks import check_whole_number
 from loralib.interop.decomposition import decompose, start_factors
+from loralib.model_card import adapter_card
 
 PREFIX = "base_model.model."
 TASK_TYPES = {  # the end of a class's name in transformers -> peft's task type
@@ -47,19 +49,11 @@ _HEADS = {"classifier", "score", "qa_outputs"}
 # What a LoRA's configuration takes over from an AdaLoRA's.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
 _ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
-_CARD = """---
-library_name: peft
-base_model: {base}
----
-
-# LoRA adapter for a {architecture}
-
-```python
+_LOAD = """```python
 from peft import PeftModel
-{base_lines}
+{base}
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
-```
-"""
+```"""
 
 
 # ---- write a peft adapter -------------------------------------------------------------------------------------------
@@ -101,11 +95,12 @@ def export_peft(
     if lacks := config.card.get("peft_lacks"):
         raise ValueError(f"{lacks!r:.200} is a second name of what was trained, which peft's format cannot hold: load "
                          "the adapter with load_adapter()")  # fmt: skip
+    if base_model not in (None, config.base_model):
+        config = replace(config, base_model=base_model, base_revision=None)
     pairs = {name: layer_pair(group, name, tensors, config.tied) for name, group in config.modules.items()}
-    base_model = base_model or config.base_model
     head = {name: tensors[name] for name in config.head}
-    card = _card(config, base_model)
-    return _write_peft(adapter, folder, pairs, head, _peft_fields(config, base_model), card)
+    card = adapter_card(config, "peft", _how_to_load(config))
+    return _write_peft(adapter, folder, pairs, head, _peft_fields(config), card)
 
 
 def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -170,22 +165,21 @@ def _write_peft(
     return ranks
 
 
-def _card(config: AdapterConfig, base_model: str | None) -> str:
-    """Of the adapter in peft's format: how peft loads it."""
-    arguments = [repr(base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
+def _how_to_load(config: AdapterConfig) -> str:
+    arguments = [repr(config.base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
     name = config.architecture
-    lines = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
+    base = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
     if not config.base_config:  # no model of transformers
-        lines = f"\nmodel = ...  # the {name} on which the adapter was trained"
-    return _CARD.format(base=json.dumps(base_model), architecture=name, base_lines=lines)
+        base = f"\nmodel = ...  # the {name} on which the adapter was trained"
+    return _LOAD.format(base=base)
 
 
-def _peft_fields(config: AdapterConfig, base_model: str | None) -> dict[str, Any]:
+def _peft_fields(config: AdapterConfig) -> dict[str, Any]:
     task_type = task_type_of(config.architecture, config.head)
     return {
         "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "revision": config.base_revision if base_model == config.base_model else None,
+        "base_model_name_or_path": config.base_model,
+        "revision": config.base_revision,
         "lora_dropout": max((group.lora_dropout for group in config.groups), default=0.0),
         "modules_to_save": modules_to_save(config.head, task_type) or None,
         "fan_in_fan_out": all(group.fan_in_fan_out for group in config.groups),
@@ -254,7 +248,7 @@ def import_peft(
         group.rank_pattern[name] = "1" * key[1]
     config = AdapterConfig(kind, list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
     tensors |= head
-    install(model, config, tensors, fitting_layers(model, config, tensors, allow_other_base=True))
+    install(model, config, tensors, fitting_layers(model, config, tensors))
 
 
 def is_peft(folder: str | os.PathLike[str]) -> bool:
@@ -301,11 +295,10 @@ def read_pairs(
             elif len(live := e[0].flatten().nonzero().flatten()):
                 scaled = left.double() * e[0].double().T * _scaling(values, name, 0)
                 pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
-            fits = left.dim() == right.dim() == 2 and left.shape[1] == right.shape[0]
-        except (KeyError, IndexError, RuntimeError):  # a factor is missing, or of another shape
-            fits = False
-        if not fits:
-            raise ValueError(f"{folder}: {name} has no factors of one rank")
+            if not left.dim() == right.dim() == 2 or left.shape[1] != right.shape[0]:
+                raise ValueError("its matrices have no common rank")
+        except Exception as error:  # a factor is missing or of another shape, or the configuration holds no scaling
+            raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
     if odd := next((name for name in state if ".base_layer." in name), None):
         raise ValueError(f"{folder}: {odd} is the base's: save the adapter in peft with save_embedding_layers=False")
     odd = next((name for name in state if "lora_" in name), None)
@@ -339,15 +332,11 @@ def _scaling(values: dict[str, Any], name: str, rank: int) -> float:
     """AdaLoRA: lora_alpha / (init_r + 1e-5). LoRA²: lora_alpha / r. LoRA: lora_alpha / r, or lora_alpha / √r with
     rank-stabilised scaling, of the module's own rank and alpha. Patterns match as they do in peft; where none does, the
     plain name is looked up."""
-    kind, alpha, divisor = values["peft_type"], values.get("lora_alpha"), float(rank)
-    try:
-        if kind == "LORA":
-            patterns = values.get("alpha_pattern") or {}
-            matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-            alpha = next(matches, patterns.get(name, alpha))
-            divisor = math.sqrt(rank) if values.get("use_rslora") else divisor
-        else:
-            divisor = values["init_r"] + 1e-5 if kind == "ADALORA" else values["r"]
-        return float(alpha) / divisor  # type: ignore[arg-type]
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
-        raise ValueError(f"the scaling of {name} cannot be read ({type(error).__name__}: {error})") from None
+    if values["peft_type"] == "ADALORA":
+        return values["lora_alpha"] / (values["init_r"] + 1e-5)
+    if values["peft_type"] == "LORA2":
+        return values["lora_alpha"] / values["r"]
+    patterns = values.get("alpha_pattern") or {}
+    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(matches, patterns.get(name, values["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)

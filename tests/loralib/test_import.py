@@ -71,7 +71,7 @@ def test_a_peft_lora_imports_with_the_same_logits(pretrained, peft_adapter, tmp_
     [
         ({"alora_invocation_tokens": [3]}, "", "alora_invocation_tokens"),
         ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
-        ({"lora_alpha": "x"}, "", "the scaling of layers.0.q cannot be read"),
+        ({"lora_alpha": "x"}, "", "layers.0.q cannot be read"),
         ({"init_lora_weights": "lora_ga"}, "", "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
         ({}, "layers.0.q.lora_magnitude_vector", "lora_magnitude_vector cannot be imported"),
