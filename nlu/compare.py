@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,58 +87,95 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """
     if args.seeds < 1 or args.jobs < 1:
         raise UsageError("--seeds and --jobs must be at least 1")
-    experiment = plan(args, flags)
-    folder, measured = args.output_dir / experiment.name, args.output_dir / "measured" / f"{experiment.name}.jsonl"
-    places = Places(measured, folder, COMMAND)
-    firsts = [run for run in experiment.runs if run.axes["seed"] == 1]
+    tuning, final = plan(args, flags)
+    firsts = [run for run in final.runs if run.axes["seed"] == 1]
     parsed = {run.axes["method"]: parsed_command(run) for run in firsts}
     # What data, sizes and tables need takes seconds to import, which a command with a fault need not wait for.
-    if set(places.states(experiment.runs).values()) != {"finished"}:
-        from nlu.data.splits import load_data
-
-        load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
+    from nlu.data.splits import load_data
     from nlu.experiments.comparison import write
     from nlu.experiments.fairness import shape_of, unlike
 
-    shapes = {spec: shape_of(arguments, tuned=args.tune is not None) for spec, arguments in parsed.items()}
+    load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
+    shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
+    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
     warnings = unlike(firsts, shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    code = run_experiment(experiment, places, LocalLauncher(args.jobs), args.rerun_changed)
-    wanted = {run.folder for run in [*experiment.tuning, *experiment.runs]}
-    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
+    tuned, tried = 0, []
+    if tuning is not None:
+        tuned, tried, final = _tune(tuning, final, labels, args)
+        if tuned > 1:  # stopped
+            return tuned
+    code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    lines = [line for name, line in places.lines().items() if name in wanted]
-    write(experiment.name, lines, scales, [f"Not alike: {warning}." for warning in warnings], folder)
-    return code
+    notes = [f"Not alike: {warning}." for warning in warnings]
+    write(final.name, lines, tried, scales, notes, args.output_dir / final.name)
+    return max(code, tuned)
 
 
-def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
-    """The comparison as an experiment: a grid of methods and seeds, and a selection for --tune."""
+def _tune(
+    tuning: Experiment, final: Experiment, labels: dict[str, str], args: argparse.Namespace
+) -> tuple[int, list[dict[str, Any]], Experiment]:
+    """Run the tuning; returns its exit code and lines, and the comparison with the rates that it chose.
+
+    Args:
+        labels: the methods' names in tables.
+    """
+    from nlu.experiments.comparison import chosen_rates
+
+    code, lines = _run(tuning, args)
+    if code > 1:
+        return code, lines, final
+    rates, ended = chosen_rates(lines), {line["run"] for line in lines}
+    waiting = {run.axes["method"] for run in tuning.runs if run.folder not in ended}
+    chosen = {spec: rates[label] for spec, label in labels.items() if label in rates and spec not in waiting}
+    for spec in [spec for spec in labels if spec not in chosen]:
+        print(f"failed: {spec} has no final runs: its tuning is not complete, or all rates failed", file=sys.stderr)
+        code = 1
+    runs = [run for run in final.runs if run.axes["method"] in chosen]
+    runs = [replace(run, arguments=run.arguments | {"learning_rate": chosen[run.axes["method"]]}) for run in runs]
+    return code, lines, replace(final, runs=runs)
+
+
+def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
+    """Run an experiment; returns its exit code and the lines of its runs that have ended."""
+    measured = args.output_dir / "measured" / f"{experiment.name}.jsonl"
+    places = Places(measured, args.output_dir / experiment.name, COMMAND)
+    code, lines = run_experiment(experiment, places, LocalLauncher(args.jobs), args.rerun_changed), places.lines()
+    return code, [lines[run.folder] for run in experiment.runs if run.folder in lines]
+
+
+def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | None, Experiment]:
+    """The tuning, a grid of methods and learning rates on held-out rows, and the comparison, one of methods and seeds.
+
+    Without --tune there is no tuning; with it the comparison's runs lack the rates that it will choose.
+    """
     task = get_task(flags["task_name"]).name if "task_name" in flags else None
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     name = args.name or f"compare-{task or re.sub('[^A-Za-z0-9_.-]+', '_', Path(flags.get('train_file', 'own')).stem)}"
-    content: dict[str, Any] = {"name": name, "description": f"{', '.join(specs)} on {task or 'own data'}"}
+    description = f"{', '.join(specs)} on {task or 'own data'}"
     usual = {"do_train": True, "do_eval": True}
     if "published" not in flags:
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
-    content["base"] = {**usual, **flags, **({"task_name": task} if task else {})}
-    content["grid"] = {"method": specs, "seed": list(range(1, args.seeds + 1))}
-    if args.tune is not None:
-        if "learning_rate" in flags:
-            raise UsageError("--tune chooses the learning rate: leave --learning_rate out")
-        named = (args.tune or RATES).split(",")
-        rates = [flag_values([f"--learning_rate={rate}"])["learning_rate"] for rate in named]
-        own = {} if args.tune else {spec: _own_rates(values["method"]) for spec, values in specs.items()}
-        content["select"] = {
-            "values": {"learning_rate": rates},
-            "seeds": [101],
-            "set": {"holdout_fraction": 0.1},
-            "overrides": [
-                {"when": {"method": spec}, "values": {"learning_rate": each}} for spec, each in own.items() if each
-            ],
-        }
-    return make_experiment(content)
+    base = {**usual, **flags, **({"task_name": task} if task else {})}
+    grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
+    final = make_experiment({"name": name, "description": description, "base": base, "grid": grid})
+    if args.tune is None:
+        return None, final
+    for flag in ("learning_rate", "holdout_fraction"):
+        if flag in flags:
+            raise UsageError(f"--tune sets --{flag} itself: leave it out")
+    own = {spec: _rates(args.tune, values["method"]) for spec, values in specs.items()}
+    rates = sorted({rate for each in own.values() for rate in each})
+    others = {spec: [rate for rate in rates if rate not in each] for spec, each in own.items()}
+    tuning = {
+        "name": f"{name}-tuning",
+        "description": f"learning rates of {description}",
+        "base": base | {"holdout_fraction": 0.1, "seed": 101},
+        "grid": {"method": specs, "learning_rate": rates},
+        "exclude": [{"method": spec, "learning_rate": each} for spec, each in others.items()],
+    }
+    return make_experiment(tuning), final
 
 
 def _spec(spec: str) -> dict[str, Any]:
@@ -149,10 +187,12 @@ def _spec(spec: str) -> dict[str, Any]:
     return {"method": name} | values
 
 
-def _own_rates(method: str) -> list[float]:
-    """What --tune tries for a method whose file has a learning rate of its own: around that."""
+def _rates(named: str, method: str) -> list[float]:
+    """What --tune tries: the rates that it names, or those around the one that the method's file has."""
     rate = method_file(method)[1].get("learning_rate")
-    return [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)] if rate else []
+    if rate and not named:
+        return [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)]
+    return [flag_values([f"--learning_rate={each}"])["learning_rate"] for each in (named or RATES).split(",")]
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--claims", type=Path, default=CONFIGS / "experiments/claims.yaml",
         help="questions and claims (configs/experiments/claims.yaml)")  # fmt: skip
     add("--only", metavar="NAME", help="print the table of one experiment, and write nothing")
-    add("--format", choices=("markdown", "latex", "svg"), default="markdown",
-        help="latex: tables/*.tex too; svg: figures as SVG")  # fmt: skip
     return parser
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.experiment import Experiment, load_experiment
+from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.sweep_loop import Places, chosen_runs, command_line, parsed_command, run_experiment
+from nlu.experiments.sweep_loop import Places, command_line, parsed_command, run_experiment
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 
@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
     add("--set", action="append", default=[], metavar="FLAG=VALUE", help="an argument for every run; repeat as needed")
     add("--jobs", type=int, metavar="N", help="runs at once (local: 1; slurm: all)")
-    add("--only", metavar="REGEX", help="only final runs whose name matches, and the tuning runs that they need")
+    add("--only", metavar="REGEX", help="only runs whose name matches")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_sweep(args: argparse.Namespace) -> int:
-    """Check everything, then run the tuning stage (if any) and the final stage.
+    """Check everything, then run what is not finished.
 
     Raises:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
@@ -79,38 +79,35 @@ def run_sweep(args: argparse.Namespace) -> int:
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command)
     if args.only is not None:
-        experiment = _only(experiment, args.only)
-    every = [*experiment.tuning, *experiment.runs]
+        experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     if args.command is None:  # a wrong flag shows now and not after hours; of runs that differ in the seed, one is read
-        for run in {str(run.arguments | {"seed": None}): run for run in every}.values():
+        for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
             parsed_command(run)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
-        ready, waiting = chosen_runs(experiment, places)
-        started = [*experiment.tuning, *ready]
-        states = places.states(started) | {run.folder: "waits for its tuning" for run in waiting}
-        for run in [*started, *waiting]:
+        states = places.states(experiment.runs)
+        for run in experiment.runs:
             print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(command_line(run, places))}")
         return 0
     if args.launcher == "slurm":
-        launcher = SlurmLauncher(output / "logs/submitit", _pairs(args.slurm, "--slurm"), args.jobs or len(every))
+        launcher = SlurmLauncher(
+            output / "logs/submitit", _pairs(args.slurm, "--slurm"), args.jobs or len(experiment.runs)
+        )
     else:
         launcher = LocalLauncher(args.jobs or 1)
     return run_experiment(experiment, places, launcher, args.rerun_changed)
 
 
-def _only(experiment: Experiment, only: str) -> Experiment:
-    """The final runs whose names match, and the tuning runs that match or choose for them."""
+def _only(runs: list[Run], only: str) -> list[Run]:
+    """The runs whose names match."""
     try:
         pattern = re.compile(only)
     except re.error as error:
         raise UsageError(f"--only {only} is not a regular expression: {error}") from None
-    final = [run for run in experiment.runs if pattern.search(run.folder)]
-    rows = {run.row for run in final}
-    tuning = [run for run in experiment.tuning if pattern.search(run.folder) or run.row in rows]
-    if not final and not tuning:
+    matching = [run for run in runs if pattern.search(run.folder)]
+    if not matching:
         raise UsageError(f"--only {only} matches no run; --dry_run lists their names")
-    return replace(experiment, runs=final, tuning=tuning)
+    return matching
 
 
 def _pairs(texts: list[str], flag: str) -> dict[str, Any]:

@@ -11,17 +11,29 @@ import pandas as pd
 from nlu.experiments.claims import Question
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, pooled_spread, seeds_for
-from nlu.experiments.tables import NONE, markdown, number, score_frame, score_text, tuning_frame
+from nlu.experiments.tables import NONE, markdown, number, score_frame, score_text, tuning_frame, tuning_runs
 from nlu.runs.files import write_bytes, write_text
 
 
+def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
+    """Label → the learning rate that the lines of its runs chose; a method whose rates are all barred has none."""
+    table = tuning_frame(as_frame(("tuning", line) for line in tuning))
+    return dict(zip(table[table.chosen].row, table[table.chosen].value, strict=True)) if len(table) else {}
+
+
 def write(
-    name: str, lines: list[dict[str, Any]], scales: dict[str, float | None], notes: list[str], folder: Path
+    name: str,
+    lines: list[dict[str, Any]],
+    tuning: list[dict[str, Any]],
+    scales: dict[str, float | None],
+    notes: list[str],
+    folder: Path,
 ) -> None:
     """Print the table and what follows, and write them (comparison.md and .csv) with the figures into the folder.
 
     Args:
         lines: of the comparison's runs; nothing is written where none has finished.
+        tuning: lines of the runs that tried learning rates.
         scales: label → α/r, in the order of the rows.
     """
     frame = as_frame((name, line) for line in lines)
@@ -33,10 +45,9 @@ def write(
     scores = score_frame(frame, Question("", name, against=(done.label.iloc[0],), pooled=True))
     scores["scale"] = [scales.get(label) for label in scores.row]
     scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
-    tuning = tuning_frame(frame)
-    if len(tuning) and "tried" in tuning:
-        chosen = [f"{row.row} {row.tried[1:-1]} ({number(row.score)})" for row in tuning[tuning.chosen].itertuples()]
-        notes = [*notes, f"Chosen by the held-out score, in brackets: {', '.join(chosen)}."]
+    chosen = [f"{label} {rate:g}" for label, rate in chosen_rates(tuning).items()]
+    if chosen:
+        notes = [*notes, f"Learning rates chosen by the held-out score: {', '.join(chosen)}."]
     notes = [f"- {note}" for note in [*advice(frame), *notes]]
     table = score_text(scores)
     table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
@@ -45,8 +56,9 @@ def write(
     print(f"\n{text}")
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    for drawing in draw("comparison", frame, scores):
-        write_bytes(folder / f"{drawing.name}.png", drawing.image("png"))
+    tried = tuning_runs(as_frame((name, line) for line in tuning))
+    for drawing in draw("comparison", frame, scores, tried):
+        write_bytes(folder / f"{drawing.name}.png", drawing.png())
     print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
 
 

@@ -13,12 +13,8 @@ grid:                                   # one run for each combination
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
-select:                                 # optional: choose arguments on a held-out part of the training set,
-  values:                               # for each combination of the axes but seed; all combinations of the values are
-    learning_rate: [1.0e-3, 2.5e-3]     # tried, and the highest mean score at the last evaluation wins
-  seeds: [101]
-  set: {holdout_fraction: 0.1}
-  overrides: [{when: {method: full}, values: {learning_rate: [1.0e-5, 2.0e-5]}, set: {max_steps: 200}}]
+
+Tuning is an experiment of its own: an axis learning_rate, and a holdout_fraction in base. The report shows its choice.
 """
 
 from __future__ import annotations
@@ -27,8 +23,8 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +42,9 @@ SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 class Run:
     """One call of nlu/run_glue.py. `folder` is its place below the experiment's folder, unique there."""
 
-    experiment: str
-    stage: str  # "select": scored on a held-out part of the training set; "final": scored on the validation set
     folder: str
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
-    tried: dict[str, Any] = field(default_factory=dict)  # the arguments that a selection tries, or has chosen
-
-    @property
-    def row(self) -> tuple:
-        """What a selection chooses for: the labels of all axes but the seed."""
-        return tuple(label for axis, label in self.axes.items() if axis != "seed")
 
     @property
     def flags(self) -> list[str]:
@@ -66,21 +54,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked experiment; with tuning runs its final runs lack the arguments that are yet to be chosen."""
+    """A checked experiment."""
 
     name: str
     description: str
     runs: list[Run]
-    tuning: list[Run]
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """What `set` (and of a selection `values`) gives to the combinations that have the labels of `when`."""
+    """What `set` gives to the combinations that have the labels of `when`."""
 
     when: dict[str, Any]
     set: dict[str, Any] | None = None
-    values: dict[str, list] | None = None
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -88,7 +74,7 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
 
     Args:
         path: the YAML file.
-        settings: arguments given on the command line; they win over `base`, labels, `overrides` and `select.set`.
+        settings: arguments given on the command line; they win over `base`, labels and `overrides`.
 
     Raises:
         UsageError: unreadable file, unknown or missing key, a flag set in two places that cannot both hold, runs that
@@ -106,7 +92,7 @@ def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Exp
     try:
         return _experiment(settings or {}, **content)
     except (TypeError, KeyError, AttributeError) as error:  # another key, or a list where a mapping belongs
-        what = reason(error, 200).replace("_experiment()", "the file").replace("_tuning_runs()", "select")
+        what = reason(error, 200).replace("_experiment()", "the file")
         raise UsageError(f"{what}; the format is explained at the top of nlu/experiments/experiment.py") from None
 
 
@@ -118,7 +104,6 @@ def _experiment(
     base: dict[str, Any] | None = None,
     exclude: list[dict] | None = None,
     overrides: list[dict] | None = None,
-    select: dict[str, Any] | None = None,
 ) -> Experiment:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
@@ -126,18 +111,16 @@ def _experiment(
     every = [dict(zip(choices, labels, strict=True)) for labels in itertools.product(*choices.values())]
     excluded = [_Rule(when) for when in exclude or []]
     rules = [_Rule(**rule) for rule in overrides or []]
-    runs, tuning = [], {}
+    runs = []
     for axes in every:
         if _matching(excluded, axes, choices):
             continue
         arguments = (base or {}) | _of_labels(axes, choices)
         for rule in _matching(rules, axes, choices):
             arguments |= rule.set or {}
-        runs.append(Run(name, "final", run_name(axes), axes, arguments | settings))
-        for run in _tuning_runs(runs[-1], settings, choices, **select) if select else ():
-            tuning.setdefault(run.folder, run)
-    _check([*runs, *tuning.values()], [axis for axis, labels in grid.items() if isinstance(labels, list)])
-    return Experiment(name, description, runs, list(tuning.values()))
+        runs.append(Run(run_name(axes), axes, arguments | settings))
+    _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
+    return Experiment(name, description, runs)
 
 
 def _choices(axis: str, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
@@ -171,45 +154,13 @@ def _matching(rules: Iterable[_Rule], axes: dict[str, Any], choices: dict[str, d
     return found
 
 
-def _tuning_runs(
-    final: Run,
-    settings: dict[str, Any],
-    choices: dict[str, dict],
-    values: dict[str, list],
-    seeds: list,
-    set: dict[str, Any],
-    overrides: list[dict] | None = None,
-) -> Iterator[Run]:
-    """The runs that choose for a final run; those that differ from it in the seed alone choose for it too.
-
-    Args:
-        values, seeds, set, overrides: the part `select` of a file.
-    """
-    tried, changed = values, set
-    for rule in _matching([_Rule(**rule) for rule in overrides or []], final.axes, choices):
-        tried, changed = tried | (rule.values or {}), changed | (rule.set or {})
-    if "holdout_fraction" in final.arguments or not changed.get("holdout_fraction"):
-        raise UsageError(
-            "tuning would choose by the rows that the final runs are scored on: give a holdout_fraction in select.set, "
-            "and a validation set in place of one to the final runs"
-        )
-    if both := sorted({*tried} & {*final.arguments, *changed}):
-        raise UsageError(f"{both[0]} is both selected and set in base, grid, overrides or set; leave one")
-    for *each, seed in itertools.product(*tried.values(), seeds):
-        chosen, axes = dict(zip(tried, each, strict=True)), {**final.axes, "seed": seed}
-        named = {axis: label for axis, label in axes.items() if axis != "seed"}
-        arguments = final.arguments | changed | settings | {"seed": seed} | chosen
-        folder = f"select/{run_name({**named, **chosen, 'seed': seed})}"
-        yield Run(final.experiment, "select", folder, axes, arguments, chosen)
-
-
 def _check(runs: list[Run], flags: list[str]) -> None:
     """Refuse runs without what each needs, with names that lie, or with a folder that another uses.
 
     Args:
         flags: axes that are flags: their values are in the runs' names.
     """
-    seen = {"", "select", "logs"}
+    seen = {"", "logs"}
     for run in runs:
         for key, instead in (("method", ""), ("seed", ""), ("task_name", "train_file"),
                              ("model_name_or_path", "published")):  # fmt: skip
@@ -220,7 +171,7 @@ def _check(runs: list[Run], flags: list[str]) -> None:
             if run.arguments.get(flag) != run.axes[flag]:
                 raise UsageError(f"{run.folder}: {flag} is an axis of the grid, and set again elsewhere")
         folder = run.folder.lower()  # some systems do not tell case apart
-        if folder in seen or folder.rpartition("/")[2].startswith("."):
+        if folder in seen or folder.startswith("."):
             raise UsageError(
                 f"two runs would share the folder {folder!r}, or the sweep needs it: give axes labels that differ in "
                 "more than case, in A-Z, 0-9 and . + = , - (other characters become _, of a path the last part stays)"

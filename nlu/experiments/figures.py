@@ -17,15 +17,12 @@ from matplotlib.figure import Figure
 
 from loralib.injection import module_type
 from nlu.experiments.statistics import finished
-from nlu.experiments.tables import tuning_runs
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 KINDS = ("differences", "rates", "curves", "ranks")  # the figures, by the ends of their names, as the page has them
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE = {
-    "svg.hashsalt": "nlu",  # fixed identifiers: equal lines give equal bytes
-    "svg.fonttype": "path",
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.spines.top": False,
@@ -52,21 +49,21 @@ class Drawing:
     text: str
     figure: Figure
 
-    def image(self, suffix: str) -> bytes:
-        """The figure as `png` or `svg`, without dates or versions in it."""
+    def png(self) -> bytes:
+        """The figure as a PNG without matplotlib's version in it."""
         output = BytesIO()
-        metadata = {"Date": None} if suffix == "svg" else {"Software": None}
         with matplotlib.rc_context(STYLE):
-            self.figure.savefig(output, format=suffix, metadata=metadata)
+            self.figure.savefig(output, format="png", metadata={"Software": None})
         return output.getvalue()
 
 
-def draw(name: str, every: pd.DataFrame, scores: pd.DataFrame) -> list[Drawing]:
+def draw(name: str, every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> list[Drawing]:
     """The figures that there is something to draw for, in the order of `KINDS`.
 
     Args:
-        name: begins the figures' names. every: all runs of an experiment, those of the tuning stage too.
+        name: begins the figures' names. every: all runs of an experiment.
         scores: of the finished final runs, see `tables.score_frame`.
+        tuning: the runs that tried learning rates, see `tables.tuning_runs`.
     """
     final = finished(every)
     labels = list(dict.fromkeys(every.label))
@@ -74,7 +71,7 @@ def draw(name: str, every: pd.DataFrame, scores: pd.DataFrame) -> list[Drawing]:
     with matplotlib.rc_context(STYLE):
         drawn = (
             _differences(f"{name}_differences", scores, final),
-            _rates(f"{name}_rates", every),
+            _rates(f"{name}_rates", tuning),
             _curves(f"{name}_curves", final, styles),
             _ranks(f"{name}_ranks", final),
         )
@@ -162,9 +159,8 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     return Drawing(name, text, figure)
 
 
-def _rates(name: str, every: pd.DataFrame) -> Drawing | None:
-    """Score against the learning rate: in the tuning stage, or of final runs with several rates."""
-    runs = tuning_runs(every)
+def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
+    """Score against the learning rate of the runs that tried some."""
     if not len(runs):
         return None
     labels, tasks = list(dict.fromkeys(runs.row)), list(dict.fromkeys(runs.task.dropna()))

@@ -13,7 +13,6 @@ from nlu.experiments.figures import KINDS, draw
 from nlu.experiments.statistics import LEVEL, SHORT, finished, load_measured, scored_on_test
 from nlu.experiments.tables import (
     claims_frame,
-    latex,
     markdown,
     markdown_text,
     score_frame,
@@ -21,6 +20,7 @@ from nlu.experiments.tables import (
     setting,
     training_frame,
     tuning_frame,
+    tuning_runs,
     tuning_text,
     with_published,
 )
@@ -64,6 +64,9 @@ def write_report(args: argparse.Namespace) -> int:
     questions += [Question("How do the methods compare on {tasks} with {model}?", name)
                   for name in dict.fromkeys(runs.experiment) if name not in asked]  # fmt: skip
     if args.only is not None:
+        names = [question.experiment for question in questions]
+        if args.only not in names:
+            raise UsageError(f"--only {args.only} is no experiment; there are {', '.join(names)}")
         questions = [question for question in questions if question.experiment == args.only]
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
@@ -72,7 +75,7 @@ def write_report(args: argparse.Namespace) -> int:
         if there < wanted:
             open_questions.append(_open_line(question, every, there, wanted))
             continue
-        text, tables, written = section(question, every, args.format)
+        text, tables, written = section(question, every)
         parts.append(text)
         files |= written
         for kind, frame in tables.items():
@@ -98,9 +101,7 @@ def write_report(args: argparse.Namespace) -> int:
     return 0
 
 
-def section(
-    question: Question, every: pd.DataFrame, form: str
-) -> tuple[str, dict[str, pd.DataFrame], dict[str, bytes]]:
+def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.DataFrame], dict[str, bytes]]:
     """A question's text, its tables (kind → figures without rounding) and the files beside it (name → content)."""
     every = scored_on_test(every, question.test)
     done = finished(every)
@@ -111,10 +112,9 @@ def section(
         model=" and ".join(sorted(set(done.model.dropna()))),
         tasks=" and ".join(", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(done.task)).rsplit(", ", 1)),
     )
-    suffix = "svg" if form == "svg" else "png"
-    drawings = draw(question.experiment, every, scores)
+    drawings = draw(question.experiment, every, scores, tuning_runs(every))
     shown, *others = drawings or [None]
-    links = [f"[{drawing.name.rpartition('_')[2]}](figures/{drawing.name}.{suffix})" for drawing in others]
+    links = [f"[{drawing.name.rpartition('_')[2]}](figures/{drawing.name}.png)" for drawing in others]
     more = f" More figures: {', '.join(links)}." if links else ""
     lines = [f"## {markdown_text(heading)}", "", f"Measured: {markdown_text(setting(every))}.{more}"]
     crashed = int(((every.stage == "final") & (every.status == "failed")).sum())
@@ -124,12 +124,9 @@ def section(
     lines += ["", markdown(printed), ""]
     if shown is not None:
         alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(shown.text.split()))  # a bracket would end it
-        lines += [f"![{alternative}](figures/{shown.name}.{suffix})", ""]
+        lines += [f"![{alternative}](figures/{shown.name}.png)", ""]
     tables = {"scores": scores, "claims": claims, "training": training_frame(every), "tuning": tuning}
-    files = {f"figures/{each.name}.{suffix}": each.image(suffix) for each in drawings}
-    if form == "latex":
-        files[f"tables/{question.experiment}.tex"] = latex(printed, question.experiment, heading).encode()
-    return "\n".join(lines), tables, files
+    return "\n".join(lines), tables, {f"figures/{each.name}.png": each.png() for each in drawings}
 
 
 def _measured(question: Question, every: pd.DataFrame) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """The measured runs: `MEASURED_DIR/EXPERIMENT.jsonl` holds one line for each run, with what tables and figures need.
 
-A line has the run's place (`run`, `stage`, `axes`, `label`, `task`, `method`, `seed`), what the sweep asked for
-(`asked`), the arguments that differ from the defaults, every evaluation, the training loss in twentieths of the steps,
-the final sizes and norms, times, versions, the commit, the processor and the digests of the contents that the run read.
-The full record stays in the run's own folder.
+A line has the run's place (`run`, `axes`, `label`, `task`, `method`, `seed`), what the sweep asked for (`asked`), the
+arguments that differ from the defaults, every evaluation, the training loss in twentieths of the steps, the final sizes
+and norms, times, versions, the commit, the processor and the digests of the contents that the run read. The full record
+stays in the run's own folder. Lines of 2026-11-27 and before also have a `stage`, "select" for a run of the tuning that
+an experiment then held itself, and what was `tried` in it, or chosen by it.
 """
 
 import io
@@ -81,7 +82,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
             text = value if isinstance(value, str) else f"{axis}={value}"
             names.append(_method_name(text, method) if axis == "method" else text)
     label = ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
-    return portable({"run": run.folder, "stage": run.stage, "label": label, "axes": axes, "tried": run.tried})
+    return portable({"run": run.folder, "label": label, "axes": axes})
 
 
 def _method_name(name: str, base: str) -> str:
@@ -168,7 +169,7 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
     name = os.path.relpath(folder, measured.absolute().parent)
     path = measured / f"{record['model']}.jsonl"
     asked = not_default(record["arguments"]) | axes
-    write_line(path, name, measured_line(Run(record["model"], "final", name, axes, asked), record))
+    write_line(path, name, measured_line(Run(name, axes, asked), record))
     return path
 
 
@@ -177,7 +178,7 @@ def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / ".lock", f"{path.parent} is in use", wait=True):
         lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
-        ordered = sorted(lines.values(), key=lambda each: (each["stage"] != "final", each["run"]))
+        ordered = sorted(lines.values(), key=lambda each: each["run"])
         write_text(path, "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in ordered))
 
 
@@ -213,7 +214,7 @@ def _check_line(line: dict[str, Any]) -> None:
     Raises:
         KeyError, TypeError, ValueError: what tables need is missing, or is no number.
     """
-    for name in ("run", "stage", "status", "label", "axes", "asked", "tried"):
+    for name in ("run", "status", "label", "axes", "asked"):
         line[name]
     if line["status"] == "finished":
         lists = [line["evaluations"][name] for name in ("step", "loss", line["metric"])]

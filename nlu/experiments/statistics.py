@@ -71,6 +71,7 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
 
 def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     row = {name: line.get(name) for name in (*_NAMES, *_FIGURES)} | {"experiment": experiment}
+    row |= {"stage": line.get("stage", "final"), "tried": line.get("tried", {})}
     row |= {"steps_at": [], "scores": [], "losses": []}
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
@@ -127,7 +128,7 @@ def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame with each rerun in place of the failed run that it repeats."""
     key, seeds = ["experiment", "stage", "label", "task", "seed"], frame.seed - 100
     runs, repeated = (pd.MultiIndex.from_frame(each[key]) for each in (frame, frame.assign(seed=seeds)))
-    rerun = repeated.isin(runs[frame.failed & (frame.stage == "final")])
+    rerun = repeated.isin(runs[frame.failed])
     frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun)
     return frame[~runs.isin(repeated[rerun])]
 
@@ -363,7 +364,8 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
         whether one failed at it or at the next higher value; `chosen`.
     """
     scores = runs["last"].astype(float)
-    z = (scores - scores.groupby(runs.task).transform("mean")) / scores.groupby(runs.task).transform("std")
+    means, deviations = (scores.groupby(runs.task).transform(each) for each in ("mean", "std"))
+    z = (scores - means) / deviations.where(deviations > 0, 1.0)  # of equal scores every z is 0
     groups = runs.assign(z=z).groupby(["row", "value"], sort=False)
     by_task = runs.assign(z=z).groupby(["row", "value", "task"]).z.mean()
     table = pd.DataFrame({"z": by_task.groupby(level=[0, 1]).mean(), "failed": groups.failed.any()}).reset_index()

@@ -1,17 +1,14 @@
-"""Runs an experiment: what is finished, what tuning chose, and the loop that keeps N runs going."""
+"""Runs an experiment: what is finished, and the loop that keeps N runs going."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from math import inf, isnan, nan
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -71,18 +68,6 @@ class Places:
             f"other content of {flag}" for flag in contents
         ]
 
-    def check_unchanged(self, runs: list[Run]) -> None:
-        """Refuse runs that were finished with other arguments or contents; UsageError names the first."""
-        states = self.states(runs)
-        changed = [run for run in runs if states[run.folder] == "changed"]
-        if changed:
-            differences = ", ".join(self.changes(changed[0], self.lines()[changed[0].folder]))
-            raise UsageError(
-                f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments or contents "
-                f"({differences}); pass --rerun_changed to make them again, or give the experiment a new name (of "
-                "compare.py: --name)"
-            )
-
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""
         with contextlib.suppress(OSError):
@@ -98,31 +83,6 @@ class Places:
         line = measured_line(run, record)
         write_line(self.measured, run.folder, line)
         return line
-
-
-def chosen_runs(experiment: Experiment, places: Places) -> tuple[list[Run], list[Run]]:
-    """The final runs with the chosen arguments put in, and those for which nothing is chosen yet.
-
-    Chosen are the values with the highest mean of the task's one score at the last evaluation, once all that were tried
-    for a row have ended. Values with a failed run cannot be chosen; of equal scores the first listed wins.
-    """
-    if not experiment.tuning:
-        return experiment.runs, []
-    lines, states = places.lines(), places.states(experiment.tuning)
-    scores: dict[tuple, dict[str, list[float]]] = {}
-    for run in experiment.tuning:
-        without = -inf if states[run.folder] == "failed" else nan
-        score = lines[run.folder]["last"] if states[run.folder] == "finished" else without
-        scores.setdefault(run.row, {}).setdefault(json.dumps(run.tried), []).append(score)
-    ready, waiting = [], []
-    for run in experiment.runs:
-        means = {values: fmean(own) for values, own in scores[run.row].items()}
-        if any(map(isnan, means.values())) or max(means.values()) == -inf:
-            waiting.append(run)
-        else:
-            chosen = json.loads(max(means, key=means.__getitem__))
-            ready.append(replace(run, arguments=run.arguments | chosen, tried=chosen))
-    return ready, waiting
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -154,7 +114,7 @@ class SweepLoop:
 
     launcher: LocalLauncher | SlurmLauncher
     places: Places
-    total: int
+    runs: list[Run]
     rerun_changed: bool = False
     finished: int = 0
     failures: dict[str, str] = field(default_factory=dict)
@@ -168,7 +128,7 @@ class SweepLoop:
             caught.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
         interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log keeps every bar
-        self.bar = tqdm(total=self.total, desc=self.places.measured.stem, unit="run", mininterval=interval)
+        self.bar = tqdm(total=len(self.runs), desc=self.places.measured.stem, unit="run", mininterval=interval)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,11 +140,14 @@ class SweepLoop:
         self.stopped_by = self.stopped_by or number
         self._stop_count += 1
 
-    def run(self, runs: list[Run]) -> None:
-        """Run what is not finished; returns when all have ended, or after a signal when those running have ended."""
-        states = self.places.states(runs)
-        pending = [run for run in runs if states[run.folder] != "finished"]
-        self.bar.update(len(runs) - len(pending))
+    def run(self, states: dict[str, str]) -> None:
+        """Run what is not finished; returns when all have ended, or after a signal when those running have ended.
+
+        Args:
+            states: of the runs, see :meth:`Places.states`.
+        """
+        pending = [run for run in self.runs if states[run.folder] != "finished"]
+        self.bar.update(len(self.runs) - len(pending))
         # Folder → the run, the time of the record that its start found, and what was started.
         running: dict[str, tuple[Run, int | None, LocalJob | SlurmJob]] = {}
         told = 0
@@ -252,7 +215,7 @@ class SweepLoop:
 def run_experiment(
     experiment: Experiment, places: Places, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False
 ) -> int:
-    """Run the tuning stage (if any) and the final stage; returns the exit code, see :meth:`SweepLoop.summary`.
+    """Run what is not finished; returns the exit code, see :meth:`SweepLoop.summary`.
 
     Args:
         rerun_changed: run again, from the start, what was made with other arguments or contents.
@@ -260,21 +223,20 @@ def run_experiment(
     Raises:
         UsageError: for runs that were made otherwise, and where another process works in the folder.
     """
-    tuning = experiment.tuning
     for folder in (places.output, places.measured.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(places.output / ".lock", f"another sweep is running in {places.output}; wait for it or stop it"):
-        if not rerun_changed:  # before hours of work, as far as the choices are known
-            places.check_unchanged([*tuning, *chosen_runs(experiment, places)[0]])
-        with SweepLoop(launcher, places, len(tuning) + len(experiment.runs), rerun_changed) as loop:
-            loop.run(tuning)
-            ready, waiting = chosen_runs(experiment, places)
-            if not loop.stopped_by:
-                for run in waiting:
-                    loop.failures[run.folder] = "its tuning is not complete: a run has not ended, or all values failed"
-                if not rerun_changed:
-                    places.check_unchanged(ready)
-                loop.run(ready)
+        states = places.states(experiment.runs)
+        changed = [run for run in experiment.runs if states[run.folder] == "changed"]
+        if changed and not rerun_changed:
+            differences = ", ".join(places.changes(changed[0], places.lines()[changed[0].folder]))
+            raise UsageError(
+                f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments or contents "
+                f"({differences}); pass --rerun_changed to make them again, or give the experiment a new name (of "
+                "compare.py: --name)"
+            )
+        with SweepLoop(launcher, places, experiment.runs, rerun_changed) as loop:
+            loop.run(states)
         return loop.summary()
 
 

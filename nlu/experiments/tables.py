@@ -127,25 +127,21 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
 def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
     """The runs that tried learning rates, with `row`, the label without the rate, and `value`, the rate.
 
-    They are a selection stage, or the final runs of a grid that has the learning rate as an axis.
+    They are those of a grid that has the learning rate as an axis, or of old records the selection stage.
     """
-    tried = every[
-        [
-            stage == "select" and "learning_rate" in values
-            for stage, values in zip(every.stage, every.tried, strict=True)
-        ]
-    ]
+    tried = every[every.stage == "select"]
     if len(tried):
         return tried.assign(row=tried.label, value=[float(values["learning_rate"]) for values in tried.tried])
-    grid = every[["learning_rate" in axes for axes in every["axes"]]]
+    grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
     rows = [re.sub(r", learning_rate=[^,]+", "", label) for label in grid.label]
     return grid.assign(row=rows, value=[float(axes["learning_rate"]) for axes in grid["axes"]])
 
 
 def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
-    """What tuning tried: for each row, task and values the mean score and loss, and whether the final runs took them.
+    """What tuning tried: for each row and rate the mean score on each task, and the choice, see :func:`choose_rates`.
 
-    In a grid of learning rates, one rate is chosen for all tasks, see :func:`choose_rates`.
+    Of a selection stage in old records: for each row, task and values the mean score and loss, and whether the final
+    runs took them.
     """
     tried = every[every.stage == "select"]
     if len(tried):
@@ -159,7 +155,7 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
     if not len(rates):
         return pd.DataFrame()
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
-    return choose_rates(rates).merge(scores.reset_index(), on=["row", "value"])
+    return choose_rates(rates).merge(scores.reset_index(), "left", on=["row", "value"])
 
 
 def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
@@ -299,10 +295,3 @@ def markdown(text: pd.DataFrame) -> str:
     cells = text.map(markdown_text).rename(columns=markdown_text)
     sides = ["left", *["right"] * (len(cells.columns) - 1)]
     return cells.to_markdown(index=False, colalign=sides, disable_numparse=True, tablefmt="pipe")
-
-
-def latex(text: pd.DataFrame, name: str, caption: str) -> str:
-    """A printed table as a `table` environment for the booktabs package; letters beyond ASCII are UTF-8."""
-    plain = text.replace("−", "-", regex=True)
-    sides = "l" + "r" * (len(text.columns) - 1)
-    return plain.to_latex(index=False, escape=True, column_format=sides, caption=caption, label=f"tab:{name}")

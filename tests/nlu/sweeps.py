@@ -16,7 +16,6 @@ BASIC = {
     "base": {"model_name_or_path": "/models/encoder", "bf16": True},
     "grid": {"method": ["lora", "lora2"], "task_name": ["cola", "rte"], "seed": [1, 2]},
 }
-SELECT = {"values": {"learning_rate": [1e-3, 2e-3]}, "seeds": [7], "set": {"holdout_fraction": 0.2}}
 ONE = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
 
 

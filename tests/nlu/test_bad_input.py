@@ -71,10 +71,6 @@ experiments = st.fixed_dictionaries(
     optional={
         "exclude": st.lists(mappings, max_size=2) | anything,
         "overrides": st.lists(st.fixed_dictionaries({"when": mappings, "set": mappings}), max_size=2) | anything,
-        "select": st.fixed_dictionaries(
-            {"values": st.just({"learning_rate": [1e-3]}) | mappings, "seeds": st.lists(labels), "set": mappings},
-            optional={"overrides": anything, "typo": mappings},
-        ),
         "typo": anything,
     },
 )

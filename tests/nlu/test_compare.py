@@ -61,18 +61,24 @@ def test_a_method_whose_runs_failed_has_no_row_and_the_code_says_so(call, tmp_pa
 
 
 @pytest.mark.slow
-def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path):
-    """The stand-in's score is highest at 2e-3."""
-    code, shown, err = call("--methods", "lora,full", "--seeds", "1", "--tune")
+def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, monkeypatch):
+    """The stand-in's score is highest at 2e-3. A method whose rates all fail has no final runs."""
+    code, shown, err = call("--methods", "lora,full,lora2:weight_decay=1", "--seeds", "2", "--tune")
     assert "heads without a rate of their own train at the one that is chosen" in err
-    assert code == 0 and "LoRA 'learning_rate': 0.003 (" in shown
-    lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
-    rates = {each["method"]: each["asked"]["learning_rate"] for each in lines if each["stage"] == "final"}
-    assert rates == {"lora": 3e-3, "full": 6e-5}  # 3e-3 is nearest to 2e-3; full's file has 2e-5
-    held_out = [each["asked"] for each in lines if each["stage"] == "select"]
-    assert {each["seed"] for each in held_out} == {101}  # none of the comparison's own
-    assert {each["holdout_fraction"] for each in held_out} == {0.1} and len(held_out) == 3 + 3
+    assert code == 1 and "failed: lora2:weight_decay=1 has no final runs: " in err
+    assert "Learning rates chosen by the held-out score: LoRA 0.003, full fine-tuning 6e-05." in shown
+    final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl")]
+    # 3e-3 is nearest to 2e-3; full's file has 2e-5
+    assert [(each["method"], each["learning_rate"]) for each in final] == [("full", 6e-5)] * 2 + [("lora", 3e-3)] * 2
+    assert not any("holdout_fraction" in each for each in final)
+    held_out = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola-tuning.jsonl")]
+    assert {(each["seed"], each["holdout_fraction"]) for each in held_out} == {(101, 0.1)} and len(held_out) == 9
     assert (tmp_path / "compare-cola/comparison_rates.png").read_bytes()[:4] == b"\x89PNG"
+    run = compare._run  # of the same tuning, one run has left no line
+    monkeypatch.setattr(compare, "_run", lambda *each: (1, run(*each)[1][1:]))
+    code, _, err = call("--methods", "lora,full", "--seeds", "1", "--tune")
+    assert code == 1 and "failed: lora has no final runs: its tuning is not complete" in err
+    assert "full has no final" not in err
 
 
 @pytest.mark.slow
@@ -121,7 +127,8 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
     [
         (["--methods", "lora2,lora:task_name=mrpc"], "give --task_name for all methods"),
         (["--methods", "lora:seed=3"], "--seed is set for each run"),
-        (["--methods", "lora", "--tune", "--learning_rate", "1"], "leave --learning_rate out"),
+        (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
+        (["--methods", "lora", "--tune", "--holdout_fraction", "0.2"], "--tune sets --holdout_fraction itself"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
@@ -141,5 +148,5 @@ def test_a_value_of_one_method_may_hold_a_colon():
 def test_evaluations_are_by_epoch_unless_their_steps_are_given(steps, strategy):
     words = ["--methods", "lora", "--task_name", "cola", "--model_name_or_path", "base", *steps]
     args, rest = compare.own_parser().parse_known_args(words)
-    (run, *_) = compare.plan(args, compare.flag_values(rest)).runs
+    run = compare.plan(args, compare.flag_values(rest))[1].runs[0]
     assert run.arguments["eval_strategy"] == strategy and run.arguments["do_train"] and run.arguments["do_eval"]

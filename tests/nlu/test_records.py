@@ -29,14 +29,14 @@ from tests.nlu.measured_lines import line
 def test_a_line_holds_what_a_real_run_left(finished, tmp_path):
     record = finished[1]
     axes = {"method": "lora2", "task_name": "cola", "seed": 3}
-    made = measured_line(Run("trial", "final", "lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
+    made = measured_line(Run("lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
     write_line(tmp_path / "trial.jsonl", made["run"], made)
     assert read_lines(tmp_path / "trial.jsonl") == [json.loads(json.dumps(made))]
     made["label"] = "in\u2028two\x85parts"
     write_line(tmp_path / "trial.jsonl", made["run"], made)
     assert read_lines(tmp_path / "trial.jsonl") == [json.loads(json.dumps(made))]
     made["label"] = "LoRA²"
-    assert (made["label"], made["stage"], made["task"], made["seed"]) == ("LoRA²", "final", "cola", 3)
+    assert (made["label"], made["task"], made["seed"]) == ("LoRA²", "cola", 3)
     assert made["evaluations"]["step"] == [3, 6]
     assert made["evaluations"]["matthews_correlation"][-1] == made["last"] == record["last"]
     assert made["evaluations"]["loss"] == [entry["loss"] for entry in record["evaluations"]]
@@ -98,7 +98,7 @@ def test_the_sum_of_the_learning_rates(every):
 
 
 def test_the_norm_is_the_last_of_the_history_and_what_is_no_result_counts_as_failed():
-    run = Run("trial", "final", "a", {"method": "lora"}, {"method": "lora", "seed": 1})
+    run = Run("a", {"method": "lora"}, {"method": "lora", "seed": 1})
     evaluations = [{"step": 1, "epoch": 1.0, "loss": 0.3, "accuracy": 0.5}]
     record = {"status": "finished", "method": "lora", "seed": 1, "last": 0.5, "metric": "accuracy",
               "evaluations": evaluations}  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_run_that_no_sweep_started_has_a_line_by_its_model(finished, tmp_path)
     path = publish_run(folder, tmp_path / "output/measured", record)
     assert path == tmp_path / f"output/measured/{record['model']}.jsonl"
     (made,) = read_lines(path)
-    assert made["label"] == "LoRA²" and made["stage"] == "final" and made["last"] == record["last"]
+    assert made["label"] == "LoRA²" and made["last"] == record["last"]
     assert made["axes"] == {"method": "lora2", "task_name": "cola", "seed": 3}
     publish_run(folder, tmp_path / "output/measured", record | {"status": "failed", "error": "boom"})
     assert [line["status"] for line in read_lines(path)] == ["failed"]  # of one folder there is one line
@@ -126,18 +126,17 @@ def test_a_run_that_no_sweep_started_has_a_line_by_its_model(finished, tmp_path)
 def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
     path = tmp_path / "measured/trial.jsonl"
     lines = [line("LoRA r=8", "cola", seed, [0.1]) for seed in (3, 1, 2)]
-    lines.append(line("LoRA r=8", "cola", 9, [0.1], stage="select"))
-    for each in [lines[3], *lines[:3]]:
+    for each in lines:
         write_line(path, each["run"], each)
     whole = path.read_bytes()
-    assert [each["seed"] for each in read_lines(path)] == [1, 2, 3, 9]
+    assert [each["seed"] for each in read_lines(path)] == [1, 2, 3]
     for each in lines:  # the same lines in another order give the same bytes
         write_line(path, each["run"], each)
     assert path.read_bytes() == whole
     write_line(path, lines[0]["run"], lines[0] | {"last": 0.2})
     assert read_lines(path)[2]["last"] == 0.2
     write_line(path, lines[0]["run"], None)
-    assert [each["seed"] for each in read_lines(path)] == [1, 2, 9]
+    assert [each["seed"] for each in read_lines(path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +147,7 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
         {"evaluations": {"step": [1], "loss": [0.1]}},
         {"evaluations": {"step": [1], "loss": [0.1, 0.2], "matthews_correlation": [0.1]}},
         {"evaluations": {"step": [1], "loss": ["low"], "matthews_correlation": [0.1]}},
-        {"run": "final/LoRA r=8-cola-{'learning_rate': 0.001}-1"},  # that of the first line
+        {"run": "LoRA r=8-cola-1"},  # that of the first line
     ],
 )
 def test_a_line_that_tables_could_not_compute_with_is_named(tmp_path, change):

@@ -11,7 +11,7 @@ from nlu.experiments.claims import Question
 from nlu.experiments.comparison import advice, answer
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import as_frame
-from nlu.experiments.tables import score_frame
+from nlu.experiments.tables import score_frame, tuning_runs
 from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 
@@ -51,9 +51,7 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert "[curves](figures/trial_curves.png)" in page
     assert "- And elsewhere? Not measured yet (`configs/experiments/recipe.yaml`)." in page
     figures = {path.stem.rpartition("_")[2] for path in (tmp_path / "figures").iterdir()}
-    assert figures == {"differences", "curves", "rates"}
-    tuning = table(tmp_path, "tuning")
-    assert set(tuning.experiment) == {"trial"} and set(tuning.tried[tuning.chosen]) == {"{'learning_rate': 0.001}"}
+    assert figures == {"differences", "curves"}
 
 
 def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, tmp_path):
@@ -67,19 +65,13 @@ def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, 
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
     runs = as_frame(("one", line("LoRA r=8", "rte", s, [0.5, 0.6])) for s in (1, 2))
     scores = score_frame(runs, Question("", "one"))
-    assert len({draw("one", runs, scores)[0].image("svg") for _ in range(2)}) == 1
-
-
-def test_latex_is_made_on_request(make, tmp_path):
-    assert make(trial(2), "--format", "latex")[0] == 0
-    text = (tmp_path / "tables/trial.tex").read_text()
-    assert "LoRA² k=8" in text and text.count(r"\\") == 1 + 5
+    assert len({draw("one", runs, scores, runs[:0])[0].png() for _ in range(2)}) == 1
 
 
 def test_nothing_is_shown_of_a_question_before_its_last_seed(make, tmp_path):
     question = QUESTIONS["questions"][0] | {"seeds": 3, "against": ["LoRA r=8"], "claims": []}
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
-    make(lines[:-5], questions={"questions": [question]})  # without the last seed of one row and task
+    make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
     page = (tmp_path / "README.md").read_text()
     assert "score more on its tasks? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
     assert not (tmp_path / "tables").exists()
@@ -135,17 +127,22 @@ def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
 
 
 def test_a_grid_of_rates_is_shown_with_the_one_that_is_chosen(make, tmp_path):
+    scores = {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.7, 8e-3: None}
     lines = []
-    for rate, score, loss in ((1e-3, 0.5, 0.1), (2e-3, 0.6, 0.1), (4e-3, 0.7, 0.1), (8e-3, 0.0, 0.6)):
+    for rate, score in scores.items():
         axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "cola"}
-        lost = {"training_loss": [loss] * 20, "constant_loss": 0.6}
-        lines.append(line(f"LoRA r=8, learning_rate={rate:g}", "cola", 201, [score], axes=axes, tried={}, **lost))
-        lines[-1]["run"] = f"{rate}"
+        status = "finished" if score else "failed"
+        label = f"LoRA r=8, learning_rate={rate:g}"
+        lines.append(line(label, "cola", 201, [score or 0.0], axes=axes, status=status))
     question = {"question": "Which rate?", "experiment": "trial", "tuning": True}
     assert make(lines, questions={"questions": [question]})[0] == 0
     page = (tmp_path / "README.md").read_text()
     marks = dict(re.findall(r"^\| LoRA r=8 \| +([\d.]+) \|.*\| +(\w*) \|$", page, re.M))
     assert marks == {"0.001": "", "0.002": "chosen", "0.004": "barred", "0.008": "barred"}
+    runs = as_frame(("trial", each) for each in lines)
+    (rates,) = draw("trial", runs, score_frame(runs, Question("", "trial")), tuning_runs(runs))
+    drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in rates.figure.axes[0].get_lines()]
+    assert rates.name == "trial_rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]
 
 
 def test_claims_are_corrected_for_the_number_of_their_question(make, tmp_path):
@@ -200,17 +197,17 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
 def test_an_axis_of_scores_ends_at_what_a_score_can_be_and_one_evaluation_is_no_curve():
     lines = [line("LoRA r=8", "rte", s, [0.9, 1.0]) for s in (1, 2)]
     runs = as_frame(("one", each) for each in lines)
-    (curves,) = draw("one", runs, score_frame(runs, Question("", "one")))
+    (curves,) = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])
     assert curves.figure.axes[0].get_ylim()[1] == 100
     single = as_frame(("one", each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]}) for each in lines)
-    assert draw("one", single, score_frame(single, Question("", "one"))) == []
+    assert draw("one", single, score_frame(single, Question("", "one")), single[:0]) == []
 
 
 def test_live_ranks_are_drawn_for_each_row_that_prunes():
     ranks = {f"encoder.layer.{i}.attention.{name}": i + 1 for i in (0, 1) for name in ("query", "key")}
     lines = [line("LoRA² k=8", "rte", 1, [0.5, 0.6], module_ranks=ranks), line("LoRA r=8", "rte", 1, [0.5, 0.6])]
     runs = as_frame(("one", each) for each in lines)
-    drawing = draw("one", runs, score_frame(runs, Question("", "one")))[-1]
+    drawing = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])[-1]
     assert drawing.name == "one_ranks" and [axes.get_title(loc="left") for axes in drawing.figure.axes] == ["LoRA² k=8"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]
 
@@ -220,3 +217,8 @@ def test_a_page_that_is_no_report_stays(make, tmp_path):
     code, _, said = make(trial())
     assert code == 2 and "is no report, and would be replaced: give another --output_dir" in said
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()
+
+
+def test_only_names_an_experiment_that_there_is(make):
+    code, out, err = make(trial(1), "--only", "trail")
+    assert (code, out) == (2, "") and err == "error: --only trail is no experiment; there are trial, recipe\n"

@@ -16,7 +16,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment, place_free
 from nlu.experiments.launchers import LocalLauncher
 from nlu.experiments.sweep_loop import Places, SweepLoop
-from tests.nlu.sweeps import BASIC, ONE, SELECT, lines_of, places_of, record_of
+from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
 
@@ -42,6 +42,10 @@ def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
     path = tmp_path / "measured/trial.jsonl"
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"run": "lora-cola-seed=1"' not in line))
+    shown = run_sweep(BASIC, "--dry_run", "--only", "lora-cola")[1]
+    assert re.findall(r"^(finished|to do) +(\S+)$", shown, re.M) == [
+        ("to do", "lora-cola-seed=1"), ("finished", "lora-cola-seed=2")
+    ]  # fmt: skip
     code, out, _ = run_sweep(BASIC, "--set", "model_name_or_path=/elsewhere/encoder")  # another place, the same model
     assert code == 0 and "1 run(s) finished now" in out
     again = [path.parent.name for path, at in before.items() if path.stat().st_mtime_ns != at]
@@ -106,43 +110,8 @@ def test_a_failed_run_has_no_line_while_it_is_made_again(run_sweep, tmp_path):
 
     loop, runs = loop_of(tmp_path, start, content)
     with pytest.raises(UsageError, match="enough"), loop:
-        loop.run(runs)
+        loop.run(loop.places.states(runs))
     assert seen == [(True, ["lora-cola-seed=2", "lora-cola-seed=3"])]
-
-
-def test_tuning_takes_the_highest_mean_score_over_its_seeds(run_sweep, tmp_path):
-    content = BASIC | {"grid": ONE, "select": SELECT | {"seeds": [7, 8]}}
-    code, out, _ = run_sweep(content)
-    assert code == 0 and "5 run(s) finished now" in out
-    lines = lines_of(tmp_path)
-    assert lines["lora-cola-seed=1"]["tried"] == {"learning_rate": 2e-3}
-    assert lines["lora-cola-seed=1"]["asked"]["learning_rate"] == 2e-3
-    assert "holdout_fraction" not in lines["lora-cola-seed=1"]["asked"]
-    assert sorted(name for name in lines if name.startswith("select/")) == [
-        f"select/lora-cola-learning_rate={rate}-seed={seed}" for rate in (0.001, 0.002) for seed in (7, 8)
-    ]
-    # By the score and not by the loss, and never a value of which a run failed.
-    path = tmp_path / "measured/trial.jsonl"
-    edited = [json.loads(text) for text in path.read_text().splitlines()]
-    edited = [line for line in edited if line["stage"] == "select"]
-    for line in edited:
-        line["evaluations"]["loss"] = [0.1 if line["tried"]["learning_rate"] == 1e-3 else 0.9]
-    path.write_text("".join(json.dumps(line) + "\n" for line in edited))
-    assert re.search(r"to do +lora-cola-seed=1\n.*--learning_rate=0.002", run_sweep(content, "--dry_run")[1])
-    edited[-1]["status"] = "failed"
-    path.write_text("".join(json.dumps(line) + "\n" for line in edited))
-    assert re.search(r"to do +lora-cola-seed=1\n.*--learning_rate=0.001", run_sweep(content, "--dry_run")[1])
-
-
-def test_final_runs_wait_for_a_tuning_that_has_not_ended(run_sweep, tmp_path):
-    rules = [{"when": {"method": "lora2"}, "set": {"weight_decay": 2}}]
-    content = BASIC | {"grid": ONE | {"method": ["lora", "lora2"]}, "select": SELECT | {"overrides": rules}}
-    code, _, err = run_sweep(content)
-    assert code == 1 and "failed: lora2-cola-seed=1: its tuning is not complete" in err
-    assert "lora-cola-seed=1" in lines_of(tmp_path) and "lora2-cola-seed=1" not in lines_of(tmp_path)
-    assert "waits for its tuninglora2-cola-seed=1" in run_sweep(content, "--dry_run")[1]
-    code, out, _ = run_sweep(content, "--only", "^lora-")
-    assert code == 0 and "0 run(s) finished now" in out
 
 
 @pytest.mark.slow
@@ -226,7 +195,8 @@ def loop_of(tmp_path, start, content=THREE):
     places = Places(tmp_path / "measured/trial.jsonl", tmp_path / "output/trial", ["run"])
     launcher = LocalLauncher(2)
     launcher.start = start
-    return SweepLoop(launcher, places, 3), load_experiment(path).runs
+    runs = load_experiment(path).runs
+    return SweepLoop(launcher, places, runs), runs
 
 
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
@@ -240,5 +210,5 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
     signals, looks, job = [signal.SIGINT, signal.SIGTERM], [], Job(poll)
     loop, runs = loop_of(tmp_path, lambda command, log: job)
     with loop:
-        loop.run(runs[:1])
+        loop.run({run.folder: "to do" if run is runs[0] else "finished" for run in runs})
     assert job.heard == ["stop", "kill"] and loop.summary() == 128 + signal.SIGINT
