@@ -135,12 +135,12 @@ class ExactFactors:
 def make_orthonormal(model: nn.Module) -> None:
     """Make every factor that trains, of the layers with singular values, orthonormal; ΔW stays as it is.
 
-    Where e = 0, the factors are replaced by the nearest orthonormal ones. Where only some e_i are 0 (a pruned adapter),
-    their columns and rows are drawn anew, if that makes the factors orthonormal; these e_i can then grow again.
+    Where e = 0, the factors are replaced by the nearest orthonormal ones.
 
     Raises:
         ValueError: for a model without such factors, factors in half precision, and where ΔW is not 0 and its factors
-            are not orthonormal: to make them so would change it. The model is unchanged then.
+            are not orthonormal, as those of a pruned adapter: to make them so would change it. The model is unchanged
+            then.
     """
     trained = distinct_factors(svd_layers(model).values(), trained=True)
     if not trained:
@@ -155,50 +155,17 @@ def make_orthonormal(model: nn.Module) -> None:
         )
     if factors_are_orthonormal(trained):
         return
-    values: dict[nn.Parameter, Tensor] = {}
     for name, layer in svd_layers(model).items():
-        own, live = distinct_factors([layer], trained=True), layer.lora_E.detach().cpu() != 0
-        if not own or not live.any() or factors_are_orthonormal(own):
-            continue
-        left, right = layer.lora_B[-1], layer.lora_A[-1]
-        values |= {left: _completed(left.detach(), live), right: _completed(right.detach().T, live).T}
-        if not factors_are_orthonormal([values.get(f, f) for f in own]):
+        own = distinct_factors([layer], trained=True)
+        if own and layer.lora_E.detach().any() and not factors_are_orthonormal(own):
             raise ValueError(
-                f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter "
-                "trained with exact factors and, where k < r, loaded without compact"
+                f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter that "
+                "was trained with exact factors and not pruned"
             )
     for factor in trained:
-        value = values.get(factor, factor.detach())
-        factor.data.copy_(value if factors_are_orthonormal([value]) else _polar(value))
-
-
-def _polar(factor: Tensor) -> Tensor:
-    """The polar factor, float64. Zeros have no directions to keep, and are drawn."""
-    if not factor.any():
-        return _orthonormal(*factor.shape)
-    u, _, v = torch.linalg.svd(factor.double(), full_matrices=False)
-    return u @ v
-
-
-def _orthonormal(rows: int, columns: int) -> Tensor:
-    """A random matrix with orthonormal rows or columns, float64, the same in every process."""
-    return nn.init.orthogonal_(torch.empty(rows, columns).double(), generator=torch.Generator().manual_seed(0))
-
-
-def _completed(factor: Tensor, live: Tensor) -> Tensor:
-    """A factor X (m, r) with its columns D that are not ``live`` (r,) drawn from what the live ones, L, leave out.
-
-    X Xᵀ = I where X_D X_Dᵀ = I − X_L X_Lᵀ = U (I − Σ²) Uᵀ, for X_L = U Σ Vᵀ; so is XᵀX where m ≥ r.
-    """
-    u, values, _ = torch.linalg.svd(factor[:, live].double().cpu())
-    left_out = torch.ones_like(u[0])
-    left_out[: len(values)] -= values.square()
-    columns, pruned = (u * left_out.clamp(min=0).sqrt()).flip(1), int((~live).sum())
-    if pruned > len(u):  # all of them, mixed by orthonormal rows
-        columns = columns @ _orthonormal(len(u), pruned)
-    factor = factor.clone()
-    factor[:, ~live] = columns[:, :pruned].to(factor)
-    return factor
+        if not factors_are_orthonormal([factor]):
+            u, _, v = torch.linalg.svd(factor.detach().double(), full_matrices=False)
+            factor.data.copy_(u @ v)  # the polar factor
 
 
 def inverse_root(gram: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]
     try:
         config = loralib.start_from_adapter(model, arguments.model.lora_path)
         if method.orthogonality == "retraction":
-            make_orthonormal(model)  # completes the factors where singular values were pruned
+            make_orthonormal(model)  # refuses an update that exact factors would change
     except ValueError as error:
         flags = "--model_name_or_path, --method, --lora_module, --lora_r, --lora_k, --lora_share_outer"
         raise UsageError(f"--lora_path: {error} (flags: {flags})") from None

@@ -31,7 +31,8 @@ SHAPES = [
 
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
 def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
-    """g − X sym(Xᵀg) as written, for X tall; and XᵀG is skew afterwards, which is what tangent means."""
+    """g − X sym(Xᵀg) as written, for X tall, below autocast too; and XᵀG is skew afterwards, which is what tangent
+    means."""
     model = model_of(widths, share_outer, r=r)
     exact = ExactFactors(model)
     expected = {}
@@ -44,7 +45,8 @@ def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
         expected[id(factor)] = result if factor.shape[0] >= factor.shape[1] else result.T
     without, *_ = factors_of(model)
     without.grad = None
-    exact.before_step()
+    with torch.autocast("cpu", torch.bfloat16):
+        exact.before_step()
     assert without.grad is None
     for factor in (f for f in factors_of(model) if f is not without):
         torch.testing.assert_close(factor.grad.double(), expected[id(factor)], atol=1e-6, rtol=0)
@@ -106,31 +108,6 @@ def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
         ExactFactors(blocks("lora", r=2))
 
 
-@pytest.mark.parametrize("start", ["load", "start"])
-@pytest.mark.parametrize("widths, share_outer, r", SHAPES)
-def test_a_pruned_adapter_trains_on_with_its_update_as_it_was(widths, share_outer, r, start, tmp_path):
-    """Below autocast too. Saving leaves out what was pruned, here all of one layer's."""
-    model = model_of(widths, share_outer, r=r)
-    for layer, live in zip(loralib.lora_layers(model).values(), ([0, 2], [], [1]), strict=True):
-        layer.lora_E.data[live] = 1 + torch.arange(len(live)).float()
-    loralib.save_adapter(model, tmp_path / "a", base_model="base")
-    again = model_of(widths, share_outer, init="gaussian", r=r) if start == "start" else nn.ModuleDict(
-        {"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(12, 9)}) for _ in range(3))})  # fmt: skip
-    again.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" not in n}, strict=False)
-    (loralib.load_adapter if start == "load" else loralib.start_from_adapter)(again, tmp_path / "a")
-    updates = [layer.delta_weight() for layer in loralib.lora_layers(again).values()]
-    with torch.autocast("cpu", torch.bfloat16):
-        exact = ExactFactors(again)
-        assert deviations(factors_of(again)).max() < 1e-3
-        exact.after_step()
-        assert deviations(factors_of(again)).max() < 1e-5
-    for layer, update in zip(loralib.lora_layers(again).values(), updates, strict=True):
-        torch.testing.assert_close(layer.delta_weight(), update, atol=1e-5, rtol=0)
-        layer(torch.randn(8, 12)).square().sum().backward()
-        assert layer.lora_E.grad.all()
-    exact.before_step()
-
-
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share_outer, r, fused):
@@ -144,7 +121,8 @@ def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share
         exact.before_step()
         optimizer.step()
         expected = [polar(factor) for factor in factors]
-        exact.after_step()
+        with torch.autocast("cpu", torch.bfloat16):
+            exact.after_step()
         for factor, wanted in zip(factors, expected, strict=True):
             torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
     assert deviations(factors_of(model)).max() < 1e-6

@@ -93,19 +93,6 @@ def test_a_warm_start_of_exact_factors_needs_orthonormal_ones(flags, tmp_path, c
     assert "not orthonormal" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("width", [pytest.param("8", marks=pytest.mark.slow), "3"])
-def test_a_pruned_adapter_of_exact_factors_starts_another_training(flags, width, tmp_path):
-    """What was pruned grows again, also where k < r and what is left of a factor is not orthonormal by itself."""
-    pruning = ["--rank_allocation", "True", "--target_rank", "4", "--mask_interval", "1", "--learning_rate", "1e-2"]
-    plus = [*PLUS, "--lora_k", width, "--lora_r", "8"]
-    assert run(flags, tmp_path / "pruned", *plus, *pruning)["live_budget"] < 8 * 12
-    start = ["--lora_path", str(tmp_path / "pruned/adapter"), "--seed", "7"]
-    going_on = run(flags, tmp_path / "on", *plus, *start)
-    assert going_on["history"][-1]["orthonormality"] < 2e-6
-    factors = load_file(tmp_path / "on/adapter/adapter_model.safetensors")
-    assert all((values != 0).all() for name, values in factors.items() if name.endswith("lora_E"))
-
-
 # ---- the adapter that a run leaves, and the warm start from one -----------------------------------------------------
 
 
