@@ -112,7 +112,7 @@ def step(
     loss = F.cross_entropy(logits.float(), labels) + applied.low_rank.penalty()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    applied.low_rank.before_step()
+    applied.low_rank.before_step(optimizer)
     optimizer.step()
     applied.low_rank.after_step()
     if applied.gates is not None:

@@ -112,7 +112,7 @@ class PeftAdaLora:
     def penalty(self) -> torch.Tensor | float:
         return 0.0
 
-    def before_step(self) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         pass
 
     def after_step(self) -> None:
@@ -243,7 +243,7 @@ def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in trained.optimizer.param_groups for p in group["params"]], 1.0)
     if loop is not None:
-        loop.before_step()
+        loop.before_step(trained.optimizer)
     trained.optimizer.step()
     if loop is not None:
         loop.after_step()
@@ -255,7 +255,7 @@ def method_step(trained: Trained) -> None:
     penalty = trained.loop.penalty()
     if isinstance(penalty, torch.Tensor):
         penalty.backward()
-    trained.loop.before_step()
+    trained.loop.before_step(trained.optimizer)
     trained.loop.after_step()
 
 

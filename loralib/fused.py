@@ -8,7 +8,7 @@ node in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 # Whether a transform of torch.func is active, which takes no autograd function of the form below.
 transformed = torch._C._are_functorch_transforms_active
@@ -51,14 +50,6 @@ def add_product_(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if _ONEDNN and out.dtype == torch.float32 and out.device.type == "cpu":
         return out.add_(product(x, weight))
     return out.addmm_(x, weight.T)
-
-
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
-        """What ``FlopCounterMode`` counts for :func:`product`: two for each multiplication."""
-        return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

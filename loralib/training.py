@@ -23,7 +23,6 @@ from loralib.model import factors_of, lora_layers
 from loralib.orthogonality import compute_orth_regu
 
 REGU_WEIGHT = 0.1
-UNMOVED_STEPS = 30  # the loss scale of a GradScaler can skip some, and a rate that warms up begins at 0
 
 
 class LowRankTraining:
@@ -99,18 +98,26 @@ class LowRankTraining:
             scaler: a ``torch.amp.GradScaler``, whose ``step(optimizer)`` is then called; call its ``update()`` after.
 
         Raises:
-            ValueError: for an optimiser that lacks factors that train: it was made before ``inject()``.
+            ValueError: as :meth:`before_step`.
         """
-        refuse_other_parameters(optimizer, self.model)
-        self.before_step()
+        self.before_step(optimizer)
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
         self.after_step()
 
-    def before_step(self) -> None:
-        """For a loop that steps the optimiser itself: call this before, once the gradients are complete and clipped."""
+    def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
+        """For a loop that steps its optimisers itself: call this before, once the gradients are complete and clipped.
+
+        Raises:
+            ValueError: where the optimisers lack factors that train, which would never move: they were made before
+                ``inject()`` or ``compact()``.
+        """
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if any(factor.requires_grad and id(factor) not in held for factor in factors_of(self.model)):
+            raise ValueError("the optimiser lacks low-rank factors that train: make it after inject() and compact()")
         if self.constraint is not None:
             if self.steps_done == 0:
                 self.constraint.start()
@@ -119,9 +126,9 @@ class LowRankTraining:
     def after_step(self) -> None:
         """For a loop that steps the optimiser itself: call this after it, before the gradients are cleared.
 
-        Warns, once each, of layers that no gradient has reached in the first step (a model may read a weight past its
-        layer's forward pass, which ignores an update), of updates that are all still 0 after 30 steps or the last, and
-        at each step beyond ``total_steps``, which is often one of each batch where several are accumulated.
+        Warns once of layers that no gradient has reached in the first step (a model may read a weight past its layer's
+        forward pass, which ignores an update), and at each step beyond ``total_steps``, which is often one of each
+        batch where several are accumulated.
 
         Raises:
             RuntimeError: where pruning is asked for and the number of steps is unknown.
@@ -140,22 +147,14 @@ class LowRankTraining:
                 "take one for each of them, not for each accumulated batch",
                 stacklevel=2,
             )
-        if self.steps_done == min(UNMOVED_STEPS, self.total_steps or UNMOVED_STEPS):
-            self._warn_of_factors_that_never_moved()
         if self.allocator is not None:
             self.allocator.update_and_mask(self.steps_done)
 
-    def _warn_of_factors_that_never_moved(self) -> None:
-        values = _trained_amplitudes(self.model).values()
-        if values and not any(value.detach().any() for value in values):
-            warnings.warn(
-                f"after {self.steps_done} steps every update is still exactly 0: the optimiser does not hold their "
-                "factors (make it after inject()), or its rate was 0",
-                stacklevel=3,
-            )
-
     def _warn_of_layers_without_gradient(self) -> None:
-        trained = _trained_amplitudes(self.model)
+        # Of each layer the factor that is 0 while ΔW is 0: e, or B of plain LoRA.
+        layers = {name: layer for name, layer in lora_layers(self.model).items() if layer.r}
+        values = {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
+        trained = {name: value for name, value in values.items() if value.requires_grad}
         if missed := [name for name, parameter in trained.items() if parameter.grad is None]:
             warnings.warn(
                 f"in the first step no gradient reached {len(missed)} of {len(trained)} low-rank layers, {missed[0]} "
@@ -187,17 +186,3 @@ class LowRankTraining:
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
-
-
-def _trained_amplitudes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """For each layer the factor that is 0 while ΔW is 0, if it trains: e, or B of plain LoRA."""
-    layers = {name: layer for name, layer in lora_layers(model).items() if layer.r}
-    values = {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
-    return {name: value for name, value in values.items() if value.requires_grad}
-
-
-def refuse_other_parameters(optimizer: Any, model: nn.Module) -> None:
-    """Raises ValueError where a factor that trains is not among the optimiser's parameters, so that it never moves."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if any(factor.requires_grad and id(factor) not in held for factor in factors_of(model)):
-        raise ValueError("the optimiser lacks low-rank factors that train: make it after inject() and compact()")

@@ -87,7 +87,7 @@ class AdaLoraTraining:
         norms = [torch.linalg.matrix_norm(gram - eye) for gram, eye in zip(grams, eyes, strict=True)]
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
-    def before_step(self) -> None:
+    def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
         """Nothing: peft changes no gradient."""
 
     def after_step(self) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loralib.model import lora_layers, trained_tensors, unwrapped
-from loralib.training import LowRankTraining, refuse_other_parameters
+from loralib.training import LowRankTraining
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -53,8 +53,6 @@ class LowRankTrainerMixin(_Trainer):
 
     def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.optimizer is not None:  # otherwise the Trainer makes one of what trains
-            refuse_other_parameters(self.optimizer, self.model)
         self.low_rank = low_rank
         self.add_callback(_loop_callback(low_rank))
 
@@ -154,7 +152,7 @@ def _loop_callback(low_rank: LowRankTraining) -> Any:
                 low_rank.start(state.max_steps)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            low_rank.before_step()
+            low_rank.before_step(kwargs["optimizer"])
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             low_rank.after_step()

@@ -193,4 +193,5 @@ def test_a_helper_or_an_optimiser_made_for_another_model_is_refused(tmp_path):
         trainer.train()
     early = torch.optim.SGD(encoder("bert").parameters(), lr=0.1)
     with pytest.raises(ValueError, match="lacks low-rank factors"):
-        MyTrainer(model=model, args=plain(tmp_path), optimizers=(early, None), low_rank=loralib.LowRankTraining(model))
+        MyTrainer(model=model, args=plain(tmp_path), optimizers=(early, None), train_dataset=ROWS,
+                  low_rank=loralib.LowRankTraining(model)).train()  # fmt: skip

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_check import WAITING
 from benchmarks.losses import BATCH, method_flags, prepared, step
-from loralib import LowRankTraining
 from loralib.recipes import exact_factors
 from nlu.arguments import method_file
 from nlu.methods._bottleneck_layer import BottleneckAdapter
@@ -68,7 +67,6 @@ def on_device(rows):
 @pytest.fixture
 def no_contents(monkeypatch):
     """What looks at contents once in a training does not look."""
-    monkeypatch.setattr(LowRankTraining, "_warn_of_factors_that_never_moved", lambda self: None)
     monkeypatch.setattr(exact_factors, "factors_are_orthonormal", lambda factors: True)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     monkeypatch.setattr(BottleneckAdapter, "to", lambda self, device: self)  # a fake parameter cannot be moved
