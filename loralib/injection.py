@@ -25,7 +25,7 @@ PUBLISHED_MODULES = {
     "intermediate": r"(.*\.)?layer\.\d+\.intermediate\.dense",
     "layer.output": r"(.*\.)?layer\.\d+\.output\.dense",
 }
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, AUTO = "all-linear", "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CASTS = "loralib.interop.precision"  # whose hooks cast what a low-rank layer casts itself
 NEVER_CALLED = (
@@ -49,8 +49,9 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
 
     A pattern is one of the six published names (query, key, value, attention.output, intermediate, layer.output), a
     module name or its last dotted parts, a regular expression that matches a whole module name, or ``"all-linear"``:
-    every linear layer of a transformers model but its head. A linear layer is an ``nn.Linear`` itself: a subclass may
-    compute something else.
+    every linear layer of a transformers model but its head. ``"auto"``, given alone, is the six published names where
+    the model has all of them, else ``"all-linear"``. A linear layer is an ``nn.Linear`` itself: a subclass may compute
+    something else.
 
     Raises:
         ValueError: for a pattern that selects no linear layer, is no valid regular expression, or selects only the
@@ -59,6 +60,8 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     never_called = modules_never_called(model)
     names = [n for n, module in model.named_modules() if n and n not in never_called and is_linear(module)]
+    if patterns == [AUTO]:
+        patterns = list(PUBLISHED_MODULES) if all(_match_one(p, names) for p in PUBLISHED_MODULES) else [ALL_LINEAR]
     chosen: set[str] = set()
     for pattern in patterns:
         found = _all_linear(model, names) if pattern == ALL_LINEAR else _match_one(pattern, names)
@@ -71,17 +74,6 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     if not chosen:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
     return [name for name in names if name in chosen]
-
-
-def auto_modules(model: nn.Module) -> list[str]:
-    """The six published modules where the model has all of them, else all linear layers but the head.
-
-    Raises:
-        ValueError: as :func:`match_modules`.
-    """
-    names = [name for name, module in model.named_modules() if is_linear(module)]
-    published = all(_match_one(pattern, names) for pattern in PUBLISHED_MODULES)
-    return match_modules(model, PUBLISHED_MODULES if published else ALL_LINEAR)
 
 
 def modules_never_called(model: nn.Module) -> set[str]:

@@ -117,7 +117,10 @@ class LowRankTraining:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         if any(factor.requires_grad and id(factor) not in held for factor in factors_of(self.model)):
-            raise ValueError("the optimiser lacks low-rank factors that train: make it after inject() and compact()")
+            raise ValueError(
+                "the optimiser lacks low-rank factors that train: make it after inject() and compact(), for the model "
+                "that LowRankTraining was made for (in a Trainer: model=, not model_init=)"
+            )
         if self.constraint is not None:
             if self.steps_done == 0:
                 self.constraint.start()

@@ -16,15 +16,15 @@ transformers is imported only when a trainer is made.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from loralib.model import lora_layers, trained_tensors, unwrapped
+from loralib.model import trained_tensors, unwrapped
 from loralib.training import LowRankTraining
 
 if TYPE_CHECKING:
@@ -78,11 +78,13 @@ class LowRankTrainerMixin(_Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write what trains, once, under the model's own names; of a PeftModel its adapter too."""
         folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
-        if hasattr(model, "get_base_model"):  # a PeftModel; one into which peft has put layers has none
+        peft = sys.modules.get("peft")  # which is imported where there is a PeftModel
+        if peft is not None and isinstance(model, peft.PeftModel):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            write_trained(model, folder / TRAINED_FILE)
+            tensors = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
+            save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
@@ -107,36 +109,25 @@ class LowRankTrainerMixin(_Trainer):
         """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = os.path.join(checkpoint, STATE_FILE)
-            if not os.path.isfile(path):
-                raise ValueError(f"{path} is missing: go on from a checkpoint that was written without save_only_model")
+            state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
             self.low_rank.start(self.state.max_steps)
-            self.low_rank.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def write_trained(model: nn.Module, path: Path) -> None:
-    """Write :func:`loralib.model.trained_tensors` of a model to a safetensors file."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+            self.low_rank.load_state_dict(state)
 
 
 @torch.no_grad()
 def read_trained(model: nn.Module, path: Path) -> None:
-    """Copy the tensors of such a file into the model.
+    """Copy the tensors of a ``trained.safetensors`` into the model.
 
     Raises:
         FileNotFoundError: in a checkpoint that no Trainer with this mix-in has written. ValueError: where the model
             trains other parameters. The model is unchanged then.
     """
     saved, own = load_file(path), trained_tensors(model)
-    if odd := sorted(_shapes(saved).items() ^ _shapes(own).items()):
-        raise ValueError(f"{path} is of a training of other parameters than this model's (see {odd[0][0]})")
+    there, here = ({(name, *tensor.shape) for name, tensor in each.items()} for each in (saved, own))
+    if odd := there ^ here:
+        raise ValueError(f"{path} is of a training of other parameters than this model's (see {min(odd)[0]})")
     for name, tensor in own.items():
         tensor.copy_(saved[name])
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _loop_callback(low_rank: LowRankTraining) -> Any:
@@ -144,10 +135,6 @@ def _loop_callback(low_rank: LowRankTraining) -> Any:
 
     class LoopCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            model = kwargs["model"]
-            if not set(lora_layers(getattr(low_rank, "model", model)).values()) <= set(model.modules()):
-                raise ValueError("low_rank was made for another model than the Trainer trains: make it for that one, "
-                                 "and give the Trainer model=, not model_init=")  # fmt: skip
             if state.global_step == 0:  # a resumed training was started when its state was loaded
                 low_rank.start(state.max_steps)
 

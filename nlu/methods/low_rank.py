@@ -86,11 +86,8 @@ def adapted_modules(model: nn.Module, args: Any) -> list[str]:
         UsageError: for a pattern that selects none.
     """
     from loralib import match_modules
-    from loralib.injection import auto_modules
 
     head = {id(p) for p in head_parameters(model)}
-    if args.lora_module == "auto":
-        return [name for name in auto_modules(model) if id(model.get_submodule(name).weight) not in head]
     patterns = [pattern.strip() for pattern in re.split(r",(?!\d*\})", args.lora_module)]
     try:
         names = match_modules(model, patterns)

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import loralib
-from loralib import injection
 from loralib.model import is_bias
 from tests.loralib import small
 from tests.loralib.small import encoder, refused
@@ -133,10 +132,10 @@ def test_all_linear_is_every_linear_layer_but_the_head_and_auto_the_published_on
     bert, mpnet = build("bert"), build("mpnet")
     dense = {n for n, m in bert.named_modules() if type(m) is nn.Linear and n != "classifier"}
     assert set(loralib.match_modules(bert, "all-linear")) == dense
-    assert injection.auto_modules(bert) == loralib.match_modules(bert, SIX)
+    assert loralib.match_modules(bert, "auto") == loralib.match_modules(bert, SIX)
     found = loralib.inject(mpnet, "lora2", "all-linear", k=2)
     assert {n.rpartition("attn.")[2] for n in found if "attn." in n} == {"q", "k", "v", "o"} and len(found) == 12
-    assert injection.auto_modules(mpnet) == found
+    assert loralib.match_modules(mpnet, "auto") == found
     decoder = small.gpt2()
     assert loralib.match_modules(decoder, "all-linear") == loralib.match_modules(decoder, r".*(c_attn|c_proj|c_fc)")
     with refused("name the modules"):

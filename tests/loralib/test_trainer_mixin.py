@@ -84,12 +84,16 @@ def test_the_best_checkpoint_of_a_renamed_model_is_loaded_at_the_end(tmp_path):
     assert stored.keys() <= own.keys() and all(torch.equal(own[name], tensor) for name, tensor in stored.items())
 
 
-def test_a_checkpoint_of_layers_that_peft_has_put_in_holds_what_trains_alone(tmp_path):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_checkpoint_holds_what_trains_alone_and_of_a_model_of_peft_its_adapter_too(tmp_path, wrapped):
     model = encoder("bert")
-    get_peft_model(model, VeraConfig(r=2, target_modules=["query", "value"]))  # its layers share two matrices
+    peft = get_peft_model(model, VeraConfig(r=2, target_modules=["query", "value"]))  # its layers share two matrices
+    model.get_base_model = peft.get_base_model  # a name that the user's own model may have
     args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    model = peft if wrapped else model
     MyTrainer(model=model, args=args, low_rank=None).save_model(str(tmp_path / "saved"))
-    assert [path.name for path in (tmp_path / "saved").iterdir()] == [TRAINED_FILE]
+    saved = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert {TRAINED_FILE, "adapter_model.safetensors"} <= saved if wrapped else saved == {TRAINED_FILE}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert load_file(tmp_path / "saved" / TRAINED_FILE).keys() == trained
 
@@ -170,26 +174,19 @@ def test_the_penalty_counts_once_whatever_a_trainer_says_of_its_own_loss(tmp_pat
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def test_an_evaluation_has_no_penalty_and_a_checkpoint_without_the_loop_s_state_is_refused(tmp_path):
-    def trainer(folder):
-        model = injected(share_outer=True)
-        args = plain(folder, max_steps=2, save_strategy="steps", save_steps=1, save_only_model=True)
-        return MyTrainer(model=model, args=args, train_dataset=ROWS, low_rank=loralib.LowRankTraining(model))
-
-    whole = trainer(tmp_path)
-    whole.train()
+def test_an_evaluation_has_no_penalty(tmp_path):
+    model = randomise(injected(share_outer=True), 0.5)
+    trainer = MyTrainer(model=model, args=plain(tmp_path), low_rank=loralib.LowRankTraining(model))
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
-    expected = float(whole.model.eval()(**inputs).loss.detach())
-    assert whole.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(ValueError, match="written without save_only_model"):
-        trainer(tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    expected = float(model.eval()(**inputs).loss.detach())
+    assert trainer.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_helper_or_an_optimiser_made_for_another_model_is_refused(tmp_path):
     model = injected()
     trainer = MyTrainer(model_init=lambda trial: injected(), args=plain(tmp_path), train_dataset=ROWS,
                         low_rank=loralib.LowRankTraining(model))  # fmt: skip
-    with pytest.raises(ValueError, match="another model than the Trainer trains"):
+    with pytest.raises(ValueError, match="lacks low-rank factors"):
         trainer.train()
     early = torch.optim.SGD(encoder("bert").parameters(), lr=0.1)
     with pytest.raises(ValueError, match="lacks low-rank factors"):
