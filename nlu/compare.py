@@ -57,7 +57,8 @@ def own_parser() -> argparse.ArgumentParser:
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
     add("--seeds", type=int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
-        help="first choose each method's learning rate by its score on a held-out tenth of the training set, among "
+        help="first choose each method's learning rate by its score on a held-out tenth of the training set (runs of "
+        "their own, NAME-tuning), among "
         f"RATES, or {RATES} (full: around its own rate)")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")

@@ -183,7 +183,7 @@ def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file, checked; an absent file has none.
+    """Every line of a file; an absent file has none.
 
     Raises:
         UsageError: names the file and the number of the first line that is damaged.
@@ -197,8 +197,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines: dict[str, dict[str, Any]] = {}
     for number, each in enumerate(io.StringIO(text), 1):  # splitlines() also splits at U+2028 within a label
         try:
-            line = json.loads(each, parse_constant=_no_number)
-            _check_line(line)
+            line = json.loads(each)
             if line["run"] in lines:
                 raise ValueError(f"the run {line['run']} is on another line too")
         except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -206,21 +205,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
         lines[line["run"]] = line
     return list(lines.values())
-
-
-def _check_line(line: dict[str, Any]) -> None:
-    """Refuse a line that tables could not compute with: an editor, a merge or another program may have made it.
-
-    Raises:
-        KeyError, TypeError, ValueError: what tables need is missing, or is no number.
-    """
-    for name in ("run", "status", "label", "axes", "asked"):
-        line[name]
-    if line["status"] == "finished":
-        lists = [line["evaluations"][name] for name in ("step", "loss", line["metric"])]
-        if not (lists[0] and np.isfinite(np.array([*lists, [line["last"]] * len(lists[0])])).all()):
-            raise ValueError("the evaluations need numbers for step, loss and metric")
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not a number that JSON can hold")

@@ -53,9 +53,9 @@ class Places:
         """
         lines, states = self.lines(), {}
         for run in runs:
-            line = lines.get(run.folder, {})
-            done = line.get("status") == "finished"
-            states[run.folder] = line.get("status", "to do") if not done or not self.changes(run, line) else "changed"
+            line = lines.get(run.folder, {"status": "to do"})
+            changed = line["status"] == "finished" and self.changes(run, line)
+            states[run.folder] = "changed" if changed else line["status"]
         return states
 
     def changes(self, run: Run, line: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import yaml
 from nlu import report
 from nlu.experiments.claims import Question
 from nlu.experiments.comparison import advice, answer
-from nlu.experiments.figures import draw
+from nlu.experiments.figures import Drawing, draw
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.tables import score_frame, tuning_runs
 from tests.nlu.measured_lines import QUESTIONS, line, trial, write
@@ -17,11 +17,10 @@ from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 @pytest.fixture
 def make(tmp_path, capsys, monkeypatch):
-    """Write lines and questions, run the report; returns (exit code, stdout, stderr). Figures are drawn where asked."""
+    """Write lines and questions, run the report; returns (exit code, stdout, stderr). The figures' files are empty."""
+    monkeypatch.setattr(Drawing, "png", lambda _: b"")
 
-    def call(lines, *flags, experiment="trial", questions=QUESTIONS, figures=False):
-        if not figures:
-            monkeypatch.setattr("nlu.experiments.page.draw", lambda *_: [])
+    def call(lines, *flags, experiment="trial", questions=QUESTIONS):
         write(tmp_path / "measured", experiment, lines)
         (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
         code = report.main(
@@ -37,7 +36,7 @@ def table(folder, kind):
 
 
 def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path):
-    assert make(trial(), figures=True)[0] == 0
+    assert make(trial())[0] == 0
     page = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (.*)", page, re.M) == [
         "Does the larger one score more on CoLA and STS-B?", "Open questions", "How to read the tables"
@@ -50,22 +49,17 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert page.count("](figures/trial_differences.png)") == page.count("![") == 1
     assert "[curves](figures/trial_curves.png)" in page
     assert "- And elsewhere? Not measured yet (`configs/experiments/recipe.yaml`)." in page
-    figures = {path.stem.rpartition("_")[2] for path in (tmp_path / "figures").iterdir()}
-    assert figures == {"differences", "curves"}
 
 
 def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, tmp_path):
     make(trial())
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
     for name in ("mine.png", "old_curves.png"):
-        (tmp_path / "figures").mkdir(exist_ok=True)
         (tmp_path / f"figures/{name}").touch()
     make(trial()[::-1])
     assert all(path.read_bytes() == content for path, content in first.items())
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
-    runs = as_frame(("one", line("LoRA r=8", "rte", s, [0.5, 0.6])) for s in (1, 2))
-    scores = score_frame(runs, Question("", "one"))
-    assert len({draw("one", runs, scores, runs[:0])[0].png() for _ in range(2)}) == 1
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
 
 
 def test_nothing_is_shown_of_a_question_before_its_last_seed(make, tmp_path):
@@ -145,17 +139,6 @@ def test_a_grid_of_rates_is_shown_with_the_one_that_is_chosen(make, tmp_path):
     assert rates.name == "trial_rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]
 
 
-def test_claims_are_corrected_for_the_number_of_their_question(make, tmp_path):
-    scores = {"LoRA r=8": (0.5, 0.51, 0.52), "LoRA² k=8": (0.51, 0.527, 0.525)}
-    lines = [line(label, "cola", s, [own[s]]) for label, own in scores.items() for s in range(3)]
-    claim = {"label": "LoRA² k=8", "against": "LoRA r=8", "expect": "higher"}
-    values = []
-    for claims in ([claim], [claim, {**claim}]):
-        make(lines, questions={"questions": [{"question": "a", "experiment": "trial", "claims": claims}]})
-        values.append(table(tmp_path, "claims").p_holm[0])
-    assert values[1] == pytest.approx(2 * values[0], rel=1e-4)
-
-
 def test_failed_runs_are_counted_and_a_crashed_one_has_no_score(make, tmp_path):
     lost = line("LoRA r=8", "cola", 3, [0.1], training_loss=[0.6] * 20, constant_loss=0.6)
     crashed = line("LoRA r=8", "cola", 4, [0.1], status="failed", error="boom")
@@ -210,15 +193,13 @@ def test_live_ranks_are_drawn_for_each_row_that_prunes():
     drawing = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])[-1]
     assert drawing.name == "one_ranks" and [axes.get_title(loc="left") for axes in drawing.figure.axes] == ["LoRA² k=8"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]
+    assert drawing.png()[:4] == b"\x89PNG"
 
 
-def test_a_page_that_is_no_report_stays(make, tmp_path):
+def test_a_page_that_is_no_report_stays_and_only_names_an_experiment(make, tmp_path):
+    said = "error: --only trail is no experiment; there are trial, recipe\n"
+    assert make(trial(1), "--only", "trail") == (2, "", said)
     (tmp_path / "README.md").write_text("# Mine\n")
     code, _, said = make(trial())
     assert code == 2 and "is no report, and would be replaced: give another --output_dir" in said
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()
-
-
-def test_only_names_an_experiment_that_there_is(make):
-    code, out, err = make(trial(1), "--only", "trail")
-    assert (code, out) == (2, "") and err == "error: --only trail is no experiment; there are trial, recipe\n"

@@ -23,9 +23,7 @@ from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
 THREE = BASIC | {"grid": ONE | {"seed": [1, 2, 3]}}
 
 
-def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path, monkeypatch):
-    monkeypatch.setattr("nlu.experiments.launchers.available_cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path):
     assert run_sweep(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
     lines = lines_of(tmp_path)
     assert list(lines) == [f"{m}-{t}-seed={s}" for m in ("lora", "lora2") for t in ("cola", "rte") for s in (1, 2)]
@@ -33,12 +31,10 @@ def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_p
     assert line["axes"] == {"method": "lora2", "task_name": "rte", "seed": 2} and line["label"] == "LoRA²"
     assert line["asked"] == {"model_name_or_path": "encoder", "bf16": True, **line["axes"]}
     assert str(tmp_path) not in json.dumps(lines) and "/data" not in json.dumps(lines)
-    assert record_of(tmp_path, "lora2-rte-seed=2")["threads"] == "4"
 
 
 def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
     run_sweep(BASIC)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("results.json")}
     path = tmp_path / "measured/trial.jsonl"
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"run": "lora-cola-seed=1"' not in line))
@@ -48,11 +44,7 @@ def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
     ]  # fmt: skip
     code, out, _ = run_sweep(BASIC, "--set", "model_name_or_path=/elsewhere/encoder")  # another place, the same model
     assert code == 0 and "1 run(s) finished now" in out
-    again = [path.parent.name for path, at in before.items() if path.stat().st_mtime_ns != at]
-    assert again == ["lora-cola-seed=1"]
-    assert [json.loads(line)["run"] for line in path.read_text().splitlines()] == [
-        json.loads(line)["run"] for line in whole.splitlines()
-    ]
+    assert path.read_text() == whole
 
 
 def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_asked(run_sweep, tmp_path):
@@ -156,9 +148,6 @@ def test_ones_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep,
     lines = lines_of(tmp_path, "own")
     assert {line["label"] for line in lines.values()} == {"LoRA, train.csv", "LoRA, other.csv"}
     assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
-    (tmp_path / "other.csv").write_text("sentence,label\nother,0\n")
-    code, _, err = run_sweep(content)
-    assert code == 2 and "other content of train_file" in err and "lora-other.csv" in err
 
 
 def test_models_of_one_name_on_the_hub_are_two():
@@ -175,19 +164,6 @@ def test_a_folder_named_on_the_command_line_stays_text():
 # ---- the loop, with stand-ins for started runs -----------------------------------------------------------------------
 
 
-class Job:
-    """A stand-in for a started run, which keeps what it hears; `poll` gives its exit code, or None while it runs."""
-
-    def __init__(self, poll=lambda job: None):
-        self.heard, self._poll = [], poll
-
-    def poll(self):
-        return self._poll(self)
-
-    def stop(self, at_once=False):
-        self.heard.append("kill" if at_once else "stop")
-
-
 def loop_of(tmp_path, start, content=THREE):
     """The loop of an experiment, two runs at once, in which `start` starts a run; and the three runs."""
     path = tmp_path / "experiment.yaml"
@@ -200,15 +176,17 @@ def loop_of(tmp_path, start, content=THREE):
 
 
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
-    def poll(job):
-        looks.append(job)
-        if signals and len(job.heard) + len(signals) == 2:  # the second when the first has been passed on
-            os.kill(os.getpid(), signals.pop(0))
-        assert len(looks) < 50, "it is not killed"
-        return -9 if "kill" in job.heard else None
+    class Job:
+        def poll(self):
+            if signals and len(heard) + len(signals) == 2:  # the second when the first has been passed on
+                os.kill(os.getpid(), signals.pop(0))
+            return -9 if True in heard else None
 
-    signals, looks, job = [signal.SIGINT, signal.SIGTERM], [], Job(poll)
-    loop, runs = loop_of(tmp_path, lambda command, log: job)
+        def stop(self, at_once=False):
+            heard.append(at_once)
+
+    signals, heard = [signal.SIGINT, signal.SIGTERM], []
+    loop, runs = loop_of(tmp_path, lambda command, log: Job())
     with loop:
         loop.run({run.folder: "to do" if run is runs[0] else "finished" for run in runs})
-    assert job.heard == ["stop", "kill"] and loop.summary() == 128 + signal.SIGINT
+    assert heard == [False, True] and loop.summary() == 128 + signal.SIGINT
