@@ -36,7 +36,7 @@ from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
 from nlu.model import set_precision
 from nlu.runs.machine import processor, versions
-from nlu.tasks import get_task
+from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, trainer_arguments
 
 STEPS = 20
@@ -136,7 +136,7 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
     with tempfile.TemporaryDirectory() as folder:
         arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
         trainer = _Recording(
-            get_task("cola"), applied, head_learning_rate=arguments.training.head_learning_rate,
+            TASKS["cola"], applied, head_learning_rate=arguments.training.head_learning_rate,
             args=trainer_arguments(arguments), train_dataset=rows,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -38,13 +38,13 @@ from tqdm import tqdm
 
 from benchmarks.peers import PEERS, Shape, serve
 from benchmarks.report import Measurement, section
+from nlu import tasks
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.data.glue import load_split
 from nlu.errors import OneLineParser, UsageError, exit_code, reason
 from nlu.experiments.launchers import available_cores
 from nlu.runs.files import write_text
 from nlu.runs.machine import now, processor, versions
-from nlu.tasks import get_task
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
@@ -138,7 +138,7 @@ def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
     Raises:
         UsageError: when the data cannot be read.
     """
-    task = get_task(task_name)
+    task = tasks.TASKS[task_name]
     rows = load_split(task, "train", glue_dir)
     words = [sum(len(text.split()) for text in texts) for texts in zip(*map(rows.get, task.text_fields), strict=True)]
     return [SPECIAL_TOKENS + round(TOKENS_A_WORD * count) for count in words]

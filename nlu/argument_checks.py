@@ -7,7 +7,6 @@ from typing import Any
 
 from nlu.errors import UsageError
 from nlu.methods.registry import METHODS, flag_methods
-from nlu.tasks import get_task
 
 _OF_OWN_FILES = ("train_file", "validation_file", "test_file", "text_columns", "label_column", "metric")
 
@@ -52,7 +51,7 @@ def _check_method(args: Any, given: Collection[str], config: str) -> None:
 
 
 def _check_data(args: Any, given: Collection[str]) -> None:
-    """One task of GLUE or files of one's own; the task's name gets its usual form."""
+    """One task of GLUE or files of one's own."""
     if args.task_name is None:
         if args.train_file is None:
             raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
@@ -62,7 +61,6 @@ def _check_data(args: Any, given: Collection[str]) -> None:
                 "--eval_strategy out"
             )
         return
-    args.task_name = get_task(args.task_name).name
     for name in _OF_OWN_FILES:
         if name in given:
             raise UsageError(f"--{name} is for your own files: leave it out, or --task_name")

@@ -26,7 +26,6 @@ from nlu.flag_table import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
 from nlu.json_yaml import read_yaml
 from nlu.methods.registry import FLAGS as METHOD_FLAGS
 from nlu.methods.registry import METHODS
-from nlu.tasks import get_task
 
 logger = logging.getLogger("nlu")
 
@@ -168,7 +167,7 @@ def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         return {}
     if task is None:
         raise UsageError("--published needs --task_name: the settings are a task's")
-    path = TASK_FOLDER / f"{get_task(task).name}.yaml"
+    path = TASK_FOLDER / f"{task}.yaml"
     settings = read_yaml(path) if path.is_file() else {}
     if backbone not in settings:
         raise UsageError(f"--published {backbone}: {path} has {', '.join(settings) or 'no settings'}")

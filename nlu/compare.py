@@ -23,7 +23,6 @@ from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experi
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
-from nlu.tasks import get_task
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
@@ -151,14 +150,14 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
 
     Without --tune there is no tuning; with it the comparison's runs lack the rates that it will choose.
     """
-    task = get_task(flags["task_name"]).name if "task_name" in flags else None
+    task = flags.get("task_name")
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     name = args.name or f"compare-{task or re.sub('[^A-Za-z0-9_.-]+', '_', Path(flags.get('train_file', 'own')).stem)}"
     description = f"{', '.join(specs)} on {task or 'own data'}"
     usual = {"do_train": True, "do_eval": True}
     if "published" not in flags:
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
-    base = {**usual, **flags, **({"task_name": task} if task else {})}
+    base = {**usual, **flags}
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
     final = make_experiment({"name": name, "description": description, "base": base, "grid": grid})
     if args.tune is None:

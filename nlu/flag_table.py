@@ -109,7 +109,7 @@ MODEL_FLAGS = (
          "Use transformers' own attention, and compute all tokens in the last layer, not the exact faster ways."),
 )  # fmt: skip
 DATA_FLAGS = (
-    Flag("task_name", str, None, f"One of {', '.join(TASKS)}."),
+    Flag("task_name", tuple(TASKS), None, "A task of GLUE."),
     Flag("glue_dir", str, None, "Folder of GLUE data: <task>/<split>.jsonl|parquet|csv or the official release's TSV "
          "folders. Default: the environment variable GLUE_DIR, else the hub's nyu-mll/glue."),
     Flag("train_file", str, None, "Your own training data: CSV, TSV, JSONL, Parquet."),
@@ -124,7 +124,7 @@ DATA_FLAGS = (
     Flag("metric", tuple(METRICS), None, "Main metric for your own data. Default: by the labels."),
     Flag("class_weights", ("balanced",), None,
          "balanced: the training loss weighs each class by the inverse of its share of the rows."),
-    Flag("predict_task", str, None, "With --do_predict: predict this task's test set too; ax with mnli."),
+    Flag("predict_task", tuple(TASKS), None, "With --do_predict: predict this task's test set too; ax with mnli."),
     Flag("max_seq_length", int, 128, "Longest input in tokens; longer ones are cut.", AT_LEAST_1),
     Flag("pad_to_max_length", bool, False, "Pad every batch to max_seq_length, not to its longest row."),
     Flag("length_bucketing", bool, False,

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, matthews_corrcoef
 
-from nlu.tasks import Task, get_task
+from nlu.tasks import TASKS, Task
 
 
 def _correlation(function: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
@@ -115,7 +115,7 @@ if __name__.startswith("evaluate_modules"):  # a copy of this file that evaluate
         """The metrics of the task that `config_name` names."""
 
         def _info(self) -> evaluate.MetricInfo:
-            kind = datasets.Value("float64" if get_task(self.config_name).is_regression else "int64")
+            kind = datasets.Value("float64" if TASKS[self.config_name].is_regression else "int64")
             return evaluate.MetricInfo(
                 description="The metrics of the General Language Understanding Evaluation benchmark.",
                 citation="Wang et al. 2018, GLUE, arXiv:1804.07461",
@@ -124,4 +124,4 @@ if __name__.startswith("evaluate_modules"):  # a copy of this file that evaluate
             )
 
         def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
-            return compute_glue_metrics(get_task(self.config_name), predictions, references)
+            return compute_glue_metrics(TASKS[self.config_name], predictions, references)

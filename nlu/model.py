@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from loralib.adapter_folder import has_tokenizer
 from loralib.interop.export import quiet_transformers
 from loralib.interop.precision import cast_frozen
 from nlu.arguments import Arguments
-from nlu.data.splits import check_tokenizer, longest_input
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.method import head_modules, head_parameters
@@ -107,6 +108,32 @@ def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     name = arguments.model.model_name_or_path
     absent = "" if Path(name).exists() else "there is no such folder, and the hub gave no such model: "
     return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
+
+
+def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
+    """Raises UsageError for a tokenizer that cannot pad, and a folder ``source`` without a tokenizer's files.
+
+    For such a folder transformers makes one of special tokens alone, which reads any text as unknown.
+    """
+    if os.path.isdir(source) and not has_tokenizer(source):
+        raise UsageError(f"{flag}{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
+    if tokenizer.pad_token is None:
+        raise UsageError(f"{flag}{source}: its tokenizer has no padding token: save a copy with pad_token set")
+
+
+def longest_input(model: Any) -> int | None:
+    """The most tokens that a model with a table of positions reads; None for one without (DeBERTa).
+
+    RoBERTa's table has padding's row and those before it on top, which no token uses, and those of OPT and BART begin
+    with an offset.
+    """
+    for name, table in model.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions") and hasattr(
+            table, "padding_idx"
+        ):
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            return table.num_embeddings - getattr(table, "offset", first)
+    return None
 
 
 def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int) -> None:

@@ -18,8 +18,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, TextIO
+from contextlib import nullcontext
+from typing import Any
 
 from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, exit_code
@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
         rows = reader.good_rows(predictor.columns, blank=False, on_error=arguments.on_error)
         answers = predict_rows(rows, predictor, arguments.batch_size)
         count = 0
-        with open_output(arguments.output) as output:
+        with nullcontext(sys.stdout.buffer) if arguments.output == "-" else open_new(arguments.output) as output:
             shown = tqdm(answers, unit=" rows", disable=None, desc="predicting")  # None: only a terminal shows it
             for count, record in enumerate(records(shown, kind, predictor.labels, reader.columns if keep else ()), 1):
-                write(output, kind, record, first=count == 1)
+                output.write(as_line(record, kind, first=count == 1).encode())
     cut = f", {predictor.cut} cut at {predictor.max_length} tokens" if predictor.cut else ""
     print(f"{count} rows predicted{cut}, {reader.skipped} skipped", file=sys.stderr)
 
@@ -84,26 +84,13 @@ def records(
         yield {"line": row.place, **kept, **answer}
 
 
-def write(output: TextIO, kind: str, record: dict[str, Any], first: bool) -> None:
-    """One line of JSON or CSV, and before the first line of CSV the header."""
+def as_line(record: dict[str, Any], kind: str, first: bool) -> str:
+    """A record as a line of JSON or CSV, the first one of CSV after the header."""
     if kind == "jsonl":
-        output.write(json.dumps(record, ensure_ascii=False) + "\n")
-        return
-    table = csv.writer(output, lineterminator="\n")
-    if first:
-        table.writerow(record)
-    table.writerow(record.values())
-
-
-@contextmanager
-def open_output(path: str) -> Iterator[TextIO]:
-    """Standard output for "-"; otherwise a file as :func:`nlu.runs.files.open_new` writes it; in UTF-8."""
-    with nullcontext(sys.stdout.buffer) if path == "-" else open_new(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", newline="")
-        try:
-            yield text
-        finally:
-            text.detach()  # writes what is left, and keeps the file open
+        return json.dumps(record, ensure_ascii=False) + "\n"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([record, record.values()] if first else [record.values()])
+    return text.getvalue()
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

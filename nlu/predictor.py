@@ -16,10 +16,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import loralib
 from loralib.interop.export import load_base_of, quiet_transformers, revision_of
 from nlu.data.file_formats import Row
-from nlu.data.splits import check_tokenizer, encode, longest_input
+from nlu.data.splits import encode
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
+from nlu.model import check_tokenizer, longest_input
 from nlu.tasks import TASKS
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nlu.errors import UsageError
-
 # What --metric calls a metric -> its key in records.
 METRICS = {
     "accuracy": "accuracy",
@@ -188,16 +186,3 @@ _ROWS = (
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 # Column of a table of scores → its heading.
 HEADINGS = {task.name: task.display for task in _ROWS} | {"mismatched_accuracy": "MNLI-mm"}
-
-
-def find_task(name: object) -> Task | None:
-    """The task of that name (`-` and capitals as in "SST-2" are accepted); None for any other value."""
-    return TASKS.get(name.lower().replace("-", "")) if isinstance(name, str) else None
-
-
-def get_task(name: str) -> Task:
-    """:func:`find_task`; UsageError with the names where there is none."""
-    task = find_task(name)
-    if task is None:
-        raise UsageError(f"unknown task {name!r}: --task_name takes one of {', '.join(TASKS)}")
-    return task

@@ -17,7 +17,7 @@ from nlu.data.glue import load_split
 from nlu.data.own_task import load_own_files
 from nlu.errors import UsageError, reason
 from nlu.runs.files import write_text
-from nlu.tasks import TASKS, Task, get_task
+from nlu.tasks import TASKS, Task
 
 logger = logging.getLogger("nlu")
 
@@ -74,7 +74,7 @@ def load_data(arguments: Any) -> Data:
         )
         rows = {split: _dataset(task, values) for split, values in columns.items()}
     else:
-        task = get_task(data.task_name)
+        task = TASKS[data.task_name]
         rows = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
     if held_out:
         rows |= _hold_out(task, rows["train"], data.holdout_fraction, data.holdout_seed)
@@ -89,7 +89,7 @@ def load_data(arguments: Any) -> Data:
 def _other_tasks(arguments: Any, task: Task) -> list[tuple[Task, Rows]]:
     if arguments.data.predict_task is None:
         return []
-    other = get_task(arguments.data.predict_task)
+    other = TASKS[arguments.data.predict_task]
     if sorted(other.labels or ()) != sorted(task.labels or ()) or len(other.text_fields) != len(task.text_fields):
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
     return [(other, _limit(_load_glue(other, other.test_splits, arguments), arguments.data))]
@@ -218,34 +218,6 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int, **op
     return encoded, [row for row, ids in zip(full, whole, strict=True) if len(ids) > max_length]
 
 
-def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
-    """Raises UsageError for a tokenizer that cannot pad, and a folder ``source`` without a tokenizer's files.
-
-    For such a folder transformers makes one of special tokens alone, which reads any text as unknown.
-    """
-    from loralib.adapter_folder import has_tokenizer  # brings torch, which rows as text do without
-
-    if os.path.isdir(source) and not has_tokenizer(source):
-        raise UsageError(f"{flag}{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
-    if tokenizer.pad_token is None:
-        raise UsageError(f"{flag}{source}: its tokenizer has no padding token: save a copy with pad_token set")
-
-
-def longest_input(model: Any) -> int | None:
-    """The most tokens that a model with a table of positions reads; None for one without (DeBERTa).
-
-    RoBERTa's table has padding's row and those before it on top, which no token uses, and those of OPT and BART begin
-    with an offset.
-    """
-    for name, table in model.named_modules():
-        if name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions") and hasattr(
-            table, "padding_idx"
-        ):
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
-            return table.num_embeddings - getattr(table, "offset", first)
-    return None
-
-
 # ---- what the data are -----------------------------------------------------------------------------------------------
 
 
@@ -261,7 +233,7 @@ def describe(data: Data, cut: dict[str, int]) -> dict[str, dict[str, Any]]:
 
 
 def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_length: int) -> list[str]:
-    """What :func:`describe` found, for the console; of one's own data also labels that may be typing errors."""
+    """What :func:`describe` found, for the console."""
     lines = []
     for split, of in found.items():
         line = f"{split}: {of['rows']:,} rows"
@@ -272,10 +244,4 @@ def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_leng
         line += f", {of['skipped']:,} bad and left out" if of["skipped"] else ""
         line += f", {of['cut']:,} cut at {max_seq_length} tokens (--max_seq_length)" if of["cut"] else ""
         lines.append(line)
-    classes = found.get("train", {}).get("classes", {}) if task.name not in TASKS else {}
-    folded = [name.casefold() for name in classes]
-    if alike := [name for name in classes if folded.count(name.casefold()) > 1]:
-        lines.append(f"labels that differ in case alone, and are classes of their own: {shown(alike)}")
-    if single := [name for name, rows in classes.items() if rows == 1]:
-        lines.append(f"labels of a single training row: {shown(single)}")
     return lines

@@ -16,7 +16,7 @@ from nlu.experiments.records import settings_of
 from nlu.experiments.sweep_loop import parsed_command
 from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
-from nlu.tasks import get_task
+from nlu.tasks import TASKS
 
 CLOSE = 0.1  # sizes and scales that differ by a larger share are not alike
 
@@ -62,7 +62,7 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     """
     method, trained, size = arguments.method, None, None
     # Only the adapter counts, and it is the same for every task: own data need not be read for it.
-    model = without_weights(arguments, load_config(arguments, get_task(arguments.data.task_name or "sst2"))[0])
+    model = without_weights(arguments, load_config(arguments, TASKS[arguments.data.task_name or "sst2"])[0])
     with torch.device("meta"):
         applied = check_method_fits(model, method, 10**9)
     if applied is not None:  # else the size is known after the run

@@ -103,14 +103,12 @@ _SWITCHES = (("rank_allocation", False, _PRUNING_FLAGS), ("orthogonality", "retr
 
 
 def _check_factors(args: Any, given: Collection[str]) -> None:
-    """Flags that a switched-off part would ignore, and the two ways to orthogonality."""
+    """Flags that a switched-off part would ignore."""
     for switch, off, flags in _SWITCHES:
         for flag in flags:
             if flag.name in given and getattr(args, switch) == off:
                 raise UsageError(f"--{flag.name} has no meaning with --{switch} {off}: leave it out")
     if args.orthogonality == "retraction":
-        if args.lora_init == "gaussian":
-            raise UsageError("--orthogonality retraction needs orthonormal factors: give --lora_init orthogonal")
         args.reg_orth_coef = 0.0
     if args.target_rank is None:
         args.target_rank = max(1, args.lora_r // 2)
@@ -195,7 +193,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 
 _ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
 METHODS = (
-    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS, takes_warm_start=True),
-    Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_factors, takes_warm_start=True),
-    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_factors, takes_warm_start=True),
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS),
+    Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_factors),
+    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_factors),
 )

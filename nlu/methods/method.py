@@ -113,7 +113,6 @@ class Method:
         rebuild: (model, args, card): puts the method's modules into a base before an adapter's tensors are loaded;
             None where the tensors say everything.
         card: (args) → what ``rebuild`` needs from the card beside the values of the flags.
-        takes_warm_start: whether ``--lora_path`` can start it.
         needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
     """
 
@@ -125,7 +124,6 @@ class Method:
     check: Callable[[Any, Collection[str]], None] = _accept
     rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] | None = None
     card: Callable[[Any], dict[str, Any]] = lambda args: {}
-    takes_warm_start: bool = False
     needs_autocast: bool = False
 
 

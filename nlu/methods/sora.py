@@ -42,4 +42,4 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model, gates=ProximalGates(model, args.sora_lambda))
 
 
-METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA), takes_warm_start=True),)
+METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA)),)

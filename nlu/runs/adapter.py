@@ -12,7 +12,7 @@ import loralib
 from loralib.recipes.exact_factors import make_orthonormal
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
-from nlu.methods.registry import METHODS, card_of
+from nlu.methods.registry import card_of
 from nlu.runs.files import write_json
 from nlu.runs.log import say
 
@@ -79,12 +79,10 @@ def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]
         What the record says of it: the adapter's card, and the digest of its weights.
 
     Raises:
-        UsageError: for a method that is not low-rank, a damaged adapter, other layers or another base than the
-            adapter's, and factors that are not orthonormal where the method needs them to be.
+        UsageError: for a damaged adapter, other layers or another base than the adapter's, and factors that are not
+            orthonormal where the method needs them to be.
     """
     method = arguments.method
-    if not METHODS[method.method].takes_warm_start:
-        raise UsageError(f"--lora_path starts low-rank methods, not --method {method.method}")
     try:
         config = loralib.start_from_adapter(model, arguments.model.lora_path)
         if method.orthogonality == "retraction":

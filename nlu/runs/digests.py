@@ -16,7 +16,7 @@ from nlu import METHOD_FOLDER
 from nlu.data.file_formats import file_digest
 from nlu.data.glue import split_files
 from nlu.json_yaml import read_yaml
-from nlu.tasks import find_task
+from nlu.tasks import TASKS
 
 INPUTS = (  # flags that name what a run reads
     "model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir", "peft_config",
@@ -68,7 +68,7 @@ def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
     """The files whose contents make the digest of a flag."""
     value, predicts = arguments.get(flag), arguments.get("do_predict")
     folder = arguments.get("glue_dir") or os.environ.get("GLUE_DIR")
-    task = find_task(arguments.get("task_name"))  # an experiment's own command may have other tasks
+    task = TASKS.get(str(arguments.get("task_name")))  # an experiment's own command may have other tasks
     if flag == "model_name_or_path":
         return _matching(value, _MODEL_FILES)
     if flag == "lora_path":
@@ -78,7 +78,7 @@ def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
         splits = [] if task is None else [*task.train_splits, *([] if held_out else task.validation_splits)]
         return [path for split in splits for path in split_files(task, split, folder)]
     if flag == "test_file" and task is not None:
-        tasks = [task, find_task(arguments.get("predict_task"))] if predicts and folder else []
+        tasks = [task, TASKS.get(str(arguments.get("predict_task")))] if predicts and folder else []
         return [path for t in tasks if t for split in t.test_splits for path in split_files(t, split, folder)]
     wanted = value and (flag != "test_file" or predicts)
     return [Path(value)] if wanted and os.path.isfile(value) else []  # --peft_config may be JSON text

@@ -15,7 +15,7 @@ from loralib.injection import module_type
 from nlu.arguments import Arguments, command_line
 from nlu.data.batching import effective_batch_size
 from nlu.json_yaml import finite
-from nlu.methods.registry import METHODS, count_parameters
+from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.metrics import constant_loss, in_words
 from nlu.runs.files import write_json
 from nlu.runs.folder import RECORD
@@ -181,5 +181,5 @@ def say_outcome(record: dict[str, Any], folder: Path) -> None:
     say(f"predict: python -m nlu predict --adapter {adapter} --base {base} --input FILE")
     method = METHODS[record["method"]]
     if method.rebuild is None:  # otherwise the method adds modules, which no other tool loads
-        form = "peft" if method.takes_warm_start else "merged"
+        form = "peft" if method.name in flag_methods("lora_r") else "merged"
         say(f"export:  python -m nlu export {adapter} --to {form} OUT --base {base}")

@@ -103,7 +103,7 @@ def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
     ("--method lora", 1.2e-3, 8, 4),
 ])  # fmt: skip
 def test_published_settings_give_way_to_the_methods_file_and_the_flags(flags, rate, rank, seed):
-    arguments = parse(f"--published deberta-v3-base --task_name RTE --do_train {flags}")
+    arguments = parse(f"--published deberta-v3-base --task_name rte --do_train {flags}")
     found = arguments.training.learning_rate, arguments.method.lora_r, arguments.training.seed
     assert found == (rate, rank, seed)
     folder = f"output/glue/deberta-v3-base/rte/{arguments.method_config}/seed-{seed}"
@@ -129,7 +129,6 @@ WRONG = """
 --max_steps 0 | must be at least 1
 --method lora --target_rank 3 | --target_rank has no meaning with --method lora
 --method lora2_plus --target_rank 3 | --target_rank has no meaning with --rank_allocation False
---orthogonality retraction | --lora_init orthogonal
 --method rslora --peft_config {} | a peft_config of its own
 --learning_rat 1 | unknown argument --learning_rat: did you mean --learning_rate?
 --total_batch_size 32 --gradient_accumulation_steps 2 | follows from --total_batch_size

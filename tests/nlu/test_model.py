@@ -9,16 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, OPTConfig, OPTModel
 
 from loralib.interop.export import export_merged
 from nlu import predict as predict_program
 from nlu.arguments import parse_arguments
-from nlu.model import choose_head, load_config, without_weights
+from nlu.model import choose_head, load_config, longest_input, without_weights
 from nlu.run_glue import main
-from nlu.tasks import TASKS, get_task
+from nlu.tasks import TASKS
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import SHAPES, changed, make_encoder, make_rows, read, tiny_run, write_rows
+from tests.nlu.tiny import SHAPES, changed, make_encoder, make_rows, read, tiny_classifier, tiny_run, write_rows
 
 PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
 
@@ -50,7 +51,7 @@ def flags_of(base_flags, folder, task, *more):
     ("stsb", ["toxic"], "multi_label_classification", None, "one number"),
 ])  # fmt: skip
 def test_what_a_head_is_used_for(task, names, problem, labels, unfit):
-    head = choose_head(BertConfig(id2label=dict(enumerate(names)), problem_type=problem), get_task(task))
+    head = choose_head(BertConfig(id2label=dict(enumerate(names)), problem_type=problem), TASKS[task])
     assert head.labels == labels
     assert head.unfit is None if unfit is None else unfit in head.unfit
 
@@ -61,7 +62,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     path = tiny_glue / "mnli/validation_matched.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
-    words = get_task("mnli").labels
+    words = TASKS["mnli"].labels
     with torch.no_grad():
         guessed = [
             model.config.id2label[
@@ -93,7 +94,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     export_merged(tmp_path / "trained/adapter", tmp_path / "merged", str(folder))
     assert list(AutoConfig.from_pretrained(tmp_path / "merged").id2label.values()) == read(untrained)["labels"]
     flags = flags_of(base_flags, tmp_path / "merged", "mrpc", "--overwrite_output_dir")
-    assert main(flags) == 0 and read(flags)["labels"] == list(get_task("mrpc").labels)
+    assert main(flags) == 0 and read(flags)["labels"] == list(TASKS["mrpc"].labels)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +110,11 @@ def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, 
     assert any("new output layer" in r.message for r in caplog.records)
     weights = load_file(run / "model" / "checkpoint-2" / "trained.safetensors")
     saved = load_file(folder / "model.safetensors")
-    width = 1 if task == "stsb" else len(get_task(task).labels)
+    width = 1 if task == "stsb" else len(TASKS[task].labels)
     assert weights["classifier.weight"].shape == (width, 16) and weights["classifier.weight"].abs().max() < 0.2
     torch.testing.assert_close(weights["bert.pooler.dense.weight"], saved["bert.pooler.dense.weight"])
     output = ["--input", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    write_rows(tmp_path / "rows.jsonl", make_rows(get_task(task).text_fields, task == "stsb", 4, 0))
+    write_rows(tmp_path / "rows.jsonl", make_rows(TASKS[task].text_fields, task == "stsb", 4, 0))
     assert predict_program.main(["--adapter", str(run / "adapter"), "--base", str(folder), *output]) == 0
 
 
@@ -141,3 +142,11 @@ def test_a_base_that_returns_tuples_trains_all_the_same(encoder, tiny_glue, tmp_
     (base / "config.json").write_text(json.dumps(config | {"return_dict": False, "chunk_size_feed_forward": 4}))
     run = tiny_run(base, tiny_glue, tmp_path / "run")
     assert main([*run, "--pad_to_max_length", "True", "--max_seq_length", "32"]) == 0
+
+
+def test_tables_of_positions_limit_the_input():
+    assert [longest_input(tiny_classifier(kind)) for kind in ("bert", "roberta", "deberta-v2")] == [64, 64, None]
+    assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
+    opt = OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, max_position_embeddings=30,
+                    vocab_size=50, word_embed_proj_dim=8)  # fmt: skip
+    assert longest_input(OPTModel(opt)) == 30
