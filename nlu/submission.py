@@ -49,7 +49,7 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
         The server's file name -> the file taken, in the server's order.
 
     Raises:
-        UsageError: what `find_predictions` refuses, one test set in two folders, or, without `allow_partial`, one missing.
+        UsageError: as `find_predictions`; for a test set in two folders, or (but for `allow_partial`) a missing one.
     """
     found: dict[str, Path] = {}
     for folder in folders:
