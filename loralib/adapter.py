@@ -1,12 +1,15 @@
 """A model's adapter: save it, load it, start a training from it, and drop pruned singular values.
 
-**What is stored**: each factor at the live singular values of its layer, those that are not exactly 0; a factor that
-layers share, once; and whatever else trains, the head. :mod:`loralib.adapter_folder` has the files.
+**What is stored**: each factor at the live singular values of its layer, those that are not exactly 0. A factor that
+layers share is stored once. The head is stored too: whatever else trains, and the buffers that training changes.
+:mod:`loralib.adapter_folder` has the files.
 
-**What is checked** before the model is changed: the folder's checksums (:func:`loralib.adapter_folder.read_adapter`);
-that each layer has the same rank and the same shapes of factors in model and adapter, and that no layers share what
-the adapter's do not (:func:`check_factors`); that the base's weights are those of the training (:func:`check_base`);
-and, by a load alone, the shapes of the head (:func:`install`).
+**What is checked** before the model is changed:
+
+- the folder's checksums (:func:`loralib.adapter_folder.read_adapter`);
+- that model and adapter have the same layers, with the same ranks, shapes and sharing (:func:`check_factors`);
+- that the base's weights are those of the training (:func:`check_base`), unless ``allow_other_base`` is given;
+- by :func:`load_adapter` alone, the shapes of the head (:func:`install`).
 """
 
 from __future__ import annotations
@@ -36,8 +39,8 @@ from loralib.stored_weight import frozen_shape
 def compact(model: nn.Module) -> dict[str, int]:
     """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
 
-    The weights alone say what is pruned: a singular value e_i that is exactly 0. If every e of the model is 0, the
-    model is untrained and keeps all. Plain LoRA has no singular values and keeps its rank.
+    The weights alone say what is pruned: a singular value e_i that is exactly 0. A model whose every e is 0 counts as
+    untrained and keeps all. Plain LoRA has no singular values and keeps its rank.
 
     Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
     parameters: make the optimiser afterwards.
@@ -55,7 +58,7 @@ def compact(model: nn.Module) -> dict[str, int]:
 
 
 def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
-    """Module name -> indices of the singular values that are not 0; of all of them where every one is 0."""
+    """Module name -> indices of the singular values that are not 0. If every one of the whole model is 0: all."""
     live = {
         name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
         for name, layer in layers.items()
@@ -77,7 +80,7 @@ def save_adapter(
     card: Mapping[str, Any] | None = None,
     save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Write the adapter: the factors of all low-rank layers and every other trainable parameter (the head).
+    """Write the adapter: the factors of all low-rank layers, and the head, see above.
 
     Singular values that are exactly 0 are left out, see :func:`loralib.compact`. The model need not have low-rank
     layers: the adapter then holds the trainable parameters. From a compiled, data-parallel or averaged model it saves
@@ -95,8 +98,8 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, or a value is
-            NaN.
+        ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, a value is NaN or
+            a factor infinite, or JSON cannot hold ``card``.
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
@@ -106,14 +109,13 @@ def save_adapter(
     if not factors and not head:
         raise ValueError("nothing to save: the model has no low-rank layer and no trainable parameter")
     groups = _groups(layers, live)
-    kinds = {group.kind for group in groups}
     second = _second_name(model, layers, head) if layers else None
     if base_model is None:
         base_config = getattr(model, "config", None)
         base_model = getattr(base_config, "_name_or_path", None)
         base_revision = base_revision or getattr(base_config, "_commit_hash", None)
     config = AdapterConfig(
-        kind="parameters" if not kinds else kinds.pop() if len(kinds) == 1 else "mixed",
+        kind="+".join(sorted({group.kind for group in groups})) or "parameters",
         groups=groups,
         tied=tied,
         head=sorted(head),
@@ -132,7 +134,7 @@ def save_adapter(
 
 
 def _factor_names(layer_name: str, layer: LoRALayer) -> list[str]:
-    """Names of ``layer.lora_parameters()``, in that order."""
+    """The names in the model of ``layer.lora_parameters()``, in their order."""
     own = {id(parameter): name for name, parameter in layer.named_parameters()}
     prefix = f"{layer_name}." if layer_name else ""
     return [prefix + own[id(parameter)] for parameter in layer.lora_parameters()]
@@ -158,11 +160,11 @@ def _stored_factors(
 
 
 def _groups(layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]) -> list[LayerGroup]:
-    groups: dict[tuple, LayerGroup] = {}
+    groups: dict[str, LayerGroup] = {}
     for name, layer in layers.items():
-        dropout = layer.lora_dropout.p
-        key = (layer.kind, layer.initial_r, layer.widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
-        group = groups.setdefault(key, LayerGroup(key[0], key[1], list(key[2]), key[3], key[4], key[5], key[6], {}))
+        widths, dropout = list(layer.widths), layer.lora_dropout.p
+        key = (layer.kind, layer.initial_r, widths, layer.lora_alpha, dropout, layer.init, layer.fan_in_fan_out)
+        group = groups.setdefault(str(key), LayerGroup(*key, {}))
         group.rank_pattern[name] = "".join("1" if i in live[name] else "0" for i in range(layer.r))
     return list(groups.values())
 
@@ -187,7 +189,7 @@ def _head_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
-    """A second name, by tying, of an adapted module or of a trained tensor; None where there is none."""
+    """A second name that weight tying gives an adapted module or a trained tensor; None where there is none."""
     trained = set(map(id, head.values()))
     modules = model.named_modules(remove_duplicate=False)
     names = [name for name, module in modules if isinstance(module, LoRALayer) and name not in layers]
@@ -201,12 +203,13 @@ def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mappin
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
-    Factors that had been cast to half precision return in float32; the logits then agree to rounding. The model is the
-    plain base, or has low-rank layers in exactly the adapter's places, of its rank and widths, into whose factors the
-    values are written. Afterwards the adapter's parameters are trainable and all others frozen. An adapter that was
-    trained on frozen weights in bfloat16 goes on the float32 base; call ``cast_frozen`` after this. Pruned singular
-    values come back as zeros beside factors of zero: they get no gradient and stay pruned. :func:`loralib.compact`
-    drops them, and :func:`start_from_adapter` lets them grow again.
+    The model is the plain base, or it has low-rank layers in exactly the adapter's places, of its rank and widths. Then
+    the values are written into their factors. Afterwards the adapter's parameters are trainable and all others frozen.
+
+    Factors that had been cast to half precision return in float32; the logits then agree to rounding. An adapter that
+    was trained on frozen weights in bfloat16 goes on the float32 base: call ``cast_frozen`` after this. A pruned
+    singular value comes back as 0, and its columns and rows of the factors too, so that it gets no gradient.
+    :func:`loralib.compact` drops it, and :func:`start_from_adapter` lets it grow again.
 
     Args:
         allow_other_base: accept a base with other weights than those the adapter was trained on.
@@ -215,8 +218,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_othe
         The adapter's configuration.
 
     Raises:
-        ValueError: for a damaged or edited folder, a base of another architecture, shape or (unless allowed) other
-            weights, other low-rank layers, or a merged model. The model is unchanged then.
+        ValueError: for a damaged or edited folder; a base without the adapter's modules or with other shapes; a base
+            with other weights, unless allowed; other low-rank layers; a merged model. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
     layers = fitting_layers(model, config, tensors)
@@ -273,13 +276,14 @@ def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]
 
 
 def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the adapter's file holds the factors of these layers and no others, at one rank, and
-    every factor that the layers share is one that the adapter's layers share. No layer may be merged."""
+    """Raises ValueError unless each layer has the adapter's initial rank for its module, the file holds the factors of
+    these layers and nothing else beside the head, the layers share no more factors than the adapter's, and none of
+    them is merged."""
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
         raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
-    owners: dict[int, str] = {}  # factor -> the stored tensor for it
+    owners: dict[int, str] = {}  # id of a factor -> name of the stored tensor
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
         wanted = f"method ({group.kind}), rank ({group.r}) and widths ({group.widths})"
@@ -346,7 +350,7 @@ def install(
 
 @torch.no_grad()
 def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Give layers the adapter's settings and factors; what was pruned is zero, its factors too."""
+    """Give layers the adapter's settings and factors. Pruned values become zero, and so do their columns and rows."""
     for layer in layers.values():
         for parameter in layer.lora_parameters():
             parameter.zero_()
@@ -369,8 +373,8 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
     ΔW is then the adapter's. If lora_alpha differs, the singular values (LoRA: B) make up for it. Singular values that
-    were pruned start anew with e = 0 and the model's own initial factors, so that they can grow again. The head and
-    the ``requires_grad`` flags are left alone.
+    were pruned keep e and factors of the model's own layers, after ``inject`` e = 0, so that they can grow again. The
+    head and the ``requires_grad`` flags are left alone.
 
     Args:
         model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.

@@ -2,7 +2,8 @@
 
 A folder holds adapter_config.json (an :class:`AdapterConfig`), adapter_model.safetensors (the tensors), README.md and
 often a tokenizer. The configuration names no file, so a folder cannot point outside itself. It holds the SHA-256 of the
-tensors' file and of its own content (sorted keys, without that entry), so that a truncated or edited folder is refused.
+tensors' file and of its own content (sorted keys, without that entry), so that truncation and edits of either file are
+found; README.md and the tokenizer have no checksum.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # Names of tokenizers' files, one of which each tokenizer of transformers writes.
 _TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
-_NEW = ".new-"  # begins the name of a folder of files that are being written
+_NEW = ".new-"  # prefix of the temporary folder of files that are being written
 
 
 # ---- the configuration ----------------------------------------------------------------------------------------------
@@ -40,10 +41,10 @@ class LayerGroup:
 
     Attributes:
         kind: lora, adalora, lora2 or multiscale. r: initial rank; lora_alpha / r is the scaling.
-        widths: from the outermost inward. init: of the factors, for layers with singular values.
+        widths: from the outermost inward. init: how the factors of layers with singular values were drawn.
         fan_in_fan_out: whether the modules store their weight as (in, out), as GPT-2's ``Conv1D`` does.
-        rank_pattern: module name -> one character for each singular value (LoRA: rank) of the layer: "1" if it is live
-            and stored, "0" if it is pruned.
+        rank_pattern: module name -> one character for each singular value that the layer had when it was saved (LoRA:
+            rank): "1" if it is live and stored, "0" if it is pruned.
     """
 
     kind: str
@@ -65,16 +66,17 @@ class AdapterConfig:
     """The content of ``adapter_config.json``.
 
     Attributes:
-        kind: the kind of all layers, "mixed", or "parameters" if there are no layers (BitFit, full fine-tuning).
+        kind: those of the layers, joined by "+", or "parameters" if there are no layers (BitFit, full fine-tuning).
         groups: the low-rank layers.
         tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
-        head: names of the other trained parameters, and of the saved buffers of their modules.
+        head: names of the other trained parameters, and of the saved buffers that training changes.
         architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
             needed to build the base again. base_model, base_revision: its name and revision on the hub; may be None.
         base_fingerprint: see :func:`loralib.base_fingerprint`.
         card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of something that
-            was trained, under which peft's format cannot hold it.
-        library_version: of loralib. weights_sha256: of the tensors' file.
+            was trained. peft's format has no place for a second name.
+        library, library_version: what wrote the folder. format_version: of the folder.
+        weights_sha256: of the tensors' file. The file also has "config_sha256", of all the rest.
     """
 
     kind: str
@@ -127,7 +129,7 @@ def _config_of(values: dict[str, Any]) -> AdapterConfig:
         for name, hint in get_type_hints(type(part)).items():
             if not _is_a(value := getattr(part, name), hint):
                 raise ValueError(f"{name} cannot be {value!r:.80}")
-    if not config.architecture.isidentifier():  # README.md has it in lines of code
+    if not config.architecture.isidentifier():  # README.md prints it in its heading, and in peft's form as code
         raise ValueError(f"architecture cannot be {config.architecture!r:.80}")
     try:
         config.head_options()
@@ -158,7 +160,8 @@ def write_adapter(
     card: str,
     save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> None:
-    """Write the three files, README.md with ``card``, and the tokenizer's, see :func:`new_files`.
+    """Write adapter_config.json, adapter_model.safetensors, README.md with the text ``card`` and the tokenizer's files,
+    see :func:`new_files`.
 
     Raises:
         ValueError: if the folder holds other files than an adapter's, or :func:`read_adapter` would refuse a value.
@@ -170,7 +173,7 @@ def write_adapter(
     try:
         _config_of(values)
         text = json.dumps(values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False)
-    except (TypeError, ValueError) as error:  # the first for a card with what JSON cannot hold
+    except (TypeError, ValueError) as error:  # TypeError: config.card holds what JSON cannot
         raise ValueError(f"the adapter cannot be saved: {error}") from None
     with new_files(folder) as new:
         if save_tokenizer is not None:
@@ -184,9 +187,9 @@ def write_adapter(
 def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
     """An empty folder to write to. At the end of the block its files take the places of those in ``folder``.
 
-    An error leaves the folder as it was. The files are replaced one by one, the weights first and ``last`` at the end,
-    so that a kill in between leaves an adapter whose checksums do not fit. Processes that write the same folder take
-    turns.
+    An error inside the block leaves the folder as it was. The files are replaced one by one, the weights first and
+    ``last`` at the end, so that a kill in between leaves an adapter that :func:`read_adapter` refuses. Processes that
+    write the same folder take turns, where the folder can be locked.
 
     Args:
         folder: may be absent, empty, or hold ``last``; its other files stay.
@@ -199,7 +202,7 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
     target.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(target, exclusive=True) as alone, tempfile.TemporaryDirectory(prefix=_NEW, dir=target) as new:
-            for left in target.glob(f"{_NEW}*") if alone else ():  # by a writer that was killed
+            for left in target.glob(f"{_NEW}*") if alone else ():  # left by a killed writer
                 if str(left) != new:
                     shutil.rmtree(left)
             if not (target / last).exists():
@@ -213,7 +216,7 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
                 os.replace(file, target / file.name)
     finally:
         if is_new:
-            with suppress(OSError):  # it holds what was written
+            with suppress(OSError):  # rmdir fails, as it should, where files were written
                 target.rmdir()
 
 
@@ -226,8 +229,8 @@ def refuse_files(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
-    """One writer or several readers at a time, over all processes of this machine; a kill unlocks. False where nothing
-    is locked: on Windows, and on network disks that lock no folder."""
+    """Inside the block there is one writer, or there are readers alone, among all processes of this machine. A kill
+    unlocks. Yields False where nothing can be locked: on Windows, and on network disks that lock no folder."""
     descriptor, alone = None, False
     try:
         with suppress(ImportError, OSError):
@@ -248,7 +251,7 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
-    """Copy what an adapter's folder holds beside the adapter itself."""
+    """Copy the files of an adapter's folder that are not the adapter's own: the tokenizer's."""
     for path in Path(adapter).iterdir():
         if path.is_file() and path.name not in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
             shutil.copy(path, folder)
@@ -267,7 +270,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
     """Read configuration and tensors and compare both with their checksums.
 
     Raises:
-        ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed.
+        ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed, or holds
+            NaN, or infinity in a factor.
     """
     with _locked(Path(folder), exclusive=False):
         config = read_adapter_config(folder)
@@ -332,7 +336,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def _check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN, and in factors infinity, which a head may hold, as a causal mask does."""
+    """Refuse NaN everywhere, and infinity in factors. A head may hold infinity: a causal mask is one of its buffers."""
     for name, tensor in tensors.items():
         values = tensor.float()  # half and quarter precision lack some operations
         if values.isnan().any() or (".lora_" in name and values.isinf().any()):
