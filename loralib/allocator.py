@@ -1,16 +1,17 @@
 """Rank allocation: budget, importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
 
-A value is pruned in two moves. At every masking the ``b(t)`` most important singular values of all layers stay, and the
+Pruning has two phases. At every masking the ``b(t)`` most important singular values of all layers stay, and the
 others are set to 0. Between maskings the optimiser may move a pruned value away from 0, so that it can come back; for
 the last final_warmup steps one mask is held and applied in each step, so that it cannot.
 
 Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
            b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
            where t_f is 0); b_T for the last t_f steps with the mask held.
-Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁); Ū that of |I − Ī| (β₂); its score S = Ī · Ū.
+Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁). Its uncertainty Ū is the moving average of
+|I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated before step T − t_f, and at step 1 always.
 Importance of singular value i of a layer: S(e_i) + mean of S over the innermost B[:, i] + the same over A[i, :].
-With one scale this is AdaLoRA's. LoRA² leaves the outer factors out ("inner"); "full" adds the mean score of each of
-them, a constant within a layer, though not across layers, over which the threshold is global.
+With one scale this is AdaLoRA's. LoRA² leaves the outer factors out ("inner"). "full" adds the mean score of each outer
+factor: it is equal within a layer and differs between layers, and one budget serves all layers.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ class RankAllocator:
     """Prunes the singular values of all layers against one global budget.
 
     Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
-    A layer that is frozen, before or afterwards, keeps its singular values, and the budget is that of the other layers.
+    A layer that is frozen, from the start or later, keeps its singular values, and the budget is that of the others.
 
     Args:
         model: holds low-rank layers with singular values, all of one rank.
         total_steps: optimiser steps of the whole training.
         target_rank: average final rank of a layer.
         init_warmup: steps before pruning starts; a tenth of the training where None.
-        final_warmup: last steps, with the mask held; half of the training where None.
+        final_warmup: number of last steps, in which one mask is held; half of the training where None.
         mask_interval: steps between two maskings.
-        beta1, beta2: of the moving averages of sensitivity and uncertainty, in (0, 1).
+        beta1, beta2: decay rates of the moving averages of sensitivity and uncertainty, in (0, 1).
         importance: ``"inner"`` or ``"full"``, see the module's text.
 
     Attributes:
@@ -88,7 +89,7 @@ class RankAllocator:
             raise ValueError(f"target_rank {target_rank} exceeds the layers' rank {self.r}")
         self.initial_total_rank, self.target_total_rank = self.r * len(layers), target_rank * len(layers)
         self._masks = [torch.ones_like(layer.lora_E, dtype=torch.bool) for layer in self._layers]
-        # Ī and Ū of all scored entries, one parameter behind the other.
+        # Ī and Ū of all scored entries, one parameter after the other.
         self._sensitivity = torch.zeros(sum(p.numel() for p, *_ in self._scored()), dtype=torch.float32)
         self._uncertainty = torch.zeros_like(self._sensitivity)
 
@@ -104,7 +105,7 @@ class RankAllocator:
 
     @property
     def scored_parameters(self) -> int:
-        """Number of parameters whose sensitivity is tracked."""
+        """Number of entries that have a score."""
         return self._sensitivity.numel()
 
     @property
@@ -124,7 +125,7 @@ class RankAllocator:
         return sum(map(sum, self.rank_pattern.values()))
 
     def budget(self, step: int, layers: int | None = None) -> int:
-        """Singular values that so many layers (None: all) keep together at ``step``, counted from 1."""
+        """How many singular values that number of layers (None: all) keeps together at ``step``, counted from 1."""
         count = len(self._layers) if layers is None else layers
         start, target, last = self.r * count, self.target_rank * count, self.total_steps - self.final_warmup
         if step <= self.init_warmup:
@@ -136,10 +137,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def update_and_mask(self, step: int) -> None:
-        """Update the scores from the current gradients, and mask where the schedule says so.
+        """Update the scores from the current gradients, until one mask is held, and mask where the schedule says so.
 
         Args:
-            step: optimiser steps done, counted from 1.
+            step: number of optimiser steps done.
 
         Raises:
             ValueError: where no singular value has a gradient to score it by.
@@ -160,7 +161,7 @@ class RankAllocator:
         if all(layer.lora_E.grad is None for layer in self._layers):
             raise ValueError("no singular value has a gradient: score and mask before the gradients are cleared")
         parameters = [parameter for parameter, *_ in self._scored()]
-        # No gradient (an unused module), or none that is finite (a step that float16 skips), is a gradient of zero.
+        # A missing gradient (an unused module) and an entry that is not finite (a step that float16 skips) count as 0.
         current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         current = current.nan_to_num(0.0, 0.0, 0.0).mul_(_flat(parameters)).abs_()
         moves: Tensor | float = 1.0
@@ -230,7 +231,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def most_important(scores: Tensor, budget: int) -> Tensor:
-    """Flags of the ``budget`` largest scores, of equal ones the later; (n,) → (n,)."""
+    """Whether each score is among the ``budget`` largest, (n,) → (n,); of equal ones the later win."""
     pruned = scores.argsort(stable=True)[: max(len(scores) - budget, 0)]
     return torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
 

@@ -6,9 +6,9 @@
     n scales  ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀
 
 with s = lora_alpha / r. B₀ is (out, k), A₀ is (k, in): the outer scale; B₁ (k, r), e (r) and A₁ (r, k) live at the
-second scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets, which fix
-the number of scales. Every layer is an ``nn.Linear``, so the frozen weight keeps its name in a state dict, and ΔW is
-never formed while training: the small factors are multiplied first.
+second scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets. Every layer
+is an ``nn.Linear``, so the frozen weight keeps its name in a state dict. ΔW is never formed while training: the small
+factors are multiplied first.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class LoRALayer(nn.Linear):
 
     Args:
         in_features, out_features: sizes of the frozen layer.
-        r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of the update.
+        r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: dropout probability on the input of the update.
         bias: whether the frozen layer has a bias.
         args, options: the arguments of the preset's :meth:`scales`.
 
     Attributes:
         lora_B: left factors from the outermost inward, shapes (out, k₁), (k₁, k₂), …, (kₙ₋₁, r).
         lora_A: right factors from the outermost inward, shapes (k₁, in), (k₂, k₁), …, (r, kₙ₋₁).
-        lora_E: singular values e, shape (r,); ``None`` for plain LoRA.
+        lora_E: singular values e, shape (r,); ``None`` for plain LoRA and where none is left.
         widths: (k₁, …, kₙ₋₁); ``()`` is a single scale.
         r: stored rank. initial_r: the rank at the start; they differ after :meth:`keep_singular_values`.
-        scaling: s = lora_alpha / initial_r, which follows ``lora_alpha``. It stays so while singular values are pruned.
+        scaling: s = lora_alpha / initial_r, which follows ``lora_alpha``. Pruning does not change it.
         merged: whether ``weight`` currently holds W + ΔW.
 
     Raises:
@@ -57,13 +57,13 @@ class LoRALayer(nn.Linear):
     has_singular_values: ClassVar[bool] = True
     in_peft: ClassVar[bool] = False  # whether peft holds the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
-    # The replaced layer where its weight is quantised: it alone knows the product. The tuple hides it from nn.Module,
-    # so that the weight has one name.
+    # The layer that this one replaces, if its weight is quantised: only that layer can compute the product. The tuple
+    # hides it from nn.Module, so that the weight has one name.
     _quantised: tuple[nn.Module] | None = None
 
     @staticmethod
     def scales(*args: Any, **options: Any) -> tuple[Sequence[int], str]:
-        """The preset's own arguments → the widths from the outermost inward, and the initialisation."""
+        """Turns the preset's own arguments into the widths, from the outermost inward, and the initialisation."""
         raise NotImplementedError
 
     def __init__(
@@ -95,8 +95,8 @@ class LoRALayer(nn.Linear):
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
 
         Args:
-            linear: an ``nn.Linear``, one with a weight quantised by torchao, bitsandbytes' ``Linear4bit``, or, with a
-                weight stored (in, out), GPT-2's ``Conv1D`` or a layer whose attribute ``fan_in_fan_out`` is true.
+            linear: an ``nn.Linear``, also with a weight quantised by torchao; bitsandbytes' ``Linear4bit``; or a layer
+                with a weight stored (in, out): GPT-2's ``Conv1D``, or one whose ``fan_in_fan_out`` is true.
             options: the arguments of the preset's :meth:`scales`.
 
         Raises:
@@ -126,14 +126,14 @@ class LoRALayer(nn.Linear):
         self.lora_alpha, self.init = float(lora_alpha), init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
-        self.lora_dropout = nn.Dropout(float(lora_dropout))  # an adapter file holds no NumPy number
-        # A buffer, so that it follows the layer to another device; never part of a state dict.
+        self.lora_dropout = nn.Dropout(float(lora_dropout))  # JSON cannot hold a NumPy number
+        # A buffer, so that it follows the layer to another device. A state dict has it under the name of the weight.
         self.register_buffer("_weight_before_merge", None, persistent=False)
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
 
-        # Half-precision factors would lose small steps: they are kept in float32 even beside a bfloat16 weight.
+        # Half precision would lose small steps, so factors have at least float32, beside a bfloat16 weight too.
         options = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         inner = [*self.widths, r]
         self.lora_B = nn.ParameterList(
@@ -163,8 +163,8 @@ class LoRALayer(nn.Linear):
 
     @torch.no_grad()
     def keep_singular_values(self, kept: Sequence[int]) -> None:
-        """Keep only the inner dimensions in ``kept``: of e, of the columns of the innermost B and of the rows of the
-        innermost A. The scaling stays. With none kept the layer has no factors left, and is its frozen layer.
+        """Keep only the singular values in ``kept``, with their columns of the innermost B and rows of the innermost A.
+        The scaling stays. With none kept the layer has no factors left, and then computes only its frozen layer.
 
         The shrunk parameters are new objects: make the optimiser afterwards.
         """
@@ -182,12 +182,12 @@ class LoRALayer(nn.Linear):
         self.r = len(kept)
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        """The trainable factors: B outermost inward, e where there is one, A outermost inward."""
+        """All factors, frozen or not: B outermost inward, e where there is one, A outermost inward."""
         return [*self.lora_B, *([] if self.lora_E is None else [self.lora_E]), *self.lora_A]
 
     def singular_axes(self) -> list[int | None]:
         """For each of :meth:`lora_parameters`, the dimension along which its r singular values lie; None for an outer
-        factor, which belongs to all of them."""
+        factor, which all singular values share."""
         if self.r == 0:
             return []
         outer: list[int | None] = [None] * len(self.widths)
@@ -205,7 +205,7 @@ class LoRALayer(nn.Linear):
 
     @torch.no_grad()
     def scatter(self, kept: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Write what :meth:`select` gives into those places; the factors' other entries stay as they are."""
+        """Write what :meth:`select` gives into the places ``kept``; the factors' other entries stay as they are."""
         index = torch.tensor(list(kept), dtype=torch.long)
         for parameter, axis, values in zip(self.lora_parameters(), self.singular_axes(), tensors, strict=True):
             if axis is None:
@@ -215,7 +215,7 @@ class LoRALayer(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s. To strengthen or weaken an update, change ``lora_alpha``, which an adapter's file holds."""
+        """s. To change the strength of an update, set ``lora_alpha``: a saved adapter holds it."""
         return self.lora_alpha / self.initial_r
 
     def folded_core(self) -> Tensor:
@@ -232,18 +232,20 @@ class LoRALayer(nn.Linear):
         return fold(left, values, right)
 
     def delta_weight(self) -> Tensor:
-        """The update ΔW with its scaling, shape (out, in), in the factors' dtype. For merging and inspection."""
+        """The update ΔW with its scaling, shape (out, in), in the factors' dtype (the weight's where none is left). For
+        merging and inspection."""
         if self.r == 0:
             return self.weight.new_zeros(self.out_features, self.in_features)
         with without_autocast(self.lora_B[0].device.type):
             return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        """x (…, in) → x Wᵀ + bias + x ΔWᵀ, shape (…, out), in the dtype of ``weight`` (or autocast's). The argument is
-        called ``input`` as ``nn.Linear``'s is.
+        """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; beside a
+        quantised weight, in that of the frozen product. The argument is called ``input`` as ``nn.Linear``'s is.
 
         Raises:
-            RuntimeError: if the layer is merged while a factor trains, or if the factors are on the meta device.
+            RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains; if the
+                factors are on the meta device and the weight is not.
         """
         if self._quantised is not None:
             return self._beside_quantised(self._quantised[0], input)
@@ -257,13 +259,15 @@ class LoRALayer(nn.Linear):
         return adapted_linear(input, weight, self.bias, self.lora_A[0], self._core(), self.lora_B[0], dropped)
 
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The frozen layer's own product plus the update, in the dtype of the former. The weight is not looked at."""
+        """The frozen layer's own product plus the update, in the dtype of the former. This layer does not read the
+        weight's values."""
         # .to() moves only the tensors that this layer knows: the frozen layer gets them here.
         base._parameters.update(weight=self.weight, bias=self.bias)
-        return self.add_update(type(base).forward(base, x), x)  # not called: its hooks are this layer's
+        # forward(), not a call: the hooks of the replaced layer run on this layer.
+        return self.add_update(type(base).forward(base, x), x)
 
     def add_update(self, out: Tensor, x: Tensor) -> Tensor:
-        """out + x ΔWᵀ, (…, out), in the dtype of ``out``: a frozen product that is not this layer's own."""
+        """out + dropout(x) ΔWᵀ, (…, out), in the dtype of ``out``, a frozen product that another module computed."""
         if self.r == 0:
             return out
         return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self._core(), self.lora_B[0])
@@ -276,7 +280,7 @@ class LoRALayer(nn.Linear):
 
     def _core(self) -> Tensor | float:
         """The core as the forward pass wants it: a matrix, or a number for that number times the identity."""
-        if self.lora_A[0].is_meta and not self.weight.is_meta:  # a product of the two is whatever lay in memory
+        if self.lora_A[0].is_meta and not self.weight.is_meta:  # torch would return uninitialised memory
             raise RuntimeError(
                 "the factors are on the meta device and have no values: load the weights before inject(), and let "
                 "accelerate dispatch the model without offloading"
@@ -317,7 +321,7 @@ class LoRALayer(nn.Linear):
             destination[f"{prefix}weight"] = self._weight_before_merge
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loading restores W first, because it changes W and ΔW."""
+        """Undoes a merge first, because loading changes W and ΔW."""
         self.unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 
