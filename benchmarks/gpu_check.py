@@ -3,9 +3,8 @@
     bash scripts/gpu_check.sh [--out FOLDER]
 
 Each check is a separate process. It has its share of the time, plus what earlier checks left of theirs; then it is
-ended, so that later ones keep their shares. A check that the machine cannot run, or that does not fit into its time, is
-listed as skipped, and is not counted as passed. On a CPU everything is small: that shows that the checks run, and
-nothing about a GPU.
+ended. A check that the machine cannot run, or that does not fit into its time, is listed as skipped, and is not counted
+as passed. On a CPU everything is small: that shows that the checks run, and nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import signal
 import subprocess
@@ -21,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import losses, run
-from benchmarks.peers import MODELS, PEERS, Shape, installed
+from benchmarks.peers import Shape
 from benchmarks.report import section
 from nlu.runs.files import write_text
 from nlu.runs.machine import COMMIT, now
@@ -43,16 +40,15 @@ SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
 FEW = ("lora2", "lora2_plus", "bitfit")
 WAITING = {"peft_adalora": "peft's allocator waits", "lora balanced": "torch.linalg.eigh waits"}
-SECONDS = 525  # in all, by default: 9 minutes, and some time to end in
-ends = math.inf  # when the check of this process is to be done, as time.time() has it
+SECONDS = 525  # in all: 9 minutes, and some time to start and to end in
 
 
 class Skipped(Exception):
-    """The machine lacks what the check needs, or the time is over: why, and what was measured before."""
+    """The machine lacks what the check needs: why."""
 
 
 class Failed(Exception):
-    """What the check found, and its measurements if it has any."""
+    """What the check found."""
 
 
 def suite() -> str:
@@ -69,28 +65,22 @@ def suite() -> str:
 
 
 def each_method(try_one: Callable[[str, list[str]], list[str]], names: list[str]) -> None:
-    """Try one method after the other, while there is time.
+    """Try one method after the other.
 
     Args:
         try_one: (method, flags) → what is wrong with it, a line each.
 
     Raises:
-        Failed: with all that is wrong. Skipped: with the methods for which no time was left.
+        Failed: with all that is wrong.
     """
-    every, wrong, late = losses.method_flags(), [], []
+    every, wrong = losses.method_flags(), []
     for name in names:
-        if time.time() > ends:
-            late.append(name)
-            continue
         try:
             wrong += try_one(name, every[name])
         except Exception as error:  # one that cannot be run says nothing about the others
             wrong.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    behind = f"no time was left for {', '.join(late)}"
     if wrong:
-        raise Failed("; ".join([*wrong, behind] if late else wrong))
-    if late:
-        raise Skipped(f"{behind}; {len(names) - len(late)} methods are as they should be")
+        raise Failed("; ".join(wrong))
 
 
 def methods() -> str:
@@ -193,32 +183,23 @@ def _kill_once(command: list[str], after: Path) -> None:
     process.wait()
 
 
-def benchmark() -> tuple[str, list[dict[str, Any]]]:
+def benchmark() -> str:
     """A step takes so long, and so much memory, beside peft on transformers' attention."""
     peers = ["peft-lora", "lora2"] if SMALL else ["peft-lora", "peft-lora-bf16", "lora", "lora2"]
     lengths = [16] if SMALL else [64, 128, 256, 512]
-    flags = ["--device", DEVICE, "--rounds", "1" if SMALL else "3", "--precisions", "bfloat16"]
-    arguments = run.parse([*flags, "--lengths", ",".join(map(str, lengths)), "--peers", ",".join(peers)])
-    if not SMALL:
-        arguments.peers += [key for key, peer in PEERS.items() if peer.package and installed(key)]
+    arguments = run.parse(["--device", DEVICE, "--rounds", "1" if SMALL else "3", "--name", "Steps"])
+    sizes = {"layers": 1, "vocabulary": 1000} if SMALL else {"layers": 12}
     settings = []
-    for model, sizes in MODELS.items():
-        for length in lengths:
-            keys = [key for key in arguments.peers if model == "deberta-v3-base" or not PEERS[key].package]
-            sizes = sizes | ({"layers": 1, "vocabulary": 1000} if SMALL else {})
-            batch = 2 if SMALL else min(32, 4096 // length)
-            steps = 1 if SMALL else 10  # in each round: a GPU's single steps are too short to be timed
-            shape = Shape("bfloat16", batches=((batch, length),) * steps, device=DEVICE, model=model, **sizes)
-            settings.append((f"{model}, bfloat16, batch {batch}, length {length}", dict.fromkeys(keys, shape)))
-    outcome = run.measure_all(arguments, settings, ends)
-    measurements = [asdict(each) for each in outcome.found]
-    table = section({
-        "name": "Steps", "started_at": now(), "machine": run.machine(arguments), "rounds": arguments.rounds,
-        "failure": outcome.failure, "measurements": measurements,
-    })  # fmt: skip
-    if outcome.failure:
-        raise (Skipped if outcome.code == 0 else Failed)(f"{outcome.failure}\n\n{table}", measurements)
-    return table, measurements
+    for length in lengths:
+        batch = 2 if SMALL else min(32, 4096 // length)
+        steps = 1 if SMALL else 10  # in each round: a GPU's single steps are too short to be timed
+        shape = Shape("bfloat16", batches=((batch, length),) * steps, device=DEVICE, **sizes)
+        settings.append((f"bfloat16, batch {batch}, length {length}", dict.fromkeys(peers, shape)))
+    found, failure, _ = run.measure_all(arguments, settings)
+    table = section(run.record_of(arguments, now(), found, failure))
+    if failure:
+        raise Failed(f"{failure}\n\n{table}")
+    return table
 
 
 # Each check, and its share of the time in seconds.
@@ -233,23 +214,18 @@ def check(name: str) -> dict[str, Any]:
     logging.set_verbosity_error()
     started = time.monotonic()
     try:
-        status, outcome = "passed", CHECKS[name][0]()
+        status, found = "passed", CHECKS[name][0]()
     except (Skipped, Failed) as error:
-        status, outcome = type(error).__name__.lower(), error.args
+        status, found = type(error).__name__.lower(), str(error)
     except Exception as error:
-        status, outcome = "failed", f"{type(error).__name__}: {error}"
-    found, *measurements = [outcome] if isinstance(outcome, str) else outcome
-    result = {"check": name, "status": status, "found": found, "seconds": round(time.monotonic() - started, 1)}
-    return result | ({"measurements": measurements[0]} if measurements else {})
+        status, found = "failed", f"{type(error).__name__}: {error}"
+    return {"check": name, "status": status, "found": found, "seconds": round(time.monotonic() - started, 1)}
 
 
 def check_apart(name: str, seconds: float) -> dict[str, Any]:
     """Run one check in a process of its own, and end it with all that it started when its time is up."""
-    if seconds < 1:
-        return {"check": name, "status": "skipped", "found": "no time was left for it", "seconds": 0.0}
     started = time.monotonic()
-    ends = time.time() + 0.9 * seconds  # the rest is to end in
-    command = [sys.executable, __file__, "--only", name, "--ends", str(ends)]
+    command = [sys.executable, __file__, "--only", name]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
     try:
@@ -298,14 +274,14 @@ def report(record: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def run_checks(out: Path, ends: float) -> list[dict[str, Any]]:
-    """Run every check, all until ``ends`` (as time.time() has it), and write what is known after each."""
+def run_checks(out: Path) -> list[dict[str, Any]]:
+    """Run every check, all in :data:`SECONDS`, and write what is known after each."""
     started, results = time.monotonic(), []
     shares = [seconds for _, seconds in CHECKS.values()]
     record = {"started_at": now(), "commit": COMMIT, "device": DEVICE, "machine": machine(), "results": results}
     for i, name in enumerate(CHECKS):
-        left = ends - time.time() - sum(shares[i + 1 :])
-        print(f"{name}: at most {max(left, 0):.0f} s", flush=True)
+        left = started + SECONDS - time.monotonic() - sum(shares[i + 1 :])
+        print(f"{name}: at most {left:.0f} s", flush=True)
         results.append(check_apart(name, left))
         record["seconds"] = round(time.monotonic() - started, 1)
         print(f"{name}: {results[-1]['status']} ({results[-1]['seconds']} s)", flush=True)
@@ -322,16 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=run.RESULTS, help="folder of gpu_check.json and gpu_check.md "
                         "(on a CPU gpu_check_cpu.json and .md)")  # fmt: skip
     parser.add_argument("--only", choices=CHECKS, help="run one check in this process, and print its result as JSON")
-    parser.add_argument("--ends", type=float, help=f"deadline, as Unix time (default: in {SECONDS} s)")
     arguments = parser.parse_args(argv)
-    until = arguments.ends or time.time() + SECONDS
     if arguments.only:
-        global ends
-        ends = until
         print(json.dumps(check(arguments.only)))
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
-    return int(any(r["status"] == "failed" for r in run_checks(arguments.out, until)))
+    return int(any(r["status"] == "failed" for r in run_checks(arguments.out)))
 
 
 if __name__ == "__main__":

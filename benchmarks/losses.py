@@ -8,7 +8,7 @@ say in the commit message why they moved::
 
     PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json
 
-Names of methods measure those alone, as benchmarks/compare_losses.py asks for them.
+Names of methods measure those alone.
 """
 
 from __future__ import annotations

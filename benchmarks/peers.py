@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -33,10 +33,8 @@ LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 @dataclass(frozen=True)
 class Peer:
     """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
-    a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step. `compiled`
-    is `--torch_compile`, measured only when named: it takes minutes to compile. `package` replaces the attention
-    of DeBERTa. `exact` is `--method lora2_plus`: exact factors in place of the regulariser, a rate of its own for e,
-    and nothing pruned."""
+    a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step. `exact`
+    is `--method lora2_plus`: exact factors in place of the regulariser, a rate of its own for e, and nothing pruned."""
 
     title: str
     maker: str
@@ -44,8 +42,6 @@ class Peer:
     k: int = 0
     fast_attention: bool = False
     weights: str = "float32"
-    compiled: bool = False
-    package: str = ""
     exact: bool = False
 
 
@@ -63,29 +59,8 @@ PEERS = {
         "LoRA² k=8, here, exact factors", "here", "lora2", 8, fast_attention=True, weights="bfloat16", exact=True
     ),
     "lora2-k1": Peer("LoRA² k=1, here", "here", "lora2", 1, fast_attention=True, weights="bfloat16"),
-    "lora2-compiled": Peer(
-        "LoRA² k=8, here, --torch_compile", "here", "lora2", 8, fast_attention=True, weights="bfloat16", compiled=True
-    ),
-    "lora2-stock-compiled": Peer(
-        "LoRA² k=8, here, stock attention, --torch_compile", "here", "lora2", 8, weights="bfloat16", compiled=True
-    ),
-    "published": Peer("LoRA² k=8 as first published: padded to 320, float32, stock attention", "plain", "lora2", 8),
-    "flashdeberta": Peer("LoRA, peft, flashdeberta", "peft", "lora", weights="bfloat16", package="flashdeberta"),
-    "disentangled-flash": Peer(
-        "LoRA, peft, disentangled-flash", "peft", "lora", weights="bfloat16", package="disentangled_flash"
-    ),
     "limit": Peer("matrix products alone", "limit", "limit"),
 }
-# The architectures, by the name of the checkpoint that has them: sizes as in `Shape`.
-MODELS = {
-    "deberta-v3-base": {"layers": 12, "hidden": 768, "intermediate": 3072, "heads": 12},
-    "roberta-large": {"layers": 24, "hidden": 1024, "intermediate": 4096, "heads": 16},
-}
-
-
-def installed(key: str) -> bool:
-    """Whether this machine has the package that a peer needs."""
-    return importlib.util.find_spec(PEERS[key].package) is not None
 
 
 @dataclass(frozen=True)
@@ -100,7 +75,6 @@ class Shape:
     intermediate: int = 3072
     heads: int = 12
     vocabulary: int = 128_100
-    model: str = "deberta-v3-base"
 
 
 class PeftAdaLora:
@@ -130,42 +104,24 @@ class Trained:
     loop: loralib.LowRankTraining | PeftAdaLora | None = None
 
 
-def build_model(shape: Shape, package: str = "") -> nn.Module:
-    """The architecture with random weights: no download, the same arithmetic."""
+def build_model(shape: Shape) -> nn.Module:
+    """DeBERTaV3 with random weights: no download, the same arithmetic."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     torch.manual_seed(0)
-    if shape.model == "roberta-large":
-        from transformers import RobertaConfig, RobertaForSequenceClassification
-
-        config = RobertaConfig(
-            vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=514,
-            type_vocab_size=1, layer_norm_eps=1e-5, num_labels=2,
-        )  # fmt: skip
-        return RobertaForSequenceClassification(config).train()
     config = DebertaV2Config(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=512,
         relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
         pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7, num_labels=2,
     )  # fmt: skip
-    if package == "flashdeberta":
-        from flashdeberta import FlashDebertaV2ForSequenceClassification
-
-        return FlashDebertaV2ForSequenceClassification(config).train()
-    model = DebertaV2ForSequenceClassification(config).train()
-    if package == "disentangled_flash":
-        from disentangled_flash import optimize_deberta_training
-
-        optimize_deberta_training(model.deberta, backend="triton")
-    return model
+    return DebertaV2ForSequenceClassification(config).train()
 
 
 def build(peer: Peer, shape: Shape) -> Trained:
     """The peer's model, adapters and optimiser on the shape's device."""
     with torch.device(shape.device):  # a GPU draws the weights in a hundredth of the time
-        model = build_model(shape, peer.package)
+        model = build_model(shape)
     half = shape.precision == "bfloat16"
     cast = half and peer.weights == "bfloat16"
     loop: loralib.LowRankTraining | PeftAdaLora | None = None
@@ -189,7 +145,7 @@ def build(peer: Peer, shape: Shape) -> Trained:
         speed_up(model, peer.fast_attention)
     if peer.exact:
         loop = loralib.LowRankTraining(model, SCHEDULE["total"], constraint=ExactFactors(model))
-    elif peer.maker in ("here", "plain") and peer.method in ("adalora", "lora2"):
+    elif peer.maker == "here" and peer.method in ("adalora", "lora2"):
         loop = loralib.LowRankTraining(
             model, SCHEDULE["total"], target_rank=3, regu_weight=REGULARISER, init_warmup=SCHEDULE["init"],
             final_warmup=SCHEDULE["final"], mask_interval=SCHEDULE["interval"],
@@ -198,8 +154,6 @@ def build(peer: Peer, shape: Shape) -> Trained:
     if peer.exact:
         trainable = parameter_groups(model, LEARNING_RATE, value_lr_ratio=4)
     optimizer = torch.optim.AdamW(trainable, LEARNING_RATE, weight_decay=0.0, fused=True)
-    if peer.compiled:
-        model = torch.compile(model)
     return Trained(model, optimizer, half and not cast, loop)
 
 
@@ -334,7 +288,8 @@ def _release() -> None:
 
 
 def serve(connection: Any, key: str, threads: int) -> None:
-    """Answer ("build", shape), ("step", n[, "last"]), ("method", n) and ("memory",) until None comes."""
+    """Answer ("build", shape), ("step", n[, "last"]), ("method", n) and ("memory",) until the process is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; one line is said
     torch.set_num_threads(threads)
     from transformers.utils import logging
 
@@ -345,7 +300,8 @@ def serve(connection: Any, key: str, threads: int) -> None:
     if peer.maker == "peft":
         import peft  # noqa: F401
     baseline = _memory("cpu", reset=True)
-    while (request := connection.recv()) is not None:
+    while True:
+        request = connection.recv()
         answer: Any = None
         try:
             if request[0] == "build":

@@ -7,15 +7,12 @@ printed. With machine and versions it goes to benchmarks/results/: a line of rec
     python benchmarks/run.py --quick                          # under 3 minutes on 2 cores: 2 layers, length 64
     python benchmarks/run.py --lengths 64,128,256             # real size, 12 layers
     python benchmarks/run.py --lengths mrpc,rte --glue_dir D  # estimated token lengths
-    python benchmarks/run.py --scaling                        # how cost grows with layers, batch and length
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
 import multiprocessing as mp
 import os
 import platform
@@ -23,9 +20,8 @@ import random
 import signal
 import statistics
 import sys
-import time
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +45,7 @@ from nlu.runs.machine import now, processor, versions
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
 TASKS = ("mrpc", "rte")  # whose estimated lengths can be asked for
-PUBLISHED_LENGTH = 320  # what the published code pads every sequence to
 QUICK = {"layers": 2, "lengths": [64], "rounds": 3}
-SCALING_PEERS = ["peft-lora-bf16", "lora2"]
 SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by cost
 TOKENS_A_WORD = 1.3  # DeBERTaV3's tokenizer cannot be had offline; its English runs at about this
 SPECIAL_TOKENS = 3
@@ -59,18 +53,15 @@ SPECIAL_TOKENS = 3
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments."""
-    usual = [key for key, peer in PEERS.items() if not (peer.compiled or peer.package)]
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="2 layers, length 64, 3 rounds unless given: under 3 minutes")
-    add("--scaling", action="store_true", help="vary layers, batch and length of two peers, whatever else is given")
     add("--layers", type=int, default=12, help="encoder layers (12)")
     add("--batch", type=int, default=32, help="sequences a step (32)")
     add("--lengths", type=_lengths, default=[64, 128, 256],
         help="tokens a sequence, or mrpc or rte: their estimated lengths (64,128,256)")  # fmt: skip
     add("--precisions", type=_among(PRECISIONS), default=list(PRECISIONS), help="float32, bfloat16 or both (both)")
-    add("--peers", type=_among(PEERS), default=usual,
-        help=f"rows, of {', '.join(PEERS)}; by default all that need no package and do not compile")  # fmt: skip
+    add("--peers", type=_among(PEERS), default=list(PEERS), help=f"rows, of {', '.join(PEERS)} (all)")
     add("--rounds", type=int, default=5, help="timed rounds after one to warm up (5)")
     add("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
     add("--threads", type=int, default=available_cores(), help="threads a peer (all cores)")
@@ -80,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(**(QUICK if quick.quick else {}))
     arguments = parser.parse_args(argv)
     # The vocabulary costs a step nothing where embeddings are frozen, but minutes to fill at random for every peer.
-    arguments.vocabulary = 8_000 if arguments.quick or arguments.scaling else 128_100
+    arguments.vocabulary = 8_000 if arguments.quick else 128_100
     return arguments
 
 
@@ -103,33 +94,24 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
     Raises:
         UsageError: data that cannot be read.
     """
-    if arguments.scaling:
-        grid = [(n, 16, 64) for n in (1, 2, 4)] + [(2, b, 64) for b in (8, 32)] + [(2, 8, s) for s in (128, 256, 512)]
-        return [_setting(arguments, SCALING_PEERS, "bfloat16", *cell) for cell in grid]
-    settings = [
-        _setting(arguments, arguments.peers, precision, arguments.layers, arguments.batch, length)
-        for precision in arguments.precisions
-        for length in arguments.lengths
-    ]
-    return [(name, shapes) for name, shapes in settings if shapes]
-
-
-def _setting(
-    arguments: argparse.Namespace, peers: list[str], precision: str, layers: int, batch: int, length: int | str
-) -> tuple[str, dict[str, Shape]]:
-    """One setting with the peers that have a meaning in it."""
-    shapes = {}
-    for key in peers:
-        kept, batches = precision, ((batch, length),)
-        if (key == "peft-lora-bf16" and precision != "bfloat16") or (key == "published" and length not in TASKS):
-            continue
-        if key == "published":
-            kept, batches = "float32", ((batch, PUBLISHED_LENGTH),)
-        elif length in TASKS:
-            batches = real_batches(length, arguments.glue_dir, batch, bucketed=PEERS[key].maker in ("here", "limit"))
-        shapes[key] = Shape(kept, layers, batches, arguments.device, vocabulary=arguments.vocabulary)
-    shown = length if length in TASKS else f"length {length}"
-    return f"{precision}, {layers} layers, batch {batch}, {shown}", shapes
+    settings = []
+    for precision in arguments.precisions:
+        for length in arguments.lengths:
+            shapes = {}
+            for key in arguments.peers:
+                if key == "peft-lora-bf16" and precision != "bfloat16":
+                    continue
+                batches: tuple = ((arguments.batch, length),)
+                if length in TASKS:
+                    bucketed = PEERS[key].maker in ("here", "limit")
+                    batches = real_batches(length, arguments.glue_dir, arguments.batch, bucketed)
+                shapes[key] = Shape(
+                    precision, arguments.layers, batches, arguments.device, vocabulary=arguments.vocabulary
+                )
+            shown = length if length in TASKS else f"length {length}"
+            name = f"{precision}, {arguments.layers} layers, batch {arguments.batch}, {shown}"
+            settings += [(name, shapes)] if shapes else []
+    return settings
 
 
 def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
@@ -157,65 +139,35 @@ def real_batches(task_name: str, glue_dir: str | None, batch: int, bucketed: boo
     return tuple(batches[int((i + 0.5) * len(batches) / SAMPLED)] for i in range(SAMPLED))
 
 
-class PeerError(RuntimeError):
-    """A peer's process ended or raised: what was measured before it still counts."""
-
-
-@dataclass
-class Outcome:
-    """What was measured; what ended it early, and the exit code for that."""
-
-    found: list[Measurement] = field(default_factory=list)
-    failure: str | None = None
-    code: int = 0
-
-
 class Workers:
     """One process per peer, alive for the whole run."""
 
     def __init__(self, peers: list[str], threads: int) -> None:
         context = mp.get_context("spawn")
         self.connections, self.processes = {}, []
-        # Ctrl-C reaches every process of a terminal: the peers ignore it (they inherit that), so that one line is said.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self._start(context, peers, threads)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
-    def _start(self, context: mp.context.SpawnContext, peers: list[str], threads: int) -> None:
         for key in peers:
-            ours, theirs = context.Pipe()
+            self.connections[key], theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, key, threads), daemon=True)
             process.start()
             theirs.close()
-            self.connections[key] = ours
             self.processes.append(process)
 
     def ask(self, key: str, *request: Any) -> Any:
+        """Raises RuntimeError where the peer's process has ended or raises."""
         try:
             self.connections[key].send(request)
             answer = self.connections[key].recv()
         except (EOFError, OSError):
             advice = "too little memory? measure fewer --peers at once, or a smaller --batch"
-            raise PeerError(f"the process of {key} ended: {advice}") from None
+            raise RuntimeError(f"the process of {key} ended: {advice}") from None
         if isinstance(answer, Exception):
-            raise PeerError(f"{key}: {answer}") from answer
+            raise RuntimeError(f"{key}: {answer}") from answer
         return answer
 
-    def stop(self) -> None:
-        """End the processes in the middle of what they do."""
+    def close(self) -> None:
         for process in self.processes:
             process.terminate()
-        for process in self.processes:
-            process.join(timeout=10)
-
-    def close(self) -> None:
-        for connection in self.connections.values():
-            with contextlib.suppress(OSError):  # that of a process which has ended
-                connection.send(None)
-        for process in self.processes:
-            process.join(timeout=10)
+            process.join()
 
 
 def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) -> list[Measurement]:
@@ -249,39 +201,44 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
     return found
 
 
-def machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
-    return {"device": device, "threads": arguments.threads, "system": platform.system(), "versions": versions()}
-
-
 def measure_all(
-    arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]], ends: float = math.inf
-) -> Outcome:
+    arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]]
+) -> tuple[list[Measurement], str | None, int]:
     """Measure one setting after the other; a peer that fails and Ctrl-C end it, and leave what came before.
 
-    Args:
-        ends: as time.time() has it; a setting that would not be done by then, to judge by the one before, ends it with
-            code 0.
+    Returns:
+        What was measured; what ended it early, or None; and the exit code.
     """
-    outcome, took = Outcome(), 0.0
+    found: list[Measurement] = []
     name = "before the first setting"
     workers = Workers(list(dict.fromkeys(key for _, shapes in settings for key in shapes)), arguments.threads)
     try:
         for name, shapes in tqdm(settings, desc="settings"):
-            started = time.time()
-            if started + took > ends:
-                outcome.failure = f"no time was left from {name} on"
-                break
-            outcome.found += measure(workers, name, shapes, arguments.rounds)
-            took = time.time() - started
-    except PeerError as error:
-        outcome.failure, outcome.code = f"{name}: {reason(error)}", 1
+            found += measure(workers, name, shapes, arguments.rounds)
+    except RuntimeError as error:
+        return found, f"{name}: {reason(error)}", 1
     except KeyboardInterrupt:
-        workers.stop()
-        outcome.failure, outcome.code = f"{name}: stopped", 128 + signal.SIGINT
+        return found, f"{name}: stopped", 128 + signal.SIGINT
     finally:
         workers.close()
-    return outcome
+    return found, None, 0
+
+
+def record_of(
+    arguments: argparse.Namespace, started_at: str, found: list[Measurement], failure: str | None
+) -> dict[str, Any]:
+    """The measurements and the machine that they were made on."""
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
+    return {
+        "name": arguments.name,
+        "started_at": started_at,
+        "machine": {
+            "device": device, "threads": arguments.threads, "system": platform.system(), "versions": versions(),
+        },
+        "rounds": arguments.rounds,
+        "failure": failure,
+        "measurements": [asdict(each) for each in found],
+    }  # fmt: skip
 
 
 def write(record: dict[str, Any]) -> None:
@@ -302,22 +259,15 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return exit_code(error)
     started_at = now()
-    outcome = measure_all(arguments, settings)
-    if outcome.found:  # else there is nothing to write, least of all over an earlier record of that name
-        record = {
-            "name": arguments.name,
-            "started_at": started_at,
-            "machine": machine(arguments),
-            "rounds": arguments.rounds,
-            "failure": outcome.failure,
-            "measurements": [asdict(each) for each in outcome.found],
-        }
+    found, failure, code = measure_all(arguments, settings)
+    if found:  # else there is nothing to write, least of all over an earlier record of that name
+        record = record_of(arguments, started_at, found, failure)
         write(record)
         print(section(record))
-    if outcome.failure:
-        left = "what was measured before is kept" if outcome.found else "nothing was measured before, or written"
-        print(f"error: {outcome.failure}; {left}", file=sys.stderr)
-    return outcome.code
+    if failure:
+        left = "what was measured before is kept" if found else "nothing was measured before, or written"
+        print(f"error: {failure}; {left}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import gpu_check, run
 from benchmarks.peers import PEERS, Limit, Shape, build, make_batches, method_step, prepare_method_step, train_step
 from benchmarks.report import Measurement, section
 from tests.nlu.tiny import write_rows
 
 SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=2, vocabulary=60)
-# The flash peers need CUDA and packages of their own; benchmarks/gpu_check.py lists them where they are missing.
-TRAINED = [key for key, peer in PEERS.items() if not (peer.maker == "limit" or peer.compiled or peer.package)]
+TRAINED = [key for key, peer in PEERS.items() if peer.maker != "limit"]
 
 
 @pytest.mark.slow
@@ -94,12 +93,60 @@ def test_ratios_are_medians_over_medians():
     assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
 
 
-def test_lengths_of_a_task_are_in_buckets_for_the_peers_here_and_padded_to_320_as_published(tmp_path):
+def test_lengths_of_a_task_are_in_buckets_for_the_peers_here(tmp_path):
     texts = ["w " * (2 + (7 * i) % 19) for i in range(96)]
     rows = [{"sentence1": text, "sentence2": text, "label": i % 2, "idx": i} for i, text in enumerate(texts)]
     write_rows(tmp_path / "mrpc/train.jsonl", rows)
-    words = ["--peers", "peft-lora,lora2,published", "--precisions", "bfloat16", "--batch", "8"]
+    words = ["--peers", "peft-lora,lora2", "--precisions", "bfloat16", "--batch", "8"]
     ((_, shapes),) = run.plan(run.parse(["--lengths", "mrpc", "--glue_dir", str(tmp_path), *words]))
     tokens = {key: sum(rows * n for rows, n in shapes[key].batches) for key in ("peft-lora", "lora2")}
     assert len(shapes["lora2"].batches) == 6 and tokens["lora2"] < 0.9 * tokens["peft-lora"]
-    assert (shapes["published"].precision, shapes["published"].batches) == ("float32", ((8, 320),))
+
+
+# ---- the GPU check, in small on the CPU ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(monkeypatch, tmp_path):
+    """Run main with these checks, in this process; returns the exit code, the record and the page."""
+
+    def run_them(**functions):
+        monkeypatch.setattr(gpu_check, "CHECKS", {name: (check, 1) for name, check in functions.items()})
+        monkeypatch.setattr(gpu_check, "check_apart", lambda name, seconds: gpu_check.check(name))
+        code = gpu_check.main(["--out", str(tmp_path)])
+        record = json.loads((tmp_path / "gpu_check_cpu.json").read_text())
+        return code, record["results"], (tmp_path / "gpu_check_cpu.md").read_text()
+
+    return run_them
+
+
+def test_a_skipped_check_does_not_count_as_passed_and_after_a_failed_one_the_others_run(checks):
+    def fine():
+        """Fine."""
+        return "found"
+
+    def broken():
+        """Broken."""
+        raise RuntimeError("no kernel")
+
+    code, results, page = checks(first=fine, second=gpu_check.no_synchronisation)
+    assert code == 0 and [r["status"] for r in results] == ["passed", "skipped"]
+    assert "1 passed, 0 failed, 1 skipped" in page and "needs a CUDA device" in page and "nothing about a GPU" in page
+    code, results, page = checks(first=broken, second=fine)
+    assert code == 1 and len(results) == 2 and "RuntimeError: no kernel" in page
+
+
+@pytest.mark.slow
+def test_methods_are_compared_and_a_distance_fails(monkeypatch):
+    monkeypatch.setattr(gpu_check, "FEW", ("lora2",))
+    assert gpu_check.check("methods")["status"] == "passed"
+    monkeypatch.setattr(gpu_check, "BFLOAT16", 0.0)
+    found = gpu_check.check("methods")
+    assert found["status"] == "failed" and "lora2 in bfloat16" in found["found"]
+
+
+@pytest.mark.slow
+def test_a_check_that_takes_too_long_is_ended_and_skipped():
+    found = gpu_check.check_apart("resume", 1.0)
+    assert found["status"] == "skipped" and "not done after 1 s, when its time was up" in found["found"]
+    assert 1.0 <= found["seconds"] < 60
