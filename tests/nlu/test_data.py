@@ -5,8 +5,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from nlu.data.glue import load_split, split_files
 from nlu.errors import UsageError
@@ -135,36 +133,3 @@ def test_a_split_is_read_from_the_first_place_that_has_it(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.touch()
         assert split_files(TASKS["cola"], "train", tmp_path) == [path]
-
-
-# ---- files that were damaged at random end in rows or in one line of error ------------------------------------------
-
-TOKENS = [b"\t", b"\n", b"\r", b'"', b",", b"{", b"[", b"NaN", b"1e999", b"\\ud800", b"\x00"]
-DAMAGED = {"cola": "train.jsonl", "stsb": "train.csv", "mnli": "train.tsv", "rte": "train.parquet", "qqp": "train.json"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_bytes(tmp_path, name):
-    task, path = TASKS[name], tmp_path / name / DAMAGED[name]
-    rows = sample_rows(task, "train", 6)
-    if path.suffix == ".tsv":
-        write_official(path, task, "train", rows)
-    else:
-        write_rows(path, rows)
-    good = path.read_bytes()
-    edits = st.tuples(st.integers(0, len(good)), st.integers(0, 4), st.binary(max_size=3) | st.sampled_from(TOKENS))
-
-    @given(st.lists(edits, min_size=1, max_size=4), st.none() | st.integers(0, len(good)))
-    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    def check(changes, end):
-        content = good[:end]
-        for start, removed, added in changes:
-            content = content[:start] + added + content[start + removed :]
-        path.write_bytes(content)
-        try:
-            assert len({*map(len, load_split(task, "train", tmp_path).values())}) == 1
-        except UsageError as error:
-            assert str(error).strip() and "\n" not in str(error) and len(str(error)) < 600
-
-    check()

@@ -1,4 +1,4 @@
-"""The experiment files of this repository, and faulty ones; test_bad_input.py has any content whatever."""
+"""The experiment files of this repository, and faulty ones; test_errors.py has any content whatever."""
 
 import json
 
