@@ -143,11 +143,8 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     for task, row in zip(tasks, panels, strict=True):
         for source, axes in zip(("scores", "losses"), row, strict=True):
             for label, own in runs[runs.task == task].groupby("label", sort=False):
-                by_step: dict[float, list[float]] = {}
-                for steps, values in zip(own.steps_at, own[source], strict=True):
-                    for step, value in zip(steps, values, strict=True):
-                        by_step.setdefault(step, []).append(value)
-                _line(axes, by_step, label, styles[label])
+                medians = own.explode(["steps_at", source]).groupby("steps_at")[source].median()
+                axes.plot(medians.index, medians, label=label, **styles[label])
             axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
             axes.set_xlim(left=0)
             if source == "scores":
@@ -173,7 +170,7 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
         axes.set_xscale("log")
         for label, own in runs[runs.task == task].groupby("row", sort=False):
             best = own.groupby(["value", own.tried.map(str)])["last"].mean().groupby(level=0).max().dropna()
-            _line(axes, {rate: [score] for rate, score in best.items()}, label, styles[label])
+            axes.plot(best.index, best, label=label, **styles[label])
             for rate in own[own.failed].value:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
@@ -190,11 +187,6 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
         "tuned too, the best of them at that rate. A cross marks a failed run."
     )
     return Drawing(name, text, figure)
-
-
-def _line(axes: Axes, by_x: dict[float, list[float]], label: str, style: dict) -> None:
-    xs = sorted(by_x)
-    axes.plot(xs, [np.median(by_x[x]) for x in xs], label=label, **style)
 
 
 def _end_at_the_possible(axes: Axes) -> None:

@@ -7,7 +7,6 @@ stays in the run's own folder. Lines of 2026-11-27 and before also have a `stage
 an experiment then held itself, and what was `tried` in it, or chosen by it.
 """
 
-import io
 import json
 import os
 import re
@@ -100,8 +99,8 @@ def settings_of(spec: str) -> list[str]:
 
 def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments that differ from run_glue's defaults, without places."""
-    changed = {n: v for n, v in arguments.items() if v is not None and v != DEFAULTS.get(n)}
-    return comparable({name: value for name, value in changed.items() if name not in SET_BY_THE_SWEEP})
+    own = {name: value for name, value in arguments.items() if name not in SET_BY_THE_SWEEP}
+    return comparable({name: value for name, value in own.items() if value != DEFAULTS.get(name)})
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -188,20 +187,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: names the file and the number of the first line that is damaged.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from None
     lines: dict[str, dict[str, Any]] = {}
-    for number, each in enumerate(io.StringIO(text), 1):  # splitlines() also splits at U+2028 within a label
-        try:
-            line = json.loads(each)
-            if line["run"] in lines:
-                raise ValueError(f"the run {line['run']} is on another line too")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            what = f"{path}:{number}: damaged ({one_line(error)})"
-            raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
-        lines[line["run"]] = line
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+                if line["run"] in lines:
+                    raise ValueError(f"the run {line['run']} is on another line too")
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"{path}:{number}: damaged ({one_line(error)})"
+                raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
+            lines[line["run"]] = line
     return list(lines.values())

@@ -366,10 +366,8 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
     scores = runs["last"].astype(float)
     means, deviations = (scores.groupby(runs.task).transform(each) for each in ("mean", "std"))
     z = (scores - means) / deviations.where(deviations > 0, 1.0)  # of equal scores every z is 0
-    groups = runs.assign(z=z).groupby(["row", "value"], sort=False)
-    by_task = runs.assign(z=z).groupby(["row", "value", "task"]).z.mean()
-    table = pd.DataFrame({"z": by_task.groupby(level=[0, 1]).mean(), "failed": groups.failed.any()}).reset_index()
-    table = table.sort_values(["row", "value"]).reset_index(drop=True)
+    by_task = runs.assign(z=z).groupby(["row", "value", "task"]).agg({"z": "mean", "failed": "any"})
+    table = by_task.groupby(["row", "value"]).agg({"z": "mean", "failed": "any"}).reset_index()
     table["barred"] = table.failed | table.groupby("row").failed.shift(-1, fill_value=False).astype(bool)
     best = table[~table.barred].groupby("row").z.idxmax()
     return table.assign(chosen=table.index.isin(best))

@@ -1,16 +1,28 @@
-"""Experiments of a stand-in for run_glue, and what their sweeps leave behind."""
+"""Experiments of a stand-in for run_glue (this file as a program), and what their sweeps leave behind.
+
+The stand-in leaves run_glue's record without training. `--weight_decay` says how it behaves: 0 finishes, 1 fails with a
+record, 2 exits with code 2, its last line the error, 3 dies by SIGKILL, 4 runs until SIGTERM, then leaves an
+interrupted record and exits 143, but finishes when started again, 5 fails after its record has finished, 6 leaves a
+record that is cut off.
+"""
 
 import contextlib
 import json
+import math
+import os
+import signal
 import sys
+import time
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nlu.experiments.launchers import LocalLauncher
 from nlu.experiments.records import read_lines
-from tests.nlu import fake_run_glue
+from nlu.json_yaml import parse_yaml
+from nlu.runs.digests import content_digests
 
-FAKE = Path(__file__).with_name("fake_run_glue.py")
 BASIC = {
     "name": "trial",
     "base": {"model_name_or_path": "/models/encoder", "bf16": True},
@@ -20,7 +32,7 @@ ONE = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
 
 
 def places_of(folder):
-    command = f"{sys.executable} {FAKE}"
+    command = f"{sys.executable} {__file__}"
     return ["--command", command, "--measured_dir", str(folder / "measured"), "--output_dir", str(folder / "output")]
 
 
@@ -32,29 +44,69 @@ def record_of(folder, run, experiment="trial"):
     return json.loads((folder / f"output/{experiment}/{run}/results.json").read_text())
 
 
-class Ended:
-    """A run that has ended with an exit code."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def poll(self):
-        return self.code
-
-
 def without_processes(monkeypatch):
     """Have the stand-in run inside the tests' process, except where it dies or waits by a signal."""
     start = LocalLauncher.start
 
     def start_here(self, command, log):
-        if str(FAKE) not in command or {"--weight_decay=3", "--weight_decay=4"} & set(command):
+        if __file__ not in command or {"--weight_decay=3", "--weight_decay=4"} & set(command):
             return start(self, command, log)
-        words = command[command.index(str(FAKE)) + 1 :]
-        with contextlib.ExitStack() as stack:
-            output = stack.enter_context(open(log, "a"))
-            stack.enter_context(contextlib.redirect_stdout(output))
-            stack.enter_context(contextlib.redirect_stderr(output))
-            stack.enter_context(mock.patch.dict("os.environ", self.environment))
-            return Ended(fake_run_glue.main(words))
+        with open(log, "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = main(command[command.index(__file__) + 1 :])
+        return SimpleNamespace(poll=lambda: code)
 
     monkeypatch.setattr(LocalLauncher, "start", start_here)
+
+
+def main(argv: list[str]) -> int:
+    flags = [word[2:].partition("=") for word in argv if word.startswith("--") and "=" in word]
+    args = {name: parse_yaml(value) for name, _, value in flags}
+    args["overwrite_output_dir"] = "--overwrite_output_dir" in argv
+    folder = Path(argv[argv.index("--root_output_dir") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    resumed = path.exists() and not args["overwrite_output_dir"]
+    # Highest at 2e-3, so that a tuning has something to find.
+    score = 0.7 - abs(math.log(args.get("learning_rate", 1e-3) / 2e-3)) / 100
+    record = {
+        "task": args.get("task_name", "custom"),
+        "method": args["method"],
+        "seed": args["seed"],
+        "digests": content_digests(args),
+        "metric": "accuracy",
+        "last": score,
+        "steps": 10,
+        "evaluations": [{"step": 10, "loss": 0.5, "accuracy": score}],
+        "adapter_params": 1000,
+        "resumes": int(resumed),
+        "arguments": args,
+    }
+
+    def write(status: str, error: str | None = None) -> None:
+        path.write_text(json.dumps({**record, "status": status, "error": error}))
+
+    behaviour = int(args.get("weight_decay", 0))
+    if behaviour == 2:
+        print("a warning", file=sys.stderr)
+        print("error: target_rank 9 is larger than lora_r 8", file=sys.stderr)
+        return 2
+    if behaviour == 1:
+        write("failed", "the loss is nan at step 3")
+        return 1
+    write("running")
+    if behaviour == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == 4 and not resumed:
+        signal.signal(signal.SIGTERM, lambda *_: (write("interrupted"), sys.exit(143)))
+        (folder / "started").touch()
+        time.sleep(600)  # a signal ends it
+    write("finished")
+    if behaviour == 6:
+        os.truncate(path, 100)
+    if behaviour == 5:
+        print("error: the adapter cannot be uploaded", file=sys.stderr)
+    return int(behaviour == 5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,16 +11,16 @@ from transformers import AutoConfig
 from nlu import compare
 from nlu.experiments.figures import Drawing
 from nlu.experiments.records import read_lines
-from tests.nlu.sweeps import FAKE, without_processes
+from tests.nlu import sweeps
 from tests.nlu.tiny import DEBERTA_BASE, make_encoder
 
 
 @pytest.fixture
 def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
     """Call the program on the tiny task with a stand-in for run_glue; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(compare, "COMMAND", [sys.executable, str(FAKE)])
+    monkeypatch.setattr(compare, "COMMAND", [sys.executable, sweeps.__file__])
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
-    without_processes(monkeypatch)
+    sweeps.without_processes(monkeypatch)
 
     def run(*flags):
         places = ["--model_name_or_path", str(encoder), "--glue_dir", str(tiny_glue), "--output_dir", str(tmp_path)]
@@ -47,7 +47,7 @@ def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_o
 
 
 def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "COMMAND", [sys.executable, str(FAKE)])
+    monkeypatch.setattr(compare, "COMMAND", [sys.executable, sweeps.__file__])
     (tmp_path / "train.csv").write_text("étiquette,text\na,one\nb,two\n", encoding="utf-8")
     flags = ["--train_file", str(tmp_path / "train.csv"), "--holdout_fraction", "0.5", "--seeds", "1",
              "--model_name_or_path", str(encoder), "--output_dir", str(tmp_path / "out")]  # fmt: skip

@@ -178,10 +178,11 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
 
 
 def test_an_axis_of_scores_ends_at_what_a_score_can_be_and_one_evaluation_is_no_curve():
-    lines = [line("LoRA r=8", "rte", s, [0.9, 1.0]) for s in (1, 2)]
+    lines = [line("LoRA r=8", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
     runs = as_frame(("one", each) for each in lines)
     (curves,) = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])
     assert curves.figure.axes[0].get_ylim()[1] == 100
+    assert curves.figure.axes[0].get_lines()[0].get_xydata().tolist() == [[100, 82.5], [200, 100]]  # medians
     single = as_frame(("one", each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]}) for each in lines)
     assert draw("one", single, score_frame(single, Question("", "one")), single[:0]) == []
 

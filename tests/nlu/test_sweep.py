@@ -1,4 +1,4 @@
-"""The sweep with real child processes (a stand-in for run_glue), what it does on failures, and its loop."""
+"""The sweep with a stand-in for run_glue, what it does on failures, its loop, and how it starts runs."""
 
 import json
 import os
@@ -13,9 +13,11 @@ import yaml
 
 from nlu import sweep
 from nlu.errors import UsageError
+from nlu.experiments import launchers
 from nlu.experiments.experiment import load_experiment, place_free
-from nlu.experiments.launchers import LocalLauncher
+from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Places, SweepLoop
+from nlu.runs.machine import git_commit
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
@@ -178,6 +180,8 @@ def loop_of(tmp_path, start, content=THREE):
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
     class Job:
         def poll(self):
+            looks.append(self)
+            assert len(looks) < 50, "it is not killed"
             if signals and len(heard) + len(signals) == 2:  # the second when the first has been passed on
                 os.kill(os.getpid(), signals.pop(0))
             return -9 if True in heard else None
@@ -185,8 +189,84 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
         def stop(self, at_once=False):
             heard.append(at_once)
 
-    signals, heard = [signal.SIGINT, signal.SIGTERM], []
+    signals, heard, looks = [signal.SIGINT, signal.SIGTERM], [], []
     loop, runs = loop_of(tmp_path, lambda command, log: Job())
     with loop:
         loop.run({run.folder: "to do" if run is runs[0] else "finished" for run in runs})
     assert heard == [False, True] and loop.summary() == 128 + signal.SIGINT
+
+
+# ---- how a run is started here and on a cluster ----------------------------------------------------------------------
+
+
+def wait(job):
+    wait_until(lambda: job.poll() is not None)
+    return job.poll()
+
+
+@pytest.mark.parametrize(("jobs", "asked", "threads"), [(3, "", 2), (3, "5", 5)])
+def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, asked, threads):
+    """The share, or the number that OMP_NUM_THREADS asks for."""
+    monkeypatch.setattr(launchers, "available_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    log = tmp_path / "log"
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"
+    assert wait(LocalLauncher(jobs).start([sys.executable, "-c", code], log)) == 7
+    assert log.read_text() == f"{threads}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
+    log = tmp_path / "log"
+    code = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+        "print(os.getppid(), flush=True); time.sleep(60)"
+    )
+    launcher = SlurmLauncher(tmp_path / "jobs", {"cluster": "local", "timeout_min": 10}, 1)
+    job = launcher.start([sys.executable, "-c", code], log)
+    wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+    os.kill(int(log.read_text()), number)
+    assert wait(job) == 143
+
+
+def test_a_job_that_the_cluster_forgets_ends_when_it_is_killed():
+    """Without accounting no state is known, and scancel fails for a job that has ended."""
+
+    class Forgotten:
+        def done(self):
+            return False
+
+        def cancel(self, check=True):
+            if check:
+                raise subprocess.CalledProcessError(1, "scancel")
+
+    job = launchers.SlurmJob(Forgotten())
+    job.stop()
+    assert job.poll() is None
+    job.stop(at_once=True)
+    assert job.poll() == 1
+
+
+def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tmp_path):
+    root = tmp_path / "checkout"
+    code, record = root / "nlu/tasks.py", root / "results/measured/selection.json"
+    for path in (code, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+
+    def git(*words):
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(root) == commit
+    record.write_text('{"chosen": 1}')
+    assert git_commit(root) == commit
+    code.write_text("")
+    assert git_commit(root) == f"{commit}-dirty"
+    assert git_commit(tmp_path) is None
+    assert git_commit(root / "nlu") is None  # a package that is installed inside of somebody's own repository
