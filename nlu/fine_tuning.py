@@ -87,11 +87,11 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     total_steps = planned_steps(arguments.training, len(loaded.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
     training = trainer_arguments(arguments, loaded.task.metric)
-    config, tokenizer, head = load_config(arguments, loaded.task)
+    config, tokenizer, unfit = load_config(arguments, loaded.task)
     check_model_arguments(arguments, config, tokenizer, total_steps)
     sets = [(loaded.task, loaded.rows), *loaded.others]
-    if head.labels is not None:
-        sets = [(reorder_labels(each, head.labels), rows) for each, rows in sets]
+    if not loaded.task.is_regression:
+        sets = [(reorder_labels(each, list(config.id2label.values())), rows) for each, rows in sets]
     tokens, cuts = zip(*(tokenize(*each, tokenizer, data.max_seq_length) for each in sets), strict=True)
     tasks = [each for each, _ in sets]
     task, splits = tasks[0], tokens[0]
@@ -100,7 +100,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
 
     set_seed(training.seed)
     with without_accelerates_own() as sharded:
-        model = load_model(arguments, config, head)
+        model = load_model(arguments, config, unfit)
         applied = METHODS[arguments.method.method].apply(model, arguments.method, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.model.lora_path else None
         set_precision(arguments, applied.model)

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,46 +33,29 @@ _DROPOUTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Head:
-    """What becomes of a checkpoint's head.
+def choose_head(saved: Any, task: Task) -> tuple[tuple[str, ...] | None, str | None]:
+    """Decide from a checkpoint's configuration what its head can do for the task.
 
-    Attributes:
-        labels: the task's labels in the order in which the head numbers them; None for regression.
-        unfit: why the checkpoint's output layer, if it has one, cannot serve the task; None where it can.
+    Returns:
+        The task's labels in the order in which the head numbers them, None for regression; and what the head has
+        learned in their place, None where it serves. Another number of labels is seen when the weights are loaded.
     """
-
-    labels: tuple[str, ...] | None
-    unfit: str | None = None
-
-
-def choose_head(saved: Any, task: Task) -> Head:
-    """Decide from a checkpoint's configuration what its head can do for the task."""
     names = [str(saved.id2label[number]) for number in sorted(saved.id2label)]
     problem = getattr(saved, "problem_type", None)
     if task.labels is None:
-        fits = len(names) == 1 and problem != "multi_label_classification"
-        return Head(None, None if fits else f"{_counted(names)}, and {task.name} asks for one number")
-    words = {label.lower(): label for label in task.labels}
-    found = [name.lower() for name in names]
-    if sorted(found) == sorted(words) and problem != "regression":
-        return Head(tuple(words[name] for name in found))
-    labels = tuple(task.labels)
-    if len(names) != len(labels):
-        return Head(labels, f"{_counted(names)}, and {task.name} has {len(labels)}")
+        return None, "labels that exclude no other" if problem == "multi_label_classification" else None
     if problem == "regression":
-        return Head(labels, f"the numbers of a regression, and {task.name} has classes")
-    if not all(map(_NO_NAME.fullmatch, names)):
-        return Head(labels, f"the labels {', '.join(names)}, and {task.name} has {', '.join(labels)}")
-    return Head(labels)
+        return tuple(task.labels), "the numbers of a regression"
+    words = {label.lower(): label for label in task.labels}
+    if sorted(name.lower() for name in names) == sorted(words):
+        return tuple(words[name.lower()] for name in names), None
+    return tuple(task.labels), None if all(map(_NO_NAME.fullmatch, names)) else f"the labels {', '.join(names)}"
 
 
-def _counted(names: list[str]) -> str:
-    return "1 label" if len(names) == 1 else f"{len(names)} labels"
+def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]:
+    """The encoder's configuration, its tokenizer, and what its head has learned, if that cannot serve the task.
 
-
-def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
-    """The encoder's configuration, with the task's labels in it, its tokenizer, and what becomes of its head.
+    The configuration has the task's labels, in the order in which the head numbers them.
 
     Raises:
         UsageError: for a model that is not there, or cannot be read.
@@ -86,13 +68,13 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
     except Exception as error:  # a damaged file raises whatever its reader runs into
         raise _unreadable(arguments, error) from None
     check_tokenizer(tokenizer, model.model_name_or_path, "--model_name_or_path ")
-    head = choose_head(config, task)
+    labels, unfit = choose_head(config, task)
     config.problem_type = "regression" if task.is_regression else None
-    if head.labels is not None:
-        config.id2label = dict(enumerate(head.labels))
-        config.label2id = {name: number for number, name in enumerate(head.labels)}
-    elif config.num_labels != 1:
+    if labels is None:
         config.num_labels = 1
+    else:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in enumerate(labels)}
     config.return_dict = True
     if model.cls_dropout is not None:
         known = [name for name in _DROPOUTS if hasattr(config, name)]
@@ -101,7 +83,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
             raise UsageError(f"--cls_dropout: {config.model_type} has no dropout of its own in the head; leave it out")
         for name in known:
             setattr(config, name, model.cls_dropout)
-    return config, tokenizer, head
+    return config, tokenizer, unfit
 
 
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
@@ -159,8 +141,11 @@ def without_weights(arguments: Arguments, config: Any) -> nn.Module:
         raise _unreadable(arguments, error) from None
 
 
-def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
+def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Module:
     """The pretrained encoder in float32; its output layer is new where the checkpoint's does not fit the task.
+
+    Args:
+        config, unfit: of :func:`load_config`.
 
     Raises:
         UsageError: for weights that are missing, or have other shapes, anywhere but in the head's output layer.
@@ -186,7 +171,7 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
             f"--model_name_or_path {model.model_name_or_path}: {wrong[0]} has the shape {saved} in the checkpoint, and "
             f"its config.json asks for {needed}"
         )
-    unfit = head.unfit or ("another number of labels" if mismatched else None)
+    unfit = unfit or ("another number of labels" if mismatched else None)
     if unfit is not None and not set(output) <= missing:
         with torch.no_grad():
             for parameter in (p for name, p in output.items() if name not in mismatched):  # those are new already
