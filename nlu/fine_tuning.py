@@ -21,14 +21,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPre
 from nlu.arguments import Arguments, fit_schedule
 from nlu.data.batching import effective_batch_size, planned_steps
 from nlu.data.predictions import predict_sets, to_labels
-from nlu.data.splits import (
-    Data,
-    describe,
-    description_lines,
-    reorder_labels,
-    save_splits,
-    tokenize,
-)
+from nlu.data.splits import Data, describe, description_lines, reorder_labels, save_splits, tokenize
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import shard, without_accelerates_own
@@ -119,8 +112,6 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     wait_for_all()
     facts = {
         "data": described,
-        "train_examples": len(splits.get("train", ())),
-        "eval_examples": sum(len(splits.get(split, ())) for split in task.validation_splits),
         "warm_start": warm_start,
         "digests": folder.digests,
     }

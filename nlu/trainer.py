@@ -38,10 +38,23 @@ def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -
 
 
 class StepClock(TrainerCallback):
-    """Keeps the time of the steps, and tells the trainer where a resumed training begins and where an epoch ends."""
+    """Keeps the time of the steps, and tells the trainer where a resumed training begins and where an epoch ends.
+
+    It runs on from step to step, as a GPU ends a step while the next batch is fetched. The trainer stops it, once the
+    GPU has caught up, to log, evaluate or save; the next step starts it again.
+    """
 
     def __init__(self, trainer: GlueTrainer) -> None:
         self.trainer = trainer
+        self.before, self._since = 0.0, None
+
+    @property
+    def seconds(self) -> float:
+        """Time of all steps, those before a resumption too."""
+        return self.before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def stop(self) -> None:
+        self.before, self._since = self.seconds, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
@@ -49,13 +62,14 @@ class StepClock(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = False
-        self.trainer.step_started = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_seconds += time.perf_counter() - self.trainer.step_started
+        if self._since is None:
+            self._since = time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.epoch_ended = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
 
 
 class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
@@ -85,7 +99,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.train_lengths = train_lengths
         self.head_learning_rate = head_learning_rate
         self.second_eval_dataset = second_eval_dataset
-        self.step_started = 0.0
+        self.clock = StepClock(self)
         self.epoch_ended = False
         self.stop_request = StopRequest()
         super().__init__(
@@ -99,7 +113,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
             self.remove_callback(shown)
-        self.add_callback(StepClock(self))
+        self.add_callback(self.clock)
         if applied.gates is not None:
             self.add_callback(applied.gates)
 
@@ -251,7 +265,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         if not self.epoch_ended and last_step:
             return
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self.check_finite(tr_loss)
+            self.check_finite(tr_loss)  # waits for the GPU
+            self.clock.stop()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         signum = self.stop_request.agreed()
         if signum is not None:
@@ -284,7 +299,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {"seconds": round(self.train_seconds, 3), "memory_bytes": peak_memory_bytes()}
+            logs |= {"seconds": round(self.clock.seconds, 3), "memory_bytes": peak_memory_bytes()}
             logs |= self.applied.statistics()
             if self.applied.ranks is not None:
                 logs |= {"budget": self.low_rank.budget, "live": self.applied.ranks.live_rank}

@@ -71,13 +71,12 @@ class FastDropout(nn.Dropout):
         return super().forward(x)
 
 
-def enable_fast_dropout(model: nn.Module) -> int:
-    """Let every plain `nn.Dropout` in `model` draw its mask fast; returns how many were switched.
+def enable_fast_dropout(model: nn.Module) -> None:
+    """Let every plain `nn.Dropout` in `model` draw its mask fast.
 
     Only the class of each module changes: parameters, hooks, state dict and `p` stay. Subclasses of `nn.Dropout` are
     left alone.
     """
-    plain = [module for module in model.modules() if type(module) is nn.Dropout]
-    for module in plain:
-        module.__class__ = FastDropout
-    return len(plain)
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout

@@ -15,17 +15,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # mallopt's parameters, from glibc's ma
 _KERNELS = 4096  # those of 160 lengths; up to 0.7 MiB each
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Let glibc's allocator reuse a freed activation in place of giving its pages back to the kernel.
 
     By default every tensor beyond 32 MiB, and at first every one beyond 128 KiB, is mapped afresh, zeroed and page-
     faulted in, in every step. The process's peak memory stays what it was; it is only not given back in between.
-    Returns whether the setting took hold; without glibc nothing is done.
+    Without glibc nothing is done.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def keep_kernels() -> None:

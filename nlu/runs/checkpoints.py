@@ -44,13 +44,9 @@ def _is_full(folder: Path, error: Exception) -> bool:
 
 
 class WholeCheckpoints(_Trainer):
-    """Put before the other bases of GlueTrainer: its checkpoints are whole or absent.
+    """Put before the other bases of GlueTrainer: its checkpoints are whole or absent."""
 
-    Attributes:
-        train_seconds: time of the steps.
-    """
-
-    train_seconds: float = 0.0
+    clock: Any  # of the steps
 
     def _get_output_dir(self, trial: Any) -> str:
         """Overridden to have the Trainer write a checkpoint apart from the complete ones."""
@@ -69,7 +65,7 @@ class WholeCheckpoints(_Trainer):
         unfinished = folder / UNFINISHED / final.name
         self.check_finite()
         progress = {
-            "train_seconds": self.train_seconds,
+            "train_seconds": self.clock.seconds,
             "unlogged_loss": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),  # one a process
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
@@ -101,7 +97,7 @@ class WholeCheckpoints(_Trainer):
         losses = progress["unlogged_loss"]
         same = len(losses) == self.args.world_size
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
-        self.train_seconds = progress["train_seconds"]
+        self.clock.before = progress["train_seconds"]
         self._total_loss_scalar = progress["logged_loss"]
         self._globalstep_last_logged = progress["last_logged_step"]
         for callback in self.callback_handler.callbacks:

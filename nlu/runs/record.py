@@ -90,7 +90,7 @@ class RunRecord(TrainerCallback):
 
     def progress(self) -> dict[str, Any]:
         """What changes while training."""
-        applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.train_seconds
+        applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.clock.seconds
         pattern = applied.ranks.rank_pattern if applied.ranks else None
         return {
             "live_adapter_params": self.static["adapter_params"] - applied.pruned_params(),

@@ -60,7 +60,7 @@ def dying(point: str, step: int, die: Callable[[], None]):
 
     def build_dying(*args):
         built.append(build(*args))
-        if point in EVENTS:
+        if point not in WRITES:
             built[0].add_callback(type("Dying", (TrainerCallback,), {point: callback})())
         return built[0]
 

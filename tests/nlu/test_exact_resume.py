@@ -10,22 +10,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from nlu.run_glue import main
 from tests.nlu import killed_runs
 from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_killed
-from tests.nlu.tiny import (
-    OFFLINE,
-    PATIENCE,
-    REPOSITORY,
-    changed,
-    quick_peft_adalora,
-    read,
-    run_python,
-    tiny_run,
-    wait_until,
-)
+from tests.nlu.tiny import OFFLINE, PATIENCE, REPOSITORY, changed, quick_peft_adalora, read, run_python, wait_until
 
 TRIALS = int(os.environ.get("SOAK_TRIALS", "1"))  # each is killed twice
 # 50 rows are 7 batches of 8, so 4 optimiser steps an epoch: nothing here falls on the same step as anything else.
@@ -152,43 +141,17 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
 # ---- the seed alone fixes a run --------------------------------------------------------------------------------------
 
 
-def numbers(flags, folder):
-    """(trained weights, masks, losses, scores) of one run in ``folder``, with dropout and pruning in it."""
-    flags = changed(flags, root_output_dir=folder)
-    assert main([*flags, "--mask_interval", "1", "--lora_dropout", "0.1"]) == 0
-    record, masks = read(flags), read(flags, "rank_pattern.json")
-    weights = load_file(folder / "model" / "checkpoint-6" / "trained.safetensors")
-    assert record["live_budget"] < record["initial_budget"]
-    return weights, masks, [row["loss"] for row in record["history"]], [e["loss"] for e in record["evaluations"]]
-
-
-@pytest.fixture(scope="module")
-def plain(encoder, tiny_glue, tmp_path_factory):
-    """The outcome of the run that the others vary."""
-    torch.manual_seed(111)
-    folder = tmp_path_factory.mktemp("plain") / "run"
-    return numbers(tiny_run(encoder, tiny_glue, folder), folder)
-
-
-def assert_same_bits(first, second):
-    assert first[1:] == second[1:]
-    assert first[0].keys() == second[0].keys()
-    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
-
-
-def test_the_seed_alone_fixes_a_run(base_flags, tmp_path, plain):
-    torch.manual_seed(222)
-    torch.rand(5)
-    assert_same_bits(plain, numbers(base_flags, tmp_path / "again"))
-    other = numbers(changed(base_flags, seed=4), tmp_path / "other")
-    assert other[2] != plain[2] and not all(torch.equal(other[0][n], w) for n, w in plain[0].items())
-
-
-@pytest.mark.slow
-def test_activations_computed_again_change_neither_masks_nor_weights(base_flags, tmp_path, plain):
-    """Their dropout is drawn as it was; the sums are in another order."""
-    found = numbers([*base_flags, "--gradient_checkpointing"], tmp_path / "other")
-    assert found[1] == plain[1]
-    torch.testing.assert_close(found[2], plain[2], rtol=1e-5, atol=1e-6)
-    for name, weight in plain[0].items():
-        torch.testing.assert_close(found[0][name], weight, rtol=1e-4, atol=1e-6)
+def test_the_seed_alone_fixes_a_run(base_flags, tmp_path):
+    """Weights, masks, losses and scores, with dropout and pruning in it."""
+    found = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)  # what went before in the process
+        torch.rand(number)
+        folder = tmp_path / str(number)
+        flags = changed(base_flags, root_output_dir=folder, seed=seed)
+        assert main([*flags, "--mask_interval", "1", "--lora_dropout", "0.1"]) == 0
+        found.append(outcome(folder))
+    assert found[0] == found[1]
+    assert found[0]["record"]["live_budget"] < found[0]["record"]["initial_budget"]
+    losses = [[row["loss"] for row in each["record"]["history"]] for each in found]
+    assert losses[0] != losses[2] and found[0]["weights"] != found[2]["weights"]

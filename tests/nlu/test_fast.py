@@ -80,6 +80,7 @@ TECHNIQUES = {
 every_case = pytest.mark.parametrize(
     ("technique", "kind"), [(name, kind) for name, (*_, kinds) in TECHNIQUES.items() for kind in kinds]
 )
+every_kind = pytest.mark.parametrize("kind", TECHNIQUES["first token"][1])
 
 
 def fast_copy(model, technique):
@@ -158,12 +159,6 @@ def test_other_models_are_left_alone(switch_on, model):
 # ---- DeBERTa's attention --------------------------------------------------------------------------------------------
 
 
-def check_deberta(model, inputs):
-    fast = copy.deepcopy(model)
-    assert enable_fast_attention(fast) == model.config.num_hidden_layers
-    assert_same(outcome(fast, inputs, states=True), outcome(model, inputs, states=True))
-
-
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_equals_stock_for_any_configuration(data):
@@ -180,7 +175,8 @@ def test_equals_stock_for_any_configuration(data):
         seed=draw(st.integers(0, 100)),
     )
     lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=3))
-    check_deberta(model, batch(lengths, longest=max(lengths) + draw(st.integers(0, 3))))
+    inputs = batch(lengths, longest=max(lengths) + draw(st.integers(0, 3)))
+    assert_same(outcome(fast_copy(model, "deberta attention"), inputs, True), outcome(model, inputs, True))
 
 
 BEYOND = {"max_position_embeddings": 60}  # the largest relative position is nearer than the other end of the text
@@ -196,53 +192,34 @@ BEYOND = {"max_position_embeddings": 60}  # the largest relative position is nea
     ],
 )
 def test_equals_stock_for_long_texts(changes, length):
-    check_deberta(build(num_hidden_layers=1, **changes), batch([length, max(1, length // 2)]))
+    model, inputs = build(num_hidden_layers=1, **changes), batch([length, max(1, length // 2)])
+    assert_same(outcome(fast_copy(model, "deberta attention"), inputs, True), outcome(model, inputs, True))
 
 
-def test_any_mask_and_rows_that_attend_to_nothing():
+@pytest.mark.parametrize("own", [False, True], ids=["the encoder's positions", "a caller's positions"])
+def test_any_mask_and_rows_that_attend_to_nothing(own):
     model = build()
-    fast = copy.deepcopy(model)
-    enable_fast_attention(fast)
     mask = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(1)) > 0.5
     mask[1, 4] = False
     states, weights = torch.randn(2, 3, 12, 32, dtype=torch.float64)
-    results = []
-    for encoder in (model.deberta.encoder, fast.deberta.encoder):
+    positions, results = torch.randint(-5, 5, (1, 12, 12)) if own else None, []
+    for encoder in (model.deberta.encoder, fast_copy(model, "deberta attention").deberta.encoder):
         leaf = states.clone().requires_grad_()
-        out = encoder(leaf, mask).last_hidden_state
+        out = encoder(leaf, mask, relative_pos=positions).last_hidden_state
         (out * weights).sum().backward()
         results.append((out, leaf.grad, encoder.rel_embeddings.weight.grad))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
 
 
-def test_a_callers_own_relative_positions_take_the_stock_path():
-    model = build()
-    fast = copy.deepcopy(model)
-    enable_fast_attention(fast)
-    states, mask = torch.randn(2, 8, 32, dtype=torch.float64), torch.ones(2, 8)
-    positions = torch.randint(-5, 5, (1, 8, 8))
-    expected, found = (m.deberta.encoder(states, mask, relative_pos=positions)[0] for m in (model, fast))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 # ---- the first token alone ------------------------------------------------------------------------------------------
 
 
-every_kind = pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("bert", {"implementation": "eager"}),
-        ("roberta", {}),
-        ("deberta-v2", {"num_hidden_layers": 1}),
-        ("deberta-v2", {"share_att_key": False}),
-        ("deberta-v2", {"pos_att_type": ["c2p"]}),
-        ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
-        ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
-    ],
-)
+@pytest.mark.parametrize(("kind", "changes"), [
+    ("bert", {"implementation": "eager"}), ("roberta", {}), ("deberta-v2", {"num_hidden_layers": 1}),
+    ("deberta-v2", {"share_att_key": False}), ("deberta-v2", {"pos_att_type": ["c2p"]}),
+    ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
+    ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
+])  # fmt: skip
 def test_one_token_is_enough_for_the_classifier(kind, changes):
     """As the stock model; only the fast copy's last layer sees one token."""
     model, inputs, seen = build(kind, **changes), batch(), set()
@@ -256,9 +233,8 @@ def test_one_token_is_enough_for_the_classifier(kind, changes):
 def test_whoever_calls_the_encoder_itself_gets_the_whole_sequence(kind):
     model, inputs = build(kind).eval(), batch()
     speed_up(model)
-    assert model(**inputs).logits.shape == (3, 2)
     asked = {name: value for name, value in inputs.items() if name != "labels"}
-    assert model.base_model(**asked).last_hidden_state.shape[1] == 11
+    assert model(**inputs).logits.shape == (3, 2)
     with pytest.raises((AttributeError, TypeError)):
         model(input_ids="no tensor")  # a call that fails half way leaves nothing behind
     assert model.base_model(**asked).last_hidden_state.shape[1] == 11
@@ -295,8 +271,7 @@ def test_neighbours_and_draws_are_independent():
         assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(), (0, 4), (64, 33)])
+@pytest.mark.parametrize("dtype, shape", [(torch.float32, ()), (torch.float64, (0, 4)), (torch.bfloat16, (64, 33))])
 def test_output_and_gradient(dtype, shape):
     x = torch.rand(shape, dtype=dtype).add_(1).requires_grad_()
     y = FastDropout(0.25)(x)
@@ -310,8 +285,7 @@ def test_output_and_gradient(dtype, shape):
 def test_evaluation_and_extremes_are_stock():
     x = torch.rand(100)
     assert torch.equal(FastDropout(0.5).eval()(x), x)
-    assert torch.equal(FastDropout(0.0)(x), x)
-    assert torch.equal(FastDropout(1.0)(x), torch.zeros(100))
+    assert torch.equal(FastDropout(0.0)(x), x) and torch.equal(FastDropout(1.0)(x), torch.zeros(100))
 
 
 # ---- all of them together ------------------------------------------------------------------------------------------
@@ -338,7 +312,7 @@ def test_cpu_attention_scales_as_it_is_asked_to():
     torch.testing.assert_close(context, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+@every_kind
 def test_nothing_is_dropped_in_evaluation(kind):
     model = build(kind, attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.3).eval()
     speed_up(fast := copy.deepcopy(model))

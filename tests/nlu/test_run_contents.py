@@ -46,29 +46,23 @@ def folder_of(arguments, tmp_path, status=None, overwrite=False):
     return folder
 
 
-def flip_a_label(path):
+def edit(path, old, new):
     """As many rows, and as many bytes."""
     text = path.read_text()
-    path.write_text(text.replace('"label": 1', '"label": 0', 1))
+    path.write_text(text.replace(old, new, 1))
     assert path.stat().st_size == len(text) and path.read_text() != text
 
 
-def another_rank(path):
-    path.write_text(path.read_text().replace("4", "5"))
+FLIP = ('"label": 1', '"label": 0')
 
 
 @pytest.mark.parametrize(
-    ("flag", "name", "change"),
-    [
-        ("glue_dir", "glue/cola/validation.jsonl", flip_a_label),
-        ("glue_dir", "glue/cola/train.jsonl", lambda path: path.unlink()),
-        ("method", "lora.yaml", another_rank),
-    ],
+    ("status", "flag", "name", "change"),
+    [("finished", "glue_dir", "glue/cola/validation.jsonl", FLIP), ("interrupted", "method", "lora.yaml", ("4", "5"))],
 )
-@pytest.mark.parametrize("status", ["finished", "interrupted"])
 def test_other_contents_behind_the_same_paths_are_another_run(arguments, tmp_path, status, flag, name, change):
     folder_of(arguments, tmp_path, status)
-    change(tmp_path / name)
+    edit(tmp_path / name, *change)
     with pytest.raises(UsageError, match=f"holds another run .other contents of --{flag}.*--overwrite_output_dir"):
         folder_of(arguments, tmp_path).state()
     assert folder_of(arguments, tmp_path, overwrite=True).state() == "new"
@@ -76,7 +70,6 @@ def test_other_contents_behind_the_same_paths_are_another_run(arguments, tmp_pat
 
 def test_the_same_contents_are_the_same_run_wherever_they_lie(arguments, tmp_path):
     folder_of(arguments, tmp_path, "finished")
-    (tmp_path / "lora.yaml").write_text("# A comment changes no run.\n" + (tmp_path / "lora.yaml").read_text())
     moved = arguments | {"glue_dir": str((tmp_path / "glue").rename(tmp_path / "moved"))}
     assert folder_of(moved, tmp_path).state() == "finished"
     assert folder_of(moved, tmp_path, "interrupted", overwrite=True).state() == "resume"
@@ -98,7 +91,7 @@ def test_predictions_that_a_finished_run_lacks_are_made(arguments, tmp_path):
     assert folder_of(asked, tmp_path).state() == "resume"
     folder_of(asked, tmp_path, "finished")
     assert folder_of(asked, tmp_path).state() == folder_of(arguments, tmp_path).state() == "finished"
-    flip_a_label(tmp_path / "glue/cola/test.jsonl")
+    edit(tmp_path / "glue/cola/test.jsonl", *FLIP)
     assert folder_of(asked, tmp_path).state() == "resume"
 
 
@@ -213,10 +206,8 @@ def test_a_flipped_label_is_seen_in_every_file_that_the_run_reads_and_in_no_othe
         ("cola/test.jsonl", {"do_predict": True}, {"test_file"}),
         ("mrpc/train.jsonl", {"do_predict": True}, set()),
     ):
-        before, text = of(**asked, **options), (folder / name).read_text()
-        flipped = text.replace('"label": 0', '"label": 2', 1).replace('"label": 1', '"label": 0', 1)
-        (folder / name).write_text(flipped.replace('"label": 2', '"label": 1', 1))
-        assert len((folder / name).read_text()) == len(text) != 0
+        before = of(**asked, **options)
+        edit(folder / name, *FLIP)
         after = of(**asked, **options)
         assert {flag for flag in before if before[flag] != after[flag]} == seen and set(before) == set(after)
 
@@ -240,17 +231,15 @@ def test_the_official_files_and_ones_own_count_too(tmp_path, monkeypatch):
 
 
 def test_configurations_are_their_values(tmp_path, monkeypatch):
-    path = tmp_path / "method.yaml"
+    path, own = tmp_path / "method.yaml", tmp_path / "own.json"
     path.write_text("method: peft\npeft_config: {r: 1}\n")
+    own.write_text('{"r": 1}')
     monkeypatch.setattr(digests, "METHOD_FOLDER", tmp_path)
-    digest = of(method="method")
-    assert set(digest) == {"method"}
+    digest, one = of(method="method"), of(peft_config=str(own))
     path.write_text("# A comment\npeft_config: {r: 1}\nmethod: peft\n")
-    assert of(method="peft", method_config="method") == digest
-    (tmp_path / "own.json").write_text('{"r": 1}')
-    one = of(peft_config=str(tmp_path / "own.json"))
-    (tmp_path / "own.json").write_text('{"r": 2}')
-    assert of(peft_config=str(tmp_path / "own.json")) != one
+    assert of(method="peft", method_config="method") == digest and set(digest) == {"method"}
+    edit(own, "1", "2")
+    assert of(peft_config=str(own)) != one
     assert of(peft_config='{"r": 1}') == {}  # JSON text is the argument itself
 
 
@@ -259,16 +248,15 @@ def test_configurations_are_their_values(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["renamed", "with the same times"])
 def test_a_file_is_read_once_and_again_where_it_changed(tmp_path, how):
-    path = tmp_path / "weights"
+    path, other = tmp_path / "weights", tmp_path / "other"
     path.write_bytes(b"weights")
     digest, times = file_digest(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     assert file_digest(path) == digest and len(file_formats._digests) == 1
     time.sleep(0.02)  # the clock's grain
     if how == "renamed":
-        (tmp_path / "other").write_bytes(b"Weights")
-        (tmp_path / "other").replace(path)
+        other.write_bytes(b"Weights")
+        other.replace(path)
     else:
         path.write_bytes(b"Weights")
-    if how == "with the same times":
         os.utime(path, ns=times)
     assert file_digest(path) == hashlib.sha256(b"Weights").hexdigest() != digest

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -12,9 +11,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
-import loralib
 from loralib import export
 from nlu import predict
 from nlu.data.file_formats import Row
@@ -90,24 +88,6 @@ def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(bas
     path = tmp_path / "run/results.json"
     path.write_text(json.dumps(record | {"status": "interrupted"}))
     assert main(flags) == 0 and read(base_flags)["steps"] == 9
-
-
-@pytest.mark.slow
-def test_what_the_card_names_works(base_flags, encoder, tmp_path):
-    """All of it is run."""
-    adapter, rows = tmp_path / "run/adapter", tmp_path / "rows.jsonl"
-    assert main([*base_flags, "--method", "lora2", "--max_steps", "1"]) == 0
-    write_rows(rows, [{"sentence": "the good cat"}])
-    card, done = (adapter / "README.md").read_text(), set()
-    for line in re.findall("^    (python .*)$", card, re.M):
-        given = {"path/to/this/folder": adapter, "OUT": tmp_path / "out", "BASE": encoder, "FILE": rows}
-        words = [str(given.get(word, word)) for word in shlex.split(line, comments=True)]
-        program, arguments = (predict, words[2:]) if words[1] == "nlu/predict.py" else (export, words[3:])
-        assert program.main(arguments) == 0, line
-        done.add("predict" if program is predict else words[words.index("--to") + 1])
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert done == {"peft", "merged"} and "loralib.load_adapter(model" in card
-    loralib.load_adapter(AutoModelForSequenceClassification.from_pretrained(encoder), adapter)
 
 
 class Hub:

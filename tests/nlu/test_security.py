@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from loralib.adapter_folder import CONFIG_FILE, _config_digest
-from nlu import predict
 from nlu.run_glue import main
 from tests.nlu.killed_runs import run_broken_off
 from tests.nlu.tiny import REPOSITORY
@@ -81,28 +79,3 @@ def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsy
     pickle.loads(pickle.dumps(Bomb(trap)))
     assert trap.exists()  # so the trap works
     assert "checkpoint" in capsys.readouterr().err
-
-
-# ---- adapters --------------------------------------------------------------------------------------------------------
-
-
-def edit(folder, change):
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    change(config)
-    config["config_sha256"] = _config_digest(config)
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-
-
-@pytest.mark.slow
-def test_an_adapters_card_is_only_data(base_flags, encoder, tmp_path, capsys):
-    flags = [flag for flag in base_flags if flag not in ("--lora_r", "4", "--lora_alpha", "32")]
-    assert main([*flags, "--method", "hadapter", "--max_steps", "1"]) == 0
-    folder = tmp_path / "run" / "adapter"
-    (tmp_path / "new.jsonl").write_text('{"sentence": "a cat"}\n')
-    flags = ["--adapter", str(folder), "--base", str(encoder), "--input", str(tmp_path / "new.jsonl")]
-    assert predict.main([*flags, "--output", str(tmp_path / "good.jsonl")]) == 0
-    for card in ({"method": "os.system"}, {"typo": 1}, None, {"method": "peft", "peft_config": "/etc/passwd"}):
-        edit(folder, lambda config, card=card: config["card"].update(method_arguments=card))
-        assert predict.main([*flags, "--output", str(tmp_path / "out.jsonl")]) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("error: the adapter's card") and not (tmp_path / "out.jsonl").exists()

@@ -159,7 +159,7 @@ def test_validation_rows_are_predicted_beside_the_test_s_and_each_class_is_repor
     assert [report["classes"][name]["recall"] for name in labels] == pytest.approx(recalls)
     expected = {"macro_f1": f1_score(truth, found, average="macro"), "accuracy": accuracy_score(truth, found)}
     assert record["test_scores"] == {"custom_test": pytest.approx(expected)}
-    assert (record["metric"], record["train_examples"]) == ("macro_f1", 39)
+    assert (record["metric"], record["data"]["train"]["rows"]) == ("macro_f1", 39)
     assert record["last"] == pytest.approx(expected["macro_f1"])
     assert (tmp_path / "run/predictions/custom_validation.png").stat().st_size > 2000
     counts = {name: truth.count(name) for name in labels}

@@ -14,10 +14,11 @@ from transformers import Trainer
 
 from loralib.recipes.trainer import LowRankTrainerMixin
 from nlu.data.batching import SeededRandomSampler
+from nlu.run_glue import main
 from nlu.runs.checkpoints import WholeCheckpoints
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, StepClock
-from tests.nlu.tiny import REPOSITORY
+from tests.nlu.tiny import REPOSITORY, changed, read
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
 # in between 5.19 and 5.20 were tried. Along with 5.12 pip takes older tokenizers and huggingface_hub.
@@ -52,15 +53,30 @@ def test_the_trainers_private_methods_are_those_that_were_tried():
         assert all(method.__doc__.startswith("Overridden ") for method in overrides)
 
 
-def test_the_times_of_the_steps_add_up_without_what_lies_between(monkeypatch):
-    clock = iter([10.0, 11.0, 20.0, 22.0])
-    monkeypatch.setattr("nlu.trainer.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    trainer = SimpleNamespace(train_seconds=5.0)  # of an earlier part of the run
-    progress = StepClock(trainer)
-    for _ in range(2):
-        progress.on_step_begin(None, None, None)
-        progress.on_step_end(None, None, None)
-    assert trainer.train_seconds == 5 + 1 + 2
+@pytest.mark.parametrize("logging_steps", [1, 4])
+def test_the_time_of_the_steps_is_all_but_that_of_evaluations_and_checkpoints(base_flags, monkeypatch, logging_steps):
+    """Also what a GPU still has to do after a step, for which the next batch waits."""
+    now = [0.0]
+
+    def lasts(owner, name, seconds):
+        method = getattr(owner, name)
+
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    lasts(GlueTrainer, "training_step", 1)
+    lasts(GlueTrainer, "check_finite", 0.5)  # waits for the step
+    lasts(StepClock, "on_evaluate", 100)
+    lasts(StepClock, "on_save", 100)
+    monkeypatch.setattr("nlu.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert main(changed(base_flags, logging_steps=logging_steps)) == 0
+    record = read(base_flags)
+    waited = 0.5 * len({*range(logging_steps, 7, logging_steps), 2, 3, 4, 6})  # logged, evaluated at 3, saved at 2
+    assert record["train_seconds"] == 6 + waited and record["seconds_per_step"] == record["train_seconds"] / 6
+    assert record["history"][0]["seconds"] == {1: 1.5, 4: 5.5}[logging_steps]
 
 
 @pytest.mark.parametrize("task, rows, processes, accumulation", [

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,7 @@ import torch
 import loralib
 from tests.nlu import killed_runs
 from tests.nlu.killed_runs import run_watched
-from tests.nlu.tiny import PATIENCE, REPOSITORY, make_encoder, make_rows, write_rows
+from tests.nlu.tiny import make_encoder, make_rows, run_python, write_rows
 
 # Task, training rows and flags. Two processes with four rows each divide none of these numbers: accelerate repeats
 # rows in the last batch of an epoch, with 33 rows in all of one process's batch; and so it does with 37 in evaluation.
@@ -69,17 +66,6 @@ def flags_of(method, flags, rows_a_process, folder):
     ]  # fmt: skip
 
 
-def start(launcher, runs, folder):
-    """Do the runs, see killed_runs.py, one after another by two processes."""
-    (folder / "runs.json").write_text(json.dumps(runs))
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, killed_runs.__file__, str(folder / "runs.json")],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=PATIENCE,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-
-
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
     """A function: name of a launch → the folder of its runs by two processes, four rows each."""
@@ -94,7 +80,9 @@ def two(flags, tmp_path_factory):
                 runs.append([[*flags_of("lora2", flags, 4, root / "stopped"), "--total_batch_size", "8"], 7, "watch"])
                 run_watched([*flags_of("lora2", flags, 8, root / "by one"), "--total_batch_size", "8"], 7)
                 runs.append([[*flags_of("lora2", flags, 4, root / "by one"), "--total_batch_size", "8"], None, "watch"])
-            start(LAUNCHERS[launcher], runs, root)
+            (root / "runs.json").write_text(json.dumps(runs))  # see killed_runs.py
+            done = run_python("-m", *LAUNCHERS[launcher], killed_runs.__file__, root / "runs.json")
+            assert done.returncode == 0, done.stderr[-2000:]
         return roots[name]
 
     return launch
