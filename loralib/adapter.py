@@ -80,7 +80,7 @@ def save_adapter(
     card: Mapping[str, Any] | None = None,
     save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Write the adapter: the factors of all low-rank layers, and the head, see above.
+    """Write the adapter: the factors of all low-rank layers, and the head, as said at the top of this module.
 
     Singular values that are exactly 0 are left out, see :func:`loralib.compact`. The model need not have low-rank
     layers: the adapter then holds the trainable parameters. From a compiled, data-parallel or averaged model it saves

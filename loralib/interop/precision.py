@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from loralib.injection import is_linear
 from loralib.layers import LoRALayer
@@ -125,10 +126,4 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     """Floating-point tensors in ``dtype`` (None: as they are), also inside tuples, lists and dictionaries."""
     if dtype is None:
         return value
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast(item, dtype) for item in value)
-    if type(value) is dict:
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
+    return tree_map_only(Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, value)

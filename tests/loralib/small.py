@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import loralib
 
@@ -133,9 +133,8 @@ def random_step(model, generator, skip=()):
 
 def gpt2(layers=1):
     """A tiny decoder, whose linear layers are ``Conv1D`` and whose output layer is tied to its embedding."""
-    torch.manual_seed(0)
     sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 16}
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).eval()
+    return decoder("gpt2", sizes, bos_token_id=1, eos_token_id=2)
 
 
 def encoder(model_type="bert", sizes=SIZES, **settings):
@@ -143,6 +142,13 @@ def encoder(model_type="bert", sizes=SIZES, **settings):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**sizes, **settings})
     return AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def decoder(model_type, sizes, **settings):
+    """A random language model of transformers, its output layer tied to its embedding unless the settings say else."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": True, **sizes, **settings})
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def blocks(kind, count=3, features=(9, 7), std=None, seed=0, dtype=None, **options):

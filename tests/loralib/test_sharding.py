@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
 from loralib.stored_weight import stored_form
-from tests.loralib.small import INPUTS, Net, adapted
+from tests.loralib.small import INPUTS, SIZES, Net, adapted, decoder, randomise
 
 
 @pytest.fixture(scope="module")
@@ -21,29 +20,20 @@ def group(tmp_path_factory):
     dist.destroy_process_group()
 
 
-def decoder(tied, checkpointing=False):
-    config = AutoConfig.for_model(
-        "llama", vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=24, tie_word_embeddings=tied,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+def adapted_llama(tied, checkpointing):
+    model = decoder("llama", SIZES, tie_word_embeddings=tied).train(checkpointing)
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-        model.train()
     loralib.inject(model, "lora2", ["q_proj", "v_proj", "down_proj"], r=4, k=4)
-    loralib.mark_only_lora_as_trainable(model)
-    for layer in loralib.lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_E)
-    return model
+    return randomise(model, 0.1)
 
 
 @pytest.mark.parametrize("tied, checkpointing, dtype", [
     (False, False, torch.float32), (True, True, torch.bfloat16),
 ])  # fmt: skip
 def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, group):
-    whole, sharded = decoder(tied, checkpointing), decoder(tied, checkpointing)
+    whole, sharded = adapted_llama(tied, checkpointing), adapted_llama(tied, checkpointing)
     if dtype != torch.float32:
         cast_frozen(whole, dtype)
         cast_frozen(sharded, dtype)
