@@ -310,6 +310,7 @@ def test_two_processes_that_export_the_same_merged_checkpoint_leave_a_whole_one(
 @pytest.mark.parametrize("recorded, given, kept", [
     ("org/net", {}, ("org/net", "c0ffee")), ("org/net", {"base_model": "other"}, ("other", None)),
     ("/home/me/net", {}, ("net", "c0ffee")),
+    ("C:\\me\\net", {}, ("net", "c0ffee")), ("../me/net/", {}, ("net", "c0ffee")),
 ])  # fmt: skip
 def test_the_base_s_name_and_revision_are_those_of_its_configuration(tmp_path, recorded, given, kept):
     model = adapted(k=2)

@@ -1,21 +1,26 @@
-"""Exports, judged by peft and by plain transformers, on a trained adapter over real weights."""
+"""Exports and imports, judged by peft and by plain transformers, on small nets and a trained adapter."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
+from loralib.interop.decomposition import decompose, start_factors
 from loralib.interop.export import export_merged, main
 from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
+from tests.loralib.test_adapter_folder import FOLDER
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+IDS = torch.arange(10, 16)[None]
 
 
 @pytest.mark.parametrize(
@@ -81,13 +86,10 @@ def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, 
 
 
 def test_a_low_rank_output_layer_that_is_tied_to_the_embedding_goes_to_peft(tmp_path):
-    model, ids = (
-        adapted(modules=["c_attn", "lm_head"], r=4, k=3, model=gpt2(), head="transformer.ln_f"),
-        torch.ones(1, 8),
-    )
+    model = adapted(modules=["c_attn", "lm_head"], r=4, k=3, model=gpt2(), head="transformer.ln_f")
     export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
-    theirs = PeftModel.from_pretrained(gpt2(), tmp_path / "peft").eval()
-    torch.testing.assert_close(theirs(ids.long()).logits, model(ids.long()).logits, atol=1e-4, rtol=1e-4)
+    theirs, ids = PeftModel.from_pretrained(gpt2(), tmp_path / "peft").eval(), torch.ones(1, 8).long()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_weight_that_trained_beside_its_update_is_refused(tmp_path):
@@ -165,3 +167,101 @@ def test_another_base_is_merged_where_asked_for_with_its_tokenizer(pretrained, l
     assert main([*command, "--allow_other_base", "--dtype", "bfloat16"]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: plain bfloat16 checkpoint")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a cat sat") == pretrained.tokenizer("a cat sat")
+
+
+# ---- imports -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[False, True], ids=["", "rank-stabilised"])
+def theirs(tmp_path, request):
+    """A LoRA of peft's own in tmp_path/theirs, with two ranks and two alphas; its base is in tmp_path/base."""
+    (base := encoder()).save_pretrained(tmp_path / "base")
+    settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
+                          use_rslora=request.param, rank_pattern={"value": 3},
+                          alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
+    model = get_peft_model(base, settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "theirs")
+    return model
+
+
+def test_an_adapter_without_a_head_goes_to_peft_and_back(tmp_path):
+    base = encoder()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(modules=["query"], k=2, model=encoder())
+    model.classifier = copy.deepcopy(base.classifier).requires_grad_(False)
+    loralib.save_adapter(model, tmp_path / "a", base_model=str(tmp_path / "base"))
+    export_peft(tmp_path / "a", tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(encoder(), tmp_path / "peft").eval()
+    assert theirs.peft_config["default"].task_type is None
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    command = [str(tmp_path / "peft"), "--to", "loralib", str(tmp_path / "back"), "--base", str(tmp_path / "base")]
+    assert main(command) == 0
+    loralib.load_adapter(back := encoder(), tmp_path / "back")
+    torch.testing.assert_close(back(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_peft_lora_imports_with_the_same_logits(theirs, tmp_path):
+    logits, ours = theirs(IDS).logits, tmp_path / "ours"
+    assert main([str(tmp_path / "theirs"), "--to", "loralib", str(ours), "--base", str(tmp_path / "base")]) == 0
+    config = loralib.load_adapter(model := encoder(), ours)
+    assert config.kind == "lora" and set(config.ranks.values()) == {3, 6}
+    assert (config.base_model, config.base_revision) == ("base", None)  # the folder may be another revision
+    torch.testing.assert_close(model(IDS).logits, logits, **CLOSE)
+    export_peft(ours, tmp_path / "back")  # and back
+    back = PeftModel.from_pretrained(encoder(), tmp_path / "back").eval()
+    torch.testing.assert_close(back(IDS).logits, logits, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change, tensor, says",
+    [
+        ({"alora_invocation_tokens": [3]}, "", "alora_invocation_tokens"),
+        ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
+        ({}, "layers.0.q.lora_magnitude_vector", "lora_magnitude_vector cannot be imported"),
+    ],
+)
+def test_a_peft_adapter_that_is_more_than_lora_is_refused(tmp_path, change, tensor, says):
+    folder, model = shutil.copytree(FOLDER / "peft", tmp_path / "a"), Net()
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    save_file(load_file(weights) | ({f"base_model.model.{tensor}": torch.ones(2)} if tensor else {}), weights)
+    with refused(says, model):
+        import_peft(model, folder)
+
+
+@pytest.mark.parametrize("kind, r, widths", [("lora2", 4, (2,)), ("adalora", 4, ()), ("multiscale", 8, (7, 6))])
+def test_a_start_by_svd_is_the_best_approximation(theirs, tmp_path, kind, r, widths):
+    import_peft(exact := encoder(), tmp_path / "theirs")
+    import_peft(start := encoder(), tmp_path / "theirs", kind, r=r, widths=widths, lora_alpha=4.0)
+    kept = min(r, *widths, 99)
+    for name, layer in loralib.lora_layers(start).items():
+        whole = exact.get_submodule(name).delta_weight().detach()
+        sigma = torch.linalg.svdvals(whole.double())
+        error = torch.linalg.matrix_norm((whole - layer.delta_weight()).double())
+        torch.testing.assert_close(error, sigma[kept:].square().sum().sqrt(), atol=1e-4, rtol=1e-4)
+    if kept >= 6:
+        torch.testing.assert_close(start(IDS).logits, theirs(IDS).logits, **CLOSE)
+
+
+def test_decomposition_against_a_dense_svd():
+    torch.manual_seed(0)
+    left, right = torch.randn(20, 5), torch.randn(4, 9)
+    core = torch.randn(5, 4) @ torch.diag(torch.tensor([1.0, 0, 2, 1]))
+    u, sigma, vt = decompose(left, core, right)
+    dense = left.double() @ core.double() @ right.double()
+    assert len(sigma) == 3
+    torch.testing.assert_close(u * sigma @ vt, dense)
+    torch.testing.assert_close(sigma, torch.linalg.svdvals(dense)[:3])
+    factors = start_factors((u, sigma, vt), 6, (5, 4), 2.0, torch.Generator().manual_seed(0))
+    chain = factors["lora_B.0"] @ factors["lora_B.1"] @ factors["lora_B.2"] @ torch.diag(factors["lora_E"])
+    chain = chain @ factors["lora_A.2"] @ factors["lora_A.1"] @ factors["lora_A.0"] * 2
+    torch.testing.assert_close(chain, dense.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_singular_values_below_the_rounding_of_float32_are_left_out():
+    left, core = torch.eye(5, 3), torch.diag(torch.tensor([1.0, 1e-3, 1e-9]))
+    torch.testing.assert_close(decompose(left, core, left.T)[1], torch.tensor([1.0, 1e-3], dtype=torch.float64))
