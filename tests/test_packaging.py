@@ -1,14 +1,18 @@
-"""The package's metadata, the lock file and the one command agree with each other."""
+"""The package's metadata, lock file and one command agree; a method and a task that are added are packed, and train."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 from nlu.__main__ import PROGRAMS, main
+from tests.nlu.tiny import make_encoder, make_rows, run_python, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +52,71 @@ def test_each_program_explains_itself(name, capsys):
         main([name, "--help"])
     assert ended.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+# ---- what adding a method or a task takes: one file and its config, one row -----------------------------------------
+
+METHOD = """
+from nlu.flag_table import AT_LEAST_1, Flag
+from nlu.methods.method import AppliedMethod, Method, train_only
+
+WIDTH = Flag("toy_layers", int, 1, "Layer norms that train.", AT_LEAST_1)
+
+
+def _apply(model, args, total_steps):
+    norms = [m for m in model.base_model.modules() if type(m).__name__ == "LayerNorm"][: args.toy_layers]
+    train_only(model, [p for norm in norms for p in norm.parameters()])
+    return AppliedMethod(model)
+
+
+METHODS = (Method("toy", "Toy", 45, _apply, (WIDTH,), needs_autocast=True),)
+"""
+CONFIG = "method: toy\ntoy_layers: 2\n"
+ROW = """    Task("toy", "Toy task", ("left", "right"), ("no", "yes"), ("accuracy", "f1")),
+"""
+LOOK_AND_RUN = """
+import sys
+from nlu.methods.registry import METHODS
+from nlu.run_glue import main
+from nlu.tasks import HEADINGS, TASKS
+print(list(METHODS)[3:6], list(TASKS)[:2], HEADINGS["toy"], METHODS["toy"].display, sep=";")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path):
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for name in ("nlu", "loralib", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.t*"), ROOT / "README.md", ROOT / "LICENSE"):
+        shutil.copy(path, source)
+    (source / "nlu/methods/toy.py").write_text(METHOD)
+    (source / "configs/methods/toy.yaml").write_text(CONFIG)
+    tasks = source / "nlu/tasks.py"
+    before, opening, rows = tasks.read_text().partition("_ROWS = (\n")
+    tasks.write_text(before + opening + ROW + rows)
+    # The run is away from the checkout, on what the wheel holds: configs/ lies in nlu there.
+    options = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    assert run_python("-m", "pip", "wheel", *options, "-w", tmp_path, source).returncode == 0
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        packed = set(archive.namelist())
+        archive.extractall(installed)
+    assert {f"nlu/{path.relative_to(source)}" for path in (source / "configs").rglob("*.*")} <= packed
+    for package in ("nlu", "loralib"):
+        assert {str(path.relative_to(source)) for path in (source / package).rglob("*.py")} <= packed
+    for seed, (split, count) in enumerate({"train": 24, "validation": 12}.items()):
+        write_rows(tmp_path / f"glue/toy/{split}.jsonl", make_rows(("left", "right"), False, count, seed))
+
+    encoder = make_encoder(tmp_path / "bert")
+    flags = f"""--model_name_or_path {encoder} --task_name toy --glue_dir {tmp_path}/glue --method toy
+        --do_train --do_eval --max_steps 3 --per_device_train_batch_size 8 --learning_rate 1e-2
+        --root_output_dir {tmp_path}/run --disable_tqdm True --eval_strategy no --save_strategy no"""
+
+    result = run_python("-c", LOOK_AND_RUN, *flags.split(), folder=installed)
+    assert result.returncode == 0, result.stderr[-2000:]
+    shown = result.stdout.splitlines()[0].split(";")
+    assert shown == ["['padapter', 'toy', 'lora']", "['toy', 'cola']", "Toy task", "Toy"]
+    record = json.loads((tmp_path / "run/results.json").read_text())
+    assert (record["status"], record["method"], record["task"]) == ("finished", "toy", "toy")
+    assert record["adapter_params"] == 2 * 2 * 16 and set(record["evaluations"][-1]) >= {"accuracy", "f1"}

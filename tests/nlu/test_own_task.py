@@ -32,6 +32,8 @@ def test_word_classes_in_three_formats(tmp_path):
     }  # fmt: skip
     with pytest.raises(UsageError, match=r"b.csv, line 3: label 'calm' is not among the training labels"):
         load_own_files(train, own(tmp_path, "b.csv", "text,label\na,sad\nb,calm\n"))
+    with pytest.raises(UsageError, match="every label is '1'"):
+        load_own_files(own(tmp_path, "a.csv", "sentence,label\na,1\nb,1\n"))
 
 
 def test_whole_numbers_are_classes_in_their_order(tmp_path):
@@ -71,28 +73,6 @@ def test_own_regression(tmp_path):
         load_own_files(train, own(tmp_path, "v.csv", "sentence,label\na,high\n"))
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.csv", "sentence,label\na,1\nb,1\n", "every label is '1'"),
-        ("a.csv", "sentence,label\na,\nb,x\n", "line 2: column 'label' is empty .--on_error skip leaves such rows out"),
-        ("a.csv", "text,label\na,0.5\na,NA\na,2\n", "line 3: label 'NA' is not a number, as most training labels are"),
-        ("a.jsonl", '{"text":"a","label":0.5}\n{"text":"a","label":2}\n{"text":"a","label":"2"}', "line 3: label '2'"),
-    ],
-)
-def test_bad_files_are_named_with_their_line(tmp_path, name, text, message):
-    with pytest.raises(UsageError, match=message):
-        load_own_files(own(tmp_path, name, text))
-
-
-def test_minus_one_hides_a_label_in_a_test_file_alone_and_only_where_it_is_no_class(tmp_path):
-    train, hidden = (own(tmp_path, f"{n}.csv", f"text,label\na,{n}\nb,1\n") for n in (0, -1))
-    assert load_own_files(train, test=hidden)[1]["test"]["label"] == [-1, 1]
-    with pytest.raises(UsageError, match=r"-1\.csv, line 2: label '-1' is not among the training labels"):
-        load_own_files(train, hidden)
-    assert load_own_files(hidden, test=hidden)[1]["test"]["label"] == [0, 1]
-
-
 @pytest.mark.parametrize("hidden", ['"a": -1', '"a": "-1"', '"a": null', '"a": ""'])
 def test_a_test_file_may_hide_labels_in_each_form(tmp_path, hidden):
     lines = ['{"text": "x", "a": "None"}\n', '{"text": "y", "a": "yes "}\n']
@@ -102,6 +82,8 @@ def test_a_test_file_may_hide_labels_in_each_form(tmp_path, hidden):
     assert task.labels == ("None", "yes") and splits["test"]["label"] == [1, -1]
     with pytest.raises(UsageError, match=r"test\.jsonl, line 2: (label .* is not|column 'a' is empty)"):
         load_own_files(train, test, label_column="a")
+    numbered = own(tmp_path, "n.csv", "text,label\na,-1\nb,1\n")
+    assert load_own_files(numbered, test=numbered)[1]["test"]["label"] == [0, 1]  # where -1 is a class, it hides none
 
 
 def test_own_columns_by_name_or_without_doubt(tmp_path):

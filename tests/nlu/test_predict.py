@@ -6,16 +6,11 @@ import json
 import math
 import shutil
 from itertools import count
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.interop.export import export_merged
@@ -26,7 +21,6 @@ from nlu.predict import main
 from nlu.predictor import Predictor
 from tests.nlu.tiny import changed, make_rows
 
-ROOT = Path(__file__).parents[2]
 ROWS = [{name: row[name] for name in ("a", "b")} for row in make_rows(("a", "b"), True, 40, 0)]
 
 
@@ -149,11 +143,10 @@ def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, caps
 # ---- what is no answer ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [None, ["a", "b"]])
-def test_nan_is_no_answer(encoder, labels):
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(labels or "a"))
+def test_nan_is_no_answer(encoder):
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     torch.nn.init.constant_(model.classifier.bias, math.nan)
-    predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), labels, 8)
+    predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), ["a", "b"], 8)
     with pytest.raises(UsageError, match="gives NaN or infinity: its training has failed"):
         predictor([Row(0, 1, {"text": "a cat"})], 2)
 

