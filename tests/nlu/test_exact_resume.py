@@ -33,6 +33,8 @@ def flags_of(base_flags, folder, options):
 LEAN = "--gradient_accumulation_steps 3 --gradient_checkpointing True --no_fast_attention True"
 HALF = "--bf16 True --length_bucketing True --lora_dropout 0.2"
 PLUS = "--method lora2_plus --head_learning_rate 1e-3"
+# No step changes the score at so low a rate: two evaluations without a gain end the training.
+STOPPED = "--method lora --max_steps 30 --learning_rate 1e-12 --save_steps 1 --early_stopping_patience 2"
 SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda 8"
 
 
@@ -51,6 +53,8 @@ SLOW_CASES = {
     "bfloat16, in the warm-up": (f"{STEPS} {HALF} --lr_scheduler_type cosine --warmup_steps 4", 2),
     "after the last step, SoRA": (f"{STEPS} {SORA}", 6),
     "saved before the epoch is evaluated": (f"{EPOCHS} --save_steps 7 --method lora", 7),
+    "early stopping at step 9": (STOPPED, 7),
+    "stopped early": (STOPPED, 9),
     "best only": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8),
 }
 

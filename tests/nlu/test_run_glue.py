@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import matthews_corrcoef
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import fine_tuning
@@ -17,7 +17,7 @@ from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS, count_parameters
 from nlu.run_glue import main
 from nlu.tasks import TASKS
-from tests.nlu.tiny import changed, error_line, make_encoder, read, write_rows
+from tests.nlu.tiny import changed, error_line, read
 
 
 def test_a_run_leaves_a_record_that_tells_all(finished):
@@ -104,18 +104,16 @@ def test_class_weights_and_smoothed_labels_count_in_the_training_loss_alone(own_
 
 def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, capsys):
     base_flags = changed(base_flags, max_steps=1)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    run, another = tmp_path / "run", [*base_flags, "--lora_dropout", "0.1"]
+    run.mkdir()
+    (run / "thesis.tex").write_text("mine")
     assert main(base_flags) == 0
-    before = (tmp_path / "run" / "results.json").read_bytes()
-    assert main(base_flags) == 0
-    assert "finished" in capsys.readouterr().out
-    assert main([*base_flags, "--lora_dropout", "0.1"]) == 2
-    assert "lora_dropout" in error_line(capsys)
-    assert (tmp_path / "run" / "results.json").read_bytes() == before
-    assert main([*base_flags, "--lora_dropout", "0.1", "--overwrite_output_dir"]) == 0
-    assert read(base_flags)["arguments"]["lora_dropout"] == 0.1
-    assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
+    before = (run / "results.json").read_bytes()
+    assert main(base_flags) == 0 and "finished" in capsys.readouterr().out
+    assert main(another) == 2 and "lora_dropout" in error_line(capsys)
+    assert (run / "results.json").read_bytes() == before
+    assert main([*another, "--overwrite_output_dir"]) == 0
+    assert read(base_flags)["arguments"]["lora_dropout"] == 0.1 and (run / "thesis.tex").read_text() == "mine"
 
 
 @pytest.mark.parametrize("extra, words", [
@@ -130,19 +128,27 @@ def test_refused_before_a_model_is_loaded_and_nothing_is_written(
     assert words in error_line(capsys) and not (tmp_path / "run").exists()
 
 
-def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_path, monkeypatch):
-    """Best at step 3 of 6, before the last gates close: weights, live ranks and the adapter's score are step 3's."""
-    scores = iter([0.5, 0.2])
-    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
-    flags = changed(base_flags, save_steps=3)
-    assert main([*flags, "--method", "sora", "--load_best_model_at_end", "--sora_lambda", "10"]) == 0
+SCHEDULE = ["--method", "lora2", "--init_warmup", "0", "--final_warmup", "0", "--mask_interval", "10"]
+
+
+@pytest.mark.parametrize("options, steps, every, scores, best", [
+    (["--method", "sora", "--sora_lambda", "10"], 6, 3, [0.9, 0.2], 3),  # before the last gates close
+    (SCHEDULE, 23, 6, [0.1, 0.9, 0.2, 0.2], 12),  # between two maskings
+], ids=["sora", "lora2"])  # fmt: skip
+def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(
+    base_flags, tmp_path, monkeypatch, options, steps, every, scores, best
+):
+    """Weights, live ranks and the adapter's score are of the best step."""
+    given = iter(scores)
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(given)})
+    flags = changed(base_flags, max_steps=steps, save_steps=every, eval_steps=every)
+    assert main([*flags, *options, "--load_best_model_at_end"]) == 0
     record, run = read(flags), tmp_path / "run"
-    assert (record["status"], record["best_step"], record["last"]) == ("finished", 3, 0.2)
-    config = loralib.read_adapter_config(run / "adapter")
-    assert config.card["score"] == 0.5
-    pattern = read(flags, "rank_pattern.json")
+    assert (record["status"], record["best_step"], record["last"]) == ("finished", best, 0.2)
+    config, pattern = loralib.read_adapter_config(run / "adapter"), read(flags, "rank_pattern.json")
+    assert config.card["score"] == 0.9
     assert {n: "".join("01"[flag] for flag in flags) for n, flags in pattern.items()} == config.groups[0].rank_pattern
-    at_best = load_file(run / "model" / "checkpoint-3" / "trained.safetensors")
+    at_best = load_file(run / "model" / f"checkpoint-{best}" / "trained.safetensors")
     stored = load_file(run / "adapter" / "adapter_model.safetensors")
     for name, flags_of_layer in pattern.items():
         values = at_best[f"{name}.lora_E"]
@@ -150,35 +156,9 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(base_flags, tmp_pa
         torch.testing.assert_close(kept, values[values != 0], rtol=0, atol=0)
         assert flags_of_layer == (values != 0).tolist()
     assert record["live_budget"] == sum(map(sum, pattern.values()))
-
-
-def test_inputs_are_cut_to_the_models_table_of_positions(base_flags, tmp_path):
-    """RoBERTa's table of 66 has room for 64 tokens. The tokenizer's own files name no limit here."""
-    folder = make_encoder(tmp_path / "roberta", "roberta")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.model_max_length = 10**30
-    tokenizer.save_pretrained(folder)
-    rows = [{"text": "the good cat " * 40, "label": i % 2} for i in range(16)]
-    write_rows(tmp_path / "long.jsonl", rows)
-    files = ["--train_file", str(tmp_path / "long.jsonl"), "--validation_file", str(tmp_path / "long.jsonl")]
-    flags = changed(base_flags, task_name=None, glue_dir=None, model_name_or_path=folder, max_steps=3)
-    assert main([*flags, *files, "--max_seq_length", "100"]) == 0
-
-
-def test_a_run_that_is_best_between_two_maskings_keeps_its_adapter(base_flags, tmp_path, monkeypatch):
-    """The ranks of record, pattern and adapter are those of the weights that were scored."""
-    scores = iter([0.1, 0.9, 0.2, 0.2, 0.2])
-    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
-    flags = changed(base_flags, max_steps=23, save_steps=6, eval_steps=6)
-    schedule = ["--init_warmup", "0", "--final_warmup", "0", "--mask_interval", "10"]
-    assert main([*flags, "--method", "lora2", *schedule, "--load_best_model_at_end"]) == 0
-    record, pattern = read(flags), read(flags, "rank_pattern.json")
-    config = loralib.read_adapter_config(tmp_path / "run" / "adapter")
-    stored = {name: [flag == "1" for flag in kept] for name, kept in config.groups[0].rank_pattern.items()}
-    live = sum(map(sum, pattern.values()))
-    assert stored == pattern and record["live_budget"] == live == 48
-    assert record["history"][11]["live"] == 48 and record["history"][9]["live"] < 48  # masked at step 10, not at 12
-    assert record["history"][-1]["live"] == record["history"][-1]["budget"] == 24
+    if options is SCHEDULE:  # masked at step 10 and grown again
+        assert record["history"][9]["live"] < record["live_budget"] == 48
+        assert record["history"][-1]["live"] == record["history"][-1]["budget"] == 24
 
 
 def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):

@@ -20,8 +20,7 @@ from nlu.predictor import load_predictor
 from nlu.run_glue import main
 from nlu.runs.log import log_to, say
 from nlu.runs.record import best_and_last
-from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import changed, read, write_rows
+from tests.nlu.tiny import read, write_rows
 
 
 def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
@@ -73,21 +72,6 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
     with torch.no_grad():
         logits = loaded(**AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")).logits
     torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([Row(0, 1, {"sentence": text})], 1)[0])
-
-
-@pytest.mark.slow
-def test_early_stopping_stops_where_transformers_would_and_a_resumed_run_too(base_flags, tmp_path):
-    """No step changes the score at so low a rate: two evaluations without a gain after the first, at 3, end it at 9."""
-    flags = changed(base_flags, max_steps=30, learning_rate=1e-12, save_steps=1)
-    flags += ["--method", "lora", "--early_stopping_patience", "2"]
-    run_broken_off(flags, 7)
-    assert main(flags) == 0
-    record = read(base_flags)
-    assert record["steps"] == 9 and [e["step"] for e in record["evaluations"]] == [3, 6, 9] and record["resumes"] == 1
-    # Ended and not yet recorded as finished: going on trains no further step.
-    path = tmp_path / "run/results.json"
-    path.write_text(json.dumps(record | {"status": "interrupted"}))
-    assert main(flags) == 0 and read(base_flags)["steps"] == 9
 
 
 class Hub:
