@@ -93,10 +93,6 @@ class AppliedMethod:
         return sum(every.values()) - sum(kept.values())
 
 
-def _accept(*_: Any) -> None:
-    """The check of a method whose flags contradict nothing."""
-
-
 @dataclass(frozen=True)
 class Method:
     """One way to fine-tune an encoder; ``args`` below are the run's flags of methods, ``Arguments.method``.
@@ -121,7 +117,7 @@ class Method:
     order: int
     apply: Callable[[nn.Module, Any, int], AppliedMethod]
     flags: tuple[Flag, ...] = ()
-    check: Callable[[Any, Collection[str]], None] = _accept
+    check: Callable[[Any, Collection[str]], None] = lambda args, given: None
     rebuild: Callable[[nn.Module, Any, dict[str, Any]], Any] | None = None
     card: Callable[[Any], dict[str, Any]] = lambda args: {}
     needs_autocast: bool = False

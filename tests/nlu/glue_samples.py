@@ -12,6 +12,7 @@ TEXTS = [
     "it 's",
     "",
 ]
+OFFICIAL_FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "ax": "diagnostic"}
 OFFICIAL_COLUMNS = {
     # as the release's files have them; test files have `index` and no label
     "cola": ["sentence"],
@@ -51,8 +52,10 @@ def sample_rows(task: Task, split: str, n: int = 12) -> list[dict]:
     return rows
 
 
-def write_official(path: Path, task: Task, split: str, rows: list[dict]) -> None:
-    """A TSV file as the official release has it."""
+def write_official(root: Path, task: Task, split: str, rows: list[dict]) -> Path:
+    """A TSV file as the official release has it, in a folder of the release's name."""
+    name = "diagnostic.tsv" if task.name == "ax" else split.replace("validation", "dev") + ".tsv"
+    path = root / OFFICIAL_FOLDERS.get(task.name, task.name.upper()) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     names, label = OFFICIAL_TEXT.get(task.name, {}), OFFICIAL_LABEL.get(task.name, "label")
     test = split.startswith("test")
@@ -69,3 +72,4 @@ def write_official(path: Path, task: Task, split: str, rows: list[dict]) -> None
     if task.name == "cola" and not test:
         lines = [f"gj04\t{row['label']}\t{'' if row['label'] else '*'}\t{row['sentence']}" for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

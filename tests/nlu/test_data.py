@@ -108,12 +108,6 @@ def test_ten_bad_rows_or_a_tenth_may_be_skipped_and_are_named(caplog):
 # ---- GLUE ------------------------------------------------------------------------------------------------------------
 
 real = pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
-OFFICIAL_FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "ax": "diagnostic"}
-
-
-def official_path(root: Path, task, split: str) -> Path:
-    name = "diagnostic.tsv" if task.name == "ax" else split.replace("validation", "dev") + ".tsv"
-    return root / OFFICIAL_FOLDERS.get(task.name, task.name.upper()) / name
 
 
 # the hub's class names, in the order of its numbers
@@ -152,7 +146,7 @@ def test_every_format_round_trips(tmp_path, name, form):
     for split, rows in expected.items():
         stem = tmp_path / name / split
         if form == "tsv":
-            write_official(official_path(tmp_path, task, split), task, split, rows)
+            write_official(tmp_path, task, split, rows)
         elif form == "pieces.parquet":
             for i, piece in enumerate((rows[:5], rows[5:])):
                 unnumbered = [{name: row[name] for name in row if name != "idx"} for row in piece]
@@ -166,8 +160,7 @@ def test_every_format_round_trips(tmp_path, name, form):
 
 def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path, caplog):
     task = TASKS["qqp"]
-    path = tmp_path / "QQP" / "train.tsv"
-    write_official(path, task, "train", sample_rows(task, "train", 5))
+    path = write_official(tmp_path, task, "train", sample_rows(task, "train", 5))
     lines = path.read_text("utf-8").split("\n")
     lines[2] = "\t".join(lines[2].split("\t")[:3])
     path.write_text("\n".join(lines), encoding="utf-8")
