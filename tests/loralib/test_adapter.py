@@ -87,34 +87,17 @@ def test_methods_without_layers_save_the_trained_parameters(tmp_path, trained):
 
 @pytest.mark.parametrize("norm_trains", [True, False])
 def test_buffers_travel_to_a_plain_and_to_an_injected_model(tmp_path, norm_trains):
-    """Running statistics change in training also where the module's parameters are frozen."""
+    """Running statistics change in training also where the module's parameters are frozen. An optimiser that was made
+    before goes on with the injected model's parameters."""
     options = {"head": "1" if norm_trains else "0.classifier", "k": 2}
     model, plain, injected = (nn.Sequential(Net(), nn.BatchNorm1d(2)) for _ in range(3))
     adapted(model=model, **options).train()(torch.randn(16, 6))
     folder = shutil.move(loralib.save_adapter(model.eval(), tmp_path / "a"), tmp_path / "moved")
-    for other in (plain, adapted(model=injected, **options)):
+    before = list(adapted(model=injected, **options).parameters())
+    for other in (plain, injected):
         loralib.load_adapter(other.eval(), folder)
         assert torch.equal(other(INPUTS), model(INPUTS)) and other[1].num_batches_tracked == 1
-
-
-def test_optimiser_and_helper_go_on_with_an_adapter_that_was_loaded_into_the_layers(tmp_path):
-    folder = loralib.save_adapter(adapted(k=2), tmp_path / "a")
-    outputs = []
-    for late in (False, True):
-        model = adapted(k=2)
-        model.layers[1]["q"].lora_E.data.add_(1)
-        made = [loralib.load_adapter(model, folder)] if late else []
-        made += [torch.optim.SGD(model.parameters(), lr=1e-4), loralib.LowRankTraining(model, 4, target_rank=1)]
-        if not late:
-            loralib.load_adapter(model, folder)
-        optimizer, low_rank = made[-2:]
-        for _ in range(4):
-            (model(INPUTS).square().mean() + low_rank.penalty()).backward()
-            optimizer.step()
-            low_rank.after_step()
-            optimizer.zero_grad()
-        outputs.append(model(INPUTS))
-    assert torch.equal(*outputs) and not torch.allclose(outputs[0], adapted(k=2)(INPUTS), atol=1e-3)
+    assert all(one is other for one, other in zip(before, injected.parameters(), strict=True))
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -178,10 +161,11 @@ def test_another_revision_of_the_base_is_refused(tmp_path):
 
 @pytest.mark.parametrize("base, says", [
     (lambda: nn.Sequential(nn.Linear(6, 2)), r"no linear layer layers.0.q: the adapter was made for a Net"),
-    (lambda: Net(width=8), "the model needs"), (lambda: Net(labels=3), "classifier.bias has shape"),
+    (lambda: Net(width=8), "the model needs"), (Net, "classifier.bias has shape"),
 ])  # fmt: skip
 def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
-    folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), base()
+    """A head of one row could be copied into one of two, which has its values twice then."""
+    folder, model = loralib.save_adapter(adapted(k=2, model=Net(labels=1)), tmp_path / "a"), base()
     with refused(says, model):
         loralib.load_adapter(model, folder, allow_other_base=True)
 
@@ -210,9 +194,8 @@ def test_a_training_starts_from_the_update_whatever_its_alpha(tmp_path, kind, op
 @pytest.mark.parametrize("kind, modules, options, says", [
     ("lora2", ["q"], {"r": 3, "k": 2}, "other modules than the model"),
     ("lora2", ["q", "v"], {"r": 4, "k": 2}, r"has rank 4.* rank \(3\)"),
-    ("lora2", ["q", "v"], {"r": 3, "k": 3}, r"the model needs .* widths \(\[2\]\)"),
-    ("lora", ["q", "v"], {"r": 3}, r"the model needs .* method \(lora2\)"),
-    ("adalora", ["q", "v"], {"r": 3}, r"the model needs .* method \(lora2\)"),
+    ("lora2", ["q", "v"], {"r": 3, "k": 3}, r"the model needs .* method \(lora2\).* widths \(\[2\]\)"),
+    ("adalora", ["q", "v"], {"r": 3}, "the model needs"),
     ("lora2", ["q", "v"], {"r": 3, "k": 2, "share_outer": True}, "leave share_outer out"),
 ])  # fmt: skip
 def test_other_layers_take_no_adapter(tmp_path, kind, modules, options, says):

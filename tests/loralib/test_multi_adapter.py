@@ -68,18 +68,15 @@ def test_switching_and_mixing_leave_the_base_alone(three):
 def test_names_and_the_base_are_checked(three):
     adapters, other = MultiAdapter(encoder()), encoder()
     adapters.load("lora", three["lora"][0])
-    with pytest.raises(ValueError, match="loaded already"):
+    with refused("loaded already", adapters.model):
         adapters.load("lora", three["lora2"][0])
-    with pytest.raises(ValueError, match="no adapter 'other' is loaded; there are: lora"):
-        adapters.run(["lora", "other", None, None], IDS[:4])
-    with pytest.raises(ValueError, match="no input has 3 rows"):
+    with refused("no input has 3 rows"):
         adapters.run(["lora"] * 3, IDS[:4])
     adapters.activate("lora")
     adapters.remove("lora")
     assert adapters.names == [] and adapters.active is None
-    with torch.no_grad():
-        other.bert.embeddings.word_embeddings.weight.mul_(1.1)
-    with pytest.raises(ValueError, match="weights are not those"):
+    other.bert.embeddings.word_embeddings.weight.data.mul_(1.1)
+    with refused("weights are not those", other):
         MultiAdapter(other).load("lora", three["lora"][0])
 
 
