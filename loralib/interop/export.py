@@ -77,15 +77,9 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
                 source, dtype=torch.float32, trust_remote_code=False, **options
             )
             return model.eval()
-        except MemoryError:
-            raise
         except Exception as error:  # a damaged file raises whatever its reader runs into
-            raise _not_loaded(source, error) from None
-
-
-def _not_loaded(base: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return ValueError(f"--base {base} cannot be loaded: {reason}")
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
 
 
 def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
@@ -220,10 +214,7 @@ def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> st
         return f"AutoModelFor{ending}"
     if task_type == "FEATURE_EXTRACTION":  # the encoder of a checkpoint that may have a head
         return "AutoModel"
-    try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **revision)
-    except Exception as error:
-        raise _not_loaded(base, error) from None
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **revision)
     return (config.architectures or ["AutoModel"])[0]
 
 
@@ -234,8 +225,8 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2, with one line on stderr, for what is wrong with arguments, input, disk or memory; 130
-    after Ctrl-C."""
+    """Returns the exit code: 2, with one line on stderr, for what is wrong with arguments, input or disk; 130 after
+    Ctrl-C."""
     try:
         run(argv)
     except ModuleNotFoundError as error:  # the library alone is installed
@@ -243,8 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped: what was there before is whole", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, SafetensorError) as error:
-        print(f"error: {error or 'there is not enough memory for the base model'}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     else:
         return 0
     return 2
