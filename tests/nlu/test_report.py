@@ -73,34 +73,27 @@ def test_nothing_is_shown_of_a_question_before_its_last_seed(make, tmp_path):
     assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
 
 
-def test_headings_and_settings_come_from_the_lines(make, tmp_path):
+def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
     """What was run with another model, for six steps and on 100 rows is not called the paper's table."""
-    changes = {"model": "minilm", "steps": 6, "arguments": {"max_eval_samples": 100, "method_config": "lora2"}}
+    changes = {"steps": 6, "arguments": {"max_eval_samples": 100, "num_train_epochs": 3, "method_config": "lora2"}}
     lines = [line("LoRA² k=8", "rte", 1, [0.5], machine={"cpu": "AMD EPYC"}, **changes)]
-    question = {"question": "Does LoRA² score higher on {model}?", "experiment": "trial"}
-    assert make(lines, questions={"questions": [question]})[0] == 0
-    page = (tmp_path / "README.md").read_text()
-    assert "## Does LoRA² score higher on minilm?" in page
-    assert "Measured: minilm; 6 steps; at most 100 validation rows; 1 seed; AMD EPYC." in page
-    own = [line("LoRA² k=8", "rte", 1, [0.5], model="deberta-v3-base", arguments={"method_config": "lora2"})]
-    shown = make(own, "--only", "mine", experiment="mine")[1]
-    # The paper's number stands beside, in a column of its own (LoRA², Table 1, RTE).
-    assert re.search(r"\| +RTE \| +RTE published \| +failed", shown) and re.search(r"\| +50\.0 \| +88\.45 \|", shown)
-    assert "88.45" not in page
+    lines.append(line("AdaLoRA", "rte", 1, [0.5], steps=6, arguments={"num_train_epochs": 30, "max_steps": 6}))
+    write(tmp_path / "output/measured", "own", lines)  # the second's steps cut its epochs short
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Drawing, "png", lambda _: b"")
+    assert report.main([]) == 0  # one's own runs, where they lie without a flag
+    page = (tmp_path / "output/README.md").read_text()
+    assert "## How do the methods compare on RTE with minilm?" in page and "RTE published" not in page
+    assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows; 1 seed; AMD EPYC." in page
+
+
+def test_the_papers_number_stands_beside_in_a_column_of_its_own(make):
     settings = {"model": "deberta-v3-base", "arguments": {"method_config": "lora2"}}
+    shown = make([line("LoRA² k=8", "rte", 1, [0.5], **settings)], "--only", "mine", experiment="mine")[1]
+    assert re.search(r"\| +RTE \| +RTE published \| +failed", shown)
+    assert re.search(r"\| +50\.0 \| +88\.45 \|", shown)  # LoRA², Table 1
     ablation = [line(label, "rte", 1, [0.5], **settings) for label in ("all terms", "two terms")]
     assert "published" not in make(ablation, "--only", "terms", experiment="terms")[1]  # neither is known to be its row
-
-
-def test_without_arguments_the_report_reads_the_lines_of_ones_own_runs(tmp_path, monkeypatch):
-    epochs = {"num_train_epochs": 3}
-    lines = [line("LoRA r=8", "rte", 1, [0.5], arguments=epochs), line("AdaLoRA", "rte", 1, [0.5], arguments=epochs)]
-    lines[1]["arguments"] = {"num_train_epochs": 30, "max_steps": 6}  # which cut the epochs short
-    write(tmp_path / "output/measured", "minilm", lines)
-    monkeypatch.chdir(tmp_path)
-    assert report.main([]) == 0
-    page = (tmp_path / "output/README.md").read_text()
-    assert "## How do the methods compare on RTE with minilm?" in page and "Measured: minilm; 3 epochs; " in page
 
 
 def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
@@ -163,18 +156,12 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
     noisy = {"LoRA r=8": [0.50, 0.40, 0.45], "LoRA² k=8": [0.44, 0.50, 0.46]}
     seeds = re.match(r"No difference shown between LoRA r=8 and LoRA² k=8; about (\d+) seeds would", said(noisy))
     assert int(seeds[1]) > 100
-    assert "give --seeds 3 or more" in said({label: own[:1] for label, own in noisy.items()})
-    assert said({label: [0.5, 0.5, 0.5] for label in clear}) == (
-        "All runs have one score: they have learned nothing, or the evaluation set is too small."
-    )
+    assert "All runs have one score" in said({label: [0.5, 0.5, 0.5] for label in clear})
     lost = {"training_loss": [0.6] * 20, "constant_loss": 0.6}
     assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in said(clear, **lost)
-    assert "3 of 3 runs of LoRA r=8 learned nothing (Λ, the sum of the learning rates, is 0.20): train it longer" in (
-        said(clear, **lost, rate_sum=0.2)
-    )
-    assert "3 of 3 runs of LoRA r=8 learned nothing." in said(clear, **lost, rate_sum=None)
-    short = said({label: [0.4, 0.41, 0.42] for label in clear}, rate_sum=0.2)
-    assert "LoRA r=8 has hardly left its start (Λ, the sum of the learning rates, is 0.20): train it longer" in short
+    started = "(Λ, the sum of the learning rates, is 0.20): train it longer, or raise its learning rate."
+    assert f"3 of 3 runs of LoRA r=8 learned nothing {started}" in said(clear, **lost, rate_sum=0.2)
+    assert f"LoRA r=8 has hardly left its start {started}" in said(clear, rate_sum=0.2)
 
 
 def test_an_axis_of_scores_ends_at_what_a_score_can_be_and_one_evaluation_is_no_curve():

@@ -178,6 +178,8 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
     rte = runs[runs.task == "rte"]["last"]
     expected = ((45 - cola.mean()) / cola.std() + (50 - rte.mean()) / rte.std()) / 2
     assert table.z["b", 2e-3] == pytest.approx(expected)
+    equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equal rates
+    assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
 
 def test_the_score_of_mnli_is_that_of_the_matched_set():

@@ -125,10 +125,9 @@ def test_a_stopped_sweep_lets_its_runs_save_and_continues(tmp_path):
     assert not (tmp_path / "output/trial/lora-cola-seed=2").exists()
     process = start(text=True)
     wait_until(lambda: (tmp_path / "output/trial/lora-cola-seed=2/started").exists())
-    assert record_of(tmp_path, "lora-cola-seed=1")["resumes"] == 1
     process.kill()  # nothing of what was finished is lost
     process.communicate()
-    assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
+    assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"] and record_of(tmp_path, "lora-cola-seed=1")["resumes"] == 1
 
 
 @pytest.mark.slow
