@@ -23,6 +23,7 @@ from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experi
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
+from nlu.flag_table import positive_int
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
@@ -54,13 +55,19 @@ def own_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
-    add("--seeds", type=int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
+    add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
         help="first choose each method's learning rate by its score on a held-out tenth of the training set (runs of "
         "their own, NAME-tuning), among "
         f"RATES, or {RATES} (full: around its own rate)")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK)")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at once (1); with more, step times are not comparable")
+    add(
+        "--jobs",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="runs at once (1); with more, step times are not comparable",
+    )
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
     add("--rerun_changed", action="store_true", help="run again what was made with other arguments or contents")
     return parser
@@ -85,8 +92,6 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     Raises:
         UsageError: for whatever the user can put right, before the first run starts.
     """
-    if args.seeds < 1 or args.jobs < 1:
-        raise UsageError("--seeds and --jobs must be at least 1")
     tuning, final = plan(args, flags)
     firsts = [run for run in final.runs if run.axes["seed"] == 1]
     parsed = {run.axes["method"]: parsed_command(run) for run in firsts}

@@ -90,6 +90,9 @@ class Flag:
         )
 
 
+positive_int = Flag("positive_int", int, None, "", AT_LEAST_1).value  # of other programs: a number from 1
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 _SEED = Range(0, 2**32)  # numpy's global generator takes no larger ones

@@ -23,6 +23,7 @@ from typing import Any
 
 from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.flag_table import positive_int
 from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals
 
@@ -121,8 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="write the input's columns too (default: for CSV and TSV input)")  # fmt: skip
     add("--on_error", choices=("stop", "skip"), default="stop",
         help="at a bad row: stop, or leave it out, where at most ten or a tenth are bad (default: stop)")  # fmt: skip
-    add("--batch_size", type=int, default=64, help="rows computed at once (64)")
-    add("--max_seq_length", type=int, help="tokens kept per row; default: that of training")
+    add("--batch_size", type=positive_int, default=64, help="rows computed at once (64)")
+    add("--max_seq_length", type=positive_int, help="tokens kept per row; default: that of training")
     return parser
 
 

@@ -13,6 +13,7 @@ from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Places, command_line, parsed_command, run_experiment
+from nlu.flag_table import positive_int
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
     add("--set", action="append", default=[], metavar="FLAG=VALUE", help="an argument for every run; repeat as needed")
-    add("--jobs", type=int, metavar="N", help="runs at once (local: 1; slurm: all)")
+    add("--jobs", type=positive_int, metavar="N", help="runs at once (local: 1; slurm: all)")
     add("--only", metavar="REGEX", help="only runs whose name matches")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
@@ -73,8 +74,6 @@ def run_sweep(args: argparse.Namespace) -> int:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
     """
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
-    if args.jobs is not None and args.jobs < 1:
-        raise UsageError(f"--jobs is {args.jobs}; it must be at least 1")
     command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
     measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
     places = Places(measured, output, command)

@@ -67,6 +67,7 @@ def test_scores_are_those_of_each_row_alone(encoder, scorer, input_files, tmp_pa
     monkeypatch.setattr(predict, "BATCHES_IN_BUFFER", buffer)
     out = tmp_path / "out.jsonl"
     flags = ["--adapter", str(scorer[0]), "--base", str(encoder), "--output", str(out), "--batch_size", "7"]
+    assert main([*flags, "--input", str(input_files / f"rows.{suffix}"), "--batch_size", "0"]) == 2  # no empty file
     assert main([*flags, "--input", str(input_files / f"rows.{suffix}")]) == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     first = 1 if suffix == "jsonl" else 2
