@@ -2,9 +2,9 @@
 
 import sys
 
-from loralib.interop.export import export_merged, load_base, load_base_of, main, quiet_transformers, revision_of
+from loralib.interop.export import export_merged, main
 
-__all__ = ["export_merged", "load_base", "load_base_of", "main", "quiet_transformers", "revision_of"]
+__all__ = ["export_merged", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

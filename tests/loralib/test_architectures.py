@@ -19,27 +19,18 @@ XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_
 ENCODERS = {
     "albert": BERT | {"embedding_size": 8},
     "bert": BERT,
-    "big_bird": BERT | {"attention_type": "original_full"},
-    "canine": BERT | {"downsampling_rate": 4, "local_transformer_stride": 8, "num_hash_buckets": 64},
-    "convbert": BERT | {"embedding_size": 16},
     "deberta": BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
     "deberta-v2": BERT | DEBERTA,
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50},
     "electra": BERT | {"embedding_size": 8},
-    "esm": BERT | {"mask_token_id": 2},
-    "flaubert": XLM,
     "funnel": {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1], "vocab_size": 50},
     "longformer": BERT | {"attention_window": 8},
-    "mobilebert": BERT | {"embedding_size": 8, "intra_bottleneck_size": 8, "true_hidden_size": 8},
     "modernbert": BERT | {"attn_implementation": "sdpa"},
     "mpnet": BERT,
-    "rembert": BERT | {"input_embedding_size": 8, "output_embedding_size": 8},
     "roberta": BERT,
-    "roc_bert": BERT | {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
     "roformer": BERT | {"embedding_size": 8},
     "xlm": XLM,
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32, "vocab_size": 50},
-    "yoso": BERT | {"use_expectation": True},
 }
 
 
