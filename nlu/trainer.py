@@ -38,7 +38,7 @@ def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -
 
 
 class StepClock(TrainerCallback):
-    """Keeps the time of the steps, and tells the trainer where a resumed training begins and where an epoch ends.
+    """Keeps the time of the steps and whether an epoch has ended; has a resumed training take up what was saved.
 
     It runs on from step to step, as a GPU ends a step while the next batch is fetched. The trainer stops it, once the
     GPU has caught up, to log, evaluate or save; the next step starts it again.
@@ -47,6 +47,7 @@ class StepClock(TrainerCallback):
     def __init__(self, trainer: GlueTrainer) -> None:
         self.trainer = trainer
         self.before, self._since = 0.0, None
+        self.epoch_ended = False
 
     @property
     def seconds(self) -> float:
@@ -61,12 +62,12 @@ class StepClock(TrainerCallback):
             self.trainer.restore_progress()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.epoch_ended = False
+        self.epoch_ended = False
         if self._since is None:
             self._since = time.perf_counter()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.epoch_ended = True
+        self.epoch_ended = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stop()
@@ -100,7 +101,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.head_learning_rate = head_learning_rate
         self.second_eval_dataset = second_eval_dataset
         self.clock = StepClock(self)
-        self.epoch_ended = False
         self.stop_request = StopRequest()
         super().__init__(
             model=applied.model,
@@ -262,7 +262,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         next epoch. So the first of the two calls is left out.
         """
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
-        if not self.epoch_ended and last_step:
+        if not self.clock.epoch_ended and last_step:
             return
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self.check_finite(tr_loss)  # waits for the GPU

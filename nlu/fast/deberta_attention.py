@@ -26,11 +26,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
-from transformers.utils import logging
 
 from nlu.fast.dropout import drop_mask
-
-logger = logging.get_logger(__name__)
 
 _BLOCK = 128  # rows a block: L + _BLOCK − 1 positions are multiplied per row, in place of 2·L − 1
 
@@ -289,19 +286,16 @@ def enable_fast_attention(model: nn.Module) -> int:
     """Replace the self-attention of every DeBERTa-v2/v3 encoder in `model`; returns the number of attention modules.
 
     Only the class of the modules changes, so parameters, hooks and the state dict stay as they are. An encoder with
-    a subclass or configuration that is not covered keeps the stock implementation, with a line in the log. A model
-    without DeBERTa-v2 encoders is left alone (returns 0).
+    a subclass or configuration that is not covered keeps the stock implementation, and other models are left alone.
     """
     replaced = 0
-    for name, encoder in model.named_modules():
-        if not isinstance(encoder, stock.DebertaV2Encoder) or type(encoder) is FastDebertaV2Encoder:
+    for encoder in model.modules():
+        if type(encoder) is not stock.DebertaV2Encoder:
             continue
         attentions = [layer.attention.self for layer in encoder.layer]
-        if type(encoder) is not stock.DebertaV2Encoder or not all(map(_covers, attentions)):
-            logger.warning(f"fast attention left out of {name or 'the encoder'}: it is not transformers' own")
-            continue
-        encoder.__class__ = FastDebertaV2Encoder
-        for attention in attentions:
-            attention.__class__ = FastDisentangledSelfAttention
-        replaced += len(attentions)
+        if all(map(_covers, attentions)):
+            encoder.__class__ = FastDebertaV2Encoder
+            for attention in attentions:
+                attention.__class__ = FastDisentangledSelfAttention
+            replaced += len(attentions)
     return replaced
