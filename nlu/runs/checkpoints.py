@@ -81,7 +81,7 @@ class WholeCheckpoints(_Trainer):
                 os.rename(unfinished, final)
                 unfinished.parent.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:
-            hint = ". Make room, and give the same command again" if _is_full(folder, error) else ""
+            hint = ". Make room, and give the same command again" if _is_full(folder.parent, error) else ""
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             raise RunError(
                 f"the checkpoint of step {state.global_step} cannot be written ({one_line(error)}); last good "
