@@ -102,7 +102,8 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
     "owner, name, fault, free, full",
     [
         (mixin, "save_file", SafetensorError("I/O error: No space left on device (os error 28)"), None, True),
-        (torch, "save", RuntimeError("unexpected pos 576 vs 534"), 0, True),  # what torch says of a full disk
+        # What torch says of a full disk.
+        pytest.param(torch, "save", RuntimeError("unexpected pos 576 vs 534"), 0, True, marks=pytest.mark.slow),
         pytest.param(os, "rename", PermissionError(errno.EACCES, "denied"), None, False, marks=pytest.mark.slow),
     ],
     ids=["weights", "optimizer", "not for want of room"],

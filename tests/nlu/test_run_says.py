@@ -36,10 +36,8 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
     assert [int(step) for step, _ in steps] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert [bool(left) for _, left in steps] == [False] + [True] * 5 + [False] * 2
     assert "{" not in shown
-    noted = dict(re.findall(r"^step (\d) ({.*grad_norm.*})$", (run / "log/run.log").read_text(), re.MULTILINE))
-    assert [json.loads(noted[str(row["step"])])["loss"] for row in record["history"]] == [
-        row["loss"] for row in record["history"]
-    ]
+    noted = re.findall(r"^step \d ({.*grad_norm.*})$", (run / "log/run.log").read_text(), re.MULTILINE)
+    assert [json.loads(line)["loss"] for line in noted] == [row["loss"] for row in record["history"]]
     events = EventAccumulator(str(run / "log")).Reload()
     scores = {event.step: event.value for event in events.Scalars("eval/matthews_correlation")}
     assert scores == pytest.approx({e["step"]: e["matthews_correlation"] for e in record["evaluations"]})

@@ -19,7 +19,6 @@ METHODS = {
         "mrpc", 70, "--lora_r 4 --target_rank 2 --mask_interval 1 --init_warmup 1 --final_warmup 2 --lora_alpha 32"
     ),
     "sora": ("stsb", 37, "--sora_lambda 8 --lora_alpha 32"),
-    "bitfit": ("mrpc", 33, ""),
     "lora2_plus": ("mrpc", 33, "--lora_r 1 --lora_k 1 --learning_rate 1e-3 --adam_epsilon 1e-4"),
 }  # fmt: skip
 
@@ -33,7 +32,7 @@ LAUNCHERS = {
 # What is launched together; under FSDP the two that have factors, regulariser, allocator and exact factors.
 LAUNCHES = {
     "torchrun": ("torchrun", ["lora2"]),
-    "more methods": ("torchrun", ["sora", "bitfit", "lora2_plus"]),
+    "more methods": ("torchrun", ["sora", "lora2_plus"]),
     "fsdp": ("fsdp", ["lora2", "lora2_plus"]),
 }
 
