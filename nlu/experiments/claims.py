@@ -9,7 +9,6 @@ questions:
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
     seeds: 5                            # optional: nothing is shown before every row has so many runs of each task
     pooled: true                        # optional: intervals by the standard deviation pooled over all rows
-    tuning: true                        # optional: a grid of learning rates, of which one is chosen for each row
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
 """
 
@@ -47,7 +46,6 @@ class Question:
     claims: tuple[Claim, ...] = ()
     seeds: int | None = None
     pooled: bool = False
-    tuning: bool = False
     test: tuple[str, ...] = ()
 
     def reference(self, label: str, sizes: pd.Series) -> str | None:

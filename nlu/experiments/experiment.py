@@ -14,7 +14,7 @@ grid:                                   # one run for each combination
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
 
-Tuning is an experiment of its own: an axis learning_rate, and a holdout_fraction in base. The report shows its choice.
+A tuning is an experiment of its own: an axis learning_rate, a holdout_fraction in base. The report shows its choice.
 """
 
 from __future__ import annotations

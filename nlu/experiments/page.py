@@ -107,7 +107,8 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     done = finished(every)
     scores = with_published(score_frame(every, question), every)
     claims, tuning = claims_frame(every, question), tuning_frame(every)
-    printed = tuning_text(tuning) if question.tuning else score_text(scores, claims)
+    held_out = all("holdout_fraction" in asked for asked in done.asked)
+    printed = tuning_text(tuning) if held_out and len(tuning) else score_text(scores, claims)
     heading = question.question.format(
         model=" and ".join(sorted(set(done.model.dropna()))),
         tasks=" and ".join(", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(done.task)).rsplit(", ", 1)),

@@ -121,7 +121,10 @@ def test_a_grid_of_rates_is_shown_with_the_one_that_is_chosen(make, tmp_path):
         status = "finished" if score else "failed"
         label = f"LoRA r=8, learning_rate={rate:g}"
         lines.append(line(label, "cola", 201, [score or 0.0], axes=axes, status=status))
-    question = {"question": "Which rate?", "experiment": "trial", "tuning": True}
+    question = {"question": "Which rate?", "experiment": "trial"}
+    make(lines, questions={"questions": [question]})
+    assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set
+    lines = [each | {"asked": each["asked"] | {"holdout_fraction": 0.1}} for each in lines]
     assert make(lines, questions={"questions": [question]})[0] == 0
     page = (tmp_path / "README.md").read_text()
     marks = dict(re.findall(r"^\| LoRA r=8 \| +([\d.]+) \|.*\| +(\w*) \|$", page, re.M))
