@@ -1,6 +1,5 @@
 """A small network whose weights depend on no random number generator, and adapters on it."""
 
-import resource
 from contextlib import contextmanager
 
 import pytest
@@ -172,14 +171,3 @@ def randomise(model, std=1.0, seed=0):
 
 def factors_of(model):
     return [f for layer in loralib.lora_layers(model).values() for f in [*layer.lora_B, *layer.lora_A]]
-
-
-@contextmanager
-def largest_file(size):
-    """No file that this process writes may hold more bytes: what a full disk is to a writer."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,4 +1,4 @@
-"""Statistics of an update against the dense ΔW, and learning rates of parts."""
+"""Exact factors against references in float64, statistics of an update against the dense ΔW, rates of parts."""
 
 import pytest
 import torch
@@ -6,8 +6,156 @@ from torch import nn
 
 import loralib
 from loralib.recipes.diagnostics import update_statistics
+from loralib.recipes.exact_factors import ExactFactors, deviations
 from loralib.recipes.learning_rates import parameter_groups
-from tests.loralib.small import blocks, factors_of
+from tests.loralib.small import blocks, factors_of, refused
+
+
+def model_of(widths=(4,), share_outer=False, init="orthogonal", features=(12, 9), r=4, count=3):
+    options = {"r": r, "widths": widths, "share_outer": share_outer, "init": init}
+    return blocks("multiscale", count, features, **options)
+
+
+def polar(x):
+    u, _, v = torch.linalg.svd(x.detach().double(), full_matrices=False)
+    return u @ v
+
+
+SHAPES = [
+    ((), False, 4),
+    ((4,), False, 4),
+    ((1,), False, 4),
+    ((6,), True, 4),
+    ((6, 5), False, 3),
+]
+
+
+@pytest.mark.parametrize("widths, share_outer, r", SHAPES)
+def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
+    """g − X sym(Xᵀg) as written, for X tall, below autocast too; and XᵀG is skew afterwards, which is what tangent
+    means."""
+    model = model_of(widths, share_outer, r=r)
+    exact = ExactFactors(model)
+    expected = {}
+    for factor in factors_of(model):
+        factor.grad = torch.randn_like(factor)
+    for factor in factors_of(model):
+        x, g = factor.detach().double(), factor.grad.double()
+        x, g = (x, g) if x.shape[0] >= x.shape[1] else (x.T, g.T)
+        result = g - x @ (x.T @ g + g.T @ x) / 2
+        expected[id(factor)] = result if factor.shape[0] >= factor.shape[1] else result.T
+    without, *_ = factors_of(model)
+    without.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        exact.before_step()
+    assert without.grad is None
+    for factor in (f for f in factors_of(model) if f is not without):
+        torch.testing.assert_close(factor.grad.double(), expected[id(factor)], atol=1e-6, rtol=0)
+        x, g = (t if t.shape[0] >= t.shape[1] else t.T for t in (factor.detach(), factor.grad))
+        assert (x.T @ g + g.T @ x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
+def test_whatever_the_drift_retractions_bring_factors_back(size):
+    model = model_of()
+    exact = ExactFactors(model)
+    with torch.no_grad():
+        for factor in factors_of(model):
+            factor.add_(size * torch.randn_like(factor))
+    before = deviations(factors_of(model)).max()
+    for _ in range(12):
+        exact.after_step()
+        after = deviations(factors_of(model)).max()
+        assert after < max(float(before), 1e-6)
+        before = after
+    assert after < 1e-6
+
+
+@pytest.mark.parametrize("widths", [(), (6,)])
+def test_singular_values_of_the_update_are_those_of_the_layer_after_many_steps(widths):
+    """s·|e| are the singular values of ΔW, and pruning the set D changes ΔW by s·√Σ e_i²."""
+    model = model_of(widths, features=(24, 16), count=1)
+    exact, (layer,) = ExactFactors(model), loralib.lora_layers(model).values()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, value_lr_ratio=4), weight_decay=0.01)
+    x, target = torch.randn(64, 24), torch.randn(64, 16)
+    for _ in range(150):
+        (layer(x) - target).square().mean().backward()
+        exact.before_step()
+        optimizer.step()
+        exact.after_step()
+        optimizer.zero_grad()
+    assert deviations(factors_of(model)).max() < 1e-5
+    before = layer.delta_weight().detach().double()
+    expected = (layer.lora_E.detach().abs() * layer.scaling).sort(descending=True).values.double()
+    torch.testing.assert_close(torch.linalg.svdvals(before)[:4], expected, rtol=1e-5, atol=1e-6)
+    pruned = layer.lora_E.detach()[[1, 3]].double()
+    layer.lora_E.data[[1, 3]] = 0
+    lost = torch.linalg.matrix_norm(before - layer.delta_weight().double())
+    torch.testing.assert_close(lost, layer.scaling * pruned.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
+    model = model_of(init="gaussian")
+    for layer in list(loralib.lora_layers(model).values())[1:]:
+        nn.init.zeros_(layer.lora_B[1])
+    ExactFactors(model)
+    assert deviations(factors_of(model)).max() < 1e-5
+    trained = model_of(init="gaussian")
+    for layer in loralib.lora_layers(trained).values():
+        nn.init.ones_(layer.lora_E)
+    with refused("not orthonormal", trained):
+        ExactFactors(trained)
+    with refused("singular values"):
+        ExactFactors(blocks("lora", r=2))
+
+
+@pytest.mark.parametrize("widths, share_outer, r", SHAPES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share_outer, r, fused):
+    """A fused optimiser writes to parameters without leaving a trace in their version."""
+    model = model_of(widths, share_outer, r=r)
+    exact, factors = ExactFactors(model), factors_of(model)
+    optimizer = torch.optim.AdamW(list({id(f): f for f in factors}.values()), lr=0.05, fused=fused)
+    for _ in range(2):
+        for factor in factors:
+            factor.grad = torch.randn_like(factor)
+        exact.before_step()
+        optimizer.step()
+        expected = [polar(factor) for factor in factors]
+        with torch.autocast("cpu", torch.bfloat16):
+            exact.after_step()
+        for factor, wanted in zip(factors, expected, strict=True):
+            torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
+    assert deviations(factors_of(model)).max() < 1e-6
+
+
+@pytest.mark.parametrize("frozen", ["values", "factors"])
+def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
+    """The singular values of its layer may be frozen while it trains, and train while it is frozen."""
+    model = model_of()
+    first, *_ = loralib.lora_layers(model).values()
+    own = [*first.lora_B, *first.lora_A]
+    if frozen == "values":
+        nn.init.ones_(first.lora_E).requires_grad_(False)
+    else:
+        for factor in own:
+            nn.init.normal_(factor).requires_grad_(False)
+    before = [factor.clone() for factor in own]
+    exact, x = ExactFactors(model), torch.randn(8, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(20):
+        sum(layer(x).square().mean() for layer in loralib.lora_layers(model).values()).backward()
+        exact.before_step()
+        optimizer.step()
+        exact.after_step()
+        optimizer.zero_grad()
+    trained = [factor for factor in factors_of(model) if factor.requires_grad]
+    assert deviations(trained).max() < 1e-5
+    assert all(torch.equal(f, b) for f, b in zip(own, before, strict=True)) == (frozen == "factors")
+    for factor in trained:
+        factor.requires_grad_(False)
+    with pytest.raises(ValueError, match="let their factors train"):
+        ExactFactors(model)
 
 
 @pytest.mark.parametrize(
@@ -34,41 +182,17 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     assert found.deviation == pytest.approx(expected, rel=1e-4)
 
 
-def one_layer(kind, features, **options):
+def test_every_parameter_that_trains_has_one_rate():
     torch.manual_seed(0)
-    model = nn.ModuleDict({"q": nn.Linear(*features), "head": nn.Linear(features[1], 2)})
-    loralib.inject(model, kind, ["q"], lora_alpha=16, **options)
-    loralib.mark_only_lora_as_trainable(model)
-    return model
-
-
-def rates(groups):
-    return {id(p): group["lr"] for group in groups for p in group["params"]}
-
-
-def test_every_trainable_parameter_once_with_its_rate():
-    torch.manual_seed(0)
-    model = nn.ModuleDict({str(i): nn.ModuleDict({"q": nn.Linear(6, 6)}) for i in range(3)} | {"head": nn.Linear(6, 2)})
+    model = nn.ModuleDict({str(i): nn.ModuleDict({"q": nn.Linear(6, 6)}) for i in range(3)} | {"p": nn.Linear(6, 2)})
     loralib.inject(model, "lora2", ["q"], r=2, k=3, share_outer=True)
-    loralib.mark_only_lora_as_trainable(model)
-    model["head"].requires_grad_(True)
-    groups = parameter_groups(model, 1e-3, value_lr_ratio=4, head_lr=5e-4)
-    listed = [p for group in groups for p in group["params"]]
-    assert len({id(p) for p in listed}) == len(listed)
-    assert {id(p) for p in listed} == {id(p) for p in model.parameters() if p.requires_grad}
-    found = rates(groups)
-    layer = model["0"]["q"]
-    assert found[id(layer.lora_E)] == pytest.approx(4e-3)
-    assert found[id(layer.lora_B[0])] == found[id(layer.lora_A[1])] == pytest.approx(1e-3)
-    assert found[id(model["head"].weight)] == pytest.approx(5e-4)
-
-
-def test_lora_plus():
-    model = one_layer("lora", (6, 6))
-    found = rates(parameter_groups(model, 1e-3, b_lr_ratio=16))
-    assert found == {id(model["q"].lora_B[0]): pytest.approx(1.6e-2), id(model["q"].lora_A[0]): pytest.approx(1e-3)}
-
-
-def test_a_rate_for_a_head_that_is_frozen_is_refused():
+    loralib.inject(model, "lora", ["p"], r=2)
     with pytest.raises(ValueError, match="unfreeze the head"):
-        parameter_groups(one_layer("lora", (6, 6)), 1e-3, head_lr=1e-3)
+        parameter_groups(model, 1e-3, head_lr=1e-3)
+    model["head"] = nn.Linear(2, 2)
+    groups = parameter_groups(model, 1e-3, value_lr_ratio=4, b_lr_ratio=16, head_lr=5e-4)
+    rates = [(p, group["lr"]) for group in groups for p in group["params"]]
+    assert len(rates) == len({id(p) for p, _ in rates}) == sum(p.requires_grad for p in model.parameters())
+    expected = {id(layer.lora_E): 4e-3 for layer in loralib.lora_layers(model).values() if layer.lora_E is not None}
+    expected |= {id(model["p"].lora_B[0]): 1.6e-2} | {id(p): 5e-4 for p in model["head"].parameters()}
+    assert all(rate == pytest.approx(expected.get(id(p), 1e-3)) for p, rate in rates)
