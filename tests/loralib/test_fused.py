@@ -35,10 +35,8 @@ def test_values_and_gradients_equal_the_separate_operations(without, n):
     torch.testing.assert_close(found, expected)
     leaves = [t for t in given.values() if isinstance(t, torch.Tensor)]
     weight = torch.randn_like(expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(found, leaves, weight), torch.autograd.grad(expected, leaves, weight), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs)
+    mine, theirs = (torch.autograd.grad(output, leaves, weight) for output in (found, expected))
+    torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("without", MISSING[1:3])
@@ -131,8 +129,8 @@ def test_transforms_of_torch_func():
     both = {n: torch.stack([t, t]) for n, t in factors.items()}
     found = torch.func.vmap(torch.func.vmap(torch.func.grad(loss), (None, 0)), (0, None))(both, x)
     for i, row in enumerate(x):
-        for mine, theirs in zip(found.values(), gradients(layer, lambda m, row=row: m(row)), strict=True):
-            torch.testing.assert_close(mine[:, i], torch.stack([theirs, theirs]), rtol=1e-4, atol=1e-4)
+        expected = [torch.stack([each, each]) for each in gradients(layer, lambda m, row=row: m(row))]
+        torch.testing.assert_close([mine[:, i] for mine in found.values()], expected, rtol=1e-4, atol=1e-4)
     tangent = torch.func.jvp(layer, (x,), (x.sin(),))[1]
     torch.testing.assert_close(tangent, x.sin() @ (layer.weight + layer.delta_weight()).T, rtol=1e-4, atol=1e-4)
 

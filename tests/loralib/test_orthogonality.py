@@ -71,8 +71,7 @@ def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks)
     expected = 0.3 * loop_value(model, terms, squared)
     want = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
-    for mine, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
 def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():
@@ -102,10 +101,8 @@ def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():
 
 def test_orthonormal_factors_give_zero_with_a_finite_gradient():
     model = blocks("lora2", 1, r=4, k=4)
-    (layer,) = loralib.lora_layers(model).values()
     for factor in factors_of(model):
         factor.data.copy_(torch.eye(*factor.shape))
     value = loralib.compute_orth_regu(model, 1.0)
     value.backward()
-    assert value.item() == 0
-    assert all(torch.equal(f.grad, torch.zeros_like(f)) for f in [*layer.lora_A, *layer.lora_B])
+    assert value.item() == 0 and all(torch.equal(f.grad, torch.zeros_like(f)) for f in factors_of(model))
