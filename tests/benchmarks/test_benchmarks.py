@@ -56,14 +56,6 @@ def test_the_limit_counts_its_own_operations():
     limit.step(12)
 
 
-def test_epoch_batches_hold_every_example_and_bucketing_saves_padding():
-    lengths = [5 + (37 * i) % 90 for i in range(130)]
-    plain, bucketed = (run.epoch_batches(lengths, 16, flag) for flag in (False, True))
-    assert sum(rows for rows, _ in plain) == sum(rows for rows, _ in bucketed) == 130
-    assert max(t for _, t in plain) == max(t for _, t in bucketed) == max(lengths)
-    assert sum(r * t for r, t in bucketed) < 0.8 * sum(r * t for r, t in plain)
-
-
 @pytest.mark.slow
 def test_a_run_writes_what_it_prints_beside_the_records_of_other_names(tmp_path, monkeypatch, capsys):
     context = multiprocessing.get_context("forkserver")  # all peers are forked from one process

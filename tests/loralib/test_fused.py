@@ -138,10 +138,9 @@ def test_transforms_of_torch_func():
 KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"widths": (4, 3)})]
 
 
-@pytest.mark.parametrize("kind, options, dynamic", [
-    ("lora", {}, None),
-    *(pytest.param(*kind, dynamic, marks=pytest.mark.slow) for kind in KINDS for dynamic in (False, True)),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind, options", KINDS)
 def test_the_compilers_default_backend_agrees_with_eager(kind, options, dynamic):
     """α ≠ r; the input needs a gradient, which dynamic shapes must not stop."""
     torch.manual_seed(0)
