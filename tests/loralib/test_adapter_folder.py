@@ -249,41 +249,27 @@ def _call_or_die(call, calls, moment, *args, **kwargs):
     return call(*args, **kwargs)
 
 
-def _save_and_load(rank, folder, shards):
-    """One of two processes that both save over the same adapter and then load it."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}.store", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = adapted(k=2)
+def _save_load_and_export(rank, folder, shards):
+    """One of two processes that save over one adapter and load it, and export one merged checkpoint and load that."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, adapter = adapted(k=2), folder / "adapter"
     if shards:
         shard_frozen(model)
     for turn in range(10):
         model.classifier.weight.data.fill_(turn)
-        loralib.save_adapter(model, folder, card={"turn": turn})
+        loralib.save_adapter(model, adapter, card={"turn": turn})
         torch.distributed.barrier()
-        assert loralib.load_adapter(base := Net(), folder).card == {"turn": turn}
+        assert loralib.load_adapter(base := Net(), adapter).card == {"turn": turn}
         assert base.classifier.weight.eq(turn).all()
         torch.distributed.barrier()
     for turn in range(10):  # without waiting for each other the folder is whole at any time
-        loralib.save_adapter(model, folder, card={"turn": turn})
-        loralib.load_adapter(Net(), folder)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
-def test_two_processes_that_save_the_same_folder_leave_a_whole_adapter_each_time(tmp_path, shards):
-    loralib.save_adapter(adapted(k=2), tmp_path / "a")
-    torch.multiprocessing.start_processes(_save_and_load, (str(tmp_path / "a"), shards), nprocs=2, start_method="fork")
-    assert loralib.read_adapter_config(tmp_path / "a").card == {"turn": 9}
-
-
-def _export_merged(rank, folder):
-    """One of two processes that both export the same checkpoint and then load it."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for out in (f"{folder}/{rank}", f"{folder}/merged", f"{folder}/merged"):  # first each for itself
-        export_merged(f"{folder}/a", out, f"{folder}/base")
+        loralib.save_adapter(model, adapter, card={"turn": turn})
+        loralib.load_adapter(Net(), adapter)
+    for out in (folder / str(rank), folder / "merged", folder / "merged"):  # first each for itself
+        export_merged(folder / "encoder", out, str(folder / "base"))
         torch.distributed.barrier()  # transformers' reader takes no turn
         merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
-        torch.testing.assert_close(merged(IDS).logits, torch.load(f"{folder}/logits.pt"), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(merged(IDS).logits, torch.load(folder / "logits.pt"), atol=1e-5, rtol=1e-5)
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -291,11 +277,13 @@ def _export_merged(rank, folder):
 IDS = torch.arange(10, 16)[None]
 
 
-def test_two_processes_that_export_the_same_merged_checkpoint_leave_a_whole_one(tmp_path):
+@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
+def test_two_processes_that_write_the_same_folder_leave_a_whole_one_each_time(tmp_path, shards):
     encoder().save_pretrained(tmp_path / "base")
-    loralib.save_adapter(model := adapted(modules=["query"], k=2, model=encoder()), tmp_path / "a")
+    loralib.save_adapter(model := adapted(modules=["query"], k=2, model=encoder()), tmp_path / "encoder")
     torch.save(model(IDS).logits.detach(), tmp_path / "logits.pt")
-    torch.multiprocessing.start_processes(_export_merged, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(_save_load_and_export, (tmp_path, shards), nprocs=2, start_method="fork")
+    assert loralib.read_adapter_config(tmp_path / "adapter").card == {"turn": 9}
 
 
 @pytest.mark.parametrize("recorded, given, kept", [
