@@ -29,30 +29,35 @@ def live_ranks(model):
 # ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
-def test_a_trained_adapter_reloads_with_the_same_bits(pretrained, lora2):
-    model, pattern, folder = lora2
-    base, small = pretrained.base(), pretrained.base()
-    untouched, logits = pretrained.logits(base), pretrained.logits(model)
+def test_a_trained_adapter_holds_what_is_live_and_reloads_with_the_same_bits(tmp_path):
+    model, base, small, ids = encoder(), encoder(), encoder(), torch.arange(2, 26).view(4, 6)
+    adapted(modules=["query", "value", "intermediate"], r=4, k=3, model=model)
+    low_rank = loralib.LowRankTraining(model, 6, target_rank=2, init_warmup=2, mask_interval=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(6):
+        (model(ids, labels=torch.arange(4) % 2).loss + low_rank.penalty()).backward()
+        low_rank.step(optimizer)
+        optimizer.zero_grad()
+    folder, logits = loralib.save_adapter(model, tmp_path / "a", base_model="net", card={"task": "stsb"}), model(ids)
+    assert (logits.logits - base(ids).logits).abs().max() > 0.05
     config = loralib.load_adapter(base, folder)
-    assert torch.equal(pretrained.logits(base), logits) and (logits - untouched).abs().max() > 0.05
-    assert config.kind == "lora2" and config.base_model == "all-MiniLM-L6-v2" and config.card == {"task": "stsb"}
+    assert torch.equal(base(ids).logits, logits.logits)
+    assert config.kind == "lora2" and config.base_model == "net" and config.card == {"task": "stsb"}
+    pattern = low_rank.allocator.rank_pattern
     assert config.ranks == {name: sum(flags) for name, flags in pattern.items()} == live_ranks(model)
-    assert len(set(config.ranks.values())) > 2 and sum(config.ranks.values()) == 36 * 2
+    assert len(set(config.ranks.values())) > 1 and sum(config.ranks.values()) == 6 * 2
     assert {n for n, p in base.named_parameters() if p.requires_grad} == {
         *loralib.lora_state_dict(base), "classifier.weight", "classifier.bias"
     }  # fmt: skip
     loralib.load_adapter(small, folder)
     assert loralib.compact(small) == config.ranks
-    torch.testing.assert_close(pretrained.logits(small), logits, atol=1e-6, rtol=1e-6)
-    card = (folder / "README.md").read_text()
-    assert "stsb" in card and "all-MiniLM-L6-v2" in card and "load_adapter" in card
+    torch.testing.assert_close(small(ids).logits, logits.logits, atol=1e-6, rtol=1e-6)
 
     expected = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
     for name, rank in config.ranks.items():
         out, width = model.get_submodule(name).weight.shape
-        expected += (8 * (out + width) + rank * (8 + 8 + 1)) * (rank > 0)
+        expected += (3 * (out + width) + rank * (3 + 3 + 1)) * (rank > 0)
     assert sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values()) == expected
-    assert 0 < (folder / "adapter_model.safetensors").stat().st_size - 4 * expected < 30_000
 
 
 @pytest.mark.parametrize("kind, options", KINDS)
