@@ -69,9 +69,6 @@ class StepClock(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch_ended = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.stop()
-
 
 class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
@@ -232,6 +229,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """
         with self.stop_request.awaited():
             result = super().train(resume_from_checkpoint, **kwargs)
+            self.clock.stop()
             self.check_finite(result.training_loss)
             signum = self.stop_request.agreed()
             if signum is not None:  # it came after the last step
