@@ -61,13 +61,7 @@ def own_parser() -> argparse.ArgumentParser:
         "their own, NAME-tuning), among "
         f"RATES, or {RATES} (full: around its own rate)")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK)")
-    add(
-        "--jobs",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="runs at once (1); with more, step times are not comparable",
-    )
+    add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (1); with more, step times vary more")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
     add("--rerun_changed", action="store_true", help="run again what was made with other arguments or contents")
     return parser
