@@ -23,7 +23,6 @@ TRAINED = [key for key, peer in PEERS.items() if peer.maker != "limit"]
 def test_every_peer_lowers_its_loss(key, precision):
     shape = dataclasses.replace(SMALL, precision=precision)
     trained, (batch,) = build(PEERS[key], shape), make_batches(shape)
-    before = {n: p.detach().clone() for n, p in trained.model.named_parameters() if p.requires_grad}
     dtypes = {p.dtype for p in trained.model.parameters() if not p.requires_grad}
     assert dtypes <= {torch.bfloat16 if precision == "bfloat16" and PEERS[key].weights == "bfloat16" else torch.float32}
     losses = []
@@ -33,8 +32,6 @@ def test_every_peer_lowers_its_loss(key, precision):
         trained.model.train()
         train_step(trained, batch)
     assert losses[-1] < losses[0]
-    changed = [n for n, p in trained.model.named_parameters() if n in before and not torch.equal(before[n], p)]
-    assert changed
     if trained.loop is not None:
         prepare_method_step(trained)
         method_step(trained)
