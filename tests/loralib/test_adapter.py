@@ -92,13 +92,13 @@ def test_methods_without_layers_save_the_trained_parameters(tmp_path, trained):
 
 @pytest.mark.parametrize("norm_trains", [True, False])
 def test_buffers_travel_to_a_plain_and_to_an_injected_model(tmp_path, norm_trains):
-    """Running statistics change in training also where the module's parameters are frozen. An optimiser that was made
-    before goes on with the injected model's parameters."""
+    """Running statistics change in training also where the module's parameters are frozen. The injected model
+    has another strength before, and its optimiser goes on with its parameters."""
     options = {"head": "1" if norm_trains else "0.classifier", "k": 2}
     model, plain, injected = (nn.Sequential(Net(), nn.BatchNorm1d(2)) for _ in range(3))
     adapted(model=model, **options).train()(torch.randn(16, 6))
     folder = shutil.move(loralib.save_adapter(model.eval(), tmp_path / "a"), tmp_path / "moved")
-    before = list(adapted(model=injected, **options).parameters())
+    before = list(adapted(model=injected, **options, lora_alpha=7).parameters())
     for other in (plain, injected):
         loralib.load_adapter(other.eval(), folder)
         assert torch.equal(other(INPUTS), model(INPUTS)) and other[1].num_batches_tracked == 1

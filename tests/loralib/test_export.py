@@ -142,11 +142,8 @@ def test_exports_keep_the_order_of_the_labels(tmp_path):
 @pytest.mark.parametrize("other_base", [False, True])
 def test_the_merged_checkpoint_is_plain_transformers(tmp_path, capsys, other_base):
     """With the base's tokenizer, where the adapter has none; and on another base where that is asked for."""
-    base, out, load = (
-        make_encoder(tmp_path / "base"),
-        tmp_path / "out",
-        AutoModelForSequenceClassification.from_pretrained,
-    )
+    base, out = make_encoder(tmp_path / "base"), tmp_path / "out"
+    load = AutoModelForSequenceClassification.from_pretrained
     model = adapted(modules=["query", "layer.output"], k=2, model=load(base, num_labels=1))
     folder = loralib.save_adapter(model, tmp_path / "a")
     command = [str(folder), "--to", "merged", str(out), "--base", str(base)]
