@@ -14,7 +14,7 @@ from nlu.tasks import METRICS, TASKS
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` to below ``high``; ``low`` is one where ``closed``, and so is ``off``, if there is one.
+    """The numbers from ``low``, itself too where ``closed``, to below ``high``; and ``off``, which means none.
 
     NaN and infinity are none.
     """
@@ -90,7 +90,7 @@ class Flag:
         )
 
 
-positive_int = Flag("positive_int", int, None, "", AT_LEAST_1).value  # of other programs: a number from 1
+positive_int = Flag("positive_int", int, None, "", AT_LEAST_1).value  # for other programs' arguments
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
