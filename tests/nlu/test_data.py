@@ -99,8 +99,9 @@ def test_ten_bad_rows_or_a_tenth_may_be_skipped_and_are_named(caplog):
 
     assert skipping(10, 20) == (10, 10) and skipping(30, 300) == (270, 30)
     assert "left out: name, line 272: column 'a' is empty" in caplog.text
-    with pytest.raises(UsageError, match="11 of the first 20 rows are bad; the first: name, line 11: column 'a' is em"):
-        skipping(11, 20)
+    for bad, of, says in ((11, 20, "11 of the first 20"), (31, 300, "30 of the first 299")):
+        with pytest.raises(UsageError, match=f"{says} rows are bad; the first: name, line {of - bad + 2}: "):
+            skipping(bad, of)
     with pytest.raises(UsageError, match="name, line 2: column 'a' is empty"):
         skipping(3, 3)
 
