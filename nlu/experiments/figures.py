@@ -143,7 +143,8 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
     for task, row in zip(tasks, panels, strict=True):
         for source, axes in zip(("scores", "losses"), row, strict=True):
             for label, own in runs[runs.task == task].groupby("label", sort=False):
-                medians = own.explode(["steps_at", source]).groupby("steps_at")[source].median()
+                steps, values = (np.concatenate(own[name].tolist()) for name in ("steps_at", source))
+                medians = pd.Series(values).groupby(steps).median()
                 axes.plot(medians.index, medians, label=label, **styles[label])
             axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
             axes.set_xlim(left=0)
