@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, own
         if free is not None:
             patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
 
-    with pytest.MonkeyPatch.context() as patch, dying("on_save", 2, fail):
+    with dying("on_save", 2, fail), pytest.MonkeyPatch.context() as patch:  # which is undone first
         assert main(flags) == 1
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
