@@ -29,7 +29,8 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PrinterCallback
 from transformers.utils import logging
 
-from nlu.arguments import METHOD_FOLDER, Arguments, method_file, parse_arguments
+from nlu.arguments import Arguments
+from nlu.command_line import METHOD_FOLDER, method_file, parse_arguments
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod

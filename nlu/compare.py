@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nlu.arguments import method_file, read_flags
+from nlu.arguments import positive_int
+from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import place_of, settings_of
 from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
-from nlu.flag_table import positive_int
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune

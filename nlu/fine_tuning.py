@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
 
-from nlu.arguments import Arguments, fit_schedule
+from nlu.arguments import Arguments
+from nlu.command_line import fit_schedule
 from nlu.data.batching import effective_batch_size, planned_steps
 from nlu.data.predictions import predict_sets, to_labels
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, save_splits, tokenize

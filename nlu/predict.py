@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from nlu.arguments import positive_int
 from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.flag_table import positive_int
 from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from nlu.arguments import parse_arguments
+from nlu.command_line import parse_arguments
 from nlu.errors import exit_code
 from nlu.runs.processes import end_processes, is_first
 from nlu.runs.signals import Interrupted, stopped_by_signals

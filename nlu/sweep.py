@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nlu.arguments import positive_int
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Places, command_line, parsed_command, run_experiment
-from nlu.flag_table import positive_int
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 

@@ -313,7 +313,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
 
 def trainer_arguments(arguments: Arguments, metric: str | None = None) -> TrainingArguments:
-    """transformers' arguments for a run; the defaults and words of the flags are in ``nlu/flag_table.py``.
+    """transformers' arguments for a run; the defaults and words of the flags are in ``nlu/arguments.py``.
 
     Args:
         metric: the task's main metric, by which the best checkpoint is chosen.

@@ -1,11 +1,14 @@
 """A real pretrained encoder, and the place of torchao."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# Processes that a test starts beside others would wait for one another's threads. torch reads this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torchao has its own folder (scripts/setup.sh): where transformers finds it, a process takes seconds to import it.
 sys.path.append(str(Path(sys.prefix) / "torchao"))
 

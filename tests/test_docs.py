@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from loralib.interop import export
-from nlu import arguments, compare, predict, report, sweep
+from nlu import command_line, compare, predict, report, sweep
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import Drawing
 from nlu.experiments.statistics import load_measured
@@ -18,7 +18,7 @@ from nlu.experiments.tables import number, score_frame, with_interval
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
-    "nlu/run_glue.py": arguments.build_parser,
+    "nlu/run_glue.py": command_line.build_parser,
     "nlu/predict.py": predict.build_parser,
     "nlu/sweep.py": sweep.build_parser,
     "nlu/report.py": report.build_parser,
@@ -47,9 +47,9 @@ def test_commands_name_what_there_is(page):
         if program in PARSERS:
             known = flags_of(PARSERS[program]())
         elif program.startswith("scripts/run_"):
-            known = flags_of(arguments.build_parser())
+            known = flags_of(command_line.build_parser())
         elif program == "nlu/compare.py":
-            known = flags_of(compare.own_parser()) | flags_of(arguments.build_parser())
+            known = flags_of(compare.own_parser()) | flags_of(command_line.build_parser())
         else:
             known = set(re.findall(r"--\w+", (ROOT / program).read_text()))
         assert given <= {*known, "--help"}, (words, given - known)

@@ -57,7 +57,7 @@ def test_each_program_explains_itself(name, capsys):
 # ---- what adding a method or a task takes: one file and its config, one row -----------------------------------------
 
 METHOD = """
-from nlu.flag_table import AT_LEAST_1, Flag
+from nlu.arguments import AT_LEAST_1, Flag
 from nlu.methods.method import AppliedMethod, Method, train_only
 
 WIDTH = Flag("toy_layers", int, 1, "Layer norms that train.", AT_LEAST_1)

@@ -153,47 +153,60 @@ def _processor(base: str, config: AdapterConfig) -> Any:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
+_OPTIONS = {  # what each --to reads; "lora" is --to loralib with that kind
+    "peft": set(),
+    "merged": {"dtype", "allow_other_base"},
+    "lora": {"kind"},
+    "loralib": {"kind", "r", "widths", "lora_alpha"},
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m loralib.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("adapter", help="folder of the adapter")
     add("out", help="folder to write: new or empty; an adapter there is replaced by an adapter")
     add("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
-    add("--base", help="name or path of the base model; --to peft only records it")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="merged: dtype of the weights")
+    add("--base", default=None, help="name or path of the base model; --to peft only records it")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights (float32)")
     add("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
-    add("--kind", choices=tuple(KINDS), default="lora", help="loralib: lora is exact; the others by truncated SVD")
-    add("--r", type=int, default=8, help="loralib: rank after the truncated SVD (8)")
-    add("--widths", type=int, nargs="+", default=[8], help="lora2, multiscale: widths of the scales, outermost first")
-    add("--lora_alpha", type=float, default=16.0, help="loralib: alpha after the truncated SVD (16)")
+    add("--kind", choices=tuple(KINDS), help="loralib: lora (default) is exact; the others by truncated SVD")
+    add("--r", type=int, help="loralib: rank after the truncated SVD (8)")
+    add("--widths", type=int, nargs="+", help="lora2, multiscale: widths of the scales, outermost first (8)")
+    add("--lora_alpha", type=float, help="loralib: alpha after the truncated SVD (16)")
     return parser
 
 
 def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad input."""
-    args = _parser().parse_args(argv)
-    if args.to == "peft":
-        ranks = export_peft(args.adapter, args.out, args.base)
+    options = vars(_parser().parse_args(argv))
+    adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
+    read = _OPTIONS["lora" if to == "loralib" and options.get("kind", "lora") == "lora" else to]
+    if odd := options.keys() - read:
+        raise ValueError(f"--{min(odd)} has no meaning with this --to and --kind: leave it out")
+    if to == "peft":
+        ranks = export_peft(adapter, out, base)
         least, most = min(ranks.values()), max(ranks.values())
-        print(f"{args.out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
-    elif args.base is None:
-        raise ValueError(f"--to {args.to} needs the base model: give --base NAME_OR_PATH")
-    elif args.to == "merged":
-        dtype = getattr(torch, args.dtype)
-        export_merged(args.adapter, args.out, args.base, dtype=dtype, allow_other_base=args.allow_other_base)
-        print(f"{args.out}: plain {args.dtype} checkpoint")
+        print(f"{out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
+    elif base is None:
+        raise ValueError(f"--to {to} needs the base model: give --base NAME_OR_PATH")
+    elif to == "merged":
+        dtype = options.pop("dtype", "float32")
+        export_merged(adapter, out, base, dtype=getattr(torch, dtype), **options)
+        print(f"{out}: plain {dtype} checkpoint")
     else:
-        widths = args.widths if args.kind in ("lora2", "multiscale") else []
-        _import(args.adapter, args.out, args.base, args.kind, r=args.r, widths=widths, lora_alpha=args.lora_alpha)
-        print(f"{args.out}: {args.kind} adapter")
+        _import(adapter, out, base, **options)
 
 
-def _import(adapter: str, out: str, base: str, kind: str, **options: Any) -> None:
+def _import(adapter: str, out: str, base: str, kind: str = "lora", **options: Any) -> None:
+    if kind in ("lora2", "multiscale"):
+        options.setdefault("widths", [8])
     values, _, head = read_pairs(adapter)
     name = name_on_hub(values.get("base_model_name_or_path"))
     revision = revision_of(name, values.get("revision"), base)
@@ -203,6 +216,7 @@ def _import(adapter: str, out: str, base: str, kind: str, **options: Any) -> Non
         model, out, base_model=name, base_revision=revision.get("revision"),
         save_tokenizer=lambda new: copy_tokenizer(adapter, new),
     )  # fmt: skip
+    print(f"{out}: {kind} adapter")
 
 
 def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:

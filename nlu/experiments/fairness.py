@@ -9,7 +9,8 @@ import torch
 
 import loralib
 from nlu import METHOD_FOLDER
-from nlu.arguments import Arguments, method_file
+from nlu.arguments import Arguments
+from nlu.command_line import method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.records import settings_of

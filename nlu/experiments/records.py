@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nlu.arguments import DEFAULTS
+from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
 from nlu.methods.registry import METHODS

@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nlu.arguments import Arguments, parse_arguments
+from nlu.arguments import Arguments
+from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from nlu.arguments import AT_LEAST_1, Flag
 from nlu.errors import UsageError
-from nlu.flag_table import AT_LEAST_1, Flag
 from nlu.methods.method import AppliedMethod, Method, train_only
 
 if TYPE_CHECKING:

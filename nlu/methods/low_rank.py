@@ -11,69 +11,23 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from nlu import METHOD_FOLDER
+from nlu.arguments import (
+    LORA_PLUS_FLAGS,
+    LOW_RANK_FLAGS,
+    MATCH,
+    PRUNING_FLAGS,
+    REGULARISER_FLAGS,
+    SCALE_FLAGS,
+    SINGULAR_VALUE_FLAGS,
+)
 from nlu.errors import UsageError, reason
-from nlu.flag_table import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.json_yaml import read_yaml
 from nlu.methods.method import AppliedMethod, Method, head_parameters, train_only
 
 if TYPE_CHECKING:
     from torch import nn
 
-_MATCH = "match:"
 _TOLERANCE = 0.1  # of the size that match: is after
-
-
-def _number_or_match(text: str) -> int | str:
-    """``--lora_k``: a whole number, or ``match:`` and the name of a LoRA file in configs/methods/."""
-    return text if text.startswith(_MATCH) else int(text)
-
-
-LORA_MODULE = Flag(
-    "lora_module", str, "auto", "Comma-separated modules: the six published names, module-name suffixes, or a regular "
-    "expression. Default: the six where the encoder has them, else each of its linear layers.",
-)  # fmt: skip
-LOW_RANK_FLAGS = (
-    Flag("lora_r", int, 8, "Rank r: initial singular values per layer.", AT_LEAST_1),
-    Flag("lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.", POSITIVE),
-    Flag("lora_dropout", float, 0.0, "Dropout on the input of the update.", SHARE),
-    LORA_MODULE,
-)
-_LORA_FLAGS = (
-    Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.", POSITIVE),
-)
-_PRUNING_FLAGS = (
-    Flag("target_rank", int, None, "Average number of singular values kept per layer. Default: half of lora_r.",
-         AT_LEAST_1),
-    Flag("init_warmup", int, None, "Steps before pruning starts. Default: a tenth of the training.",
-         NOT_NEGATIVE),
-    Flag("final_warmup", int, None, "Last steps, with the ranks held. Default: half of the training.",
-         NOT_NEGATIVE),
-    Flag("mask_interval", int, 10, "Steps between two allocations.", AT_LEAST_1),
-    Flag("beta1", float, 0.85, "Moving average of the sensitivity.", INSIDE_1),
-    Flag("beta2", float, 0.85, "Moving average of the uncertainty.", INSIDE_1),
-    Flag("importance", ("inner", "full"), "inner",
-         "inner: the paper's importance; full: outer factors scored too.", None),
-)  # fmt: skip
-_REGULARISER_FLAGS = (
-    Flag("reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", NOT_NEGATIVE),
-    Flag("orth_terms", str, "all", "Regulariser: all, or some of uv, UV, PQ joined by +."),
-    Flag("orth_squared", bool, False, "Squared norms in the regulariser."),
-)
-_SINGULAR_VALUE_FLAGS = (
-    Flag("lora_init", ("gaussian", "orthogonal"), "gaussian", "Initial factors; gaussian is the paper's."),
-    Flag("orthogonality", ("penalty", "retraction"), "penalty",
-         "penalty: the paper's regulariser; retraction: factors made exactly orthonormal after each step."),
-    *_REGULARISER_FLAGS,
-    Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank."),
-    *_PRUNING_FLAGS,
-    Flag("value_lr_ratio", float, 1.0,
-         "Learning rate of the singular values, as a multiple of --learning_rate.", POSITIVE),
-)  # fmt: skip
-_SCALE_FLAGS = (
-    Flag("lora_k", _number_or_match, 8,
-         "LoRA²: width k of the outer scale; match:lora chooses it for LoRA's number of parameters.", AT_LEAST_1),
-    Flag("lora_share_outer", bool, False, "All layers of one module type share their outer factors."),
-)  # fmt: skip
 
 
 def adapted_modules(model: nn.Module, args: Any) -> list[str]:
@@ -99,7 +53,7 @@ def adapted_modules(model: nn.Module, args: Any) -> list[str]:
     return names
 
 
-_SWITCHES = (("rank_allocation", False, _PRUNING_FLAGS), ("orthogonality", "retraction", _REGULARISER_FLAGS))
+_SWITCHES = (("rank_allocation", False, PRUNING_FLAGS), ("orthogonality", "retraction", REGULARISER_FLAGS))
 
 
 def _check_factors(args: Any, given: Collection[str]) -> None:
@@ -148,7 +102,7 @@ def _width(model: nn.Module, args: Any) -> int:
     outer = {(module_type(name) if args.lora_share_outer else name, side) for name, side in sides.items()}
     values = args.lora_r * len(sides)
     a_width = sum(side for _, side in outer) + 2 * values  # parameters that one more k adds
-    rank = read_yaml(METHOD_FOLDER / f"{args.lora_k.removeprefix(_MATCH)}.yaml")["lora_r"]
+    rank = read_yaml(METHOD_FOLDER / f"{args.lora_k.removeprefix(MATCH)}.yaml")["lora_r"]
     target = sum(sides.values()) * rank
     k = max(1, math.ceil((target - values) / a_width - 0.5))
     size = k * a_width + values
@@ -181,7 +135,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         if args.orthogonality == "retraction":
             options["constraint"] = ExactFactors(model)
         if args.rank_allocation and total_steps:
-            options |= {flag.name: getattr(args, flag.name) for flag in _PRUNING_FLAGS}
+            options |= {flag.name: getattr(args, flag.name) for flag in PRUNING_FLAGS}
             options["total_steps"] = total_steps
     try:
         low_rank = LowRankTraining(model, **options)
@@ -191,9 +145,9 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model, low_rank, own_rates=lambda: _own_rates(model, args))
 
 
-_ALLOCATING = LOW_RANK_FLAGS + _SINGULAR_VALUE_FLAGS
+_ALLOCATING = LOW_RANK_FLAGS + SINGULAR_VALUE_FLAGS
 METHODS = (
-    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + _LORA_FLAGS),
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + LORA_PLUS_FLAGS),
     Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_factors),
-    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + _SCALE_FLAGS, _check_factors),
+    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + SCALE_FLAGS, _check_factors),
 )

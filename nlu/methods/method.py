@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from nlu.flag_table import Flag
+from nlu.arguments import Flag
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import nlu.methods
+from nlu.arguments import Flag
 from nlu.errors import UsageError, reason
-from nlu.flag_table import Flag
 from nlu.methods.method import AppliedMethod, Method, head_parameters
 
 if TYPE_CHECKING:

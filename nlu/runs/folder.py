@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlu.arguments import DEFAULTS
+from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import UNFINISHED

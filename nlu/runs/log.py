@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nlu.arguments import command_line
+from nlu.command_line import given_command
 from nlu.json_yaml import finite
 from nlu.runs.machine import now, peak_memory_bytes
 from nlu.runs.processes import is_first
@@ -45,7 +45,7 @@ def log_to(path: Path) -> Iterator[None]:
     for each, handler in handlers:
         each.addHandler(handler)
     own.setLevel(logging.INFO)
-    logger.info("---- %s %s", now(), command_line())
+    logger.info("---- %s %s", now(), given_command())
     try:
         yield
     except BaseException:

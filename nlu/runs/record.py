@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from loralib import lora_layers
 from loralib.injection import module_type
-from nlu.arguments import Arguments, command_line
+from nlu.arguments import Arguments
+from nlu.command_line import given_command
 from nlu.data.batching import effective_batch_size
 from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
@@ -59,7 +60,7 @@ class RunRecord(TrainerCallback):
             "versions": versions(),
             "git_commit": COMMIT,
             "machine": machine(),
-            "command": command_line(),
+            "command": given_command(),
             **facts,
             **count_parameters(trainer.applied.model),
             "started_at": previous["started_at"] if previous else now(),

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu_check import WAITING
 from benchmarks.losses import BATCH, method_flags, prepared, step
 from loralib.recipes import exact_factors
-from nlu.arguments import method_file
+from nlu.command_line import method_file
 from nlu.methods._bottleneck_layer import BottleneckAdapter
 
 DEVICE = "pretend"

@@ -8,9 +8,9 @@ import pytest
 from transformers import TrainingArguments
 
 from nlu import run_glue
-from nlu.arguments import fit_schedule, parse_arguments
+from nlu.arguments import TRAINING_FLAGS
+from nlu.command_line import fit_schedule, parse_arguments
 from nlu.errors import UsageError
-from nlu.flag_table import TRAINING_FLAGS
 from nlu.trainer import trainer_arguments
 from tests.nlu.tiny import make_encoder, make_rows, write_rows
 

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nlu.arguments import DEFAULTS, parse_arguments
+from nlu.command_line import DEFAULTS, parse_arguments
 from nlu.errors import RunError, UsageError, exit_code
 from nlu.experiments.experiment import load_experiment
 from tests.nlu.tiny import REPOSITORY

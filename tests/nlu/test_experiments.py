@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from nlu import sweep
-from nlu.arguments import parse_arguments
+from nlu.command_line import parse_arguments
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, place_of

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import fine_tuning
-from nlu.arguments import parse_arguments
+from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config

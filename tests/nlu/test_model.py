@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from loralib.interop.export import export_merged
 from nlu import predict as predict_program
-from nlu.arguments import parse_arguments
+from nlu.command_line import parse_arguments
 from nlu.model import choose_head, load_config, longest_input, without_weights
 from nlu.run_glue import main
 from nlu.tasks import TASKS

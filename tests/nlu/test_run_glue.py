@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import fine_tuning
-from nlu.arguments import parse_arguments
+from nlu.command_line import parse_arguments
 from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS, count_parameters
 from nlu.run_glue import main

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertTokenizerFast
 
-from nlu.arguments import method_file
+from nlu.command_line import method_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GLUE = Path(os.environ.get("GLUE_TEST_DIR", REPOSITORY.parent / "shared" / "data" / "glue"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nlu.arguments import parse_arguments
+from nlu.command_line import parse_arguments
 from nlu.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,193 @@
+"""The command line of ``nlu/run_glue.py``: from which source the value of each argument comes.
+
+Later ones win: the defaults in ``nlu/arguments.py``, the published settings (``--published``), the method's file, an
+argument file (the first word of the command), the flags of the command. Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nlu import METHOD_FOLDER, TASK_FOLDER
+from nlu.argument_checks import check
+from nlu.arguments import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS, Arguments
+from nlu.errors import OneLineParser, UsageError
+from nlu.json_yaml import read_yaml
+from nlu.methods.registry import FLAGS as METHOD_FLAGS
+from nlu.methods.registry import METHODS
+
+logger = logging.getLogger("nlu")
+
+PARTS = {
+    "model": MODEL_FLAGS,
+    "data": DATA_FLAGS,
+    "method": (*CHOICE_FLAGS, *METHOD_FLAGS.values()),
+    "training": TRAINING_FLAGS,
+}
+DEFAULTS = {flag.name: flag.default for flags in PARTS.values() for flag in flags}
+
+
+@functools.cache
+def build_parser() -> OneLineParser:
+    """The parser of all flags, which gives those of a command alone."""
+    parser = OneLineParser(
+        prog="run_glue.py",
+        usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} --do_train …",
+        description="Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. The same "
+        "command continues an interrupted run from its last checkpoint. FILE.yaml sets arguments by name.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for part, flags in PARTS.items():
+        group = parser.add_argument_group(part)
+        for flag in flags:
+            flag.add_to(group)
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Arguments from the command line, checked as far as that needs neither data nor model.
+
+    Raises:
+        UsageError: for anything unknown, malformed or contradictory; one line that says what to change.
+    """
+    given = read_flags(argv)
+    config, published = chosen_method(given)
+    base, of_method = method_file(config)
+    chosen = published_settings(given, base) | published | of_method | given
+    processes = {"world_size": int(os.environ.get("WORLD_SIZE", 1)), "process_index": int(os.environ.get("RANK", 0))}
+    args = SimpleNamespace(**DEFAULTS | chosen | processes | {"method": base})
+    check(args, given, chosen, config)
+    if args.root_output_dir is None:
+        data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
+        folder = data.format(Path(args.model_name_or_path).name)
+        args.root_output_dir = f"output/{folder}/{config}/seed-{args.seed}"
+    parts = {part: SimpleNamespace(**{f.name: getattr(args, f.name) for f in flags}) for part, flags in PARTS.items()}
+    vars(parts["training"]).update(processes)
+    record = {name: getattr(args, name) for name in DEFAULTS}
+    return Arguments(**parts, method_config=config, record={**record, "method_config": config})
+
+
+def read_flags(words: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags that a command gives, by name; its first word may be an argument file (YAML or JSON).
+
+    Raises:
+        UsageError: for a flag that there is not, and a value that it does not take.
+    """
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        words[:1] = _as_words(read_yaml(Path(words[0])), words[0])
+    values = vars(build_parser().parse_args(words))
+    values.pop("local_rank", None)
+    return values
+
+
+def _as_words(values: Any, source: str | Path) -> list[str]:
+    """{"lora_r": 8, "do_train": true} → ["--lora_r=8", "--do_train=True"]; null leaves a flag out.
+
+    Raises:
+        UsageError: for what is no mapping of names to values; ``source`` names the file.
+    """
+    if not isinstance(values, dict) or any(isinstance(value, list) for value in values.values()):
+        raise UsageError(f"{source}: an argument file is a mapping of argument names to values")
+    texts = {n: json.dumps(value) if isinstance(value, dict) else value for n, value in values.items()}
+    return [f"--{name}={text}" for name, text in texts.items() if text is not None]
+
+
+def chosen_method(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The file of configs/methods/ that a command names, and what the published flags in place of --method set besides.
+
+    Raises:
+        UsageError: for published flags that contradict each other, or stand beside --method.
+    """
+    flags = [name for name in ("apply_lora", "apply_adalora", "lora_type") if given.get(name)]
+    if not flags:
+        return given.get("method", "lora2"), {}
+    if "method" in given:
+        raise UsageError(f"--{flags[0]} is a published name of a method: leave it or --method out")
+    prunes, lora_type = given.get("apply_adalora", False), given.get("lora_type")
+    if prunes and lora_type == "frd":
+        raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
+    return ("lora2", {"rank_allocation": prunes}) if prunes or lora_type == "svd" else ("lora", {})
+
+
+def method_file(config: str) -> tuple[str, dict[str, Any]]:
+    """The base method, and the flags that it sets, of a file in configs/methods/.
+
+    Raises:
+        UsageError: for a name without a file.
+    """
+    files = {path.stem: path for path in sorted(METHOD_FOLDER.glob("*.yaml"))}
+    if config not in files:
+        raise UsageError(f"unknown method {config!r}: --method takes one of {', '.join(files)}")
+    values = read_flags(_as_words(read_yaml(files[config]), files[config].name))
+    return values.pop("method"), values
+
+
+def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The settings of ``--published``: the task's, without flags that the method does not read, then the method's own.
+
+    Raises:
+        UsageError: for a task or a backbone without published settings.
+    """
+    backbone, task = given.get("published"), given.get("task_name")
+    if backbone is None:
+        return {}
+    if task is None:
+        raise UsageError("--published needs --task_name: the settings are a task's")
+    path = TASK_FOLDER / f"{task}.yaml"
+    settings = read_yaml(path) if path.is_file() else {}
+    if backbone not in settings:
+        raise UsageError(f"--published {backbone}: {path} has {', '.join(settings) or 'no settings'}")
+    read = {flag.name for flag in METHODS[method].flags}
+    layers = read_yaml(TASK_FOLDER / "every_task.yaml")[backbone], settings[backbone]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged |= {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
+    for layer in layers:
+        merged |= layer.get(method, {})
+    return read_flags(_as_words(merged, path))
+
+
+def given_command() -> str:
+    """The command as given, for the record."""
+    return " ".join(["python", *sys.argv])
+
+
+def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:
+    """The arguments with warm-ups and masking interval shrunk, for a training shorter than ``--schedule_steps``.
+
+    Args:
+        total_steps: optimiser steps of this training; 0 where nothing is trained.
+
+    Each number n of steps becomes ⌊n · total_steps / schedule_steps⌋, the masking interval at least 1. A warm-up given
+    as a share of the training stays, and so does a number that is not set.
+    """
+    made_for = arguments.training.schedule_steps
+    if made_for is None or not 0 < total_steps < made_for:
+        return arguments
+    if arguments.training.process_index == 0:
+        logger.warning(
+            "the training has %d steps, its schedule was made for %d: warm-ups and masking interval shrink in "
+            "proportion", total_steps, made_for,
+        )  # fmt: skip
+    fitted = copy.deepcopy(arguments)
+    if fitted.training.warmup_steps >= 1:
+        fitted.training.warmup_steps = int(fitted.training.warmup_steps) * total_steps // made_for
+    for name, least in (("init_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
+        number = getattr(fitted.method, name)
+        if number is not None:
+            setattr(fitted.method, name, max(least, number * total_steps // made_for))
+    return fitted
