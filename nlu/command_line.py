@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nlu import METHOD_FOLDER, TASK_FOLDER
-from nlu.argument_checks import check
+from nlu.argument_conflicts import check
 from nlu.arguments import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS, Arguments
 from nlu.errors import OneLineParser, UsageError
 from nlu.json_yaml import read_yaml

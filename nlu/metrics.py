@@ -1,5 +1,7 @@
 """GLUE's metrics by scikit-learn and SciPy, with a value for every prediction a model can make.
 
+Which metric is a task's score, and of which of MNLI's two sets, says ``nlu/tasks.py``.
+
 The file is also a module for `evaluate.load("nlu/metrics.py", "cola")`, which needs no network.
 """
 

@@ -1,4 +1,7 @@
-"""The GLUE tasks (Wang et al. 2018, arXiv 1804.07461), one row each, in the order in which tables show them."""
+"""The GLUE tasks (Wang et al. 2018, arXiv 1804.07461), one row each, in the order in which tables show them.
+
+A row has the task's splits and metrics, and says which of them is its score.
+"""
 
 from __future__ import annotations
 

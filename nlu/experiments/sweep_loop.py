@@ -1,4 +1,4 @@
-"""Runs an experiment: what is finished, and the loop that keeps N runs going."""
+"""Runs an experiment: what is finished, the loop that keeps N runs going, and what becomes of a run that failed."""
 
 from __future__ import annotations
 

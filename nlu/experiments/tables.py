@@ -1,4 +1,7 @@
-"""The tables of a report: frames of unrounded figures, formatted only where they are printed."""
+"""The tables of a report: frames of unrounded figures, formatted only where they are printed.
+
+``comparison.py`` adds the columns that compare.py alone prints (α/r, seconds a step).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What contradicts itself on a command line, and the values that follow from others, before data or model are read."""
+"""Arguments that contradict each other, and values that follow from others, before data or model are read.
+
+What a single argument may be stands in ``nlu/arguments.py``.
+"""
 
 from __future__ import annotations
 
