@@ -129,7 +129,9 @@ def _tune(
     waiting = {run.axes["method"] for run in tuning.runs if run.folder not in ended}
     chosen = {spec: rates[label] for spec, label in labels.items() if label in rates and spec not in waiting}
     for spec in [spec for spec in labels if spec not in chosen]:
-        print(f"failed: {spec} has no final runs: its tuning is not complete, or all rates failed", file=sys.stderr)
+        print(
+            f"failed: {spec} has no final runs: runs of its tuning have not ended, or all have crashed", file=sys.stderr
+        )
         code = 1
     runs = [run for run in final.runs if run.axes["method"] in chosen]
     runs = [replace(run, arguments=run.arguments | {"learning_rate": chosen[run.axes["method"]]}) for run in runs]
@@ -162,7 +164,7 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
     if args.tune is None:
         return None, final
     for flag in ("learning_rate", "holdout_fraction"):
-        if flag in flags:
+        if any(flag in values for values in (flags, *specs.values())):
             raise UsageError(f"--tune sets --{flag} itself: leave it out")
     own = {spec: _rates(args.tune, values["method"]) for spec, values in specs.items()}
     rates = sorted({rate for each in own.values() for rate in each})

@@ -50,7 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
         with nullcontext(sys.stdout.buffer) if arguments.output == "-" else open_new(arguments.output) as output:
             shown = tqdm(answers, unit=" rows", disable=None, desc="predicting")  # None: only a terminal shows it
             for count, record in enumerate(records(shown, kind, predictor.labels, reader.columns if keep else ()), 1):
-                output.write(as_line(record, kind, first=count == 1).encode())
+                try:
+                    output.write(as_line(record, kind, first=count == 1).encode())
+                except UnicodeEncodeError:  # of a kept column; the reader has looked at those that are predicted
+                    message = f"a column is not {arguments.encoding} text: give --encoding"
+                    raise reader.error(record["line"], message) from None
     cut = f", {predictor.cut} cut at {predictor.max_length} tokens" if predictor.cut else ""
     print(f"{count} rows predicted{cut}, {reader.skipped} skipped", file=sys.stderr)
 

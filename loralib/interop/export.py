@@ -153,11 +153,13 @@ def _processor(base: str, config: AdapterConfig) -> Any:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-_OPTIONS = {  # what each --to reads; "lora" is --to loralib with that kind
+_OPTIONS = {  # what each --to reads; in place of --to loralib its --kind
     "peft": set(),
     "merged": {"dtype", "allow_other_base"},
     "lora": {"kind"},
-    "loralib": {"kind", "r", "widths", "lora_alpha"},
+    "adalora": {"kind", "r", "lora_alpha"},
+    "lora2": {"kind", "r", "widths", "lora_alpha"},
+    "multiscale": {"kind", "r", "widths", "lora_alpha"},
 }
 
 
@@ -187,8 +189,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad input."""
     options = vars(_parser().parse_args(argv))
     adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
-    read = _OPTIONS["lora" if to == "loralib" and options.get("kind", "lora") == "lora" else to]
-    if odd := options.keys() - read:
+    if odd := options.keys() - _OPTIONS[options.get("kind", "lora") if to == "loralib" else to]:
         raise ValueError(f"--{min(odd)} has no meaning with this --to and --kind: leave it out")
     if to == "peft":
         ranks = export_peft(adapter, out, base)
@@ -239,8 +240,8 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2, with one line on stderr, for what is wrong with arguments, input or disk; 130 after
-    Ctrl-C."""
+    """Returns the exit code: 2, with one line on stderr, for what is wrong with input or disk; 130 after Ctrl-C. Of
+    arguments that there are not argparse says so itself."""
     try:
         run(argv)
     except ModuleNotFoundError as error:  # the library alone is installed

@@ -300,7 +300,8 @@ def read_pairs(
         except Exception as error:  # a factor is missing or of another shape, or the configuration holds no scaling
             raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
     if odd := next((name for name in state if ".base_layer." in name), None):
-        raise ValueError(f"{folder}: {odd} is the base's: save the adapter in peft with save_embedding_layers=False")
+        advice = "in peft, give bias='none' to the config and save_embedding_layers=False to save_pretrained()"
+        raise ValueError(f"{folder}: {odd} is the base's: {advice}")
     odd = next((name for name in state if "lora_" in name), None)
     if not names or odd:
         raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")

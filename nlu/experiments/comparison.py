@@ -16,9 +16,16 @@ from nlu.runs.files import write_bytes, write_text
 
 
 def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
-    """Label → the learning rate that the lines of its runs chose; a method whose rates are all barred has none."""
+    """Label → the learning rate that the lines of its runs chose; none where no run has a score.
+
+    Where all rates of a method are barred, the best score decides: of the final runs is told that they learned nothing.
+    """
     table = tuning_frame(as_frame(("tuning", line) for line in tuning))
-    return dict(zip(table[table.chosen].row, table[table.chosen].value, strict=True)) if len(table) else {}
+    if not len(table):
+        return {}
+    scored = table[table.chosen | ~table.row.isin(table[table.chosen].row) & table.z.notna()]
+    best = scored.loc[scored.groupby("row").z.idxmax()]
+    return dict(zip(best.row, best.value, strict=True))
 
 
 def write(

@@ -92,7 +92,7 @@ def _width(model: nn.Module, args: Any) -> int:
     """LoRA²'s k: --lora_k, or the one whose size is nearest to LoRA's, (out + in)·ρ over all modules at its rank ρ.
 
     Raises:
-        UsageError: where no width comes within a tenth of that.
+        UsageError: where no width comes within a tenth of that, or match: names no file with a rank.
     """
     from loralib.injection import module_type
 
@@ -102,7 +102,10 @@ def _width(model: nn.Module, args: Any) -> int:
     outer = {(module_type(name) if args.lora_share_outer else name, side) for name, side in sides.items()}
     values = args.lora_r * len(sides)
     a_width = sum(side for _, side in outer) + 2 * values  # parameters that one more k adds
-    rank = read_yaml(METHOD_FOLDER / f"{args.lora_k.removeprefix(MATCH)}.yaml")["lora_r"]
+    file = METHOD_FOLDER / f"{args.lora_k.removeprefix(MATCH)}.yaml"
+    rank = read_yaml(file).get("lora_r") if file.is_file() else None
+    if rank is None:
+        raise UsageError(f"--lora_k {args.lora_k}: {file.name} is no LoRA file of configs/methods/: give match:lora")
     target = sum(sides.values()) * rank
     k = max(1, math.ceil((target - values) / a_width - 0.5))
     size = k * a_width + values

@@ -6,6 +6,7 @@ import pytest
 from scipy import optimize, stats
 
 from nlu.errors import UsageError
+from nlu.experiments.comparison import chosen_rates
 from nlu.experiments.statistics import (
     FREEDOM,
     Estimate,
@@ -211,3 +212,17 @@ def test_as_frame_orders_methods_and_tasks_and_tells_equal_labels_apart(tmp_path
     assert list(as_frame(("a", each) for each in twice).label) == ["LoRA, max_steps=10", "LoRA, max_steps=20"]
     with pytest.raises(UsageError, match=r"a.jsonl has LoRA on cola with seed 1 twice"):
         as_frame(("a", each | {"arguments": {}}) for each in twice)
+
+
+def test_a_comparison_takes_the_best_rate_where_all_are_barred():
+    """A run that has learned nothing has a score; one that crashed has none."""
+
+    def tried(label, rate, score, **changes):
+        name = f"{label}, learning_rate={rate}"
+        axes = {"method": label, "learning_rate": rate, "task_name": "rte"}
+        return line(name, "rte", 101, [score], axes=axes, run=name, training_loss=[0.7], constant_loss=0.7, **changes)
+
+    crashed = {"status": "failed", "evaluations": None, "last": None}
+    lines = [tried("lora", 1e-3, 0.5), tried("lora", 2e-3, 0.53), tried("lora", 4e-3, 0.0, **crashed)]
+    lines += [tried("adalora", rate, 0.0, **crashed) for rate in (1e-3, 2e-3)]
+    assert chosen_rates(lines) == {"lora": 2e-3}
