@@ -79,7 +79,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
     run = compare._run  # of the same tuning, one run has left no line
     monkeypatch.setattr(compare, "_run", lambda *each: (1, run(*each)[1][1:]))
     code, _, err = call("--methods", "lora,full", "--seeds", "1", "--tune")
-    assert code == 1 and "failed: lora has no final runs: its tuning is not complete" in err
+    assert code == 1 and "failed: lora has no final runs: runs of its tuning have not ended" in err
     assert "full has no final" not in err
 
 
