@@ -85,12 +85,15 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: for a name in use, a parameter of a module that is never called (a ``ParameterList``,
-                ``out_proj`` in ``nn.MultiheadAttention``) or that holds further modules, and as
-                :func:`loralib.load_adapter`; nothing is changed.
+            ValueError: for a name in use, adapters of another MultiAdapter on the model, a parameter of a module
+                that is never called (a ``ParameterList``, ``out_proj`` in ``nn.MultiheadAttention``) or that holds
+                further modules, and as :func:`loralib.load_adapter`; nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
+        hooks = (hook for module in self.model.modules() for hook in module._forward_hooks.values())
+        if any(isinstance(hook, _Hook) and getattr(hook.func, "__self__", None) is not self for hook in hooks):
+            raise ValueError("another MultiAdapter holds adapters for this model: load into that one, or close() it")
         config, tensors = read_adapter(folder)
         layers = fitting_layers(self.model, config, tensors)
         if not allow_other_base:
@@ -114,7 +117,7 @@ class MultiAdapter:
             raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or holds others")
         self._adapters[name] = parts
         for module_name in parts.keys() - self._hooks.keys():
-            module, hook = self.model.get_submodule(module_name), partial(self._after_forward, module_name)
+            module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
             self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         return config
 
@@ -205,6 +208,8 @@ class MultiAdapter:
         part = self._adapters[self._active].get(name) if self._active is not None else None
         if part is None:
             return None
+        if self.model.get_submodule(name) is not module:  # by get_peft_model, whose update would be added to this one
+            raise RuntimeError(f"{name} was replaced while a MultiAdapter serves the model: close() it first")
         if part.head:
             tensors = {f"module.{tensor}": value for tensor, value in part.head.items()}
             output = functional_call(_ForwardAlone(module), tensors, args, kwargs)
@@ -212,6 +217,10 @@ class MultiAdapter:
             return output
         source = args[0] if args else next(iter(kwargs.values()))
         return part.layer.add_update(output, source)
+
+
+class _Hook(partial):
+    """A hook of a MultiAdapter, told from the user's by its type."""
 
 
 class _ForwardAlone(nn.Module):

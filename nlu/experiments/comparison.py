@@ -18,7 +18,7 @@ from nlu.runs.files import write_bytes, write_text
 def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
     """Label → the learning rate that the lines of its runs chose; none where no run has a score.
 
-    Where all rates of a method are barred, the best score decides: of the final runs is told that they learned nothing.
+    Where all rates of a method are barred, the best score decides; `advice` tells of final runs that learned nothing.
     """
     table = tuning_frame(as_frame(("tuning", line) for line in tuning))
     if not len(table):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import loralib
@@ -181,9 +182,27 @@ def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
     assert len(graphs) == before
 
 
+def test_a_second_one_on_the_same_model_is_refused_until_the_first_is_closed(tmp_path):
+    folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
+    first, second = MultiAdapter(model), MultiAdapter(model)
+    first.load("a", folder)
+    with refused("another MultiAdapter", model):
+        second.load("a", folder)
+    first.close()
+    second.load("a", folder)
+    second.activate("a")
+    torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
+
+
 def test_a_served_model_takes_no_adapter_of_its_own_beside(tmp_path):
     folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
-    MultiAdapter(model).load("a", folder)
+    adapters = MultiAdapter(model)
+    adapters.load("a", folder)
     for use in (lambda: loralib.load_adapter(model, folder), lambda: loralib.inject(model, "lora", ["q"])):
         with refused("has a hook", model):
             use()
+    theirs = get_peft_model(model, LoraConfig(target_modules=["q"]))
+    assert torch.equal(theirs(INPUTS), Net()(INPUTS))
+    adapters.activate("a")
+    with pytest.raises(RuntimeError, match="was replaced while a MultiAdapter serves the model"):
+        theirs(INPUTS)
