@@ -158,6 +158,8 @@ class Reader:
     def _set_columns(self, names: list[str]) -> None:
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise self.error(1, f"two columns are called {twice!r}")
+        if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
+            raise self.error(1, f"{mark!r} separates no columns: save it with commas (.csv) or tabs (.tsv)")
         self.columns = names
 
     def _json(self, text: io.TextIOWrapper) -> _Found:
