@@ -162,8 +162,6 @@ DATA_FLAGS = (
     Flag("holdout_fraction", float, None, "Evaluate on this share of the training set, drawn by --holdout_seed and "
          "kept out of training, instead of on the validation set: for choosing hyperparameters.",
          INSIDE_1),
-    Flag("save_splits", str, None, "With --holdout_fraction and --train_file: a folder that gets train.csv and "
-         "validation.csv, the rows trained on and held out."),
     Flag("holdout_seed", int, 0, "Seed of that draw.", _SEED),
 )  # fmt: skip
 # Those of transformers' TrainingArguments that a run takes, by their own names, and a few of its own.

@@ -22,7 +22,7 @@ from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import effective_batch_size, planned_steps
 from nlu.data.predictions import predict_sets, to_labels
-from nlu.data.splits import Data, describe, description_lines, reorder_labels, save_splits, tokenize
+from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import shard, without_accelerates_own
@@ -108,8 +108,6 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
         held.enter_context(log_to(path / "log" / "run.log"))
         for line in description_lines(task, described, data.max_seq_length):
             say(line)
-        if data.save_splits:
-            save_splits(loaded, data.label_column, data.save_splits)
     wait_for_all()
     facts = {
         "data": described,

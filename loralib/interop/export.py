@@ -2,7 +2,7 @@
 
     python -m loralib.export ADAPTER --to peft OUT          (ours, or an AdaLoRA or LoRA² of peft: a LoRA)
     python -m loralib.export ADAPTER --to merged OUT --base MODEL
-    python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL [--kind lora2 --r 8 --widths 8]
+    python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL
 
 A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 the logits stay within 1e-5; in bfloat16
 (--dtype bfloat16) a weight has 8 significant bits. docs/adapters.md has the differences that were measured.
@@ -33,7 +33,6 @@ from loralib.adapter_folder import (
     read_adapter_config,
     refuse_files,
 )
-from loralib.injection import KINDS
 from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs
 from loralib.merging import merge_and_unload
 from loralib.model_card import adapter_card
@@ -153,16 +152,6 @@ def _processor(base: str, config: AdapterConfig) -> Any:
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-_OPTIONS = {  # what each --to reads; in place of --to loralib its --kind
-    "peft": set(),
-    "merged": {"dtype", "allow_other_base"},
-    "lora": {"kind"},
-    "adalora": {"kind", "r", "lora_alpha"},
-    "lora2": {"kind", "r", "widths", "lora_alpha"},
-    "multiscale": {"kind", "r", "widths", "lora_alpha"},
-}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m loralib.export",
@@ -178,10 +167,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights (float32)")
     add("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
-    add("--kind", choices=tuple(KINDS), help="loralib: lora (default) is exact; the others by truncated SVD")
-    add("--r", type=int, help="loralib: rank after the truncated SVD (8)")
-    add("--widths", type=int, nargs="+", help="lora2, multiscale: widths of the scales, outermost first (8)")
-    add("--lora_alpha", type=float, help="loralib: alpha after the truncated SVD (16)")
     return parser
 
 
@@ -189,8 +174,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad input."""
     options = vars(_parser().parse_args(argv))
     adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
-    if odd := options.keys() - _OPTIONS[options.get("kind", "lora") if to == "loralib" else to]:
-        raise ValueError(f"--{min(odd)} has no meaning with this --to and --kind: leave it out")
+    if options and to != "merged":
+        raise ValueError(f"--{min(options)} has no meaning with --to {to}: leave it out")
     if to == "peft":
         ranks = export_peft(adapter, out, base)
         least, most = min(ranks.values()), max(ranks.values())
@@ -202,22 +187,20 @@ def run(argv: Sequence[str] | None = None) -> None:
         export_merged(adapter, out, base, dtype=getattr(torch, dtype), **options)
         print(f"{out}: plain {dtype} checkpoint")
     else:
-        _import(adapter, out, base, **options)
+        _import(adapter, out, base)
 
 
-def _import(adapter: str, out: str, base: str, kind: str = "lora", **options: Any) -> None:
-    if kind in ("lora2", "multiscale"):
-        options.setdefault("widths", [8])
+def _import(adapter: str, out: str, base: str) -> None:
     values, _, head = read_pairs(adapter)
     name = name_on_hub(values.get("base_model_name_or_path"))
     revision = revision_of(name, values.get("revision"), base)
     model = load_base(base, _class_for(values.get("task_type"), base, revision), **_label_count(head), **revision)
-    import_peft(model, adapter, kind, **options)
+    import_peft(model, adapter)
     save_adapter(
         model, out, base_model=name, base_revision=revision.get("revision"),
         save_tokenizer=lambda new: copy_tokenizer(adapter, new),
     )  # fmt: skip
-    print(f"{out}: {kind} adapter")
+    print(f"{out}: lora adapter")
 
 
 def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -33,8 +33,6 @@ from loralib.adapter_folder import (
     read_json_object,
     read_tensors,
 )
-from loralib.checks import check_whole_number
-from loralib.interop.decomposition import decompose, start_factors
 from loralib.model_card import adapter_card
 
 PREFIX = "base_model.model."
@@ -125,6 +123,23 @@ def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: d
     return (u * root).float(), (root[:, None] * vt).float()
 
 
+def decompose(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """left · core · right = U diag(σ) Vᵀ at its numerical rank ρ: U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64.
+
+    The product is not formed: the thin QR decompositions left = Q_l R_l and rightᵀ = Q_r R_r leave the small matrix
+    R_l · core · R_rᵀ to decompose. Values of σ below the rounding of float32 go.
+
+    Args:
+        left: (out, p). core: (p, q). right: (q, in).
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, sigma, vt = torch.linalg.svd(r_left @ core.double() @ r_right.T, full_matrices=False)
+    floor = float(sigma.max()) * torch.finfo(torch.float32).eps if len(sigma) else 0.0
+    rank = int((sigma > floor).sum())
+    return q_left @ u[:, :rank], sigma[:rank], vt[:rank] @ q_right.T
+
+
 def _write_peft(
     adapter: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -206,48 +221,23 @@ def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
 # ---- read a peft adapter --------------------------------------------------------------------------------------------
 
 
-def import_peft(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    kind: str = "lora",
-    r: int = 8,
-    widths: Sequence[int] = (),
-    lora_alpha: float = 16.0,
-    seed: int = 0,
-) -> None:
-    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` as layers of ours, in place.
-
-    Args:
-        kind: ``"lora"`` keeps the pairs unchanged. The other kinds start from the truncated singular value
-            decomposition of each pair, see :func:`start_factors`.
-        r, widths, lora_alpha: settings of the other kinds; widths is (k,) for ``"lora2"``.
-        seed: of the factors that are drawn at random.
+def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` as LoRA layers of ours, in place.
 
     Raises:
         ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
-            the base's weights (PiSSA, OLoRA), settings out of range, or a base that it does not fit; the model is
-            unchanged then.
+            the base's weights (PiSSA, OLoRA), or a base that it does not fit; the model is unchanged then.
     """
-    check_whole_number("r", r)
     _, pairs, head = read_pairs(folder)
-    generator = torch.Generator().manual_seed(seed)
     groups: dict[str, LayerGroup] = {}
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(head)
     for name, (left, right, scaling) in pairs.items():
         rank = right.shape[0]
-        if kind == "lora":
-            key: tuple[str, int, list[int], float] = (kind, rank, [], scaling * rank)
-            factors = {"lora_B.0": left, "lora_A.0": right}
-        else:
-            key = (kind, r, list(widths), float(lora_alpha))
-            found = decompose(left, torch.eye(rank, device="cpu") * scaling, right)
-            factors = start_factors(found, r, widths, lora_alpha / r, generator)
-        tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
+        tensors |= {f"{name}.lora_B.0": left.float(), f"{name}.lora_A.0": right.float()}
         # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.
-        group = groups.setdefault(str(key), LayerGroup(*key, 0.0, "gaussian", False, {}))
-        group.rank_pattern[name] = "1" * key[1]
-    config = AdapterConfig(kind, list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
-    tensors |= head
+        key = ("lora", rank, [], scaling * rank, 0.0, "gaussian", False)
+        groups.setdefault(str(key), LayerGroup(*key, {})).rank_pattern[name] = "1" * rank
+    config = AdapterConfig("lora", list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
     install(model, config, tensors, fitting_layers(model, config, tensors))
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from nlu.data.file_formats import shown
 from nlu.data.glue import load_split
 from nlu.data.own_task import load_own_files
 from nlu.errors import UsageError, reason
-from nlu.runs.files import write_text
 from nlu.tasks import TASKS, Task
 
 logger = logging.getLogger("nlu")
@@ -55,8 +53,6 @@ def load_data(arguments: Any) -> Data:
     """
     data, training = arguments.data, arguments.training
     held_out, skipped = data.holdout_fraction is not None, {}
-    if data.save_splits is not None and (data.train_file is None or not held_out):
-        raise UsageError("--save_splits writes what --holdout_fraction parts of --train_file: give all three")
     wanted = {
         "train": training.do_train or (training.do_eval and held_out),
         "validation": training.do_eval and not held_out,
@@ -139,15 +135,6 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
     except ValueError as error:  # a class of one row; no row left to train on
         raise UsageError(f"--holdout_fraction {fraction}: {reason(error)}") from None
     return {"train": parts["train"], task.validation_splits[0]: parts["test"]}
-
-
-def save_splits(data: Data, label_column: str, folder: str | Path) -> None:
-    """Write train.csv and validation.csv: texts and label of the rows trained on and held out, and their number."""
-    for split in ("train", "validation"):
-        table = data.rows[split].to_pandas()
-        if not data.task.is_regression:
-            table["label"] = [data.task.labels[number] for number in table["label"]]
-        write_text(Path(folder) / f"{split}.csv", table.rename(columns={"label": label_column}).to_csv(index=False))
 
 
 # ---- token ids -------------------------------------------------------------------------------------------------------

@@ -188,16 +188,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         UsageError: names the file and the number of the first line that is damaged.
     """
     lines: dict[str, dict[str, Any]] = {}
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                line = json.loads(text)
-                if line["run"] in lines:
-                    raise ValueError(f"the run {line['run']} is on another line too")
-            except (KeyError, TypeError, ValueError) as error:
-                what = f"{path}:{number}: damaged ({one_line(error)})"
-                raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
-            lines[line["run"]] = line
+    for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            line = json.loads(text)
+            if line["status"] and line["run"] in lines:
+                raise ValueError(f"the run {line['run']} is on another line too")
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{path}:{number}: damaged ({one_line(error)})"
+            raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
+        lines[line["run"]] = line
     return list(lines.values())

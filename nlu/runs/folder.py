@@ -24,7 +24,7 @@ LOCK = ".lock"
 _FREE = frozenset({
     "cache_dir", "dataloader_num_workers", "disable_tqdm", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
     "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
-    "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name", "save_splits",
+    "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
     "save_total_limit", "test_file", "total_batch_size", "train_file", "validation_file",
 })  # fmt: skip
 # What a finished run may be asked for on top: it goes on from its last checkpoint, to predict.

@@ -153,8 +153,8 @@ def edit_tensor(tensors, number, what):
     derandomize="GENERATED_CASES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(st.data(), edits, tensor_edits, st.sampled_from(["lora", "adalora", "lora2"]))
-def test_any_folder_whose_checksums_fit_is_loaded_or_refused(tmp_path, whose, data, changes, weights, kind):
+@given(st.data(), edits, tensor_edits)
+def test_any_folder_whose_checksums_fit_is_loaded_or_refused(tmp_path, whose, data, changes, weights):
     """Whatever is refused leaves the model as it was."""
     which, folder, model = data.draw(st.sampled_from(whose)), tmp_path / "adapter", Net()
     shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
@@ -162,7 +162,7 @@ def test_any_folder_whose_checksums_fit_is_loaded_or_refused(tmp_path, whose, da
     before = state_of(model)
     try:
         if which == "peft":
-            import_peft(model, folder, kind, r=3, widths=(2,) if kind == "lora2" else ())
+            import_peft(model, folder)
         else:
             loralib.load_adapter(model, folder, allow_other_base=True)
     except ValueError as error:

@@ -210,10 +210,9 @@ def test_transformers_loads_the_folder_by_its_own_loader(tmp_path):
     folder = str(tmp_path / "a")
     with refused(f"python -m loralib.export {folder} --to loralib"):
         loralib.load_adapter(load(tmp_path / "base"), folder)
-    for kind in ([], ["--kind", "lora2", "--r", "3", "--widths", "4"]):
-        assert main([folder, "--to", "loralib", str(tmp_path / "ours"), "--base", str(tmp_path / "base"), *kind]) == 0
-        loralib.load_adapter(ours := load(tmp_path / "base"), tmp_path / "ours")
-        torch.testing.assert_close(ours.eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert main([folder, "--to", "loralib", str(tmp_path / "ours"), "--base", str(tmp_path / "base")]) == 0
+    loralib.load_adapter(ours := load(tmp_path / "base"), tmp_path / "ours")
+    torch.testing.assert_close(ours.eval()(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert main([folder, "--to", "peft", str(tmp_path / "peft")]) == 0
     theirs = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "peft").eval()
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)

@@ -132,10 +132,13 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
     assert [each["seed"] for each in read_lines(path)] == [1, 2]
 
 
-@pytest.mark.parametrize("second", ['{"run": "a"', json.dumps(line("LoRA r=8", "cola", 1, [0.2]))])
+@pytest.mark.parametrize(
+    "second",
+    [b'{"run": "a"', b'{"run": "a"}', b'{"run": "\xff"}', json.dumps(line("LoRA r=8", "cola", 1, [0.2])).encode()],
+)
 def test_a_damaged_line_or_one_of_a_run_that_is_there_already_is_named(tmp_path, second):
     path = tmp_path / "trial.jsonl"
-    path.write_text(json.dumps(line("LoRA r=8", "cola", 1, [0.1])) + "\n" + second + "\n")
+    path.write_bytes(json.dumps(line("LoRA r=8", "cola", 1, [0.1])).encode() + b"\n" + second + b"\n")
     with pytest.raises(UsageError, match=rf"^{path}:2: damaged \(.*delete it to run it again$"):
         read_lines(path)
 

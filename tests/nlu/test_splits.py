@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import pandas as pd
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -17,7 +16,6 @@ from nlu.data.splits import (
     description_lines,
     load_data,
     reorder_labels,
-    save_splits,
     tokenize,
 )
 from nlu.errors import UsageError
@@ -28,7 +26,7 @@ from tests.nlu.tiny import write_rows
 
 DEFAULTS = dict.fromkeys(
     ("task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "metric", "predict_task",
-     "holdout_fraction", "save_splits", "max_train_samples", "max_eval_samples", "max_predict_samples"),
+     "holdout_fraction", "max_train_samples", "max_eval_samples", "max_predict_samples"),
 ) | {"label_column": "label", "encoding": "utf-8", "on_error": "stop", "holdout_seed": 0}  # fmt: skip
 ALL = ("train", "eval", "predict")
 
@@ -57,17 +55,12 @@ def test_held_out_rows_are_no_training_rows_and_replace_every_validation_set(tin
     assert few["train"]["idx"][:] == rows["train"]["idx"][:9] and len(few["validation_matched"]) == 13
 
 
-def test_of_ones_own_rows_each_class_gives_its_share_and_the_parts_are_saved_whole(tmp_path):
+def test_of_ones_own_rows_each_class_gives_its_share(tmp_path):
     lines = [{"id": f"n{i}", "text": f'"a,\n{i}', "label": "rare" if i % 10 == 0 else "common"} for i in range(60)]
     write_rows(tmp_path / "all.csv", lines)
-    given = {"text_columns": "text", "holdout_fraction": 0.5, "save_splits": tmp_path / "parts"}
-    data = load(train_file=tmp_path / "all.csv", **given)
-    parts = [data.rows[part]["label"] for part in ("train", "validation")]
+    rows = loaded(train_file=tmp_path / "all.csv", text_columns="text", holdout_fraction=0.5)
+    parts = [rows[part]["label"] for part in ("train", "validation")]
     assert [np.bincount(labels).tolist() for labels in parts] == [[27, 3], [27, 3]]
-    save_splits(data, "label", tmp_path / "parts")
-    for part, rows in data.rows.items():
-        expected = [{"text": lines[i]["text"], "label": lines[i]["label"], "idx": i} for i in rows["idx"]]
-        assert pd.read_csv(tmp_path / "parts" / f"{part}.csv").to_dict("records") == expected
 
 
 def test_the_flag_for_the_data_goes_before_the_environment(tiny_glue, monkeypatch):
