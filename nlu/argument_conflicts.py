@@ -6,6 +6,7 @@ What a single argument may be stands in ``nlu/arguments.py``.
 from __future__ import annotations
 
 from collections.abc import Collection
+from importlib.util import find_spec
 from typing import Any
 
 from nlu.errors import UsageError
@@ -37,6 +38,8 @@ def check(args: Any, given: Collection[str], chosen: Collection[str], config: st
         raise UsageError("--bf16 and --fp16 exclude each other")
     if args.push_to_hub != (args.hub_model_id is not None):
         raise UsageError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both or neither")
+    if args.report_to != "none" and find_spec(args.report_to) is None:
+        raise UsageError(f"--report_to {args.report_to} needs its package: pip install {args.report_to}")
     _plan_evaluations(args)
     share_batch(args, chosen)
 

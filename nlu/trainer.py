@@ -205,7 +205,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         try:
             return super().create_scheduler(*args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"--lr_scheduler_kwargs: {reason(error, 200)}") from None
+            raise UsageError(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}: {reason(error, 200)}") from None
 
     # ---- data ---------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,7 @@ WRONG = """
 --total_batch_size 32 --gradient_accumulation_steps 2 | follows from --total_batch_size
 --train_file x.csv | for your own files
 --bf16 --fp16 | exclude each other
+--report_to trackio | pip install trackio
 --load_best_model_at_end | need evaluations
 """.strip().splitlines()
 
