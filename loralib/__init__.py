@@ -46,7 +46,7 @@ __all__ = [
     "unmerge_adapter",
 ]
 
-# Old places of one release ago: the modules that moved, with the public names that each took along.
+# The modules that moved in the last release: old name -> (new subpackage, public names of the module).
 _MOVED = {
     "diagnostics": ("recipes", ["update_statistics"]),
     "exact_factors": ("recipes", ["ExactFactors"]),
@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _MovedModules:
-    """Imports a module from its new place where its old one is asked for."""
+    """Imports a module from its new location when it is imported by its old name."""
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:

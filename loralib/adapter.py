@@ -1,15 +1,15 @@
 """A model's adapter: save it, load it, start a training from it, and drop pruned singular values.
 
-**What is stored**: each factor at the live singular values of its layer, those that are not exactly 0. A factor that
-layers share is stored once. The head is stored too: whatever else trains, and the buffers that training changes.
-:mod:`loralib.adapter_folder` has the files.
+**What is stored**: the part of each factor that belongs to live singular values (those that are not exactly 0), and
+the head: all other trainable parameters, and the buffers that training changes. A factor that layers share is stored
+once. :mod:`loralib.adapter_folder` describes the files.
 
 **What is checked** before the model is changed:
 
 - the folder's checksums (:func:`loralib.adapter_folder.read_adapter`);
-- that model and adapter have the same layers, with the same ranks, shapes and sharing (:func:`check_factors`);
-- that the base's weights are those of the training (:func:`check_base`), unless ``allow_other_base`` is given;
-- by :func:`load_adapter` alone, the shapes of the head (:func:`install`).
+- that the model and the adapter have the same layers, with the same ranks, shapes and sharing (:func:`check_factors`);
+- that the base has the weights that the adapter was trained on (:func:`check_base`), unless ``allow_other_base``;
+- the shapes of the head (:func:`install`), by :func:`load_adapter` only.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from loralib.stored_weight import frozen_shape
 def compact(model: nn.Module) -> dict[str, int]:
     """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
 
-    The weights alone say what is pruned: a singular value e_i that is exactly 0. A model whose every e is 0 counts as
-    untrained and keeps all. Plain LoRA has no singular values and keeps its rank.
+    A singular value counts as pruned if it is exactly 0. A model whose singular values are all 0 counts as untrained
+    and keeps them all. Plain LoRA has no singular values and keeps its rank.
 
     Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
-    parameters: make the optimiser afterwards.
+    parameters: create the optimiser afterwards.
 
     Returns:
-        Module name -> rank it has now.
+        Module name -> new rank.
 
     Raises:
-        ValueError: if peft holds the layers.
+        ValueError: if peft wraps the layers.
     """
     layers = layers_outside_peft(model, "base_model.compact()")
     for name, kept in live_singular_values(layers).items():
@@ -58,7 +58,7 @@ def compact(model: nn.Module) -> dict[str, int]:
 
 
 def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
-    """Module name -> indices of the singular values that are not 0. If every one of the whole model is 0: all."""
+    """Module name -> indices of the singular values that are not 0; all indices if the whole model has only zeros."""
     live = {
         name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
         for name, layer in layers.items()
@@ -80,25 +80,25 @@ def save_adapter(
     card: Mapping[str, Any] | None = None,
     save_tokenizer: Callable[[Path], Any] | None = None,
 ) -> Path:
-    """Write the adapter: the factors of all low-rank layers, and the head, as said at the top of this module.
+    """Write the factors of all low-rank layers, and the head, to a folder.
 
-    Singular values that are exactly 0 are left out, see :func:`loralib.compact`. The model need not have low-rank
-    layers: the adapter then holds the trainable parameters. From a compiled, data-parallel or averaged model it saves
-    the adapter of the model inside. All processes of a group, or one of them, may call it: they take turns, and each
-    returns when the folder is there.
+    Singular values that are exactly 0 are left out, see :func:`loralib.compact`. If the model has no low-rank layers,
+    the adapter holds its trainable parameters. A compiled, data-parallel or averaged model is unwrapped first. All
+    processes of a process group, or only one of them, may call this function: they take turns, and each returns after
+    the folder has been written.
 
     Args:
         folder: new, empty, or an adapter's, whose files are replaced.
         base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
-            ``config`` of a transformers model. Of a path only the last part is recorded.
-        card: values of JSON, recorded under "card"; task, method, metric, score and notes also show in README.md.
-        save_tokenizer: such as ``tokenizer.save_pretrained``: writes the tokenizer's files into the folder too.
+            ``config`` of a transformers model. If the name is a path, only its last part is recorded.
+        card: JSON values, recorded under "card"; task, method, metric, score and notes are also shown in README.md.
+        save_tokenizer: called to write the tokenizer's files into the folder too, e.g. ``tokenizer.save_pretrained``.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft holds the layers, the folder holds other files, a value is NaN or
+        ValueError: if there is nothing to save, peft wraps the layers, the folder holds other files, a value is NaN or
             a factor infinite, or JSON cannot hold ``card``.
     """
     model = unwrapped(model)
@@ -119,7 +119,7 @@ def save_adapter(
         groups=groups,
         tied=tied,
         head=sorted(head),
-        architecture=type(model).__name__.removeprefix("FSDP"),  # which fully_shard puts before it
+        architecture=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds this prefix
         base_config=_head_config(model),
         base_model=name_on_hub(base_model),
         base_revision=base_revision,
@@ -134,7 +134,7 @@ def save_adapter(
 
 
 def _factor_names(layer_name: str, layer: LoRALayer) -> list[str]:
-    """The names in the model of ``layer.lora_parameters()``, in their order."""
+    """The names that ``layer.lora_parameters()`` have in the model, in the same order."""
     own = {id(parameter): name for name, parameter in layer.named_parameters()}
     prefix = f"{layer_name}." if layer_name else ""
     return [prefix + own[id(parameter)] for parameter in layer.lora_parameters()]
@@ -143,11 +143,11 @@ def _factor_names(layer_name: str, layer: LoRALayer) -> list[str]:
 def _stored_factors(
     layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to store by name, each parameter once, and name -> stored name for the others."""
+    """(Tensors to store by name, each parameter once; other names of these parameters -> stored name)."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     owners: dict[int, str] = {}
-    for layer_name in sorted(layers, key=lambda name: not live[name]):  # those of which something is stored come first
+    for layer_name in sorted(layers, key=lambda name: not live[name]):  # layers with something to store come first
         layer, kept = layers[layer_name], live[layer_name]
         names, parameters = _factor_names(layer_name, layer), layer.lora_parameters()
         for name, parameter, values in zip(names, parameters, layer.select(kept), strict=True):
@@ -170,7 +170,7 @@ def _groups(layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]) -> l
 
 
 def name_on_hub(recorded: Any) -> str | None:
-    """A base's name on the hub; of a place on somebody's disk only the last part, and None for anything else."""
+    """The name of a base on the hub, or the last part of a path on a local disk; None for anything else."""
     name = os.fspath(recorded) if isinstance(recorded, str | os.PathLike) else ""
     on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
     return name if on_the_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
@@ -189,7 +189,7 @@ def _head_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
-    """A second name that weight tying gives an adapted module or a trained tensor; None where there is none."""
+    """A second name that weight tying gives an adapted module or a trained tensor; None if there is none."""
     trained = set(map(id, head.values()))
     modules = model.named_modules(remove_duplicate=False)
     names = [name for name, module in modules if isinstance(module, LoRALayer) and name not in layers]
@@ -203,12 +203,12 @@ def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mappin
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
-    The model is the plain base, or it has low-rank layers in exactly the adapter's places, of its rank and widths. Then
-    the values are written into their factors. Afterwards the adapter's parameters are trainable and all others frozen.
+    The model is the plain base, or its low-rank layers are those of the adapter, with the same rank and widths. Then
+    their factors are overwritten. Afterwards the adapter's parameters are trainable and all others frozen.
 
-    Factors that had been cast to half precision return in float32; the logits then agree to rounding. An adapter that
-    was trained on frozen weights in bfloat16 goes on the float32 base: call ``cast_frozen`` after this. A pruned
-    singular value comes back as 0, and its columns and rows of the factors too, so that it gets no gradient.
+    Factors that were saved in half precision are loaded as float32; the logits then agree up to rounding. Load an
+    adapter that was trained on frozen bfloat16 weights onto the float32 base and call ``cast_frozen`` afterwards. A
+    pruned singular value is loaded as 0, and so are its column of B and row of A, so that it gets no gradient.
     :func:`loralib.compact` drops it, and :func:`start_from_adapter` lets it grow again.
 
     Args:
@@ -233,8 +233,8 @@ def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str
     """The layers for an adapter by module name: the model's own, or new ones over its weights. Nothing is changed.
 
     Raises:
-        ValueError: the adapter does not fit the model, see :func:`load_adapter`. The head's shapes and the base's
-            weights are not looked at.
+        ValueError: if the adapter does not fit the model, see :func:`load_adapter`. The head's shapes and the base's
+            weights are not checked here.
     """
     with keep_flags(model):
         layers = lora_layers(model) or _new_layers(model, config)
@@ -247,19 +247,19 @@ def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str
 
 
 def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]:
-    """Layers over the model's weights with the adapter's rank, widths and sharing; the model keeps its own modules."""
+    """New layers over the model's weights with the adapter's rank, widths and sharing; the model is not changed."""
     modules = {name: module for name, module in model.named_modules() if name and is_linear(module)}
     layers: dict[str, LoRALayer] = {}
-    outer: dict[str, tuple[nn.ParameterList, int]] = {}  # name of an outer factor -> the list that holds it, its place
+    outer: dict[str, tuple[nn.ParameterList, int]] = {}  # name of an outer factor -> (its list, its index)
     for name, group in config.modules.items():
         if name not in modules:
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
         check_replaceable(name, modules[name])
         check_choice("kind", group.kind, KINDS)
         most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
-        # A folder from a stranger must not ask for endless memory.
+        # A folder from an untrusted source must not make this allocate unbounded memory.
         if max(group.r, len(flags), *group.widths) > most or len(group.widths) > 16:
-            raise ValueError(f"the adapter's rank or width of {name} is beyond {most}, or it has too many widths")
+            raise ValueError(f"the adapter's rank or a width of {name} is beyond {most}, or it has more than 16 widths")
         options = {"k": next(iter(group.widths), None), "widths": group.widths, "init": group.init}
         options = {option: options[option] for option in signature(KINDS[group.kind].scales).parameters}
         layer = KINDS[group.kind].from_linear(modules[name], group.r, group.lora_alpha, group.lora_dropout, **options)
@@ -276,9 +276,9 @@ def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]
 
 
 def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless each layer has the adapter's initial rank for its module, the file holds the factors of
-    these layers and nothing else beside the head, the layers share no more factors than the adapter's, and none of
-    them is merged."""
+    """Raises ValueError unless each layer has the initial rank that the adapter has for its module, the file holds
+    exactly the factors of these layers and the head, every factor that layers share is shared in the adapter too, and
+    no layer is merged."""
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
@@ -288,7 +288,7 @@ def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
         layer, live = layers[name], group.live(name)
         wanted = f"method ({group.kind}), rank ({group.r}) and widths ({group.widths})"
         if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
-            raise ValueError(f"{name} has rank {layer.initial_r}, {layer.r} of it left: give the adapter's {wanted}")
+            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): give the adapter's {wanted}")
         if not live:
             continue
         factors = zip(_factor_names(name, layer), layer.lora_parameters(), layer.select(live), strict=True)
@@ -311,7 +311,7 @@ def check_base(model: nn.Module, config: AdapterConfig) -> None:
     if base_fingerprint(model, config.head) != config.base_fingerprint:
         raise ValueError(
             f"the base's weights are not those the adapter was trained on: {_origin(config)} "
-            "(allow_other_base takes another)"
+            "(allow_other_base accepts another)"
         )
 
 
@@ -350,7 +350,7 @@ def install(
 
 @torch.no_grad()
 def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Give layers the adapter's settings and factors. Pruned values become zero, and so do their columns and rows."""
+    """Give layers the adapter's settings and factors. Pruned values, and their columns of B and rows of A, become 0."""
     for layer in layers.values():
         for parameter in layer.lora_parameters():
             parameter.zero_()
@@ -362,7 +362,7 @@ def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
 
 
 def _stored_values(name: str, layer: LoRALayer, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """The stored values of ``layer.lora_parameters()`` at the live singular values."""
+    """The stored values of ``layer.lora_parameters()``, for the live singular values only."""
     return [tensors[config.tied.get(factor, factor)] for factor in _factor_names(name, layer)]
 
 
@@ -372,9 +372,9 @@ def _stored_values(name: str, layer: LoRALayer, config: AdapterConfig, tensors: 
 def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterConfig:
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
-    ΔW is then the adapter's. If lora_alpha differs, the singular values (LoRA: B) make up for it. Singular values that
-    were pruned keep e and factors of the model's own layers, after ``inject`` e = 0, so that they can grow again. The
-    head and the ``requires_grad`` flags are left alone.
+    ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA: B) are rescaled to make up for it.
+    Pruned singular values keep the values that they have in the model's own layers (after ``inject``: e = 0 and random
+    factors), so that they can grow again. The head and the ``requires_grad`` flags are not changed.
 
     Args:
         model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.

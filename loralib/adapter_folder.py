@@ -1,9 +1,9 @@
 """The adapter folder: what it holds, and how it is written, read and checked.
 
 A folder holds adapter_config.json (an :class:`AdapterConfig`), adapter_model.safetensors (the tensors), README.md and
-often a tokenizer. The configuration names no file, so a folder cannot point outside itself. It holds the SHA-256 of the
-tensors' file and of its own content (sorted keys, without that entry), so that truncation and edits of either file are
-found; README.md and the tokenizer have no checksum.
+often a tokenizer. The configuration names no file, so a folder cannot point outside itself. It records the SHA-256 of
+the tensors' file and of its own content (sorted keys, without that entry), so that truncation and edits of either file
+are detected; README.md and the tokenizer have no checksum.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 VERSION = "0.3.0"  # of loralib
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-# Names of tokenizers' files, one of which each tokenizer of transformers writes.
+# File names of tokenizers: every tokenizer of transformers writes at least one of them.
 _TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
-_NEW = ".new-"  # prefix of the temporary folder of files that are being written
+_NEW = ".new-"  # prefix of the temporary folder that new files are first written to
 
 
 # ---- the configuration ----------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class LayerGroup:
 
     Attributes:
         kind: lora, adalora, lora2 or multiscale. r: initial rank; lora_alpha / r is the scaling.
-        widths: from the outermost inward. init: how the factors of layers with singular values were drawn.
+        widths: from the outermost inward. init: initialisation of the factors of layers with singular values.
         fan_in_fan_out: whether the modules store their weight as (in, out), as GPT-2's ``Conv1D`` does.
         rank_pattern: module name -> one character for each singular value that the layer had when it was saved (LoRA:
             rank): "1" if it is live and stored, "0" if it is pruned.
@@ -66,17 +66,17 @@ class AdapterConfig:
     """The content of ``adapter_config.json``.
 
     Attributes:
-        kind: those of the layers, joined by "+", or "parameters" if there are no layers (BitFit, full fine-tuning).
+        kind: the kinds of the layers, joined by "+", or "parameters" if there are no layers (BitFit, full fine-tuning).
         groups: the low-rank layers.
         tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
         head: names of the other trained parameters, and of the saved buffers that training changes.
         architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
-            needed to build the base again. base_model, base_revision: its name and revision on the hub; may be None.
+            needed to rebuild the base. base_model, base_revision: name and revision of the base on the hub, or None.
         base_fingerprint: see :func:`loralib.base_fingerprint`.
-        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of something that
-            was trained. peft's format has no place for a second name.
-        library, library_version: what wrote the folder. format_version: of the folder.
-        weights_sha256: of the tensors' file. The file also has "config_sha256", of all the rest.
+        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of an adapted
+            module or trained tensor (weight tying). peft's format cannot hold a second name.
+        library, library_version: what wrote the folder. format_version: version of the folder's format.
+        weights_sha256: checksum of the tensors' file. The JSON file also has "config_sha256", over all other entries.
     """
 
     kind: str
@@ -105,8 +105,8 @@ class AdapterConfig:
         return {name: len(group.live(name)) for name, group in self.modules.items()}
 
     def head_options(self) -> dict[str, Any]:
-        """Arguments of transformers' ``from_pretrained`` with which the base has the labels that the adapter's head
-        was trained for: id2label, label2id and problem_type. Empty for a model of another library."""
+        """Arguments for transformers' ``from_pretrained`` that give the base the labels that the adapter's head was
+        trained for: id2label, label2id and problem_type. Empty for a model of another library."""
         if not self.base_config:
             return {}
         id2label = {int(number): name for number, name in self.base_config["id2label"].items()}
@@ -115,11 +115,11 @@ class AdapterConfig:
 
 
 def _config_of(values: dict[str, Any]) -> AdapterConfig:
-    """The configuration with these values, each of its type. Whether they fit a model is seen when layers are built.
+    """Build the configuration and check its types. Whether it fits a model is checked when the layers are built.
 
     Raises:
-        ValueError: for a wrong key or type. Checksums only show damage: the author of a malicious folder can make them
-            fit.
+        ValueError: for a wrong key or type. Checksums alone are not enough: they detect damage, but the author of a
+            malicious folder can compute them.
     """
     try:
         config = AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
@@ -129,7 +129,7 @@ def _config_of(values: dict[str, Any]) -> AdapterConfig:
         for name, hint in get_type_hints(type(part)).items():
             if not _is_a(value := getattr(part, name), hint):
                 raise ValueError(f"{name} cannot be {value!r:.80}")
-    if not config.architecture.isidentifier():  # README.md prints it in its heading, and in peft's form as code
+    if not config.architecture.isidentifier():  # README.md shows it in its heading and, for peft, in code
         raise ValueError(f"architecture cannot be {config.architecture!r:.80}")
     try:
         config.head_options()
@@ -139,7 +139,7 @@ def _config_of(values: dict[str, Any]) -> AdapterConfig:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of an annotated type; True is no number."""
+    """Whether a value from JSON has the annotated type; a bool does not count as a number."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is list:
         return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
@@ -173,7 +173,7 @@ def write_adapter(
     try:
         _config_of(values)
         text = json.dumps(values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False)
-    except (TypeError, ValueError) as error:  # TypeError: config.card holds what JSON cannot
+    except (TypeError, ValueError) as error:  # TypeError: JSON cannot represent config.card
         raise ValueError(f"the adapter cannot be saved: {error}") from None
     with new_files(folder) as new:
         if save_tokenizer is not None:
@@ -185,17 +185,17 @@ def write_adapter(
 
 @contextmanager
 def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
-    """An empty folder to write to. At the end of the block its files take the places of those in ``folder``.
+    """Yield an empty temporary folder. At the end of the block its files are moved into ``folder``.
 
-    An error inside the block leaves the folder as it was. The files are replaced one by one, the weights first and
+    An error inside the block leaves ``folder`` as it was. The files are replaced one by one, the weights first and
     ``last`` at the end, so that a kill in between leaves an adapter that :func:`read_adapter` refuses. Processes that
-    write the same folder take turns, where the folder can be locked.
+    write to the same folder take turns if it can be locked.
 
     Args:
-        folder: may be absent, empty, or hold ``last``; its other files stay.
+        folder: absent, empty, or an older one that contains ``last``, whose other files stay.
 
     Raises:
-        ValueError: where it holds something else. OSError: where it is a file or cannot be written to.
+        ValueError: if it holds something else. OSError: if it is a file or cannot be written to.
     """
     target = Path(os.path.realpath(folder))
     is_new = not target.exists()
@@ -216,7 +216,7 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
                 os.replace(file, target / file.name)
     finally:
         if is_new:
-            with suppress(OSError):  # rmdir fails, as it should, where files were written
+            with suppress(OSError):  # rmdir fails, as it should, if files were written
                 target.rmdir()
 
 
@@ -229,8 +229,8 @@ def refuse_files(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
-    """Inside the block there is one writer, or there are readers alone, among all processes of this machine. A kill
-    unlocks. Yields False where nothing can be locked: on Windows, and on network disks that lock no folder."""
+    """Lock a folder among the processes of this machine, for one writer or for any number of readers. A process that
+    is killed releases it. Yields False if it cannot be locked: on Windows, and on some network disks."""
     descriptor, alone = None, False
     try:
         with suppress(ImportError, OSError):
@@ -251,7 +251,7 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
-    """Copy the files of an adapter's folder that are not the adapter's own: the tokenizer's."""
+    """Copy the tokenizer's files: all files of an adapter's folder but the adapter's own."""
     for path in Path(adapter).iterdir():
         if path.is_file() and path.name not in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
             shutil.copy(path, folder)
@@ -271,7 +271,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
 
     Raises:
         ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed, or holds
-            NaN, or infinity in a factor.
+            NaN or, in a factor, infinity.
     """
     with _locked(Path(folder), exclusive=False):
         config = read_adapter_config(folder)
@@ -304,7 +304,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: if the file is missing or unreadable or holds no object.
+        ValueError: if the file is missing or unreadable, or does not hold an object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -322,7 +322,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         sha256: the checksum that the file must have; None accepts any.
 
     Raises:
-        ValueError: if the file is missing, changed or no safetensors file, or a tensor holds NaN, a factor infinity.
+        ValueError: if the file is missing, changed or not a safetensors file, or holds NaN or, in a factor, infinity.
     """
     try:
         data = path.read_bytes()
@@ -336,8 +336,8 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def _check_finite(where: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse NaN everywhere, and infinity in factors. A head may hold infinity: a causal mask is one of its buffers."""
+    """Refuse NaN everywhere, and infinity in factors. A head may hold infinity, e.g. in the buffer of a causal mask."""
     for name, tensor in tensors.items():
-        values = tensor.float()  # half and quarter precision lack some operations
+        values = tensor.float()  # some operations are missing for half precision and float8
         if values.isnan().any() or (".lora_" in name and values.isinf().any()):
             raise ValueError(f"{where}: {name} holds NaN or infinity: the training has failed")

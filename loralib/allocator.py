@@ -1,17 +1,17 @@
 """Rank allocation: budget, importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
 
-Pruning has two phases. At every masking the ``b(t)`` most important singular values of all layers stay, and the
-others are set to 0. Between maskings the optimiser may move a pruned value away from 0, so that it can come back; for
-the last final_warmup steps one mask is held and applied in each step, so that it cannot.
+Pruning has two phases. At every masking the ``b(t)`` most important singular values of all layers are kept and the
+others are set to 0. Between maskings the optimiser may move a pruned value away from 0, so that it can come back. In
+the last final_warmup steps the mask is fixed and applied after every step, so that it cannot.
 
 Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
            b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
-           where t_f is 0); b_T for the last t_f steps with the mask held.
+           if t_f is 0); b_T for the last t_f steps with the mask fixed.
 Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁). Its uncertainty Ū is the moving average of
-|I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated before step T − t_f, and at step 1 always.
+|I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated at the steps before T − t_f, and always at step 1.
 Importance of singular value i of a layer: S(e_i) + mean of S over the innermost B[:, i] + the same over A[i, :].
-With one scale this is AdaLoRA's. LoRA² leaves the outer factors out ("inner"). "full" adds the mean score of each outer
-factor: it is equal within a layer and differs between layers, and one budget serves all layers.
+With one scale this is AdaLoRA's importance. LoRA² leaves the outer factors out ("inner"). "full" adds the mean score of
+each outer factor, which does not depend on i, but matters because all layers compete for one budget.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ IMPORTANCES = ("inner", "full")
 
 
 class RankAllocator:
-    """Prunes the singular values of all layers against one global budget.
+    """Prunes the singular values of all layers to one global budget.
 
-    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared, steps counted from 1.
-    A layer that is frozen, from the start or later, keeps its singular values, and the budget is that of the others.
+    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
+    A layer that is frozen, from the start or later, keeps its singular values. The budget then covers only the others.
 
     Args:
-        model: holds low-rank layers with singular values, all of one rank.
+        model: has low-rank layers with singular values, all of the same rank.
         total_steps: optimiser steps of the whole training.
         target_rank: average final rank of a layer.
-        init_warmup: steps before pruning starts; a tenth of the training where None.
-        final_warmup: number of last steps, in which one mask is held; half of the training where None.
+        init_warmup: steps before pruning starts; None means a tenth of the training.
+        final_warmup: number of last steps, in which the mask is fixed; None means half of the training.
         mask_interval: steps between two maskings.
         beta1, beta2: decay rates of the moving averages of sensitivity and uncertainty, in (0, 1).
-        importance: ``"inner"`` or ``"full"``, see the module's text.
+        importance: ``"inner"`` or ``"full"``, see the module's docstring.
 
     Attributes:
-        initial_total_rank, target_total_rank: singular values over all layers at the start and at the end.
+        initial_total_rank, target_total_rank: number of singular values in all layers at the start and at the end.
 
     Raises:
-        ValueError: for a value out of range or a contradiction; the message says what to change.
+        ValueError: for a value out of range, or values that contradict each other.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RankAllocator:
         self.r = self._layers[0].r
         for name, layer in layers.items():
             if layer.r != self.r:
-                raise ValueError(f"all layers must have one rank to be pruned: {name} has {layer.r}, not {self.r}")
+                raise ValueError(f"pruning needs layers of the same rank: {name} has {layer.r}, others {self.r}")
         if target_rank > self.r:
             raise ValueError(f"target_rank {target_rank} exceeds the layers' rank {self.r}")
         self.initial_total_rank, self.target_total_rank = self.r * len(layers), target_rank * len(layers)
@@ -94,8 +94,8 @@ class RankAllocator:
         self._uncertainty = torch.zeros_like(self._sensitivity)
 
     def _scored(self) -> list[tuple[nn.Parameter, int | None, list[int]]]:
-        """The scored parameters, each once, with the dimension of the singular values (None for an outer factor), and
-        the places of the layers that hold it."""
+        """The scored parameters, each once: (parameter, dimension of its singular values, indices of the layers that
+        hold it). The dimension is None for an outer factor."""
         found: dict[int, tuple[nn.Parameter, int | None, list[int]]] = {}
         for row, layer in enumerate(self._layers):
             for parameter, axis in zip(layer.lora_parameters(), layer.singular_axes(), strict=True):
@@ -121,11 +121,11 @@ class RankAllocator:
 
     @property
     def live_rank(self) -> int:
-        """Singular values over all layers that are not 0 in the weights as they are now."""
+        """Number of singular values in all layers that are not 0 in the weights as they are now."""
         return sum(map(sum, self.rank_pattern.values()))
 
     def budget(self, step: int, layers: int | None = None) -> int:
-        """How many singular values that number of layers (None: all) keeps together at ``step``, counted from 1."""
+        """Number of singular values that ``layers`` layers (None: all) keep in total at ``step``, counted from 1."""
         count = len(self._layers) if layers is None else layers
         start, target, last = self.r * count, self.target_rank * count, self.total_steps - self.final_warmup
         if step <= self.init_warmup:
@@ -137,16 +137,16 @@ class RankAllocator:
 
     @torch.no_grad()
     def update_and_mask(self, step: int) -> None:
-        """Update the scores from the current gradients, until one mask is held, and mask where the schedule says so.
+        """Update the scores from the current gradients, until the mask is fixed, and mask if the schedule says so.
 
         Args:
             step: number of optimiser steps done.
 
         Raises:
-            ValueError: where no singular value has a gradient to score it by.
+            ValueError: if no singular value has a gradient.
         """
-        last = self.total_steps - self.final_warmup  # step after which one mask is held
-        if step < max(last, 2):  # step 1 is scored even where it is the last before the mask is held
+        last = self.total_steps - self.final_warmup  # step after which the mask is fixed
+        if step < max(last, 2):  # score step 1 even if it is the last before the mask is fixed
             self._update_scores()
         due = step > last or step == self.total_steps or step % self.mask_interval == 0
         if step <= self.init_warmup or not due:
@@ -159,15 +159,15 @@ class RankAllocator:
 
     def _update_scores(self) -> None:
         if all(layer.lora_E.grad is None for layer in self._layers):
-            raise ValueError("no singular value has a gradient: score and mask before the gradients are cleared")
+            raise ValueError("no singular value has a gradient: update the pruning before the gradients are cleared")
         parameters = [parameter for parameter, *_ in self._scored()]
-        # A missing gradient (an unused module) and an entry that is not finite (a step that float16 skips) count as 0.
+        # A missing gradient (an unused module) and a non-finite entry (a step skipped in float16) count as 0.
         current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         current = current.nan_to_num(0.0, 0.0, 0.0).mul_(_flat(parameters)).abs_()
         moves: Tensor | float = 1.0
-        if not all(p.requires_grad for p in parameters):  # what is frozen keeps its scores: it may train again
+        if not all(p.requires_grad for p in parameters):  # a frozen parameter keeps its scores: it may train again
             moves = _flat([torch.full_like(p, p.requires_grad) for p in parameters])
-        # The averages follow a model that was moved to another device.
+        # The model may have been moved to another device.
         self._sensitivity, self._uncertainty = self._sensitivity.to(current), self._uncertainty.to(current)
         self._sensitivity.lerp_(current, (1 - self.beta1) * moves)
         self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), (1 - self.beta2) * moves)
@@ -176,7 +176,7 @@ class RankAllocator:
         """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
         scored = self._scored()
         entries = (self._sensitivity * self._uncertainty).split([p.numel() for p, *_ in scored])
-        totals: list[Any] = [0.0] * len(self._layers)  # a list, because an index tensor would be copied to the device
+        totals: list[Any] = [0.0] * len(self._layers)  # a list: a tensor of indices would be copied to the device
         for part, (parameter, axis, rows) in zip(entries, scored, strict=True):
             values = part.view(parameter.shape)
             values = values.mean() if axis is None else values.mean(1 - axis) if values.dim() == 2 else values
@@ -185,8 +185,8 @@ class RankAllocator:
         return torch.stack(totals)
 
     def _choose_masks(self, training: list[int], budget: int) -> None:
-        """Keep the ``budget`` most important singular values of the layers that train; of equal ones, those of later
-        names and indices stay."""
+        """Keep the ``budget`` most important singular values of the layers that train. Ties are broken in favour of
+        later names and indices."""
         scores = self.importance_scores().unbind()
         kept = most_important(torch.cat([scores[row] for row in training]), budget)
         for row, mask in zip(training, kept.split(self.r), strict=True):
@@ -197,7 +197,7 @@ class RankAllocator:
         return {name: getattr(self, name) for name in (*names, "importance")}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed training needs: tensors (on the CPU) and plain values."""
+        """All that is needed to resume: tensors (on the CPU) and plain values."""
         return {
             "layers": list(self._names),
             "settings": self._settings(),
@@ -216,8 +216,8 @@ class RankAllocator:
         for name, own in self._settings().items():
             if saved.get(name) != own:
                 raise ValueError(
-                    f"the pruning was planned with {name} = {saved.get(name)}, and now it is {own}: go on with the "
-                    "same, or save the adapter and start from it (start_from_adapter)"
+                    f"the saved pruning has {name} = {saved.get(name)}, but now it is {own}: resume with the same "
+                    "value, or save the adapter and start a new training from it (start_from_adapter)"
                 )
         if state["layers"] != self._names or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")
@@ -226,12 +226,12 @@ class RankAllocator:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All entries one after the other, float32, on the device of the first."""
+    """All entries one after the other, as float32, on the device of the first tensor."""
     return torch.cat([tensor.detach().flatten().to(tensors[0].device, torch.float32) for tensor in tensors])
 
 
 def most_important(scores: Tensor, budget: int) -> Tensor:
-    """Whether each score is among the ``budget`` largest, (n,) → (n,); of equal ones the later win."""
+    """Whether each score is among the ``budget`` largest, (n,) → (n,). Of equal scores the later ones win."""
     pruned = scores.argsort(stable=True)[: max(len(scores) - budget, 0)]
     return torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
 
@@ -239,7 +239,7 @@ def most_important(scores: Tensor, budget: int) -> Tensor:
 def check_schedule(
     init_warmup: int, final_warmup: int, total_step: int, names: tuple[str, str] = ("init_warmup", "final_warmup")
 ) -> None:
-    """Raises ValueError, with the names of the two settings, unless init_warmup + final_warmup < total_step."""
+    """Raises ValueError unless init_warmup + final_warmup < total_step; the message uses the two ``names``."""
     if init_warmup + final_warmup >= total_step:
         raise ValueError(
             f"{' + '.join(names)} = {init_warmup} + {final_warmup} = {init_warmup + final_warmup} leaves no step to "
