@@ -1,6 +1,6 @@
-"""Arguments that contradict each other, and values that follow from others, before data or model are read.
+"""Checks for contradictory arguments, and values that follow from other arguments, before data or model are read.
 
-What a single argument may be stands in ``nlu/arguments.py``.
+``nlu/arguments.py`` has the range of each single argument.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _OF_OWN_FILES = ("train_file", "validation_file", "test_file", "text_columns", "
 
 
 def check(args: Any, given: Collection[str], chosen: Collection[str], config: str) -> None:
-    """Refuse what would train, score or name something else than was asked for; fill in what follows from others.
+    """Reject arguments that contradict each other, and fill in the values that follow from others.
 
     Args:
-        args: every flag's value by name, with the base method in ``method``; changed in place.
-        given: the flags of the command. chosen: these, those of the method's file and the published ones.
-        config: the method's file.
+        args: the value of every flag by name, with the base method in ``method``; changed in place.
+        given: names of the flags in the command. chosen: the same, and those set by the method's file or --published.
+        config: name of the method's file.
 
     Raises:
         UsageError: one line that says what to change.
     """
     if args.model_name_or_path is None:
-        raise UsageError("--model_name_or_path is missing: name the encoder's folder, or its name on the hub")
+        raise UsageError("--model_name_or_path is missing: give the encoder's folder, or its name on the hub")
     _check_method(args, given, config)
     args.do_eval = args.do_eval or args.eval_strategy != "no"
     args.do_predict = args.do_predict or args.predict_task is not None
@@ -57,10 +57,10 @@ def _check_method(args: Any, given: Collection[str], config: str) -> None:
 
 
 def _check_data(args: Any, given: Collection[str]) -> None:
-    """One task of GLUE or files of one's own."""
+    """Check that the data are either a GLUE task or the user's own files."""
     if args.task_name is None:
         if args.train_file is None:
-            raise UsageError("no data: give --task_name, or --train_file, whose labels say what the task is")
+            raise UsageError("no data: give --task_name, or --train_file, whose labels decide what the task is")
         if args.do_eval and args.validation_file is None and args.holdout_fraction is None:
             raise UsageError(
                 "nothing to evaluate on: give --validation_file or --holdout_fraction, or leave --do_eval and "
@@ -69,11 +69,11 @@ def _check_data(args: Any, given: Collection[str]) -> None:
         return
     for name in _OF_OWN_FILES:
         if name in given:
-            raise UsageError(f"--{name} is for your own files: leave it out, or --task_name")
+            raise UsageError(f"--{name} is for your own files: leave out either it or --task_name")
 
 
 def _plan_evaluations(args: Any) -> None:
-    """When a training is evaluated, and which of its evaluations have a checkpoint."""
+    """Set when to evaluate during training, and which evaluations save a checkpoint."""
     if args.eval_steps is None and args.eval_strategy == "steps":
         args.eval_steps = args.logging_steps
     if args.eval_strategy == "no" and (args.load_best_model_at_end or args.early_stopping_patience is not None):
@@ -85,20 +85,20 @@ def _plan_evaluations(args: Any) -> None:
 
 
 def share_batch(args: Any, chosen: Collection[str]) -> None:
-    """Share ``--total_batch_size`` out: rows a process takes at once, and batches that it accumulates.
+    """Split ``--total_batch_size`` into the batch size of a process and the number of batches that it accumulates.
 
-    The rows at once are the largest divisor of a process's share that ``--per_device_train_batch_size`` allows.
+    The batch size is the largest divisor of a process's share that ``--per_device_train_batch_size`` allows.
 
     Raises:
-        UsageError: for a batch that the processes do not divide.
+        UsageError: if the rows cannot be divided evenly, or ``--gradient_accumulation_steps`` is set too.
     """
     total, processes = args.total_batch_size, args.world_size
     if total is None:
         return
     if "gradient_accumulation_steps" in chosen:
         raise UsageError(
-            "--gradient_accumulation_steps follows from --total_batch_size: leave it out, or bound the rows at once "
-            "with --per_device_train_batch_size"
+            "--gradient_accumulation_steps follows from --total_batch_size: leave it out, or limit the rows "
+            "that a process takes at once with --per_device_train_batch_size"
         )
     if total % processes:
         raise UsageError(f"--total_batch_size {total} does not divide among {processes} processes")

@@ -1,7 +1,7 @@
-"""The command line of ``nlu/run_glue.py``: from which source the value of each argument comes.
+"""The command line of ``nlu/run_glue.py``: which source the value of each argument comes from.
 
-Later ones win: the defaults in ``nlu/arguments.py``, the published settings (``--published``), the method's file, an
-argument file (the first word of the command), the flags of the command. Nothing here imports torch or transformers.
+Later sources override earlier ones: the defaults in ``nlu/arguments.py``, the published settings (``--published``),
+the method's file, an argument file (the first word of the command), the flags. Torch and transformers are not imported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DEFAULTS = {flag.name: flag.default for flags in PARTS.values() for flag in flag
 
 @functools.cache
 def build_parser() -> OneLineParser:
-    """The parser of all flags, which gives those of a command alone."""
+    """The parser of all flags; its result holds only the flags that a command gives."""
     parser = OneLineParser(
         prog="run_glue.py",
         usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} --do_train …",
@@ -52,13 +52,13 @@ def build_parser() -> OneLineParser:
         group = parser.add_argument_group(part)
         for flag in flags:
             flag.add_to(group)
-    # torch.distributed.launch passes it; the environment says the same.
+    # torch.distributed.launch passes this flag; the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Arguments from the command line, checked as far as that needs neither data nor model.
+    """Parse the command line, and check all that can be checked without data or model.
 
     Raises:
         UsageError: for anything unknown, malformed or contradictory; one line that says what to change.
@@ -81,10 +81,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def read_flags(words: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags that a command gives, by name; its first word may be an argument file (YAML or JSON).
+    """The values of the flags in a command, by name; its first word may be an argument file (YAML or JSON).
 
     Raises:
-        UsageError: for a flag that there is not, and a value that it does not take.
+        UsageError: for an unknown flag or a value that a flag does not accept.
     """
     words = list(words)
     if words and not words[0].startswith("-"):
@@ -95,10 +95,10 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _as_words(values: Any, source: str | Path) -> list[str]:
-    """{"lora_r": 8, "do_train": true} → ["--lora_r=8", "--do_train=True"]; null leaves a flag out.
+    """{"lora_r": 8, "do_train": true} → ["--lora_r=8", "--do_train=True"]; a flag whose value is null is left out.
 
     Raises:
-        UsageError: for what is no mapping of names to values; ``source`` names the file.
+        UsageError: if ``values`` is not a mapping of names to values; the message names the file, ``source``.
     """
     if not isinstance(values, dict) or any(isinstance(value, list) for value in values.values()):
         raise UsageError(f"{source}: an argument file is a mapping of argument names to values")
@@ -107,16 +107,16 @@ def _as_words(values: Any, source: str | Path) -> list[str]:
 
 
 def chosen_method(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The file of configs/methods/ that a command names, and what the published flags in place of --method set besides.
+    """The method's file in configs/methods/ that a command chooses, and the values that published flags set besides.
 
     Raises:
-        UsageError: for published flags that contradict each other, or stand beside --method.
+        UsageError: if published flags contradict each other or are combined with --method.
     """
     flags = [name for name in ("apply_lora", "apply_adalora", "lora_type") if given.get(name)]
     if not flags:
         return given.get("method", "lora2"), {}
     if "method" in given:
-        raise UsageError(f"--{flags[0]} is a published name of a method: leave it or --method out")
+        raise UsageError(f"--{flags[0]} chooses a method too: leave out either it or --method")
     prunes, lora_type = given.get("apply_adalora", False), given.get("lora_type")
     if prunes and lora_type == "frd":
         raise UsageError("--apply_adalora needs --lora_type svd: plain LoRA has no singular values to allocate")
@@ -124,10 +124,10 @@ def chosen_method(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def method_file(config: str) -> tuple[str, dict[str, Any]]:
-    """The base method, and the flags that it sets, of a file in configs/methods/.
+    """Read the base method, and the values of its flags, from a file in configs/methods/.
 
     Raises:
-        UsageError: for a name without a file.
+        UsageError: if there is no such file.
     """
     files = {path.stem: path for path in sorted(METHOD_FOLDER.glob("*.yaml"))}
     if config not in files:
@@ -137,20 +137,20 @@ def method_file(config: str) -> tuple[str, dict[str, Any]]:
 
 
 def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings of ``--published``: the task's, without flags that the method does not read, then the method's own.
+    """The settings that ``--published`` selects: the task's, without other methods' flags, then the method's own.
 
     Raises:
-        UsageError: for a task or a backbone without published settings.
+        UsageError: if there are no published settings for the task or the backbone.
     """
     backbone, task = given.get("published"), given.get("task_name")
     if backbone is None:
         return {}
     if task is None:
-        raise UsageError("--published needs --task_name: the settings are a task's")
+        raise UsageError("--published needs --task_name: settings are published for each task")
     path = TASK_FOLDER / f"{task}.yaml"
     settings = read_yaml(path) if path.is_file() else {}
     if backbone not in settings:
-        raise UsageError(f"--published {backbone}: {path} has {', '.join(settings) or 'no settings'}")
+        raise UsageError(f"--published {backbone} is unknown: {path} has {', '.join(settings) or 'no settings'}")
     read = {flag.name for flag in METHODS[method].flags}
     layers = read_yaml(TASK_FOLDER / "every_task.yaml")[backbone], settings[backbone]
     merged: dict[str, Any] = {}
@@ -167,20 +167,20 @@ def given_command() -> str:
 
 
 def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:
-    """The arguments with warm-ups and masking interval shrunk, for a training shorter than ``--schedule_steps``.
+    """Shrink the warm-ups and the masking interval of a training that is shorter than ``--schedule_steps``.
 
     Args:
-        total_steps: optimiser steps of this training; 0 where nothing is trained.
+        total_steps: optimiser steps of this training; 0 if nothing is trained.
 
     Each number n of steps becomes ⌊n · total_steps / schedule_steps⌋, the masking interval at least 1. A warm-up given
-    as a share of the training stays, and so does a number that is not set.
+    as a fraction of the training does not change, nor does a number that is not set.
     """
     made_for = arguments.training.schedule_steps
     if made_for is None or not 0 < total_steps < made_for:
         return arguments
     if arguments.training.process_index == 0:
         logger.warning(
-            "the training has %d steps, its schedule was made for %d: warm-ups and masking interval shrink in "
+            "the training has %d steps, but its schedule was made for %d: warm-ups and masking interval shrink in "
             "proportion", total_steps, made_for,
         )  # fmt: skip
     fitted = copy.deepcopy(arguments)

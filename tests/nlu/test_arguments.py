@@ -119,7 +119,7 @@ def test_the_best_model_is_one_of_a_checkpoint_at_every_evaluation():
 
 # In silence, a wrong number would follow, or a run other than the one asked for.
 WRONG = """
---method lora --lora_type svd | --lora_type is a published name of a method
+--method lora --lora_type svd | --lora_type chooses a method too
 --lora_type frd --apply_adalora | svd
 --learning_rate nan | must be above 0
 --max_steps 0 | must be at least 1
