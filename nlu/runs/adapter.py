@@ -18,20 +18,20 @@ from nlu.runs.log import say
 
 
 def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any], folder: Path) -> None:
-    """Write ``rank_pattern.json`` and ``adapter/`` of a finished run, from the weights as they are.
+    """Write ``rank_pattern.json`` and ``adapter/`` of a finished run from the trainer's current weights.
 
     Args:
-        trainer: the run's GlueTrainer. record: the run's; the card shows the score of the weights.
+        trainer: the run's GlueTrainer. record: the run's record; the score of these weights goes onto the card.
 
     Raises:
-        RunError: the weights hold NaN, or the folder other files.
+        RunError: if a weight is not finite, or ``adapter/`` holds other files.
     """
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     if trainer.applied.ranks is not None:
         write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
     source, length = Path(arguments.model.model_name_or_path), arguments.data.max_seq_length
     tokenizer = trainer.processing_class
-    tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # so that other tools cut as training did
+    tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # other tools then truncate as training did
     try:
         loralib.save_adapter(
             trainer.applied.model,
@@ -58,29 +58,29 @@ def upload_adapter(training: Any, folder: Path) -> None:
     """Upload ``adapter/`` of a finished run, whose card shows the score, to ``--hub_model_id``.
 
     Raises:
-        RunError: the upload failed; the run itself is finished.
+        RunError: if the upload fails; the run itself is finished.
     """
     adapter, name = folder / "adapter", training.hub_model_id
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=adapter)
-    except Exception as error:  # of the hub's own classes, or of the network's
+    except Exception as error:  # the hub's own exceptions, or those of the network
         raise RunError(
-            f"the run is finished, but its upload failed ({reason(error, 200)}): hf upload {name} {adapter}"
+            f"the run is finished, but its upload failed ({reason(error, 200)}): run hf upload {name} {adapter}"
         ) from None
     say(f"uploaded: {adapter} to {name}")
 
 
 def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]:
-    """Start from the update of the adapter at --lora_path; what was pruned can grow again.
+    """Start the model's low-rank layers from the adapter at --lora_path; pruned singular values can grow again.
 
     Returns:
-        What the record says of it: the adapter's card, and the digest of its weights.
+        The adapter's card and the digest of its weights, for the run's record.
 
     Raises:
-        UsageError: for a damaged adapter, other layers or another base than the adapter's, and factors that are not
-            orthonormal where the method needs them to be.
+        UsageError: if the adapter is damaged, was made for other layers or another base, or has factors that are not
+            orthonormal although the method needs orthonormal ones.
     """
     method = arguments.method
     try:

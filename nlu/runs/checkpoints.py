@@ -1,8 +1,8 @@
-"""Checkpoints of a run: what one holds, how it is written whole or not at all, and what a resumed run takes from it.
+"""Checkpoints of a run: their contents, how they are written completely or not at all, and what a resume restores.
 
 A folder ``model/checkpoint-STEP`` holds ``trained.safetensors`` and ``low_rank.pt`` (see loralib/recipes/trainer.py)
-and the Trainer's own files; in its ``trainer_state.json`` stand the running loss and the time too. The Trainer writes
-it in ``model/.unfinished/``, from where it is renamed when it is complete.
+and the Trainer's own files. Its ``trainer_state.json`` also has the running loss and the training time. The Trainer
+writes the folder in ``model/.unfinished/``; it is moved to its place when it is complete.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from nlu.runs.processes import wait_for_all
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
-    _Trainer = object  # the class that the mix-in is put before brings the Trainer
+    _Trainer = object  # at run time the class that uses the mix-in inherits from the Trainer itself
 
 UNFINISHED = ".unfinished"
 _PROGRESS = "Progress"  # in trainer_state.json, beside the states of the Trainer's own callbacks
-_NO_ROOM = 1 << 20  # bytes; with fewer of them free, a disk is full
+_NO_ROOM = 1 << 20  # bytes; a disk with less free space counts as full
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder, which need not exist."""
+    """The newest checkpoint in a folder; None if it has none or does not exist."""
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
 def _is_full(folder: Path, error: Exception) -> bool:
-    """Whether a file could not be written for want of room, which torch's own exception does not say."""
+    """Whether a write failed because the disk is full, which torch's own exception does not say."""
     said = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
     return said or shutil.disk_usage(folder).free < _NO_ROOM
 
 
 class WholeCheckpoints(_Trainer):
-    """Put before the other bases of GlueTrainer: its checkpoints are whole or absent."""
+    """The first base class of GlueTrainer: it writes each checkpoint completely or not at all."""
 
-    clock: Any  # of the steps
+    clock: Any  # the trainer's StepClock
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Overridden to have the Trainer write a checkpoint apart from the complete ones."""
+        """Overridden so that the Trainer writes checkpoints in a folder apart from the complete ones."""
         return str(Path(self.args.output_dir) / UNFINISHED)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Overridden to rename a checkpoint to its place when it is whole; it has the running loss and the time too.
+        """Overridden to save the running loss and the time too, and to move a complete checkpoint to its place.
 
         Raises:
-            RunError: for a weight that is not finite, and for a file that cannot be written.
+            RunError: if a trained weight is not finite, or a file cannot be written.
         """
         folder, state = Path(self.args.output_dir), self.state
         final, best = (folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
@@ -66,7 +66,7 @@ class WholeCheckpoints(_Trainer):
         self.check_finite()
         progress = {
             "train_seconds": self.clock.seconds,
-            "unlogged_loss": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),  # one a process
+            "unlogged_loss": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),  # one per process
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
         }
@@ -77,7 +77,7 @@ class WholeCheckpoints(_Trainer):
             state.best_model_checkpoint = str(best) if best == final or best.is_dir() else best_before
             wait_for_all()
             if self.args.should_save:
-                state.save_to_json(str(unfinished / TRAINER_STATE_NAME))  # with the final place of the best one
+                state.save_to_json(str(unfinished / TRAINER_STATE_NAME))  # now with the final path of the best one
                 os.rename(unfinished, final)
                 unfinished.parent.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -92,7 +92,7 @@ class WholeCheckpoints(_Trainer):
             rotate_checkpoints(str(folder), self.args.save_total_limit, state.best_model_checkpoint)
 
     def restore_progress(self) -> None:
-        """Restore what the Trainer does not when it resumes: the running loss, the time, the end by early stopping."""
+        """Restore what a resumed Trainer does not: running loss, training time, early stopping and the best path."""
         progress = self.state.stateful_callbacks[_PROGRESS]["attributes"]
         losses = progress["unlogged_loss"]
         same = len(losses) == self.args.world_size

@@ -1,4 +1,4 @@
-"""SHA-256 digests of the contents that a run reads, so that a change behind an unchanged path is noticed.
+"""SHA-256 digests of the contents that a run reads, so that a changed file under an unchanged path is noticed.
 
 Nothing here imports torch or transformers.
 """
@@ -22,8 +22,8 @@ INPUTS = (  # flags that name what a run reads
     "model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir", "peft_config",
 )  # fmt: skip
 
-# What decides how a model computes: not what a training leaves beside it. A test compares the tokenizers' files with
-# transformers' classes; the list of loralib.adapter_folder would bring torch.
+# The files that determine a model's outputs, without those that a training leaves beside them. A test compares the
+# tokenizers' files with transformers' classes. The list in loralib.adapter_folder is not used: it would import torch.
 _MODEL_FILES = (
     "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes", "*.model",
@@ -35,31 +35,31 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Flag name → digest of the contents that the flag names.
 
-    A name on the hub, or a path with nothing behind it, has no digest. Digests do not depend on where the files lie.
+    A name on the hub and a path that does not exist have no digest. Digests do not depend on the files' folder.
 
     Args:
-        arguments: of ``nlu/run_glue.py``, by name; those that are left out count as not given.
+        arguments: those of ``nlu/run_glue.py`` by name; missing ones count as not given.
 
     Returns:
-        model_name_or_path: configuration, weights and tokenizer. lora_path: both files of the adapter. glue_dir: the
-        task's training and validation files (with --holdout_fraction only the former). train_file, validation_file,
-        peft_config. method: the values in the method's file. With --do_predict test_file: the test rows, of GLUE's
-        tasks too.
+        Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
+        glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
+        validation_file, peft_config, method (the values in the method's file) and, with --do_predict, test_file (the
+        test rows, including those of GLUE's tasks).
 
     Raises:
-        OSError: a file cannot be read. UsageError: a method's file is damaged.
+        OSError: if a file cannot be read. UsageError: if a method's file is damaged.
     """
     found = {}
-    # YAML may hold a number for a name.
+    # In YAML a name may be a number.
     arguments = {**arguments, **{flag: str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}}
     for flag in INPUTS:
         if files := _files(flag, arguments):
-            # The name of a user's own file says only how it is read, by its suffix.
+            # Of the name of a user's own file only the suffix matters: it decides how the file is read.
             own = Path(arguments.get(flag) or "")
             names = [path.suffix if path == own else path.name for path in files]
             found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
     path = METHOD_FOLDER / f"{arguments.get('method_config') or arguments.get('method')}.yaml"
-    if path.is_file():  # the values count: a comment or another order of lines changes no run
+    if path.is_file():  # only the values count: comments and the order of lines change no run
         found["method"] = _together(read_yaml(path))
     return found
 

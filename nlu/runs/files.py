@@ -1,6 +1,6 @@
-"""Files that are written whole: a reader, or a run that was killed, finds the old content or the new one.
+"""Atomic writing of files: a reader finds the old content or the new one, even after a run was killed.
 
-Each is written beside its place, flushed to the disk and renamed. A lock keeps a folder for one process.
+Each file is written under a temporary name, flushed to the disk and renamed. A lock reserves a folder for one process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ logger = logging.getLogger("nlu")
 
 @contextlib.contextmanager
 def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write, which replaces ``path``, and keeps its mode, when the block ends without an error.
+    """A binary file that replaces ``path``, and keeps its mode, when the block ends without an error.
 
-    Makes missing folders. Of a link the target is replaced; a device or a pipe is written to.
+    Makes missing folders. If the path is a link, its target is replaced. Devices and pipes are written to directly.
 
     Raises:
-        OSError: the folder or the file cannot be written; ``path`` is as before.
+        OSError: if the folder or the file cannot be written; ``path`` is then unchanged.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # open refuses a folder
@@ -51,7 +51,7 @@ def open_new(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename = str(path)  # not the temporary one, or none
+            error.filename = str(path)  # instead of the temporary name, or no name
         raise
 
 
@@ -71,7 +71,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
     Raises:
         ValueError: for NaN and infinity, which other readers refuse.
-        TypeError: for what JSON cannot hold.
+        TypeError: for a value that JSON cannot represent.
     """
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -81,14 +81,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock that a file stands for, until the process ends at the latest; a system without locks is warned of.
+    """Hold the lock on a file until the block or the process ends; log a warning if the system has no locks.
 
     Args:
-        path: the file, which is made as needed. in_use: what to say where another process holds it.
-        wait: until the other process has let go.
+        path: the lock file, made if it is missing. in_use: the error message if another process holds the lock.
+        wait: whether to wait until the other process releases the lock.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: if another process holds the lock.
     """
     with path.open("a") as file:
         try:
@@ -97,6 +97,6 @@ def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UsageError(in_use) from None
-        except (ImportError, OSError) as error:  # not a Unix, and some network file systems
+        except (ImportError, OSError) as error:  # not a Unix, or some network file systems
             logger.warning("%s cannot be locked (%s): start nothing else there", path.parent, error)
         yield

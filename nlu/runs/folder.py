@@ -1,4 +1,4 @@
-"""The folder of one run: which run it holds, whether that is this one, whether it goes on, and the lock."""
+"""The folder of one run: which run it holds, whether that is the present one, whether it resumes, and the lock."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ RECORD = "results.json"
 PARTS = ("model", "adapter", "predictions", "log", RECORD, "rank_pattern.json")
 LOCK = ".lock"
 
-# What may differ between a run and its continuation: where it lies, how it reports, how fast it goes, and how the
-# processes share a batch. The rows of a step are compared instead.
+# Arguments that may differ when a run is resumed: the places of files, reporting, speed, and how the processes share a
+# batch. The rows of an optimiser step are compared instead.
 _FREE = frozenset({
     "cache_dir", "dataloader_num_workers", "disable_tqdm", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
     "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
     "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
     "save_total_limit", "test_file", "total_batch_size", "train_file", "validation_file",
 })  # fmt: skip
-# What a finished run may be asked for on top: it goes on from its last checkpoint, to predict.
+# Arguments that may be added to a finished run: it resumes from its last checkpoint, to predict.
 _PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
 
 def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that make ``new`` another run than ``old``.
 
-    An argument that this version has and the record's did not counts as left at its default; one that this version
-    has no more does not count.
+    An argument that the record's version did not have counts as left at its default. One that this version no longer
+    has is ignored.
     """
     compared = finite(dict(new)).items()
     free = _FREE | _PREDICTING
@@ -47,7 +47,7 @@ class RunFolder:
     """The folder of the run that is about to start.
 
     Attributes:
-        path: --root_output_dir. arguments: of the run, by name. digests: of the contents that they name.
+        path: --root_output_dir. arguments: the run's, by name. digests: those of the contents that they name.
         batch_size: rows of one optimiser step. overwrite: whether another or a finished run may be replaced.
     """
 
@@ -59,15 +59,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[str]:
-        """Keep the folder for this run alone, and give its :meth:`state`. The lock goes with the process.
+        """Lock the folder for this run, and yield its :meth:`state`. The lock ends with the process at the latest.
 
-        A run that is refused leaves no folder.
+        A run that is refused leaves no new folder.
 
         Raises:
-            UsageError: as :meth:`state`; a run is at work there, or the folder cannot be written.
+            UsageError: as :meth:`state`; also if another run uses the folder, or it cannot be written to.
         """
         made = not self.path.exists()
-        in_use = f"{self.path} is in use by a run that is at work: wait for it, or name another --root_output_dir"
+        in_use = f"{self.path} is in use by another run: wait until it ends, or name another --root_output_dir"
         with contextlib.ExitStack() as held:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -82,10 +82,10 @@ class RunFolder:
                     shutil.rmtree(self.path)
 
     def state(self) -> str:
-        """What the folder holds: "new", "resume" (this run, interrupted, or predictions are missing) or "finished".
+        """The state of the run: "new", "resume" (interrupted, or predictions are missing) or "finished".
 
         Raises:
-            UsageError: another run lies there, or something that is none, and would be replaced.
+            UsageError: if the folder holds another run and ``overwrite`` is False, or files without a run's record.
         """
         previous = self._previous()
         if previous is None:
@@ -95,13 +95,13 @@ class RunFolder:
             return "new"
         if differences:
             raise UsageError(
-                f"{self.path} holds another run ({'; '.join(differences)}): restore that, name another "
+                f"{self.path} holds another run ({'; '.join(differences)}): restore those, name another "
                 "--root_output_dir, or give --overwrite_output_dir to replace the run"
             )
         return "finished" if finished and not self._lacks_predictions(previous) else "resume"
 
     def _previous(self) -> dict[str, Any] | None:
-        """The record in the folder; None where a run starts anew."""
+        """The record in the folder; None if the run starts from scratch."""
         try:
             previous = read_json(self.path / RECORD, "give --overwrite_output_dir to start the run again")
         except UsageError:
@@ -115,7 +115,7 @@ class RunFolder:
         return previous
 
     def _differences(self, previous: dict[str, Any]) -> list[str]:
-        """How this run differs from the recorded one: a digest tells where there is one, and the argument elsewhere."""
+        """How this run differs from the recorded one; an argument with a digest is compared by the digest alone."""
         old, new = previous.get("digests", {}), self.digests
         flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
         names = [n for n in changed_arguments(previous.get("arguments", {}), self.arguments) if n not in {*old, *new}]
@@ -125,7 +125,7 @@ class RunFolder:
         return parts + ([f"{rows} rows a step, not {self.batch_size}"] if rows != self.batch_size else [])
 
     def _lacks_predictions(self, previous: dict[str, Any]) -> bool:
-        """Whether predictions are asked for that the recorded run did not make, or not from these contents."""
+        """Whether predictions are requested that the recorded run did not make, or made from other test rows."""
         if not self.arguments.get("do_predict"):
             return False
         made, old = previous.get("arguments", {}), previous.get("digests", {})
@@ -133,7 +133,7 @@ class RunFolder:
         return changed or old.get("test_file") != self.digests.get("test_file")
 
     def clean(self, state: str) -> None:
-        """Delete what a killed run left half written and, where a run starts anew, what the run before it left."""
+        """Delete a killed run's half-written files and, if this run starts from scratch, the previous run's files."""
         for name in PARTS if state == "new" and (self.path / RECORD).exists() else ():
             part = self.path / name
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)

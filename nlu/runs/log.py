@@ -1,4 +1,4 @@
-"""What a run says while it works: lines for people on the console, all numbers in ``log/run.log``."""
+"""What a run reports while it works: lines for people on the console, all numbers in ``log/run.log``."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from nlu.runs.processes import is_first
 
 logger = logging.getLogger("nlu")
 
-_FIRST_LINE = 5  # steps, after which there is a line even where the first logging step is far
-_SILENCE = 20.0  # seconds without a line, at most, while an evaluation lasts
+_FIRST_LINE = 5  # steps, after which a line is printed even if the first logging step comes much later
+_SILENCE = 20.0  # seconds: the longest time without a line during an evaluation
 
 
 def say(text: str) -> None:
-    """A line for people, on the console and in the log."""
+    """Print a line for people on the console, and write it to the log."""
     print(text, flush=True)
     logger.info(text)
 
 
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Append to a file what the run says, what the logging module warns of, and what ends the block.
+    """Append to a file the run's lines, transformers' log messages, and the traceback of an error in the block.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: if the file cannot be opened.
     """
     path.parent.mkdir(exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8", errors="replace")
@@ -59,7 +59,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 class ProgressLines(TrainerCallback):
-    """A line for people at each logging step and while an evaluation lasts; all numbers go into the log.
+    """Prints a line at each logging step and during a long evaluation; all numbers go into the log.
 
     Args:
         metric: key of the task's main metric.
@@ -69,8 +69,8 @@ class ProgressLines(TrainerCallback):
         self.metric = metric
         self.loss: float | None = None
         self.score: float | None = None
-        self.first_step, self.began = 0, 0.0  # of this process: the clock after its first step, which is slower
-        self.batches, self.spoke = 0, 0.0  # of the evaluation that is under way
+        self.first_step, self.began = 0, 0.0  # of this process; timed from the end of its first step, which is slower
+        self.batches, self.spoke = 0, 0.0  # of the current evaluation
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first_step = state.global_step
@@ -101,7 +101,7 @@ class ProgressLines(TrainerCallback):
             self.loss = logs["loss"]
         elif f"eval_{self.metric}" in logs:
             self.score = logs[f"eval_{self.metric}"]
-        else:  # MNLI's second set, and the sums at the end
+        else:  # MNLI's second set, or the summary of the training
             return
         say(self._line(state))
 

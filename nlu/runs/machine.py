@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, machine, memory and time."""
+"""The environment of a run: versions, commit, machine, memory and time."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PACKAGES = ("torch", "transformers", "datasets", "accelerate", "safetensors", "n
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number."""
     found = {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
-    return found | {"torch": str(torch.__version__)}  # with its build, which the package's version may lack
+    return found | {"torch": str(torch.__version__)}  # with its build, which the package's metadata may lack
 
 
 def git_commit(root: Path = ROOT) -> str | None:
-    """A checkout's commit, with ``-dirty`` where tracked files differ from it; None outside a checkout.
+    """A checkout's commit, with ``-dirty`` if tracked files differ from it; None outside a checkout.
 
-    What lies under ``results`` does not count: runs and tables write there, and no run loads code from it.
+    Files under ``results`` are ignored: runs and tables write there, and no run loads code from it.
     """
 
     def git(*words: str) -> str:
-        # The folder's own repository, not one that it is installed inside of.
+        # The folder's own repository, not one that contains the folder.
         command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
@@ -44,7 +44,7 @@ def git_commit(root: Path = ROOT) -> str | None:
 
 
 def processor() -> str:
-    """The CPU's model, as Linux names it; elsewhere, and where it has no name, the architecture."""
+    """The CPU's model name on Linux; elsewhere, or if it has no name, what Python's ``platform`` reports."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -52,7 +52,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on."""
+    """The system, CPU, number of threads and device of the run."""
     described: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -68,7 +68,7 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory: of the CUDA device where there is one, else of this process; 0 where the system does not tell."""
+    """Peak memory of the CUDA device if there is one, else of this process; 0 if the system does not report it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
@@ -84,5 +84,5 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-# Read with the code: by the time of the record the checkout may hold another commit.
+# Read when the code is loaded: the checkout may hold another commit by the time the record is written.
 COMMIT = git_commit()

@@ -1,4 +1,4 @@
-"""One run in several processes: what the first one does for all, waiting for one another, and ending together."""
+"""One run in several processes: work that rank 0 does for all, waiting for each other, and ending together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes the run's files and speaks for all."""
+    """Whether this is rank 0, which alone writes the run's files and prints its lines."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def start_processes(use_cpu: bool) -> None:
-    """Join the process group of a launcher that started several processes."""
+    """Join the process group if a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
         from accelerate import PartialState
@@ -31,7 +31,7 @@ def several() -> bool:
 
 
 def first_computes(compute: Callable[[], T]) -> T:
-    """In all processes what ``compute`` gives, or raises, in the first, which alone calls it."""
+    """Call ``compute`` on rank 0 alone; all processes return its result or raise its exception."""
     if not several():
         return compute()
     import torch.distributed as dist
@@ -49,7 +49,7 @@ def first_computes(compute: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """A barrier where there are several processes."""
+    """Wait until all processes have reached this point."""
     import torch.distributed as dist
 
     if several():
@@ -57,7 +57,7 @@ def wait_for_all() -> None:
 
 
 def end_processes() -> None:
-    """Leave the process group together: one that ends while another still talks to it can abort that one."""
+    """Leave the process group together: a process that ends early can abort one that still communicates with it."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

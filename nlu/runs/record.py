@@ -1,4 +1,4 @@
-"""``results.json``: the record of one run, from its arguments and contents to its scores, times and machine."""
+"""``results.json``: the record of one run, from its arguments and inputs to its scores, times and machine."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _WRITE_INTERVAL = 10.0  # seconds between two writes while training
 
 
 class RunRecord(TrainerCallback):
-    """Collects ``results.json`` and writes it, whole each time; the first process does so for all.
+    """Collects the fields of ``results.json``; rank 0 writes the whole file each time.
 
     Args:
-        trainer: the run's GlueTrainer. facts: further fields that are known before training. folder: the run's.
-        previous: the record of an interrupted run that goes on.
+        trainer: the run's GlueTrainer. facts: further fields that are known before training. folder: the run's folder.
+        previous: the record of the run that is resumed; None for a new run.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class RunRecord(TrainerCallback):
         }
 
     def write(self, status: str) -> dict[str, Any]:
-        """Write the record with that status (running, finished, failed, interrupted); returns it."""
+        """Write the record with this status (running, finished, failed, interrupted), and return it."""
         evaluations, metric = self.evaluations(), self.trainer.task.metric
         best, best_step, last = best_and_last(evaluations, metric)
         record = {
@@ -90,7 +90,7 @@ class RunRecord(TrainerCallback):
         return record
 
     def progress(self) -> dict[str, Any]:
-        """What changes while training."""
+        """The fields that change during training."""
         applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.clock.seconds
         pattern = applied.ranks.rank_pattern if applied.ranks else None
         return {
@@ -117,7 +117,7 @@ class RunRecord(TrainerCallback):
 
     def history(self) -> list[dict[str, Any]]:
         """Every logging step: loss, learning rate, seconds, memory, budget."""
-        # The Trainer adds times that begin anew when a run is continued.
+        # Without the times that the Trainer adds, which restart from 0 when a run is resumed.
         apart = ("epoch", "train_runtime", "train_tokens_per_second")
         logged = [entry for entry in self.trainer.state.log_history if "loss" in entry]
         return [{key: value for key, value in entry.items() if key not in apart} for entry in logged]
@@ -131,15 +131,15 @@ class RunRecord(TrainerCallback):
 
 
 def best_and_last(evaluations: list[dict[str, Any]], metric: str) -> tuple[float | None, int | None, float | None]:
-    """The highest score, its step (of equal scores the first), and the last score; None without an evaluation."""
+    """The highest score, its step (the first of equal scores), and the last score; all None without an evaluation."""
     scored = [row for row in evaluations if metric in row]
     best = max(scored, key=lambda row: row[metric], default={})
     return best.get(metric), best.get("step"), scored[-1][metric] if scored else None
 
 
 def say_start(record: dict[str, Any], trainer: Any) -> None:
-    """What will train, and how much of it."""
-    final = record["final_budget"] or "as gated"
+    """Print what will be trained, with the numbers of parameters."""
+    final = record["final_budget"] or "set by the gates"
     budget = f", singular values {record['initial_budget']} → {final}" if trainer.applied.ranks else ""
     say(
         f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
@@ -149,7 +149,7 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
 
 
 def _adapted(model: nn.Module) -> str:
-    """Which modules got a low-rank update, by their names without the numbers of layers."""
+    """The types of the modules with a low-rank update: their names without layer numbers."""
     types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(model)})
     return f"; adapted: {', '.join(types)}" if types else ""
 
@@ -163,7 +163,7 @@ def _constant_loss(trainer: Any) -> float | None:
 
 
 def say_outcome(record: dict[str, Any], folder: Path) -> None:
-    """The scores, what was trained, where it lies, and the commands that come next."""
+    """Print the scores, what was trained, the folder, and the commands to use next."""
     if record["best"] is not None:
         say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
     for name, scores in record.get("test_scores", {}).items():
@@ -181,6 +181,6 @@ def say_outcome(record: dict[str, Any], folder: Path) -> None:
         say(f"predictions: {folder / 'predictions'}")
     say(f"predict: python -m nlu predict --adapter {adapter} --base {base} --input FILE")
     method = METHODS[record["method"]]
-    if method.rebuild is None:  # otherwise the method adds modules, which no other tool loads
+    if method.rebuild is None:  # a method that adds modules cannot be exported: no other tool loads them
         form = "peft" if method.name in flag_methods("lora_r") else "merged"
         say(f"export:  python -m nlu export {adapter} --to {form} OUT --base {base}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from nlu.runs.processes import several
 
-_SAME = 1.0  # seconds: a launcher and the terminal may both send the one signal that was meant
+_SAME = 1.0  # seconds within which two signals count as one: a launcher and the terminal may both send it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -24,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """A block in which SIGTERM and Ctrl-C call the handler; Python allows that in the main thread alone."""
+    """A block in which SIGTERM and Ctrl-C call the handler; Python allows this in the main thread only."""
     main = threading.current_thread() is threading.main_thread()
     previous = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
     try:
@@ -44,7 +44,7 @@ def stopped_by_signals() -> contextlib.AbstractContextManager[None]:
 
 
 class StopRequest:
-    """A signal that waits for the end of a training step; a second one, a second or more later, acts at once."""
+    """Keeps a signal until the end of a training step; another one, at least a second later, acts at once."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
@@ -52,7 +52,7 @@ class StopRequest:
         self._group: Any = None
 
     def awaited(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which signals wait until somebody asks for `agreed`."""
+        """A block in which a signal is only noted, for :meth:`agreed` to return."""
         return _handled_by(self._note)
 
     def _note(self, number: int, _frame: object) -> None:
@@ -62,13 +62,13 @@ class StopRequest:
             raise Interrupted(number)
 
     def agreed(self) -> int | None:
-        """The signal to stop for, the same on all processes: each must ask at the same step."""
+        """The signal to stop for, or None; the same on all processes, which must all call this at the same step."""
         if not several():
             return self._signum
         import torch
         import torch.distributed as dist
 
-        if self._group is None:  # on the CPU, so that asking does not wait for a GPU
+        if self._group is None:  # on the CPU, so that this does not wait for a GPU
             self._group = dist.new_group(backend="gloo")
         wanted = torch.tensor(self._signum or 0)
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group)

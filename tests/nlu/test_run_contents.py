@@ -100,7 +100,7 @@ def test_who_may_write_to_a_folder(arguments, tmp_path):
     folder, run = folder_of(arguments, tmp_path), tmp_path / "run"
     with folder.hold() as state:
         assert state == "new"
-        with pytest.raises(UsageError, match="in use by a run that is at work"):
+        with pytest.raises(UsageError, match="in use by another run"):
             folder_of(arguments, tmp_path, overwrite=True).hold().__enter__()
     assert not run.exists()  # nothing was written to it
     (run / "log").mkdir(parents=True)
