@@ -1,1 +1,1 @@
-"""How each method changes the model: one file a family, which lists its methods in ``METHODS``."""
+"""How each method changes the model: one file per family, which lists its methods in ``METHODS``."""

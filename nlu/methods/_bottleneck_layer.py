@@ -12,7 +12,7 @@ class BottleneckAdapter(nn.Module):
     """x + up(activation(down(x))) over the last dimension; near the identity at the start.
 
     Args:
-        features: size d of the last dimension. size: the bottleneck m. activation: between the two layers.
+        features: size d of the last dimension. size: size m of the bottleneck. activation: class of the activation.
     """
 
     def __init__(self, features: int, size: int, activation: type[nn.Module]) -> None:
@@ -25,7 +25,7 @@ class BottleneckAdapter(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, d) → (…, d), in x's dtype, the bottleneck computed in the adapter's."""
-        # Not called as modules, of which each would have its output cast to the dtype of the frozen weights.
+        """x (…, d) → (…, d) in x's dtype; the bottleneck is computed in the adapter's dtype."""
+        # Not called as modules: cast_frozen would cast the output of each to the dtype of the frozen weights.
         narrow = F.linear(x.to(self.down.weight.dtype), self.down.weight, self.down.bias)
         return x + F.linear(self.activation(narrow), self.up.weight, self.up.bias).to(x.dtype)

@@ -19,12 +19,12 @@ def soft_threshold_(gates: Iterable[torch.Tensor], threshold: float) -> None:
 
 
 class ProximalGates(TrainerCallback):
-    """Takes the proximal step on every gate after each optimiser step, and counts what is left.
+    """Takes the proximal step on every gate after each optimiser step, and counts the live ranks.
 
-    There is no budget to reach and nothing is scored: ``target_total_rank`` and ``scored_parameters`` are None.
+    There is no target budget and nothing is scored: ``target_total_rank`` and ``scored_parameters`` are None.
 
     Args:
-        model: its low-rank layers' e are the gates. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
+        model: the e of its low-rank layers are the gates. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
     """
 
     target_total_rank = None
@@ -46,7 +46,7 @@ class ProximalGates(TrainerCallback):
         return sum(map(sum, self.rank_pattern.values()))
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """After ``optimizer.step()``, before the schedule moves on: the gates' rate is the one just used."""
+        """Called between ``optimizer.step()`` and the schedule's step: the gates' rate is the one just used."""
         gates = [layer.lora_E for layer in self._layers.values()]
         own = set(map(id, gates))
         rate = next(group["lr"] for group in optimizer.param_groups if own & set(map(id, group["params"])))

@@ -1,8 +1,8 @@
 """Bottleneck adapters: Houlsby et al. 2019 (arXiv 1902.00751, section 2.1) and Pfeiffer et al. 2021 (arXiv 2005.00247).
 
 An adapter is x + up(activation(down(x))), two linear layers with biases around a bottleneck of m features:
-2·d·m + m + d parameters at hidden size d. Houlsby puts one behind the attention's output projection and one behind the
-feed-forward network's, Pfeiffer only the latter; each stands after the projection's dropout and before the residual
+2·d·m + m + d parameters at hidden size d. Houlsby puts one after the attention's output projection and one after the
+feed-forward network's, Pfeiffer only the latter. Each comes after the projection's dropout and before the residual
 is added and the sum normalised. The layer norms stay frozen: the parameter counts of the published DeBERTaV3-base
 tables (arXiv 2303.10512, Table 1) are those of the adapters alone.
 """
@@ -26,17 +26,17 @@ ACTIVATIONS = {"hadapter": "GELU", "padapter": "ReLU"}
 
 
 def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapter]:
-    """Insert trainable adapters into an encoder in place; what else trains is not touched.
+    """Insert trainable adapters into an encoder in place; the other parameters' ``requires_grad`` is unchanged.
 
     Args:
-        model: DeBERTa-v2/v3, RoBERTa, BERT, ELECTRA, or any model whose blocks name their parts alike.
-        kind: ``"hadapter"`` or ``"padapter"``. size: the bottleneck.
+        model: DeBERTa-v2/v3, RoBERTa, BERT, ELECTRA, or any model whose blocks have parts of the same names.
+        kind: ``"hadapter"`` or ``"padapter"``. size: size of the bottleneck.
 
     Returns:
-        The adapters, in the model's order of places.
+        The adapters, in the model's order.
 
     Raises:
-        UsageError: for a model without such blocks, which is unchanged then.
+        UsageError: if the model has no such blocks; it is then unchanged.
     """
     from torch import nn
 
@@ -48,7 +48,7 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
         projections = match_modules(model, PLACES[kind])
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name in projections]
         if not all(isinstance(getattr(block, "dropout", None), nn.Module) for block in blocks):
-            raise ValueError(f"{projections[0]} has no dropout beside it to put the adapter behind")
+            raise ValueError(f"{projections[0]} has no dropout beside it, after which an adapter could be put")
         adapters = [BottleneckAdapter(block.dense.out_features, size, activation) for block in blocks]
     except ValueError as error:
         raise UsageError(f"method {kind}: {error}") from None
@@ -58,7 +58,7 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
     return adapters
 
 
-ADAPTER_SIZE = Flag("adapter_size", int, 16, "Bottleneck of the Houlsby and Pfeiffer adapters.", AT_LEAST_1)
+ADAPTER_SIZE = Flag("adapter_size", int, 16, "Bottleneck size of the Houlsby and Pfeiffer adapters.", AT_LEAST_1)
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:

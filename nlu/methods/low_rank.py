@@ -27,17 +27,17 @@ from nlu.methods.method import AppliedMethod, Method, head_parameters, train_onl
 if TYPE_CHECKING:
     from torch import nn
 
-_TOLERANCE = 0.1  # of the size that match: is after
+_TOLERANCE = 0.1  # relative to the number of parameters that match: aims for
 
 
 def adapted_modules(model: nn.Module, args: Any) -> list[str]:
-    """Names of the encoder's linear layers that ``--lora_module`` selects; the head trains whole and gets no update.
+    """Names of the encoder's linear layers that ``--lora_module`` selects; the head is trained in full instead.
 
-    The comma of a quantifier such as ``{1,2}`` belongs to its expression. ``auto`` selects the six published modules
-    where the encoder has all of them, and each of its linear layers elsewhere.
+    The comma of a quantifier such as ``{1,2}`` does not separate patterns. ``auto`` selects the six published modules
+    if the encoder has all of them, and otherwise all of its linear layers.
 
     Raises:
-        UsageError: for a pattern that selects none.
+        UsageError: if a pattern selects no layer, or all of them select only the head.
     """
     from loralib import match_modules
 
@@ -49,7 +49,7 @@ def adapted_modules(model: nn.Module, args: Any) -> list[str]:
         raise UsageError(f"--lora_module: {error}") from None
     names = [name for name in names if id(model.get_submodule(name).weight) not in head]
     if not names:
-        raise UsageError(f"--lora_module {args.lora_module} selects only the head, which trains whole")
+        raise UsageError(f"--lora_module {args.lora_module} selects only the head: name modules of the encoder")
     return names
 
 
@@ -57,7 +57,7 @@ _SWITCHES = (("rank_allocation", False, PRUNING_FLAGS), ("orthogonality", "retra
 
 
 def _check_factors(args: Any, given: Collection[str]) -> None:
-    """Flags that a switched-off part would ignore."""
+    """Refuse flags that a switched-off part would ignore; set the values that follow from other flags."""
     for switch, off, flags in _SWITCHES:
         for flag in flags:
             if flag.name in given and getattr(args, switch) == off:
@@ -69,10 +69,10 @@ def _check_factors(args: Any, given: Collection[str]) -> None:
 
 
 def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list[str]:
-    """Put low-rank layers of a kind into the selected modules; they and the head train. Returns the modules' names.
+    """Put low-rank layers of a kind into the selected modules, freeze all but them and the head; return the names.
 
     Raises:
-        UsageError: for modules that cannot have them.
+        UsageError: if a module cannot have such a layer.
     """
     import loralib
     from loralib.model import factors_of
@@ -89,10 +89,10 @@ def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list
 
 
 def _width(model: nn.Module, args: Any) -> int:
-    """LoRA²'s k: --lora_k, or the one whose size is nearest to LoRA's, (out + in)·ρ over all modules at its rank ρ.
+    """LoRA²'s k: --lora_k, or the k nearest to LoRA's number of parameters, Σ (out + in)·ρ over the modules, at rank ρ.
 
     Raises:
-        UsageError: where no width comes within a tenth of that, or match: names no file with a rank.
+        UsageError: if no k comes within a tenth of that number, or match: names no file with a rank.
     """
     from loralib.injection import module_type
 
@@ -101,16 +101,16 @@ def _width(model: nn.Module, args: Any) -> int:
     sides = {name: sum(model.get_submodule(name).weight.shape) for name in adapted_modules(model, args)}
     outer = {(module_type(name) if args.lora_share_outer else name, side) for name, side in sides.items()}
     values = args.lora_r * len(sides)
-    a_width = sum(side for _, side in outer) + 2 * values  # parameters that one more k adds
+    a_width = sum(side for _, side in outer) + 2 * values  # parameters that are added if k grows by 1
     file = METHOD_FOLDER / f"{args.lora_k.removeprefix(MATCH)}.yaml"
     rank = read_yaml(file).get("lora_r") if file.is_file() else None
     if rank is None:
-        raise UsageError(f"--lora_k {args.lora_k}: {file.name} is no LoRA file of configs/methods/: give match:lora")
+        raise UsageError(f"--lora_k {args.lora_k}: {file.name} is no LoRA file in configs/methods/: give match:lora")
     target = sum(sides.values()) * rank
     k = max(1, math.ceil((target - values) / a_width - 0.5))
     size = k * a_width + values
     if abs(size - target) > _TOLERANCE * target:
-        raise UsageError(f"--lora_k {args.lora_k}: k = {k} is nearest, with {size:,} for {target:,}: give a number")
+        raise UsageError(f"--lora_k {args.lora_k}: k = {k} is nearest: {size:,} parameters, not {target:,}; give k")
     return k
 
 

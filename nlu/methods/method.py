@@ -1,6 +1,6 @@
 """What a method is: its flags, what it does to a model, and the parts that all methods share.
 
-The files of this package import torch and loralib where they touch a model, so that a command line is read without.
+The files of methods import torch and loralib only in functions that need a model, so that a command line is read fast.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ class AppliedMethod:
     """A model made ready for training.
 
     Attributes:
-        model: what to train; ``requires_grad`` says which parameters do.
+        model: the model; ``requires_grad`` marks the trainable parameters.
         low_rank: what the Trainer mix-in of loralib drives: :class:`loralib.LowRankTraining`, by default one that
             neither regularises nor prunes, or peft's AdaLoRA.
-        gates: SoRA's, a callback of the Trainer that closes ranks without a budget, or None.
-        own_rates: gives (parameters, what the learning rate is multiplied by for them), asked for when the optimiser is
-            made.
+        gates: SoRA's gates, a callback of the Trainer that prunes ranks without a budget, or None.
+        own_rates: returns pairs (parameters, factor of their learning rate); called when the optimiser is made.
     """
 
     model: nn.Module
@@ -45,16 +44,16 @@ class AppliedMethod:
 
     @property
     def allocator(self) -> loralib.RankAllocator | None:
-        """What prunes singular values against a budget; None where nothing does."""
+        """The allocator that prunes singular values to a budget; None without pruning to a budget."""
         return self.low_rank.allocator
 
     @property
     def ranks(self) -> Any:
-        """What knows which ranks are live (the allocator or SoRA's gates); None where the method prunes none."""
+        """The object that knows which ranks are live (the allocator or SoRA's gates); None without pruning."""
         return self.allocator or self.gates
 
     def statistics(self) -> dict[str, float]:
-        """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; nothing without low-rank layers."""
+        """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; empty without low-rank layers."""
         from loralib.injection import PUBLISHED_MODULES, module_type
         from loralib.model import lora_layers
         from loralib.recipes.diagnostics import update_statistics
@@ -76,9 +75,9 @@ class AppliedMethod:
         return {name: number for name, number in numbers.items() if number is not None}
 
     def pruned_params(self) -> int:
-        """The adapter's parameters that no live singular value uses, and the saved adapter leaves out.
+        """The number of adapter parameters that no live singular value uses, and that the saved adapter leaves out.
 
-        The outer factors of a layer without a live one are among them.
+        It includes the outer factors of a layer without live singular values.
         """
         if hasattr(self.low_rank, "pruned_params"):  # peft's AdaLoRA
             return self.low_rank.pruned_params()
@@ -95,21 +94,21 @@ class AppliedMethod:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune an encoder; ``args`` below are the run's flags of methods, ``Arguments.method``.
+    """One way to fine-tune an encoder; ``args`` below is ``Arguments.method``, the values of the methods' flags.
 
     Attributes:
         name: the base method that a file in configs/methods/ names.
         display: its name in tables and figures.
         order: its place in tables, ascending.
-        apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what does not train.
-            ``total_steps`` are the optimiser steps of the training, over which pruning is scheduled; 0 for none.
+        apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what it does not train.
+            ``total_steps`` is the number of optimiser steps, over which pruning is scheduled; 0 without training.
             Raises UsageError for arguments that do not fit the model or the length of the training.
-        flags: what the command line may set; every other method's flags are refused.
-        check: (args, given): refuses contradictions between flags; ``given`` are the names on the command line.
+        flags: the flags that the method reads; the command line refuses other methods' flags.
+        check: (args, given): refuses contradictions between flags; ``given`` has the names on the command line.
         rebuild: (model, args, card): puts the method's modules into a base before an adapter's tensors are loaded;
-            None where the tensors say everything.
+            None if loading the tensors needs no such modules.
         card: (args) → what ``rebuild`` needs from the card beside the values of the flags.
-        needs_autocast: in bfloat16, whether parameters train inside stock modules, so that autocast has to cast them.
+        needs_autocast: whether parameters inside stock modules are trained, so that bfloat16 needs autocast.
     """
 
     name: str
@@ -123,11 +122,11 @@ class Method:
     needs_autocast: bool = False
 
 
-# ---- the head, and what trains -------------------------------------------------------------------------------------
+# ---- the head, and the trainable parameters ------------------------------------------------------------------------
 
 
 def head_modules(model: nn.Module) -> list[nn.Module]:
-    """The classification head: the modules outside the encoder, and the encoder's pooler where it has one."""
+    """The classification head: the modules outside the encoder, and the encoder's pooler if it has one."""
     encoder = model.base_model
     modules = [child for child in model.children() if child is not encoder]
     pooler = getattr(encoder, "pooler", None)

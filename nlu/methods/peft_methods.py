@@ -1,7 +1,7 @@
 """Any layer-changing method of the ``peft`` package, from its own config.
 
-The layers are put into the model in place, without peft's wrapper, so that names, the head and everything else stay as
-for the other methods. AdaLoRA, the one method that acts inside the training loop, is driven by
+The layers are put into the model in place, without peft's wrapper, so that names and the head are the same as for the
+other methods. AdaLoRA, the only one of peft's methods that acts inside the training loop, is driven by
 :class:`loralib.interop.peft_adalora.AdaLoraTraining`.
 """
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 ADAPTER = "default"
-_LONG = 2**31  # steps of a schedule whose training is not known
+_LONG = 2**31  # steps of AdaLoRA's schedule when the training is unknown
 
 
 def read_peft_config(text: str) -> dict[str, Any]:
-    """The config that ``--peft_config`` gives: a JSON file, or JSON text, as configs/methods/ has it.
+    """The config that ``--peft_config`` gives: a JSON file, or JSON text as in configs/methods/.
 
     Raises:
-        ValueError, TypeError: for text that holds no JSON object. OSError: for a file that cannot be read.
+        ValueError, TypeError: if the text is no JSON object. OSError: if the file cannot be read.
     """
     return json_object(text if text.startswith("{") else Path(text).read_text(encoding="utf-8"))
 
@@ -42,8 +42,8 @@ def make_peft_config(values: dict[str, Any], total_steps: int) -> Any:
     """A peft config object.
 
     Args:
-        values: of the config's fields, with its ``peft_type``.
-        total_steps: of the training, for the methods that schedule over it; 0 for none.
+        values: the config's fields, including ``peft_type``.
+        total_steps: optimiser steps of the training, for AdaLoRA's schedule; 0 if unknown.
 
     Raises:
         UsageError: for an unknown method, key or value, a method that adds to the input instead of changing layers, or
@@ -70,10 +70,10 @@ def make_peft_config(values: dict[str, Any], total_steps: int) -> Any:
 def inject_peft(model: nn.Module, config: Any, args: Any) -> Any:
     """Put the config's layers into ``model`` in place; returns peft's tuner object around it.
 
-    ``--lora_module`` chooses the modules where the config names none itself.
+    ``--lora_module`` selects the modules if the config itself names none.
 
     Raises:
-        UsageError: for what peft refuses.
+        UsageError: if peft refuses the config, or both name modules.
     """
     import peft
 
@@ -111,7 +111,7 @@ def _card(args: Any) -> dict[str, Any]:
 
 
 def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
-    inject_peft(model, make_peft_config(card["peft_config"], 0), args)  # never the file that the card names
+    inject_peft(model, make_peft_config(card["peft_config"], 0), args)  # never the file that the card names too
 
 
 METHODS = (

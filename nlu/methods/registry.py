@@ -1,6 +1,6 @@
-"""Every method by name: each file of this package lists its own in a tuple ``METHODS``, and is found by that.
+"""Every method by name: each file of this package lists its own in a tuple ``METHODS``, which is collected here.
 
-Files whose names begin with an underscore hold what a method puts into a model.
+Files whose names begin with an underscore hold the layers and callbacks of a method.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLAGS: dict[str, Flag] = {flag.name: flag for method in METHODS.values() for fla
 
 
 def method_arguments(method: str, **values: Any) -> Any:
-    """The flags of all methods by name, at their defaults where ``values`` has no other, and the base method."""
+    """The values of all methods' flags by name, defaults except for those in ``values``, and the base method."""
     return SimpleNamespace(method=method, **{name: flag.default for name, flag in FLAGS.items()} | values)
 
 
@@ -44,14 +44,14 @@ def flag_methods(name: str) -> list[str]:
 
 
 def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod | None:
-    """Raise what the method's ``apply`` would, on a model without weights (on the meta device).
+    """Apply the method to a model without weights (on the meta device), which raises the errors of ``apply``.
 
     Returns:
-        The applied method; None where it cannot be told without weights.
+        The applied method; None if it cannot be applied without weights.
     """
-    # Some of peft's layers need weights to look at.
+    # Some of peft's layers read the weights when they are made.
     with contextlib.suppress(NotImplementedError, RuntimeError), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "low-rank layers were made on the meta device")  # as is meant here
+        warnings.filterwarnings("ignore", "low-rank layers were made on the meta device")  # here it is intended
         return METHODS[args.method].apply(model, args, total_steps)
     return None
 
@@ -69,10 +69,10 @@ def card_of(args: Any) -> dict[str, Any]:
 
 
 def rebuild(model: nn.Module, card: dict[str, Any]) -> None:
-    """Put a method's own modules into the base, as the adapter's card describes them; nothing where it describes none.
+    """Put a method's own modules into the base, as the adapter's card describes them; if it describes none, do nothing.
 
     Raises:
-        UsageError: for a card that describes no such method; it may be a stranger's.
+        UsageError: if the card, which may come from a stranger, does not describe a known method.
     """
     if "method_arguments" not in card:
         return
@@ -87,7 +87,7 @@ def rebuild(model: nn.Module, card: dict[str, Any]) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """adapter_params and head_params that train, and total_params; a shared parameter counts once."""
+    """Count the trainable adapter_params and head_params, and total_params; a shared parameter counts once."""
     head = {id(p) for p in head_parameters(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     return {

@@ -6,7 +6,7 @@ optimiser step the gate takes the proximal step of an L1 penalty (section 3.2),
     g ← T(g, λη),   T(x, ξ) = sign(x) · max(|x| − ξ, 0)
 
 with η the learning rate of that step. A rank whose gate is 0 contributes nothing and costs nothing after training; its
-gate comes back where the gradient is large enough. The published code shrinks by a fixed ξ instead of λη.
+gate becomes non-zero again if its gradient is large enough. The published code shrinks by a fixed ξ instead of λη.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
 
     from nlu.methods._sora_gates import ProximalGates
 
-    # The gate is the layers' ``lora_E``, so that saving, merging and dropping dead ranks are those of any other layer.
+    # The gate is the layers' ``lora_E``, so that saving, merging and removing dead ranks work as for other layers.
     for name in inject_layers(model, args, "adalora"):
         layer = model.get_submodule(name)
         nn.init.kaiming_uniform_(layer.lora_A[0], a=math.sqrt(5))
