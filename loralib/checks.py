@@ -37,6 +37,6 @@ def check_whole_number(name: str, value: object, least: int = 1) -> None:
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raises unless ``value`` is one of the words."""
+    """Raises unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.80}")

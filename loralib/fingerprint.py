@@ -1,4 +1,4 @@
-"""The fingerprint of a base's weights, by which an adapter knows the base that it was trained on."""
+"""The fingerprint of a base's weights, by which an adapter recognises the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loralib.model import factors_of, unwrapped
 
-_CHUNK = 1 << 22  # values hashed at once: this bounds the memory and spreads a large embedding over the threads
+_CHUNK = 1 << 22  # values hashed at once: bounds the memory, and lets several threads hash one large embedding
 _KEPT = "_fingerprint_before_sharding"
 
 
@@ -20,19 +20,19 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
     """SHA-256 over the name, shape and every value of the base's parameters and saved buffers, as a hex string.
 
     Floating-point values are first rounded to bfloat16, so that a base and its copy in bfloat16 have the same
-    fingerprint. A base whose values all round to the same numbers has it too. Low-rank factors do not
-    count, a merged layer counts with its base weight, and a quantised weight with the tensors that it stores. Of a
-    sharded model this is the fingerprint that it had before, without what trained then, since no process has all its
-    values. 184M float32 parameters took 0.12 s on two CPU cores.
+    fingerprint; any base whose values round to the same numbers has it too. Low-rank factors are left out. A merged
+    layer counts with its base weight, and a quantised weight with the tensors that it stores. A sharded model has the
+    fingerprint from before sharding, without what was trainable then, because no process has all its values.
+    184M float32 parameters took 0.12 s on two CPU cores.
 
     Args:
-        model: wrappers are looked through. exclude: names of parameters and buffers that belong to the adapter (the
+        model: wrappers are removed first. exclude: names of parameters and buffers that belong to the adapter (the
             head).
     """
     model = unwrapped(model)
     if hasattr(model, _KEPT):
         return getattr(model, _KEPT)
-    state = model.state_dict(keep_vars=True)  # of a merged layer it holds the base's weight
+    state = model.state_dict(keep_vars=True)  # for a merged layer it holds the base's weight
     seen = {id(factor) for factor in factors_of(model)} | {id(state[name]) for name in exclude if name in state}
     parts: list[tuple[str, Tensor]] = []
     for name, tensor in state.items():
@@ -53,7 +53,7 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
 
 
 def keep_fingerprint(model: nn.Module, exclude: Collection[str]) -> None:
-    """Keep the fingerprint of a model that is about to be sharded; ``exclude`` as in :func:`base_fingerprint`."""
+    """Store the fingerprint of a model that is about to be sharded; ``exclude`` as in :func:`base_fingerprint`."""
     setattr(unwrapped(model), _KEPT, base_fingerprint(model, exclude))
 
 

@@ -1,9 +1,9 @@
 """A frozen linear map and its low-rank update as one autograd function.
 
-Autograd on the separate operations keeps more and adds up (tokens × features) gradients one by one. Here the input and
-the (tokens, k) hidden values are all that is kept, the update is accumulated into the dense product's own output, and
-its input gradient into the dense input gradient. Parameters of another dtype are cast on the way in and out without a
-node in the graph.
+Autograd on the separate operations saves more and adds (tokens × features) gradients one by one. Here the only saved
+activations are the input, also after dropout, and the (tokens, k) hidden values. The update is accumulated into the
+output of the dense product, and its input gradient into the dense input gradient. Parameters of another dtype, and
+their gradients, are cast without a node in the graph.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Whether a transform of torch.func is active, which takes no autograd function of the form below.
+# Whether a transform of torch.func is active: these do not support autograd functions of the form below.
 transformed = torch._C._are_functorch_transforms_active
 
 
 def _onednn_is_faster() -> bool:
-    """Whether float32 products belong to oneDNN: torch gives them to MKL, which on CPUs that are not Intel's ran them
-    at under half of oneDNN's rate (225 against 500 GFLOP/s on two EPYC cores). Half precision is oneDNN's anyway."""
+    """Whether oneDNN is faster for float32 products. torch uses MKL for them, which on CPUs not made by Intel reached
+    less than half of oneDNN's rate (225 against 500 GFLOP/s on two EPYC cores). Half precision uses oneDNN anyway."""
     cpu = Path("/proc/cpuinfo")
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and cpu.is_file()):
         return False
@@ -37,35 +37,35 @@ _WORTHWHILE = 1 << 18  # multiplications; smaller products take microseconds eit
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weightᵀ + bias for matrices x (n, in) and weight (out, in), by the fastest library for this CPU."""
-    # What autograd, the compiler or a trace must see through.
+    # Autograd, the compiler and a trace need torch's own operations.
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     fits = _ONEDNN and not plain and x.dtype == torch.float32 and x.device.type == "cpu"
-    if fits and x.shape[0] * weight.numel() >= _WORTHWHILE:  # last, since a trace would keep a question about a size
+    if fits and x.shape[0] * weight.numel() >= _WORTHWHILE:  # last: a trace would record a comparison of sizes
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
 
 def add_product_(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """out += x weightᵀ, in place. A factor belongs into x: the compiler drops the ``alpha`` of a sum with a product."""
+    """out += x weightᵀ, in place. Multiply x by any scale first: the compiler drops the ``alpha`` of ``addmm_``."""
     if _ONEDNN and out.dtype == torch.float32 and out.device.type == "cpu":
         return out.add_(product(x, weight))
     return out.addmm_(x, weight.T)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast computes in on that type of device; None where it is off, and on "meta", which has none."""
+    """The dtype of autocast on that type of device; None if autocast is off, and for "meta", which has none."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """A region in which autocast is off."""
+    """A context in which autocast is off."""
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs a backward pass without autocast, as its forward pass ran."""
+    """Decorator: runs a backward pass without autocast, like its forward pass."""
 
     @wraps(backward)
     def run(ctx: Any, grad: Tensor) -> Any:
@@ -90,13 +90,13 @@ class _Fold(torch.autograd.Function):
 
 
 def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """left · diag(values) · right as one node of the graph: it is evaluated once a layer, so its cost is overhead."""
+    """left · diag(values) · right as one node of the graph, because overhead dominates its cost."""
     with without_autocast(left.device.type):
         return (left * values) @ right if transformed() else _Fold.apply(left, values, right)
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """Takes matrices x (n, in) only: a backward pass that reads the size of a saved tensor cannot be traced."""
+    """Takes only matrices x (n, in): a backward pass that reads the size of a saved tensor cannot be traced."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, core, b, dropped, dtype):
@@ -104,7 +104,7 @@ class _AdaptedLinear(torch.autograd.Function):
         out = product(x.to(dtype), dense, None if bias is None else bias.to(dtype))
         hidden = product((x if dropped is None else dropped).to(dtype), a.to(dtype))
         add_product_(out, _inner(hidden, core), b.to(dtype))
-        # x and dropped are views, so that layers with one input keep it once; a cast of the big weight is kept too.
+        # x and dropped are views, so layers that share an input save it once. A cast of the large weight is saved too.
         matrix, ctx.number = (core, None) if isinstance(core, Tensor) else (None, core)
         ctx.save_for_backward(x, weight, a, matrix, b, dropped, hidden, None if dense is weight else dense)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
@@ -119,7 +119,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dtype, grad = ctx.dtype, grad.to(ctx.dtype)
         source = (x if dropped is None else dropped).to(dtype)
         low_a, low_b = a.to(dtype), b.to(dtype)
-        if torch.is_grad_enabled():  # a second derivative is wanted: nothing may come without its history
+        if torch.is_grad_enabled():  # for a second derivative every value needs its history
             hidden, dense = source @ low_a.T, None
         grad_inner = product(grad, low_b.T)
         grad_hidden = grad_inner @ core.to(dtype) if isinstance(core, Tensor) else grad_inner * core
@@ -140,7 +140,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if need_core:
             grad_core = (grad_inner.T @ hidden).to(core.dtype)
         if need_b:
-            # innerᵀ grad, turned round: gradᵀ inner costs up to eight times as much.
+            # As (innerᵀ grad)ᵀ, because gradᵀ inner costs up to eight times as much.
             grad_b = product(_inner(hidden, core).T, grad.T).T.to(b.dtype)
         return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, grad_dropped, None
 
@@ -164,12 +164,12 @@ def adapted_linear(
     b: Tensor,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + x̃ Aᵀ Cᵀ Bᵀ, computed in the dtype of W (in autocast's where that is on, but for float64).
+    """x Wᵀ + bias + x̃ Aᵀ Cᵀ Bᵀ, computed in autocast's dtype if autocast is on and W is not float64, else in W's.
 
     Args:
         x: (…, in). weight: (out, in). bias: (out,) or None.
-        a: (k, in). core: C, (k, k), or a number, for that number times the identity. b: (out, k).
-        dropped: x̃, x after dropout; None where it is x itself.
+        a: (k, in). core: C, (k, k), or a number that stands for that number times the identity. b: (out, k).
+        dropped: x̃, x after dropout; None if it is x itself.
 
     Returns:
         (…, out).

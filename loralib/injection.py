@@ -27,7 +27,7 @@ PUBLISHED_MODULES = {
 }
 ALL_LINEAR, AUTO = "all-linear", "auto"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CASTS = "loralib.interop.precision"  # whose hooks cast what a low-rank layer casts itself
+_CASTS = "loralib.interop.precision"  # a low-rank layer does itself what the hooks of this module do
 NEVER_CALLED = (
     "{} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update there would be ignored; "
     "name other modules"
@@ -35,7 +35,7 @@ NEVER_CALLED = (
 
 
 def is_linear(module: nn.Module) -> bool:
-    quantised = type(module).__name__ == "Linear4bit"  # bitsandbytes'; torchao leaves the layer an nn.Linear
+    quantised = type(module).__name__ == "Linear4bit"  # of bitsandbytes; torchao keeps the layer an nn.Linear
     return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module) or quantised
 
 
@@ -49,9 +49,9 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
 
     A pattern is one of the six published names (query, key, value, attention.output, intermediate, layer.output), a
     module name or its last dotted parts, a regular expression that matches a whole module name, or ``"all-linear"``:
-    every linear layer of a transformers model but its head. ``"auto"``, given alone, is the six published names where
-    the model has all of them, else ``"all-linear"``. A linear layer is an ``nn.Linear`` itself: a subclass may compute
-    something else.
+    every linear layer of a transformers model but its head. ``"auto"``, given alone, means the six published names if
+    the model has all of them, else ``"all-linear"``. A linear layer is an ``nn.Linear`` itself, a ``Conv1D``, a
+    ``Linear4bit`` or a low-rank layer; other subclasses of ``nn.Linear`` may compute something else.
 
     Raises:
         ValueError: for a pattern that selects no linear layer, is no valid regular expression, or selects only the
@@ -82,7 +82,7 @@ def modules_never_called(model: nn.Module) -> set[str]:
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:
-    published = PUBLISHED_MODULES.get(pattern, r"\b\B")  # which matches nothing
+    published = PUBLISHED_MODULES.get(pattern, r"\b\B")  # this matches nothing
     found = [n for n in names if n == pattern or n.endswith(f".{pattern}") or re.fullmatch(published, n)]
     if found:
         return found
@@ -114,18 +114,18 @@ def inject(
 ) -> list[str]:
     """Replace the selected linear layers of ``model`` in place, and freeze everything else.
 
-    Unfreeze a new head afterwards: ``model.classifier.requires_grad_(True)``. A linear layer that several modules hold
-    becomes one low-rank layer that all of them hold.
+    Unfreeze a new head afterwards: ``model.classifier.requires_grad_(True)``. A linear layer that several modules share
+    becomes one low-rank layer that they share.
 
     Args:
         kind: ``"lora"``, ``"adalora"``, ``"lora2"`` or ``"multiscale"``.
         target_modules: patterns, see :func:`match_modules`.
         r, lora_alpha, lora_dropout: as for the layers.
-        share_outer: layers of one module type (the same name but for numbers between dots, the same shape) hold one and
-            the same pair of outer factors; needs at least two scales. Warns where no two layers do.
+        share_outer: layers of one module type (the same name but for numbers between dots, the same shape) share one
+            pair of outer factors; needs at least two scales. Warns if there are several layers, but none share.
         freeze: whether all parameters but the factors stop training; those of adapted layers always do.
-        options: the kind's own arguments: ``k`` (8) of ``"lora2"``, ``widths`` of ``"multiscale"``, and of all but
-            ``"lora"`` ``init``, ``"gaussian"`` (the default) or ``"orthogonal"``.
+        options: the kind's own arguments: ``k`` (8) for ``"lora2"``, ``widths`` for ``"multiscale"``, and ``init``,
+            ``"gaussian"`` (the default) or ``"orthogonal"``, for all kinds but ``"lora"``.
 
     Returns:
         The names of the replaced modules.
@@ -157,13 +157,13 @@ def inject(
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raises ValueError where a linear layer computes something else than its weight says, or is offloaded."""
+    """Raises ValueError if accelerate has offloaded a linear layer, or its forward method was replaced."""
     if getattr(vars(module).get("_hf_hook"), "offload", False):
         raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
-    own_forward = vars(module).get("forward")  # accelerate leaves the class's there when its hook is removed
+    own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
     usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
     if not usual and not _is_dispatched(module):
-        raise ValueError(f"the forward method of {name} was replaced, which an update would undo: remove that first")
+        raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
 
 
 def _is_dispatched(module: nn.Module) -> bool:
@@ -172,7 +172,7 @@ def _is_dispatched(module: nn.Module) -> bool:
 
 
 def refuse_hooks(modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError where a module that is to be replaced has hooks, which may compute its weight or output."""
+    """Raises ValueError if a module that is to be replaced has hooks: they may compute its weight or output."""
     for name, module in modules.items():
         hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
         if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
@@ -180,7 +180,7 @@ def refuse_hooks(modules: Mapping[str, nn.Module]) -> None:
 
 
 def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each layer wherever the model holds the module of that name; accelerate's ``device_map`` goes on with it.
+    """Put each layer wherever the model holds the module of that name. The layer gets accelerate's ``device_map`` hook.
 
     Raises:
         ValueError: as :func:`refuse_hooks`. The model is unchanged then.
@@ -189,7 +189,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     refuse_hooks(replaced)
     replacement = {id(replaced[name]): layer for name, layer in layers.items()}
     for parent in list(model.modules()):
-        for child, module in list(parent._modules.items()):  # named_children() gives a module once
+        for child, module in list(parent._modules.items()):  # named_children() lists a shared module only once
             if id(module) in replacement:
                 setattr(parent, child, replacement[id(module)])
     for old, new in zip(replaced.values(), layers.values(), strict=True):
@@ -199,7 +199,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             add_hook_to_module(new, old._hf_hook)  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
-            module.use_nested_tensor = False  # a packed batch, which a low-rank layer does not take
+            module.use_nested_tensor = False  # low-rank layers do not support packed batches
 
 
 def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:

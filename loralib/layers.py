@@ -5,9 +5,9 @@
     LoRA²     ΔW = s · B₀ B₁ diag(e) A₁ A₀          (arXiv 2408.06854, eqs. 4 and 7)
     n scales  ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀
 
-with s = lora_alpha / r. B₀ is (out, k), A₀ is (k, in): the outer scale; B₁ (k, r), e (r) and A₁ (r, k) live at the
-second scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets. Every layer
-is an ``nn.Linear``, so the frozen weight keeps its name in a state dict. ΔW is never formed while training: the small
+with s = lora_alpha / r. B₀ (out, k) and A₀ (k, in) are the outer scale; B₁ (k, r), e (r) and A₁ (r, k) are the second
+scale, and so on inwards. :class:`LoRALayer` implements all of them; its four subclasses are presets. Every layer is an
+``nn.Linear``, so the frozen weight keeps its name in a state dict. ΔW is never formed during training: the small
 factors are multiplied first.
 """
 
@@ -43,9 +43,9 @@ class LoRALayer(nn.Linear):
     Attributes:
         lora_B: left factors from the outermost inward, shapes (out, k₁), (k₁, k₂), …, (kₙ₋₁, r).
         lora_A: right factors from the outermost inward, shapes (k₁, in), (k₂, k₁), …, (r, kₙ₋₁).
-        lora_E: singular values e, shape (r,); ``None`` for plain LoRA and where none is left.
+        lora_E: singular values e, shape (r,); ``None`` for plain LoRA and if none is left.
         widths: (k₁, …, kₙ₋₁); ``()`` is a single scale.
-        r: stored rank. initial_r: the rank at the start; they differ after :meth:`keep_singular_values`.
+        r: current rank. initial_r: rank at the start; they differ after :meth:`keep_singular_values`.
         scaling: s = lora_alpha / initial_r, which follows ``lora_alpha``. Pruning does not change it.
         merged: whether ``weight`` currently holds W + ΔW.
 
@@ -55,10 +55,10 @@ class LoRALayer(nn.Linear):
 
     kind: ClassVar[str]  # the preset's name, see :func:`loralib.inject`
     has_singular_values: ClassVar[bool] = True
-    in_peft: ClassVar[bool] = False  # whether peft holds the layer, and saves, merges and shrinks it
+    in_peft: ClassVar[bool] = False  # whether peft wraps the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
-    # The layer that this one replaces, if its weight is quantised: only that layer can compute the product. The tuple
-    # hides it from nn.Module, so that the weight has one name.
+    # The replaced layer, if its weight is quantised: only that layer can compute the product. The tuple hides it from
+    # nn.Module, so that the weight has only one name.
     _quantised: tuple[nn.Module] | None = None
 
     @staticmethod
@@ -95,8 +95,8 @@ class LoRALayer(nn.Linear):
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
 
         Args:
-            linear: an ``nn.Linear``, also with a weight quantised by torchao; bitsandbytes' ``Linear4bit``; or a layer
-                with a weight stored (in, out): GPT-2's ``Conv1D``, or one whose ``fan_in_fan_out`` is true.
+            linear: an ``nn.Linear``, whose weight may be quantised by torchao; bitsandbytes' ``Linear4bit``; or a layer
+                that stores its weight as (in, out): GPT-2's ``Conv1D``, or one whose ``fan_in_fan_out`` is true.
             options: the arguments of the preset's :meth:`scales`.
 
         Raises:
@@ -127,13 +127,13 @@ class LoRALayer(nn.Linear):
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
         self.lora_dropout = nn.Dropout(float(lora_dropout))  # JSON cannot hold a NumPy number
-        # A buffer, so that it follows the layer to another device. A state dict has it under the name of the weight.
+        # A buffer moves with the layer to another device. A state dict holds it under the name of the weight.
         self.register_buffer("_weight_before_merge", None, persistent=False)
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
 
-        # Half precision would lose small steps, so factors have at least float32, beside a bfloat16 weight too.
+        # Half precision would lose small steps, so the factors are at least float32, even beside a bfloat16 weight.
         options = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
         inner = [*self.widths, r]
         self.lora_B = nn.ParameterList(
@@ -148,7 +148,7 @@ class LoRALayer(nn.Linear):
 
     def _draw_factors(self) -> None:
         """Draws the start values. e (for LoRA: B) starts at 0, so that ΔW = 0."""
-        if self.lora_A[0].is_meta:  # where nothing can be drawn
+        if self.lora_A[0].is_meta:  # nothing can be drawn there
             return
         if self.lora_E is None:
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
@@ -164,9 +164,9 @@ class LoRALayer(nn.Linear):
     @torch.no_grad()
     def keep_singular_values(self, kept: Sequence[int]) -> None:
         """Keep only the singular values in ``kept``, with their columns of the innermost B and rows of the innermost A.
-        The scaling stays. With none kept the layer has no factors left, and then computes only its frozen layer.
+        The scaling stays. If none is kept, the layer has no factors left and computes only its frozen layer.
 
-        The shrunk parameters are new objects: make the optimiser afterwards.
+        The shrunk parameters are new objects: create the optimiser afterwards.
         """
         if len(kept) == self.r:
             return
@@ -182,7 +182,7 @@ class LoRALayer(nn.Linear):
         self.r = len(kept)
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        """All factors, frozen or not: B outermost inward, e where there is one, A outermost inward."""
+        """All factors, frozen or not: B from the outermost inward, e if there is one, A from the outermost inward."""
         return [*self.lora_B, *([] if self.lora_E is None else [self.lora_E]), *self.lora_A]
 
     def singular_axes(self) -> list[int | None]:
@@ -194,9 +194,8 @@ class LoRALayer(nn.Linear):
         return [*outer, 1, *([] if self.lora_E is None else [0]), *outer, 0]
 
     def select(self, kept: Sequence[int]) -> list[Tensor]:
-        """The values of :meth:`lora_parameters`, in that order and detached, with only the kept singular values. An
-        outer factor is returned as it is; all others are contiguous copies. ``kept`` holds
-        increasing indices below r.
+        """The values of :meth:`lora_parameters`, in that order and detached, for the kept singular values only. Outer
+        factors are returned as they are; the others are contiguous copies. ``kept`` has increasing indices below r.
         """
         values = [parameter.detach() for parameter in self.lora_parameters()]
         index = torch.tensor(list(kept), dtype=torch.long)
@@ -205,7 +204,7 @@ class LoRALayer(nn.Linear):
 
     @torch.no_grad()
     def scatter(self, kept: Sequence[int], tensors: Sequence[Tensor]) -> None:
-        """Write what :meth:`select` gives into the places ``kept``; the factors' other entries stay as they are."""
+        """Write ``tensors``, as :meth:`select` returns them, to the indices ``kept``. Other entries do not change."""
         index = torch.tensor(list(kept), dtype=torch.long)
         for parameter, axis, values in zip(self.lora_parameters(), self.singular_axes(), tensors, strict=True):
             if axis is None:
@@ -215,7 +214,7 @@ class LoRALayer(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s. To change the strength of an update, set ``lora_alpha``: a saved adapter holds it."""
+        """s. To change the strength of the update, set ``lora_alpha``, which is saved with the adapter."""
         return self.lora_alpha / self.initial_r
 
     def folded_core(self) -> Tensor:
@@ -232,7 +231,7 @@ class LoRALayer(nn.Linear):
         return fold(left, values, right)
 
     def delta_weight(self) -> Tensor:
-        """The update ΔW with its scaling, shape (out, in), in the factors' dtype (the weight's where none is left). For
+        """The update ΔW with its scaling, shape (out, in), in the factors' dtype (the weight's if none is left). For
         merging and inspection."""
         if self.r == 0:
             return self.weight.new_zeros(self.out_features, self.in_features)
@@ -240,11 +239,11 @@ class LoRALayer(nn.Linear):
             return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; beside a
-        quantised weight, in that of the frozen product. The argument is called ``input`` as ``nn.Linear``'s is.
+        """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; with a
+        quantised weight, in that of the frozen product. The argument is named ``input`` as in ``nn.Linear``.
 
         Raises:
-            RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains; if the
+            RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains; or if the
                 factors are on the meta device and the weight is not.
         """
         if self._quantised is not None:
@@ -259,9 +258,9 @@ class LoRALayer(nn.Linear):
         return adapted_linear(input, weight, self.bias, self.lora_A[0], self._core(), self.lora_B[0], dropped)
 
     def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The frozen layer's own product plus the update, in the dtype of the former. This layer does not read the
+        """The frozen layer's own product plus the update, in the dtype of the product. This layer does not read the
         weight's values."""
-        # .to() moves only the tensors that this layer knows: the frozen layer gets them here.
+        # .to() has moved only this layer's own tensors: hand them to the frozen layer.
         base._parameters.update(weight=self.weight, bias=self.bias)
         # forward(), not a call: the hooks of the replaced layer run on this layer.
         return self.add_update(type(base).forward(base, x), x)
@@ -273,13 +272,13 @@ class LoRALayer(nn.Linear):
         return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self._core(), self.lora_B[0])
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The frozen layer alone; as with an update, x and the bias may have another dtype than the weight."""
+        """The frozen layer alone. As with an update, x and the bias may differ in dtype from the weight."""
         if autocast_dtype(x.device.type) is None:
             x = x.to(weight.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def _core(self) -> Tensor | float:
-        """The core as the forward pass wants it: a matrix, or a number for that number times the identity."""
+        """The core for the forward pass: a matrix, or a number that stands for that number times the identity."""
         if self.lora_A[0].is_meta and not self.weight.is_meta:  # torch would return uninitialised memory
             raise RuntimeError(
                 "the factors are on the meta device and have no values: load the weights before inject(), and let "
@@ -291,7 +290,7 @@ class LoRALayer(nn.Linear):
         """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit.
 
         Raises:
-            ValueError: for a quantised or sharded weight, and one that is computed at each access.
+            ValueError: for a weight that is quantised, sharded or computed at each access.
         """
         if self.merged:
             return
@@ -307,7 +306,7 @@ class LoRALayer(nn.Linear):
         self.merged = True
 
     def unmerge(self) -> None:
-        """Undo ``merge()`` exactly. Does nothing where nothing is merged."""
+        """Undo ``merge()`` exactly. Does nothing if nothing is merged."""
         if not self.merged:
             return
         self.weight.data = self._weight_before_merge
@@ -315,7 +314,7 @@ class LoRALayer(nn.Linear):
         self.merged = False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A state dict holds W and the factors, merged or not."""
+        """Saves W and the factors, whether the layer is merged or not."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[f"{prefix}weight"] = self._weight_before_merge
@@ -330,8 +329,8 @@ class LoRALayer(nn.Linear):
 
 
 def _call_me(module: nn.Module, args: tuple) -> None:
-    """A hook that does nothing. In evaluation ``nn.TransformerEncoderLayer`` gives the weights of its linear layers to
-    one fused function, past their forward passes, unless one of them has a hook."""
+    """A hook that does nothing. In evaluation mode ``nn.TransformerEncoderLayer`` passes the weights of its linear
+    layers to one fused function and skips their forward passes, unless one of them has a hook."""
 
 
 class Linear(LoRALayer):
@@ -351,7 +350,7 @@ class MultiScaleLinear(LoRALayer):
     Args:
         widths: from the outermost inward: ``()`` is AdaLoRA's layer, ``(k,)`` LoRA²'s, ``(k₁, k₂)`` has three scales.
         init: ``"gaussian"`` draws every factor from N(0, 0.02²), ``"orthogonal"`` gives it orthonormal rows or
-            columns. e = 0 with either.
+            columns. In both cases e = 0.
     """
 
     kind = "multiscale"

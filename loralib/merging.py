@@ -1,4 +1,4 @@
-"""An adapter in the weights of its base: for speed and undone exactly, or for good."""
+"""Merge an adapter into the weights of its base, reversibly (for speed) or permanently."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from loralib.model import layers_outside_peft, lora_layers, unwrapped
 def merge_adapter(model: nn.Module) -> None:
     """Put W + ΔW into the weight of every low-rank layer. A second call changes nothing.
 
-    The state dict still holds W and the factors: :func:`merge_and_unload` gives a model to save.
+    The state dict still holds W and the factors: use :func:`merge_and_unload` for a model to save.
 
     Raises:
-        ValueError: if a weight is quantised, sharded or computed by a hook, another module uses it too (as an output
-            layer that is tied to the embedding does), or peft holds the layers; nothing is merged then.
+        ValueError: if a weight is quantised, sharded or computed by a hook, if another module uses it too (tied
+            weights), or if peft wraps the layers. Nothing is merged then.
     """
     layers = layers_outside_peft(model, "merge_and_unload()")
     users: dict[int, list[str]] = defaultdict(list)
@@ -39,17 +39,17 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Undo :func:`merge_adapter` bit for bit.
 
     Raises:
-        ValueError: if peft holds the layers.
+        ValueError: if peft wraps the layers.
     """
     for layer in layers_outside_peft(model, "unmerge_adapter()").values():
         layer.unmerge()
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merge the adapter, in place, and put plain linear layers with W + ΔW in the place of the low-rank ones.
+    """Merge the adapter and replace the low-rank layers with plain linear layers that hold W + ΔW, in place.
 
     Returns:
-        The :func:`unwrapped <loralib.model.unwrapped>` model, which any tool saves and loads.
+        The :func:`unwrapped <loralib.model.unwrapped>` model, which other tools can save and load.
 
     Raises:
         ValueError: as :func:`merge_adapter`.
@@ -58,14 +58,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     plain = {id(layer): _plain_linear(layer) for layer in lora_layers(model).values()}
     for parent in list(model.modules()):
-        for name, module in list(parent._modules.items()):  # named_children() gives a module once
+        for name, module in list(parent._modules.items()):  # named_children() lists a shared module only once
             if id(module) in plain:
                 setattr(parent, name, plain[id(module)])
     return plain.get(id(model), model)
 
 
 def _plain_linear(layer: LoRALayer) -> nn.Module:
-    """A layer's frozen weight and bias, the same parameters, in a linear layer of the class that it was made from."""
+    """A linear layer of the class that ``layer`` was made from, with the same weight and bias parameters."""
     if layer.fan_in_fan_out:
         from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,4 @@
-"""Which parts of a model are low-rank, and which train."""
+"""Find the low-rank layers and the trainable parameters of a model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, data-parallel modules and ``AveragedModel``, whose prefixes belong into no
-    saved name."""
+    """The model inside ``torch.compile``, data-parallel modules and ``AveragedModel``, whose prefixes must not appear
+    in saved names."""
     inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")
     return model if inner is None else unwrapped(inner)
 
@@ -27,16 +27,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def factors_of(model: nn.Module) -> list[nn.Parameter]:
-    """The factors of all low-rank layers; one that layers share is there once."""
+    """The factors of all low-rank layers. One that layers share is listed once."""
     found = (factor for layer in lora_layers(model).values() for factor in layer.lora_parameters())
     return list({id(factor): factor for factor in found}.values())
 
 
 def layers_outside_peft(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
-    """:func:`lora_layers` of a model that peft has not adapted: of its layers peft keeps the names and the ranks.
+    """:func:`lora_layers`, refusing layers that peft wraps, because peft manages their names and ranks.
 
     Raises:
-        ValueError: for a model with LoRA² of peft, with what to call ``instead``.
+        ValueError: if peft wraps a layer; the message says what to call ``instead``.
     """
     layers = lora_layers(model)
     if any(layer.in_peft for layer in layers.values()):
@@ -50,23 +50,23 @@ def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
-    """The low-rank layers whose singular values train. A frozen adapter is neither pruned nor regularised.
+    """The low-rank layers whose singular values are trainable. A frozen adapter is neither pruned nor regularised.
 
     Raises:
-        ValueError: where there is none, with the ``purpose`` that it was wanted for.
+        ValueError: if there is none; the message names the ``purpose``.
     """
     found = {name: layer for name, layer in svd_layers(model).items() if layer.lora_E.requires_grad}
     if not found:
-        advice = "let their lora_E train" if svd_layers(model) else "inject one first"
-        raise ValueError(f"no layer with singular values (AdaLoRA, LoRA²) that trains to {purpose}: {advice}")
+        advice = "unfreeze their lora_E" if svd_layers(model) else "inject such layers first"
+        raise ValueError(f"no trainable layers with singular values (AdaLoRA, LoRA²) to {purpose}: {advice}")
     return found
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze everything but the factors of the low-rank layers, as :func:`loralib.inject` has done, and some biases.
+    """Freeze everything but the factors of the low-rank layers, as :func:`loralib.inject` does, and the chosen biases.
 
     Args:
-        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"``, those of the low-rank layers.
+        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` for those of the low-rank layers.
 
     Raises:
         ValueError: for another ``bias``, or a model without low-rank layers.
@@ -78,10 +78,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """What :func:`mark_only_lora_as_trainable` lets train, by name; a factor that layers share has its first name.
+    """The parameters that :func:`mark_only_lora_as_trainable` makes trainable, by their (first) name.
 
-    It is there because Microsoft's ``loralib`` has it; :func:`loralib.save_adapter` writes a file. Names are those of
-    the :func:`unwrapped` model, into which ``load_state_dict(state, strict=False)`` loads it if it has the same layers.
+    Provided for compatibility with Microsoft's ``loralib``; :func:`loralib.save_adapter` writes a file. Names are those
+    of the :func:`unwrapped` model; one with the same layers loads them with ``load_state_dict(state, strict=False)``.
 
     Raises:
         ValueError: for another ``bias``, or a model without low-rank layers.
@@ -99,20 +99,20 @@ def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
         wanted |= {id(layer.bias) for layer in layers.values()}
     if bias == "all":
         wanted |= {id(each) for name, each in model.named_parameters() if is_bias(name)}
-    # named_parameters() gives a shared parameter once.
+    # named_parameters() lists a shared parameter only once.
     return {name: each for name, each in unwrapped(model).named_parameters() if id(each) in wanted}
 
 
 def is_bias(name: str) -> bool:
-    """Also of nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0); a table of position biases is none."""
+    """Also true for nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0); false for a position-bias table."""
     own = name.rpartition(".")[2]
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters that train, each under one name, and the saved buffers that training changes: those of the modules
-    that own such a parameter, and running statistics. A merged layer's weight is the one without the update, as in its
-    state dict."""
+    """All trainable parameters, each under one name, and the saved buffers that training changes: running statistics,
+    and the buffers of modules that own a trainable parameter. The weight of a merged layer is the one without the
+    update, as in its state dict."""
     found: dict[str, Tensor] = {}
     owners = {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = model.state_dict(keep_vars=True)

@@ -1,4 +1,4 @@
-"""The README.md of an adapter's folder, and of what an export makes of it."""
+"""The README.md of an adapter's folder, and of the folders that an export writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ import loralib
 
 loralib.load_adapter(model, "path/to/this/folder")
 ```"""
-_REBUILD = """Its method adds modules of its own, which the GLUE pipeline's predict.py puts into the base:
+_REBUILD = """The adapter's method adds its own modules to the base, which the GLUE pipeline's predict.py can rebuild:
 
     python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
 _TO_PEFT = "    python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft"
@@ -40,7 +40,7 @@ def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: s
     """Markdown: what the adapter is, its base, score, labels and ranks, and how to load it.
 
     Args:
-        library: that loads the folder. how_to_load: by default that of an adapter of ours.
+        library: the one that loads the folder. how_to_load: by default the text for an adapter of loralib.
     """
     rows: dict[str, object] = {
         "base model": config.base_model or "not recorded",
@@ -62,11 +62,11 @@ def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: s
 
 
 def _how_to_load(config: AdapterConfig) -> str:
-    """What works for an adapter of this kind, and nothing else."""
-    if "method_arguments" in config.card:  # of the pipeline's methods that are no low-rank layers of this library
+    """Only what works for an adapter of this kind."""
+    if "method_arguments" in config.card:  # a method of the pipeline without low-rank layers of loralib
         return _REBUILD
     to_peft = config.groups and "peft_lacks" not in config.card
-    exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # merging needs transformers' model
+    exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # only for transformers models
     return "\n\n".join([_LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
 
 

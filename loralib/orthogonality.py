@@ -1,12 +1,12 @@
 """The orthogonality regulariser (arXiv 2408.06854, eq. 5 and Table 3; arXiv 2303.10512, eq. 4).
 
-Every term is ‖Gram − I‖_F. Grams have the side k or r, so that P = B₀B₁… (out, r) is never formed:
+Every term is ‖Gram − I‖_F. The Gram matrices are k × k or r × r; P = B₀B₁… (out, r) is never formed, because
 PᵀP = …B₁ᵀ (B₀ᵀB₀) B₁…, and likewise for Q.
 
     "uv"  the factors of P: ‖BⱼᵀBⱼ − I‖ for every j      "UV"  the factors of Q: ‖AⱼAⱼᵀ − I‖
     "PQ"  the products: ‖PᵀP − I‖ and ‖QQᵀ − I‖           "all"  all of them, the paper's best
 
-A factor's Gram is taken on its smaller side, so that the identity can be reached. With one scale, P and Q are the
+A factor's Gram matrix is taken on its smaller side, so that it can reach the identity. With one scale, P and Q are the
 factors themselves and count once: the value is then AdaLoRA's.
 """
 
@@ -25,11 +25,11 @@ from loralib.fused import outside_autocast, without_autocast
 from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
-_Side = tuple[bool, list[nn.Parameter]]  # (whether it is A's side, its factors from the outermost inward)
+_Side = tuple[bool, list[nn.Parameter]]  # (whether it is the A side, its factors from the outermost inward)
 
 
 def parse_terms(terms: str) -> frozenset[str]:
-    """``"all"``, or some of uv, UV and PQ joined by ``+``.
+    """Parse ``"all"``, or some of uv, UV and PQ joined by ``+``.
 
     Raises:
         ValueError: for anything else.
@@ -43,14 +43,14 @@ def parse_terms(terms: str) -> frozenset[str]:
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:
     """``regu_weight`` × the mean of ‖Gram − I‖_F over all chosen terms of all layers, a scalar to add to the loss.
 
-    Sides of layers that have the same shapes are handled as one stack. A factor that layers share counts once.
+    Factors of the same shapes are computed as one stack. A factor that layers share counts once.
 
     Args:
-        model: holds low-rank layers with singular values. terms: see :func:`parse_terms`.
-        squared: the mean of squared norms, as the paper prints them, not of norms, as the published code has it.
+        model: has low-rank layers with singular values. terms: see :func:`parse_terms`.
+        squared: take the mean of squared norms, as in the paper, not of norms, as in the published code.
 
     Raises:
-        ValueError: for unknown terms, a negative weight, or a model without layers that have singular values.
+        ValueError: for unknown terms, a negative weight, or a model without layers whose singular values train.
     """
     check_not_negative("regu_weight", regu_weight)
     chosen = parse_terms(terms)
@@ -70,9 +70,9 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
 
 
 def _grams(sides: list[_Side], with_factors: bool, with_product: bool, counted: set[int]) -> Iterator[Tensor]:
-    """Of sides whose inner sizes agree: the Grams of the factors, each (n, s, s), then those of the products.
+    """Yield the Grams of the factors, each (n, s, s), then those of the products, for sides with equal inner sizes.
 
-    Every factor is looked at as B is, (outer, inner). ``counted`` has the factors whose Grams were given before.
+    Every factor is treated like a B, (outer, inner). ``counted`` has the factors whose Grams were already yielded.
     """
     shapes = list(dict.fromkeys((wide, factors[0].shape) for wide, factors in sorted(sides, key=itemgetter(0))))
     sides = sorted(sides, key=lambda side: shapes.index((side[0], side[1][0].shape)))
@@ -85,7 +85,7 @@ def _grams(sides: list[_Side], with_factors: bool, with_product: bool, counted: 
         stacks = [(wide, torch.stack([factor for _, factor in group])) for (wide, _), group in by_shape]
         if level == 0:
             inner = [_Gram.apply(x, wide) for wide, x in stacks]
-            # A factor with m < s can have XXᵀ = I only.
+            # If m < s, only XXᵀ can be I.
             own = [
                 gram if gram.shape[-1] == min(x.shape[1:]) else _Gram.apply(x, not wide)
                 for gram, (wide, x) in zip(inner, stacks, strict=True)
@@ -107,8 +107,8 @@ def _grams(sides: list[_Side], with_factors: bool, with_product: bool, counted: 
 
 
 class _Gram(torch.autograd.Function):
-    """XᵀX of a stack X (n, m, s), XXᵀ where ``wide``, with one product on the way back, X (G + Gᵀ), where autograd
-    makes two and adds."""
+    """XᵀX of a stack X (n, m, s), or XXᵀ if ``wide``. The backward pass takes one product, X (G + Gᵀ), instead of
+    autograd's two and a sum."""
 
     @staticmethod
     def forward(x: Tensor, wide: bool) -> Tensor:
@@ -127,10 +127,10 @@ class _Gram(torch.autograd.Function):
 
 
 def _deviation(gram: Tensor, squared: bool) -> Tensor:
-    """(n, s, s) → (n,): ‖Gram − I‖_F, squared where asked for; the gradient at exactly 0 is 0."""
+    """(n, s, s) → (n,): ‖Gram − I‖_F, or its square if ``squared``; the gradient at exactly 0 is 0."""
     flat = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).flatten(1)
     squares = flat.square().sum(1)
     if squared:
         return squares
-    zero = squares == 0  # where the second derivative of a norm is NaN
+    zero = squares == 0  # the second derivative of a norm is NaN there
     return torch.where(zero, 0.0, torch.linalg.vector_norm(torch.where(zero.unsqueeze(1), 1.0, flat), dim=1))

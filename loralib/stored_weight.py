@@ -6,26 +6,26 @@ from torch import Tensor, nn
 
 
 def stored_form(weight: Tensor) -> str | None:
-    """What a weight stores: None, its values; ``"sharded"``, a part of them (FSDP's DTensor); ``"quantised"``, other
-    numbers that stand for them (torchao's tensors, bitsandbytes' ``Params4bit``)."""
+    """How a weight is stored: None if it holds its values, ``"sharded"`` if it holds a part of them (FSDP's DTensor),
+    ``"quantised"`` if it encodes them in another form (torchao's tensors, bitsandbytes' ``Params4bit``)."""
     if hasattr(weight, "full_tensor"):
         return "sharded"
     return "quantised" if hasattr(weight, "quant_state") or hasattr(weight, "__tensor_flatten__") else None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, weight stored (in, out); told by name and shape so that no library need be imported."""
+    """Whether it is GPT-2's linear layer, weight stored (in, out); recognised by name and shape, without an import."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
 
 
 def is_transposed(linear: nn.Module) -> bool:
-    """Whether the weight of a linear layer, a low-rank one or not, is stored (in, out)."""
+    """Whether a linear layer, low-rank or not, stores its weight as (in, out)."""
     return getattr(linear, "fan_in_fan_out", is_conv1d(linear))
 
 
 def frozen_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer. A packed weight has another shape."""
+    """(out, in) of a linear layer. A quantised weight may be packed into another shape."""
     if stored_form(linear.weight) == "quantised":
         return linear.out_features, linear.in_features
     rows, columns = linear.weight.shape

@@ -1,4 +1,4 @@
-"""Regulariser and rank allocation in any training loop; transformers' Trainer has loralib.recipes.trainer.
+"""Regulariser and rank allocation in any training loop. For transformers' Trainer see loralib.recipes.trainer.
 
 A plain loop calls the model's optimiser through ``step``::
 
@@ -29,25 +29,25 @@ class LowRankTraining:
     """What AdaLoRA and LoRA² add to a training loop.
 
     Args:
-        model: holds low-rank layers: with singular values for the regulariser, and all of one rank for pruning.
+        model: has low-rank layers: with singular values for the regulariser, and of one rank for pruning.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
-        target_rank: average singular values that a layer keeps; without it nothing is pruned.
+        target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
         constraint: an object with ``start()``, called before the first step, ``before_step()``, which changes the
-            gradients, and ``after_step()``, which changes the factors:
+            gradients, and ``after_step()``, which changes the factors, such as
             :class:`loralib.recipes.exact_factors.ExactFactors`.
-        regu_weight: of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint. terms, squared: as for
-            :func:`loralib.compute_orth_regu`.
-        pruning: init_warmup (a tenth of the steps), final_warmup (half of them), mask_interval (10), beta1 and beta2
-            (0.85), importance … of :class:`loralib.RankAllocator`.
+        regu_weight: weight of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint. terms, squared: as
+            for :func:`loralib.compute_orth_regu`.
+        pruning: options of :class:`loralib.RankAllocator`: init_warmup (a tenth of the steps), final_warmup (half of
+            them), mask_interval (10), beta1 and beta2 (0.85), importance.
 
     Attributes:
         steps_done: optimiser steps since :meth:`start`.
-        allocator: the :class:`loralib.RankAllocator`; None where nothing is pruned, and before :meth:`start`.
+        allocator: the :class:`loralib.RankAllocator`; None if nothing is pruned, and before :meth:`start`.
 
     Raises:
         TypeError: for an unknown option.
-        ValueError: for a value out of range, an option of pruning without ``target_rank``, and a model without such
-            layers where there is something to do with them.
+        ValueError: for a value out of range, an option of pruning without ``target_rank``, or a model without the
+            layers that the regulariser or the pruning needs.
     """
 
     def __init__(
@@ -69,22 +69,22 @@ class LowRankTraining:
         self.target_rank, self._pruning = target_rank, pruning
         self.total_steps, self.steps_done = total_steps, 0
         self.allocator: RankAllocator | None = None
-        self.penalty()  # refuses what it cannot compute
+        self.penalty()  # raises if it cannot be computed
         if total_steps is not None:
             self.start(total_steps)
 
     def start(self, total_steps: int) -> None:
-        """Begin a training of ``total_steps`` optimiser steps: plan the pruning anew.
+        """Begin a training of ``total_steps`` optimiser steps, with a new pruning schedule.
 
         Raises:
-            ValueError: where the steps are too few.
+            ValueError: if the steps are too few for the pruning.
         """
         if self.target_rank is not None:
             self.allocator = RankAllocator(self.model, total_steps, self.target_rank, **self._pruning)
         self.total_steps, self.steps_done = total_steps, 0
 
     def penalty(self) -> Tensor | float:
-        """The weighted regulariser, to add to the loss of one optimiser step; 0 where it is off."""
+        """The weighted regulariser, to add to the loss of one optimiser step; 0 if it is off."""
         if self.regu_weight == 0:
             return 0.0
         return compute_orth_regu(self.model, self.regu_weight, self.terms, self.squared)
@@ -111,8 +111,8 @@ class LowRankTraining:
         """For a loop that steps its optimisers itself: call this before, once the gradients are complete and clipped.
 
         Raises:
-            ValueError: where the optimisers lack factors that train, which would never move: they were made before
-                ``inject()`` or ``compact()``.
+            ValueError: if the optimisers lack trainable factors, which would never change: they were created before
+                ``inject()`` or ``compact()``, or for another model.
         """
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
@@ -129,13 +129,13 @@ class LowRankTraining:
     def after_step(self) -> None:
         """For a loop that steps the optimiser itself: call this after it, before the gradients are cleared.
 
-        Warns once of layers that no gradient has reached in the first step (a model may read a weight past its layer's
-        forward pass, which ignores an update), and at each step beyond ``total_steps``, which is often one of each
-        batch where several are accumulated.
+        Warns once if layers got no gradient in the first step (a model that reads a weight without calling its layer
+        ignores the update), and at each step beyond ``total_steps`` (often because it is called for each of several
+        accumulated batches).
 
         Raises:
-            RuntimeError: where pruning is asked for and the number of steps is unknown.
-            ValueError: where pruning finds no gradient at all.
+            RuntimeError: if the number of steps is unknown, but needed for pruning.
+            ValueError: if pruning finds no gradient at all.
         """
         if self.target_rank is not None and self.allocator is None:
             raise RuntimeError("pruning depends on the number of optimiser steps: give total_steps, or call start()")
@@ -147,14 +147,14 @@ class LowRankTraining:
         if self.total_steps is not None and self.steps_done > self.total_steps:
             warnings.warn(
                 f"there are more steps than total_steps ({self.total_steps}): give the number of optimiser steps, and "
-                "take one for each of them, not for each accumulated batch",
+                "call step() or after_step() once for each of them, not for each accumulated batch",
                 stacklevel=2,
             )
         if self.allocator is not None:
             self.allocator.update_and_mask(self.steps_done)
 
     def _warn_of_layers_without_gradient(self) -> None:
-        # Of each layer the factor that is 0 while ΔW is 0: e, or B of plain LoRA.
+        # For each layer the factor that is 0 at the start: e, or B of plain LoRA.
         layers = {name: layer for name, layer in lora_layers(self.model).items() if layer.r}
         values = {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
         trained = {name: value for name, value in values.items() if value.requires_grad}
@@ -168,11 +168,11 @@ class LowRankTraining:
 
     @property
     def budget(self) -> int | None:
-        """Singular values that the schedule allows at this step; None where nothing is pruned."""
+        """Number of singular values that the schedule allows at this step; None if nothing is pruned."""
         return None if self.allocator is None else self.allocator.budget(self.steps_done)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs beside the model and the optimiser."""
+        """All that is needed to resume, besides the model and the optimiser."""
         allocator = None if self.allocator is None else self.allocator.state_dict()
         return {"step": self.steps_done, "total_steps": self.total_steps, "allocator": allocator}
 
@@ -180,7 +180,7 @@ class LowRankTraining:
         """Restore a saved state.
 
         Raises:
-            ValueError: where it belongs to another training.
+            ValueError: if it belongs to another training.
         """
         if self.total_steps is None:
             self.start(state["total_steps"])
