@@ -1,8 +1,8 @@
 """The order of the training examples. It depends on the seed and the epoch alone, not on the number of processes.
 
-Accelerate gives each process its consecutive batches of one order. So one process with batches of 32, two with 16, and
-four accumulation steps of 8 see the same 32 examples in one optimiser step. (In the last step of an epoch accelerate
-repeats examples until every process has a whole batch; the trainer gives the repeated ones no weight.)
+Accelerate deals the batches of one order out to the processes in turn. So one process with batches of 32, two with 16,
+and four accumulation steps of 8 see the same 32 examples in one optimiser step. (In the last step of an epoch
+accelerate repeats examples until every process has a whole batch; the trainer gives the repeated ones no weight.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SeededRandomSampler(Sampler[int]):
 
     Args:
         n: number of examples, at least 1.
-        seed: any whole number from 0.
+        seed: a whole number, at least 0.
     """
 
     def __init__(self, n: int, seed: int):
@@ -46,7 +46,7 @@ class LengthBucketSampler(SeededRandomSampler):
     """A random order that puts examples of similar length into the same effective batch, which saves padding.
 
     It cuts a random order into pools of 50 batches, sorts each pool by length, cuts it into batches, and puts the
-    batches into random order. The examples that fill no batch are a random choice, and come last in the epoch.
+    batches into random order. The examples that do not fill a batch are a random choice and come last.
 
     Args:
         lengths: tokens of each example.
@@ -74,7 +74,7 @@ def effective_batch_size(args: Any) -> int:
 
 
 def planned_steps(args: Any, rows: int) -> int:
-    """Optimiser steps of the whole training over that many rows, as the Trainer counts them; 0 without training."""
+    """Optimiser steps of the whole training over ``rows`` rows, as the Trainer counts them; 0 without training."""
     if not args.do_train:
         return 0
     if args.max_steps > 0:

@@ -19,20 +19,20 @@ from nlu.errors import UsageError, reason
 
 logger = logging.getLogger("nlu")
 
-FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")  # .json is another suffix of JSON lines
-csv.field_size_limit(1 << 20)  # characters of a text in CSV; it bounds what a quote that never closes takes along
-_ROWS_AT_ONCE = 1024  # few, because a long text that many rows share takes little room in a Parquet file
-_ROWS_SKIPPED = 10  # that may be bad before a tenth of the rows is the bound
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")  # a .json file is read as JSON lines
+csv.field_size_limit(1 << 20)  # characters of a CSV field; it limits the damage of a quote that is never closed
+_ROWS_AT_ONCE = 1024  # few, because a long text that many rows share is small in a Parquet file, but not in memory
+_ROWS_SKIPPED = 10  # bad rows that are always allowed; in a long file, a tenth of the rows is
 
-_Found = Iterator[tuple[int, dict[str, Any] | str]]  # place of each row, and its values or what is wrong with it
+_Found = Iterator[tuple[int, dict[str, Any] | str]]  # place of each row, and its values or an error message
 
 
 class Row(NamedTuple):
     """One row of a file.
 
     Attributes:
-        number: counted from 0; bad rows count too.
-        place: the line that the row ends on, or in Parquet number + 1.
+        number: counted from 0, bad rows included.
+        place: the line on which the row ends; in Parquet, number + 1.
         values: column -> value, of every column.
     """
 
@@ -42,22 +42,22 @@ class Row(NamedTuple):
 
 
 class Reader:
-    """The rows of one open file or pipe, each given once.
+    """Reads the rows of one open file or pipe, once.
 
     Args:
-        stream: open for reading bytes. name: of the file, for messages.
-        kind: one of `FORMATS`; by default the suffix of the name tells it.
-        header: the columns of a CSV or TSV file that comes without a header line.
+        stream: open for reading bytes. name: the file's name, for messages.
+        kind: one of `FORMATS`; by default the suffix of the name.
+        header: the columns of a CSV or TSV file that has no header line.
         encoding: of the text of CSV, TSV and JSON files.
 
     Attributes:
-        columns: the columns of the file; of JSON those of its first object.
-        typed: whether the format tells numbers from text (JSON, Parquet); otherwise every value is text.
+        columns: the columns of the file; in JSON, those of its first object.
+        typed: whether the format distinguishes numbers from text (JSON, Parquet); otherwise every value is text.
         unit: what `Row.place` counts, "line" or "row".
         skipped: the bad rows that `good_rows` has left out.
 
     Raises:
-        UsageError: another suffix, no rows; then and while reading: a damaged file.
+        UsageError: if the format is unknown or there are no rows; also while reading, if the file is damaged.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Reader:
     ) -> None:
         kind = kind or Path(name).suffix.lower().removeprefix(".")
         if kind not in FORMATS:
-            raise UsageError(f"{name}: the formats are {', '.join(FORMATS)}; save a spreadsheet as CSV")
+            raise UsageError(f"{name}: the format must be one of {', '.join(FORMATS)}; save a spreadsheet as CSV")
         self.name, self.encoding, self.columns, self.skipped = name, encoding, list(header), 0
         self.typed, self.unit = kind not in ("csv", "tsv"), "row" if kind == "parquet" else "line"
         found = self._parquet(stream) if kind == "parquet" else self._lines(stream, kind)
@@ -88,15 +88,15 @@ class Reader:
     def good_rows(
         self, text: Sequence[str] = (), other: Sequence[str] = (), blank: bool = True, on_error: str | None = None
     ) -> Iterator[Row]:
-        """The rows that have these columns, and text in each of `text`.
+        """Yield the rows that have all these columns, and text in each of `text`.
 
         Args:
-            text, other: columns. blank: whether they may be empty.
-            on_error: "skip" leaves bad rows out: up to ten, or a tenth of those read so far. Otherwise the first one is
-                an error; for "stop" it tells of --on_error skip.
+            text, other: names of columns. blank: whether their values may be empty.
+            on_error: "skip" leaves out bad rows: up to ten, or a tenth of those read so far. Otherwise the first bad
+                row raises an error; with "stop" the message suggests --on_error skip.
 
         Raises:
-            UsageError: a bad row, too many of them, or no good one.
+            UsageError: for a bad row, for too many of them, or if no row is good.
         """
         number, first = -1, None
         for number, (place, found) in enumerate(self._found):
@@ -127,7 +127,7 @@ class Reader:
             if type(value) is str and not value.isascii():
                 try:
                     value.encode()
-                except UnicodeEncodeError:  # a byte that could not be decoded became half of a surrogate pair
+                except UnicodeEncodeError:  # a byte that could not be decoded was read as a lone surrogate
                     return f"column {name!r} is not {self.encoding} text: give --encoding (cp1252, utf-16, …)"
         return None
 
@@ -139,7 +139,7 @@ class Reader:
         try:
             text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
         except LookupError as error:
-            raise UsageError(f"--encoding: {error}; cp1252 and utf-16 are known, among others") from None
+            raise UsageError(f"--encoding: {error}; use, for example, cp1252 or utf-16") from None
         yield from self._json(text) if self.typed else self._delimited(text, kind)
 
     def _delimited(self, text: io.TextIOWrapper, kind: str) -> _Found:
@@ -159,11 +159,11 @@ class Reader:
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise self.error(1, f"two columns are called {twice!r}")
         if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
-            raise self.error(1, f"{mark!r} separates no columns: save it with commas (.csv) or tabs (.tsv)")
+            raise self.error(1, f"{mark!r} does not separate columns here: use commas (.csv) or tabs (.tsv)")
         self.columns = names
 
     def _json(self, text: io.TextIOWrapper) -> _Found:
-        """One object a line."""
+        """One object per line."""
         for place, line in enumerate(text, 1):
             if not line.strip():
                 continue
@@ -176,10 +176,10 @@ class Reader:
                 self.columns = self.columns or list(record)
                 yield place, record
             else:
-                yield place, f'expected an object a line, such as {{"text": …}}, got {shown(record)}'
+                yield place, f'expected one object per line, such as {{"text": …}}, got {shown(record)}'
 
     def _parquet(self, stream: BinaryIO) -> _Found:
-        import pyarrow as pa  # takes a moment, which those do without who read other formats
+        import pyarrow as pa  # imported here because it is slow and only Parquet needs it
         import pyarrow.parquet as pq
 
         try:
@@ -213,14 +213,14 @@ def _tsv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
 
 # ---- whole files -----------------------------------------------------------------------------------------------------
 
-_digests: dict[tuple, str] = {}  # of the files read so far
+_digests: dict[tuple, str] = {}  # SHA-256 of the files read so far
 
 
 def open_file(path: str | Path, header: Sequence[str] = (), encoding: str = "utf-8") -> Reader:
-    """The reader of a file, which is read now and once; :func:`file_digest` remembers it.
+    """Read a file into memory and return its reader; :func:`file_digest` need not read it again.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: if the file cannot be read.
     """
     content = Path(path).read_bytes()
     _digests[_state(path)] = hashlib.sha256(content).hexdigest()
@@ -230,7 +230,7 @@ def open_file(path: str | Path, header: Sequence[str] = (), encoding: str = "utf
 def file_digest(path: str | Path) -> str:
     """The SHA-256 of a file's contents, in hexadecimal.
 
-    A file whose size, times and inode have not changed is read once a process.
+    A process reads a file again only if its size, times or inode have changed.
     """
     state = _state(path)
     if state not in _digests:

@@ -1,4 +1,4 @@
-"""GLUE's splits as the hub's `nyu-mll/glue` holds them, from local files or the hub, checked row by row."""
+"""Loads GLUE's splits in the form of the hub's `nyu-mll/glue`, from the hub or from local files, which are checked."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from nlu.tasks import Task
 
 HUB_DATASET = "nyu-mll/glue"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-_HIDDEN = (-1, "-1", "-1.0")  # what test sets have for a label
+_HIDDEN = (-1, "-1", "-1.0")  # the labels of test sets that hide them
 _FLOAT32_MAX = 3.4028234e38
 
 
 def load_split(
     task: Task, split: str, glue_dir: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> dict[str, list]:
-    """One split of a task.
+    """Load one split of a task.
 
     Args:
-        glue_dir: the folder with the files that :func:`split_files` finds; without it the hub is asked.
+        glue_dir: the folder with the files that :func:`split_files` finds; None loads from the hub.
 
     Returns:
-        Column -> values: the task's text fields, `label` (its number in `task.labels`, or a float; -1 where a test
+        Column -> values: the task's text fields, `label` (its number in `task.labels`, or a float; -1 if a test
         split hides it) and `idx`.
 
     Raises:
-        UsageError: the split is missing, or a file is malformed, naming the file and the line.
+        UsageError: if the split is missing or a file is malformed; the message names the file and the line.
     """
     if glue_dir is None:
         return _from_hub(task, split, cache_dir)
@@ -56,7 +56,7 @@ def load_split(
 
 
 def as_number(value: object) -> float | None:
-    """The number that a value of a data file is (text from CSV included), None where it is not a finite float32."""
+    """A value of a data file, such as a text from CSV, as a number; None if it is not a finite float32."""
     if type(value) not in (int, float, str) or (type(value) is str and "_" in value):  # Python reads 1_0 as 10
         return None
     try:
@@ -67,7 +67,7 @@ def as_number(value: object) -> float | None:
 
 
 def _label(reader: Reader, row: Row, value: object, task: Task, split: str) -> float:
-    """A row's label as a class number or float; -1 where a test split hides it."""
+    """A row's label as a class number or float; -1 if a test split hides it."""
     if split in task.test_splits and value in _HIDDEN:
         return -1
     if task.is_regression:
@@ -78,13 +78,13 @@ def _label(reader: Reader, row: Row, value: object, task: Task, split: str) -> f
     else:
         names = [*task.labels, *map(str, range(task.num_labels))]
         expected = ", ".join(names)
-        if type(value) in (int, str) and str(value) in names:  # JSON's true and 1.0 are no classes
+        if type(value) in (int, str) and str(value) in names:  # JSON's true and 1.0 are not classes
             return names.index(str(value)) % task.num_labels
     raise reader.error(row.place, f"label {shown(value)}: the labels of {task.name} {split} are {expected}")
 
 
 def _from_hub(task: Task, split: str, cache_dir: str | Path | None) -> dict[str, list]:
-    from datasets import load_dataset  # takes a second, which those do without who read files' names alone
+    from datasets import load_dataset  # imported here because it takes a second and only the hub needs it
 
     cache = None if cache_dir is None else str(cache_dir)
     try:
@@ -100,10 +100,10 @@ def _from_hub(task: Task, split: str, cache_dir: str | Path | None) -> dict[str,
 
 
 def split_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
-    """The files of a split, from the first place that has any; empty where there are none.
+    """The files of a split, from the first place that has any; an empty list if none has.
 
-    The places, in this order: `<task>/<split>` with a suffix .jsonl, .json, .parquet or .csv, whole or in the hub's
-    pieces (`<split>-00000-of-00002.parquet`); then the official release's file under `<task>/` or its own folder names.
+    The places, in this order: `<task>/<split>` with a suffix .jsonl, .json, .parquet or .csv, one file or the hub's
+    shards (`<split>-00000-of-00002.parquet`); then the official release's file under `<task>/` or its own folder names.
     The loader reads them, and a run's digests identify them by content.
     """
     folder = Path(glue_dir) / task.name

@@ -1,4 +1,4 @@
-"""Reads a user's own CSV, TSV, JSON or Parquet files and finds out what task they are."""
+"""Reads a user's own CSV, TSV, JSON or Parquet files and derives the task from their labels."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ def load_own_files(
 ) -> tuple[Task, dict[str, dict[str, list]], dict[str, int]]:
     """Load a user's own task from .csv, .tsv, .jsonl or .parquet files.
 
-    The labels of the training file decide the task: they are numbers to be predicted where most are numbers and not all
-    of these are whole; otherwise they are classes, sorted. A test file may lack labels: the whole column, or single
-    ones, which are empty or null (for classes also -1).
+    The labels of the training file decide the task. It is a regression if most labels are numbers and some of these are
+    not written as whole numbers; otherwise the labels are classes, in sorted order. A test file may lack the label
+    column, or have labels that are empty or null (for classes also -1).
 
     Args:
-        paths: the file of each split: train, and where there are any validation and test.
-        text_columns: the one or two columns with the text. By default the columns of the training file that have a GLUE
-            task's names (`sentence1` and `sentence2`, `sentence`, …) or `text`, or the only one beside the label.
-        metric: a key of `METRICS`, which becomes the main metric.
+        paths: the file of each split: train and, optionally, validation and test.
+        text_columns: the one or two columns with the text. By default the columns of the training file that are
+            named as in GLUE (`sentence1` and `sentence2`, `sentence`, …) or `text`, or the only one besides the label.
+        metric: a key of `METRICS`: the main metric.
         encoding: of the text of CSV, TSV and JSON files.
         on_error: "skip" leaves out rows that are malformed or have an empty text or label, as
             :meth:`Reader.good_rows <nlu.data.file_formats.Reader.good_rows>` says; "stop" refuses them.
 
     Returns:
         The task, named "custom" (accuracy; F1 too for two classes; Pearson and Spearman for regression); its splits,
-        each column -> values as :func:`~nlu.data.glue.load_split` gives them, with -1 for a hidden label, in regression
-        NaN; and how many rows of each split were left out.
+        each column -> values as :func:`~nlu.data.glue.load_split` gives them, a hidden label being -1, or NaN in a
+        regression; and how many rows of each split were left out.
 
     Raises:
-        UsageError: a file is missing or malformed, has a label that the training file lacks, or no text columns are
-            named or found, or the metric does not go with the labels; names file and line.
+        UsageError: if a file is malformed (the message names the line) or has a label that the training file lacks, if
+            no text columns are named or found, or if the metric does not fit the labels. OSError: if a file is missing.
     """
     tables: dict[str, tuple[Reader, list[Row]]] = {}
     text = tuple(text_columns)
@@ -57,7 +57,7 @@ def load_own_files(
         reader = open_file(path, encoding=encoding)
         text = text or _find_text_columns(reader, label_column)
         if not 1 <= len(set(text)) == len(text) <= 2 or not {*text}.isdisjoint({label_column, *_OWN_NAMES}):
-            raise UsageError(f"--text_columns {','.join(text)}: give one or two columns, not the label's or idx")
+            raise UsageError(f"--text_columns {','.join(text)}: give one or two columns other than the label and idx")
         other = [] if split == "test" else [label_column]
         tables[split] = reader, list(reader.good_rows(text, other, blank=False, on_error=on_error))
     names = _class_names(*tables["train"], label_column)
@@ -71,7 +71,7 @@ def load_own_files(
 
 
 def _find_text_columns(reader: Reader, label_column: str) -> tuple[str, ...]:
-    """The text columns of a file, where its columns leave no doubt."""
+    """Find the text columns of a file by their names; raises UsageError if they are ambiguous."""
     columns = [name for name in reader.columns if name not in (label_column, *_OWN_NAMES)]
     found = [names for names in _TEXT_COLUMNS if {*names} <= {*columns}]
     found = [names for names in found if not any({*names} < {*others} for others in found)]
@@ -103,12 +103,12 @@ def _metrics(asked: str | None, names: tuple[str, ...] | None) -> tuple[str, ...
 
 
 def _number(reader: Reader, value: object) -> float | None:
-    """The number that a label is; a quoted one of JSON is a word."""
+    """A label as a number; None if it is a word, as a quoted number in JSON is."""
     return None if reader.typed and type(value) is str else as_number(value)
 
 
 def _class_names(reader: Reader, rows: list[Row], label_column: str) -> tuple[str, ...] | None:
-    """The sorted classes of the training labels; None where these are numbers to be predicted."""
+    """The sorted classes of the training labels; None for a regression."""
     values = [row.values[label_column] for row in rows]
     numbers = [value for value in values if _number(reader, value) is not None]
     if len(numbers) > len(values) / 2 and not all(_WHOLE.fullmatch(str(value)) for value in numbers):
@@ -120,14 +120,14 @@ def _class_names(reader: Reader, rows: list[Row], label_column: str) -> tuple[st
 
 
 def _label(reader: Reader, row: Row, column: str, names: tuple[str, ...] | None, may_hide: bool) -> float:
-    """A row's class number, or in regression its number; -1 and NaN where a test file hides it."""
+    """A row's class number, or its number in a regression; -1 or NaN if a test file hides it."""
     value = row.values.get(column)
     word = "" if value is None else str(value).strip()
     if may_hide and (not word or (names is not None and word == "-1" and word not in names)):
         return math.nan if names is None else -1
     if names is None:
         if (number := _number(reader, value)) is None:
-            raise reader.error(row.place, f"label {shown(value)} is not a number, as most training labels are")
+            raise reader.error(row.place, f"label {shown(value)} is not a number, but most training labels are")
         return number
     if word not in names:
         raise reader.error(row.place, f"label {shown(value)} is not among the training labels: {shown(names)}")

@@ -1,4 +1,4 @@
-"""What a run predicts: the GLUE server's files for test sets, the like for validation sets, and reports by class."""
+"""Writes a run's predictions, test sets in the form that the GLUE server wants, and a report on each class."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
 def predict_sets(
     sets: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
-    """Predict validation and test splits of each task, and write them into ``predictions/``: :func:`write_predictions`.
+    """Predict the validation and test splits of each task, and write them into ``predictions/``.
 
     Returns:
-        By name of the file, for sets whose labels are known (validation sets, MRPC's test set, a user's own): the
-        metrics of test sets, and of all sets with classes the report of :func:`~nlu.metrics.class_report`, whose
-        confusion matrix is drawn beside the file.
+        File stem -> metrics of each test set, and file stem -> :func:`~nlu.metrics.class_report` of each set with
+        classes. Both cover only sets whose labels are known (validation sets, MRPC's test set, a user's own). Each
+        report's confusion matrix is drawn beside the predictions.
     """
     scores, reports = {}, {}
     predicted = [(task, split, rows) for task, splits in sets for split, rows in splits.items() if split != "train"]
     for task, split, rows in predicted:
-        known = "labels" in rows.column_names  # tokenizing leaves hidden ones out
+        known = "labels" in rows.column_names  # tokenize leaves hidden labels out
         output = trainer.predict(rows.remove_columns("labels") if known else rows)
         if not trainer.args.should_save:
             continue
@@ -62,9 +62,9 @@ def write_predictions(
 ) -> Path:
     """Write one split's predictions, ordered by index, and return the file.
 
-    The file of a test set is the GLUE server's (`MNLI-m.tsv`), with the columns `index` and `prediction`. Every other
-    is `<task>_<split>.tsv`, also with the true `label` where it is known. Classes are the server's words; STS-B's
-    scores are cut to [0, 5], with three decimals; other numbers have seven significant digits.
+    A GLUE test set goes into the server's file (`MNLI-m.tsv`), with the columns `index` and `prediction`. Any other set
+    goes into `<task>_<split>.tsv`, with the true `label` too if it is known. Classes are written in the server's words,
+    STS-B's scores clipped to [0, 5] with three decimals, other numbers with seven significant digits.
 
     Args:
         indices: the `idx` of each row. predictions, labels: (n,) class numbers, or numbers for a regression task.
@@ -88,7 +88,7 @@ def _word(task: Task, value: float) -> str:
 
 def draw_confusion(report: dict[str, Any], path: Path) -> None:
     """Draw the confusion matrix of a report of :func:`~nlu.metrics.class_report`."""
-    from matplotlib.figure import Figure  # it and scikit-learn's display take a second
+    from matplotlib.figure import Figure  # these two imports take a second
     from sklearn.metrics import ConfusionMatrixDisplay
 
     names = report["labels"]

@@ -19,7 +19,7 @@ from nlu.tasks import TASKS, Task
 
 logger = logging.getLogger("nlu")
 
-Rows = dict[str, Dataset]  # by split: the text fields, `label` (-1 or in own regression NaN where hidden) and `idx`
+Rows = dict[str, Dataset]  # by split: text fields, `label` (if hidden: -1, or NaN for own numbers), `idx`
 
 # ---- rows as text ----------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ class Data(NamedTuple):
     """The data of one run.
 
     Attributes:
-        rows: of the task, cut to --max_*_samples. skipped: how many rows of each of one's own files were left out.
+        rows: the task's splits, cut to --max_*_samples. skipped: bad rows left out of each of the user's own files.
         others: the task of --predict_task, if there is one, and the rows of its test sets.
     """
 
@@ -39,17 +39,17 @@ class Data(NamedTuple):
 
 
 def load_data(arguments: Any) -> Data:
-    """The data that a run with these arguments needs.
+    """Load the data that a run with these arguments needs.
 
-    Loads the splits that --do_train, --do_eval and --do_predict ask for. With --holdout_fraction training rows are held
-    out in place of the validation sets. Needs neither torch nor transformers.
+    These are the splits that --do_train, --do_eval and --do_predict ask for. With --holdout_fraction, held-out training
+    rows replace the validation sets. Needs neither torch nor transformers.
 
     Args:
-        arguments: of the run, see ``nlu/arguments.py``.
+        arguments: the run's, see ``nlu/arguments.py``.
 
     Raises:
-        UsageError: a needed split is missing, a file is malformed, naming the file and the line, or --predict_task asks
-            for other classes than the trained ones.
+        UsageError: if a split is missing, a file is malformed (the message names the file and the line), or the task of
+            --predict_task has other classes than the trained one.
     """
     data, training = arguments.data, arguments.training
     held_out, skipped = data.holdout_fraction is not None, {}
@@ -78,7 +78,7 @@ def load_data(arguments: Any) -> Data:
     second = task.validation_splits[-1] if task.second_rows else ""
     if second in rows and (part := len(rows[second])) != task.second_rows:
         del rows[second]
-        logger.warning("%s: %d of the official %d rows are not scored as that set", second, part, task.second_rows)
+        logger.warning("%s has %d rows instead of the official %d: it is not scored", second, part, task.second_rows)
     return Data(task, rows, skipped, _other_tasks(arguments, task))
 
 
@@ -94,10 +94,10 @@ def _other_tasks(arguments: Any, task: Task) -> list[tuple[Task, Rows]]:
 def reorder_labels(task: Task, order: Sequence[str]) -> Task:
     """The task with its classes numbered in another order, such as the one a checkpoint was trained with.
 
-    Rows keep their numbers until :func:`tokenize` follows the task's order.
+    The rows are not changed here: :func:`tokenize` renumbers their labels.
 
     Args:
-        order: the task's labels.
+        order: the task's labels in their new order.
     """
     server = dict(zip(task.labels, task.submission_labels, strict=True))
     return replace(
@@ -121,14 +121,14 @@ def _limit(rows: Rows, data: Any) -> Rows:
 
 
 def _dataset(task: Task, columns: dict[str, list]) -> Dataset:
-    """In the hub's columns and types."""
+    """A data set with the hub's columns and types."""
     label = Value("float32") if task.is_regression else ClassLabel(names=list(task.labels))
     features = {**{name: Value("string") for name in task.text_fields}, "label": label, "idx": Value("int32")}
     return Dataset.from_dict(columns, features=Features(features))
 
 
 def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
-    """Training and held-out rows. Of one's own classes each gives its share; GLUE's rows are drawn without regard."""
+    """Split training rows into training and held-out rows, stratified if a user's own task has classes."""
     own_classes = task.name not in TASKS and not task.is_regression
     try:
         parts = train.train_test_split(fraction, seed=seed, stratify_by_column="label" if own_classes else None)
@@ -141,15 +141,15 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
 
 
 def tokenize(task: Task, rows: Rows, tokenizer: Any, max_seq_length: int) -> tuple[dict[str, Dataset], dict[str, int]]:
-    """Turn texts into token ids, cut to `max_seq_length`, or to the tokenizer's own limit where that is lower.
+    """Turn texts into token ids, cut to `max_seq_length`, or to the tokenizer's own limit if that is lower.
 
     Training rows keep their order. Validation and test rows are sorted by length, short ones first, which saves
     padding.
 
     Returns:
-        By split: its rows, with what the tokenizer makes (input_ids, attention_mask, …), `labels` (the numbers of the
-        task's classes; no such column where a test set hides labels), `idx`, and `length`, the number of tokens; and
-        how many rows were cut.
+        The rows of each split, with the tokenizer's output (input_ids, attention_mask, …), `labels` (in the numbering
+        of the task's classes; absent if a test set hides labels), `idx`, and `length`, the number of tokens; and the
+        number of rows of each split that were cut.
     """
     max_length = min(max_seq_length, tokenizer.model_max_length)
     tokens: dict[str, Dataset] = {}
@@ -181,7 +181,7 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any, max_seq_length: int) -> tup
 
 
 def _labels(task: Task, split: str, dataset: Dataset) -> np.ndarray | None:
-    """A split's labels by the task's numbers; None where a test set hides some: NaN, or -1 where that is no label."""
+    """A split's labels in the task's numbering; None if a test set hides any (NaN, or -1 if that is not a label)."""
     labels = np.asarray(dataset["label"][:])
     bounded = not task.is_regression or task.value_range is not None
     if split in task.test_splits and (np.isnan(labels).any() or (bounded and labels.min() < 0)):
@@ -192,7 +192,7 @@ def _labels(task: Task, split: str, dataset: Dataset) -> np.ndarray | None:
 
 
 def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int, **options: Any) -> tuple[Any, list[int]]:
-    """Token ids of at most that many tokens a row, and the rows that were cut.
+    """Tokenize rows, cut to `max_length` tokens each; returns the encoding and the indices of the rows that were cut.
 
     Args:
         texts: one or two columns of texts.
@@ -209,7 +209,7 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int, **op
 
 
 def describe(data: Data, cut: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """For each split, as the record has it: its rows, those left out and cut, and the rows of each class."""
+    """For the record, count in each split: all rows, rows left out, rows cut, and rows of each class."""
     found, names = {}, data.task.labels
     for split, rows in data.rows.items():
         found[split] = {"rows": len(rows), "skipped": data.skipped.get(split, 0), "cut": cut[split]}
@@ -220,7 +220,7 @@ def describe(data: Data, cut: dict[str, int]) -> dict[str, dict[str, Any]]:
 
 
 def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_length: int) -> list[str]:
-    """What :func:`describe` found, for the console."""
+    """The counts of :func:`describe` as lines for the console."""
     lines = []
     for split, of in found.items():
         line = f"{split}: {of['rows']:,} rows"

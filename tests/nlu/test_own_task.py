@@ -92,7 +92,7 @@ def test_own_columns_by_name_or_without_doubt(tmp_path):
     assert task.text_fields == ("title", "body") and splits["train"]["title"] == ["b", "d"]
     assert splits["train"]["label"] == [0, 1]
     for columns in (["body", "body"], ["body", "sentiment"], ["a", "b", "c"], ["idx"]):
-        with pytest.raises(UsageError, match="give one or two columns, not the label"):
+        with pytest.raises(UsageError, match="give one or two columns other than the label"):
             load_own_files(path, text_columns=columns, label_column="sentiment")
     task, splits = load_own_files(own(tmp_path, "b.csv", "idx,review,label\n7,a,0\n7,b,1\n"))
     assert task.text_fields == ("review",) and splits["train"]["idx"] == [0, 1]  # the rows' own numbers

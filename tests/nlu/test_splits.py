@@ -83,7 +83,7 @@ def test_every_split_has_its_own_limit(tiny_glue):
 def test_mnlis_mismatched_set_is_scored_only_where_it_is_whole(tiny_glue, monkeypatch, caplog):
     given = {"task_name": "mnli", "glue_dir": str(tiny_glue)}
     assert set(loaded(**given)) == {"train", "validation_matched"}
-    assert "validation_mismatched: 14 of the official 9832 rows are not scored" in caplog.text
+    assert "validation_mismatched has 14 rows instead of the official 9832: it is not scored" in caplog.text
     monkeypatch.setitem(vars(TASKS["mnli"]), "second_rows", 14)
     assert {name: len(each) for name, each in loaded(**given).items()} == {
         "train": 50, "validation_matched": 20, "validation_mismatched": 14,
