@@ -1,1 +1,1 @@
-"""The border to other tools: peft's format and methods, export, several adapters at once, precision, sharding."""
+"""Connections to other tools: peft's format and methods, export, several adapters at once, precision, sharding."""

@@ -1,11 +1,11 @@
-"""Adapters for other tools: as a peft adapter, merged into a plain checkpoint, or from a peft adapter.
+"""Convert an adapter: to a peft adapter, to a plain checkpoint with the adapter merged, or from a peft adapter.
 
-    python -m loralib.export ADAPTER --to peft OUT          (ours, or an AdaLoRA or LoRA² of peft: a LoRA)
+    python -m loralib.export ADAPTER --to peft OUT          (a loralib adapter, or peft's AdaLoRA or LoRA², to a LoRA)
     python -m loralib.export ADAPTER --to merged OUT --base MODEL
     python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL
 
-A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 the logits stay within 1e-5; in bfloat16
-(--dtype bfloat16) a weight has 8 significant bits. docs/adapters.md has the differences that were measured.
+A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 the logits change by less than 1e-5. In
+bfloat16 (--dtype bfloat16) a weight has 8 significant bits. docs/adapters.md lists measured differences.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from loralib.model_card import adapter_card
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Show no warning that the head is new, which is meant to be so, and outside a terminal no bars."""
+    """Silence transformers' warnings (a new head is intended), and hide its progress bars outside a terminal."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -59,10 +59,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
-    """A transformers model in float32, for evaluation.
+    """Load a transformers model in float32, in evaluation mode.
 
     Args:
-        source: name or path. architecture: name of a class of transformers. options: for its ``from_pretrained``.
+        source: name or path. architecture: name of a transformers class. options: for its ``from_pretrained``.
 
     Raises:
         ValueError: if transformers lacks the class, or the model cannot be loaded.
@@ -76,24 +76,24 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
                 source, dtype=torch.float32, trust_remote_code=False, **options
             )
             return model.eval()
-        except Exception as error:  # a damaged file raises whatever its reader runs into
+        except Exception as error:  # a damaged file can raise any kind of exception
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
 
 
 def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
-    """The base model of an adapter of ours, with the adapter's class and labels; ``source`` is a name or path.
+    """Load the base model of a loralib adapter, with the adapter's class and labels; ``source`` is a name or path.
 
     Raises:
         ValueError: as :func:`load_base`.
     """
     options: dict[str, Any] = config.head_options() | revision_of(config.base_model, config.base_revision, source)
-    # The adapter brings its own head, with as many labels as it has.
+    # The adapter's head replaces the checkpoint's, which may have another size.
     return load_base(source, config.architecture, ignore_mismatched_sizes=True, **options)
 
 
 def revision_of(name: str | None, revision: Any, source: str) -> dict[str, str]:
-    """The option ``revision`` of ``from_pretrained``, where ``source`` is the hub's name that it was recorded with."""
+    """The option ``revision`` of ``from_pretrained``, if ``source`` is the hub name with which it was recorded."""
     return {"revision": str(revision)} if revision and name == source and not Path(source).exists() else {}
 
 
@@ -105,27 +105,27 @@ def export_merged(
     dtype: torch.dtype = torch.float32,
     allow_other_base: bool = False,
 ) -> None:
-    """Write a plain transformers checkpoint with the adapter's label names, card and tokenizer (else the base's).
+    """Merge an adapter into its base, and write a plain transformers checkpoint with its label names and model card.
 
-    Its ``config.json`` also has the card's ``text_fields`` (the columns with the text) and ``max_seq_length``.
+    The tokenizer is the adapter's, or else the base's. ``config.json`` also has ``text_fields`` and ``max_seq_length``.
 
     Args:
-        base: name or path of the base model. dtype: of the written weights; the merge itself is in float32.
+        base: name or path of the base model. dtype: of the written weights; the merge itself is done in float32.
 
     Raises:
-        ValueError: as :func:`loralib.load_adapter`, or for a base that cannot be loaded, or a folder with other files.
+        ValueError: as :func:`loralib.load_adapter`; also if the base cannot be loaded or the folder has other files.
     """
     config = read_adapter_config(adapter)
-    if not dist.is_initialized():  # before the base is loaded; of a group's processes another may be done already
+    if not dist.is_initialized():  # checked before the slow load; in a group another process may have written already
         refuse_files(folder)
     model = load_base_of(config, base)
     load_adapter(model, adapter, allow_other_base=allow_other_base)
     merge_and_unload(model)
     processor = None if has_tokenizer(adapter) else _processor(base, config)
-    for name in ("text_fields", "max_seq_length"):  # what a reader of data needs to know
+    for name in ("text_fields", "max_seq_length"):  # the columns with the text; both are needed to read data
         if name in config.card:
             setattr(model.config, name, config.card[name])
-    # In a process group transformers writes on the first process alone, and another's checkpoint would lack the model.
+    # In a process group transformers saves on rank 0 only, so that another rank's checkpoint would lack the weights.
     model.should_save_on_this_rank = lambda is_main_process: is_main_process
     with new_files(folder, "config.json") as new, quiet_transformers():
         model.to(dtype).save_pretrained(new)
@@ -137,7 +137,7 @@ def export_merged(
 
 
 def _processor(base: str, config: AdapterConfig) -> Any:
-    """What reads the base's inputs, text or images; None where it has none."""
+    """The base's tokenizer or image processor; None if it has none (transformers may then make an empty tokenizer)."""
     import transformers
 
     revision = revision_of(config.base_model, config.base_revision, base)
@@ -146,7 +146,7 @@ def _processor(base: str, config: AdapterConfig) -> Any:
     except Exception:
         return None
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
-    return None if is_tokenizer and os.path.isdir(base) and not has_tokenizer(base) else processor  # that knows no word
+    return None if is_tokenizer and os.path.isdir(base) and not has_tokenizer(base) else processor
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("adapter", help="folder of the adapter")
-    add("out", help="folder to write: new or empty; an adapter there is replaced by an adapter")
+    add("out", help="folder to write: new or empty; an adapter may replace an earlier adapter")
     add("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="merged: dtype of the weights (float32)")
-    add("--allow_other_base", action="store_true", help="merged: accept a base with other weights")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="with --to merged: dtype of the weights (float32)")
+    add("--allow_other_base", action="store_true", help="with --to merged: accept a base with other weights")
     return parser
 
 
@@ -223,14 +223,14 @@ def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2, with one line on stderr, for what is wrong with input or disk; 130 after Ctrl-C. Of
-    arguments that there are not argparse says so itself."""
+    """Run the command. Returns the exit code: 2, with one line on stderr, for bad input or a disk error; 130 after
+    Ctrl-C. argparse itself reports unknown arguments."""
     try:
         run(argv)
-    except ModuleNotFoundError as error:  # the library alone is installed
+    except ModuleNotFoundError as error:  # loralib is installed without the extra "glue"
         print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped: what was there before is whole", file=sys.stderr)
+        print("stopped: existing files are unchanged", file=sys.stderr)
         return 130
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

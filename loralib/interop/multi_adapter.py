@@ -22,10 +22,10 @@ from loralib.model import keep_flags, lora_layers, unwrapped
 
 PADDING = float("-inf")
 NOT_PER_ROW = (
-    "run() joins tensors with the rows first, and an output is none: give use_cache=False to a decoder, no labels, or "
-    "one adapter for all rows"
+    "run() can join only tensors whose first dimension is the rows, and one of the outputs is something else: give "
+    "use_cache=False to a decoder, leave labels out, or use one adapter for all rows"
 )
-torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile traces a model anew once it has hooks
+torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile then recompiles a model when it gets hooks
 _RUNS = threading.RLock()  # held by run(), which switches the active adapter
 
 
@@ -40,8 +40,8 @@ class _Part:
 class MultiAdapter:
     """Holds adapters for the plain base ``model`` and applies them through forward hooks, for inference.
 
-    The model's modules and weights stay as they are; with no adapter active it computes what it did, and
-    :meth:`close` takes the hooks off. ::
+    The model's modules and weights are not changed. With no adapter active the model computes what it did before, and
+    :meth:`close` removes the hooks. ::
 
         adapters = MultiAdapter(model)
         adapters.load("similarity", folder_a)
@@ -50,14 +50,14 @@ class MultiAdapter:
         model(**batch)
         adapters.run(["similarity", "entailment", None], **batch_of_three)
 
-    Adapters may differ in everything, the size of the head included. What is changed is the output of a module: a
-    trained parameter that the model's code reads without calling its module stays the base's. ``load_adapter`` has no
+    Adapters may differ in everything, the size of the head included. Hooks change only the outputs of modules: if the
+    model's code reads a trained parameter without calling its module, it gets the base's value. ``load_adapter`` has no
     such limit.
 
-    A model that is compiled is traced anew when adapters are loaded, if this module was imported before it was called.
+    A compiled model is recompiled when adapters are loaded, if this module was imported before the model's first call.
 
     Args:
-        model: without low-rank layers of its own, on the device where it will run; wrappers are looked through.
+        model: has no low-rank layers and is on the device where it will run; of a wrapper the model inside is used.
 
     Raises:
         ValueError: for a model with low-rank layers.
@@ -85,9 +85,9 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: for a name in use, adapters of another MultiAdapter on the model, a parameter of a module
-                that is never called (a ``ParameterList``, ``out_proj`` in ``nn.MultiheadAttention``) or that holds
-                further modules, and as :func:`loralib.load_adapter`; nothing is changed.
+            ValueError: if the name is in use, another MultiAdapter has adapters on the model, or a parameter of the
+                adapter is in a module that is never called (a ``ParameterList``, ``out_proj`` in
+                ``nn.MultiheadAttention``) or has children; also as :func:`loralib.load_adapter`. Nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
@@ -107,14 +107,14 @@ class MultiAdapter:
         served: set[int] = set()
         for owner, module in self.model.named_modules():  # a tied tensor has several owners
             called = owner not in never_called and type(module).forward is not nn.Module.forward
-            if not called or next(module.children(), None) is not None:  # a hook would run it twice, and its caches too
+            if not called or next(module.children(), None) is not None:  # a hook would run its children twice
                 continue
             for own, tensor in (module._parameters | module._buffers).items():
                 if id(tensor) in trained:
                     parts.setdefault(owner, _Part()).head[own] = tensors[trained[id(tensor)]].to(tensor)
                     served.add(id(tensor))
         if alone := [n for number, n in trained.items() if number not in served]:
-            raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or holds others")
+            raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or has children")
         self._adapters[name] = parts
         for module_name in parts.keys() - self._hooks.keys():
             module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
@@ -122,7 +122,7 @@ class MultiAdapter:
         return config
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; none is active afterwards if it was.
+        """Remove an adapter. If it was active, no adapter is active afterwards.
 
         Raises:
             ValueError: for a name that is not loaded.
@@ -133,7 +133,7 @@ class MultiAdapter:
         del self._adapters[name]
 
     def activate(self, name: str | None) -> None:
-        """Use this adapter for plain calls of the model; None is the bare base.
+        """Use this adapter for plain calls of the model; None uses the base alone.
 
         Raises:
             ValueError: for a name that is not loaded.
@@ -142,7 +142,7 @@ class MultiAdapter:
         self._active = name
 
     def close(self) -> None:
-        """Take all hooks off the model and forget the adapters."""
+        """Remove all hooks from the model, and all adapters."""
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -153,22 +153,22 @@ class MultiAdapter:
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
         """Call the model on a batch whose rows each have their own adapter.
 
-        The model is called once for each adapter, on the rows that have it. Outputs for each row are joined, inside
-        containers too. An output over all rows, such as a loss, and a cache need one adapter for all rows. Calls from
-        several threads take turns; a plain call of the model beside them would take their adapter.
+        The model is called once for each adapter, on the rows that use it, and the outputs are joined row by row, also
+        inside containers. A cache, or an output over all rows such as a loss, needs one adapter for all rows. Calls of
+        this method from several threads take turns; a plain call of the model at the same time would use their adapter.
 
         Args:
-            adapters: for each row the name of an adapter, or None for the bare base.
-            args, kwargs: the model's; tensors whose first dimension is the number of rows are the batch, inside
-                containers too.
+            adapters: for each row the name of an adapter, or None for the base alone.
+            args, kwargs: the model's. Tensors whose first dimension is the number of rows are split, also inside
+                containers.
 
         Returns:
             What the model returns. If heads differ in size, the last dimension is padded with −inf after a row's own
             values.
 
         Raises:
-            ValueError: for a name that is not loaded, or if no input has that many rows; for rows of several adapters
-                also if a cache is given, or the output holds anything but None and tensors with the rows first.
+            ValueError: if a name is not loaded, or no input has that many rows; with several adapters also if a cache
+                is given, or if the output holds anything but None and tensors whose first dimension is the rows.
         """
         for name in adapters:
             self._known(name)
@@ -181,7 +181,7 @@ class MultiAdapter:
         for i, name in enumerate(adapters):
             rows.setdefault(name, []).append(i)
         if len(rows) > 1 and kwargs.get("past_key_values") is not None:  # each call would write to it
-            raise ValueError("give no past_key_values to run() where rows have several adapters")
+            raise ValueError("give no past_key_values to run() if the rows have different adapters")
         parts = []
         with _RUNS:
             before = self._active
@@ -203,12 +203,12 @@ class MultiAdapter:
             raise ValueError(f"no adapter {name!r} is loaded; there are: {', '.join(self._adapters) or 'none'}")
 
     def _after_forward(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The hook of one module. Under an adapter that changes it, its output is computed anew with the head's
-        tensors, and the update added; None leaves it as it is."""
+        """The hook of one module. If the active adapter changes the module, recompute its output with the head's
+        tensors and add the update; returning None keeps the output as it is."""
         part = self._adapters[self._active].get(name) if self._active is not None else None
         if part is None:
             return None
-        if self.model.get_submodule(name) is not module:  # by get_peft_model, whose update would be added to this one
+        if self.model.get_submodule(name) is not module:  # get_peft_model does this; both updates would be added
             raise RuntimeError(f"{name} was replaced while a MultiAdapter serves the model: close() it first")
         if part.head:
             tensors = {f"module.{tensor}": value for tensor, value in part.head.items()}
@@ -220,7 +220,7 @@ class MultiAdapter:
 
 
 class _Hook(partial):
-    """A hook of a MultiAdapter, told from the user's by its type."""
+    """A hook of a MultiAdapter; its type distinguishes it from the user's hooks."""
 
 
 class _ForwardAlone(nn.Module):
@@ -244,7 +244,7 @@ def _has_rows(value: Any, count: int) -> bool:
 
 
 def _join_rows(counts: list[int], order: Tensor, *parts: Any) -> Tensor | None:
-    """The parts' rows as one tensor, in the given order; heads of several sizes are padded to the largest."""
+    """The parts' rows as one tensor, in the given order; outputs of smaller heads are padded to the largest."""
     if all(part is None for part in parts):
         return None
     if not all(map(_has_rows, parts, counts)):

@@ -1,10 +1,10 @@
-"""peft's AdaLoRA in training: its allocator is called, and pruned ranks are dropped from memory once they are final.
+"""Train peft's AdaLoRA: call its allocator, and drop pruned ranks from memory once they are final.
 
     trainer = Trainer(model=peft_model, ..., callbacks=[AdaLoraCallback(peft_model)])
 
-peft leaves calling ``update_and_allocate`` to the training loop; transformers' Trainer never calls it, so that
-no rank is ever pruned. An adapter of peft's AdaLoRA becomes an ordinary LoRA with
-``python -m loralib.export PEFT_ADALORA --to peft OUT``.
+peft leaves calling ``update_and_allocate`` to the training loop. transformers' Trainer never calls it, so that no rank
+is ever pruned. The command ``python -m loralib.export PEFT_ADALORA --to peft OUT`` converts an adapter of peft's
+AdaLoRA to an ordinary LoRA.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 class SortingAllocator(RankAllocator):
     """peft's allocator, with the mask taken from sorted scores.
 
-    peft takes its threshold from ``torch.kthvalue``, which raises where the budget leaves nothing to prune, and masks
-    every singular value that ties with the threshold. This one masks as many as the budget says.
+    peft takes its threshold from ``torch.kthvalue``, which raises if the budget leaves nothing to prune, and masks
+    every singular value that ties with the threshold. This one masks exactly as many as the budget requires.
     """
 
     @torch.no_grad()
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        """Zero all but the ``budget`` most important singular values; parameter name of E -> which are kept."""
+        """Zero all but the ``budget`` most important singular values. Returns the parameter name of E -> kept ones."""
         ending = f"lora_E.{self.adapter_name}"
         values = {name: p for name, p in model.named_parameters() if name.endswith(ending)}
         kept = most_important(torch.cat([self._importance(name) for name in values]), budget)
@@ -43,19 +43,19 @@ class SortingAllocator(RankAllocator):
         return {name: mask.tolist() for name, mask in masks.items()}
 
     def _importance(self, name: str) -> Tensor:
-        """Of the singular values of one layer, (r,): arXiv 2303.10512, eqs. 7 and 8."""
+        """Importance of the singular values of one layer, shape (r,): arXiv 2303.10512, eqs. 7 and 8."""
         a, b = (self._element_score(name.replace("lora_E", other)) for other in ("lora_A", "lora_B"))
         return self._element_score(name).view(-1) + a.mean(1) + b.mean(0)
 
 
 class AdaLoraTraining:
-    """What peft's AdaLoRA does inside a training loop, with the methods of :class:`loralib.LowRankTraining`.
+    """Runs peft's AdaLoRA in a training loop. It has the methods of :class:`loralib.LowRankTraining`.
 
     Args:
         model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
     """
 
-    allocator = None  # the ranks are peft's
+    allocator = None  # peft allocates the ranks
 
     def __init__(self, model: nn.Module) -> None:
         tuner: Any = model.base_model if isinstance(model, PeftModel) else model
@@ -67,7 +67,7 @@ class AdaLoraTraining:
         self.total_steps, self.step, self.shrunk = self.config.total_step, 0, False
 
     def start(self, total_steps: int) -> None:
-        """Begin a training of that many optimiser steps.
+        """Begin a training of ``total_steps`` optimiser steps.
 
         Raises:
             ValueError: unless tinit + tfinal < total_steps.
@@ -77,9 +77,9 @@ class AdaLoraTraining:
         self.step = 0
 
     def penalty(self) -> Tensor:
-        """orth_reg_weight × the mean over P and Q of all layers of ‖PᵀP − I‖_F, ‖QQᵀ − I‖_F.
+        """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers.
 
-        The forward pass of a ``PeftModel`` adds it to its loss; this is for a loop that calls the bare model.
+        The forward pass of a ``PeftModel`` adds it to the loss; this method is for a loop that calls the bare model.
         """
         sides = ((layer.lora_A[self.adapter], layer.lora_B[self.adapter]) for layer in self.layers.values())
         grams = [gram for a, b in sides for gram in (a @ a.T, b.T @ b)]
@@ -88,21 +88,21 @@ class AdaLoraTraining:
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Nothing: peft changes no gradient."""
+        """Do nothing: peft does not change gradients."""
 
     def after_step(self) -> None:
-        """Where peft's documentation calls its allocator: after the step, before the gradients are cleared."""
+        """Call peft's allocator, as peft documents it: after the step, before the gradients are cleared."""
         self.step += 1
         if self.shrunk:
             return
         for layer in self.layers.values():
             for factors, _ in self._factors(layer):
-                if (factor := factors[self.adapter]).grad is None:  # a module that this step did not use
+                if (factor := factors[self.adapter]).grad is None:  # the step did not use this module
                     factor.grad = torch.zeros_like(factor)
         self.tuner.update_and_allocate(self.step)
         if not self.ranks_are_final:
-            # With a pattern peft would save the factors without what the last mask pruned, though the optimiser has
-            # moved it away from 0 since, and could not load them in a fresh model or one with other ranks.
+            # With a pattern, peft would save the factors without the singular values that the last mask pruned, though
+            # the optimiser has moved them away from 0 since. A model with other ranks could not load such a file.
             self.config.rank_pattern = None
 
     @staticmethod
@@ -112,13 +112,13 @@ class AdaLoraTraining:
 
     @property
     def ranks_are_final(self) -> bool:
-        """Whether the last masking is done."""
+        """Whether the step of the last masking has been reached."""
         return self.step >= self.total_steps - self.config.tfinal
 
     @torch.no_grad()
     def shrink(self, optimizer: Any = None) -> dict[str, int]:
-        """Drop the pruned singular values from the factors and from their state in ``optimizer``, in place, and the
-        gradients with them. The outputs and what is saved stay the same; a layer may have none left.
+        """Drop the pruned singular values in place, from the factors and from their state in ``optimizer``, and clear
+        the gradients. The outputs and the saved files stay the same. A layer may have no singular values left.
 
         Returns:
             Module name -> rank.
@@ -144,7 +144,7 @@ class AdaLoraTraining:
         return {name: layer.r[self.adapter] for name, layer in self.layers.items()}
 
     def pruned_params(self) -> int:
-        """Parameters that belong to pruned singular values, a row of A and a column of B with each."""
+        """Number of parameters of pruned singular values: for each, e, a row of A and a column of B."""
         pruned = 0
         for layer in self.layers.values():
             a, e, b = (factors[self.adapter] for factors, _ in self._factors(layer))
@@ -152,7 +152,7 @@ class AdaLoraTraining:
         return pruned
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores' moving averages and the ranks, for a checkpoint."""
+        """The moving averages of the scores, the ranks and the step, for a checkpoint."""
         allocator = self.tuner.rankallocator
         scores = {key: dict(getattr(allocator, key)) for key in _SCORES}
         return {"step": self.step, "rank_pattern": self.config.rank_pattern, **scores}
@@ -166,15 +166,15 @@ class AdaLoraTraining:
 
 
 class AdaLoraCallback(TrainerCallback):
-    """Calls the allocator of peft's AdaLoRA in transformers' Trainer, which gives it the number of steps.
+    """Calls the allocator of peft's AdaLoRA in transformers' Trainer, for the Trainer's number of steps.
 
-    Its state travels in the checkpoints. A training can go on from one that was written before the last masking; peft
-    cannot load a later one, whose factors are shrunk, to train on.
+    The checkpoints contain its state. Training can resume from a checkpoint that was written before the last masking.
+    It cannot resume from a later one, because peft does not load shrunk factors into a model to be trained.
 
     Args:
         model: see :class:`AdaLoraTraining`.
-        shrink: drop the pruned singular values after the last masking, see :meth:`AdaLoraTraining.shrink`; at the end
-            of the training where several processes train, whose gradients are exchanged by the parameters' shapes.
+        shrink: drop the pruned singular values after the last masking, see :meth:`AdaLoraTraining.shrink`. With several
+            processes, which exchange gradients by the parameters' shapes, this is done at the end of the training.
     """
 
     def __init__(self, model: nn.Module, shrink: bool = True) -> None:
@@ -182,7 +182,7 @@ class AdaLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
-            raise ValueError("peft cannot load a checkpoint of other ranks: leave load_best_model_at_end out")
+            raise ValueError("peft cannot load a checkpoint with other ranks: leave load_best_model_at_end out")
         self.training.start(state.max_steps)
         if state.global_step:
             saved = torch.load(self._state_file(args, state), map_location="cpu", weights_only=True)

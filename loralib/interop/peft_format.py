@@ -1,6 +1,6 @@
-"""Adapters in peft's format: write ours as a LoRA, read a LoRA, AdaLoRA or LoRA² as ours. Neither needs peft.
+"""Convert loralib adapters to peft's LoRA, and peft's LoRA, AdaLoRA and LoRA² to loralib. peft need not be installed.
 
-An adapter with singular values becomes an ordinary LoRA pair of its true rank: ΔW = U diag(σ) Vᵀ is stored as
+A layer with singular values becomes an ordinary LoRA pair of its true rank: ΔW = U diag(σ) Vᵀ is stored as
 (U √σ, √σ Vᵀ), and peft's scaling lora_alpha / r is 1.
 """
 
@@ -44,9 +44,9 @@ TASK_TYPES = {  # the end of a class's name in transformers -> peft's task type
     "QuestionAnswering": "QUESTION_ANS",
 }
 _HEADS = {"classifier", "score", "qa_outputs"}
-# What a LoRA's configuration takes over from an AdaLoRA's.
+# Settings of a peft adapter that are copied into the configuration of the LoRA made from it.
 _KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
-_ORIGIN = "model that peft adapted"  # in the place of its class, which peft does not record
+_ORIGIN = "model that peft adapted"  # in place of the model's class, which peft does not record
 _LOAD = """```python
 from peft import PeftModel
 {base}
@@ -60,24 +60,24 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")
 def export_peft(
     adapter: str | os.PathLike[str], folder: str | os.PathLike[str], base_model: str | None = None
 ) -> dict[str, int]:
-    """Write an adapter of ours, or an AdaLoRA or LoRA² of peft, as a LoRA adapter in peft's format.
+    """Write a loralib adapter, or an AdaLoRA or LoRA² adapter of peft, as a LoRA adapter in peft's format.
 
-    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned whole are left out.
-    The head goes to ``modules_to_save``, and the adapter's tokenizer goes along. peft's format has no place for label
-    names: they are the base model's, and for an adapter of ours README.md shows the call that loads it with the
-    adapter's names.
+    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned completely are left
+    out. The head goes to ``modules_to_save``, and the adapter's tokenizer is copied. peft's format has no place for
+    label names, so that a loaded model has the base's. For a loralib adapter, the README.md in ``folder`` shows how to
+    load it with the adapter's label names.
 
     Args:
         adapter: folder of :func:`loralib.save_adapter`, or of peft's AdaLoRA or LoRA².
         folder: new, empty, or a peft adapter's, which is replaced.
-        base_model: for ``base_model_name_or_path``; by default the one that the adapter records.
+        base_model: the value of ``base_model_name_or_path``; by default the base that the adapter records.
 
     Returns:
         Module name -> rank.
 
     Raises:
-        ValueError: for a damaged adapter, one without a low-rank update, or one that peft cannot hold: a parameter that
-            trained beside its update, is tied to another, or has two names.
+        ValueError: for a damaged adapter, one without a low-rank update, or one that peft's format cannot hold: a
+            parameter was trained in addition to its low-rank update, or tied weights give it a second name.
     """
     if is_peft(adapter):
         values, scaled, head = read_pairs(adapter)
@@ -89,10 +89,10 @@ def export_peft(
     config, tensors = read_adapter(adapter)
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
-            raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold it")
+            raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold both")
     if lacks := config.card.get("peft_lacks"):
-        raise ValueError(f"{lacks!r:.200} is a second name of what was trained, which peft's format cannot hold: load "
-                         "the adapter with load_adapter()")  # fmt: skip
+        raise ValueError(f"{lacks!r:.200} is a second name of a trained weight (tied weights), which peft's format "
+                         "cannot hold: load the adapter with load_adapter()")  # fmt: skip
     if base_model not in (None, config.base_model):
         config = replace(config, base_model=base_model, base_revision=None)
     pairs = {name: layer_pair(group, name, tensors, config.tied) for name, group in config.modules.items()}
@@ -104,7 +104,7 @@ def export_peft(
 def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: dict[str, str]) -> tuple[Tensor, Tensor]:
     """(B, A) of one module with ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
 
-    Plain LoRA keeps its A as it is, and its scaling goes into B.
+    For plain LoRA, A is unchanged and B is multiplied by the scaling.
     """
 
     def stored(part: str) -> Tensor:
@@ -126,8 +126,8 @@ def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: d
 def decompose(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """left · core · right = U diag(σ) Vᵀ at its numerical rank ρ: U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64.
 
-    The product is not formed: the thin QR decompositions left = Q_l R_l and rightᵀ = Q_r R_r leave the small matrix
-    R_l · core · R_rᵀ to decompose. Values of σ below the rounding of float32 go.
+    The product is never formed: after the thin QR decompositions left = Q_l R_l and rightᵀ = Q_r R_r, only the small
+    matrix R_l · core · R_rᵀ is decomposed. Values of σ below float32's rounding of the largest are dropped.
 
     Args:
         left: (out, p). core: (p, q). right: (q, in).
@@ -157,7 +157,7 @@ def _write_peft(
         for side, factor in zip("BA", pairs[name], strict=True):
             state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
     most = max(ranks.values())
-    # peft takes the first expression that the end of a name matches: each of these is for one module alone.
+    # peft takes the first expression that matches the end of a name. With ^, each of these matches one module only.
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     config = {
         "peft_type": "LORA",
@@ -166,7 +166,7 @@ def _write_peft(
         "lora_alpha": most,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        # Names in a list stand for whatever ends with them; a short one might, and an expression is matched whole.
+        # A name in a list also selects longer names that end with it, so short names go into one expression instead.
         "target_modules": "|".join(map(re.escape, ranks)) if any(n.count(".") < 2 for n in ranks) else list(ranks),
         "bias": "none",
         **fields,
@@ -184,7 +184,7 @@ def _how_to_load(config: AdapterConfig) -> str:
     arguments = [repr(config.base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
     name = config.architecture
     base = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
-    if not config.base_config:  # no model of transformers
+    if not config.base_config:  # not a transformers model
         base = f"\nmodel = ...  # the {name} on which the adapter was trained"
     return _LOAD.format(base=base)
 
@@ -202,14 +202,14 @@ def _peft_fields(config: AdapterConfig) -> dict[str, Any]:
 
 
 def task_type_of(architecture: str, head: Iterable[str]) -> str | None:
-    """peft's task type for a class of transformers; None where peft would miss the head, whose names are given."""
+    """peft's task type for a transformers class; None if there is none or the head it requires is not in ``head``."""
     task_type = next((t for ending, t in TASK_TYPES.items() if architecture.endswith(ending)), None)
     insists = task_type not in (None, "CAUSAL_LM")
     return None if insists and not any(_HEADS & set(name.split(".")) for name in head) else task_type
 
 
 def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
-    """The modules that own the head's parameters. With a task type that has a head, peft saves a whole classifier."""
+    """The modules that own the head's parameters. With a task type, peft saves a classifier as a whole."""
     modules: dict[str, None] = {}
     for name in head:
         parts = name.split(".")[:-1]
@@ -222,11 +222,11 @@ def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
 
 
 def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` as LoRA layers of ours, in place.
+    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` in place, as loralib's LoRA layers.
 
     Raises:
         ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
-            the base's weights (PiSSA, OLoRA), or a base that it does not fit; the model is unchanged then.
+            the base's weights (PiSSA, OLoRA), or one that does not fit the base. The model is unchanged then.
     """
     _, pairs, head = read_pairs(folder)
     groups: dict[str, LayerGroup] = {}
@@ -234,7 +234,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, (left, right, scaling) in pairs.items():
         rank = right.shape[0]
         tensors |= {f"{name}.lora_B.0": left.float(), f"{name}.lora_A.0": right.float()}
-        # peft's dropout is a setting of its training, and fan_in_fan_out follows from the base's module.
+        # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
         key = ("lora", rank, [], scaling * rank, 0.0, "gaussian", False)
         groups.setdefault(str(key), LayerGroup(*key, {})).rank_pattern[name] = "1" * rank
     config = AdapterConfig("lora", list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
@@ -253,14 +253,14 @@ def is_peft(folder: str | os.PathLike[str]) -> bool:
 def read_pairs(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """A LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs.
+    """Read a LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs.
 
-    AdaLoRA's ΔW = B diag(e) A · lora_alpha / (init_r + 1e-5), as peft computes it, and that of LoRA², see
-    :mod:`loralib.interop.peft_method`, become pairs with e and the factor in B. What is pruned is left out, whole
-    modules too.
+    For AdaLoRA, ΔW = B diag(e) A · lora_alpha / (init_r + 1e-5), as peft computes it; for LoRA² see
+    :mod:`loralib.interop.peft_method`. In both cases e and the scaling go into B, so that s = 1. Pruned singular values
+    are left out, and so are modules without any others.
 
     Returns:
-        Its configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
+        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
 
     Raises:
         ValueError: see :func:`import_peft`.
@@ -287,11 +287,11 @@ def read_pairs(
                 pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
             if not left.dim() == right.dim() == 2 or left.shape[1] != right.shape[0]:
                 raise ValueError("its matrices have no common rank")
-        except Exception as error:  # a factor is missing or of another shape, or the configuration holds no scaling
+        except Exception as error:  # a factor is missing or has a wrong shape, or the configuration lacks the scaling
             raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
     if odd := next((name for name in state if ".base_layer." in name), None):
         advice = "in peft, give bias='none' to the config and save_embedding_layers=False to save_pretrained()"
-        raise ValueError(f"{folder}: {odd} is the base's: {advice}")
+        raise ValueError(f"{folder}: {odd} belongs to the base model: {advice}")
     odd = next((name for name in state if "lora_" in name), None)
     if not names or odd:
         raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")
@@ -300,7 +300,7 @@ def read_pairs(
     return values, pairs, state
 
 
-# peft's type -> the ends of the names of a module's factors, in the order of their product
+# peft's type -> endings of the names of a module's factors, in the order of their product
 _PARTS = {
     "LORA": (".lora_B.weight", ".lora_A.weight"),
     "ADALORA": (".lora_B", ".lora_E", ".lora_A"),
@@ -309,7 +309,7 @@ _PARTS = {
 
 
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
-    """Raises ValueError for what the tensors do not show; DoRA and the like have tensors of their own."""
+    """Raises ValueError for variants that only the configuration shows; DoRA and the like have tensors of their own."""
     if values.get("peft_type") not in tuple(_PARTS):
         raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only {', '.join(_PARTS)} can be imported")
     if values.get("alora_invocation_tokens"):
@@ -320,9 +320,9 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
 
 
 def _scaling(values: dict[str, Any], name: str, rank: int) -> float:
-    """AdaLoRA: lora_alpha / (init_r + 1e-5). LoRA²: lora_alpha / r. LoRA: lora_alpha / r, or lora_alpha / √r with
-    rank-stabilised scaling, of the module's own rank and alpha. Patterns match as they do in peft; where none does, the
-    plain name is looked up."""
+    """The factor s of ΔW. AdaLoRA: lora_alpha / (init_r + 1e-5). LoRA²: lora_alpha / r. LoRA: lora_alpha / r, or
+    lora_alpha / √r with rank-stabilised scaling, with the module's own rank and alpha. Patterns match as they do in
+    peft; if none matches, the plain name is looked up."""
     if values["peft_type"] == "ADALORA":
         return values["lora_alpha"] / (values["init_r"] + 1e-5)
     if values["peft_type"] == "LORA2":

@@ -4,8 +4,8 @@
     model = peft.get_peft_model(base, lora2.LoRA2Config(r=8, k=8, target_modules=["query", "value"]))
 
 ``save_pretrained``, ``from_pretrained``, ``merge_and_unload`` and several adapters work as for peft's own methods, also
-in the tools that are built on peft. Each adapter of a layer is a :class:`loralib.LoRA2Linear`, so that
-:class:`loralib.LowRankTraining` regularises and prunes the adapters that train.
+in tools that are built on peft. Each adapter of a layer is a :class:`loralib.LoRA2Linear`, so that
+:class:`loralib.LowRankTraining` regularises and prunes the trainable adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAME = "lora2"
 
 
 def _add_peft_type() -> PeftType:
-    """PeftType.LORA2. peft registers only types that its enumeration has, and offers no way to add one."""
+    """Add PeftType.LORA2: peft registers only members of this enumeration, and has no function to add one."""
     if NAME.upper() in PeftType.__members__:
         return PeftType[NAME.upper()]
     member = str.__new__(PeftType, NAME.upper())
@@ -53,7 +53,7 @@ class LoRA2Config(PeftConfig):
         r, k, lora_alpha, lora_dropout, init: as for :class:`loralib.LoRA2Linear`.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as for peft's
             ``LoraConfig``; a target is a linear layer.
-        rank_pattern: module name, its end, or an expression, as in peft's LoRA -> rank ≤ r, for modules with fewer
+        rank_pattern: module name, its end, or a regular expression, as in peft's LoRA -> rank ≤ r of modules with fewer
             singular values; :meth:`LoRA2Model.compact` sets it. The scaling stays lora_alpha / r.
     """
 
@@ -72,30 +72,30 @@ class LoRA2Config(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LORA2
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:  # which peft would ignore
-            raise ValueError("target_modules is an expression: put the numbers of layers_to_transform into it")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:  # peft ignores the latter
+            raise ValueError("layers_to_transform is ignored if target_modules is a regex: put the numbers into it")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
 
 
 class LoRA2Adapter(LoRA2Linear):
-    """One adapter of a :class:`LoRA2Layer`. Its frozen weight and bias are those of the base layer, which it does not
-    own: its parameters and its state dict are the factors alone.
+    """One adapter of a :class:`LoRA2Layer`. It uses the frozen weight and bias of the base layer without owning them:
+    its parameters and its state dict are only the factors.
 
-    A factor is the parameter ``lora_B_0``, not ``lora_B.0``: peft finds the adapter's name in a key only where at most
-    one part follows it.
+    A factor's name is ``lora_B_0``, not ``lora_B.0``: peft finds the adapter's name in a key only if at most one part
+    follows it.
     """
 
     in_peft = True
 
     def __init__(self, base: nn.Module, config: LoRA2Config) -> None:
         nn.Module.__init__(self)
-        self._base = (base,)  # in a tuple, so that it is no submodule
-        self.register_parameter("lora_E", None)  # which makes it the first of the factors, as in other layers
+        self._base = (base,)  # in a tuple, so that it is not registered as a submodule
+        self.register_parameter("lora_E", None)  # registered first, so that e comes first, as in other layers
         if is_conv1d(base):
             self.in_features, self.out_features = base.weight.shape
-        else:  # not the shape of the weight, which says nothing where it is quantised
+        else:  # not the shape of the weight, which a quantised layer stores in another form
             self.in_features, self.out_features = base.in_features, base.out_features
         self._add_factors(config.r, config.lora_alpha, config.lora_dropout, (config.k,), config.init, is_conv1d(base))
 
@@ -108,7 +108,7 @@ class LoRA2Adapter(LoRA2Linear):
         return self._base[0].bias
 
     def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:
-        """input (…, in) → (…, out): the base layer's product, or ``out`` in its place, plus the update."""
+        """input (…, in) → (…, out): the base layer's output, or ``out`` if it is given, plus the update."""
         return super().forward(input) if out is None else self.add_update(out, input)
 
     @property
@@ -132,11 +132,11 @@ class LoRA2Adapter(LoRA2Linear):
         nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args, **kwargs)  # it is the wrapper that unmerges
+        nn.Module._load_from_state_dict(self, *args, **kwargs)  # unmerging is left to the wrapper
 
 
 class _Factors(Sequence):
-    """The factors of one side, which are parameters of the layer itself, as the list that other layers have."""
+    """The factors of one side as a list, as other layers have them; here they are parameters of the layer itself."""
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self.layer, self.name = layer, name
@@ -155,7 +155,7 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
     """peft's wrapper around a frozen linear layer, with one :class:`LoRA2Adapter` for each adapter's name.
 
     Raises:
-        ValueError: for another kind of layer, or a setting out of range.
+        ValueError: if the layer is not a linear one, or a setting is out of range.
     """
 
     adapter_layer_names = ("lora2_adapters",)
@@ -173,7 +173,7 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, rank)
 
     def update_layer(self, adapter_name: str, config: LoRA2Config, rank: int | None) -> None:
-        """Add an adapter, its ``rank`` singular values left of r (None: all)."""
+        """Add an adapter with ``rank`` of its r singular values (None: all)."""
         adapter = LoRA2Adapter(self.get_base_layer(), config)
         if rank is not None:
             adapter.keep_singular_values(range(rank))
@@ -181,7 +181,7 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _has_plain_weight(self) -> bool:
-        """Whether the base layer is W x + b with W a plain tensor: neither quantised nor moved about by a hook."""
+        """Whether the base layer is W x + b with a plain tensor W: not quantised, and not changed by a hook."""
         base = self.base_layer
         plain = (type(base) is nn.Linear or is_conv1d(base)) and type(base.weight) is nn.Parameter
         hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
@@ -213,8 +213,8 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
             safe_merge: refuse a result that is not finite. adapter_names: by default the active adapters.
 
         Raises:
-            ValueError: for a quantised weight, or, with ``safe_merge``, a result that is not finite; the weight is
-                unchanged then.
+            ValueError: for a quantised or sharded weight, or, with ``safe_merge``, a result that is not finite. The
+                weight is unchanged then.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora2_adapters:
@@ -227,16 +227,16 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Undo :meth:`merge` exactly, the last adapter first. Does nothing where nothing is merged."""
+        """Undo :meth:`merge` exactly, the last adapter first. Does nothing if nothing is merged."""
         while self.merged_adapters:
             self.lora2_adapters[self.merged_adapters.pop()].unmerge()
 
 
 class LoRA2Model(BaseTuner):
-    """peft's tuner for LoRA²; ``get_peft_model`` makes it.
+    """peft's tuner for LoRA²; ``get_peft_model`` creates it.
 
     Raises:
-        ValueError: for ``nn.MultiheadAttention``'s output projection as a target, and for ``adapter_names`` in a call.
+        ValueError: if the output projection of ``nn.MultiheadAttention`` is a target, or a call has ``adapter_names``.
     """
 
     prefix = f"{NAME}_"
@@ -261,12 +261,12 @@ class LoRA2Model(BaseTuner):
             target.update_layer(adapter_name, peft_config, rank)
             return
         layer = LoRA2Layer(target, adapter_name, peft_config, rank)
-        if adapter_name not in self.active_adapters:  # a further adapter trains only once it is set active
+        if adapter_name not in self.active_adapters:  # a further adapter is trainable only once it is set active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> nullcontext:
-        """peft calls this before each forward pass with what the model itself does not get."""
+        """peft calls this before each forward pass, with the arguments that the model itself does not receive."""
         if adapter_names is not None:
             raise ValueError("LoRA² takes no adapter_names: use set_adapter(), or MultiAdapter for mixed rows")
         return nullcontext()

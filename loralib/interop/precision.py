@@ -1,4 +1,4 @@
-"""Half-precision frozen weights beside float32 adapters, without casting a weight in any step."""
+"""Keep frozen weights in half precision beside float32 adapters, so that no step has to cast a weight."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from loralib.stored_weight import stored_form
 def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:
     """Store every frozen floating-point parameter in ``dtype``; trainable ones and the head's become float32.
 
-    While every linear layer of the model trains, nothing has been frozen for a training yet, and all but the head is
-    taken as frozen: cast, then quantise or inject.
+    If every linear layer of the model is trainable, nothing has been frozen for a training yet, and everything but the
+    head counts as frozen: cast first, then quantise or inject.
 
-    The low-rank layers compute in the dtype of their frozen weight and take inputs, factors and a bias of either. Any
-    other module with a trainable parameter of its own, or a floating-point buffer beside its parameters (BatchNorm),
-    stays float32 as a whole, and is given float32 inputs; what it returns is cast to ``dtype`` for the frozen modules
-    that may follow. The head is given float32 inputs too, and what it returns stays float32: without a head the logits
-    have the dtype of what computes them last. Buffers keep their dtype. To take all of it back, call this again with
-    float32; ``model.float()`` alone leaves what the kept modules return rounded.
+    The low-rank layers compute in the dtype of their frozen weight and accept inputs, factors and a bias in either
+    dtype. Any other module with a trainable parameter of its own, or with a floating-point buffer beside its parameters
+    (BatchNorm), stays float32 as a whole: its inputs are cast to float32, and its outputs to ``dtype`` for the frozen
+    modules that may follow. The head's inputs are cast to float32 too, and its outputs stay float32. Without a head the
+    logits have the dtype of the module that computes them. Buffers keep their dtype. To undo all this, call the
+    function again with float32: after ``model.float()`` alone, the outputs of kept modules would still be rounded.
 
-    An adapter that is saved after a cast to float16 fits the float32 base with ``allow_other_base`` only: bases are
-    compared in bfloat16, which rounds otherwise.
+    An adapter that is saved after a cast to float16 loads on the float32 base only with ``allow_other_base``, because
+    bases are compared in bfloat16, which rounds differently.
 
     Args:
-        model: its ``requires_grad`` flags say what is frozen, once a linear layer is. Call this again when they change.
+        model: its ``requires_grad`` flags say what is frozen, once a linear layer is. Call this again if they change.
         dtype: a floating-point dtype, normally ``torch.bfloat16``.
-        head: the module or modules that end the model, for example a classifier and the pooler before it.
+        head: the last module or modules of the model, for example a classifier and the pooler before it.
 
     Raises:
         ValueError: for a head outside the model, and a quantised, sharded or merged weight. The model is unchanged
@@ -43,7 +43,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     _check(model, heads)
     in_head = {module for part in heads for module in part.modules()}
     buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
-    # A buffer without dimensions, such as a scale, promotes nothing.
+    # A buffer without dimensions, such as a scale, does not change the dtype of what is computed with it.
     buffered = {module for module, buffer in buffers if buffer.is_floating_point() and buffer.dim()}
     kept = _kept_parameters(model, in_head | buffered)
     for parameter in model.parameters():
@@ -55,7 +55,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     for module in computing:
         if module in in_float32:
             _set_border(module, torch.float32, dtype if module in inner and module is not model else None)
-        else:  # token ids bring no float32: without such a module before it not even a look at its inputs is needed
+        else:  # if the model reads token ids and has no float32 module inside, inputs are not float32: no hook
             reached = inner or buffered or getattr(model, "main_input_name", None) != "input_ids"
             _set_border(module, dtype if reached and not isinstance(module, LoRALayer) else None, None)
 
@@ -63,10 +63,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
 def _check(model: nn.Module, heads: list[nn.Module]) -> None:
     for name, parameter in model.named_parameters():
         if stored_form(parameter) is not None:
-            raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model, before that is done to it")
+            raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model first, then do that to it")
     inside = set(model.modules())
     if any(isinstance(module, LoRALayer) and module.merged for module in inside):
-        raise ValueError("a low-rank layer is merged, and would restore its weight as it was: unmerge before the cast")
+        raise ValueError("a low-rank layer is merged, and unmerging would undo its cast: unmerge before the cast")
     for part in heads:
         if part not in inside:
             raise ValueError(f"the head ({type(part).__name__}) is not a module of the model: name one that is")
@@ -75,17 +75,17 @@ def _check(model: nn.Module, heads: list[nn.Module]) -> None:
 def _computing(module: nn.Module) -> list[nn.Parameter]:
     """The floating-point parameters that must share one dtype for the module's own forward pass to work."""
     if isinstance(module, LoRALayer):
-        parameters = [module.weight]  # whose dtype the layer computes in; it casts its bias and factors itself
+        parameters = [module.weight]  # the layer computes in its dtype, and casts its bias and factors itself
     elif isinstance(module, nn.ParameterList):
         parameters = []  # computes nothing
-    else:  # attention hands its projection's parameters to one function, past the projection's own forward
+    else:  # attention passes its projection's parameters to a function, and does not call the projection
         parameters = module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
     return [p for p in parameters if p.is_floating_point()]
 
 
 def _kept_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
-    """Ids of what stays float32: all that trains, the chosen modules' own, and what is used beside them, also where
-    modules share a parameter."""
+    """Ids of the parameters that stay float32: trainable ones, those of the chosen modules, and all that one module
+    uses together with such a parameter, also if modules share it."""
     parameters = list(model.parameters())
     weights = [module.weight for module in model.modules() if is_linear(module)] or parameters
     fresh = all(weight.requires_grad for weight in weights)
@@ -102,7 +102,7 @@ def _kept_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
 
 
 def _set_border(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dtype | None) -> None:
-    """Say what a module's inputs and outputs are cast to; the hooks read it, so a second call adds none."""
+    """Set the dtypes of a module's inputs and outputs. The hooks read them, so that a second call adds no hook."""
     if not hasattr(module, "_border"):
         if inputs is None:
             return
@@ -114,7 +114,7 @@ def _set_border(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dt
 def _cast_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     dtype = module._border[0]
     if dtype is not None:
-        dtype = next((p.dtype for p in _computing(module)), dtype)  # the model may have been moved since
+        dtype = next((p.dtype for p in _computing(module)), dtype)  # the model may have been cast since
     return _cast(args, dtype), _cast(kwargs, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Frozen weights split over several processes by FSDP2; every process keeps the whole factors and head."""
+"""Split frozen weights over several processes with FSDP2; every process keeps the whole factors and head."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from loralib.stored_weight import stored_form
 
 
 def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
-    """Split every frozen parameter of ``model`` over all processes, in place; what trains stays whole on each of them.
+    """Split every frozen parameter of ``model`` over all processes, in place; trainable ones stay whole on each.
 
     The weights of a block (an entry of an ``nn.ModuleList``) are gathered for its forward and its backward pass and
-    freed after either. Wrap the model in ``DistributedDataParallel``, which leaves the split weights alone and averages
+    freed after each. Wrap the model in ``DistributedDataParallel``, which leaves the split weights alone and averages
     the gradients of the others once a step. Penalty, allocator, exact factors, checkpoints and
     :func:`loralib.save_adapter` then work as in one process. Merging needs whole weights and is refused.
 
     Args:
-        model: the same on every process, its low-rank layers in place and its ``requires_grad`` flags set, which stay
-            as they are. Call :func:`loralib.interop.precision.cast_frozen` before this.
-        device_type: of the devices on which the processes compute, ``"cpu"`` or ``"cuda"``.
+        model: the same on every process, with its low-rank layers injected and its ``requires_grad`` flags set, which
+            are not changed. Call :func:`loralib.interop.precision.cast_frozen` before this.
+        device_type: type of the devices on which the processes compute, ``"cpu"`` or ``"cuda"``.
 
     Raises:
-        ValueError: for a weight that is sharded or quantised already, and without a process group. The model is
+        ValueError: for a weight that is sharded or quantised already, or if there is no process group. The model is
             unchanged then.
     """
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in frozen.items():
         if stored_form(parameter) is not None:
             raise ValueError(
-                f"{name} is {stored_form(parameter)} already, and FSDP splits plain weights: leave one out"
+                f"{name} is {stored_form(parameter)} already, and FSDP splits only plain weights: use one or the other"
             )
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     units = [*_units(model), model]
@@ -50,16 +50,16 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered together: each block, and the input and output embedding unless they share their weight."""
+    """The modules that are gathered as a whole: each block, and the two embeddings unless they share their weight."""
     found: list[Any] = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    embeddings = [module for module in found if isinstance(getattr(module, "weight", None), Tensor)]  # ViT's have none
+    embeddings = [module for module in found if isinstance(getattr(module, "weight", None), Tensor)]  # ViT's lack one
     tied = len({id(module.weight) for module in embeddings}) < len(embeddings)
     apart = [] if tied else [module for module in embeddings if not module.weight.requires_grad]
     return [*_blocks(model), *apart]
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The entries of the outermost lists of modules, each once, but for containers, which nothing calls."""
+    """The entries of the outermost module lists, each once, without containers, which are never called."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from (block for block in dict.fromkeys(child) if type(block).forward is not nn.Module.forward)

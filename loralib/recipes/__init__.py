@@ -1,1 +1,1 @@
-"""Ways to train the layers: a mix-in for transformers' Trainer, exact factors, learning rates, how far ΔW has come."""
+"""Ways to train the layers: a mix-in for transformers' Trainer, exact factors, learning rates, statistics of ΔW."""

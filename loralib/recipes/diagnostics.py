@@ -1,4 +1,4 @@
-"""How far an update has come: its norm, its singular values, and how orthonormal its factors are."""
+"""Statistics of an update: its norm, its singular values, and how close its factors are to orthonormal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from loralib.recipes.exact_factors import deviations, distinct_factors
 
 @dataclass(frozen=True)
 class UpdateStatistics:
-    """Of one model at one moment.
+    """The updates of one model at one moment.
 
     Attributes:
         delta_norms: module name → ‖ΔW‖_F, s included.
-        largest_value, smallest_value: of |e| over all layers, without the pruned ones (e = 0); None where none is left.
+        largest_value, smallest_value: of |e| over all layers, without pruned ones (e = 0); None if there are no others.
         deviation: the largest ‖Gram − I‖_F of any factor, on its smaller side; None without singular values.
     """
 
@@ -33,7 +33,7 @@ class UpdateStatistics:
 def update_statistics(model: nn.Module) -> UpdateStatistics:
     """‖ΔW‖_F of every layer, the range of |e|, and how far the factors are from orthonormal.
 
-    ‖ΔW‖² = tr(C A₀A₀ᵀ Cᵀ B₀ᵀB₀) for ΔW = B₀ C A₀, from k×k Grams: the dense ΔW is never formed.
+    ‖ΔW‖² = tr(C A₀A₀ᵀ Cᵀ B₀ᵀB₀) for ΔW = B₀ C A₀, from Grams of size k (one scale: r). The dense ΔW is never formed.
     """
     layers = svd_layers(model)
     largest = smallest = deviation = None

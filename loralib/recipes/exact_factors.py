@@ -26,34 +26,34 @@ from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import svd_layers
 
-# From eigenvalues of the Gram between 0.3 and 1.6, four steps of degree five reach 1 to float32's precision. One step
-# of Adam at a rate of 4e-3 leaves them far inside; a larger drift goes on shrinking with every further retraction.
+# If the eigenvalues of the Gram are between 0.3 and 1.6, four steps of degree five bring them to 1 in float32. After a
+# step of Adam at a rate of 4e-3 they are well inside. A larger drift shrinks further with every later retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
 ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
 
 
 def distinct_factors(layers: Iterable[LoRALayer], trained: bool = False) -> list[nn.Parameter]:
-    """The factors of the layers, or those of them that train; what layers share is there once."""
+    """The factors of the layers, or only the trainable ones; a factor that layers share is there once."""
     found = {id(f): f for layer in layers for f in [*layer.lora_B, *layer.lora_A]}.values()
     return [factor for factor in found if factor.requires_grad or not trained]
 
 
 class _Stack:
-    """Factors that have one shape once they lie wide, worked on as one (n, s, m), s ≤ m; the tall ones come last.
+    """Factors that have one shape once tall ones are transposed, as one tensor (n, s, m), s ≤ m; tall ones come last.
 
-    The wide layout makes the batched Gram on a CPU twice as fast and three times as accurate. The memory stays from
-    step to step: fresh memory and new views would cost more than the products.
+    The wide layout makes the batched Gram on a CPU twice as fast and three times as accurate. The memory is kept from
+    step to step: new memory and new views would cost more than the products.
     """
 
     def __init__(self, factors: list[nn.Parameter]) -> None:
         self.wide = [f for f in factors if f.shape[0] <= f.shape[1]]
         self.all = [*self.wide, *(f for f in factors if f.shape[0] > f.shape[1])]
         self._memory: list[Tensor] = []
-        self._places: list[list[Tensor]] = []  # of every factor in each of the two
+        self._places: list[list[Tensor]] = []  # the view of every factor in each of the two tensors of _memory
 
     def factors(self) -> Tensor:
-        """X as it is now. Never taken from an earlier call: a fused optimiser leaves no trace in a tensor's version."""
+        """Read X anew at each call: a fused optimiser does not raise a tensor's version, so changes cannot be seen."""
         like, count = self.all[0], len(self.wide)
         if not self._memory or self._memory[0].device != like.device:
             shape = (len(self.all), *sorted(like.shape))
@@ -68,7 +68,7 @@ class _Stack:
         torch._foreach_copy_(self.all, self._places[1])
 
     def project_gradients(self) -> None:
-        """g ← g − sym(g Xᵀ) X for the factors that have a gradient, wide and tall ones as they lie."""
+        """g ← g − sym(g Xᵀ) X for the factors that have a gradient; the gradients of tall ones are not transposed."""
         x, count = self.factors(), len(self.wide)
         for factors, part, tall in ((self.all[:count], x[:count], False), (self.all[count:], x[count:], True)):
             gradients = [f.grad for f in factors if f.grad is not None]
@@ -85,14 +85,14 @@ class _Stack:
 
 
 class ExactFactors:
-    """Keeps every factor that trains, of the layers with singular values, orthonormal along its smaller side.
+    """Keeps every trainable factor of the layers with singular values orthonormal along its smaller side.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
-    product, a factor that layers share once. All is done on the device. A frozen factor is left alone, whether its
-    layer's e trains or not.
+    product, and a factor that layers share is handled once. All work is done on the device. A frozen factor is left
+    alone, whether or not its layer's e is trainable.
 
     Args:
-        model: holds AdaLoRA, LoRA² or multi-scale layers; :func:`make_orthonormal` is called for it, now and before the
+        model: has AdaLoRA, LoRA² or multi-scale layers; :func:`make_orthonormal` is called for it, now and before the
             first step of each training.
 
     Raises:
@@ -112,18 +112,18 @@ class ExactFactors:
         by_side: dict[tuple, list[_Stack]] = defaultdict(list)
         for (device, dtype, side, _), factors in groups.items():
             by_side[(device, dtype, side)].append(_Stack(factors))
-        self._same_side = list(by_side.values())  # their small Grams are worked on as one stack
+        self._same_side = list(by_side.values())  # stacks whose Grams have one size and are handled in one batch
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """g ← g − X sym(Xᵀg) for every factor that trains and has a gradient, in place."""
+        """g ← g − X sym(Xᵀg) for every trainable factor that has a gradient, in place."""
         for stack in chain.from_iterable(self._same_side):
             with without_autocast(stack.all[0].device.type):
                 stack.project_gradients()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """X ← X (XᵀX)^(−1/2) for every factor that trains, in place."""
+        """X ← X (XᵀX)^(−1/2) for every trainable factor, in place."""
         for stacks in self._same_side:
             with without_autocast(stacks[0].all[0].device.type):
                 grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
@@ -133,25 +133,25 @@ class ExactFactors:
 
 
 def make_orthonormal(model: nn.Module) -> None:
-    """Make every factor that trains, of the layers with singular values, orthonormal; ΔW stays as it is.
+    """Make every trainable factor of the layers with singular values orthonormal, without changing ΔW.
 
-    Where e = 0, the factors are replaced by the nearest orthonormal ones.
+    In a layer with e = 0, the factors are replaced by the nearest orthonormal ones.
 
     Raises:
-        ValueError: for a model without such factors, factors in half precision, and where ΔW is not 0 and its factors
-            are not orthonormal, as those of a pruned adapter: to make them so would change it. The model is unchanged
-            then.
+        ValueError: for a model without such factors, for factors in half precision, and if a layer with ΔW ≠ 0 has
+            factors that are not orthonormal (as after pruning), which cannot be replaced without changing ΔW. The model
+            is unchanged then.
     """
     trained = distinct_factors(svd_layers(model).values(), trained=True)
     if not trained:
         raise ValueError(
-            "no factor of a layer with singular values (AdaLoRA, LoRA²) trains: inject such layers, "
+            "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
             "and let their factors train"
         )
     if half := [factor.dtype for factor in trained if factor.dtype.itemsize < 4]:
         raise ValueError(
-            f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts the "
-            "frozen weights alone)"
+            f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts only the "
+            "frozen weights)"
         )
     if factors_are_orthonormal(trained):
         return
@@ -171,8 +171,8 @@ def make_orthonormal(model: nn.Module) -> None:
 def inverse_root(gram: Tensor) -> Tensor:
     """Gram^(−1/2) of symmetric positive definite Grams, (n, s, s).
 
-    A Newton–Schulz step of degree five multiplies X by I + E/2 + 3E²/8, E = I − XᵀX. E and the root are kept as
-    distances from the identity: next to 1, float32 would round to 6e-8 in each step, and the errors would add up.
+    A Newton–Schulz step of degree five multiplies X by I + E/2 + 3E²/8, E = I − XᵀX. E and the root are stored as
+    differences from the identity: near 1, float32 would round to 6e-8 in each step, and the errors would add up.
     """
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     bound = gram.abs().sum(-1).amax(-1)[:, None, None]
@@ -201,5 +201,5 @@ def deviations(factors: Iterable[Tensor]) -> Tensor:
 
 
 def factors_are_orthonormal(factors: Iterable[Tensor]) -> bool:
-    """Whether all of the factors, at least one, have orthonormal rows or columns."""
+    """Whether all of the factors (at least one) have orthonormal rows or columns."""
     return bool((deviations(factors) < ORTHONORMAL).all())

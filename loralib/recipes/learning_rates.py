@@ -16,17 +16,17 @@ def parameter_groups(
     b_lr_ratio: float = 1.0,
     head_lr: float | None = None,
 ) -> list[dict]:
-    """One group for an optimiser per learning rate; every trainable parameter is in exactly one. Weight decay is the
-    caller's.
+    """Group the trainable parameters for an optimiser, one group per learning rate and each parameter in one group.
+    Weight decay is left to the caller.
 
     Args:
         lr: learning rate of the factors.
         value_lr_ratio: rate of the singular values e, in multiples of ``lr``.
-        b_lr_ratio: rate of LoRA's B, in multiples of ``lr`` (LoRA+, arXiv 2402.12354, which takes 16).
-        head_lr: rate of what trains besides the factors; ``lr`` where None. Unfreeze a new head before.
+        b_lr_ratio: rate of LoRA's B, in multiples of ``lr`` (LoRA+, arXiv 2402.12354, which uses 16).
+        head_lr: rate of the trainable parameters that are not factors; None is ``lr``. Unfreeze a new head first.
 
     Raises:
-        ValueError: for a rate out of range, and where the head has a rate and does not train.
+        ValueError: for a rate out of range, or if ``head_lr`` is given and only the factors are trainable.
     """
     rates = {"lr": lr, "value_lr_ratio": value_lr_ratio, "b_lr_ratio": b_lr_ratio}
     for name, value in (rates if head_lr is None else rates | {"head_lr": head_lr}).items():
@@ -37,7 +37,7 @@ def parameter_groups(
     factors = set(map(id, factors_of(model)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if head_lr is not None and all(id(p) in factors for p in trained):
-        raise ValueError("head_lr is for what trains besides the factors, and nothing does: unfreeze the head first")
+        raise ValueError("head_lr has no effect, because only the factors are trainable: unfreeze the head first")
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter in trained:
         rate = lr * ratios.get(id(parameter), 1.0)

@@ -1,12 +1,12 @@
-"""A mix-in for transformers' Trainer: the regulariser, the allocator, and checkpoints of what trains.
+"""A mix-in for transformers' Trainer: the regulariser, the allocator, and checkpoints of the trainable parameters.
 
     class MyTrainer(LowRankTrainerMixin, Trainer): ...
     trainer = MyTrainer(model=model, low_rank=LowRankTraining(model, target_rank=4), args=args, train_dataset=rows)
 
-A checkpoint holds, beside the Trainer's own files,
+Besides the Trainer's own files, a checkpoint contains
 
-    trained.safetensors   the parameters that train and the buffers that training changes, by the model's own names: a
-                          resume and ``load_best_model_at_end`` read this file, so that the names under which
+    trained.safetensors   the trainable parameters and the buffers that training changes, under the model's own names.
+                          Resuming and ``load_best_model_at_end`` read this file, so that the names under which
                           transformers saves a model do not matter. The frozen base is not written.
     low_rank.pt           the state of ``low_rank``.
 
@@ -30,24 +30,24 @@ from loralib.training import LowRankTraining
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
-    _Trainer = object  # the class that the mix-in is put before brings the Trainer
+    _Trainer = object  # the Trainer is another base of the class that uses the mix-in
 
 STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 
 
 class LowRankTrainerMixin(_Trainer):
-    """Put before transformers' Trainer (or a subclass) in the bases of a class.
+    """To be put before transformers' Trainer (or a subclass) in the bases of a class.
 
-    Adds the regulariser to the training loss, drives the allocator after every optimiser step, and carries its state
-    in the checkpoints, so that ``resume_from_checkpoint`` goes on where it was.
+    It adds the regulariser to the training loss, calls the allocator after every optimiser step, and saves its state
+    in the checkpoints, so that ``resume_from_checkpoint`` continues exactly where the training stopped.
 
-    Evaluating and saving change nothing: between two maskings the weights are scored and saved as they are. The last
-    step of a training masks, so that the final ranks are the target. ``save_model()`` writes what a checkpoint holds of
-    the model; :func:`loralib.save_adapter` writes an adapter.
+    Evaluating and saving do not change the weights: between two maskings they are evaluated and saved as they are. The
+    last step of a training masks, so that the final ranks are the target. ``save_model()`` writes what a checkpoint
+    holds of the model; :func:`loralib.save_adapter` writes an adapter.
 
     Args:
-        low_rank: made for the same model; its ``total_steps`` become the Trainer's. Any object with ``start``,
-            ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
+        low_rank: made for the same model; its ``total_steps`` is set to the Trainer's. Any object will do that has
+            ``start``, ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict``.
         args, kwargs: the Trainer's.
     """
 
@@ -65,8 +65,8 @@ class LowRankTrainerMixin(_Trainer):
             return result
         from transformers import Trainer
 
-        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. transformers
-        # newer than 5.12 lets a subclass say so of its own loss.
+        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. In versions of
+        # transformers after 5.12, a subclass can declare that its loss is.
         scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
@@ -76,9 +76,9 @@ class LowRankTrainerMixin(_Trainer):
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Overridden to write what trains, once, under the model's own names; of a PeftModel its adapter too."""
+        """Overridden to write the trained tensors once, under the model's own names; and the adapter of a PeftModel."""
         folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
-        peft = sys.modules.get("peft")  # which is imported where there is a PeftModel
+        peft = sys.modules.get("peft")  # imported already if the model is a PeftModel
         if peft is not None and isinstance(model, peft.PeftModel):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -97,9 +97,9 @@ class LowRankTrainerMixin(_Trainer):
         read_trained(unwrapped(self.model), Path(self.state.best_model_checkpoint) / TRAINED_FILE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Overridden because the Trainer's checkpoint has no public place for a further state.
+        """Overridden because the Trainer has no public method to add a state to a checkpoint.
 
-        ``on_save`` comes too late for a subclass that writes its checkpoints as a whole.
+        ``on_save`` is called too late for a subclass that writes a checkpoint elsewhere and renames it when complete.
         """
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
@@ -119,13 +119,13 @@ def read_trained(model: nn.Module, path: Path) -> None:
     """Copy the tensors of a ``trained.safetensors`` into the model.
 
     Raises:
-        FileNotFoundError: in a checkpoint that no Trainer with this mix-in has written. ValueError: where the model
-            trains other parameters. The model is unchanged then.
+        FileNotFoundError: if no Trainer with this mix-in wrote the checkpoint. ValueError: if the model has other
+            trainable parameters. The model is unchanged then.
     """
     saved, own = load_file(path), trained_tensors(model)
     there, here = ({(name, *tensor.shape) for name, tensor in each.items()} for each in (saved, own))
     if odd := there ^ here:
-        raise ValueError(f"{path} is of a training of other parameters than this model's (see {min(odd)[0]})")
+        raise ValueError(f"{path} is of a model with other trainable parameters than this one (see {min(odd)[0]})")
     for name, tensor in own.items():
         tensor.copy_(saved[name])
 
