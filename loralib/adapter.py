@@ -8,7 +8,7 @@ once. :mod:`loralib.adapter_folder` describes the files.
 
 - the folder's checksums (:func:`loralib.adapter_folder.read_adapter`);
 - that the model and the adapter have the same layers, with the same ranks, shapes and sharing (:func:`check_factors`);
-- that the base has the weights that the adapter was trained on (:func:`check_base`), unless ``allow_other_base``;
+- that the base's weights are those of the training (:func:`check_base`), unless ``allow_other_base`` is given;
 - the shapes of the head (:func:`install`), by :func:`load_adapter` only.
 """
 
@@ -203,8 +203,8 @@ def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mappin
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
-    The model is the plain base, or its low-rank layers are those of the adapter, with the same rank and widths. Then
-    their factors are overwritten. Afterwards the adapter's parameters are trainable and all others frozen.
+    The model is the plain base, or it has low-rank layers for exactly the adapter's modules, with the same rank and
+    widths. Their factors are then overwritten. Afterwards only the adapter's parameters are trainable.
 
     Factors that were saved in half precision are loaded as float32; the logits then agree up to rounding. Load an
     adapter that was trained on frozen bfloat16 weights onto the float32 base and call ``cast_frozen`` afterwards. A
