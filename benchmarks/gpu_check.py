@@ -2,9 +2,9 @@
 
     bash scripts/gpu_check.sh [--out FOLDER]
 
-Each check is a separate process. It has its share of the time, plus what earlier checks left of theirs; then it is
-ended. A check that the machine cannot run, or that does not fit into its time, is listed as skipped, and is not counted
-as passed. On a CPU everything is small: that shows that the checks run, and nothing about a GPU.
+Each check is a separate process, which is killed if it takes longer than its share of the time and what earlier checks
+left of theirs. A check that the machine cannot run, or that is not done in time, is listed as skipped, and is not
+counted as passed. On a CPU the checks run in a small form, which shows that they work, and nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
 FEW = ("lora2", "lora2_plus", "bitfit")
 WAITING = {"peft_adalora": "peft's allocator waits", "lora balanced": "torch.linalg.eigh waits"}
-SECONDS = 525  # in all: 9 minutes, and some time to start and to end in
+SECONDS = 525  # for all checks: 9 minutes, less the time to start and to end
 
 
 class Skipped(Exception):
-    """The machine lacks what the check needs: why."""
+    """The check cannot be run; the message says why."""
 
 
 class Failed(Exception):
-    """What the check found."""
+    """The check failed; the message says what it found."""
 
 
 def each_method(try_one: Callable[[str, list[str]], list[str]], names: list[str]) -> None:
@@ -63,14 +63,14 @@ def each_method(try_one: Callable[[str, list[str]], list[str]], names: list[str]
     for name in names:
         try:
             wrong += try_one(name, every[name])
-        except Exception as error:  # one that cannot be run says nothing about the others
+        except Exception as error:  # an error in one method must not hide the results of the others
             wrong.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     if wrong:
         raise Failed("; ".join(wrong))
 
 
 def methods() -> str:
-    """Two steps of every method have the CPU's losses: in float32 to 1e-4, in bfloat16 to its rounding (1.6e-2)."""
+    """The losses of two steps of every method are the CPU's, within 1e-4 in float32 and 1.6e-2 in bfloat16."""
     names = list(FEW if SMALL else losses.method_flags())
     largest = {"float32": 0.0, "bfloat16": 0.0}
 
@@ -91,7 +91,7 @@ def methods() -> str:
 
 
 def no_synchronisation() -> str:
-    """In a step that prunes, once all is warm, the host waits for no result of the device (float32 and bfloat16)."""
+    """In a step that prunes, after warm-up, the host never waits for the device (float32 and bfloat16)."""
     if SMALL:
         raise Skipped("it needs a CUDA device: on a CPU nothing waits")
     names = [name for name in losses.method_flags() if name not in WAITING]
@@ -125,7 +125,7 @@ def _listed(names: list[str]) -> str:
 
 
 def resume() -> str:
-    """A run that is killed and resumed under --full_determinism ends bit-equal to one that is not."""
+    """A run that is killed and resumed under --full_determinism ends bit for bit like an uninterrupted one."""
     from safetensors.torch import load_file
 
     from tests.nlu.tiny import make_encoder, make_rows, write_rows
@@ -161,7 +161,7 @@ def resume() -> str:
 
 
 def _kill_once(command: list[str], after: Path) -> None:
-    """Start a run, and kill it when a checkpoint is there."""
+    """Start a run, and kill it when the checkpoint ``after`` exists."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not after.is_dir():
         time.sleep(0.005)
@@ -170,7 +170,7 @@ def _kill_once(command: list[str], after: Path) -> None:
 
 
 def benchmark() -> str:
-    """A step takes so long, and so much memory, beside peft on transformers' attention."""
+    """The time and memory of a step, compared with peft on transformers' attention."""
     peers = ["peft-lora", "lora2"] if SMALL else ["peft-lora", "peft-lora-bf16", "lora", "lora2"]
     lengths = [16] if SMALL else [64, 128, 256, 512]
     arguments = run.parse(["--device", DEVICE, "--rounds", "1" if SMALL else "3", "--name", "Steps"])
@@ -178,7 +178,7 @@ def benchmark() -> str:
     settings = []
     for length in lengths:
         batch = 2 if SMALL else min(32, 4096 // length)
-        steps = 1 if SMALL else 10  # in each round: a GPU's single steps are too short to be timed
+        steps = 1 if SMALL else 10  # per round: a single step on a GPU is too short to be timed
         shape = Shape("bfloat16", batches=((batch, length),) * steps, device=DEVICE, **sizes)
         settings.append((f"bfloat16, batch {batch}, length {length}", dict.fromkeys(peers, shape)))
     found, failure, _ = run.measure_all(arguments, settings)
@@ -209,7 +209,7 @@ def check(name: str) -> dict[str, Any]:
 
 
 def check_apart(name: str, seconds: float) -> dict[str, Any]:
-    """Run one check in a process of its own, and end it with all that it started when its time is up."""
+    """Run one check in its own process. When its time is up, kill it and every process that it started."""
     started = time.monotonic()
     command = [sys.executable, __file__, "--only", name]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -218,7 +218,7 @@ def check_apart(name: str, seconds: float) -> dict[str, Any]:
         output, errors = process.communicate(timeout=seconds)
         return json.loads(output.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        status, found = "skipped", f"it was not done after {seconds:.0f} s, when its time was up, and was ended"
+        status, found = "skipped", f"it was not done after {seconds:.0f} s, when its time was up, and was killed"
     except (IndexError, ValueError):
         last = (errors.strip().splitlines() or ["no message"])[-1]
         status, found = "failed", f"its process ended with code {process.returncode}: {last}"
@@ -230,7 +230,7 @@ def check_apart(name: str, seconds: float) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Versions, processor and, where there is one, the GPU."""
+    """Versions, processor and the GPU, if there is one."""
     described = losses.machine()
     if DEVICE == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -245,14 +245,14 @@ def report(record: dict[str, Any]) -> str:
     """The results as Markdown."""
     results, found_on = record["results"], record["machine"]
     counts = {status: sum(r["status"] == status for r in results) for status in ("passed", "failed", "skipped")}
-    small = f"on a CPU ({found_on['cpu']}), in small: it shows that the checks run, and nothing about a GPU"
+    small = f"on a CPU ({found_on['cpu']}), in a small form: it shows that the checks work, and nothing about a GPU"
     versions = ", ".join(f"{name} {version}" for name, version in found_on["versions"].items())
     lines = [
         f"# GPU check {'on ' + found_on['gpu'] if 'gpu' in found_on else small}", "",
         f"**{', '.join(f'{count} {status}' for status, count in counts.items())}** after {record['seconds']:.0f} s; "
         "a skipped check shows nothing.", "",
         f"{record['started_at']}, commit {record['commit']}, {versions}", "",
-        "| check | result | seconds | what it shows where it passes |", "| --- | --- | ---: | --- |",
+        "| check | result | seconds | what it shows if it passes |", "| --- | --- | ---: | --- |",
     ]  # fmt: skip
     lines += [f"| {r['check']} | {r['status']} | {r['seconds']} | {CHECKS[r['check']][0].__doc__} |" for r in results]
     for r in results:
@@ -261,7 +261,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def run_checks(out: Path) -> list[dict[str, Any]]:
-    """Run every check, all in :data:`SECONDS`, and write what is known after each."""
+    """Run every check, within :data:`SECONDS` in total, and write the results so far after each."""
     started, results = time.monotonic(), []
     shares = [seconds for _, seconds in CHECKS.values()]
     record = {"started_at": now(), "commit": COMMIT, "device": DEVICE, "machine": machine(), "results": results}
@@ -279,7 +279,7 @@ def run_checks(out: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 0 where no check failed, 1 where one did."""
+    """Run the command. Returns 0 if no check failed, and 1 if one did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=run.RESULTS, help="folder of gpu_check.json and gpu_check.md "
                         "(on a CPU gpu_check_cpu.json and .md)")  # fmt: skip

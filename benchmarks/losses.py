@@ -1,14 +1,14 @@
-"""The first losses of every method on one tiny problem, which every machine and commit can compute.
+"""Compute the first losses of every method on one tiny problem, on any machine and at any commit.
 
 The problem is a two-layer DeBERTa without dropout and 48 random sequences, all drawn on the CPU from fixed seeds. A
 method is applied and trained as ``nlu/run_glue.py`` does it, in one process and with nothing on disk.
 
-The suite compares them with tests/nlu/golden_losses.json. Where a change is meant to move numbers, renew that file, and
-say in the commit message why they moved::
+The tests compare the losses with tests/nlu/golden_losses.json. If a change is meant to alter them, write that file
+again, and say in the commit message why they changed::
 
     PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json
 
-Names of methods measure those alone.
+If methods are named, only those are measured.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ _PEFT_ADALORA = {
     "peft_type": "ADALORA", "init_r": 4, "target_r": 2, "lora_alpha": 16, "tinit": 3, "tfinal": 5, "deltaT": 2,
     "orth_reg_weight": 0.1,
 }  # fmt: skip
-# What no file in configs/methods/ switches on: the name of the method's file, and flags.
+# Variants that no file in configs/methods/ switches on: name -> the name of the method's file, and flags.
 _VARIANTS = {
     "lora2 full importance": ["lora2", "--importance", "full", "--orth_squared", "True"],
 }
 
 
 def method_flags() -> dict[str, list[str]]:
-    """Every method by name, as flags: a file in configs/methods/ for each, and what only flags switch on."""
+    """Method name -> flags of run_glue.py: for the files in configs/methods/ (without other sizes) and variants."""
     names = sorted(path.stem for path in METHOD_FOLDER.glob("*.yaml"))
     files = {name: [name] for name in names if name != "peft" and not re.search(r"_([rm]\d+|small)$", name)}
     return {name: ["--method", *flags] for name, flags in (files | _VARIANTS).items()}
@@ -78,7 +78,7 @@ def problem() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
 
 
 def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: str) -> Arguments:
-    """run_glue.py's arguments for the tiny problem. ``device``: "cpu", or "cuda" for what the Trainer finds."""
+    """run_glue.py's arguments for the tiny problem. ``device``: "cpu", or "cuda" for the device the Trainer finds."""
     if flags[1] == "peft_adalora":  # its file's schedule is longer than this training
         flags = ["--method", "peft", "--peft_config", json.dumps(_PEFT_ADALORA), *flags[2:]]
     settings = {
@@ -94,7 +94,7 @@ def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: 
 def prepared(
     flags: list[str], folder: str, steps: int, device: str, dtype: str
 ) -> tuple[Arguments, AppliedMethod, list]:
-    """The problem with the method applied, on the CPU still, and its rows."""
+    """The arguments, the model with the method applied (still on the CPU), and the rows."""
     arguments = arguments_of(flags, folder, steps, device, dtype)
     model, rows = problem()
     speed_up(model)
@@ -106,7 +106,7 @@ def prepared(
 def step(
     applied: AppliedMethod, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], autocast: bool = False
 ) -> torch.Tensor:
-    """One step as the Trainer takes it, of nothing but the model's and the method's own work; returns the loss."""
+    """Take one step as the Trainer does, with only the model's and the method's own work. Returns the loss."""
     labels = batch["labels"]
     with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
         logits = applied.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
@@ -151,9 +151,9 @@ def machine() -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the losses of the named methods, of all by default, with the machine, as JSON; returns the exit code."""
+    """Print the machine and the losses of the named methods (default: all) as JSON. Returns the exit code."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help="(all)")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="methods to measure (all)")
     known = method_flags()
     try:
         names = parser.parse_args(argv).methods

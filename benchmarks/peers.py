@@ -1,4 +1,4 @@
-"""What is measured: one training step of each peer, built and run in a process of its own."""
+"""The peers of the benchmark: each builds its model and runs its training steps in its own process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nlu.model import head_modules
 
 SIX = ["query", "key", "value", "attention.output", "intermediate", "layer.output"]
 PEFT_SIX = r".*encoder\.layer\..*\.(query|key|value|query_proj|key_proj|value_proj|dense)"
-# Of the allocators: they score in every step, and no step of a benchmark is late enough to mask.
+# The schedule of the allocators: they score in every step, and no step of a benchmark is late enough to mask.
 SCHEDULE = {"init": 0, "final": 2, "interval": 100_000, "total": 1_000_000}
 LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 
@@ -33,8 +33,8 @@ LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 @dataclass(frozen=True)
 class Peer:
     """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
-    a bfloat16 run: ours keep them in bfloat16; the Trainer's `--bf16` autocasts float32 ones in every step. `exact`
-    is `--method lora2_plus`: exact factors in place of the regulariser, a rate of its own for e, and nothing pruned."""
+    a bfloat16 run: float32 ones are autocast in every step, as with the Trainer's `--bf16`. `exact` is `--method
+    lora2_plus`: exact factors in place of the regulariser, a separate learning rate for e, and no pruning."""
 
     title: str
     maker: str
@@ -96,7 +96,7 @@ class PeftAdaLora:
 
 @dataclass
 class Trained:
-    """A model ready to step, and the part of the step that is not the model's own."""
+    """A model ready to train, its optimiser, and the method's own part of a step (``loop``)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -120,7 +120,7 @@ def build_model(shape: Shape) -> nn.Module:
 
 def build(peer: Peer, shape: Shape) -> Trained:
     """The peer's model, adapters and optimiser on the shape's device."""
-    with torch.device(shape.device):  # a GPU draws the weights in a hundredth of the time
+    with torch.device(shape.device):  # a GPU draws the weights a hundred times faster
         model = build_model(shape)
     half = shape.precision == "bfloat16"
     cast = half and peer.weights == "bfloat16"
@@ -176,7 +176,7 @@ def _synchronise(device: str) -> None:
 
 
 def make_batches(shape: Shape) -> list[dict[str, torch.Tensor]]:
-    """Random token ids; the padding of the last row stands for a batch of sequences of one length."""
+    """Random token ids and labels. There is no padding: all sequences of a batch have one length."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for rows, tokens in shape.batches:
@@ -188,7 +188,7 @@ def make_batches(shape: Shape) -> list[dict[str, torch.Tensor]]:
 
 
 def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
-    """What transformers' Trainer does in a step: forward, backward, clip, update, with the method's own part."""
+    """Do what transformers' Trainer does in a step: forward, backward, clip, update, with the method's own part."""
     loop = trained.loop
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=trained.autocast):
         loss = trained.model(**batch).loss
@@ -205,7 +205,7 @@ def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
 
 
 def method_step(trained: Trained) -> None:
-    """The method's own part, on gradients that are there: regulariser and allocator, or projection and retraction."""
+    """Do the method's own part, on existing gradients: regulariser and allocator, or projection and retraction."""
     penalty = trained.loop.penalty()
     if isinstance(penalty, torch.Tensor):
         penalty.backward()
@@ -214,7 +214,7 @@ def method_step(trained: Trained) -> None:
 
 
 def prepare_method_step(trained: Trained) -> None:
-    """Give every trained parameter a gradient. peft regularises in its forward pass, so its encoder is cut out."""
+    """Give every trainable parameter a gradient. peft regularises in its forward pass: a stub replaces the encoder."""
     for parameter in trained.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter) * 1e-3
@@ -228,9 +228,9 @@ def prepare_method_step(trained: Trained) -> None:
 
 
 class Limit:
-    """The dense products of the frozen layers for every token, forward and towards the input, and nothing else, the
-    fastest way there is to run them here. Its time over a step's is the share of the limit reached; a step that skips
-    what no one reads (the last layer's other tokens) has that counted as done, so that peers stay comparable."""
+    """Only the dense products of the frozen layers for every token, forward and backward to the input, in the fastest
+    way known here. Its time divided by a step's is the share of the limit that the step reaches. What a step skips
+    because nothing reads it (the last layer's other tokens) counts as done, so that peers stay comparable."""
 
     def __init__(self, shape: Shape) -> None:
         dtype = getattr(torch, shape.precision)
@@ -253,7 +253,7 @@ class Limit:
                 product(values[weight.shape[0]], weight.T)
 
     def flops(self, tokens: int) -> int:
-        """Of `step`, counting a multiplication and an addition as two."""
+        """Operations of `step`; a multiplication and an addition count as two."""
         return self.layers * sum(4 * tokens * weight.numel() for weight in self.weights)
 
 
@@ -276,7 +276,7 @@ def _memory(device: str, reset: bool) -> int:
 
 
 def _release() -> None:
-    """Give what the allocator holds back to the system, so that the next peak is the next step's own."""
+    """Return freed memory from the allocator to the system, so that it does not count in the next peak."""
     import ctypes
     import platform
 
@@ -289,13 +289,13 @@ def _release() -> None:
 
 def serve(connection: Any, key: str, threads: int) -> None:
     """Answer ("build", shape), ("step", n[, "last"]), ("method", n) and ("memory",) until the process is ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; one line is said
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent reports it
     torch.set_num_threads(threads)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     peer, state = PEERS[key], None
-    import transformers.models.deberta_v2.modeling_deberta_v2  # noqa: F401  (so that it is no part of the peak)
+    import transformers.models.deberta_v2.modeling_deberta_v2  # noqa: F401  (so that it counts in the baseline)
 
     if peer.maker == "peft":
         import peft  # noqa: F401
@@ -305,7 +305,7 @@ def serve(connection: Any, key: str, threads: int) -> None:
         answer: Any = None
         try:
             if request[0] == "build":
-                state = None  # before the next model is made, whose peak it would be part of
+                state = None  # freed before the next model is built, so that it does not count in its peak
                 state = _built(peer, *request[1:])
             else:
                 answer = _answer(request, peer, *state, baseline)
@@ -315,7 +315,7 @@ def serve(connection: Any, key: str, threads: int) -> None:
 
 
 def _built(peer: Peer, shape: Shape) -> tuple[Shape, Any, list[dict[str, torch.Tensor]]]:
-    """The work in a fresh memory, and its batches."""
+    """Build the peer's work after memory was released. Returns the shape, the work and its batches."""
     _release()
     work = Limit(shape) if peer.maker == "limit" else build(peer, shape)
     _release()

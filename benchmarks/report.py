@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """One peer in one setting; times in seconds a step, one a round."""
+    """One peer in one setting. Times are in seconds per step: one each round, and two for the method's own part."""
 
     setting: str
     key: str
@@ -36,7 +36,7 @@ def _rows(rows: dict[str, Measurement]) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for key, m in rows.items():
-        # With lengths of a task peers pad differently: a step of peft's stands for the same number of examples.
+        # With the lengths of a task, peers pad differently, but their steps have the same number of examples.
         ratio = f"{m.median / base.median:.2f}" if base and key != "limit" else ""
         share = f"{limit.median / m.median:.0%}" if limit and key != "limit" else ""
         extra = f"{m.method_median * 1e3:.2f} ms ({m.method_median / m.median:.1%})" if m.method_median else ""
@@ -49,7 +49,7 @@ def _rows(rows: dict[str, Measurement]) -> list[str]:
 
 
 def targets(settings: dict[str, dict[str, Measurement]]) -> list[str]:
-    """The ratios that the project set itself, as far as the run has their parts."""
+    """The ratios for which the project has targets, if the run measured both sides."""
     lines = []
 
     def say(

@@ -1,8 +1,8 @@
-"""Measure a training step of LoRA² here beside its peers: full fine-tuning, peft's LoRA and AdaLoRA, plain attention.
+"""Compare a training step of LoRA² here with its peers: full fine-tuning, peft's LoRA and AdaLoRA, plain attention.
 
-Each peer is a separate process; they take turns, so that other load on the machine hits all alike, and
-medians are compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is
-printed. With machine and versions it goes to benchmarks/results/: a line of records.jsonl, a section of README.md.
+Each peer is a separate process. They take turns, so that other load on the machine affects all alike, and medians are
+compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is printed, and
+written with machine and versions to benchmarks/results/: a line of records.jsonl and a section of README.md.
 
     python benchmarks/run.py --quick                          # under 3 minutes on 2 cores: 2 layers, length 64
     python benchmarks/run.py --lengths 64,128,256             # real size, 12 layers
@@ -47,30 +47,30 @@ PRECISIONS = ("float32", "bfloat16")
 TASKS = ("mrpc", "rte")  # whose estimated lengths can be asked for
 QUICK = {"layers": 2, "lengths": [64], "rounds": 3}
 SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by cost
-TOKENS_A_WORD = 1.3  # DeBERTaV3's tokenizer cannot be had offline; its English runs at about this
+TOKENS_A_WORD = 1.3  # an estimate for English, because DeBERTaV3's tokenizer is not available offline
 SPECIAL_TOKENS = 3
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Read the arguments; --quick changes the defaults of others."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="2 layers, length 64, 3 rounds unless given: under 3 minutes")
     add("--layers", type=int, default=12, help="encoder layers (12)")
-    add("--batch", type=int, default=32, help="sequences a step (32)")
+    add("--batch", type=int, default=32, help="sequences per step (32)")
     add("--lengths", type=_lengths, default=[64, 128, 256],
-        help="tokens a sequence, or mrpc or rte: their estimated lengths (64,128,256)")  # fmt: skip
+        help="tokens per sequence, or mrpc or rte for their estimated lengths (64,128,256)")  # fmt: skip
     add("--precisions", type=_among(PRECISIONS), default=list(PRECISIONS), help="float32, bfloat16 or both (both)")
-    add("--peers", type=_among(PEERS), default=list(PEERS), help=f"rows, of {', '.join(PEERS)} (all)")
+    add("--peers", type=_among(PEERS), default=list(PEERS), help=f"peers to measure, of {', '.join(PEERS)} (all)")
     add("--rounds", type=int, default=5, help="timed rounds after one to warm up (5)")
     add("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
-    add("--threads", type=int, default=available_cores(), help="threads a peer (all cores)")
+    add("--threads", type=int, default=available_cores(), help="threads per peer (all cores)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--name", default="latest", help="of the record, which replaces an earlier one of that name (latest)")
+    add("--name", default="latest", help="name of the record; it replaces an earlier one of that name (latest)")
     quick, _ = parser.parse_known_args(argv)
     parser.set_defaults(**(QUICK if quick.quick else {}))
     arguments = parser.parse_args(argv)
-    # The vocabulary costs a step nothing where embeddings are frozen, but minutes to fill at random for every peer.
+    # With frozen embeddings the vocabulary adds no time to a step, but filling it at random takes each peer minutes.
     arguments.vocabulary = 8_000 if arguments.quick else 128_100
     return arguments
 
@@ -89,10 +89,10 @@ def _lengths(text: str) -> list[int | str]:
 
 
 def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
-    """The settings to measure: a name, and the shape of each peer (they differ only where batching policies do).
+    """The settings to measure: a name, and the shape of each peer (shapes differ only if the batching does).
 
     Raises:
-        UsageError: data that cannot be read.
+        UsageError: if the data cannot be read.
     """
     settings = []
     for precision in arguments.precisions:
@@ -115,10 +115,10 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
 
 
 def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
-    """Estimated tokens of every training example: 1.3 a word and three special ones.
+    """Estimated number of tokens of every training example: 1.3 per word and three special ones.
 
     Raises:
-        UsageError: when the data cannot be read.
+        UsageError: if the data cannot be read.
     """
     task = tasks.TASKS[task_name]
     rows = load_split(task, "train", glue_dir)
@@ -127,7 +127,7 @@ def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
 
 
 def epoch_batches(lengths: list[int], batch: int, bucketed: bool) -> list[tuple[int, int]]:
-    """(rows, tokens) of each batch of an epoch, padded to its longest: similar lengths together, or as they come."""
+    """(rows, tokens) of each batch of an epoch, padded to its longest: in buckets of lengths, or in random order."""
     sampler = LengthBucketSampler(lengths, batch, seed=0) if bucketed else SeededRandomSampler(len(lengths), seed=0)
     order = np.asarray(lengths)[list(sampler)]
     return [(len(order[i : i + batch]), int(order[i : i + batch].max())) for i in range(0, len(order), batch)]
@@ -153,7 +153,7 @@ class Workers:
             self.processes.append(process)
 
     def ask(self, key: str, *request: Any) -> Any:
-        """Raises RuntimeError where the peer's process has ended or raises."""
+        """Send a request and return the answer. Raises RuntimeError if the peer's process has ended or raises."""
         try:
             self.connections[key].send(request)
             answer = self.connections[key].recv()
@@ -171,7 +171,7 @@ class Workers:
 
 
 def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) -> list[Measurement]:
-    """Step every peer in turn, a warming round first; then the methods' own part of a step by itself."""
+    """Time the steps of every peer in turn, after a warm-up round; then the methods' own part of a step by itself."""
     keys = list(shapes)
     seconds: dict[str, list[float]] = {key: [] for key in keys}
     method: dict[str, list[float]] = {key: [] for key in keys}
@@ -179,7 +179,7 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
     for key in tqdm(keys, desc=f"build: {name}", leave=False):
         workers.ask(key, "build", shapes[key])
     for turn in tqdm(range(rounds + 1), desc=name, leave=False):
-        # In another order each time: what ran before leaves caches and memory in a state that the next one pays for.
+        # In another order each time: a peer runs with the caches and memory that the one before it left.
         for key in random.Random(turn).sample(keys, len(keys)):
             count = len(shapes[key].batches)
             times, products = workers.ask(key, "step", count, *(["last"] if turn == rounds else []))
@@ -191,7 +191,7 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
     with_method = [key for key in keys if PEERS[key].method in ("adalora", "lora2")]
     for _ in range(2 * rounds):
         for key in with_method:
-            times, _ = workers.ask(key, "method", 5)  # the first of them wakes the process up
+            times, _ = workers.ask(key, "method", 5)  # the first of them is a warm-up
             method[key].append(statistics.median(times[1:]))
     found = []
     for key in keys:
@@ -204,7 +204,7 @@ def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) 
 def measure_all(
     arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]]
 ) -> tuple[list[Measurement], str | None, int]:
-    """Measure one setting after the other; a peer that fails and Ctrl-C end it, and leave what came before.
+    """Measure one setting after the other. If a peer fails, or at Ctrl-C, stop and keep the earlier settings.
 
     Returns:
         What was measured; what ended it early, or None; and the exit code.
@@ -242,7 +242,7 @@ def record_of(
 
 
 def write(record: dict[str, Any]) -> None:
-    """Put a record in place of that of its name, a line of benchmarks/results/records.jsonl, and make the page anew."""
+    """Write a record to benchmarks/results/records.jsonl, in place of one of its name, and write the page again."""
     path = RESULTS / "records.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = {each["name"]: each for each in map(json.loads, lines)} | {record["name"]: record}
@@ -252,7 +252,7 @@ def write(record: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command. Returns the exit code."""
     try:
         arguments = parse(argv)
         settings = plan(arguments)
@@ -260,12 +260,12 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code(error)
     started_at = now()
     found, failure, code = measure_all(arguments, settings)
-    if found:  # else there is nothing to write, least of all over an earlier record of that name
+    if found:  # an empty record must not replace an earlier one of that name
         record = record_of(arguments, started_at, found, failure)
         write(record)
         print(section(record))
     if failure:
-        left = "what was measured before is kept" if found else "nothing was measured before, or written"
+        left = "what was measured before is kept" if found else "nothing was measured before, and nothing is written"
         print(f"error: {failure}; {left}", file=sys.stderr)
     return code
 

