@@ -188,9 +188,9 @@ def test_live_ranks_are_drawn_for_each_row_that_prunes():
 
 
 def test_a_page_that_is_no_report_stays_and_only_names_an_experiment(make, tmp_path):
-    said = "error: --only trail is no experiment; there are trial, recipe\n"
+    said = "error: --only trail is not an experiment: choose one of trial, recipe\n"
     assert make(trial(1), "--only", "trail") == (2, "", said)
     (tmp_path / "README.md").write_text("# Mine\n")
     code, _, said = make(trial())
-    assert code == 2 and "is no report, and would be replaced: give another --output_dir" in said
+    assert code == 2 and "was not written by report.py and would be replaced: give another --output_dir" in said
     assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()
