@@ -12,12 +12,12 @@ PROGRAMS = {
     "sweep": ("nlu.sweep", "run every combination that an experiment file names"),
     "submit": ("nlu.submission", "gather test predictions into the zip for GLUE's server"),
     "report": ("nlu.report", "make tables and figures from the records of runs"),
-    "export": ("loralib.export", "export an adapter to peft or merge it into its base, import one from peft"),
+    "export": ("loralib.export", "export an adapter to peft, merge it into its base, or import one from peft"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Pass the arguments after the program's name to that program; returns its exit code, 2 for an unknown name."""
+    """Run the named program with the arguments after its name; returns its exit code, 2 for an unknown name."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print("usage: lora2-glue PROGRAM [arguments]\n")
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nlora2-glue PROGRAM --help explains the arguments of one program.")
         return 0
     if name not in PROGRAMS:
-        print(f"error: no program {name!r}: choose from {', '.join(PROGRAMS)}", file=sys.stderr)
+        print(f"error: unknown program {name!r}: choose from {', '.join(PROGRAMS)}", file=sys.stderr)
         return 2
     return importlib.import_module(PROGRAMS[name][0]).main(rest)
 

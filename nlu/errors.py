@@ -1,4 +1,4 @@
-"""Errors that a user can cause, and the one line and exit code that each ends in."""
+"""Errors that a user can cause: each is reported in one line and has an exit code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class UsageError(ValueError):
     """Bad arguments or bad input: one line that says what is wrong and what to do; commands exit with code 2."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # what was given, and is shown, may hold line breaks
+        super().__init__(" ".join(message.splitlines()))  # values quoted in a message may hold line breaks
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (a loss that is not finite, a full disk): one line; commands exit with code 1."""
+    """A run that cannot continue (a loss that is not finite, a full disk): one line; commands exit with code 1."""
 
 
 def reason(error: BaseException, most: int | None = None) -> str:
-    """What another library's exception says, as one line of at most ``most`` characters."""
+    """The message of another library's exception, as one line of at most ``most`` characters."""
     return " ".join(str(error).split())[:most]
 
 
@@ -34,14 +34,14 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """Say on stderr, in one line, what ended a command, and return its exit code.
+    """Print one line on stderr that says what ended a command, and return its exit code.
 
-    2: bad arguments or input, among them a path that cannot be read or written; 1: a run that cannot go on, among them
-    a full disk, too little memory and a closed pipe; 128 + the signal's number: stopped. Any other exception is raised
-    again.
+    2: bad arguments or input, including a path that cannot be read or written; 1: a run that cannot continue, including
+    a full disk, too little memory and a closed pipe (no line is printed); 128 + the signal's number: stopped by a
+    signal. Any other exception is raised again.
     """
     if isinstance(error, KeyboardInterrupt):
-        print(f"{str(error) or 'stopped'}: give the same command again to go on", file=sys.stderr)
+        print(f"{str(error) or 'stopped'}: give the same command again to continue", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,7 +53,7 @@ def exit_code(error: BaseException) -> int:
         hint = ": make room, and give the same command again"
     elif isinstance(error, OSError) and error.filename is not None:
         code, hint = 2, ": check the path and its permissions"
-    # torch's exceptions: the GPU's, by name because torch is not imported here, and the CPU's, which has no type.
+    # torch is not imported here: its errors for a lack of memory are known by name (GPU) or message (CPU).
     elif isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "allocate memory" in str(error):
         hint = ": not enough memory; lower --batch_size of predict.py, or --per_device_train_batch_size of a training"
     elif not isinstance(error, RunError):
@@ -63,7 +63,7 @@ def exit_code(error: BaseException) -> int:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser that raises a UsageError for each fault, and names the nearest flag for an unknown one."""
+    """An argparse parser that raises a UsageError for every error, and suggests the nearest flag for an unknown one."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

@@ -14,10 +14,10 @@ from nlu.errors import UsageError, reason
 
 
 def read_json(path: Path, advice: str = "delete it to run it again") -> dict[str, Any] | None:
-    """A JSON object, or None where the file is absent.
+    """Read a JSON object; None if the file does not exist.
 
     Raises:
-        UsageError: the file is damaged; its message ends with the advice.
+        UsageError: if the file is damaged; the message ends with ``advice``.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -31,7 +31,7 @@ def read_json(path: Path, advice: str = "delete it to run it again") -> dict[str
 
 
 def finite(value: Any) -> Any:
-    """The same with NaN and infinity as None, which JSON can hold."""
+    """Replace NaN and infinity, which JSON cannot hold, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -40,37 +40,37 @@ def finite(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that stands twice: YAML lets the last of equal keys win, silently."""
+    """YAML's safe loader, but it rejects duplicate keys, of which YAML silently keeps the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.YAMLError(f"the key {twice} stands twice")
+            raise yaml.YAMLError(f"the key {twice} is given twice")
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-3 as text; people write it as a number. Without the sign it stays text: 12e45 may be a commit.
+# YAML 1.1 reads 1e-3 as text, but people mean a number. Without a sign it stays text: 12e45 may be a commit.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]\d+$"), list("+-0123456789")
 )
 
 
 def parse_yaml(text: str | bytes, name: str | Path = "") -> Any:
-    """YAML as plain values.
+    """Parse YAML into plain values.
 
     Raises:
-        UsageError: for text that is no YAML; it begins with the name, that of the file.
+        UsageError: if the text is not YAML; the message begins with ``name``, the file's.
     """
     try:
         return _Loader(text).get_single_data()
-    except Exception as error:  # a damaged file raises whatever its reader runs into
+    except Exception as error:  # damaged files raise exceptions of many unrelated types
         raise UsageError(f"{name}{': ' if name else ''}not valid YAML ({reason(error, 300)})") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file's content.
+    """Read a YAML file.
 
     Raises:
-        UsageError: a file that is no YAML in UTF-8. OSError: it cannot be read.
+        UsageError: if the file is not YAML in UTF-8. OSError: if it cannot be read.
     """
     return parse_yaml(path.read_bytes(), path)

@@ -1,6 +1,6 @@
-"""GLUE's metrics by scikit-learn and SciPy, with a value for every prediction a model can make.
+"""GLUE's metrics, computed by scikit-learn and SciPy, and defined for every prediction that a model can make.
 
-Which metric is a task's score, and of which of MNLI's two sets, says ``nlu/tasks.py``.
+``nlu/tasks.py`` says which metric is a task's score, and on which of MNLI's two sets.
 
 The file is also a module for `evaluate.load("nlu/metrics.py", "cola")`, which needs no network.
 """
@@ -20,17 +20,17 @@ from nlu.tasks import TASKS, Task
 
 
 def _correlation(function: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
-    """A correlation; 0 where one side is constant, since it then tells nothing of the other."""
+    """A correlation; 0 if one side is constant, because it then says nothing about the other."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SciPy warns of nearly constant input, of which an untrained head makes much
+        warnings.simplefilter("ignore")  # SciPy warns about nearly constant input, which untrained heads produce
         value = function(predictions, references)
     value = getattr(value, "statistic", value)
     return value if np.isfinite(value) else 0.0
 
 
-# Each of (references, predictions); a class that is neither there nor predicted has an F1 of 0.
+# Functions of (references, predictions). A class that is neither present nor predicted has an F1 of 0.
 _macro_f1 = partial(f1_score, average="macro", zero_division=0)
 _FUNCTIONS = {
     "accuracy": accuracy_score,
@@ -49,11 +49,10 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
         references: the true labels, (n,).
 
     Returns:
-        Metric key -> value, as a fraction from -1 or 0 to 1; 0, never NaN, for constant predictions.
+        Metric key -> value, from 0 to 1, or from -1 for correlations, which are 0 for constant predictions, never NaN.
 
     Raises:
-        ValueError: the two differ in length, or the references hold what is no label of the task, such as
-            a hidden one.
+        ValueError: if the two differ in length, or a reference is not a label of the task, such as a hidden one.
     """
     predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim == 2 and predictions.shape[1] == 1:
@@ -72,7 +71,7 @@ def constant_loss(
 
     Args:
         task: says whether the loss is a squared error or a cross entropy. labels: of the training rows, (n,).
-        class_weights, smoothing: as the training's loss has them.
+        class_weights, smoothing: as in the training loss.
     """
     labels = np.asarray(labels)
     if task.is_regression:
@@ -84,14 +83,14 @@ def constant_loss(
 
 
 def class_report(task: Task, predictions: Sequence, references: Sequence) -> dict[str, Any]:
-    """What a classifier does to each class.
+    """Precision, recall and F1 of each class, and the confusion matrix.
 
     Args:
         predictions, references: (n,) class numbers, as for :func:`compute_glue_metrics`.
 
     Returns:
-        "classes": scikit-learn's report, class word -> precision, recall, f1-score (in [0, 1]) and support (its rows),
-        with the averages; "confusion_matrix": counts, one row for each true class, one column for each predicted one.
+        "labels": the class words; "classes": scikit-learn's report, class word -> precision, recall, f1-score (in
+        [0, 1]) and support (its rows), with the averages; "confusion_matrix": counts, (true class, predicted class).
     """
     classes = range(task.num_labels)
     report = classification_report(

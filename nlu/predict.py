@@ -5,7 +5,7 @@
 
 Rows are written in input order, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or, for a regression task,
 with "score" instead of label and probabilities. "line" is the input line on which the row ends. The input's
-columns can stand beside them; one that has such a name itself is then called input_NAME.
+columns can be written too; a column whose name is already in use is then called input_NAME.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals
 
-BATCHES_IN_BUFFER = 32  # rows sorted by length together: more gives less padding, fewer gives sooner output
+BATCHES_IN_BUFFER = 32  # batches whose rows are sorted by length together: more save padding, fewer write sooner
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Predict from end to end; UsageError for whatever the user can put right."""
+    """Predict a whole input; raises UsageError for anything that the user can correct."""
     if arguments.input != "-" and os.path.realpath(arguments.input) == os.path.realpath(arguments.output):
-        raise UsageError(f"--output {arguments.output} is the input, which would be lost: name another file")
+        raise UsageError(f"--output {arguments.output} is the input, which would be overwritten: name another file")
     kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
     with nullcontext(sys.stdin.buffer) if arguments.input == "-" else open(arguments.input, "rb") as stream:
         name, form = (arguments.input, None) if arguments.input != "-" else ("standard input", "jsonl")
         reader = Reader(stream, name, arguments.input_format or form, encoding=arguments.encoding)
         from tqdm import tqdm
 
-        from nlu.predictor import load_predictor  # its libraries take seconds, which a refused file need not wait for
+        from nlu.predictor import load_predictor  # imported here so that a bad file is refused before libraries load
 
         predictor = load_predictor(arguments)
         keep = not reader.typed if arguments.keep_columns is None else arguments.keep_columns
@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> None:
         answers = predict_rows(rows, predictor, arguments.batch_size)
         count = 0
         with nullcontext(sys.stdout.buffer) if arguments.output == "-" else open_new(arguments.output) as output:
-            shown = tqdm(answers, unit=" rows", disable=None, desc="predicting")  # None: only a terminal shows it
+            shown = tqdm(answers, unit=" rows", disable=None, desc="predicting")  # None: shown only in a terminal
             for count, record in enumerate(records(shown, kind, predictor.labels, reader.columns if keep else ()), 1):
                 try:
                     output.write(as_line(record, kind, first=count == 1).encode())
-                except UnicodeEncodeError:  # of a kept column; the reader has looked at those that are predicted
+                except UnicodeEncodeError:  # in a kept column; the reader has checked the text columns
                     message = f"a column is not {arguments.encoding} text: give --encoding"
                     raise reader.error(record["line"], message) from None
     cut = f", {predictor.cut} cut at {predictor.max_length} tokens" if predictor.cut else ""
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 def predict_rows(
     rows: Iterable[Row], predictor: Callable[[list[Row], int], list[list[float]]], batch_size: int
 ) -> Iterator[tuple[Row, list[float]]]:
-    """Each row with what the predictor says of it; read in buffers of ``batch_size`` × 32 rows."""
+    """Yield each row with the predictor's values for it; reads buffers of ``batch_size`` × 32 rows."""
     rows = iter(rows)
     while buffer := list(itertools.islice(rows, batch_size * BATCHES_IN_BUFFER)):
         yield from zip(buffer, predictor(buffer, batch_size), strict=True)
@@ -71,11 +71,11 @@ def predict_rows(
 def records(
     answers: Iterable[tuple[Row, list[float]]], kind: str, labels: list[str] | None, columns: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """What is written of each row.
+    """Yield the record that is written for each row.
 
     Args:
-        answers: of :func:`predict_rows`. kind: "csv" has a column for each probability, "jsonl" one for all.
-        labels: the names of the classes; None for regression. columns: of the input, that are kept.
+        answers: from :func:`predict_rows`. kind: "csv" (a column for each probability) or "jsonl" (one for all).
+        labels: the names of the classes; None for regression. columns: the input columns to keep.
     """
     for row, values in answers:
         if labels is None:
@@ -90,7 +90,7 @@ def records(
 
 
 def as_line(record: dict[str, Any], kind: str, first: bool) -> str:
-    """A record as a line of JSON or CSV, the first one of CSV after the header."""
+    """A record as a line of JSON or CSV; in CSV the header precedes the first one."""
     if kind == "jsonl":
         return json.dumps(record, ensure_ascii=False) + "\n"
     text = io.StringIO()
@@ -113,21 +113,21 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--adapter", help="folder of a trained adapter, or of the run that trained it")
     model.add_argument("--model", help="folder of a merged checkpoint, or any transformers classifier")
     add = parser.add_argument
-    add("--base", help="name or folder of the base model (default: the one that the adapter records)")
-    add("--allow_other_base", action="store_true", help="accept a base with other weights")
+    add("--base", help="name or folder of the base model (default: the one recorded in the adapter)")
+    add("--allow_other_base", action="store_true", help="accept a base whose weights differ from those in training")
     add("--input", required=True, help="a .jsonl, .csv, .tsv or .parquet file, or - for standard input")
-    add("--input_format", choices=FORMATS, help="default: by the suffix; jsonl for standard input")
-    add("--encoding", default="utf-8", help="of CSV, TSV and JSON input (utf-8)")
+    add("--input_format", choices=FORMATS, help="input format (default: by the file name; jsonl for standard input)")
+    add("--encoding", default="utf-8", help="text encoding of CSV, TSV and JSON input (default: utf-8)")
     add("--text_columns", "--text_fields", metavar="NAME[,NAME]",
-        help="columns with the text; default: those of training")  # fmt: skip
+        help="columns with the text (default: as in training)")  # fmt: skip
     add("--output", default="-", help="file to write, or - for standard output (default)")
-    add("--output_format", choices=("jsonl", "csv"), help="default: csv for a .csv file, else jsonl")
+    add("--output_format", choices=("jsonl", "csv"), help="output format (default: csv for a .csv file, else jsonl)")
     add("--keep_columns", action=argparse.BooleanOptionalAction,
-        help="write the input's columns too (default: for CSV and TSV input)")  # fmt: skip
+        help="write the input's columns too (default: only for CSV and TSV input)")  # fmt: skip
     add("--on_error", choices=("stop", "skip"), default="stop",
-        help="at a bad row: stop, or leave it out, where at most ten or a tenth are bad (default: stop)")  # fmt: skip
-    add("--batch_size", type=positive_int, default=64, help="rows computed at once (64)")
-    add("--max_seq_length", type=positive_int, help="tokens kept per row; default: that of training")
+        help="on a bad row: stop, or skip it (up to ten rows or a tenth of them; default: stop)")  # fmt: skip
+    add("--batch_size", type=positive_int, default=64, help="rows computed at once (default: 64)")
+    add("--max_seq_length", type=positive_int, help="most tokens per row; the rest is cut (default: as in training)")
     return parser
 
 

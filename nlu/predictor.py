@@ -29,8 +29,8 @@ class Predictor:
     """A model ready to predict.
 
     Attributes:
-        columns: the one or two columns with the text. labels: the names of its classes; None for regression.
-        max_length: tokens that are kept of a row. cut: rows that had more so far.
+        columns: the one or two columns with the text. labels: the names of the classes; None for regression.
+        max_length: most tokens of a row; longer rows are cut. cut: number of rows cut so far.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
-        """For each row its class probabilities, or the one predicted number; UsageError for what is not finite."""
+        """Class probabilities, or one predicted number, for each row; raises UsageError if any is not finite."""
         texts = [[row.values[column] for row in rows] for column in self.columns]
         encoded, too_long = encode(self.tokenizer, texts, self.max_length)
         if too_long and not self.cut:
@@ -64,14 +64,14 @@ class Predictor:
 
 
 def load_predictor(arguments: argparse.Namespace) -> Predictor:
-    """The adapter on its base, or the merged checkpoint, on the accelerator where there is one.
+    """Load the adapter and its base, or the merged checkpoint, onto the accelerator if there is one.
 
     Args:
-        arguments: of ``nlu/predict.py``.
+        arguments: those of ``nlu/predict.py``.
 
     Raises:
-        UsageError: for a damaged adapter, a base that is missing or does not fit, and a model that does not give one
-            class or one number for a row.
+        UsageError: if the adapter is damaged, its base is missing or does not fit, or the model does not predict one
+            class or one number for each row.
     """
     load = _load_checkpoint if arguments.adapter is None else _load_adapted
     try:
@@ -79,10 +79,10 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
     except (UsageError, MemoryError):
         raise
-    except Exception as error:  # a damaged file raises whatever its reader runs into
+    except Exception as error:  # damaged files raise exceptions of many unrelated types
         raise UsageError(f"{arguments.adapter or arguments.model}: {reason(error, 400)}") from None
     check_tokenizer(tokenizer, source)
-    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # rows are padded once they are sorted
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # no warning: rows are padded after sorting
     speed_up(model)
     length = arguments.max_seq_length or card.get("max_seq_length") or 512
     length = min(length, tokenizer.model_max_length, longest_input(model) or length)
@@ -91,7 +91,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     return Predictor(model.eval().to(device), tokenizer, columns, names, length)
 
 
-# A model, its source and revision, and the record of its task.
+# A model, its source, its revision, and the card or configuration with its task.
 _Loaded = tuple[nn.Module, str, dict[str, str], dict[str, Any]]
 
 
@@ -128,14 +128,14 @@ def _class_names(config: Any, source: str) -> list[str] | None:
     several = problem == "multi_label_classification" or (problem == "regression" and number > 1)
     if several or (number > 1 and len({*names}) < number):
         raise UsageError(
-            f"{source} must give one number, or one of {number} classes that its config.json names differently and "
-            "numbers from 0 (id2label), for each row"
+            f"{source} must predict one number or one class for each row: id2label in its config.json must hold "
+            f"{number} different names, numbered from 0"
         )
     return None if number == 1 else names
 
 
 def _text_columns(asked: str | None, card: dict[str, Any]) -> tuple[str, ...]:
-    """The columns to read, from --text_columns or else from the training; UsageError where neither names any."""
+    """The text columns, from --text_columns or else from the training; raises UsageError if neither names any."""
     task = TASKS.get(str(card.get("task")))
     trained = tuple(card.get("text_fields") or (task.text_fields if task else ()))
     columns = tuple(asked.split(",")) if asked else trained

@@ -3,9 +3,9 @@
     python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola --method lora2 \\
         --do_train --do_eval --root_output_dir output/cola
 
-``--help`` lists every argument. The run writes results.json, adapter/, model/ and log/ (and, where it prunes,
+``--help`` lists every argument. The run writes results.json, adapter/, model/ and log/ (and, if it prunes,
 rank_pattern.json) to root_output_dir; the same command continues an interrupted run from its last checkpoint.
-``nlu/fine_tuning.py`` has the steps of a run; this file turns what ends it into an exit code.
+``nlu/fine_tuning.py`` has the steps of a run; this file turns errors and signals into exit codes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nlu.runs.signals import Interrupted, stopped_by_signals
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line. Returns the exit code, with one line on stderr unless it is 0.
 
-    2: bad arguments or input. 1: a run that cannot go on. 128 + the signal's number: stopped; the same command
-    continues.
+    2: bad arguments or input. 1: a run that cannot continue. 128 + the signal's number: stopped by a signal; the same
+    command continues the run.
     """
     with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-            # What each needs takes seconds to import, which a command with a fault need not wait for.
+            # Imports that take seconds come only now, so that bad arguments are reported at once.
             from nlu.data.splits import load_data
 
             data = load_data(arguments)
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
             run(arguments, data)
         except BaseException as error:
-            if isinstance(error, Interrupted) and not is_first():  # all stop alike, and the first one says so
+            if isinstance(error, Interrupted) and not is_first():  # every process stops; only the first reports it
                 return 128 + error.signum
             return exit_code(error)
     return 0
@@ -43,6 +43,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if code == 0:  # after an error the others may never come
+    if code == 0:  # after an error the other processes may never get here
         end_processes()
     sys.exit(code)

@@ -28,7 +28,7 @@ def find_predictions(folder: str | Path) -> dict[str, Path]:
     """The server's files in a folder or its subfolder `predictions`, by name.
 
     Raises:
-        UsageError: there are none, or a file does not have the rows of the official test set, by index from 0.
+        UsageError: if there are none, or a file does not have the rows of the official test set, by index from 0.
     """
     found: dict[str, Path] = {}
     for name, rows in _SERVER.items():
@@ -49,7 +49,7 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
         The server's file name -> the file taken, in the server's order.
 
     Raises:
-        UsageError: as `find_predictions`; for a test set in two folders, or (but for `allow_partial`) a missing one.
+        UsageError: as `find_predictions`; if two folders have one test set or, without `allow_partial`, one is missing.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folders", nargs="+", metavar="FOLDER", help="a run's --root_output_dir, or a folder of TSV files"
     )
     parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
-    parser.add_argument("--allow_partial", action="store_true", help="zip the files there although others are missing")
+    parser.add_argument("--allow_partial", action="store_true", help="write the zip even if files are missing")
     try:
         options = parser.parse_args(arguments)
         taken = make_submission(options.folders, options.out, options.allow_partial)

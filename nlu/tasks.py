@@ -1,13 +1,13 @@
 """The GLUE tasks (Wang et al. 2018, arXiv 1804.07461), one row each, in the order in which tables show them.
 
-A row has the task's splits and metrics, and says which of them is its score.
+A row has the task's splits and its metrics, of which the first is its score.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What --metric calls a metric -> its key in records.
+# Name of a metric in --metric -> its key in records.
 METRICS = {
     "accuracy": "accuracy",
     "f1": "f1",
@@ -20,7 +20,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What the pipeline has to know about one task.
+    """What the pipeline needs to know about one task.
 
     Attributes:
         name: the name on the command line and on the hub (`nyu-mll/glue`).
@@ -29,16 +29,16 @@ class Task:
         labels: the class words, by class number as on the hub; None for a regression task.
         metrics: every metric reported, the main one first. All are fractions, higher is better.
         train_splits, validation_splits, test_splits: the splits' names, as on the hub.
-        second_rows: the rows of the official second validation set, MNLI's mismatched one. A part of it is not scored.
+        second_rows: size of the official second validation set (MNLI's mismatched one); any other size is not scored.
         value_range: the lowest and highest label of a regression task, or None for no bounds.
-        official_file: of the official release, where it is not `train.tsv`, `dev*.tsv` or `test*.tsv` in the folder
+        official_file: the official release's file, if it is not `train.tsv`, `dev*.tsv` or `test*.tsv` in the folder
             `name` or `display`.
-        official_text: the TSV columns of `text_fields`, in the same order; empty where the names are the same.
+        official_text: the TSV columns of `text_fields`, in the same order; empty if the names are the same.
         official_label: the TSV column of the label.
-        official_header: the columns of a train or dev TSV file that comes without a header line.
-        short_rows_skipped: whether the release's file holds rows with missing fields, which the hub's copy lacks.
+        official_header: the columns of a train or dev TSV file that has no header line.
+        short_rows_skipped: whether to skip the release's rows with missing fields, which the hub's copy lacks.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
-        server_labels: the words the GLUE server wants, by class number, where they are not `labels`.
+        server_labels: the words the GLUE server wants, by class number, if they differ from `labels`.
         positive: the number of the class whose F1 is reported; GLUE's second class.
     """
 
@@ -63,9 +63,9 @@ class Task:
 
     @property
     def metric(self) -> str:
-        """The key of the task's one score, of which console, record, tables, comparisons and the best checkpoint speak.
+        """The key of the task's score, which console, record, tables, comparisons and the best checkpoint use.
 
-        MNLI's is of the matched set alone.
+        For MNLI it is the score on the matched set.
         """
         return self.metrics[0]
 

@@ -91,7 +91,7 @@ def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(fl
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
     monkeypatch.setattr(splits, "load_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(flags) == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to go on\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to continue\n"
     assert not run_folder.exists()
 
 

@@ -154,7 +154,7 @@ def test_a_checkpoint_that_does_not_name_one_answer_a_row_is_refused(encoder, tm
     config = AutoConfig.from_pretrained(folder, **change)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     assert main(["--model", str(folder), "--input", str(input_files / "rows.csv"), "--text_columns", "a"]) == 2
-    assert "must give one number, or one of" in capsys.readouterr().err
+    assert "must predict one number or one class for each row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
