@@ -231,7 +231,7 @@ CHOICE_FLAGS = (
     Flag("method", str, None, "A file in configs/methods/, without .yaml: lora2, adalora, lora, … Default: lora2."),
     Flag("published", str, None, "Use the settings published for the task on this backbone (deberta-v3-base or "
          "roberta-large) in configs/tasks/TASK.yaml. The method's file and the flags override them."),
-    Flag("apply_lora", bool, False, "Flag of the published code: --method lora, unless --lora_type says otherwise."),
+    Flag("apply_lora", bool, False, "Flag of the published code: --method lora, if given without the two flags below."),
     Flag("apply_adalora", bool, False, "Flag of the published code: --method lora2 with rank allocation."),
     Flag("lora_type", ("svd", "frd"), None, "Flag of the published code: svd is --method lora2, frd --method lora."),
 )  # fmt: skip
