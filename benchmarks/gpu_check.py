@@ -38,7 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
 FEW = ("lora2", "lora2_plus", "bitfit")
-WAITING = {"peft_adalora": "peft's allocator waits", "lora balanced": "torch.linalg.eigh waits"}
+WAITING = {"peft_adalora": "peft's allocator waits"}
 SECONDS = 525  # for all checks: 9 minutes, less the time to start and to end
 
 
