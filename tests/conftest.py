@@ -1,4 +1,4 @@
-"""A real pretrained encoder, and the place of torchao."""
+"""A fixture for a real pretrained encoder, and the import path of torchao."""
 
 import importlib.util
 import os
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-# Processes that a test starts beside others would wait for one another's threads. torch reads this once.
+# With more threads, processes that tests start at the same time would wait for each other. torch reads this once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# torchao has its own folder (scripts/setup.sh): where transformers finds it, a process takes seconds to import it.
+# scripts/setup.sh installs torchao in its own folder: if transformers finds it, importing it takes seconds.
 sys.path.append(str(Path(sys.prefix) / "torchao"))
 
 

@@ -1,4 +1,4 @@
-"""A small network whose weights depend on no random number generator, and adapters on it."""
+"""Small models with and without adapters, and helpers that several test files share."""
 
 from contextlib import contextmanager
 
@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 import loralib
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
-# Of an allocator over 40 steps.
+# Settings of an allocator over 40 steps.
 SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_steps": 40}
 
-# Of a tiny encoder, and what makes one a DeBERTa.
+# The configuration of a tiny encoder, and the settings that DeBERTa adds to it.
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
 }  # fmt: skip
@@ -24,7 +24,7 @@ DEBERTA = {
 
 
 class Net(nn.Module):
-    """Blocks of two linear layers, and a classifier."""
+    """Blocks of two linear layers, and a classifier. No random number generator sets the weights."""
 
     def __init__(self, blocks=3, width=6, labels=2):
         super().__init__()
@@ -44,13 +44,13 @@ class Net(nn.Module):
 
 
 class Packed(nn.Parameter):
-    """As bitsandbytes' ``Params4bit``: two values of 4 bits a byte, (n / 2, 1), and what restores them beside."""
+    """Stands for bitsandbytes' ``Params4bit``: shape (n / 2, 1), two 4-bit values per byte."""
 
     quant_state = None
 
 
 class Linear4bit(nn.Linear):
-    """As bitsandbytes' layer of that name, whose kernels need CUDA: a base's own product on a packed weight."""
+    """Stands for bitsandbytes' layer of that name, whose kernels need CUDA: it computes with a packed weight."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -74,7 +74,7 @@ class Linear4bit(nn.Linear):
 
 
 def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier", **options):
-    """A net with random factors and a head that trains; its first two layers have pruned singular values."""
+    """Random factors and a trainable head; one singular value of the first layer and all of the second are pruned."""
     model = Net() if model is None else model
     loralib.inject(model, kind, list(modules), r=r, **options)
     loralib.mark_only_lora_as_trainable(model)
@@ -89,7 +89,7 @@ def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier"
 
 
 def state_of(model):
-    """Everything that a refused call must leave alone."""
+    """Everything that a refused call must not change: modules, tensors and ``requires_grad`` flags."""
     return (
         {name: (type(module), id(module)) for name, module in model.named_modules()},
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -105,7 +105,7 @@ def assert_unchanged(model, before):
 
 @contextmanager
 def refused(says=None, model=None):
-    """What is done inside is refused with a ValueError of one line that says this, and leaves the model alone."""
+    """Expect a one-line ValueError that matches ``says``, and no change of ``model``."""
     before = None if model is None else state_of(model)
     with pytest.raises(ValueError, match=says) as error:
         yield
@@ -121,7 +121,7 @@ def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):
 
 
 def random_step(model, generator, skip=()):
-    """Stands for backward and optimiser: new gradients, and weights that move."""
+    """Stands for backward and an optimiser step. Parameters with an entry of ``skip`` in their name get no gradient."""
     for name, p in model.named_parameters():
         if p.requires_grad:
             gradient = torch.randn(p.shape, generator=generator)
@@ -137,21 +137,21 @@ def gpt2(layers=1):
 
 
 def encoder(model_type="bert", sizes=SIZES, **settings):
-    """A random classifier of transformers."""
+    """A transformers sequence classifier with random weights."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**sizes, **settings})
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def decoder(model_type, sizes, **settings):
-    """A random language model of transformers, its output layer tied to its embedding unless the settings say else."""
+    """A transformers language model with random weights. By default its output layer is tied to its embedding."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": True, **sizes, **settings})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 def blocks(kind, count=3, features=(9, 7), std=None, seed=0, dtype=None, **options):
-    """``count`` linear layers "layer.N.q" of one shape with factors, drawn anew with ``std`` where it is given."""
+    """``count`` linear layers "layer.N.q" of one shape with factors, which are redrawn if ``std`` is given."""
     torch.manual_seed(seed)
     layers = (nn.ModuleDict({"q": nn.Linear(*features, dtype=dtype)}) for _ in range(count))
     model = nn.ModuleDict({"layer": nn.ModuleList(layers)})
@@ -161,7 +161,7 @@ def blocks(kind, count=3, features=(9, 7), std=None, seed=0, dtype=None, **optio
 
 
 def randomise(model, std=1.0, seed=0):
-    """Draw every factor, a shared one once."""
+    """Draw every factor from N(0, std²), a shared one once."""
     generator = torch.Generator().manual_seed(seed)
     factors = {id(p): p for layer in loralib.lora_layers(model).values() for p in layer.lora_parameters()}
     for factor in factors.values():

@@ -1,4 +1,4 @@
-"""Saving, loading, starting from and merging adapters: the same logits, exact sizes, the ranks of the weights."""
+"""Saving, loading, merging and warm starts of adapters: equal logits, exact sizes and live ranks."""
 
 import copy
 import shutil
@@ -29,7 +29,7 @@ def live_ranks(model):
 # ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
-def test_a_trained_adapter_holds_what_is_live_and_reloads_with_the_same_bits(tmp_path):
+def test_trained_adapter_stores_only_live_values_and_reloads_bit_for_bit(tmp_path):
     model, base, small, ids = encoder(), encoder(), encoder(), torch.arange(2, 26).view(4, 6)
     adapted(modules=["query", "value", "intermediate"], r=4, k=3, model=model)
     low_rank = loralib.LowRankTraining(model, 6, target_rank=2, init_warmup=2, mask_interval=1)
@@ -61,7 +61,7 @@ def test_a_trained_adapter_holds_what_is_live_and_reloads_with_the_same_bits(tmp
 
 
 @pytest.mark.parametrize("kind, options", KINDS)
-def test_every_kind_reloads_on_bfloat16_frozen_weights_at_its_strength(tmp_path, kind, options):
+def test_every_kind_reloads_with_bfloat16_frozen_weights_and_its_lora_alpha(tmp_path, kind, options):
     model, again = adapted(kind, **options), Net()
     for layer in loralib.lora_layers(model).values():
         layer.lora_alpha /= 2
@@ -74,12 +74,12 @@ def test_every_kind_reloads_on_bfloat16_frozen_weights_at_its_strength(tmp_path,
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     assert loralib.compact(again) == loralib.compact(model)
-    # shared parameters come once in both
+    # parameters() yields a shared parameter only once
     assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
 
 
 @pytest.mark.parametrize("trained", ["bias", ""])
-def test_methods_without_layers_save_the_trained_parameters(tmp_path, trained):
+def test_model_without_low_rank_layers_saves_its_trainable_parameters(tmp_path, trained):
     model, base = Net(), Net()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name).data.add_(trained in name)
@@ -91,9 +91,9 @@ def test_methods_without_layers_save_the_trained_parameters(tmp_path, trained):
 
 
 @pytest.mark.parametrize("norm_trains", [True, False])
-def test_buffers_travel_to_a_plain_and_to_an_injected_model(tmp_path, norm_trains):
-    """Running statistics change in training also where the module's parameters are frozen. The injected model
-    has another strength before, and its optimiser goes on with its parameters."""
+def test_buffers_load_into_a_plain_and_into_an_injected_model(tmp_path, norm_trains):
+    """Running statistics change in training even if the module's parameters are frozen. The injected model has another
+    lora_alpha before, and loading keeps its parameter objects, so that an optimiser stays valid."""
     options = {"head": "1" if norm_trains else "0.classifier", "k": 2}
     model, plain, injected = (nn.Sequential(Net(), nn.BatchNorm1d(2)) for _ in range(3))
     adapted(model=model, **options).train()(torch.randn(16, 6))
@@ -125,7 +125,7 @@ def test_compacted_layers_train_merge_save_and_load(kind, options, tmp_path):
     optimizer.step()
     trained, fingerprint = model(INPUTS), loralib.base_fingerprint(model)
     assert (trained - outputs).abs().max() > 1e-3
-    for _ in range(2):  # twice merged is once merged
+    for _ in range(2):  # the second merge changes nothing
         loralib.merge_adapter(model)
     torch.testing.assert_close(model(INPUTS), trained, atol=1e-4, rtol=1e-4)
     assert loralib.base_fingerprint(model) == fingerprint
@@ -135,7 +135,7 @@ def test_compacted_layers_train_merge_save_and_load(kind, options, tmp_path):
     assert torch.equal(model(INPUTS), trained)
 
 
-def test_a_wholly_pruned_layer_still_shares_its_outer_factors(tmp_path):
+def test_fully_pruned_layer_still_shares_its_outer_factors(tmp_path):
     model, again, small = adapted(k=2, share_outer=True), Net(), Net()
     folder = loralib.save_adapter(model, tmp_path / "a")
     loralib.load_adapter(again, folder)
@@ -169,7 +169,7 @@ def test_another_revision_of_the_base_is_refused(tmp_path):
     (lambda: Net(width=8), "the model needs"), (Net, "classifier.bias has shape"),
 ])  # fmt: skip
 def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
-    """A head of one row could be copied into one of two, which has its values twice then."""
+    """copy_() would broadcast a head of one row into a head of two rows."""
     folder, model = loralib.save_adapter(adapted(k=2, model=Net(labels=1)), tmp_path / "a"), base()
     with refused(says, model):
         loralib.load_adapter(model, folder, allow_other_base=True)
@@ -179,7 +179,7 @@ def test_a_base_that_does_not_fit_is_refused(tmp_path, base, says):
 
 
 @pytest.mark.parametrize("kind, options", KINDS)
-def test_a_training_starts_from_the_update_whatever_its_alpha(tmp_path, kind, options):
+def test_warm_start_keeps_the_update_under_another_lora_alpha(tmp_path, kind, options):
     model, start = adapted(kind, **options, lora_alpha=4), Net(labels=5)
     folder = loralib.save_adapter(model, tmp_path / "a")
     loralib.inject(start, kind, ["q", "v"], r=3, **options, lora_alpha=7)
@@ -203,7 +203,7 @@ def test_a_training_starts_from_the_update_whatever_its_alpha(tmp_path, kind, op
     ("adalora", ["q", "v"], {"r": 3}, "the model needs"),
     ("lora2", ["q", "v"], {"r": 3, "k": 2, "share_outer": True}, "leave share_outer out"),
 ])  # fmt: skip
-def test_other_layers_take_no_adapter(tmp_path, kind, modules, options, says):
+def test_adapter_is_refused_by_a_model_with_other_layers(tmp_path, kind, modules, options, says):
     folder, model = loralib.save_adapter(adapted(k=2), tmp_path / "a"), Net()
     loralib.inject(model, kind, modules, **options)
     for use in (loralib.start_from_adapter, loralib.load_adapter):
@@ -219,7 +219,7 @@ def compiled(model):
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, compiled])
-def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
+def test_wrapped_model_is_saved_under_the_names_of_the_inner_model(tmp_path, wrap):
     model, base = adapted(k=2), Net()
     wrapped = wrap(model)
     config = loralib.load_adapter(base, loralib.save_adapter(wrapped, tmp_path / "a"))
@@ -235,7 +235,7 @@ def test_a_wrapped_model_is_saved_by_the_names_inside(tmp_path, wrap):
 # ---- merging --------------------------------------------------------------------------------------------------------
 
 
-def test_a_merge_that_cannot_be_whole_merges_nothing():
+def test_merge_changes_nothing_if_one_layer_cannot_be_merged():
     model = adapted(k=2)
     prune.identity(model.layers[2]["v"], "weight")
     with refused("layers.2.v cannot be merged: the weight is computed by a hook", model):
@@ -243,7 +243,7 @@ def test_a_merge_that_cannot_be_whole_merges_nothing():
     assert not any(layer.merged for layer in loralib.lora_layers(model).values())
 
 
-def test_a_merged_layer_does_not_train_and_a_head_on_it_does():
+def test_merged_layer_does_not_train_but_a_head_on_it_does():
     model = adapted(k=2)
     loralib.merge_adapter(model.train())
     with pytest.raises(RuntimeError, match="call unmerge"):
@@ -272,7 +272,7 @@ def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modul
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_behind(tmp_path):
+def test_trained_weight_of_an_adapted_layer_counts_once_and_extra_state_is_not_saved(tmp_path):
     class Head(nn.Linear):
         get_extra_state = dict
 
@@ -290,8 +290,8 @@ def test_a_trained_weight_beside_its_update_counts_once_and_extra_state_stays_be
 
 
 @pytest.mark.parametrize("build, modules", [(gpt2, ["c_attn", "mlp.c_proj"]), (encoder, ["query", "layer.output"])])
-def test_an_unloaded_model_is_one_that_transformers_saves_and_loads(tmp_path, build, modules):
-    """The state dict of a model that is only merged holds the base's weights, so that what is loaded is the base."""
+def test_merged_and_unloaded_model_can_be_saved_and_loaded_by_transformers(tmp_path, build, modules):
+    """merge_adapter is not enough for this: its model's state dict holds the base's weights."""
     ids = torch.arange(2, 10)[None]
     model = adapted(
         modules=modules, r=4, k=3, model=build(), head="transformer.ln_f" if build is gpt2 else "classifier"
@@ -303,5 +303,5 @@ def test_an_unloaded_model_is_one_that_transformers_saves_and_loads(tmp_path, bu
     loaded = type(model).from_pretrained(tmp_path / "m").eval()
     for merged in (plain, loaded):
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    plain.requires_grad_(True)(ids).logits.sum().backward()  # and it trains as any other
+    plain.requires_grad_(True)(ids).logits.sum().backward()  # and it can be trained
     assert all(parameter.grad is not None for name, parameter in plain.named_parameters() if "attn.c_attn" in name)

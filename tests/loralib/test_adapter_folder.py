@@ -1,4 +1,4 @@
-"""Adapter folders: those of version 1 load, damage and forgery are refused, a kill or a full disk loses nothing."""
+"""Adapter folders: version 1 loads, damaged and forged ones are refused, a kill or a full disk loses nothing."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 import loralib
-import loralib.interop.peft_method  # which registers LoRA² with peft
+import loralib.interop.peft_method  # registers LoRA² with peft
 from loralib.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, _config_digest
 from loralib.interop.export import export_merged
 from loralib.interop.peft_format import import_peft
@@ -33,13 +33,13 @@ EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_the_outputs_are_those_that_were_stored(tmp_path, name):
+def test_folder_of_version_1_gives_its_stored_outputs(tmp_path, name):
     outputs = torch.tensor(EXPECTED[name]["outputs"])
     model = Net()
     assert (model(INPUTS) - outputs).abs().max() > 0.1
     if name.startswith("peft"):
         import_peft(model, FOLDER / name)
-        theirs = PeftModel.from_pretrained(Net(), FOLDER / name)  # LoRA² too: its folders of 0.2 load
+        theirs = PeftModel.from_pretrained(Net(), FOLDER / name)  # also LoRA² as loralib 0.2 saved it
         torch.testing.assert_close(theirs(INPUTS), outputs, rtol=1e-5, atol=1e-5)
     else:
         assert loralib.load_adapter(model, FOLDER / name).ranks == EXPECTED[name]["ranks"]
@@ -56,7 +56,7 @@ def test_the_outputs_are_those_that_were_stored(tmp_path, name):
 
 
 def forge(folder, change, sign=True):
-    """Change configuration and tensors; ``sign`` makes the checksums fit, as a stranger can."""
+    """Change the configuration and the tensors; ``sign`` recomputes the checksums, as an attacker can."""
     config = json.loads((folder / CONFIG_FILE).read_text())
     tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     change(config, tensors)
@@ -92,7 +92,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_forged_folder_is_refused_for_what_is_wrong(tmp_path, name):
+def test_forged_folder_is_refused_with_the_reason(tmp_path, name):
     folder, model = shutil.copytree(FOLDER / "shared_outer", tmp_path / "a"), Net()
     change, says = FORGED[name]
     forge(folder, change, sign="unsigned" not in name)
@@ -116,13 +116,13 @@ tensor_edits = st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["drop", "
 
 
 def places(tree):
-    """Container and key of everything inside a JSON tree."""
+    """(container, key) of every value inside a JSON tree."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [place for key, value in items for place in [(tree, key), *places(value)]]
 
 
 def edit(tree, number, action, value):
-    """Set or delete something inside a JSON tree, or add a copy of it beside it."""
+    """Set, delete or duplicate one value inside a JSON tree."""
     there = places(tree)
     parent, key = there[number % len(there)]
     if action == "set":
@@ -154,8 +154,8 @@ def edit_tensor(tensors, number, what):
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(st.data(), edits, tensor_edits)
-def test_any_folder_whose_checksums_fit_is_loaded_or_refused(tmp_path, whose, data, changes, weights):
-    """Whatever is refused leaves the model as it was."""
+def test_any_folder_with_valid_checksums_is_loaded_or_refused(tmp_path, whose, data, changes, weights):
+    """A refusal leaves the model as it was."""
     which, folder, model = data.draw(st.sampled_from(whose)), tmp_path / "adapter", Net()
     shutil.copytree(FOLDER / which, folder, dirs_exist_ok=True)
     forge(folder, lambda c, t: [edit(c, *each) for each in changes] + [edit_tensor(t, *each) for each in weights])
@@ -177,7 +177,7 @@ def test_any_folder_whose_checksums_fit_is_loaded_or_refused(tmp_path, whose, da
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_the_card_says_what_the_adapter_is_one_line_each(tmp_path, trained):
+def test_readme_lists_the_facts_of_the_adapter_and_the_commands_that_work(tmp_path, trained):
     model = adapted("multiscale", widths=(2,))
     model.config = SimpleNamespace(id2label={0: "no", 1: "yes"})
     model.classifier.requires_grad_(trained)
@@ -186,15 +186,15 @@ def test_the_card_says_what_the_adapter_is_one_line_each(tmp_path, trained):
     text = (folder / "README.md").read_text()
     for line in ("| base revision | r1 |", r"| task | a\|b c |", "| score | 0.5124 |"):
         assert line in text.splitlines()
-    assert ("| labels | 0 no, 1 yes |" in text) == trained  # else they are the base's own
+    assert ("| labels | 0 no, 1 yes |" in text) == trained  # with a frozen head the labels are the base's
     assert "--to peft" in text and "--to merged" in text
-    del model.config  # no model of transformers
+    del model.config  # as in a model of another library
     for name in ("peft_lacks", "method_arguments"):
         text = (loralib.save_adapter(model, folder, card={name: "0"}) / "README.md").read_text()
         assert "--to" not in text and ("load_adapter(" in text) == (name == "peft_lacks")
 
 
-def test_what_cannot_be_written_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+def test_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     model = adapted(k=2)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
@@ -224,7 +224,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", range(1, 8))
-def test_a_kill_leaves_the_old_adapter_or_the_new_or_one_that_is_refused(tmp_path, monkeypatch, moment):
+def test_killed_save_leaves_the_old_adapter_the_new_one_or_one_that_is_refused(tmp_path, monkeypatch, moment):
     model, other, folder = adapted(k=2), adapted(k=2), tmp_path / "a"
     other.classifier.weight.data.add_(1)
     loralib.save_adapter(model, folder)
@@ -238,7 +238,7 @@ def test_a_kill_leaves_the_old_adapter_or_the_new_or_one_that_is_refused(tmp_pat
         loralib.load_adapter(base := Net(), folder)
         assert any(torch.equal(base(INPUTS), each(INPUTS)) for each in (model, other))
     except ValueError as error:
-        assert "truncated or was changed" in str(error) and moment in (5, 6)  # the configuration is last
+        assert "truncated or was changed" in str(error) and moment in (5, 6)  # the configuration is replaced last
     loralib.load_adapter(base := Net(), loralib.save_adapter(other, folder))
     assert torch.equal(base(INPUTS), other(INPUTS)) and len(list(folder.iterdir())) == 3
 
@@ -250,7 +250,7 @@ def _call_or_die(call, calls, moment, *args, **kwargs):
 
 
 def _save_load_and_export(rank, folder, shards):
-    """One of two processes that save over one adapter and load it, and export one merged checkpoint and load that."""
+    """Run by two processes, which save one adapter and load it, then export one merged checkpoint and load that."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, adapter = adapted(k=2), folder / "adapter"
     if shards:
@@ -262,12 +262,12 @@ def _save_load_and_export(rank, folder, shards):
         assert loralib.load_adapter(base := Net(), adapter).card == {"turn": turn}
         assert base.classifier.weight.eq(turn).all()
         torch.distributed.barrier()
-    for turn in range(10):  # without waiting for each other the folder is whole at any time
+    for turn in range(10):  # without barriers: the folder is complete at any time
         loralib.save_adapter(model, adapter, card={"turn": turn})
         loralib.load_adapter(Net(), adapter)
-    for out in (folder / str(rank), folder / "merged", folder / "merged"):  # first each for itself
+    for out in (folder / str(rank), folder / "merged", folder / "merged"):  # first each to its own folder
         export_merged(folder / "encoder", out, str(folder / "base"))
-        torch.distributed.barrier()  # transformers' reader takes no turn
+        torch.distributed.barrier()  # from_pretrained does not lock the folder
         merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
         torch.testing.assert_close(merged(IDS).logits, torch.load(folder / "logits.pt"), atol=1e-5, rtol=1e-5)
         torch.distributed.barrier()
@@ -278,7 +278,7 @@ IDS = torch.arange(10, 16)[None]
 
 
 @pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
-def test_two_processes_that_write_the_same_folder_leave_a_whole_one_each_time(tmp_path, shards):
+def test_two_processes_that_write_to_the_same_folder_leave_it_complete(tmp_path, shards):
     encoder().save_pretrained(tmp_path / "base")
     loralib.save_adapter(model := adapted(modules=["query"], k=2, model=encoder()), tmp_path / "encoder")
     torch.save(model(IDS).logits.detach(), tmp_path / "logits.pt")
@@ -291,7 +291,7 @@ def test_two_processes_that_write_the_same_folder_leave_a_whole_one_each_time(tm
     ("/home/me/net", {}, ("net", "c0ffee")),
     ("C:\\me\\net", {}, ("net", "c0ffee")), ("../me/net/", {}, ("net", "c0ffee")),
 ])  # fmt: skip
-def test_the_base_s_name_and_revision_are_those_of_its_configuration(tmp_path, recorded, given, kept):
+def test_name_and_revision_of_the_base_come_from_its_configuration(tmp_path, recorded, given, kept):
     model = adapted(k=2)
     model.config = SimpleNamespace(_name_or_path=recorded, _commit_hash="c0ffee")
     config = loralib.read_adapter_config(loralib.save_adapter(model, tmp_path / "adapter", **given))

@@ -1,4 +1,4 @@
-"""The allocator: against the published loop written out entry by entry, against peft's, and by its properties."""
+"""The allocator against the published algorithm, written entry by entry, and against peft's; and its properties."""
 
 import copy
 
@@ -15,7 +15,7 @@ from tests.loralib.small import SCHEDULE, blocks, model_to_prune, random_step, r
 
 
 class PublishedLoop:
-    """Eqs. 6–9 with one Python float at a time; the schedule of AdaLoRA; float64."""
+    """Eqs. 6–9 of arXiv 2408.06854 with one Python float at a time, in float64, on AdaLoRA's schedule."""
 
     def __init__(self, model, r, target_total, importance, init_warmup, final_warmup, mask_interval, beta1, beta2,
                  total_steps):  # fmt: skip
@@ -84,8 +84,8 @@ def test_whole_schedule_equals_the_published_loop(widths, share, importance):
 
 
 def test_agrees_with_pefts_adalora_over_a_whole_schedule():
-    """The same class of peft, driven by the published loop (mask_to_budget in every final step, as METHOD has it;
-    peft's own model instead freezes the pattern at step T − t_f, which gives the same masks)."""
+    """peft's allocator is called in every step, so that it masks to the budget in every final step. peft's own model
+    instead fixes the pattern at step T − t_f, which gives the same masks."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 4))
     ours = copy.deepcopy(base)
@@ -121,7 +121,7 @@ def test_agrees_with_pefts_adalora_over_a_whole_schedule():
             torch.testing.assert_close(layer.lora_E, peer.lora_E["default"].squeeze(1), rtol=1e-3, atol=1e-4)
 
 
-def test_scored_parameters_are_those_of_the_paper():
+def test_numbers_of_scored_parameters_are_those_of_the_paper():
     model = blocks("lora2", 1, (768, 768), r=8, k=1)
     inner = loralib.RankAllocator(model, target_rank=4, **SCHEDULE)
     full = loralib.RankAllocator(model, target_rank=4, importance="full", **SCHEDULE)
@@ -134,7 +134,7 @@ def allocator_of(model, **changes):
 
 
 def ones(order="abc"):
-    """A model whose singular values all have one score."""
+    """A model whose singular values all have the same score."""
     model = nn.ModuleDict({name: nn.Linear(3, 3) for name in order})
     loralib.inject(model, "lora2", list(order), r=4, k=2)
     for p in model.parameters():
@@ -144,8 +144,8 @@ def ones(order="abc"):
 
 
 @pytest.mark.parametrize("order", ["abc", "cab"])
-def test_of_equal_scores_the_later_by_name_and_index_stay_whatever_the_order_of_modules(order):
-    """A budget that cuts through a layer: after four of nine steps, 7 of 12."""
+def test_ties_keep_the_later_names_and_indices_for_any_order_of_modules(order):
+    """The budget after two of nine steps is 7 of 12, which cuts through a layer."""
     model = ones(order)
     allocator = loralib.RankAllocator(model, 10, 1, init_warmup=0, final_warmup=1, mask_interval=1)
     for t in (1, 2):
@@ -162,14 +162,14 @@ def test_a_state_of_other_layers_or_settings_is_refused(shape, settings):
 
 
 @pytest.mark.parametrize("changes", [{"target_rank": 5}, {"init_warmup": 32}, {"beta2": float("nan")}])
-def test_contradictions_are_refused_in_one_line(changes):
+def test_invalid_settings_are_refused(changes):
     with refused():
         allocator_of(model_to_prune(), **changes)
 
 
 @settings(max_examples=25, deadline=None)
 @given(r=st.integers(1, 6), count=st.integers(1, 4), data=st.data(), every=st.integers(1, 5), seed=st.integers(0, 99))
-def test_budget_falls_monotonically_to_the_target_and_is_what_is_live(r, count, data, every, seed):
+def test_budget_falls_monotonically_to_the_target_and_equals_the_live_rank(r, count, data, every, seed):
     target = data.draw(st.integers(1, r))
     warm, final, extra = (data.draw(st.integers(0, 8)) for _ in range(3))
     total = warm + final + extra + 1
@@ -179,7 +179,7 @@ def test_budget_falls_monotonically_to_the_target_and_is_what_is_live(r, count, 
     budgets = [allocator.budget(t) for t in range(1, total + 1)]
     for t, budget in enumerate(budgets, 1):
         random_step(model, torch.Generator().manual_seed(seed + t))
-        for layer in layers.values():  # as AdamW moves a pruned value
+        for layer in layers.values():  # AdamW moves pruned values too
             layer.lora_E.data += 1e-3
         allocator.update_and_mask(t)
         live = {name: (layer.lora_E != 0).tolist() for name, layer in layers.items()}

@@ -1,4 +1,4 @@
-"""LoRA² on tiny encoders and decoders of transformers: in float32, beside bfloat16, in peft, with checkpointing."""
+"""LoRA² on tiny transformers encoders and decoders: in float32, in bfloat16, in peft, with gradient checkpointing."""
 
 import copy
 
@@ -35,7 +35,7 @@ ENCODERS = {
 
 
 def adapted(model):
-    """LoRA² in every linear layer of the encoder; those and the head train."""
+    """LoRA² in every linear layer of the encoder; the factors and the head are trainable."""
     head = {id(p) for p in head_parameters(model)}
     names = [name for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in head]
     loralib.inject(model, "lora2", names, r=2, k=2)
@@ -61,7 +61,7 @@ QUICK = ("deberta-v2", "mpnet", "roberta")
 @pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ENCODERS]
 )
-def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
+def test_ten_steps_in_float32_and_with_bfloat16_frozen_weights_agree(model_type):
     model = adapted(encoder(model_type, ENCODERS[model_type]))
     half = copy.deepcopy(model)
     cast_frozen(half, torch.bfloat16, head=head_modules(half))
@@ -79,7 +79,7 @@ def test_ten_steps_in_float32_and_beside_bfloat16(model_type):
 
 # ---- decoders ------------------------------------------------------------------------------------------------------
 
-# Model type → its configuration, and the modules that are adapted: grouped queries, fused projections, Conv1D.
+# Model type → (configuration, adapted modules). They cover grouped queries, fused projections and Conv1D.
 SHAPES = {
     "llama": (SIZES | {"num_key_value_heads": 1}, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
     "phi3": (SIZES | {"num_key_value_heads": 1}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
@@ -106,7 +106,7 @@ QUICK_OR_SLOW = [pytest.param(n, marks=[] if n in ("llama", "gpt2") else pytest.
 
 
 @pytest.mark.parametrize("shape", QUICK_OR_SLOW)
-def test_an_adapted_decoder_is_peft_s_and_its_own_merged(shape, tmp_path):
+def test_adapted_decoder_equals_its_peft_export_and_its_merged_self(shape, tmp_path):
     modules = SHAPES[shape][1]
     model = adapt(base(shape), modules)
     loralib.save_adapter(model, tmp_path / "a")
@@ -131,8 +131,8 @@ def test_gradient_checkpointing_changes_no_gradient(shape, reentrant):
         model = adapt(base(shape), SHAPES[shape][1]).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()  # a frozen embedding gives a re-entrant block nothing to go back to
-        torch.manual_seed(0)  # of the dropout
+            model.enable_input_require_grads()  # a re-entrant block needs an input that requires a gradient
+        torch.manual_seed(0)  # for the dropout
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(gradient is not None for gradient in gradients[0].values())
