@@ -45,11 +45,11 @@ logger = logging.getLogger("nlu")
 
 
 def run(arguments: Arguments, data: Data) -> None:
-    """One run from its data, loaded for these arguments, to records; nothing where the folder holds it, finished.
+    """Carry out one run on the data loaded for its arguments; a run that is finished already is not repeated.
 
     Raises:
-        UsageError: for whatever the arguments, the data, the model or the folder cannot do together.
-        RunError: for a training that cannot go on. Interrupted: after a signal.
+        UsageError: if the arguments, the data, the model and the folder do not fit together.
+        RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
     training = arguments.training
     start_processes(training.use_cpu)
@@ -60,11 +60,11 @@ def run(arguments: Arguments, data: Data) -> None:
         effective_batch_size(training),
         training.overwrite_output_dir,
     )
-    with contextlib.ExitStack() as held:  # by the first process, for all
+    with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
             if is_first():
-                say(f"{folder.path} holds this run, finished: give --overwrite_output_dir to run it again")
+                say(f"{folder.path} holds this run already, finished: give --overwrite_output_dir to run it again")
         else:
             _run_in(folder, state, arguments, data, held)
         if arguments.record["push_to_hub"] and is_first():
@@ -72,7 +72,7 @@ def run(arguments: Arguments, data: Data) -> None:
 
 
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, held: contextlib.ExitStack) -> None:
-    """The run in its folder, whose log is open from where nothing can be refused any more."""
+    """Carry out the run in its folder; the log is opened once all arguments have been accepted."""
     data, path = arguments.data, folder.path
     previous = read_json(path / RECORD) if state == "resume" else None
     if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
@@ -102,7 +102,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
             shard(model, training)
         trainer = build_trainer(arguments, training, task, applied, splits, tokenizer, weights)
 
-    wait_for_all()  # every process has read what it needs of the folder
+    wait_for_all()  # until every process has read what it needs from the folder
     if is_first():
         folder.clean(state)
         held.enter_context(log_to(path / "log" / "run.log"))
@@ -126,7 +126,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
 def run_recorded(
     arguments: Arguments, sets: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: str | None
 ) -> None:
-    """Training, evaluation, prediction and the adapter; whatever ends it early is in the record."""
+    """Train, evaluate, predict and save the adapter; an error that ends the run early goes into the record."""
     try:
         train_and_evaluate(arguments, trainer, checkpoint)
         if arguments.training.do_predict:
@@ -134,7 +134,7 @@ def run_recorded(
         if is_first():
             save_run_adapter(arguments, trainer, record.write("running"), folder)
             finished = record.write("finished")
-            if arguments.training.save_strategy == "no":  # they served while the run was at work
+            if arguments.training.save_strategy == "no":  # checkpoints served only to resume
                 shutil.rmtree(folder / "model", ignore_errors=True)
     except BaseException as error:
         record.error = one_line(error)
@@ -157,15 +157,15 @@ def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
-    """The weight n / (classes · rows of the class) of each class in the training loss; None where all count alike.
+    """The weight n / (classes · rows of the class) of each class in the training loss; None if all count equally.
 
     Raises:
-        UsageError: for weights of classes, or smoothed labels, where the labels are numbers; for a class without a row.
+        UsageError: for class weights or label smoothing in regression, or a class without a training row.
     """
     asked = arguments.data.class_weights
     if task.is_regression and (asked or arguments.training.label_smoothing_factor):
         flag = "class_weights" if asked else "label_smoothing_factor"
-        raise UsageError(f"--{flag} is for classes, and the labels of {task.name} are numbers: leave it out")
+        raise UsageError(f"--{flag} is for classification, but the labels of {task.name} are numbers: leave it out")
     if asked is None or train is None:
         return None
     try:
@@ -216,13 +216,13 @@ def build_trainer(
 
 
 def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: str | None) -> None:
-    """Train from the checkpoint, or without one from the start, and evaluate what training ended with."""
+    """Train from the checkpoint, or from scratch without one, and evaluate the final weights if not yet done."""
     if arguments.training.do_train:
         if checkpoint is not None and is_first():
             logger.warning("continuing from %s", checkpoint)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or of an older version
+        except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or from an older version
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
     scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
     if arguments.training.do_eval and trainer.weights_step not in scored:

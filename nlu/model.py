@@ -26,26 +26,26 @@ from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
 
-_NO_NAME = re.compile(r"label_\d+", re.IGNORECASE)  # what transformers calls labels that nobody named
-# Before the classifier, by architecture. DeBERTa's configurations need not have theirs.
+_NO_NAME = re.compile(r"label_\d+", re.IGNORECASE)  # transformers' names for labels without names
+# Names of the dropout before the classifier, by architecture. DeBERTa's configurations may lack theirs.
 _DROPOUTS = (
     "cls_dropout", "classifier_dropout", "seq_classif_dropout", "classifier_dropout_prob", "summary_last_dropout",
 )  # fmt: skip
 
 
 def choose_head(saved: Any, task: Task) -> tuple[tuple[str, ...] | None, str | None]:
-    """Decide from a checkpoint's configuration what its head can do for the task.
+    """Decide from a checkpoint's configuration whether its head fits the task.
 
     Returns:
-        The task's labels in the order in which the head numbers them, None for regression; and what the head has
-        learned in their place, None where it serves. Another number of labels is seen when the weights are loaded.
+        The task's labels in the head's order, None for regression; and what the head was trained for instead, None if
+        it fits. A wrong number of labels may be noticed only when the weights are loaded.
     """
     names = [str(saved.id2label[number]) for number in sorted(saved.id2label)]
     problem = getattr(saved, "problem_type", None)
     if task.labels is None:
-        return None, "labels that exclude no other" if problem == "multi_label_classification" else None
+        return None, "labels that do not exclude each other" if problem == "multi_label_classification" else None
     if problem == "regression":
-        return tuple(task.labels), "the numbers of a regression"
+        return tuple(task.labels), "a regression output"
     words = {label.lower(): label for label in task.labels}
     if sorted(name.lower() for name in names) == sorted(words):
         return tuple(words[name.lower()] for name in names), None
@@ -53,19 +53,19 @@ def choose_head(saved: Any, task: Task) -> tuple[tuple[str, ...] | None, str | N
 
 
 def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]:
-    """The encoder's configuration, its tokenizer, and what its head has learned, if that cannot serve the task.
+    """The model's configuration, its tokenizer, and what its head was trained for, if that does not fit the task.
 
-    The configuration has the task's labels, in the order in which the head numbers them.
+    The configuration has the task's labels, in the head's order.
 
     Raises:
-        UsageError: for a model that is not there, or cannot be read.
+        UsageError: if the model does not exist or cannot be read.
     """
     model = arguments.model
     source = {"revision": model.model_revision, "cache_dir": model.cache_dir, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(model.model_name_or_path, **source)
         tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
-    except Exception as error:  # a damaged file raises whatever its reader runs into
+    except Exception as error:  # a damaged file can raise any exception
         raise _unreadable(arguments, error) from None
     check_tokenizer(tokenizer, model.model_name_or_path, "--model_name_or_path ")
     labels, unfit = choose_head(config, task)
@@ -88,14 +88,14 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
 
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     name = arguments.model.model_name_or_path
-    absent = "" if Path(name).exists() else "there is no such folder, and the hub gave no such model: "
+    absent = "" if Path(name).exists() else "there is no such folder, and the hub returned no such model: "
     return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
 
 
 def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
-    """Raises UsageError for a tokenizer that cannot pad, and a folder ``source`` without a tokenizer's files.
+    """Raises UsageError if the tokenizer cannot pad, or ``source`` is a folder without a tokenizer's files.
 
-    For such a folder transformers makes one of special tokens alone, which reads any text as unknown.
+    For such a folder transformers makes a tokenizer of special tokens alone, to which every text is unknown.
     """
     if os.path.isdir(source) and not has_tokenizer(source):
         raise UsageError(f"{flag}{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
@@ -104,10 +104,10 @@ def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
 
 
 def longest_input(model: Any) -> int | None:
-    """The most tokens that a model with a table of positions reads; None for one without (DeBERTa).
+    """The maximum number of tokens of a model with a table of positions; None for a model without one (DeBERTa).
 
-    RoBERTa's table has padding's row and those before it on top, which no token uses, and those of OPT and BART begin
-    with an offset.
+    No token uses the rows of RoBERTa's table up to the padding index, nor the first ``offset`` rows of the tables of
+    OPT and BART.
     """
     for name, table in model.named_modules():
         if name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions") and hasattr(
@@ -119,12 +119,12 @@ def longest_input(model: Any) -> int | None:
 
 
 def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int) -> None:
-    """Module patterns and pruning schedule, on a model without weights, before anything is loaded.
+    """Check module patterns and pruning schedule on a model without weights, before anything is loaded.
 
-    The tokenizer learns how many tokens the model reads, where its own files do not say so.
+    The tokenizer's ``model_max_length`` is lowered to the model's maximum, which its own files may lack.
 
     Raises:
-        UsageError: for whatever does not fit.
+        UsageError: if something does not fit.
     """
     model = without_weights(arguments, config)
     tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
@@ -133,7 +133,7 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
 
 
 def without_weights(arguments: Arguments, config: Any) -> nn.Module:
-    """The classifier on the meta device; UsageError for a configuration that makes none."""
+    """The classifier on the meta device; raises UsageError if the configuration cannot make one."""
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -142,13 +142,13 @@ def without_weights(arguments: Arguments, config: Any) -> nn.Module:
 
 
 def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Module:
-    """The pretrained encoder in float32; its output layer is new where the checkpoint's does not fit the task.
+    """Load the classifier in float32, with a new output layer if the checkpoint's does not fit the task.
 
     Args:
-        config, unfit: of :func:`load_config`.
+        config, unfit: from :func:`load_config`.
 
     Raises:
-        UsageError: for weights that are missing, or have other shapes, anywhere but in the head's output layer.
+        UsageError: if encoder weights are missing, shapes outside the output layer differ, or a new head is untrained.
     """
     model, training = arguments.model, arguments.training
     try:
@@ -157,7 +157,7 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
                 model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
                 dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
             )  # fmt: skip
-    except Exception as error:  # a damaged file raises whatever its reader runs into
+    except Exception as error:  # a damaged file can raise any exception
         raise _unreadable(arguments, error) from None
     missing, mismatched = set(info["missing_keys"]), {key[0]: key[1:] for key in info["mismatched_keys"]}
     output = _output_layer(loaded, config)
@@ -177,7 +177,7 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
             for parameter in (p for name, p in output.items() if name not in mismatched):  # those are new already
                 parameter.normal_(std=getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0)
         if is_first():
-            logger.warning("a new output layer: the checkpoint's has %s", unfit)
+            logger.warning("a new output layer is made, because the checkpoint's has %s", unfit)
     if (missing or unfit is not None) and not training.do_train:
         raise UsageError(
             f"--model_name_or_path {model.model_name_or_path} has no trained head for the task, and nothing trains it "
@@ -200,7 +200,7 @@ def _output_layer(model: nn.Module, config: Any) -> dict[str, nn.Parameter]:
 
 
 def set_precision(arguments: Arguments, model: nn.Module) -> None:
-    """bfloat16 without autocast where only the method's own layers and the head train: no step casts a weight."""
+    """Cast frozen weights to bfloat16 for a method that needs no autocast, so that no step casts a weight."""
     if arguments.training.bf16 and not METHODS[arguments.method.method].needs_autocast:
         try:
             cast_frozen(model, torch.bfloat16, head=head_modules(model))

@@ -1,4 +1,4 @@
-"""transformers' Trainer with a method's loop, row-exact losses and checkpoints that are whole or absent."""
+"""transformers' Trainer with a method's loop, losses that count each row once, and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.tasks import Task
 
-_IGNORED = -100  # the class number that torch's cross entropy leaves out
+_IGNORED = -100  # the label that torch's cross entropy ignores
 
 
 def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-    """Of a model that gives more than its logits too; what it gives beside them is not gathered."""
+    """Keep only the logits, so that a model's further outputs are not gathered."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 class StepClock(TrainerCallback):
-    """Keeps the time of the steps and whether an epoch has ended; has a resumed training take up what was saved.
+    """Measures the time of the steps, notes the end of an epoch, and restores the progress of a resumed training.
 
-    It runs on from step to step, as a GPU ends a step while the next batch is fetched. The trainer stops it, once the
-    GPU has caught up, to log, evaluate or save; the next step starts it again.
+    The clock runs on between steps, because a GPU ends a step while the next batch is fetched. To log, evaluate or
+    save, the trainer waits for the GPU and stops the clock; the next step starts it again.
     """
 
     def __init__(self, trainer: GlueTrainer) -> None:
@@ -51,7 +51,7 @@ class StepClock(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Time of all steps, those before a resumption too."""
+        """Time of all steps, including those before a resume."""
         return self.before + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def stop(self) -> None:
@@ -74,13 +74,13 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
 
     Args:
-        task: says whether the loss is a squared error or a cross entropy.
+        task: decides whether the loss is a squared error or a cross entropy.
         applied: the method, already applied to its model.
         train_lengths: tokens of each training example, for batches of similar length; None for a plain random order.
-        head_learning_rate: of the classification head; None for that of the others.
+        head_learning_rate: learning rate of the classification head; None for that of the other parameters.
         second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mismatched``.
-        class_weights: of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
-        kwargs: as for the Trainer.
+        class_weights: weight of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
+        kwargs: the Trainer's.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         )
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
-        for shown in (ProgressCallback, PrinterCallback):  # the run has lines of its own
+        for shown in (ProgressCallback, PrinterCallback):  # the run prints lines of its own
             self.remove_callback(shown)
         self.add_callback(self.clock)
         if applied.gates is not None:
@@ -120,8 +120,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """The loss summed over the rows, divided by the rows of the whole optimiser step.
 
         Args:
-            outputs: with ``logits``, (rows, labels). labels: (rows,); -100, in regression NaN, leaves a row out.
-            num_items_in_batch: rows over all processes and accumulated batches; None for those given.
+            outputs: with ``logits``, (rows, labels). labels: (rows,); rows labelled -100 (regression: NaN) are ignored.
+            num_items_in_batch: rows over all processes and accumulated batches; None for the rows given.
         """
         logits = outputs["logits"].float()
         if self.task.is_regression:
@@ -129,7 +129,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             labels = torch.where(labels.isnan(), logits.detach(), labels.float())
             total = F.mse_loss(logits, labels, reduction="sum")
         else:
-            training = self.model.training  # class weights and smoothed labels are of the training alone
+            training = self.model.training  # class weights and label smoothing apply in training alone
             total = F.cross_entropy(
                 logits,
                 labels,
@@ -145,8 +145,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     ) -> tuple[list, int | None]:
         """The batches of one optimiser step, and how many rows it has over all processes.
 
-        accelerate repeats rows where the processes do not divide those of an epoch's last batch; the loss leaves a
-        repeated row out.
+        accelerate repeats rows if those of an epoch's last batch do not fill the batches of all processes; the loss
+        ignores the repeated rows.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
         own = self.args.train_batch_size
@@ -167,17 +167,17 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As the Trainer's, with the loss of each row once: its own mean counts repeated rows too.
+        """As the Trainer's, but the loss counts each row once: the Trainer's own mean includes repeated rows.
 
         Raises:
-            RunError: for logits that are not finite, which would all pass for class 0.
+            RunError: if a logit is not finite: rows of NaN would all be predicted as class 0.
         """
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         logits = torch.from_numpy(output.predictions)
         if not logits.isfinite().all():
             raise RunError(
-                f"the model gives NaN or infinity in the {description.lower()}: look at the weights of the base, and "
-                "at the number format (--bf16 overflows less than --fp16)"
+                f"the model gives NaN or infinity in the {description.lower()}: check the weights of the base, and "
+                "the number format (--bf16 overflows less than --fp16)"
             )
         if output.label_ids is not None:
             loss = self.task_loss({"logits": logits}, torch.from_numpy(np.asarray(output.label_ids)))
@@ -201,7 +201,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; UsageError for what the schedule does not take."""
+        """As the Trainer's; raises UsageError for arguments that the schedule does not take."""
         try:
             return super().create_scheduler(*args, **kwargs)
         except (TypeError, ValueError) as error:
@@ -210,7 +210,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        """Overridden because the Trainer takes no sampler: its own order depends on the number of processes."""
+        """Overridden because the Trainer takes no sampler, and its own order depends on the number of processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.train_lengths is None:
             self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
@@ -224,8 +224,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """As the Trainer's.
 
         Raises:
-            RunError: for a loss, gradient or weight that is not finite, and for a checkpoint that cannot be written.
-            Interrupted: after a signal, the state saved.
+            RunError: if the loss or a trained weight is not finite, or a checkpoint cannot be written.
+            Interrupted: after a signal, when the state is saved.
         """
         with self.stop_request.awaited():
             result = super().train(resume_from_checkpoint, **kwargs)
@@ -239,10 +239,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return result
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """Overridden for two faults of resuming, which no callback can mend.
+        """Overridden for two faults of resuming that no callback can correct.
 
-        Resumed after the last step, or where early stopping ended the training, the Trainer would train one more; and
-        it does not tell the sampler the epoch when it skips the batches of a resumed one.
+        If the last step is done or early stopping has ended the training, a resumed Trainer would train one step more.
+        It also does not set the sampler's epoch when it skips the batches of a resumed epoch.
         """
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
@@ -257,7 +257,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
         The Trainer calls this after the last step of an epoch and again at the epoch's end, which may ask for an
         evaluation. A checkpoint written in between would lose that evaluation: a run resumed there starts with the
-        next epoch. So the first of the two calls is left out.
+        next epoch. So the first of the two calls is skipped.
         """
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
         if not self.clock.epoch_ended and last_step:
@@ -272,10 +272,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             raise Interrupted(signum, f"stopped after step {self.state.global_step}, which is saved")
 
     def check_finite(self, loss: Tensor | float = 0.0) -> None:
-        """Look at a loss and at the trained weights: wherever they are logged, scored or saved, as a look costs time.
+        """Check a loss and the trained weights; not in every step, but before logging, evaluating or saving.
 
         Raises:
-            RunError: for a value that is not finite; names the last good checkpoint.
+            RunError: if a value is not finite; the message names the last good checkpoint.
         """
         trained = [p.detach().isfinite().all() for p in self.model.parameters() if p.requires_grad]
         if math.isfinite(loss) and torch.stack(trained).all():
@@ -289,7 +289,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if eval_dataset is None and self.second_eval_dataset is not None:
-            # Not by evaluate(), at which early stopping would look for its metric.
+            # Not with evaluate(), after which early stopping would look for its metric.
             second = self.predict(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mismatched").metrics
             self.log(second)
             metrics |= second
@@ -313,13 +313,13 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
 
 def trainer_arguments(arguments: Arguments, metric: str | None = None) -> TrainingArguments:
-    """transformers' arguments for a run; the defaults and words of the flags are in ``nlu/arguments.py``.
+    """transformers' arguments for a run; the defaults and help of the flags are in ``nlu/arguments.py``.
 
     Args:
         metric: the task's main metric, by which the best checkpoint is chosen.
 
     Raises:
-        UsageError: for float16 on a CPU, and what transformers does not take.
+        UsageError: for float16 without a GPU, and for arguments that transformers refuses.
     """
     given = arguments.training
     if given.fp16 and not torch.accelerator.is_available():
@@ -329,7 +329,7 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         "output_dir": str(Path(given.root_output_dir) / "model"),
         # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
         "use_cpu": given.use_cpu or not torch.accelerator.is_available(),
-        # Without autocast where only the method's own layers and the head train: no step casts a weight.
+        # Without autocast if only the method's own layers and the head are trained, so that no step casts a weight.
         "bf16": given.bf16 and METHODS[arguments.method.method].needs_autocast,
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
@@ -337,12 +337,12 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         "greater_is_better": metric and True,
         "push_to_hub": False,  # the run uploads its adapter itself
     }
-    if not values["gradient_checkpointing"]:  # transformers warns of its older name wherever that is given
+    if not values["gradient_checkpointing"]:  # transformers warns about its older name whenever it is given
         del values["gradient_checkpointing"]
     try:
         training = TrainingArguments(**values)
     except (ValueError, ImportError) as error:
         raise UsageError(reason(error, 400)) from None
-    if training.n_gpu > 1:  # DataParallel over all that a process sees would multiply the batch unasked
+    if training.n_gpu > 1:  # DataParallel over all visible GPUs would multiply the batch unasked
         training._n_gpu = 1
     return training

@@ -1,6 +1,6 @@
-"""What makes a training step cheaper: ``speed_up`` applies all of it. Results change only by other dropout masks.
+"""Techniques that make a training step cheaper; ``speed_up`` applies them. They change results only by dropout masks.
 
-Each file holds one technique, and its first lines say what that gains. ``sharding.py`` saves memory where several
+Each file holds one technique, and its first lines say what that gains. ``sharding.py`` saves memory when several
 processes train, and is switched on by the launcher instead.
 """
 
@@ -17,7 +17,7 @@ def speed_up(model: nn.Module, fast_attention: bool = True) -> None:
     """Apply every technique that covers `model`, in place.
 
     Args:
-        fast_attention: whether attention is replaced, and the last layer computed for the one token that is read.
+        fast_attention: whether to replace the attention, and to compute the last layer for the first token alone.
     """
     keep_freed_memory()
     keep_kernels()

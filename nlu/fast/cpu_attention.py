@@ -1,7 +1,7 @@
 """Attention on the CPU for BERT, RoBERTa and others. Gains: a step of 6-layer MiniLM in bfloat16, 1.10 s → 0.77 s.
 
-Measured in benchmarks/README.md on RTE, batch 32, one EPYC core. It serves every encoder on transformers' attention
-interface.
+Measured in benchmarks/README.md on RTE, batch 32, one EPYC core. It works for every encoder that uses transformers'
+attention interface.
 
 `scaled_dot_product_attention` has no fast CPU kernel for training: with dropout it works in float32, draws the mask one
 number at a time and multiplies strided heads; without dropout its bfloat16 kernel is slower still. Here the function of
@@ -34,16 +34,16 @@ def cpu_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(scaling · q kᵀ, masked) with dropout, times v, as transformers' attention functions do it.
+    """softmax(scaling · q kᵀ, masked) with dropout, times v; has the interface of transformers' attention functions.
 
     Args:
         query, key, value: (B, H, L, d).
         attention_mask: bool, broadcastable to (B, H, L, L), True where a key may be attended to; None for everywhere.
         dropout: probability of dropping a weight; 0 outside training.
-        scaling: of the scores; None for d^−½.
+        scaling: factor of the scores; None for d^−½.
 
     Returns:
-        The context (B, L, H, d), and None in place of the weights, which are not handed out.
+        The context (B, L, H, d), and None in place of the weights, which are not returned.
     """
     if not _covers(module, query, key, value, attention_mask, kwargs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

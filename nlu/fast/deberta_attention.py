@@ -1,6 +1,6 @@
 """Exact attention for DeBERTa-v2 and -v3. Gains: ms per layer and step, float32 681 → 338, bfloat16 208 → 111.
 
-Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. On a GPU it was not measured.
+Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. It was not measured on a GPU.
 
 transformers' module multiplies queries and keys with the embeddings of all `2·span` relative positions, repeated for
 every sequence of the batch, and picks the wanted entries with two gathers whose index tensors are (batch·heads, L, L).
@@ -29,7 +29,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2 as stock
 
 from nlu.fast.dropout import drop_mask
 
-_BLOCK = 128  # rows a block: L + _BLOCK − 1 positions are multiplied per row, in place of 2·L − 1
+_BLOCK = 128  # rows per block: L + _BLOCK − 1 positions are multiplied per row, in place of 2·L − 1
 
 
 def _skew(product: torch.Tensor, length: int) -> torch.Tensor:
@@ -82,7 +82,7 @@ def _position_grads(
 
 
 def _split_heads(x: torch.Tensor, heads: int, scale: float = 1.0) -> torch.Tensor:
-    """(B, L, H·d) -> (H, B, L, d) times `scale`: heads outermost, so that a position product is one matrix a head."""
+    """(B, L, H·d) -> (H, B, L, d) times `scale`: heads outermost, so that a position product is one matrix per head."""
     view = x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3)
     return torch.mul(view, scale, out=x.new_empty(view.shape))
 
@@ -143,7 +143,7 @@ class DisentangledAttention(torch.autograd.Function):
 
 
 def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
-    """The masked attention scores (H, B, L, L), each sum made in place in one buffer."""
+    """The masked attention scores (H, B, L, L), summed in place in one buffer."""
     heads, batch, length, _ = query.shape
     scores = query.new_empty(heads, batch, length, length)
     for rows in _blocks(length) if pos_query is not None else ():
@@ -158,15 +158,15 @@ def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
     else:
         scores.flatten(0, 1).baddbmm_(*content)
     lowest = torch.finfo(scores.dtype).min
-    if scores.dtype == torch.float16:  # so narrow that a sum would overflow
+    if scores.dtype == torch.float16:  # its range is so narrow that a sum would overflow
         return scores.masked_fill_(~mask, lowest)
     # lowest + score == lowest in a wide-exponent type, so adding is filling; a masked_fill_ costs 20 times as much.
     return scores.add_(mask.to(scores.dtype).sub_(1).mul_(-lowest))
 
 
 def _first_token_attention(query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable):
-    """The same for the query of the first token alone, (B, 1, H·d), in ordinary differentiable operations: its distance
-    to key j is −j, so there is nothing to skew."""
+    """The same attention for the first token's query alone, (B, 1, H·d), in ordinary differentiable operations: its
+    distance to key j is −j, so there is nothing to skew."""
     length = key.size(1)
     query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
     scores = torch.matmul(query, key.transpose(-1, -2))
@@ -182,8 +182,8 @@ def _first_token_attention(query, key, value, pos_key, pos_query, mask, heads: i
 def _bucket_rows(length: int, span: int, buckets: int, farthest: int, device: torch.device) -> torch.Tensor:
     """The row of the embeddings for each distance −(length−1) … length−1, (2·length − 1,).
 
-    It is made on the host, where the stock function takes its constants from, and copied to the device once a length:
-    every layer of every step would copy otherwise.
+    It is made on the host, from which the stock function takes its constants, and copied to the device once per length.
+    Otherwise every layer would copy it in every step.
     """
     distances = torch.arange(1 - length, length, device="cpu")
     if buckets > 0:
@@ -203,9 +203,9 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         relative_pos: torch.Tensor | None = None,
         rel_embeddings: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the stock module. `relative_pos` is the ordered distances (1-D) that `FastDebertaV2Encoder` hands out, or
-        None; with it a single query is the first token's. The stock way go any other relative positions (a caller's
-        own), queries of another length, whoever wants the attention weights, and `torch.compile`."""
+        """As the stock module. `relative_pos` is the ordered distances (1-D) that `FastDebertaV2Encoder` passes, or
+        None; with it a single query is the first token's. The stock method handles any other relative positions (a
+        caller's own), queries of another length, requests for attention weights, and `torch.compile`."""
         queries = hidden_states if query_states is None else query_states
         ordered = relative_pos is None or relative_pos.dim() == 1
         alone = queries.size(-2) == 1 and ordered and (relative_pos is not None or not self.relative_attention)
@@ -263,7 +263,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
 
 
 class FastDebertaV2Encoder(stock.DebertaV2Encoder):
-    """The stock encoder without the (L, L) relative positions, which the fast attention works out for itself."""
+    """The stock encoder without the (L, L) relative positions, which the fast attention does not need."""
 
     def get_rel_pos(self, hidden_states, query_states=None, relative_pos=None):
         if relative_pos is not None or not self.relative_attention or query_states is not None:

@@ -1,6 +1,6 @@
 """Dropout masks from whole random words. Gains: ms per layer and step in bfloat16, 111 → 96.
 
-Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. Off the CPU torch draws masks.
+Measured in benchmarks/README.md: DeBERTaV3-base, batch 32, length 64, two EPYC cores. Other devices use torch's masks.
 
 torch fills a Bernoulli mask one Mersenne-Twister number at a time on one thread. Here one 64-bit word of
 the SFC64 generator decides four elements, each with 16 bits: the probability of dropping is `p` rounded to a
@@ -31,8 +31,8 @@ def _random_int16(count: int) -> torch.Tensor:
 def drop_mask(like: torch.Tensor, p: float, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A fresh mask of `like`'s shape that is 1 with probability `p` (dropped) and 0 otherwise.
 
-    `dtype` (default: that of `like`) is the mask's type. Off the CPU, or where `p` is nearer to 0 or 1 than 2⁻¹⁷, the
-    mask comes from `bernoulli_`.
+    `dtype` (default: that of `like`) is the mask's type. If `like` is not on the CPU, in compiled code, and if `p` is
+    nearer to 0 or 1 than 2⁻¹⁷, the mask comes from `bernoulli_`.
     """
     mask = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
     if not _covers(like, p):
@@ -63,7 +63,7 @@ def _apply(x: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor
 
 
 class FastDropout(nn.Dropout):
-    """`torch.nn.Dropout` with the mask of `drop_mask`; the stock module's behaviour wherever that does not apply."""
+    """`torch.nn.Dropout` with the mask of `drop_mask`; behaves as the stock module if that does not apply."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and not self.inplace and x.is_floating_point() and _covers(x, self.p):

@@ -5,8 +5,8 @@ Its keys and values are needed for the whole sequence; its query, attention outp
 token. The products saved are a fourteenth of a 12-layer encoder's and a seventh of a 6-layer one's, forward
 and backward. Logits and gradients are the same (dropout draws its masks in other shapes).
 
-A layer does so only inside a call of the classifier that asks for no hidden states or attention weights: whoever calls
-the encoder itself gets whole sequences. The decision travels as an argument, so that gradient checkpointing repeats it.
+A layer does so only inside a call of the classifier that asks for no hidden states or attention weights: a call of the
+encoder itself returns whole sequences. The decision is passed as an argument, so gradient checkpointing repeats it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _signature = functools.cache(inspect.signature)
 
 
 def _first_row(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Of a mask (B, 1, L or 1, L) what concerns the first query, (B, 1, 1, L)."""
+    """The row of a mask (B, 1, L or 1, L) for the first query, (B, 1, 1, L)."""
     return None if mask is None else mask[..., :1, :]
 
 
 class _Layer:
-    """A layer told in its call whether it is to compute the first token alone."""
+    """A layer whose forward pass is given whether to compute the first token alone."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs, first_token_alone=_ALONE.get())
 
 
 class _DebertaLayer(_Layer):
-    """The layer of `hidden_states` (B, L, hidden), of the first alone if asked to."""
+    """The layer's output for `hidden_states` (B, L, hidden), or for the first token alone."""
 
     def forward(self, hidden_states, attention_mask, query_states=None, *args, first_token_alone=False, **kwargs):
         if first_token_alone and query_states is None:
@@ -50,7 +50,7 @@ class _DebertaLayer(_Layer):
 
 
 class _BertAttention:
-    """Attention, output projection and residual of `hidden_states` (B, L, hidden), of the first alone if asked to."""
+    """Attention, output projection and residual of `hidden_states` (B, L, hidden), or of the first token alone."""
 
     def forward(self, hidden_states, attention_mask=None, *args, first_token_alone=False, **kwargs):
         sliceable = attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
@@ -61,7 +61,7 @@ class _BertAttention:
 
 
 class _BertSelfAttention:
-    """transformers' own cross-attention, of the first token to the sequence, where that is asked for."""
+    """Self-attention, or transformers' own cross-attention of the first token to the sequence."""
 
     def forward(self, hidden_states, *args, first_token_alone=False, **kwargs):
         if not first_token_alone:
@@ -71,7 +71,7 @@ class _BertSelfAttention:
 
 
 def _first_token(*classes: type) -> dict[type, type]:
-    """Each of transformers' classes → the class of ours that a module of it becomes."""
+    """Each of transformers' classes → the subclass that replaces it."""
     kinds = (_Layer, _BertAttention, _BertSelfAttention) if len(classes) > 1 else (_DebertaLayer,)
     made = zip(classes, kinds, strict=True)
     return {stock: type(f"FirstToken{stock.__name__}", (kind, stock), {}) for stock, kind in made}
@@ -115,7 +115,7 @@ def _covers(model: nn.Module, last: nn.Module, modules: list[nn.Module], classes
 
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """A call of the classifier begins: nothing but the first token is read unless more is asked for."""
+    """Before a call of the classifier: compute the first token alone unless more is requested."""
     if torch.compiler.is_compiling():
         return
     given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments

@@ -1,8 +1,8 @@
 """FSDP of the frozen weights. Gains memory: each of two processes holds half of the frozen bytes.
 
-Measured in docs/library.md with gloo on a CPU; its speed was not measured. It does what accelerate's launch file asks
-for, for the frozen weights alone: accelerate would split factors and head too, which regulariser, allocator and exact
-factors need whole.
+Measured in docs/library.md with gloo on a CPU; its speed was not measured. It applies the FSDP of accelerate's launch
+file to the frozen weights alone: accelerate would also split the factors and the head, which the regulariser, the
+allocator and exact factors need whole.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import nn
 
 from nlu.errors import UsageError
 
-_ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it, for a file with distributed_type: FSDP
+_ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it if its file has distributed_type: FSDP
 
 
 @contextmanager
 def without_accelerates_own() -> Iterator[bool]:
-    """A block in which accelerate and transformers see no request for FSDP, and make a plain distributed run.
+    """A block in which accelerate and transformers see no request for FSDP, and set up a plain distributed run.
 
-    It gives whether the run was launched with FSDP, on more than one process.
+    It yields whether the run was launched with FSDP, on more than one process.
     """
     asked = os.environ.pop(_ASKED, None)
     try:
@@ -34,13 +34,13 @@ def without_accelerates_own() -> Iterator[bool]:
 
 
 def shard(model: nn.Module, training: Any) -> None:
-    """Split the frozen weights over the processes, see :func:`loralib.interop.sharding.shard_frozen`.
+    """Split the frozen weights over the processes; see :func:`loralib.interop.sharding.shard_frozen`.
 
     Args:
-        training: the run's ``TrainingArguments``, which know the device.
+        training: the run's ``TrainingArguments``, which have the device.
 
     Raises:
-        UsageError: where that cannot be done.
+        UsageError: if the weights cannot be split.
     """
     from loralib.interop.sharding import shard_frozen
 

@@ -100,7 +100,7 @@ class Method:
         name: the base method that a file in configs/methods/ names.
         display: its name in tables and figures.
         order: its place in tables, ascending.
-        apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what it does not train.
+        apply: (model, args, total_steps) → AppliedMethod: changes ``model`` in place and freezes what is not trained.
             ``total_steps`` is the number of optimiser steps, over which pruning is scheduled; 0 without training.
             Raises UsageError for arguments that do not fit the model or the length of the training.
         flags: the flags that the method reads; the command line refuses other methods' flags.
