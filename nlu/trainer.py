@@ -1,4 +1,4 @@
-"""transformers' Trainer with a method's loop, losses that count each row once, and atomic checkpoints."""
+"""transformers' Trainer with a method's training hooks, losses that count each row once, and atomic checkpoints."""
 
 from __future__ import annotations
 

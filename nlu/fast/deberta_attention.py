@@ -48,7 +48,7 @@ def _unskew(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(length: int) -> list[tuple[int, int, slice]]:
-    """(first row, end row, the slice of the 2·L − 1 ordered positions that those rows meet)."""
+    """(first row, end row, the slice of the 2·L − 1 ordered positions that those rows use)."""
     starts = range(0, length, _BLOCK)
     ends = [min(start + _BLOCK, length) for start in starts]
     return [(s, e, slice(length - e, 2 * length - 1 - s)) for s, e in zip(starts, ends, strict=True)]
@@ -231,7 +231,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         self, rel_embeddings: torch.Tensor | None, length: int, scale: float, dtype: torch.dtype
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The projected relative positions of a sequence of `length`, a row per head and distance (H, 2·length − 1, d):
-        for c2p by falling distance, for p2c by rising distance and scaled; None where the model has none."""
+        for c2p by falling distance, for p2c by rising distance and scaled; None if the model has none."""
         c2p, p2c = (self.relative_attention and kind in self.pos_att_type for kind in ("c2p", "p2c"))
         if not (c2p or p2c):
             return None, None
@@ -249,7 +249,7 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
 
     def _occurring(self, length: int, device) -> tuple[int, int, torch.Tensor | None]:
         """Rows [first, last) of the embeddings hold every position that occurs among `length` tokens; the index picks
-        the row, counted from `first`, of each distance −(length−1) … length−1, None where that is the row itself."""
+        the row, counted from `first`, of each distance −(length−1) … length−1, None if that is the row itself."""
         span, farthest = self.pos_ebd_size, length - 1
         exact = self.position_buckets // 2 if self.position_buckets > 0 else span - 1
         if farthest <= exact and farthest < span:

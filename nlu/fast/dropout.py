@@ -31,8 +31,8 @@ def _random_int16(count: int) -> torch.Tensor:
 def drop_mask(like: torch.Tensor, p: float, dtype: torch.dtype | None = None) -> torch.Tensor:
     """A fresh mask of `like`'s shape that is 1 with probability `p` (dropped) and 0 otherwise.
 
-    `dtype` (default: that of `like`) is the mask's type. If `like` is not on the CPU, in compiled code, and if `p` is
-    nearer to 0 or 1 than 2⁻¹⁷, the mask comes from `bernoulli_`.
+    `dtype` (default: that of `like`) is the mask's type. The mask comes from `bernoulli_` if `like` is not on the
+    CPU, the code is compiled, or `p` is nearer to 0 or 1 than 2⁻¹⁷.
     """
     mask = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
     if not _covers(like, p):

@@ -34,7 +34,7 @@ def _first_row(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class _Layer:
-    """A layer whose forward pass is given whether to compute the first token alone."""
+    """Passes to the layer's `forward` whether to compute the first token alone."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs, first_token_alone=_ALONE.get())

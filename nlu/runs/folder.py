@@ -32,7 +32,7 @@ _PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
 
 def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments that make ``new`` another run than ``old``.
+    """Names of the arguments that make ``new`` a different run from ``old``.
 
     An argument that the record's version did not have counts as left at its default. One that this version no longer
     has is ignored.
