@@ -1,4 +1,4 @@
-"""Exports and imports, judged by peft and by plain transformers, on small nets and a trained adapter."""
+"""Exports and imports of adapters, checked by loading them in peft and in plain transformers."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ IDS = torch.arange(10, 16)[None]
     ],
 )  # fmt: skip
 def test_every_kind_exports_at_its_true_rank(tmp_path, capsys, kind, options):
-    """Also where the allocator has left nothing of a module."""
+    """A fully pruned module is not exported."""
     model = adapted(kind, r=4, lora_alpha=6, **options)
     live = loralib.read_adapter_config(folder := loralib.save_adapter(model, tmp_path / "ours")).ranks
     most = min(4, *options.get("widths", ()), options.get("k", 4))
@@ -47,7 +47,7 @@ def test_every_kind_exports_at_its_true_rank(tmp_path, capsys, kind, options):
 
 
 def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path):
-    """A ReLU "1.0" ends with ".0" too, which is no target."""
+    """The name of the ReLU "2.0" also ends with ".0", but the ReLU is not a target."""
 
     def base():
         torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path):
         (lambda: nn.Sequential(layer := nn.Linear(6, 6), nn.Sequential(layer)), ["0"], "", "1.0"),
     ],
 )
-def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, modules, trained, lacks):
+def test_adapter_that_peft_would_load_wrongly_is_not_exported_but_loads_here(tmp_path, base, modules, trained, lacks):
     model, again = base(), base()
     loralib.inject(model, "lora", modules)
     loralib.mark_only_lora_as_trainable(model)
@@ -85,21 +85,21 @@ def test_what_peft_would_load_wrongly_is_refused_and_loads_here(tmp_path, base, 
         export_peft(tmp_path / "a", tmp_path / "peft")
 
 
-def test_a_low_rank_output_layer_that_is_tied_to_the_embedding_goes_to_peft(tmp_path):
+def test_low_rank_output_layer_tied_to_the_embedding_is_exported_to_peft(tmp_path):
     model = adapted(modules=["c_attn", "lm_head"], r=4, k=3, model=gpt2(), head="transformer.ln_f")
     export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
     theirs, ids = PeftModel.from_pretrained(gpt2(), tmp_path / "peft").eval(), torch.ones(1, 8).long()
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_weight_that_trained_beside_its_update_is_refused(tmp_path):
+def test_adapter_with_a_trained_bias_of_an_adapted_layer_is_not_exported_to_peft(tmp_path):
     model = adapted(k=2)
     model.layers[2]["v"].bias.requires_grad_(True)
     with refused("layers.2.v.bias was trained beside its low-rank update"):
         export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
 
 
-def test_the_revision_is_recorded_with_the_base_that_the_adapter_names(tmp_path):
+def test_peft_export_records_the_revision_only_for_the_base_of_the_adapter(tmp_path):
     model = adapted(k=2, lora_dropout=0.1)
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
     for base, revision in ((None, "r1"), ("mine", None)):
@@ -109,7 +109,7 @@ def test_the_revision_is_recorded_with_the_base_that_the_adapter_names(tmp_path)
 
 
 def test_exports_keep_the_order_of_the_labels(tmp_path):
-    """A checkpoint may number its classes in another order than the task; every card has the names in its order."""
+    """A checkpoint may number its classes in another order than the task; every README.md uses the checkpoint's."""
     names = {0: "contradiction", 1: "neutral", 2: "entailment"}
     numbers = {name: number for number, name in names.items()}
     encoder("roberta", num_labels=3).save_pretrained(tmp_path / "base")
@@ -139,8 +139,8 @@ def test_exports_keep_the_order_of_the_labels(tmp_path):
 
 
 @pytest.mark.parametrize("other_base", [False, True])
-def test_the_merged_checkpoint_is_plain_transformers(tmp_path, capsys, other_base):
-    """With the base's tokenizer, where the adapter has none; and on another base where that is asked for."""
+def test_merged_checkpoint_loads_in_plain_transformers(tmp_path, capsys, other_base):
+    """The base's tokenizer is saved too, since the adapter has none. Another base is accepted only if the user asks."""
     base, out = make_encoder(tmp_path / "base"), tmp_path / "out"
     load = AutoModelForSequenceClassification.from_pretrained
     model = adapted(modules=["query", "layer.output"], k=2, model=load(base, num_labels=1))
@@ -148,7 +148,7 @@ def test_the_merged_checkpoint_is_plain_transformers(tmp_path, capsys, other_bas
     command = [str(folder), "--to", "merged", str(out), "--base", str(base)]
     if other_base:
         other = load(base, num_labels=1)
-        other.get_input_embeddings().weight.data[9] += 1  # of a token that is not among those below
+        other.get_input_embeddings().weight.data[9] += 1  # a token that IDS does not contain
         other.save_pretrained(base)
         assert main(command) == 2 and "weights are not those" in capsys.readouterr().err
         command += ["--allow_other_base", "--dtype", "bfloat16"]
@@ -168,7 +168,7 @@ def test_the_merged_checkpoint_is_plain_transformers(tmp_path, capsys, other_bas
 
 @pytest.fixture(params=[False, True], ids=["", "rank-stabilised"])
 def theirs(tmp_path, request):
-    """A LoRA of peft's own in tmp_path/theirs, with two ranks and two alphas; its base is in tmp_path/base."""
+    """A peft LoRA with two ranks and two alphas, saved in tmp_path/theirs. Its base is in tmp_path/base."""
     (base := encoder()).save_pretrained(tmp_path / "base")
     settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
                           use_rslora=request.param, rank_pattern={"value": 3},
@@ -203,7 +203,7 @@ def test_a_peft_lora_imports_with_the_same_logits(theirs, tmp_path):
     assert main(command) == 0
     config = loralib.load_adapter(model := encoder(), ours)
     assert config.kind == "lora" and set(config.ranks.values()) == {3, 6}
-    assert (config.base_model, config.base_revision) == ("base", None)  # the folder may be another revision
+    assert (config.base_model, config.base_revision) == ("base", None)  # the folder may hold another revision
     torch.testing.assert_close(model(IDS).logits, logits, **CLOSE)
     export_peft(ours, tmp_path / "back")  # and back
     back = PeftModel.from_pretrained(encoder(), tmp_path / "back").eval()

@@ -1,4 +1,4 @@
-"""The fused layer against the separate operations, written out, in every mode that training may use."""
+"""The fused layer against its separate operations, in every mode that training may use."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_values_and_gradients_equal_the_separate_operations(without, n):
 
 
 @pytest.mark.parametrize("without", MISSING[1:3])
-def test_second_derivatives(without):
+def test_first_and_second_derivatives_equal_finite_differences(without):
     names, tensors = zip(*arguments((3,), 4, 3, 2, **without).items(), strict=True)
     present = [i for i, t in enumerate(tensors) if isinstance(t, torch.Tensor)]
     fixed = dict(zip(names, tensors, strict=True))
@@ -91,7 +91,7 @@ def test_gradients_under_autocast_are_near_float32(widths):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
-def test_used_twice_and_checkpointed_with_dropout():
+def test_checkpointing_a_layer_used_twice_with_dropout_changes_no_gradient():
     x = torch.randn(6, 16)
 
     def twice(layer):
@@ -107,7 +107,7 @@ def test_used_twice_and_checkpointed_with_dropout():
     torch.testing.assert_close(gradients(layer, recomputed), expected)
 
 
-def test_only_the_input_and_the_hidden_values_are_kept():
+def test_only_the_input_and_the_hidden_values_are_saved_for_backward():
     layer, x = trained_layer(), torch.randn(50, 16)
     own = {id(p) for p in layer.parameters()}
     kept = []
@@ -117,8 +117,8 @@ def test_only_the_input_and_the_hidden_values_are_kept():
     assert large == {(50, 16), (50, 3)}
 
 
-def test_transforms_of_torch_func():
-    """Gradients of each row's own loss, for two sets of factors at once; and forward mode."""
+def test_torch_func_vmap_grad_and_jvp_equal_eager_gradients():
+    """The gradients of each row's loss for two sets of factors at once, and the forward-mode derivative."""
     layer = trained_layer()
     x, names = torch.randn(6, 16), {p: name for name, p in layer.named_parameters()}
     factors = {names[p]: p.detach() for p in layer.lora_parameters()}
@@ -142,7 +142,7 @@ KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"wi
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind, options", KINDS)
 def test_the_compilers_default_backend_agrees_with_eager(kind, options, dynamic):
-    """α ≠ r; the input needs a gradient, which dynamic shapes must not stop."""
+    """With α ≠ r and an input that requires a gradient, also for dynamic shapes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 7))
     loralib.inject(model, kind, ["0", "2"], r=3, lora_alpha=7.0, **options)

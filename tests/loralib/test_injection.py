@@ -1,4 +1,4 @@
-"""Injection: names, sharing, and the exact parameter counts of METHOD at real size."""
+"""Injection: module names, sharing, and exact parameter counts at real size."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def adapter_size(model):
 
 @pytest.mark.parametrize(
     "encoder, kind, options, modules, expected",
-    [  # shared outer factors count once a module type: 4·(768 + 768)·5 + 2·(768 + 3072)·5 + 72·(2·5·8 + 8)
+    [  # shared outer factors count once per module type: 4·(768 + 768)·5 + 2·(768 + 3072)·5 + 72·(2·5·8 + 8)
         (("deberta-v2", DEBERTA), "lora2", {"k": 5, "share_outer": True}, SIX, 75_456),
         (("deberta-v2", DEBERTA), "lora2", {"k": 1}, SIX, 167_616),
         (("deberta-v2", DEBERTA), "lora2", {"k": 1}, ["query", "key"], 37_440),
@@ -37,7 +37,7 @@ def adapter_size(model):
         (("roberta", ROBERTA_LARGE), "lora2", {"k": 1}, SIX, 445_824),
     ],
 )
-def test_counts_on_encoders_of_the_paper(encoder, kind, options, modules, expected):
+def test_parameter_counts_on_encoders_of_the_paper(encoder, kind, options, modules, expected):
     model = build(encoder[0], **encoder[1])
     layers = encoder[1]["num_hidden_layers"]
     assert len(loralib.inject(model, kind, modules, r=8, **options)) == layers * len(modules)
@@ -45,9 +45,9 @@ def test_counts_on_encoders_of_the_paper(encoder, kind, options, modules, expect
 
 
 @pytest.mark.parametrize("model_type", ["deberta-v2", "roberta", "bert", "electra"])
-def test_the_six_published_names_mean_the_same_on_every_encoder(model_type):
+def test_the_six_published_names_select_the_same_layers_on_every_encoder(model_type):
     model = build(model_type)
-    for pattern in SIX:  # none selects another's modules
+    for pattern in SIX:  # no pattern selects another's modules
         assert len(loralib.match_modules(model, pattern)) == 2
     names = loralib.inject(model, "lora2", SIX, r=2, k=2)
     assert len(names) == len(set(names)) == 12
@@ -69,12 +69,12 @@ def test_suffix_and_regular_expression_patterns():
     for bad in ("LayerNorm", []):
         with refused():
             loralib.match_modules(model, bad)
-    model.pooler = type("FalconLinear", (nn.Linear,), {})(2, 2)  # may compute something else
+    model.pooler = type("FalconLinear", (nn.Linear,), {})(2, 2)  # a subclass may compute something else
     with refused("'pooler' matches no linear layer"):
         loralib.match_modules(model, "pooler")
 
 
-def test_a_published_name_means_every_layer_that_ends_so():
+def test_published_name_selects_every_layer_whose_name_ends_with_it():
     def attention(**more):
         return nn.ModuleDict({"self": nn.ModuleDict({"query": nn.Linear(2, 2)}), **more})
 
@@ -96,7 +96,7 @@ def test_a_refused_injection_changes_nothing():
         loralib.inject(model, "lora2", ["query", "key"])
 
 
-def test_a_table_of_position_biases_is_no_bias():
+def test_is_bias_excludes_tables_of_position_biases():
     names = ("a.bias", "in_proj_bias", "lstm.bias_ih_l0", "attn.relative_position_bias_table", "bias_net.weight")
     assert [is_bias(name) for name in names] == [True, True, True, False, False]
 
@@ -117,7 +117,7 @@ def test_mark_only_lora_as_trainable_and_its_state_dict(bias):
     assert set(loralib.lora_state_dict(model, bias)) == trainable
 
 
-def test_all_linear_is_every_linear_layer_but_the_head_and_auto_the_published_ones_if_there_are_some():
+def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_names():
     bert, mpnet = build("bert"), build("mpnet")
     dense = {n for n, m in bert.named_modules() if type(m) is nn.Linear and n != "classifier"}
     assert set(loralib.match_modules(bert, "all-linear")) == dense
@@ -145,7 +145,7 @@ def test_inject_freezes_all_but_the_factors(freeze):
     assert freeze or {"classifier.weight", "bert.encoder.layer.0.output.dense.bias"} <= trained
 
 
-def test_a_sharing_that_shares_nothing_is_said():
+def test_inject_warns_if_share_outer_shares_nothing():
     model = nn.ModuleDict({name: nn.ModuleDict({"q": nn.Linear(6, 5)}) for name in ("block1", "block2")})
     with pytest.warns(UserWarning, match="share_outer shares nothing"):
         loralib.inject(model, "lora2", ["q"], r=2, share_outer=True)

@@ -1,4 +1,4 @@
-"""Layers against the formulas of METHOD, written out densely; a layer does what its nn.Linear does."""
+"""Layers against their formulas, written out densely; and as replacements of nn.Linear."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ def dense_delta(layer):
 
 @pytest.mark.parametrize("scales", SCALES)
 def test_forward_and_gradients_equal_the_dense_formula(scales):
-    """test_export.py and test_decoders.py have peft's layers with the same factors."""
+    """test_export.py and test_architectures.py compare with peft's layers with the same factors."""
     layer = random_layer(scales)
     x = torch.randn(2, 5, 11, requires_grad=True)
     weight = torch.randn(2, 5, 7)
@@ -54,7 +54,7 @@ def test_forward_and_gradients_equal_the_dense_formula(scales):
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
-def test_initialisation(init):
+def test_update_starts_at_zero_and_factors_are_gaussian_or_orthonormal(init):
     torch.manual_seed(0)
     layer = loralib.LoRA2Linear(500, 400, 8, 16, k=8, init=init)
     assert torch.equal(layer.delta_weight(), torch.zeros(400, 500))
@@ -91,7 +91,7 @@ def test_merge_is_explicit_idempotent_and_undone_exactly(scales, dtype):
     assert not layer.merged and torch.equal(layer.weight, before) and torch.equal(layer(x), out)
 
 
-def test_a_square_weight_that_is_stored_the_other_way_round_is_told_by_its_module():
+def test_square_conv1d_weight_is_treated_as_transposed():
     stored = Conv1D(5, 5)
     nn.init.normal_(stored.bias)
     layer, x = loralib.LoRA2Linear.from_linear(stored, 4, 8, k=3), torch.randn(2, 5)
@@ -115,15 +115,15 @@ def test_dropout_acts_on_the_update_only():
     update = layer(x) - frozen
     kept = nn.functional.linear(x, layer.delta_weight())
     assert not torch.allclose(update, kept, atol=1e-3)
-    slope = (update * kept).sum() / (kept * kept).sum()  # dropout rescales: right on average
+    slope = (update * kept).sum() / (kept * kept).sum()  # dropout rescales, so the update is right on average
     assert abs(slope.item() - 1) < 0.05
     layer.eval()
     torch.testing.assert_close(layer(x) - frozen, kept, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("scales", SCALES)
-def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places(scales):
-    layer = random_layer(scales).double()  # in float32 the sum of the parts misses by rounding in some draws
+def test_updates_of_two_selections_add_up_and_scatter_restores_selected_values(scales):
+    layer = random_layer(scales).double()  # in float32 some draws would fail by rounding
     before = [p.detach().clone() for p in layer.lora_parameters()]
     kept, others = [1, 3], [0, 2]
     parts = []
@@ -142,7 +142,7 @@ def test_selected_singular_values_make_up_the_update_and_go_back_to_their_places
     assert [t.shape[axis] for t, axis in zip(layer.select([]), layer.singular_axes(), strict=True) if axis is not None]
 
 
-def test_a_merged_layer_that_moves_takes_its_own_weight_along():
+def test_merged_layer_cast_to_float64_unmerges_to_its_own_weight():
     layer, x = random_layer((3,)), torch.randn(3, 11, dtype=torch.float64)
     before = layer.weight.double()
     layer.merge()
@@ -150,7 +150,7 @@ def test_a_merged_layer_that_moves_takes_its_own_weight_along():
     assert torch.equal(layer.weight, before) and layer(x).dtype == torch.float64
 
 
-def test_factors_without_values_are_not_computed_with():
+def test_forward_is_refused_if_the_factors_are_on_the_meta_device():
     with torch.device("meta"):
         layer = loralib.LoRA2Linear(11, 7, 4, 12.0)
     layer.load_state_dict(nn.Linear(11, 7).state_dict(), strict=False, assign=True)
@@ -189,8 +189,8 @@ def test_the_output_may_be_written_to_in_place(kind, shape):
     torch.testing.assert_close(mine, theirs)
 
 
-def test_its_argument_has_the_same_name_and_autocast_the_same_meaning():
-    """float64 stays float64, and a merge inside autocast is not rounded to bfloat16."""
+def test_argument_name_and_autocast_are_those_of_nn_linear():
+    """Under autocast float64 stays float64, and a merge is not rounded to bfloat16."""
     model, plain = two_layers(), nn.Linear(6, 5).double()
     assert torch.equal(model[0](input=X), model[0](X))
     double = copy.deepcopy(model[0]).double()
@@ -213,7 +213,7 @@ def pickled(value):
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("source_merged", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_is_the_base_and_the_factors_merged_or_not(merged, source_merged, assign):
+def test_state_dict_of_a_merged_or_unmerged_model_loads_into_either(merged, source_merged, assign):
     source, target = two_layers(), two_layers()
     for parameter in source.parameters():
         nn.init.normal_(parameter, std=0.4)
@@ -229,14 +229,14 @@ def test_a_state_dict_is_the_base_and_the_factors_merged_or_not(merged, source_m
     loralib.merge_adapter(target)
     torch.testing.assert_close(target(X), expected)
     copies = [copy.deepcopy(target), pickled(target)]
-    for model in (*copies, target):  # each unmerges by itself
+    for model in (*copies, target):  # each can be unmerged alone
         torch.testing.assert_close(model(X), expected)
         loralib.unmerge_adapter(model)
         assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("padded, grad", [(False, False), (True, False), (True, True)])
-def test_torchs_encoder_layer_does_not_look_past_the_adapter(padded, grad):
+def test_fused_path_of_torchs_encoder_layer_does_not_skip_the_update(padded, grad):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2")
@@ -250,7 +250,7 @@ def test_torchs_encoder_layer_does_not_look_past_the_adapter(padded, grad):
 
 
 @pytest.mark.parametrize("projection", ["out_proj", "self_attn.out_proj"])
-def test_the_projection_that_attention_never_calls_is_refused(projection):
+def test_projection_that_attention_never_calls_is_refused(projection):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
     with pytest.raises(ValueError, match="never calls it"):
         loralib.inject(model, "lora2", [projection])
@@ -294,7 +294,7 @@ def test_a_module_under_two_parents_is_adapted_in_both(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_layer_that_computes_something_else_is_refused(change, reason):
+def test_layer_with_a_hook_or_a_replaced_forward_is_refused(change, reason):
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     change(model[1])
     with refused(reason, model):

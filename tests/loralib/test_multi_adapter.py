@@ -1,4 +1,4 @@
-"""Several adapters on one base: every row as if its adapter were alone, and the base as it was."""
+"""Several adapters on one base: each row is computed as with its adapter alone, and the base does not change."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ IDS = torch.arange(2, 50).view(12, 4)
 
 @pytest.fixture
 def three(tmp_path):
-    """Name -> (folder, logits of the adapter alone): pruned LoRA², LoRA with a pooler, and a head of three outputs."""
+    """Name -> (folder, logits with that adapter alone): LoRA², LoRA with a pooler, and AdaLoRA with three labels."""
     wide = encoder()
     wide.classifier = nn.Linear(16, 3)
     models = {
@@ -33,7 +33,7 @@ def three(tmp_path):
     return {name: (loralib.save_adapter(model, tmp_path / name), model(IDS).logits) for name, model in models.items()}
 
 
-def test_switching_and_mixing_leave_the_base_alone(three):
+def test_switching_and_mixing_adapters_do_not_change_the_base(three):
     base = encoder()
     before = {n: t.clone() for n, t in base.state_dict().items()}
     types, bare = [type(m) for m in base.modules()], base(IDS).logits
@@ -90,7 +90,7 @@ def test_a_trained_embedding_also_changes_the_output_layer_that_is_tied_to_it(tm
 
 
 @pytest.mark.parametrize("trained", ["0.self_attn.out_proj.bias", "1.0"])
-def test_what_no_hook_can_change_is_refused(tmp_path, trained):
+def test_trained_parameter_that_no_hook_can_apply_is_refused(tmp_path, trained):
     model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16), nn.ParameterList([torch.ones(8)])])
     model.requires_grad_(False).get_parameter(trained).requires_grad_(True)
     folder, adapters = loralib.save_adapter(model, tmp_path / "a"), MultiAdapter(model)
@@ -101,7 +101,7 @@ def test_what_no_hook_can_change_is_refused(tmp_path, trained):
 
 @pytest.fixture
 def two(tmp_path):
-    """Adapters "a" and "b" on a classifier that returns a cache, in float64: kernels round by the number of rows."""
+    """Adapters "a" and "b" on a classifier with a cache, in float64, as rounding depends on the number of rows."""
 
     def base():
         return encoder("llama", pad_token_id=0, attn_implementation="eager").double()
@@ -113,7 +113,7 @@ def two(tmp_path):
     return adapters
 
 
-def test_every_row_is_as_if_it_were_alone(two):
+def test_every_row_of_a_mixed_batch_equals_a_run_of_that_row_alone(two):
     rows, ids = ["a", "b", "a", None, "b", "b"], torch.arange(2, 32).view(6, 5)
     options = {"use_cache": False, "output_hidden_states": True, "output_attentions": True}
     mixed = two.run(rows, input_ids=ids, **options)
@@ -144,7 +144,7 @@ def test_a_loss_or_a_cache_needs_one_adapter_for_all_rows(two):
 @pytest.mark.parametrize(
     "of_rows", [lambda x: {1: x, "extra": [x, x.sum()]}, lambda x: x.mean(0), lambda x: x.T, lambda x: [x] * len(x)]
 )
-def test_an_output_over_all_rows_is_refused(two, of_rows):
+def test_output_that_cannot_be_joined_by_rows_is_refused(two, of_rows):
     two.model.forward = of_rows
     with pytest.raises(ValueError):
         two.run(["a", "b", "b", "b"], torch.arange(12.0).view(4, 3))
@@ -159,8 +159,8 @@ def test_outputs_in_containers_are_joined(two):
 
 
 @pytest.mark.slow
-def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
-    """Also behind a break in the graph."""
+def test_loading_an_adapter_recompiles_the_served_model_and_no_other(tmp_path):
+    """This includes what follows a graph break."""
     graphs = []
 
     class Broken(Net):
@@ -182,7 +182,7 @@ def test_loading_compiles_the_served_model_anew_and_no_other(tmp_path):
     assert len(graphs) == before
 
 
-def test_a_second_one_on_the_same_model_is_refused_until_the_first_is_closed(tmp_path):
+def test_second_multi_adapter_on_a_model_is_refused_until_the_first_is_closed(tmp_path):
     folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
     first, second = MultiAdapter(model), MultiAdapter(model)
     first.load("a", folder)
@@ -194,7 +194,7 @@ def test_a_second_one_on_the_same_model_is_refused_until_the_first_is_closed(tmp
     torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
 
 
-def test_a_served_model_takes_no_adapter_of_its_own_beside(tmp_path):
+def test_served_model_refuses_further_adapters_of_loralib_and_peft(tmp_path):
     folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
     adapters = MultiAdapter(model)
     adapters.load("a", folder)

@@ -24,7 +24,7 @@ def chain(factors):
 
 
 def loop_value(model, terms, squared):
-    """Eq. 5 term by term with P and Q multiplied out; a shared factor once."""
+    """Eq. 5 term by term, with P and Q multiplied out; a shared factor counts once."""
     chosen = {"uv", "UV", "PQ"} if terms == "all" else set(terms.split("+"))
     norms, seen = [], set()
 
@@ -44,7 +44,7 @@ def loop_value(model, terms, squared):
                 for factor, owner in zip(oriented, owners, strict=True):
                     add(id(owner), factor)
             if "PQ" in chosen and not one:
-                # PᵀP is r × r whatever the widths, so it is not taken on the smaller side.
+                # PᵀP is r × r for any widths, so add(), which chooses the smaller side, does not fit.
                 product = chain(oriented)
                 deviation = product.T @ product - torch.eye(product.shape[1])
                 norms.append(deviation.square().sum() if squared else deviation.square().sum().sqrt())
@@ -74,7 +74,7 @@ def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_one_scale_is_adaloras_regulariser_as_peft_computes_it():
+def test_regulariser_of_one_scale_equals_pefts_adalora():
     base = nn.Sequential(nn.Linear(10, 12), nn.Linear(12, 6))
 
     class WithLoss(nn.Module):
