@@ -86,10 +86,11 @@ class Flag:
 
     def add_to(self, parser: Any) -> None:
         """Add the flag to a parser or to an argument group."""
+        default = "" if self.default is None or self.default is False else f" Default: {self.default}."
         parser.add_argument(
             *(f"--{name}" for name in (self.name, *self.aliases)),
             type=self.value,
-            help=self.help.replace("%", "%%"),
+            help=(self.help + default).replace("%", "%%"),
             **({"nargs": "?", "const": True} if self.kind is bool else {}),
             **({"choices": self.kind} if isinstance(self.kind, tuple) else {}),
         )
@@ -157,7 +158,7 @@ DATA_FLAGS = (
     Flag("length_bucketing", bool, False,
          "Put examples of similar length into the same batch, which saves padding but changes the batches."),
     Flag("max_train_samples", int, None, "Use only the first N training rows.", AT_LEAST_1),
-    Flag("max_eval_samples", int, None, "Use only the first N validation rows.", AT_LEAST_1),
+    Flag("max_eval_samples", int, None, "Use only the first N validation or held-out rows.", AT_LEAST_1),
     Flag("max_predict_samples", int, None, "Use only the first N test rows.", AT_LEAST_1),
     Flag("holdout_fraction", float, None, "Hold out this fraction of the training set, drawn with --holdout_seed, "
          "and evaluate on it instead of the validation set. Use this to choose hyperparameters.",
@@ -172,7 +173,7 @@ TRAINING_FLAGS = (
     Flag("overwrite_output_dir", bool, False, "Replace the results of another or a finished run in root_output_dir."),
     Flag("measured_dir", str, None, "Folder of result lines, one per run, for nlu/report.py; the run adds its own."),
     Flag("do_train", bool, False, "Train."),
-    Flag("do_eval", bool, False, "Evaluate on the validation set."),
+    Flag("do_eval", bool, False, "Evaluate on the validation set, or on the held-out rows."),
     Flag("do_predict", bool, False, "Predict the test set."),
     Flag("learning_rate", float, 5e-5, "Learning rate.", POSITIVE),
     Flag("head_learning_rate", float, None,
@@ -248,7 +249,7 @@ def _number_or_match(text: str) -> int | str:
 
 LORA_MODULE = Flag(
     "lora_module", str, "auto", "Modules to adapt, comma-separated: the six published names, module-name suffixes or "
-    "regular expressions. Default: the six if the encoder has all of them, otherwise all its linear layers.",
+    "regular expressions. auto: the six if the encoder has all of them, otherwise all its linear layers.",
 )  # fmt: skip
 LOW_RANK_FLAGS = (
     Flag("lora_r", int, 8, "Rank r of the update of each layer, before pruning.", AT_LEAST_1),
