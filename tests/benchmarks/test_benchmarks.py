@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: every peer steps, learns and is put into the table."""
+"""The benchmark: every peer trains and appears in the records and the table. The GPU check, on the CPU."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_adapter_peers_train_the_same_number_of_parameters():
     assert count("peft-adalora") == count("adalora")
 
 
-def test_the_limit_counts_its_own_operations():
+def test_limit_counts_its_floating_point_operations():
     limit = Limit(dataclasses.replace(SMALL, layers=3))
     forward = 2 * 12 * (4 * 24 * 24 + 2 * 24 * 32)
     assert limit.flops(12) == 3 * 2 * forward
@@ -54,7 +54,7 @@ def test_the_limit_counts_its_own_operations():
 
 
 @pytest.mark.slow
-def test_a_run_writes_what_it_prints_beside_the_records_of_other_names(tmp_path, monkeypatch, capsys):
+def test_run_writes_the_printed_table_and_keeps_the_records_of_other_names(tmp_path, monkeypatch, capsys):
     context = multiprocessing.get_context("forkserver")  # all peers are forked from one process
     context.set_forkserver_preload(["benchmarks.peers"])
     monkeypatch.setattr(run, "mp", SimpleNamespace(get_context=lambda _: context))
@@ -73,7 +73,7 @@ RECORD = {"name": "x", "machine": {"device": "d", "threads": 1, "system": "s", "
           "started_at": "now", "measurements": []}  # fmt: skip
 
 
-def test_ratios_are_medians_over_medians():
+def test_ratios_are_ratios_of_medians():
     def row(key, seconds, method=()):
         return asdict(Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None))
 
@@ -82,7 +82,7 @@ def test_ratios_are_medians_over_medians():
     assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
 
 
-def test_lengths_of_a_task_are_in_buckets_for_the_peers_here(tmp_path):
+def test_lengths_of_a_task_are_bucketed_for_our_peers_only(tmp_path):
     texts = ["w " * (2 + (7 * i) % 19) for i in range(96)]
     rows = [{"sentence1": text, "sentence2": text, "label": i % 2, "idx": i} for i, text in enumerate(texts)]
     write_rows(tmp_path / "mrpc/train.jsonl", rows)
@@ -92,12 +92,12 @@ def test_lengths_of_a_task_are_in_buckets_for_the_peers_here(tmp_path):
     assert len(shapes["lora2"].batches) == 6 and tokens["lora2"] < 0.9 * tokens["peft-lora"]
 
 
-# ---- the GPU check, in small on the CPU ------------------------------------------------------------------------------
+# ---- the GPU check, at a small size on the CPU -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def checks(monkeypatch, tmp_path):
-    """Run main with these checks, in this process; returns the exit code, the record and the page."""
+    """A function that runs main with the given checks in this process; returns exit code, results and page."""
 
     def run_them(**functions):
         monkeypatch.setattr(gpu_check, "CHECKS", {name: (check, 1) for name, check in functions.items()})
@@ -109,7 +109,7 @@ def checks(monkeypatch, tmp_path):
     return run_them
 
 
-def test_a_skipped_check_does_not_count_as_passed_and_after_a_failed_one_the_others_run(checks):
+def test_skipped_check_is_not_counted_as_passed_and_checks_after_a_failed_one_run(checks):
     def fine():
         """Fine."""
         return "found"
@@ -126,7 +126,7 @@ def test_a_skipped_check_does_not_count_as_passed_and_after_a_failed_one_the_oth
 
 
 @pytest.mark.slow
-def test_methods_are_compared_and_a_distance_fails(monkeypatch):
+def test_check_of_the_methods_fails_if_a_distance_exceeds_the_tolerance(monkeypatch):
     monkeypatch.setattr(gpu_check, "FEW", ("lora2",))
     assert gpu_check.check("methods")["status"] == "passed"
     monkeypatch.setattr(gpu_check, "BFLOAT16", 0.0)

@@ -1,4 +1,4 @@
-"""A change of the numbers is a decision: every method's first losses are those in tests/nlu/golden_losses.json."""
+"""The first losses of every method equal those in tests/nlu/golden_losses.json, which change only on purpose."""
 
 import json
 from pathlib import Path
@@ -26,6 +26,6 @@ def test_losses_are_the_golden_ones(name, one_thread):
     assert losses(method_flags()[name]) == pytest.approx(GOLDEN["losses"][name], rel=0, abs=tolerance), GOLDEN["renew"]
 
 
-def test_golden_losses_hold_every_method_and_tell_methods_apart():
+def test_golden_losses_include_every_method_and_differ_between_methods():
     assert GOLDEN["losses"].keys() == method_flags().keys()
     assert len({tuple(values) for values in GOLDEN["losses"].values()}) == len(GOLDEN["losses"])

@@ -73,12 +73,12 @@ FORGED = {
     "unsigned tensors": (lambda c, t: t.update(extra=torch.zeros(1)), "it is truncated or was changed"),
     "an unsigned alpha": (lambda c, t: c["groups"][0].update(lora_alpha=1.0), "was changed after it was saved"),
     "a newer format": (lambda c, t: c.update(format_version=2), "update loralib"),
-    "peft's": (lambda c, t: c.update(peft_type="LORA"), "is a peft adapter"),
+    "a peft adapter": (lambda c, t: c.update(peft_type="LORA"), "is a peft adapter"),
     "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
-    "a rank that is true": (lambda c, t: c["groups"][0].update(r=True), "r cannot be True"),
+    "a rank that is a boolean": (lambda c, t: c["groups"][0].update(r=True), "r cannot be True"),
     "labels that are no mapping": (lambda c, t: c.update(base_config={"id2label": 5}), "base_config holds no labels"),
     "a head of numbers": (lambda c, t: c.update(head=[1]), "head cannot be"),
-    "endless rank": (
+    "a huge rank": (
         lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"
     ),
     "an unknown kind": (lambda c, t: c["groups"][0].update(kind="x"), "kind must be one of"),

@@ -109,7 +109,7 @@ def test_peft_export_records_the_revision_only_for_the_base_of_the_adapter(tmp_p
 
 
 def test_exports_keep_the_order_of_the_labels(tmp_path):
-    """A checkpoint may number its classes in another order than the task; every README.md uses the checkpoint's."""
+    """A checkpoint may number its classes in another order than the task; every README.md keeps its order."""
     names = {0: "contradiction", 1: "neutral", 2: "entailment"}
     numbers = {name: number for number, name in names.items()}
     encoder("roberta", num_labels=3).save_pretrained(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""peft's AdaLoRA: what its users reported, case by case, with peft's own code as the judge."""
+"""peft's AdaLoRA with our helpers: problems that its users reported, checked against peft's own code."""
 
 import warnings
 
@@ -46,7 +46,7 @@ def ranks(model):
 
 
 def scored_allocators(budgets):
-    """The masks of peft's allocator and ours for the same scores, with the budgets in turn."""
+    """The masks of peft's allocator and of ours for the same scores and for each budget in turn, then the ranks."""
     found = []
     for allocator_class in (RankAllocator, SortingAllocator):
         model = adalora()
@@ -63,7 +63,7 @@ def scored_allocators(budgets):
 
 
 def test_masks_are_those_of_peft_and_a_budget_that_prunes_nothing_masks_nothing():
-    """peft's issue 2337: it raises there, because kthvalue has no value number 0."""
+    """peft's issue 2337: its own allocator raises if nothing is to be pruned, because kthvalue does not accept k = 0."""
     theirs, ours = scored_allocators([15, 9, 4])
     assert theirs == ours and sum(ours[-1]) == 4
     allocator = AdaLoraTraining(model := adalora(target_r=4)).tuner.rankallocator
@@ -73,9 +73,9 @@ def test_masks_are_those_of_peft_and_a_budget_that_prunes_nothing_masks_nothing(
     assert all(all(mask) for mask in allocator.mask_to_budget(model.base_model.model, 16).values())
 
 
-def test_the_callback_is_the_loop_of_pefts_documentation(tmp_path):
-    """peft's issues 432 and 1801: where is the allocator called, for how many steps, and does the loss hold the
-    regulariser? The Trainer alone calls none. The masks are those of peft's own allocator."""
+def test_callback_equals_the_loop_of_pefts_documentation(tmp_path):
+    """peft's issues 432 and 1801: the Trainer alone never calls the allocator. With the callback, the number of steps,
+    the ranks and the weights are those of a plain loop with peft's allocator. The loss includes the regulariser."""
     strict = adalora(orth_reg_weight=5.0).eval()
     losses = [m(input_ids=IDS, labels=torch.tensor([0, 1])).loss for m in (strict, adalora(orth_reg_weight=0.5).eval())]
     assert losses[0] > losses[1] + 1
@@ -99,7 +99,7 @@ def test_the_callback_is_the_loop_of_pefts_documentation(tmp_path):
         torch.testing.assert_close(a, b)
 
 
-def test_a_training_goes_on_from_a_checkpoint(tmp_path):
+def test_resume_from_a_checkpoint_gives_the_same_logits_and_ranks(tmp_path):
     models = [adalora() for _ in range(2)]
     saving = {"save_strategy": "steps", "save_steps": 3}
     train(models[0], tmp_path, [AdaLoraCallback(models[0])], **saving)
@@ -107,7 +107,7 @@ def test_a_training_goes_on_from_a_checkpoint(tmp_path):
     assert torch.equal(*map(logits, models)) and ranks(models[0]) == ranks(models[1])
 
 
-def test_a_module_without_a_gradient_does_not_stop_the_allocator():
+def test_module_without_a_gradient_does_not_stop_the_allocator():
     model = adalora(total_step=8)
     loop = AdaLoraTraining(model)
     unused = model.base_model.model.bert.encoder.layer[1].attention.self.query
@@ -119,7 +119,7 @@ def test_a_module_without_a_gradient_does_not_stop_the_allocator():
     assert loop.step == 1
 
 
-def test_shrinking_after_the_last_masking_changes_no_number(tmp_path):
+def test_shrinking_after_the_last_masking_keeps_the_logits_and_the_saved_shapes(tmp_path):
     models = []
     for shrink in (False, True):
         model = adalora()
@@ -152,7 +152,7 @@ def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink
         assert list(loop.shrink().values()) == [2, 0, 3, 0]
         torch.testing.assert_close(logits(model), expected)
         assert torch.isfinite(model(input_ids=IDS, labels=torch.tensor([0, 1])).loss)
-    with warnings.catch_warnings(action="ignore"):  # peft takes an empty factor for a shard
+    with warnings.catch_warnings(action="ignore"):  # peft mistakes an empty factor for a shard
         model.save_pretrained(tmp_path / "ada")
     again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "ada").eval()
     torch.testing.assert_close(logits(again), expected)

@@ -1,4 +1,4 @@
-"""LoRA² inside peft: the same numbers as ``loralib.inject``, judged by peft's own saving, loading and merging."""
+"""LoRA² as a method of peft: the numbers of ``loralib.inject``, with peft's own saving, loading and merging."""
 
 import copy
 
@@ -52,7 +52,7 @@ def test_outputs_and_gradients_are_those_of_inject(base, modules, training):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_saved_and_loaded_under_another_name(tmp_path, low_cpu_mem_usage):
+def test_adapter_is_saved_and_loaded_under_another_name(tmp_path, low_cpu_mem_usage):
     model = net(modules_to_save=["classifier"])
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
@@ -70,7 +70,7 @@ def test_saved_and_loaded_under_another_name(tmp_path, low_cpu_mem_usage):
     assert torch.equal(full(INPUTS), model(INPUTS))
 
 
-def test_merged_unmerged_and_unloaded(tmp_path):
+def test_merge_unmerge_and_unload_keep_the_outputs_and_the_saved_keys(tmp_path):
     model = net().eval()
     expected, before = model(INPUTS), {n: t.clone() for n, t in model.state_dict().items()}
     model.save_pretrained(tmp_path / "before")
@@ -89,7 +89,7 @@ def test_merged_unmerged_and_unloaded(tmp_path):
     assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
 
 
-def test_several_adapters():
+def test_several_adapters_can_be_switched_disabled_combined_merged_and_deleted():
     model, base = net(), Net()
     model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q"]))
     assert not any("second" in n for n, p in model.named_parameters() if p.requires_grad)
@@ -107,7 +107,7 @@ def test_several_adapters():
     both = model(INPUTS)
     model.merge_adapter()
     torch.testing.assert_close(model(INPUTS), both, atol=1e-3, rtol=1e-3)
-    with model.disable_adapter():  # peft unmerges then
+    with model.disable_adapter():  # peft unmerges for this
         assert torch.equal(model(INPUTS), base(INPUTS))
     model.set_adapter("default")
     model.delete_adapter("second")
@@ -126,7 +126,7 @@ def prune(model, steps=6):
     return low_rank.allocator.rank_pattern
 
 
-def test_the_regulariser_and_the_allocator_work_and_leave_other_adapters_alone(tmp_path):
+def test_regulariser_and_allocator_work_and_do_not_change_other_adapters(tmp_path):
     model = net()
     model.add_adapter("frozen", LoRA2Config(r=2, k=3, target_modules=["q", "v"]))
     frozen = {n: p.clone() for n, p in model.named_parameters() if "frozen" in n}
@@ -145,7 +145,7 @@ def test_the_regulariser_and_the_allocator_work_and_leave_other_adapters_alone(t
     assert [layer.r for layer in loralib.lora_layers(again).values()] == list(ranks.values())
 
 
-def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_not_merge():
+def test_quantised_or_hooked_base_layer_runs_its_own_forward_and_a_quantised_one_is_not_merged():
     bases = Net(), Net()
     for block, plain in zip(*(base.layers for base in bases), strict=True):
         block["q"] = Linear4bit(block["q"])
@@ -159,7 +159,7 @@ def test_a_quantised_or_hooked_base_computes_its_own_product_and_the_first_does_
         model.merge_adapter()
 
 
-def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by():
+def test_fused_path_of_torchs_encoder_layer_does_not_skip_the_update():
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 3, 8)
@@ -174,13 +174,13 @@ def test_the_fused_path_of_the_transformer_encoder_does_not_pass_the_update_by()
     (loralib.save_adapter, "save_pretrained"), (loralib.compact, "base_model.compact"),
     (loralib.merge_adapter, "merge_and_unload"), (loralib.unmerge_adapter, "unmerge_adapter"),
 ])  # fmt: skip
-def test_what_peft_does_itself_is_refused(tmp_path, call, instead):
+def test_functions_that_peft_replaces_are_refused(tmp_path, call, instead):
     model = net()
     with refused(f"peft's: call {instead}", model):
         call(model, *([tmp_path / "a"] if call is loralib.save_adapter else []))
 
 
-def test_rows_of_several_adapters_and_a_projection_that_nobody_calls_are_refused():
+def test_adapter_names_per_row_and_a_projection_that_is_never_called_are_refused():
     model = net(base=gpt2(), modules=["c_attn"], task_type="CAUSAL_LM").eval()
     model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["c_attn"]))
     for call in (model, model.generate):
@@ -190,13 +190,13 @@ def test_rows_of_several_adapters_and_a_projection_that_nobody_calls_are_refused
         net(["out_proj"], nn.TransformerEncoderLayer(8, 2, 16))
 
 
-def test_patterns_of_ranks_are_read_as_peft_s_lora_reads_them():
+def test_rank_pattern_is_read_as_in_pefts_lora():
     model = net(rank_pattern={"q": 1, "layers.1.v": 0, r"layers\.[02]\.v": 2})
     assert [layer.r for layer in loralib.lora_layers(model).values()] == [1, 2, 1, 0, 1, 2]
 
 
-def test_transformers_loads_the_folder_by_its_own_loader(tmp_path):
-    """Pruned, compacted, with a head; and the library imports it and exports it as a LoRA."""
+def test_transformers_loads_the_saved_folder(tmp_path):
+    """It has a rank pattern and a head. loralib imports it, and exports it as a peft LoRA."""
     encoder().save_pretrained(tmp_path / "base")
     load = AutoModelForSequenceClassification.from_pretrained
     options = {"task_type": "SEQ_CLS", "rank_pattern": {"layer.0.attention.self.query": 2}}

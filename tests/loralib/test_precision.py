@@ -1,4 +1,4 @@
-"""Frozen weights in bfloat16, all that trains in float32."""
+"""Frozen weights in bfloat16, trainable parameters in float32."""
 
 import copy
 
@@ -11,9 +11,9 @@ from loralib.interop.precision import cast_frozen
 from tests.loralib.small import adapted, encoder, randomise, refused
 
 
-def test_a_fresh_model_is_cast_but_for_its_head_and_factors_that_come_later_are_float32():
-    """The order of the documents, cast, quantise, inject: nothing is frozen before the last of them but what the
-    model's own code freezes, such as Whisper's positions."""
+def test_cast_before_inject_keeps_the_head_and_the_later_factors_in_float32():
+    """The documented order is cast, quantise, inject. Before inject nothing is frozen, except what the model's own code
+    freezes, such as Whisper's positions."""
     model, ids = Tiny(), torch.arange(12).view(2, 6)
     model.embeddings.requires_grad_(False)
     expected = model(ids)
@@ -29,11 +29,11 @@ def test_a_fresh_model_is_cast_but_for_its_head_and_factors_that_come_later_are_
     logits.sum().backward()
 
 
-# ---- whatever else trains ------------------------------------------------------------------------------------------
+# ---- other trainable parameters ------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
-    """Attention whose query, key and value meet in one product, then a perceptron, each after a LayerNorm."""
+    """A pre-norm Transformer block. Its attention needs query, key and value in one dtype."""
 
     def __init__(self, width=16):
         super().__init__()
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Embeddings, two blocks and a head that is called by keyword and registered first, as XLM-R has it."""
+    """Embeddings, two blocks and a head that is called by keyword and registered first, as in XLM-R."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ EVERY = ("query", "key", "value", "up", "down")
     {"kind": "lora", "also": ("bias",)}, {"kind": "adalora"}, {"also": ("query.bias", "up.bias"), "modules": EVERY},
     *({"also": also} for also in [("embeddings",), ("head", "norm", "blocks.1.value"), ("query.weight", "norm1.bias")]),
 ])  # fmt: skip
-def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
+def test_any_module_may_be_adapted_and_any_parameter_may_train(options):
     """Gradients are float32, finite and within 5 % of the float32 model's."""
     model = tiny(**options)
     half = copy.deepcopy(model)
@@ -104,10 +104,10 @@ def test_any_module_may_be_low_rank_and_any_parameter_may_train(options):
     assert error.sqrt() < 0.05 * sum(full.grad.square().sum() for _, full, _ in pairs).sqrt()
     for name, module in half.named_modules():
         if isinstance(module, loralib.LoRALayer) and not module.weight.requires_grad:
-            assert module.weight.dtype == torch.bfloat16, name  # the large weight is halved whatever its bias does
+            assert module.weight.dtype == torch.bfloat16, name  # the large weight is cast even if its bias trains
 
 
-def test_a_further_call_changes_nothing_but_what_trains_by_then():
+def test_repeated_cast_changes_only_what_was_frozen_or_unfrozen_since():
     once, twice = tiny(also=("head", "norm")), tiny(also=("head", "norm"))
     cast_frozen(once, torch.bfloat16, once.head)
     for _ in range(3):
@@ -125,7 +125,7 @@ def test_a_further_call_changes_nothing_but_what_trains_by_then():
 @pytest.mark.parametrize(
     "stem", [nn.Linear(16, 16), nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 1, 1), nn.Flatten())]
 )
-def test_inputs_may_be_floating_point(stem):
+def test_inputs_of_the_model_may_be_floating_point(stem):
     model = nn.Sequential(copy.deepcopy(stem), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     loralib.inject(model, "lora2", ["1"], r=2, k=2)
     loralib.mark_only_lora_as_trainable(model)
@@ -138,7 +138,7 @@ def test_inputs_may_be_floating_point(stem):
     assert model[1].lora_E.grad.dtype == torch.float32
 
 
-def test_a_merged_layer_takes_a_float32_bias():
+def test_merge_works_beside_a_float32_bias_and_a_merged_model_is_not_cast():
     model = tiny(also=("head", "bias")).eval()
     cast_frozen(model, torch.bfloat16, model.head)
     with torch.no_grad():
@@ -149,8 +149,8 @@ def test_a_merged_layer_takes_a_float32_bias():
         cast_frozen(model, torch.bfloat16, model.head)
 
 
-def test_a_pooler_inside_the_encoder_belongs_to_the_head():
-    """BERT's pooler, trained, lies before the classifier and inside the encoder: nothing between them is rounded."""
+def test_pooler_inside_the_encoder_may_be_part_of_the_head():
+    """BERT's trained pooler is inside the encoder. Its output reaches the classifier without rounding to bfloat16."""
     model = adapted("lora2", ["query", "value"], 4, encoder(), "bert.pooler", k=2)
     cast_frozen(model, torch.bfloat16, [model.bert.pooler, model.classifier])
     seen = []

@@ -17,7 +17,7 @@ def network():
 
 
 def quantise(model, form):
-    """In place. Returns a plain copy with the weights that the quantised ones stand for."""
+    """Quantise in place; return a plain copy with the dequantised weights."""
     if form == "4bit":
         model[0], model[2] = Linear4bit(model[0]), Linear4bit(model[2])
     else:
@@ -36,7 +36,7 @@ def adapt(model, kind):
 
 
 def dispatch(model):
-    """As accelerate does to a model on several devices, and transformers to one that bitsandbytes has quantised."""
+    """Add the hooks of accelerate for several devices; transformers adds them to a bitsandbytes model as well."""
     attach_execution_device_hook(model, "cpu")
     return model
 
@@ -62,7 +62,7 @@ def test_a_dispatched_model_keeps_its_hooks(form, tmp_path):
         assert torch.equal(model(x), plain(x)) and len(moved) == 1
 
 
-def test_a_model_that_is_offloaded_is_refused():
+def test_offloaded_model_is_refused():
     model = cpu_offload(network(), "cpu")
     with refused("accelerate has offloaded 0", model):
         loralib.inject(model, "lora2", ["0", "2"])
@@ -71,7 +71,7 @@ def test_a_model_that_is_offloaded_is_refused():
 @FORMS
 @pytest.mark.parametrize("kind", ["lora", "lora2"])
 def test_values_and_gradients_are_those_of_the_dequantised_weight(form, kind):
-    """Of which no copy of the weight's size is kept for the backward pass."""
+    """No float32 copy of the weight is kept for the backward pass."""
     model = network()
     plain = adapt(quantise(model, form), kind)
     weight = adapt(model, kind)[0].weight
@@ -95,24 +95,24 @@ def test_values_and_gradients_are_those_of_the_dequantised_weight(form, kind):
 
 
 @FORMS
-def test_an_adapter_goes_to_the_same_quantised_base_and_no_other(form, tmp_path):
+def test_adapter_loads_on_the_same_quantised_base_and_on_no_other(form, tmp_path):
     model, again, plain = network(), network(), network()
     for each in (model, again):
         quantise(each, form)
     adapt(model, "lora2")
     loralib.save_adapter(model, tmp_path / "a")
-    for _ in range(2):  # also over its own layers
+    for _ in range(2):  # the second time onto its own layers
         loralib.load_adapter(again, tmp_path / "a")
     x = torch.randn(5, 64)
     assert torch.equal(model(x), again(x))
     with pytest.raises(ValueError, match="not those the adapter was trained on"):
         loralib.load_adapter(plain, tmp_path / "a")
-    loralib.load_adapter(plain, tmp_path / "a", allow_other_base=True)  # as one in full precision is meant to take it
+    loralib.load_adapter(plain, tmp_path / "a", allow_other_base=True)  # the way to load it on a base in full precision
     loralib.merge_adapter(plain)
 
 
 @FORMS
-def test_merging_and_casting_are_refused_and_pruned_whole_the_layer_is_its_base(form):
+def test_merge_and_cast_are_refused_and_a_fully_pruned_layer_equals_its_base(form):
     model = network()
     quantise(model, form)
     x = torch.randn(5, 64)

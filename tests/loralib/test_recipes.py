@@ -1,4 +1,4 @@
-"""Exact factors against references in float64, statistics of an update against the dense ΔW, rates of parts."""
+"""Exact factors against float64 references, update statistics against the dense ΔW, and learning rates."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
-def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
-    """g − X sym(Xᵀg) as written, for X tall, below autocast too; and XᵀG is skew afterwards, which is what tangent
-    means."""
+def test_projected_gradients_equal_the_formula_and_are_tangent(widths, share_outer, r):
+    """They are g − X sym(Xᵀg) for tall X, also under autocast. XᵀG is skew-symmetric afterwards, that is, G is
+    tangent."""
     model = model_of(widths, share_outer, r=r)
     exact = ExactFactors(model)
     expected = {}
@@ -56,7 +56,7 @@ def test_projected_gradients_are_tangent_and_nearest(widths, share_outer, r):
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 30.0])
-def test_whatever_the_drift_retractions_bring_factors_back(size):
+def test_retractions_make_factors_orthonormal_after_any_drift(size):
     model = model_of()
     exact = ExactFactors(model)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_singular_values_of_the_update_are_those_of_the_layer_after_many_steps(w
     torch.testing.assert_close(lost, layer.scaling * pruned.norm(), rtol=1e-4, atol=1e-6)
 
 
-def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
+def test_initial_factors_are_made_orthonormal_and_a_trained_update_is_refused():
     model = model_of(init="gaussian")
     for layer in list(loralib.lora_layers(model).values())[1:]:
         nn.init.zeros_(layer.lora_B[1])
@@ -112,7 +112,7 @@ def test_any_start_is_made_orthonormal_and_an_update_is_never_changed():
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share_outer, r, fused):
-    """A fused optimiser writes to parameters without leaving a trace in their version."""
+    """A fused optimiser changes parameters without increasing their version counters."""
     model = model_of(widths, share_outer, r=r)
     exact, factors = ExactFactors(model), factors_of(model)
     optimizer = torch.optim.AdamW(list({id(f): f for f in factors}.values()), lr=0.05, fused=fused)
@@ -130,8 +130,8 @@ def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share
 
 
 @pytest.mark.parametrize("frozen", ["values", "factors"])
-def test_a_factor_is_kept_orthonormal_exactly_where_it_trains(frozen):
-    """The singular values of its layer may be frozen while it trains, and train while it is frozen."""
+def test_exactly_the_trainable_factors_are_kept_orthonormal(frozen):
+    """The singular values of a layer may be frozen while its factors train, and the other way round."""
     model = model_of()
     first, *_ = loralib.lora_layers(model).values()
     own = [*first.lora_B, *first.lora_A]
@@ -182,7 +182,7 @@ def test_statistics_agree_with_the_dense_update(kind, options):
     assert found.deviation == pytest.approx(expected, rel=1e-4)
 
 
-def test_every_parameter_that_trains_has_one_rate():
+def test_every_trainable_parameter_has_one_learning_rate():
     torch.manual_seed(0)
     model = nn.ModuleDict({str(i): nn.ModuleDict({"q": nn.Linear(6, 6)}) for i in range(3)} | {"p": nn.Linear(6, 2)})
     loralib.inject(model, "lora2", ["q"], r=2, k=3, share_outer=True)

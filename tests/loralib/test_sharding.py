@@ -1,4 +1,4 @@
-"""Split frozen weights in a group of one process; tests/nlu/test_two_processes.py has two."""
+"""Sharded frozen weights in a process group of one; tests/nlu/test_two_processes.py has a group of two."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def adapted_llama(tied, checkpointing):
 @pytest.mark.parametrize("tied, checkpointing, dtype", [
     (False, False, torch.float32), (True, True, torch.bfloat16),
 ])  # fmt: skip
-def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, group):
+def test_sharded_decoder_trains_as_an_unsharded_one(tied, checkpointing, dtype, group):
     whole, sharded = adapted_llama(tied, checkpointing), adapted_llama(tied, checkpointing)
     if dtype != torch.float32:
         cast_frozen(whole, dtype)
@@ -53,7 +53,7 @@ def test_a_sharded_decoder_trains_as_a_whole_one(tied, checkpointing, dtype, gro
     assert loralib.base_fingerprint(sharded) == fingerprint
 
 
-def test_save_works_and_merge_is_refused(group, tmp_path):
+def test_sharded_model_saves_its_adapter_and_refuses_to_merge(group, tmp_path):
     whole, sharded = adapted(), adapted()
     shard_frozen(sharded)
     loralib.save_adapter(sharded, tmp_path / "a")

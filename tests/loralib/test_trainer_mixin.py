@@ -1,4 +1,4 @@
-"""The Trainer mix-in does what a plain loop does; its checkpoints hold what trains, and a resume changes no bit."""
+"""The Trainer mix-in equals a plain loop; its checkpoints hold the trainable parameters, and a resume is exact."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ class MyTrainer(LowRankTrainerMixin, Trainer):
 
 
 def vit():
-    """transformers saves a ViT under other names than it reads on a resume. The head has running statistics."""
+    """A ViT, which transformers saves under other names than it reads on a resume. Its head has running statistics."""
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=4, patch_size=2,
@@ -60,7 +60,7 @@ def trained(make, folder, resume=None, **changes):
 
 
 @pytest.mark.parametrize("make", [vit, pytest.param(int8_bert, marks=pytest.mark.slow)])
-def test_resume_of_a_renamed_and_of_a_quantised_model_ends_with_the_same_bits(tmp_path, make):
+def test_resume_is_exact_for_a_model_saved_under_other_names_and_a_quantised_one(tmp_path, make):
     if make is int8_bert:
         pytest.importorskip("torchao")
     whole = trained(make, tmp_path / "whole").model
@@ -71,10 +71,10 @@ def test_resume_of_a_renamed_and_of_a_quantised_model_ends_with_the_same_bits(tm
         assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), resumed.buffers(), strict=True))
     assert sum(int(layer.lora_E.count_nonzero()) for layer in loralib.lora_layers(whole).values()) == 2 * 4
     size = (tmp_path / "whole/checkpoint-2" / TRAINED_FILE).stat().st_size
-    assert not list((tmp_path / "whole/checkpoint-2").glob("model*")) and size < 40_000  # no frozen base
+    assert not list((tmp_path / "whole/checkpoint-2").glob("model*")) and size < 40_000  # no frozen weights
 
 
-def test_the_best_checkpoint_of_a_renamed_model_is_loaded_at_the_end(tmp_path):
+def test_best_checkpoint_of_a_model_saved_under_other_names_is_loaded_at_the_end(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     trainer = trained(vit, tmp_path, metric_for_best_model="score", **options)
     best = trainer.state.best_global_step
@@ -85,10 +85,10 @@ def test_the_best_checkpoint_of_a_renamed_model_is_loaded_at_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_checkpoint_holds_what_trains_alone_and_of_a_model_of_peft_its_adapter_too(tmp_path, wrapped):
+def test_checkpoint_holds_only_trainable_parameters_and_for_peft_also_its_adapter(tmp_path, wrapped):
     model = encoder("bert")
     peft = get_peft_model(model, VeraConfig(r=2, target_modules=["query", "value"]))  # its layers share two matrices
-    model.get_base_model = peft.get_base_model  # a name that the user's own model may have
+    model.get_base_model = peft.get_base_model  # a user's own model may have this method
     args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     model = peft if wrapped else model
     MyTrainer(model=model, args=args, low_rank=None).save_model(str(tmp_path / "saved"))
@@ -108,12 +108,12 @@ def injected(init="gaussian", **options):
     loralib.mark_only_lora_as_trainable(model)
     for layer in loralib.lora_layers(model).values():
         if init == "gaussian":
-            nn.init.normal_(layer.lora_E)  # scores apart enough that rounding does not change their order
+            nn.init.normal_(layer.lora_E)  # the scores are too far apart for rounding to change their order
     return model
 
 
 def plain(folder, accumulate=1, **changes):
-    """Settings under which a Trainer does what a loop over ``ROWS`` with SGD does."""
+    """Settings that make a Trainer equal to a plain loop over ``ROWS`` with SGD."""
     options = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4 // accumulate,
         "gradient_accumulation_steps": accumulate, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0,
@@ -129,7 +129,7 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
 
 
 class MeanTrainer(MyTrainer):
-    """Says itself that its loss is a mean over one of several accumulated batches."""
+    """Declares that its loss is the mean over one of several accumulated batches."""
 
     loss_is_scaled_for_ga = False
 
@@ -137,7 +137,7 @@ class MeanTrainer(MyTrainer):
 @pytest.mark.parametrize("trainer_class, accumulate, exact", [
     (MyTrainer, 2, False), (MeanTrainer, 2, False), (MyTrainer, 1, True),
 ])  # fmt: skip
-def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, trainer_class, accumulate, exact):
+def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, accumulate, exact):
     models = [injected("orthogonal" if exact else "gaussian") for _ in range(2)]
     trainings = [
         loralib.LowRankTraining(model, constraint=ExactFactors(model)) if exact
@@ -152,7 +152,7 @@ def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, trainer_class,
         (loss + trainings[0].penalty()).backward()
         trainings[0].step(optimizer)
         optimizer.zero_grad()
-    # BERT's own loss ignores the number of rows in a step, so that it would count twice with two batches a step
+    # BERT's own loss ignores num_items_in_batch, so it would count twice with two batches per step
     loss = mean_loss if trainer_class is MyTrainer else lambda outputs, labels, **_: mean_loss(outputs, labels)
     trainer = trainer_class(model=models[1], args=plain(tmp_path, accumulate), train_dataset=ROWS,
                             low_rank=trainings[1], compute_loss_func=loss)  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_trainer_with_the_mixin_does_what_a_loop_does(tmp_path, trainer_class,
     assert (trainings[1].steps_done, trainings[1].total_steps) == (STEPS, STEPS)
 
 
-def test_an_evaluation_has_no_penalty(tmp_path):
+def test_evaluation_loss_has_no_penalty(tmp_path):
     model = randomise(injected(share_outer=True), 0.5)
     trainer = MyTrainer(model=model, args=plain(tmp_path), low_rank=loralib.LowRankTraining(model))
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
@@ -174,7 +174,7 @@ def test_an_evaluation_has_no_penalty(tmp_path):
     assert trainer.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_helper_made_for_another_model_is_refused(tmp_path):
+def test_low_rank_training_made_for_another_model_is_refused(tmp_path):
     trainer = MyTrainer(model_init=lambda trial: injected(), args=plain(tmp_path), train_dataset=ROWS,
                         low_rank=loralib.LowRankTraining(injected()))  # fmt: skip
     with pytest.raises(ValueError, match="lacks low-rank factors"):

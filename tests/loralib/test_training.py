@@ -1,4 +1,4 @@
-"""The helper for plain loops: what a step does, what it warns of, and exact resumption."""
+"""LowRankTraining in a plain loop: its steps, its warnings and errors, and exact resumption."""
 
 import re
 import warnings
@@ -38,7 +38,7 @@ def test_the_penalty_is_the_weighted_regulariser_which_a_constraint_replaces():
 
 
 def test_an_optimiser_without_all_factors_is_refused():
-    """It would not train all in silence: e stays 0."""
+    """Without the error, e of some layers would silently stay 0."""
     model = Net()
     loralib.inject(model, "lora2", ["q"], r=3)
     early = torch.optim.SGD(parameters(model), lr=0.1)
@@ -52,9 +52,9 @@ def test_an_optimiser_without_all_factors_is_refused():
 
 @pytest.mark.parametrize("skipped", [False, True])
 @pytest.mark.parametrize("constraint", [False, True])
-def test_a_loss_scale_changes_no_mask(constraint, skipped):
-    """Importance is of the gradients that the optimiser sees; a step that the scaler skips, where gradients are not
-    finite, counts as gradients of 0."""
+def test_loss_scale_changes_no_mask(constraint, skipped):
+    """Importance is computed from the gradients that the optimiser sees. In a step that the scaler skips, because
+    gradients are not finite, they count as 0."""
 
     def masks(scale):
         model = blocks("lora2", 2, (12, 9), r=4, k=4, init="orthogonal")
@@ -81,8 +81,8 @@ def test_a_loss_scale_changes_no_mask(constraint, skipped):
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
-    """The ten lines of docs/library.md, put between two parts of a training, change no bit of it. From step 5 on one
-    mask is held."""
+    """Stopping and resuming a training with the code in docs/library.md does not change a bit of it. From step 5 on
+    the mask is fixed."""
     text = (REPOSITORY / "docs/library.md").read_text()
     blocks_of_code = re.findall(r"```python\n(.*?)```", text, re.S)
     save, load = (next(block for block in blocks_of_code if call in block) for call in ("torch.save(", "torch.load("))
@@ -107,7 +107,7 @@ def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     assert low_rank.steps_done == 8 and low_rank.allocator.live_rank == training.allocator.live_rank == 6
 
 
-def test_a_training_of_unknown_length_takes_that_of_its_state_and_prunes_nothing_before():
+def test_training_without_total_steps_takes_it_from_the_state_and_cannot_prune_before():
     saved = loralib.LowRankTraining(model_to_prune(), 12, target_rank=2).state_dict()
     unplanned = loralib.LowRankTraining(adapted(r=4), target_rank=2)
     with pytest.raises(RuntimeError, match="give total_steps"):
@@ -120,8 +120,8 @@ def test_a_training_of_unknown_length_takes_that_of_its_state_and_prunes_nothing
 
 
 @pytest.mark.parametrize("total, options", [(1, {}), (10, {"final_warmup": 9, "mask_interval": 1})])
-def test_however_short_a_training_its_scores_decide(total, options):
-    """Without a score, layers would lose their singular values in the order of their names."""
+def test_very_short_training_prunes_by_scores(total, options):
+    """Without scores, singular values would be pruned in the order of the layers' names."""
     training = loralib.LowRankTraining(model_to_prune(), total, target_rank=1, init_warmup=0, **options)
     layers = loralib.lora_layers(training.model)
     for step in range(1, total + 1):
@@ -136,7 +136,7 @@ def test_however_short_a_training_its_scores_decide(total, options):
 
 
 @pytest.mark.parametrize("frozen", ["before", "after a masking"])
-def test_a_frozen_layer_keeps_its_singular_values_whenever_it_was_frozen(frozen):
+def test_layer_frozen_before_or_during_pruning_keeps_its_singular_values(frozen):
     model = model_to_prune()
     first, *others = loralib.lora_layers(model).values()
 
@@ -162,8 +162,8 @@ def test_a_frozen_layer_keeps_its_singular_values_whenever_it_was_frozen(frozen)
         assert torch.equal(training.penalty(), before)
 
 
-def test_a_layer_that_is_frozen_for_a_while_keeps_its_scores():
-    """They would decay, and prune all of it once it trains again."""
+def test_layer_keeps_its_scores_while_it_is_frozen():
+    """If the scores decayed, the whole layer would be pruned once it trains again."""
     model = model_to_prune()
     first = next(iter(loralib.lora_layers(model).values()))
     training = loralib.LowRankTraining(model, 100, target_rank=2)
@@ -189,7 +189,7 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora2"])
-def test_layers_that_the_model_does_not_call_are_named_once(kind):
+def test_warning_about_layers_that_the_model_does_not_call_comes_once(kind):
     model = Reader()
     loralib.inject(model, kind, ["called", "read"], r=2)
     training = loralib.LowRankTraining(model, 9, regu_weight=0.0 if kind == "lora" else 0.1)
@@ -202,7 +202,7 @@ def test_layers_that_the_model_does_not_call_are_named_once(kind):
 
 
 def test_pruning_without_gradients_is_refused():
-    """All scores would be 0, and modules would be pruned by their names."""
+    """All scores would be 0, so singular values would be pruned in the order of the layers' names."""
     model = adapted(r=4)
     training = loralib.LowRankTraining(model, 9, target_rank=2, mask_interval=1)
     with (
