@@ -1,4 +1,4 @@
-"""Fixtures of a whole run: an encoder, a GLUE folder, flags."""
+"""Fixtures for whole runs: a tiny encoder, a GLUE folder and command-line flags."""
 
 import contextlib
 import io
@@ -37,19 +37,19 @@ def tiny_glue(tmp_path_factory):
 
 @pytest.fixture
 def base_flags(encoder, tiny_glue, run_folder):
-    """Flags of a run of a few steps on the tiny task; append what a test is about."""
+    """Flags of a run of a few steps on tiny CoLA; a test appends the flags that it is about."""
     return tiny_run(encoder, tiny_glue, run_folder)
 
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """Where ``base_flags`` write."""
+    """The output folder of ``base_flags``."""
     return tmp_path / "run"
 
 
 @pytest.fixture
 def own_flags(base_flags, tmp_path):
-    """Flags of a run on one's own files, in which the columns have names of their own and a row is empty."""
+    """Flags of a run on the user's own files, which have custom column names and one row with an empty text."""
     for seed, (name, count) in enumerate({"train": 40, "dev": 16}.items()):
         rows = make_rows(("title", "body"), False, count, seed, labels=3)
         for row in rows:
@@ -63,7 +63,7 @@ def own_flags(base_flags, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(encoder, tiny_glue, tmp_path_factory):
-    """One run of LoRA² with k=3 and predictions: (its folder, its record, what it printed, its trainer)."""
+    """A finished LoRA² run with k=3 and predictions: (its folder, its record, its printed output, its trainer)."""
     folder, seen, printed = tmp_path_factory.mktemp("finished") / "run", [], io.StringIO()
     build = fine_tuning.build_trainer
     flags = [*tiny_run(encoder, tiny_glue, folder), "--method", "lora2", "--lora_k", "3", "--reg_orth_coef", "0.1"]
@@ -75,7 +75,7 @@ def finished(encoder, tiny_glue, tmp_path_factory):
 
 @pytest.fixture
 def run_sweep(tmp_path, capsys, monkeypatch):
-    """Call the sweep on an experiment given as a mapping; returns (exit code, stdout, stderr)."""
+    """A function that runs the sweep on an experiment given as a mapping: (exit code, stdout, stderr)."""
 
     without_processes(monkeypatch)
 

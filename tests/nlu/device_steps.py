@@ -1,10 +1,10 @@
-"""A training step of every kind on a device that this machine does not have.
+"""A training step of every method on a fake device.
 
-torch's CPU wheel can hold a fake device: its tensors have no contents and know where they lie. An operation that mixes
-devices raises, and so does one for whose result the host would have to wait (``item()``, a mask as an index).
+torch's CPU wheel can register a fake device, whose tensors have a shape and a device but no contents. An operation
+that mixes devices raises an error, and so does one that makes the host wait (``item()``, indexing with a mask).
 
-A process that has registered such a device trains nothing else afterwards, so `test_methods.py` starts these tests in
-a process of their own.
+A process that has registered such a device cannot train anything else afterwards, so `test_methods.py` runs these
+tests in a process of their own.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from nlu.command_line import method_file
 from nlu.methods._bottleneck_layer import BottleneckAdapter
 
 DEVICE = "pretend"
-STOCK = ("bitfit", "full")  # train inside stock modules: bfloat16 is autocast's, which a pretended device lacks
+STOCK = ("bitfit", "full")  # train stock modules: bfloat16 needs autocast, which the fake device lacks
 KINDS = [
     (name, dtype)
     for name, flags in method_flags().items()
@@ -31,13 +31,13 @@ KINDS = [
 ]
 
 
-# Linear algebra that reads on the host whether it has succeeded: torch.linalg.inv, solve, eigh and others.
+# Linear algebra that checks for errors on the host: torch.linalg.inv, solve, eigh and others.
 LOOKING = (torch.ops.aten._linalg_check_errors.default, torch.ops.aten._linalg_eigh.default)
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses every copy between the host and the device, and linear algebra for whose success the host waits; a number
-    on the host may meet the device's tensors."""
+    """Refuses copies between the host and the device, and linear algebra that checks for errors on the host. A scalar
+    on the host may be combined with tensors on the device."""
 
     def __init__(self, may_look):
         super().__init__()
@@ -66,7 +66,7 @@ def on_device(rows):
 
 @pytest.fixture
 def no_contents(monkeypatch):
-    """What looks at contents once in a training does not look."""
+    """Disables the functions that read tensor contents once per training."""
     monkeypatch.setattr(exact_factors, "factors_are_orthonormal", lambda factors: True)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
     monkeypatch.setattr(BottleneckAdapter, "to", lambda self, device: self)  # a fake parameter cannot be moved
@@ -86,7 +86,7 @@ def test_a_step_stays_on_the_device(name, dtype, no_contents):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
         step(applied, optimizer, batch)
-    # The last step masks; all that is kept between steps lies on the device by now.
+    # The last step applies the rank mask; everything kept between steps is on the device by now.
     with NoWaiting(may_look=name in WAITING):
         loss = step(applied, optimizer, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Invented rows for every GLUE task, and writers of each file format, for the data tests."""
+"""Made-up rows for every GLUE task, and a writer of the official TSV format, for the tests of the data."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ TEXTS = [
 ]
 OFFICIAL_FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "ax": "diagnostic"}
 OFFICIAL_COLUMNS = {
-    # as the release's files have them; test files have `index` and no label
+    # as in the official release; test files have `index` and no label
     "cola": ["sentence"],
     "sst2": ["sentence"],
     "mrpc": ["#1 ID", "#2 ID", "#1 String", "#2 String"],
@@ -40,7 +40,7 @@ OFFICIAL_WORDS = {
 
 
 def sample_rows(task: Task, split: str, n: int = 12) -> list[dict]:
-    """n rows in the hub's form."""
+    """``n`` rows with the columns of the hub's dataset."""
     rows = []
     for i in range(n):
         row = {field: f"{TEXTS[(i + j) % len(TEXTS)]}" for j, field in enumerate(task.text_fields)}
@@ -53,7 +53,7 @@ def sample_rows(task: Task, split: str, n: int = 12) -> list[dict]:
 
 
 def write_official(root: Path, task: Task, split: str, rows: list[dict]) -> Path:
-    """A TSV file as the official release has it, in a folder of the release's name."""
+    """Write a TSV file in the official format, in the official release's folder; returns its path."""
     name = "diagnostic.tsv" if task.name == "ax" else split.replace("validation", "dev") + ".tsv"
     path = root / OFFICIAL_FOLDERS.get(task.name, task.name.upper()) / name
     path.parent.mkdir(parents=True, exist_ok=True)

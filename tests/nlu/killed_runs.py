@@ -1,9 +1,9 @@
-"""Runs that die at a chosen point, and what a run leaves that must not depend on it; driven by test_exact_resume.py
-and test_two_processes.py.
+"""Runs that are killed at a chosen point, and the results that must not depend on it. test_exact_resume.py and
+test_two_processes.py run this file as a program.
 
 usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to end or null, how])
-where how is "break off", "signal" for a SIGTERM to the last process only, "watch" for a run that leaves each process's
-parameters and ranks, or "last" for a run with whose code to exit.
+`how` is "break off" (end after a checkpoint), "signal" (SIGTERM to the last process only), "watch" (save each process's
+parameters and ranks) or "last" (exit with the exit code of this run).
 """
 
 import json
@@ -30,14 +30,14 @@ EVENTS = (
     "on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log", "on_evaluate", "on_save",
 )  # fmt: skip
 WRITES = ("half a file", "before the rename")
-# Fields of results.json and its history in which a run that was killed and went on differs from an undisturbed one.
+# Fields of results.json and its history in which a run that was killed and resumed differs from an uninterrupted one.
 TIME_FIELDS = frozenset(
     {"seconds", "memory_bytes", "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "resumes"}
 )  # fmt: skip
 
 
 class BrokenOff(BaseException):
-    """Ends a run at once, past every handler for errors."""
+    """Ends a run at once: no error handler catches it."""
 
 
 def break_off() -> None:
@@ -50,7 +50,7 @@ def kill() -> None:
 
 @contextmanager
 def dying(point: str, step: int, die: Callable[[], None]):
-    """While it lasts, a run dies at ``point`` of optimiser step ``step`` (steps finished so far)."""
+    """A block in which a run calls ``die`` at the first ``point`` after ``step`` finished optimiser steps."""
     build, torch_save, rename = fine_tuning.build_trainer, torch.save, os.rename
     built = []
 
@@ -84,7 +84,7 @@ def dying(point: str, step: int, die: Callable[[], None]):
 
 
 def run_killed(flags: list[str], point: str | None, step: int) -> None:
-    """The target of a process that is meant to be killed; without a point it runs to its end."""
+    """Target of a process that kills itself at ``point``; if ``point`` is None, the run finishes."""
     torch.set_num_threads(1)
     if point is None:
         sys.exit(run_glue.main(flags))
@@ -93,7 +93,7 @@ def run_killed(flags: list[str], point: str | None, step: int) -> None:
 
 
 def run_broken_off(flags: list[str], step: int | None) -> None:
-    """A run in this process that ends after the first checkpoint from ``step`` on, or goes to its end."""
+    """Run in this process and end after the first checkpoint from ``step`` on; if it is None, finish."""
     if step is None:
         assert run_glue.main(flags) == 0
         return
@@ -106,7 +106,7 @@ def run_broken_off(flags: list[str], step: int | None) -> None:
 
 
 def timeless(record):
-    """A record without the fields that hold times, and without what names the folder."""
+    """A record without times, resumes and the fields that name the folder."""
     if isinstance(record, dict):
         gone = TIME_FIELDS | {"arguments", "command"}
         return {name: timeless(value) for name, value in record.items() if name not in gone}
@@ -114,7 +114,7 @@ def timeless(record):
 
 
 def outcome(folder: Path) -> dict:
-    """All that a finished run leaves: its record without times, the ranks, and every bit of the adapter."""
+    """The results of a finished run: its record without times, its ranks, and the bytes of its adapter."""
     record = json.loads((folder / "results.json").read_text())
     assert record["status"] == "finished"
     ranks = folder / "rank_pattern.json"
@@ -127,19 +127,19 @@ def outcome(folder: Path) -> dict:
 
 
 def run_signalled(flags: list[str], point: str, step: int, signum: int) -> int:
-    """Exit code of a run in this process that gets the signal at ``point`` of ``step``, and no second one later."""
+    """Run in this process, send it the signal once at ``point`` of ``step``, and return its exit code."""
     pending = [signum]
     with dying(point, step, lambda: pending and os.kill(os.getpid(), pending.pop())):
         return run_glue.main(flags)
 
 
 def stored_bytes(parameter: torch.Tensor) -> int:
-    """Of the part that this process has."""
+    """Bytes of the part of a parameter that this process holds."""
     return getattr(parameter, "to_local", lambda: parameter)().nbytes
 
 
 def run_watched(flags: list[str], stop_after: int | None = None) -> None:
-    """One run; its state at the end goes to process-RANK.pt beside its folder's files."""
+    """Run and save the final state to process-RANK.pt in the run's folder, or stop by SIGTERM after a step."""
     original = fine_tuning.train_and_evaluate
 
     def watch(arguments, trainer, *rest):
@@ -156,7 +156,7 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
     with mock.patch.object(fine_tuning, "train_and_evaluate", watch):
         if stop_after is None:
             assert run_glue.main(flags) == 0
-        else:  # each process, as a scheduler tells them
+        else:  # every process gets the signal, as from a scheduler
             assert run_signalled(flags, "on_step_end", stop_after, signal.SIGTERM) == 128 + signal.SIGTERM
 
 
@@ -172,5 +172,5 @@ if __name__ == "__main__":
             assert run_signalled(flags, "on_step_begin", step, signal.SIGTERM) == 128 + signal.SIGTERM
         else:
             assert run_glue.main(flags) == 128 + signal.SIGTERM
-        wait_for_all()  # the other process has let go of the folder
+        wait_for_all()  # until the other process has released the folder
     end_processes()

@@ -1,4 +1,4 @@
-"""Lines of measured runs, made up for the tests of statistics, tables, figures and report."""
+"""Made-up lines of measured runs for the tests of statistics, tables, figures and the report."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ QUESTIONS = {
 
 
 def line(label: str, task: str, seed: int, scores: list[float], **changes) -> dict:
-    """A finished final run; `scores` are fractions, one for each evaluation. A change to None takes the field out."""
+    """A finished final run; `scores` are fractions, one for each evaluation. A field changed to None is left out."""
     metric = METRIC.get(task, "accuracy")
     steps = [100 * (i + 1) for i in range(len(scores))]
     prunes = label.startswith(("LoRA²", "AdaLoRA"))

@@ -1,9 +1,9 @@
-"""Experiments of a stand-in for run_glue (this file as a program), and what their sweeps leave behind.
+"""Experiments and helpers for the tests of sweeps, and a stand-in for run_glue (this file as a program).
 
-The stand-in leaves run_glue's record without training. `--weight_decay` says how it behaves: 0 finishes, 1 fails with a
-record, 2 exits with code 2, its last line the error, 3 dies by SIGKILL, 4 runs until SIGTERM, then leaves an
-interrupted record and exits 143, but finishes when started again, 5 fails after its record has finished, 6 leaves a
-record that is cut off.
+The stand-in writes run_glue's record without training. `--weight_decay` selects its behaviour: 0 finishes, 1 fails and
+writes a record, 2 exits with code 2 and the error as its last line, 3 is killed by SIGKILL, 4 runs until SIGTERM, then
+writes an interrupted record and exits with 143, but finishes if started again, 5 fails after it has written a finished
+record, 6 writes a truncated record.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def record_of(folder, run, experiment="trial"):
 
 
 def without_processes(monkeypatch):
-    """Have the stand-in run inside the tests' process, except where it dies or waits by a signal."""
+    """Run the stand-in inside the tests' process, unless it is killed by a signal or waits for one."""
     start = LocalLauncher.start
 
     def start_here(self, command, log):
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     resumed = path.exists() and not args["overwrite_output_dir"]
-    # Highest at 2e-3, so that a tuning has something to find.
+    # Highest at a learning rate of 2e-3, so that tuning has an optimum to find.
     score = 0.7 - abs(math.log(args.get("learning_rate", 1e-3) / 2e-3)) / 100
     record = {
         "task": args.get("task_name", "custom"),

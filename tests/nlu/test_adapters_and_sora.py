@@ -1,4 +1,4 @@
-"""Bottleneck adapters and SoRA's gates against their formulas, written out again."""
+"""Bottleneck adapters and SoRA's gates, checked against their formulas."""
 
 import math
 
@@ -19,7 +19,7 @@ from tests.nlu.tiny import SHAPES, tiny_bert, tiny_classifier
 INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])
 
 
-def test_adapter_starts_near_the_identity_and_is_the_papers_formula():
+def test_adapter_starts_near_the_identity_and_computes_the_papers_formula():
     torch.manual_seed(1)
     adapter = BottleneckAdapter(64, 16, torch.nn.GELU)
     down, up = adapter.down, adapter.up
@@ -32,7 +32,7 @@ def test_adapter_starts_near_the_identity_and_is_the_papers_formula():
     gelu = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
     expected = x.double().numpy() + gelu @ up.weight.detach().double().numpy().T + up.bias.detach().double().numpy()
     np.testing.assert_allclose(adapter(x).detach().numpy(), expected, atol=1e-5)
-    # Beside bfloat16 weights it computes in float32.
+    # If the base weights are bfloat16, it computes in float32.
     half = x.bfloat16()
     expected = half + (adapter(half.float()) - half.float()).bfloat16()
     cast_frozen(torch.nn.Sequential(torch.nn.Linear(64, 64).requires_grad_(False), adapter), torch.bfloat16)
@@ -41,13 +41,13 @@ def test_adapter_starts_near_the_identity_and_is_the_papers_formula():
 
 @pytest.mark.parametrize("model_type", SHAPES)
 @pytest.mark.parametrize("kind, a_layer", [("hadapter", 2), ("padapter", 1)])
-def test_adapters_stand_before_the_residual_and_the_norm(model_type, kind, a_layer):
+def test_adapters_are_placed_before_the_residual_and_the_norm(model_type, kind, a_layer):
     model = tiny_classifier(model_type).eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapters = add_adapters(model, kind, 4)
     assert len(adapters) == 2 * a_layer
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
-    # Behind the feed-forward network's projection: LayerNorm(x + adapter(projection)), x from the attention block.
+    # After the feed-forward network's projection: LayerNorm(x + adapter(projection)), with x of the attention block.
     block = model.base_model.encoder.layer[1].output
     seen = {}
     block.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, output=output))
@@ -78,7 +78,7 @@ def apply_sora(model, modules, **flags):
     return METHODS["sora"].apply(model, method_arguments("sora", lora_module=modules, **flags), 0)
 
 
-def test_sora_starts_as_the_base_and_is_lora_with_a_gate():
+def test_sora_starts_at_the_base_and_is_lora_with_a_gate():
     model = tiny_bert().eval()
     expected = model(INPUT).logits
     apply_sora(model, "query,value", lora_r=3, lora_alpha=6.0)
@@ -90,10 +90,10 @@ def test_sora_starts_as_the_base_and_is_lora_with_a_gate():
         torch.testing.assert_close(layer.delta_weight(), gated)
 
 
-def test_gates_follow_a_proximal_gradient_reference():
-    """SGD on ½‖g − c‖² with the proximal step: a NumPy loop of the paper's update, and its limit T(c, λ).
+def test_sora_gates_follow_a_proximal_gradient_reference():
+    """SGD on ½‖g − c‖² with the proximal step equals a NumPy loop of the paper's update and reaches its limit T(c, λ).
 
-    The threshold is λ times the gates' own rate: the other parameters have another.
+    The threshold is λ times the gates' own learning rate; the other parameters have a different rate.
     """
     model = tiny_bert().eval()
     gates = apply_sora(model, "query", lora_r=4, lora_alpha=4.0, sora_lambda=0.5).gates

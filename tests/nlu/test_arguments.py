@@ -14,7 +14,7 @@ from nlu.errors import UsageError
 from nlu.trainer import trainer_arguments
 from tests.nlu.tiny import make_encoder, make_rows, write_rows
 
-# The published flags; what depends on the number of rows is to be filled in.
+# The published flags; the values that depend on the number of rows are filled in by format().
 TEMPLATE = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --apply_adalora --apply_lora
     --lora_type svd --target_rank 3 --lora_r 8 --reg_orth_coef 0.1 --init_warmup {init} --final_warmup {final}
     --mask_interval {mask} --beta1 0.85 --beta2 0.85
@@ -44,7 +44,7 @@ def test_parse_arguments_reads_the_published_command_as_lora2():
 
 
 def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
-    """Its schedule is cut to what 60 rows allow, and nothing else is changed; uncut, it is refused."""
+    """Only its schedule is shortened to fit 60 rows; the original schedule is refused."""
     make_encoder(tmp_path / "microsoft" / "deberta-v3-base", "deberta-v2")
     for seed, (split, count) in enumerate({"train": 60, "validation_matched": 10, "validation_mismatched": 8}.items()):
         rows = make_rows(("premise", "hypothesis"), False, count, seed, labels=3)
@@ -101,7 +101,7 @@ def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
     ("--method adalora_r8 --lora_r 10", 1.2e-3, 10, 6),
     ("--method lora", 1.2e-3, 8, 4),
 ])  # fmt: skip
-def test_published_settings_give_way_to_the_methods_file_and_the_flags(flags, rate, rank, seed):
+def test_method_file_and_flags_override_the_published_settings(flags, rate, rank, seed):
     arguments = parse(f"--published deberta-v3-base --task_name rte --do_train {flags}")
     found = arguments.training.learning_rate, arguments.method.lora_r, arguments.training.seed
     assert found == (rate, rank, seed)
@@ -111,13 +111,13 @@ def test_published_settings_give_way_to_the_methods_file_and_the_flags(flags, ra
     assert own.training.root_output_dir == f"output/own/m/x/{own.method_config}/seed-42"
 
 
-def test_the_best_model_is_one_of_a_checkpoint_at_every_evaluation():
+def test_load_best_model_at_end_saves_a_checkpoint_at_every_evaluation():
     training = parse(f"{BASE} --eval_strategy steps --eval_steps 2 --save_steps 4 --load_best_model_at_end").training
     assert (training.save_strategy, training.save_steps) == ("steps", 2)
     assert parse(f"{BASE} --eval_strategy epoch --load_best_model_at_end").training.save_strategy == "epoch"
 
 
-# In silence, a wrong number would follow, or a run other than the one asked for.
+# If accepted, each of these would silently give a wrong number or a run other than the one asked for.
 WRONG = """
 --method lora --lora_type svd | --lora_type chooses a method too
 --lora_type frd --apply_adalora | svd
@@ -136,7 +136,7 @@ WRONG = """
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_parse_arguments_refuses_in_one_line(line):
+def test_parse_arguments_refuses_wrong_flags_in_one_line(line):
     flags, message = line.split(" | ")
     with pytest.raises(UsageError) as error:
         parse(f"{BASE} {flags}")
@@ -146,7 +146,7 @@ def test_parse_arguments_refuses_in_one_line(line):
 # ---- the Trainer's arguments ---------------------------------------------------------------------------------------
 
 
-def test_training_flags_are_the_trainers_with_its_defaults():
+def test_training_flags_have_the_trainers_defaults():
     theirs = {field.name: field.default for field in fields(TrainingArguments)}
     ours = {flag.name: flag.default for flag in TRAINING_FLAGS if flag.name in theirs}
     different = {name for name, default in ours.items() if (default or None) != (theirs[name] or None)}
@@ -174,7 +174,7 @@ def test_trainer_arguments_has_every_value_of_the_command(tmp_path):
 @pytest.mark.parametrize("flags, at_once, accumulated", [
     ("", 8, 1), ("--per_device_train_batch_size 3", 2, 4), ("--per_device_train_batch_size 16", 8, 1),
 ])  # fmt: skip
-def test_the_total_batch_stays_however_many_processes_share_it(flags, at_once, accumulated, monkeypatch):
+def test_total_batch_size_is_kept_for_any_number_of_processes(flags, at_once, accumulated, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     training = parse(f"{BASE} --total_batch_size 32 {flags}").training
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (at_once, accumulated)
@@ -187,14 +187,14 @@ SCHEDULE = "--warmup_steps 200 --init_warmup 600 --final_warmup 1800 --mask_inte
 
 
 @pytest.mark.parametrize("flags, steps, expected", [
-    (SCHEDULE, 100, (200, 600, 1800, 10)),  # without --schedule_steps they are taken literally
+    (SCHEDULE, 100, (200, 600, 1800, 10)),  # without --schedule_steps the numbers are used as they are
     (f"{SCHEDULE} --schedule_steps 4000", 1000, (50, 150, 450, 2)),
-    (f"{SCHEDULE} --schedule_steps 4000", 100, (5, 15, 45, 1)),  # every step at least
-    (f"{SCHEDULE} --schedule_steps 4000", 9000, (200, 600, 1800, 10)),  # a longer training stretches nothing
-    ("--warmup_ratio=0.1 --schedule_steps 4000", 1000, (0.1, None, None, 2)),  # a share is one of any length
+    (f"{SCHEDULE} --schedule_steps 4000", 100, (5, 15, 45, 1)),  # the interval is at least 1
+    (f"{SCHEDULE} --schedule_steps 4000", 9000, (200, 600, 1800, 10)),  # a longer training does not stretch it
+    ("--warmup_ratio=0.1 --schedule_steps 4000", 1000, (0.1, None, None, 2)),  # a warm-up ratio fits any length
     ("--schedule_steps 4000", 0, (0, None, None, 10)),  # nothing is trained
 ])  # fmt: skip
-def test_fit_schedule_shrinks_in_proportion_and_leaves_the_arguments(flags, steps, expected):
+def test_fit_schedule_shrinks_in_proportion_and_keeps_the_arguments(flags, steps, expected):
     arguments = parse(f"{BASE} {flags}")
     before = dict(arguments.record)
     fitted = fit_schedule(arguments, steps)

@@ -1,4 +1,4 @@
-"""The samplers: every example once, a pure function of seed and epoch, the same steps for any number of processes."""
+"""The samplers: every example once, an order that depends on seed and epoch only, equal steps for all processes."""
 
 import random
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, planned_
     st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 40), st.integers(0, 2**63), st.integers(0, 9)
 )
 @settings(max_examples=50, deadline=None)
-def test_every_example_once_and_pure(lengths, batch, seed, epoch):
+def test_samplers_yield_each_example_once_and_depend_on_seed_and_epoch_only(lengths, batch, seed, epoch):
     n = len(lengths)
     for make in (lambda: LengthBucketSampler(lengths, batch, seed), lambda: SeededRandomSampler(n, seed)):
         sampler = make()
@@ -33,7 +33,7 @@ def test_every_example_once_and_pure(lengths, batch, seed, epoch):
         assert list(again) == order
 
 
-def test_epochs_and_seeds_differ():
+def test_order_differs_between_epochs_and_seeds():
     for make in (lambda seed: LengthBucketSampler(range(200), 8, seed), lambda seed: SeededRandomSampler(200, seed)):
         orders = set()
         for seed in range(5):
@@ -45,7 +45,7 @@ def test_epochs_and_seeds_differ():
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 1), (2, 2), (4, 2)])
-def test_steps_hold_the_same_examples_for_any_split(processes, accumulation):
+def test_steps_have_the_same_examples_for_any_number_of_processes(processes, accumulation):
     lengths = np.random.default_rng(0).integers(5, 90, 32 * 40)
     sampler = LengthBucketSampler(lengths, 32, seed=6)
     sampler.set_epoch(2)
@@ -71,19 +71,19 @@ def test_batches_are_of_similar_length_in_random_order():
 
     wasted, means = padding(LengthBucketSampler(lengths, 32, 0))
     assert wasted < 0.1 * padding(SeededRandomSampler(6400, 0))[0]
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25  # neighbours in time are unrelated in length
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25  # the lengths of successive batches are unrelated
     assert 0.3 < np.mean(np.diff(means) > 0) < 0.7
 
 
 @pytest.mark.parametrize(("processes", "per_device", "accumulation"), [(1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 2, 1)])
-def test_an_epoch_has_the_steps_that_its_rows_fill_whoever_takes_them(processes, per_device, accumulation):
+def test_planned_steps_do_not_depend_on_processes_or_accumulation(processes, per_device, accumulation):
     args = SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation,
                            world_size=processes, do_train=True, max_steps=-1, num_train_epochs=1)  # fmt: skip
     assert [planned_steps(args, rows) for rows in (33, 32, 31, 3)] == [5, 4, 4, 1]
 
 
-def test_the_rows_that_fill_no_batch_come_last_and_are_sorted_too():
+def test_rows_of_an_incomplete_batch_come_last_and_are_sorted_by_length():
     lengths = np.random.default_rng(0).integers(5, 60, 1000)
     rest = list(SeededRandomSampler(1000, 0))[600:]
     last = list(LengthBucketSampler(lengths, 600, 0))[600:]
-    assert last == sorted(rest, key=lambda row: lengths[row])  # those of one length in random order, on any machine
+    assert last == sorted(rest, key=lambda row: lengths[row])  # equal lengths: in random order, on any machine

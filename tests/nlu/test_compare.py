@@ -1,4 +1,4 @@
-"""The comparison: its plan, its warnings against sizes worked out by hand, its table, and its refusals."""
+"""nlu compare: its plan, its warnings (against parameter counts computed by hand), its table and its errors."""
 
 import itertools
 import re
@@ -29,7 +29,7 @@ def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
     return run
 
 
-def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_on(call, tmp_path):
+def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(call, tmp_path):
     flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "8"]
     code, out, _ = call(*flags)
     assert code == 0 and "4 run(s) finished now" in out
@@ -42,11 +42,11 @@ def test_every_method_has_its_runs_a_row_and_figures_and_the_same_command_goes_o
     assert "0 run(s) finished now" in call(*flags)[1]
     assert "1 run(s) finished now" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
     figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
-    assert list(figures.row) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {1}  # what was asked for
+    assert list(figures.row) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {1}  # of the last command
     assert list(figures.scale) == [1, 1, 1]
 
 
-def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monkeypatch, capsys):
+def test_faulty_data_is_reported_before_the_first_run(encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "COMMAND", [sys.executable, sweeps.__file__])
     (tmp_path / "train.csv").write_text("étiquette,text\na,one\nb,two\n", encoding="utf-8")
     flags = ["--train_file", str(tmp_path / "train.csv"), "--holdout_fraction", "0.5", "--seeds", "1",
@@ -56,7 +56,7 @@ def test_a_fault_in_the_data_shows_before_the_first_run(encoder, tmp_path, monke
     assert not list((tmp_path / "out").rglob("results.json"))
 
 
-def test_a_method_whose_runs_failed_has_no_row_and_the_code_says_so(call, tmp_path):
+def test_method_whose_runs_failed_has_no_row_and_the_exit_code_is_1(call, tmp_path):
     code, out, err = call("--methods", "lora2,lora:weight_decay=1", "--seeds", "2")
     assert code == 1 and "failed: lora_weight_decay=1-seed=1: " in err
     assert re.findall(r"^\| (LoRA\S*) ", out, re.MULTILINE) == ["LoRA²"]
@@ -76,7 +76,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
     held_out = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola-tuning.jsonl")]
     assert {(each["seed"], each["holdout_fraction"]) for each in held_out} == {(101, 0.1)} and len(held_out) == 9
     assert (tmp_path / "compare-cola/comparison_rates.png").exists()
-    run = compare._run  # of the same tuning, one run has left no line
+    run = compare._run  # as if one run of the tuning had left no line
     monkeypatch.setattr(compare, "_run", lambda *each: (1, run(*each)[1][1:]))
     code, _, err = call("--methods", "lora,full", "--seeds", "1", "--tune")
     assert code == 1 and "failed: lora has no final runs: runs of its tuning have not ended" in err
@@ -84,14 +84,14 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
 
 
 @pytest.mark.slow
-def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_path, monkeypatch, capsys):
-    """RTE's settings: α = 32 with r = 4, 8 and 2; AdaLoRA has a quarter of the parameters, LoRA² (k = 8) LoRA's."""
+def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_path, monkeypatch, capsys):
+    """RTE has α = 32 with r = 4 (LoRA²), 8 (LoRA), 2 (AdaLoRA); AdaLoRA has a quarter of the others' parameters."""
     monkeypatch.setattr(compare, "run_experiment", lambda *_: 0)
-    monkeypatch.setattr("nlu.data.splits.load_data", lambda *_: None)  # RTE is not here
+    monkeypatch.setattr("nlu.data.splits.load_data", lambda *_: None)  # the data of RTE are not needed
     deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
-    AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # sizes need no weights
-    capsys.readouterr()  # how far the saving was
-    monkeypatch.setenv("LC_ALL", "C")  # the scripts' words are read whatever the locale
+    AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # parameter counts need no weights
+    capsys.readouterr()  # discards the progress bars of saving
+    monkeypatch.setenv("LC_ALL", "C")  # non-ASCII paths work in any locale
     flags = ["--task_name", "rte", "--published", "deberta-v3-base", "--model_name_or_path", str(deberta),
              "--seeds", "1", "--output_dir", str(tmp_path), "--glue_dir", str(tmp_path / "donné\n s")]  # fmt: skip
 
@@ -124,19 +124,19 @@ def test_published_settings_are_warned_of_and_the_matching_methods_named(tmp_pat
         (["--methods", "lora", "--tune", "--holdout_fraction", "0.2"], "--tune sets --holdout_fraction itself"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
+def test_wrong_flags_are_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
     code, out, err = call(*flags)
     assert code == 2 and message in err and err.count("\n") == 1 and not out
     assert not (tmp_path / "compare-cola").exists()
 
 
-def test_a_value_of_one_method_may_hold_a_colon():
+def test_value_of_one_methods_flag_may_contain_a_colon():
     spec = "lora2:lora_k=match:lora:lora_r=4"
     assert compare._spec(spec) == {"method": "lora2", "lora_k": "match:lora", "lora_r": 4}
 
 
 @pytest.mark.parametrize(("steps", "strategy"), [([], "epoch"), (["--eval_steps", "5"], "steps")])
-def test_evaluations_are_by_epoch_unless_their_steps_are_given(steps, strategy):
+def test_evaluation_is_once_per_epoch_unless_eval_steps_is_given(steps, strategy):
     words = ["--methods", "lora", "--task_name", "cola", "--model_name_or_path", "base", *steps]
     args, rest = compare.own_parser().parse_known_args(words)
     run = compare.plan(args, compare.flag_values(rest))[1].runs[0]

@@ -1,4 +1,4 @@
-"""The reader of data files and GLUE's data: every format gives the same rows, real files the published counts."""
+"""The reader of data files, and GLUE: all formats give the same rows, the real files have the published counts."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ def reader_of(kind: str, content: str | bytes, **how) -> Reader:
 
 
 def read(kind: str, content: str | bytes, *columns: str, **how):
-    """Place and values of each row."""
+    """(place, values) of each row."""
     columns = columns or ("a", "b")
     return [(row.place, [row.values[c] for c in columns]) for row in reader_of(kind, content, **how).good_rows(columns)]
 
@@ -53,14 +53,14 @@ def test_every_format_gives_the_rows_that_were_written(pairs):
 @pytest.mark.parametrize(
     ("kind", "content", "row"),
     [
-        ("tsv", "a\tb\n\n1\t2\n  \n", (3, ["1", "2"])),  # lines without text are no rows
+        ("tsv", "a\tb\n\n1\t2\n  \n", (3, ["1", "2"])),  # blank lines are not rows
         ("csv", "a,b\r\n\r\n1,2\r\n  \r\n", (3, ["1", "2"])),
         ("jsonl", '\n\n{"a": "1", "b": "2"}\n  \n', (3, ["1", "2"])),
-        ("csv", "\ufeffa,b\r\r1,2\r", (3, ["1", "2"])),  # with a byte order mark, and line ends of old Macs
+        ("csv", "\ufeffa,b\r\r1,2\r", (3, ["1", "2"])),  # a byte order mark, and line ends of old Macs
         ("tsv", "\ufeffa\tb\r\n\r\n1\t2\r\n", (3, ["1", "2"])),
-        ("tsv", "a\tb\r\nx\ry\tz\r\n", (2, ["x\ry", "z"])),  # a carriage return inside a text of TSV ends no row
-        ("csv", 'a,b\n"x, ""y""","two\nlines"\n', (3, ['x, "y"', "two\nlines"])),  # the place is where a row ends
-        ("csv", 'a,b\n"",""\n\n', (2, ["", ""])),  # an empty line is no row, and one of empty texts is
+        ("tsv", "a\tb\r\nx\ry\tz\r\n", (2, ["x\ry", "z"])),  # a carriage return inside a TSV field does not end the row
+        ("csv", 'a,b\n"x, ""y""","two\nlines"\n', (3, ['x, "y"', "two\nlines"])),  # a row's place is its last line
+        ("csv", 'a,b\n"",""\n\n', (2, ["", ""])),  # an empty line is not a row, but a line of empty texts is
     ],
 )
 def test_rows_and_places_of_unusual_files(kind, content, row):
@@ -85,8 +85,8 @@ def test_the_first_fault_is_named_with_its_place(kind, content, message):
         read(kind, content, "a")
 
 
-def test_damage_ends_with_its_row():
-    """Of a quote that never closes at csv's field limit."""
+def test_damaged_csv_rows_do_not_affect_later_rows():
+    """A quote that never closes ends at csv's field size limit."""
     text = 'a,b\nx,1\nonly\n"bad"quote,b\n\n"y,' + ("y" * 999 + "\n") * 1052 + "last,2\n"
     reader = reader_of("csv", text)
     found = [row.values["b"] for row in reader.good_rows(["a"], on_error="skip")]
@@ -112,7 +112,7 @@ def test_ten_bad_rows_or_a_tenth_may_be_skipped_and_are_named(caplog):
 real = pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
 
 
-# the hub's class names, in the order of its numbers
+# the hub's class names, in the order of its label numbers
 HUB_WORDS = {
     "cola": "unacceptable acceptable",
     "sst2": "negative positive",
@@ -125,7 +125,7 @@ HUB_WORDS = {
 }
 
 
-def test_class_words_are_the_hubs_and_may_stand_for_numbers(tmp_path):
+def test_class_names_are_the_hubs_and_are_accepted_as_labels(tmp_path):
     for name, words in HUB_WORDS.items():
         words = words.split()
         rows = [{**dict.fromkeys(TASKS[name].text_fields, "a"), "label": word} for word in words]
@@ -134,7 +134,7 @@ def test_class_words_are_the_hubs_and_may_stand_for_numbers(tmp_path):
         assert list(TASKS[name].labels) == words and train["label"] == list(range(len(words))) == train["idx"]
 
 
-# Every task's official columns, and every other format with words and with scores.
+# The official TSV format for every task; each other format for classes (mnli) and for scores (stsb).
 FORMS = [
     *((name, "tsv") for name in TASKS),
     *itertools.product(("mnli", "stsb"), ("jsonl", "json", "parquet", "pieces.parquet", "csv")),
@@ -142,7 +142,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
-def test_every_format_round_trips(tmp_path, name, form):
+def test_every_glue_format_gives_the_rows_that_were_written(tmp_path, name, form):
     task = TASKS[name]
     expected = {split: sample_rows(task, split) for split in task.splits}
     for split, rows in expected.items():
@@ -170,7 +170,7 @@ def test_broken_qqp_rows_are_left_out_as_on_the_hub(tmp_path, caplog):
     assert "train.tsv, line 3: 3 fields where 6 are expected" in caplog.text
 
 
-# Rows of the real files and the sum of their labels, from the counts in their SOURCES.md; -1 is a hidden label.
+# Number of rows and sum of the labels of the real files, from their SOURCES.md; a hidden label is -1.
 REAL_FILES = {
     "cola": {"train": (8551, 6023), "validation": (1043, 721), "test": (1063, -1063)},
     "sst2": {"train": (67349, 37569), "validation": (872, 444), "test": (1821, -1821)},
@@ -188,7 +188,7 @@ REAL_FILES = {
 
 @real
 @pytest.mark.parametrize("name", REAL_FILES)
-def test_real_rows_and_labels(name):
+def test_real_files_have_the_published_rows_and_labels(name):
     for split, (rows, labels) in REAL_FILES[name].items():
         found = load_split(TASKS[name], split, GLUE)
         assert found["idx"] == sorted(set(found["idx"])) and len(found["label"]) == rows
@@ -198,7 +198,7 @@ def test_real_rows_and_labels(name):
 @pytest.mark.parametrize(("task", "file", "labels", "line"), [
     ("cola", "train.jsonl", [2, -1, True, "7"], 2), ("stsb", "train.csv", ["5.1", "-1", "nan", "inf", "1_0", "x"], 7),
 ])  # fmt: skip
-def test_labels_that_the_task_does_not_have_are_refused_with_their_line(tmp_path, task, file, labels, line):
+def test_invalid_labels_are_refused_with_their_line(tmp_path, task, file, labels, line):
     for label in labels:
         row = dict.fromkeys(TASKS[task].text_fields, "a\nb")
         write_rows(tmp_path / task / file, [row | {"label": 1}, row | {"label": label}])

@@ -1,7 +1,7 @@
-"""What a user can cause ends in one line and an exit code; a fault of the project keeps its traceback.
+"""Errors that a user can cause give one line and an exit code; errors of the project keep their traceback.
 
-GENERATED_CASES in the environment sets how many command lines and experiment files are generated (300), and makes them
-new ones each time.
+The environment variable GENERATED_CASES sets the number of generated command lines and experiment files (default: 300,
+the same in every run); if it is set, each run generates new ones.
 """
 
 import errno
@@ -31,7 +31,7 @@ from tests.nlu.tiny import REPOSITORY
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--per_device_train_batch_size"),
     (KeyboardInterrupt(), 130, "give the same command again"),
 ])  # fmt: skip
-def test_what_a_user_can_cause_is_one_line(capsys, error, code, says):
+def test_errors_that_a_user_can_cause_are_one_line(capsys, error, code, says):
     assert exit_code(error) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
@@ -43,8 +43,8 @@ def test_other_errors_keep_their_traceback():
             exit_code(error)
 
 
-def test_a_reader_may_close_its_end_of_a_pipe(tmp_path):
-    """Many lines, of which it reads one."""
+def test_pipe_that_its_reader_closes_early_gives_no_error(tmp_path):
+    """``head`` reads one of 2000 lines."""
     base = {"method": "lora", "task_name": "cola", "model_name_or_path": "x", "do_eval": True}
     (tmp_path / "x.yaml").write_text(json.dumps({"name": "x", "base": base, "grid": {"seed": list(range(2000))}}))
     command = f"{sys.executable} -m nlu sweep {tmp_path}/x.yaml --dry_run --command true | head -1"
@@ -61,7 +61,7 @@ MANY = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 GOOD = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out"}
-# With published spellings and near misses.
+# Also published spellings and near misses.
 NAMES = [*DEFAULTS, "evaluation_strategy", "warmup_ratio", "output_dir", "local-rank", "lora", "lora-r", "", "=", "-"]
 ODD = """nan inf -inf 1e999 -1 0 1 2.5 1e-3 99999999999999999999 True no None {} [1 {"a":1} ../../etc/passwd cola lora
     lora2 adalora svd 8,8 8,,8 query (( steps epoch cosine adamw_torch -- -x é .. . a/b method seed learning_rate"""
@@ -83,7 +83,7 @@ experiments = st.fixed_dictionaries(
 
 
 def one_line_or_result(call):
-    """What a call returns, or None where it raises a UsageError, which is one readable line."""
+    """The result of a call, or None if it raises a UsageError, whose message must be one readable line."""
     try:
         return call()
     except UsageError as error:
@@ -97,11 +97,11 @@ def one_line_or_result(call):
        st.booleans())  # fmt: skip
 @example([("learning_rate", "--", True)], True)
 @example([("report_to", "\x1d", True)], True)
-def test_a_command_line_gives_arguments_or_one_line(pairs, complete):
+def test_any_command_line_gives_arguments_or_a_one_line_error(pairs, complete):
     argv = [f"--{name}={value}" for name, value in GOOD.items()] if complete else []
     for name, value, joined in pairs:
         argv += [f"--{name}"] if value is None else [f"--{name}={value}"] if joined else [f"--{name}", value]
-    if not {"-h", "--help"} & set(argv):  # whose page would end the process
+    if not {"-h", "--help"} & set(argv):  # the help page would end the process
         one_line_or_result(lambda: parse_arguments(argv))
 
 
@@ -109,7 +109,7 @@ def test_a_command_line_gives_arguments_or_one_line(pairs, complete):
 @MANY
 @given(experiments)
 @example({"name": "e", "grid": {"\n": []}})
-def test_an_experiment_file_gives_runs_below_its_folder_or_one_line(tmp_path, values):
+def test_any_experiment_file_gives_runs_below_its_folder_or_a_one_line_error(tmp_path, values):
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     experiment = one_line_or_result(lambda: load_experiment(path))

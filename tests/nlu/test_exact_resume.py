@@ -1,4 +1,4 @@
-"""A run that was killed and started again leaves the same bits as one that was not: weights, ranks, scores, record."""
+"""A run that is killed and resumed gives the same bits as an uninterrupted one: weights, ranks, scores, record."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_k
 from tests.nlu.tiny import OFFLINE, PATIENCE, REPOSITORY, changed, quick_peft_adalora, read, run_python, wait_until
 
 TRIALS = int(os.environ.get("SOAK_TRIALS", "1"))  # each is killed twice
-# 50 rows are 7 batches of 8, so 4 optimiser steps an epoch: nothing here falls on the same step as anything else.
+# 50 rows give 7 batches of 8, so 4 optimiser steps an epoch; saving, evaluation and logging are at different steps.
 UNALIGNED = """--max_steps 9 --gradient_accumulation_steps 2 --save_steps 3 --eval_steps 5 --logging_steps 4
     --lora_dropout 0.2 --length_bucketing True --mask_interval 2 --save_total_limit 2 --method lora2"""
 STEPS = "--max_steps 10 --save_steps 2 --eval_steps 4 --logging_steps 3"
@@ -29,24 +29,24 @@ def flags_of(base_flags, folder, options):
     return [*flags, "--save_total_limit", "50", "--method", "lora2", *options.split()]
 
 
-# Each case has several traits that could disturb a resume; test_killed_at_random_points has more of them at once.
+# Each case combines several options that could break a resume; the test of random points combines more.
 LEAN = "--gradient_accumulation_steps 3 --gradient_checkpointing True --no_fast_attention True"
 HALF = "--bf16 True --length_bucketing True --lora_dropout 0.2"
 PLUS = "--method lora2_plus --head_learning_rate 1e-3"
-# No step changes the score at so low a rate: two evaluations without a gain end the training.
+# No step changes the score at so low a learning rate: two evaluations without a gain end the training.
 STOPPED = "--method lora --max_steps 30 --learning_rate 1e-12 --save_steps 1 --early_stopping_patience 2"
 SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda 8"
 
 
 CASES = {
-    "exact factors, a rate of the head": (f"{STEPS} {PLUS}", 6),
+    "exact factors, own learning rate of the head": (f"{STEPS} {PLUS}", 6),
     "epochs": (f"{EPOCHS} --save_strategy epoch", 7),
     "best model at the end": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 8),
 }
 SLOW_CASES = {
-    "in an epoch, evaluation at other steps": (f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8),
-    "layers that are no update of a weight": (f"{STEPS} --method padapter", 6),
-    "vectors beside matrices that layers share": (f"{STEPS} --method vera", 6),
+    "within an epoch, evaluation and saving at different steps": (f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8),
+    "bottleneck adapters": (f"{STEPS} --method padapter", 6),
+    "vectors, and matrices shared by all layers": (f"{STEPS} --method vera", 6),
     "peft's allocation": (f"{STEPS} --method peft --peft_config adalora.json", 2),
     "end of an epoch": (f"{STEPS.replace('save_steps 2', 'save_steps 7')} --method adalora", 7),
     "accumulation, activation checkpointing, stock attention": (f"{STEPS} {LEAN}", 8),
@@ -55,7 +55,7 @@ SLOW_CASES = {
     "saved before the epoch is evaluated": (f"{EPOCHS} --save_steps 7 --method lora", 7),
     "early stopping at step 9": (STOPPED, 7),
     "stopped early": (STOPPED, 9),
-    "best only": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8),
+    "only the best checkpoint": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8),
 }
 
 
@@ -64,7 +64,7 @@ SLOW_CASES = {
     [pytest.param(*case, id=name) for name, case in CASES.items()]
     + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()],
 )
-def test_going_on_from_a_checkpoint_changes_no_bit(base_flags, tmp_path, monkeypatch, options, step):
+def test_resume_from_a_checkpoint_is_exact(base_flags, tmp_path, monkeypatch, options, step):
     monkeypatch.chdir(quick_peft_adalora(tmp_path).parent)
     assert main(flags_of(base_flags, tmp_path / "whole", options)) == 0
     flags = flags_of(base_flags, tmp_path / "broken", options)
@@ -78,7 +78,7 @@ def test_going_on_from_a_checkpoint_changes_no_bit(base_flags, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that start with everything imported, so that killing many of them is cheap."""
+    """A context whose processes start with all modules imported, so that a test can start many of them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.nlu.killed_runs"])
     return context
@@ -91,8 +91,8 @@ def start(processes, flags, point, step):
     return process.exitcode
 
 
-def test_killed_at_random_points(processes, base_flags, tmp_path):
-    """SIGKILL, twice a run, at any event of any step and amid the writing of a checkpoint."""
+def test_run_killed_at_random_points_resumes_exactly(processes, base_flags, tmp_path):
+    """Each run gets SIGKILL twice, at any event of any step or while it writes a checkpoint."""
     options = UNALIGNED
     assert start(processes, flags_of(base_flags, tmp_path / "whole", options), None, 0) == 0
     expected = outcome(tmp_path / "whole")
@@ -113,11 +113,11 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_exactly(base_flags, tmp_path):
-    """Row order, running loss and ranks, from the second epoch and between two logging steps.
+def test_two_processes_resume_exactly(base_flags, tmp_path):
+    """Row order, running loss and ranks continue exactly, in the second epoch and between two logging steps.
 
-    Both processes stop at the same step for a signal that one of them gets. A SIGTERM to the launcher stops all, and so
-    does what both refuse.
+    Both processes stop at the same step if one of them gets a signal. A SIGTERM to the launcher stops both, and so
+    does an error in both.
     """
     whole, broken, stopped = (flags_of(base_flags, tmp_path / name, TWO) for name in ("whole", "broken", "stopped"))
     command = [sys.executable, *LAUNCH, str(REPOSITORY / "nlu" / "run_glue.py"), *stopped]
@@ -128,7 +128,7 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     _, told = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0
     log = (tmp_path / "stopped" / "log" / "run.log").read_text()
-    assert told.count("give the same command again to continue") == 1  # the first process says it for both
+    assert told.count("give the same command again to continue") == 1  # only rank 0 reports it
     assert log.count("---- ") == 1 and log.count("Interrupted: stopped after step") == 1
     assert read(stopped)["status"] == "interrupted"
 
@@ -142,14 +142,14 @@ def test_two_processes_go_on_exactly(base_flags, tmp_path):
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
-# ---- the seed alone fixes a run --------------------------------------------------------------------------------------
+# ---- the seed determines a run ---------------------------------------------------------------------------------------
 
 
-def test_the_seed_alone_fixes_a_run(base_flags, tmp_path):
-    """Weights, masks, losses and scores, with dropout and pruning in it."""
+def test_seed_alone_determines_a_run(base_flags, tmp_path):
+    """Equal seeds give equal weights, ranks, losses and scores, with dropout and pruning."""
     found = []
     for number, seed in enumerate((3, 3, 4)):
-        torch.manual_seed(number)  # what went before in the process
+        torch.manual_seed(number)  # random state left by earlier code
         torch.rand(number)
         folder = tmp_path / str(number)
         flags = changed(base_flags, root_output_dir=folder, seed=seed)

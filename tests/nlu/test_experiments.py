@@ -1,4 +1,4 @@
-"""The experiment files of this repository, and faulty ones; test_errors.py has any content whatever."""
+"""The experiment files of this repository, and faulty ones; test_errors.py generates arbitrary ones."""
 
 import json
 
@@ -19,7 +19,7 @@ from tests.nlu.tiny import REPOSITORY
 FILES = [path for path in sorted((REPOSITORY / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
 
 
-def test_numbers_of_yaml_are_decimal_with_signed_exponents_and_a_commit_stays_text():
+def test_parse_yaml_reads_signed_exponents_as_numbers_and_a_commit_as_text():
     content = parse_yaml("{a: 1e-3, b: -2.5E+4, c: 12e4567, d: 1e3, e: '1e-3', g: True}")
     assert content == {
         "a": 1e-3, "b": -2.5e4, "c": "12e4567", "d": "1e3", "e": "1e-3", "g": True
@@ -44,8 +44,8 @@ def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(p
 
 
 @pytest.mark.parametrize("lines", sorted(REPOSITORY.glob("results/measured/*.jsonl")), ids=lambda lines: lines.stem)
-def test_committed_records_are_those_of_the_files(lines):
-    """A final run's line has the arguments that its file gives today, so that the same sweep would not repeat it."""
+def test_committed_lines_match_their_experiment_files(lines):
+    """A final run's line has the arguments that its experiment file gives now: the same sweep would not repeat it."""
     path = REPOSITORY / f"configs/experiments/{lines.stem}.yaml"
     asked = {line["run"]: line["asked"] for line in map(json.loads, lines.open(encoding="utf-8"))}
     runs = load_experiment(path, {"model_name_or_path": "minilm"}).runs

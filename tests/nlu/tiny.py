@@ -41,7 +41,7 @@ SHAPES = {
 
 
 def make_encoder(folder: Path, model_type: str = "bert") -> Path:
-    """A random encoder of that shape with a word-level tokenizer, saved as from_pretrained wants it."""
+    """Save a random encoder with a word-level tokenizer for from_pretrained; returns ``folder``."""
     folder.mkdir(parents=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
@@ -68,7 +68,7 @@ def make_rows(fields: tuple[str, ...], regression: bool, count: int, seed: int, 
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """In the format that the suffix tells."""
+    """Write rows in the format that the suffix of the path names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -93,7 +93,7 @@ def tiny_bert() -> torch.nn.Module:
 
 
 def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
-    """Flags of a run of a few steps on tiny CoLA; append what a test is about."""
+    """Flags of a run of a few steps on tiny CoLA; a test appends the flags that it is about."""
     return [
         "--model_name_or_path", str(encoder), "--task_name", "cola", "--glue_dir", str(glue),
         "--root_output_dir", str(folder), "--do_train", "--do_eval", "--max_steps", "6",
@@ -104,7 +104,7 @@ def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
 
 
 def changed(flags: list[str], **values: object) -> list[str]:
-    """The flags with other values; a flag whose value is None goes."""
+    """The flags with other values; a flag whose value is None is removed."""
     flags = list(flags)
     for name, value in values.items():
         at = flags.index(f"--{name}")
@@ -113,7 +113,7 @@ def changed(flags: list[str], **values: object) -> list[str]:
 
 
 def read(flags: list[str], name: str = "results.json") -> dict:
-    """A JSON file of the run with those flags: its record, if no other is named."""
+    """A JSON file in the folder of the run with those flags; by default its record."""
     return json.loads((Path(flags[flags.index("--root_output_dir") + 1]) / name).read_text())
 
 
@@ -124,18 +124,18 @@ def quick_peft_adalora(folder: Path) -> Path:
     return folder / "adalora.json"
 
 
-PATIENCE = 600  # seconds; only what hangs takes as long, on however loaded a machine
+PATIENCE = 600  # seconds; only a hang takes this long, however loaded the machine is
 OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run_python(*words: object, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    """A Python process of its own, in that folder, with what it printed."""
+    """Run Python in a new process in ``folder``; the result has its output."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def wait_until(met: Callable[[], bool], every: float = 0.05) -> None:
-    """Wait for another process."""
+    """Wait for another process until ``met()`` is true."""
     end = time.monotonic() + PATIENCE
     while not met():
         assert time.monotonic() < end, "timed out"
@@ -143,7 +143,7 @@ def wait_until(met: Callable[[], bool], every: float = 0.05) -> None:
 
 
 def error_line(capsys):
-    """The one line on stderr that is an error; there is no traceback."""
+    """The only error line on stderr, on which there must be no traceback."""
     captured = capsys.readouterr().err
     assert "Traceback" not in captured
     (line,) = [line for line in captured.splitlines() if line.startswith("error: ")]
