@@ -63,7 +63,7 @@ def scored_allocators(budgets):
 
 
 def test_masks_are_those_of_peft_and_a_budget_that_prunes_nothing_masks_nothing():
-    """peft's issue 2337: its own allocator raises if nothing is to be pruned, because kthvalue does not accept k = 0."""
+    """peft's issue 2337: its own allocator raises if nothing is pruned, because kthvalue rejects k = 0."""
     theirs, ours = scored_allocators([15, 9, 4])
     assert theirs == ours and sum(ours[-1]) == 4
     allocator = AdaLoraTraining(model := adalora(target_r=4)).tuner.rankallocator
