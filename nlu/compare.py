@@ -1,11 +1,11 @@
-"""Compare methods on one task: every method with the same seeds, one table, its answer and its figures.
+"""Compare methods on one task: train each with the same seeds, and write a table, an answer and figures.
 
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --seeds 3
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR --methods lora2,lora
     python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64,adalora_r8
 
-Every other flag goes to nlu/run_glue.py for all methods; NAME:flag=value in --methods sets it for one method.
-The others are compared with the first method. After an interruption, the same command continues.
+All other flags go to nlu/run_glue.py, for every method; NAME:flag=value in --methods sets a flag for one method.
+The first method is the reference for the others. After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
-# Flags that decide what is scored: they cannot be one method's own.
+# Flags that decide what is scored: they cannot differ between methods.
 _FOR_ALL = {
     "task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "label_column", "metric",
     "max_seq_length", "max_eval_samples", "holdout_fraction", "holdout_seed", "do_train", "do_eval", "eval_strategy",
@@ -36,7 +36,7 @@ _FOR_ALL = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; returns the exit code: 0, 1 where a run failed, 2 for bad arguments, 128 + signal when stopped."""
+    """Compare; returns the exit code: 0, 1 if a run failed, 2 for bad arguments, 128 + signal when stopped."""
     try:
         args, rest = own_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
         return compare(args, flag_values(rest))
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def own_parser() -> argparse.ArgumentParser:
-    """The flags that are this program's own."""
+    """The parser of compare.py's own flags."""
     parser = OneLineParser(
         prog="compare.py",
         description=__doc__,
@@ -57,13 +57,13 @@ def own_parser() -> argparse.ArgumentParser:
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
-        help="first choose each method's learning rate by its score on a held-out tenth of the training set (runs of "
-        "their own, NAME-tuning), among "
-        f"RATES, or {RATES} (full: around its own rate)")  # fmt: skip
+        help="first choose each method's learning rate by its score on a held-out tenth of the training set (in "
+        "separate runs, NAME-tuning), from "
+        f"RATES or {RATES} (full: from three rates around its own)")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (1); with more, step times vary more")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
-    add("--rerun_changed", action="store_true", help="run again what was made with other arguments or contents")
+    add("--rerun_changed", action="store_true", help="repeat the runs made with other arguments or contents")
     return parser
 
 
@@ -71,12 +71,12 @@ def flag_values(words: list[str]) -> dict[str, Any]:
     """run_glue's flags as a mapping, read by its own parser.
 
     Raises:
-        UsageError: for what run_glue does not take, or a flag that a comparison sets itself.
+        UsageError: run_glue has no such flag, or the comparison sets it itself.
     """
     values = read_flags(words)
     for name in ("method", "seed", *SET_BY_THE_SWEEP):
         if name in values:
-            raise UsageError(f"--{name} is set for each run: give --methods, --seeds and --output_dir")
+            raise UsageError(f"--{name} is set by compare.py: use --methods, --seeds and --output_dir instead")
     return values
 
 
@@ -84,17 +84,17 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """Check everything, run what is not finished, and write the table and the figures.
 
     Raises:
-        UsageError: for whatever the user can put right, before the first run starts.
+        UsageError: anything that the user can correct, before the first run starts.
     """
     tuning, final = plan(args, flags)
     firsts = [run for run in final.runs if run.axes["seed"] == 1]
     parsed = {run.axes["method"]: parsed_command(run) for run in firsts}
-    # What data, sizes and tables need takes seconds to import, which a command with a fault need not wait for.
+    # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
     from nlu.experiments.comparison import write
     from nlu.experiments.fairness import shape_of, unlike
 
-    load_data(next(iter(parsed.values())))  # a fault shows now, and not in every run
+    load_data(next(iter(parsed.values())))  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
     labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
     warnings = unlike(firsts, shapes)
@@ -115,7 +115,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _tune(
     tuning: Experiment, final: Experiment, labels: dict[str, str], args: argparse.Namespace
 ) -> tuple[int, list[dict[str, Any]], Experiment]:
-    """Run the tuning; returns its exit code and lines, and the comparison with the rates that it chose.
+    """Run the tuning; returns its exit code and lines, and the comparison with the chosen rates.
 
     Args:
         labels: the methods' names in tables.
@@ -147,9 +147,9 @@ def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[di
 
 
 def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | None, Experiment]:
-    """The tuning, a grid of methods and learning rates on held-out rows, and the comparison, one of methods and seeds.
+    """The tuning (methods × learning rates, scored on held-out rows) and the comparison (methods × seeds).
 
-    Without --tune there is no tuning; with it the comparison's runs lack the rates that it will choose.
+    Without --tune the tuning is None; with it the comparison's runs do not have the rates yet that it will choose.
     """
     task = flags.get("task_name")
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
@@ -189,7 +189,7 @@ def _spec(spec: str) -> dict[str, Any]:
 
 
 def _rates(named: str, method: str) -> list[float]:
-    """What --tune tries: the rates that it names, or those around the one that the method's file has."""
+    """The rates to try: those that --tune names, three around the one in the method's file, or `RATES`."""
     rate = method_file(method)[1].get("learning_rate")
     if rate and not named:
         return [float(f"{rate * factor:.3g}") for factor in (1 / 3, 1, 3)]

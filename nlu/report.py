@@ -3,8 +3,8 @@
     python nlu/report.py                                    # output/measured → output/README.md, tables/, figures/
     python nlu/report.py --measured_dir results/measured    # the repository's own records → results/
 
-It reads MEASURED_DIR/EXPERIMENT.jsonl, whose lines runs and sweeps write, and configs/experiments/claims.yaml. The same
-lines give the same bytes. Figures without rounding go to tables/*.csv.
+It reads MEASURED_DIR/EXPERIMENT.jsonl, which runs and sweeps write, and configs/experiments/claims.yaml. The same lines
+give the same files, byte for byte. Unrounded figures go to tables/*.csv.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report; returns the exit code: 0, or 2 for bad input."""
     try:
         args = build_parser().parse_args(argv)
-        from nlu.experiments.page import write_report  # takes seconds, which a wrong flag need not wait for
+        from nlu.experiments.page import write_report  # takes seconds, so wrong flags are refused first
 
         return write_report(args)
     except BaseException as error:

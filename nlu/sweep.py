@@ -26,8 +26,8 @@ A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXP
 with what tables and figures need is added to MEASURED_DIR/EXPERIMENT.jsonl, without paths of this machine;
 python nlu/report.py makes tables and figures from these lines.
 
-Runs finished with arguments that the file no longer gives, or with a model, data or files whose contents have changed,
-are refused before anything starts; --rerun_changed replaces them."""
+If a finished run had arguments that the file no longer gives, or a model, data or files whose contents have changed,
+the sweep does not start; --rerun_changed replaces such runs."""
 
 EPILOG = """\
 examples:
@@ -79,7 +79,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     places = Places(measured, output, command)
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
-    if args.command is None:  # a wrong flag shows now and not after hours; of runs that differ in the seed, one is read
+    if args.command is None:  # a wrong flag shows now, not after hours; runs that differ only in seed are read once
         for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
             parsed_command(run)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
@@ -110,12 +110,12 @@ def _only(runs: list[Run], only: str) -> list[Run]:
 
 
 def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
-    """KEY=VALUE texts, values read as YAML would read them; the name of a file or folder stays text."""
+    """KEY=VALUE texts as a mapping; values are read as YAML, but the name of a file or folder stays text."""
     pairs = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key or not value.strip():
-            raise UsageError(f"{flag} {text} must have the form KEY=VALUE; KEY=null takes a flag out")
+            raise UsageError(f"{flag} {text} must have the form KEY=VALUE; KEY=null removes a flag")
         try:
             pairs[key] = value if key in (*INPUTS, "cache_dir") and value != "null" else parse_yaml(value)
         except ValueError:

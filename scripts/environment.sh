@@ -1,4 +1,4 @@
-# Sourced by the scripts/run_*.sh files with their arguments: --help, what the environment variables set (PROCESSES, FLAGS), and `run`.
+# Sourced by scripts/run_*.sh: prints --help, sets PROCESSES and FLAGS from the environment variables, and defines `run`.
 
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 
@@ -57,5 +57,5 @@ PROCESSES=(--nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 FLAGS=(--measured_dir output/measured ${MODEL:+--model_name_or_path "$MODEL"} ${SEED:+--seed "$SEED"}
     ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"})
-# Seconds that torchrun leaves its processes to end their step and save it, before it kills them.
+# Seconds that torchrun gives its processes to end their step and save it before it kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}

@@ -2,8 +2,8 @@
 # Checks on a GPU what the suite cannot see on a CPU, in at most 9 minutes. It installs and downloads nothing.
 # Without a GPU it runs at small size and writes gpu_check_cpu.json and gpu_check_cpu.md.
 #   bash scripts/gpu_check.sh                 writes gpu_check.json and gpu_check.md into benchmarks/results/
-#   bash scripts/gpu_check.sh --out FOLDER    writes them there (a relative name starts at the repository)
-#   PYTHON=python3 bash scripts/gpu_check.sh  names the interpreter (default: .venv/bin/python, else python3)
+#   bash scripts/gpu_check.sh --out FOLDER    writes them there (relative to the repository)
+#   PYTHON=python3 bash scripts/gpu_check.sh  sets the interpreter (default: .venv/bin/python, else python3)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 cd "$ROOT"

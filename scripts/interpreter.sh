@@ -1,4 +1,4 @@
-# Sourced by the other scripts: sets ROOT, the repository, and PYTHON, the interpreter, unless the caller has named one.
+# Sourced by the other scripts: sets ROOT (the repository) and, unless the caller has set it, PYTHON (the interpreter).
 ROOT=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$ROOT/.venv/bin/python
@@ -6,6 +6,6 @@ if [[ -z ${PYTHON:-} ]]; then
         echo "error: there is no python3: install it, or set PYTHON" >&2
         exit 2
     }
-elif [[ $PYTHON == */* ]]; then # from the caller's folder
+elif [[ $PYTHON == */* ]]; then # relative to the caller's folder
     PYTHON=$(CDPATH= cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")
 fi

@@ -1,14 +1,14 @@
 """The questions that a report answers (`configs/experiments/claims.yaml`), each about one experiment.
 
 questions:
-  - question: Does LoRA² score higher than LoRA on {tasks}?   # {model} and {tasks} are those of the lines
+  - question: Does LoRA² score higher than LoRA on {tasks}?   # {model} and {tasks} are those of the runs
     experiment: base
-    model: MPNet-base                   # the encoder that is meant, named while there are no lines
-    against: [LoRA r=8, LoRA r=1]       # optional: every row is compared with that of these which is nearest in size
+    model: MPNet-base                   # the encoder's name while the question is still open
+    against: [LoRA r=8, LoRA r=1]       # optional: each row is compared with the listed row that is closest in size
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
-    seeds: 5                            # optional: nothing is shown before every row has so many runs of each task
-    pooled: true                        # optional: intervals by the standard deviation pooled over all rows
+    seeds: 5                            # optional: nothing is shown until every row has this many runs of each task
+    pooled: true                        # optional: intervals use the standard deviation pooled over all rows
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
 """
 
@@ -26,7 +26,7 @@ from nlu.json_yaml import read_yaml
 
 @dataclass(frozen=True)
 class Claim:
-    """`label` against `against`; `published` is the gain that a paper reports, in points, and `source` says where."""
+    """How the row `label` should compare with `against`; `published` is the gain in points that `source` reports."""
 
     label: str
     expect: str
@@ -49,7 +49,7 @@ class Question:
     test: tuple[str, ...] = ()
 
     def reference(self, label: str, sizes: pd.Series) -> str | None:
-        """The row that a row is compared with; None for one of these rows that all others are compared with.
+        """The row that a row is compared with; None for the first reference row, and if no reference row has runs.
 
         Args:
             sizes: label → trained parameters.
@@ -64,7 +64,7 @@ def load_questions(path: Path) -> list[Question]:
     """The questions of a file.
 
     Raises:
-        UsageError: a file that cannot be read, an unknown or missing key.
+        UsageError: the file cannot be read, or a key is unknown or missing.
     """
     try:
         return [_question(**raw) for raw in read_yaml(path)["questions"]]

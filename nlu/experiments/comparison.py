@@ -1,4 +1,4 @@
-"""What a comparison prints and writes: its table, its answer, and what speaks against judging by the runs."""
+"""What a comparison prints and writes: its table, its answer, and reasons not to judge by the runs yet."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nlu.runs.files import write_bytes, write_text
 
 
 def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
-    """Label → the learning rate that the lines of its runs chose; none where no run has a score.
+    """Label → the learning rate chosen by its tuning runs; a label whose runs have no score is left out.
 
-    Where all rates of a method are barred, the best score decides; `advice` tells of final runs that learned nothing.
+    If all rates of a method are barred, the best score decides; `advice` reports final runs that learned nothing.
     """
     table = tuning_frame(as_frame(("tuning", line) for line in tuning))
     if not len(table):
@@ -36,11 +36,11 @@ def write(
     notes: list[str],
     folder: Path,
 ) -> None:
-    """Print the table and what follows, and write them (comparison.md and .csv) with the figures into the folder.
+    """Print the table, the answer and the notes, and write them (comparison.md, .csv) and the figures to the folder.
 
     Args:
-        lines: of the comparison's runs; nothing is written where none has finished.
-        tuning: lines of the runs that tried learning rates.
+        lines: those of the comparison's runs; nothing is written if no run has finished.
+        tuning: the lines of the tuning runs.
         scales: label → α/r, in the order of the rows.
     """
     frame = as_frame((name, line) for line in lines)
@@ -70,10 +70,10 @@ def write(
 
 
 def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
-    """What a comparison shows: which method scores higher and by how much, or what would show it.
+    """What a comparison shows: which method scores higher and by how much, or how many seeds would show it.
 
     Args:
-        scores: see :func:`score_frame`; the others are compared with the first row. every: the runs.
+        scores: see :func:`score_frame`; the first row is the reference. every: the runs.
     """
     done = finished(every)
     first, others = scores.row[0], scores[1:]
@@ -87,7 +87,7 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
         )
     level = others[~((others.low > 0) | (others.high < 0))]
     if len(done) > 1 and done["last"].nunique() == 1:
-        sentences.append("All runs have one score: they have learned nothing, or the evaluation set is too small.")
+        sentences.append("All runs have the same score: they have learned nothing, or the evaluation set is too small.")
     elif len(level):
         seeds = seeds_for(1.0, pooled_spread(done))
         hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
@@ -96,16 +96,16 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
 
 
 def advice(every: pd.DataFrame) -> list[str]:
-    """What each method's runs say against judging it by them, and what to change.
+    """Why a method should not be judged by its runs yet, and what to change.
 
-    Λ, the sum of the learning rates over the steps, tells a low-rank method that has hardly left its start from one
-    whose rate is too high; without it a failed run has no advice.
+    Λ, the sum of the learning rates over the steps, distinguishes a low-rank method that has hardly left its start from
+    one whose rate is too high. Without Λ, a failure is reported without advice.
     """
     found = []
     for label, runs in finished(every).groupby("label", sort=False):
         failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
         rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
-        sums = runs.rate_sum[runs.delta_norm.notna()]  # of a low-rank method
+        sums = runs.rate_sum[runs.delta_norm.notna()]  # low-rank methods only
         if (sums < SHORT).any():
             found.append(
                 f"{failed or f'{label} has hardly left its start'} (Λ, the sum of the learning rates, is "

@@ -9,12 +9,12 @@ grid:                                   # one run for each combination
   variant:                              # a mapping: a label and the arguments that it stands for
     inner: {importance: inner}
     full: {importance: full}
-  task_name: [cola, rte]                # or train_file and validation_file, in base or as an axis: a user's own data
+  task_name: [cola, rte]                # or your own data: train_file and validation_file, in base or as an axis
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
 
-A tuning is an experiment of its own: an axis learning_rate, a holdout_fraction in base. The report shows its choice.
+A tuning is a separate experiment: an axis learning_rate, a holdout_fraction in base. The report shows its choice.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
 from nlu.runs.digests import INPUTS
 
-# Of these only the last part of a path is compared and recorded: records name no folder of this machine.
+# Only the last part of these paths is compared and recorded, so that records name no folder of this machine.
 _PATH_ARGUMENTS = tuple(name for name in INPUTS if name != "glue_dir")
-NO_LABEL = ("task_name", "seed")  # axes that tables show in other places than a row's label
+NO_LABEL = ("task_name", "seed")  # axes that are not part of a row's label in tables
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of nlu/run_glue.py. `folder` is its place below the experiment's folder, unique there."""
+    """One call of nlu/run_glue.py. `folder` is its unique path below the experiment's folder."""
 
     folder: str
     axes: dict[str, Any]  # grid axis → label
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def flags(self) -> list[str]:
-        """The arguments as words of a command; null is left out."""
+        """The arguments as words of a command, without those that are null."""
         return [f"--{name}={value}" for name, value in self.arguments.items() if value is not None]
 
 
@@ -63,7 +63,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class _Rule:
-    """What `set` gives to the combinations that have the labels of `when`."""
+    """The combinations that have the labels in `when`, and the arguments that an override sets for them."""
 
     when: dict[str, Any]
     set: dict[str, Any] | None = None
@@ -77,7 +77,7 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
         settings: arguments given on the command line; they win over `base`, labels and `overrides`.
 
     Raises:
-        UsageError: unreadable file, unknown or missing key, a flag set in two places that cannot both hold, runs that
+        UsageError: the file cannot be read, a key is unknown or missing, a flag is set to two different values, or runs
             would share a folder.
     """
     content = read_yaml(path)
@@ -88,10 +88,10 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
 
 
 def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Experiment:
-    """Check the content of an experiment file; arguments and errors as :func:`load_experiment`."""
+    """Check the content of an experiment file; arguments and errors are those of :func:`load_experiment`."""
     try:
         return _experiment(settings or {}, **content)
-    except (TypeError, KeyError, AttributeError) as error:  # another key, or a list where a mapping belongs
+    except (TypeError, KeyError, AttributeError) as error:  # an unknown key, or a list instead of a mapping
         what = reason(error, 200).replace("_experiment()", "the file")
         raise UsageError(f"{what}; the format is explained at the top of nlu/experiments/experiment.py") from None
 
@@ -138,12 +138,12 @@ def _of_labels(axes: dict[str, Any], choices: dict[str, dict]) -> dict[str, Any]
     for axis, label in axes.items():
         for flag, value in choices[axis][label].items():
             if arguments.setdefault(flag, value) != value:
-                raise UsageError(f"grid.{axis} {label} sets {flag}, which another axis sets otherwise")
+                raise UsageError(f"grid.{axis} {label} sets {flag}, which another axis sets to a different value")
     return arguments
 
 
 def _matching(rules: Iterable[_Rule], axes: dict[str, Any], choices: dict[str, dict]) -> list[_Rule]:
-    """The rules whose labels a combination has; UsageError for a label that the grid does not have."""
+    """The rules that match a combination; raises UsageError for a label that the grid does not have."""
     found = []
     for rule in rules:
         when = {axis: labels if isinstance(labels, list) else [labels] for axis, labels in rule.when.items()}
@@ -155,10 +155,10 @@ def _matching(rules: Iterable[_Rule], axes: dict[str, Any], choices: dict[str, d
 
 
 def _check(runs: list[Run], flags: list[str]) -> None:
-    """Refuse runs without what each needs, with names that lie, or with a folder that another uses.
+    """Refuse runs that lack a required argument, have a misleading name, or share a folder.
 
     Args:
-        flags: axes that are flags: their values are in the runs' names.
+        flags: the axes that are flags; their values are part of the runs' names.
     """
     seen = {"", "logs"}
     for run in runs:
@@ -166,27 +166,27 @@ def _check(runs: list[Run], flags: list[str]) -> None:
                              ("model_name_or_path", "published")):  # fmt: skip
             if run.arguments.get(key) is None and run.arguments.get(instead) is None:
                 what = f"{key} or {instead}" if instead else key
-                raise UsageError(f"no {what} is given: give --{key} VALUE, of sweep.py --set {key}=VALUE")
+                raise UsageError(f"no {what} is given: add --{key} VALUE, or --set {key}=VALUE for sweep.py")
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
-                raise UsageError(f"{run.folder}: {flag} is an axis of the grid, and set again elsewhere")
-        folder = run.folder.lower()  # some systems do not tell case apart
+                raise UsageError(f"{run.folder}: {flag} is an axis of the grid; do not set it elsewhere too")
+        folder = run.folder.lower()  # some file systems ignore case
         if folder in seen or folder.startswith("."):
             raise UsageError(
-                f"two runs would share the folder {folder!r}, or the sweep needs it: give axes labels that differ in "
-                "more than case, in A-Z, 0-9 and . + = , - (other characters become _, of a path the last part stays)"
+                f"two runs would share the folder {folder!r}, or the sweep needs it: give the axes labels that differ "
+                "in letters (not only in case), digits or . + = , - (others become _; only the end of a path is kept)"
             )
         seen.add(folder)
 
 
 def run_name(axes: dict[str, Any]) -> str:
-    """A folder's name from the labels of a run's axes, LoRA² as LoRA2; numbers carry their axis' name."""
+    """A folder's name from the labels of a run's axes (LoRA² becomes LoRA2); numbers carry their axis' name."""
     parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in place_free(axes).items()]
     return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts)))
 
 
 def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same, with only the last part of every path. A name on the hub stays whole."""
+    """The arguments with every path cut to its last part. A name on the hub stays whole."""
     return {
         key: Path(value).name if key in _PATH_ARGUMENTS and isinstance(value, str) and _is_place(value) else value
         for key, value in arguments.items()

@@ -1,4 +1,4 @@
-"""Whether methods are alike in size and scale, before they train, and what would make them so."""
+"""Checks before training whether methods match in size and scale, and names settings that would make them match."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from nlu.methods.registry import check_method_fits, count_parameters, flag_metho
 from nlu.model import load_config, without_weights
 from nlu.tasks import TASKS
 
-CLOSE = 0.1  # sizes and scales that differ by a larger share are not alike
+CLOSE = 0.1  # sizes and scales whose relative difference is larger do not match
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What must be alike for a fair comparison. None: not known before the training, or a method without it.
+    """What must match for a fair comparison. None if it is unknown before training, or the method does not have it.
 
     Attributes:
-        trained: the adapter's parameters. size: those at the ranks that pruning aims for. scale: α/r. rank: r.
-        head_rate: the head's learning rate; None where it is the one that tuning will choose for the rest.
+        trained: the adapter's parameters. size: the same at pruning's target ranks. scale: α/r. rank: r.
+        head_rate: the head's learning rate; None if the head takes the rate that tuning will choose.
     """
 
     trained: int | None
@@ -48,25 +48,25 @@ class Shape:
 
 
 def alike(one: float | None, other: float | None) -> bool:
-    """Whether two sizes or scales differ by a tenth at most; what is not known does not differ."""
+    """Whether two sizes or scales differ by a tenth at most; an unknown value matches every other."""
     return None in (one, other) or abs(one - other) <= CLOSE * max(one, other) + 1e-9
 
 
 def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
-    """Size and scale of a method on its encoder, whose weights are not loaded.
+    """Size and scale of a method on its encoder, found without loading weights.
 
     Args:
         tuned: whether the method's learning rate is yet to be chosen.
 
     Raises:
-        UsageError: for a model that cannot be read, and modules that it lacks.
+        UsageError: the model cannot be read, or lacks the modules to adapt.
     """
     method, trained, size = arguments.method, None, None
-    # Only the adapter counts, and it is the same for every task: own data need not be read for it.
+    # Only the adapter counts, and it is the same for every task, so a user's own data need not be read.
     model = without_weights(arguments, load_config(arguments, TASKS[arguments.data.task_name or "sst2"])[0])
     with torch.device("meta"):
         applied = check_method_fits(model, method, 10**9)
-    if applied is not None:  # else the size is known after the run
+    if applied is not None:  # otherwise the size is known only after the run
         trained = size = count_parameters(model)["adapter_params"]
         if applied.allocator is not None:
             kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
@@ -80,10 +80,10 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
 
 
 def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:
-    """A line for each method that differs from the first in size or α/r, or in the head's rate, with what would match.
+    """Warnings about methods that differ from the first in size, α/r or head rate, with settings that would match.
 
     Args:
-        runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that.
+        runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that axis.
     """
     first, *others = (run.axes["method"] for run in runs)
     lines = []
@@ -101,8 +101,8 @@ def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:
             )
     if any(shapes[spec].head_rate is None for spec in (first, *others)):
         lines.append(
-            "heads without a rate of their own train at the one that is chosen for their method: --head_learning_rate "
-            "gives all heads the same"
+            "heads without their own learning rate train at the one chosen for their method: --head_learning_rate "
+            "gives all heads the same rate"
         )
     return lines
 

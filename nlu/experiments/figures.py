@@ -1,4 +1,4 @@
-"""The figures of a report. Lines differ in colour (Okabe and Ito's palette) and marker, for print in grey."""
+"""The figures of a report. Lines differ in colour (Okabe and Ito's palette) and marker, so they differ in grey too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nlu.experiments.statistics import finished
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-KINDS = ("differences", "rates", "curves", "ranks")  # the figures, by the ends of their names, as the page has them
+KINDS = ("differences", "rates", "curves", "ranks")  # the suffixes of the figures' names, in the order of the page
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE = {
     "font.size": 9.0,
@@ -36,14 +36,14 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4.0,
-    "text.parse_math": False,  # a `$` is a character of a label
+    "text.parse_math": False,  # a `$` in a label is an ordinary character
 }
-WIDTH = 5.0  # inches: on a phone, whose width a page scales figures to, letters of 9 points stay readable
+WIDTH = 5.0  # inches: 9-point letters stay readable when a page scales the figure to a phone's width
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: `text` says in words what it shows, for captions and for those who cannot see it."""
+    """A figure; `text` describes it in words, for captions and for readers who cannot see it."""
 
     name: str
     text: str
@@ -58,11 +58,11 @@ class Drawing:
 
 
 def draw(name: str, every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> list[Drawing]:
-    """The figures that there is something to draw for, in the order of `KINDS`.
+    """The figures for which there is data, in the order of `KINDS`.
 
     Args:
-        name: begins the figures' names. every: all runs of an experiment.
-        scores: of the finished final runs, see `tables.score_frame`.
+        name: the prefix of the figures' names. every: all runs of an experiment.
+        scores: the scores of the finished final runs, see `tables.score_frame`.
         tuning: the runs that tried learning rates, see `tables.tuning_runs`.
     """
     final = finished(every)
@@ -110,7 +110,7 @@ def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
     means = [pd.DataFrame(own.module_ranks.tolist()).mean() for _, own in rows]
     kinds = list(dict.fromkeys(module_type(module) for mean in means for module in mean.index))
     owners = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
-    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, owners)))  # leading parts, which say nothing
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, owners)))  # leading parts that all names share
     figure = Figure(figsize=(WIDTH, (0.8 + 0.27 * len(kinds)) * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), squeeze=False)[:, 0]
     most = max(mean.max() for mean in means)
@@ -134,7 +134,7 @@ def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
 
 
 def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
-    """Score and validation loss against the step, a row for each task; one evaluation alone makes no curve."""
+    """Score and validation loss against the step, a row for each task; None if no run has two evaluations."""
     if runs.steps_at.map(len).max() < 2:
         return None
     tasks = list(dict.fromkeys(runs.task))
@@ -158,7 +158,7 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
 
 
 def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
-    """Score against the learning rate of the runs that tried some."""
+    """Score against the learning rate, from the tuning runs."""
     if not len(runs):
         return None
     labels, tasks = list(dict.fromkeys(runs.row)), list(dict.fromkeys(runs.task.dropna()))
@@ -191,7 +191,7 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
 
 
 def _end_at_the_possible(axes: Axes) -> None:
-    """End an axis of scores at the highest that there is."""
+    """Limit an axis of scores to 100."""
     axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
 
 
@@ -200,7 +200,7 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
     handles: dict[str, object] = {}
     for axes in panels:
         for handle in axes.containers or axes.get_lines():
-            if getattr(handle, "get_marker", str)() != "x":  # a cross marks what another handle names
+            if getattr(handle, "get_marker", str)() != "x":  # a cross needs no entry: its line has one
                 handles.setdefault("\n".join(textwrap.wrap(handle.get_label(), 28)), handle)
     lines = sum(text.count("\n") + 1 for text in handles) / 2
     figure.set_figheight(figure.get_figheight() + 0.2 * lines)  # the panels keep their size

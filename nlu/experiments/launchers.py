@@ -16,7 +16,7 @@ RUN_GLUE = ROOT / "nlu/run_glue.py"
 
 
 class LocalLauncher:
-    """Runs as child processes, `jobs` at once, with OMP_NUM_THREADS threads each; by default they share the cores."""
+    """Starts runs as child processes, `jobs` at once, each with OMP_NUM_THREADS threads (default: its share)."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
@@ -39,23 +39,23 @@ class LocalLauncher:
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
                     env=self.environment,
-                    start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on once
+                    start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
                 )
             except OSError as error:
                 raise UsageError(f"cannot run {command[0]}: {error.strerror}; check --command") from None
 
 
 class LocalJob(subprocess.Popen):
-    """A process with all that it starts; `poll` gives its exit code, or None while it runs."""
+    """A process and its children; `poll` returns its exit code, or None while it runs."""
 
     def stop(self, at_once: bool = False) -> None:
-        """Ask it to save and end, or end it at once."""
+        """Ask the process to save and end, or kill it at once."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL if at_once else signal.SIGTERM)
 
 
 class SlurmLauncher:
-    """Runs as jobs that submitit hands to a cluster, `jobs` at once; `parameters` go to its executor as they are.
+    """Submits runs to a cluster through submitit, `jobs` at once; `parameters` go unchanged to its executor.
 
     `parameters["cluster"]` may name submitit's other executors (`local`, `debug`), which need no Slurm.
     """
@@ -68,23 +68,23 @@ class SlurmLauncher:
         rest = {name: value for name, value in parameters.items() if name != "cluster"}
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-            self.executor.update_parameters(**{"timeout_min": 24 * 60, **rest})  # submitit's own limit is 5 minutes
+            self.executor.update_parameters(**{"timeout_min": 24 * 60, **rest})  # submitit's default limit is 5 minutes
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
 
     def start(self, command: list[str], log: Path) -> SlurmJob:
-        """Submit a command that runs in this folder, its output appended to the log.
+        """Submit a command that runs in the current folder; its output is appended to the log.
 
         Raises:
             UsageError: the cluster refuses the job.
         """
         log, folder = log.resolve(), os.getcwd()
 
-        def run() -> int:  # a function inside a function is sent to the node whole: nothing is imported there
+        def run() -> int:  # a nested function is pickled with its code, so the node imports nothing
             with open(log, "ab") as output:
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-            # Slurm tells this process alone to stop, submitit by SIGUSR2 before the time is up: the run saves and ends.
+            # Slurm (and submitit: SIGUSR2 before the time is up) signals only this process, which makes the run save.
             stops = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
             before = [signal.signal(number, lambda *_: process.terminate()) for number in stops]
             try:
@@ -117,8 +117,8 @@ class SlurmJob:
             return 1
 
     def stop(self, at_once: bool = False) -> None:
-        self.job.cancel(check=False)  # scancel fails where the job has ended since
-        self.ended = at_once  # without accounting (sacct) the cluster never says so
+        self.job.cancel(check=False)  # scancel fails if the job has ended meanwhile
+        self.ended = at_once  # without accounting (sacct) the cluster never reports the end
 
 
 def available_cores() -> int:

@@ -1,10 +1,10 @@
 """The measured runs: `MEASURED_DIR/EXPERIMENT.jsonl` holds one line for each run, with what tables and figures need.
 
-A line has the run's place (`run`, `axes`, `label`, `task`, `method`, `seed`), what the sweep asked for (`asked`), the
-arguments that differ from the defaults, every evaluation, the training loss in twentieths of the steps, the final sizes
-and norms, times, versions, the commit, the processor and the digests of the contents that the run read. The full record
-stays in the run's own folder. Lines of 2026-11-27 and before also have a `stage`, "select" for a run of the tuning that
-an experiment then held itself, and what was `tried` in it, or chosen by it.
+A line identifies the run (`run`, `axes`, `label`, `task`, `method`, `seed`) and has the arguments that the sweep set
+(`asked`), those that differ from the defaults, every evaluation, the mean training loss of each twentieth of the steps,
+the final sizes and norms, times, versions, the commit, the processor and the digests of what the run read. The full
+record stays in the run's own folder. Lines up to 2026-11-27 also have a `stage`, "select" for tuning runs (experiments
+then included their tuning), and in `tried` the values that a tuning run tried, or that were chosen for a final run.
 """
 
 import json
@@ -21,7 +21,7 @@ from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_fr
 from nlu.methods.registry import METHODS
 from nlu.runs.files import locked, write_text
 
-# Where things lie says nothing about a run's result: these may differ without a run counting as another.
+# These say where a run happens, not what it computes: runs that differ only in them count as the same.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
 COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "model", "adapter_params", "head_params",
@@ -36,7 +36,7 @@ _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?"
 
 
 def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """The line of a run that has ended; one without a finite score, or of another seed than asked, counts as failed.
+    """The line of a run that has ended; without a finite score, or with a seed other than asked, it counts as failed.
 
     Args:
         run: what the sweep asked for.
@@ -70,9 +70,9 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def place_of(run: Run, method: str) -> dict[str, Any]:
-    """The part of a line that says which run of the experiment it is; `method` is the base method.
+    """The part of a line that identifies the run within the experiment; `method` is the base method.
 
-    Tables call the run by the labels of the grid's axes (`label`), but for those that stand in other places.
+    Its `label`, the name in tables, joins the labels of the grid's axes, except those in `NO_LABEL`.
     """
     axes = place_free(run.axes)
     names = []
@@ -85,7 +85,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
 
 
 def _method_name(name: str, base: str) -> str:
-    """The display name of the base method, and what a file in configs/methods/, and flags behind colons, add to it."""
+    """The base method's display name, extended by the rest of the method file's name and by the flags after colons."""
     if base not in METHODS or not name.startswith(base):
         return name
     file, *flags = settings_of(name[len(base) :])
@@ -93,24 +93,24 @@ def _method_name(name: str, base: str) -> str:
 
 
 def settings_of(spec: str) -> list[str]:
-    """A method's name and the settings behind it, of NAME:flag=value:…; a value may hold a colon (match:lora)."""
+    """NAME:flag=value:… split into the name and the settings; a value may contain a colon (match:lora)."""
     return re.split(r":(?=[\w-]+=)", spec)
 
 
 def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that differ from run_glue's defaults, without places."""
+    """The comparable arguments that differ from run_glue's defaults."""
     own = {name: value for name, value in arguments.items() if name not in SET_BY_THE_SWEEP}
     return comparable({name: value for name, value in own.items() if value != DEFAULTS.get(name)})
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that decide a run's result: no folders of this machine, of paths the last part."""
+    """The arguments that decide a run's result, with every path cut to its last part."""
     kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
     return portable(place_free(kept))
 
 
 def rate_sum(record: dict[str, Any]) -> float | None:
-    """Λ, the sum of the learning rates over the steps, those between two logging steps interpolated."""
+    """Λ, the sum of the learning rates over the steps, interpolated between logging steps."""
     history = record.get("history") or []
     logged = {entry["step"]: entry["learning_rate"] for entry in history if entry.get("learning_rate") is not None}
     if not logged or not record.get("steps"):
@@ -122,14 +122,14 @@ def rate_sum(record: dict[str, Any]) -> float | None:
 
 
 def _figures(value: float) -> float:
-    """Six significant digits."""
+    """The value with six significant digits."""
     return float(f"{value:.6g}")
 
 
 def training_losses(record: dict[str, Any], parts: int = 20) -> list[float] | None:
     """The mean training loss in each of `parts` equal parts of the steps; the last two are the last tenth of them.
 
-    An entry of the history is the mean over the steps since the one before.
+    An entry of the history is the mean over the steps since the previous entry.
     """
     logged = [(entry["step"], entry["loss"]) for entry in record.get("history") or [] if entry.get("loss") is not None]
     if not logged:
@@ -146,7 +146,7 @@ def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:
 
 
 def portable(value: Any) -> Any:
-    """A value without this machine's folders: of every absolute path only the last part stays, behind an ellipsis."""
+    """A value without this machine's folders: every absolute path becomes an ellipsis and its last part."""
     if isinstance(value, dict):
         return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -161,7 +161,7 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
     """Add the line of a run that no sweep started to `measured`/MODEL.jsonl; returns the file.
 
     Args:
-        folder: the run's root_output_dir; its path from the folder that holds `measured` names the run.
+        folder: the run's root_output_dir; its path relative to the parent of `measured` names the run.
         record: its `results.json`; its status is "finished" or "failed".
     """
     axes = {"method": record["method_config"], "task_name": record["task"], "seed": record["seed"]}
@@ -173,7 +173,7 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
 
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
-    """Put a run's line in place of its earlier one, or take it out (None); the file is replaced whole, under a lock."""
+    """Replace a run's line, or remove it if `line` is None; the whole file is rewritten, under a lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / ".lock", f"{path.parent} is in use", wait=True):
         lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
@@ -182,10 +182,10 @@ def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every line of a file; an absent file has none.
+    """All lines of a file; none if there is no such file.
 
     Raises:
-        UsageError: names the file and the number of the first line that is damaged.
+        UsageError: a line is damaged; the message names the file and the line number.
     """
     lines: dict[str, dict[str, Any]] = {}
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):

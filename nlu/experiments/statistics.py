@@ -17,10 +17,10 @@ from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS
 from nlu.tasks import TASKS
 
-LEVEL = 0.5  # points: a gain of less is not worth choosing a method for
-SHORT = 1.0  # Λ at the end under which a low-rank training has hardly left its start
-FREEDOM = 4.0  # of the Student-t errors, as Lange, Little and Taylor (JASA 84, 1989) advise for few observations
-_BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim's test compares with
+LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
+SHORT = 1.0  # final Λ below which a low-rank method has hardly left its start
+FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
+_BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
 _NAMES = [
     "experiment", "run", "stage", "status", "task", "method", "label", "seed", "tried", "axes", "asked", "arguments",
     "model", "machine", "module_ranks", "training_loss", "digests",
@@ -38,7 +38,7 @@ _COMPUTED = [
 
 
 def load_measured(folder: Path) -> pd.DataFrame:
-    """Every run below a folder, one row each, in the order in which tables show them; see :func:`as_frame`.
+    """All runs in a folder, one row each, in the order of the tables; see :func:`as_frame`.
 
     Raises:
         UsageError: no such folder, a damaged line, or one run twice.
@@ -49,17 +49,17 @@ def load_measured(folder: Path) -> pd.DataFrame:
 
 
 def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """Lines, each with its experiment's name, as one frame.
+    """Lines, each given with its experiment's name, as one frame.
 
-    Columns beside those of the lines: `steps_at`, `scores` (percent, the task's one score) and `losses`, a list each
+    Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
     over the evaluations; `last`, `best`, `loss` (the last) and `lowest_loss`; `mismatched_accuracy`, on MNLI's
     mismatched set; `test`, on a labelled test set; `data`, which data files were read; `failed`, see
-    :func:`have_failed`. Where a failed final run was rerun with its seed + 100, the rerun takes its place and its seed,
-    and counts as failed.
-    Labels that do not tell two runs of one task and seed apart gain the arguments that do.
+    :func:`have_failed`. If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also
+    counts as failed.
+    If final runs share label, task and seed, their labels are extended by the arguments that differ.
 
     Raises:
-        UsageError: two final runs differ in nothing that a label could name.
+        UsageError: two final runs differ in nothing that a label could show.
     """
     frame = pd.DataFrame([_row(*each) for each in lines], columns=[*_NAMES, *_FIGURES, *_COMPUTED])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
@@ -75,7 +75,7 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     row |= {"steps_at": [], "scores": [], "losses": []}
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
-        scores = evaluations[line["metric"]]  # which is Task.metric
+        scores = evaluations[line["metric"]]  # the metric is Task.metric
         second = evaluations.get("mismatched_accuracy")
         own = {Path(name).stem for name, _ in task.submission_files[:1]} if task else line.get("test_scores", {})
         tests = [each[line["metric"]] for name, each in line.get("test_scores", {}).items() if name in own]
@@ -99,10 +99,10 @@ def _data_files(digests: dict[str, str] | None, asked: dict[str, Any]) -> str:
 
 
 def have_failed(runs: pd.DataFrame) -> pd.Series:
-    """Whether each run has learned nothing, told without its score.
+    """Whether each run has learned nothing, judged without its score.
 
-    The mean training loss of the last tenth of the steps exceeds 0.95 of the loss of the best constant answer. Records
-    from before the training loss was kept: no evaluation's loss is below 0.99 of it. A run that ended early has failed.
+    A run has failed if its mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
+    constant answer (old records without training loss: if no evaluation's loss is below 0.99 of it), or it ended early.
     """
     ends = np.array([np.mean(losses[-2:]) if isinstance(losses, list) else np.nan for losses in runs.training_loss])
     shares = np.where(np.isnan(ends), runs.lowest_loss.astype(float) / 0.99, ends / 0.95)
@@ -110,7 +110,7 @@ def have_failed(runs: pd.DataFrame) -> pd.Series:
 
 
 def _tell_apart(frame: pd.DataFrame) -> None:
-    """Add to the labels of an experiment what tells its final runs of one label, task and seed apart."""
+    """Extend the labels of final runs that share experiment, label, task and seed by the arguments that differ."""
     key = ["experiment", "label", "task", "seed"]
     while len(twice := finished(frame)[finished(frame).duplicated(key, keep=False)]):
         run = twice.iloc[0]
@@ -134,7 +134,7 @@ def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """Methods and tasks in the order of their registries; of one method the larger first."""
+    """The frame sorted by method and task in the order of their registries; a method's larger adapters come first."""
     names = list(TASKS)
     keys = pd.DataFrame(
         {
@@ -157,9 +157,9 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
-    """The same with the test set's score as the last evaluation's on these tasks; `validation` keeps the latter.
+    """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's score.
 
-    A task with a finished run that has no score there keeps the validation set's: runs of two sets are not compared.
+    A task keeps its validation scores if any finished run has no test score: runs on two sets are not compared.
     """
     done = finished(runs)
     there = runs.task.isin({*tasks} - {*done.task[done.test.isna()]}) & runs.test.notna()
@@ -174,7 +174,7 @@ def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
 class Estimate:
     """A mean over tasks of means over seeds, its standard error and degrees of freedom.
 
-    The last two are None for too few runs, or equal ones.
+    The last two are None if there are too few values, or all are equal.
     """
 
     mean: float
@@ -190,10 +190,10 @@ class Estimate:
         return self.mean - half, self.mean + half
 
     def p_value(self, expect: str) -> float | None:
-        """The two-sided p value of a claim: small where it holds, and where its opposite does.
+        """The two-sided p value of a claim: small if the claim holds, and if its opposite does.
 
-        "higher" tests a difference of 0, "not lower" one of -`LEVEL`. "level" has two tests: that the difference lies
-        within `LEVEL` in both directions (two one-sided tests), and that it lies outside.
+        "higher" tests against a difference of 0, "not lower" against -`LEVEL`. "level" has two tests: that the
+        difference is smaller than `LEVEL` in both directions (two one-sided tests), and that it is not.
         """
         if self.error is None:
             return None
@@ -208,7 +208,7 @@ class Estimate:
         return min(1.0, 2 * smaller)
 
     def verdict(self, expect: str, p: float | None) -> str:
-        """What follows for a claim whose corrected p value is `p`: holds, contradicted, no gain or not shown."""
+        """The verdict on a claim with the corrected p value `p`: holds, contradicted, no gain or not shown."""
         if self.interval is None or p is None:
             return "not shown"
         if p < 0.05:
@@ -221,10 +221,10 @@ Spread = dict[str, tuple[float, int]]  # task → the variance of one value, and
 
 
 def estimate(values: pd.Series, tasks: pd.Series, pooled: Spread | None = None) -> Estimate:
-    """The mean over tasks of the mean over seeds; values that are not known (NaN) do not count.
+    """The mean over tasks of the mean over seeds; NaN values are ignored.
 
     The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
-    (Biometrics Bulletin 2, 1946). Each task's variance is that of its own values, or of `pooled`.
+    (Biometrics Bulletin 2, 1946). Each task's variance is that of its own values, or the one in `pooled`.
     """
     values = values.dropna()
     groups = values.groupby(tasks, sort=False)
@@ -237,16 +237,16 @@ def estimate(values: pd.Series, tasks: pd.Series, pooled: Spread | None = None) 
         return Estimate(mean, None, None)
     parts = variances / sizes / len(sizes) ** 2
     variance = float(parts.sum())
-    if variance < 1e-18:  # points²: the rounding of the last bit
+    if variance < 1e-18:  # points²: only rounding errors
         return Estimate(mean, None, None)
     freedom = 1 / float(((parts / variance) ** 2 / freedoms).sum())
     return Estimate(mean, variance**0.5, freedom)
 
 
 def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
-    """The differences of two labels over the tasks, seeds and data that both have: columns task, seed, difference."""
+    """The paired differences of two labels over common tasks, seeds and data: columns task, seed, difference."""
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed", "data"])
-    # Rounded, so that equal scores give 0 whatever the last bit of the multiplication by 100.
+    # Rounded, so that equal scores give exactly 0 despite the rounding of the multiplication by 100.
     return pairs[["task", "seed"]].assign(difference=(pairs.last_x - pairs.last_y).astype(float).round(9))
 
 
@@ -267,10 +267,10 @@ def pooled_spread(runs: pd.DataFrame) -> Spread:
 
 
 def student_t(runs: pd.DataFrame, column: str = "last") -> StudentT | None:
-    """Fit a location for each label and task with Student-t errors, whose scale a task's labels share.
+    """Fit a location for each label and task with Student-t errors; all labels of a task share one scale.
 
-    Maximum likelihood by iterated reweighting with `FREEDOM` degrees of freedom: a lost run counts little, and none is
-    left out. None where no label and task has two runs.
+    Maximum likelihood by iterated reweighting with `FREEDOM` degrees of freedom: an outlying run counts little, and no
+    run is left out. None if there is a task on which no label has two runs.
     """
     scores = runs[column].to_numpy(float)
     cells = pd.MultiIndex.from_frame(runs[["label", "task"]])
@@ -290,7 +290,7 @@ def student_t(runs: pd.DataFrame, column: str = "last") -> StudentT | None:
         before, weights = weights, (FREEDOM + 1) / (FREEDOM + ratio)
         if np.abs(weights - before).max() < 1e-10:
             break
-    information = (FREEDOM + 3) / (FREEDOM + 1)  # of a location's estimate, against that with normal errors
+    information = (FREEDOM + 3) / (FREEDOM + 1)  # variance of a location's estimate, in units of scale² / runs
     return StudentT(
         pd.Series(centres, cell_names),
         pd.Series(sizes, cell_names),
@@ -309,7 +309,7 @@ class StudentT:
     freedom: int
 
     def difference(self, label: str, against: str) -> Estimate:
-        """The mean over the tasks that both have of the difference of their locations."""
+        """The mean, over the tasks that both labels have, of the difference of their locations."""
         tasks = [task for task in self.centres[label].index if task in self.centres[against].index]
         mean = float(np.mean([self.centres[label, task] - self.centres[against, task] for task in tasks]))
         shares = [
@@ -328,7 +328,7 @@ def clopper_pearson(failed: int, runs: int) -> tuple[float, float]:
 def holm(p_values: list[float | None]) -> list[float | None]:
     """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-    None, a claim without runs yet, counts and stays None: what is measured later must not undo a verdict.
+    A claim without runs yet is None. It counts and stays None, so that a later measurement cannot undo a verdict.
     """
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
@@ -340,7 +340,7 @@ def holm(p_values: list[float | None]) -> list[float | None]:
 
 
 def seeds_for(points: float, spread: Spread) -> int | None:
-    """Seeds that show a difference of so many points with a power of 80 % (two-sided, 5 %); None without a spread."""
+    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %); None without a spread."""
     variance = sum(each for each, _ in spread.values()) / len(spread) ** 2
     if not variance > 0:
         return None
@@ -354,18 +354,18 @@ def seeds_for(points: float, spread: Spread) -> int | None:
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """One learning rate for each row over all tasks: the highest mean over tasks of the z-scored score.
+    """One learning rate for each row, the same for all tasks: that with the highest mean over tasks of the z-scores.
 
     Args:
-        runs: of the tuning, several values for each row and task, in the column `value`; `row` is the label without it.
+        runs: the tuning runs; the column `value` is the learning rate, and `row` the label without it.
 
     Returns:
-        For each row and value: `z`, its mean over tasks; `failed`, whether a run at it failed on any task; `barred`,
-        whether one failed at it or at the next higher value; `chosen`.
+        For each row and value: `z`, its mean over tasks; `failed`, whether a run with it failed on any task; `barred`,
+        whether a run failed with this or the next higher value; `chosen`.
     """
     scores = runs["last"].astype(float)
     means, deviations = (scores.groupby(runs.task).transform(each) for each in ("mean", "std"))
-    z = (scores - means) / deviations.where(deviations > 0, 1.0)  # of equal scores every z is 0
+    z = (scores - means) / deviations.where(deviations > 0, 1.0)  # equal scores all get z = 0
     by_task = runs.assign(z=z).groupby(["row", "value", "task"]).agg({"z": "mean", "failed": "any"})
     table = by_task.groupby(["row", "value"]).agg({"z": "mean", "failed": "any"}).reset_index()
     table["barred"] = table.failed | table.groupby("row").failed.shift(-1, fill_value=False).astype(bool)

@@ -1,4 +1,4 @@
-"""Runs an experiment: what is finished, the loop that keeps N runs going, and what becomes of a run that failed."""
+"""Runs an experiment: finds out what is finished, keeps N runs going, and reports the runs that failed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from nlu.runs.files import locked
 _POLL_SECONDS = 0.1
 
 
-# ---- what is known of a run ------------------------------------------------------------------------------------------
+# ---- the state of a run ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where an experiment's lines (the file `measured`) and its run folders (`output`) lie, and what starts one run."""
+    """The file of an experiment's lines, the folder of its run folders, and the command that starts a run."""
 
     measured: Path
     output: Path
@@ -44,13 +44,13 @@ class Places:
         return self.output / "logs" / f"{run.folder}.log"
 
     def lines(self) -> dict[str, dict[str, Any]]:
-        """Run → its line; UsageError for a damaged one, which it names."""
+        """Run → its line; raises UsageError, which names the line, if one is damaged."""
         return {line["run"]: line for line in read_lines(self.measured)}
 
     def states(self, runs: Iterable[Run]) -> dict[str, str]:
         """Folder → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or `to do`.
 
-        What is to do is started, and an interrupted run goes on: nlu/run_glue.py knows what its folder holds.
+        Interrupted runs are `to do` as well: nlu/run_glue.py resumes them from what their folder holds.
         """
         lines, states = self.lines(), {}
         for run in runs:
@@ -60,7 +60,7 @@ class Places:
         return states
 
     def changes(self, run: Run, line: dict[str, Any]) -> list[str]:
-        """How a line's arguments, and the digests of what was read, differ from now."""
+        """How a line's arguments and content digests differ from the present ones."""
         old, new = line["asked"], comparable(run.arguments)
         then, now = line.get("digests") or {}, content_digests(run.arguments)
         names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -76,7 +76,7 @@ class Places:
         return None
 
     def publish(self, run: Run) -> dict[str, Any] | None:
-        """Write the line of a run that has finished or failed; returns it, or None where it left no such record."""
+        """Write the line of a run that has finished or failed; returns it, or None if there is no such record."""
         folder = self.working(run)
         record = read_json(folder / "results.json", f"delete {folder} to run it again")
         if record is None or record.get("status") not in ("finished", "failed"):
@@ -98,7 +98,7 @@ def parsed_command(run: Run) -> Arguments:
     """A run's flags as run_glue reads them.
 
     Raises:
-        UsageError: names the run and what it cannot be started with.
+        UsageError: the run cannot be started with its flags; the message names the run.
     """
     try:
         return parse_arguments(run.flags)
@@ -111,7 +111,7 @@ def parsed_command(run: Run) -> Arguments:
 
 @dataclass
 class SweepLoop:
-    """Keeps the launcher's `jobs` runs going and collects what failed; a context manager for signals and the bar."""
+    """Keeps the launcher's `jobs` runs going and collects failures; a context manager for signals and the bar."""
 
     launcher: LocalLauncher | SlurmLauncher
     places: Places
@@ -124,11 +124,11 @@ class SweepLoop:
 
     def __enter__(self) -> SweepLoop:
         caught = [signal.SIGINT, signal.SIGTERM]
-        # A cluster's jobs, and with nohup the sweep, outlive the terminal.
+        # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
         if isinstance(self.launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             caught.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
-        interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log keeps every bar
+        interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
         self.bar = tqdm(total=len(self.runs), desc=self.places.measured.stem, unit="run", mininterval=interval)
         return self
 
@@ -142,14 +142,14 @@ class SweepLoop:
         self._stop_count += 1
 
     def run(self, states: dict[str, str]) -> None:
-        """Run what is not finished; returns when all have ended, or after a signal when those running have ended.
+        """Run what is not finished; returns when all runs have ended, or after a signal when the started ones have.
 
         Args:
-            states: of the runs, see :meth:`Places.states`.
+            states: the runs' states, see :meth:`Places.states`.
         """
         pending = [run for run in self.runs if states[run.folder] != "finished"]
         self.bar.update(len(self.runs) - len(pending))
-        # Folder → the run, the time of the record that its start found, and what was started.
+        # Folder → the run, the time of the record that it found when it started, and its job.
         running: dict[str, tuple[Run, int | None, LocalJob | SlurmJob]] = {}
         told = 0
         try:
@@ -193,7 +193,7 @@ class SweepLoop:
     def _start(self, run: Run, state: str) -> LocalJob | SlurmJob:
         command = command_line(run, self.places)
         if state == "failed" or self.rerun_changed:
-            command.append("--overwrite_output_dir")  # which replaces another run, and goes on with an unchanged one
+            command.append("--overwrite_output_dir")  # replaces another run, and resumes an unchanged one
         if state in ("failed", "changed"):
             write_line(self.places.measured, run.folder, None)
         self.places.log(run).parent.mkdir(parents=True, exist_ok=True)
@@ -201,9 +201,9 @@ class SweepLoop:
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
         self.bar.update()
-        try:  # a start that failed before it wrote a record has left that of an earlier start
+        try:  # a start that failed before it wrote a record leaves the record of an earlier start
             line = self.places.publish(run) if code == 0 or self.places.record_time(run) != found else None
-        except UsageError as error:  # this run's record is damaged; the others go on
+        except UsageError as error:  # this run's record is damaged; the others continue
             self.failures[run.folder] = str(error)
             return
         if code == 0 and line is not None and line["status"] == "finished":
@@ -219,10 +219,10 @@ def run_experiment(
     """Run what is not finished; returns the exit code, see :meth:`SweepLoop.summary`.
 
     Args:
-        rerun_changed: run again, from the start, what was made with other arguments or contents.
+        rerun_changed: repeat, from the start, the runs made with other arguments or contents.
 
     Raises:
-        UsageError: for runs that were made otherwise, and where another process works in the folder.
+        UsageError: runs were made with other arguments or contents (without `rerun_changed`), or the folder is in use.
     """
     for folder in (places.output, places.measured.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def run_experiment(
             differences = ", ".join(places.changes(changed[0], places.lines()[changed[0].folder]))
             raise UsageError(
                 f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments or contents "
-                f"({differences}); pass --rerun_changed to make them again, or give the experiment a new name (of "
+                f"({differences}); pass --rerun_changed to repeat them, or give the experiment a new name (with "
                 "compare.py: --name)"
             )
         with SweepLoop(launcher, places, experiment.runs, rerun_changed) as loop:

@@ -1,6 +1,6 @@
-"""The tables of a report: frames of unrounded figures, formatted only where they are printed.
+"""The tables of a report: frames of unrounded figures, formatted only when they are printed.
 
-``comparison.py`` adds the columns that compare.py alone prints (α/r, seconds a step).
+``comparison.py`` adds the columns that only compare.py prints (α/r, seconds per step).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def _figures(prefix: str, result: Estimate | None) -> dict[str, float]:
 def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """One row for each method of the final runs: scores in percent, the difference from its reference, and failed runs.
 
-    Columns: `row`, `parameters`, `remaining`, `runs`; for each task its mean and `TASK_std`, where there are such
-    scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average`, and `best`, of the best evaluations;
-    `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by the Student-t model
-    of all runs, and with `best_` by that of the best evaluations; `failed` of `runs`, `failed_low`, `failed_high`.
+    Columns: `row`, `parameters`, `remaining`, `runs`; for each task its mean and `TASK_std`, and if there are such
+    scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and `best` (best
+    ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by the
+    Student-t model of all runs, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
     """
     final, done = every[every.stage == "final"], finished(every)
     sizes = done.groupby("label").adapter_params.max()
@@ -72,7 +72,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
                 if column == "last" or scores[column].notna().any():
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std(ddof=1)}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
-        row["average"], row["best"] = by_task.mean(skipna=False)  # none where a task is missing
+        row["average"], row["best"] = by_task.mean(skipna=False)  # NaN if a task is missing
         against = question.reference(label, sizes)
         pairs = paired(done, label, against) if against else []
         row["against"] = against or ""
@@ -84,7 +84,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
 
 
 def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """The question's claims, a row for all tasks together and one for each; p is corrected for their number (Holm)."""
+    """The question's claims, each with a row for all tasks and one per task; p is corrected for their number (Holm)."""
     done = finished(every)
     sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
     references = [
@@ -109,8 +109,8 @@ def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
 def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     """How far each row was trained on each task: means over the seeds.
 
-    `rate_sum` is Λ, the sum of the learning rates over the steps; `delta_norm` is ‖ΔW‖, the Frobenius norm at the last
-    logged step, the mean over the adapted layers.
+    Λ is the sum of the learning rates over the steps; ‖ΔW‖ is the Frobenius norm at the last logged step, the mean over
+    the adapted layers.
     """
     done = finished(every)
     done = done.assign(
@@ -130,7 +130,7 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
 def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
     """The runs that tried learning rates, with `row`, the label without the rate, and `value`, the rate.
 
-    They are those of a grid that has the learning rate as an axis, or of old records the selection stage.
+    They are the runs of a grid that has the learning rate as an axis; in old records, those of the selection stage.
     """
     tried = every[every.stage == "select"]
     if len(tried):
@@ -143,8 +143,8 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
 def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
     """What tuning tried: for each row and rate the mean score on each task, and the choice, see :func:`choose_rates`.
 
-    Of a selection stage in old records: for each row, task and values the mean score and loss, and whether the final
-    runs took them.
+    For a selection stage in old records: for each row, task and set of values the mean score and loss, and whether the
+    final runs used these values.
     """
     tried = every[every.stage == "select"]
     if len(tried):
@@ -162,9 +162,9 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
-    """Add what a paper's table prints for the same encoder and methods: a column TASK_published for each of its tasks.
+    """Add the scores that a paper's table has for the same encoder and methods: a column TASK_published for each task.
 
-    Rows that share a file of configs/methods/ are ablations of it, for which no number is printed.
+    Rows that share a file of configs/methods/ are ablations of it, so they get no published score.
     """
     done = finished(every)
     tables = [read_json(path) or {} for path in sorted(PUBLISHED.glob("*.json"))]
@@ -182,7 +182,7 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting(every: pd.DataFrame) -> str:
-    """In words what was run, from the lines alone: model, length, row limits, seeds and processors."""
+    """A description of what was run, from the lines alone: model, length, row limits, seeds and processors."""
     done = finished(every)
     arguments = [{**(used or {}), **(asked or {})} for used, asked in zip(done.arguments, done.asked, strict=True)]
     limits = {
@@ -218,7 +218,7 @@ def count(value: float | None) -> str:
 
 
 def spread(low: float, high: float, form: Callable[[Any], str] = count) -> str:
-    """A range, or one figure where both ends print alike."""
+    """A range, or one figure if both ends print alike."""
     return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
 
 
@@ -261,7 +261,7 @@ def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.Da
 
 
 def _verdict(claim: Any, against: str | None) -> str:
-    """A claim in a cell; with its difference where the row's own is from another row."""
+    """A claim as the text of a cell, with its difference if its reference is not that of the row."""
     other = f", against {claim.against}" if claim.against != against else ""
     if pd.isna(claim.p_holm):
         return f"{claim.expected}{other}: {claim.verdict}"
@@ -277,7 +277,7 @@ def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
 
 
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
-    """The printed form of :func:`tuning_frame` of a grid of learning rates."""
+    """The printed form of :func:`tuning_frame` for a grid of learning rates."""
     tasks = [name for name in frame.columns if name in HEADINGS]
     marks = ["barred" if row.barred else "chosen" if row.chosen else "" for row in frame.itertuples()]
     return pd.DataFrame(
@@ -288,13 +288,13 @@ def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown_text(text: str) -> str:
-    """Text on one line, with a backslash before what Markdown would not print; an underscore inside a word stays."""
+    """Text on one line, with Markdown's marks escaped by a backslash; an underscore inside a word stays."""
     marks = r"[\\`*|]|<(?=[A-Za-z/!?])|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
 
 
 def markdown(text: pd.DataFrame) -> str:
-    """A printed table as Markdown, its first column to the left, figures to the right."""
+    """A printed table as Markdown, with the first column aligned left and the others right."""
     cells = text.map(markdown_text).rename(columns=markdown_text)
     sides = ["left", *["right"] * (len(cells.columns) - 1)]
     return cells.to_markdown(index=False, colalign=sides, disable_numparse=True, tablefmt="pipe")

@@ -35,7 +35,7 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     assert code == 0 and "4 run(s) finished now" in out
     table = (tmp_path / "compare-cola/comparison.md").read_text()
     assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA²", "LoRA"]
-    assert re.search(r"\| +CoLA \|", table) and "\nAll runs have one score" in table
+    assert re.search(r"\| +CoLA \|", table) and "\nAll runs have the same score" in table
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
@@ -66,7 +66,7 @@ def test_method_whose_runs_failed_has_no_row_and_the_exit_code_is_1(call, tmp_pa
 def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, monkeypatch):
     """The stand-in's score is highest at 2e-3. A method whose rates all fail has no final runs."""
     code, shown, err = call("--methods", "lora,full,lora2:weight_decay=1", "--seeds", "2", "--tune")
-    assert "heads without a rate of their own train at the one that is chosen" in err
+    assert "heads without their own learning rate train at the one chosen" in err
     assert code == 1 and "failed: lora2:weight_decay=1 has no final runs: " in err
     assert "Learning rates chosen by the held-out score: LoRA 0.003, full fine-tuning 6e-05." in shown
     final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl")]

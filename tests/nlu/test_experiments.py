@@ -81,7 +81,7 @@ TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
     ("changes", "message"),
     [
         ({"overrides": [{"when": {"method": "sora"}}]}, "names method sora, which the grid does not have"),
-        ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is an axis of the grid, and set"),
+        ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is an axis of the grid; do not set"),
         ({"grid": {**BASIC["grid"], **TWO}}, "which another axis sets"),
         ({"grid": {**BASIC["grid"], "orth_terms": ["uv", "UV"]}}, "share the folder"),
     ],

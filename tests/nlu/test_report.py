@@ -159,7 +159,7 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
     noisy = {"LoRA r=8": [0.50, 0.40, 0.45], "LoRA² k=8": [0.44, 0.50, 0.46]}
     seeds = re.match(r"No difference shown between LoRA r=8 and LoRA² k=8; about (\d+) seeds would", said(noisy))
     assert int(seeds[1]) > 100
-    assert "All runs have one score" in said({label: [0.5, 0.5, 0.5] for label in clear})
+    assert "All runs have the same score" in said({label: [0.5, 0.5, 0.5] for label in clear})
     lost = {"training_loss": [0.6] * 20, "constant_loss": 0.6}
     assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in said(clear, **lost)
     started = "(Λ, the sum of the learning rates, is 0.20): train it longer, or raise its learning rate."
