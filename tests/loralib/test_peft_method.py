@@ -196,7 +196,7 @@ def test_rank_pattern_is_read_as_in_pefts_lora():
 
 
 def test_transformers_loads_the_saved_folder(tmp_path):
-    """It has a rank pattern and a head. loralib imports it, and exports it as a peft LoRA."""
+    """The adapter has a rank pattern and a head. loralib imports it, and exports it as a peft LoRA."""
     encoder().save_pretrained(tmp_path / "base")
     load = AutoModelForSequenceClassification.from_pretrained
     options = {"task_type": "SEQ_CLS", "rank_pattern": {"layer.0.attention.self.query": 2}}

@@ -32,8 +32,8 @@ SHAPES = [
 
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
 def test_projected_gradients_equal_the_formula_and_are_tangent(widths, share_outer, r):
-    """They are g − X sym(Xᵀg) for tall X, also under autocast. XᵀG is skew-symmetric afterwards, that is, G is
-    tangent."""
+    """The projected gradients G are g − X sym(Xᵀg) for tall X, also under autocast. XᵀG is skew-symmetric, that is, G
+    is tangent."""
     model = model_of(widths, share_outer, r=r)
     exact = ExactFactors(model)
     expected = {}
@@ -73,7 +73,7 @@ def test_retractions_make_factors_orthonormal_after_any_drift(size):
 
 @pytest.mark.parametrize("widths", [(), (6,)])
 def test_singular_values_of_the_update_are_those_of_the_layer_after_many_steps(widths):
-    """s·|e| are the singular values of ΔW, and pruning the set D changes ΔW by s·√Σ e_i²."""
+    """s·|e| are the singular values of ΔW, and pruning some e_i changes ΔW by s·√Σ e_i² in the Frobenius norm."""
     model = model_of(widths, features=(24, 16), count=1)
     exact, (layer,) = ExactFactors(model), loralib.lora_layers(model).values()
     optimizer = torch.optim.AdamW(parameter_groups(model, 4e-3, value_lr_ratio=4), weight_decay=0.01)
