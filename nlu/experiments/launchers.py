@@ -16,7 +16,7 @@ RUN_GLUE = ROOT / "nlu/run_glue.py"
 
 
 class LocalLauncher:
-    """Starts runs as child processes, `jobs` at once, each with OMP_NUM_THREADS threads (default: its share)."""
+    """Starts runs as child processes, `jobs` at once, with OMP_NUM_THREADS threads each (default: cores / jobs)."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs

@@ -354,7 +354,7 @@ def seeds_for(points: float, spread: Spread) -> int | None:
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """One learning rate for each row, the same for all tasks: that with the highest mean over tasks of the z-scores.
+    """One learning rate for each row, the same for all tasks: the one with the highest mean z-score over tasks.
 
     Args:
         runs: the tuning runs; the column `value` is the learning rate, and `row` the label without it.

@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Places:
-    """The file of an experiment's lines, the folder of its run folders, and the command that starts a run."""
+    """The file of an experiment's lines (`measured`), the folder of its runs (`output`), and the command of one run."""
 
     measured: Path
     output: Path
