@@ -1,11 +1,11 @@
-"""LoRA² on a decoder language model: Llama-, Qwen- or GPT-2-shaped (whose Conv1D layers store the weight transposed).
+"""LoRA² on a Llama, Qwen or GPT-2 decoder language model (GPT-2's Conv1D layers store the weight transposed).
 
     python examples/decoder_lm.py --sst2 data/glue/sst2/train.jsonl --out decoder
     python examples/decoder_lm.py --shape gpt2 --out decoder
     python examples/decoder_lm.py --model path/or/name --text notes.txt --quantise int8 --out decoder
 
-It learns SST-2 sentences, each followed by its label, or a text file (default: this repository's licence). Without
---model, the base is a tiny random model that reads bytes. --out gets adapter/ and, for peft, peft_adapter/.
+The training text is SST-2's sentences, each followed by its label, or a text file (default: this repository's licence).
+Without --model, the base is a tiny random model that reads bytes. --out gets adapter/ and, for peft, peft_adapter/.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TARGETS = {"llama": LLAMA_LIKE, "qwen2": LLAMA_LIKE, "qwen3": LLAMA_LIKE, "gpt2"
 
 
 class Bytes:
-    """A tokenizer that needs no file."""
+    """A tokenizer that needs no file: each byte is a token."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -72,26 +72,26 @@ def read_text(args: argparse.Namespace) -> str:
 
 @torch.no_grad()
 def generate(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
-    """16 more tokens than the prompt, the most probable ones."""
+    """The 16 tokens that greedy decoding adds to the prompt."""
     options = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     return model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
 
 
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=TARGETS, default="llama", help="of the tiny model")
-    parser.add_argument("--model", help="a pretrained model instead")
-    parser.add_argument("--sst2", help="SST-2's train.jsonl, to learn sentences with their labels")
-    parser.add_argument("--text", default=str(LICENCE), help="text file to learn without --sst2")
-    parser.add_argument("--quantise", choices=["int8"], help="frozen weights in 8 bits, by torchao; not for GPT-2")
+    parser.add_argument("--shape", choices=TARGETS, default="llama", help="the tiny model's architecture (llama)")
+    parser.add_argument("--model", help="name or folder of a pretrained model, instead of the tiny one")
+    parser.add_argument("--sst2", help="SST-2's train.jsonl: train on its sentences and labels")
+    parser.add_argument("--text", default=str(LICENCE), help="text file to train on without --sst2")
+    parser.add_argument("--quantise", choices=["int8"], help="store frozen weights in int8 with torchao; not for GPT-2")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", required=True, help="folder for the trained adapter")
     args = parser.parse_args(argv)
     kind = AutoConfig.from_pretrained(args.model, trust_remote_code=False).model_type if args.model else args.shape
     if kind not in TARGETS:
-        parser.exit(2, f"error: --model: {kind} is none of {', '.join(TARGETS)}\n")
+        parser.exit(2, f"error: --model: {kind} is not supported: choose one of {', '.join(TARGETS)}\n")
     if args.quantise and kind == "gpt2":
-        parser.exit(2, "error: torchao quantises nn.Linear, and GPT-2 has Conv1D: choose another model\n")
+        parser.exit(2, "error: torchao quantises nn.Linear, but GPT-2 has Conv1D: choose another model\n")
     if args.quantise and find_spec("torchao") is None:
         parser.exit(2, "error: --quantise needs torchao: install it with pip install torchao\n")
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False) if args.model else Bytes()
     ids = torch.tensor(tokenizer.encode(read_text(args)))
     if len(ids) < 320:
-        parser.exit(2, f"error: the text has {len(ids)} tokens; 320 are needed, of which a tenth is held out\n")
+        parser.exit(2, f"error: the text has {len(ids)} tokens; at least 320 are needed (a tenth is held out)\n")
     held_out, ids = ids.tensor_split([min(2048, len(ids) // 10)])
 
     model = load_base(args).train()
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         low_rank.step(optimizer)
         optimizer.zero_grad()
         losses.append(loss.item())
-    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.allocator.live_rank} singular values live")
+    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.allocator.live_rank} singular values left")
 
     folder = loralib.save_adapter(model, Path(args.out) / "adapter")
     export_peft(folder, Path(args.out) / "peft_adapter", args.model)
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     for name, which in (("without the adapter", base), ("with it", model)):
         with torch.no_grad():
             loss = which(input_ids=batch, labels=batch).loss.item()
-        print(f"{name}: held-out loss {loss:.2f}, goes on {tokenizer.decode(generate(which, held_out[None, :8]))!r}")
+        print(f"{name}: held-out loss {loss:.2f}, generates {tokenizer.decode(generate(which, held_out[None, :8]))!r}")
     return losses
 
 

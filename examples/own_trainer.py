@@ -2,7 +2,7 @@
 
     python examples/own_trainer.py
 
-A tiny BERT reads scikit-learn's 8×8 digits as 64 tokens, each the darkness of one pixel.
+A tiny BERT reads scikit-learn's 8×8 digits as 64 tokens, one for the darkness of each pixel.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer.train()
         metrics = trainer.evaluate(rows[1500:])
     live = trainer.low_rank.allocator.live_rank
-    print(f"accuracy on {len(rows) - 1500} digits not trained on: {metrics['eval_accuracy']:.3f}; {live} values live")
+    print(f"accuracy on {len(rows) - 1500} test digits: {metrics['eval_accuracy']:.3f}; {live} singular values left")
     return metrics
 
 

@@ -20,7 +20,7 @@ import loralib
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a pretrained ViT; without it a tiny random one")
+    parser.add_argument("--model", help="name or folder of a pretrained ViT (default: a tiny random one)")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--out", help="folder for the trained adapter")
     args = parser.parse_args(argv)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> float:
     with torch.no_grad():
         found = model(pixel_values=images[1500:]).logits.argmax(-1)
     accuracy = (found == labels[1500:]).float().mean().item()
-    print(f"accuracy on {len(found)} digits not trained on: {accuracy:.3f}")
+    print(f"accuracy on {len(found)} test digits: {accuracy:.3f}")
     if args.out:
         loralib.save_adapter(model, args.out)
     return accuracy

@@ -54,7 +54,7 @@ def test_decoder_lm(shape, quantise, sst2, tmp_path, capsys):
     peft = PeftModel.from_pretrained(example.load_base(arguments), tmp_path / "a/peft_adapter").eval()
     prompt = torch.tensor([list((b"a charming film 0 => " if text else example.LICENCE.read_bytes())[:8])])
     generated = example.Bytes().decode(example.generate(model.eval(), prompt))
-    assert with_it.endswith(f"goes on {generated!r}")
+    assert with_it.endswith(f"generates {generated!r}")
     with torch.no_grad():
         torch.testing.assert_close(peft(prompt).logits, model(prompt).logits, rtol=1e-3, atol=1e-3)
 
