@@ -290,11 +290,11 @@ def student_t(runs: pd.DataFrame, column: str = "last") -> StudentT | None:
         before, weights = weights, (FREEDOM + 1) / (FREEDOM + ratio)
         if np.abs(weights - before).max() < 1e-10:
             break
-    information = (FREEDOM + 3) / (FREEDOM + 1)  # variance of a location's estimate, in units of scale² / runs
+    inflation = (FREEDOM + 3) / (FREEDOM + 1)  # variance of a location's estimate, in units of scale² / runs
     return StudentT(
         pd.Series(centres, cell_names),
         pd.Series(sizes, cell_names),
-        pd.Series(variances * information, task_names),
+        pd.Series(variances * inflation, task_names),
         int(freedoms.sum()),
     )
 
