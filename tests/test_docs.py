@@ -1,4 +1,4 @@
-"""README and docs: their commands name programs, flags and files that there are, their links lead somewhere."""
+"""README and docs: programs, flags, files and links in them exist, and their results are those of the records."""
 
 import argparse
 import re
@@ -39,7 +39,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_commands_name_what_there_is(page):
+def test_commands_name_existing_programs_flags_and_files(page):
     for words in commands(page):
         program = next((word for word in words if word in PARSERS or (ROOT / word).is_file()), None)
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
@@ -58,7 +58,7 @@ def test_commands_name_what_there_is(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_and_code_are_whole(page):
+def test_links_exist_and_code_compiles(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)|src=\"([^\"]+)\"", text):
         target = link[0] or link[1]
@@ -69,7 +69,7 @@ def test_links_and_code_are_whole(page):
 
 @pytest.fixture(scope="module")
 def scores() -> dict[str, pd.DataFrame]:
-    """Experiment → the figures of its committed records, by row."""
+    """Experiment → the scores of its committed records, by row."""
     runs = load_measured(ROOT / "results/measured")
     questions = {each.experiment: each for each in load_questions(ROOT / "configs/experiments/claims.yaml")}
     final = runs[runs.stage == "final"]
@@ -80,7 +80,7 @@ def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:
     return with_interval(*[row[f"{prefix}{name}"] for name in ("difference", "low", "high")], digits=digits)
 
 
-def test_the_table_of_the_readme_is_that_of_the_records(scores):
+def test_table_of_the_readme_matches_the_records(scores):
     page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results so far")[2]
     head, _, *table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert len(table) >= 5
@@ -93,7 +93,7 @@ def test_the_table_of_the_readme_is_that_of_the_records(scores):
         assert cells == expected, label
 
 
-def test_the_findings_are_those_of_the_records(scores):
+def test_findings_match_the_records(scores):
     page = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
     evidence, confirmation = scores["evidence"], scores["confirmation"]
     shared = evidence.loc["LoRA² shared"]
@@ -107,7 +107,7 @@ def test_the_findings_are_those_of_the_records(scores):
         assert figure in page, figure
 
 
-def test_the_committed_page_and_tables_are_what_the_records_give(tmp_path, monkeypatch):
+def test_committed_page_and_tables_match_the_records(tmp_path, monkeypatch):
     """Figures are left out: their bytes depend on the version of matplotlib."""
     monkeypatch.setattr(Drawing, "png", lambda *_: b"")
     assert report.main(["--measured_dir", str(ROOT / "results/measured"), "--output_dir", str(tmp_path)]) == 0

@@ -1,4 +1,4 @@
-"""The package's metadata, lock file and one command agree; a method and a task that are added are packed, and train."""
+"""The package's metadata, lock file and programs; an added method and an added task are packaged and can be trained."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_the_lock_has_a_version_in_range_for_every_requirement(name):
 
 
 def test_the_library_needs_torch_safetensors_and_numpy_only():
-    """And its core alone: neither recipes nor what borders on other tools."""
+    """Importing it loads the core only, neither ``recipes`` nor ``interop``."""
     script = "import sys; sys.modules.update(transformers=None, peft=None); import loralib; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "loralib.adapter" in found.stdout.split()
@@ -47,14 +47,14 @@ def test_the_library_needs_torch_safetensors_and_numpy_only():
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_each_program_explains_itself(name, capsys):
+def test_each_program_has_a_help_page(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
     assert "usage" in capsys.readouterr().out
 
 
-# ---- what adding a method or a task takes: one file and its config, one row -----------------------------------------
+# ---- a new method is one file and its config, a new task is one row -------------------------------------------------
 
 METHOD = """
 from nlu.arguments import AT_LEAST_1, Flag
@@ -96,7 +96,7 @@ def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path):
     tasks = source / "nlu/tasks.py"
     before, opening, rows = tasks.read_text().partition("_ROWS = (\n")
     tasks.write_text(before + opening + ROW + rows)
-    # The run is away from the checkout, on what the wheel holds: configs/ lies in nlu there.
+    # The run uses the unpacked wheel, away from the checkout; configs/ is inside nlu there.
     options = ["-q", "--no-deps", "--no-build-isolation", "--no-index"]
     assert run_python("-m", "pip", "wheel", *options, "-w", tmp_path, source).returncode == 0
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:

@@ -1,4 +1,4 @@
-"""The contract of whatever makes a step faster: transformers' own layers are the judge."""
+"""Whatever makes a training step faster must give the results of transformers' own layers."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def batch(lengths=(11, 4, 7), longest=None):
 
 
 def outcome(model, inputs, states=False):
-    """(logits, gradients of the loss); or all last hidden states, and gradients in which each of them counts."""
+    """(logits, gradients of the loss); with ``states``, all last hidden states and gradients that depend on all."""
     model.zero_grad()
     if states:
         found = model.base_model(**{n: v for n, v in inputs.items() if n != "labels"}).last_hidden_state
@@ -67,11 +67,11 @@ def assert_same(found, expected, rtol=1e-6):
 
 
 def first_token_on(model):
-    enable_fast_attention(model)  # which DeBERTa needs for it
+    enable_fast_attention(model)  # DeBERTa needs it for the first token
     return enable_first_token(model)
 
 
-# Technique → how it is switched on, and the encoders that it is for.
+# Technique → the function that enables it, and the encoders that it supports.
 TECHNIQUES = {
     "deberta attention": (enable_fast_attention, ["deberta-v2"]),
     "cpu attention": (enable_cpu_attention, ["bert", "roberta", "electra", "xlm-roberta"]),
@@ -92,7 +92,7 @@ def fast_copy(model, technique):
 @every_case
 @pytest.mark.parametrize("lengths", [(11, 4, 7), (8, 8, 8), (1, 1, 1)], ids=["padded", "whole", "one token"])
 def test_results_and_gradients_are_those_of_transformers(technique, kind, lengths):
-    """Also with low-rank layers, whose updates count, in place of the projections."""
+    """Also if low-rank layers with nonzero updates replace the projections."""
     model, inputs, states = build(kind), batch(lengths), technique != "first token"
     for modules in ([], ["query", "value", "layer.output"]):
         if modules:
@@ -104,8 +104,8 @@ def test_results_and_gradients_are_those_of_transformers(technique, kind, length
 
 
 @every_case
-def test_dropout_follows_the_seed_and_its_gradient_is_that_of_what_was_computed(technique, kind):
-    """Also where checkpointing computes the layers again."""
+def test_dropout_follows_the_seed_and_has_the_right_gradient(technique, kind):
+    """Also if activation checkpointing computes the layers again."""
     dropout = {"attention_probs_dropout_prob": 0.3, "hidden_dropout_prob": 0.2}
     model, inputs = fast_copy(build(kind, **dropout), technique), batch((5, 3))
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
@@ -129,7 +129,7 @@ def test_dropout_follows_the_seed_and_its_gradient_is_that_of_what_was_computed(
     ("technique", "kind"),
     [("deberta attention", "deberta-v2"), *(("first token", kind) for kind in ("bert", "roberta", "deberta-v2"))],
 )
-def test_who_asks_for_hidden_states_or_attention_gets_whole_ones(technique, kind):
+def test_requested_hidden_states_and_attentions_are_complete(technique, kind):
     model, inputs = build(kind, implementation=None if kind == "deberta-v2" else "eager"), batch()
     fast = fast_copy(model, technique)
     expected, found = (m(**inputs, output_hidden_states=True, output_attentions=True) for m in (model, fast))
@@ -152,7 +152,7 @@ def test_who_asks_for_hidden_states_or_attention_gets_whole_ones(technique, kind
         (first_token_on, lambda: build("bert", is_decoder=True)),
     ],
 )
-def test_other_models_are_left_alone(switch_on, model):
+def test_unsupported_models_are_not_changed(switch_on, model):
     assert not switch_on(model())
 
 
@@ -161,7 +161,7 @@ def test_other_models_are_left_alone(switch_on, model):
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_equals_stock_for_any_configuration(data):
+def test_deberta_attention_equals_stock_for_any_configuration(data):
     draw = data.draw
     buckets = draw(st.sampled_from([-1, 4, 8, 32, 256]))
     model = build(
@@ -179,25 +179,25 @@ def test_equals_stock_for_any_configuration(data):
     assert_same(outcome(fast_copy(model, "deberta attention"), inputs, True), outcome(model, inputs, True))
 
 
-BEYOND = {"max_position_embeddings": 60}  # the largest relative position is nearer than the other end of the text
+BEYOND = {"max_position_embeddings": 60}  # the texts are longer than the largest relative position
 
 
 @pytest.mark.parametrize(
     ("changes", "length"),
     [
-        *(({}, length) for length in (1, 128, 129, 300)),  # across the log buckets and the blocks
+        *(({}, length) for length in (1, 128, 129, 300)),  # crosses the log buckets and the blocks
         (BEYOND | {"max_relative_positions": 60, "position_buckets": 16}, 150),
         (BEYOND | {"position_buckets": -1}, 150),
-        ({"position_buckets": 152, "max_relative_positions": 80}, 150),  # more spread than the distances
+        ({"position_buckets": 152, "max_relative_positions": 80}, 150),  # buckets spread wider than the distances
     ],
 )
-def test_equals_stock_for_long_texts(changes, length):
+def test_deberta_attention_equals_stock_for_long_texts(changes, length):
     model, inputs = build(num_hidden_layers=1, **changes), batch([length, max(1, length // 2)])
     assert_same(outcome(fast_copy(model, "deberta attention"), inputs, True), outcome(model, inputs, True))
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["the encoder's positions", "a caller's positions"])
-def test_any_mask_and_rows_that_attend_to_nothing(own):
+def test_deberta_attention_equals_stock_for_any_mask_and_fully_masked_rows(own):
     model = build()
     mask = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(1)) > 0.5
     mask[1, 4] = False
@@ -221,7 +221,7 @@ def test_any_mask_and_rows_that_attend_to_nothing(own):
     ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
 ])  # fmt: skip
 def test_one_token_is_enough_for_the_classifier(kind, changes):
-    """As the stock model; only the fast copy's last layer sees one token."""
+    """The results are the stock model's, although the fast copy's last layer computes one token only."""
     model, inputs, seen = build(kind, **changes), batch(), set()
     fast = fast_copy(model, "first token")
     fast.base_model.encoder.layer[-1].intermediate.register_forward_hook(lambda m, args, out: seen.add(out.shape[1]))
@@ -230,18 +230,18 @@ def test_one_token_is_enough_for_the_classifier(kind, changes):
 
 
 @every_kind
-def test_whoever_calls_the_encoder_itself_gets_the_whole_sequence(kind):
+def test_direct_call_of_the_encoder_gives_the_whole_sequence(kind):
     model, inputs = build(kind).eval(), batch()
     speed_up(model)
     asked = {name: value for name, value in inputs.items() if name != "labels"}
     assert model(**inputs).logits.shape == (3, 2)
     with pytest.raises((AttributeError, TypeError)):
-        model(input_ids="no tensor")  # a call that fails half way leaves nothing behind
+        model(input_ids="no tensor")  # a failed call must not affect the next one
     assert model.base_model(**asked).last_hidden_state.shape[1] == 11
 
 
 @every_kind
-def test_checkpointed_layers_repeat_what_they_did_whatever_is_asked_in_between(kind):
+def test_checkpointed_layers_are_recomputed_the_same_after_another_call(kind):
     model, inputs = build(kind), batch()
     expected = outcome(model, inputs)
     speed_up(model)
@@ -258,13 +258,13 @@ def test_checkpointed_layers_repeat_what_they_did_whatever_is_asked_in_between(k
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 3 / 2**16])
-def test_share_of_dropped_is_p(p):
+def test_dropped_share_is_p(p):
     count = 2_000_000
     share = drop_mask(torch.empty(count), p).double().mean().item()
     assert abs(share - p) < 5 * math.sqrt(p * (1 - p) / count) + 2**-17
 
 
-def test_neighbours_and_draws_are_independent():
+def test_dropout_masks_of_neighbours_and_draws_are_independent():
     first, second = (drop_mask(torch.empty(1_000_000), 0.3).double() for _ in range(2))
     limit = 5 / math.sqrt(first.numel())
     for other in (second, *(first.roll(shift) for shift in (1, 2, 3, 4, 7, 64))):
@@ -272,7 +272,7 @@ def test_neighbours_and_draws_are_independent():
 
 
 @pytest.mark.parametrize("dtype, shape", [(torch.float32, ()), (torch.float64, (0, 4)), (torch.bfloat16, (64, 33))])
-def test_output_and_gradient(dtype, shape):
+def test_fast_dropout_output_and_gradient(dtype, shape):
     x = torch.rand(shape, dtype=dtype).add_(1).requires_grad_()
     y = FastDropout(0.25)(x)
     y.sum().backward()
@@ -282,7 +282,7 @@ def test_output_and_gradient(dtype, shape):
     torch.testing.assert_close(x.grad, kept * scale)
 
 
-def test_evaluation_and_extremes_are_stock():
+def test_fast_dropout_in_evaluation_and_with_p_0_and_1():
     x = torch.rand(100)
     assert torch.equal(FastDropout(0.5).eval()(x), x)
     assert torch.equal(FastDropout(0.0)(x), x) and torch.equal(FastDropout(1.0)(x), torch.zeros(100))
@@ -291,12 +291,12 @@ def test_evaluation_and_extremes_are_stock():
 # ---- all of them together ------------------------------------------------------------------------------------------
 
 
-def test_speed_up_replaces_the_attention_that_it_covers():
+def test_speed_up_replaces_the_attention_that_it_supports():
     model = build()
     speed_up(model, fast_attention=False)
     speed_up(whole := copy.deepcopy(model))
     assert enable_fast_attention(model) == 2 and enable_first_token(model)
-    assert not enable_fast_attention(whole) and not enable_first_token(whole)  # done already
+    assert not enable_fast_attention(whole) and not enable_first_token(whole)  # already enabled
     bert = build("bert")
     speed_up(bert, fast_attention=False)
     assert bert.config._attn_implementation == "sdpa"
@@ -305,7 +305,7 @@ def test_speed_up_replaces_the_attention_that_it_covers():
     assert NAME not in bert.config.to_json_string()
 
 
-def test_cpu_attention_scales_as_it_is_asked_to():
+def test_cpu_attention_uses_the_given_scale():
     query, key, value = torch.randn(3, 2, 2, 5, 4)
     context, _ = cpu_attention(torch.nn.Module(), query, key, value, torch.ones(2, 1, 5, 5, dtype=torch.bool), 0.0, 0.3)
     expected = (0.3 * query @ key.mT).softmax(-1) @ value

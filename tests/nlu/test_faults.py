@@ -1,4 +1,4 @@
-"""What can go wrong in a long run: signals, full disks, damaged files, two runs in one folder, losses that explode."""
+"""What can go wrong in a long run: signals, full disks, damaged files, values that are not finite, partial writes."""
 
 import errno
 import logging
@@ -29,7 +29,7 @@ from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write
 
 @pytest.fixture
 def flags(base_flags):
-    """Nine steps, seven of them an epoch."""
+    """Flags of a run of nine steps; an epoch has seven."""
     return [*changed(base_flags, max_steps=9), "--method", "lora2", "--mask_interval", "1"]
 
 
@@ -37,7 +37,7 @@ _STRAIGHT = {}
 
 
 def straight_outcome(flags, run_folder):
-    """What the run leaves when nothing goes wrong; its folder is gone again, and other tests need not run it anew."""
+    """The outcome of the run without faults. It is cached for other tests, and the run's folder is removed."""
     key = tuple(flag for flag in flags if flag != str(run_folder))
     if key not in _STRAIGHT:
         assert main(flags) == 0
@@ -60,11 +60,11 @@ def listeners():
         pytest.param("on_evaluate", 3, 3, {}, id="in an evaluation", marks=pytest.mark.slow),
         pytest.param("on_step_begin", 6, 7, {}, id="in an epoch's last step", marks=pytest.mark.slow),
         pytest.param("on_train_end", 9, 9, {}, id="after the last step", marks=pytest.mark.slow),
-        # Outside of training it acts at once.
+        # Outside training, a signal acts at once.
         pytest.param("on_evaluate", 9, 9, {"eval_strategy": "no"}, id="after training", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_lets_the_step_finish_and_saves_it(flags, run_folder, capsys, point, step, saved, options):
+def test_signal_finishes_the_step_and_saves_a_checkpoint(flags, run_folder, capsys, point, step, saved, options):
     flags = changed(flags, **options)
     expected = straight_outcome(flags, run_folder)
     signum = signal.SIGINT if step == 3 else signal.SIGTERM
@@ -79,7 +79,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(flags, run_folder, capsys, p
 
 
 @pytest.mark.slow
-def test_with_a_limit_of_one_a_finished_run_still_predicts_from_its_last_step(flags, run_folder, monkeypatch):
+def test_finished_run_with_save_total_limit_1_predicts_from_its_last_step(flags, run_folder, monkeypatch):
     scores = iter([0.1, 0.9, 0.2, 0.3])
     monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = [*changed(flags, eval_steps=2, max_steps=8), "--save_total_limit", "1"]
@@ -102,13 +102,13 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
     "owner, name, fault, free, full",
     [
         (mixin, "save_file", SafetensorError("I/O error: No space left on device (os error 28)"), None, True),
-        # What torch says of a full disk.
+        # torch's error if the disk is full.
         pytest.param(torch, "save", RuntimeError("unexpected pos 576 vs 534"), 0, True, marks=pytest.mark.slow),
         pytest.param(os, "rename", PermissionError(errno.EACCES, "denied"), None, False, marks=pytest.mark.slow),
     ],
-    ids=["weights", "optimizer", "not for want of room"],
+    ids=["weights", "optimizer", "another fault"],
 )
-def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, owner, name, fault, free, full):
+def test_failed_write_of_a_checkpoint_keeps_the_previous_one(flags, run_folder, capsys, owner, name, fault, free, full):
     expected = straight_outcome(flags, run_folder)
 
     def fail():
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, own
         if free is not None:
             patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
 
-    with dying("on_save", 2, fail), pytest.MonkeyPatch.context() as patch:  # which is undone first
+    with dying("on_save", 2, fail), pytest.MonkeyPatch.context() as patch:  # the patch is undone first
         assert main(flags) == 1
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
@@ -130,24 +130,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(flags, run_folder, capsys, own
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_run_left_goes_away_and_a_damaged_checkpoint_is_named(flags, run_folder, capsys):
+def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_checkpoint_named(flags, run_folder, capsys):
     expected = straight_outcome(flags, run_folder)
     run_broken_off(flags, 4)
     (run_folder / "model" / ".unfinished" / "checkpoint-5").mkdir(parents=True)
     (run_folder / ".results.json.x1").write_text("{")
     weights = run_folder / "model" / "checkpoint-4" / "trained.safetensors"
-    for damage in (lambda: os.truncate(weights, weights.stat().st_size // 2), weights.unlink):  # as in one of 0.2
+    for damage in (lambda: os.truncate(weights, weights.stat().st_size // 2), weights.unlink):  # as in version 0.2
         damage()
         assert main(flags) == 2
         assert f"checkpoint {weights.parent} cannot be read" in error_line(capsys)
-    shutil.rmtree(run_folder / "model" / "checkpoint-4")  # as advised: the one before it serves
+    shutil.rmtree(run_folder / "model" / "checkpoint-4")  # as advised: the previous one is used
     assert main(flags) == 0
     assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
     assert outcome(run_folder) == expected
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folder, tmp_path):
+def test_best_checkpoint_is_found_after_the_folder_was_moved(flags, run_folder, tmp_path):
     flags = [*flags, "--load_best_model_at_end", "--eval_steps", "2", "--save_total_limit", "20"]
     expected = straight_outcome(flags, run_folder)
     run_broken_off(flags, 6)
@@ -156,7 +156,7 @@ def test_the_best_checkpoint_is_found_where_the_folder_moved_to(flags, run_folde
     assert outcome(tmp_path / "moved") == expected
 
 
-def test_one_signal_that_comes_twice_is_one():
+def test_two_signals_in_quick_succession_count_as_one():
     """A launcher and the terminal may both send it."""
     request = StopRequest()
     with request.awaited():
@@ -202,7 +202,7 @@ def test_a_value_that_is_not_finite_ends_the_run_and_is_never_saved(
 
 @pytest.mark.parametrize("split", ["validation", pytest.param("test", marks=pytest.mark.slow)])
 def test_a_base_that_is_not_finite_is_not_scored(encoder, tiny_glue, tmp_path, run_folder, capsys, split):
-    """Its NaN logits would all pass for class 0. Only one split has the word whose embedding is NaN."""
+    """Its NaN logits would all count as class 0. Only one split has the word whose embedding is NaN."""
     base, glue = shutil.copytree(encoder, tmp_path / "base"), shutil.copytree(tiny_glue, tmp_path / "glue")
     weights = load_file(base / "model.safetensors")
     weights["embeddings.word_embeddings.weight"][1] = math.nan  # of [UNK]
@@ -220,7 +220,7 @@ def test_a_base_that_is_not_finite_is_not_scored(encoder, tiny_glue, tmp_path, r
 # ---- files that are written whole ------------------------------------------------------------------------------------
 
 
-def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"é": 1})
     assert path.read_text(encoding="utf-8") == '{\n "é": 1\n}\n' and path.stat().st_mode & 0o777 == 0o644
@@ -235,8 +235,8 @@ def test_a_kill_at_any_moment_leaves_one_whole_file(tmp_path, monkeypatch):
     assert path.read_text() == "new"
 
 
-def test_who_waits_gets_the_lock_when_it_is_let_go(tmp_path):
-    """As sweeps do that write their lines to one folder."""
+def test_waiting_thread_gets_the_lock_when_it_is_released(tmp_path):
+    """Sweeps that write their lines to one folder do so."""
     entered = threading.Event()
 
     def second():

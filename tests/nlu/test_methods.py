@@ -1,4 +1,4 @@
-"""The contract every method meets: what it names moves and nothing else does, on every shape and kind of task."""
+"""What every method must do: train the parameters that it names and no others, on all encoders and kinds of task."""
 
 import json
 import os
@@ -37,7 +37,7 @@ CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in (REPOSITORY /
 SIX = r"(attention\.(self\.(query|key|value)(_proj)?|output\.dense)|intermediate\.dense|(?<!attention\.)output\.dense)"
 LAYER = r"encoder\.layer\.\d+\."
 
-# What moves, by parameter name without the encoder's own prefix; written from the methods' definitions.
+# The trainable parameters, by name without the encoder's prefix; written from the methods' definitions.
 MOVES = {
     "full": r".*",
     "bitfit": r".*\.bias",
@@ -70,7 +70,7 @@ def encoders(tmp_path_factory):
 
 @pytest.fixture
 def moved(monkeypatch):
-    """Names of the parameters that a run moved, and of those it did not; filled in by the run."""
+    """Names of the parameters that a run changed, and of those that it did not change; filled in by the run."""
     seen = {}
     original = fine_tuning.train_and_evaluate
 
@@ -95,9 +95,9 @@ def flags_of(method, tmp_path):
 
 
 SCORES = {"cola": {"matthews_correlation"}, "mrpc": {"accuracy", "f1"}, "stsb": {"pearson", "spearmanr"}}
-# Every method on the paper's encoder, one of each family on another; tasks by turns: one sentence, two, a regression.
+# Every method on the paper's encoder, one of each family on another; the tasks alternate: a sentence, two, regression.
 OTHERS = {"bitfit": "roberta", "hadapter": "bert", "dora": "bert", "ia3": "roberta"}
-# One of each kind, on every encoder, by default; all with --all.
+# These run by default: one of each kind, and every encoder. All run with --all.
 QUICK = [("lora2", "deberta-v2"), ("miss", "deberta-v2"), ("bitfit", "roberta"), ("hadapter", "bert")]
 CASES = [
     pytest.param(method, shape, list(SCORES)[i % 3], marks=[] if (method, shape) in QUICK else pytest.mark.slow)
@@ -106,7 +106,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("method, shape, task", CASES)
-def test_exactly_what_a_method_names_moves(method, shape, task, encoders, tiny_glue, tmp_path, moved):
+def test_method_trains_exactly_the_parameters_that_it_names(method, shape, task, encoders, tiny_glue, tmp_path, moved):
     flags = changed(
         tiny_run(encoders[shape], tiny_glue, tmp_path / "run"), task_name=task, max_steps=4, lora_r=None,
         lora_alpha=None, eval_strategy="no", save_strategy="no",
@@ -115,7 +115,7 @@ def test_exactly_what_a_method_names_moves(method, shape, task, encoders, tiny_g
     record = read(flags)
     named = re.compile(rf"({shape.partition('-')[0]}\.)({MOVES[method]})|{HEADS[shape]}")
     assert {name for name in moved["moved"] if not named.fullmatch(name)} == set()
-    # Attention does not depend on the key's bias where no position term multiplies it: its gradient is rounding noise.
+    # If no position term multiplies the key's bias, attention does not depend on it: its gradient is rounding noise.
     must = {name for name in moved["still"] if named.fullmatch(name) and not re.search(r"key(_proj)?\.bias", name)}
     assert must == set()
     assert moved["buffers"] == set()
@@ -125,7 +125,7 @@ def test_exactly_what_a_method_names_moves(method, shape, task, encoders, tiny_g
 
 
 @pytest.mark.parametrize("method, factor, ratio", [("lora2_plus", "lora_E", 4), ("lora_plus", "lora_B", 16)])
-def test_own_rates_multiply_the_rate_of_e_or_b_alone(method, factor, ratio):
+def test_own_rates_multiply_the_learning_rate_of_e_or_b_only(method, factor, ratio):
     applied = apply(tiny_bert(), arguments_of(method))
     ((parameters, multiplied_by),) = applied.own_rates()
     named = {id(p) for name, p in applied.model.named_parameters() if factor in name}
@@ -133,13 +133,13 @@ def test_own_rates_multiply_the_rate_of_e_or_b_alone(method, factor, ratio):
 
 
 @pytest.mark.slow
-def test_a_step_of_every_method_stays_on_a_pretended_device():
-    """In a process of its own: the device cannot be taken away again."""
+def test_step_of_every_method_stays_on_a_fake_device():
+    """Runs in a process of its own, because a registered device cannot be removed."""
     done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/nlu/device_steps.py")
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
 
 
-def test_the_contract_covers_every_method():
+def test_trained_parameters_are_listed_for_every_method():
     assert {CONFIGS[method]["method"] for method in MOVES} == set(METHODS)
     assert {name for name, values in CONFIGS.items() if "peft_config" in values} < set(MOVES)
 
@@ -169,13 +169,13 @@ def apply(model, args, total_steps=100):
 
 
 def applied_counts(method, kind="deberta-v2", **changes):
-    """The method on a model of the papers' size, without weights, and its parameters."""
+    """The method applied to a model of the papers' size on the meta device, and its parameter counts."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **REAL_SIZES[kind]))
         return apply(model, arguments_of(method, **changes)), count_parameters(model)
 
 
-# Adapter parameters on DeBERTaV3-base; behind them the published "#Params" that they stand for, which are cut.
+# Adapter parameters on DeBERTaV3-base; the comments have the published "#Params", which are truncated.
 BUDGETS = {
     "bitfit": 102_912,  # 0.1M
     "hadapter": 1_198_848, "hadapter_m16": 608_640, "hadapter_m8": 313_536,  # 0.61M, 0.31M
@@ -196,7 +196,7 @@ BUDGETS = {
     ("roberta", "lora2_k1", "auto", 445_824),  # the LoRA² paper's 0.4M
     ("roberta", "hadapter_m8", "auto", 835_968), ("roberta", "padapter_m16", "auto", 811_392),  # 0.8M
 ])  # fmt: skip
-def test_budgets_are_those_of_the_papers(kind, method, modules, expected):
+def test_parameter_counts_are_those_of_the_papers(kind, method, modules, expected):
     applied, counts = applied_counts(method, kind, lora_module=modules)
     width = REAL_SIZES[kind]["hidden_size"]
     assert counts["adapter_params"] == expected and counts["head_params"] == width * width + width + width * 2 + 2
@@ -209,8 +209,8 @@ def test_budgets_are_those_of_the_papers(kind, method, modules, expected):
 
 @pytest.mark.parametrize("method, inner", [("adalora", None), ("sora", None), ("lora2", 8), ("lora2_k1", 1)])
 def test_live_parameters_follow_the_mask_at_real_size(method, inner):
-    """A singular value takes its row and column with it: of P and Q with one scale, of the inner factors with more; a
-    layer's last one takes all that is left."""
+    """A pruned singular value removes its row and column: of P and Q with one scale, of the inner factors with more. A
+    layer's last one removes the whole update."""
     applied, counts = applied_counts(method)
     masks = torch.arange(8) < torch.arange(72)[:, None] % 9
     layers = loralib.lora_layers(applied.model)
@@ -228,7 +228,7 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
 @pytest.mark.parametrize("method, modules, message", [
     ("lora", "classifier", "selects only the head"), ("ia3", "query", "names its own target_modules"),
 ])  # fmt: skip
-def test_modules_that_would_be_left_out_in_silence_are_refused(method, modules, message):
+def test_modules_that_would_be_silently_ignored_are_refused(method, modules, message):
     with pytest.raises(UsageError, match=message):
         apply(tiny_bert(), arguments_of(method, lora_module=modules))
 
@@ -238,7 +238,7 @@ def test_modules_that_would_be_left_out_in_silence_are_refused(method, modules, 
 ])  # fmt: skip
 @pytest.mark.parametrize("method", ["lora2", "sora", "dora"])
 def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, modules, expected):
-    """``.*`` matches the pooler and the classifier too, which train whole: they get no update."""
+    """``.*`` also matches the pooler and the classifier; these are trained in full and get no update."""
     model = tiny_bert()
     apply(model, arguments_of(method, lora_module=modules))
     layers = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
@@ -247,7 +247,7 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
 
 
 def test_auto_adapts_every_linear_layer_of_an_encoder_without_the_six_names(monkeypatch):
-    """MPNet calls its projections attn.q, attn.k, attn.v and attn.o; its head trains whole."""
+    """MPNet calls its projections attn.q, attn.k, attn.v and attn.o; its head is trained in full."""
     monkeypatch.setitem(SHAPES, "mpnet", SHAPES["roberta"])
     applied = apply(tiny_classifier("mpnet"), arguments_of("lora2"))
     names = "attention.attn.k attention.attn.o attention.attn.q attention.attn.v intermediate.dense output.dense"
@@ -264,8 +264,8 @@ def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
 
 
-def test_a_program_sets_the_threads_before_torch_and_refuses_without_it():
-    """Idle threads spin shortly; a wrong command line and the digests of a sweep's runs cost no import of seconds."""
+def test_programs_set_threads_and_refuse_wrong_flags_before_importing_torch():
+    """Idle threads spin only briefly; a wrong command line and the digests of a sweep's runs need no slow import."""
     look = "import os, sys, nlu.run_glue, nlu.runs.digests; codes = [nlu.run_glue.main(['--method', 'lora3'])]\n"
     look += "heavy = {'numpy'} & {*sys.modules}\n"
     look += "import nlu.compare, nlu.report, nlu.sweep\n"

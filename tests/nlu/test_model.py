@@ -59,13 +59,13 @@ def flags_of(base_flags, folder, task, *more):
     ("stsb", ["similarity"], None, None, None),
     ("stsb", ["toxic"], "multi_label_classification", None, "exclude"),
 ])  # fmt: skip
-def test_what_a_head_is_used_for(task, names, problem, labels, unfit):
+def test_choose_head_keeps_fitting_labels_and_names_what_does_not_fit(task, names, problem, labels, unfit):
     found = choose_head(BertConfig(id2label=dict(enumerate(names)), problem_type=problem), TASKS[task])
     assert found[0] == labels and (found[1] is None if unfit is None else unfit in found[1])
 
 
-def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags, tiny_glue, tmp_path):
-    """The score is that of the checkpoint's own words, by transformers alone; training goes on from its head."""
+def test_label_order_of_a_checkpoint_is_kept_in_data_exports_and_predictions(base_flags, tiny_glue, tmp_path):
+    """The score is that of transformers alone with the checkpoint's label names; training starts from its head."""
     folder = classifier(tmp_path / "mnli", PERMUTED)
     path, words = tiny_glue / "mnli/validation_matched.jsonl", TASKS["mnli"].labels
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -73,7 +73,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     texts = tokenizer([r["premise"] for r in rows], [r["hypothesis"] for r in rows], padding=True, return_tensors="pt")
     guessed, labels = model(**texts).logits.argmax(-1).tolist(), [row["label"] for row in rows]
     expected = accuracy_score([words[label] for label in labels], [PERMUTED[guess].lower() for guess in guessed])
-    assert expected != accuracy_score(labels, guessed)  # in the task's own order
+    assert expected != accuracy_score(labels, guessed)  # the task's own order gives another score
     flags = flags_of(base_flags, folder, "mnli")
     untrained = [flag for flag in flags if flag != "--do_train"]
     assert main(untrained) == 0
@@ -89,7 +89,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
     answers = [json.loads(line)["label"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     score = np.mean([words[row["label"]] == answer for row, answer in zip(rows, answers, strict=True)])
     assert read(flags)["last"] == pytest.approx(score)
-    # A merged export starts another task.
+    # A merged export can be trained on another task.
     export_merged(tmp_path / "trained/adapter", tmp_path / "merged", str(folder))
     assert list(AutoConfig.from_pretrained(tmp_path / "merged").id2label.values()) == read(untrained)["labels"]
     flags = flags_of(base_flags, tmp_path / "merged", "mrpc", "--overwrite_output_dir")
@@ -99,7 +99,7 @@ def test_a_checkpoints_order_is_that_of_data_exports_and_predictions(base_flags,
 @pytest.mark.parametrize(
     "task, names", [("stsb", PERMUTED), pytest.param("mnli", ["joy", "anger", "fear"], marks=pytest.mark.slow)]
 )
-def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, caplog, task, names):
+def test_head_that_does_not_fit_is_replaced_with_one_warning(base_flags, tmp_path, caplog, task, names):
     run = tmp_path / "run"
     folder = classifier(tmp_path / "other", names)
     flags = changed(flags_of(base_flags, folder, task), learning_rate=1e-9, max_steps=2, eval_strategy="no")
@@ -116,8 +116,8 @@ def test_a_head_that_does_not_fit_is_replaced_in_one_line(base_flags, tmp_path, 
     assert predict_program.main(["--adapter", str(run / "adapter"), "--base", str(folder), *output]) == 0
 
 
-def test_an_encoder_of_other_shapes_than_its_configuration_is_refused(base_flags, tmp_path, capsys):
-    """transformers would draw such weights anew."""
+def test_encoder_whose_shapes_differ_from_its_configuration_is_refused(base_flags, tmp_path, capsys):
+    """transformers would initialise such weights at random."""
     folder = classifier(tmp_path / "odd", PERMUTED)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
@@ -125,7 +125,7 @@ def test_an_encoder_of_other_shapes_than_its_configuration_is_refused(base_flags
     assert "position_embeddings.weight has the shape (64, 16)" in error_line(capsys)
 
 
-def test_the_dropout_of_albert_s_head_has_another_name(tmp_path, monkeypatch):
+def test_cls_dropout_sets_the_dropout_of_alberts_head(tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
     folder = make_encoder(tmp_path / "encoder", "albert")
     arguments = parse_arguments([*tiny_run(folder, tmp_path, tmp_path / "run"), "--cls_dropout", "0.37"])
@@ -134,7 +134,7 @@ def test_the_dropout_of_albert_s_head_has_another_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_base_that_returns_tuples_trains_all_the_same(encoder, tiny_glue, tmp_path):
+def test_base_that_returns_tuples_can_be_trained(encoder, tiny_glue, tmp_path):
     base = shutil.copytree(encoder, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"return_dict": False, "chunk_size_feed_forward": 4}))
@@ -142,7 +142,7 @@ def test_a_base_that_returns_tuples_trains_all_the_same(encoder, tiny_glue, tmp_
     assert main([*run, "--pad_to_max_length", "True", "--max_seq_length", "32"]) == 0
 
 
-def test_tables_of_positions_limit_the_input():
+def test_position_embeddings_limit_the_input_length():
     assert [longest_input(tiny_classifier(kind)) for kind in ("bert", "roberta", "deberta-v2")] == [64, 64, None]
     assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
     opt = OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, max_position_embeddings=30,

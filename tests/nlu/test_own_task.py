@@ -50,18 +50,18 @@ def test_whole_numbers_are_classes_in_their_order(tmp_path):
         ("00,01", ("00", "01")),
         ("7,12", ("7", "12")),
         ("+1,-1", ("+1", "-1")),
-        (" 0,1 ,0\u00a0", ("0", "1")),  # blanks around a label are no part of it
+        (" 0,1 ,0\u00a0", ("0", "1")),  # spaces around a label are removed
         (f"{10**19},{10**19 + 1}", (str(10**19), str(10**19 + 1))),
-        ("7,12,other", ("12", "7", "other")),  # most are numbers, and all of those codes
-        ("0.5,other", ("0.5", "other")),  # half are numbers
+        ("7,12,other", ("12", "7", "other")),  # most are numbers, and all of these are whole
+        ("0.5,other", ("0.5", "other")),  # only half are numbers
     ],
 )
-def test_codes_with_leading_zeros_are_words(tmp_path, values, names):
+def test_names_of_classes_that_look_like_numbers(tmp_path, values, names):
     rows = "".join(f"a,{value}\n" for value in values.split(","))
     assert load_own_files(own(tmp_path, "a.csv", f"text,label\n{rows}"))[0].labels == names
 
 
-def test_own_regression(tmp_path):
+def test_decimal_numbers_make_a_regression(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0.5\nb,2\n")
     task, splits = load_own_files(train, test=own(tmp_path, "t.csv", "sentence\na\n"))
     assert task.is_regression and task.num_labels == 1 and task.metric == "pearson"
@@ -83,10 +83,10 @@ def test_a_test_file_may_hide_labels_in_each_form(tmp_path, hidden):
     with pytest.raises(UsageError, match=r"test\.jsonl, line 2: (label .* is not|column 'a' is empty)"):
         load_own_files(train, test, label_column="a")
     numbered = own(tmp_path, "n.csv", "text,label\na,-1\nb,1\n")
-    assert load_own_files(numbered, test=numbered)[1]["test"]["label"] == [0, 1]  # where -1 is a class, it hides none
+    assert load_own_files(numbered, test=numbered)[1]["test"]["label"] == [0, 1]  # if -1 is a class, it hides no label
 
 
-def test_own_columns_by_name_or_without_doubt(tmp_path):
+def test_columns_are_named_or_found_if_unambiguous(tmp_path):
     path = own(tmp_path, "a.csv", "id,body,title,sentiment\n1,a,b,no\n2,c,d,yes\n")
     task, splits = load_own_files(path, text_columns=["title", "body"], label_column="sentiment")
     assert task.text_fields == ("title", "body") and splits["train"]["title"] == ["b", "d"]
@@ -95,14 +95,14 @@ def test_own_columns_by_name_or_without_doubt(tmp_path):
         with pytest.raises(UsageError, match="give one or two columns other than the label"):
             load_own_files(path, text_columns=columns, label_column="sentiment")
     task, splits = load_own_files(own(tmp_path, "b.csv", "idx,review,label\n7,a,0\n7,b,1\n"))
-    assert task.text_fields == ("review",) and splits["train"]["idx"] == [0, 1]  # the rows' own numbers
+    assert task.text_fields == ("review",) and splits["train"]["idx"] == [0, 1]  # row numbers, not the column idx
     labelled = own(tmp_path, "d.csv", "sentence,text\na,no\nb,yes\n")
     assert load_own_files(labelled, label_column="text")[0].text_fields == ("sentence",)
     pair = own(tmp_path, "c.csv", "question,sentence,label\na,b,0\nc,d,1\n")
     assert load_own_files(pair)[0].text_fields == ("question", "sentence")
 
 
-def test_skipped_rows_are_counted_and_keep_their_numbers(tmp_path):
+def test_skipped_rows_are_counted_and_the_others_keep_their_numbers(tmp_path):
     path = own(tmp_path, "a.csv", "text,label\n,1\na,0\nb,1\nc,\nd,0\n")
     _, splits, skipped = own_task.load_own_files({"train": path}, on_error="skip")
     assert skipped == {"train": 2} and splits["train"] == {
@@ -112,7 +112,7 @@ def test_skipped_rows_are_counted_and_keep_their_numbers(tmp_path):
     }
 
 
-def test_a_file_of_another_encoding_is_not_skipped_but_read_with_it(tmp_path):
+def test_file_in_another_encoding_is_refused_until_encoding_is_given(tmp_path):
     lines = [f"größe {i},{'groß' if i % 2 else 'klein'}\n" for i in range(20)]
     path = own(tmp_path, "a.csv", "".join(["text,label\n", *lines]).encode("cp1252"))
     with pytest.raises(UsageError, match=r"11 of the first 11 .*line 2: .*not utf-8 text: give --encoding"):
@@ -130,7 +130,7 @@ def test_a_file_of_another_encoding_is_not_skipped_but_read_with_it(tmp_path):
         ("0 1 2", "f1", "use macro-f1"),
     ],
 )
-def test_own_metric(tmp_path, labels, metric, expected):
+def test_metric_must_fit_the_labels(tmp_path, labels, metric, expected):
     path = own(tmp_path, "a.csv", "text,label\n" + "".join(f"a,{label}\n" for label in labels.split()))
     if isinstance(expected, str):
         with pytest.raises(UsageError, match=expected):

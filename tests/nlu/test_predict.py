@@ -1,4 +1,4 @@
-"""Predictions from an adapter and a merged checkpoint: right, in order, streamed, and strict about bad rows."""
+"""Predictions from an adapter and a merged checkpoint: correct, in order, streamed, and strict about bad rows."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ ROWS = [{name: row[name] for name in ("a", "b")} for row in make_rows(("a", "b")
 
 
 def save(encoder, folder, labels: int):
-    """An adapter of random values, which takes 12 tokens, and its model."""
+    """The folder of an adapter of random values that takes at most 12 tokens, and its model."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
     loralib.inject(model, "lora2", ["query", "value"], r=4, k=2, lora_alpha=32)
@@ -41,7 +41,7 @@ def save(encoder, folder, labels: int):
 
 @pytest.fixture(scope="module")
 def scorer(encoder, tmp_path_factory):
-    """An adapter folder for regression, and what it says of ROWS: one at a time, nothing padded."""
+    """An adapter folder for regression, and its scores for ROWS, one at a time and without padding."""
     folder, model = save(encoder, tmp_path_factory.mktemp("scorer") / "a", 1)
     return folder, alone(model, encoder)[:, 0].tolist()
 
@@ -103,10 +103,10 @@ def test_classes_come_with_probabilities_and_the_columns_of_the_input(encoder, i
         assert line["probabilities"] == pytest.approx({"low": low, "high": high}, abs=1e-5)
         assert line["label"] == cells["label"] == ("low" if low > high else "high")
         assert float(cells["probability_high"]) == pytest.approx(high, abs=1e-5)
-        assert {name: cells[name] for name in ("id", *row)} == {"id": str(i), **row}  # what a join needs
+        assert {name: cells[name] for name in ("id", *row)} == {"id": str(i), **row}  # for a join with the input
 
 
-def test_a_column_with_the_name_of_an_answer_is_kept_under_another():
+def test_input_column_with_the_name_of_an_output_column_is_renamed():
     answers = [(Row(0, 2, {"id": "a", "label": "gold"}), [0.25, 0.75])]
     for kind, said in (
         ("csv", {"probability_no": 0.25, "probability_yes": 0.75}),
@@ -135,10 +135,10 @@ def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, caps
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-# ---- what is no answer ----------------------------------------------------------------------------------------------
+# ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_nan_is_no_answer(encoder):
+def test_nan_logits_are_refused(encoder):
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     torch.nn.init.constant_(model.classifier.bias, math.nan)
     predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), ["a", "b"], 8)
@@ -149,7 +149,7 @@ def test_nan_is_no_answer(encoder):
 @pytest.mark.parametrize("change", [
     {"problem_type": "multi_label_classification", "num_labels": 2}, {"id2label": {0: "same", 1: "same"}},
 ])  # fmt: skip
-def test_a_checkpoint_that_does_not_name_one_answer_a_row_is_refused(encoder, tmp_path, input_files, change, capsys):
+def test_checkpoint_without_one_answer_per_row_is_refused(encoder, tmp_path, input_files, change, capsys):
     folder = shutil.copytree(encoder, tmp_path / "m")
     config = AutoConfig.from_pretrained(folder, **change)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
@@ -182,7 +182,7 @@ def test_another_model_than_the_trained_one_is_refused(encoder, scorer, input_fi
 
 
 def test_memory_does_not_grow_with_the_input():
-    """An endless input: rows come out while it is read, and no more than a buffer of them is held."""
+    """Rows of an endless input are written while it is read, and at most one buffer of them is held."""
     read_so_far, written, held = count(), [], []
 
     class Endless(Exception):
@@ -211,11 +211,11 @@ def test_memory_does_not_grow_with_the_input():
     ("lora2", "cola"), ("bitfit", "stsb"), pytest.param("hadapter", "cola", marks=pytest.mark.slow),
     pytest.param("ia3", "cola", marks=pytest.mark.slow), pytest.param("full", "stsb", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_glue, tmp_path, capsys, method, task):
+def test_adapter_of_a_run_gives_the_scores_of_the_run(base_flags, encoder, tiny_glue, tmp_path, capsys, method, task):
     flags = changed(base_flags, task_name=task, lora_r=None, lora_alpha=None)
     assert run_glue.main([*flags, "--method", method]) == 0
     run, rows = tmp_path / "run", tiny_glue / task / "validation.jsonl"
-    assert ("export:" in capsys.readouterr().out) == (method in ("lora2", "bitfit", "full"))  # what can be merged
+    assert ("export:" in capsys.readouterr().out) == (method in ("lora2", "bitfit", "full"))  # these can be merged
     if method == "hadapter":
         with pytest.raises(ValueError, match="is missing in its file or in the model"):
             export_merged(run / "adapter", tmp_path / "merged", str(encoder))
@@ -227,7 +227,7 @@ def test_a_run_s_adapter_predicts_what_the_run_scored(base_flags, encoder, tiny_
     losses = [
         (row["score"] - label) ** 2 if task == "stsb" else -math.log(row["probabilities"][names[label]])
         for row, label in zip(found, truth, strict=True)
-    ]  # not Pearson: the scores of so small a model are nearly equal, and rounding orders them
+    ]  # not Pearson: so small a model's scores are nearly equal, and rounding decides their order
     scores = json.loads((run / "results.json").read_text())["evaluations"][-1]
     assert sum(losses) / len(losses) == pytest.approx(scores["loss"], rel=1e-4)
     if task == "cola":

@@ -1,4 +1,4 @@
-"""The lines of measured runs: made from a run's record, written whole and in order, read with their faults named."""
+"""The lines of measured runs: made from a run's record, written whole and in order; damaged lines are named."""
 
 import json
 
@@ -26,7 +26,7 @@ from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line
 
 
-def test_a_line_holds_what_a_real_run_left(finished):
+def test_measured_line_has_the_results_of_a_real_run(finished):
     record = finished[1]
     axes = {"method": "lora2", "task_name": "cola", "seed": 3}
     made = measured_line(Run("lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
@@ -34,7 +34,7 @@ def test_a_line_holds_what_a_real_run_left(finished):
     assert made["evaluations"]["step"] == [3, 6]
     assert made["evaluations"]["matthews_correlation"][-1] == made["last"] == record["last"]
     assert made["evaluations"]["loss"] == [entry["loss"] for entry in record["evaluations"]]
-    # What differs from the defaults, and no place.
+    # The arguments that differ from the defaults, without paths.
     assert made["arguments"]["max_steps"] == 6 and made["arguments"]["lora_alpha"] == 32.0
     assert not {"glue_dir", "root_output_dir", "weight_decay", "lora_dropout"} & made["arguments"].keys()
     assert str(finished[0].parent) not in json.dumps(made)
@@ -79,19 +79,19 @@ def test_constant_loss_is_the_lowest_cross_entropy_of_one_answer(weights, smooth
 
 
 @pytest.mark.parametrize("every", [1, 5, 10])
-def test_the_sum_of_the_learning_rates(every):
-    """Linear warm-up and decay: a logging step has the rate that the step took."""
+def test_rate_sum_is_the_sum_of_the_learning_rates(every):
+    """Linear warm-up and decay; each logged entry has the learning rate that its step used."""
     rates = [1e-2 * min(step / 10, (100 - step) / 90) for step in range(100)]
     history = [{"step": step, "learning_rate": rates[step - 1]} for step in range(every, 101, every)]
     record = {"history": history, "steps": 100, "arguments": {"warmup_steps": 10}}
     assert rate_sum(record) == pytest.approx(sum(rates), rel=1e-5 if every == 1 else 0.02)
     assert rate_sum({"history": []}) is None
     constant = [{"step": step, "learning_rate": 0.01} for step in (50, 100)]
-    arguments = {"warmup_steps": 10, "lr_scheduler_type": "constant"}  # which has none
+    arguments = {"warmup_steps": 10, "lr_scheduler_type": "constant"}  # which has no warm-up
     assert rate_sum(record | {"history": constant, "arguments": arguments}) == pytest.approx(1.0)
 
 
-def test_what_is_no_result_counts_as_failed():
+def test_run_without_a_valid_result_counts_as_failed():
     run = Run("a", {"method": "lora"}, {"method": "lora", "seed": 1})
     evaluations = [{"step": 1, "epoch": 1.0, "loss": 0.3, "accuracy": 0.5}]
     record = {"status": "finished", "method": "lora", "seed": 1, "last": 0.5, "metric": "accuracy",
@@ -99,11 +99,11 @@ def test_what_is_no_result_counts_as_failed():
     assert measured_line(run, record)["status"] == "finished"
     endless = [*evaluations, {"step": 2, "epoch": 2.0, "loss": None, "accuracy": 0.5}]
     assert measured_line(run, record | {"evaluations": endless})["status"] == "failed"
-    other = measured_line(run, record | {"seed": 3})  # a command of one's own may forget to hand --seed on
+    other = measured_line(run, record | {"seed": 3})  # a user's own --command may forget --seed
     assert (other["status"], other["error"]) == ("failed", "its record is of seed 3, and 1 was asked for")
 
 
-def test_a_run_that_no_sweep_started_has_a_line_by_its_model(finished, tmp_path):
+def test_run_outside_a_sweep_has_a_line_in_the_file_of_its_model(finished, tmp_path):
     folder, record = finished[0], finished[1]
     path = publish_run(folder, tmp_path / "output/measured", record)
     assert path == tmp_path / f"output/measured/{record['model']}.jsonl"
@@ -111,10 +111,10 @@ def test_a_run_that_no_sweep_started_has_a_line_by_its_model(finished, tmp_path)
     assert made["label"] == "LoRA²" and made["last"] == record["last"]
     assert made["axes"] == {"method": "lora2", "task_name": "cola", "seed": 3}
     publish_run(folder, tmp_path / "output/measured", record | {"status": "failed", "error": "boom"})
-    assert [line["status"] for line in read_lines(path)] == ["failed"]  # of one folder there is one line
+    assert [line["status"] for line in read_lines(path)] == ["failed"]  # a folder has one line
 
 
-def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
+def test_lines_are_sorted_replaced_and_removed(tmp_path):
     path = tmp_path / "measured/trial.jsonl"
     lines = [
         line(label, "cola", seed, [0.1]) for seed, label in ((3, "in\u2028two\x85parts"), (1, "LoRA"), (2, "LoRA"))
@@ -136,7 +136,7 @@ def test_lines_are_sorted_replaced_and_taken_out(tmp_path):
     "second",
     [b'{"run": "a"', b'{"run": "a"}', b'{"run": "\xff"}', json.dumps(line("LoRA r=8", "cola", 1, [0.2])).encode()],
 )
-def test_a_damaged_line_or_one_of_a_run_that_is_there_already_is_named(tmp_path, second):
+def test_damaged_or_repeated_line_is_named(tmp_path, second):
     path = tmp_path / "trial.jsonl"
     path.write_bytes(json.dumps(line("LoRA r=8", "cola", 1, [0.1])).encode() + b"\n" + second + b"\n")
     with pytest.raises(UsageError, match=rf"^{path}:2: damaged \(.*delete it to run it again$"):
@@ -154,6 +154,6 @@ def test_a_damaged_line_or_one_of_a_run_that_is_there_already_is_named(tmp_path,
         ("File '/opt/x/y.py', line 3", "File '…/y.py', line 3"),
     ],
 )
-def test_portable_takes_folders_out_and_nothing_else(text, expected):
+def test_portable_removes_folders_and_nothing_else(text, expected):
     assert portable({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
     assert portable(expected) == expected

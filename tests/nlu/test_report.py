@@ -1,4 +1,4 @@
-"""The report: one table and one figure under each question, figures without rounding beside them."""
+"""The report: one table and one figure for each question, and the unrounded numbers in CSV files."""
 
 import re
 
@@ -17,7 +17,7 @@ from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 @pytest.fixture
 def make(tmp_path, capsys, monkeypatch):
-    """Write lines and questions, run the report; returns (exit code, stdout, stderr). The figures' files are empty."""
+    """A function that writes lines and questions, runs the report: (exit code, stdout, stderr). Figures are empty."""
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
 
     def call(lines, *flags, experiment="trial", questions=QUESTIONS):
@@ -41,7 +41,7 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert re.findall(r"^## (.*)", page, re.M) == [
         "Does the larger one score more on CoLA and STS-B?", "Open questions", "How to read the tables"
     ]  # fmt: skip
-    # By hand: in both tasks 1.9, 2.0 and 2.1 points, so an error of 0.1 / √6 with 4 degrees of freedom (t = 2.776).
+    # By hand: in both tasks 1.9, 2.0 and 2.1 points, so a standard error of 0.1 / √6, 4 degrees of freedom, t = 2.776.
     assert re.search(
         r"^\| LoRA² k=8 +\| +336,672 \| +6 \| +\d+\.\d ± \d\.\d \|.*\| +LoRA r=8 \| +\+2.00 \(\+1.89 to \+2.11\) \|"
         r".*\| +higher: holds \(p < 0.001; paper \+1.05\);", page, re.M)  # fmt: skip
@@ -51,7 +51,7 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert "- And elsewhere? Not measured yet (`configs/experiments/recipe.yaml`)." in page
 
 
-def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, tmp_path):
+def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, tmp_path):
     make(trial())
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
     for name in ("mine.png", "old_curves.png"):
@@ -62,7 +62,7 @@ def test_the_same_lines_give_the_same_bytes_and_what_is_made_no_more_goes(make, 
     assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
 
 
-def test_nothing_is_shown_of_a_question_before_its_last_seed(make, tmp_path):
+def test_question_has_no_table_before_its_last_seed_has_finished(make, tmp_path):
     question = QUESTIONS["questions"][0] | {"seeds": 3, "against": ["LoRA r=8"], "claims": []}
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
     make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
@@ -74,26 +74,26 @@ def test_nothing_is_shown_of_a_question_before_its_last_seed(make, tmp_path):
 
 
 def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
-    """What was run with another model, for six steps and on 100 rows is not called the paper's table."""
+    """Runs with another model, for six steps and on 100 rows are not called the paper's table."""
     changes = {"steps": 6, "arguments": {"max_eval_samples": 100, "num_train_epochs": 3, "method_config": "lora2"}}
     lines = [line("LoRA² k=8", "rte", 1, [0.5], machine={"cpu": "AMD EPYC"}, **changes)]
     lines.append(line("AdaLoRA", "rte", 1, [0.5], steps=6, arguments={"num_train_epochs": 30, "max_steps": 6}))
-    write(tmp_path / "output/measured", "own", lines)  # the second's steps cut its epochs short
+    write(tmp_path / "output/measured", "own", lines)  # max_steps ends the second run before its epochs
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
-    assert report.main([]) == 0  # one's own runs, where they lie without a flag
+    assert report.main([]) == 0  # the user's own runs, in the default folders
     page = (tmp_path / "output/README.md").read_text()
     assert "## How do the methods compare on RTE with minilm?" in page and "RTE published" not in page
     assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows; 1 seed; AMD EPYC." in page
 
 
-def test_the_papers_number_stands_beside_in_a_column_of_its_own(make):
+def test_published_scores_have_a_column_of_their_own(make):
     settings = {"model": "deberta-v3-base", "arguments": {"method_config": "lora2"}}
     shown = make([line("LoRA² k=8", "rte", 1, [0.5], **settings)], "--only", "mine", experiment="mine")[1]
     assert re.search(r"\| +RTE \| +RTE published \| +failed", shown)
     assert re.search(r"\| +50\.0 \| +88\.45 \|", shown)  # LoRA², Table 1
     ablation = [line(label, "rte", 1, [0.5], **settings) for label in ("all terms", "two terms")]
-    assert "published" not in make(ablation, "--only", "terms", experiment="terms")[1]  # neither is known to be its row
+    assert "published" not in make(ablation, "--only", "terms", experiment="terms")[1]  # neither is the paper's row
 
 
 def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
@@ -107,13 +107,13 @@ def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
     row = table(tmp_path, "scores").set_index("row").loc["LoRA² k=8"]
     assert [row[name] for name in ("mrpc", "mrpc_validation", "difference")] == pytest.approx([76.5, 90, 5])
     assert "MRPC validation" in (tmp_path / "README.md").read_text()
-    del lines[0]["test_scores"]  # one set for all runs, or the difference is of two sets
+    del lines[0]["test_scores"]  # one run without a test score: all are compared on the validation set
     make(lines, questions={"questions": [question]})
     row = table(tmp_path, "scores").set_index("row").loc["LoRA² k=8"]
     assert [row[name] for name in ("mrpc", "mrpc_test", "difference")] == pytest.approx([90, 76.5, 0])
 
 
-def test_a_grid_of_rates_is_shown_with_the_one_that_is_chosen(make, tmp_path):
+def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     scores = {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.7, 8e-3: None}
     lines = []
     for rate, score in scores.items():
@@ -144,7 +144,7 @@ def test_failed_runs_are_counted_and_a_crashed_one_has_no_score(make, tmp_path):
     assert "1 run(s) ended early and have no score." in (tmp_path / "README.md").read_text()
 
 
-def test_answer_says_which_method_by_how_much_or_what_would_show_it():
+def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
     def said(scores, **changes):
         lines = [
             line(label, "rte", s, [0.4, 0.5, x], **changes) for label, own in scores.items() for s, x in enumerate(own)
@@ -167,7 +167,7 @@ def test_answer_says_which_method_by_how_much_or_what_would_show_it():
     assert f"LoRA r=8 has hardly left its start {started}" in said(clear, rate_sum=0.2)
 
 
-def test_an_axis_of_scores_ends_at_what_a_score_can_be_and_one_evaluation_is_no_curve():
+def test_score_axis_ends_at_100_and_a_single_evaluation_has_no_curve():
     lines = [line("LoRA r=8", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
     runs = as_frame(("one", each) for each in lines)
     (curves,) = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])
@@ -187,7 +187,7 @@ def test_live_ranks_are_drawn_for_each_row_that_prunes():
     assert drawing.png()[:4] == b"\x89PNG"
 
 
-def test_a_page_that_is_no_report_stays_and_only_names_an_experiment(make, tmp_path):
+def test_page_that_is_no_report_is_kept_and_only_must_name_an_experiment(make, tmp_path):
     said = "error: --only trail is not an experiment: choose one of trial, recipe\n"
     assert make(trial(1), "--only", "trail") == (2, "", said)
     (tmp_path / "README.md").write_text("# Mine\n")

@@ -1,4 +1,4 @@
-"""A run is what it read: data, models and settings are told apart by their contents, and a folder holds one run."""
+"""A run is identified by the contents of its data, models and settings, and a folder holds one run."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from tests.nlu.tiny import changed, make_rows, read, write_rows
 
 @pytest.fixture
 def arguments(encoder, tiny_glue, tmp_path, monkeypatch):
-    """Of a run that reads copies of a model, of GLUE, of its own files and of a method's file."""
+    """Arguments of a run that reads copies of a model, GLUE, the user's own files and a method's file."""
     shutil.copytree(encoder, tmp_path / "model")
     shutil.copytree(tiny_glue, tmp_path / "glue")
     (tmp_path / "lora.yaml").write_text("method: lora\nlora_r: 4\n")
@@ -37,7 +37,7 @@ def arguments(encoder, tiny_glue, tmp_path, monkeypatch):
 
 
 def folder_of(arguments, tmp_path, status=None, overwrite=False):
-    """The folder of a run with those arguments; with a status, after it has left its record."""
+    """The folder of a run with those arguments; if ``status`` is given, with a record that has it."""
     folder = RunFolder(tmp_path / "run", arguments, content_digests(arguments), 8, overwrite)
     if status:
         folder.path.mkdir(exist_ok=True)
@@ -47,7 +47,7 @@ def folder_of(arguments, tmp_path, status=None, overwrite=False):
 
 
 def edit(path, old, new):
-    """As many rows, and as many bytes."""
+    """Replace the first ``old``; the numbers of rows and bytes do not change."""
     text = path.read_text()
     path.write_text(text.replace(old, new, 1))
     assert path.stat().st_size == len(text) and path.read_text() != text
@@ -60,7 +60,7 @@ FLIP = ('"label": 1', '"label": 0')
     ("status", "flag", "name", "change"),
     [("finished", "glue_dir", "glue/cola/validation.jsonl", FLIP), ("interrupted", "method", "lora.yaml", ("4", "5"))],
 )
-def test_other_contents_behind_the_same_paths_are_another_run(arguments, tmp_path, status, flag, name, change):
+def test_other_contents_at_the_same_paths_are_another_run(arguments, tmp_path, status, flag, name, change):
     folder_of(arguments, tmp_path, status)
     edit(tmp_path / name, *change)
     with pytest.raises(UsageError, match=f"holds another run .other contents of --{flag}.*--overwrite_output_dir"):
@@ -68,14 +68,14 @@ def test_other_contents_behind_the_same_paths_are_another_run(arguments, tmp_pat
     assert folder_of(arguments, tmp_path, overwrite=True).state() == "new"
 
 
-def test_the_same_contents_are_the_same_run_wherever_they_lie(arguments, tmp_path):
+def test_same_contents_at_other_paths_are_the_same_run(arguments, tmp_path):
     folder_of(arguments, tmp_path, "finished")
     moved = arguments | {"glue_dir": str((tmp_path / "glue").rename(tmp_path / "moved"))}
     assert folder_of(moved, tmp_path).state() == "finished"
     assert folder_of(moved, tmp_path, "interrupted", overwrite=True).state() == "resume"
 
 
-def test_other_arguments_and_other_rows_a_step_are_another_run(arguments, tmp_path):
+def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_path):
     folder_of(arguments | {"learning_rate": 1e-3, "seed": 1}, tmp_path, "interrupted")
     same = arguments | {"learning_rate": 1e-3, "seed": 1, "report_to": ["wandb"]}
     assert folder_of(same, tmp_path).state() == "resume"
@@ -85,7 +85,7 @@ def test_other_arguments_and_other_rows_a_step_are_another_run(arguments, tmp_pa
         RunFolder(tmp_path / "run", same, content_digests(same), 16).state()
 
 
-def test_predictions_that_a_finished_run_lacks_are_made(arguments, tmp_path):
+def test_missing_predictions_of_a_finished_run_are_made(arguments, tmp_path):
     folder_of(arguments, tmp_path, "finished")
     asked = arguments | {"do_predict": True}
     assert folder_of(asked, tmp_path).state() == "resume"
@@ -95,8 +95,8 @@ def test_predictions_that_a_finished_run_lacks_are_made(arguments, tmp_path):
     assert folder_of(asked, tmp_path).state() == "resume"
 
 
-def test_who_may_write_to_a_folder(arguments, tmp_path):
-    """Nothing is replaced that is no run's; what a killed run left is no obstacle; one run at a time."""
+def test_which_folders_a_run_may_write_to(arguments, tmp_path):
+    """Files that belong to no run are not replaced; leftovers of a killed run are no obstacle; one run at a time."""
     folder, run = folder_of(arguments, tmp_path), tmp_path / "run"
     with folder.hold() as state:
         assert state == "new"
@@ -129,8 +129,8 @@ def test_a_new_test_file_is_predicted_without_training(own_flags, tmp_path, monk
         monkeypatch.setattr("nlu.trainer.GlueTrainer.training_step", lambda *_, **__: pytest.fail("trained"))
 
 
-def test_a_run_goes_on_with_the_commit_of_a_model_on_the_hub_that_it_began_with(base_flags, tmp_path, monkeypatch):
-    """A name on the hub has no digest; the commit that was loaded is in the record."""
+def test_resumed_run_loads_the_same_commit_of_a_model_on_the_hub(base_flags, tmp_path, monkeypatch):
+    """A model name on the hub has no digest, but the record has the commit that was loaded."""
     flags = changed(base_flags, max_steps=2)
     assert main(flags) == 0
     path, seen = tmp_path / "run/results.json", []
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_the_commit_of_a_model_on_the_hub_that_it_began_with(
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    """No digest is known from before."""
+    """Forget all digests that earlier tests computed."""
     file_formats._digests.clear()
     monkeypatch.delenv("GLUE_DIR", raising=False)
 
@@ -166,7 +166,7 @@ def of(**arguments):
     return content_digests(arguments)
 
 
-def test_a_model_is_its_files_wherever_they_lie(tmp_path):
+def test_digest_of_a_model_depends_on_its_files_and_not_on_its_path(tmp_path):
     one = model(tmp_path / "a/checkpoint-500")
     digest = of(model_name_or_path=str(one))
     assert of(model_name_or_path=shutil.copytree(one, tmp_path / "copy")) == digest
@@ -179,8 +179,8 @@ def test_a_model_is_its_files_wherever_they_lie(tmp_path):
     assert of(model_name_or_path="org/name-on-the-hub") == of(model_name_or_path=tmp_path) == of() == {}
 
 
-def test_every_file_of_a_tokenizer_counts_and_tells_that_there_is_one(tmp_path):
-    """All names that transformers' tokenizer classes give to their files."""
+def test_every_file_of_a_tokenizer_is_recognised_and_in_the_digest(tmp_path):
+    """Tried with the file names of all tokenizer classes of transformers."""
     files = {
         tuple(getattr(getattr(transformers, each), "vocab_files_names", {}).values())
         for found in TOKENIZER_MAPPING_NAMES.values() if found
@@ -195,7 +195,7 @@ def test_every_file_of_a_tokenizer_counts_and_tells_that_there_is_one(tmp_path):
         assert [n for n in names if not any(map(Path(n).match, digests._MODEL_FILES))] == []
 
 
-def test_a_flipped_label_is_seen_in_every_file_that_the_run_reads_and_in_no_other(tmp_path, tiny_glue):
+def test_changed_label_changes_the_digests_of_the_files_that_the_run_reads(tmp_path, tiny_glue):
     folder = shutil.copytree(tiny_glue, tmp_path / "glue")
     asked = {"task_name": "cola", "glue_dir": str(folder)}
     for name, options, seen in (
@@ -212,14 +212,14 @@ def test_a_flipped_label_is_seen_in_every_file_that_the_run_reads_and_in_no_othe
         assert {flag for flag in before if before[flag] != after[flag]} == seen and set(before) == set(after)
 
 
-def test_the_official_files_and_ones_own_count_too(tmp_path, monkeypatch):
+def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA/dev.tsv").write_text("a")
     monkeypatch.setenv("GLUE_DIR", str(tmp_path))
     assert set(of(task_name="cola")) == {"glue_dir"}
     assert of(task_name="mine") == of(task_name="mrpc") == {}
     own = {f"{name}_file": tmp_path / f"{name}.csv" for name in ("train", "validation", "test")}
-    assert of(**own) == {}  # whoever reads them says that they are missing
+    assert of(**own) == {}  # missing files are reported when they are read
     for path in own.values():
         path.write_text(path.name)
     assert set(of(**own)) == {"train_file", "validation_file"}
@@ -230,7 +230,7 @@ def test_the_official_files_and_ones_own_count_too(tmp_path, monkeypatch):
     assert of(train_file="./renamed.csv") == before != of(train_file=moved.rename(tmp_path / "renamed.tsv"))
 
 
-def test_configurations_are_their_values(tmp_path, monkeypatch):
+def test_digest_of_a_configuration_depends_on_its_values_only(tmp_path, monkeypatch):
     path, own = tmp_path / "method.yaml", tmp_path / "own.json"
     path.write_text("method: peft\npeft_config: {r: 1}\n")
     own.write_text('{"r": 1}')
@@ -247,12 +247,12 @@ def test_configurations_are_their_values(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["renamed", "with the same times"])
-def test_a_file_is_read_once_and_again_where_it_changed(tmp_path, how):
+def test_file_digest_is_computed_once_and_again_after_a_change(tmp_path, how):
     path, other = tmp_path / "weights", tmp_path / "other"
     path.write_bytes(b"weights")
     digest, times = file_digest(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     assert file_digest(path) == digest and len(file_formats._digests) == 1
-    time.sleep(0.02)  # the clock's grain
+    time.sleep(0.02)  # the clock's resolution
     if how == "renamed":
         other.write_bytes(b"Weights")
         other.replace(path)

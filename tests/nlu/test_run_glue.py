@@ -1,4 +1,4 @@
-"""Whole runs on a tiny encoder: records, methods, MNLI's two sets, prediction, refusals that lose nothing."""
+"""Whole runs on a tiny encoder: records, checkpoints, MNLI's two sets, refusals, and adapters as input and output."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from nlu.tasks import TASKS
 from tests.nlu.tiny import changed, error_line, read
 
 
-def test_a_run_leaves_a_record_that_tells_all(finished):
+def test_run_writes_a_complete_record(finished):
     folder, record, printed, _ = finished
     assert record["status"] == "finished" and record["error"] is None
     assert (record["task"], record["method"], record["seed"]) == ("cola", "lora2", 3)
@@ -45,13 +45,13 @@ def test_a_run_leaves_a_record_that_tells_all(finished):
     assert accuracy == pytest.approx(round(accuracy))
     assert record["effective_batch_size"] == 8
     assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
-    assert record["machine"]["cpu"]  # times mean little without it
+    assert record["machine"]["cpu"]  # without it, times mean little
     assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
     assert f"trains {record['adapter_params']:,} parameters in the encoder" in printed and "best" in printed
     assert {p.name for p in folder.iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
 
 
-def test_checkpoints_hold_what_trains_and_not_the_base(finished):
+def test_checkpoints_have_the_trainable_parameters_and_not_the_base(finished):
     folder, record, *_ = finished
     assert sorted(p.name for p in (folder / "model").iterdir()) == ["checkpoint-4", "checkpoint-6"]
     weights = load_file(folder / "model" / "checkpoint-6" / "trained.safetensors")
@@ -83,7 +83,7 @@ def test_the_score_is_scikit_learns_on_the_models_own_logits(finished):
     assert record["last"] == pytest.approx(expected)
 
 
-def test_class_weights_and_smoothed_labels_count_in_the_training_loss_alone(own_flags, monkeypatch):
+def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags, monkeypatch):
     build, made = fine_tuning.build_trainer, []
     monkeypatch.setattr(fine_tuning, "build_trainer", lambda *args: made.append(build(*args)) or made[0])
     assert main([*own_flags, "--on_error", "skip", "--class_weights", "balanced", "--max_steps", "1"]) == 0
@@ -102,7 +102,7 @@ def test_class_weights_and_smoothed_labels_count_in_the_training_loss_alone(own_
         torch.testing.assert_close(trainer.task_loss({"logits": logits}, labels, 4), expected.mean())
 
 
-def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, capsys):
+def test_finished_run_is_not_repeated_and_another_run_is_refused(base_flags, tmp_path, capsys):
     base_flags = changed(base_flags, max_steps=1)
     run, another = tmp_path / "run", [*base_flags, "--lora_dropout", "0.1"]
     run.mkdir()
@@ -120,9 +120,7 @@ def test_a_finished_run_is_left_alone_and_another_refused(base_flags, tmp_path, 
     (["--init_warmup", "4", "--final_warmup", "2"], "4 + 2 = 6"),
     (["--lora_module", "nothing"], "matches no linear layer"),
 ])  # fmt: skip
-def test_refused_before_a_model_is_loaded_and_nothing_is_written(
-    base_flags, tmp_path, capsys, monkeypatch, extra, words
-):
+def test_wrong_flags_are_refused_before_a_model_is_loaded(base_flags, tmp_path, capsys, monkeypatch, extra, words):
     monkeypatch.setattr(fine_tuning, "load_model", lambda *args: pytest.fail("a model was loaded"))
     assert main([*base_flags, "--method", "lora2", *extra]) == 2
     assert words in error_line(capsys) and not (tmp_path / "run").exists()
@@ -135,10 +133,10 @@ SCHEDULE = ["--method", "lora2", "--init_warmup", "0", "--final_warmup", "0", "-
     (["--method", "sora", "--sora_lambda", "10"], 6, 3, [0.9, 0.2], 3),  # before the last gates close
     (SCHEDULE, 23, 6, [0.1, 0.9, 0.2, 0.2], 12),  # between two maskings
 ], ids=["sora", "lora2"])  # fmt: skip
-def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(
+def test_best_checkpoint_is_restored_with_its_ranks(
     base_flags, tmp_path, monkeypatch, options, steps, every, scores, best
 ):
-    """Weights, live ranks and the adapter's score are of the best step."""
+    """Weights, live ranks and the adapter's score are those of the best step."""
     given = iter(scores)
     monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(given)})
     flags = changed(base_flags, max_steps=steps, save_steps=every, eval_steps=every)
@@ -152,11 +150,11 @@ def test_the_best_checkpoint_comes_back_with_the_ranks_it_had(
     stored = load_file(run / "adapter" / "adapter_model.safetensors")
     for name, flags_of_layer in pattern.items():
         values = at_best[f"{name}.lora_E"]
-        kept = stored.get(f"{name}.lora_E", torch.zeros(0))  # absent where the layer was pruned whole
+        kept = stored.get(f"{name}.lora_E", torch.zeros(0))  # absent if the whole layer was pruned
         torch.testing.assert_close(kept, values[values != 0], rtol=0, atol=0)
         assert flags_of_layer == (values != 0).tolist()
     assert record["live_budget"] == sum(map(sum, pattern.values()))
-    if options is SCHEDULE:  # masked at step 10 and grown again
+    if options is SCHEDULE:  # pruned at step 10, live again at the best step
         assert record["history"][9]["live"] < record["live_budget"] == 48
         assert record["history"][-1]["live"] == record["history"][-1]["budget"] == 24
 
@@ -166,7 +164,7 @@ def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):
     assert "has no trained head for the task, and nothing trains it first" in error_line(capsys)
 
 
-def test_a_failed_run_adds_its_line_to_the_records_that_tables_are_made_from(base_flags, tmp_path, capsys):
+def test_failed_run_adds_its_line_to_the_measured_runs(base_flags, tmp_path, capsys):
     flags = [*changed(base_flags, max_steps=2), "--measured_dir", str(tmp_path / "measured"), "--learning_rate", "1e38"]
     assert main(flags) == 1
     assert "line:    " in capsys.readouterr().out
@@ -175,8 +173,8 @@ def test_a_failed_run_adds_its_line_to_the_records_that_tables_are_made_from(bas
     assert "not finite" in line["error"]
 
 
-def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, monkeypatch):
-    monkeypatch.setitem(TASKS, "mnli", dataclasses.replace(TASKS["mnli"], second_rows=14))  # the tiny set is whole
+def test_mnlis_second_set_is_scored_separately_and_does_not_stop_training(base_flags, monkeypatch):
+    monkeypatch.setitem(TASKS, "mnli", dataclasses.replace(TASKS["mnli"], second_rows=14))  # the tiny set is complete
     assert main([*changed(base_flags, task_name="mnli", max_steps=3), "--early_stopping_patience", "2"]) == 0
     record = read(base_flags)
     (row,) = record["evaluations"]
@@ -185,12 +183,12 @@ def test_mnlis_second_set_is_scored_by_itself_and_stops_no_training(base_flags, 
     assert record["best"] == row["accuracy"]
 
 
-# ---- exact factors, rates of parts, and the adapter that a run leaves or starts from --------------------------------
+# ---- exact factors, own learning rates, and the adapter that a run saves or starts from -----------------------------
 
 
 @pytest.fixture
 def flags(base_flags):
-    """On pairs of sentences, at a constant rate."""
+    """Flags of a run on sentence pairs at a constant learning rate."""
     values = {"task_name": "mrpc", "max_steps": 4, "learning_rate": 2e-3, "eval_strategy": "no", "lora_r": None}
     kept = changed(base_flags, **values, lora_alpha=None, root_output_dir=None)
     return [*kept, "--lr_scheduler_type", "constant", "--save_total_limit", "9"]
@@ -224,7 +222,7 @@ def test_retraction_keeps_factors_orthonormal(flags, options, tmp_path):
 
 
 def test_the_head_has_its_own_rate(flags, tmp_path):
-    """Without weight decay, Adam's first step moves an entry by its rate."""
+    """Without weight decay, Adam's first step changes an entry by its learning rate."""
     low, high = (tmp_path / rate for rate in ("1e-4", "4e-4"))
     for folder in (low, high):
         one = ["--method", "lora", "--save_steps", "1", "--max_steps", "1", "--head_learning_rate", folder.name]
@@ -238,13 +236,13 @@ def test_the_head_has_its_own_rate(flags, tmp_path):
 @pytest.mark.parametrize("layers, hidden, methods, k", [
     (6, 384, ("lora2_shared", "lora"), 44), (12, 768, ("lora2_shared_small", "lora_r1"), 11),
 ])  # fmt: skip
-def test_the_width_matches_loras_size(layers, hidden, methods, k):
+def test_width_of_shared_lora2_matches_loras_parameter_count(layers, hidden, methods, k):
     shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 4 * hidden}
     config, found = AutoConfig.for_model("bert", num_attention_heads=12, **shape), []
     for method in methods:
         argv = ["--model_name_or_path", "x", "--task_name", "cola", "--do_train", "--root_output_dir", "x"]
         args = parse_arguments([*argv, "--method", method]).method
-        args.orthogonality = "penalty"  # exact factors need values
+        args.orthogonality = "penalty"  # exact factors cannot be initialised on the meta device
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
             METHODS[args.method].apply(model, args, 100)
@@ -274,7 +272,7 @@ def test_the_saved_adapter_gives_the_trained_models_logits(finished, encoder):
 
 
 def test_warm_start_takes_the_factors_and_records_the_source(base_flags, run_folder, finished):
-    """At so low a rate a step moves nothing. What was pruned is there again, at zero."""
+    """At so low a learning rate a step changes nothing. Pruned values are present again, as zeros."""
     source = finished[0] / "adapter"
     config, tensors = loralib.adapter_folder.read_adapter(source)
     flags = changed(base_flags, task_name="mrpc", max_steps=1, learning_rate=1e-12)

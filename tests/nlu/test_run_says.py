@@ -1,4 +1,4 @@
-"""What a run tells people: lines while it trains, the commands that come next, trackers, and the hub."""
+"""What a run reports: progress lines, the next commands, trackers, the hub, and its log."""
 
 import json
 import logging
@@ -23,12 +23,10 @@ from nlu.runs.record import best_and_last
 from tests.nlu.tiny import read, write_rows
 
 
-def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
-    base_flags, encoder, tmp_path, capsys, monkeypatch
-):
-    """The commands that a run prints are run; tensorboard's own reader judges what was reported."""
+def test_progress_lines_logged_numbers_and_printed_commands(base_flags, encoder, tmp_path, capsys, monkeypatch):
+    """The commands that a run prints are run; the reported scores are read with tensorboard's own reader."""
     run = tmp_path / "run"
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "earlier"))  # as a run in this process left it
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "earlier"))  # as an earlier run left it
     assert main([*base_flags, "--method", "lora2", "--report_to", "tensorboard"]) == 0
     shown, record = capsys.readouterr().out, read(base_flags)
     line = r"^step (\d)/6  loss [\d.]+(?:  matthews_correlation -?[\d.]+)?  \d\.\d GB(  0:\d\d:\d\d left)?$"
@@ -54,7 +52,7 @@ def test_lines_are_for_people_numbers_for_the_log_and_the_commands_work(
 
 
 def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, tmp_path):
-    """peft loads the exported folder alone; its logits are those of predict.py, of a text that training cut too."""
+    """peft loads the exported folder alone; its predictions are those of predict.py, also for a truncated text."""
     flags, text = [*base_flags, "--method", "lora", "--max_seq_length", "6"], "the good cat ran on the small mat"
     assert main(flags) == 0
     folder = tmp_path / "peft"
@@ -73,7 +71,7 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
 
 
 class Hub:
-    """A stand-in for huggingface_hub.HfApi that keeps what it is given."""
+    """A stand-in for huggingface_hub.HfApi that records its calls."""
 
     def __init__(self, token=None):
         pass
@@ -97,14 +95,14 @@ def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, m
     assert created == name == "me/cola" and {"adapter_model.safetensors", "tokenizer.json"} <= set(files)
     card = files["README.md"].decode()
     assert f"{read(base_flags)['last']:.4f}"[:5] in card and "uploaded: " in capsys.readouterr().out
-    assert main([*base_flags, *UPLOAD, "--hub_model_id", "me/again"]) == 0  # of a finished run
+    assert main([*base_flags, *UPLOAD, "--hub_model_id", "me/again"]) == 0  # the run has already finished
     assert Hub.calls[2:] == ["me/again", ("me/again", files)] and "uploaded: " in capsys.readouterr().out
 
 
 # ---- log and record -------------------------------------------------------------------------------------------------
 
 
-def test_the_log_keeps_lines_and_warnings_of_the_block_and_of_no_other(tmp_path, capsys, caplog):
+def test_log_has_the_lines_and_warnings_of_its_block_only(tmp_path, capsys, caplog):
     caplog.set_level(logging.WARNING, "transformers")  # whatever an earlier test has set
     path = tmp_path / "log" / "run.log"
     say("before")
@@ -115,7 +113,7 @@ def test_the_log_keeps_lines_and_warnings_of_the_block_and_of_no_other(tmp_path,
         raise KeyError("end")
     say("after")
     first = path.read_text()
-    with log_to(path):  # the run goes on
+    with log_to(path):  # the run resumes
         say("more")
     assert path.read_text().startswith(first + "---- ") and path.read_text().endswith("\nmore\n")
     lines = first.splitlines()
@@ -124,6 +122,6 @@ def test_the_log_keeps_lines_and_warnings_of_the_block_and_of_no_other(tmp_path,
     assert capsys.readouterr().out == "before\na line\nafter\nmore\n"
 
 
-def test_of_equal_scores_the_first_is_the_best():
+def test_first_of_equal_scores_is_the_best():
     rows = [{"step": step, "accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
     assert best_and_last([*rows, {"step": 7, "loss": 0.1}], "accuracy") == (0.5, 4, 0.5)

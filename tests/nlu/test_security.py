@@ -46,11 +46,11 @@ def test_no_source_file_loads_a_pickle_or_code():
 
 @pytest.fixture
 def trap(tmp_path):
-    """A file that is written if the strangers' code below ever runs."""
+    """A file that is written if the untrusted code below ever runs."""
     return tmp_path / "trapped"
 
 
-def test_a_model_with_code_of_its_own_is_refused_without_a_question(encoder, base_flags, tmp_path, trap, monkeypatch):
+def test_model_with_code_of_its_own_is_refused_without_asking(encoder, base_flags, tmp_path, trap, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to run the code"))
     folder = shutil.copytree(encoder, tmp_path / "model")
     (folder / "code.py").write_text(f"open({str(trap)!r}, 'w')\nclass C: pass\n")

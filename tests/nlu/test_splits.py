@@ -1,4 +1,4 @@
-"""The rows a run takes, and their tokens: held-out rows, limits, order of classes, right ids, counted cuts."""
+"""The rows that a run uses, and their tokens: held-out rows, limits, class order, token ids, truncation counts."""
 
 import math
 from itertools import permutations
@@ -55,7 +55,7 @@ def test_held_out_rows_are_no_training_rows_and_replace_every_validation_set(tin
     assert few["train"]["idx"][:] == rows["train"]["idx"][:9] and len(few["validation_matched"]) == 13
 
 
-def test_of_ones_own_rows_each_class_gives_its_share(tmp_path):
+def test_held_out_rows_of_own_files_are_stratified_by_class(tmp_path):
     lines = [{"id": f"n{i}", "text": f'"a,\n{i}', "label": "rare" if i % 10 == 0 else "common"} for i in range(60)]
     write_rows(tmp_path / "all.csv", lines)
     rows = loaded(train_file=tmp_path / "all.csv", text_columns="text", holdout_fraction=0.5)
@@ -63,7 +63,7 @@ def test_of_ones_own_rows_each_class_gives_its_share(tmp_path):
     assert [np.bincount(labels).tolist() for labels in parts] == [[27, 3], [27, 3]]
 
 
-def test_the_flag_for_the_data_goes_before_the_environment(tiny_glue, monkeypatch):
+def test_glue_dir_flag_overrides_the_environment(tiny_glue, monkeypatch):
     monkeypatch.setenv("GLUE_DIR", "nowhere")
     assert len(loaded(task_name="cola", glue_dir=str(tiny_glue))["train"]) == 50
     monkeypatch.setenv("GLUE_DIR", str(tiny_glue))
@@ -80,7 +80,7 @@ def test_every_split_has_its_own_limit(tiny_glue):
     }  # fmt: skip
 
 
-def test_mnlis_mismatched_set_is_scored_only_where_it_is_whole(tiny_glue, monkeypatch, caplog):
+def test_mnlis_mismatched_set_is_scored_only_if_it_is_complete(tiny_glue, monkeypatch, caplog):
     given = {"task_name": "mnli", "glue_dir": str(tiny_glue)}
     assert set(loaded(**given)) == {"train", "validation_matched"}
     assert "validation_mismatched has 14 rows instead of the official 9832: it is not scored" in caplog.text
@@ -95,7 +95,7 @@ def test_mnlis_mismatched_set_is_scored_only_where_it_is_whole(tiny_glue, monkey
 
 
 @pytest.mark.parametrize("order", list(permutations(TASKS["mnli"].labels))[3:])
-def test_tokens_and_submissions_keep_their_words_in_another_order(tmp_path, order):
+def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tmp_path, order):
     task = TASKS["mnli"]
     for split in ("train", "test_matched", "test_mismatched"):
         write_rows(tmp_path / "mnli" / f"{split}.jsonl", sample_rows(task, split, 9))
@@ -111,7 +111,7 @@ def test_tokens_and_submissions_keep_their_words_in_another_order(tmp_path, orde
 
 
 @pytest.mark.parametrize("name", ["mrpc", "cola"])
-def test_scores_and_the_servers_numbers_do_not_depend_on_the_order(tmp_path, name):
+def test_scores_and_submissions_do_not_depend_on_the_label_order(tmp_path, name):
     task = TASKS[name]
     reordered = reorder_labels(task, task.labels[::-1])
     predictions, references = np.random.default_rng(0).integers(0, 2, (2, 60))
@@ -124,7 +124,7 @@ def test_scores_and_the_servers_numbers_do_not_depend_on_the_order(tmp_path, nam
     assert paths[0].read_text() == paths[1].read_text()
 
 
-def test_ax_is_loaded_with_mnli_and_asked_in_the_order_of_the_trained_models_labels(tiny_glue, tmp_path):
+def test_ax_is_loaded_with_mnli_and_takes_the_models_label_order(tiny_glue, tmp_path):
     write_rows(tmp_path / "ax" / "test.jsonl", sample_rows(TASKS["ax"], "test", 9))
     (tmp_path / "mnli").symlink_to(tiny_glue / "mnli")
     data = load(["train"], task_name="mnli", predict_task="ax", glue_dir=str(tmp_path))
@@ -153,7 +153,7 @@ def make_tokenizer(**options) -> PreTrainedTokenizerFast:
 
 
 def tokens_of(task, texts, labels, length, split="train", **options):
-    """Tokens of some texts, and how many rows were cut."""
+    """Tokens of some texts, and how many rows were truncated."""
     columns = {field: [text[i] for text in texts] for i, field in enumerate(task.text_fields)}
     kind = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
     rows = datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})
@@ -161,7 +161,7 @@ def tokens_of(task, texts, labels, length, split="train", **options):
     return tokens[split], cut[split]
 
 
-def test_a_single_sentence_becomes_its_tokens():
+def test_tokens_of_single_sentences():
     tokens, cut = tokens_of(TASKS["cola"], [["a b"], ["c"]], [1, 0], 32)
     assert tokens.to_dict() == {
         "input_ids": [[1, 4, 5, 2], [1, 6, 2]], "attention_mask": [[1] * 4, [1] * 3],
@@ -171,7 +171,7 @@ def test_a_single_sentence_becomes_its_tokens():
 
 
 @pytest.mark.parametrize("limit", [{"length": 7}, {"length": 99, "model_max_length": 7}])
-def test_pairs_are_in_order_and_cut_and_cuts_are_counted(limit):
+def test_pairs_keep_their_order_and_truncated_rows_are_counted(limit):
     texts = [["a b", "c"], ["a a", "b b"], ["a a a a", "b b b b"]]
     tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], **limit)
     assert tokens["input_ids"][:] == [[1, 4, 5, 2, 6, 2], [1, 4, 4, 2, 5, 5, 2], [1, 4, 4, 2, 5, 5, 2]]
@@ -189,25 +189,25 @@ def test_a_tokenizer_without_token_types_or_masks_gives_a_mask(names):
     ("task", "labels", "there"),
     [("mrpc", [-1, -1], False), ("mrpc", [1, 0], True), ("mrpc", [1, -1], False), ("stsb", [0.5, -1.0], False)],
 )
-def test_hidden_labels_are_left_out_and_shown_ones_stay(task, labels, there):
+def test_hidden_labels_are_left_out_and_known_ones_are_kept(task, labels, there):
     tokens, _ = tokens_of(TASKS[task], [["a", "b"]] * 2, labels, 16, "test")
     assert ("labels" in tokens.column_names) == there
 
 
-def test_training_rows_keep_their_order_and_others_go_by_length(tiny_glue):
+def test_training_rows_keep_their_order_and_others_are_sorted_by_length(tiny_glue):
     rows = loaded(task_name="cola", glue_dir=str(tiny_glue))
     tokens, _ = tokenize(TASKS["cola"], rows, make_tokenizer(), 32)
     assert tokens["train"]["idx"][:] == rows["train"]["idx"][:] and tokens["train"].cache_files == []
     order = list(zip(tokens["validation"]["length"], tokens["validation"]["idx"], strict=True))
-    assert order == sorted(order)  # of one length in their order
+    assert order == sorted(order)  # rows of equal length keep their order
     gold = dict(zip(rows["validation"]["idx"], rows["validation"]["label"], strict=True))
     assert [gold[i] for i in tokens["validation"]["idx"]] == tokens["validation"]["labels"][:]
 
 
-# ---- what the data are -----------------------------------------------------------------------------------------------
+# ---- the description of the data -------------------------------------------------------------------------------------
 
 
-def test_counts_and_cuts_are_said(tmp_path):
+def test_description_has_class_counts_and_truncated_rows(tmp_path):
     lines = [{"text": "a b c", "label": ["Lob", "Kritik"][i % 2]} for i in range(20)]
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")

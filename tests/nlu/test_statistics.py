@@ -1,4 +1,4 @@
-"""The statistics of the report, each against formulas or a library of its own."""
+"""The statistics of the report, each checked against a formula or SciPy."""
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ def frame_of(scores, **changes):
 
 
 def test_estimate_of_one_task_is_the_paired_t_test():
-    ours, theirs = [0.50, 0.53, 0.49, 0.55], [0.48, 0.50, 0.50, 0.49, 0.1]  # the last is a seed that only one has
+    ours, theirs = [0.50, 0.53, 0.49, 0.55], [0.48, 0.50, 0.50, 0.49, 0.1]  # the last seed has no partner
     runs = frame_of({("LoRA² k=8", "cola"): ours, ("LoRA r=8", "cola"): theirs})
     pairs = paired(runs, "LoRA² k=8", "LoRA r=8")
     differences = 100 * (np.array(ours) - theirs[:4])
@@ -58,13 +58,13 @@ def test_estimate_adds_the_variances_of_tasks_as_welch_does():
     first, second = np.array([1.0, 2.0, 4.0]), np.array([51.0, 50.5, 50.0, 49.0])
     values = pd.Series([*first, *second])
     result = estimate(values, pd.Series(["a"] * 3 + ["b"] * 4))
-    welch = stats.ttest_ind(first, -second, equal_var=False)  # the sum of the means, twice the mean of the tasks
+    welch = stats.ttest_ind(first, -second, equal_var=False)  # of the sum of the means: twice the mean of the tasks
     low, high = welch.confidence_interval(0.95)
     assert result.mean == pytest.approx((first.mean() + second.mean()) / 2)
     assert result.interval == pytest.approx((low / 2, high / 2))
     assert result.freedom == pytest.approx(welch.df)
     assert estimate(values, pd.Series(list("aaabbbc"))).interval is None
-    assert estimate(pd.Series([84.3] * 6), pd.Series(list("aaabbb"))).interval is None  # ties are no proof
+    assert estimate(pd.Series([84.3] * 6), pd.Series(list("aaabbb"))).interval is None  # ties give no interval
 
 
 def test_pooled_spread_is_twice_the_residual_mean_square_of_the_two_way_layout():
@@ -77,11 +77,11 @@ def test_pooled_spread_is_twice_the_residual_mean_square_of_the_two_way_layout()
     pairs = paired(runs, "LoRA² k=8", "LoRA r=8")
     result = estimate(pairs.difference, pairs.task, {"cola": (variance, freedom)})
     assert result.error == pytest.approx((variance / 3) ** 0.5) and result.freedom == pytest.approx(4)
-    both = runs[runs.label != "AdaLoRA"]  # of two labels it is the variance of their differences
+    both = runs[runs.label != "AdaLoRA"]  # for two labels: the variance of their differences
     assert pooled_spread(both)["cola"][0] == pytest.approx(pairs.difference.var(ddof=1))
 
 
-def test_student_t_maximises_the_likelihood_and_a_lost_run_counts_little():
+def test_student_t_maximises_the_likelihood_and_a_failed_run_has_little_weight():
     scores = {"LoRA r=8": [0.50, 0.52, 0.49, 0.51, 0.10], "LoRA² k=8": [0.53, 0.55, 0.51, 0.54, 0.52]}
     runs = frame_of({(name, "cola"): own for name, own in scores.items()})
     fit = student_t(runs)
@@ -106,7 +106,7 @@ def test_clopper_pearson_against_the_beta_distribution():
 
 def test_holm_against_its_definition():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.02, None, None]) == [pytest.approx(0.06), None, None]  # claims without runs yet count
+    assert holm([0.02, None, None]) == [pytest.approx(0.06), None, None]  # claims without runs count too
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([None]) == [None]
 
 
@@ -136,7 +136,7 @@ def test_verdict_of_a_claim(mean, error, expect, answer):
     assert result.verdict(expect, result.p_value(expect)) == answer
 
 
-def test_a_run_has_failed_by_its_training_loss_and_not_by_its_score():
+def test_failed_runs_are_found_by_training_loss_and_not_by_score():
     constant = {"constant_loss": 0.6}
     losses = {
         "learned": {"training_loss": [0.61] * 18 + [0.5, 0.56]},
@@ -148,7 +148,7 @@ def test_a_run_has_failed_by_its_training_loss_and_not_by_its_score():
     assert set(runs[runs.failed].label) == {"failed", "old"}
 
 
-def test_a_failed_run_has_the_score_of_its_rerun_and_the_rerun_its_seed():
+def test_rerun_gives_its_score_to_the_seed_of_the_failed_run():
     def run(label, seed, score, loss):
         return "trial", line(label, "cola", seed, [score], training_loss=[loss], constant_loss=0.6)
 
@@ -179,7 +179,7 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
     rte = runs[runs.task == "rte"]["last"]
     expected = ((45 - cola.mean()) / cola.std() + (50 - rte.mean()) / rte.std()) / 2
     assert table.z["b", 2e-3] == pytest.approx(expected)
-    equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equal rates
+    equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equally good rates
     assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
 
@@ -197,7 +197,7 @@ def test_the_test_score_is_of_the_tasks_own_test_set():
     assert sorted(frame.test) == pytest.approx([60, 70])
 
 
-def test_runs_on_other_data_are_no_pairs():
+def test_runs_on_different_data_are_not_paired():
     digests = ({"glue_dir": "a"}, {"glue_dir": "b"})
     lines = [line(x, "cola", 1, [0.5], digests=d) for x, d in zip(("LoRA r=8", "LoRA² k=8"), digests, strict=True)]
     assert not len(paired(as_frame(("a", each) for each in lines), "LoRA r=8", "LoRA² k=8"))
@@ -214,7 +214,7 @@ def test_as_frame_orders_methods_and_tasks_and_tells_equal_labels_apart(tmp_path
         as_frame(("a", each | {"arguments": {}}) for each in twice)
 
 
-def test_a_comparison_takes_the_best_rate_where_all_are_barred():
+def test_comparison_takes_the_best_rate_if_all_are_barred():
     """A run that has learned nothing has a score; one that crashed has none."""
 
     def tried(label, rate, score, **changes):

@@ -1,4 +1,4 @@
-"""What a run predicts, and the GLUE server's files: written, checked against the rules, zipped."""
+"""A run's predictions, and the GLUE server's files: written, checked against the rules, zipped."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ OFFICIAL = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One folder a task, with predictions for whole test sets; of QQP's rows, which take seconds, 500."""
+    """One folder per task with predictions for its whole test set; for QQP, which would take seconds, 500 rows."""
     root, generator = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(submission._SERVER, "QQP.tsv", 500)
@@ -45,8 +45,8 @@ def runs(tmp_path_factory):
         yield sorted(root.iterdir())
 
 
-def test_files_are_the_servers(runs):
-    """By name, number of rows and words."""
+def test_files_have_the_names_rows_and_words_of_the_server(runs):
+    """The rows are in the order of the test set."""
     sizes = {name: (task.name, rows) for task in TASKS.values() for name, rows in task.submission_files}
     assert sizes == {name: (task, rows) for name, (task, _, rows, _) in OFFICIAL.items()}
     for folder in runs:
@@ -118,9 +118,9 @@ def rows_of(path: Path):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, tmp_path):
-    """The same rows, once as MNLI's test set and once as AX: the same words. They can be asked of a run that has
-    finished: the same files."""
+def test_ax_is_predicted_by_the_trained_model_at_once_or_later(mnli_flags, tmp_path):
+    """The same rows as MNLI's test set and as AX get the same answers. A finished run can still be asked for them, and
+    writes the same files."""
     glue = tmp_path / "glue"
     (glue / "ax/test.jsonl").write_bytes((glue / "mnli/test_mismatched.jsonl").read_bytes())
     at_once = [*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]
@@ -142,8 +142,8 @@ def test_ax_gets_the_answers_of_the_trained_model_at_once_or_later(mnli_flags, t
         assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_validation_rows_are_predicted_beside_the_test_s_and_each_class_is_reported(own_flags, tmp_path):
-    """scikit-learn on the file that was written is the judge."""
+def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags, tmp_path):
+    """The scores are those of scikit-learn on the written files."""
     rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
     own_flags += ["--test_file", str(tmp_path / "dev.jsonl"), "--on_error", "skip", "--do_predict"]
     assert run_glue.main([*own_flags, "--metric", "macro-f1"]) == 0
@@ -164,7 +164,7 @@ def test_validation_rows_are_predicted_beside_the_test_s_and_each_class_is_repor
     assert (tmp_path / "run/predictions/custom_validation.png").stat().st_size > 2000
     counts = {name: truth.count(name) for name in labels}
     assert record["data"]["validation"] == {"rows": 15, "skipped": 1, "cut": 0, "classes": counts}
-    # The adapter knows the columns.
+    # The adapter has the names of the text columns.
     adapter = ["--adapter", str(tmp_path / "run/adapter"), "--base", own_flags[1], "--on_error", "skip"]
     output = tmp_path / "out.jsonl"
     assert predict.main([*adapter, "--input", str(tmp_path / "dev.jsonl"), "--output", str(output)]) == 0

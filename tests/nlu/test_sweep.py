@@ -1,4 +1,4 @@
-"""The sweep with a stand-in for run_glue, what it does on failures, its loop, and how it starts runs."""
+"""The sweep with a stand-in for run_glue: its lines, failed runs, its loop, and how it starts runs."""
 
 import json
 import os
@@ -86,14 +86,14 @@ def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
     status = {name: line["status"] for name, line in lines_of(tmp_path).items()}
     expected = {"cola": "failed", "qnli": "finished", "stsb": "finished"}
     assert status == {f"lora-{task}-seed=1": state for task, state in expected.items()}
-    # A start that leaves no record is not told with the reason of the one before.
+    # A failure without a record is not reported with the reason of the failure before it.
     other = content | {"overrides": [{"when": {"task_name": "cola"}, "set": {"weight_decay": 2}}]}
     err = run_sweep(other, "--only", "cola")[2]
     assert "target_rank 9 is larger" in err and "the loss is nan" not in err
 
 
-def test_a_failed_run_has_no_line_while_it_is_made_again(run_sweep, tmp_path):
-    """Were it interrupted then, the line would have it begin anew and not go on."""
+def test_rerun_of_a_failed_run_removes_its_old_line_first(run_sweep, tmp_path):
+    """If the rerun were interrupted, the old line would make it restart instead of resume."""
     content = THREE | {"base": BASIC["base"] | {"weight_decay": 1}}
     assert run_sweep(content)[0] == 1 and len(lines_of(tmp_path)) == 3
     seen = []
@@ -125,7 +125,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_continues(tmp_path):
     assert not (tmp_path / "output/trial/lora-cola-seed=2").exists()
     process = start(text=True)
     wait_until(lambda: (tmp_path / "output/trial/lora-cola-seed=2/started").exists())
-    process.kill()  # nothing of what was finished is lost
+    process.kill()  # finished runs are not lost
     process.communicate()
     assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"] and record_of(tmp_path, "lora-cola-seed=1")["resumes"] == 1
 
@@ -139,7 +139,7 @@ def test_jobs_run_on_a_cluster(run_sweep, tmp_path):
     assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
 
 
-def test_ones_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep, tmp_path):
+def test_own_files_replace_a_task_and_their_folder_is_not_recorded(run_sweep, tmp_path):
     for name in ("train", "other", "dev"):
         (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{name},1\n")
     base = {**BASIC["base"], "validation_file": str(tmp_path / "dev.csv")}
@@ -151,12 +151,12 @@ def test_ones_own_files_stand_in_for_a_task_and_no_folder_is_recorded(run_sweep,
     assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
 
 
-def test_models_of_one_name_on_the_hub_are_two():
+def test_hub_models_of_different_owners_are_different():
     names = [place_free({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
     assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
 
 
-def test_a_folder_named_on_the_command_line_stays_text():
+def test_path_that_looks_like_a_number_stays_text():
     texts = ["model_name_or_path=2024", "glue_dir=2024.10", "max_steps=5", "lora_path=null"]
     expected = {"model_name_or_path": "2024", "glue_dir": "2024.10", "max_steps": 5, "lora_path": None}
     assert sweep._pairs(texts, "--set") == expected
@@ -166,7 +166,7 @@ def test_a_folder_named_on_the_command_line_stays_text():
 
 
 def loop_of(tmp_path, start, content=THREE):
-    """The loop of an experiment, two runs at once, in which `start` starts a run; and the three runs."""
+    """The loop of an experiment that starts runs with `start`, two at once; and its runs."""
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     places = Places(tmp_path / "measured/trial.jsonl", tmp_path / "output/trial", ["run"])
@@ -181,7 +181,7 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
         def poll(self):
             looks.append(self)
             assert len(looks) < 50, "it is not killed"
-            if signals and len(heard) + len(signals) == 2:  # the second when the first has been passed on
+            if signals and len(heard) + len(signals) == 2:  # the second signal, once the first has been passed on
                 os.kill(os.getpid(), signals.pop(0))
             return -9 if True in heard else None
 
@@ -205,7 +205,7 @@ def wait(job):
 
 @pytest.mark.parametrize(("jobs", "asked", "threads"), [(3, "", 2), (3, "5", 5)])
 def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, asked, threads):
-    """The share, or the number that OMP_NUM_THREADS asks for."""
+    """The threads are its share of 8 cores, or the number in OMP_NUM_THREADS."""
     monkeypatch.setattr(launchers, "available_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     log = tmp_path / "log"
@@ -216,7 +216,7 @@ def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
+def test_signals_of_slurm_are_passed_on_to_the_run(tmp_path, number):
     log = tmp_path / "log"
     code = (
         "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
@@ -229,8 +229,8 @@ def test_a_run_hears_of_what_slurm_tells_its_job_and_may_save(tmp_path, number):
     assert wait(job) == 143
 
 
-def test_a_job_that_the_cluster_forgets_ends_when_it_is_killed():
-    """Without accounting no state is known, and scancel fails for a job that has ended."""
+def test_job_that_the_cluster_forgets_ends_if_it_is_killed():
+    """Without job accounting, the state of an ended job is unknown and scancel fails for it."""
 
     class Forgotten:
         def done(self):
@@ -247,7 +247,7 @@ def test_a_job_that_the_cluster_forgets_ends_when_it_is_killed():
     assert job.poll() == 1
 
 
-def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tmp_path):
+def test_commit_is_dirty_if_code_is_changed_but_not_if_records_are(tmp_path):
     root = tmp_path / "checkout"
     code, record = root / "nlu/tasks.py", root / "results/measured/selection.json"
     for path in (code, record):
@@ -268,4 +268,4 @@ def test_a_commit_is_dirty_by_its_code_and_not_by_the_records_that_runs_leave(tm
     code.write_text("")
     assert git_commit(root) == f"{commit}-dirty"
     assert git_commit(tmp_path) is None
-    assert git_commit(root / "nlu") is None  # a package that is installed inside of somebody's own repository
+    assert git_commit(root / "nlu") is None  # a package that is installed inside somebody's own repository

@@ -1,4 +1,4 @@
-"""The rows and epochs that a step counts, its time, and what the trainer takes from transformers' private methods."""
+"""The trainer: the rows that a step counts, the time of steps, epochs, and transformers' private methods."""
 
 import inspect
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import REPOSITORY, changed, read
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
-# in between 5.19 and 5.20 were tried. Along with 5.12 pip takes older tokenizers and huggingface_hub.
+# 5.19 and 5.20 were tried too. With 5.12, pip installs older versions of tokenizers and huggingface_hub.
 TRIED = ("5.12.0", "5.24.0")
 KINDS = (LowRankTrainerMixin, WholeCheckpoints, GlueTrainer)
 OVERRIDDEN = {
@@ -39,7 +39,7 @@ OVERRIDDEN = {
 }
 
 
-def test_the_trainers_private_methods_are_those_that_were_tried():
+def test_overridden_private_methods_of_the_trainer_are_those_that_were_tried():
     installed, (oldest, newest) = Version(transformers.__version__), map(Version, TRIED)
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     allowed = next(Requirement(line) for line in lines if line.startswith("transformers"))
@@ -54,8 +54,8 @@ def test_the_trainers_private_methods_are_those_that_were_tried():
 
 
 @pytest.mark.parametrize("logging_steps", [1, 4])
-def test_the_time_of_the_steps_is_all_but_that_of_evaluations_and_checkpoints(base_flags, monkeypatch, logging_steps):
-    """Also what a GPU still has to do after a step, for which the next batch waits."""
+def test_time_of_steps_excludes_evaluations_and_checkpoints(base_flags, monkeypatch, logging_steps):
+    """It includes the work that a GPU still has to do after a step, because the next batch waits for it."""
     now = [0.0]
 
     def lasts(owner, name, seconds):
@@ -82,7 +82,7 @@ def test_the_time_of_the_steps_is_all_but_that_of_evaluations_and_checkpoints(ba
 @pytest.mark.parametrize("task, rows, processes, accumulation", [
     ("cola", 50, 1, 1), ("mrpc", 33, 2, 1), ("stsb", 37, 2, 1), ("mrpc", 70, 2, 2), ("mrpc", 32, 2, 1),
 ])  # fmt: skip
-def test_an_epochs_steps_count_each_row_once_however_many_processes_share_it(task, rows, processes, accumulation):
+def test_steps_of_an_epoch_count_each_row_once_for_any_number_of_processes(task, rows, processes, accumulation):
     sampler, counted, seen = SeededRandomSampler(rows, 0), [], []
     for rank in range(processes):
         shard = list(BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), processes, rank))
@@ -98,8 +98,8 @@ def test_an_epochs_steps_count_each_row_once_however_many_processes_share_it(tas
     assert sum(counted) == rows and sorted(seen) == list(range(rows))
 
 
-def test_the_sampler_is_told_each_epoch_where_accelerate_does_not_tell_it(finished, monkeypatch):
-    """accelerate reaches it in one process alone: two of them would take every epoch in the order of the first."""
+def test_sampler_gets_the_epoch_without_accelerate(finished, monkeypatch):
+    """accelerate sets the epoch in a single process only; two processes would repeat the order of the first epoch."""
     trainer, told = finished[3], []
     monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **_: told.append(list(self.train_sampler)))
     monkeypatch.setattr(trainer.state, "global_step", 0)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, with whole and with split frozen weights, against one with the same effective batch."""
+"""Two processes on the CPU, with whole and with sharded frozen weights, against one with the same effective batch."""
 
 import itertools
 import json
@@ -12,8 +12,8 @@ from tests.nlu import killed_runs
 from tests.nlu.killed_runs import run_watched
 from tests.nlu.tiny import make_encoder, make_rows, run_python, write_rows
 
-# Task, training rows and flags. Two processes with four rows each divide none of these numbers: accelerate repeats
-# rows in the last batch of an epoch, with 33 rows in all of one process's batch; and so it does with 37 in evaluation.
+# Task, training rows and flags. No number of rows is a multiple of 8 (2 processes, 4 rows each): accelerate repeats
+# rows in the last batch of an epoch (all rows of one process if there are 33) and in the evaluation of 37 rows.
 METHODS = {
     "lora2": (
         "mrpc", 70, "--lora_r 4 --target_rank 2 --mask_interval 1 --init_warmup 1 --final_warmup 2 --lora_alpha 32"
@@ -29,7 +29,7 @@ LAUNCHERS = {
         "--main_process_port", "0",
     ],
 }  # fmt: skip
-# What is launched together; under FSDP the two that have factors, regulariser, allocator and exact factors.
+# The methods of each launch; those under FSDP cover factors, regulariser, allocator and exact factors.
 LAUNCHES = {
     "torchrun": ("torchrun", ["lora2"]),
     "more methods": ("torchrun", ["sora", "lora2_plus"]),
@@ -39,7 +39,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """Flags of a run without dropout, of which two processes would draw other masks than one."""
+    """Flags of a run without dropout, whose masks would differ between one and two processes."""
     root = tmp_path_factory.mktemp("still")
     folder = make_encoder(root / "encoder", "deberta-v2")
     config = json.loads((folder / "config.json").read_text())
@@ -67,7 +67,7 @@ def flags_of(method, flags, rows_a_process, folder):
 
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """A function: name of a launch → the folder of its runs by two processes, four rows each."""
+    """A function: name of a launch → the folder of its runs, by two processes with four rows each."""
     roots = {}
 
     def launch(name):
@@ -103,7 +103,7 @@ def fingerprint(folder: Path) -> str:
         for method in methods
     ],
 )
-def test_two_processes_are_one(launch, method, two, flags, tmp_path):
+def test_two_processes_equal_one(launch, method, two, flags, tmp_path):
     run_watched(flags_of(method, flags, 8, tmp_path / "one"))
     accumulate = ["--gradient_accumulation_steps", "2"]
     run_watched([*flags_of(method, flags, 4, tmp_path / "accumulated"), *accumulate])
@@ -134,8 +134,8 @@ def test_two_processes_are_one(launch, method, two, flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["stopped", "by one"])
-def test_another_number_of_processes_goes_on(first, two, flags):
-    """Two with split weights, then one, and the reverse: a checkpoint has whole factors and optimiser states."""
+def test_run_resumes_with_another_number_of_processes(first, two, flags):
+    """From two with sharded weights to one, and back: a checkpoint has whole factors and optimiser states."""
     folder, (expected, _) = two("fsdp") / first, states(two("fsdp") / "lora2")
     if first == "stopped":
         assert [path.name for path in (folder / "model").iterdir()] == ["checkpoint-7"]

@@ -16,7 +16,7 @@ from nlu.tasks import TASKS
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("run_*.sh"))
 BACKBONES = {"debertav3": "deberta-v3-base", "robertalarge": "roberta-large"}
-# The rows of the GLUE training sets, from which the published schedules' lengths follow.
+# The rows of the GLUE training sets, which determine the lengths of the published schedules.
 TRAIN_ROWS = {
     "cola": 8551, "sst2": 67349, "mrpc": 3668, "qqp": 363846, "stsb": 5749, "mnli": 392702, "qnli": 104743, "rte": 2490,
 }  # fmt: skip
@@ -42,7 +42,7 @@ def arguments_of(words):
 
 
 def settings(backbone, task, method, *flags):
-    """Of a task's script, whose flags the next test compares with these."""
+    """The published settings of a task; the next test compares the scripts' flags with them."""
     choice = ["--published", backbone, "--task_name", task, "--method", method, "--do_train", "--do_eval",
               "--measured_dir", "output/measured"]  # fmt: skip
     return parse_arguments([*choice, *flags]).record
@@ -54,7 +54,7 @@ def test_a_script_starts_its_task_with_the_published_settings(script):
     assert arguments_of(words_of(script.name, METHOD="lora")).record == settings(BACKBONES[short], task, "lora")
 
 
-def test_there_is_a_script_and_a_section_for_every_task_and_backbone():
+def test_every_task_and_backbone_has_a_script_and_a_file_of_settings():
     trained = [task.name for task in TASKS.values() if task.train_splits]
     names = {f"run_debertav3_{task}.sh" for task in trained} | {f"run_robertalarge_{task}.sh" for task in TRAIN_ROWS}
     assert {path.name for path in SCRIPTS} == names
@@ -106,7 +106,7 @@ def test_roberta_large_has_loras_settings(task):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/methods").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_methods_file_wins_over_the_published_settings(path):
+def test_every_methods_file_overrides_the_published_settings(path):
     config = yaml.safe_load(path.read_text())
     if "peft_config" in config:
         config["peft_config"] = json.dumps(config["peft_config"])
@@ -121,7 +121,7 @@ def test_every_methods_file_wins_over_the_published_settings(path):
     ("--seed=3 --method adalora --model_name_or_path models/mine", {"METHOD": "full", "SEED": "1"},
      {"lora_r": 2, "seed": 3, "root_output_dir": "output/glue/mine/rte/adalora/seed-3"}),
 ])  # fmt: skip
-def test_the_environment_sets_flags_and_flags_that_follow_win(flags, environment, expected):
+def test_environment_sets_flags_and_given_flags_override_it(flags, environment, expected):
     found = arguments_of(words_of("run_debertav3_rte.sh", *flags.split(), **environment)).record
     assert {key: found[key] for key in expected} == expected
 
@@ -141,7 +141,7 @@ def test_several_machines_and_accelerate_start_the_same_command():
 
 
 def test_without_DRY_RUN_the_command_is_started_and_help_starts_nothing():
-    words = words_of("run_debertav3_rte.sh", DRY_RUN="0", PYTHON="echo")  # which stands in for python
+    words = words_of("run_debertav3_rte.sh", DRY_RUN="0", PYTHON="echo")  # echo stands in for python
     assert words[0] == f"{ROOT}/nlu/run_glue.py"
     help_page = shown_by("run_debertav3_mnli.sh", "--max_steps", "3", "--help", DRY_RUN="0", PYTHON="echo")
     assert {"METHOD", "SEED", "NPROC", "ACCELERATE", "DRY_RUN=1"} <= set(
