@@ -1,4 +1,4 @@
-"""Every example trains, prunes and leaves an adapter that loads."""
+"""Every example runs and learns; the saved adapters load again."""
 
 import argparse
 import importlib.util

@@ -73,7 +73,7 @@ def no_contents(monkeypatch):
 
 
 @pytest.mark.parametrize("name, dtype", KINDS)
-def test_a_step_stays_on_the_device(name, dtype, no_contents):
+def test_training_step_stays_on_the_device(name, dtype, no_contents):
     with tempfile.TemporaryDirectory() as folder:
         _, applied, rows = prepared(method_flags()[name], folder, 4, "cpu", dtype)
     model = applied.model

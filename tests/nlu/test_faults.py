@@ -157,7 +157,7 @@ def test_best_checkpoint_is_found_after_the_folder_was_moved(flags, run_folder, 
 
 
 def test_two_signals_in_quick_succession_count_as_one():
-    """A launcher and the terminal may both send it."""
+    """A launcher and the terminal may both send one."""
     request = StopRequest()
     with request.awaited():
         try:
@@ -236,7 +236,7 @@ def test_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def test_waiting_thread_gets_the_lock_when_it_is_released(tmp_path):
-    """Sweeps that write their lines to one folder do so."""
+    """Sweeps that write their lines to one folder wait like this."""
     entered = threading.Event()
 
     def second():

@@ -1,4 +1,4 @@
-"""What every method must do: train the parameters that it names and no others, on all encoders and kinds of task."""
+"""What every method must do: train the parameters that it names and no others, on several encoders and tasks."""
 
 import json
 import os

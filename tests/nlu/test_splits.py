@@ -44,7 +44,7 @@ def loaded(need=("train", "eval"), **given):
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_rows_are_no_training_rows_and_replace_every_validation_set(tiny_glue):
+def test_held_out_rows_are_not_trained_on_and_replace_every_validation_set(tiny_glue):
     rows = loaded(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25)
     assert set(rows) == {"train", "validation_matched"} and len(rows["validation_matched"]) == math.ceil(50 / 4)
     assert sorted([*rows["train"]["idx"], *rows["validation_matched"]["idx"]]) == list(range(50))
