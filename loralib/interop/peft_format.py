@@ -235,8 +235,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         rank = right.shape[0]
         tensors |= {f"{name}.lora_B.0": left.float(), f"{name}.lora_A.0": right.float()}
         # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
-        key = ("lora", rank, [], scaling * rank, 0.0, "gaussian", False)
-        groups.setdefault(str(key), LayerGroup(*key, {})).rank_pattern[name] = "1" * rank
+        group = LayerGroup("lora", rank, [], scaling * rank, 0.0, "gaussian", False, {})
+        groups.setdefault(str(group), group).rank_pattern[name] = "1" * rank
     config = AdapterConfig("lora", list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
     install(model, config, tensors, fitting_layers(model, config, tensors))
 
