@@ -14,6 +14,7 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from loralib.injection import module_type
 from nlu.experiments.statistics import finished
@@ -175,9 +176,10 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
             for rate in own[own.failed].value:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
-        rates = sorted(set(runs[runs.task == task].value))
         axes.minorticks_off()
-        axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates], rotation=45, fontsize=7.5)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.tick_params(axis="x", rotation=45, labelsize=7.5)
         axes.set_title(f"{HEADINGS.get(task, task)}: score", loc="left")
         _end_at_the_possible(axes)
     for axes in panels[-columns:]:
