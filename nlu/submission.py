@@ -34,7 +34,8 @@ def find_predictions(folder: str | Path) -> dict[str, Path]:
     for name, rows in _SERVER.items():
         for path in (Path(folder) / name, Path(folder) / "predictions" / name):
             if path.is_file():
-                if pd.read_csv(path, sep="\t", usecols=["index"])["index"].tolist() != list(range(rows)):
+                table = pd.read_csv(path, sep="\t", usecols=lambda column: column == "index")
+                if table.to_numpy().ravel().tolist() != list(range(rows)):
                     raise UsageError(f"{path} has other rows than the test set's {rows}: predict them all")
                 found[name] = path
     if not found:

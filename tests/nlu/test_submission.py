@@ -86,9 +86,11 @@ def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, c
     assert "WNLI.tsv is there twice" in capsys.readouterr().err and out.read_bytes() == written
 
 
-@pytest.mark.parametrize("rows", [range(145), [*range(5), *range(6, 147)]])
+@pytest.mark.parametrize("rows", [range(145), [*range(5), *range(6, 147)], []])
 def test_a_file_without_all_rows_of_the_test_set_is_refused(tmp_path, rows):
-    write_predictions(TASKS["wnli"], "test", rows, [0] * len(rows), tmp_path)
+    path = write_predictions(TASKS["wnli"], "test", rows, [0] * len(rows), tmp_path)
+    if not rows:  # another program's file
+        path.write_text("id\tlabel\n" + "0\t1\n" * 146)
     with pytest.raises(UsageError, match="has other rows than the test set's 146"):
         find_predictions(tmp_path)
 
