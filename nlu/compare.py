@@ -100,14 +100,17 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     warnings = unlike(firsts, shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    notes = [f"Not alike: {warning}." for warning in warnings]
     tuned, tried = 0, []
     if tuning is not None:
         tuned, tried, final = _tune(tuning, final, labels, args)
         if tuned > 1:  # stopped
             return tuned
+        chosen = {labels[run.axes["method"]]: run.arguments["learning_rate"] for run in final.runs}
+        rates = ", ".join(f"{label} {rate:g}" for label, rate in chosen.items())
+        notes.append(f"Learning rates chosen by the held-out score: {rates}.")
     code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    notes = [f"Not alike: {warning}." for warning in warnings]
     write(final.name, lines, tried, scales, notes, args.output_dir / final.name)
     return max(code, tuned)
 

@@ -52,9 +52,6 @@ def write(
     scores = score_frame(frame, Question("", name, against=(done.label.iloc[0],), pooled=True))
     scores["scale"] = [scales.get(label) for label in scores.row]
     scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
-    chosen = [f"{label} {rate:g}" for label, rate in chosen_rates(tuning).items()]
-    if chosen:
-        notes = [*notes, f"Learning rates chosen by the held-out score: {', '.join(chosen)}."]
     notes = [f"- {note}" for note in [*advice(frame), *notes]]
     table = score_text(scores)
     table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
