@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:  # loralib is installed without the extra "glue"
         print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped: existing files are unchanged", file=sys.stderr)
+        print("stopped: no file is left half-written", file=sys.stderr)
         return 130
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -191,10 +191,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
             line = json.loads(text)
-            if line["status"] and line["run"] in lines:
-                raise ValueError(f"the run {line['run']} is on another line too")
+            run, _ = line["run"], line["status"]  # both are needed
+            if run in lines:
+                raise ValueError(f"the run {run} is on another line too")
         except (KeyError, TypeError, ValueError) as error:
             what = f"{path}:{number}: damaged ({one_line(error)})"
             raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
-        lines[line["run"]] = line
+        lines[run] = line
     return list(lines.values())
