@@ -98,16 +98,19 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if there is nothing to save, peft wraps the layers, the folder holds other files, a value is NaN or
+        ValueError: if no parameter is trainable, peft wraps the layers, the folder holds other files, a value is NaN or
             a factor infinite, or JSON cannot hold ``card``.
     """
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "nothing to save: no parameter is trainable, which is how a head is recognised; before you save a frozen "
+            "copy, unfreeze its factors and its head"
+        )
     live = live_singular_values(layers)
     factors, tied = _stored_factors(layers, live)
     head = head_tensors(model)
-    if not factors and not head:
-        raise ValueError("nothing to save: the model has no low-rank layer and no trainable parameter")
     groups = _groups(layers, live)
     second = _second_name(model, layers, head) if layers else None
     if base_model is None:

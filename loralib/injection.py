@@ -97,6 +97,8 @@ def _all_linear(model: Any, names: list[str]) -> list[str]:
     if not hasattr(model, "base_model_prefix"):
         raise ValueError(f"{ALL_LINEAR!r} needs a transformers model, whose head is known: name the modules")
     inside = set(model.base_model.modules()) - {model.get_output_embeddings()}
+    if model.base_model is model and "For" in type(model).__name__:  # its head is a child, as in T5ForQuestionAnswering
+        inside -= set(model.children())
     return [name for name in names if model.get_submodule(name) in inside]
 
 

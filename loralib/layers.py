@@ -60,6 +60,7 @@ class LoRALayer(nn.Linear):
     # The replaced layer, if its weight is quantised: only that layer can compute the product. The tuple hides it from
     # nn.Module, so that the weight has only one name.
     _quantised: tuple[nn.Module] | None = None
+    _has_values = True  # false from the creation on the meta device until factors are loaded
 
     @staticmethod
     def scales(*args: Any, **options: Any) -> tuple[Sequence[int], str]:
@@ -149,6 +150,7 @@ class LoRALayer(nn.Linear):
     def _draw_factors(self) -> None:
         """Draws the start values. e (for LoRA: B) starts at 0, so that ΔW = 0."""
         if self.lora_A[0].is_meta:  # nothing can be drawn there
+            self._has_values = False
             return
         if self.lora_E is None:
             nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
@@ -211,6 +213,7 @@ class LoRALayer(nn.Linear):
                 parameter.copy_(values)
             else:
                 parameter.index_copy_(axis, index.to(parameter.device), values.to(parameter))
+        self._has_values = True
 
     @property
     def scaling(self) -> float:
@@ -236,7 +239,9 @@ class LoRALayer(nn.Linear):
         if self.r == 0:
             return self.weight.new_zeros(self.out_features, self.in_features)
         with without_autocast(self.lora_B[0].device.type):
-            return (self.lora_B[0] @ self.folded_core()) @ self.lora_A[0]
+            core = self._core()
+            left = self.lora_B[0] @ core if isinstance(core, Tensor) else self.lora_B[0] * core
+            return left @ self.lora_A[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; with a
@@ -244,7 +249,7 @@ class LoRALayer(nn.Linear):
 
         Raises:
             RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains; or if the
-                factors are on the meta device and the weight is not.
+                factors are from the meta device and have no values, but the weight has.
         """
         if self._quantised is not None:
             return self._beside_quantised(self._quantised[0], input)
@@ -278,10 +283,11 @@ class LoRALayer(nn.Linear):
         return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def _core(self) -> Tensor | float:
-        """The core for the forward pass: a matrix, or a number that stands for that number times the identity."""
-        if self.lora_A[0].is_meta and not self.weight.is_meta:  # torch would return uninitialised memory
+        """The core for products: a matrix, or a number that stands for that number times the identity."""
+        # A factor that was moved from the meta device, or is still there, would be read as uninitialised memory.
+        if not self.weight.is_meta and (self.lora_A[0].is_meta or not self._has_values):
             raise RuntimeError(
-                "the factors are on the meta device and have no values: load the weights before inject(), and let "
+                "the factors are from the meta device and have no values: load the weights before inject(), and let "
                 "accelerate dispatch the model without offloading"
             )
         return self.scaling if self.lora_E is None else self.folded_core()
@@ -319,10 +325,12 @@ class LoRALayer(nn.Linear):
         if self.merged:
             destination[f"{prefix}weight"] = self._weight_before_merge
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Undoes a merge first, because loading changes W and ΔW."""
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Undoes a merge first, because loading changes W and ΔW. In peft the layer does not own W."""
+        if not self.in_peft:
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._has_values |= any(name.startswith(f"{prefix}lora_") for name in state_dict)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, widths={self.widths}, lora_alpha={self.lora_alpha:g}"

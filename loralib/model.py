@@ -17,7 +17,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``, data-parallel modules and ``AveragedModel``, whose prefixes must not appear
     in saved names."""
-    inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")
+    inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
     return model if inner is None else unwrapped(inner)
 
 

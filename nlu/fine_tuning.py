@@ -65,6 +65,7 @@ def run(arguments: Arguments, data: Data) -> None:
         if state == "finished":
             if is_first():
                 say(f"{folder.path} holds this run already, finished: give --overwrite_output_dir to run it again")
+                _publish(arguments, folder.path, read_json(folder.path / RECORD))
         else:
             _run_in(folder, state, arguments, data, held)
         if arguments.record["push_to_hub"] and is_first():
@@ -106,7 +107,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     if is_first():
         folder.clean(state)
         held.enter_context(log_to(path / "log" / "run.log"))
-        for line in description_lines(task, described, data.max_seq_length):
+        for line in description_lines(task, described, min(data.max_seq_length, tokenizer.model_max_length)):
             say(line)
     wait_for_all()
     facts = {
@@ -129,10 +130,11 @@ def run_recorded(
     """Train, evaluate, predict and save the adapter; an error that ends the run early goes into the record."""
     try:
         train_and_evaluate(arguments, trainer, checkpoint)
+        if is_first():
+            save_run_adapter(arguments, trainer, record.write("running"), folder)
         if arguments.training.do_predict:
             record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer, folder)
         if is_first():
-            save_run_adapter(arguments, trainer, record.write("running"), folder)
             finished = record.write("finished")
             if arguments.training.save_strategy == "no":  # checkpoints served only to resume
                 shutil.rmtree(folder / "model", ignore_errors=True)

@@ -24,6 +24,7 @@ from typing import Any
 from nlu.arguments import positive_int
 from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.json_yaml import finite
 from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals
 
@@ -84,15 +85,19 @@ def records(
             named = dict(zip(labels, values, strict=True))
             flat = {f"probability_{name}": value for name, value in named.items()}
             answer = {"label": max(named, key=named.get), **(flat if kind == "csv" else {"probabilities": named})}
-        taken = {"line", *answer}
-        kept = {f"input_{name}" if name in taken else name: row.values.get(name) for name in columns}
+        kept: dict[str, Any] = {}
+        for name in columns:
+            new = name
+            while new in ("line", *answer) or (new != name and new in (*columns, *kept)):
+                new = f"input_{new}"
+            kept[new] = row.values.get(name)
         yield {"line": row.place, **kept, **answer}
 
 
 def as_line(record: dict[str, Any], kind: str, first: bool) -> str:
     """A record as a line of JSON or CSV; in CSV the header precedes the first one."""
     if kind == "jsonl":
-        return json.dumps(record, ensure_ascii=False) + "\n"
+        return json.dumps(finite(record), ensure_ascii=False, default=str) + "\n"  # a Parquet column may hold dates
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([record, record.values()] if first else [record.values()])
     return text.getvalue()
@@ -125,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep_columns", action=argparse.BooleanOptionalAction,
         help="write the input's columns too (default: only for CSV and TSV input)")  # fmt: skip
     add("--on_error", choices=("stop", "skip"), default="stop",
-        help="on a bad row: stop, or skip it (up to ten rows or a tenth of them; default: stop)")  # fmt: skip
+        help="on a bad row: stop, or skip it (up to ten, or a tenth of those read so far; default: stop)")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="rows computed at once (default: 64)")
     add("--max_seq_length", type=positive_int, help="most tokens per row; the rest is cut (default: as in training)")
     return parser

@@ -231,10 +231,11 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             result = super().train(resume_from_checkpoint, **kwargs)
             self.clock.stop()
             self.check_finite(result.training_loss)
-            signum = self.stop_request.agreed()
-            if signum is not None:  # it came after the last step
-                if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
-                    self._save_checkpoint(self.model, None)
+            signum = self.stop_request.agreed()  # it came after the last step
+            saves = signum is not None or self.args.save_strategy != "no"
+            if saves and not self.args.load_best_model_at_end:  # the model holds the best step's weights then
+                self._save_checkpoint(self.model, None)  # a run that stops while it predicts need not train again
+            if signum is not None:
                 raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         return result
 

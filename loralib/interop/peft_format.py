@@ -312,8 +312,8 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
     """Raises ValueError for variants that only the configuration shows; DoRA and the like have tensors of their own."""
     if values.get("peft_type") not in tuple(_PARTS):
         raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only {', '.join(_PARTS)} can be imported")
-    if values.get("alora_invocation_tokens"):
-        raise ValueError(f"{path}: adapters with alora_invocation_tokens cannot be imported")
+    if option := next((each for each in ("alora_invocation_tokens", "layer_replication") if values.get(each)), None):
+        raise ValueError(f"{path}: adapters with {option} cannot be imported")
     if str(values.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
         raise ValueError(f"{path}: its init_lora_weights has changed the base's weights: save it in peft as a "
                          "plain LoRA (path_initial_model_for_weight_conversion)")  # fmt: skip

@@ -131,9 +131,6 @@ class LoRA2Adapter(LoRA2Linear):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args, **kwargs)  # unmerging is left to the wrapper
-
 
 class _Factors(Sequence):
     """The factors of one side as a list, as other layers have them; here they are parameters of the layer itself."""

@@ -85,15 +85,15 @@ class _Stack:
 
 
 class ExactFactors:
-    """Keeps every trainable factor of the layers with singular values orthonormal along its smaller side.
+    """Keeps every factor that is trainable when a training starts orthonormal along its smaller side.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
     product, and a factor that layers share is handled once. All work is done on the device. A frozen factor is left
     alone, whether or not its layer's e is trainable.
 
     Args:
-        model: has AdaLoRA, LoRA² or multi-scale layers; :func:`make_orthonormal` is called for it, now and before the
-            first step of each training.
+        model: has layers with singular values (AdaLoRA, LoRA², multi-scale); :func:`make_orthonormal` is called for
+            it, now and before the first step of each training.
 
     Raises:
         ValueError: as :func:`make_orthonormal`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 from nlu.data.file_formats import Reader, Row, open_file, shown
@@ -57,7 +58,7 @@ def load_split(
 
 def as_number(value: object) -> float | None:
     """A value of a data file, such as a text from CSV, as a number; None if it is not a finite float32."""
-    if type(value) not in (int, float, str) or (type(value) is str and "_" in value):  # Python reads 1_0 as 10
+    if type(value) not in (int, float, str, Decimal) or (type(value) is str and "_" in value):  # Python reads 1_0 as 10
         return None
     try:
         number = float(value)

@@ -88,12 +88,16 @@ def _word(task: Task, value: float) -> str:
 
 def draw_confusion(report: dict[str, Any], path: Path) -> None:
     """Draw the confusion matrix of a report of :func:`~nlu.metrics.class_report`."""
-    from matplotlib.figure import Figure  # these two imports take a second
+    import matplotlib  # these imports take a second
+    from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
     names = report["labels"]
     side = 2.5 + 0.45 * min(len(names), 40)  # inches
     figure = Figure((side, side), layout="constrained")
     display = ConfusionMatrixDisplay(np.array(report["confusion_matrix"]), display_labels=names)
-    display.plot(ax=figure.subplots(), colorbar=False, cmap="Blues", xticks_rotation="vertical")
-    figure.savefig(path, dpi=150)
+    counts = len(names) <= 40  # more would take a minute to draw
+    style = {"colorbar": False, "cmap": "Blues", "xticks_rotation": "vertical", "include_values": counts}
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a label is no formula
+        display.plot(ax=figure.subplots(), **style)
+        figure.savefig(path, dpi=150)

@@ -63,7 +63,7 @@ def write(
     tried = tuning_runs(as_frame((name, line) for line in tuning))
     for drawing in draw("comparison", frame, scores, tried):
         write_bytes(folder / f"{drawing.name}.png", drawing.png())
-    print(f"written: {folder}/comparison.md, .csv and comparison_*.png")
+    print(f"written: {folder}/comparison.md, its figures and comparison.csv")
 
 
 def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from scipy import stats
 from nlu.errors import UsageError
 from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS
+from nlu.runs.folder import FREE, PREDICTING
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
 SHORT = 1.0  # final Λ below which a low-rank method has hardly left its start
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
+_NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
     "experiment", "run", "stage", "status", "task", "method", "label", "seed", "tried", "axes", "asked", "arguments",
     "model", "machine", "module_ranks", "training_loss", "digests",
@@ -56,10 +59,10 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     mismatched set; `test`, on a labelled test set; `data`, which data files were read; `failed`, see
     :func:`have_failed`. If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also
     counts as failed.
-    If final runs share label, task and seed, their labels are extended by the arguments that differ.
+    If final runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
-        UsageError: two final runs differ in nothing that a label could show.
+        UsageError: two final runs are equal, seed included.
     """
     frame = pd.DataFrame([_row(*each) for each in lines], columns=[*_NAMES, *_FIGURES, *_COMPUTED])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
@@ -110,18 +113,26 @@ def have_failed(runs: pd.DataFrame) -> pd.Series:
 
 
 def _tell_apart(frame: pd.DataFrame) -> None:
-    """Extend the labels of final runs that share experiment, label, task and seed by the arguments that differ."""
-    key = ["experiment", "label", "task", "seed"]
-    while len(twice := finished(frame)[finished(frame).duplicated(key, keep=False)]):
+    """Extend the labels of final runs that share experiment, label and task by the settings that differ."""
+    settings = pd.Series([_settings(*each) for each in zip(frame.arguments, frame.data, strict=True)], frame.index)
+    runs = finished(frame)
+    for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
+        same = (frame.experiment == experiment) & (frame.label == label)
+        for name in sorted({name for each in settings[own.index] for name in each}):
+            values = settings[same].map(lambda each, name=name: each.get(name))
+            if values[own.index].map(str).groupby(own.task).nunique().max() > 1:
+                frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
+    if len(twice := finished(frame)[finished(frame).duplicated(["experiment", "label", "task", "seed"])]):
         run = twice.iloc[0]
-        one, other = twice[(twice[key] == run[key]).all(axis=1)].arguments.iloc[:2]
-        name = next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
-        if name is None:
-            raise UsageError(
-                f"{run.experiment}.jsonl has {run.label} on {run.task} with seed {run.seed} twice: delete a line"
-            )
-        own = (frame.experiment == run.experiment) & (frame.label == run.label)
-        frame.loc[own, "label"] += [f", {name}={each.get(name)}" for each in frame[own].arguments]
+        raise UsageError(
+            f"{run.experiment}.jsonl has {run.label} on {run.task} with seed {run.seed} twice: delete a line"
+        )
+
+
+def _settings(arguments: dict[str, Any] | None, data: str) -> dict[str, Any]:
+    """What the runs of one mean must have in common; the data are compared by a checksum."""
+    own = {name: value for name, value in (arguments or {}).items() if name not in _NO_SETTINGS and "seed" not in name}
+    return own | {"data": f"{zlib.crc32(data.encode()):08x}"}
 
 
 def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:

@@ -136,8 +136,11 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
     if len(tried):
         return tried.assign(row=tried.label, value=[float(values["learning_rate"]) for values in tried.tried])
     grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
-    rows = [re.sub(r", learning_rate=[^,]+", "", label) for label in grid.label]
-    return grid.assign(row=rows, value=[float(axes["learning_rate"]) for axes in grid["axes"]])
+    rows = []
+    for label, rate in zip(grid.label, (axes["learning_rate"] for axes in grid["axes"]), strict=True):
+        own = rate if isinstance(rate, str) else f"learning_rate={rate}"
+        rows.append(", ".join(part for part in label.split(", ") if part != own))
+    return grid.assign(row=rows, value=[float(asked["learning_rate"]) for asked in grid.asked])
 
 
 def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
-import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +49,7 @@ def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedM
         The applied method; None if it cannot be applied without weights.
     """
     # Some of peft's layers read the weights when they are made.
-    with contextlib.suppress(NotImplementedError, RuntimeError), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "low-rank layers were made on the meta device")  # here it is intended
+    with contextlib.suppress(NotImplementedError, RuntimeError):
         return METHODS[args.method].apply(model, args, total_steps)
     return None
 

@@ -21,14 +21,14 @@ LOCK = ".lock"
 
 # Arguments that may differ when a run is resumed: the places of files, reporting, speed, and how the processes share a
 # batch. The rows of an optimiser step are compared instead.
-_FREE = frozenset({
+FREE = frozenset({
     "cache_dir", "dataloader_num_workers", "disable_tqdm", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
     "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
     "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
     "save_total_limit", "test_file", "total_batch_size", "train_file", "validation_file",
 })  # fmt: skip
 # Arguments that may be added to a finished run: it resumes from its last checkpoint, to predict.
-_PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
+PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
 
 def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -38,7 +38,7 @@ def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     has is ignored.
     """
     compared = finite(dict(new)).items()
-    free = _FREE | _PREDICTING
+    free = FREE | PREDICTING
     return sorted(name for name, value in compared if name not in free and old.get(name, DEFAULTS.get(name)) != value)
 
 
@@ -129,7 +129,7 @@ class RunFolder:
         if not self.arguments.get("do_predict"):
             return False
         made, old = previous.get("arguments", {}), previous.get("digests", {})
-        changed = any(made.get(name) != self.arguments.get(name) for name in _PREDICTING)
+        changed = any(made.get(name) != self.arguments.get(name) for name in PREDICTING)
         return changed or old.get("test_file") != self.digests.get("test_file")
 
     def clean(self, state: str) -> None:

@@ -86,8 +86,9 @@ def test_model_without_low_rank_layers_saves_its_trainable_parameters(tmp_path, 
     config = loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "a"))
     assert config.kind == "parameters" and config.groups == []
     assert torch.equal(base(INPUTS), model(INPUTS)) and not torch.equal(base(INPUTS), Net()(INPUTS))
-    with pytest.raises(ValueError, match="nothing to save"):
-        loralib.save_adapter(Net().requires_grad_(False), tmp_path / "b")
+    for frozen in (Net(), adapted(k=2)):  # a frozen copy's head could not be told from its base
+        with pytest.raises(ValueError, match="nothing to save"):
+            loralib.save_adapter(frozen.requires_grad_(False), tmp_path / "b")
 
 
 @pytest.mark.parametrize("norm_trains", [True, False])
@@ -218,7 +219,14 @@ def compiled(model):
     return torch.compile(nn.DataParallel(torch.compile(model, backend="eager")), backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled])
+def compiled_by_accelerate(model):  # as compile_regions does it
+    wrapped = nn.Module()
+    vars(wrapped)["_orig_mod"] = model
+    wrapped.forward = model.forward
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, compiled_by_accelerate])
 def test_wrapped_model_is_saved_under_the_names_of_the_inner_model(tmp_path, wrap):
     model, base = adapted(k=2), Net()
     wrapped = wrap(model)

@@ -214,6 +214,7 @@ def test_a_peft_lora_imports_with_the_same_logits(theirs, tmp_path):
     "change, tensor, says",
     [
         ({"alora_invocation_tokens": [3]}, "", "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "", "layer_replication"),
         ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
         ({}, "layers.0.q.lora_magnitude_vector", "lora_magnitude_vector cannot be imported"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import loralib
@@ -127,6 +128,9 @@ def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_name
     assert loralib.match_modules(mpnet, "auto") == found
     decoder = small.gpt2()
     assert loralib.match_modules(decoder, "all-linear") == loralib.match_modules(decoder, r".*(c_attn|c_proj|c_fc)")
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    t5 = transformers.T5ForQuestionAnswering(config)  # it has no base model inside
+    assert {n.split(".")[0] for n in loralib.match_modules(t5, "all-linear")} == {"encoder", "decoder"}
     with refused("name the modules"):
         loralib.inject(nn.Sequential(nn.Linear(2, 2)), "lora2", "all-linear")
 

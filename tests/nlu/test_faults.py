@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from loralib.recipes import trainer as mixin
 from nlu import fine_tuning
 from nlu.data import splits
+from nlu.experiments.records import read_lines
 from nlu.run_glue import main
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.files import locked, write_json, write_text
@@ -78,14 +79,22 @@ def test_signal_finishes_the_step_and_saves_a_checkpoint(flags, run_folder, caps
     assert outcome(run_folder) == expected
 
 
-@pytest.mark.slow
-def test_finished_run_with_save_total_limit_1_predicts_from_its_last_step(flags, run_folder, monkeypatch):
-    scores = iter([0.1, 0.9, 0.2, 0.3])
+@pytest.mark.parametrize(
+    "options, last",
+    [(["--early_stopping_patience", "2"], 8), pytest.param(["--save_total_limit", "1"], 10, marks=pytest.mark.slow)],
+)
+def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch, options, last):
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
     monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
-    flags = [*changed(flags, eval_steps=2, max_steps=8), "--save_total_limit", "1"]
-    assert main(flags) == 0 and read(flags)["best_step"] == 4
+    flags = [*changed(flags, eval_steps=2, max_steps=10, save_steps=3), *options]
+    assert main(flags) == 0 and (before := read(flags))["best_step"] == 4
     monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": 0.5})
     assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()
+    after = read(flags)
+    assert (after["steps"], after["last"], after["history"]) == (last, before["last"], before["history"])
+    assert main([*flags, "--do_predict", "--measured_dir", str(run_folder / "../measured")]) == 0
+    assert len(read_lines(run_folder / "../measured/tiny-bert.jsonl")) == 1  # its line was missing
 
 
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
@@ -215,6 +224,7 @@ def test_a_base_that_is_not_finite_is_not_scored(encoder, tiny_glue, tmp_path, r
     assert f"the model gives NaN or infinity in the {stage}" in error_line(capsys)
     assert read(flags)["status"] == "failed"
     assert not list(run_folder.glob(f"predictions/*{split}*")) and not (run_folder / "predictions/CoLA.tsv").exists()
+    assert (run_folder / "adapter").exists() == (split == "test")  # bad predictions do not cost the training
 
 
 # ---- files that are written whole ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Predictions from an adapter and a merged checkpoint: correct, in order, streamed, and strict about bad rows."""
 
 import csv
+import datetime
 import io
 import json
 import math
@@ -116,6 +117,14 @@ def test_input_column_with_the_name_of_an_output_column_is_renamed():
         assert list(record.items()) == list(
             {"line": 2, "id": "a", "input_label": "gold", "label": "yes", **said}.items()
         )
+    again = [(Row(0, 2, {"input_label": "gold", "label": "first"}), [0.25, 0.75])]  # an output as the input
+    (record,) = predict.records(again, "jsonl", ["no", "yes"], ["input_label", "label"])
+    assert (record["input_label"], record["input_input_label"], record["label"]) == ("gold", "first", "yes")
+
+
+def test_kept_values_that_json_lacks_are_written_as_text_and_null():
+    written = predict.as_line({"day": datetime.date(2020, 2, 3), "price": float("nan")}, "jsonl", False)
+    assert json.loads(written) == {"day": "2020-02-03", "price": None}
 
 
 def test_bad_rows_are_named_and_skipped_or_fatal(encoder, scorer, tmp_path, capsys, caplog):

@@ -120,7 +120,7 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
         axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "cola"}
         status = "finished" if score else "failed"
         label = f"LoRA r=8, learning_rate={rate:g}"
-        lines.append(line(label, "cola", 201, [score or 0.0], axes=axes, status=status))
+        lines.append(line(label, "cola", 201, [score or 0.0], axes=axes, asked=axes, status=status))
     question = {"question": "Which rate?", "experiment": "trial"}
     make(lines, questions={"questions": [question]})
     assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set

@@ -22,6 +22,7 @@ from nlu.experiments.statistics import (
     seeds_for,
     student_t,
 )
+from nlu.experiments.tables import tuning_runs
 from tests.nlu.measured_lines import line, trial, write
 
 
@@ -214,13 +215,33 @@ def test_as_frame_orders_methods_and_tasks_and_tells_equal_labels_apart(tmp_path
         as_frame(("a", each | {"arguments": {}}) for each in twice)
 
 
+def test_seeds_with_other_settings_or_data_are_not_averaged():
+    def labels(*changes):
+        return list(as_frame(("a", line("LoRA", "cola", i, [0.1], **each)) for i, each in enumerate(changes)).label)
+
+    rates = ({"arguments": {"learning_rate": rate, "seed": rate}} for rate in (1, 2))
+    assert labels(*rates) == ["LoRA, learning_rate=1", "LoRA, learning_rate=2"]
+    assert len(set(labels({"digests": {"glue_dir": "a"}}, {"digests": {"glue_dir": "b"}}))) == 2
+    assert labels({"arguments": {"logging_steps": 5}}, {"arguments": {"report_to": ["wandb"]}}) == ["LoRA"] * 2
+
+
+def test_rates_with_names_of_their_own_are_a_tuning():
+    lines = [
+        line(f"{name}, LoRA", "cola", 1, [0.1], run=name, axes={"learning_rate": name}, asked={"learning_rate": rate})
+        for name, rate in (("low", 1e-3), ("high", 1e-2))
+    ]
+    tried = tuning_runs(as_frame(("a", each) for each in lines))
+    assert set(zip(tried.row, tried.value, strict=True)) == {("LoRA", 1e-3), ("LoRA", 1e-2)}
+
+
 def test_comparison_takes_the_best_rate_if_all_are_barred():
     """A run that has learned nothing has a score; one that crashed has none."""
 
     def tried(label, rate, score, **changes):
         name = f"{label}, learning_rate={rate}"
         axes = {"method": label, "learning_rate": rate, "task_name": "rte"}
-        return line(name, "rte", 101, [score], axes=axes, run=name, training_loss=[0.7], constant_loss=0.7, **changes)
+        same = {"axes": axes, "asked": axes, "training_loss": [0.7], "constant_loss": 0.7}
+        return line(name, "rte", 101, [score], run=name, **same, **changes)
 
     crashed = {"status": "failed", "evaluations": None, "last": None}
     lines = [tried("lora", 1e-3, 0.5), tried("lora", 2e-3, 0.53), tried("lora", 4e-3, 0.0, **crashed)]

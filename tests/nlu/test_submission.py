@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from nlu import predict, run_glue, submission
-from nlu.data.predictions import write_predictions
+from nlu.data.predictions import draw_confusion, write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
 from nlu.tasks import TASKS, Task
@@ -142,6 +142,11 @@ def test_ax_is_predicted_by_the_trained_model_at_once_or_later(mnli_flags, tmp_p
     assert (tmp_path / "steps/adapter/adapter_model.safetensors").read_bytes() == weights
     for path in folder.iterdir():
         assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_confusion_matrix_is_drawn_of_labels_that_look_like_formulas(tmp_path):
+    draw_confusion({"labels": ["$", "$$"], "confusion_matrix": [[1, 2], [3, 4]]}, tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").stat().st_size
 
 
 def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags, tmp_path):
