@@ -86,9 +86,10 @@ def records(
             flat = {f"probability_{name}": value for name, value in named.items()}
             answer = {"label": max(named, key=named.get), **(flat if kind == "csv" else {"probabilities": named})}
         kept: dict[str, Any] = {}
-        for name in columns:
+        names = list(row.values) if columns and kind == "jsonl" else columns  # a JSON row may have keys of its own
+        for name in names:
             new = name
-            while new in ("line", *answer) or (new != name and new in (*columns, *kept)):
+            while new in ("line", *answer) or (new != name and new in (*names, *kept)):
                 new = f"input_{new}"
             kept[new] = row.values.get(name)
         yield {"line": row.place, **kept, **answer}

@@ -117,8 +117,8 @@ def test_input_column_with_the_name_of_an_output_column_is_renamed():
         assert list(record.items()) == list(
             {"line": 2, "id": "a", "input_label": "gold", "label": "yes", **said}.items()
         )
-    again = [(Row(0, 2, {"input_label": "gold", "label": "first"}), [0.25, 0.75])]  # an output as the input
-    (record,) = predict.records(again, "jsonl", ["no", "yes"], ["input_label", "label"])
+    again = [(Row(0, 2, {"label": "first", "input_label": "gold"}), [0.25, 0.75])]  # an output as the input
+    (record,) = predict.records(again, "jsonl", ["no", "yes"], ["label"])  # the first row had no other key
     assert (record["input_label"], record["input_input_label"], record["label"]) == ("gold", "first", "yes")
 
 
