@@ -14,7 +14,6 @@ import pandas as pd
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from loralib.injection import module_type
 from nlu.experiments.statistics import finished
@@ -177,8 +176,9 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
         axes.minorticks_off()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=20))
-        axes.xaxis.set_major_formatter("{x:g}")
+        rates = np.unique(runs[runs.task == task].value)
+        axes.set_xticks(rates[np.diff(np.log(rates), prepend=-np.inf) > 0.3])  # closer labels would overlap
+        axes.xaxis.set_major_formatter("{x:.2g}")
         axes.tick_params(axis="x", rotation=45, labelsize=7.5)
         axes.set_title(f"{HEADINGS.get(task, task)}: score", loc="left")
         _end_at_the_possible(axes)

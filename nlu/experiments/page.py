@@ -40,10 +40,11 @@ NOTES = f"""\
   constant answer (in records before 2026-11-28: no evaluation's loss is below 0.99 of it), with the exact interval of
   their rate (Clopper and Pearson). A failed run that was repeated with seed + 100 has the score of the repetition.
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
-  number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its reported gain.
-- Learning rates: the scores of each task are z-scored over all rows and rates, and each row gets the rate with the
-  highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate.
-- All numbers without rounding: [scores](tables/scores.csv), [claims](tables/claims.csv) with each task,
+  number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
+- Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
+  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate. In records before
+  2026-11-28, each row got the rate with the lowest held-out loss on each task.
+- All numbers to six digits: [scores](tables/scores.csv), [claims](tables/claims.csv) with each task,
   [training](tables/training.csv) (Λ is the sum of the learning rates over the steps; below {SHORT:g} the method has
   hardly moved from its start) and [tuning](tables/tuning.csv).
 """
