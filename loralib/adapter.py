@@ -386,10 +386,12 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
         The adapter's configuration.
 
     Raises:
-        ValueError: for a damaged folder, other layers, or a base with other weights. The model is unchanged then.
+        ValueError: for a damaged folder, no or other layers, or a base with other weights. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
     layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model has no low-rank layers to start with: call inject() first")
     check_factors(layers, config, tensors)
     check_base(model, config)
     for name, group in config.modules.items():

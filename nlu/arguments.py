@@ -132,7 +132,6 @@ MODEL_FLAGS = (
     Flag("model_revision", str, "main", "Branch, tag or commit of the model on the hub."),
     Flag("cache_dir", str, None, "Folder for files downloaded from the hub."),
     Flag("cls_dropout", float, None, "Dropout probability before the classifier. Default: the model's own.", SHARE),
-    Flag("lora_path", str, None, "Initialise the factors from this saved adapter folder. The head is not copied."),
     Flag("no_fast_attention", bool, False,
          "Use transformers' own attention and compute every token in the last layer, not the faster equivalents."),
 )  # fmt: skip
@@ -198,7 +197,8 @@ TRAINING_FLAGS = (
     Flag("adam_epsilon", float, 1e-8, "Adam's epsilon.", NOT_NEGATIVE),
     Flag("max_grad_norm", float, 1.0, "Gradients are clipped to this norm; 0 turns clipping off.", NOT_NEGATIVE),
     Flag("label_smoothing_factor", float, 0.0, "Label smoothing in the training loss.", SHARE),
-    Flag("bf16", bool, False, "Compute in bfloat16; trainable parameters, head and logits stay in float32."),
+    Flag("bf16", bool, False, "Compute in bfloat16; trainable parameters, head and logits stay in float32 "
+         "(for full, bitfit and the methods of peft: only the stored parameters)."),
     Flag("fp16", bool, False, "Compute in float16, on a GPU."),
     Flag("gradient_checkpointing", bool, False, "Recompute activations in the backward pass to save memory."),
     Flag("torch_compile", bool, False, "Compile the model with torch.compile."),
@@ -255,6 +255,7 @@ LOW_RANK_FLAGS = (
     Flag("lora_r", int, 8, "Rank r of the update of each layer, before pruning.", AT_LEAST_1),
     Flag("lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.", POSITIVE),
     Flag("lora_dropout", float, 0.0, "Dropout probability on the input of the update.", SHARE),
+    Flag("lora_path", str, None, "Initialise the factors from this saved adapter folder. The head is not copied."),
     LORA_MODULE,
 )
 LORA_PLUS_FLAGS = (

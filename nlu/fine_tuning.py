@@ -97,7 +97,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     with without_accelerates_own() as sharded:
         model = load_model(arguments, config, unfit)
         applied = METHODS[arguments.method.method].apply(model, arguments.method, total_steps)
-        warm_start = start_from_adapter(model, arguments) if arguments.model.lora_path else None
+        warm_start = start_from_adapter(model, arguments) if arguments.method.lora_path else None
         set_precision(arguments, applied.model)
         if sharded:
             shard(model, training)

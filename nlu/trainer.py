@@ -185,8 +185,15 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the Trainer's, with a further group for parameters that have their own learning rate."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        """As the Trainer's, with a further group for parameters that have their own learning rate.
+
+        Raises:
+            UsageError: for an optimiser whose package is missing, or arguments that it does not take.
+        """
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            raise UsageError(f"--optim {self.args.optim}: {reason(error, 200)}") from None
         rates = self.applied.own_rates()
         if self.head_learning_rate is not None:
             ratio = self.head_learning_rate / self.args.learning_rate

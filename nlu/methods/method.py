@@ -75,7 +75,8 @@ class AppliedMethod:
         return {name: number for name, number in numbers.items() if number is not None}
 
     def pruned_params(self) -> int:
-        """The number of adapter parameters that no live singular value uses, and that the saved adapter leaves out.
+        """The number of adapter parameters that no live singular value uses. The saved adapter leaves them out (that of
+        peft's AdaLoRA does not).
 
         It includes the outer factors of a layer without live singular values.
         """

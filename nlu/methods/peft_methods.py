@@ -15,12 +15,18 @@ from typing import TYPE_CHECKING, Any
 from nlu.arguments import LORA_MODULE, Flag, json_object
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import adapted_modules
-from nlu.methods.method import AppliedMethod, Method, train_only
+from nlu.methods.method import AppliedMethod, Method, head_modules, train_only
 
 if TYPE_CHECKING:
     from torch import nn
 
 ADAPTER = "default"
+# Methods of peft that would not be what their name says here.
+_REFUSED = {
+    "FROD": "its frozen parts are computed from the base again, and depend on the number of threads",
+    "POLY": "its layers need task_ids",
+    "SHADOW": "it changes the whole model, not layers",
+}
 _LONG = 2**31  # steps of AdaLoRA's schedule when the training is unknown
 
 
@@ -54,9 +60,16 @@ def make_peft_config(values: dict[str, Any], total_steps: int) -> Any:
     options = dict(values)
     try:
         kind = peft.PeftType(options.pop("peft_type"))
-        if str(options.get("init_lora_weights")).lower().startswith("pissa_niter"):
+        init = str(options.get("init_lora_weights")).lower()
+        if init.startswith("pissa_niter"):
             raise ValueError("pissa_niter changes the base's weights at random, so that no adapter would fit them "
                              "again: give pissa")  # fmt: skip
+        if init in ("eva", "lora_ga"):
+            raise ValueError(f"init_lora_weights {init} needs data before the training, which it does not get here")
+        if kind.value in _REFUSED:
+            raise ValueError(f"{kind.value} cannot be used: {_REFUSED[kind.value]}")
+        # A saved config is for inference, and its task type would wrap the head, which is trained anyway.
+        options |= {"inference_mode": False, "task_type": None}
         if kind == peft.PeftType.ADALORA:
             options["total_step"] = total_steps or _LONG
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options)
@@ -77,7 +90,10 @@ def inject_peft(model: nn.Module, config: Any, args: Any) -> Any:
     """
     import peft
 
-    if config.target_modules is None:
+    head = {name.rpartition(".")[2] for name, module in model.named_modules() if module in head_modules(model)}
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = [name for name in config.modules_to_save if name.rpartition(".")[2] not in head]
+    if config.target_modules is None and config.peft_type.value != "LN_TUNING":
         config.target_modules = adapted_modules(model, args)
     elif args.lora_module != LORA_MODULE.default:
         raise UsageError("--lora_module: the peft config names its own target_modules: change them there")

@@ -84,7 +84,7 @@ def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]
     """
     method = arguments.method
     try:
-        config = loralib.start_from_adapter(model, arguments.model.lora_path)
+        config = loralib.start_from_adapter(model, method.lora_path)
         if method.orthogonality == "retraction":
             make_orthonormal(model)  # refuses an update that exact factors would change
     except ValueError as error:

@@ -124,6 +124,7 @@ WRONG = """
 --learning_rate nan | must be above 0
 --max_steps 0 | must be at least 1
 --method lora --target_rank 3 | --target_rank has no meaning with --method lora
+--method bitfit --lora_path x | --lora_path has no meaning with --method bitfit
 --method lora2_plus --target_rank 3 | --target_rank has no meaning with --rank_allocation False
 --method rslora --peft_config {} | a peft_config of its own
 --learning_rat 1 | unknown argument --learning_rat: did you mean --learning_rate?

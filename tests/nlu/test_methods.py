@@ -226,11 +226,20 @@ def test_live_parameters_follow_the_mask_at_real_size(method, inner):
 
 
 @pytest.mark.parametrize("method, modules, message", [
-    ("lora", "classifier", "selects only the head"), ("ia3", "query", "names its own target_modules"),
+    ("lora", "classifier", "selects only the head"), ("peft", "query", "names its own target_modules"),
 ])  # fmt: skip
 def test_modules_that_would_be_silently_ignored_are_refused(method, modules, message):
+    named = {"peft_config": {"peft_type": "LORA", "target_modules": ["value"]}} if method == "peft" else {}
     with pytest.raises(UsageError, match=message):
-        apply(tiny_bert(), arguments_of(method, lora_module=modules))
+        apply(tiny_bert(), arguments_of(method, lora_module=modules, **named))
+
+
+def test_a_config_saved_by_peft_trains_its_layers_and_the_head_once():
+    saved = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "inference_mode": True}
+    model = tiny_bert()
+    apply(model, arguments_of("peft", peft_config=saved | {"modules_to_save": ["classifier", "score"]}))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sum("lora_" in name for name in trained) == 4 and not any("original_module" in name for name in trained)
 
 
 @pytest.mark.parametrize("modules, expected", [
@@ -294,6 +303,8 @@ def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zero
     ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}, "changes the input"),
     ({"peft_type": "ADALORA", "tinit": 5, "tfinal": 5}, "budgeting phase"),
     ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "at random"),
+    ({"peft_type": "LORA", "init_lora_weights": "eva"}, "needs data"),
+    ({"peft_type": "FROD"}, "number of threads"),
 ])  # fmt: skip
 def test_a_peft_config_that_would_train_something_else_is_refused(content, message):
     with pytest.raises(UsageError, match=message):
