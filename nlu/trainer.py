@@ -193,7 +193,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
         except (ImportError, TypeError, ValueError) as error:
-            raise UsageError(f"--optim {self.args.optim}: {reason(error, 200)}") from None
+            raise UsageError(f"--optim {self.args.optim.value}: {reason(error, 200)}") from None
         rates = self.applied.own_rates()
         if self.head_learning_rate is not None:
             ratio = self.head_learning_rate / self.args.learning_rate
