@@ -104,10 +104,7 @@ def save_adapter(
     model = unwrapped(model)
     layers = layers_outside_peft(model, "save_pretrained()")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "nothing to save: no parameter is trainable, which is how a head is recognised; before you save a frozen "
-            "copy, unfreeze its factors and its head"
-        )
+        raise ValueError("nothing to save: no parameter is trainable (unfreeze a frozen copy's factors and head first)")
     live = live_singular_values(layers)
     factors, tied = _stored_factors(layers, live)
     head = head_tensors(model)

@@ -86,6 +86,8 @@ def test_model_without_low_rank_layers_saves_its_trainable_parameters(tmp_path, 
     config = loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "a"))
     assert config.kind == "parameters" and config.groups == []
     assert torch.equal(base(INPUTS), model(INPUTS)) and not torch.equal(base(INPUTS), Net()(INPUTS))
+    with pytest.raises(ValueError, match=r"call inject\(\) first"):
+        loralib.start_from_adapter(Net(), tmp_path / "a")
     for frozen in (Net(), adapted(k=2)):  # a frozen copy's head could not be told from its base
         with pytest.raises(ValueError, match="nothing to save"):
             loralib.save_adapter(frozen.requires_grad_(False), tmp_path / "b")
