@@ -90,8 +90,9 @@ def inject_peft(model: nn.Module, config: Any, args: Any) -> Any:
     """
     import peft
 
-    head = {name.rpartition(".")[2] for name, module in model.named_modules() if module in head_modules(model)}
     if getattr(config, "modules_to_save", None):
+        heads = set(head_modules(model))
+        head = {name.rpartition(".")[2] for name, module in model.named_modules() if module in heads}
         config.modules_to_save = [name for name in config.modules_to_save if name.rpartition(".")[2] not in head]
     if config.target_modules is None and config.peft_type.value != "LN_TUNING":
         config.target_modules = adapted_modules(model, args)
