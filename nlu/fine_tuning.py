@@ -74,7 +74,7 @@ def run(arguments: Arguments, data: Data) -> None:
 
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, held: contextlib.ExitStack) -> None:
     """Carry out the run in its folder; the log is opened once all arguments have been accepted."""
-    data, path = arguments.data, folder.path
+    path = folder.path
     previous = read_json(path / RECORD) if state == "resume" else None
     if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
         arguments = replace(arguments, model=copy(arguments.model))
@@ -87,7 +87,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     sets = [(loaded.task, loaded.rows), *loaded.others]
     if not loaded.task.is_regression:
         sets = [(reorder_labels(each, list(config.id2label.values())), rows) for each, rows in sets]
-    tokens, cuts = zip(*(tokenize(*each, tokenizer, data.max_seq_length) for each in sets), strict=True)
+    tokens, cuts = zip(*(tokenize(*each, tokenizer) for each in sets), strict=True)
     tasks = [each for each, _ in sets]
     task, splits = tasks[0], tokens[0]
     described = describe(loaded, cuts[0])
@@ -107,7 +107,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     if is_first():
         folder.clean(state)
         held.enter_context(log_to(path / "log" / "run.log"))
-        for line in description_lines(task, described, min(data.max_seq_length, tokenizer.model_max_length)):
+        for line in description_lines(task, described, tokenizer.model_max_length):
             say(line)
     wait_for_all()
     facts = {
@@ -198,8 +198,6 @@ def build_trainer(
         callbacks.append(EarlyStoppingCallback(given.early_stopping_patience, given.early_stopping_threshold))
     validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]
     bucketed = arguments.data.length_bucketing and "train" in splits
-    longest = min(arguments.data.max_seq_length, tokenizer.model_max_length)
-    padding = ("max_length", longest) if arguments.data.pad_to_max_length else (True,)
     return GlueTrainer(
         task,
         applied,
@@ -211,7 +209,7 @@ def build_trainer(
         train_dataset=splits.get("train"),
         eval_dataset=validation[0],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, *padding),
+        data_collator=DataCollatorWithPadding(tokenizer, "max_length" if arguments.data.pad_to_max_length else True),
         compute_metrics=metrics,
         callbacks=callbacks,
     )

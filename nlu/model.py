@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +120,15 @@ def longest_input(model: Any) -> int | None:
 def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int) -> None:
     """Check module patterns and pruning schedule on a model without weights, before anything is loaded.
 
-    The tokenizer's ``model_max_length`` is lowered to the model's maximum, which its own files may lack.
+    The tokenizer's ``model_max_length`` becomes the length at which rows are cut: ``--max_seq_length``, or the limit of
+    the tokenizer or of the model if that is lower.
 
     Raises:
         UsageError: if something does not fit.
     """
     model = without_weights(arguments, config)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or sys.maxsize)
+    limits = (arguments.data.max_seq_length, tokenizer.model_max_length, longest_input(model))
+    tokenizer.model_max_length = min(limit for limit in limits if limit)
     with torch.device("meta"):
         check_method_fits(model, arguments.method, total_steps)
 

@@ -30,23 +30,23 @@ class Predictor:
 
     Attributes:
         columns: the one or two columns with the text. labels: the names of the classes; None for regression.
-        max_length: most tokens of a row; longer rows are cut. cut: number of rows cut so far.
+        cut: number of rows longer than the tokenizer's maximum so far, which were cut.
     """
 
     model: nn.Module
     tokenizer: Any
     columns: tuple[str, ...]
     labels: list[str] | None
-    max_length: int
     cut: int = 0
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row], batch_size: int) -> list[list[float]]:
         """Class probabilities, or one predicted number, for each row; raises UsageError if any is not finite."""
         texts = [[row.values[column] for row in rows] for column in self.columns]
-        encoded, too_long = encode(self.tokenizer, texts, self.max_length)
+        encoded, too_long = encode(self.tokenizer, texts)
         if too_long and not self.cut:
-            print(f"rows of more than {self.max_length} tokens are cut (--max_seq_length)", file=sys.stderr)
+            most = self.tokenizer.model_max_length
+            print(f"rows of more than {most} tokens are cut (--max_seq_length)", file=sys.stderr)
         self.cut += len(too_long)
         order = sorted(range(len(rows)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
         results: list[list[float]] = [[]] * len(rows)
@@ -85,10 +85,10 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # no warning: rows are padded after sorting
     speed_up(model)
     length = arguments.max_seq_length or card.get("max_seq_length") or 512
-    length = min(length, tokenizer.model_max_length, longest_input(model) or length)
+    tokenizer.model_max_length = min(length, tokenizer.model_max_length, longest_input(model) or length)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     columns, names = _text_columns(arguments.text_columns, card), _class_names(model.config, source)
-    return Predictor(model.eval().to(device), tokenizer, columns, names, length)
+    return Predictor(model.eval().to(device), tokenizer, columns, names)
 
 
 # A model, its source, its revision, and the card or configuration with its task.

@@ -140,8 +140,8 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
 # ---- token ids -------------------------------------------------------------------------------------------------------
 
 
-def tokenize(task: Task, rows: Rows, tokenizer: Any, max_seq_length: int) -> tuple[dict[str, Dataset], dict[str, int]]:
-    """Turn texts into token ids, cut to `max_seq_length`, or to the tokenizer's own limit if that is lower.
+def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset], dict[str, int]]:
+    """Turn texts into token ids, cut to the tokenizer's `model_max_length`.
 
     Training rows keep their order. Validation and test rows are sorted by length, short ones first, which saves
     padding.
@@ -151,13 +151,12 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any, max_seq_length: int) -> tup
         of the task's classes; absent if a test set hides labels), `idx`, and `length`, the number of tokens; and the
         number of rows of each split that were cut.
     """
-    max_length = min(max_seq_length, tokenizer.model_max_length)
     tokens: dict[str, Dataset] = {}
     cut = dict.fromkeys(rows, 0)
 
     def encode_rows(batch: dict[str, list], split: str) -> dict[str, list]:
         texts = [batch[field] for field in task.text_fields]
-        encoded, too_long = encode(tokenizer, texts, max_length, return_attention_mask=True)
+        encoded, too_long = encode(tokenizer, texts, return_attention_mask=True)
         cut[split] += len(too_long)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
@@ -191,13 +190,14 @@ def _labels(task: Task, split: str, dataset: Dataset) -> np.ndarray | None:
     return np.array([task.labels.index(word) for word in dataset.features["label"].names])[labels]
 
 
-def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int, **options: Any) -> tuple[Any, list[int]]:
-    """Tokenize rows, cut to `max_length` tokens each; returns the encoding and the indices of the rows that were cut.
+def encode(tokenizer: Any, texts: Sequence[Sequence[str]], **options: Any) -> tuple[Any, list[int]]:
+    """Tokenize rows, cut to the tokenizer's maximum; returns the encoding and the indices of the rows that were cut.
 
     Args:
         texts: one or two columns of texts.
     """
-    encoded = tokenizer(*map(list, texts), truncation=True, max_length=max_length, **options)
+    encoded = tokenizer(*map(list, texts), truncation=True, **options)
+    max_length = tokenizer.model_max_length
     full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
     if not full:
         return encoded, []

@@ -29,9 +29,7 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     if trainer.applied.ranks is not None:
         write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
-    source, length = Path(arguments.model.model_name_or_path), arguments.data.max_seq_length
-    tokenizer = trainer.processing_class
-    tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # other tools then truncate as training did
+    source = Path(arguments.model.model_name_or_path)
     try:
         loralib.save_adapter(
             trainer.applied.model,
@@ -44,11 +42,11 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
                 "metric": record["metric"],
                 "score": scores.get(trainer.weights_step, record["last"]),
                 "seed": record["seed"],
-                "max_seq_length": length,
+                "max_seq_length": trainer.processing_class.model_max_length,
                 "text_fields": list(trainer.task.text_fields),
                 **card_of(arguments.method),
             },
-            save_tokenizer=tokenizer.save_pretrained,
+            save_tokenizer=trainer.processing_class.save_pretrained,
         )
     except ValueError as error:
         raise RunError(str(error)) from None

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from loralib.interop.export import export_merged
 from nlu import predict as predict_program
 from nlu.command_line import parse_arguments
-from nlu.model import choose_head, load_config, longest_input, without_weights
+from nlu.model import check_model_arguments, choose_head, load_config, longest_input, without_weights
 from nlu.run_glue import main
 from nlu.tasks import TASKS
 from tests.nlu.killed_runs import run_broken_off
@@ -140,6 +140,15 @@ def test_base_that_returns_tuples_can_be_trained(encoder, tiny_glue, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"return_dict": False, "chunk_size_feed_forward": 4}))
     run = tiny_run(base, tiny_glue, tmp_path / "run")
     assert main([*run, "--pad_to_max_length", "True", "--max_seq_length", "32"]) == 0
+
+
+@pytest.mark.parametrize(("flag", "own", "cut"), [("32", 60, 32), ("99", 60, 60), ("99", 10**30, 64)])
+def test_rows_are_cut_at_the_lowest_of_three_limits(encoder, tmp_path, flag, own, cut):
+    arguments = parse_arguments([*tiny_run(encoder, tmp_path, tmp_path / "run"), "--max_seq_length", flag])
+    config, tokenizer, _ = load_config(arguments, TASKS["cola"])
+    tokenizer.model_max_length = own
+    check_model_arguments(arguments, config, tokenizer, 100)
+    assert tokenizer.model_max_length == cut
 
 
 def test_position_embeddings_limit_the_input_length():

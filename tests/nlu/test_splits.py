@@ -101,7 +101,7 @@ def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tmp_pa
         write_rows(tmp_path / "mnli" / f"{split}.jsonl", sample_rows(task, split, 9))
     rows = loaded(("train", "predict"), task_name="mnli", glue_dir=str(tmp_path))
     reordered = reorder_labels(task, order)
-    tokens, _ = tokenize(reordered, rows, make_tokenizer(), 9)
+    tokens, _ = tokenize(reordered, rows, make_tokenizer())
     assert [order[label] for label in tokens["train"]["labels"]] == [
         task.labels[label] for label in rows["train"]["label"]
     ]
@@ -148,21 +148,22 @@ def make_tokenizer(**options) -> PreTrainedTokenizerFast:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    options = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **options}
+    kinds = ["input_ids", "token_type_ids", "attention_mask"]
+    options = {"model_input_names": kinds, "model_max_length": 32, **options}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
-def tokens_of(task, texts, labels, length, split="train", **options):
+def tokens_of(task, texts, labels, split="train", **options):
     """Tokens of some texts, and how many rows were truncated."""
     columns = {field: [text[i] for text in texts] for i, field in enumerate(task.text_fields)}
     kind = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
     rows = datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})
-    tokens, cut = tokenize(task, {split: rows.cast_column("label", kind)}, make_tokenizer(**options), length)
+    tokens, cut = tokenize(task, {split: rows.cast_column("label", kind)}, make_tokenizer(**options))
     return tokens[split], cut[split]
 
 
 def test_tokens_of_single_sentences():
-    tokens, cut = tokens_of(TASKS["cola"], [["a b"], ["c"]], [1, 0], 32)
+    tokens, cut = tokens_of(TASKS["cola"], [["a b"], ["c"]], [1, 0])
     assert tokens.to_dict() == {
         "input_ids": [[1, 4, 5, 2], [1, 6, 2]], "attention_mask": [[1] * 4, [1] * 3],
         "token_type_ids": [[0] * 4, [0] * 3], "length": [4, 3], "labels": [1, 0], "idx": [0, 1],
@@ -170,10 +171,9 @@ def test_tokens_of_single_sentences():
     assert cut == 0
 
 
-@pytest.mark.parametrize("limit", [{"length": 7}, {"length": 99, "model_max_length": 7}])
-def test_pairs_keep_their_order_and_truncated_rows_are_counted(limit):
+def test_pairs_keep_their_order_and_truncated_rows_are_counted():
     texts = [["a b", "c"], ["a a", "b b"], ["a a a a", "b b b b"]]
-    tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], **limit)
+    tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], model_max_length=7)
     assert tokens["input_ids"][:] == [[1, 4, 5, 2, 6, 2], [1, 4, 4, 2, 5, 5, 2], [1, 4, 4, 2, 5, 5, 2]]
     assert tokens["token_type_ids"][0] == [0, 0, 0, 0, 1, 1] and tokens["length"][:] == [6, 7, 7] and cut == 1
     assert tokens["labels"][:] == [0.5, 1.0, 5.0]
@@ -181,7 +181,7 @@ def test_pairs_keep_their_order_and_truncated_rows_are_counted(limit):
 
 @pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
 def test_a_tokenizer_without_token_types_or_masks_gives_a_mask(names):
-    tokens, _ = tokens_of(TASKS["rte"], [["a", "b"]], [0], 8, model_input_names=names)
+    tokens, _ = tokens_of(TASKS["rte"], [["a", "b"]], [0], model_input_names=names)
     assert "token_type_ids" not in tokens.column_names and tokens["attention_mask"][:] == [[1] * 5]
 
 
@@ -190,13 +190,13 @@ def test_a_tokenizer_without_token_types_or_masks_gives_a_mask(names):
     [("mrpc", [-1, -1], False), ("mrpc", [1, 0], True), ("mrpc", [1, -1], False), ("stsb", [0.5, -1.0], False)],
 )
 def test_hidden_labels_are_left_out_and_known_ones_are_kept(task, labels, there):
-    tokens, _ = tokens_of(TASKS[task], [["a", "b"]] * 2, labels, 16, "test")
+    tokens, _ = tokens_of(TASKS[task], [["a", "b"]] * 2, labels, "test")
     assert ("labels" in tokens.column_names) == there
 
 
 def test_training_rows_keep_their_order_and_others_are_sorted_by_length(tiny_glue):
     rows = loaded(task_name="cola", glue_dir=str(tiny_glue))
-    tokens, _ = tokenize(TASKS["cola"], rows, make_tokenizer(), 32)
+    tokens, _ = tokenize(TASKS["cola"], rows, make_tokenizer())
     assert tokens["train"]["idx"][:] == rows["train"]["idx"][:] and tokens["train"].cache_files == []
     order = list(zip(tokens["validation"]["length"], tokens["validation"]["idx"], strict=True))
     assert order == sorted(order)  # rows of equal length keep their order
@@ -211,7 +211,7 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     lines = [{"text": "a b c", "label": ["Lob", "Kritik"][i % 2]} for i in range(20)]
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")
-    found = describe(data, tokenize(data.task, data.rows, make_tokenizer(), 4)[1])
+    found = describe(data, tokenize(data.task, data.rows, make_tokenizer(model_max_length=4))[1])
     assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "classes": {"Kritik": 10, "Lob": 10, "lob": 1}}}
     assert description_lines(data.task, found, 4) == [
         "train: 21 rows ('Kritik': 10, 'Lob': 10, 'lob': 1), 20 cut at 4 tokens (--max_seq_length)",
