@@ -128,8 +128,9 @@ class _Recording(GlueTrainer):
         super().__init__(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.losses.append(super().training_step(*args, **kwargs).detach())
-        return self.losses[-1]
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append((loss + self.low_rank.penalty()).detach())
+        return loss
 
 
 def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str = "float32") -> list[float]:

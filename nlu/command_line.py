@@ -88,13 +88,13 @@ def read_flags(words: Sequence[str]) -> dict[str, Any]:
     """
     words = list(words)
     if words and not words[0].startswith("-"):
-        words[:1] = _as_words(read_yaml(Path(words[0])), words[0])
+        words[:1] = as_words(read_yaml(Path(words[0])), words[0])
     values = vars(build_parser().parse_args(words))
     values.pop("local_rank", None)
     return values
 
 
-def _as_words(values: Any, source: str | Path) -> list[str]:
+def as_words(values: Any, source: str | Path) -> list[str]:
     """{"lora_r": 8, "do_train": true} → ["--lora_r=8", "--do_train=True"]; a flag whose value is null is left out.
 
     Raises:
@@ -132,7 +132,7 @@ def method_file(config: str) -> tuple[str, dict[str, Any]]:
     files = {path.stem: path for path in sorted(METHOD_FOLDER.glob("*.yaml"))}
     if config not in files:
         raise UsageError(f"unknown method {config!r}: --method takes one of {', '.join(files)}")
-    values = read_flags(_as_words(read_yaml(files[config]), files[config].name))
+    values = read_flags(as_words(read_yaml(files[config]), files[config].name))
     return values.pop("method"), values
 
 
@@ -158,7 +158,7 @@ def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         merged |= {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
     for layer in layers:
         merged |= layer.get(method, {})
-    return read_flags(_as_words(merged, path))
+    return read_flags(as_words(merged, path))
 
 
 def given_command() -> str:

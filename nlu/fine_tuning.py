@@ -102,6 +102,9 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
         if sharded:
             shard(model, training)
         trainer = build_trainer(arguments, training, task, applied, splits, tokenizer, weights)
+    if training.do_train:  # a wrong argument of theirs shows before an older run is deleted
+        trainer.create_optimizer_and_scheduler(total_steps)
+        trainer.optimizer = trainer.lr_scheduler = None
 
     wait_for_all()  # until every process has read what it needs from the folder
     if is_first():

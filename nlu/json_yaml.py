@@ -53,6 +53,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]\d+$"), list("+-0123456789")
 )
+# A date stays text, as on the command line; JSON has none.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
+    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str | bytes, name: str | Path = "") -> Any:

@@ -28,15 +28,19 @@ def find_predictions(folder: str | Path) -> dict[str, Path]:
     """The server's files in a folder or its subfolder `predictions`, by name.
 
     Raises:
-        UsageError: if there are none, or a file does not have the rows of the official test set, by index from 0.
+        UsageError: if there are none, or a file does not have a prediction for each row of the official test set, by
+            index from 0.
     """
     found: dict[str, Path] = {}
     for name, rows in _SERVER.items():
         for path in (Path(folder) / name, Path(folder) / "predictions" / name):
             if path.is_file():
-                table = pd.read_csv(path, sep="\t", usecols=lambda column: column == "index")
-                if table.to_numpy().ravel().tolist() != list(range(rows)):
-                    raise UsageError(f"{path} has other rows than the test set's {rows}: predict them all")
+                try:
+                    table = pd.read_csv(path, sep="\t").reindex(columns=["index", "prediction"])
+                except ValueError:  # empty, or not UTF-8
+                    table = pd.DataFrame(columns=["index", "prediction"])
+                if table["index"].tolist() != list(range(rows)) or table.prediction.isna().any():
+                    raise UsageError(f"{path} does not have the test set's {rows} rows, each predicted: predict them")
                 found[name] = path
     if not found:
         raise UsageError(f"{folder}: no predictions there; run with --do_predict first")

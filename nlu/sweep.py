@@ -88,7 +88,7 @@ def run_sweep(args: argparse.Namespace) -> int:
         for run in experiment.runs:
             print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(command_line(run, places))}")
         return 0
-    if args.launcher == "slurm":
+    if args.launcher == "slurm" or args.slurm:
         launcher = SlurmLauncher(
             output / "logs/submitit", _pairs(args.slurm, "--slurm"), args.jobs or len(experiment.runs)
         )

@@ -238,10 +238,9 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             result = super().train(resume_from_checkpoint, **kwargs)
             self.clock.stop()
             self.check_finite(result.training_loss)
-            signum = self.stop_request.agreed()  # it came after the last step
-            saves = signum is not None or self.args.save_strategy != "no"
-            if saves and not self.args.load_best_model_at_end:  # the model holds the best step's weights then
+            if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
                 self._save_checkpoint(self.model, None)  # a run that stops while it predicts need not train again
+            signum = self.stop_request.agreed()  # it came after the last step
             if signum is not None:
                 raise Interrupted(signum, f"stopped after step {self.state.global_step}")
         return result
@@ -270,6 +269,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
         if not self.clock.epoch_ended and last_step:
             return
+        self.control.should_log |= self.control.should_training_stop  # the record then has the loss of every step
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self.check_finite(tr_loss)  # waits for the GPU
             self.clock.stop()
@@ -353,4 +353,6 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         raise UsageError(reason(error, 400)) from None
     if training.n_gpu > 1:  # DataParallel over all visible GPUs would multiply the batch unasked
         training._n_gpu = 1
+    if not training.fp16 and not training.bf16:  # transformers also reads it from accelerate's environment
+        training.mixed_precision = "no"
     return training

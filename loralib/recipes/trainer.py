@@ -38,12 +38,13 @@ STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 class LowRankTrainerMixin(_Trainer):
     """To be put before transformers' Trainer (or a subclass) in the bases of a class.
 
-    It adds the regulariser to the training loss, calls the allocator after every optimiser step, and saves its state
+    It adds the regulariser's gradient, calls the allocator after every optimiser step, and saves its state
     in the checkpoints, so that ``resume_from_checkpoint`` continues exactly where the training stopped.
 
     Evaluating and saving do not change the weights: between two maskings they are evaluated and saved as they are. The
-    last step of a training masks, so that the final ranks are the target. ``save_model()`` writes what a checkpoint
-    holds of the model; :func:`loralib.save_adapter` writes an adapter.
+    last of ``total_steps`` masks, so that the final ranks are the target; after early stopping, or with the best
+    checkpoint loaded, they may be higher. ``save_model()`` writes what a checkpoint holds of the model;
+    :func:`loralib.save_adapter` writes an adapter.
 
     Args:
         low_rank: made for the same model; its ``total_steps`` is set to the Trainer's. Any object will do that has
@@ -59,7 +60,8 @@ class LowRankTrainerMixin(_Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The Trainer's loss plus the penalty, which counts once for each optimiser step."""
+        """The Trainer's loss with the penalty's gradient, which counts once for each optimiser step. The value is the
+        Trainer's, so that the logged losses of all methods can be compared."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
@@ -73,6 +75,8 @@ class LowRankTrainerMixin(_Trainer):
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
             )
         penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
+        if isinstance(penalty, torch.Tensor):  # 0.0 without a regulariser
+            penalty = penalty - penalty.detach()
         return (result[0] + penalty, result[1]) if return_outputs else result + penalty
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

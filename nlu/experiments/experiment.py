@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlu.command_line import as_words
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
 from nlu.runs.digests import INPUTS
@@ -49,7 +50,7 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """The arguments as words of a command, without those that are null."""
-        return [f"--{name}={value}" for name, value in self.arguments.items() if value is not None]
+        return as_words(self.arguments, self.folder)
 
 
 @dataclass(frozen=True)

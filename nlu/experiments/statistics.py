@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS
+from nlu.runs.digests import INPUTS
 from nlu.runs.folder import FREE, PREDICTING
 from nlu.tasks import TASKS
 
@@ -97,7 +99,7 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data_files(digests: dict[str, str] | None, asked: dict[str, Any]) -> str:
-    names = ("glue_dir", "train_file", "validation_file")
+    names = [name for name in INPUTS if name != "test_file"]
     return json.dumps([(digests or {}).get(name) or (asked or {}).get(name) for name in names])
 
 
@@ -119,7 +121,7 @@ def _tell_apart(frame: pd.DataFrame) -> None:
     for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
         for name in sorted({name for each in settings[own.index] for name in each}):
-            values = settings[same].map(lambda each, name=name: each.get(name))
+            values = settings[same].map(lambda each, name=name: each.get(name, DEFAULTS.get(name)))
             if values[own.index].map(str).groupby(own.task).nunique().max() > 1:
                 frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
     if len(twice := finished(frame)[finished(frame).duplicated(["experiment", "label", "task", "seed"])]):

@@ -96,7 +96,7 @@ class RunFolder:
         if differences:
             raise UsageError(
                 f"{self.path} holds another run ({'; '.join(differences)}): restore those, name another "
-                "--root_output_dir, or give --overwrite_output_dir to replace the run"
+                "--root_output_dir, or give --overwrite_output_dir (sweep.py: --rerun_changed) to replace the run"
             )
         return "finished" if finished and not self._lacks_predictions(previous) else "resume"
 

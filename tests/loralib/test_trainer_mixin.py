@@ -146,17 +146,22 @@ def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, acc
     ]  # fmt: skip
     trainings[0].start(STEPS)
     optimizer = torch.optim.SGD([p for p in models[0].train().parameters() if p.requires_grad], lr=0.1)
+    losses = []
     for start in range(0, len(ROWS), 4):
         part = ROWS[start : start + 4]
         loss = models[0](**{n: torch.stack([row[n] for row in part]) for n in part[0]}).loss
         (loss + trainings[0].penalty()).backward()
+        losses.append(loss.item())
         trainings[0].step(optimizer)
         optimizer.zero_grad()
     # BERT's own loss ignores num_items_in_batch, so it would count twice with two batches per step
     loss = mean_loss if trainer_class is MyTrainer else lambda outputs, labels, **_: mean_loss(outputs, labels)
-    trainer = trainer_class(model=models[1], args=plain(tmp_path, accumulate), train_dataset=ROWS,
+    args = plain(tmp_path, accumulate, logging_strategy="steps", logging_steps=1, report_to="none")
+    trainer = trainer_class(model=models[1], args=args, train_dataset=ROWS,
                             low_rank=trainings[1], compute_loss_func=loss)  # fmt: skip
     trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-3)  # the model's own, without the penalty
     mine, theirs = (loralib.lora_state_dict(model) for model in models)
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
     if not exact:

@@ -62,7 +62,7 @@ def listeners():
         pytest.param("on_step_begin", 6, 7, {}, id="in an epoch's last step", marks=pytest.mark.slow),
         pytest.param("on_train_end", 9, 9, {}, id="after the last step", marks=pytest.mark.slow),
         # Outside training, a signal acts at once.
-        pytest.param("on_evaluate", 9, 9, {"eval_strategy": "no"}, id="after training", marks=pytest.mark.slow),
+        pytest.param("on_evaluate", 9, 9, {"eval_strategy": "no", "save_strategy": "no"}, id="after training"),
     ],
 )
 def test_signal_finishes_the_step_and_saves_a_checkpoint(flags, run_folder, capsys, point, step, saved, options):

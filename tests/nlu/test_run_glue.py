@@ -111,6 +111,8 @@ def test_finished_run_is_not_repeated_and_another_run_is_refused(base_flags, tmp
     before = (run / "results.json").read_bytes()
     assert main(base_flags) == 0 and "finished" in capsys.readouterr().out
     assert main(another) == 2 and "lora_dropout" in error_line(capsys)
+    for wrong in (["--optim", "galore_adamw"], ["--lr_scheduler_type", "warmup_stable_decay"]):
+        assert main([*base_flags, "--overwrite_output_dir", *wrong]) == 2 and wrong[0] in error_line(capsys)
     assert (run / "results.json").read_bytes() == before
     assert main([*another, "--overwrite_output_dir"]) == 0
     assert read(base_flags)["arguments"]["lora_dropout"] == 0.1 and (run / "thesis.tex").read_text() == "mine"

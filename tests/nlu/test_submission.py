@@ -86,12 +86,14 @@ def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, c
     assert "WNLI.tsv is there twice" in capsys.readouterr().err and out.read_bytes() == written
 
 
-@pytest.mark.parametrize("rows", [range(145), [*range(5), *range(6, 147)], []])
-def test_a_file_without_all_rows_of_the_test_set_is_refused(tmp_path, rows):
-    path = write_predictions(TASKS["wnli"], "test", rows, [0] * len(rows), tmp_path)
-    if not rows:  # another program's file
-        path.write_text("id\tlabel\n" + "0\t1\n" * 146)
-    with pytest.raises(UsageError, match="has other rows than the test set's 146"):
+@pytest.mark.parametrize("content", [
+    "".join(f"{i}\t0\n" for i in range(145)), "".join(f"{i}\t0\n" for i in (*range(5), *range(6, 147))),
+    "".join(f"{i}\t\n" for i in range(146)),
+])  # fmt: skip
+@pytest.mark.parametrize("header", ["index\tprediction\n", "id\tlabel\n", ""])
+def test_a_file_without_a_prediction_for_each_row_of_the_test_set_is_refused(tmp_path, header, content):
+    (tmp_path / "WNLI.tsv").write_text(header and header + content)
+    with pytest.raises(UsageError, match="does not have the test set's 146 rows, each predicted"):
         find_predictions(tmp_path)
 
 

@@ -134,7 +134,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_continues(tmp_path):
 def test_jobs_run_on_a_cluster(run_sweep, tmp_path):
     content = BASIC | {"grid": ONE | {"task_name": ["cola", "rte"]}}
     content["overrides"] = [{"when": {"task_name": "rte"}, "set": {"weight_decay": 2}}]
-    code, out, err = run_sweep(content, "--launcher", "slurm", "--slurm", "cluster=local")
+    code, out, err = run_sweep(content, "--slurm", "cluster=local")
     assert code == 1 and "1 run(s) finished now" in out and "target_rank 9 is larger" in err
     assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"]
 

@@ -13,11 +13,12 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from loralib.recipes.trainer import LowRankTrainerMixin
+from nlu.command_line import parse_arguments
 from nlu.data.batching import SeededRandomSampler
 from nlu.run_glue import main
 from nlu.runs.checkpoints import WholeCheckpoints
 from nlu.tasks import TASKS
-from nlu.trainer import GlueTrainer, StepClock
+from nlu.trainer import GlueTrainer, StepClock, trainer_arguments
 from tests.nlu.tiny import REPOSITORY, changed, read
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
@@ -77,6 +78,12 @@ def test_time_of_steps_excludes_evaluations_and_checkpoints(base_flags, monkeypa
     waited = 0.5 * len({*range(logging_steps, 7, logging_steps), 2, 3, 4, 6})  # logged, evaluated at 3, saved at 2
     assert record["train_seconds"] == 6 + waited and record["seconds_per_step"] == record["train_seconds"] / 6
     assert record["history"][0]["seconds"] == {1: 1.5, 4: 5.5}[logging_steps]
+    assert record["history"][-1]["step"] == 6  # so that the record has the loss of every step
+
+
+def test_precision_is_that_of_the_flags_under_accelerate_launch(base_flags, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert trainer_arguments(parse_arguments(base_flags)).mixed_precision == "no"
 
 
 @pytest.mark.parametrize("task, rows, processes, accumulation", [
