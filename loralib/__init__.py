@@ -7,14 +7,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from loralib.adapter import compact, load_adapter, save_adapter, start_from_adapter
+from loralib.adapter import load_adapter, save_adapter, start_from_adapter
 from loralib.adapter_folder import VERSION, AdapterConfig, read_adapter_config
 from loralib.allocator import RankAllocator
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import inject, match_modules
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.merging import merge_adapter, merge_and_unload, unmerge_adapter
-from loralib.model import lora_layers, lora_state_dict, mark_only_lora_as_trainable
+from loralib.model import compact, lora_layers, lora_state_dict, mark_only_lora_as_trainable
 from loralib.orthogonality import compute_orth_regu
 from loralib.training import LowRankTraining
 

@@ -1,4 +1,4 @@
-"""A model's adapter: save it, load it, start a training from it, and drop pruned singular values.
+"""A model's adapter: save it, load it, and start a training from it.
 
 **What is stored**: the part of each factor that belongs to live singular values (those that are not exactly 0), and
 the head: all other trainable parameters, and the buffers that training changes. A factor that layers share is stored
@@ -29,44 +29,18 @@ from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import KINDS, check_replaceable, is_linear, replace_modules
 from loralib.layers import LoRALayer
-from loralib.model import factors_of, head_tensors, keep_flags, layers_outside_peft, lora_layers, unwrapped
+from loralib.model import (
+    factors_of,
+    head_tensors,
+    keep_flags,
+    layers_outside_peft,
+    live_singular_values,
+    lora_layers,
+    plain_names,
+    unwrapped,
+)
 from loralib.model_card import adapter_card
 from loralib.stored_weight import frozen_shape
-
-# ---- pruned singular values -----------------------------------------------------------------------------------------
-
-
-def compact(model: nn.Module) -> dict[str, int]:
-    """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
-
-    A singular value counts as pruned if it is exactly 0. A model whose singular values are all 0 counts as untrained
-    and keeps them all. Plain LoRA has no singular values and keeps its rank.
-
-    Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
-    parameters: create the optimiser afterwards.
-
-    Returns:
-        Module name -> new rank.
-
-    Raises:
-        ValueError: if peft wraps the layers.
-    """
-    layers = layers_outside_peft(model, "base_model.compact()")
-    for name, kept in live_singular_values(layers).items():
-        layers[name].keep_singular_values(kept)
-    return {name: layer.r for name, layer in layers.items()}
-
-
-def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
-    """Module name -> indices of the singular values that are not 0; all indices if the whole model has only zeros."""
-    live = {
-        name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
-        for name, layer in layers.items()
-    }
-    if any(kept for name, kept in live.items() if layers[name].lora_E is not None):
-        return live
-    return {name: list(range(layer.r)) for name, layer in layers.items()}
-
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
@@ -83,12 +57,12 @@ def save_adapter(
     """Write the factors of all low-rank layers, and the head, to a folder.
 
     Singular values that are exactly 0 are left out, see :func:`loralib.compact`. If the model has no low-rank layers,
-    the adapter holds its trainable parameters. A compiled, data-parallel or averaged model is unwrapped first. All
-    processes of a process group, or only one of them, may call this function: they take turns, and each returns after
-    the folder has been written.
+    the adapter holds its trainable parameters. Wrappers of the model or its parts (``torch.compile``, data-parallel,
+    averaged, activation checkpoints) leave no trace in the names. All processes of a process group, or only one of
+    them, may call this function: they take turns, and each returns after the folder has been written.
 
     Args:
-        folder: new, empty, or an adapter's, whose files are replaced.
+        folder: an adapter's files in it are replaced; other files stay.
         base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
             ``config`` of a transformers model. If the name is a path, only its last part is recorded.
         card: JSON values, recorded under "card"; task, method, metric, score and notes are also shown in README.md.
@@ -98,37 +72,39 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if no parameter is trainable, peft wraps the layers, the folder holds other files, a value is NaN or
-            a factor infinite, or JSON cannot hold ``card``.
+        ValueError: if no parameter is trainable, peft wraps the layers, a file would replace one that is not an
+            adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
     """
-    model = unwrapped(model)
-    layers = layers_outside_peft(model, "save_pretrained()")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("nothing to save: no parameter is trainable (unfreeze a frozen copy's factors and head first)")
-    live = live_singular_values(layers)
-    factors, tied = _stored_factors(layers, live)
-    head = head_tensors(model)
-    groups = _groups(layers, live)
-    second = _second_name(model, layers, head) if layers else None
-    if base_model is None:
-        base_config = getattr(model, "config", None)
-        base_model = getattr(base_config, "_name_or_path", None)
-        base_revision = base_revision or getattr(base_config, "_commit_hash", None)
-    config = AdapterConfig(
-        kind="+".join(sorted({group.kind for group in groups})) or "parameters",
-        groups=groups,
-        tied=tied,
-        head=sorted(head),
-        architecture=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds this prefix
-        base_config=_head_config(model),
-        base_model=name_on_hub(base_model),
-        base_revision=base_revision,
-        base_fingerprint=base_fingerprint(model, head),
-        card=dict(card or {}) | ({"peft_lacks": second} if second else {}),
-        library_version=VERSION,
-        weights_sha256="",  # write_adapter fills it in
-    )
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
+    with plain_names(unwrapped(model)) as model:
+        layers = layers_outside_peft(model, "save_pretrained()")
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "nothing to save: no parameter is trainable (unfreeze a frozen copy's factors and head first)"
+            )
+        live = live_singular_values(layers)
+        factors, tied = _stored_factors(layers, live)
+        head = head_tensors(model)
+        groups = _groups(layers, live)
+        second = second_name(model, layers, head) if layers else None
+        if base_model is None:
+            base_config = getattr(model, "config", None)
+            base_model = getattr(base_config, "_name_or_path", None)
+            base_revision = base_revision or getattr(base_config, "_commit_hash", None)
+        config = AdapterConfig(
+            kind="+".join(sorted({group.kind for group in groups})) or "parameters",
+            groups=groups,
+            tied=tied,
+            head=sorted(head),
+            architecture=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds this prefix
+            base_config=_head_config(model),
+            base_model=name_on_hub(base_model),
+            base_revision=base_revision,
+            base_fingerprint=base_fingerprint(model, head),
+            card=dict(card or {}) | ({"peft_lacks": second} if second else {}),
+            library_version=VERSION,
+            weights_sha256="",  # write_adapter fills it in
+        )
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
     write_adapter(folder, config, stored, adapter_card(config), save_tokenizer)
     return Path(folder)
 
@@ -177,18 +153,20 @@ def name_on_hub(recorded: Any) -> str | None:
 
 
 def _head_config(model: nn.Module) -> dict[str, Any]:
-    """Labels and problem type in a transformers model's configuration; empty for any other model."""
+    """Labels, problem type and padding token of a transformers model's configuration; empty for any other model."""
     config = getattr(model, "config", None)
     labels = getattr(config, "id2label", None)
     if not isinstance(labels, Mapping):
         return {}
+    padding = getattr(config, "pad_token_id", None)
     return {
         "id2label": {str(number): str(name) for number, name in labels.items()},
         "problem_type": getattr(config, "problem_type", None),
+        **({} if padding is None else {"pad_token_id": padding}),
     }
 
 
-def _second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
+def second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
     """A second name that weight tying gives an adapted module or a trained tensor; None if there is none."""
     trained = set(map(id, head.values()))
     modules = model.named_modules(remove_duplicate=False)
@@ -240,9 +218,13 @@ def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str
         layers = lora_layers(model) or _new_layers(model, config)
     check_factors(layers, config, tensors)
     state = model.state_dict(keep_vars=True)
+    stored: dict[int, str] = {}
     for name in config.head:
         if name not in state or name not in tensors:
             raise ValueError(f"the adapter's {name} is missing in its file or in the model: {_origin(config)}")
+        first = stored.setdefault(id(state[name]), name)
+        if first != name and not torch.equal(tensors[first], tensors[name]):
+            raise ValueError(f"{first} and {name} are one tensor in the model (tied weights), two in the adapter")
     return layers
 
 

@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # File names of tokenizers: every tokenizer of transformers writes at least one of them.
 _TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
+_BESIDE = (*_TOKENIZER, "*template*", "*processor_config.json")  # and what transformers saves with one
 _NEW = ".new-"  # prefix of the temporary folder that new files are first written to
 
 
@@ -70,8 +71,9 @@ class AdapterConfig:
         groups: the low-rank layers.
         tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
         head: names of the other trained parameters, and of the saved buffers that training changes.
-        architecture: class of the model. base_config: labels and problem type from the model's ``config``; they are
-            needed to rebuild the base. base_model, base_revision: name and revision of the base on the hub, or None.
+        architecture: class of the model. base_config: labels, problem type and padding token from the model's
+            ``config``; they are needed to rebuild the base. base_model, base_revision: name and revision of the base on
+            the hub, or None.
         base_fingerprint: see :func:`loralib.base_fingerprint`.
         card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of an adapted
             module or trained tensor (weight tying). peft's format cannot hold a second name.
@@ -105,13 +107,14 @@ class AdapterConfig:
         return {name: len(group.live(name)) for name, group in self.modules.items()}
 
     def head_options(self) -> dict[str, Any]:
-        """Arguments for transformers' ``from_pretrained`` that give the base the labels that the adapter's head was
-        trained for: id2label, label2id and problem_type. Empty for a model of another library."""
+        """Arguments for transformers' ``from_pretrained`` that give the base what the adapter was trained with:
+        id2label, label2id, problem_type and pad_token_id. Empty for a model of another library."""
         if not self.base_config:
             return {}
         id2label = {int(number): name for number, name in self.base_config["id2label"].items()}
         label2id = {name: number for number, name in id2label.items()}
-        return {"id2label": id2label, "label2id": label2id, "problem_type": self.base_config["problem_type"]}
+        padding = {name: value for name, value in self.base_config.items() if name == "pad_token_id"}
+        return {"id2label": id2label, "label2id": label2id, "problem_type": self.base_config["problem_type"], **padding}
 
 
 def _config_of(values: dict[str, Any]) -> AdapterConfig:
@@ -192,10 +195,10 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
     write to the same folder take turns if it can be locked.
 
     Args:
-        folder: absent, empty, or an older one that contains ``last``, whose other files stay.
+        folder: one without files of these names, or an older one that contains ``last``. Its other files stay.
 
     Raises:
-        ValueError: if it holds something else. OSError: if it is a file or cannot be written to.
+        ValueError: if a file would replace another program's. OSError: if it is a file or cannot be written to.
     """
     target = Path(os.path.realpath(folder))
     is_new = not target.exists()
@@ -205,10 +208,10 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
             for left in target.glob(f"{_NEW}*") if alone else ():  # left by a killed writer
                 if str(left) != new:
                     shutil.rmtree(left)
-            if not (target / last).exists():
-                refuse_files(target)
             yield Path(new)
             files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix != ".safetensors"))
+            if not (target / last).exists():
+                refuse_files(target, [file.name for file in files])
             for file in files:
                 with open(file, "rb+") as written:
                     os.fsync(written.fileno())
@@ -220,11 +223,11 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
                 target.rmdir()
 
 
-def refuse_files(folder: str | os.PathLike[str]) -> None:
-    """Raises ValueError unless the folder is absent or empty."""
-    names = [path.name for path in Path(folder).glob("*") if not path.name.startswith(_NEW)]
-    if names:
-        raise ValueError(f"{folder} holds other files ({min(names)}): name a new or an empty folder")
+def refuse_files(folder: str | os.PathLike[str], names: Iterable[str] = ("*",)) -> None:
+    """Raises ValueError if the folder holds a file that one of the patterns matches."""
+    found = [path.name for name in names for path in Path(folder).glob(name) if not path.name.startswith(_NEW)]
+    if found:
+        raise ValueError(f"{folder} holds other files ({min(found)}): name a new or an empty folder")
 
 
 @contextmanager
@@ -251,9 +254,9 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
-    """Copy the tokenizer's files: all files of an adapter's folder but the adapter's own."""
-    for path in Path(adapter).iterdir():
-        if path.is_file() and path.name not in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+    """Copy the files of a tokenizer or an image processor."""
+    for path in {path for name in _BESIDE for path in Path(adapter).glob(name)}:
+        if path.is_file():
             shutil.copy(path, folder)
 
 

@@ -1,10 +1,11 @@
-"""Find the low-rank layers and the trainable parameters of a model."""
+"""Find the low-rank layers and the trainable parameters of a model, and drop pruned singular values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -15,10 +16,25 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, data-parallel modules and ``AveragedModel``, whose prefixes must not appear
-    in saved names."""
-    inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
+    """The model inside ``torch.compile``, data-parallel modules, ``AveragedModel`` and activation checkpoints, whose
+    prefixes must not appear in saved names."""
+    names = ("module",) if isinstance(model, _WRAPPERS) else ("_orig_mod", "_checkpoint_wrapped_module")
+    inner = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     return model if inner is None else unwrapped(inner)
+
+
+@contextmanager
+def plain_names(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, each part of the model that is wrapped stands in its wrapper's place."""
+    parts = [(parent, *part) for parent in model.modules() for part in parent._modules.items() if part[1] is not None]
+    wrapped = [(parent, name, part) for parent, name, part in parts if unwrapped(part) is not part]
+    try:
+        for parent, name, part in wrapped:
+            parent._modules[name] = unwrapped(part)
+        yield model
+    finally:
+        for parent, name, part in wrapped:
+            parent._modules[name] = part
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -60,6 +76,38 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
         advice = "unfreeze their lora_E" if svd_layers(model) else "inject such layers first"
         raise ValueError(f"no trainable layers with singular values (AdaLoRA, LoRA²) to {purpose}: {advice}")
     return found
+
+
+def compact(model: nn.Module) -> dict[str, int]:
+    """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
+
+    A singular value counts as pruned if it is exactly 0. A model whose singular values are all 0 counts as untrained
+    and keeps them all. Plain LoRA has no singular values and keeps its rank.
+
+    Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
+    parameters: create the optimiser afterwards.
+
+    Returns:
+        Module name -> new rank.
+
+    Raises:
+        ValueError: if peft wraps the layers.
+    """
+    layers = layers_outside_peft(model, "base_model.compact()")
+    for name, kept in live_singular_values(layers).items():
+        layers[name].keep_singular_values(kept)
+    return {name: layer.r for name, layer in layers.items()}
+
+
+def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
+    """Module name -> indices of the singular values that are not 0; all indices if the whole model has only zeros."""
+    live = {
+        name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
+        for name, layer in layers.items()
+    }
+    if any(kept for name, kept in live.items() if layers[name].lora_E is not None):
+        return live
+    return {name: list(range(layer.r)) for name, layer in layers.items()}
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
@@ -110,9 +158,10 @@ def is_bias(name: str) -> bool:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All trainable parameters, each under one name, and the saved buffers that training changes: running statistics,
-    and the buffers of modules that own a trainable parameter. The weight of a merged layer is the one without the
-    update, as in its state dict."""
+    """All trainable parameters of the :func:`unwrapped` model, each under one name, and the saved buffers that training
+    changes: running statistics, and the buffers of modules that own a trainable parameter. The weight of a merged layer
+    is the one without the update, as in its state dict."""
+    model = unwrapped(model)
     found: dict[str, Tensor] = {}
     owners = {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = model.state_dict(keep_vars=True)
@@ -121,6 +170,21 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
             found[name] = state.get(name, parameter)
             owners.add(name.rpartition(".")[0])
     return found | {n: b for n, b in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}
+
+
+@torch.no_grad()
+def load_trained_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy what :func:`trained_tensors` gave into the model.
+
+    Raises:
+        ValueError: if the model has other trainable parameters. The model is unchanged then.
+    """
+    own = trained_tensors(model)
+    there, here = ({(name, *tensor.shape) for name, tensor in each.items()} for each in (saved, own))
+    if odd := there ^ here:
+        raise ValueError(f"the saved tensors are of other trainable parameters than the model's (see {min(odd)[0]})")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
 
 
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:

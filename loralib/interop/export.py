@@ -33,7 +33,7 @@ from loralib.adapter_folder import (
     read_adapter_config,
     refuse_files,
 )
-from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs
+from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs, refuse_other_format
 from loralib.merging import merge_and_unload
 from loralib.model_card import adapter_card
 
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("adapter", help="folder of the adapter")
-    add("out", help="folder to write: new or empty; an adapter may replace an earlier adapter")
+    add("out", help="folder to write; an adapter may replace an earlier one of its format")
     add("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="with --to merged: dtype of the weights (float32)")
@@ -191,6 +191,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def _import(adapter: str, out: str, base: str) -> None:
+    refuse_other_format(out, peft=False)
     values, _, head = read_pairs(adapter)
     name = name_on_hub(values.get("base_model_name_or_path"))
     revision = revision_of(name, values.get("revision"), base)

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter import fitting_layers, install
+from loralib.adapter import fitting_layers, install, second_name
 from loralib.adapter_folder import (
     CARD_FILE,
     CONFIG_FILE,
@@ -45,7 +45,10 @@ TASK_TYPES = {  # the end of a class's name in transformers -> peft's task type
 }
 _HEADS = {"classifier", "score", "qa_outputs"}
 # Settings of a peft adapter that are copied into the configuration of the LoRA made from it.
-_KEPT = ("task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out")
+_KEPT = (
+    "task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out",
+    "trainable_token_indices",
+)  # fmt: skip
 _ORIGIN = "model that peft adapted"  # in place of the model's class, which peft does not record
 _LOAD = """```python
 from peft import PeftModel
@@ -69,7 +72,7 @@ def export_peft(
 
     Args:
         adapter: folder of :func:`loralib.save_adapter`, or of peft's AdaLoRA or LoRA².
-        folder: new, empty, or a peft adapter's, which is replaced.
+        folder: a peft adapter's files in it are replaced; other files stay.
         base_model: the value of ``base_model_name_or_path``; by default the base that the adapter records.
 
     Returns:
@@ -171,6 +174,7 @@ def _write_peft(
         "bias": "none",
         **fields,
     }
+    refuse_other_format(folder, peft=True)
     with new_files(folder) as new:
         copy_tokenizer(adapter, new)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -228,7 +232,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
             the base's weights (PiSSA, OLoRA), or one that does not fit the base. The model is unchanged then.
     """
-    _, pairs, head = read_pairs(folder)
+    values, pairs, head = read_pairs(folder)
     groups: dict[str, LayerGroup] = {}
     tensors = dict(head)
     for name, (left, right, scaling) in pairs.items():
@@ -238,7 +242,12 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         group = LayerGroup("lora", rank, [], scaling * rank, 0.0, "gaussian", False, {})
         groups.setdefault(str(group), group).rank_pattern[name] = "1" * rank
     config = AdapterConfig("lora", list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
-    install(model, config, tensors, fitting_layers(model, config, tensors))
+    layers = fitting_layers(model, config, tensors)
+    state = model.state_dict(keep_vars=True)
+    second = second_name(model, {}, {name: state[name] for name in head})
+    if second and not values.get("ensure_weight_tying"):
+        raise ValueError(f"{second} is a second name of a trained weight (tied weights), from which peft separates it")
+    install(model, config, tensors, layers)
 
 
 def is_peft(folder: str | os.PathLike[str]) -> bool:
@@ -248,6 +257,12 @@ def is_peft(folder: str | os.PathLike[str]) -> bool:
         ValueError: for a missing or damaged configuration.
     """
     return "peft_type" in read_json_object(Path(folder) / CONFIG_FILE)
+
+
+def refuse_other_format(folder: str | os.PathLike[str], peft: bool) -> None:
+    """Raises ValueError if a conversion to the folder would replace an adapter of the other format."""
+    if (Path(folder) / CONFIG_FILE).exists() and is_peft(folder) != peft:
+        raise ValueError(f"{folder} holds an adapter in the other format: name a new or an empty folder")
 
 
 def read_pairs(

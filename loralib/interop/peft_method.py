@@ -22,9 +22,9 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loralib.adapter import live_singular_values
 from loralib.injection import NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
+from loralib.model import live_singular_values
 from loralib.stored_weight import is_conv1d
 
 NAME = "lora2"

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from loralib.model import trained_tensors, unwrapped
+from loralib.model import load_trained_tensors, trained_tensors, unwrapped
 from loralib.training import LowRankTraining
 
 if TYPE_CHECKING:
@@ -94,11 +94,11 @@ class LowRankTrainerMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Overridden to read what :meth:`_save` writes."""
-        read_trained(unwrapped(self.model), Path(resume_from_checkpoint) / TRAINED_FILE)
+        load_trained_tensors(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
 
     def _load_best_model(self) -> None:
         """Overridden to read what :meth:`_save` writes."""
-        read_trained(unwrapped(self.model), Path(self.state.best_model_checkpoint) / TRAINED_FILE)
+        load_trained_tensors(self.model, load_file(Path(self.state.best_model_checkpoint) / TRAINED_FILE))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Overridden because the Trainer has no public method to add a state to a checkpoint.
@@ -116,22 +116,6 @@ class LowRankTrainerMixin(_Trainer):
             state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
             self.low_rank.start(self.state.max_steps)
             self.low_rank.load_state_dict(state)
-
-
-@torch.no_grad()
-def read_trained(model: nn.Module, path: Path) -> None:
-    """Copy the tensors of a ``trained.safetensors`` into the model.
-
-    Raises:
-        FileNotFoundError: if no Trainer with this mix-in wrote the checkpoint. ValueError: if the model has other
-            trainable parameters. The model is unchanged then.
-    """
-    saved, own = load_file(path), trained_tensors(model)
-    there, here = ({(name, *tensor.shape) for name, tensor in each.items()} for each in (saved, own))
-    if odd := there ^ here:
-        raise ValueError(f"{path} is of a model with other trainable parameters than this one (see {min(odd)[0]})")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
 
 
 def _loop_callback(low_rank: LowRankTraining) -> Any:

@@ -2,16 +2,19 @@
 
 import copy
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 
 import loralib
 from loralib.interop.precision import cast_frozen
-from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
+from loralib.model import load_trained_tensors, trained_tensors
+from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, randomise, refused
 
 KINDS = [
     ("lora", {}),
@@ -238,8 +241,23 @@ def test_wrapped_model_is_saved_under_the_names_of_the_inner_model(tmp_path, wra
     loralib.start_from_adapter(wrapped, tmp_path / "a")
     loralib.load_adapter(again := wrap(Net()), tmp_path / "a")
     torch.testing.assert_close(loralib.merge_and_unload(again)(INPUTS), model(INPUTS))
+    fresh = adapted(k=2)
+    randomise(fresh)
+    load_trained_tensors(wrap(fresh), trained_tensors(wrapped))
+    assert torch.equal(fresh(INPUTS), model(INPUTS))
     loralib.merge_adapter(wrapped)
     assert all(layer.merged for layer in loralib.lora_layers(wrapped).values())
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
+def test_wrapped_parts_leave_no_trace_in_the_saved_names(tmp_path, wrap):
+    model = adapted(modules=["query"], k=2, model=encoder())
+    layers = model.bert.encoder.layer
+    for i, layer in enumerate(layers):
+        layers[i] = wrap(layer)
+    loralib.load_adapter(base := encoder(), loralib.save_adapter(model, tmp_path / "a"))
+    ids = torch.arange(4, 16).view(2, 6)
+    assert torch.equal(base(ids).logits, model(ids).logits) and type(layers[0]) is type(wrap(nn.Linear(1, 1)))
 
 
 # ---- merging --------------------------------------------------------------------------------------------------------
@@ -315,3 +333,12 @@ def test_merged_and_unloaded_model_can_be_saved_and_loaded_by_transformers(tmp_p
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
     plain.requires_grad_(True)(ids).logits.sum().backward()  # and it can be trained
     assert all(parameter.grad is not None for name, parameter in plain.named_parameters() if "attn.c_attn" in name)
+
+
+def test_two_trained_tensors_do_not_load_into_one_that_is_tied(tmp_path):
+    model = gpt2()
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    adapted(modules=["c_attn"], model=model, head="lm_head").transformer.wte.requires_grad_(True)
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    with refused("lm_head.weight and transformer.wte.weight are one tensor in the model", base := gpt2()):
+        loralib.load_adapter(base, folder, allow_other_base=True)

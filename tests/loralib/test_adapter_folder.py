@@ -196,10 +196,10 @@ def test_readme_lists_the_facts_of_the_adapter_and_the_commands_that_work(tmp_pa
 
 def test_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     model = adapted(k=2)
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
     with pytest.raises(ValueError, match="holds other files"):
         loralib.save_adapter(model, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
     folder = loralib.save_adapter(model, tmp_path / "a" / "b")
     first = (folder / "adapter_config.json").read_bytes()
     with monkeypatch.context() as full_disk, pytest.raises(OSError, match="disk full"):
@@ -214,6 +214,7 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
         loralib.save_adapter(model, tmp_path / "c")
     assert (folder / "adapter_config.json").read_bytes() == first and len(list(folder.iterdir())) == 3
     assert [p.name for p in folder.parent.iterdir()] == ["b"] and not (tmp_path / "c").exists()
+    assert loralib.save_adapter(adapted(k=2), tmp_path / "a") and folder.exists()  # as beside a Trainer's checkpoints
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

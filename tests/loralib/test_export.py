@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -145,6 +145,8 @@ def test_merged_checkpoint_loads_in_plain_transformers(tmp_path, capsys, other_b
     load = AutoModelForSequenceClassification.from_pretrained
     model = adapted(modules=["query", "layer.output"], k=2, model=load(base, num_labels=1))
     folder = loralib.save_adapter(model, tmp_path / "a")
+    for name in ("model.safetensors", "config.json", "optimizer.pt"):  # a checkpoint beside the adapter
+        (folder / name).write_text("{}")
     command = [str(folder), "--to", "merged", str(out), "--base", str(base)]
     if other_base:
         other = load(base, num_labels=1)
@@ -155,12 +157,25 @@ def test_merged_checkpoint_loads_in_plain_transformers(tmp_path, capsys, other_b
     assert main(command) == 0
     merged, info = load(out, output_loading_info=True, dtype="auto")
     assert not info["missing_keys"] and not info["unexpected_keys"] and merged.config.num_labels == 1
+    assert not (out / "optimizer.pt").exists()
     assert not any(type(m).__module__.startswith("loralib") for m in merged.modules())
     assert merged.dtype == (torch.bfloat16 if other_base else torch.float32)
     close = {"atol": 0.05, "rtol": 0.05} if other_base else CLOSE
     torch.testing.assert_close(merged.eval().float()(IDS).logits, model(IDS).logits, **close)
     tokenizers = [AutoTokenizer.from_pretrained(place)("the cat sat") for place in (base, out)]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_merged_decoder_keeps_the_padding_token(tmp_path):
+    """A sequence classifier reads the logits of the last token that is not padding."""
+    encoder("llama", num_labels=2).save_pretrained(tmp_path / "base")
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = adapted(modules=["q_proj"], k=2, model=load(tmp_path / "base"), head="score")
+    model.config.pad_token_id = 7
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    assert main([str(folder), "--to", "merged", str(tmp_path / "m"), "--base", str(tmp_path / "base")]) == 0
+    ids = torch.tensor([[4, 5, 7, 7], [4, 5, 6, 5]])
+    torch.testing.assert_close(load(tmp_path / "m").eval()(ids).logits, model(ids).logits, **CLOSE)
 
 
 # ---- imports -------------------------------------------------------------------------------------------------------
@@ -208,6 +223,35 @@ def test_a_peft_lora_imports_with_the_same_logits(theirs, tmp_path):
     export_peft(ours, tmp_path / "back")  # and back
     back = PeftModel.from_pretrained(encoder(), tmp_path / "back").eval()
     torch.testing.assert_close(back(IDS).logits, logits, **CLOSE)
+    for source, to in ((ours, "peft"), (tmp_path / "theirs", "loralib")):  # not over an adapter of the other format
+        before = (source / "adapter_config.json").read_bytes()
+        assert main([str(source), "--to", to, str(source), "--base", str(tmp_path / "base")]) == 2
+        assert (source / "adapter_config.json").read_bytes() == before
+
+
+def peft_of_gpt2(folder, config):
+    model = get_peft_model(gpt2(), config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_export_of_pefts_adalora_keeps_trained_tokens(tmp_path):
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["c_attn"], fan_in_fan_out=True,
+                           task_type="CAUSAL_LM", trainable_token_indices={"wte": [1, 2]})  # fmt: skip
+    model, ids = peft_of_gpt2(tmp_path / "theirs", config), torch.arange(8)[None]
+    export_peft(tmp_path / "theirs", tmp_path / "lora")
+    again = PeftModel.from_pretrained(gpt2(), tmp_path / "lora").eval()
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_peft_adapter_that_separated_tied_weights_is_refused(tmp_path):
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
+    peft_of_gpt2(tmp_path / "theirs", config)
+    with refused("transformer.wte.weight is a second name of a trained weight", base := gpt2()):
+        import_peft(base, tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(
