@@ -17,7 +17,6 @@ from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS
-from nlu.runs.digests import INPUTS
 from nlu.runs.folder import FREE, PREDICTING
 from nlu.tasks import TASKS
 
@@ -99,7 +98,7 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data_files(digests: dict[str, str] | None, asked: dict[str, Any]) -> str:
-    names = [name for name in INPUTS if name != "test_file"]
+    names = ("glue_dir", "train_file", "validation_file")
     return json.dumps([(digests or {}).get(name) or (asked or {}).get(name) for name in names])
 
 
@@ -116,7 +115,8 @@ def have_failed(runs: pd.DataFrame) -> pd.Series:
 
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Extend the labels of final runs that share experiment, label and task by the settings that differ."""
-    settings = pd.Series([_settings(*each) for each in zip(frame.arguments, frame.data, strict=True)], frame.index)
+    columns = frame.arguments, frame.data, frame.digests
+    settings = pd.Series([_settings(*each) for each in zip(*columns, strict=True)], frame.index)
     runs = finished(frame)
     for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
@@ -131,10 +131,11 @@ def _tell_apart(frame: pd.DataFrame) -> None:
         )
 
 
-def _settings(arguments: dict[str, Any] | None, data: str) -> dict[str, Any]:
-    """What the runs of one mean must have in common; the data are compared by a checksum."""
+def _settings(arguments: dict[str, Any] | None, data: str, digests: dict[str, str] | None) -> dict[str, Any]:
+    """What the runs of one mean must have in common; the contents of what they read are compared by a checksum."""
+    read = data + json.dumps([(digests or {}).get(name) for name in ("model_name_or_path", "lora_path", "peft_config")])
     own = {name: value for name, value in (arguments or {}).items() if name not in _NO_SETTINGS and "seed" not in name}
-    return own | {"data": f"{zlib.crc32(data.encode()):08x}"}
+    return own | {"contents": f"{zlib.crc32(read.encode()):08x}"}
 
 
 def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:

@@ -198,10 +198,11 @@ def test_the_test_score_is_of_the_tasks_own_test_set():
     assert sorted(frame.test) == pytest.approx([60, 70])
 
 
-def test_runs_on_different_data_are_not_paired():
-    digests = ({"glue_dir": "a"}, {"glue_dir": "b"})
-    lines = [line(x, "cola", 1, [0.5], digests=d) for x, d in zip(("LoRA r=8", "LoRA² k=8"), digests, strict=True)]
-    assert not len(paired(as_frame(("a", each) for each in lines), "LoRA r=8", "LoRA² k=8"))
+@pytest.mark.parametrize("name, pairs", [("glue_dir", 0), ("peft_config", 1)])
+def test_runs_are_paired_if_their_data_are_the_same(name, pairs):
+    arms = (("LoRA r=8", "a"), ("LoRA² k=8", "b"))
+    lines = [line(label, "cola", 1, [0.5], digests={name: digest}) for label, digest in arms]
+    assert len(paired(as_frame(("a", each) for each in lines), "LoRA r=8", "LoRA² k=8")) == pairs
 
 
 def test_as_frame_orders_methods_and_tasks_and_tells_equal_labels_apart(tmp_path):
