@@ -127,7 +127,7 @@ def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
             axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5)
         axes.set_yticks(range(len(kinds)), [".".join(kind.split(".")[shared:]) for kind in kinds])
         axes.set_xticks(range(values.shape[1]), values.columns)
-        axes.set_title(label, loc="left")
+        axes.set_title(f"{label}: singular values left", loc="left")
     panels[-1].set_xlabel("layer")
     text = f"Singular values left in each module at the end on {_names(runs.task)}: means over runs."
     return Drawing(name, text, figure)
@@ -146,7 +146,8 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
                 steps, values = (np.concatenate(own[name].tolist()) for name in ("steps_at", source))
                 medians = pd.Series(values).groupby(steps).median()
                 axes.plot(medians.index, medians, label=label, **styles[label])
-            axes.set_title(f"{HEADINGS.get(task, task)}: {'score' if source == 'scores' else 'loss'}", loc="left")
+            what = "score" if source == "scores" else "loss"
+            axes.set_title(f"{HEADINGS.get(task, task)}: median {what}", loc="left")
             axes.set_xlim(left=0)
             if source == "scores":
                 _end_at_the_possible(axes)
@@ -187,7 +188,8 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
     _legend(figure, panels)
     text = (
         f"Mean score at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
-        "tuned too, the best of them at that rate. A cross marks a failed run."
+        "tuned too, the best of them at that rate. A cross marks a failed run, if its record has the loss of a "
+        "constant answer."
     )
     return Drawing(name, text, figure)
 

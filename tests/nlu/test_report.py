@@ -182,7 +182,8 @@ def test_live_ranks_are_drawn_for_each_row_that_prunes():
     lines = [line("LoRA² k=8", "rte", 1, [0.5, 0.6], module_ranks=ranks), line("LoRA r=8", "rte", 1, [0.5, 0.6])]
     runs = as_frame(("one", each) for each in lines)
     drawing = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])[-1]
-    assert drawing.name == "one_ranks" and [axes.get_title(loc="left") for axes in drawing.figure.axes] == ["LoRA² k=8"]
+    titles = [axes.get_title(loc="left") for axes in drawing.figure.axes]
+    assert drawing.name == "one_ranks" and titles == ["LoRA² k=8: singular values left"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]
     assert drawing.png()[:4] == b"\x89PNG"
 
