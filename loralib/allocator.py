@@ -7,8 +7,9 @@ the last final_warmup steps the mask is fixed and applied after every step, so t
 Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
            b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
            if t_f is 0); b_T for the last t_f steps with the mask fixed.
-Sensitivity of an entry w: I = |w · ∂L/∂w|; Ī its moving average (β₁). Its uncertainty Ū is the moving average of
-|I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated at the steps before T − t_f, and always at step 1.
+Sensitivity of an entry w: I = |w · ∂L/∂w| (with ExactFactors of the projected gradient); Ī its moving average (β₁). Its
+uncertainty Ū is the moving average of |I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated at the steps before
+T − t_f, and always at step 1.
 Importance of singular value i of a layer: S(e_i) + mean of S over the innermost B[:, i] + the same over A[i, :].
 With one scale this is AdaLoRA's importance. LoRA² leaves the outer factors out ("inner"). "full" adds the mean score of
 each outer factor, which does not depend on i, but matters because all layers compete for one budget.
@@ -145,13 +146,15 @@ class RankAllocator:
         Raises:
             ValueError: if no singular value has a gradient.
         """
+        training = [row for row, layer in enumerate(self._layers) if layer.lora_E.requires_grad]
+        if not training:
+            return
         last = self.total_steps - self.final_warmup  # step after which the mask is fixed
         if step < max(last, 2):  # score step 1 even if it is the last before the mask is fixed
             self._update_scores()
         due = step > last or step == self.total_steps or step % self.mask_interval == 0
         if step <= self.init_warmup or not due:
             return
-        training = [row for row, layer in enumerate(self._layers) if layer.lora_E.requires_grad]
         if step <= last + 1:
             self._choose_masks(training, self.budget(step, len(training)))
         values = [self._layers[row].lora_E for row in training]

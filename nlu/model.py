@@ -30,6 +30,7 @@ _NO_NAME = re.compile(r"label_\d+", re.IGNORECASE)  # transformers' names for la
 _DROPOUTS = (
     "cls_dropout", "classifier_dropout", "seq_classif_dropout", "classifier_dropout_prob", "summary_last_dropout",
 )  # fmt: skip
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")  # names of tables of positions
 
 
 def choose_head(saved: Any, task: Task) -> tuple[tuple[str, ...] | None, str | None]:
@@ -78,6 +79,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
     if model.cls_dropout is not None:
         known = [name for name in _DROPOUTS if hasattr(config, name)]
         known += ["cls_dropout"] if config.model_type.startswith("deberta") else []
+        known = [] if config.model_type.startswith("gpt_neo") else known  # only their token classifiers read it
         if not known:
             raise UsageError(f"--cls_dropout: {config.model_type} has no dropout of its own in the head; leave it out")
         for name in known:
@@ -105,15 +107,14 @@ def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
 def longest_input(model: Any) -> int | None:
     """The maximum number of tokens of a model with a table of positions; None for a model without one (DeBERTa).
 
-    No token uses the rows of RoBERTa's table up to the padding index, nor the first ``offset`` rows of the tables of
-    OPT and BART.
+    No token uses the rows of RoBERTa's table up to the padding index, the first ``offset`` rows of the tables of OPT
+    and BART, or rows beyond the configured maximum (Nyströmformer).
     """
     for name, table in model.named_modules():
-        if name.rpartition(".")[2] in ("position_embeddings", "wpe", "embed_positions") and hasattr(
-            table, "padding_idx"
-        ):
+        if name.rpartition(".")[2] in _POSITIONS and hasattr(table, "padding_idx"):
             first = 0 if table.padding_idx is None else table.padding_idx + 1
-            return table.num_embeddings - getattr(table, "offset", first)
+            rows = table.num_embeddings - getattr(table, "offset", first)
+            return min(rows, getattr(getattr(model, "config", None), "max_position_embeddings", rows))
     return None
 
 

@@ -26,8 +26,8 @@ from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
 from loralib.model import svd_layers
 
-# If the eigenvalues of the Gram are between 0.3 and 1.6, four steps of degree five bring them to 1 in float32. After a
-# step of Adam at a rate of 4e-3 they are well inside. A larger drift shrinks further with every later retraction.
+# Four steps of degree five bring eigenvalues of the Gram between 0.3 and 1.6 to 1 in float32. What is left of a larger
+# drift, or after the scaling below, shrinks further with every later retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
 ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal

@@ -1,4 +1,5 @@
-"""Techniques that make a training step cheaper; ``speed_up`` applies them. Results differ only in the dropout masks.
+"""Techniques that make a training step cheaper; ``speed_up`` applies them. Results differ only in the dropout masks,
+and in rows of padding alone.
 
 Each file holds one technique, and its first lines say what that gains. ``sharding.py`` saves memory when several
 processes train, and is switched on by the launcher instead.

@@ -1,7 +1,7 @@
 """Attention on the CPU for BERT, RoBERTa and others. Gains: a step of 6-layer MiniLM in bfloat16, 1.10 s → 0.77 s.
 
-Measured in benchmarks/README.md on RTE, batch 32, one EPYC core. It works for every encoder that uses transformers'
-attention interface.
+Measured in benchmarks/README.md on RTE, batch 32, one EPYC core. It works for every encoder for which transformers
+supports other attention functions (not T5 and BART).
 
 `scaled_dot_product_attention` has no fast CPU kernel for training: with dropout it works in float32, draws the mask one
 number at a time and multiplies strided heads; without dropout its bfloat16 kernel is slower still. Here the function of
@@ -10,7 +10,7 @@ number at a time and multiplies strided heads; without dropout its bfloat16 kern
 `AttentionInterface` describes; whatever it does not cover goes to transformers' own `sdpa`.
 
 A query that may attend to nothing, as in a row of padding alone, gets the mean of the values, as in transformers' eager
-attention; `sdpa` gives it zeros.
+attention; `sdpa`, which also computes the first token alone (`nlu.fast.first_token`), gives it zeros.
 """
 
 import torch

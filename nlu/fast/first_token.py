@@ -3,7 +3,8 @@
 The heads of BERT, RoBERTa and DeBERTa for sequence classification read the last layer's first token and no other.
 Its keys and values are needed for the whole sequence; its query, attention output and feed-forward part only for that
 token. The products saved are a fourteenth of a 12-layer encoder's and a seventh of a 6-layer one's, forward
-and backward. Logits and gradients are the same (dropout draws its masks in other shapes).
+and backward. Logits and gradients are the same, but dropout draws its masks in other shapes, and BERT and RoBERTa give
+other logits to a row of padding alone.
 
 A layer does so only inside a call of the classifier that asks for no hidden states or attention weights: a call of the
 encoder itself returns whole sequences. The decision is passed as an argument, so gradient checkpointing repeats it.

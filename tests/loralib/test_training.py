@@ -162,6 +162,18 @@ def test_layer_frozen_before_or_during_pruning_keeps_its_singular_values(frozen)
         assert torch.equal(training.penalty(), before)
 
 
+def test_nothing_is_pruned_while_all_layers_are_frozen():
+    model = model_to_prune()
+    training = loralib.LowRankTraining(model, 12, target_rank=2, init_warmup=0, final_warmup=2, mask_interval=1)
+    random_step(model, torch.Generator().manual_seed(1))
+    training.after_step()
+    model.requires_grad_(False).zero_grad()
+    kept = [layer.lora_E.clone() for layer in loralib.lora_layers(model).values()]
+    for _ in range(11):
+        training.after_step()
+    assert all(map(torch.equal, kept, [layer.lora_E for layer in loralib.lora_layers(model).values()]))
+
+
 def test_layer_keeps_its_scores_while_it_is_frozen():
     """If the scores decayed, the whole layer would be pruned once it trains again."""
     model = model_to_prune()

@@ -10,11 +10,24 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, OPTConfig, OPTModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    GPTNeoXConfig,
+    NystromformerConfig,
+    NystromformerModel,
+    OpenAIGPTConfig,
+    OpenAIGPTModel,
+    OPTConfig,
+    OPTModel,
+)
 
 from loralib.interop.export import export_merged
 from nlu import predict as predict_program
 from nlu.command_line import parse_arguments
+from nlu.errors import UsageError
 from nlu.model import check_model_arguments, choose_head, load_config, longest_input, without_weights
 from nlu.run_glue import main
 from nlu.tasks import TASKS
@@ -157,3 +170,14 @@ def test_position_embeddings_limit_the_input_length():
     opt = OPTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=8, max_position_embeddings=30,
                     vocab_size=50, word_embed_proj_dim=8)  # fmt: skip
     assert longest_input(OPTModel(opt)) == 30
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    assert longest_input(NystromformerModel(NystromformerConfig(max_position_embeddings=30, **sizes))) == 30
+    assert longest_input(OpenAIGPTModel(OpenAIGPTConfig(n_positions=30, n_embd=8, n_layer=1, n_head=1))) == 30
+
+
+def test_cls_dropout_of_a_head_without_one_is_refused(tmp_path):
+    folder = make_encoder(tmp_path / "encoder")
+    GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(folder)
+    arguments = parse_arguments([*tiny_run(folder, tmp_path, tmp_path / "run"), "--cls_dropout", "0.3"])
+    with pytest.raises(UsageError, match="gpt_neox has no dropout of its own in the head"):
+        load_config(arguments, TASKS["cola"])
