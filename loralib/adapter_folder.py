@@ -167,7 +167,7 @@ def write_adapter(
     see :func:`new_files`.
 
     Raises:
-        ValueError: if the folder holds other files than an adapter's, or :func:`read_adapter` would refuse a value.
+        ValueError: if a file would replace one that is not an adapter's, or :func:`read_adapter` would refuse a value.
     """
     _check_finite("the adapter cannot be saved", tensors)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})

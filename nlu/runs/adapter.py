@@ -24,7 +24,7 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
         trainer: the run's GlueTrainer. record: the run's record; the score of these weights goes onto the card.
 
     Raises:
-        RunError: if a weight is not finite, or ``adapter/`` holds other files.
+        RunError: if a weight is not finite, or a file of ``adapter/`` would be replaced that is not an adapter's.
     """
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     if trainer.applied.ranks is not None:
