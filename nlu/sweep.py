@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
-    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="a parameter of submitit's executor; means --launcher slurm")
+    add("--slurm", action="append", default=[], metavar="KEY=VALUE",
+        help="a parameter of submitit's executor; means --launcher slurm")  # fmt: skip
     add("--command", help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'")
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
