@@ -30,7 +30,7 @@ def _correlation(function: Callable, references: np.ndarray, predictions: np.nda
     return value if np.isfinite(value) else 0.0
 
 
-# Functions of (references, predictions). A class that is neither present nor predicted has an F1 of 0.
+# Functions of (references, predictions). Macro-F1 is the mean over the classes that are present or predicted.
 _macro_f1 = partial(f1_score, average="macro", zero_division=0)
 _FUNCTIONS = {
     "accuracy": accuracy_score,
@@ -89,16 +89,14 @@ def class_report(task: Task, predictions: Sequence, references: Sequence) -> dic
         predictions, references: (n,) class numbers, as for :func:`compute_glue_metrics`.
 
     Returns:
-        "labels": the class words; "classes": scikit-learn's report, class word -> precision, recall, f1-score (in
-        [0, 1]) and support (its rows), with the averages; "confusion_matrix": counts, (true class, predicted class).
+        "labels": the class words; "classes": class word -> precision, recall, f1-score (in [0, 1]) and support (its
+        rows); "confusion_matrix": counts, (true class, predicted class).
     """
     classes = range(task.num_labels)
-    report = classification_report(
-        references, predictions, labels=classes, target_names=task.labels, output_dict=True, zero_division=0
-    )
+    report = classification_report(references, predictions, labels=classes, output_dict=True, zero_division=0)
     return {
         "labels": list(task.labels),
-        "classes": report,
+        "classes": {name: report[str(number)] for number, name in enumerate(task.labels)},
         "confusion_matrix": confusion_matrix(references, predictions, labels=classes).tolist(),
     }
 

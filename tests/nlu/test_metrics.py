@@ -11,7 +11,7 @@ import sklearn.metrics
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nlu.metrics import compute_glue_metrics
+from nlu.metrics import class_report, compute_glue_metrics
 from nlu.tasks import TASKS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "nlu" / "metrics.py"
@@ -65,6 +65,16 @@ def test_three_classes_against_scikit_learn():
     task = replace(TASKS["mnli"], metrics=("macro_f1",))
     expected = sklearn.metrics.f1_score(references, predictions, average="macro")
     assert compute_glue_metrics(task, predictions, references) == {"macro_f1": pytest.approx(expected)}
+
+
+def test_classes_may_be_called_as_scikit_learn_calls_its_averages():
+    task = replace(TASKS["mnli"], labels=("accuracy", "macro avg", "value"))
+    report = class_report(task, [0, 0, 1, 1], [0, 1, 1, 1])
+    assert list(report["classes"]) == report["labels"] == ["accuracy", "macro avg", "value"]
+    expected = {"precision": 0.5, "recall": 1, "f1-score": 2 / 3, "support": 1}
+    assert report["classes"]["accuracy"] == pytest.approx(expected)
+    assert report["classes"]["macro avg"]["recall"] == pytest.approx(2 / 3)
+    assert report["confusion_matrix"] == [[1, 0, 0], [1, 2, 0], [0, 0, 0]]
 
 
 def test_constant_predictions_score_zero():
