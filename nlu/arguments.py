@@ -148,7 +148,9 @@ DATA_FLAGS = (
     Flag("label_column", str, "label", "Label column of your own files."),
     Flag("on_error", ("stop", "skip"), "stop", "What to do with a row of your own files that is malformed or has an "
          "empty text or label: stop, or skip up to ten such rows (in long files, a tenth of the rows)."),
-    Flag("metric", tuple(METRICS), None, "Main metric for your own data. Default: accuracy; pearson for regression."),
+    Flag("metric", tuple(METRICS), None,
+         "Main metric for your own data; f1 is that of the second of the two sorted classes. Default: accuracy; "
+         "pearson for regression."),
     Flag("class_weights", ("balanced",), None,
          "balanced: the training loss weighs each class by the inverse of its share of the rows."),
     Flag("predict_task", tuple(TASKS), None, "Predict this task's test set too (ax after training on mnli)."),

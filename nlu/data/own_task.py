@@ -14,7 +14,7 @@ from nlu.tasks import METRICS, TASKS, Task
 
 _TEXT_COLUMNS = [*{task.text_fields: None for task in TASKS.values()}, ("text",)]
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
-_WHOLE_NUMBER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # codes such as 007 and +1 are words
+_WHOLE_NUMBER = re.compile(r"0|[+-]?[1-9][0-9]{0,17}")  # codes such as 007 are words
 _OWN_NAMES = ("label", "idx")  # columns of every data set
 
 
@@ -43,9 +43,9 @@ def load_own_files(
             :meth:`Reader.good_rows <nlu.data.file_formats.Reader.good_rows>` says; "stop" refuses them.
 
     Returns:
-        The task, named "custom" (accuracy; F1 too for two classes; Pearson and Spearman for regression); its splits,
-        each column -> values as :func:`~nlu.data.glue.load_split` gives them, a hidden label being -1, or NaN in a
-        regression; and how many rows of each split were left out.
+        The task, named "custom" (accuracy; for two classes also the F1 of the second; Pearson and Spearman for
+        regression); its splits, each column -> values as :func:`~nlu.data.glue.load_split` gives them, a hidden label
+        being -1, or NaN in a regression; and how many rows of each split were left out.
 
     Raises:
         UsageError: if a file is malformed (the message names the line) or has a label that the training file lacks, if
@@ -116,7 +116,7 @@ def _class_names(reader: Reader, rows: list[Row], label_column: str) -> tuple[st
     names = {str(value).strip() for value in values}
     if len(names) < 2:
         raise UsageError(f"{reader.name}: every label is {shown(*names)}; two classes or more are needed")
-    return tuple(sorted(names, key=int if all(map(_WHOLE_NUMBER.fullmatch, names)) else None))
+    return tuple(sorted(sorted(names), key=int if all(map(_WHOLE_NUMBER.fullmatch, names)) else None))  # 1 and +1 tie
 
 
 def _label(reader: Reader, row: Row, column: str, names: tuple[str, ...] | None, may_hide: bool) -> float:
