@@ -156,6 +156,11 @@ class Reader:
                 yield place, f"{len(fields)} fields where {width} are expected ({shown(self.columns)})"
 
     def _set_columns(self, names: list[str]) -> None:
+        try:
+            "".join(names).encode()
+        except UnicodeEncodeError:
+            hint = "give --encoding (cp1252, utf-16, …)"
+            raise self.error(1, f"the column names are not {self.encoding} text: {hint}") from None
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise self.error(1, f"two columns are called {twice!r}")
         if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
