@@ -91,6 +91,8 @@ def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
         UsageError: if another process holds the lock.
     """
     with path.open("a") as file:
+        if hasattr(os, "register_at_fork"):  # else a killed run's data workers hold the lock for seconds more
+            os.register_at_fork(after_in_child=file.close)
         try:
             import fcntl
 

@@ -259,3 +259,21 @@ def test_waiting_thread_gets_the_lock_when_it_is_released(tmp_path):
         assert not entered.wait(0.1) and thread.is_alive()
     thread.join()
     assert entered.is_set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    """As the data workers of a killed run, which notice its end only seconds later."""
+    reader, writer = os.pipe()
+    with locked(tmp_path / ".lock", "in use"):
+        child = os.fork()
+        if child == 0:
+            os.write(writer, b"forked")
+            signal.pause()
+        os.read(reader, 6)
+    try:
+        with locked(tmp_path / ".lock", "in use"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
