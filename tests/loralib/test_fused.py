@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import loralib
 from loralib.fused import adapted_linear, product
@@ -62,9 +61,9 @@ def test_float32_products_agree_with_float64(shape):
             torch.testing.assert_close(product(left, right, offset).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def trained_layer(**options):
+def trained_layer():
     torch.manual_seed(1)
-    return randomise(loralib.LoRA2Linear(16, 24, 4, 8, k=3, **options), 0.3)
+    return randomise(loralib.LoRA2Linear(16, 24, 4, 8, k=3), 0.3)
 
 
 def gradients(layer, run):
@@ -91,22 +90,6 @@ def test_gradients_under_autocast_are_near_float32(widths):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
-def test_checkpointing_a_layer_used_twice_with_dropout_changes_no_gradient():
-    x = torch.randn(6, 16)
-
-    def twice(layer):
-        torch.manual_seed(2)
-        return layer(x) + layer(x.flip(0))
-
-    def recomputed(layer):
-        torch.manual_seed(2)
-        return checkpoint(layer, x, use_reentrant=False) + checkpoint(layer, x.flip(0), use_reentrant=False)
-
-    layer = trained_layer(lora_dropout=0.4)
-    expected = gradients(layer, twice)
-    torch.testing.assert_close(gradients(layer, recomputed), expected)
-
-
 def test_only_the_input_and_the_hidden_values_are_saved_for_backward():
     layer, x = trained_layer(), torch.randn(50, 16)
     own = {id(p) for p in layer.parameters()}
@@ -117,22 +100,18 @@ def test_only_the_input_and_the_hidden_values_are_saved_for_backward():
     assert large == {(50, 16), (50, 3)}
 
 
-def test_torch_func_vmap_grad_and_jvp_equal_eager_gradients():
-    """The gradients of each row's loss for two sets of factors at once, and the forward-mode derivative."""
-    layer = trained_layer()
-    x, names = torch.randn(6, 16), {p: name for name, p in layer.named_parameters()}
+def test_torch_func_gives_the_gradients_of_each_row():
+    layer, x = trained_layer(), torch.randn(6, 16)
+    names = {p: name for name, p in layer.named_parameters()}
     factors = {names[p]: p.detach() for p in layer.lora_parameters()}
 
     def loss(factors, row):
         return torch.func.functional_call(layer, factors, row).square().sum()
 
-    both = {n: torch.stack([t, t]) for n, t in factors.items()}
-    found = torch.func.vmap(torch.func.vmap(torch.func.grad(loss), (None, 0)), (0, None))(both, x)
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(factors, x)
     for i, row in enumerate(x):
-        expected = [torch.stack([each, each]) for each in gradients(layer, lambda m, row=row: m(row))]
-        torch.testing.assert_close([mine[:, i] for mine in found.values()], expected, rtol=1e-4, atol=1e-4)
-    tangent = torch.func.jvp(layer, (x,), (x.sin(),))[1]
-    torch.testing.assert_close(tangent, x.sin() @ (layer.weight + layer.delta_weight()).T, rtol=1e-4, atol=1e-4)
+        expected = dict(zip(factors, gradients(layer, lambda m, row=row: m(row)), strict=True))
+        torch.testing.assert_close({n: t[i] for n, t in found.items()}, expected, rtol=1e-4, atol=1e-4)
 
 
 KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"widths": (4, 3)})]
