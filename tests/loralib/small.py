@@ -24,11 +24,11 @@ DEBERTA = {
 
 
 class Net(nn.Module):
-    """Blocks of two linear layers, and a classifier. No random number generator sets the weights."""
+    """Three blocks of two linear layers, and a classifier. No random number generator sets the weights."""
 
-    def __init__(self, blocks=3, width=6, labels=2):
+    def __init__(self, width=6, labels=2):
         super().__init__()
-        layers = ({"q": nn.Linear(width, 5), "v": nn.Linear(5, width)} for _ in range(blocks))
+        layers = ({"q": nn.Linear(width, 5), "v": nn.Linear(5, width)} for _ in range(3))
         self.layers = nn.ModuleList(map(nn.ModuleDict, layers))
         self.classifier = nn.Linear(width, labels)
         with torch.no_grad():
@@ -150,10 +150,10 @@ def decoder(model_type, sizes, **settings):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def blocks(kind, count=3, features=(9, 7), std=None, seed=0, dtype=None, **options):
+def blocks(kind, count=3, features=(9, 7), std=None, seed=0, **options):
     """``count`` linear layers "layer.N.q" of one shape with factors, which are redrawn if ``std`` is given."""
     torch.manual_seed(seed)
-    layers = (nn.ModuleDict({"q": nn.Linear(*features, dtype=dtype)}) for _ in range(count))
+    layers = (nn.ModuleDict({"q": nn.Linear(*features)}) for _ in range(count))
     model = nn.ModuleDict({"layer": nn.ModuleList(layers)})
     loralib.inject(model, kind, ["q"], **options)
     loralib.mark_only_lora_as_trainable(model)
