@@ -1,5 +1,6 @@
 """The regulariser against a plain loop over explicit products, and against peft's AdaLoRA."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -16,39 +17,29 @@ def model_of(widths, share_outer=False):
     return blocks("multiscale", 4, std=1.0, seed=3, r=4, widths=widths, share_outer=share_outer)
 
 
-def chain(factors):
-    product = factors[0]
-    for factor in factors[1:]:
-        product = product @ factor
-    return product
+def norm_of_deviation(x, squared):
+    """The Frobenius norm of xᵀx − I, or its square."""
+    square = (x.T @ x - torch.eye(x.shape[1])).square().sum()
+    return square if squared else square.sqrt()
 
 
 def loop_value(model, terms, squared):
     """Eq. 5 term by term, with P and Q multiplied out; a shared factor counts once."""
     chosen = {"uv", "UV", "PQ"} if terms == "all" else set(terms.split("+"))
-    norms, seen = [], set()
-
-    def add(key, tall):
-        if key in seen:
-            return
-        seen.add(key)
-        tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
-        deviation = tall.T @ tall - torch.eye(tall.shape[1])
-        norms.append(deviation.square().sum() if squared else deviation.square().sum().sqrt())
-
-    for layer in loralib.lora_layers(model).values():
-        left, right = list(layer.lora_B), [a.T for a in layer.lora_A]
-        one = len(left) == 1
-        for term, oriented, owners in (("uv", left, layer.lora_B), ("UV", right, layer.lora_A)):
+    norms = {}
+    for name, layer in loralib.lora_layers(model).items():
+        one = len(layer.lora_B) == 1
+        for term, owners, oriented in (
+            ("uv", layer.lora_B, list(layer.lora_B)),
+            ("UV", layer.lora_A, [a.T for a in layer.lora_A]),
+        ):
             if term in chosen or (one and "PQ" in chosen):
-                for factor, owner in zip(oriented, owners, strict=True):
-                    add(id(owner), factor)
-            if "PQ" in chosen and not one:
-                # PᵀP is r × r for any widths, so add(), which chooses the smaller side, does not fit.
-                product = chain(oriented)
-                deviation = product.T @ product - torch.eye(product.shape[1])
-                norms.append(deviation.square().sum() if squared else deviation.square().sum().sqrt())
-    return sum(norms) / len(norms)
+                for owner, factor in zip(owners, oriented, strict=True):
+                    tall = factor if factor.shape[0] >= factor.shape[1] else factor.T
+                    norms[id(owner)] = norm_of_deviation(tall, squared)
+            if "PQ" in chosen and not one:  # PᵀP is r × r for any widths
+                norms[name, term] = norm_of_deviation(functools.reduce(torch.matmul, oriented), squared)
+    return sum(norms.values()) / len(norms)
 
 
 TERMS = ["all", "uv", "UV+PQ"]
