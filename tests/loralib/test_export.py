@@ -181,18 +181,13 @@ def test_merged_decoder_keeps_the_padding_token(tmp_path):
 # ---- imports -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[False, True], ids=["", "rank-stabilised"])
-def theirs(tmp_path, request):
-    """A peft LoRA with two ranks and two alphas, saved in tmp_path/theirs. Its base is in tmp_path/base."""
-    (base := encoder()).save_pretrained(tmp_path / "base")
-    settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
-                          use_rslora=request.param, rank_pattern={"value": 3},
-                          alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
-    model = get_peft_model(base, settings).eval()
+def saved_by_peft(folder, base, config):
+    """A peft adapter with random factors, which is saved in the folder."""
+    model = get_peft_model(base, config).eval()
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path / "theirs")
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
     return model
 
 
@@ -212,8 +207,13 @@ def test_an_adapter_without_a_head_goes_to_peft_and_back(tmp_path):
     torch.testing.assert_close(back(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_a_peft_lora_imports_with_the_same_logits(theirs, tmp_path):
-    logits, ours = theirs(IDS).logits, tmp_path / "ours"
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_a_peft_lora_with_two_ranks_and_alphas_imports_with_the_same_logits(tmp_path, rank_stabilised):
+    (base := encoder()).save_pretrained(tmp_path / "base")
+    settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
+                          use_rslora=rank_stabilised, rank_pattern={"value": 3},
+                          alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
+    logits, ours = saved_by_peft(tmp_path / "theirs", base, settings)(IDS).logits, tmp_path / "ours"
     command = [str(tmp_path / "theirs"), "--to", "loralib", str(ours), "--base", str(tmp_path / "base")]
     assert main(command) == 0
     config = loralib.load_adapter(model := encoder(), ours)
@@ -229,19 +229,10 @@ def test_a_peft_lora_imports_with_the_same_logits(theirs, tmp_path):
         assert (source / "adapter_config.json").read_bytes() == before
 
 
-def peft_of_gpt2(folder, config):
-    model = get_peft_model(gpt2(), config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
-    model.save_pretrained(folder)
-    return model
-
-
 def test_export_of_pefts_adalora_keeps_trained_tokens(tmp_path):
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["c_attn"], fan_in_fan_out=True,
                            task_type="CAUSAL_LM", trainable_token_indices={"wte": [1, 2]})  # fmt: skip
-    model, ids = peft_of_gpt2(tmp_path / "theirs", config), torch.arange(8)[None]
+    model, ids = saved_by_peft(tmp_path / "theirs", gpt2(), config), torch.arange(8)[None]
     export_peft(tmp_path / "theirs", tmp_path / "lora")
     again = PeftModel.from_pretrained(gpt2(), tmp_path / "lora").eval()
     torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
@@ -249,7 +240,7 @@ def test_export_of_pefts_adalora_keeps_trained_tokens(tmp_path):
 
 def test_peft_adapter_that_separated_tied_weights_is_refused(tmp_path):
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
-    peft_of_gpt2(tmp_path / "theirs", config)
+    saved_by_peft(tmp_path / "theirs", gpt2(), config)
     with refused("transformer.wte.weight is a second name of a trained weight", base := gpt2()):
         import_peft(base, tmp_path / "theirs")
 
