@@ -17,6 +17,7 @@ from nlu.experiments import launchers
 from nlu.experiments.experiment import load_experiment, place_free
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Places, SweepLoop
+from nlu.runs.files import write_text
 from nlu.runs.machine import git_commit
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
@@ -250,18 +251,12 @@ def test_job_that_the_cluster_forgets_ends_if_it_is_killed():
 def test_commit_is_dirty_if_code_is_changed_but_not_if_records_are(tmp_path):
     root = tmp_path / "checkout"
     code, record = root / "nlu/tasks.py", root / "results/measured/selection.json"
-    for path in (code, record):
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-
-    def git(*words):
-        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "first")
-    commit = git("rev-parse", "HEAD")
+    write_text(code, "{}")
+    write_text(record, "{}")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(root)]
+    for words in ("init -q", "add .", "commit -qm first"):
+        subprocess.run([*git, *words.split()], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert git_commit(root) == commit
     record.write_text('{"chosen": 1}')
     assert git_commit(root) == commit
