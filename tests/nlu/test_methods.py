@@ -153,6 +153,7 @@ REAL_SIZES = {
         "vocab_size": 50265, "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
         "intermediate_size": 4096, "max_position_embeddings": 514, "type_vocab_size": 1,
     },
+    "bert": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }  # fmt: skip
 
 
@@ -205,6 +206,16 @@ def test_parameter_counts_are_those_of_the_papers(kind, method, modules, expecte
         assert applied.ranks.initial_total_rank == layers * r
         if applied.allocator is not None:
             assert applied.allocator.target_total_rank == layers * CONFIGS[method].get("target_rank", r)
+
+
+@pytest.mark.parametrize("kind, shared, plain, k", [
+    ("bert", "lora2_shared", "lora", 44), ("deberta-v2", "lora2_shared_small", "lora_r1", 11),
+])  # fmt: skip
+def test_width_of_shared_lora2_matches_loras_parameter_count(kind, shared, plain, k):
+    """With a penalty, because exact factors cannot be initialised on the meta device."""
+    applied, counts = applied_counts(shared, kind, orthogonality="penalty")
+    assert {layer.widths for layer in loralib.lora_layers(applied.model).values()} == {(k,)}
+    assert counts["adapter_params"] == pytest.approx(applied_counts(plain, kind)[1]["adapter_params"], rel=0.1)
 
 
 @pytest.mark.parametrize("method, inner", [("adalora", None), ("sora", None), ("lora2", 8), ("lora2_k1", 1)])

@@ -7,20 +7,15 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from sklearn.metrics import matthews_corrcoef
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
 from nlu import fine_tuning
-from nlu.command_line import parse_arguments
-from nlu.experiments.records import read_lines
-from nlu.methods.registry import METHODS, count_parameters
 from nlu.run_glue import main
 from nlu.tasks import TASKS
 from tests.nlu.tiny import changed, error_line, read
 
 
-def test_run_writes_a_complete_record(finished):
+def test_run_writes_a_complete_record(finished, encoder):
     folder, record, printed, _ = finished
     assert record["status"] == "finished" and record["error"] is None
     assert (record["task"], record["method"], record["seed"]) == ("cola", "lora2", 3)
@@ -49,38 +44,15 @@ def test_run_writes_a_complete_record(finished):
     assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
     assert f"trains {record['adapter_params']:,} parameters in the encoder" in printed and "best" in printed
     assert {p.name for p in folder.iterdir()} >= {"results.json", "rank_pattern.json", "model", "log"}
-
-
-def test_checkpoints_have_the_trainable_parameters_and_not_the_base(finished):
-    folder, record, *_ = finished
+    rows = {split: found["rows"] for split, found in record["data"].items()}
+    assert rows == {"train": 50, "validation": 20, "test": 12} and "cola_validation" in record["class_reports"]
+    # A checkpoint has the trainable parameters, not the base. The adapter's ranks and names are those of the run.
     assert sorted(p.name for p in (folder / "model").iterdir()) == ["checkpoint-4", "checkpoint-6"]
-    weights = load_file(folder / "model" / "checkpoint-6" / "trained.safetensors")
-    assert all("lora_" in name or name.startswith(("classifier", "bert.pooler")) for name in weights)
-    assert sum(w.numel() for w in weights.values()) == record["adapter_params"] + record["head_params"]
-
-
-def test_the_record_counts_rows_and_reports_each_class(finished):
-    _, record, printed, trainer = finished
-    assert {split: found["rows"] for split, found in record["data"].items()} == {
-        "train": 50, "validation": 20, "test": 12,
-    }  # fmt: skip
-    assert sum(record["data"]["train"]["classes"].values()) == len(trainer.train_dataset) == 50
-    assert record["data"]["train"]["cut"] == 0 and "train: 50 rows (" in printed
-    report = record["class_reports"]["cola_validation"]
-    assert sum(map(sum, report["confusion_matrix"])) == 20 and f"predictions: {finished[0]}/predictions" in printed
-
-
-def test_the_score_is_scikit_learns_on_the_models_own_logits(finished):
-    _, record, _, trainer = finished
-    trainer.model.eval()
-    guesses, labels = [], []
-    for row in trainer.eval_dataset:
-        inputs = {k: torch.tensor([row[k]]) for k in ("input_ids", "attention_mask", "token_type_ids")}
-        with torch.no_grad():
-            guesses.append(int(trainer.model(**inputs).logits.argmax()))
-        labels.append(row["labels"])
-    expected = 0.0 if len(set(guesses)) == 1 else matthews_corrcoef(labels, guesses)
-    assert record["last"] == pytest.approx(expected)
+    checkpoint = load_file(folder / "model/checkpoint-6/trained.safetensors")
+    assert sum(t.numel() for t in checkpoint.values()) == record["adapter_params"] + record["head_params"]
+    config = loralib.read_adapter_config(folder / "adapter")
+    assert config.ranks == {name: sum(flags) for name, flags in pattern.items()}
+    assert (config.card["task"], config.base_model) == ("cola", encoder.name)
 
 
 def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags, monkeypatch):
@@ -166,15 +138,6 @@ def test_a_new_head_is_not_scored_before_it_is_trained(base_flags, capsys):
     assert "has no trained head for the task, and nothing trains it first" in error_line(capsys)
 
 
-def test_failed_run_adds_its_line_to_the_measured_runs(base_flags, tmp_path, capsys):
-    flags = [*changed(base_flags, max_steps=2), "--measured_dir", str(tmp_path / "measured"), "--learning_rate", "1e38"]
-    assert main(flags) == 1
-    assert "line:    " in capsys.readouterr().out
-    (line,) = read_lines(tmp_path / "measured" / "tiny-bert.jsonl")
-    assert (line["status"], line["method"]) == ("failed", read(flags)["method_config"])
-    assert "not finite" in line["error"]
-
-
 def test_mnlis_second_set_is_scored_separately_and_does_not_stop_training(base_flags, monkeypatch):
     monkeypatch.setitem(TASKS, "mnli", dataclasses.replace(TASKS["mnli"], second_rows=14))  # the tiny set is complete
     assert main([*changed(base_flags, task_name="mnli", max_steps=3), "--early_stopping_patience", "2"]) == 0
@@ -208,9 +171,8 @@ def weights(folder, step):
 PLUS = ["--method", "lora2_plus"]
 
 
-@pytest.mark.parametrize("options", [pytest.param(["--method", "lora2_plus_k1"], marks=pytest.mark.slow), PLUS])
-def test_retraction_keeps_factors_orthonormal(flags, options, tmp_path):
-    record = run(flags, tmp_path, *options)
+def test_retraction_keeps_factors_orthonormal(flags, tmp_path):
+    record = run(flags, tmp_path, *PLUS)
     for name, factor in weights(tmp_path, 4).items():
         if "lora_A" in name or "lora_B" in name:
             wide = (factor if factor.shape[0] <= factor.shape[1] else factor.T).double()
@@ -235,42 +197,11 @@ def test_the_head_has_its_own_rate(flags, tmp_path):
     assert all(torch.equal(low[name], high[name]) for name in low if "lora_B" in name)
 
 
-@pytest.mark.parametrize("layers, hidden, methods, k", [
-    (6, 384, ("lora2_shared", "lora"), 44), (12, 768, ("lora2_shared_small", "lora_r1"), 11),
-])  # fmt: skip
-def test_width_of_shared_lora2_matches_loras_parameter_count(layers, hidden, methods, k):
-    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 4 * hidden}
-    config, found = AutoConfig.for_model("bert", num_attention_heads=12, **shape), []
-    for method in methods:
-        argv = ["--model_name_or_path", "x", "--task_name", "cola", "--do_train", "--root_output_dir", "x"]
-        args = parse_arguments([*argv, "--method", method]).method
-        args.orthogonality = "penalty"  # exact factors cannot be initialised on the meta device
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
-            METHODS[args.method].apply(model, args, 100)
-        widths = {layer.widths for layer in loralib.lora_layers(model).values()}
-        found.append((count_parameters(model)["adapter_params"], widths))
-    (shared, widths), (plain, _) = found
-    assert widths == {(k,)} and abs(shared - plain) <= 0.1 * plain
-
-
 def test_a_warm_start_of_exact_factors_needs_orthonormal_ones(flags, tmp_path, capsys):
     run(flags, tmp_path / "plain", "--method", "lora2", "--rank_allocation", "False", "--max_steps", "1")
     refused = [*flags, *PLUS, "--lora_path", str(tmp_path / "plain/adapter"), "--root_output_dir", str(tmp_path / "no")]
     assert main(refused) == 2
     assert "not orthonormal" in capsys.readouterr().err and not (tmp_path / "no").exists()
-
-
-def test_the_saved_adapter_gives_the_trained_models_logits(finished, encoder):
-    folder, _, _, trainer = finished
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
-    config = loralib.load_adapter(model, folder / "adapter")
-    ids = torch.randint(5, 20, (4, 9))
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(ids).logits, trainer.model.eval()(ids).logits)
-    assert config.card["task"] == "cola" and config.base_model == encoder.name
-    pattern = json.loads((folder / "rank_pattern.json").read_text())
-    assert {n: sum(flags) for n, flags in pattern.items()} == config.ranks
 
 
 def test_warm_start_takes_the_factors_and_records_the_source(base_flags, run_folder, finished):
