@@ -136,12 +136,3 @@ def test_the_compilers_default_backend_agrees_with_eager(kind, options, dynamic)
             out = run(x)
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
         torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
-
-
-def test_exports_for_batches_of_any_size():
-    layer, x = trained_layer().eval(), torch.randn(6, 16)
-    batch = torch.export.Dim("batch")
-    with torch.no_grad():
-        exported = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: batch}}).module()
-        large = torch.randn(30_000, 16)
-        torch.testing.assert_close(exported(large), layer(large))

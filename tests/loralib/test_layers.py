@@ -263,26 +263,15 @@ def test_projection_that_attention_never_calls_is_refused(projection):
     assert loralib.match_modules(model, r".*(out_proj|linear1)") == ["layers.0.linear1"]
 
 
-class Tied(nn.Module):
-    """One linear layer under two parents."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Sequential(nn.Linear(6, 6)), nn.Sequential(nn.Tanh())
-        self.second.append(self.first[0])
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
 def test_a_module_under_two_parents_is_adapted_in_both(tmp_path):
     torch.manual_seed(0)
-    base = Tied()
-    model = adapted(copy.deepcopy(base), "first.0").eval()
-    assert model.first[0] is model.second[1] and isinstance(model.first[0], loralib.LoRA2Linear)
-    weight = model.first[0].weight + model.first[0].delta_weight()
-    hidden = nn.functional.linear(X, weight, model.first[0].bias)
-    expected = nn.functional.linear(hidden.tanh(), weight, model.first[0].bias)
+    base = nn.Sequential(linear := nn.Linear(6, 6), nn.Sequential(nn.Tanh(), linear))
+    model = adapted(copy.deepcopy(base), "0").eval()
+    layer = model[0]
+    assert layer is model[1][1] and isinstance(layer, loralib.LoRA2Linear)
+    weight = layer.weight + layer.delta_weight()
+    hidden = nn.functional.linear(X, weight, layer.bias)
+    expected = nn.functional.linear(hidden.tanh(), weight, layer.bias)
     torch.testing.assert_close(model(X), expected)
     assert len(loralib.lora_layers(model)) == 1
     loralib.load_adapter(base, loralib.save_adapter(model, tmp_path / "adapter"))

@@ -21,13 +21,7 @@ def polar(x):
     return u @ v
 
 
-SHAPES = [
-    ((), False, 4),
-    ((4,), False, 4),
-    ((1,), False, 4),
-    ((6,), True, 4),
-    ((6, 5), False, 3),
-]
+SHAPES = [((), False, 4), ((4,), False, 4), ((1,), False, 4), ((6,), True, 4), ((6, 5), False, 3)]
 
 
 @pytest.mark.parametrize("widths, share_outer, r", SHAPES)
