@@ -133,11 +133,6 @@ def run_signalled(flags: list[str], point: str, step: int, signum: int) -> int:
         return run_glue.main(flags)
 
 
-def stored_bytes(parameter: torch.Tensor) -> int:
-    """Bytes of the part of a parameter that this process holds."""
-    return getattr(parameter, "to_local", lambda: parameter)().nbytes
-
-
 def run_watched(flags: list[str], stop_after: int | None = None) -> None:
     """Run and save the final state to process-RANK.pt in the run's folder, or stop by SIGTERM after a step."""
     original = fine_tuning.train_and_evaluate
@@ -145,11 +140,13 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
     def watch(arguments, trainer, *rest):
         original(arguments, trainer, *rest)
         folder = Path(arguments.training.root_output_dir)
+        frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
             "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
             "batch": effective_batch_size(trainer.args),
-            "frozen_bytes": sum(stored_bytes(p) for p in trainer.model.parameters() if not p.requires_grad),
+            # of the part that this process holds
+            "frozen_bytes": sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in frozen),
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 
