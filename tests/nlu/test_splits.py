@@ -2,7 +2,6 @@
 
 import math
 from itertools import permutations
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -10,31 +9,21 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from nlu.command_line import parse_arguments
 from nlu.data.predictions import write_predictions
-from nlu.data.splits import (
-    describe,
-    description_lines,
-    load_data,
-    reorder_labels,
-    tokenize,
-)
+from nlu.data.splits import describe, description_lines, load_data, reorder_labels, tokenize
 from nlu.errors import UsageError
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
 from tests.nlu.glue_samples import sample_rows
 from tests.nlu.tiny import write_rows
 
-DEFAULTS = dict.fromkeys(
-    ("task_name", "glue_dir", "train_file", "validation_file", "test_file", "text_columns", "metric", "predict_task",
-     "holdout_fraction", "max_train_samples", "max_eval_samples", "max_predict_samples"),
-) | {"label_column": "label", "encoding": "utf-8", "on_error": "stop", "holdout_seed": 0}  # fmt: skip
 ALL = ("train", "eval", "predict")
 
 
 def load(need=("train", "eval"), **given):
-    training = SimpleNamespace(**{f"do_{name}": name in need for name in ALL})
-    data = SimpleNamespace(**DEFAULTS | given)
-    return load_data(SimpleNamespace(data=data, training=training, model=SimpleNamespace(cache_dir=None)))
+    flags = [*(f"--{name}={value}" for name, value in given.items()), *(f"--do_{name}" for name in need)]
+    return load_data(parse_arguments(["--model_name_or_path=m", "--root_output_dir=out", *flags]))
 
 
 def loaded(need=("train", "eval"), **given):
@@ -124,16 +113,17 @@ def test_scores_and_submissions_do_not_depend_on_the_label_order(tmp_path, name)
     assert paths[0].read_text() == paths[1].read_text()
 
 
-def test_ax_is_loaded_with_mnli_and_takes_the_models_label_order(tiny_glue, tmp_path):
-    write_rows(tmp_path / "ax" / "test.jsonl", sample_rows(TASKS["ax"], "test", 9))
-    (tmp_path / "mnli").symlink_to(tiny_glue / "mnli")
+def test_ax_is_loaded_with_mnli_and_takes_the_models_label_order(tmp_path):
+    for task in (TASKS["mnli"], TASKS["ax"]):
+        for split in task.splits:
+            write_rows(tmp_path / task.name / f"{split}.jsonl", sample_rows(task, split, 9))
     data = load(["train"], task_name="mnli", predict_task="ax", glue_dir=str(tmp_path))
     ((ax, rows),) = data.others
     order = ["contradiction", "neutral", "entailment"]
     ax = reorder_labels(ax, order)
     assert ax.name == "ax" and ax.labels == tuple(order) == ax.submission_labels and len(rows["test"]) == 9
     with pytest.raises(UsageError, match="--predict_task cola has other classes"):
-        load(["train"], task_name="mnli", predict_task="cola", glue_dir=str(tiny_glue))
+        load(["train"], task_name="mnli", predict_task="cola", glue_dir=str(tmp_path))
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
