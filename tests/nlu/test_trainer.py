@@ -1,6 +1,5 @@
 """The trainer: the rows that a step counts, the time of steps, epochs, and transformers' private methods."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -26,18 +25,10 @@ from tests.nlu.tiny import REPOSITORY, changed, read
 TRIED = ("5.12.0", "5.24.0")
 KINDS = (LowRankTrainerMixin, WholeCheckpoints, GlueTrainer)
 OVERRIDDEN = {
-    "_get_output_dir": "trial",
-    "_get_train_sampler": "train_dataset",
-    "_load_best_model": "",
-    "_load_from_checkpoint": "resume_from_checkpoint model",
-    "_load_optimizer_and_scheduler": "checkpoint",
-    "_maybe_log_save_evaluate": "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
-    "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
-    "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
-    "_save": "output_dir state_dict",
-    "_save_checkpoint": "model trial",
-    "_save_optimizer_and_scheduler": "output_dir",
-}
+    "_get_output_dir", "_get_train_sampler", "_load_best_model", "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler", "_maybe_log_save_evaluate", "_run_epoch", "_save", "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+}  # fmt: skip
 
 
 def test_overridden_private_methods_of_the_trainer_are_those_that_were_tried():
@@ -47,11 +38,7 @@ def test_overridden_private_methods_of_the_trainer_are_those_that_were_tried():
     assert oldest in allowed.specifier and Version(f"{oldest.major}.{oldest.minor - 1}") not in allowed.specifier
     assert oldest <= installed < Version(f"{newest.major}.{newest.minor + 1}"), "try this version and name it in TRIED"
     own = {n for kind in KINDS for n in vars(kind) if not n.startswith("__")}
-    assert {n for n in own if n.startswith("_") and hasattr(Trainer, n)} == set(OVERRIDDEN)
-    for name, parameters in OVERRIDDEN.items():
-        assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", *parameters.split()]
-        overrides = [vars(kind)[name] for kind in KINDS if name in vars(kind)]
-        assert all(method.__doc__.startswith("Overridden ") for method in overrides)
+    assert {n for n in own if n.startswith("_") and hasattr(Trainer, n)} == OVERRIDDEN
 
 
 @pytest.mark.parametrize("logging_steps", [1, 4])
