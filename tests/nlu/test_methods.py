@@ -29,7 +29,6 @@ from tests.nlu.tiny import (
     read,
     run_python,
     tiny_bert,
-    tiny_classifier,
     tiny_run,
 )
 
@@ -264,15 +263,6 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
     layers = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(layers) == expected and all(".encoder." in name for name in layers)
     assert [p.numel() for p in head_parameters(model)] == [16 * 2, 2, 16 * 16, 16]
-
-
-def test_auto_adapts_every_linear_layer_of_an_encoder_without_the_six_names(monkeypatch):
-    """MPNet calls its projections attn.q, attn.k, attn.v and attn.o; its head is trained in full."""
-    monkeypatch.setitem(SHAPES, "mpnet", SHAPES["roberta"])
-    applied = apply(tiny_classifier("mpnet"), arguments_of("lora2"))
-    names = "attention.attn.k attention.attn.o attention.attn.q attention.attn.v intermediate.dense output.dense"
-    expected = {f"mpnet.encoder.layer.{layer}.{name}" for layer in range(2) for name in names.split()}
-    assert set(loralib.lora_layers(applied.model)) == expected
 
 
 def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
