@@ -5,10 +5,7 @@ the same in every run); if it is set, each run generates new ones.
 """
 
 import errno
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,6 @@ from hypothesis import strategies as st
 from nlu.command_line import DEFAULTS, parse_arguments
 from nlu.errors import RunError, UsageError, exit_code
 from nlu.experiments.experiment import load_experiment
-from tests.nlu.tiny import REPOSITORY
 
 
 @pytest.mark.parametrize("error, code, says", [
@@ -41,15 +37,6 @@ def test_other_errors_keep_their_traceback():
     for error in (ValueError("a fault of ours"), OSError(errno.EIO, "broken"), SystemExit(0)):
         with pytest.raises(type(error)):
             exit_code(error)
-
-
-def test_pipe_that_its_reader_closes_early_gives_no_error(tmp_path):
-    """``head`` reads one of 2000 lines."""
-    base = {"method": "lora", "task_name": "cola", "model_name_or_path": "x", "do_eval": True}
-    (tmp_path / "x.yaml").write_text(json.dumps({"name": "x", "base": base, "grid": {"seed": list(range(2000))}}))
-    command = f"{sys.executable} -m nlu sweep {tmp_path}/x.yaml --dry_run --command true | head -1"
-    shown = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
-    assert len(shown.stdout.splitlines()) == 1 and shown.stderr == ""
 
 
 # ---- generated input -----------------------------------------------------------------------------------------------
