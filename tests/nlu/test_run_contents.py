@@ -115,20 +115,6 @@ def test_which_folders_a_run_may_write_to(arguments, tmp_path):
     assert folder_of(arguments, tmp_path, overwrite=True).state() == "new"
 
 
-def test_a_new_test_file_is_predicted_without_training(own_flags, tmp_path, monkeypatch):
-    test, adapter = tmp_path / "test.jsonl", tmp_path / "run/adapter/adapter_model.safetensors"
-    flags = [*changed(own_flags, max_steps=2), "--on_error", "skip", "--do_predict", "--test_file", str(test)]
-    weights = None
-    for rows in (24, 10):
-        made = [{**row, "rating": "good"} for row in make_rows(("title", "body"), False, rows, 5)]
-        write_rows(test, made)
-        assert main(flags) == 0
-        assert len((tmp_path / "run/predictions/custom_test.tsv").read_text().splitlines()) == rows + 1
-        assert weights in (None, adapter.read_bytes()) and read(flags)["steps"] == 2
-        weights = adapter.read_bytes()
-        monkeypatch.setattr("nlu.trainer.GlueTrainer.training_step", lambda *_, **__: pytest.fail("trained"))
-
-
 def test_resumed_run_loads_the_same_commit_of_a_model_on_the_hub(base_flags, tmp_path, monkeypatch):
     """A model name on the hub has no digest, but the record has the commit that was loaded."""
     flags = changed(base_flags, max_steps=2)
