@@ -135,43 +135,29 @@ def test_very_short_training_prunes_by_scores(total, options):
     assert sum(training.allocator.rank_pattern["layer.0.q"]) == training.allocator.live_rank == 3
 
 
-@pytest.mark.parametrize("frozen", ["before", "after a masking"])
-def test_layer_frozen_before_or_during_pruning_keeps_its_singular_values(frozen):
+@pytest.mark.parametrize("count, at", [(1, 1), (1, 4), (3, 2)])
+def test_layers_frozen_before_or_during_pruning_keep_their_singular_values(count, at):
+    """One layer of three, or all: then nothing more is pruned."""
     model = model_to_prune()
-    first, *others = loralib.lora_layers(model).values()
-
-    def freeze():
-        for parameter in first.lora_parameters():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-    if frozen == "before":
-        freeze()
-    training = loralib.LowRankTraining(model, 12, target_rank=2, init_warmup=0, final_warmup=2, mask_interval=1)
+    layers = list(loralib.lora_layers(model).values())
+    frozen, others = layers[:count], layers[count:]
     for step in range(1, 13):
-        if step == 4:
-            freeze()
-            kept = first.lora_E.detach().clone()
+        if step == at:
+            for parameter in (p for layer in frozen for p in layer.lora_parameters()):
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            kept = [layer.lora_E.detach().clone() for layer in frozen]
+        if step == 1:
+            training = loralib.LowRankTraining(model, 12, target_rank=2, init_warmup=0, final_warmup=2, mask_interval=1)
         random_step(model, torch.Generator().manual_seed(step))
         training.after_step()
-    assert torch.equal(first.lora_E, kept) and (frozen == "after a masking" or kept.all())
-    assert sum(int(layer.lora_E.count_nonzero()) for layer in others) == 4
-    with torch.no_grad():
-        before = training.penalty()
-        first.lora_B[1].mul_(2)
-        assert torch.equal(training.penalty(), before)
-
-
-def test_nothing_is_pruned_while_all_layers_are_frozen():
-    model = model_to_prune()
-    training = loralib.LowRankTraining(model, 12, target_rank=2, init_warmup=0, final_warmup=2, mask_interval=1)
-    random_step(model, torch.Generator().manual_seed(1))
-    training.after_step()
-    model.requires_grad_(False).zero_grad()
-    kept = [layer.lora_E.clone() for layer in loralib.lora_layers(model).values()]
-    for _ in range(11):
-        training.after_step()
-    assert all(map(torch.equal, kept, [layer.lora_E for layer in loralib.lora_layers(model).values()]))
+    assert all(map(torch.equal, kept, [layer.lora_E for layer in frozen])) and (at > 1 or all(map(torch.all, kept)))
+    assert sum(int(layer.lora_E.count_nonzero()) for layer in others) == 2 * len(others)
+    if others:  # there is no penalty without them
+        with torch.no_grad():
+            before = training.penalty()
+            frozen[0].lora_B[1].mul_(2)
+            assert torch.equal(training.penalty(), before)
 
 
 def test_layer_keeps_its_scores_while_it_is_frozen():
