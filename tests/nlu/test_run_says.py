@@ -5,6 +5,7 @@ import logging
 import re
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -70,33 +71,17 @@ def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, 
     torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([Row(0, 1, {"sentence": text})], 1)[0])
 
 
-class Hub:
-    """A stand-in for huggingface_hub.HfApi that records its calls."""
-
-    def __init__(self, token=None):
-        pass
-
-    def create_repo(self, name, **options):
-        self.calls.append(name)
-
-    def upload_folder(self, repo_id, folder_path, revision=None):
-        self.calls.append((repo_id, {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}))
-
-
-UPLOAD = ["--method", "lora", "--push_to_hub", "--hub_model_id", "me/cola"]
-
-
 @pytest.mark.slow
-def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [], raising=False)
-    assert main([*base_flags, *UPLOAD]) == 0
-    created, (name, files) = Hub.calls
-    assert created == name == "me/cola" and {"adapter_model.safetensors", "tokenizer.json"} <= set(files)
-    card = files["README.md"].decode()
-    assert f"{read(base_flags)['last']:.4f}"[:5] in card and "uploaded: " in capsys.readouterr().out
-    assert main([*base_flags, *UPLOAD, "--hub_model_id", "me/again"]) == 0  # the run has already finished
-    assert Hub.calls[2:] == ["me/again", ("me/again", files)] and "uploaded: " in capsys.readouterr().out
+def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, run_folder, monkeypatch, capsys):
+    hub = mock.Mock()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: hub)
+    flags = [*base_flags, "--method", "lora", "--push_to_hub"]
+    for name in ("me/cola", "me/again"):  # the second time the run has already finished
+        assert main([*flags, "--hub_model_id", name]) == 0 and "uploaded: " in capsys.readouterr().out
+        assert hub.create_repo.call_args.args[0] == hub.upload_folder.call_args.kwargs["repo_id"] == name
+        folder = Path(hub.upload_folder.call_args.kwargs["folder_path"])
+        assert folder == run_folder / "adapter" and (folder / "tokenizer.json").exists()
+    assert f"{read(base_flags)['last']:.4f}"[:5] in (folder / "README.md").read_text()
 
 
 # ---- log and record -------------------------------------------------------------------------------------------------
