@@ -105,11 +105,8 @@ def test_columns_are_named_or_found_if_unambiguous(tmp_path):
 def test_skipped_rows_are_counted_and_the_others_keep_their_numbers(tmp_path):
     path = own(tmp_path, "a.csv", "text,label\n,1\na,0\nb,1\nc,\nd,0\n")
     _, splits, skipped = own_task.load_own_files({"train": path}, on_error="skip")
-    assert skipped == {"train": 2} and splits["train"] == {
-        "text": ["a", "b", "d"],
-        "label": [0, 1, 0],
-        "idx": [1, 2, 4],
-    }
+    assert skipped == {"train": 2}
+    assert splits["train"] == {"text": ["a", "b", "d"], "label": [0, 1, 0], "idx": [1, 2, 4]}
 
 
 def test_file_in_another_encoding_is_refused_until_encoding_is_given(tmp_path):
