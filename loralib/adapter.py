@@ -109,11 +109,11 @@ def save_adapter(
     return Path(folder)
 
 
-def _factor_names(layer_name: str, layer: LoRALayer) -> list[str]:
-    """The names that ``layer.lora_parameters()`` have in the model, in the same order."""
+def _named_factors(layer_name: str, layer: LoRALayer) -> dict[str, nn.Parameter]:
+    """``layer.lora_parameters()``, in that order, by the names that they have in the model."""
     own = {id(parameter): name for name, parameter in layer.named_parameters()}
     prefix = f"{layer_name}." if layer_name else ""
-    return [prefix + own[id(parameter)] for parameter in layer.lora_parameters()]
+    return {prefix + own[id(parameter)]: parameter for parameter in layer.lora_parameters()}
 
 
 def _stored_factors(
@@ -125,8 +125,8 @@ def _stored_factors(
     owners: dict[int, str] = {}
     for layer_name in sorted(layers, key=lambda name: not live[name]):  # layers with something to store come first
         layer, kept = layers[layer_name], live[layer_name]
-        names, parameters = _factor_names(layer_name, layer), layer.lora_parameters()
-        for name, parameter, values in zip(names, parameters, layer.select(kept), strict=True):
+        named = _named_factors(layer_name, layer).items()
+        for (name, parameter), values in zip(named, layer.select(kept), strict=True):
             owner = owners.setdefault(id(parameter), name) if kept else owners.get(id(parameter))
             if owner == name:
                 tensors[name] = values
@@ -215,7 +215,7 @@ def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str
             weights are not checked here.
     """
     with keep_flags(model):
-        layers = lora_layers(model) or _new_layers(model, config)
+        layers = lora_layers(model) or _new_layers(model, config, tensors)
     check_factors(layers, config, tensors)
     state = model.state_dict(keep_vars=True)
     stored: dict[int, str] = {}
@@ -228,11 +228,11 @@ def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str
     return layers
 
 
-def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]:
+def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoRALayer]:
     """New layers over the model's weights with the adapter's rank, widths and sharing; the model is not changed."""
     modules = {name: module for name, module in model.named_modules() if name and is_linear(module)}
     layers: dict[str, LoRALayer] = {}
-    outer: dict[str, tuple[nn.ParameterList, int]] = {}  # name of an outer factor -> (its list, its index)
+    owned: dict[int, nn.Parameter] = {}  # id of a stored tensor -> the outer factor for it
     for name, group in config.modules.items():
         if name not in modules:
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
@@ -248,12 +248,10 @@ def _new_layers(model: nn.Module, config: AdapterConfig) -> dict[str, LoRALayer]
         layer.keep_singular_values(range(min(len(flags), group.r)))
         layers[name] = layer
         for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):
-            outer |= {f"{name}.lora_{side}.{i}": (factors, i) for i in range(len(factors) - 1)}
-    for alias, stored in config.tied.items():
-        if alias in outer and stored in outer:
-            (own, i), (factors, j) = outer[alias], outer[stored]
-            if own[i].shape == factors[j].shape:
-                own[i] = factors[j]
+            for i, factor in enumerate(factors[:-1]):
+                stored = tensors.get(f"{name}.lora_{side}.{i}")
+                if stored is not None and owned.setdefault(id(stored), factor).shape == factor.shape:
+                    factors[i] = owned[id(stored)]
     return layers
 
 
@@ -265,7 +263,7 @@ def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
         raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
-    owners: dict[int, str] = {}  # id of a factor -> name of the stored tensor
+    found: dict[int, Tensor] = {}  # id of a factor -> the stored tensor
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
         wanted = f"method ({group.kind}), rank ({group.r}) and widths ({group.widths})"
@@ -273,18 +271,18 @@ def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
             raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): give the adapter's {wanted}")
         if not live:
             continue
-        factors = zip(_factor_names(name, layer), layer.lora_parameters(), layer.select(live), strict=True)
-        for factor, parameter, values in factors:
-            stored = config.tied.get(factor, factor)
-            if owners.setdefault(id(parameter), stored) != stored:
-                raise ValueError("the model's layers share outer factors, the adapter's do not: leave share_outer out")
-            if stored not in tensors or tensors[stored].shape != values.shape:
-                found = f"has shape {tuple(tensors[stored].shape)}" if stored in tensors else "is not in the file"
+        for (factor, parameter), values in zip(_named_factors(name, layer).items(), layer.select(live), strict=True):
+            stored = tensors.get(factor)
+            if stored is None or stored.shape != values.shape:
+                has = "is not in the file" if stored is None else f"has shape {tuple(stored.shape)}"
                 raise ValueError(
-                    f"{stored} {found}, the model needs {tuple(values.shape)}: give the adapter's {wanted} and its "
+                    f"{factor} {has}, the model needs {tuple(values.shape)}: give the adapter's {wanted} and its "
                     f"base; {_origin(config)}"
                 )
-    if unknown := set(tensors) - set(owners.values()) - set(config.head):
+            if found.setdefault(id(parameter), stored) is not stored:
+                raise ValueError("the model's layers share outer factors, the adapter's do not: leave share_outer out")
+    used = set(map(id, found.values()))
+    if unknown := {name for name, tensor in tensors.items() if id(tensor) not in used} - set(config.head):
         raise ValueError(f"the model has no {min(unknown)}, which the adapter's file holds: {_origin(config)}")
 
 
@@ -337,15 +335,21 @@ def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
         for parameter in layer.lora_parameters():
             parameter.zero_()
     for name, group in config.modules.items():
-        layer, live = layers[name], group.live(name)
+        layer = layers[name]
         layer.lora_alpha, layer.lora_dropout.p, layer.init = group.lora_alpha, group.lora_dropout, group.init
+    _write_live_values(layers, config, tensors)
+
+
+def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the live singular values and their part of the factors. If a layer's scaling is not the adapter's, e (for
+    LoRA: B) is rescaled, so that ΔW is the adapter's."""
+    for name, group in config.modules.items():
+        layer, live = layers[name], group.live(name)
         if live:
-            layer.scatter(live, _stored_values(name, layer, config, tensors))
-
-
-def _stored_values(name: str, layer: LoRALayer, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """The stored values of ``layer.lora_parameters()``, for the live singular values only."""
-    return [tensors[config.tied.get(factor, factor)] for factor in _factor_names(name, layer)]
+            amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
+            rescale = group.lora_alpha / layer.lora_alpha
+            named = _named_factors(name, layer).items()
+            layer.scatter(live, [tensors[n] * rescale if p is amplitude else tensors[n] for n, p in named])
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------
@@ -373,11 +377,5 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
     check_factors(layers, config, tensors)
     check_base(model, config)
-    for name, group in config.modules.items():
-        layer, live = layers[name], group.live(name)
-        if live:
-            amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            rescale = group.lora_alpha / group.r / layer.scaling
-            pairs = zip(layer.lora_parameters(), _stored_values(name, layer, config, tensors), strict=True)
-            layer.scatter(live, [values * rescale if p is amplitude else values for p, values in pairs])
+    _write_live_values(layers, config, tensors)
     return config

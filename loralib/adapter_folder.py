@@ -270,7 +270,8 @@ def _config_digest(values: dict[str, Any]) -> str:
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """Read configuration and tensors and compare both with their checksums.
+    """Read configuration and tensors and compare both with their checksums. A tensor that is one parameter under
+    several names (``config.tied``) has all of them.
 
     Raises:
         ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed, or holds
@@ -278,7 +279,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
     """
     with _locked(Path(folder), exclusive=False):
         config = read_adapter_config(folder)
-        return config, read_tensors(Path(folder) / WEIGHTS_FILE, config.weights_sha256)
+        tensors = read_tensors(Path(folder) / WEIGHTS_FILE, config.weights_sha256)
+    return config, tensors | {name: tensors[stored] for name, stored in config.tied.items() if stored in tensors}
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:

@@ -98,23 +98,21 @@ def export_peft(
                          "cannot hold: load the adapter with load_adapter()")  # fmt: skip
     if base_model not in (None, config.base_model):
         config = replace(config, base_model=base_model, base_revision=None)
-    pairs = {name: layer_pair(group, name, tensors, config.tied) for name, group in config.modules.items()}
+    pairs = {name: layer_pair(group, name, tensors) for name, group in config.modules.items() if group.live(name)}
     head = {name: tensors[name] for name in config.head}
     card = adapter_card(config, "peft", _how_to_load(config))
     return _write_peft(adapter, folder, pairs, head, _peft_fields(config), card)
 
 
-def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor], tied: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """(B, A) of one module with ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
+def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, A) of one module with live singular values: ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
 
     For plain LoRA, A is unchanged and B is multiplied by the scaling.
     """
 
     def stored(part: str) -> Tensor:
-        return tensors[tied.get(f"{name}.{part}", f"{name}.{part}")].double()
+        return tensors[f"{name}.{part}"].double()
 
-    if "1" not in group.rank_pattern[name]:
-        return torch.zeros(0, 0, device="cpu"), torch.zeros(0, 0, device="cpu")
     scaling = group.lora_alpha / group.r
     scales = range(len(group.widths) + 1)
     left = reduce(torch.matmul, [stored(f"lora_B.{i}") for i in scales])
