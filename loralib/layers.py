@@ -172,15 +172,13 @@ class LoRALayer(nn.Linear):
         """
         if len(kept) == self.r:
             return
-        shrunk = self.select(kept)
-        if kept:
-            scales = len(self.lora_B)
-            self.lora_B[-1] = nn.Parameter(shrunk[scales - 1], self.lora_B[-1].requires_grad)
-            self.lora_A[-1] = nn.Parameter(shrunk[-1], self.lora_A[-1].requires_grad)
-            if self.lora_E is not None:
-                self.lora_E = nn.Parameter(shrunk[scales], self.lora_E.requires_grad)
-        else:
-            self.lora_B, self.lora_E, self.lora_A = nn.ParameterList(), None, nn.ParameterList()
+        factors = zip(self.lora_parameters(), self.singular_axes(), self.select(kept), strict=True)
+        new = [old if axis is None else nn.Parameter(values, old.requires_grad) for old, axis, values in factors]
+        scales = len(self.widths) + 1
+        self.lora_B = nn.ParameterList(new[:scales] if kept else [])
+        self.lora_A = nn.ParameterList(new[-scales:] if kept else [])
+        if self.lora_E is not None:
+            self.lora_E = new[scales] if kept else None
         self.r = len(kept)
 
     def lora_parameters(self) -> list[nn.Parameter]:

@@ -10,7 +10,6 @@ in tools that are built on peft. Each adapter of a layer is a :class:`loralib.Lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from loralib.injection import NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
 from loralib.model import live_singular_values
-from loralib.stored_weight import is_conv1d
+from loralib.stored_weight import frozen_shape, is_conv1d
 
 NAME = "lora2"
 
@@ -93,10 +92,7 @@ class LoRA2Adapter(LoRA2Linear):
         nn.Module.__init__(self)
         self._base = (base,)  # in a tuple, so that it is not registered as a submodule
         self.register_parameter("lora_E", None)  # registered first, so that e comes first, as in other layers
-        if is_conv1d(base):
-            self.in_features, self.out_features = base.weight.shape
-        else:  # not the shape of the weight, which a quantised layer stores in another form
-            self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features, self.in_features = frozen_shape(base)
         self._add_factors(config.r, config.lora_alpha, config.lora_dropout, (config.k,), config.init, is_conv1d(base))
 
     @property
@@ -112,40 +108,27 @@ class LoRA2Adapter(LoRA2Linear):
         return super().forward(input) if out is None else self.add_update(out, input)
 
     @property
-    def lora_B(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
-        return _Factors(self, "lora_B")
+    def lora_B(self) -> list[nn.Parameter]:  # type: ignore[override]
+        return self._side("lora_B_")
 
     @property
-    def lora_A(self) -> Sequence[nn.Parameter]:  # type: ignore[override]
-        return _Factors(self, "lora_A")
+    def lora_A(self) -> list[nn.Parameter]:  # type: ignore[override]
+        return self._side("lora_A_")
+
+    def _side(self, prefix: str) -> list[nn.Parameter]:
+        return [factor for name, factor in self._parameters.items() if name.startswith(prefix)]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("lora_B", "lora_A"):
             super().__setattr__(name, value)
             return
-        for own in [own for own in self._parameters if own.startswith(f"{name}_")]:
-            delattr(self, own)
+        for number in range(len(value), len(getattr(self, name))):
+            delattr(self, f"{name}_{number}")
         for number, factor in enumerate(value):
             super().__setattr__(f"{name}_{number}", factor)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
-
-
-class _Factors(Sequence):
-    """The factors of one side as a list, as other layers have them; here they are parameters of the layer itself."""
-
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        self.layer, self.name = layer, name
-
-    def __len__(self) -> int:
-        return sum(own.startswith(f"{self.name}_") for own in self.layer._parameters)
-
-    def __getitem__(self, place: Any) -> Any:
-        return [getattr(self.layer, f"{self.name}_{number}") for number in range(len(self))][place]
-
-    def __setitem__(self, place: int, factor: nn.Parameter) -> None:
-        setattr(self.layer, f"{self.name}_{range(len(self))[place]}", factor)
 
 
 class LoRA2Layer(nn.Module, BaseTunerLayer):
@@ -165,7 +148,6 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
             raise ValueError(f"LoRA² adapts linear layers, not {type(base).__name__}: name other target_modules")
         self.lora2_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, rank)
 
