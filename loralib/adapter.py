@@ -236,7 +236,6 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
     for name, group in config.modules.items():
         if name not in modules:
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
-        check_replaceable(name, modules[name])
         check_choice("kind", group.kind, KINDS)
         most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
         # A folder from an untrusted source must not make this allocate unbounded memory.
@@ -315,7 +314,9 @@ def install(
                 f"{name} has shape {tuple(tensors[name].shape)} in the adapter, the model needs "
                 f"{tuple(state[name].shape)}: load the base with a head of that size; {_origin(config)}"
             )
-    replace_modules(model, {name: layer for name, layer in layers.items() if model.get_submodule(name) is not layer})
+    new = {name: layer for name, layer in layers.items() if model.get_submodule(name) is not layer}
+    check_replaceable({name: model.get_submodule(name) for name in new})
+    replace_modules(model, new)
     write_factors(layers, config, tensors)
     model.requires_grad_(False)
     for factor in factors_of(model):

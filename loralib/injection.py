@@ -144,8 +144,7 @@ def inject(
     for name, module in modules.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
-        check_replaceable(name, module)
-    refuse_hooks(modules)
+    check_replaceable(modules)
     new = KINDS[kind].from_linear
     layers = {name: new(module, r, lora_alpha, lora_dropout, **options) for name, module in modules.items()}
     if share_outer:
@@ -158,14 +157,19 @@ def inject(
     return list(layers)
 
 
-def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raises ValueError if accelerate has offloaded a linear layer, or its forward method was replaced."""
-    if getattr(vars(module).get("_hf_hook"), "offload", False):
-        raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
-    own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
-    usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
-    if not usual and not _is_dispatched(module):
-        raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
+def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError if accelerate has offloaded one of the linear layers, its forward method was replaced, or it
+    has hooks, which may compute its weight or output."""
+    for name, module in modules.items():
+        if getattr(vars(module).get("_hf_hook"), "offload", False):
+            raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
+        own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
+        usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
+        if not usual and not _is_dispatched(module):
+            raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
+        hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+        if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
+            raise ValueError(f"{name} has a hook (pruning, weight_norm, MultiAdapter), which would be lost: remove it")
 
 
 def _is_dispatched(module: nn.Module) -> bool:
@@ -173,35 +177,27 @@ def _is_dispatched(module: nn.Module) -> bool:
     return getattr(vars(module).get("_hf_hook"), "offload", None) is False
 
 
-def refuse_hooks(modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError if a module that is to be replaced has hooks: they may compute its weight or output."""
-    for name, module in modules.items():
-        hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
-        if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
-            raise ValueError(f"{name} has a hook (pruning, weight_norm, MultiAdapter), which would be lost: remove it")
-
-
 def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Put each layer wherever the model holds the module of that name. The layer gets accelerate's ``device_map`` hook.
-
-    Raises:
-        ValueError: as :func:`refuse_hooks`. The model is unchanged then.
-    """
-    replaced = {name: model.get_submodule(name) for name in layers}
-    refuse_hooks(replaced)
-    replacement = {id(replaced[name]): layer for name, layer in layers.items()}
-    for parent in list(model.modules()):
-        for child, module in list(parent._modules.items()):  # named_children() lists a shared module only once
-            if id(module) in replacement:
-                setattr(parent, child, replacement[id(module)])
-    for old, new in zip(replaced.values(), layers.values(), strict=True):
-        if _is_dispatched(old):
+    Call :func:`check_replaceable` for the modules before."""
+    old = {name: model.get_submodule(name) for name in layers}
+    put_in_place(model, {id(old[name]): layer for name, layer in layers.items()})
+    for name, layer in layers.items():
+        if _is_dispatched(old[name]):
             from accelerate.hooks import add_hook_to_module
 
-            add_hook_to_module(new, old._hf_hook)  # type: ignore[arg-type]
+            add_hook_to_module(layer, old[name]._hf_hook)  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
             module.use_nested_tensor = False  # low-rank layers do not support packed batches
+
+
+def put_in_place(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Replace each module whose id is a key of ``new``, under all of its parents."""
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):  # named_children() lists a shared module only once
+            if id(module) in new:
+                setattr(parent, child, new[id(module)])
 
 
 def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 from torch import nn
 
+from loralib.injection import put_in_place
 from loralib.layers import LoRALayer
 from loralib.model import layers_outside_peft, lora_layers, unwrapped
 
@@ -57,10 +58,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     merge_adapter(model)
     model = unwrapped(model)
     plain = {id(layer): _plain_linear(layer) for layer in lora_layers(model).values()}
-    for parent in list(model.modules()):
-        for name, module in list(parent._modules.items()):  # named_children() lists a shared module only once
-            if id(module) in plain:
-                setattr(parent, name, plain[id(module)])
+    put_in_place(model, plain)
     return plain.get(id(model), model)
 
 
