@@ -73,9 +73,6 @@ class RankAllocator:
         ):  # fmt: skip
             check_whole_number(name, value, least)
         check_schedule(self.init_warmup, self.final_warmup, total_steps)
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 < beta < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {beta!r}")
         check_choice("importance", importance, IMPORTANCES)
         self.total_steps, self.target_rank, self.mask_interval = total_steps, target_rank, mask_interval
         self.beta1, self.beta2, self.importance = beta1, beta2, importance

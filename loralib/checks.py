@@ -18,12 +18,6 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive number (int or float), got {value!r:.80}")
 
 
-def check_not_negative(name: str, value: object) -> None:
-    """Raises unless ``value`` is a finite number ≥ 0; a bool does not count."""
-    if not is_number(value) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a number (int or float) ≥ 0, got {value!r:.80}")
-
-
 def check_fraction(name: str, value: object) -> None:
     """Raises unless ``value`` is a number in [0, 1); a bool does not count."""
     if not is_number(value) or not 0 <= value < 1:

@@ -20,24 +20,11 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from loralib.checks import check_not_negative
 from loralib.fused import outside_autocast, without_autocast
 from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
 _Side = tuple[bool, list[nn.Parameter]]  # (whether it is the A side, its factors from the outermost inward)
-
-
-def parse_terms(terms: str) -> frozenset[str]:
-    """Parse ``"all"``, or some of uv, UV and PQ joined by ``+``.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    parts = list(TERMS) if terms == "all" else terms.split("+")
-    if not set(parts) <= set(TERMS) or len(set(parts)) != len(parts):
-        raise ValueError(f"terms must be 'all' or some of {', '.join(TERMS)} joined by '+', got {terms!r}")
-    return frozenset(parts)
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:
@@ -46,14 +33,15 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     Factors of the same shapes are computed as one stack. A factor that layers share counts once.
 
     Args:
-        model: has low-rank layers with singular values. terms: see :func:`parse_terms`.
+        model: has low-rank layers with singular values. terms: ``"all"``, or some of uv, UV and PQ joined by ``+``.
         squared: take the mean of squared norms, as in the paper, not of norms, as in the published code.
 
     Raises:
-        ValueError: for unknown terms, a negative weight, or a model without layers whose singular values train.
+        ValueError: for unknown terms, or a model without layers whose singular values train.
     """
-    check_not_negative("regu_weight", regu_weight)
-    chosen = parse_terms(terms)
+    chosen = set(TERMS) if terms == "all" else set(terms.split("+"))
+    if not chosen <= set(TERMS):
+        raise ValueError(f"terms must be 'all' or some of {', '.join(TERMS)} joined by '+', got {terms!r}")
     groups: dict[tuple, list[_Side]] = defaultdict(list)
     for layer in trained_svd_layers(model, "regularise").values():
         for term, wide, side in (("uv", False, layer.lora_B), ("UV", True, layer.lora_A)):

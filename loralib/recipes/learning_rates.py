@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from loralib.checks import check_positive
 from loralib.model import factors_of, lora_layers, svd_layers
 
 
@@ -26,11 +25,8 @@ def parameter_groups(
         head_lr: rate of the trainable parameters that are not factors; None is ``lr``. Unfreeze a new head first.
 
     Raises:
-        ValueError: for a rate out of range, or if ``head_lr`` is given and only the factors are trainable.
+        ValueError: if ``head_lr`` is given and only the factors are trainable.
     """
-    rates = {"lr": lr, "value_lr_ratio": value_lr_ratio, "b_lr_ratio": b_lr_ratio}
-    for name, value in (rates if head_lr is None else rates | {"head_lr": head_lr}).items():
-        check_positive(name, value)
     ratios = {id(layer.lora_E): value_lr_ratio for layer in svd_layers(model).values()}
     plain = [layer for layer in lora_layers(model).values() if layer.lora_E is None and layer.r > 0]
     ratios |= {id(layer.lora_B[0]): b_lr_ratio for layer in plain}
