@@ -120,16 +120,13 @@ class AdaLoraTraining:
         """Drop the pruned singular values in place, from the factors and from their state in ``optimizer``, and clear
         the gradients. The outputs and the saved files stay the same. A layer may have no singular values left.
 
+        Call it once :attr:`ranks_are_final` is true; before, there is no pattern to shrink to.
+
         Returns:
             Module name -> rank.
-
-        Raises:
-            RuntimeError: before the ranks are final.
         """
-        if not self.ranks_are_final:
-            raise RuntimeError(f"the ranks are final after step {self.total_steps - self.config.tfinal}: shrink then")
+        pattern = self.config.rank_pattern
         for name, layer in self.layers.items():
-            pattern = self.config.rank_pattern
             flags = pattern.get(f"{name}.lora_E.{self.adapter}", pattern.get(f"{name}.lora_E"))  # saving renames it
             kept = torch.tensor(flags, device=layer.lora_E[self.adapter].device).nonzero().flatten()
             layer.r[self.adapter] = len(kept)

@@ -36,12 +36,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
         head: the last module or modules of the model, for example a classifier and the pooler before it.
 
     Raises:
-        ValueError: for a head outside the model, and a quantised, sharded or merged weight. The model is unchanged
-            then.
+        ValueError: for a quantised, sharded or merged weight. The model is unchanged then.
     """
-    heads = [head] if isinstance(head, nn.Module) else list(head)
-    _check(model, heads)
-    in_head = {module for part in heads for module in part.modules()}
+    _check(model)
+    in_head = {module for part in ([head] if isinstance(head, nn.Module) else head) for module in part.modules()}
     buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
     # A buffer without dimensions, such as a scale, does not change the dtype of what is computed with it.
     buffered = {module for module, buffer in buffers if buffer.is_floating_point() and buffer.dim()}
@@ -60,16 +58,12 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
             _set_border(module, dtype if reached and not isinstance(module, LoRALayer) else None, None)
 
 
-def _check(model: nn.Module, heads: list[nn.Module]) -> None:
+def _check(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if stored_form(parameter) is not None:
             raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model first, then do that to it")
-    inside = set(model.modules())
-    if any(isinstance(module, LoRALayer) and module.merged for module in inside):
+    if any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise ValueError("a low-rank layer is merged, and unmerging would undo its cast: unmerge before the cast")
-    for part in heads:
-        if part not in inside:
-            raise ValueError(f"the head ({type(part).__name__}) is not a module of the model: name one that is")
 
 
 def _computing(module: nn.Module) -> list[nn.Parameter]:

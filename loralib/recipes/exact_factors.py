@@ -138,20 +138,14 @@ def make_orthonormal(model: nn.Module) -> None:
     In a layer with e = 0, the factors are replaced by the nearest orthonormal ones.
 
     Raises:
-        ValueError: for a model without such factors, for factors in half precision, and if a layer with ΔW ≠ 0 has
-            factors that are not orthonormal (as after pruning), which cannot be replaced without changing ΔW. The model
-            is unchanged then.
+        ValueError: for a model without such factors, and if a layer with ΔW ≠ 0 has factors that are not orthonormal
+            (as after pruning), which cannot be replaced without changing ΔW. The model is unchanged then.
     """
     trained = distinct_factors(svd_layers(model).values(), trained=True)
     if not trained:
         raise ValueError(
             "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
             "and let their factors train"
-        )
-    if half := [factor.dtype for factor in trained if factor.dtype.itemsize < 4]:
-        raise ValueError(
-            f"{half[0]} cannot hold orthonormal factors: leave the factors in float32 (cast_frozen() casts only the "
-            "frozen weights)"
         )
     if factors_are_orthonormal(trained):
         return
