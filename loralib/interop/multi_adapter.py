@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,14 +26,6 @@ NOT_PER_ROW = (
 )
 torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile then recompiles a model when it gets hooks
 _RUNS = threading.RLock()  # held by run(), which switches the active adapter
-
-
-@dataclass
-class _Part:
-    """What an adapter changes in one module: the layer over the base's weight, and the head's tensors by name."""
-
-    layer: LoRALayer | None = None
-    head: dict[str, Tensor] = field(default_factory=dict)
 
 
 class MultiAdapter:
@@ -67,7 +58,8 @@ class MultiAdapter:
         if lora_layers(model):
             raise ValueError("the model has low-rank layers already: give MultiAdapter the plain base")
         self.model = unwrapped(model)
-        self._adapters: dict[str, dict[str, _Part]] = {}  # adapter → module name → what it changes there
+        # Adapter → (module name → layer over the base's weight, module name → the head's tensors by their own name).
+        self._adapters: dict[str, tuple[dict[str, LoRALayer], dict[str, dict[str, Tensor]]]] = {}
         self._hooks: dict[str, Any] = {}
         self._active: str | None = None
 
@@ -100,23 +92,25 @@ class MultiAdapter:
             check_base(self.model, config)
         write_factors(layers, config, tensors)
         with keep_flags(self.model):
-            parts = {n: _Part(layer.eval().requires_grad_(False)) for n, layer in layers.items()}
+            for layer in layers.values():
+                layer.eval().requires_grad_(False)
         state = self.model.state_dict(keep_vars=True)
         never_called = modules_never_called(self.model)
         trained = {id(state[n]): n for n in config.head}
         served: set[int] = set()
+        heads: dict[str, dict[str, Tensor]] = {}
         for owner, module in self.model.named_modules():  # a tied tensor has several owners
             called = owner not in never_called and type(module).forward is not nn.Module.forward
             if not called or next(module.children(), None) is not None:  # a hook would run its children twice
                 continue
             for own, tensor in (module._parameters | module._buffers).items():
                 if id(tensor) in trained:
-                    parts.setdefault(owner, _Part()).head[own] = tensors[trained[id(tensor)]].to(tensor)
+                    heads.setdefault(owner, {})[own] = tensors[trained[id(tensor)]].to(tensor)
                     served.add(id(tensor))
         if alone := [n for number, n in trained.items() if number not in served]:
             raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or has children")
-        self._adapters[name] = parts
-        for module_name in parts.keys() - self._hooks.keys():
+        self._adapters[name] = layers, heads
+        for module_name in (layers.keys() | heads.keys()) - self._hooks.keys():
             module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
             self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         return config
@@ -205,18 +199,18 @@ class MultiAdapter:
     def _after_forward(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The hook of one module. If the active adapter changes the module, recompute its output with the head's
         tensors and add the update; returning None keeps the output as it is."""
-        part = self._adapters[self._active].get(name) if self._active is not None else None
-        if part is None:
+        layers, heads = self._adapters[self._active] if self._active is not None else ({}, {})
+        layer, head = layers.get(name), heads.get(name)
+        if layer is None and head is None:
             return None
         if self.model.get_submodule(name) is not module:  # get_peft_model does this; both updates would be added
             raise RuntimeError(f"{name} was replaced while a MultiAdapter serves the model: close() it first")
-        if part.head:
-            tensors = {f"module.{tensor}": value for tensor, value in part.head.items()}
+        if head is not None:
+            tensors = {f"module.{tensor}": value for tensor, value in head.items()}
             output = functional_call(_ForwardAlone(module), tensors, args, kwargs)
-        if part.layer is None:
+        if layer is None:
             return output
-        source = args[0] if args else next(iter(kwargs.values()))
-        return part.layer.add_update(output, source)
+        return layer.add_update(output, args[0] if args else next(iter(kwargs.values())))
 
 
 class _Hook(partial):
