@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loralib.model import factors_of, unwrapped
 
 _CHUNK = 1 << 22  # values hashed at once: bounds the memory, and lets several threads hash one large embedding
-_KEPT = "_fingerprint_before_sharding"
+BEFORE_SHARDING = "_fingerprint_before_sharding"  # the attribute in which shard_frozen stores a model's fingerprint
 
 
 def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
@@ -30,8 +30,8 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
             head).
     """
     model = unwrapped(model)
-    if hasattr(model, _KEPT):
-        return getattr(model, _KEPT)
+    if hasattr(model, BEFORE_SHARDING):
+        return getattr(model, BEFORE_SHARDING)
     state = model.state_dict(keep_vars=True)  # for a merged layer it holds the base's weight
     seen = {id(factor) for factor in factors_of(model)} | {id(state[name]) for name in exclude if name in state}
     parts: list[tuple[str, Tensor]] = []
@@ -50,11 +50,6 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
         chunks += [(b"", part) for part in flat.split(_CHUNK)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return hashlib.sha256(b"".join(pool.map(_chunk_digest, chunks))).hexdigest()
-
-
-def keep_fingerprint(model: nn.Module, exclude: Collection[str]) -> None:
-    """Store the fingerprint of a model that is about to be sharded; ``exclude`` as in :func:`base_fingerprint`."""
-    setattr(unwrapped(model), _KEPT, base_fingerprint(model, exclude))
 
 
 def _chunk_digest(chunk: tuple[bytes, Tensor]) -> bytes:

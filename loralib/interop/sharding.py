@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from loralib.fingerprint import keep_fingerprint
-from loralib.model import head_tensors
+from loralib.fingerprint import BEFORE_SHARDING, base_fingerprint
+from loralib.model import head_tensors, unwrapped
 from loralib.stored_weight import stored_form
 
 
@@ -41,7 +41,7 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
             )
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     units = [*_units(model), model]
-    keep_fingerprint(model, head_tensors(model))
+    setattr(unwrapped(model), BEFORE_SHARDING, base_fingerprint(model, head_tensors(model)))
     whole = {p for p in model.parameters() if p.requires_grad or p.dim() == 0}
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
