@@ -250,35 +250,26 @@ class LoRALayer(nn.Linear):
                 factors are from the meta device and have no values, but the weight has.
         """
         if self._quantised is not None:
-            return self._beside_quantised(self._quantised[0], input)
+            (base,) = self._quantised
+            # .to() has moved only this layer's own tensors: hand them to the frozen layer.
+            base._parameters.update(weight=self.weight, bias=self.bias)
+            # forward(), not a call: the hooks of the replaced layer run on this layer.
+            return self.add_update(type(base).forward(base, input), input)
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         trains = self.training and torch.is_grad_enabled()
         if self.merged and trains and any(factor.requires_grad for factor in self.lora_parameters()):
             raise RuntimeError("a merged layer does not train: call unmerge() before training")
-        if self.merged or self.r == 0:
-            return self._dense(input, weight)
+        if self.merged or self.r == 0:  # the frozen layer alone; x and the bias may differ in dtype from the weight
+            x = input if autocast_dtype(input.device.type) is not None else input.to(weight.dtype)
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
         dropped = self.lora_dropout(input) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
         return adapted_linear(input, weight, self.bias, self.lora_A[0], self._core(), self.lora_B[0], dropped)
-
-    def _beside_quantised(self, base: nn.Module, x: Tensor) -> Tensor:
-        """The frozen layer's own product plus the update, in the dtype of the product. This layer does not read the
-        weight's values."""
-        # .to() has moved only this layer's own tensors: hand them to the frozen layer.
-        base._parameters.update(weight=self.weight, bias=self.bias)
-        # forward(), not a call: the hooks of the replaced layer run on this layer.
-        return self.add_update(type(base).forward(base, x), x)
 
     def add_update(self, out: Tensor, x: Tensor) -> Tensor:
         """out + dropout(x) ΔWᵀ, (…, out), in the dtype of ``out``, a frozen product that another module computed."""
         if self.r == 0:
             return out
         return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self._core(), self.lora_B[0])
-
-    def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The frozen layer alone. As with an update, x and the bias may differ in dtype from the weight."""
-        if autocast_dtype(x.device.type) is None:
-            x = x.to(weight.dtype)
-        return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
 
     def _core(self) -> Tensor | float:
         """The core for products: a matrix, or a number that stands for that number times the identity."""
