@@ -238,7 +238,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         return 0
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
