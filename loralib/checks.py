@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
-from typing import TypeGuard
+from collections.abc import Callable, Collection
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether ``value`` is an int or a float; a bool does not count."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raises unless ``value`` is a finite number above 0; a bool does not count."""
-    if not is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number (int or float), got {value!r:.80}")
-
-
-def check_fraction(name: str, value: object) -> None:
-    """Raises unless ``value`` is a number in [0, 1); a bool does not count."""
-    if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a number (int or float) in [0, 1), got {value!r:.80}")
+def check_number(name: str, value: object, valid: Callable[[float], bool], wanted: str) -> None:
+    """Raises unless ``value`` is a ``valid`` int or float; a bool does not count. ``wanted`` says what is valid."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not valid(value):
+        raise ValueError(f"{name} must be {wanted} (int or float), got {value!r:.80}")
 
 
 def check_whole_number(name: str, value: object, least: int = 1) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loralib.checks import check_choice, check_fraction, check_positive, check_whole_number
+from loralib.checks import check_choice, check_number, check_whole_number
 from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, fold, without_autocast
 from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 
@@ -121,8 +121,8 @@ class LoRALayer(nn.Linear):
         self.widths = tuple(widths)
         for name, size in (("r", r), *(("a width (k)", k) for k in self.widths)):
             check_whole_number(name, size)
-        check_positive("lora_alpha", lora_alpha)
-        check_fraction("lora_dropout", lora_dropout)
+        check_number("lora_alpha", lora_alpha, lambda alpha: 0 < alpha < math.inf, "a positive number")
+        check_number("lora_dropout", lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
         check_choice("init", init, INITS)
         self.lora_alpha, self.init = float(lora_alpha), init
         self.fan_in_fan_out = fan_in_fan_out
