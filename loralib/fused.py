@@ -90,9 +90,9 @@ class _Fold(torch.autograd.Function):
 
 
 def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """left · diag(values) · right as one node of the graph, because overhead dominates its cost."""
-    with without_autocast(left.device.type):
-        return (left * values) @ right if transformed() else _Fold.apply(left, values, right)
+    """left · diag(values) · right as one node of the graph, because overhead dominates its cost. Call it without
+    autocast."""
+    return (left * values) @ right if transformed() else _Fold.apply(left, values, right)
 
 
 class _AdaptedLinear(torch.autograd.Function):

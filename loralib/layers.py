@@ -218,10 +218,17 @@ class LoRALayer(nn.Linear):
         """s. To change the strength of the update, set ``lora_alpha``, which is saved with the adapter."""
         return self.lora_alpha / self.initial_r
 
-    def folded_core(self) -> Tensor:
-        """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r)."""
+    def folded_core(self) -> Tensor | float:
+        """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r); for
+        LoRA the number s, which stands for s times the identity."""
+        # A factor that was moved from the meta device, or is still there, would be read as uninitialised memory.
+        if not self.weight.is_meta and (self.lora_A[0].is_meta or not self._has_values):
+            raise RuntimeError(
+                "the factors are from the meta device and have no values: load the weights before inject(), and let "
+                "accelerate dispatch the model without offloading"
+            )
         if self.lora_E is None:
-            return torch.eye(self.r, device=self.lora_A[0].device, dtype=self.lora_A[0].dtype) * self.scaling
+            return self.scaling
         values = self.lora_E * self.scaling
         if not self.widths:
             return torch.diag(values)
@@ -229,7 +236,7 @@ class LoRALayer(nn.Linear):
         with without_autocast(left.device.type):
             for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
                 left, right = left @ inner_b, inner_a @ right
-        return fold(left, values, right)
+            return fold(left, values, right)
 
     def delta_weight(self) -> Tensor:
         """The update ΔW with its scaling, shape (out, in), in the factors' dtype (the weight's if none is left). For
@@ -237,7 +244,7 @@ class LoRALayer(nn.Linear):
         if self.r == 0:
             return self.weight.new_zeros(self.out_features, self.in_features)
         with without_autocast(self.lora_B[0].device.type):
-            core = self._core()
+            core = self.folded_core()
             left = self.lora_B[0] @ core if isinstance(core, Tensor) else self.lora_B[0] * core
             return left @ self.lora_A[0]
 
@@ -263,23 +270,13 @@ class LoRALayer(nn.Linear):
             x = input if autocast_dtype(input.device.type) is not None else input.to(weight.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
         dropped = self.lora_dropout(input) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
-        return adapted_linear(input, weight, self.bias, self.lora_A[0], self._core(), self.lora_B[0], dropped)
+        return adapted_linear(input, weight, self.bias, self.lora_A[0], self.folded_core(), self.lora_B[0], dropped)
 
     def add_update(self, out: Tensor, x: Tensor) -> Tensor:
         """out + dropout(x) ΔWᵀ, (…, out), in the dtype of ``out``, a frozen product that another module computed."""
         if self.r == 0:
             return out
-        return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self._core(), self.lora_B[0])
-
-    def _core(self) -> Tensor | float:
-        """The core for products: a matrix, or a number that stands for that number times the identity."""
-        # A factor that was moved from the meta device, or is still there, would be read as uninitialised memory.
-        if not self.weight.is_meta and (self.lora_A[0].is_meta or not self._has_values):
-            raise RuntimeError(
-                "the factors are from the meta device and have no values: load the weights before inject(), and let "
-                "accelerate dispatch the model without offloading"
-            )
-        return self.scaling if self.lora_E is None else self.folded_core()
+        return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self.folded_core(), self.lora_B[0])
 
     def merge(self) -> None:
         """Put W + ΔW into ``weight``. Merging twice changes nothing; ``unmerge()`` restores W bit for bit.
