@@ -135,7 +135,8 @@ class RankAllocator:
 
     @torch.no_grad()
     def update_and_mask(self, step: int) -> None:
-        """Update the scores from the current gradients, until the mask is fixed, and mask if the schedule says so.
+        """Update the scores from the current gradients, until the mask is fixed, and mask if the schedule says so. Of
+        equally important singular values, those with later names and indices are kept.
 
         Args:
             step: number of optimiser steps done.
@@ -153,7 +154,10 @@ class RankAllocator:
         if step <= self.init_warmup or not due:
             return
         if step <= last + 1:
-            self._choose_masks(training, self.budget(step, len(training)))
+            scores = self.importance_scores().unbind()
+            kept = most_important(torch.cat([scores[row] for row in training]), self.budget(step, len(training)))
+            for row, mask in zip(training, kept.split(self.r), strict=True):
+                self._masks[row] = mask
         values = [self._layers[row].lora_E for row in training]
         torch._foreach_mul_(values, [self._masks[row].to(e) for row, e in zip(training, values, strict=True)])
 
@@ -183,14 +187,6 @@ class RankAllocator:
             for row in rows:
                 totals[row] = totals[row] + values
         return torch.stack(totals)
-
-    def _choose_masks(self, training: list[int], budget: int) -> None:
-        """Keep the ``budget`` most important singular values of the layers that train. Ties are broken in favour of
-        later names and indices."""
-        scores = self.importance_scores().unbind()
-        kept = most_important(torch.cat([scores[row] for row in training]), budget)
-        for row, mask in zip(training, kept.split(self.r), strict=True):
-            self._masks[row] = mask
 
     def _settings(self) -> dict[str, Any]:
         names = ("total_steps", "init_warmup", "final_warmup", "r", "target_rank", "mask_interval", "beta1", "beta2")

@@ -162,13 +162,10 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     changes: running statistics, and the buffers of modules that own a trainable parameter. The weight of a merged layer
     is the one without the update, as in its state dict."""
     model = unwrapped(model)
-    found: dict[str, Tensor] = {}
-    owners = {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     state = model.state_dict(keep_vars=True)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found[name] = state.get(name, parameter)
-            owners.add(name.rpartition(".")[0])
+    found = {name: state.get(name, p) for name, p in model.named_parameters() if p.requires_grad}
+    owners = {name.rpartition(".")[0] for name in found}
+    owners |= {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     return found | {n: b for n, b in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}
 
 
