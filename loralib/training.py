@@ -22,8 +22,6 @@ from loralib.allocator import RankAllocator
 from loralib.model import factors_of, lora_layers
 from loralib.orthogonality import compute_orth_regu
 
-REGU_WEIGHT = 0.1
-
 
 class LowRankTraining:
     """What AdaLoRA and LoRA² add to a training loop.
@@ -65,7 +63,7 @@ class LowRankTraining:
         if pruning and target_rank is None:
             raise ValueError(f"{next(iter(pruning))} has no meaning without target_rank: give that, or leave it out")
         self.model, self.constraint, self.terms, self.squared = model, constraint, terms, squared
-        self.regu_weight = (REGU_WEIGHT if constraint is None else 0.0) if regu_weight is None else regu_weight
+        self.regu_weight = (0.1 if constraint is None else 0.0) if regu_weight is None else regu_weight
         self.target_rank, self._pruning = target_rank, pruning
         self.total_steps, self.steps_done = total_steps, 0
         self.allocator: RankAllocator | None = None

@@ -19,7 +19,6 @@ from loralib.injection import modules_never_called
 from loralib.layers import LoRALayer
 from loralib.model import keep_flags, lora_layers, unwrapped
 
-PADDING = float("-inf")
 NOT_PER_ROW = (
     "run() can join only tensors whose first dimension is the rows, and one of the outputs is something else: give "
     "use_cache=False to a decoder, leave labels out, or use one adapter for all rows"
@@ -245,5 +244,5 @@ def _join_rows(counts: list[int], order: Tensor, *parts: Any) -> Tensor | None:
         raise ValueError(NOT_PER_ROW)
     if parts[0].dim() > 1:
         width = max(part.shape[-1] for part in parts)
-        parts = tuple(nn.functional.pad(part, (0, width - part.shape[-1]), value=PADDING) for part in parts)
+        parts = tuple(nn.functional.pad(part, (0, width - part.shape[-1]), value=-torch.inf) for part in parts)
     return torch.cat(parts).index_select(0, order.to(parts[0].device))

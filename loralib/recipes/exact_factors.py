@@ -147,8 +147,6 @@ def make_orthonormal(model: nn.Module) -> None:
             "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
             "and let their factors train"
         )
-    if factors_are_orthonormal(trained):
-        return
     for name, layer in svd_layers(model).items():
         own = distinct_factors([layer], trained=True)
         if own and layer.lora_E.detach().any() and not factors_are_orthonormal(own):

@@ -15,7 +15,6 @@ transformers is imported only when a trainer is made.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,13 +106,13 @@ class LowRankTrainerMixin(_Trainer):
         """
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            torch.save(self.low_rank.state_dict(), os.path.join(output_dir, STATE_FILE))
+            torch.save(self.low_rank.state_dict(), Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(os.path.join(checkpoint, STATE_FILE), map_location="cpu", weights_only=True)
+            state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
             self.low_rank.start(self.state.max_steps)
             self.low_rank.load_state_dict(state)
 
