@@ -75,26 +75,6 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class _Fold(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, left, values, right):
-        ctx.save_for_backward(left, values, right)
-        return (left * values) @ right
-
-    @staticmethod
-    @outside_autocast
-    def backward(ctx, grad):
-        left, values, right = ctx.saved_tensors
-        grad_scaled = grad @ right.T
-        return grad_scaled * values, (grad_scaled * left).sum(0), (left * values).T @ grad
-
-
-def fold(left: Tensor, values: Tensor, right: Tensor) -> Tensor:
-    """left · diag(values) · right as one node of the graph, because overhead dominates its cost. Call it without
-    autocast."""
-    return (left * values) @ right if transformed() else _Fold.apply(left, values, right)
-
-
 class _AdaptedLinear(torch.autograd.Function):
     """Takes only matrices x (n, in): a backward pass that reads the size of a saved tensor cannot be traced."""
 

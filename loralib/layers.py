@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_number, check_whole_number
-from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, fold, without_autocast
+from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, without_autocast
 from loralib.stored_weight import frozen_shape, is_transposed, stored_form
 
 GAUSSIAN_STD = 0.02
@@ -236,7 +236,7 @@ class LoRALayer(nn.Linear):
         with without_autocast(left.device.type):
             for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
                 left, right = left @ inner_b, inner_a @ right
-            return fold(left, values, right)
+            return (left * values) @ right
 
     def delta_weight(self) -> Tensor:
         """The update ΔW with its scaling, shape (out, in), in the factors' dtype (the weight's if none is left). For
