@@ -64,17 +64,14 @@ class RankAllocator:
         beta2: float = 0.85,
         importance: str = "inner",
     ) -> None:
-        check_whole_number("total_steps", total_steps)
+        self.total_steps, self.target_rank, self.mask_interval = total_steps, target_rank, mask_interval
         self.init_warmup = total_steps // 10 if init_warmup is None else init_warmup
         self.final_warmup = total_steps // 2 if final_warmup is None else final_warmup
-        for name, value, least in (
-            ("target_rank", target_rank, 1), ("mask_interval", mask_interval, 1),
-            ("init_warmup", self.init_warmup, 0), ("final_warmup", self.final_warmup, 0),
-        ):  # fmt: skip
-            check_whole_number(name, value, least)
+        least = {"total_steps": 1, "target_rank": 1, "mask_interval": 1, "init_warmup": 0, "final_warmup": 0}
+        for name, value in least.items():
+            check_whole_number(name, getattr(self, name), value)
         check_schedule(self.init_warmup, self.final_warmup, total_steps)
         check_choice("importance", importance, IMPORTANCES)
-        self.total_steps, self.target_rank, self.mask_interval = total_steps, target_rank, mask_interval
         self.beta1, self.beta2, self.importance = beta1, beta2, importance
         # By name, so that ties do not depend on the order in which modules were registered.
         layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
