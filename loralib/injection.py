@@ -26,7 +26,7 @@ PUBLISHED_MODULES = {
     "layer.output": r"(.*\.)?layer\.\d+\.output\.dense",
 }
 ALL_LINEAR, AUTO = "all-linear", "auto"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CASTS = "loralib.interop.precision"  # a low-rank layer does itself what the hooks of this module do
 NEVER_CALLED = (
     "{} belongs to nn.MultiheadAttention, which reads its weight and never calls it: an update there would be ignored; "
@@ -167,7 +167,7 @@ def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
         usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
         if not usual and not _is_dispatched(module):
             raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
-        hooks = [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
+        hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
         if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
             raise ValueError(f"{name} has a hook (pruning, weight_norm, MultiAdapter), which would be lost: remove it")
 

@@ -136,8 +136,7 @@ def decompose(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().T)
     u, sigma, vt = torch.linalg.svd(r_left @ core.double() @ r_right.T, full_matrices=False)
-    floor = float(sigma.max()) * torch.finfo(torch.float32).eps if len(sigma) else 0.0
-    rank = int((sigma > floor).sum())
+    rank = int((sigma > float(sigma.max()) * torch.finfo(torch.float32).eps).sum())
     return q_left @ u[:, :rank], sigma[:rank], vt[:rank] @ q_right.T
 
 

@@ -21,7 +21,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loralib.injection import NEVER_CALLED
+from loralib.injection import HOOKS, NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
 from loralib.model import live_singular_values
 from loralib.stored_weight import frozen_shape, is_conv1d
@@ -163,8 +163,7 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         """Whether the base layer is W x + b with a plain tensor W: not quantised, and not changed by a hook."""
         base = self.base_layer
         plain = (type(base) is nn.Linear or is_conv1d(base)) and type(base.weight) is nn.Parameter
-        hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks)
-        return plain and not any(hooks) and "forward" not in vars(base)
+        return plain and not any(getattr(base, kind) for kind in HOOKS) and "forward" not in vars(base)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (…, in) → (…, out): the base layer's output plus the updates of the active adapters."""

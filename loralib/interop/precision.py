@@ -38,7 +38,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     Raises:
         ValueError: for a quantised, sharded or merged weight. The model is unchanged then.
     """
-    _check(model)
+    for name, parameter in model.named_parameters():
+        if (form := stored_form(parameter)) is not None:
+            raise ValueError(f"{name} is {form}: cast the plain model first, then do that to it")
+    if any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
+        raise ValueError("a low-rank layer is merged, and unmerging would undo its cast: unmerge before the cast")
     in_head = {module for part in ([head] if isinstance(head, nn.Module) else head) for module in part.modules()}
     buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
     # A buffer without dimensions, such as a scale, does not change the dtype of what is computed with it.
@@ -56,14 +60,6 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
         else:  # if the model reads token ids and has no float32 module inside, inputs are not float32: no hook
             reached = inner or buffered or getattr(model, "main_input_name", None) != "input_ids"
             _set_border(module, dtype if reached and not isinstance(module, LoRALayer) else None, None)
-
-
-def _check(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if stored_form(parameter) is not None:
-            raise ValueError(f"{name} is {stored_form(parameter)}: cast the plain model first, then do that to it")
-    if any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
-        raise ValueError("a low-rank layer is merged, and unmerging would undo its cast: unmerge before the cast")
 
 
 def _computing(module: nn.Module) -> list[nn.Parameter]:

@@ -33,12 +33,9 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
         ValueError: for a weight that is sharded or quantised already, or if there is no process group. The model is
             unchanged then.
     """
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for name, parameter in frozen.items():
-        if stored_form(parameter) is not None:
-            raise ValueError(
-                f"{name} is {stored_form(parameter)} already, and FSDP splits only plain weights: use one or the other"
-            )
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and (form := stored_form(parameter)) is not None:
+            raise ValueError(f"{name} is {form} already, and FSDP splits only plain weights: use one or the other")
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     units = [*_units(model), model]
     setattr(unwrapped(model), BEFORE_SHARDING, base_fingerprint(model, head_tensors(model)))
