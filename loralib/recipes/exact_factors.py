@@ -147,17 +147,17 @@ def make_orthonormal(model: nn.Module) -> None:
             "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
             "and let their factors train"
         )
+    pairs = zip(trained, deviations(trained).tolist(), strict=True)
+    replaced = {id(factor): factor for factor, deviation in pairs if not deviation < ORTHONORMAL}
     for name, layer in svd_layers(model).items():
-        own = distinct_factors([layer], trained=True)
-        if own and layer.lora_E.detach().any() and not factors_are_orthonormal(own):
+        if layer.lora_E.detach().any() and any(id(factor) in replaced for factor in layer.lora_parameters()):
             raise ValueError(
                 f"{name} has an update whose factors are not orthonormal: start from e = 0, or from an adapter that "
                 "was trained with exact factors and not pruned"
             )
-    for factor in trained:
-        if not factors_are_orthonormal([factor]):
-            u, _, v = torch.linalg.svd(factor.detach().double(), full_matrices=False)
-            factor.data.copy_(u @ v)  # the polar factor
+    for factor in replaced.values():
+        u, _, v = torch.linalg.svd(factor.detach().double(), full_matrices=False)
+        factor.data.copy_(u @ v)  # the polar factor
 
 
 def inverse_root(gram: Tensor) -> Tensor:
@@ -190,8 +190,3 @@ def deviations(factors: Iterable[Tensor]) -> Tensor:
     grams = [x.T @ x if x.shape[0] > x.shape[1] else x @ x.T for x in (f.detach().double() for f in factors)]
     norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
     return torch.stack([norm.to(norms[0].device) for norm in norms])
-
-
-def factors_are_orthonormal(factors: Iterable[Tensor]) -> bool:
-    """Whether all of the factors (at least one) have orthonormal rows or columns."""
-    return bool((deviations(factors) < ORTHONORMAL).all())
