@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import TrainerCallback
 
 from loralib.model import svd_layers
-
-
-def soft_threshold_(gates: Iterable[torch.Tensor], threshold: float) -> None:
-    """T(g, ξ) = sign(g) · max(|g| − ξ, 0) for every tensor, in place."""
-    with torch.no_grad():
-        for gate in gates:
-            gate.copy_(torch.nn.functional.softshrink(gate, threshold))
 
 
 class ProximalGates(TrainerCallback):
@@ -45,9 +37,11 @@ class ProximalGates(TrainerCallback):
         """Live ranks over all layers."""
         return sum(map(sum, self.rank_pattern.values()))
 
+    @torch.no_grad()
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
         """Called between ``optimizer.step()`` and the schedule's step: the gates' rate is the one just used."""
         gates = [layer.lora_E for layer in self._layers.values()]
         own = set(map(id, gates))
         rate = next(group["lr"] for group in optimizer.param_groups if own & set(map(id, group["params"])))
-        soft_threshold_(gates, self.sparsity * rate)
+        for gate in gates:
+            gate.copy_(F.softshrink(gate, self.sparsity * rate))

@@ -5,13 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import loralib
 from loralib.interop.precision import cast_frozen
 from nlu.methods._bottleneck_layer import BottleneckAdapter
-from nlu.methods._sora_gates import soft_threshold_
 from nlu.methods.bottleneck import add_adapters
 from nlu.methods.registry import METHODS, method_arguments
 from tests.nlu.tiny import SHAPES, tiny_bert, tiny_classifier
@@ -60,18 +57,6 @@ def test_adapters_are_placed_before_the_residual_and_the_norm(model_type, kind, 
 
 
 # ---- SoRA ----------------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=8), st.floats(0, 2, width=32))
-def test_soft_threshold_minimises_the_proximal_objective(values, threshold):
-    """T(x, ξ) is the minimiser of ½(z − x)² + ξ|z|: no other point of a fine grid is lower."""
-    gate = torch.tensor(values)
-    soft_threshold_([gate], threshold)
-    grid = np.linspace(-4, 4, 801)
-    for x, z in zip(values, gate.tolist(), strict=True):
-        objective = 0.5 * (grid - x) ** 2 + threshold * np.abs(grid)
-        assert 0.5 * (z - x) ** 2 + threshold * abs(z) <= objective.min() + 1e-5
-        assert abs(x) > threshold or z == 0
 
 
 def apply_sora(model, modules, **flags):
