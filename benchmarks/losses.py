@@ -13,7 +13,6 @@ If methods are named, only those are measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -153,7 +152,7 @@ def machine() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the machine and the losses of the named methods (default: all) as JSON. Returns the exit code."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="methods to measure (all)")
     known = method_flags()
     try:

@@ -53,7 +53,7 @@ SPECIAL_TOKENS = 3
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the arguments; --quick changes the defaults of others."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="2 layers, length 64, 3 rounds unless given: under 3 minutes")
     add("--layers", type=int, default=12, help="encoder layers (12)")

@@ -43,10 +43,9 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="run_glue.py",
         usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} --do_train …",
-        description="Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method. The same "
+        description="Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method.\nThe same "
         "command continues an interrupted run from its last checkpoint. FILE.yaml sets arguments by name.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     for part, flags in PARTS.items():
         group = parser.add_argument_group(part)

@@ -49,8 +49,6 @@ def own_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="compare.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="compare.py --methods NAMES [--seeds N] [--tune [RATES]] [run_glue's flags]",
     )
     add = parser.add_argument

@@ -63,7 +63,13 @@ def exit_code(error: BaseException) -> int:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser that raises a UsageError for every error, and suggests the nearest flag for an unknown one."""
+    """An argparse parser that raises a UsageError for every error, and suggests the nearest flag for an unknown one.
+
+    Its help shows the description as it is written.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else args

@@ -109,12 +109,7 @@ def as_line(record: dict[str, Any], kind: str, first: bool) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = OneLineParser(
-        prog="predict.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(prog="predict.py", description=__doc__)
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--adapter", help="folder of a trained adapter, or of the run that trained it")
     model.add_argument("--model", help="folder of a merged checkpoint, or any transformers classifier")

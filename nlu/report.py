@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the report."""
-    parser = OneLineParser(prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="report.py", description=__doc__)
     add = parser.add_argument
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, help="where the report goes (the folder that holds MEASURED_DIR)")

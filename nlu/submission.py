@@ -8,7 +8,6 @@ predicted with the MNLI model. Every file must have all rows of the official tes
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 import zipfile
@@ -77,9 +76,7 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = OneLineParser(
-        prog="submission.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="submission.py", description=__doc__)
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="a run's --root_output_dir, or a folder of TSV files"
     )

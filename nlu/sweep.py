@@ -40,9 +40,7 @@ The format of an experiment file is explained at the top of nlu/experiments/expe
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the sweep."""
-    parser = OneLineParser(
-        prog="sweep.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="sweep.py", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
     add("--set", action="append", default=[], metavar="FLAG=VALUE", help="an argument for every run; repeat as needed")
