@@ -160,19 +160,14 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return batches, rows
 
     def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, dataloader: DataLoader, description: str, *, metric_key_prefix: str, **kwargs: Any
     ) -> EvalLoopOutput:
         """As the Trainer's, but the loss counts each row once: the Trainer's own mean includes repeated rows.
 
         Raises:
             RunError: if a logit is not finite: rows of NaN would all be predicted as class 0.
         """
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **kwargs)
         logits = torch.from_numpy(output.predictions)
         if not logits.isfinite().all():
             raise RunError(
