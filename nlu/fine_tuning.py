@@ -102,8 +102,12 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
         if sharded:
             shard(model, training)
         trainer = build_trainer(arguments, training, task, applied, splits, tokenizer, weights)
-    if training.do_train:  # a wrong argument of theirs shows before an older run is deleted
-        trainer.create_optimizer_and_scheduler(total_steps)
+    if training.do_train:  # a missing package or a wrong argument of theirs shows before an older run is deleted
+        try:
+            trainer.create_optimizer_and_scheduler(total_steps)
+        except (ImportError, TypeError, ValueError) as error:
+            names = f"--optim {training.optim.value}, --lr_scheduler_type {training.lr_scheduler_type.value}"
+            raise UsageError(f"{names}: {reason(error, 200)}") from None
         trainer.optimizer = trainer.lr_scheduler = None
 
     wait_for_all()  # until every process has read what it needs from the folder

@@ -180,15 +180,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the Trainer's, with a further group for parameters that have their own learning rate.
-
-        Raises:
-            UsageError: for an optimiser whose package is missing, or arguments that it does not take.
-        """
-        try:
-            optimizer = super().create_optimizer(*args, **kwargs)
-        except (ImportError, TypeError, ValueError) as error:
-            raise UsageError(f"--optim {self.args.optim.value}: {reason(error, 200)}") from None
+        """As the Trainer's, with a further group for parameters that have their own learning rate."""
+        optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.applied.own_rates()
         if self.head_learning_rate is not None:
             ratio = self.head_learning_rate / self.args.learning_rate
@@ -201,13 +194,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
                     group["params"] = [p for p in group["params"] if id(p) not in apart]
                     optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
         return optimizer
-
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; raises UsageError for arguments that the schedule does not take."""
-        try:
-            return super().create_scheduler(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}: {reason(error, 200)}") from None
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
