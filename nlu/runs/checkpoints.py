@@ -7,7 +7,6 @@ writes the folder in ``model/.unfinished/``; it is moved to its place when it is
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from pathlib import Path
@@ -29,18 +28,11 @@ else:
 
 UNFINISHED = ".unfinished"
 _PROGRESS = "Progress"  # in trainer_state.json, beside the states of the Trainer's own callbacks
-_NO_ROOM = 1 << 20  # bytes; a disk with less free space counts as full
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in a folder; None if it has none or does not exist."""
     return get_last_checkpoint(folder) if folder.is_dir() else None
-
-
-def _is_full(folder: Path, error: Exception) -> bool:
-    """Whether a write failed because the disk is full, which torch's own exception does not say."""
-    said = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-    return said or shutil.disk_usage(folder).free < _NO_ROOM
 
 
 class WholeCheckpoints(_Trainer):
@@ -81,11 +73,12 @@ class WholeCheckpoints(_Trainer):
                 os.rename(unfinished, final)
                 unfinished.parent.rmdir()
         except (OSError, RuntimeError, SafetensorError) as error:
-            hint = ". Make room, and give the same command again" if _is_full(folder.parent, error) else ""
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            # torch's exception does not say that a disk is full.
             raise RunError(
                 f"the checkpoint of step {state.global_step} cannot be written ({one_line(error)}); last good "
-                f"checkpoint: {last_checkpoint(folder) or 'none'}{hint}"
+                f"checkpoint: {last_checkpoint(folder) or 'none'}. If the disk is full, make room, and give the same "
+                "command again"
             ) from error
         wait_for_all()
         if self.args.should_save:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import threading
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -108,28 +107,26 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
 
 
 @pytest.mark.parametrize(
-    "owner, name, fault, free, full",
+    "owner, name, fault",
     [
-        (mixin, "save_file", SafetensorError("I/O error: No space left on device (os error 28)"), None, True),
+        (mixin, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
         # torch's error if the disk is full.
-        pytest.param(torch, "save", RuntimeError("unexpected pos 576 vs 534"), 0, True, marks=pytest.mark.slow),
-        pytest.param(os, "rename", PermissionError(errno.EACCES, "denied"), None, False, marks=pytest.mark.slow),
+        pytest.param(torch, "save", RuntimeError("unexpected pos 576 vs 534"), marks=pytest.mark.slow),
+        pytest.param(os, "rename", PermissionError(errno.EACCES, "denied"), marks=pytest.mark.slow),
     ],
     ids=["weights", "optimizer", "another fault"],
 )
-def test_failed_write_of_a_checkpoint_keeps_the_previous_one(flags, run_folder, capsys, owner, name, fault, free, full):
+def test_failed_write_of_a_checkpoint_keeps_the_previous_one(flags, run_folder, capsys, owner, name, fault):
     expected = straight_outcome(flags, run_folder)
 
     def fail():
         patch.setattr(owner, name, mock.Mock(side_effect=fault))
-        if free is not None:
-            patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
 
     with dying("on_save", 2, fail), pytest.MonkeyPatch.context() as patch:  # the patch is undone first
         assert main(flags) == 1
     line = error_line(capsys)
     assert "checkpoint of step 4 cannot be written" in line and "checkpoint-2" in line
-    assert ("Make room" in line) == full
+    assert "If the disk is full, make room" in line
     assert [p.name for p in (run_folder / "model").iterdir()] == ["checkpoint-2"]
     assert read(flags)["status"] == "failed"
     assert main(flags) == 0
