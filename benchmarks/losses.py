@@ -97,7 +97,7 @@ def prepared(
     arguments = arguments_of(flags, folder, steps, device, dtype)
     model, rows = problem()
     speed_up(model)
-    applied = METHODS[arguments.method.method].apply(model, arguments.method, steps)
+    applied = METHODS[arguments.method].apply(model, arguments, steps)
     set_precision(arguments, applied.model)
     return arguments, applied, rows
 
@@ -137,7 +137,7 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
     with tempfile.TemporaryDirectory() as folder:
         arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
         trainer = _Recording(
-            TASKS["cola"], applied, head_learning_rate=arguments.training.head_learning_rate,
+            TASKS["cola"], applied, head_learning_rate=arguments.head_learning_rate,
             args=trainer_arguments(arguments), train_dataset=rows,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

@@ -15,20 +15,19 @@ from nlu.methods.registry import METHODS, flag_methods
 _OF_OWN_FILES = ("train_file", "validation_file", "test_file", "text_columns", "label_column", "metric")
 
 
-def check(args: Any, given: Collection[str], chosen: Collection[str], config: str) -> None:
+def check(args: Any, given: Collection[str], chosen: Collection[str]) -> None:
     """Reject arguments that contradict each other, and fill in the values that follow from others.
 
     Args:
-        args: the value of every flag by name, with the base method in ``method``; changed in place.
+        args: the run's ``Arguments``; changed in place.
         given: names of the flags in the command. chosen: the same, and those set by the method's file or --published.
-        config: name of the method's file.
 
     Raises:
         UsageError: one line that says what to change.
     """
     if args.model_name_or_path is None:
         raise UsageError("--model_name_or_path is missing: give the encoder's folder, or its name on the hub")
-    _check_method(args, given, config)
+    _check_method(args, given)
     args.do_eval = args.do_eval or args.eval_strategy != "no"
     args.do_predict = args.do_predict or args.predict_task is not None
     if not (args.do_train or args.do_eval or args.do_predict):
@@ -44,15 +43,17 @@ def check(args: Any, given: Collection[str], chosen: Collection[str], config: st
     share_batch(args, chosen)
 
 
-def _check_method(args: Any, given: Collection[str], config: str) -> None:
+def _check_method(args: Any, given: Collection[str]) -> None:
     for name in sorted(given):
         readers = flag_methods(name)
         if readers and args.method not in readers:
             raise UsageError(
                 f"--{name} has no meaning with --method {args.method} (only with {', '.join(readers)}): leave it out"
             )
-    if "peft_config" in given and config != "peft":
-        raise UsageError(f"--method {config} has a peft_config of its own: give --method peft with --peft_config")
+    if "peft_config" in given and args.method_config != "peft":
+        raise UsageError(
+            f"--method {args.method_config} has a peft_config of its own: give --method peft with --peft_config"
+        )
     METHODS[args.method].check(args, given)
 
 

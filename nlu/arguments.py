@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from nlu.errors import reason
@@ -99,23 +99,14 @@ class Flag:
 positive_int = Flag("positive_int", int, None, "", AT_LEAST_1).value  # for other programs' arguments
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """All arguments of one run.
+class Arguments(SimpleNamespace):
+    """All arguments of one run: the value of every flag by name.
 
     Attributes:
-        model, data, method, training: the values of the flags by name, in four parts. ``method.method`` is the base
-            method; ``training.world_size`` and ``training.process_index`` come from the launcher.
-        method_config: the name of the method's file in configs/methods/.
-        record: the value of every flag by name, in types that JSON can hold.
+        method, method_config: the base method, and the name of its file in configs/methods/.
+        world_size, process_index: those of the launcher.
+        record: the value of every flag by name, and ``method_config``, in types that JSON can hold; it never changes.
     """
-
-    model: Any
-    data: Any
-    method: Any
-    training: Any
-    method_config: str
-    record: Mapping[str, Any]
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from nlu import METHOD_FOLDER, TASK_FOLDER
@@ -67,16 +66,14 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     base, of_method = method_file(config)
     chosen = published_settings(given, base) | published | of_method | given
     processes = {"world_size": int(os.environ.get("WORLD_SIZE", 1)), "process_index": int(os.environ.get("RANK", 0))}
-    args = SimpleNamespace(**DEFAULTS | chosen | processes | {"method": base})
-    check(args, given, chosen, config)
+    args = Arguments(**DEFAULTS | chosen | processes | {"method": base, "method_config": config})
+    check(args, given, chosen)
     if args.root_output_dir is None:
         data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
         folder = data.format(Path(args.model_name_or_path).name)
         args.root_output_dir = f"output/{folder}/{config}/seed-{args.seed}"
-    parts = {part: SimpleNamespace(**{f.name: getattr(args, f.name) for f in flags}) for part, flags in PARTS.items()}
-    vars(parts["training"]).update(processes)
-    record = {name: getattr(args, name) for name in DEFAULTS}
-    return Arguments(**parts, method_config=config, record={**record, "method_config": config})
+    args.record = {name: getattr(args, name) for name in (*DEFAULTS, "method_config")}
+    return args
 
 
 def read_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -174,19 +171,19 @@ def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:
     Each number n of steps becomes ⌊n · total_steps / schedule_steps⌋, the masking interval at least 1. A warm-up given
     as a fraction of the training does not change, nor does a number that is not set.
     """
-    made_for = arguments.training.schedule_steps
+    made_for = arguments.schedule_steps
     if made_for is None or not 0 < total_steps < made_for:
         return arguments
-    if arguments.training.process_index == 0:
+    if arguments.process_index == 0:
         logger.warning(
             "the training has %d steps, but its schedule was made for %d: warm-ups and masking interval shrink in "
             "proportion", total_steps, made_for,
         )  # fmt: skip
-    fitted = copy.deepcopy(arguments)
-    if fitted.training.warmup_steps >= 1:
-        fitted.training.warmup_steps = int(fitted.training.warmup_steps) * total_steps // made_for
+    fitted = copy.copy(arguments)
+    if fitted.warmup_steps >= 1:
+        fitted.warmup_steps = int(fitted.warmup_steps) * total_steps // made_for
     for name, least in (("init_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
-        number = getattr(fitted.method, name)
+        number = getattr(fitted, name)
         if number is not None:
-            setattr(fitted.method, name, max(least, number * total_steps // made_for))
+            setattr(fitted, name, max(least, number * total_steps // made_for))
     return fitted

@@ -94,7 +94,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 
     load_data(next(iter(parsed.values())))  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
-    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method.method)["label"] for run in firsts}
+    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method)["label"] for run in firsts}
     warnings = unlike(firsts, shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 from copy import copy
-from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -51,14 +50,13 @@ def run(arguments: Arguments, data: Data) -> None:
         UsageError: if the arguments, the data, the model and the folder do not fit together.
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
-    training = arguments.training
-    start_processes(training.use_cpu)
+    start_processes(arguments.use_cpu)
     folder = RunFolder(
-        Path(training.root_output_dir),
+        Path(arguments.root_output_dir),
         arguments.record,
         first_computes(lambda: content_digests(arguments.record)),
-        effective_batch_size(training),
-        training.overwrite_output_dir,
+        effective_batch_size(arguments),
+        arguments.overwrite_output_dir,
     )
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
@@ -68,8 +66,8 @@ def run(arguments: Arguments, data: Data) -> None:
                 _publish(arguments, folder.path, read_json(folder.path / RECORD))
         else:
             _run_in(folder, state, arguments, data, held)
-        if arguments.record["push_to_hub"] and is_first():
-            upload_adapter(training, folder.path)
+        if arguments.push_to_hub and is_first():
+            upload_adapter(arguments, folder.path)
 
 
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, held: contextlib.ExitStack) -> None:
@@ -77,9 +75,9 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     path = folder.path
     previous = read_json(path / RECORD) if state == "resume" else None
     if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
-        arguments = replace(arguments, model=copy(arguments.model))
-        arguments.model.model_revision = previous["model_commit"]
-    total_steps = planned_steps(arguments.training, len(loaded.rows.get("train", ())))
+        arguments = copy(arguments)
+        arguments.model_revision = previous["model_commit"]
+    total_steps = planned_steps(arguments, len(loaded.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
     training = trainer_arguments(arguments, loaded.task.metric)
     config, tokenizer, unfit = load_config(arguments, loaded.task)
@@ -96,8 +94,8 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     set_seed(training.seed)
     with without_accelerates_own() as sharded:
         model = load_model(arguments, config, unfit)
-        applied = METHODS[arguments.method.method].apply(model, arguments.method, total_steps)
-        warm_start = start_from_adapter(model, arguments) if arguments.method.lora_path else None
+        applied = METHODS[arguments.method].apply(model, arguments, total_steps)
+        warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None
         set_precision(arguments, applied.model)
         if sharded:
             shard(model, training)
@@ -139,11 +137,11 @@ def run_recorded(
         train_and_evaluate(arguments, trainer, checkpoint)
         if is_first():
             save_run_adapter(arguments, trainer, record.write("running"), folder)
-        if arguments.training.do_predict:
+        if arguments.do_predict:
             record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer, folder)
         if is_first():
             finished = record.write("finished")
-            if arguments.training.save_strategy == "no":  # checkpoints served only to resume
+            if arguments.save_strategy == "no":  # checkpoints served only to resume
                 shutil.rmtree(folder / "model", ignore_errors=True)
     except BaseException as error:
         record.error = one_line(error)
@@ -160,9 +158,8 @@ def run_recorded(
 
 def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None:
     """Add the run's line to the folder that --measured_dir names, from which tables are made."""
-    measured = arguments.training.measured_dir
-    if measured and is_first():
-        say(f"line:    {publish_run(folder, Path(measured), record)}")
+    if arguments.measured_dir and is_first():
+        say(f"line:    {publish_run(folder, Path(arguments.measured_dir), record)}")
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
@@ -171,8 +168,8 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
     Raises:
         UsageError: for class weights or label smoothing in regression, or a class without a training row.
     """
-    asked = arguments.data.class_weights
-    if task.is_regression and (asked or arguments.training.label_smoothing_factor):
+    asked = arguments.class_weights
+    if task.is_regression and (asked or arguments.label_smoothing_factor):
         flag = "class_weights" if asked else "label_smoothing_factor"
         raise UsageError(f"--{flag} is for classification, but the labels of {task.name} are numbers: leave it out")
     if asked is None or train is None:
@@ -198,23 +195,23 @@ def build_trainer(
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
 
-    given, callbacks = arguments.training, [ProgressLines(task.metric)]
-    if given.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(given.early_stopping_patience, given.early_stopping_threshold))
+    callbacks = [ProgressLines(task.metric)]
+    if arguments.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold))
     validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]
-    bucketed = arguments.data.length_bucketing and "train" in splits
+    bucketed = arguments.length_bucketing and "train" in splits
     return GlueTrainer(
         task,
         applied,
         class_weights=class_weights,
         train_lengths=splits["train"]["length"][:] if bucketed else None,
-        head_learning_rate=given.head_learning_rate,
+        head_learning_rate=arguments.head_learning_rate,
         second_eval_dataset=validation[1],
         args=training,
         train_dataset=splits.get("train"),
         eval_dataset=validation[0],
         processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, "max_length" if arguments.data.pad_to_max_length else True),
+        data_collator=DataCollatorWithPadding(tokenizer, "max_length" if arguments.pad_to_max_length else True),
         compute_metrics=metrics,
         callbacks=callbacks,
     )
@@ -222,7 +219,7 @@ def build_trainer(
 
 def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: str | None) -> None:
     """Train from the checkpoint, or from scratch without one, and evaluate the final weights if not yet done."""
-    if arguments.training.do_train:
+    if arguments.do_train:
         if checkpoint is not None and is_first():
             logger.warning("continuing from %s", checkpoint)
         try:
@@ -230,5 +227,5 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: s
         except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or from an older version
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
     scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
-    if arguments.training.do_eval and trainer.weights_step not in scored:
+    if arguments.do_eval and trainer.weights_step not in scored:
         trainer.evaluate()

@@ -60,14 +60,14 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
     Raises:
         UsageError: if the model does not exist or cannot be read.
     """
-    model = arguments.model
-    source = {"revision": model.model_revision, "cache_dir": model.cache_dir, "trust_remote_code": False}
+    name = arguments.model_name_or_path
+    source = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(model.model_name_or_path, **source)
-        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
+        config = AutoConfig.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except Exception as error:  # a damaged file can raise any exception
         raise _unreadable(arguments, error) from None
-    check_tokenizer(tokenizer, model.model_name_or_path, "--model_name_or_path ")
+    check_tokenizer(tokenizer, name, "--model_name_or_path ")
     labels, unfit = choose_head(config, task)
     config.problem_type = "regression" if task.is_regression else None
     if labels is None:
@@ -76,19 +76,19 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in enumerate(labels)}
     config.return_dict = True
-    if model.cls_dropout is not None:
-        known = [name for name in _DROPOUTS if hasattr(config, name)]
+    if arguments.cls_dropout is not None:
+        known = [dropout for dropout in _DROPOUTS if hasattr(config, dropout)]
         known += ["cls_dropout"] if config.model_type.startswith("deberta") else []
         known = [] if config.model_type.startswith("gpt_neo") else known  # only their token classifiers read it
         if not known:
             raise UsageError(f"--cls_dropout: {config.model_type} has no dropout of its own in the head; leave it out")
-        for name in known:
-            setattr(config, name, model.cls_dropout)
+        for dropout in known:
+            setattr(config, dropout, arguments.cls_dropout)
     return config, tokenizer, unfit
 
 
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
-    name = arguments.model.model_name_or_path
+    name = arguments.model_name_or_path
     absent = "" if Path(name).exists() else "there is no such folder, and the hub returned no such model: "
     return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
 
@@ -128,10 +128,10 @@ def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, tot
         UsageError: if something does not fit.
     """
     model = without_weights(arguments, config)
-    limits = (arguments.data.max_seq_length, tokenizer.model_max_length, longest_input(model))
+    limits = (arguments.max_seq_length, tokenizer.model_max_length, longest_input(model))
     tokenizer.model_max_length = min(limit for limit in limits if limit)
     with torch.device("meta"):
-        check_method_fits(model, arguments.method, total_steps)
+        check_method_fits(model, arguments, total_steps)
 
 
 def without_weights(arguments: Arguments, config: Any) -> nn.Module:
@@ -152,11 +152,11 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
     Raises:
         UsageError: if encoder weights are missing, shapes outside the output layer differ, or a new head is untrained.
     """
-    model, training = arguments.model, arguments.training
+    name = arguments.model_name_or_path
     try:
         with quiet_transformers():
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                model.model_name_or_path, config=config, revision=model.model_revision, cache_dir=model.cache_dir,
+                name, config=config, revision=arguments.model_revision, cache_dir=arguments.cache_dir,
                 dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # a damaged file can raise any exception
@@ -164,28 +164,28 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
     missing, mismatched = set(info["missing_keys"]), {key[0]: key[1:] for key in info["mismatched_keys"]}
     output = _output_layer(loaded, config)
     kept = {id(p) for p in head_parameters(loaded)}
-    encoder = {name for name, p in loaded.named_parameters() if id(p) not in kept}
+    encoder = {key for key, p in loaded.named_parameters() if id(p) not in kept}
     if lacking := sorted(encoder & missing):
-        raise UsageError(f"--model_name_or_path {model.model_name_or_path} lacks encoder weights: {lacking[0]}, …")
+        raise UsageError(f"--model_name_or_path {name} lacks encoder weights: {lacking[0]}, …")
     if wrong := sorted(set(mismatched) - set(output)):
         saved, needed = map(tuple, mismatched[wrong[0]])
         raise UsageError(
-            f"--model_name_or_path {model.model_name_or_path}: {wrong[0]} has the shape {saved} in the checkpoint, and "
-            f"its config.json asks for {needed}"
+            f"--model_name_or_path {name}: {wrong[0]} has the shape {saved} in the checkpoint, and its config.json "
+            f"asks for {needed}"
         )
     unfit = unfit or ("another number of labels" if mismatched else None)
     if unfit is not None and not set(output) <= missing:
         with torch.no_grad():
-            for parameter in (p for name, p in output.items() if name not in mismatched):  # those are new already
+            for parameter in (p for key, p in output.items() if key not in mismatched):  # those are new already
                 parameter.normal_(std=getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0)
         if is_first():
             logger.warning("a new output layer is made, because the checkpoint's has %s", unfit)
-    if (missing or unfit is not None) and not training.do_train:
+    if (missing or unfit is not None) and not arguments.do_train:
         raise UsageError(
-            f"--model_name_or_path {model.model_name_or_path} has no trained head for the task, and nothing trains it "
-            "first: give --do_train, or predict with a trained adapter (nlu/predict.py)"
+            f"--model_name_or_path {name} has no trained head for the task, and nothing trains it first: give "
+            "--do_train, or predict with a trained adapter (nlu/predict.py)"
         )
-    speed_up(loaded, not model.no_fast_attention)
+    speed_up(loaded, not arguments.no_fast_attention)
     return loaded
 
 
@@ -203,7 +203,7 @@ def _output_layer(model: nn.Module, config: Any) -> dict[str, nn.Parameter]:
 
 def set_precision(arguments: Arguments, model: nn.Module) -> None:
     """Cast frozen weights to bfloat16 for a method that needs no autocast, so that no step casts a weight."""
-    if arguments.training.bf16 and not METHODS[arguments.method.method].needs_autocast:
+    if arguments.bf16 and not METHODS[arguments.method].needs_autocast:
         try:
             cast_frozen(model, torch.bfloat16, head=head_modules(model))
         except ValueError as error:

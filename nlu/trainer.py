@@ -310,16 +310,16 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
     Raises:
         UsageError: for float16 without a GPU, and for arguments that transformers refuses.
     """
-    given = arguments.training
-    if given.fp16 and not torch.accelerator.is_available():
+    if arguments.fp16 and not torch.accelerator.is_available():
         raise UsageError("--fp16 needs a GPU: give --bf16")
-    values = {field.name: vars(given)[field.name] for field in fields(TrainingArguments) if field.name in vars(given)}
+    given = vars(arguments)
+    values = {field.name: given[field.name] for field in fields(TrainingArguments) if field.name in given}
     values |= {
-        "output_dir": str(Path(given.root_output_dir) / "model"),
+        "output_dir": str(Path(arguments.root_output_dir) / "model"),
         # The Trainer refuses bfloat16 on a machine without an accelerator unless it is told to use the CPU.
-        "use_cpu": given.use_cpu or not torch.accelerator.is_available(),
+        "use_cpu": arguments.use_cpu or not torch.accelerator.is_available(),
         # Without autocast if only the method's own layers and the head are trained, so that no step casts a weight.
-        "bf16": given.bf16 and METHODS[arguments.method.method].needs_autocast,
+        "bf16": arguments.bf16 and METHODS[arguments.method].needs_autocast,
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
         "metric_for_best_model": metric and f"eval_{metric}",

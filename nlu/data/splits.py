@@ -51,30 +51,29 @@ def load_data(arguments: Any) -> Data:
         UsageError: if a split is missing, a file is malformed (the message names the file and the line), or the task of
             --predict_task has other classes than the trained one.
     """
-    data, training = arguments.data, arguments.training
-    held_out, skipped = data.holdout_fraction is not None, {}
+    held_out, skipped = arguments.holdout_fraction is not None, {}
     wanted = {
-        "train": training.do_train or (training.do_eval and held_out),
-        "validation": training.do_eval and not held_out,
-        "test": training.do_predict,
+        "train": arguments.do_train or (arguments.do_eval and held_out),
+        "validation": arguments.do_eval and not held_out,
+        "test": arguments.do_predict,
     }
-    if data.task_name is None:
-        paths = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+    if arguments.task_name is None:
+        paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
         task, columns, skipped = load_own_files(
             {split: path for split, path in paths.items() if path and (split == "train" or wanted[split])},
-            text_columns=data.text_columns.split(",") if data.text_columns else (),
-            label_column=data.label_column,
-            metric=data.metric,
-            encoding=data.encoding,
-            on_error=data.on_error,
+            text_columns=arguments.text_columns.split(",") if arguments.text_columns else (),
+            label_column=arguments.label_column,
+            metric=arguments.metric,
+            encoding=arguments.encoding,
+            on_error=arguments.on_error,
         )
         rows = {split: _dataset(task, values) for split, values in columns.items()}
     else:
-        task = TASKS[data.task_name]
+        task = TASKS[arguments.task_name]
         rows = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
     if held_out:
-        rows |= _hold_out(task, rows["train"], data.holdout_fraction, data.holdout_seed)
-    rows = _limit(rows, data)
+        rows |= _hold_out(task, rows["train"], arguments.holdout_fraction, arguments.holdout_seed)
+    rows = _limit(rows, arguments)
     second = task.validation_splits[-1] if task.second_rows else ""
     if second in rows and (part := len(rows[second])) != task.second_rows:
         del rows[second]
@@ -83,12 +82,12 @@ def load_data(arguments: Any) -> Data:
 
 
 def _other_tasks(arguments: Any, task: Task) -> list[tuple[Task, Rows]]:
-    if arguments.data.predict_task is None:
+    if arguments.predict_task is None:
         return []
-    other = TASKS[arguments.data.predict_task]
+    other = TASKS[arguments.predict_task]
     if sorted(other.labels or ()) != sorted(task.labels or ()) or len(other.text_fields) != len(task.text_fields):
         raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
-    return [(other, _limit(_load_glue(other, other.test_splits, arguments), arguments.data))]
+    return [(other, _limit(_load_glue(other, other.test_splits, arguments), arguments))]
 
 
 def reorder_labels(task: Task, order: Sequence[str]) -> Task:
@@ -109,13 +108,17 @@ def reorder_labels(task: Task, order: Sequence[str]) -> Task:
 
 
 def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
-    source = arguments.data.glue_dir or os.environ.get("GLUE_DIR"), arguments.model.cache_dir
+    source = arguments.glue_dir or os.environ.get("GLUE_DIR"), arguments.cache_dir
     return {split: _dataset(task, load_split(task, split, *source)) for split in splits}
 
 
-def _limit(rows: Rows, data: Any) -> Rows:
+def _limit(rows: Rows, arguments: Any) -> Rows:
     """The first --max_*_samples rows of each split."""
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    limits = {
+        "train": arguments.max_train_samples,
+        "validation": arguments.max_eval_samples,
+        "test": arguments.max_predict_samples,
+    }
     most = {split: limits[split.partition("_")[0]] or len(each) for split, each in rows.items()}
     return {split: each.select(range(min(most[split], len(each)))) for split, each in rows.items()}
 

@@ -61,11 +61,11 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     Raises:
         UsageError: the model cannot be read, or lacks the modules to adapt.
     """
-    method, trained, size = arguments.method, None, None
+    trained = size = None
     # Only the adapter counts, and it is the same for every task, so a user's own data need not be read.
-    model = without_weights(arguments, load_config(arguments, TASKS[arguments.data.task_name or "sst2"])[0])
+    model = without_weights(arguments, load_config(arguments, TASKS[arguments.task_name or "sst2"])[0])
     with torch.device("meta"):
-        applied = check_method_fits(model, method, 10**9)
+        applied = check_method_fits(model, arguments, 10**9)
     if applied is not None:  # otherwise the size is known only after the run
         trained = size = count_parameters(model)["adapter_params"]
         if applied.allocator is not None:
@@ -73,10 +73,10 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
             for layer in loralib.lora_layers(model).values():
                 pairs = zip(layer.lora_parameters(), layer.singular_axes(), strict=True)
                 size -= (1 - kept) * sum(factor.numel() for factor, axis in pairs if axis is not None)
-    has_scale = method.method in flag_methods("lora_alpha")
-    scale = method.lora_alpha / method.lora_r if has_scale else None
-    rate = None if tuned else arguments.training.learning_rate
-    return Shape(trained, size, scale, method.lora_r, arguments.training.head_learning_rate or rate)
+    has_scale = arguments.method in flag_methods("lora_alpha")
+    scale = arguments.lora_alpha / arguments.lora_r if has_scale else None
+    rate = None if tuned else arguments.learning_rate
+    return Shape(trained, size, scale, arguments.lora_r, arguments.head_learning_rate or rate)
 
 
 def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:

@@ -95,7 +95,7 @@ class AppliedMethod:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune an encoder; ``args`` below is ``Arguments.method``, the values of the methods' flags.
+    """One way to fine-tune an encoder; ``args`` below holds the values of the methods' flags, as ``Arguments`` does.
 
     Attributes:
         name: the base method that a file in configs/methods/ names.

@@ -29,13 +29,13 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     if trainer.applied.ranks is not None:
         write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
-    source = Path(arguments.model.model_name_or_path)
+    source = Path(arguments.model_name_or_path)
     try:
         loralib.save_adapter(
             trainer.applied.model,
             folder / "adapter",
-            base_model=source.name if source.exists() else arguments.model.model_name_or_path,
-            base_revision=None if source.exists() else record["model_commit"] or arguments.model.model_revision,
+            base_model=source.name if source.exists() else arguments.model_name_or_path,
+            base_revision=None if source.exists() else record["model_commit"] or arguments.model_revision,
             card={
                 "task": record["task"],
                 "method": record["method_config"],
@@ -44,7 +44,7 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
                 "seed": record["seed"],
                 "max_seq_length": trainer.processing_class.model_max_length,
                 "text_fields": list(trainer.task.text_fields),
-                **card_of(arguments.method),
+                **card_of(arguments),
             },
             save_tokenizer=trainer.processing_class.save_pretrained,
         )
@@ -52,16 +52,16 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
         raise RunError(str(error)) from None
 
 
-def upload_adapter(training: Any, folder: Path) -> None:
+def upload_adapter(arguments: Arguments, folder: Path) -> None:
     """Upload ``adapter/`` of a finished run, whose card shows the score, to ``--hub_model_id``.
 
     Raises:
         RunError: if the upload fails; the run itself is finished.
     """
-    adapter, name = folder / "adapter", training.hub_model_id
+    adapter, name = folder / "adapter", arguments.hub_model_id
     api = huggingface_hub.HfApi()
     try:
-        api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=adapter)
     except Exception as error:  # the hub's own exceptions, or those of the network
         raise RunError(
@@ -80,10 +80,9 @@ def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]
         UsageError: if the adapter is damaged, was made for other layers or another base, or has factors that are not
             orthonormal although the method needs orthonormal ones.
     """
-    method = arguments.method
     try:
-        config = loralib.start_from_adapter(model, method.lora_path)
-        if method.orthogonality == "retraction":
+        config = loralib.start_from_adapter(model, arguments.lora_path)
+        if arguments.orthogonality == "retraction":
             make_orthonormal(model)  # refuses an update that exact factors would change
     except ValueError as error:
         flags = "--model_name_or_path, --method, --lora_module, --lora_r, --lora_k, --lora_share_outer"

@@ -42,19 +42,19 @@ class RunRecord(TrainerCallback):
         self.path, self.trainer = folder / RECORD, trainer
         self.error: str | None = None
         self._last_write = 0.0
-        task, ranks, training = trainer.task, trainer.applied.ranks, arguments.training
+        task, ranks = trainer.task, trainer.applied.ranks
         self.static = {
             "task": task.name,
             "labels": list(task.labels) if task.labels else None,
-            "method": arguments.method.method,
+            "method": arguments.method,
             "method_config": arguments.method_config,
-            "seed": training.seed,
-            "model": Path(arguments.model.model_name_or_path).name,
+            "seed": arguments.seed,
+            "model": Path(arguments.model_name_or_path).name,
             "model_commit": getattr(trainer.applied.model.config, "_commit_hash", None),
             "scored_params": ranks.scored_parameters if ranks else None,
             "initial_budget": ranks.initial_total_rank if ranks else None,
             "final_budget": ranks.target_total_rank if ranks else None,
-            "effective_batch_size": effective_batch_size(training),
+            "effective_batch_size": effective_batch_size(arguments),
             "constant_loss": _constant_loss(trainer),
             "arguments": arguments.record,
             "versions": versions(),

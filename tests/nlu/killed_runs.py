@@ -139,7 +139,7 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
 
     def watch(arguments, trainer, *rest):
         original(arguments, trainer, *rest)
-        folder = Path(arguments.training.root_output_dir)
+        folder = Path(arguments.root_output_dir)
         frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},

@@ -70,7 +70,7 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
     ("--local-rank=0", "lora2", True),
 ])  # fmt: skip
 def test_parse_arguments_maps_published_flags_to_a_method(flags, method, allocation):
-    parsed = parse(f"{BASE} {flags}").method
+    parsed = parse(f"{BASE} {flags}")
     assert parsed.method == method and (allocation is None or parsed.rank_allocation is allocation)
 
 
@@ -81,11 +81,11 @@ def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(values))  # JSON is YAML too
     parsed = parse(f"{path} --lora_r 5")
-    assert parsed.method.lora_r == 5 and parsed.method.method == "adalora"
-    assert parsed.training.learning_rate == 1e-3 and parsed.training.do_train
-    assert parsed.training.lr_scheduler_kwargs == {"num_cycles": 2}
-    assert parsed.method.target_rank == 2  # by default half the rank
-    assert parse(f"{path} --method lora2").method.method == "lora2"
+    assert parsed.lora_r == 5 and parsed.method == "adalora"
+    assert parsed.learning_rate == 1e-3 and parsed.do_train
+    assert parsed.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert parsed.target_rank == 2  # by default half the rank
+    assert parse(f"{path} --method lora2").method == "lora2"
 
 
 @pytest.mark.parametrize("flags, rate, rank, seed", [
@@ -98,18 +98,18 @@ def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
 ])  # fmt: skip
 def test_method_file_and_flags_override_the_published_settings(flags, rate, rank, seed):
     arguments = parse(f"--published deberta-v3-base --task_name rte --do_train {flags}")
-    found = arguments.training.learning_rate, arguments.method.lora_r, arguments.training.seed
+    found = arguments.learning_rate, arguments.lora_r, arguments.seed
     assert found == (rate, rank, seed)
     folder = f"output/glue/deberta-v3-base/rte/{arguments.method_config}/seed-{seed}"
-    assert arguments.training.root_output_dir == folder
+    assert arguments.root_output_dir == folder
     own = parse(f"--model_name_or_path models/m --train_file data/x.csv --do_train {flags}")
-    assert own.training.root_output_dir == f"output/own/m/x/{own.method_config}/seed-42"
+    assert own.root_output_dir == f"output/own/m/x/{own.method_config}/seed-42"
 
 
 def test_load_best_model_at_end_saves_a_checkpoint_at_every_evaluation():
-    training = parse(f"{BASE} --eval_strategy steps --eval_steps 2 --save_steps 4 --load_best_model_at_end").training
+    training = parse(f"{BASE} --eval_strategy steps --eval_steps 2 --save_steps 4 --load_best_model_at_end")
     assert (training.save_strategy, training.save_steps) == ("steps", 2)
-    assert parse(f"{BASE} --eval_strategy epoch --load_best_model_at_end").training.save_strategy == "epoch"
+    assert parse(f"{BASE} --eval_strategy epoch --load_best_model_at_end").save_strategy == "epoch"
 
 
 # If accepted, each of these would silently give a wrong number or a run other than the one asked for.
@@ -157,7 +157,7 @@ def test_trainer_arguments_has_every_value_of_the_command(tmp_path):
     arguments = parse(f"{text} --lr_scheduler_kwargs '{{}}' --data_seed 3 --bf16 --use_cpu")
     training = trainer_arguments(arguments, "matthews_correlation")
     for name in {flag.name for flag in TRAINING_FLAGS} & vars(training).keys() - {"bf16", "report_to"}:
-        assert getattr(training, name) == getattr(arguments.training, name), name
+        assert getattr(training, name) == getattr(arguments, name), name
     assert training.max_steps == 7 and training.report_to == [] and training.output_dir == str(tmp_path / "model")
     assert training.metric_for_best_model == "eval_matthews_correlation" and training.greater_is_better
     assert not training.bf16  # LoRA²'s layers and the head stay in float32 without autocast
@@ -172,7 +172,7 @@ def test_trainer_arguments_has_every_value_of_the_command(tmp_path):
 ])  # fmt: skip
 def test_total_batch_size_is_kept_for_any_number_of_processes(flags, at_once, accumulated, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    training = parse(f"{BASE} --total_batch_size 32 {flags}").training
+    training = parse(f"{BASE} --total_batch_size 32 {flags}")
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (at_once, accumulated)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="does not divide among 3 processes"):
@@ -194,6 +194,5 @@ def test_fit_schedule_shrinks_in_proportion_and_keeps_the_arguments(flags, steps
     arguments = parse(f"{BASE} {flags}")
     before = dict(arguments.record)
     fitted = fit_schedule(arguments, steps)
-    method = fitted.method
-    assert (fitted.training.warmup_steps, method.init_warmup, method.final_warmup, method.mask_interval) == expected
-    assert all(getattr(arguments.method, name) == before[name] for name in ("init_warmup", "mask_interval"))
+    assert (fitted.warmup_steps, fitted.init_warmup, fitted.final_warmup, fitted.mask_interval) == expected
+    assert all(getattr(arguments, name) == before[name] for name in ("init_warmup", "mask_interval"))

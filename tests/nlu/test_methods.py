@@ -268,7 +268,7 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
 def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
     flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3"]
     arguments = parse_arguments([*base_flags, *flags, "--lora_dropout", "0.25"])
-    applied = apply(tiny_bert(), arguments.method)
+    applied = apply(tiny_bert(), arguments)
     expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
     torch.testing.assert_close(applied.low_rank.penalty(), expected)
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}

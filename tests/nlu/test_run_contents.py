@@ -123,7 +123,7 @@ def test_resumed_run_loads_the_same_commit_of_a_model_on_the_hub(base_flags, tmp
     path.write_text(json.dumps(read(flags) | {"status": "interrupted", "model_commit": "a" * 40}))
 
     def load(arguments, task):
-        seen.append(arguments.model.model_revision)
+        seen.append(arguments.model_revision)
         raise UsageError("far enough")
 
     monkeypatch.setattr(fine_tuning, "load_config", load)
