@@ -22,6 +22,7 @@ from nlu.experiments.records import comparable, measured_line, read_lines, write
 from nlu.json_yaml import read_json
 from nlu.runs.digests import content_digests
 from nlu.runs.files import locked
+from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
 
@@ -111,7 +112,7 @@ def parsed_command(run: Run) -> Arguments:
 
 @dataclass
 class SweepLoop:
-    """Keeps the launcher's `jobs` runs going and collects failures; a context manager for signals and the bar."""
+    """Keeps the launcher's `jobs` runs going, collects failures, and shows a progress bar."""
 
     launcher: LocalLauncher | SlurmLauncher
     places: Places
@@ -121,21 +122,6 @@ class SweepLoop:
     failures: dict[str, str] = field(default_factory=dict)
     stopped_by: int = 0
     _stop_count: int = 0
-
-    def __enter__(self) -> SweepLoop:
-        caught = [signal.SIGINT, signal.SIGTERM]
-        # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
-        if isinstance(self.launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            caught.append(signal.SIGHUP)
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in caught}
-        interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
-        self.bar = tqdm(total=len(self.runs), desc=self.places.measured.stem, unit="run", mininterval=interval)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         self.stopped_by = self.stopped_by or number
@@ -147,6 +133,16 @@ class SweepLoop:
         Args:
             states: the runs' states, see :meth:`Places.states`.
         """
+        caught = [signal.SIGINT, signal.SIGTERM]
+        # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
+        if isinstance(self.launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            caught.append(signal.SIGHUP)
+        interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
+        self.bar = tqdm(total=len(self.runs), desc=self.places.measured.stem, unit="run", mininterval=interval)
+        with self.bar, handled_by(self._on_signal, caught):
+            self._keep_running(states)
+
+    def _keep_running(self, states: dict[str, str]) -> None:
         pending = [run for run in self.runs if states[run.folder] != "finished"]
         self.bar.update(len(self.runs) - len(pending))
         # Folder → the run, the time of the record that it found when it started, and its job.
@@ -236,8 +232,8 @@ def run_experiment(
                 f"({differences}); pass --rerun_changed to repeat them, or give the experiment a new name (with "
                 "compare.py: --name)"
             )
-        with SweepLoop(launcher, places, experiment.runs, rerun_changed) as loop:
-            loop.run(states)
+        loop = SweepLoop(launcher, places, experiment.runs, rerun_changed)
+        loop.run(states)
         return loop.summary()
 
 

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nlu.runs.processes import several
@@ -23,10 +23,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """A block in which SIGTERM and Ctrl-C call the handler; Python allows this in the main thread only."""
+def handled_by(
+    handler: Callable[[int, Any], None], numbers: Iterable[int] = (signal.SIGTERM, signal.SIGINT)
+) -> Iterator[None]:
+    """A block in which these signals call the handler; Python allows this in the main thread only."""
     main = threading.current_thread() is threading.main_thread()
-    previous = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    previous = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield
     finally:
@@ -40,7 +42,7 @@ def _stop(number: int, _frame: object) -> None:
 
 def stopped_by_signals() -> contextlib.AbstractContextManager[None]:
     """A block that SIGTERM and Ctrl-C end at once, with :class:`Interrupted`."""
-    return _handled_by(_stop)
+    return handled_by(_stop)
 
 
 class StopRequest:
@@ -53,7 +55,7 @@ class StopRequest:
 
     def awaited(self) -> contextlib.AbstractContextManager[None]:
         """A block in which a signal is only noted, for :meth:`agreed` to return."""
-        return _handled_by(self._note)
+        return handled_by(self._note)
 
     def _note(self, number: int, _frame: object) -> None:
         if self._signum is None:

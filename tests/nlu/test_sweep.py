@@ -104,7 +104,7 @@ def test_rerun_of_a_failed_run_removes_its_old_line_first(run_sweep, tmp_path):
         raise UsageError("enough")
 
     loop, runs = loop_of(tmp_path, start, content)
-    with pytest.raises(UsageError, match="enough"), loop:
+    with pytest.raises(UsageError, match="enough"):
         loop.run(loop.places.states(runs))
     assert seen == [(True, ["lora-cola-seed=2", "lora-cola-seed=3"])]
 
@@ -191,8 +191,7 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
 
     signals, heard, looks = [signal.SIGINT, signal.SIGTERM], [], []
     loop, runs = loop_of(tmp_path, lambda command, log: Job())
-    with loop:
-        loop.run({run.folder: "to do" if run is runs[0] else "finished" for run in runs})
+    loop.run({run.folder: "to do" if run is runs[0] else "finished" for run in runs})
     assert heard == [False, True] and loop.summary() == 128 + signal.SIGINT
 
 
