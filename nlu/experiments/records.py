@@ -175,7 +175,7 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     """Replace a run's line, or remove it if `line` is None; the whole file is rewritten, under a lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent / ".lock", f"{path.parent} is in use", wait=True):
+    with locked(path.parent / ".lock"):
         lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
         ordered = sorted(lines.values(), key=lambda each: each["run"])
         write_text(path, "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in ordered))

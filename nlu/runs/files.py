@@ -80,12 +80,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, in_use: str | None = None) -> Iterator[None]:
     """Hold the lock on a file until the block or the process ends; log a warning if the system has no locks.
 
     Args:
-        path: the lock file, made if it is missing. in_use: the error message if another process holds the lock.
-        wait: whether to wait until the other process releases the lock.
+        path: the lock file, made if it is missing.
+        in_use: the error message if another process holds the lock; None waits until it releases the lock.
 
     Raises:
         UsageError: if another process holds the lock.
@@ -96,7 +96,7 @@ def locked(path: Path, in_use: str, *, wait: bool = False) -> Iterator[None]:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if in_use else 0))
         except BlockingIOError:
             raise UsageError(in_use) from None
         except (ImportError, OSError) as error:  # not a Unix, or some network file systems

@@ -250,7 +250,7 @@ def test_waiting_thread_gets_the_lock_when_it_is_released(tmp_path):
     entered = threading.Event()
 
     def second():
-        with locked(tmp_path / ".lock", "in use", wait=True):
+        with locked(tmp_path / ".lock"):
             entered.set()
 
     thread = threading.Thread(target=second)
