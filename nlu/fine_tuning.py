@@ -19,7 +19,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPre
 
 from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
-from nlu.data.batching import effective_batch_size, planned_steps
+from nlu.data.batching import planned_steps
 from nlu.data.predictions import predict_sets, to_labels
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, one_line, reason
@@ -51,23 +51,17 @@ def run(arguments: Arguments, data: Data) -> None:
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
     start_processes(arguments.use_cpu)
-    folder = RunFolder(
-        Path(arguments.root_output_dir),
-        arguments.record,
-        first_computes(lambda: content_digests(arguments.record)),
-        effective_batch_size(arguments),
-        arguments.overwrite_output_dir,
-    )
+    folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.record)))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
             if is_first():
                 say(f"{folder.path} holds this run already, finished: give --overwrite_output_dir to run it again")
-                _publish(arguments, folder.path, read_json(folder.path / RECORD))
+                _publish(arguments, read_json(folder.path / RECORD))
         else:
             _run_in(folder, state, arguments, data, held)
         if arguments.push_to_hub and is_first():
-            upload_adapter(arguments, folder.path)
+            upload_adapter(arguments)
 
 
 def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, held: contextlib.ExitStack) -> None:
@@ -115,51 +109,47 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
         for line in description_lines(task, described, tokenizer.model_max_length):
             say(line)
     wait_for_all()
-    facts = {
-        "data": described,
-        "warm_start": warm_start,
-        "digests": folder.digests,
-    }
-    record = RunRecord(arguments, trainer, facts, path, previous)
+    facts = {"data": described, "warm_start": warm_start, "digests": folder.digests}
+    record = RunRecord(trainer, facts, previous)
     trainer.add_callback(record)
     record.write("running")
     if is_first():
         say_start(record.static, trainer)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
-    run_recorded(arguments, list(zip(tasks, tokens, strict=True)), trainer, record, path, checkpoint)
+    run_recorded(list(zip(tasks, tokens, strict=True)), trainer, record, checkpoint)
 
 
-def run_recorded(
-    arguments: Arguments, sets: list, trainer: GlueTrainer, record: RunRecord, folder: Path, checkpoint: str | None
-) -> None:
+def run_recorded(sets: list, trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:
     """Train, evaluate, predict and save the adapter; an error that ends the run early goes into the record."""
+    arguments = trainer.arguments
     try:
-        train_and_evaluate(arguments, trainer, checkpoint)
+        train_and_evaluate(trainer, checkpoint)
         if is_first():
-            save_run_adapter(arguments, trainer, record.write("running"), folder)
+            save_run_adapter(trainer, record.write("running"))
         if arguments.do_predict:
-            record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer, folder)
+            record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer)
         if is_first():
             finished = record.write("finished")
             if arguments.save_strategy == "no":  # checkpoints served only to resume
-                shutil.rmtree(folder / "model", ignore_errors=True)
+                shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     except BaseException as error:
         record.error = one_line(error)
         with contextlib.suppress(OSError):  # a full disk: the record stays as it was
             if isinstance(error, KeyboardInterrupt):
                 record.write("interrupted")
             else:
-                _publish(arguments, folder, record.write("failed"))
+                _publish(arguments, record.write("failed"))
         raise
     if is_first():
-        say_outcome(finished, folder)
-        _publish(arguments, folder, finished)
+        say_outcome(finished)
+        _publish(arguments, finished)
 
 
-def _publish(arguments: Arguments, folder: Path, record: dict[str, Any]) -> None:
+def _publish(arguments: Arguments, record: dict[str, Any]) -> None:
     """Add the run's line to the folder that --measured_dir names, from which tables are made."""
     if arguments.measured_dir and is_first():
-        say(f"line:    {publish_run(folder, Path(arguments.measured_dir), record)}")
+        path = publish_run(Path(arguments.root_output_dir), Path(arguments.measured_dir), record)
+        say(f"line:    {path}")
 
 
 def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
@@ -199,13 +189,11 @@ def build_trainer(
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold))
     validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]
-    bucketed = arguments.length_bucketing and "train" in splits
     return GlueTrainer(
+        arguments,
         task,
         applied,
         class_weights=class_weights,
-        train_lengths=splits["train"]["length"][:] if bucketed else None,
-        head_learning_rate=arguments.head_learning_rate,
         second_eval_dataset=validation[1],
         args=training,
         train_dataset=splits.get("train"),
@@ -217,9 +205,9 @@ def build_trainer(
     )
 
 
-def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: str | None) -> None:
+def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:
     """Train from the checkpoint, or from scratch without one, and evaluate the final weights if not yet done."""
-    if arguments.do_train:
+    if trainer.args.do_train:
         if checkpoint is not None and is_first():
             logger.warning("continuing from %s", checkpoint)
         try:
@@ -227,5 +215,5 @@ def train_and_evaluate(arguments: Arguments, trainer: GlueTrainer, checkpoint: s
         except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or from an older version
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None
     scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
-    if arguments.do_eval and trainer.weights_step not in scored:
+    if trainer.args.do_eval and trainer.weights_step not in scored:
         trainer.evaluate()

@@ -74,10 +74,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
 
     Args:
-        task: decides whether the loss is a squared error or a cross entropy.
+        arguments: the run's. task: decides whether the loss is a squared error or a cross entropy.
         applied: the method, already applied to its model.
-        train_lengths: tokens of each training example, for batches of similar length; None for a plain random order.
-        head_learning_rate: learning rate of the classification head; None for that of the other parameters.
         second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mismatched``.
         class_weights: weight of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
         kwargs: the Trainer's.
@@ -85,17 +83,14 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
     def __init__(
         self,
+        arguments: Arguments,
         task: Task,
         applied: AppliedMethod,
-        train_lengths: list[int] | None = None,
-        head_learning_rate: float | None = None,
         second_eval_dataset: Any = None,
         class_weights: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.task, self.applied = task, applied
-        self.train_lengths = train_lengths
-        self.head_learning_rate = head_learning_rate
+        self.arguments, self.task, self.applied = arguments, task, applied
         self.second_eval_dataset = second_eval_dataset
         self.clock = StepClock(self)
         self.stop_request = StopRequest()
@@ -183,8 +178,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         rates = self.applied.own_rates()
-        if self.head_learning_rate is not None:
-            ratio = self.head_learning_rate / self.args.learning_rate
+        if self.arguments.head_learning_rate is not None:
+            ratio = self.arguments.head_learning_rate / self.args.learning_rate
             rates.append((head_parameters(self.applied.model), ratio))
         for parameters, ratio in rates:
             apart = set(map(id, parameters))
@@ -200,10 +195,11 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         """Overridden because the Trainer takes no sampler, and its own order depends on the number of processes."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.train_lengths is None:
-            self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
+        if self.arguments.length_bucketing:
+            lengths = self.train_dataset["length"][:]
+            self.train_sampler = LengthBucketSampler(lengths, effective_batch_size(self.args), seed)
         else:
-            self.train_sampler = LengthBucketSampler(self.train_lengths, effective_batch_size(self.args), seed)
+            self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
         return self.train_sampler
 
     # ---- the loop -----------------------------------------------------------------------------------------------

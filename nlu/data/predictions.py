@@ -15,9 +15,7 @@ from nlu.runs.files import write_text
 from nlu.tasks import Task
 
 if TYPE_CHECKING:
-    from transformers import Trainer
-
-SUBFOLDER = "predictions"
+    from nlu.trainer import GlueTrainer
 
 
 def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
@@ -26,7 +24,7 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def predict_sets(
-    sets: list[tuple[Task, dict[str, Dataset]]], trainer: Trainer, folder: Path
+    sets: list[tuple[Task, dict[str, Dataset]]], trainer: GlueTrainer
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
     """Predict the validation and test splits of each task, and write them into ``predictions/``.
 
@@ -35,7 +33,7 @@ def predict_sets(
         classes. Both cover only sets whose labels are known (validation sets, MRPC's test set, a user's own). Each
         report's confusion matrix is drawn beside the predictions.
     """
-    scores, reports = {}, {}
+    scores, reports, folder = {}, {}, Path(trainer.arguments.root_output_dir) / "predictions"
     predicted = [(task, split, rows) for task, splits in sets for split, rows in splits.items() if split != "train"]
     for task, split, rows in predicted:
         known = "labels" in rows.column_names  # tokenize leaves hidden labels out
@@ -43,7 +41,7 @@ def predict_sets(
         if not trainer.args.should_save:
             continue
         labels, truth = to_labels(task, output.predictions), rows["labels"][:] if known else None
-        path = write_predictions(task, split, rows["idx"][:], labels, folder / SUBFOLDER, truth)
+        path = write_predictions(task, split, rows["idx"][:], labels, folder, truth)
         if known and split in task.test_splits:
             scores[path.stem] = compute_glue_metrics(task, labels, truth)
         if known and not task.is_regression:

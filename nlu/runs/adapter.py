@@ -17,7 +17,7 @@ from nlu.runs.files import write_json
 from nlu.runs.log import say
 
 
-def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any], folder: Path) -> None:
+def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
     """Write ``rank_pattern.json`` and ``adapter/`` of a finished run from the trainer's current weights.
 
     Args:
@@ -26,6 +26,7 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
     Raises:
         RunError: if a weight is not finite, or a file of ``adapter/`` would be replaced that is not an adapter's.
     """
+    arguments, folder = trainer.arguments, Path(trainer.arguments.root_output_dir)
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     if trainer.applied.ranks is not None:
         write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
@@ -52,13 +53,13 @@ def save_run_adapter(arguments: Arguments, trainer: Any, record: dict[str, Any],
         raise RunError(str(error)) from None
 
 
-def upload_adapter(arguments: Arguments, folder: Path) -> None:
+def upload_adapter(arguments: Arguments) -> None:
     """Upload ``adapter/`` of a finished run, whose card shows the score, to ``--hub_model_id``.
 
     Raises:
         RunError: if the upload fails; the run itself is finished.
     """
-    adapter, name = folder / "adapter", arguments.hub_model_id
+    adapter, name = Path(arguments.root_output_dir) / "adapter", arguments.hub_model_id
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
+from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import UNFINISHED
@@ -47,15 +49,16 @@ class RunFolder:
     """The folder of the run that is about to start.
 
     Attributes:
-        path: --root_output_dir. arguments: the run's, by name. digests: those of the contents that they name.
-        batch_size: rows of one optimiser step. overwrite: whether another or a finished run may be replaced.
+        arguments: the run's. digests: those of the contents that they name.
     """
 
-    path: Path
-    arguments: Mapping[str, Any]
+    arguments: Arguments
     digests: Mapping[str, str]
-    batch_size: int = 1
-    overwrite: bool = False
+
+    @property
+    def path(self) -> Path:
+        """--root_output_dir."""
+        return Path(self.arguments.root_output_dir)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[str]:
@@ -85,13 +88,14 @@ class RunFolder:
         """The state of the run: "new", "resume" (interrupted, or predictions are missing) or "finished".
 
         Raises:
-            UsageError: if the folder holds another run and ``overwrite`` is False, or files without a run's record.
+            UsageError: if the folder holds another run and --overwrite_output_dir is not given, or files without a
+                run's record.
         """
         previous = self._previous()
         if previous is None:
             return "new"
         differences, finished = self._differences(previous), previous.get("status") == "finished"
-        if self.overwrite and (differences or finished):
+        if self.arguments.overwrite_output_dir and (differences or finished):
             return "new"
         if differences:
             raise UsageError(
@@ -105,7 +109,7 @@ class RunFolder:
         try:
             previous = read_json(self.path / RECORD, "give --overwrite_output_dir to start the run again")
         except UsageError:
-            if self.overwrite:
+            if self.arguments.overwrite_output_dir:
                 return None
             raise
         if previous is None:
@@ -118,18 +122,19 @@ class RunFolder:
         """How this run differs from the recorded one; an argument with a digest is compared by the digest alone."""
         old, new = previous.get("digests", {}), self.digests
         flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
-        names = [n for n in changed_arguments(previous.get("arguments", {}), self.arguments) if n not in {*old, *new}]
+        changed = changed_arguments(previous.get("arguments", {}), self.arguments.record)
+        names = [name for name in changed if name not in {*old, *new}]
         parts = [f"other contents of {', '.join(flags)}"] if flags else []
         parts += [f"other {', '.join(names[:5])}"] if names else []
-        rows = previous.get("effective_batch_size")
-        return parts + ([f"{rows} rows a step, not {self.batch_size}"] if rows != self.batch_size else [])
+        then, now = previous.get("effective_batch_size"), effective_batch_size(self.arguments)
+        return parts + ([f"{then} rows a step, not {now}"] if then != now else [])
 
     def _lacks_predictions(self, previous: dict[str, Any]) -> bool:
         """Whether predictions are requested that the recorded run did not make, or made from other test rows."""
-        if not self.arguments.get("do_predict"):
+        asked, made, old = self.arguments.record, previous.get("arguments", {}), previous.get("digests", {})
+        if not asked.get("do_predict"):
             return False
-        made, old = previous.get("arguments", {}), previous.get("digests", {})
-        changed = any(made.get(name) != self.arguments.get(name) for name in PREDICTING)
+        changed = any(made.get(name) != asked.get(name) for name in PREDICTING)
         return changed or old.get("test_file") != self.digests.get("test_file")
 
     def clean(self, state: str) -> None:

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 
 from loralib import lora_layers
 from loralib.injection import module_type
-from nlu.arguments import Arguments
 from nlu.command_line import given_command
 from nlu.data.batching import effective_batch_size
 from nlu.json_yaml import finite
@@ -32,14 +31,13 @@ class RunRecord(TrainerCallback):
     """Collects the fields of ``results.json``; rank 0 writes the whole file each time.
 
     Args:
-        trainer: the run's GlueTrainer. facts: further fields that are known before training. folder: the run's folder.
+        trainer: the run's GlueTrainer. facts: further fields that are known before training.
         previous: the record of the run that is resumed; None for a new run.
     """
 
-    def __init__(
-        self, arguments: Arguments, trainer: Any, facts: dict[str, Any], folder: Path, previous: dict[str, Any] | None
-    ) -> None:
-        self.path, self.trainer = folder / RECORD, trainer
+    def __init__(self, trainer: Any, facts: dict[str, Any], previous: dict[str, Any] | None) -> None:
+        arguments = trainer.arguments
+        self.path, self.trainer = Path(arguments.root_output_dir) / RECORD, trainer
         self.error: str | None = None
         self._last_write = 0.0
         task, ranks = trainer.task, trainer.applied.ranks
@@ -162,8 +160,9 @@ def _constant_loss(trainer: Any) -> float | None:
     return constant_loss(trainer.task, labels, weights, smoothing)
 
 
-def say_outcome(record: dict[str, Any], folder: Path) -> None:
+def say_outcome(record: dict[str, Any]) -> None:
     """Print the scores, what was trained, the folder, and the commands to use next."""
+    folder = Path(record["arguments"]["root_output_dir"])
     if record["best"] is not None:
         say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
     for name, scores in record.get("test_scores", {}).items():

@@ -137,9 +137,9 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
     """Run and save the final state to process-RANK.pt in the run's folder, or stop by SIGTERM after a step."""
     original = fine_tuning.train_and_evaluate
 
-    def watch(arguments, trainer, *rest):
-        original(arguments, trainer, *rest)
-        folder = Path(arguments.root_output_dir)
+    def watch(trainer, checkpoint):
+        original(trainer, checkpoint)
+        folder = Path(trainer.arguments.root_output_dir)
         frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},

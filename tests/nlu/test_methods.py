@@ -73,10 +73,10 @@ def moved(monkeypatch):
     seen = {}
     original = fine_tuning.train_and_evaluate
 
-    def watch(arguments, trainer, *rest):
+    def watch(trainer, checkpoint):
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         frozen = {name: b.detach().clone() for name, b in trainer.model.named_buffers() if "rankadapter" not in name}
-        original(arguments, trainer, *rest)
+        original(trainer, checkpoint)
         after = dict(trainer.model.named_parameters())
         assert after.keys() == before.keys()
         seen["moved"] = {name for name in before if not torch.equal(before[name], after[name])}

@@ -13,6 +13,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from loralib.adapter_folder import has_tokenizer
 from nlu import fine_tuning
+from nlu.arguments import Arguments
 from nlu.data import file_formats
 from nlu.data.file_formats import file_digest
 from nlu.errors import UsageError
@@ -36,9 +37,11 @@ def arguments(encoder, tiny_glue, tmp_path, monkeypatch):
     return {flag: str(tmp_path / name) for flag, name in paths.items()} | {"task_name": "cola", "method": "lora"}
 
 
-def folder_of(arguments, tmp_path, status=None, overwrite=False):
+def folder_of(arguments, tmp_path, status=None, overwrite=False, rows=8):
     """The folder of a run with those arguments; if ``status`` is given, with a record that has it."""
-    folder = RunFolder(tmp_path / "run", arguments, content_digests(arguments), 8, overwrite)
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "world_size": 1}
+    own = Arguments(root_output_dir=tmp_path / "run", overwrite_output_dir=overwrite, record=arguments, **batch)
+    folder = RunFolder(own, content_digests(arguments))
     if status:
         folder.path.mkdir(exist_ok=True)
         record = {"status": status, "arguments": arguments, "digests": folder.digests, "effective_batch_size": 8}
@@ -82,7 +85,7 @@ def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_pa
     with pytest.raises(UsageError, match="other learning_rate"):
         folder_of(same | {"learning_rate": 2e-3}, tmp_path).state()
     with pytest.raises(UsageError, match="8 rows a step, not 16"):
-        RunFolder(tmp_path / "run", same, content_digests(same), 16).state()
+        folder_of(same, tmp_path, rows=16).state()
 
 
 def test_missing_predictions_of_a_finished_run_are_made(arguments, tmp_path):
