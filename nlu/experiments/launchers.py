@@ -21,9 +21,7 @@ class LocalLauncher:
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
-        # One name for each threading library that torch or NumPy may be built on.
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-        self.environment = {**dict.fromkeys(names, threads), **os.environ, "OMP_NUM_THREADS": threads}
+        self.environment = os.environ | {"OMP_NUM_THREADS": threads}  # MKL and OpenBLAS read it too
 
     def start(self, command: list[str], log: Path) -> LocalJob:
         """Start a command; its output is appended to the log.
