@@ -24,7 +24,7 @@ from nlu.data.predictions import predict_sets, to_labels
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
-from nlu.fast.sharding import shard, without_accelerates_own
+from nlu.fast.sharding import without_accelerates_own
 from nlu.json_yaml import read_json
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
@@ -92,7 +92,12 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
         warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None
         set_precision(arguments, applied.model)
         if sharded:
-            shard(model, training)
+            from loralib.interop.sharding import shard_frozen  # needs a torch with FSDP2
+
+            try:
+                shard_frozen(model, training.device.type)
+            except (ValueError, RuntimeError) as error:
+                raise UsageError(f"FSDP: {error}") from None
         trainer = build_trainer(arguments, training, task, applied, splits, tokenizer, weights)
     if training.do_train:  # a missing package or a wrong argument of theirs shows before an older run is deleted
         try:

@@ -10,11 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from torch import nn
-
-from nlu.errors import UsageError
 
 _ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it if its file has distributed_type: FSDP
 
@@ -31,20 +26,3 @@ def without_accelerates_own() -> Iterator[bool]:
     finally:
         if asked is not None:
             os.environ[_ASKED] = asked
-
-
-def shard(model: nn.Module, training: Any) -> None:
-    """Split the frozen weights over the processes; see :func:`loralib.interop.sharding.shard_frozen`.
-
-    Args:
-        training: the run's ``TrainingArguments``, which have the device.
-
-    Raises:
-        UsageError: if the weights cannot be split.
-    """
-    from loralib.interop.sharding import shard_frozen
-
-    try:
-        shard_frozen(model, training.device.type)
-    except (ValueError, RuntimeError) as error:
-        raise UsageError(f"FSDP: {error}") from None
