@@ -37,9 +37,6 @@ class Shape:
     rank: int
     head_rate: float | None
 
-    def like(self, other: Shape) -> bool:
-        return alike(self.size, other.size) and alike(self.scale, other.scale)
-
     def __str__(self) -> str:
         if self.trained is None:
             return "a size that is not known yet"
@@ -88,7 +85,7 @@ def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:
     first, *others = (run.axes["method"] for run in runs)
     lines = []
     for run, spec in zip(runs[1:], others, strict=True):
-        if not shapes[spec].like(shapes[first]):
+        if not (alike(shapes[spec].size, shapes[first].size) and alike(shapes[spec].scale, shapes[first].scale)):
             matching = _matching(run, shapes[first])
             match = next((each for each in matching if each not in shapes), None)
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"

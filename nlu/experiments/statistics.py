@@ -358,12 +358,10 @@ def seeds_for(points: float, spread: Spread) -> int | None:
     variance = sum(each for each, _ in spread.values()) / len(spread) ** 2
     if not variance > 0:
         return None
-    n = 2
-    while n < 10_000:
+    for n in range(2, 10_001):
         quantiles = stats.t.ppf([0.975, 0.8], len(spread) * (n - 1)).sum()
         if quantiles**2 * variance / n <= points**2:
             break
-        n += 1
     return n
 
 
