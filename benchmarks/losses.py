@@ -137,7 +137,8 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
     with tempfile.TemporaryDirectory() as folder:
         arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
         trainer = _Recording(
-            arguments, TASKS["cola"], applied, args=trainer_arguments(arguments), train_dataset=rows,
+            arguments, TASKS["cola"], applied, args=trainer_arguments(arguments, TASKS["cola"].metric),
+            train_dataset=rows,
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -24,6 +24,7 @@ from nlu.errors import OneLineParser, UsageError
 from nlu.json_yaml import read_yaml
 from nlu.methods.registry import FLAGS as METHOD_FLAGS
 from nlu.methods.registry import METHODS
+from nlu.runs.processes import is_first
 
 logger = logging.getLogger("nlu")
 
@@ -65,8 +66,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     config, published = chosen_method(given)
     base, of_method = method_file(config)
     chosen = published_settings(given, base) | published | of_method | given
-    processes = {"world_size": int(os.environ.get("WORLD_SIZE", 1)), "process_index": int(os.environ.get("RANK", 0))}
-    args = Arguments(**DEFAULTS | chosen | processes | {"method": base, "method_config": config})
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = Arguments(**DEFAULTS | chosen | {"method": base, "method_config": config, "world_size": processes})
     check(args, given, chosen)
     if args.root_output_dir is None:
         data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
@@ -174,7 +175,7 @@ def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:
     made_for = arguments.schedule_steps
     if made_for is None or not 0 < total_steps < made_for:
         return arguments
-    if arguments.process_index == 0:
+    if is_first():
         logger.warning(
             "the training has %d steps, but its schedule was made for %d: warm-ups and masking interval shrink in "
             "proportion", total_steps, made_for,

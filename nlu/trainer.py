@@ -297,7 +297,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return int(Path(best).name.rpartition("-")[2])
 
 
-def trainer_arguments(arguments: Arguments, metric: str | None = None) -> TrainingArguments:
+def trainer_arguments(arguments: Arguments, metric: str) -> TrainingArguments:
     """transformers' arguments for a run; the defaults and help of the flags are in ``nlu/arguments.py``.
 
     Args:
@@ -318,8 +318,8 @@ def trainer_arguments(arguments: Arguments, metric: str | None = None) -> Traini
         "bf16": arguments.bf16 and METHODS[arguments.method].needs_autocast,
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
-        "metric_for_best_model": metric and f"eval_{metric}",
-        "greater_is_better": metric and True,
+        "metric_for_best_model": f"eval_{metric}",
+        "greater_is_better": True,
         "push_to_hub": False,  # the run uploads its adapter itself
     }
     if not values["gradient_checkpointing"]:  # transformers warns about its older name whenever it is given

@@ -161,7 +161,7 @@ def test_trainer_arguments_has_every_value_of_the_command(tmp_path):
     assert training.max_steps == 7 and training.report_to == [] and training.output_dir == str(tmp_path / "model")
     assert training.metric_for_best_model == "eval_matthews_correlation" and training.greater_is_better
     assert not training.bf16  # LoRA²'s layers and the head stay in float32 without autocast
-    assert trainer_arguments(parse(f"{text} --bf16 --use_cpu --method full")).bf16
+    assert trainer_arguments(parse(f"{text} --bf16 --use_cpu --method full"), "matthews_correlation").bf16
 
 
 # ---- the batch and the schedule ------------------------------------------------------------------------------------

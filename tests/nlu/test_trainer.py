@@ -70,7 +70,7 @@ def test_time_of_steps_excludes_evaluations_and_checkpoints(base_flags, monkeypa
 
 def test_precision_is_that_of_the_flags_under_accelerate_launch(base_flags, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert trainer_arguments(parse_arguments(base_flags)).mixed_precision == "no"
+    assert trainer_arguments(parse_arguments(base_flags), "accuracy").mixed_precision == "no"
 
 
 @pytest.mark.parametrize("task, rows, processes, accumulation", [
