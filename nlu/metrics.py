@@ -101,11 +101,6 @@ def class_report(task: Task, predictions: Sequence, references: Sequence) -> dic
     }
 
 
-def in_words(scores: dict[str, float]) -> str:
-    """Scores as one short line."""
-    return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-
-
 if __name__.startswith("evaluate_modules"):  # a copy of this file that evaluate.load() imports; evaluate takes seconds
     import datasets
     import evaluate

@@ -16,7 +16,7 @@ _FLOAT32_MAX = 3.4028234e38
 
 
 def load_split(
-    task: Task, split: str, glue_dir: str | Path | None = None, cache_dir: str | Path | None = None
+    task: Task, split: str, glue_dir: str | Path | None = None, cache_dir: str | None = None
 ) -> dict[str, list]:
     """Load one split of a task.
 
@@ -84,12 +84,11 @@ def _label(reader: Reader, row: Row, value: object, task: Task, split: str) -> f
     raise reader.error(row.place, f"label {shown(value)}: the labels of {task.name} {split} are {expected}")
 
 
-def _from_hub(task: Task, split: str, cache_dir: str | Path | None) -> dict[str, list]:
+def _from_hub(task: Task, split: str, cache_dir: str | None) -> dict[str, list]:
     from datasets import load_dataset  # imported here because it takes a second and only the hub needs it
 
-    cache = None if cache_dir is None else str(cache_dir)
     try:
-        rows = load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache)
+        rows = load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache_dir)
         return rows.select_columns([*task.text_fields, "label", "idx"])[:]
     except Exception as error:  # the hub's client raises dozens of unrelated types, all meaning the same to the user
         raise UsageError(

@@ -16,7 +16,7 @@ from nlu.command_line import given_command
 from nlu.data.batching import effective_batch_size
 from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
-from nlu.metrics import constant_loss, in_words
+from nlu.metrics import constant_loss
 from nlu.runs.files import write_json
 from nlu.runs.folder import RECORD
 from nlu.runs.log import say
@@ -166,7 +166,7 @@ def say_outcome(record: dict[str, Any]) -> None:
     if record["best"] is not None:
         say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
     for name, scores in record.get("test_scores", {}).items():
-        say(f"{name}: {in_words(scores)}")
+        say(f"{name}: {', '.join(f'{metric} {score:.4f}' for metric, score in scores.items())}")
     if record["steps"]:
         encoder, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
         pruned = "" if live == encoder else f"; {live:,} of the encoder's remain after pruning"
