@@ -139,6 +139,6 @@ def _text_columns(asked: str | None, card: dict[str, Any]) -> tuple[str, ...]:
     task = TASKS.get(str(card.get("task")))
     trained = tuple(card.get("text_fields") or (task.text_fields if task else ()))
     columns = tuple(asked.split(",")) if asked else trained
-    if not columns or len({*columns}) != len(trained or columns):
+    if len(columns) not in ([len(trained)] if trained else [1, 2]) or len({*columns}) < len(columns):
         raise UsageError(f"--text_columns: name the {len(trained) or '1 or 2'} different column(s) that hold the text")
     return columns

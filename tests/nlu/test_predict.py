@@ -20,7 +20,7 @@ from nlu import predict, run_glue
 from nlu.data.file_formats import Row
 from nlu.errors import UsageError
 from nlu.predict import main
-from nlu.predictor import Predictor
+from nlu.predictor import Predictor, _text_columns
 from tests.nlu.tiny import changed, make_rows, write_rows
 
 ROWS = [{name: row[name] for name in ("a", "b")} for row in make_rows(("a", "b"), True, 40, 0)]
@@ -154,6 +154,13 @@ def test_nan_logits_are_refused(encoder):
     predictor = Predictor(model.eval(), AutoTokenizer.from_pretrained(encoder), ("text",), ["a", "b"], 8)
     with pytest.raises(UsageError, match="gives NaN or infinity: its training has failed"):
         predictor([Row(0, 1, {"text": "a cat"})], 2)
+
+
+@pytest.mark.parametrize(("asked", "trained"), [("a,a", ["a"]), ("a", ["a", "b"]), ("a,b,c", []), ("a,a", [])])
+def test_text_columns_of_another_number_than_in_training_are_refused(asked, trained):
+    """A column named twice would be a pair of texts, and a third one would become the tokenizer's text_target."""
+    with pytest.raises(UsageError, match="different column"):
+        _text_columns(asked, {"text_fields": trained})
 
 
 @pytest.mark.parametrize("change", [
