@@ -190,7 +190,7 @@ def build_trainer(
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
 
-    callbacks = [ProgressLines(task.metric)]
+    callbacks = [ProgressLines(task.metric)] if is_first() else []
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold))
     validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]

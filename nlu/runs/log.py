@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from nlu.command_line import given_command
 from nlu.json_yaml import finite
 from nlu.runs.machine import now, peak_memory_bytes
-from nlu.runs.processes import is_first
 
 logger = logging.getLogger("nlu")
 
@@ -79,7 +78,7 @@ class ProgressLines(TrainerCallback):
         done = state.global_step - self.first_step
         if done == 1:
             self.began = time.monotonic()
-        if done == _FIRST_LINE and self.loss is None and is_first():
+        if done == _FIRST_LINE and self.loss is None:
             say(self._line(state))
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,15 +86,13 @@ class ProgressLines(TrainerCallback):
         if self.batches == 0:
             self.spoke = moment
         self.batches += 1
-        if is_first() and moment - self.spoke > _SILENCE:
+        if moment - self.spoke > _SILENCE:
             self.spoke = moment
             say(f"evaluation: batch {self.batches} of {total}")
         self.batches %= total
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if not is_first():
-            return
         logger.info("step %s %s", state.global_step, json.dumps(finite(logs)))
         if "loss" in logs:
             self.loss = logs["loss"]
