@@ -126,8 +126,8 @@ def _figures(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def training_losses(record: dict[str, Any], parts: int = 20) -> list[float] | None:
-    """The mean training loss in each of `parts` equal parts of the steps; the last two are the last tenth of them.
+def training_losses(record: dict[str, Any]) -> list[float] | None:
+    """The mean training loss in each twentieth of the steps; the last two are the last tenth of them.
 
     An entry of the history is the mean over the steps since the previous entry.
     """
@@ -136,7 +136,7 @@ def training_losses(record: dict[str, Any], parts: int = 20) -> list[float] | No
         return None
     steps, losses = zip(*logged, strict=True)
     by_step = np.repeat(losses, np.diff(steps, prepend=0))
-    return [_figures(part.mean()) for part in np.array_split(by_step, min(parts, len(by_step)))]
+    return [_figures(part.mean()) for part in np.array_split(by_step, min(20, len(by_step)))]
 
 
 def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:
