@@ -45,8 +45,7 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
     """All metrics of a task, the main one first.
 
     Args:
-        predictions: (n,) class numbers, or (n,) or (n, 1) numbers for a regression task.
-        references: the true labels, (n,).
+        predictions: (n,) class numbers, or numbers for a regression task. references: the true labels, (n,).
 
     Returns:
         Metric key -> value, from 0 to 1, or from -1 for correlations, which are 0 for constant predictions, never NaN.
@@ -55,8 +54,6 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
         ValueError: if the two differ in length, or a reference is not a label of the task, such as a hidden one.
     """
     predictions, references = np.asarray(predictions), np.asarray(references)
-    if predictions.ndim == 2 and predictions.shape[1] == 1:
-        predictions = predictions[:, 0]
     low, high = (task.value_range or (-np.inf, np.inf)) if task.is_regression else (0, task.num_labels - 1)
     if not ((references >= low) & (references <= high)).all():
         raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")
