@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -21,11 +21,6 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from nlu.errors import RunError, one_line
 from nlu.runs.processes import wait_for_all
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # at run time the class that uses the mix-in inherits from the Trainer itself
-
 UNFINISHED = ".unfinished"
 _PROGRESS = "Progress"  # in trainer_state.json, beside the states of the Trainer's own callbacks
 
@@ -35,7 +30,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(folder) if folder.is_dir() else None
 
 
-class WholeCheckpoints(_Trainer):
+class WholeCheckpoints:
     """The first base class of GlueTrainer: it writes each checkpoint completely or not at all."""
 
     clock: Any  # the trainer's StepClock
