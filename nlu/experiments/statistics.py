@@ -26,9 +26,9 @@ FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 198
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
-    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "tried", "axes", "asked", "arguments",
-    "model", "machine", "module_ranks", "training_loss", "digests",
+    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "module_ranks", "training_loss",
 ]  # fmt: skip
+_MAPPINGS = ["tried", "axes", "asked", "arguments", "machine", "digests"]  # {} if a line lacks one
 _FIGURES = [
     "steps", "adapter_params", "live_adapter_params", "rate_sum", "delta_norm", "seconds_per_step", "train_seconds",
     "peak_memory_bytes", "constant_loss",
@@ -65,7 +65,7 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
     Raises:
         UsageError: two final runs are equal, seed included.
     """
-    frame = pd.DataFrame([_row(*each) for each in lines], columns=[*_NAMES, *_FIGURES, *_COMPUTED])
+    frame = pd.DataFrame([_row(*each) for each in lines], columns=[*_NAMES, *_MAPPINGS, *_FIGURES, *_COMPUTED])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
     frame["data"] = [_data_files(*each) for each in zip(frame.digests, frame.asked, strict=True)]
     frame["failed"] = have_failed(frame)
@@ -75,8 +75,8 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
 
 def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     row = {name: line.get(name) for name in (*_NAMES, *_FIGURES)} | {"experiment": experiment}
-    row |= {"stage": line.get("stage", "final"), "tried": line.get("tried", {})}
-    row |= {"steps_at": [], "scores": [], "losses": []}
+    row |= {name: line.get(name, {}) for name in _MAPPINGS}
+    row |= {"stage": line.get("stage", "final"), "steps_at": [], "scores": [], "losses": []}
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
         scores = evaluations[line["metric"]]  # the metric is Task.metric
@@ -97,9 +97,9 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _data_files(digests: dict[str, str] | None, asked: dict[str, Any]) -> str:
+def _data_files(digests: dict[str, str], asked: dict[str, Any]) -> str:
     names = ("glue_dir", "train_file", "validation_file")
-    return json.dumps([(digests or {}).get(name) or (asked or {}).get(name) for name in names])
+    return json.dumps([digests.get(name) or asked.get(name) for name in names])
 
 
 def have_failed(runs: pd.DataFrame) -> pd.Series:
@@ -131,10 +131,10 @@ def _tell_apart(frame: pd.DataFrame) -> None:
         )
 
 
-def _settings(arguments: dict[str, Any] | None, data: str, digests: dict[str, str] | None) -> dict[str, Any]:
+def _settings(arguments: dict[str, Any], data: str, digests: dict[str, str]) -> dict[str, Any]:
     """What the runs of one mean must have in common; the contents of what they read are compared by a checksum."""
-    read = data + json.dumps([(digests or {}).get(name) for name in ("model_name_or_path", "lora_path", "peft_config")])
-    own = {name: value for name, value in (arguments or {}).items() if name not in _NO_SETTINGS and "seed" not in name}
+    read = data + json.dumps([digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config")])
+    own = {name: value for name, value in arguments.items() if name not in _NO_SETTINGS and "seed" not in name}
     return own | {"contents": f"{zlib.crc32(read.encode()):08x}"}
 
 

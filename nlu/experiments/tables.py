@@ -117,7 +117,7 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
         minutes=done.train_seconds / 60,
         memory_mib=done.peak_memory_bytes / 2**20,
         training_loss_end=[np.mean(each[-2:]) if isinstance(each, list) else np.nan for each in done.training_loss],
-        processor=[(each or {}).get("cpu", "") for each in done.machine],
+        processor=[each.get("cpu", "") for each in done.machine],
     )
     columns = {"rate_sum": "Λ", "delta_norm": "‖ΔW‖"}
     names = [*columns, "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
@@ -172,7 +172,7 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
     done = finished(every)
     tables = [read_json(path) or {} for path in sorted(PUBLISHED.glob("*.json"))]
     printed = [row for table in tables if {table.get("model")} == set(done.model) for row in table["rows"]]
-    configs = {each.label: (each.arguments or {}).get("method_config") for each in done.itertuples()}
+    configs = {each.label: each.arguments.get("method_config") for each in done.itertuples()}
     names = list(configs.values())
     of_config = {row["config"]: row for row in printed if names.count(row.get("config")) == 1}
     rows = [of_config.get(configs[label], {}) for label in frame.row]
@@ -187,7 +187,7 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
 def setting(every: pd.DataFrame) -> str:
     """A description of what was run, from the lines alone: model, length, row limits, seeds and processors."""
     done = finished(every)
-    arguments = [{**(used or {}), **(asked or {})} for used, asked in zip(done.arguments, done.asked, strict=True)]
+    arguments = [used | asked for used, asked in zip(done.arguments, done.asked, strict=True)]
     limits = {
         f"at most {int(each[name]):,} {split} rows"
         for each in arguments
@@ -202,7 +202,7 @@ def setting(every: pd.DataFrame) -> str:
         f"{spread(done.steps.min(), done.steps.max())} steps",
         *sorted(limits),
         f"{spread(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",
-        ", ".join(sorted({each["cpu"] for each in done.machine if each and each.get("cpu")})),
+        ", ".join(sorted({each["cpu"] for each in done.machine if each.get("cpu")})),
     ]
     return "; ".join(filter(None, parts))
 
