@@ -150,7 +150,7 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
             axes.set_title(f"{HEADINGS.get(task, task)}: median {what}", loc="left")
             axes.set_xlim(left=0)
             if source == "scores":
-                _end_at_the_possible(axes)
+                axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-1]:
         axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
@@ -182,7 +182,7 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
         axes.xaxis.set_major_formatter("{x:.2g}")
         axes.tick_params(axis="x", rotation=45, labelsize=7.5)
         axes.set_title(f"{HEADINGS.get(task, task)}: score", loc="left")
-        _end_at_the_possible(axes)
+        axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
     _legend(figure, panels)
@@ -192,11 +192,6 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
         "constant answer."
     )
     return Drawing(name, text, figure)
-
-
-def _end_at_the_possible(axes: Axes) -> None:
-    """Limit an axis of scores to 100."""
-    axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:

@@ -275,8 +275,8 @@ def _verdict(claim: Any, against: str | None) -> str:
     return f"{claim.expected}{other}: {claim.verdict} (p {p}{gain})"
 
 
-def _with_deviation(mean: float, deviation: float, digits: int = 1) -> str:
-    return number(mean, digits) if pd.isna(deviation) else f"{number(mean, digits)} ± {number(deviation, digits)}"
+def _with_deviation(mean: float, deviation: float) -> str:
+    return number(mean, 1) if pd.isna(deviation) else f"{number(mean, 1)} ± {number(deviation, 1)}"
 
 
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
