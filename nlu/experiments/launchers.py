@@ -27,20 +27,17 @@ class LocalLauncher:
         """Start a command; its output is appended to the log.
 
         Raises:
-            UsageError: the command cannot be run at all.
+            OSError: the command cannot be run at all; it ends the sweep with one line.
         """
         with open(log, "ab") as output:
-            try:
-                return LocalJob(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=self.environment,
-                    start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
-                )
-            except OSError as error:
-                raise UsageError(f"cannot run {command[0]}: {error.strerror}; check --command") from None
+            return LocalJob(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.environment,
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
+            )
 
 
 class LocalJob(subprocess.Popen):
@@ -62,11 +59,10 @@ class SlurmLauncher:
         import submitit
 
         self.jobs = jobs
-        cluster = parameters.get("cluster", "slurm")
-        rest = {name: value for name, value in parameters.items() if name != "cluster"}
+        options = {"timeout_min": 24 * 60, **parameters}  # submitit's default limit is 5 minutes
         try:
-            self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-            self.executor.update_parameters(**{"timeout_min": 24 * 60, **rest})  # submitit's default limit is 5 minutes
+            self.executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
+            self.executor.update_parameters(**options)
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
