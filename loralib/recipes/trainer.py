@@ -16,6 +16,8 @@ transformers is imported only when a trainer is made.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +57,15 @@ class LowRankTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
         self.add_callback(_loop_callback(low_rank))
+        # Around the outermost method: a subclass that replaces compute_loss keeps the penalty.
+        self.__dict__["compute_loss"] = partial(self._with_penalty, self.compute_loss)
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    def _with_penalty(
+        self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """The Trainer's loss with the penalty's gradient, which counts once for each optimiser step. The value is the
         Trainer's, so that the logged losses of all methods can be compared."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = compute_loss(model, inputs, *args, **kwargs)
         if not model.training:
             return result
         from transformers import Trainer
@@ -71,12 +75,12 @@ class LowRankTrainerMixin(_Trainer):
         scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
         if scaled is None:
             scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
             )
         penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
         if isinstance(penalty, torch.Tensor):  # 0.0 without a regulariser
             penalty = penalty - penalty.detach()
-        return (result[0] + penalty, result[1]) if return_outputs else result + penalty
+        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write the trained tensors once, under the model's own names; and the adapter of a PeftModel."""

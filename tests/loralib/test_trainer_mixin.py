@@ -122,8 +122,17 @@ class MeanTrainer(MyTrainer):
     loss_is_scaled_for_ga = False
 
 
+class OwnLossTrainer(MeanTrainer):
+    """Computes the loss itself, without a call of the inherited method."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        loss = mean_loss(outputs, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
 @pytest.mark.parametrize("trainer_class, accumulate, exact", [
-    (MyTrainer, 2, False), (MeanTrainer, 2, False), (MyTrainer, 1, True),
+    (MyTrainer, 2, False), (MeanTrainer, 2, False), (OwnLossTrainer, 2, False), (MyTrainer, 1, True),
 ])  # fmt: skip
 def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, accumulate, exact):
     models = [injected("orthogonal" if exact else "gaussian") for _ in range(2)]
