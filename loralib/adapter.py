@@ -341,11 +341,14 @@ def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
     _write_live_values(layers, config, tensors)
 
 
+@torch.no_grad()
 def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the live singular values and their part of the factors. If a layer's scaling is not the adapter's, e (for
-    LoRA: B) is rescaled, so that ΔW is the adapter's."""
+    """Write the live singular values and their part of the factors; pruned singular values become 0. If a layer's
+    scaling is not the adapter's, e (for LoRA: B) is rescaled, so that ΔW is the adapter's."""
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
+        if layer.lora_E is not None:
+            layer.lora_E.zero_()
         if live:
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
             rescale = group.lora_alpha / layer.lora_alpha
@@ -360,8 +363,8 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
     ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA: B) are rescaled to make up for it.
-    Pruned singular values keep the values that they have in the model's own layers (after ``inject``: e = 0 and random
-    factors), so that they can grow again. The head and the ``requires_grad`` flags are not changed.
+    Pruned singular values become 0 and keep the factors of the model's own layers (after ``inject``: random ones), so
+    that they can grow again. The head and the ``requires_grad`` flags are not changed.
 
     Args:
         model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.

@@ -194,8 +194,8 @@ class RankAllocator:
         return {
             "layers": list(self._names),
             "settings": self._settings(),
-            "sensitivity": self._sensitivity.cpu(),
-            "uncertainty": self._uncertainty.cpu(),
+            "sensitivity": self._sensitivity.to("cpu", copy=True),
+            "uncertainty": self._uncertainty.to("cpu", copy=True),
             "masks": torch.stack([mask.cpu() for mask in self._masks]),
         }
 

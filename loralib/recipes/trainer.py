@@ -58,7 +58,7 @@ class LowRankTrainerMixin(_Trainer):
         self.low_rank = low_rank
         self.add_callback(_loop_callback(low_rank))
         # Around the outermost method: a subclass that replaces compute_loss keeps the penalty.
-        self.__dict__["compute_loss"] = partial(self._with_penalty, self.compute_loss)
+        self.compute_loss = partial(self._with_penalty, self.compute_loss)  # type: ignore[has-type]
 
     def _with_penalty(
         self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any

@@ -177,6 +177,7 @@ def test_warm_start_keeps_the_update_under_another_lora_alpha(tmp_path, kind, op
     model, start = adapted(kind, **options, lora_alpha=4), Net(labels=5)
     folder = loralib.save_adapter(model, tmp_path / "a")
     loralib.inject(start, kind, ["q", "v"], r=3, **options, lora_alpha=7)
+    randomise(start, 0.5)  # as in a model that was trained before
     flags = [p.requires_grad for p in start.parameters()]
     head = start.classifier.weight.clone()
     config = loralib.start_from_adapter(start, folder)
