@@ -90,7 +90,8 @@ class LowRankTraining:
     def step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
         """One optimiser step: :meth:`before_step`, ``optimizer.step()`` and :meth:`after_step`.
 
-        Call it once the gradients are complete and clipped, and before they are cleared.
+        Call it once the gradients are complete and clipped, and before they are cleared. Like ``optimizer.step()``, it
+        does nothing for an optimiser that accelerate has prepared while ``accelerator.accumulate`` gathers gradients.
 
         Args:
             scaler: a ``torch.amp.GradScaler``, whose ``step(optimizer)`` is then called; call its ``update()`` after.
@@ -98,6 +99,8 @@ class LowRankTraining:
         Raises:
             ValueError: as :meth:`before_step`.
         """
+        if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
+            return
         self.before_step(optimizer)
         if scaler is None:
             optimizer.step()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import loralib
@@ -48,6 +49,21 @@ def test_an_optimiser_without_all_factors_is_refused():
         training.step(early)
     late = torch.optim.SGD([p for layer in model.layers for p in layer["v"].lora_parameters()], lr=0.1)
     training.before_step(early, late)
+
+
+def test_accumulating_with_accelerate_equals_whole_batches():
+    models = [adapted("lora2") for _ in range(2)]
+    accumulating, whole = (loralib.LowRankTraining(m, 4, target_rank=1, init_warmup=0, mask_interval=1) for m in models)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = accelerator.prepare(torch.optim.SGD(parameters(models[0]), lr=1e-7))
+    for _ in range(8):
+        with accelerator.accumulate(models[0]):
+            accelerator.backward(models[0](INPUTS).square().sum() + accumulating.penalty())
+            accumulating.step(optimizer)
+            optimizer.zero_grad()
+    stepped(whole, 4, torch.optim.SGD(parameters(models[1]), lr=1e-7))
+    assert accumulating.steps_done == 4
+    assert all(torch.equal(a, b) for a, b in zip(parameters(models[0]), parameters(models[1]), strict=True))
 
 
 @pytest.mark.parametrize("skipped", [False, True])
