@@ -153,7 +153,7 @@ def inject(
     if freeze:
         factors = set(map(id, factors_of(model)))
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in factors)
+            parameter.requires_grad = parameter.requires_grad and id(parameter) in factors
     return list(layers)
 
 

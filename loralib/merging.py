@@ -49,6 +49,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge the adapter and replace the low-rank layers with plain linear layers that hold W + ΔW, in place.
 
+    Save the adapter first: afterwards ``save_adapter`` finds only the head.
+
     Returns:
         The :func:`unwrapped <loralib.model.unwrapped>` model, which other tools can save and load.
 

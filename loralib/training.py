@@ -120,7 +120,8 @@ class LowRankTraining:
         if any(factor.requires_grad and id(factor) not in held for factor in factors_of(self.model)):
             raise ValueError(
                 "the optimiser lacks low-rank factors that train: make it after inject() and compact(), for the model "
-                "that LowRankTraining was made for (in a Trainer: model=, not model_init=)"
+                "that LowRankTraining was made for (in a Trainer: model=, not model_init=); if several optimisers "
+                "hold them, call before_step() with all of them, and after_step()"
             )
         if self.constraint is not None:
             if self.steps_done == 0:
