@@ -353,7 +353,7 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
             rescale = group.lora_alpha / layer.lora_alpha
             named = _named_factors(name, layer).items()
-            layer.scatter(live, [tensors[n] * rescale if p is amplitude else tensors[n] for n, p in named])
+            layer.scatter(live, [tensors[n].to(p) * (rescale if p is amplitude else 1) for n, p in named])
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 import loralib
@@ -54,7 +55,8 @@ def test_an_optimiser_without_all_factors_is_refused():
 def test_accumulating_with_accelerate_equals_whole_batches():
     models = [adapted("lora2") for _ in range(2)]
     accumulating, whole = (loralib.LowRankTraining(m, 4, target_rank=1, init_warmup=0, mask_interval=1) for m in models)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)  # there is no data loader here
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     optimizer = accelerator.prepare(torch.optim.SGD(parameters(models[0]), lr=1e-7))
     for _ in range(8):
         with accelerator.accumulate(models[0]):
