@@ -151,10 +151,11 @@ def test_ax_is_predicted_by_the_trained_model_at_once_or_later(mnli_flags, tmp_p
 def test_the_matrix_of_an_earlier_test_file_with_labels_is_deleted(tmp_path):
     task = Task("custom", "own data", ("text",), ("a", "b"), ("accuracy",))
     output = SimpleNamespace(predictions=np.eye(2))
-    trainer = SimpleNamespace(args=SimpleNamespace(should_save=True), predict=lambda rows: output)
+    arguments = SimpleNamespace(root_output_dir=tmp_path)
+    trainer = SimpleNamespace(args=SimpleNamespace(should_save=True), arguments=arguments, predict=lambda rows: output)
     matrix = tmp_path / "predictions" / "custom_test.png"
     for rows in ({"idx": [0, 1], "labels": [0, 1]}, {"idx": [0, 1]}):
-        predict_sets([(task, {"test": Dataset.from_dict(rows)})], trainer, tmp_path)
+        predict_sets([(task, {"test": Dataset.from_dict(rows)})], trainer)
         assert matrix.exists() == ("labels" in rows)
 
 
