@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from loralib.adapter_folder import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
-from loralib.injection import KINDS, check_replaceable, is_linear, replace_modules
+from loralib.injection import KINDS, check_replaceable, is_linear, refuse_offloaded, replace_modules
 from loralib.layers import LoRALayer
 from loralib.model import (
     factors_of,
@@ -236,6 +236,7 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
     for name, group in config.modules.items():
         if name not in modules:
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
+        refuse_offloaded(name, modules[name])
         check_choice("kind", group.kind, KINDS)
         most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
         # A folder from an untrusted source must not make this allocate unbounded memory.

@@ -161,8 +161,7 @@ def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if accelerate has offloaded one of the linear layers, its forward method was replaced, or it
     has hooks, which may compute its weight or output."""
     for name, module in modules.items():
-        if getattr(vars(module).get("_hf_hook"), "offload", False):
-            raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
+        refuse_offloaded(name, module)
         own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
         usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
         if not usual and not _is_dispatched(module):
@@ -170,6 +169,12 @@ def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
         if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
             raise ValueError(f"{name} has a hook (pruning, weight_norm, MultiAdapter), which would be lost: remove it")
+
+
+def refuse_offloaded(name: str, module: nn.Module) -> None:
+    """Raises ValueError if accelerate keeps the layer's weight elsewhere, so that the module itself has no values."""
+    if getattr(vars(module).get("_hf_hook"), "offload", False):
+        raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
 
 
 def _is_dispatched(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ transformers is imported only when a trainer is made.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -57,30 +58,10 @@ class LowRankTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
         self.add_callback(_loop_callback(low_rank))
-        # Around the outermost method: a subclass that replaces compute_loss keeps the penalty.
-        self.compute_loss = partial(self._with_penalty, self.compute_loss)  # type: ignore[has-type]
-
-    def _with_penalty(
-        self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The Trainer's loss with the penalty's gradient, which counts once for each optimiser step. The value is the
-        Trainer's, so that the logged losses of all methods can be compared."""
-        result = compute_loss(model, inputs, *args, **kwargs)
-        if not model.training:
-            return result
-        from transformers import Trainer
-
-        # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. In versions of
-        # transformers after 5.12, a subclass can declare that its loss is.
-        scaled = self.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
-        if scaled is None:
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            )
-        penalty = self.low_rank.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
-        if isinstance(penalty, torch.Tensor):  # 0.0 without a regulariser
-            penalty = penalty - penalty.detach()
-        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+        # Around the outermost method: a subclass that replaces compute_loss keeps the penalty. The weak reference makes
+        # no cycle, so that a deleted trainer frees its memory at once.
+        own: Any = type(self)
+        self.compute_loss = partial(_with_penalty, weakref.ref(self), own.compute_loss)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write the trained tensors once, under the model's own names; and the adapter of a PeftModel."""
@@ -119,6 +100,35 @@ class LowRankTrainerMixin(_Trainer):
             state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
             self.low_rank.start(self.state.max_steps)
             self.low_rank.load_state_dict(state)
+
+
+def _with_penalty(
+    of: Callable[[], Any],
+    compute_loss: Callable[..., Any],
+    model: nn.Module,
+    inputs: Any,
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
+    """The trainer's loss with the penalty's gradient, which counts once for each optimiser step. The value is the
+    trainer's, so that the logged losses of all methods can be compared."""
+    trainer = of()
+    result = compute_loss(trainer, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+    if not model.training:
+        return result
+    from transformers import Trainer
+
+    # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. In versions of
+    # transformers after 5.12, a subclass can declare that its loss is.
+    scaled = trainer.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
+    if scaled is None:
+        scaled = trainer.compute_loss_func is not None or (
+            trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        )
+    penalty = trainer.low_rank.penalty() / (trainer.current_gradient_accumulation_steps if scaled else 1)
+    if isinstance(penalty, torch.Tensor):  # 0.0 without a regulariser
+        penalty = penalty - penalty.detach()
+    return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 
 
 def _loop_callback(low_rank: LowRankTraining) -> Any:

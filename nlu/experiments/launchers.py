@@ -27,17 +27,20 @@ class LocalLauncher:
         """Start a command; its output is appended to the log.
 
         Raises:
-            OSError: the command cannot be run at all; it ends the sweep with one line.
+            UsageError: the command cannot be run at all.
         """
         with open(log, "ab") as output:
-            return LocalJob(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self.environment,
-                start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
-            )
+            try:
+                return LocalJob(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=self.environment,
+                    start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
+                )
+            except OSError as error:
+                raise UsageError(f"cannot run {command[0]}: {error.strerror}; check --command") from None
 
 
 class LocalJob(subprocess.Popen):

@@ -7,6 +7,7 @@ from accelerate.hooks import attach_execution_device_hook, remove_hook_from_modu
 from torch import nn
 
 import loralib
+from loralib.interop.multi_adapter import MultiAdapter
 from loralib.interop.precision import cast_frozen
 from tests.loralib.small import Linear4bit, randomise, refused
 
@@ -62,10 +63,16 @@ def test_a_dispatched_model_keeps_its_hooks(form, tmp_path):
         assert torch.equal(model(x), plain(x)) and len(moved) == 1
 
 
-def test_offloaded_model_is_refused():
+def test_offloaded_model_is_refused(tmp_path):
+    folder = loralib.save_adapter(adapt(network(), "lora2"), tmp_path)
     model = cpu_offload(network(), "cpu")
-    with refused("accelerate has offloaded 0", model):
-        loralib.inject(model, "lora2", ["0", "2"])
+    for call in (
+        lambda: loralib.inject(model, "lora2", ["0", "2"]),
+        lambda: loralib.load_adapter(model, folder),
+        lambda: MultiAdapter(model).load("a", folder, allow_other_base=True),
+    ):
+        with refused("accelerate has offloaded 0", model):
+            call()
 
 
 @FORMS

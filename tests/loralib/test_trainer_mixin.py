@@ -1,5 +1,7 @@
 """The Trainer mix-in equals a plain loop; its checkpoints hold the trainable parameters, and a resume is exact."""
 
+import weakref
+
 import pytest
 import torch
 from peft import VeraConfig, get_peft_model
@@ -174,3 +176,10 @@ def test_evaluation_loss_has_no_penalty(tmp_path):
     inputs = {n: torch.stack([row[n] for row in ROWS[:8]]) for n in ROWS[0]}
     expected = float(model.eval()(**inputs).loss.detach())
     assert trainer.evaluate(ROWS[:8])["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_deleted_trainer_is_freed_at_once(tmp_path):
+    trainer = MyTrainer(model=(model := injected()), args=plain(tmp_path), low_rank=loralib.LowRankTraining(model))
+    alive = weakref.ref(trainer)
+    del trainer
+    assert alive() is None
