@@ -351,10 +351,9 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
         if layer.lora_E is not None:
             layer.lora_E.zero_()
         if live:
+            layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            rescale = group.lora_alpha / layer.lora_alpha
-            named = _named_factors(name, layer).items()
-            layer.scatter(live, [tensors[n].to(p) * (rescale if p is amplitude else 1) for n, p in named])
+            amplitude.mul_(group.lora_alpha / layer.lora_alpha)
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------

@@ -124,11 +124,18 @@ class Reader:
                 return f"column {name!r} is empty"
             if name in text and type(value) is not str:
                 return f"column {name!r} must be text, got {shown(value)}"
-            if type(value) is str and not value.isascii():
-                try:
-                    value.encode()
-                except UnicodeEncodeError:  # a byte that could not be decoded was read as a lone surrogate
-                    return f"column {name!r} is not {self.encoding} text: give --encoding (cp1252, utf-16, …)"
+            if type(value) is str and (fault := self._undecoded(f"column {name!r} is", value)):
+                return fault
+        return None
+
+    def _undecoded(self, what: str, text: str) -> str | None:
+        """The fault if a byte of the text could not be decoded: it was read as a lone surrogate."""
+        if text.isascii():
+            return None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return f"{what} not {self.encoding} text: give --encoding (cp1252, utf-16, …)"
         return None
 
     # ---- formats -----------------------------------------------------------------------------------------------------
@@ -156,11 +163,8 @@ class Reader:
                 yield place, f"{len(fields)} fields where {width} are expected ({shown(self.columns)})"
 
     def _set_columns(self, names: list[str]) -> None:
-        try:
-            "".join(names).encode()
-        except UnicodeEncodeError:
-            hint = "give --encoding (cp1252, utf-16, …)"
-            raise self.error(1, f"the column names are not {self.encoding} text: {hint}") from None
+        if fault := self._undecoded("the column names are", "".join(names)):
+            raise self.error(1, fault)
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             raise self.error(1, f"two columns are called {twice!r}")
         if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
