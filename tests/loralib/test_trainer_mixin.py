@@ -33,10 +33,19 @@ def vit():
     return model, rows
 
 
-def trained(folder, resume=None, **changes):
-    model, rows = vit()
+def int8_bert():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = encoder("bert")
+    quantize_(model.bert, Int8WeightOnlyConfig())
+    return model, [{"input_ids": torch.tensor([2, 5 + i, 7, 3]), "labels": i % 2} for i in range(16)]
+
+
+def trained(make, folder, resume=None, **changes):
+    model, rows = make()
+    modules = r".*\.(query|value|q_proj|v_proj)"
     torch.manual_seed(1)
-    loralib.inject(model, "lora2", ["q_proj", "v_proj"], r=4, init="orthogonal")
+    loralib.inject(model, "lora2", modules, r=4, init="orthogonal")
     loralib.mark_only_lora_as_trainable(model)
     model.classifier.requires_grad_(True)
     options = {
@@ -52,10 +61,13 @@ def trained(folder, resume=None, **changes):
     return trainer
 
 
-def test_resume_is_exact_for_a_model_saved_under_other_names(tmp_path):
-    whole = trained(tmp_path / "whole").model
+@pytest.mark.parametrize("make", [vit, pytest.param(int8_bert, marks=pytest.mark.slow)])
+def test_resume_is_exact_for_a_model_saved_under_other_names_and_a_quantised_one(tmp_path, make):
+    if make is int8_bert:
+        pytest.importorskip("torchao")
+    whole = trained(make, tmp_path / "whole").model
     for step in (2, 6):
-        resumed = trained(tmp_path / f"from{step}", str(tmp_path / f"whole/checkpoint-{step}")).model
+        resumed = trained(make, tmp_path / f"from{step}", str(tmp_path / f"whole/checkpoint-{step}")).model
         for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
             assert not a.requires_grad or torch.equal(a, b), name
         assert all(torch.equal(a, b) for a, b in zip(whole.buffers(), resumed.buffers(), strict=True))
@@ -66,7 +78,7 @@ def test_resume_is_exact_for_a_model_saved_under_other_names(tmp_path):
 
 def test_best_checkpoint_of_a_model_saved_under_other_names_is_loaded_at_the_end(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    trainer = trained(tmp_path, metric_for_best_model="score", **options)
+    trainer = trained(vit, tmp_path, metric_for_best_model="score", **options)
     best = trainer.state.best_global_step
     assert best < STEPS, "the last step is the best one, so that nothing is tested"
     stored = load_file(f"{trainer.state.best_model_checkpoint}/{TRAINED_FILE}")
@@ -183,3 +195,10 @@ def test_a_deleted_trainer_is_freed_at_once(tmp_path):
     alive = weakref.ref(trainer)
     del trainer
     assert alive() is None
+
+
+def test_low_rank_training_made_for_another_model_is_refused(tmp_path):
+    trainer = MyTrainer(model_init=lambda trial: injected(), args=plain(tmp_path), train_dataset=ROWS,
+                        low_rank=loralib.LowRankTraining(injected()))  # fmt: skip
+    with pytest.raises(ValueError, match="lacks low-rank factors"):
+        trainer.train()
