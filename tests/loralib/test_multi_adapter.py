@@ -1,5 +1,7 @@
 """Several adapters on one base: each row is computed as with its adapter alone, and the base does not change."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,6 +10,12 @@ from torch import nn
 import loralib
 from loralib.interop.multi_adapter import MultiAdapter
 from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: list
+
 
 IDS = torch.arange(2, 50).view(12, 4)
 
@@ -63,6 +71,8 @@ def test_names_and_the_base_are_checked(three):
     adapters.load("lora", three["lora"][0])
     with refused("loaded already", adapters.model):
         adapters.load("lora", three["lora2"][0])
+    with refused("no input has 3 rows"):
+        adapters.run(["lora"] * 3, IDS[:4])
     adapters.activate("lora")
     adapters.remove("lora")
     assert adapters.names == [] and adapters.active is None
@@ -138,6 +148,14 @@ def test_output_that_cannot_be_joined_by_rows_is_refused(two, of_rows):
     two.model.forward = of_rows
     with pytest.raises(ValueError):
         two.run(["a", "b", "b", "b"], torch.arange(12.0).view(4, 3))
+
+
+def test_outputs_in_containers_are_joined(two):
+    two.model.forward = lambda x: {1: x, "extra": Pair(x[:, 0], [x, None])}
+    joined = two.run(["a", "b", "b", "b"], x := torch.arange(12.0).view(4, 3))
+    pair = joined["extra"]
+    assert torch.equal(joined[1], x) and isinstance(pair, Pair) and torch.equal(pair.first, x[:, 0])
+    assert torch.equal(pair.second[0], x) and pair.second[1] is None
 
 
 @pytest.mark.slow
