@@ -9,4 +9,4 @@ WORKDIR /app
 COPY . .
 RUN bash scripts/setup.sh
 ENV PATH=/app/.venv/bin:$PATH
-CMD ["lora2-glue", "--help"]
+CMD ["python", "-m", "nlu.run_glue", "--help"]

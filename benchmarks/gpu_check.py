@@ -140,7 +140,7 @@ def resume() -> str:
             sys.executable, "nlu/run_glue.py", "--model_name_or_path", str(folder / "encoder"), "--task_name", "cola",
             "--glue_dir", str(folder / "glue"), "--do_train", "--max_steps", str(steps), "--save_strategy", "steps",
             "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--save_steps", "2", "--method", "lora2",
-            "--save_total_limit", "50", "--full_determinism", "True", "--disable_tqdm", "True",
+            "--save_total_limit", "50", "--full_determinism", "True",
         ]  # fmt: skip
         weights = []
         for run_name, killed in (("straight", False), ("killed", True)):

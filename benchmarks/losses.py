@@ -83,7 +83,7 @@ def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: 
     settings = {
         "model_name_or_path": "tiny", "task_name": "cola", "root_output_dir": folder, "do_train": True,
         "max_steps": steps, "per_device_train_batch_size": BATCH, "learning_rate": 2e-3, "warmup_steps": 0, "seed": 0,
-        "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": device == "cpu",
+        "save_strategy": "no", "logging_strategy": "no", "use_cpu": device == "cpu",
         "bf16": dtype == "bfloat16",
     }  # fmt: skip
     own = method_file(flags[1])[1]  # the method's file wins over these

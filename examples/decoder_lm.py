@@ -1,7 +1,7 @@
 """LoRA² on a Llama, Qwen or GPT-2 decoder language model (GPT-2's Conv1D layers store the weight transposed).
 
-    python examples/decoder_lm.py --sst2 data/glue/sst2/train.jsonl --out decoder
-    python examples/decoder_lm.py --shape gpt2 --out decoder
+    python examples/decoder_lm.py --out decoder
+    python examples/decoder_lm.py --shape gpt2 --sst2 DATA/sst2/train.jsonl --out decoder
     python examples/decoder_lm.py --model path/or/name --text notes.txt --quantise int8 --out decoder
 
 The training text is SST-2's sentences, each followed by its label, or a text file (default: this repository's licence).

@@ -78,9 +78,7 @@ def save_adapter(
     with plain_names(unwrapped(model)) as model:
         layers = layers_outside_peft(model, "save_pretrained()")
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                "nothing to save: no parameter is trainable (unfreeze a frozen copy's factors and head first)"
-            )
+            raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
         live = live_singular_values(layers)
         factors, tied = _stored_factors(layers, live)
         head = head_tensors(model)

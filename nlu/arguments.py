@@ -190,8 +190,8 @@ TRAINING_FLAGS = (
     Flag("adam_epsilon", float, 1e-8, "Adam's epsilon.", NOT_NEGATIVE),
     Flag("max_grad_norm", float, 1.0, "Gradients are clipped to this norm; 0 turns clipping off.", NOT_NEGATIVE),
     Flag("label_smoothing_factor", float, 0.0, "Label smoothing in the training loss.", SHARE),
-    Flag("bf16", bool, False, "Compute in bfloat16; trainable parameters, head and logits stay in float32 "
-         "(for full, bitfit and the methods of peft: only the stored parameters)."),
+    Flag("bf16", bool, False, "Compute in bfloat16. Trainable parameters, head and logits stay in float32 "
+         "(full, bitfit and the methods of peft compute the logits in bfloat16 too)."),
     Flag("fp16", bool, False, "Compute in float16, on a GPU."),
     Flag("gradient_checkpointing", bool, False, "Recompute activations in the backward pass to save memory."),
     Flag("torch_compile", bool, False, "Compile the model with torch.compile."),
@@ -210,7 +210,6 @@ TRAINING_FLAGS = (
     Flag("logging_steps", int, 10, "Steps between two log lines.", AT_LEAST_1),
     Flag("report_to", ("none", "tensorboard", "wandb", "trackio"), "none", "Tracker; its package must be installed."),
     Flag("run_name", str, None, "The run's name in the tracker."),
-    Flag("disable_tqdm", bool, False, "Turn progress bars off."),
     Flag("push_to_hub", bool, False, "Upload the adapter and its model card to --hub_model_id at the end."),
     Flag("hub_model_id", str, None, "Repository on the hub, OWNER/NAME."),
     Flag("hub_private_repo", bool, None, "Whether a newly created repository is private."),
@@ -225,9 +224,10 @@ CHOICE_FLAGS = (
     Flag("method", str, None, "A file in configs/methods/, without .yaml: lora2, adalora, lora, … Default: lora2."),
     Flag("published", str, None, "Use the settings published for the task on this backbone (deberta-v3-base or "
          "roberta-large) in configs/tasks/TASK.yaml. The method's file and the flags override them."),
-    Flag("apply_lora", bool, False, "Flag of the published code: --method lora, if given without the two flags below."),
-    Flag("apply_adalora", bool, False, "Flag of the published code: --method lora2 with rank allocation."),
-    Flag("lora_type", ("svd", "frd"), None, "Flag of the published code: svd is --method lora2, frd --method lora."),
+    Flag("apply_lora", bool, False, "Flag of the published code; alone it means --method lora."),
+    Flag("apply_adalora", bool, False, "Flag of the published code: --method lora2 with pruning."),
+    Flag("lora_type", ("svd", "frd"), None, "Flag of the published code: frd is --method lora; "
+         "svd is --method lora2, which prunes only with --apply_adalora."),
 )  # fmt: skip
 
 # ---- the low-rank methods -------------------------------------------------------------------------------------------

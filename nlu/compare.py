@@ -55,9 +55,9 @@ def own_parser() -> argparse.ArgumentParser:
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
-        help="first choose each method's learning rate by its score on a held-out tenth of the training set (in "
-        "separate runs, NAME-tuning), from "
-        f"RATES or {RATES} (full: from three rates around its own)")  # fmt: skip
+        help="first choose each method's learning rate by its score on a held-out tenth of the training set, from "
+        f"RATES or {RATES} (a method whose file has a rate, such as full: from three around it); these runs are named "
+        "NAME-tuning")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK)")
     add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (1); with more, step times vary more")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")

@@ -41,7 +41,7 @@ def exit_code(error: BaseException) -> int:
     signal. Any other exception is raised again.
     """
     if isinstance(error, KeyboardInterrupt):
-        print(f"{str(error) or 'stopped'}: give the same command again to continue", file=sys.stderr)
+        print(f"{str(error) or 'stopped'}: give the same command again", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

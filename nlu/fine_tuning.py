@@ -56,7 +56,7 @@ def run(arguments: Arguments, data: Data) -> None:
         state = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
             if is_first():
-                say(f"{folder.path} holds this run already, finished: give --overwrite_output_dir to run it again")
+                say(f"this run has finished already, in {folder.path}: give --overwrite_output_dir to run it again")
                 _publish(arguments, read_json(folder.path / RECORD))
         else:
             _run_in(folder, state, arguments, data, held)

@@ -4,7 +4,7 @@
     python nlu/report.py --measured_dir results/measured    # the repository's own records → results/
 
 It reads MEASURED_DIR/EXPERIMENT.jsonl, which runs and sweeps write, and configs/experiments/claims.yaml. The same lines
-give the same files, byte for byte. Figures to six digits go to tables/*.csv.
+give the same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
 """
 
 import argparse
@@ -34,7 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, help="where the report goes (the folder that holds MEASURED_DIR)")
     add("--claims", type=Path, default=CONFIGS / "experiments/claims.yaml",
         help="questions and claims (configs/experiments/claims.yaml)")  # fmt: skip
-    add("--only", metavar="NAME", help="print the table of one experiment, and write nothing")
     return parser
 
 

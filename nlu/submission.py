@@ -1,6 +1,6 @@
 """Gather the test predictions of several runs (--do_predict) into the zip for gluebenchmark.com.
 
-    python nlu/submission.py output/glue/cola output/glue/sst2 … --out submission.zip
+    python nlu/submission.py output/glue/deberta-v3-base/*/lora2/* --out submission.zip
 
 The server scores a zip only when it has all eleven files: the nine tasks (two for MNLI) and the diagnostic set AX,
 predicted with the MNLI model. Every file must have all rows of the official test set, by index from 0 without a gap.
@@ -46,14 +46,14 @@ def find_predictions(folder: str | Path) -> dict[str, Path]:
     return found
 
 
-def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partial: bool = False) -> dict[str, Path]:
+def make_submission(folders: Sequence[str | Path], out: str | Path) -> dict[str, Path]:
     """Check the predictions of several runs and put them into one zip, its files at the top level.
 
     Returns:
         The server's file name -> the file taken, in the server's order.
 
     Raises:
-        UsageError: as `find_predictions`; if two folders have one test set or, without `allow_partial`, one is missing.
+        UsageError: as `find_predictions`; if two folders have one test set, or one is missing.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -61,11 +61,9 @@ def make_submission(folders: Sequence[str | Path], out: str | Path, allow_partia
             if not found.setdefault(name, path).samefile(path):
                 raise UsageError(f"{name} is there twice: {found[name]} and {path}; leave out one of the folders")
     missing = [name for name in _SERVER if name not in found]
-    if missing and not allow_partial:
-        raise UsageError(
-            f"the server wants all eleven files; missing: {', '.join(missing)} (--allow_partial zips the rest)"
-        )
-    found = {name: found[name] for name in _SERVER if name in found}
+    if missing:
+        raise UsageError(f"the server wants all eleven files; missing: {', '.join(missing)}: name their folders too")
+    found = {name: found[name] for name in _SERVER}
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in found.items():
@@ -81,15 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "folders", nargs="+", metavar="FOLDER", help="a run's --root_output_dir, or a folder of TSV files"
     )
     parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
-    parser.add_argument("--allow_partial", action="store_true", help="write the zip even if files are missing")
     try:
         options = parser.parse_args(arguments)
-        taken = make_submission(options.folders, options.out, options.allow_partial)
+        taken = make_submission(options.folders, options.out)
     except BaseException as error:
         return exit_code(error)
     for name, path in taken.items():
         print(f"{name:<10} {_SERVER[name]:>7,} rows  {path}")
-    print(f"wrote {options.out} with {len(taken)} of {len(_SERVER)} files")
+    print(f"wrote {options.out} with {len(taken)} files")
     return 0
 
 

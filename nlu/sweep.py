@@ -33,7 +33,7 @@ EPILOG = """\
 examples:
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --set glue_dir=DIR --jobs 2
   python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
-  python nlu/sweep.py configs/experiments/paper_table1.yaml --launcher slurm \\
+  python nlu/sweep.py configs/experiments/paper_table1.yaml \\
       --slurm slurm_partition=gpu --slurm gpus_per_node=1 --slurm timeout_min=240
 The format of an experiment file is explained at the top of nlu/experiments/experiment.py."""
 
@@ -49,9 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
-    add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or a cluster (submitit)")
     add("--slurm", action="append", default=[], metavar="KEY=VALUE",
-        help="a parameter of submitit's executor; means --launcher slurm")  # fmt: skip
+        help="run on a Slurm cluster, with this parameter of submitit's executor; repeat as needed")  # fmt: skip
     add("--command", help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'")
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
@@ -87,10 +86,9 @@ def run_sweep(args: argparse.Namespace) -> int:
         for run in experiment.runs:
             print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(command_line(run, places))}")
         return 0
-    if args.launcher == "slurm" or args.slurm:
-        launcher = SlurmLauncher(
-            output / "logs/submitit", _pairs(args.slurm, "--slurm"), args.jobs or len(experiment.runs)
-        )
+    if args.slurm:
+        parameters = _pairs(args.slurm, "--slurm")
+        launcher = SlurmLauncher(output / "logs/submitit", parameters, args.jobs or len(experiment.runs))
     else:
         launcher = LocalLauncher(args.jobs or 1)
     return run_experiment(experiment, places, launcher, args.rerun_changed)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a table and its figures: installs, prepares a real encoder (all-MiniLM-L6-v2, which was tuned for sentence
-# similarity) and real data (STS-B), and compares LoRA², LoRA and AdaLoRA at similar size and equal scale; a few minutes on two cores.
+# similarity) and real data (STS-B), and compares LoRA², LoRA and AdaLoRA at similar size and equal scale.
 #   bash scripts/quickstart.sh [any flag of nlu/compare.py, such as --glue_dir DIR --task_name TASK or --max_steps 30]
 # Relative paths start at the repository.
 set -euo pipefail

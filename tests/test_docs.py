@@ -18,6 +18,7 @@ from nlu.experiments.tables import number, score_frame, with_interval
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
+    "nlu.run_glue": command_line.build_parser,
     "nlu/run_glue.py": command_line.build_parser,
     "nlu/predict.py": predict.build_parser,
     "nlu/sweep.py": sweep.build_parser,

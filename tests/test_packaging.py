@@ -1,5 +1,6 @@
 """The package's metadata, lock file and programs; an added method and an added task are packaged and can be trained."""
 
+import importlib
 import json
 import re
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from nlu.__main__ import PROGRAMS, main
 from tests.nlu.tiny import make_encoder, make_rows, run_python, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,10 +46,12 @@ def test_the_library_needs_torch_safetensors_and_numpy_only():
     assert set(re.findall(r'"([^"]+)"', library.group(1))) <= set(listed)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [
+    "nlu.run_glue", "nlu.predict", "nlu.compare", "nlu.sweep", "nlu.submission", "nlu.report", "loralib.export",
+])  # fmt: skip
 def test_each_program_has_a_help_page(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([name, "--help"])
+        importlib.import_module(name).main(["--help"])
     assert ended.value.code == 0
     assert "usage" in capsys.readouterr().out
 
@@ -111,7 +113,7 @@ def test_a_method_is_one_file_and_a_config_and_a_task_is_one_row(tmp_path):
     encoder = make_encoder(tmp_path / "bert")
     flags = f"""--model_name_or_path {encoder} --task_name toy --glue_dir {tmp_path}/glue --method toy
         --do_train --do_eval --max_steps 3 --per_device_train_batch_size 8 --learning_rate 1e-2
-        --root_output_dir {tmp_path}/run --disable_tqdm True --eval_strategy no --save_strategy no"""
+        --root_output_dir {tmp_path}/run --eval_strategy no --save_strategy no"""
 
     result = run_python("-c", LOOK_AND_RUN, *flags.split(), folder=installed)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -243,7 +243,10 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     state = model.state_dict(keep_vars=True)
     second = second_name(model, {}, {name: state[name] for name in head})
     if second and not values.get("ensure_weight_tying"):
-        raise ValueError(f"{second} is a second name of a trained weight (tied weights), from which peft separates it")
+        raise ValueError(
+            f"{second} is a second name of a trained weight (tied weights), which peft has separated: train in peft "
+            "with ensure_weight_tying=True"
+        )
     install(model, config, tensors, layers)
 
 

@@ -40,7 +40,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     """
     for name, parameter in model.named_parameters():
         if (form := stored_form(parameter)) is not None:
-            raise ValueError(f"{name} is {form}: cast the plain model first, then do that to it")
+            raise ValueError(f"{name} is {form}: cast the plain model before it is {form}")
     if any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
         raise ValueError("a low-rank layer is merged, and unmerging would undo its cast: unmerge before the cast")
     in_head = {module for part in ([head] if isinstance(head, nn.Module) else head) for module in part.modules()}

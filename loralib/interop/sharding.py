@@ -35,7 +35,7 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
     """
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and (form := stored_form(parameter)) is not None:
-            raise ValueError(f"{name} is {form} already, and FSDP splits only plain weights: use one or the other")
+            raise ValueError(f"{name} is {form} already, and FSDP splits only plain weights: leave out one of the two")
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     units = [*_units(model), model]
     setattr(unwrapped(model), BEFORE_SHARDING, base_fingerprint(model, head_tensors(model)))

@@ -3,7 +3,6 @@
 questions:
   - question: Does LoRA² score higher than LoRA on {tasks}?   # {model} and {tasks} are those of the runs
     experiment: base
-    model: MPNet-base                   # the encoder's name while the question is still open
     against: [LoRA r=8, LoRA r=1]       # optional: each row is compared with the listed row that is closest in size
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
@@ -14,7 +13,7 @@ questions:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,12 +40,11 @@ class Question:
 
     question: str
     experiment: str
-    model: str = "the encoder"
-    against: tuple[str, ...] = ()
-    claims: tuple[Claim, ...] = ()
+    against: Sequence[str] = ()
+    claims: Sequence[Claim] = ()
     seeds: int | None = None
     pooled: bool = False
-    test: tuple[str, ...] = ()
+    test: Sequence[str] = ()
 
     def reference(self, label: str, sizes: pd.Series) -> str | None:
         """The row that a row is compared with; None for the first reference row, and if no reference row has runs.
@@ -67,12 +65,11 @@ def load_questions(path: Path) -> list[Question]:
         UsageError: the file cannot be read, or a key is unknown or missing.
     """
     try:
-        return [_question(**raw) for raw in read_yaml(path)["questions"]]
-    except (TypeError, KeyError) as error:
+        return [
+            Question(**raw | {"claims": [Claim(**claim) for claim in raw.get("claims", ())]})
+            for raw in read_yaml(path)["questions"]
+        ]
+    except (AttributeError, TypeError, KeyError) as error:
         raise UsageError(
             f"{path}: {reason(error, 200)}; the format is explained in nlu/experiments/claims.py"
         ) from None
-
-
-def _question(claims: Iterable[dict] = (), against: Iterable[str] = (), test: Iterable[str] = (), **rest) -> Question:
-    return Question(claims=tuple(Claim(**claim) for claim in claims), against=tuple(against), test=tuple(test), **rest)

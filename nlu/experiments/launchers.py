@@ -55,7 +55,7 @@ class LocalJob(subprocess.Popen):
 class SlurmLauncher:
     """Submits runs to a cluster through submitit, `jobs` at once; `parameters` go unchanged to its executor.
 
-    `parameters["cluster"]` may name submitit's other executors (`local`, `debug`), which need no Slurm.
+    `parameters["cluster"]` may name submitit's executor `local`, which needs no Slurm.
     """
 
     def __init__(self, folder: Path, parameters: dict[str, Any], jobs: int) -> None:
@@ -82,13 +82,9 @@ class SlurmLauncher:
             with open(log, "ab") as output:
                 process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
             # Slurm (and submitit: SIGUSR2 before the time is up) signals only this process, which makes the run save.
-            stops = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-            before = [signal.signal(number, lambda *_: process.terminate()) for number in stops]
-            try:
-                return process.wait()
-            finally:  # cluster=debug runs this in the sweep's own process
-                for number, handler in zip(stops, before, strict=True):
-                    signal.signal(number, handler)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+                signal.signal(number, lambda *_: process.terminate())
+            return process.wait()
 
         try:
             return SlurmJob(self.executor.submit(run))

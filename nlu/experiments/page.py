@@ -37,13 +37,12 @@ NOTES = f"""\
   tasks as strata), which covers only the variation between seeds. Student-t errors: the same difference by a model of
   all runs in which a failed run counts little. Read both: neither replaces the other.
 - Failed runs: those whose mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
-  constant answer (in records before 2026-11-28: no evaluation's loss is below 0.99 of it), with the exact interval of
-  their rate (Clopper and Pearson). A failed run that was repeated with seed + 100 has the score of the repetition.
+  constant answer, with the exact interval of their rate (Clopper and Pearson). A failed run that was repeated with
+  seed + 100 has the score of the repetition.
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
-  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate. In records before
-  2026-11-28, each row got the rate with the lowest held-out loss on each task.
+  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate.
 - All numbers to six digits: [scores](tables/scores.csv), [claims](tables/claims.csv) with each task,
   [training](tables/training.csv) (Λ is the sum of the learning rates over the steps; below {SHORT:g} the method has
   hardly moved from its start) and [tuning](tables/tuning.csv).
@@ -51,7 +50,7 @@ NOTES = f"""\
 
 
 def write_report(args: argparse.Namespace) -> int:
-    """Read the records, and write the report or, with ``--only``, print one section.
+    """Read the records, and write the report.
 
     Raises:
         UsageError: for a damaged line or file, which the message names. Nothing is written then.
@@ -64,17 +63,18 @@ def write_report(args: argparse.Namespace) -> int:
     asked = {question.experiment for question in questions}
     questions += [Question("How do the methods compare on {tasks} with {model}?", name)
                   for name in dict.fromkeys(runs.experiment) if name not in asked]  # fmt: skip
-    if args.only is not None:
-        names = [question.experiment for question in questions]
-        if args.only not in names:
-            raise UsageError(f"--only {args.only} is not an experiment: choose one of {', '.join(names)}")
-        questions = [question for question in questions if question.experiment == args.only]
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
         every = runs[runs.experiment == question.experiment]
         there, wanted = _measured(question, every)
         if there < wanted:
-            open_questions.append(_open_line(question, every, there, wanted))
+            if there:
+                failed = int((every.status == "failed").sum())
+                ended = f" {failed} run(s) failed." if failed else ""
+                open_questions.append(
+                    f"- {_heading(question, finished(every))} Measured so far: {there} of {wanted} runs "
+                    f"(`configs/experiments/{question.experiment}.yaml`).{ended}"
+                )
             continue
         text, tables, written = section(question, every)
         parts.append(text)
@@ -82,9 +82,6 @@ def write_report(args: argparse.Namespace) -> int:
         for kind, frame in tables.items():
             frame.insert(0, "experiment", question.experiment)
             frames.setdefault(kind, []).append(frame)
-    if args.only is not None:
-        print("\n".join(parts or open_questions))
-        return 0
     if open_questions:
         parts += ["## Open questions\n", *open_questions, ""]
     for old in (output / "figures").glob("*.*") if page.exists() else ():
@@ -110,15 +107,11 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     claims, tuning = claims_frame(every, question), tuning_frame(every)
     held_out = all("holdout_fraction" in asked for asked in done.asked)
     printed = tuning_text(tuning) if held_out and len(tuning) else score_text(scores, claims)
-    heading = question.question.format(
-        model=" and ".join(sorted(set(done.model.dropna()))),
-        tasks=" and ".join(", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(done.task)).rsplit(", ", 1)),
-    )
     drawings = draw(question.experiment, every, scores, tuning_runs(every))
     shown, *others = drawings or [None]
     links = [f"[{drawing.name.rpartition('_')[2]}](figures/{drawing.name}.png)" for drawing in others]
     more = f" More figures: {', '.join(links)}." if links else ""
-    lines = [f"## {markdown_text(heading)}", "", f"Measured: {markdown_text(setting(every))}.{more}"]
+    lines = [f"## {_heading(question, done)}", "", f"Measured: {markdown_text(setting(every))}.{more}"]
     crashed = int(((every.stage == "final") & (every.status == "failed")).sum())
     lines += [f"{crashed} run(s) ended early and have no score."] if crashed else []
     missing = [each.label for each in question.claims if each.label not in set(done.label)]
@@ -144,9 +137,7 @@ def _measured(question: Question, every: pd.DataFrame) -> tuple[int, int]:
     return int(there), len(rows) * max(1, done.task.nunique()) * question.seeds
 
 
-def _open_line(question: Question, every: pd.DataFrame, there: int, wanted: int) -> str:
-    text = question.question.format(model=question.model, tasks="its tasks")
-    state = f"Measured so far: {there} of {wanted} runs" if there else "Not measured yet"
-    failed = int((every.status == "failed").sum())
-    ended = f" {failed} run(s) failed." if failed else ""
-    return f"- {markdown_text(text)} {state} (`configs/experiments/{question.experiment}.yaml`).{ended}"
+def _heading(question: Question, done: pd.DataFrame) -> str:
+    models = " and ".join(sorted(set(done.model.dropna())))
+    tasks = " and ".join(", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(done.task)).rsplit(", ", 1))
+    return markdown_text(question.question.format(model=models or "the encoder", tasks=tasks or "its tasks"))

@@ -26,7 +26,8 @@ FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 198
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
-    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "module_ranks", "training_loss",
+    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "effective_batch_size",
+    "module_ranks", "training_loss",
 ]  # fmt: skip
 _MAPPINGS = ["tried", "axes", "asked", "arguments", "machine", "digests"]  # {} if a line lacks one
 _FIGURES = [
@@ -115,7 +116,7 @@ def have_failed(runs: pd.DataFrame) -> pd.Series:
 
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Extend the labels of final runs that share experiment, label and task by the settings that differ."""
-    columns = frame.arguments, frame.data, frame.digests
+    columns = frame.arguments, frame.effective_batch_size, frame.data, frame.digests
     settings = pd.Series([_settings(*each) for each in zip(*columns, strict=True)], frame.index)
     runs = finished(frame)
     for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
@@ -131,11 +132,11 @@ def _tell_apart(frame: pd.DataFrame) -> None:
         )
 
 
-def _settings(arguments: dict[str, Any], data: str, digests: dict[str, str]) -> dict[str, Any]:
+def _settings(arguments: dict[str, Any], batch: int | None, data: str, digests: dict[str, str]) -> dict[str, Any]:
     """What the runs of one mean must have in common; the contents of what they read are compared by a checksum."""
     read = data + json.dumps([digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config")])
     own = {name: value for name, value in arguments.items() if name not in _NO_SETTINGS and "seed" not in name}
-    return own | {"contents": f"{zlib.crc32(read.encode()):08x}"}
+    return own | {"effective_batch_size": batch, "contents": f"{zlib.crc32(read.encode()):08x}"}
 
 
 def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:

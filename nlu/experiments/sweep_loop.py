@@ -180,7 +180,7 @@ class SweepLoop:
         for folder, reason in self.failures.items():
             print(f"failed: {folder}: {reason}", file=sys.stderr)
         counts = f"{self.finished} run(s) finished now, {len(self.failures)} failed"
-        print(f"{counts}; the lines of all are in {self.places.measured}")
+        print(f"{counts}; the results of all are in {self.places.measured}")
         if self.stopped_by:
             print("stopped; the same command continues from here", file=sys.stderr)
             return 128 + self.stopped_by
@@ -228,7 +228,7 @@ def run_experiment(
         if changed and not rerun_changed:
             differences = ", ".join(places.changes(changed[0], places.lines()[changed[0].folder]))
             raise UsageError(
-                f"{len(changed)} run(s), {changed[0].folder} first, were made with other arguments or contents "
+                f"{len(changed)} run(s), for example {changed[0].folder}, were made with other arguments or contents "
                 f"({differences}); pass --rerun_changed to repeat them, or give the experiment a new name (with "
                 "compare.py: --name)"
             )

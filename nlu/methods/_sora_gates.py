@@ -13,14 +13,13 @@ from loralib.model import svd_layers
 class ProximalGates(TrainerCallback):
     """Takes the proximal step on every gate after each optimiser step, and counts the live ranks.
 
-    There is no target budget and nothing is scored: ``target_total_rank`` and ``scored_parameters`` are None.
+    There is no target budget: ``target_total_rank`` is None.
 
     Args:
         model: the e of its low-rank layers are the gates. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
     """
 
     target_total_rank = None
-    scored_parameters = None
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
         self.sparsity = sparsity

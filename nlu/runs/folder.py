@@ -24,7 +24,7 @@ LOCK = ".lock"
 # Arguments that may differ when a run is resumed: the places of files, reporting, speed, and how the processes share a
 # batch. The rows of an optimiser step are compared instead.
 FREE = frozenset({
-    "cache_dir", "dataloader_num_workers", "disable_tqdm", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
+    "cache_dir", "dataloader_num_workers", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
     "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
     "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
     "save_total_limit", "test_file", "total_batch_size", "train_file", "validation_file",

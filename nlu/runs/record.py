@@ -40,6 +40,7 @@ class RunRecord(TrainerCallback):
         self.path, self.trainer = Path(arguments.root_output_dir) / RECORD, trainer
         self.error: str | None = None
         self._last_write = 0.0
+        self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
         task, ranks = trainer.task, trainer.applied.ranks
         self.static = {
             "task": task.name,
@@ -49,7 +50,6 @@ class RunRecord(TrainerCallback):
             "seed": arguments.seed,
             "model": Path(arguments.model_name_or_path).name,
             "model_commit": getattr(trainer.applied.model.config, "_commit_hash", None),
-            "scored_params": ranks.scored_parameters if ranks else None,
             "initial_budget": ranks.initial_total_rank if ranks else None,
             "final_budget": ranks.target_total_rank if ranks else None,
             "effective_batch_size": effective_batch_size(arguments),
@@ -99,7 +99,7 @@ class RunRecord(TrainerCallback):
             "planned_steps": self.trainer.state.max_steps,
             "train_seconds": seconds,
             "seconds_per_step": seconds / steps if steps else None,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": max(self._peak_before, peak_memory_bytes()),
         }
 
     def evaluations(self) -> list[dict[str, Any]]:
@@ -178,8 +178,8 @@ def say_outcome(record: dict[str, Any]) -> None:
     say(f"folder:  {folder}")
     if (folder / "predictions").is_dir():
         say(f"predictions: {folder / 'predictions'}")
-    say(f"predict: python -m nlu predict --adapter {adapter} --base {base} --input FILE")
+    say(f"predict: python -m nlu.predict --adapter {adapter} --base {base} --input FILE")
     method = METHODS[record["method"]]
     if method.rebuild is None:  # a method that adds modules cannot be exported: no other tool loads them
         form = "peft" if method.name in flag_methods("lora_r") else "merged"
-        say(f"export:  python -m nlu export {adapter} --to {form} OUT --base {base}")
+        say(f"export:  python -m loralib.export {adapter} --to {form} OUT --base {base}")

@@ -128,7 +128,7 @@ def test_two_processes_resume_exactly(base_flags, tmp_path):
     _, told = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0
     log = (tmp_path / "stopped" / "log" / "run.log").read_text()
-    assert told.count("give the same command again to continue") == 1  # only rank 0 reports it
+    assert told.count("give the same command again") == 1  # only rank 0 reports it
     assert log.count("---- ") == 1 and log.count("Interrupted: stopped after step") == 1
     assert read(stopped)["status"] == "interrupted"
 

@@ -99,7 +99,7 @@ def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):
     monkeypatch.setattr(splits, "load_data", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert main(flags) == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again to continue\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM: give the same command again\n"
     assert not run_folder.exists()
 
 

@@ -20,12 +20,10 @@ def make(tmp_path, capsys, monkeypatch):
     """A function that writes lines and questions, runs the report: (exit code, stdout, stderr). Figures are empty."""
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
 
-    def call(lines, *flags, experiment="trial", questions=QUESTIONS):
-        write(tmp_path / "measured", experiment, lines)
+    def call(lines, questions=QUESTIONS):
+        write(tmp_path / "measured", "trial", lines)
         (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
-        code = report.main(
-            ["--measured_dir", str(tmp_path / "measured"), "--claims", str(tmp_path / "claims.yaml"), *flags]
-        )
+        code = report.main(["--measured_dir", str(tmp_path / "measured"), "--claims", str(tmp_path / "claims.yaml")])
         return (code, *capsys.readouterr())
 
     return call
@@ -39,7 +37,7 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert make(trial())[0] == 0
     page = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (.*)", page, re.M) == [
-        "Does the larger one score more on CoLA and STS-B?", "Open questions", "How to read the tables"
+        "Does the larger one score more on CoLA and STS-B?", "How to read the tables"
     ]  # fmt: skip
     # By hand: in both tasks 1.9, 2.0 and 2.1 points, so a standard error of 0.1 / √6, 4 degrees of freedom, t = 2.776.
     assert re.search(
@@ -48,7 +46,7 @@ def test_the_page_answers_each_question_with_a_table_and_a_figure(make, tmp_path
     assert "; level, against absent: not measured yet |" in page
     assert page.count("](figures/trial_differences.png)") == page.count("![") == 1
     assert "[curves](figures/trial_curves.png)" in page
-    assert "- And elsewhere? Not measured yet (`configs/experiments/recipe.yaml`)." in page
+    assert "And elsewhere?" not in page  # it has no run
 
 
 def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, tmp_path):
@@ -67,7 +65,7 @@ def test_question_has_no_table_before_its_last_seed_has_finished(make, tmp_path)
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
     make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
     page = (tmp_path / "README.md").read_text()
-    assert "score more on its tasks? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
+    assert "score more on CoLA and STS-B? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
     assert not (tmp_path / "tables").exists()
     make(lines, questions={"questions": [question]})
     assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
@@ -87,13 +85,14 @@ def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
     assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows; 1 seed; AMD EPYC." in page
 
 
-def test_published_scores_have_a_column_of_their_own(make):
+def test_published_scores_have_a_column_of_their_own(make, tmp_path):
     settings = {"model": "deberta-v3-base", "arguments": {"method_config": "lora2"}}
-    shown = make([line("LoRA² k=8", "rte", 1, [0.5], **settings)], "--only", "mine", experiment="mine")[1]
+    make([line("LoRA² k=8", "rte", 1, [0.5], **settings)])
+    shown = (tmp_path / "README.md").read_text()
     assert re.search(r"\| +RTE \| +RTE published \| +failed", shown)
     assert re.search(r"\| +50\.0 \| +88\.45 \|", shown)  # LoRA², Table 1
-    ablation = [line(label, "rte", 1, [0.5], **settings) for label in ("all terms", "two terms")]
-    assert "published" not in make(ablation, "--only", "terms", experiment="terms")[1]  # neither is the paper's row
+    make([line(label, "rte", 1, [0.5], **settings) for label in ("all terms", "two terms")])
+    assert "RTE published" not in (tmp_path / "README.md").read_text()  # neither is the paper's row
 
 
 def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
@@ -188,9 +187,7 @@ def test_live_ranks_are_drawn_for_each_row_that_prunes():
     assert drawing.png()[:4] == b"\x89PNG"
 
 
-def test_page_that_is_no_report_is_kept_and_only_must_name_an_experiment(make, tmp_path):
-    said = "error: --only trail is not an experiment: choose one of trial, recipe\n"
-    assert make(trial(1), "--only", "trail") == (2, "", said)
+def test_page_that_is_no_report_is_kept(make, tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     code, _, said = make(trial())
     assert code == 2 and "was not written by report.py and would be replaced: give another --output_dir" in said

@@ -46,10 +46,10 @@ def test_progress_lines_logged_numbers_and_printed_commands(base_flags, encoder,
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, [{"sentence": "the good cat"}, {"sentence": "a bad dog"}])
     commands = dict(re.findall(r"^(predict|export):\s+(.*)$", shown, re.MULTILINE))
-    assert commands["predict"].startswith("python -m nlu predict --adapter")
-    assert predict.main(shlex.split(commands["predict"].replace("FILE", str(rows)))[4:]) == 0
-    assert commands["export"].split()[5:7] == ["--to", "peft"]
-    assert export.main(shlex.split(commands["export"].replace("OUT", str(tmp_path / "peft")))[4:]) == 0
+    assert commands["predict"].startswith("python -m nlu.predict --adapter")
+    assert predict.main(shlex.split(commands["predict"].replace("FILE", str(rows)))[3:]) == 0
+    assert commands["export"].split()[4:6] == ["--to", "peft"]
+    assert export.main(shlex.split(commands["export"].replace("OUT", str(tmp_path / "peft")))[3:]) == 0
 
 
 def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, tmp_path):

@@ -224,6 +224,7 @@ def test_seeds_with_other_settings_or_data_are_not_averaged():
     assert labels(*rates) == ["LoRA, learning_rate=1", "LoRA, learning_rate=2"]
     for name in ("glue_dir", "model_name_or_path", "lora_path", "peft_config"):
         assert len(set(labels({"digests": {name: "a"}}, {"digests": {name: "b"}}))) == 2
+    assert len(set(labels({"effective_batch_size": 8}, {"effective_batch_size": 32}))) == 2
     assert labels({"arguments": {"lora_r": 4}}, {"arguments": {}}) == ["LoRA, lora_r=4", "LoRA, lora_r=8"]
     assert labels({"arguments": {"logging_steps": 5}}, {"arguments": {"report_to": ["wandb"]}}) == ["LoRA"] * 2
 

@@ -75,10 +75,8 @@ def test_predictions_follow_their_index(tmp_path):
 
 def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, capsys):
     out = tmp_path / "submission.zip"
-    assert main([*map(str, runs[:3]), "--out", str(out), "--allow_partial"]) == 0
-    assert zipfile.ZipFile(out).namelist() == ["CoLA.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"]
     assert main([*map(str, runs), "--out", str(out)]) == 0
-    assert "with 11 of 11 files" in capsys.readouterr().out
+    assert "with 11 files" in capsys.readouterr().out
     with zipfile.ZipFile(out) as archive:
         assert archive.namelist() == list(OFFICIAL) and archive.testzip() is None
         assert archive.read("CoLA.tsv") == (runs[0].parent / "cola" / "predictions" / "CoLA.tsv").read_bytes()
@@ -114,7 +112,7 @@ def mnli_flags(encoder, tiny_glue, tmp_path):
         write_rows(glue / task / f"{split}.jsonl", [row | {"label": -1} for row in rows])
     return [
         "--model_name_or_path", str(encoder), "--task_name", "mnli", "--glue_dir", str(glue), "--do_train",
-        "--do_predict", "--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "True", "--root_output_dir",
+        "--do_predict", "--max_steps", "2", "--save_strategy", "no", "--root_output_dir",
         str(tmp_path / "run"),
     ]  # fmt: skip
 

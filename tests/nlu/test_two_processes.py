@@ -53,7 +53,7 @@ def flags(tmp_path_factory):
         "--model_name_or_path", str(folder), "--glue_dir", str(root / "glue"), "--do_train", "--do_eval",
         "--cls_dropout", "0", "--num_train_epochs", "2", "--learning_rate", "1e-2", "--logging_steps", "1",
         "--per_device_eval_batch_size", "4", "--eval_strategy", "no", "--save_strategy", "no",
-        "--disable_tqdm", "True", "--ddp_find_unused_parameters", "False",
+        "--ddp_find_unused_parameters", "False",
     ]  # fmt: skip
 
 

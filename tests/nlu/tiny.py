@@ -99,7 +99,7 @@ def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
         "--root_output_dir", str(folder), "--do_train", "--do_eval", "--max_steps", "6",
         "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--lora_r", "4", "--lora_alpha", "32",
         "--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "2",
-        "--logging_steps", "1", "--disable_tqdm", "True", "--seed", "3",
+        "--logging_steps", "1", "--seed", "3",
     ]  # fmt: skip
 
 
