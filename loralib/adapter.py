@@ -4,12 +4,7 @@
 the head: all other trainable parameters, and the buffers that training changes. A factor that layers share is stored
 once. :mod:`loralib.adapter_folder` describes the files.
 
-**What is checked** before the model is changed:
-
-- the folder's checksums (:func:`loralib.adapter_folder.read_adapter`);
-- that the model and the adapter have the same layers, with the same ranks, shapes and sharing (:func:`check_factors`);
-- that the base's weights are those of the training (:func:`check_base`), unless ``allow_other_base`` is given;
-- the shapes of the head (:func:`install`), by :func:`load_adapter` only.
+Before a model is changed, the folder's checksums, its fit to the model and the base's weights are checked.
 """
 
 from __future__ import annotations
@@ -331,12 +326,11 @@ def install(
 @torch.no_grad()
 def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
     """Give layers the adapter's settings and factors. Pruned values, and their columns of B and rows of A, become 0."""
-    for layer in layers.values():
-        for parameter in layer.lora_parameters():
-            parameter.zero_()
     for name, group in config.modules.items():
         layer = layers[name]
         layer.lora_alpha, layer.lora_dropout.p, layer.init = group.lora_alpha, group.lora_dropout, group.init
+        for parameter in layer.lora_parameters():
+            parameter.zero_()
     _write_live_values(layers, config, tensors)
 
 

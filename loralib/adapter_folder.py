@@ -136,7 +136,7 @@ def _config_of(values: dict[str, Any]) -> AdapterConfig:
         raise ValueError(f"architecture cannot be {config.architecture!r:.80}")
     try:
         config.head_options()
-    except (AttributeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"base_config holds no labels ({error})") from None
     return config
 

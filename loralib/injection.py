@@ -111,7 +111,6 @@ def inject(
     lora_alpha: float = 16.0,
     lora_dropout: float = 0.0,
     share_outer: bool = False,
-    freeze: bool = True,
     **options: Any,
 ) -> list[str]:
     """Replace the selected linear layers of ``model`` in place, and freeze everything else.
@@ -125,7 +124,6 @@ def inject(
         r, lora_alpha, lora_dropout: as for the layers.
         share_outer: layers of one module type (the same name but for numbers between dots, the same shape) share one
             pair of outer factors; needs at least two scales. Warns if there are several layers, but none share.
-        freeze: whether all parameters but the factors stop training; those of adapted layers always do.
         options: the kind's own arguments: ``k`` (8) for ``"lora2"``, ``widths`` for ``"multiscale"``, and ``init``,
             ``"gaussian"`` (the default) or ``"orthogonal"``, for all kinds but ``"lora"``.
 
@@ -150,10 +148,9 @@ def inject(
     if share_outer:
         _share_outer_factors(layers)
     replace_modules(model, layers)
-    if freeze:
-        factors = set(map(id, factors_of(model)))
-        for parameter in model.parameters():
-            parameter.requires_grad = parameter.requires_grad and id(parameter) in factors
+    factors = set(map(id, factors_of(model)))
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter.requires_grad and id(parameter) in factors
     return list(layers)
 
 

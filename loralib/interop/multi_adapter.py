@@ -60,17 +60,12 @@ class MultiAdapter:
         # Adapter → (module name → layer over the base's weight, module name → the head's tensors by their own name).
         self._adapters: dict[str, tuple[dict[str, LoRALayer], dict[str, dict[str, Tensor]]]] = {}
         self._hooks: dict[str, Any] = {}
-        self._active: str | None = None
+        self.active: str | None = None  # the adapter that plain calls of the model use, see activate()
 
     @property
     def names(self) -> list[str]:
         """The loaded adapters."""
         return list(self._adapters)
-
-    @property
-    def active(self) -> str | None:
-        """The adapter that plain calls of the model use."""
-        return self._active
 
     def load(self, name: str, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
@@ -121,8 +116,8 @@ class MultiAdapter:
             ValueError: for a name that is not loaded.
         """
         self._known(name)
-        if self._active == name:
-            self._active = None
+        if self.active == name:
+            self.active = None
         del self._adapters[name]
 
     def activate(self, name: str | None) -> None:
@@ -132,7 +127,7 @@ class MultiAdapter:
             ValueError: for a name that is not loaded.
         """
         self._known(name)
-        self._active = name
+        self.active = name
 
     def close(self) -> None:
         """Remove all hooks from the model, and all adapters."""
@@ -140,7 +135,7 @@ class MultiAdapter:
             hook.remove()
         self._hooks.clear()
         self._adapters.clear()
-        self._active = None
+        self.active = None
 
     @torch.no_grad()
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
@@ -177,15 +172,15 @@ class MultiAdapter:
             raise ValueError("give no past_key_values to run() if the rows have different adapters")
         parts = []
         with _RUNS:
-            before = self._active
+            before = self.active
             try:
-                for self._active, places in rows.items():
+                for self.active, places in rows.items():
                     if len(rows) == 1:
                         return self.model(*args, **kwargs)
                     rows_of = partial(_rows, index=torch.tensor(places), count=len(adapters))
                     parts.append(self.model(*tree_map(rows_of, args), **tree_map(rows_of, kwargs)))
             finally:
-                self._active = before
+                self.active = before
         order = torch.tensor([i for places in rows.values() for i in places], device=batch.device).argsort()
         return tree_map(partial(_join_rows, [len(places) for places in rows.values()], order), *parts)
 
@@ -198,7 +193,7 @@ class MultiAdapter:
     def _after_forward(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """The hook of one module. If the active adapter changes the module, recompute its output with the head's
         tensors and add the update; returning None keeps the output as it is."""
-        layers, heads = self._adapters[self._active] if self._active is not None else ({}, {})
+        layers, heads = self._adapters[self.active] if self.active is not None else ({}, {})
         layer, head = layers.get(name), heads.get(name)
         if layer is None and head is None:
             return None

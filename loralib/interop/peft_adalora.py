@@ -1,6 +1,6 @@
-"""Train peft's AdaLoRA: call its allocator, and drop pruned ranks from memory once they are final.
+"""Train peft's AdaLoRA in a loop, or in a Trainer with the mix-in of :mod:`loralib.recipes.trainer`:
 
-    trainer = Trainer(model=peft_model, ..., callbacks=[AdaLoraCallback(peft_model)])
+    trainer = MyTrainer(model=peft_model, low_rank=AdaLoraTraining(peft_model), args=args, train_dataset=rows)
 
 peft leaves calling ``update_and_allocate`` to the training loop. transformers' Trainer never calls it, so that no rank
 is ever pruned. The command ``python -m loralib.export PEFT_ADALORA --to peft OUT`` converts an adapter of peft's
@@ -9,17 +9,14 @@ AdaLoRA to an ordinary LoRA.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer, RankAllocator
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from loralib.allocator import check_schedule, most_important
-from loralib.recipes.trainer import STATE_FILE
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 
@@ -58,13 +55,14 @@ class AdaLoraTraining:
     allocator = None  # peft allocates the ranks
 
     def __init__(self, model: nn.Module) -> None:
+        self.in_loss = isinstance(model, PeftModel)
         tuner: Any = model.base_model if isinstance(model, PeftModel) else model
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
         tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)
         self.layers = {name: module for name, module in tuner.model.named_modules()
                        if isinstance(module, AdaLoraLayer) and self.adapter in module.lora_E}  # fmt: skip
-        self.total_steps, self.step, self.shrunk = self.config.total_step, 0, False
+        self.total_steps, self.step = self.config.total_step, 0
 
     def start(self, total_steps: int) -> None:
         """Begin a training of ``total_steps`` optimiser steps.
@@ -76,11 +74,13 @@ class AdaLoraTraining:
         self.config.total_step = self.total_steps = total_steps
         self.step = 0
 
-    def penalty(self) -> Tensor:
+    def penalty(self) -> Tensor | float:
         """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers.
 
-        The forward pass of a ``PeftModel`` adds it to the loss; this method is for a loop that calls the bare model.
+        0 for a ``PeftModel``, whose forward pass adds it to the loss.
         """
+        if self.in_loss:
+            return 0.0
         sides = ((layer.lora_A[self.adapter], layer.lora_B[self.adapter]) for layer in self.layers.values())
         grams = [gram for a, b in sides for gram in (a @ a.T, b.T @ b)]
         eyes = (torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams)
@@ -93,10 +93,8 @@ class AdaLoraTraining:
     def after_step(self) -> None:
         """Call peft's allocator, as peft documents it: after the step, before the gradients are cleared."""
         self.step += 1
-        if self.shrunk:
-            return
         for layer in self.layers.values():
-            for factors, _ in self._factors(layer):
+            for factors in (layer.lora_A, layer.lora_E, layer.lora_B):
                 if (factor := factors[self.adapter]).grad is None:  # the step did not use this module
                     factor.grad = torch.zeros_like(factor)
         self.tuner.update_and_allocate(self.step)
@@ -105,46 +103,16 @@ class AdaLoraTraining:
             # the optimiser has moved them away from 0 since. A model with other ranks could not load such a file.
             self.config.rank_pattern = None
 
-    @staticmethod
-    def _factors(layer: AdaLoraLayer) -> list[tuple[nn.ParameterDict, int]]:
-        """Q, e and P of all adapters, each with the dimension along which the singular values lie."""
-        return [(layer.lora_A, 0), (layer.lora_E, 0), (layer.lora_B, 1)]
-
     @property
     def ranks_are_final(self) -> bool:
         """Whether the step of the last masking has been reached."""
         return self.step >= self.total_steps - self.config.tfinal
 
-    @torch.no_grad()
-    def shrink(self, optimizer: Any = None) -> dict[str, int]:
-        """Drop the pruned singular values in place, from the factors and from their state in ``optimizer``, and clear
-        the gradients. The outputs and the saved files stay the same. A layer may have no singular values left.
-
-        Call it once :attr:`ranks_are_final` is true; before, there is no pattern to shrink to.
-
-        Returns:
-            Module name -> rank.
-        """
-        pattern = self.config.rank_pattern
-        for name, layer in self.layers.items():
-            flags = pattern.get(f"{name}.lora_E.{self.adapter}", pattern.get(f"{name}.lora_E"))  # saving renames it
-            kept = torch.tensor(flags, device=layer.lora_E[self.adapter].device).nonzero().flatten()
-            layer.r[self.adapter] = len(kept)
-            for factors, axis in self._factors(layer):
-                factor = factors[self.adapter]
-                state = {} if optimizer is None else optimizer.state.get(factor, {})
-                for key, tensor in state.items():
-                    if torch.is_tensor(tensor) and tensor.dim():
-                        state[key] = tensor.index_select(axis, kept)
-                factor.grad, factor.data = None, factor.data.index_select(axis, kept)
-        self.shrunk = True
-        return {name: layer.r[self.adapter] for name, layer in self.layers.items()}
-
     def pruned_params(self) -> int:
         """Number of parameters of pruned singular values: for each, e, a row of A and a column of B."""
         pruned = 0
         for layer in self.layers.values():
-            a, e, b = (factors[self.adapter] for factors, _ in self._factors(layer))
+            a, e, b = (factors[self.adapter] for factors in (layer.lora_A, layer.lora_E, layer.lora_B))
             pruned += int((e == 0).sum()) * (1 + a.shape[1] + b.shape[0])
         return pruned
 
@@ -160,47 +128,3 @@ class AdaLoraTraining:
         for key in _SCORES:
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
         self.config.rank_pattern, self.step = state["rank_pattern"], state["step"]
-
-
-class AdaLoraCallback(TrainerCallback):
-    """Calls the allocator of peft's AdaLoRA in transformers' Trainer, for the Trainer's number of steps.
-
-    The checkpoints contain its state. Training can resume from a checkpoint that was written before the last masking.
-    It cannot resume from a later one, because peft does not load shrunk factors into a model to be trained.
-
-    Args:
-        model: see :class:`AdaLoraTraining`.
-        shrink: drop the pruned singular values after the last masking, see :meth:`AdaLoraTraining.shrink`. With several
-            processes, which exchange gradients by the parameters' shapes, this is done at the end of the training.
-    """
-
-    def __init__(self, model: nn.Module, shrink: bool = True) -> None:
-        self.training, self.shrink = AdaLoraTraining(model), shrink
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.load_best_model_at_end:
-            raise ValueError("peft cannot load a checkpoint with other ranks: leave load_best_model_at_end out")
-        self.training.start(state.max_steps)
-        if state.global_step:
-            saved = torch.load(self._state_file(args, state), map_location="cpu", weights_only=True)
-            self.training.load_state_dict(saved)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            torch.save(self.training.state_dict(), self._state_file(args, state))
-
-    @staticmethod
-    def _state_file(args: Any, state: Any) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", STATE_FILE)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.training.after_step()
-        if args.world_size == 1:
-            self._shrink(kwargs["optimizer"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._shrink(None)
-
-    def _shrink(self, optimizer: Any) -> None:
-        if self.shrink and self.training.ranks_are_final and not self.training.shrunk:
-            self.training.shrink(optimizer)

@@ -81,8 +81,10 @@ class LowRankTrainerMixin(_Trainer):
         load_trained_tensors(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
 
     def _load_best_model(self) -> None:
-        """Overridden to read what :meth:`_save` writes."""
-        load_trained_tensors(self.model, load_file(Path(self.state.best_model_checkpoint) / TRAINED_FILE))
+        """Overridden to read what :meth:`_save` writes, and the state of these weights (peft's AdaLoRA saves by it)."""
+        folder = Path(self.state.best_model_checkpoint)
+        load_trained_tensors(self.model, load_file(folder / TRAINED_FILE))
+        self.low_rank.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Overridden because the Trainer has no public method to add a state to a checkpoint.

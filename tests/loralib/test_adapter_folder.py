@@ -77,6 +77,9 @@ FORGED = {
     "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
     "a rank that is a boolean": (lambda c, t: c["groups"][0].update(r=True), "r cannot be True"),
     "labels that are no mapping": (lambda c, t: c.update(base_config={"id2label": 5}), "base_config holds no labels"),
+    "a label that is a list": (
+        lambda c, t: c.update(base_config={"id2label": {"0": []}, "problem_type": None}), "base_config holds no labels"
+    ),
     "a head of numbers": (lambda c, t: c.update(head=[1]), "head cannot be"),
     "a huge rank": (
         lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import RankAllocator
-from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from loralib.interop.export import main
-from loralib.interop.peft_adalora import AdaLoraCallback, AdaLoraTraining, SortingAllocator
+from loralib.interop.peft_adalora import AdaLoraTraining, SortingAllocator
+from loralib.recipes.trainer import LowRankTrainerMixin
 from tests.nlu.tiny import tiny_bert
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
@@ -24,16 +24,21 @@ def adalora(**options):
     return get_peft_model(tiny_bert(), AdaLoraConfig(**settings))
 
 
-def train(model, folder, callbacks, resume=None, **options):
+class MyTrainer(LowRankTrainerMixin, Trainer): ...
+
+
+def train(model, folder, resume=None, metrics=None, **options):
     torch.manual_seed(1)
     settings = {
         "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.05, "report_to": [],
         "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", **options,
     }  # fmt: skip
     arguments = TrainingArguments(str(folder), **settings)
-    trainer = Trainer(model=model, args=arguments, train_dataset=ROWS, callbacks=callbacks)
+    data = {"train_dataset": ROWS, "eval_dataset": ROWS, "compute_metrics": metrics}
+    trainer = MyTrainer(model=model, low_rank=AdaLoraTraining(model), args=arguments, **data)
     trainer.train(resume_from_checkpoint=resume)
-    return model.eval()
+    model.eval()
+    return trainer
 
 
 def logits(model):
@@ -73,8 +78,8 @@ def test_masks_are_those_of_peft_and_a_budget_that_prunes_nothing_masks_nothing(
     assert all(all(mask) for mask in allocator.mask_to_budget(model.base_model.model, 16).values())
 
 
-def test_callback_equals_the_loop_of_pefts_documentation(tmp_path):
-    """peft's issues 432 and 1801: the Trainer alone never calls the allocator. With the callback, the number of steps,
+def test_trainer_equals_the_loop_of_pefts_documentation(tmp_path):
+    """peft's issues 432 and 1801: the Trainer alone never calls the allocator. With the mix-in, the number of steps,
     the ranks and the weights are those of a plain loop with peft's allocator. The loss includes the regulariser."""
     strict = adalora(orth_reg_weight=5.0).eval()
     losses = [m(input_ids=IDS, labels=torch.tensor([0, 1])).loss for m in (strict, adalora(orth_reg_weight=0.5).eval())]
@@ -83,8 +88,8 @@ def test_callback_equals_the_loop_of_pefts_documentation(tmp_path):
     for module in [*theirs.modules(), *ours.modules()]:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    train(ours, tmp_path, [callback := AdaLoraCallback(ours, shrink=False)], optim="sgd", max_grad_norm=0,
-          lr_scheduler_type="constant", train_sampling_strategy="sequential")  # fmt: skip
+    trainer = train(ours, tmp_path, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant",
+                    train_sampling_strategy="sequential")  # fmt: skip
     optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
     for step in range(8):
         batch = [ROWS[(2 * step + i) % 8] for i in range(2)]
@@ -94,38 +99,35 @@ def test_callback_equals_the_loop_of_pefts_documentation(tmp_path):
         theirs.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
     assert ranks(theirs) == ranks(ours) and sum(ranks(ours)) == 4
-    assert ours.peft_config["default"].total_step == callback.training.step == 8
+    assert ours.peft_config["default"].total_step == trainer.low_rank.step == 8
     for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_resume_from_a_checkpoint_gives_the_same_logits_and_ranks(tmp_path):
+@pytest.mark.parametrize("step", [3, 6])  # before and after the last masking, at step 5
+def test_resume_from_a_checkpoint_gives_the_same_logits_and_ranks(tmp_path, step):
     models = [adalora() for _ in range(2)]
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    train(models[0], tmp_path, [AdaLoraCallback(models[0])], **saving)
-    train(models[1], tmp_path, [AdaLoraCallback(models[1])], resume=str(tmp_path / "checkpoint-3"))
+    train(models[0], tmp_path, save_strategy="steps", save_steps=3)
+    train(models[1], tmp_path, resume=str(tmp_path / f"checkpoint-{step}"))
     assert torch.equal(*map(logits, models)) and ranks(models[0]) == ranks(models[1])
 
 
-def test_shrinking_after_the_last_masking_keeps_the_logits_and_the_saved_shapes(tmp_path):
-    models = []
-    for shrink in (False, True):
-        model = adalora()
-        models.append(train(model, tmp_path, [AdaLoraCallback(model, shrink)]))
-    masked, shrunk = models
-    torch.testing.assert_close(logits(shrunk), logits(masked), atol=1e-5, rtol=1e-5)
-    sizes = [sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) for model in models]
-    assert sizes[1] * 4 == sizes[0] and sum(ranks(shrunk)) == 4
-    for name, model in (("masked", masked), ("shrunk", shrunk)):
-        model.save_pretrained(tmp_path / name)
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("masked", "shrunk")]
-    assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
-    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "shrunk").eval()
-    torch.testing.assert_close(logits(again), logits(shrunk), atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize(("scores", "live"), [([3, 1, 1], None), ([1, 3, 1], 4)])
+def test_best_checkpoint_is_saved_with_its_own_ranks(tmp_path, scores, live):
+    """The best weights of step 3 have singular values that the last masking, at step 5, would prune."""
+    values = iter(scores)
+    model = adalora()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    every = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    train(model, tmp_path, metrics=lambda _: {"score": next(values)}, **every, **best)
+    pattern = model.peft_config["default"].rank_pattern
+    assert pattern is None if live is None else sum(map(sum, pattern.values())) == live
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "saved").eval()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shrink", [False, True])
-def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink, capsys):
+def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, capsys):
     """peft's issue 1539."""
     loop = AdaLoraTraining(model := adalora().eval())
     generator, pattern = torch.Generator().manual_seed(3), {}
@@ -136,10 +138,6 @@ def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, shrink
         layer.lora_E["default"].data[[not flag for flag in flags]] = 0
     model.peft_config["default"].rank_pattern, loop.step = pattern, loop.total_steps
     expected = logits(model)
-    if shrink:
-        assert list(loop.shrink().values()) == [2, 0, 3, 0]
-        torch.testing.assert_close(logits(model), expected)
-        assert torch.isfinite(model(input_ids=IDS, labels=torch.tensor([0, 1])).loss)
     with warnings.catch_warnings(action="ignore"):  # peft mistakes an empty factor for a shard
         model.save_pretrained(tmp_path / "ada")
     again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "ada").eval()
