@@ -64,7 +64,8 @@ class LowRankTrainerMixin(_Trainer):
         self.compute_loss = partial(_with_penalty, weakref.ref(self), own.compute_loss)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Overridden to write the trained tensors once, under the model's own names; and the adapter of a PeftModel."""
+        """Overridden to write the trained tensors once, under the model's own names, and the state of ``low_rank``; and
+        the adapter of a PeftModel."""
         folder, model = Path(output_dir or self.args.output_dir), unwrapped(self.model)
         peft = sys.modules.get("peft")  # imported already if the model is a PeftModel
         if peft is not None and isinstance(model, peft.PeftModel):
@@ -73,6 +74,7 @@ class LowRankTrainerMixin(_Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
             save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
+            torch.save(self.low_rank.state_dict(), folder / STATE_FILE)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
@@ -86,17 +88,8 @@ class LowRankTrainerMixin(_Trainer):
         load_trained_tensors(self.model, load_file(folder / TRAINED_FILE))
         self.low_rank.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Overridden because the Trainer has no public method to add a state to a checkpoint.
-
-        ``on_save`` is called too late for a subclass that writes a checkpoint elsewhere and renames it when complete.
-        """
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            torch.save(self.low_rank.state_dict(), Path(output_dir) / STATE_FILE)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Overridden for the same reason: callbacks are not told which checkpoint is loaded."""
+        """Overridden to load the state of ``low_rank`` too: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)

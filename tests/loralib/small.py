@@ -43,20 +43,14 @@ class Net(nn.Module):
         return self.classifier(x)
 
 
-class Packed(nn.Parameter):
-    """Stands for bitsandbytes' ``Params4bit``: shape (n / 2, 1), two 4-bit values per byte."""
-
-    quant_state = None
-
-
 class Linear4bit(nn.Linear):
-    """Stands for bitsandbytes' layer of that name, whose kernels need CUDA: it computes with a packed weight."""
+    """Stands for bitsandbytes' layer of that name, which needs CUDA: two 4-bit values per byte, shape (n / 2, 1)."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
         scale = linear.weight.detach().abs().max() / 7
         levels = ((linear.weight.detach() / scale).round() + 8).to(torch.uint8).view(-1, 2)
-        self.weight = Packed((levels[:, :1] * 16 + levels[:, 1:]), requires_grad=False)
+        self.weight = nn.Parameter(levels[:, :1] * 16 + levels[:, 1:], requires_grad=False)
         self.weight.quant_state = (scale, linear.weight.shape)
         self.bias, self.compute_dtype = linear.bias, None
 

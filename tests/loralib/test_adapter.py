@@ -259,23 +259,17 @@ def test_merge_changes_nothing_if_one_layer_cannot_be_merged():
     assert not any(layer.merged for layer in loralib.lora_layers(model).values())
 
 
-@pytest.mark.parametrize("modules", [["c_attn", "lm_head"], ["c_attn", "mlp.c_proj"]])
-def test_only_a_merge_that_would_change_the_embedding_is_refused(tmp_path, modules):
+def test_merge_that_would_change_the_embedding_is_refused(tmp_path):
     tokens, again = torch.arange(8)[None], gpt2()
-    model = adapted(modules=modules, r=4, k=3, model=gpt2(), head="transformer.ln_f")
+    model = adapted(modules=["c_attn", "lm_head"], r=4, k=3, model=gpt2(), head="transformer.ln_f")
     before = model(tokens).logits
-    folder = loralib.save_adapter(model, tmp_path / "a")
-    loralib.load_adapter(again, folder)
+    loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
     assert torch.equal(again(tokens).logits, before)
-    if "lm_head" in modules:
-        model(tokens, labels=tokens).loss.backward()
-        assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.grad is None
-        assert model.lm_head.lora_E.grad.abs().sum() > 0
-        with refused(r"lm_head\.weight is tied to transformer\.wte\.weight", model):
-            loralib.merge_adapter(model)
-    else:  # GPT-2's Conv1D stores its weight as (in, out)
+    model(tokens, labels=tokens).loss.backward()
+    assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.grad is None
+    assert model.lm_head.lora_E.grad.abs().sum() > 0
+    with refused(r"lm_head\.weight is tied to transformer\.wte\.weight", model):
         loralib.merge_adapter(model)
-        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_trained_weight_of_an_adapted_layer_counts_once_and_extra_state_is_not_saved(tmp_path):
@@ -299,9 +293,8 @@ def test_trained_weight_of_an_adapted_layer_counts_once_and_extra_state_is_not_s
 def test_merged_and_unloaded_model_can_be_saved_and_loaded_by_transformers(tmp_path, build, modules):
     """merge_adapter is not enough for this: its model's state dict holds the base's weights."""
     ids = torch.arange(2, 10)[None]
-    model = adapted(
-        modules=modules, r=4, k=3, model=build(), head="transformer.ln_f" if build is gpt2 else "classifier"
-    )
+    head = "transformer.ln_f" if build is gpt2 else "classifier"
+    model = adapted(modules=modules, r=4, k=3, model=build(), head=head)
     expected, classes = model(ids).logits, [type(module) for module in build().modules()]
     plain = loralib.merge_and_unload(torch.compile(model, backend="eager"))
     assert plain is model and [type(module) for module in plain.modules()] == classes
@@ -310,7 +303,7 @@ def test_merged_and_unloaded_model_can_be_saved_and_loaded_by_transformers(tmp_p
     for merged in (plain, loaded):
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
     plain.requires_grad_(True)(ids).logits.sum().backward()  # and it can be trained
-    assert all(parameter.grad is not None for name, parameter in plain.named_parameters() if "attn.c_attn" in name)
+    assert all(parameter.grad is not None for parameter in plain.parameters())
 
 
 def test_two_trained_tensors_do_not_load_into_one_that_is_tied(tmp_path):

@@ -1,6 +1,7 @@
 """The allocator against the published algorithm, written entry by entry, and against peft's; and its properties."""
 
 import copy
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -84,8 +85,11 @@ def test_whole_schedule_equals_the_published_loop(widths, share, importance):
 
 
 def test_agrees_with_pefts_adalora_over_a_whole_schedule():
-    """peft's allocator is called in every step, so that it masks to the budget in every final step. peft's own model
-    instead fixes the pattern at step T − t_f, which gives the same masks."""
+    """The regulariser agrees too.
+
+    peft's allocator is called in every step, so that it masks to the budget in every final step. peft's own model
+    instead fixes the pattern at step T − t_f, which gives the same masks.
+    """
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 7), nn.Linear(7, 4))
     ours = copy.deepcopy(base)
@@ -103,6 +107,10 @@ def test_agrees_with_pefts_adalora_over_a_whole_schedule():
             layer.lora_A[0].copy_(peer.lora_A["default"].normal_())
             layer.lora_B[0].copy_(peer.lora_B["default"].normal_())
             layer.lora_E.copy_(peer.lora_E["default"].normal_().squeeze(1))
+    inner = theirs.base_model.model
+    inner.forward = lambda x: SimpleNamespace(loss=x.sum() * 0)  # peft adds the regulariser to a model's own loss
+    torch.testing.assert_close(loralib.compute_orth_regu(ours, 0.5), theirs.base_model(torch.ones(1)).loss)
+    del inner.forward
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.02) for model in (ours, theirs)]
     for t in range(1, 41):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(t))
@@ -133,20 +141,14 @@ def allocator_of(model, **changes):
     return loralib.RankAllocator(model, **{"target_rank": 2} | SCHEDULE | changes)
 
 
-def ones(order="abc"):
-    """A model whose singular values all have the same score."""
+@pytest.mark.parametrize("order", ["abc", "cab"])
+def test_ties_keep_the_later_names_and_indices_for_any_order_of_modules(order):
+    """All scores are equal. The budget after two of nine steps is 7 of 12, which cuts through a layer."""
     model = nn.ModuleDict({name: nn.Linear(3, 3) for name in order})
     loralib.inject(model, "lora2", list(order), r=4, k=2)
     for p in model.parameters():
         nn.init.ones_(p)
         p.grad = torch.ones_like(p)
-    return model
-
-
-@pytest.mark.parametrize("order", ["abc", "cab"])
-def test_ties_keep_the_later_names_and_indices_for_any_order_of_modules(order):
-    """The budget after two of nine steps is 7 of 12, which cuts through a layer."""
-    model = ones(order)
     allocator = loralib.RankAllocator(model, 10, 1, init_warmup=0, final_warmup=1, mask_interval=1)
     for t in (1, 2):
         allocator.update_and_mask(t)

@@ -15,11 +15,11 @@ def separate(x, weight, bias, a, core, b, dropped=None):
     return x @ weight.T + (0 if bias is None else bias) + low
 
 
-def arguments(n=(2, 5), in_features=11, out_features=7, k=3, dtype=torch.float64, **without):
+def arguments(n, in_features=11, out_features=7, k=3, **without):
     torch.manual_seed(0)
     shapes = {"x": (*n, in_features), "weight": (out_features, in_features), "bias": (out_features,),
               "a": (k, in_features), "core": (k, k), "b": (out_features, k), "dropped": (*n, in_features)}  # fmt: skip
-    drawn = {name: torch.randn(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
+    drawn = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
     return drawn | without
 
 
@@ -56,7 +56,7 @@ def test_float32_products_agree_with_float64(shape):
     n, k, m = shape
     x, weight, bias = torch.randn(n, k), torch.randn(m, k), torch.randn(m)
     with torch.no_grad():
-        for left, right, offset in ((x, weight, bias), (x, weight, None), (x.T, torch.randn(m, n).T.T, None)):
+        for left, right, offset in ((x, weight, bias), (x, weight, None), (x.T, torch.randn(n, m).T, None)):
             expected = left.double() @ right.double().T + (0 if offset is None else offset.double())
             torch.testing.assert_close(product(left, right, offset).double(), expected, rtol=1e-4, atol=1e-4)
 

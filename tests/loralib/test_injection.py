@@ -18,14 +18,11 @@ def build(model_type, **config):
         return encoder(model_type, **config)
 
 
-@pytest.mark.parametrize("share, count", [
-    (False, 2 * (4 * (16 + 16) * 5 + 2 * (16 + 32) * 5) + 12 * (2 * 8 * 5 + 8)),
-    (True, 4 * (16 + 16) * 5 + 2 * (16 + 32) * 5 + 12 * (2 * 8 * 5 + 8)),
-])  # fmt: skip
-def test_shared_outer_factors_count_once_for_each_module_type(share, count):
+def test_shared_outer_factors_count_once_for_each_module_type():
     """tests/nlu/test_methods.py has the counts of the papers."""
     model = build("bert")
-    loralib.inject(model, "lora2", SIX, r=8, k=5, share_outer=share)
+    loralib.inject(model, "lora2", SIX, r=8, k=5, share_outer=True)
+    count = 4 * (16 + 16) * 5 + 2 * (16 + 32) * 5 + 12 * (2 * 8 * 5 + 8)
     assert sum(p.numel() for p in loralib.lora_state_dict(model).values()) == count
 
 

@@ -48,16 +48,10 @@ def test_switching_and_mixing_adapters_do_not_change_the_base(three):
         torch.testing.assert_close(base(IDS).logits, three[name][1], atol=2e-6, rtol=1e-5)
     adapters.activate(None)
 
-    choices = [None, "lora2", "lora", "lora2", "lora", None, "lora"] * 2
-    mixed = adapters.run(choices[:12], IDS).logits
-    alone = {**{name: logits for name, (_, logits) in three.items()}, None: bare}
-    for i, name in enumerate(choices[:12]):
-        torch.testing.assert_close(mixed[i], alone[name][i], atol=2e-6, rtol=1e-5)
-
     mixed = adapters.run(["wide", "lora2"] * 6, input_ids=IDS).logits
     assert mixed.shape == (12, 3) and torch.isneginf(mixed[1::2, 2:]).all()
-    torch.testing.assert_close(mixed[::2], alone["wide"][::2], atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(mixed[1::2, :2], alone["lora2"][1::2], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[::2], three["wide"][1][::2], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[1::2, :2], three["lora2"][1][1::2], atol=2e-6, rtol=1e-5)
 
     assert torch.equal(base(IDS).logits, bare)
     adapters.close()
@@ -182,27 +176,23 @@ def test_loading_an_adapter_recompiles_the_served_model_and_no_other(tmp_path):
     assert len(graphs) == before
 
 
-def test_second_multi_adapter_on_a_model_is_refused_until_the_first_is_closed(tmp_path):
+def test_served_model_refuses_further_adapters_until_it_is_closed(tmp_path):
+    """Those of another MultiAdapter, of loralib and of peft."""
     folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
     first, second = MultiAdapter(model), MultiAdapter(model)
     first.load("a", folder)
     with refused("another MultiAdapter", model):
         second.load("a", folder)
+    for use in (lambda: loralib.load_adapter(model, folder), lambda: loralib.inject(model, "lora", ["q"])):
+        with refused("has a hook", model):
+            use()
     first.close()
     second.load("a", folder)
     second.activate("a")
     torch.testing.assert_close(model(INPUTS), adapted()(INPUTS))
-
-
-def test_served_model_refuses_further_adapters_of_loralib_and_peft(tmp_path):
-    folder, model = loralib.save_adapter(adapted(), tmp_path / "a"), Net()
-    adapters = MultiAdapter(model)
-    adapters.load("a", folder)
-    for use in (lambda: loralib.load_adapter(model, folder), lambda: loralib.inject(model, "lora", ["q"])):
-        with refused("has a hook", model):
-            use()
+    second.activate(None)
     theirs = get_peft_model(model, LoraConfig(target_modules=["q"]))
     assert torch.equal(theirs(INPUTS), Net()(INPUTS))
-    adapters.activate("a")
+    second.activate("a")
     with pytest.raises(RuntimeError, match="was replaced while a MultiAdapter serves the model"):
         theirs(INPUTS)

@@ -51,15 +51,12 @@ def test_outputs_and_gradients_are_those_of_inject(base, modules, training):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_adapter_is_saved_and_loaded_under_another_name(tmp_path, low_cpu_mem_usage):
+def test_adapter_is_saved_and_loaded_under_another_name(tmp_path):
     model = net(modules_to_save=["classifier"])
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in state.values()) == sum(p.numel() for p in trained(model))
-    again = PeftModel.from_pretrained(
-        Net(), tmp_path, adapter_name="other", low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
-    )
+    again = PeftModel.from_pretrained(Net(), tmp_path, adapter_name="other", low_cpu_mem_usage=True, is_trainable=True)
     assert again.peft_config["other"].peft_type is LORA2 and again.peft_config["other"].k == 4
     assert torch.equal(again(INPUTS), model(INPUTS)) and len(trained(again)) == len(trained(model))
     full = copy.deepcopy(again)

@@ -27,7 +27,6 @@ KINDS = (LowRankTrainerMixin, WholeCheckpoints, GlueTrainer)
 OVERRIDDEN = {
     "_get_output_dir", "_get_train_sampler", "_load_best_model", "_load_from_checkpoint",
     "_load_optimizer_and_scheduler", "_maybe_log_save_evaluate", "_run_epoch", "_save", "_save_checkpoint",
-    "_save_optimizer_and_scheduler",
 }  # fmt: skip
 
 
