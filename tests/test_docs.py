@@ -9,13 +9,12 @@ import pandas as pd
 import pytest
 
 from loralib.interop import export
-from nlu import command_line, compare, predict, report, sweep
+from nlu import ROOT, command_line, compare, predict, report, sweep
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import Drawing
 from nlu.experiments.statistics import load_measured
 from nlu.experiments.tables import number, score_frame, with_interval
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     "nlu.run_glue": command_line.build_parser,
@@ -41,6 +40,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_commands_name_existing_programs_flags_and_files(page):
+    assert commands(ROOT / "README.md")
     for words in commands(page):
         program = next((word for word in words if word in PARSERS or (ROOT / word).is_file()), None)
         given = {word.partition("=")[0] for word in words if word.startswith("--")}

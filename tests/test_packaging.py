@@ -4,17 +4,13 @@ import importlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
+from nlu import ROOT
 from tests.nlu.tiny import make_encoder, make_rows, run_python, write_rows
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def requirements(name):
@@ -22,14 +18,11 @@ def requirements(name):
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
-def locked():
-    return [(r.name.lower(), next(iter(r.specifier)).version, r) for r in requirements("requirements.lock")]
-
-
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])
 def test_the_lock_has_a_version_in_range_for_every_requirement(name):
+    locked = [(r.name.lower(), next(iter(r.specifier)).version) for r in requirements("requirements.lock")]
     for requirement in requirements(name):
-        versions = [version for locked_name, version, _ in locked() if locked_name == requirement.name.lower()]
+        versions = [version for locked_name, version in locked if locked_name == requirement.name.lower()]
         assert versions, f"{requirement.name} is not in requirements.lock"
         assert all(version in requirement.specifier for version in versions)
 
@@ -37,8 +30,8 @@ def test_the_lock_has_a_version_in_range_for_every_requirement(name):
 def test_the_library_needs_torch_safetensors_and_numpy_only():
     """Importing it loads the core only, neither ``recipes`` nor ``interop``."""
     script = "import sys; sys.modules.update(transformers=None, peft=None); import loralib; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "loralib.adapter" in found.stdout.split()
+    found = run_python("-c", script)
+    assert "loralib.adapter" in found.stdout.split(), found.stderr
     assert not {"loralib.recipes", "loralib.interop"} & set(found.stdout.split())
     library = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert re.findall(r'"([a-z]+)[>=<]', library.group(1)) == ["torch", "safetensors", "numpy"]

@@ -32,10 +32,16 @@ OFFICIAL_TEXT = {
     "ax": {"premise": "sentence1", "hypothesis": "sentence2"},
 }
 OFFICIAL_LABEL = {"mrpc": "Quality", "qqp": "is_duplicate", "stsb": "score", "mnli": "gold_label"}
-OFFICIAL_WORDS = {
-    "mnli": ["entailment", "neutral", "contradiction"],
-    "qnli": ["entailment", "not_entailment"],
-    "rte": ["entailment", "not_entailment"],
+# the hub's class names, in the order of its label numbers
+HUB_WORDS = {
+    "cola": "unacceptable acceptable",
+    "sst2": "negative positive",
+    "mrpc": "not_equivalent equivalent",
+    "qqp": "not_duplicate duplicate",
+    "mnli": "entailment neutral contradiction",
+    "qnli": "entailment not_entailment",
+    "rte": "entailment not_entailment",
+    "wnli": "not_entailment entailment",
 }
 
 
@@ -65,8 +71,8 @@ def write_official(root: Path, task: Task, split: str, rows: list[dict]) -> Path
     lines = ["\t".join(columns)]
     for row in rows:
         values = {names.get(field, field): row[field] for field in task.text_fields}
-        code = row["label"]
-        values[label] = OFFICIAL_WORDS[task.name][code] if task.name in OFFICIAL_WORDS and not test else str(code)
+        code, worded = row["label"], task.name in ("mnli", "qnli", "rte") and not test
+        values[label] = HUB_WORDS[task.name].split()[code] if worded else str(code)
         values |= {"index": str(row["idx"]), "#1 ID": f"1{row['idx']}", "#2 ID": f"2{row['idx']}", "label1": "neutral"}
         lines.append("\t".join(values.get(column, "none") for column in columns))
     if task.name == "cola" and not test:

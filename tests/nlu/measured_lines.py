@@ -5,7 +5,7 @@ from pathlib import Path
 
 METRIC = {"cola": "matthews_correlation", "stsb": "pearson"}
 SIZES = {"LoRA r=8": 331_776, "AdaLoRA": 332_064, "LoRA² k=8": 336_672, "LoRA r=1": 41_472, "LoRA² k=1": 42_336}
-BASES = {"LoRA r=8": "lora", "LoRA r=1": "lora", "AdaLoRA": "adalora", "full": "full", "BitFit": "bitfit"}
+BASES = {"LoRA r=8": "lora", "LoRA r=1": "lora", "AdaLoRA": "adalora"}
 QUESTIONS = {
     "questions": [
         {
@@ -17,7 +17,6 @@ QUESTIONS = {
                 {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
             ],
         },
-        {"question": "And elsewhere?", "experiment": "recipe"},
     ],
 }
 
@@ -45,7 +44,7 @@ def line(label: str, task: str, seed: int, scores: list[float], **changes) -> di
         "adapter_params": SIZES.get(label, 8000),
         "live_adapter_params": SIZES.get(label, 8000) // 2 if prunes else None,
         "rate_sum": 2.0,
-        "delta_norm": None if label in ("full", "BitFit") else 3.0,
+        "delta_norm": 3.0,
         "train_seconds": 120.0,
         "seconds_per_step": 0.25,
         "peak_memory_bytes": 2**30,

@@ -64,10 +64,8 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, method, allocation", [
     ("--apply_lora --lora_type frd", "lora", None),
     ("--apply_lora", "lora", None),
-    ("--apply_lora --lora_type svd --apply_adalora", "lora2", True),
     ("--apply_lora --lora_type svd", "lora2", False),
     ("--method lora2 --local_rank 1", "lora2", True),  # as a launcher adds it
-    ("--local-rank=0", "lora2", True),
 ])  # fmt: skip
 def test_parse_arguments_maps_published_flags_to_a_method(flags, method, allocation):
     parsed = parse(f"{BASE} {flags}")

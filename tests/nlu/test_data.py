@@ -16,7 +16,7 @@ from nlu.data.file_formats import Reader
 from nlu.data.glue import load_split, split_files
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
-from tests.nlu.glue_samples import sample_rows, write_official
+from tests.nlu.glue_samples import HUB_WORDS, sample_rows, write_official
 from tests.nlu.tiny import GLUE, write_rows
 
 # ---- the reader ------------------------------------------------------------------------------------------------------
@@ -111,19 +111,6 @@ def test_ten_bad_rows_or_a_tenth_may_be_skipped_and_are_named(caplog):
 # ---- GLUE ------------------------------------------------------------------------------------------------------------
 
 real = pytest.mark.skipif(not GLUE.is_dir(), reason=f"no real GLUE data at {GLUE}")
-
-
-# the hub's class names, in the order of its label numbers
-HUB_WORDS = {
-    "cola": "unacceptable acceptable",
-    "sst2": "negative positive",
-    "mrpc": "not_equivalent equivalent",
-    "qqp": "not_duplicate duplicate",
-    "mnli": "entailment neutral contradiction",
-    "qnli": "entailment not_entailment",
-    "rte": "entailment not_entailment",
-    "wnli": "not_entailment entailment",
-}
 
 
 def test_class_names_are_the_hubs_and_are_accepted_as_labels(tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from nlu import sweep
 from nlu.command_line import parse_arguments
 from nlu.experiments.claims import load_questions
-from nlu.experiments.experiment import Run, load_experiment
+from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, place_of
 from nlu.experiments.sweep_loop import Places, command_line
 from nlu.json_yaml import parse_yaml, read_json
@@ -73,12 +73,6 @@ def test_every_claim_names_rows_that_its_experiment_has():
         assert {row["config"] for row in rows if isinstance(row, dict) and "config" in row} <= {
             file.stem for file in (REPOSITORY / "configs/methods").glob("*.yaml")
         }
-
-
-def test_flags_of_a_run_are_those_of_an_argument_file():
-    assert Run("r", {}, {"seed": None, "lr_scheduler_kwargs": {"min_lr": 0.1}}).flags == [
-        '--lr_scheduler_kwargs={"min_lr": 0.1}'
-    ]
 
 
 TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}

@@ -12,27 +12,16 @@ import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import loralib
-from nlu import fine_tuning
+from nlu import ROOT, fine_tuning
 from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
 from nlu.methods.registry import METHODS, count_parameters, method_arguments
 from nlu.run_glue import main
-from tests.nlu.tiny import (
-    DEBERTA_BASE,
-    REPOSITORY,
-    SHAPES,
-    changed,
-    make_encoder,
-    quick_peft_adalora,
-    read,
-    run_python,
-    tiny_bert,
-    tiny_run,
-)
+from tests.nlu.tiny import DEBERTA_BASE, SHAPES, changed, make_encoder, quick_peft_adalora, read, run_python, tiny_bert
 
-CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in (REPOSITORY / "configs/methods").glob("*.yaml")}
+CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs/methods").glob("*.yaml")}
 SIX = r"(attention\.(self\.(query|key|value)(_proj)?|output\.dense)|intermediate\.dense|(?<!attention\.)output\.dense)"
 LAYER = r"encoder\.layer\.\d+\."
 
@@ -105,10 +94,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("method, shape, task", CASES)
-def test_method_trains_exactly_the_parameters_that_it_names(method, shape, task, encoders, tiny_glue, tmp_path, moved):
+def test_method_trains_exactly_the_parameters_that_it_names(method, shape, task, encoders, base_flags, tmp_path, moved):
     flags = changed(
-        tiny_run(encoders[shape], tiny_glue, tmp_path / "run"), task_name=task, max_steps=4, lora_r=None,
-        lora_alpha=None, eval_strategy="no", save_strategy="no",
+        base_flags, model_name_or_path=encoders[shape], task_name=task, max_steps=4, lora_r=None, lora_alpha=None,
+        eval_strategy="no", save_strategy="no",
     )  # fmt: skip
     assert main([*flags, *flags_of(method, tmp_path)]) == 0
     record = read(flags)
@@ -217,22 +206,16 @@ def test_width_of_shared_lora2_matches_loras_parameter_count(kind, shared, plain
     assert counts["adapter_params"] == pytest.approx(applied_counts(plain, kind)[1]["adapter_params"], rel=0.1)
 
 
-@pytest.mark.parametrize("method, inner", [("adalora", None), ("sora", None), ("lora2", 8), ("lora2_k1", 1)])
-def test_live_parameters_follow_the_mask_at_real_size(method, inner):
-    """A pruned singular value removes its row and column: of P and Q with one scale, of the inner factors with more. A
-    layer's last one removes the whole update."""
-    applied, counts = applied_counts(method)
-    masks = torch.arange(8) < torch.arange(72)[:, None] % 9
-    layers = loralib.lora_layers(applied.model)
-    for name, mask in zip(sorted(layers), masks, strict=True):
-        layers[name].lora_E = torch.nn.Parameter(mask.float())  # the model is on the meta device
-    expected = counts["adapter_params"]
-    for name, mask in zip(sorted(layers), masks, strict=True):
-        sides = layers[name].in_features + layers[name].out_features if inner is None else 2 * inner
-        expected -= (
-            (8 - int(mask.sum())) * (1 + sides) if mask.any() else sum(map(torch.numel, layers[name].lora_parameters()))
-        )
-    assert counts["adapter_params"] - applied.pruned_params() == expected
+@pytest.mark.parametrize("method, shared", [("adalora", False), ("sora", False), ("lora2", False), ("lora2", True)])
+def test_live_parameters_are_those_that_compact_keeps(method, shared):
+    """A layer without live singular values keeps none; a shared factor stays if one of its layers does."""
+    applied = apply(tiny_bert(), arguments_of(method, lora_share_outer=shared))
+    every = count_parameters(applied.model)["adapter_params"]
+    for number, layer in enumerate(loralib.lora_layers(applied.model).values()):
+        layer.lora_E.data = (torch.arange(8) < number % 9).float()
+    live = every - applied.pruned_params()
+    loralib.compact(applied.model)
+    assert count_parameters(applied.model)["adapter_params"] == live < every
 
 
 @pytest.mark.parametrize("method, modules, message", [
@@ -283,7 +266,7 @@ def test_programs_set_threads_and_refuse_wrong_flags_before_importing_torch():
     look += "heavy |= {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib'} & {*sys.modules}\n"
     look += "print(os.environ.get('GOMP_SPINCOUNT'), codes, heavy)"
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    shown = subprocess.run([sys.executable, "-c", look], cwd=REPOSITORY, env=clean, capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=clean, capture_output=True, text=True)
     assert shown.stdout == "20000 [2, 2, 2, 2] set()\n", shown.stderr
 
 

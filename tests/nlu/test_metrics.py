@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ import sklearn.metrics
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nlu import ROOT
 from nlu.metrics import class_report, compute_glue_metrics
 from nlu.tasks import TASKS
 
-SCRIPT = Path(__file__).resolve().parents[2] / "nlu" / "metrics.py"
 MAIN = {"cola": "matthews_correlation", "stsb": "pearson", "ax": "matthews_correlation"}
 
 
@@ -94,7 +93,7 @@ def test_hidden_labels_are_not_scored():
 def test_the_evaluate_module_loads_offline(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     evaluate = pytest.importorskip("evaluate")
-    metric = evaluate.load(str(SCRIPT), name, cache_dir=str(tmp_path))
+    metric = evaluate.load(str(ROOT / "nlu/metrics.py"), name, cache_dir=str(tmp_path))
     predictions, references = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
     assert metric.compute(predictions=predictions, references=references) == pytest.approx(
         compute_glue_metrics(TASKS[name], predictions, references)

@@ -19,17 +19,7 @@ from nlu.model import check_model_arguments, choose_head, load_config, longest_i
 from nlu.run_glue import main
 from nlu.tasks import TASKS
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import (
-    SHAPES,
-    changed,
-    error_line,
-    make_encoder,
-    make_rows,
-    read,
-    tiny_classifier,
-    tiny_run,
-    write_rows,
-)  # fmt: skip
+from tests.nlu.tiny import SHAPES, changed, error_line, make_encoder, make_rows, read, tiny_classifier, write_rows
 
 PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
 
@@ -125,17 +115,17 @@ def test_encoder_whose_shapes_differ_from_its_configuration_is_refused(base_flag
     assert "position_embeddings.weight has the shape (64, 16)" in error_line(capsys)
 
 
-def test_cls_dropout_sets_the_dropout_of_alberts_head(tmp_path, monkeypatch):
+def test_cls_dropout_sets_the_dropout_of_alberts_head(base_flags, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
     folder = make_encoder(tmp_path / "encoder", "albert")
-    arguments = parse_arguments([*tiny_run(folder, tmp_path, tmp_path / "run"), "--cls_dropout", "0.37"])
+    arguments = parse_arguments([*changed(base_flags, model_name_or_path=folder), "--cls_dropout", "0.37"])
     model = without_weights(arguments, load_config(arguments, TASKS["cola"])[0])
     assert model.dropout.p == 0.37
 
 
 @pytest.mark.parametrize(("flag", "own", "cut"), [("32", 60, 32), ("99", 60, 60), ("99", 10**30, 64)])
-def test_rows_are_cut_at_the_lowest_of_three_limits(encoder, tmp_path, flag, own, cut):
-    arguments = parse_arguments([*tiny_run(encoder, tmp_path, tmp_path / "run"), "--max_seq_length", flag])
+def test_rows_are_cut_at_the_lowest_of_three_limits(base_flags, flag, own, cut):
+    arguments = parse_arguments([*base_flags, "--max_seq_length", flag])
     config, tokenizer, _ = load_config(arguments, TASKS["cola"])
     tokenizer.model_max_length = own
     check_model_arguments(arguments, config, tokenizer, 100)
@@ -151,9 +141,9 @@ def test_position_embeddings_limit_the_input_length():
         assert longest_input(model) == 30, kind
 
 
-def test_cls_dropout_of_a_head_without_one_is_refused(tmp_path):
+def test_cls_dropout_of_a_head_without_one_is_refused(base_flags, tmp_path):
     folder = make_encoder(tmp_path / "encoder")
     AutoConfig.for_model("gpt_neox").save_pretrained(folder)
-    arguments = parse_arguments([*tiny_run(folder, tmp_path, tmp_path / "run"), "--cls_dropout", "0.3"])
+    arguments = parse_arguments([*changed(base_flags, model_name_or_path=folder), "--cls_dropout", "0.3"])
     with pytest.raises(UsageError, match="gpt_neox has no dropout of its own in the head"):
         load_config(arguments, TASKS["cola"])

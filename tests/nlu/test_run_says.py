@@ -24,12 +24,9 @@ from nlu.runs.record import best_and_last
 from tests.nlu.tiny import read, write_rows
 
 
-def test_progress_lines_logged_numbers_and_printed_commands(base_flags, encoder, tmp_path, capsys, monkeypatch):
+def test_progress_lines_logged_numbers_and_printed_commands(finished, tmp_path):
     """The commands that a run prints are run; the reported scores are read with tensorboard's own reader."""
-    run = tmp_path / "run"
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "earlier"))  # as an earlier run left it
-    assert main([*base_flags, "--method", "lora2", "--report_to", "tensorboard"]) == 0
-    shown, record = capsys.readouterr().out, read(base_flags)
+    run, record, shown, _ = finished
     line = r"^step (\d)/6  loss [\d.]+(?:  matthews_correlation -?[\d.]+)?  \d\.\d GB(  0:\d\d:\d\d left)?$"
     steps = re.findall(line, shown, re.MULTILINE)
     assert [int(step) for step, _ in steps] == [1, 2, 3, 3, 4, 5, 6, 6]

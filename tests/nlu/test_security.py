@@ -44,13 +44,8 @@ def test_no_source_file_loads_a_pickle_or_code():
 # ---- code ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trap(tmp_path):
-    """A file that is written if the untrusted code below ever runs."""
-    return tmp_path / "trapped"
-
-
-def test_model_with_code_of_its_own_is_refused_without_asking(encoder, base_flags, tmp_path, trap, monkeypatch):
+def test_model_with_code_of_its_own_is_refused_without_asking(encoder, base_flags, tmp_path, monkeypatch):
+    trap = tmp_path / "trapped"  # written if untrusted code ever runs
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked whether to run the code"))
     folder = shutil.copytree(encoder, tmp_path / "model")
     (folder / "code.py").write_text(f"open({str(trap)!r}, 'w')\nclass C: pass\n")
@@ -70,7 +65,8 @@ class Bomb:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["low_rank.pt", "optimizer.pt"])
-def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, trap, capsys, name):
+def test_a_checkpoint_with_a_pickle_is_refused(base_flags, tmp_path, capsys, name):
+    trap = tmp_path / "trapped"  # written if untrusted code ever runs
     run_broken_off(base_flags, 4)
     for checkpoint in (tmp_path / "run/model").glob("checkpoint-*"):
         torch.save({"x": Bomb(trap)}, checkpoint / name)

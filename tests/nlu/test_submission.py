@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from nlu.data.predictions import draw_confusion, predict_sets, write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
 from nlu.tasks import TASKS, Task
-from tests.nlu.tiny import make_rows, write_rows
+from tests.nlu.tiny import changed, make_rows, write_rows
 
 # the server's names, the sizes of the official test sets and the words of its sample submission
 OFFICIAL = {
@@ -100,35 +101,22 @@ def test_a_file_without_a_prediction_for_each_row_of_the_test_set_is_refused(tmp
 # ---- what a run predicts -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def mnli_flags(encoder, tiny_glue, tmp_path):
-    glue = tmp_path / "glue"
-    fields = ("premise", "hypothesis")
-    for split in ("train", "validation_matched", "validation_mismatched"):
-        (glue / "mnli").mkdir(parents=True, exist_ok=True)
-        (glue / "mnli" / f"{split}.jsonl").write_bytes((tiny_glue / "mnli" / f"{split}.jsonl").read_bytes())
-    for task, split, count in (("mnli", "test_matched", 5), ("mnli", "test_mismatched", 7), ("ax", "test", 9)):
-        rows = make_rows(fields, False, count, seed=count, labels=3)
-        write_rows(glue / task / f"{split}.jsonl", [row | {"label": -1} for row in rows])
-    return [
-        "--model_name_or_path", str(encoder), "--task_name", "mnli", "--glue_dir", str(glue), "--do_train",
-        "--do_predict", "--max_steps", "2", "--save_strategy", "no", "--root_output_dir",
-        str(tmp_path / "run"),
-    ]  # fmt: skip
-
-
 def rows_of(path: Path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_ax_is_predicted_by_the_trained_model_at_once_or_later(mnli_flags, tmp_path):
+def test_ax_is_predicted_by_the_trained_model_at_once_or_later(base_flags, tiny_glue, tmp_path):
     """The same rows as MNLI's test set and as AX get the same answers. A finished run can still be asked for them, and
     writes the same files."""
-    glue = tmp_path / "glue"
-    (glue / "ax/test.jsonl").write_bytes((glue / "mnli/test_mismatched.jsonl").read_bytes())
-    at_once = [*mnli_flags, "--predict_task", "ax", "--learning_rate", "1e-2", "--lora_alpha", "128"]
-    assert run_glue.main(at_once) == 0
+    glue = shutil.copytree(tiny_glue, tmp_path / "glue")
+    for path, count in (("mnli/test_matched", 5), ("mnli/test_mismatched", 7), ("ax/test", 7)):
+        rows = make_rows(("premise", "hypothesis"), False, count, seed=count, labels=3)
+        write_rows(glue / f"{path}.jsonl", [row | {"label": -1} for row in rows])
+    flags = changed(base_flags, task_name="mnli", glue_dir=glue, max_steps=2, eval_strategy="no", lora_alpha=64)
+    flags.remove("--do_eval")
+    asked = ["--do_predict", "--predict_task", "ax"]
+    assert run_glue.main([*changed(flags, save_strategy="no"), *asked]) == 0
     folder = tmp_path / "run/predictions"
     counts = {path.name: len(rows_of(path)) for path in folder.iterdir()}
     assert counts == {"MNLI-m.tsv": 5, "MNLI-mm.tsv": 7, "AX.tsv": 7}
@@ -136,11 +124,10 @@ def test_ax_is_predicted_by_the_trained_model_at_once_or_later(mnli_flags, tmp_p
     assert rows == rows_of(folder / "MNLI-mm.tsv") and [row["index"] for row in rows] == [str(i) for i in range(7)]
     assert {row["prediction"] for row in rows} <= {"entailment", "neutral", "contradiction"}
 
-    later = [flag for flag in at_once if flag not in ("--do_predict", "--predict_task", "ax")]
-    own = ["--root_output_dir", str(tmp_path / "steps"), "--save_strategy", "steps", "--save_steps", "1"]
-    assert run_glue.main([*later, *own]) == 0
+    later = changed(flags, root_output_dir=tmp_path / "steps", save_steps=1)
+    assert run_glue.main(later) == 0
     weights = (tmp_path / "steps/adapter/adapter_model.safetensors").read_bytes()
-    assert run_glue.main([*later, *own, "--do_predict", "--predict_task", "ax"]) == 0
+    assert run_glue.main([*later, *asked]) == 0
     assert (tmp_path / "steps/adapter/adapter_model.safetensors").read_bytes() == weights
     for path in folder.iterdir():
         assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()

@@ -14,7 +14,7 @@ import yaml
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments import launchers
-from nlu.experiments.experiment import load_experiment, place_free
+from nlu.experiments.experiment import make_experiment, place_free
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Places, SweepLoop
 from nlu.runs.files import write_text
@@ -168,12 +168,10 @@ def test_path_that_looks_like_a_number_stays_text():
 
 def loop_of(tmp_path, start, content=THREE):
     """The loop of an experiment that starts runs with `start`, two at once; and its runs."""
-    path = tmp_path / "experiment.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
     places = Places(tmp_path / "measured/trial.jsonl", tmp_path / "output/trial", ["run"])
     launcher = LocalLauncher(2)
     launcher.start = start
-    runs = load_experiment(path).runs
+    runs = make_experiment(content).runs
     return SweepLoop(launcher, places, runs), runs
 
 

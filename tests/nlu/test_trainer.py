@@ -99,4 +99,6 @@ def test_sampler_gets_the_epoch_without_accelerate(finished, monkeypatch):
     monkeypatch.setattr(trainer.control, "should_training_stop", False)
     for epoch in range(2):
         trainer._run_epoch(epoch=epoch)
-    assert told[0] != told[1] and sorted(told[0]) == sorted(told[1]) == list(range(50))
+    assert told[0] == list(SeededRandomSampler(50, 3)) != told[1]  # by --seed
+    monkeypatch.setattr(trainer.args, "data_seed", 5)
+    assert list(trainer._get_train_sampler()) == list(SeededRandomSampler(50, 5))

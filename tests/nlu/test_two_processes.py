@@ -91,10 +91,6 @@ def states(folder: Path) -> list[dict]:
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("process-*.pt"))]
 
 
-def fingerprint(folder: Path) -> str:
-    return loralib.read_adapter_config(folder / "adapter").base_fingerprint
-
-
 @pytest.mark.parametrize(
     ("launch", "method"),
     [
@@ -122,7 +118,7 @@ def test_two_processes_equal_one(launch, method, two, flags, tmp_path):
         assert sum(parts) == one["frozen_bytes"] and max(parts) < 0.52 * sum(parts)
     else:
         assert set(parts) == {one["frozen_bytes"]}
-    assert len({fingerprint(folder) for folder in folders}) == 1
+    assert len({loralib.read_adapter_config(folder / "adapter").base_fingerprint for folder in folders}) == 1
     records = [json.loads((folder / "results.json").read_text()) for folder in folders]
     for record in records:
         assert record["effective_batch_size"] == 8 and len(record["history"]) == records[0]["steps"]
