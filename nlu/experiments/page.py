@@ -37,8 +37,9 @@ NOTES = f"""\
   tasks as strata), which covers only the variation between seeds. Student-t errors: the same difference by a model of
   all runs in which a failed run counts little. Read both: neither replaces the other.
 - Failed runs: those whose mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
-  constant answer, with the exact interval of their rate (Clopper and Pearson). A failed run that was repeated with
-  seed + 100 has the score of the repetition.
+  constant answer (in records without training losses: no evaluation's loss is below 0.99 of it), with the exact
+  interval of their rate (Clopper and Pearson). A failed run that was repeated with seed + 100 has the score of the
+  repetition.
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with

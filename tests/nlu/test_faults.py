@@ -19,6 +19,7 @@ from nlu import fine_tuning
 from nlu.data import splits
 from nlu.experiments.records import read_lines
 from nlu.run_glue import main
+from nlu.runs import record
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.files import locked, write_json, write_text
 from nlu.runs.signals import Interrupted, StopRequest
@@ -89,9 +90,11 @@ def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch
     assert main(flags) == 0 and (before := read(flags))["best_step"] == 4
     monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": 0.5})
+    monkeypatch.setattr(record, "peak_memory_bytes", lambda: 1)  # predicting takes less
     assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()
     after = read(flags)
     assert (after["steps"], after["last"], after["history"]) == (last, before["last"], before["history"])
+    assert after["peak_memory_bytes"] == before["peak_memory_bytes"]
     assert main([*flags, "--do_predict", "--measured_dir", str(run_folder / "../measured")]) == 0
     assert len(read_lines(run_folder / "../measured/tiny-bert.jsonl")) == 1  # its line was missing
 
