@@ -56,7 +56,7 @@ class AdaLoraTraining:
 
     def __init__(self, model: nn.Module) -> None:
         self.in_loss = isinstance(model, PeftModel)
-        tuner: Any = model.base_model if isinstance(model, PeftModel) else model
+        tuner: Any = model.base_model if self.in_loss else model
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
         tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)

@@ -84,17 +84,19 @@ class LowRankTrainerMixin(_Trainer):
 
     def _load_best_model(self) -> None:
         """Overridden to read what :meth:`_save` writes, and the state of these weights (peft's AdaLoRA saves by it)."""
-        folder = Path(self.state.best_model_checkpoint)
-        load_trained_tensors(self.model, load_file(folder / TRAINED_FILE))
-        self.low_rank.load_state_dict(torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True))
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.low_rank.load_state_dict(_state_in(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Overridden to load the state of ``low_rank`` too: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
             self.low_rank.start(self.state.max_steps)
-            self.low_rank.load_state_dict(state)
+            self.low_rank.load_state_dict(_state_in(checkpoint))
+
+
+def _state_in(checkpoint: str) -> dict[str, Any]:
+    return torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
 
 
 def _with_penalty(
