@@ -69,7 +69,7 @@ def write_report(args: argparse.Namespace) -> int:
         every = runs[runs.experiment == question.experiment]
         there, wanted = _measured(question, every)
         if there < wanted:
-            if there:
+            if len(every):
                 failed = int((every.status == "failed").sum())
                 ended = f" {failed} run(s) failed." if failed else ""
                 open_questions.append(

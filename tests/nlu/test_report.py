@@ -66,6 +66,12 @@ def test_question_has_no_table_before_its_last_seed_has_finished(make, tmp_path)
     assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
 
 
+def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
+    make([line("LoRA r=8", "cola", 1, [0.5], status="failed")])
+    page = (tmp_path / "README.md").read_text()
+    assert "score more on its tasks? Measured so far: 0 of 1 runs (`" in page and "1 run(s) failed." in page
+
+
 def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
     """Runs with another model, for six steps and on 100 rows are not called the paper's table."""
     changes = {"steps": 6, "arguments": {"max_eval_samples": 100, "num_train_epochs": 3, "method_config": "lora2"}}
