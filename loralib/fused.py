@@ -8,11 +8,8 @@ their gradients, are cast without a node in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,17 +61,6 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)
 
 
-def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: runs a backward pass without autocast, like its forward pass."""
-
-    @wraps(backward)
-    def run(ctx: Any, grad: Tensor) -> Any:
-        with without_autocast(grad.device.type):
-            return backward(ctx, grad)
-
-    return run
-
-
 class _AdaptedLinear(torch.autograd.Function):
     """Takes only matrices x (n, in): a backward pass that reads the size of a saved tensor cannot be traced."""
 
@@ -91,8 +77,12 @@ class _AdaptedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @outside_autocast
     def backward(ctx, grad):
+        with without_autocast(grad.device.type):
+            return _AdaptedLinear._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx, grad):
         x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
         core = ctx.number if core is None else core
         need_x, need_weight, need_bias, need_a, need_core, need_b, need_dropped, _ = ctx.needs_input_grad

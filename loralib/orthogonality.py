@@ -14,17 +14,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
-from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
-from loralib.fused import outside_autocast, without_autocast
+from loralib.fused import without_autocast
 from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
-_Side = tuple[bool, list[nn.Parameter]]  # (whether it is the A side, its factors from the outermost inward)
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:
@@ -42,76 +39,44 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     chosen = set(TERMS) if terms == "all" else set(terms.split("+"))
     if not chosen <= set(TERMS):
         raise ValueError(f"terms must be 'all' or some of {', '.join(TERMS)} joined by '+', got {terms!r}")
-    groups: dict[tuple, list[_Side]] = defaultdict(list)
+    groups: dict[tuple, list[nn.ParameterList]] = defaultdict(list)
     for layer in trained_svd_layers(model, "regularise").values():
-        for term, wide, side in (("uv", False, layer.lora_B), ("UV", True, layer.lora_A)):
-            factors, several = list(side), len(side) > 1
-            asked = term in chosen or ("PQ" in chosen and not several), "PQ" in chosen and several
-            if any(asked):
-                groups[(*asked, factors[0].device, *layer.widths, layer.r)].append((wide, factors))
+        for term, side in (("uv", layer.lora_B), ("UV", layer.lora_A)):
+            if chosen & {term, "PQ"}:
+                groups[(term, side[0].device, *(factor.shape for factor in side))].append(side)
     counted: set[int] = set()  # layers of different ranks may share outer factors
     norms: list[Tensor] = []
-    for (with_factors, with_product, device, *_), sides in groups.items():
+    for (term, device, *shapes), sides in groups.items():
+        with_product = "PQ" in chosen and len(shapes) > 1
         with without_autocast(device.type):  # Gram − I is a small difference
-            norms += [_deviation(gram, squared) for gram in _grams(sides, with_factors, with_product, counted)]
+            grams = _grams(sides, term == "UV", term in chosen or len(shapes) == 1, with_product, counted)
+            norms += [_deviation(gram, squared) for gram in grams]
     return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
-def _grams(sides: list[_Side], with_factors: bool, with_product: bool, counted: set[int]) -> Iterator[Tensor]:
-    """Yield the Grams of the factors, each (n, s, s), then those of the products, for sides with equal inner sizes.
+def _grams(
+    sides: list[nn.ParameterList], wide: bool, with_factors: bool, with_product: bool, counted: set[int]
+) -> Iterator[Tensor]:
+    """Yield the Grams of the factors, each (n, s, s), then those of the products, for sides of equal shapes.
 
-    Every factor is treated like a B, (outer, inner). ``counted`` has the factors whose Grams were already yielded.
+    A side has its factors from the outermost inward; ``wide`` ones (A) are transposed, to be (outer, inner) like a B.
+    ``counted`` has the factors whose Grams were already yielded.
     """
-    shapes = list(dict.fromkeys((wide, factors[0].shape) for wide, factors in sorted(sides, key=itemgetter(0))))
-    sides = sorted(sides, key=lambda side: shapes.index((side[0], side[1][0].shape)))
-    product = torch.empty(0)
-    for level in range(len(sides[0][1])):
-        unique = {id(factors[level]): (wide, factors[level]) for wide, factors in sides}
-        fresh = [key not in counted for key in unique]
-        counted.update(unique)
-        by_shape = groupby(unique.values(), key=lambda item: (item[0], item[1].shape))
-        stacks = [(wide, torch.stack([factor for _, factor in group])) for (wide, _), group in by_shape]
-        if level == 0:
-            inner = [_Gram.apply(x, wide) for wide, x in stacks]
-            # If m < s, only XXᵀ can be I.
-            own = [
-                gram if gram.shape[-1] == min(x.shape[1:]) else _Gram.apply(x, not wide)
-                for gram, (wide, x) in zip(inner, stacks, strict=True)
-            ]
-        else:
-            x = torch.cat([x.mT if wide else x for wide, x in stacks])
-            own = [x.mT @ x if x.shape[-1] <= x.shape[-2] else x @ x.mT]
-        for gram in own if with_factors else ():
-            rows, fresh = [i for i in range(len(gram)) if fresh[i]], fresh[len(gram) :]
-            yield gram if len(rows) == len(gram) else gram[rows]
+    product = None
+    for factors in zip(*sides, strict=True):
+        unique = {id(factor): factor for factor in factors}
+        x = torch.stack(list(unique.values()))
+        x = x.mT if wide else x
+        inner = x.mT @ x
+        if with_factors:
+            own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
+            yield own[[place for place, key in enumerate(unique) if key not in counted]]
+            counted.update(unique)
         if with_product:
-            x = torch.cat(inner) if level == 0 else x
-            if len(unique) < len(sides):  # each side needs its own copy of what it shares
-                place = {key: i for i, key in enumerate(unique)}
-                x = x[[place[id(factors[level])] for _, factors in sides]]
-            product = x if level == 0 else x.mT @ product @ x
-    if with_product:
+            places = [list(unique).index(id(factor)) for factor in factors]  # a shared factor has a copy for each side
+            product = inner[places] if product is None else x[places].mT @ product @ x[places]
+    if product is not None:
         yield product
-
-
-class _Gram(torch.autograd.Function):
-    """XᵀX of a stack X (n, m, s), or XXᵀ if ``wide``. The backward pass takes one product, X (G + Gᵀ), instead of
-    autograd's two and a sum."""
-
-    @staticmethod
-    def forward(x: Tensor, wide: bool) -> Tensor:
-        return x @ x.mT if wide else x.mT @ x
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.wide = inputs[1]
-
-    @staticmethod
-    @outside_autocast
-    def backward(ctx, grad: Tensor):
-        (x,), both = ctx.saved_tensors, grad + grad.mT
-        return both @ x if ctx.wide else x @ both, None
 
 
 def _deviation(gram: Tensor, squared: bool) -> Tensor:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -37,51 +36,6 @@ def distinct_factors(layers: Iterable[LoRALayer], trained: bool = False) -> list
     """The factors of the layers, or only the trainable ones; a factor that layers share is there once."""
     found = {id(f): f for layer in layers for f in [*layer.lora_B, *layer.lora_A]}.values()
     return [factor for factor in found if factor.requires_grad or not trained]
-
-
-class _Stack:
-    """Factors that have one shape once tall ones are transposed, as one tensor (n, s, m), s ≤ m; tall ones come last.
-
-    The wide layout makes the batched Gram on a CPU twice as fast and three times as accurate. The memory is kept from
-    step to step: new memory and new views would cost more than the products.
-    """
-
-    def __init__(self, factors: list[nn.Parameter]) -> None:
-        self.wide = [f for f in factors if f.shape[0] <= f.shape[1]]
-        self.all = [*self.wide, *(f for f in factors if f.shape[0] > f.shape[1])]
-        self._memory: list[Tensor] = []
-        self._places: list[list[Tensor]] = []  # the view of every factor in each of the two tensors of _memory
-
-    def factors(self) -> Tensor:
-        """Read X anew at each call: a fused optimiser does not raise a tensor's version, so changes cannot be seen."""
-        like, count = self.all[0], len(self.wide)
-        if not self._memory or self._memory[0].device != like.device:
-            shape = (len(self.all), *sorted(like.shape))
-            self._memory = [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2)]
-            self._places = [[*x[:count].unbind(), *x[count:].mT.unbind()] for x in self._memory]
-        torch._foreach_copy_(self._places[0], self.all)
-        return self._memory[0]
-
-    def write_factors(self, root: Tensor) -> None:
-        """X ← root X, for the X that :meth:`factors` has just read."""
-        torch.bmm(root, self._memory[0], out=self._memory[1])
-        torch._foreach_copy_(self.all, self._places[1])
-
-    def project_gradients(self) -> None:
-        """g ← g − sym(g Xᵀ) X for the factors that have a gradient; the gradients of tall ones are not transposed."""
-        x, count = self.factors(), len(self.wide)
-        for factors, part, tall in ((self.all[:count], x[:count], False), (self.all[count:], x[count:], True)):
-            gradients = [f.grad for f in factors if f.grad is not None]
-            if not gradients:
-                continue
-            if len(gradients) < len(factors):
-                part = part[[i for i, f in enumerate(factors) if f.grad is not None]]
-            memory = self._memory[1].view(-1)[: part.numel()].view(len(gradients), *gradients[0].shape)
-            g = torch.stack(gradients, out=memory)
-            cross = part @ g if tall else part @ g.mT
-            half = (cross + cross.mT) * 0.5
-            g.baddbmm_(*((part.mT, half) if tall else (half, part)), alpha=-1)
-            torch._foreach_copy_(gradients, list(g.unbind()))
 
 
 class ExactFactors:
@@ -108,28 +62,38 @@ class ExactFactors:
         make_orthonormal(self.model)
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
         for factor in distinct_factors(svd_layers(self.model).values(), trained=True):
-            groups[(factor.device, factor.dtype, *sorted(factor.shape))].append(factor)
-        by_side: dict[tuple, list[_Stack]] = defaultdict(list)
-        for (device, dtype, side, _), factors in groups.items():
-            by_side[(device, dtype, side)].append(_Stack(factors))
-        self._same_side = list(by_side.values())  # stacks whose Grams have one size and are handled in one batch
+            groups[(factor.device, factor.dtype, factor.shape)].append(factor)
+        self._groups = list(groups.values())
 
     @torch.no_grad()
     def before_step(self) -> None:
         """g ← g − X sym(Xᵀg) for every trainable factor that has a gradient, in place."""
-        for stack in chain.from_iterable(self._same_side):
-            with without_autocast(stack.all[0].device.type):
-                stack.project_gradients()
+        for group in self._groups:
+            factors = [factor for factor in group if factor.grad is not None]
+            if factors:
+                gradients = [factor.grad for factor in factors]
+                with without_autocast(factors[0].device.type):
+                    x, g = _wide(factors), _wide(gradients)
+                    cross = x @ g.mT
+                    _write(gradients, torch.baddbmm(g, cross + cross.mT, x, alpha=-0.5))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every trainable factor, in place."""
-        for stacks in self._same_side:
-            with without_autocast(stacks[0].all[0].device.type):
-                grams = [x @ x.mT for x in (stack.factors() for stack in stacks)]
-                roots = inverse_root(torch.cat(grams)).split([len(gram) for gram in grams])
-                for stack, root in zip(stacks, roots, strict=True):
-                    stack.write_factors(root)
+        for factors in self._groups:
+            with without_autocast(factors[0].device.type):
+                x = _wide(factors)
+                _write(factors, inverse_root(x @ x.mT) @ x)
+
+
+def _wide(factors: list[Tensor]) -> Tensor:
+    """Factors of one shape as one tensor (n, s, m), s ≤ m; tall ones are transposed."""
+    x = torch.stack(factors)
+    return x if x.shape[1] <= x.shape[2] else x.mT
+
+
+def _write(targets: list[Tensor], wide: Tensor) -> None:
+    torch._foreach_copy_(targets, list((wide if wide.shape[1:] == targets[0].shape else wide.mT).unbind()))
 
 
 def make_orthonormal(model: nn.Module) -> None:
