@@ -10,20 +10,22 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from tests.loralib.small import adapted, encoder, randomise, refused
 
+IDS = torch.arange(24).reshape(4, 6) % 20
+
 
 def test_cast_before_inject_keeps_the_head_and_the_later_factors_in_float32():
     """The documented order is cast, quantise, inject. Before inject nothing is frozen, except what the model's own code
     freezes, such as Whisper's positions."""
-    model, ids = Tiny(), torch.arange(12).view(2, 6)
-    model.embeddings.requires_grad_(False)
-    expected = model(ids)
-    cast_frozen(model, torch.bfloat16, head=model.head)
-    loralib.inject(model, "lora2", ["query", "up"], r=4)
+    model = encoder()
+    model.bert.embeddings.requires_grad_(False)
+    expected = model(IDS).logits
+    cast_frozen(model, torch.bfloat16, head=model.classifier)
+    loralib.inject(model, "lora2", ["query", "intermediate"], r=4)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert kept == {name for name in dtypes if ".lora_" in name or name.startswith("head")}
+    assert kept == {name for name in dtypes if ".lora_" in name or name.startswith("classifier")}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
-    logits = model(ids)
+    logits = model(IDS).logits
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
     logits.sum().backward()
@@ -32,40 +34,9 @@ def test_cast_before_inject_keeps_the_head_and_the_later_factors_in_float32():
 # ---- other trainable parameters ------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """A pre-norm Transformer block. Its attention needs query, key and value in one dtype."""
-
-    def __init__(self, width=16):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x):
-        y = self.norm1(x)
-        x = x + nn.functional.scaled_dot_product_attention(self.query(y), self.key(y), self.value(y))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class Tiny(nn.Module):
-    """Embeddings, two blocks and a head that is called by keyword and registered first, as in XLM-R."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(16, 3)
-        self.embeddings = nn.Embedding(20, 16)
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, ids):
-        x = self.embeddings(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(input=x.mean(1))
-
-
-def tiny(kind="lora2", modules=("query", "up"), also=("head",)):
-    torch.manual_seed(0)
-    model = Tiny()
+def trained(kind="lora2", modules=("query", "intermediate"), also=("classifier",)):
+    """An encoder whose factors train, and every parameter that has an entry of ``also`` in its name."""
+    model = encoder()
     loralib.inject(model, kind, list(modules), r=4)
     randomise(model, 0.3)
     loralib.mark_only_lora_as_trainable(model)
@@ -75,20 +46,16 @@ def tiny(kind="lora2", modules=("query", "up"), also=("head",)):
     return model
 
 
-IDS = torch.arange(24).reshape(4, 6) % 20
-EVERY = ("query", "key", "value", "up", "down")
-
-
 @pytest.mark.parametrize("options", [
-    {"kind": "lora", "also": ("bias",)}, {"kind": "adalora"}, {"also": ("query.bias", "up.bias"), "modules": EVERY},
-    *({"also": also} for also in [("embeddings",), ("head", "norm", "blocks.1.value"), ("query.weight", "norm1.bias")]),
+    {"kind": "lora", "also": ("bias",)}, {"kind": "adalora"}, {"also": ("query.bias",), "modules": ("all-linear",)},
+    {"also": ("embeddings",)}, {"also": ("classifier", "1.attention", "Norm")}, {"also": ("query.weight", "Norm.bias")},
 ])  # fmt: skip
 def test_any_module_may_be_adapted_and_any_parameter_may_train(options):
     """Gradients are float32, finite and within 5 % of the float32 model's."""
-    model = tiny(**options)
+    model = trained(**options)
     half = copy.deepcopy(model)
-    cast_frozen(half, torch.bfloat16, head=half.head)
-    outputs = [m(IDS) for m in (model, half)]
+    cast_frozen(half, torch.bfloat16, head=half.classifier)
+    outputs = [m(IDS).logits for m in (model, half)]
     assert outputs[1].dtype == torch.float32
     torch.testing.assert_close(*outputs, rtol=0, atol=0.05)
     for output in outputs:
@@ -106,25 +73,34 @@ def test_any_module_may_be_adapted_and_any_parameter_may_train(options):
 
 
 def test_repeated_cast_changes_only_what_was_frozen_or_unfrozen_since():
-    once, twice = tiny(also=("head", "norm")), tiny(also=("head", "norm"))
-    cast_frozen(once, torch.bfloat16, once.head)
+    once, twice = (trained(also=("classifier", "Norm")) for _ in range(2))
+    cast_frozen(once, torch.bfloat16, once.classifier)
     for _ in range(3):
-        cast_frozen(twice, torch.bfloat16, twice.head)
-    assert torch.equal(once(IDS), twice(IDS))
+        cast_frozen(twice, torch.bfloat16, twice.classifier)
+    assert torch.equal(once(IDS).logits, twice(IDS).logits)
     assert [len(m._forward_hooks) for m in once.modules()] == [len(m._forward_hooks) for m in twice.modules()]
-    twice.blocks.requires_grad_(False)
-    twice.embeddings.requires_grad_(True)
-    cast_frozen(twice, torch.bfloat16, twice.head)
-    assert twice.blocks[0].norm1.weight.dtype == torch.bfloat16
-    twice(IDS).sum().backward()
-    assert twice.embeddings.weight.grad.dtype == torch.float32
+    twice.bert.encoder.requires_grad_(False)
+    twice.bert.embeddings.requires_grad_(True)
+    cast_frozen(twice, torch.bfloat16, twice.classifier)
+    assert twice.bert.encoder.layer[0].output.LayerNorm.weight.dtype == torch.bfloat16
+    twice(IDS).logits.sum().backward()
+    assert twice.bert.embeddings.LayerNorm.weight.grad.dtype == torch.float32
+
+
+class ByKeyword(nn.Sequential):
+    """Calls its modules with a keyword argument, as XLM-R calls its head."""
+
+    def forward(self, x):
+        for module in self:
+            x = module(input=x)
+        return x
 
 
 @pytest.mark.parametrize(
     "stem", [nn.Linear(16, 16), nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 1, 1), nn.Flatten())]
 )
 def test_inputs_of_the_model_may_be_floating_point(stem):
-    model = nn.Sequential(copy.deepcopy(stem), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    model = ByKeyword(copy.deepcopy(stem), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     loralib.inject(model, "lora2", ["1"], r=2, k=2)
     loralib.mark_only_lora_as_trainable(model)
     model[3].requires_grad_(True)
@@ -137,14 +113,14 @@ def test_inputs_of_the_model_may_be_floating_point(stem):
 
 
 def test_merge_works_beside_a_float32_bias_and_a_merged_model_is_not_cast():
-    model = tiny(also=("head", "bias")).eval()
-    cast_frozen(model, torch.bfloat16, model.head)
+    model = trained(also=("classifier", "bias"))
+    cast_frozen(model, torch.bfloat16, model.classifier)
     with torch.no_grad():
-        before = model(IDS)
+        before = model(IDS).logits
         loralib.merge_adapter(model)
-        torch.testing.assert_close(model(IDS), before, rtol=0, atol=0.05)
+        torch.testing.assert_close(model(IDS).logits, before, rtol=0, atol=0.05)
     with refused("unmerge before the cast", model):
-        cast_frozen(model, torch.bfloat16, model.head)
+        cast_frozen(model, torch.bfloat16, model.classifier)
 
 
 def test_pooler_inside_the_encoder_may_be_part_of_the_head():
@@ -153,4 +129,4 @@ def test_pooler_inside_the_encoder_may_be_part_of_the_head():
     cast_frozen(model, torch.bfloat16, [model.bert.pooler, model.classifier])
     seen = []
     model.bert.pooler.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    assert model(torch.arange(14).view(2, 7)).logits.dtype == torch.float32 and seen == [torch.float32]
+    assert model(IDS).logits.dtype == torch.float32 and seen == [torch.float32]
