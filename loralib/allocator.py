@@ -99,11 +99,6 @@ class RankAllocator:
         return list(found.values())
 
     @property
-    def scored_parameters(self) -> int:
-        """Number of entries that have a score."""
-        return self._sensitivity.numel()
-
-    @property
     def rank_pattern(self) -> dict[str, list[bool]]:
         """Module name → which of its r singular values are not 0 in the weights as they are now.
 
