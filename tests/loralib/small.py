@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
 import loralib
 
@@ -142,6 +142,12 @@ def decoder(model_type, sizes, **settings):
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": True, **sizes, **settings})
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def training_arguments(folder, **changes):
+    """Arguments of a Trainer on the CPU that by default saves and shows nothing."""
+    quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    return TrainingArguments(str(folder), **quiet | changes)
 
 
 def blocks(kind, count=3, features=(9, 7), std=None, seed=0, **options):

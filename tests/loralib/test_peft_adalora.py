@@ -6,11 +6,12 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import RankAllocator
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from loralib.interop.export import main
 from loralib.interop.peft_adalora import AdaLoraTraining, SortingAllocator
 from loralib.recipes.trainer import LowRankTrainerMixin
+from tests.loralib.small import training_arguments
 from tests.nlu.tiny import tiny_bert
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
@@ -29,11 +30,7 @@ class MyTrainer(LowRankTrainerMixin, Trainer): ...
 
 def train(model, folder, resume=None, metrics=None, **options):
     torch.manual_seed(1)
-    settings = {
-        "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.05, "report_to": [],
-        "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", **options,
-    }  # fmt: skip
-    arguments = TrainingArguments(str(folder), **settings)
+    arguments = training_arguments(folder, max_steps=8, per_device_train_batch_size=2, learning_rate=0.05, **options)
     data = {"train_dataset": ROWS, "eval_dataset": ROWS, "compute_metrics": metrics}
     trainer = MyTrainer(model=model, low_rank=AdaLoraTraining(model), args=arguments, **data)
     trainer.train(resume_from_checkpoint=resume)

@@ -8,12 +8,12 @@ import torch
 from peft import VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 import loralib
 from loralib.recipes.exact_factors import ExactFactors
 from loralib.recipes.trainer import STATE_FILE, TRAINED_FILE, LowRankTrainerMixin
-from tests.loralib.small import encoder
+from tests.loralib.small import encoder, training_arguments
 
 STEPS = 8
 
@@ -49,12 +49,10 @@ def trained(make, folder, resume=None, **changes):
     loralib.inject(model, "lora2", modules, r=4, init="orthogonal")
     loralib.mark_only_lora_as_trainable(model)
     model.classifier.requires_grad_(True)
-    options = {
-        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 0.05,
-        "report_to": [], "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True, "use_cpu": True, **changes,
-    }  # fmt: skip
+    args = training_arguments(folder, max_steps=STEPS, per_device_train_batch_size=4, learning_rate=0.05,
+                              save_strategy="steps", save_steps=2, **changes)  # fmt: skip
     trainer = MyTrainer(
-        model=model, args=TrainingArguments(**options), train_dataset=rows, eval_dataset=rows[:4],
+        model=model, args=args, train_dataset=rows, eval_dataset=rows[:4],
         low_rank=loralib.LowRankTraining(model, target_rank=2, mask_interval=1, init_warmup=1, final_warmup=2),
         compute_metrics=lambda p: {"score": float(p.predictions.sum())},
     )  # fmt: skip
@@ -92,8 +90,8 @@ def test_checkpoint_holds_only_trainable_parameters_and_for_peft_also_its_adapte
     model = encoder("bert")
     peft = get_peft_model(model, VeraConfig(r=2, target_modules=["query", "value"]))  # its layers share two matrices
     model.get_base_model = peft.get_base_model  # a user's own model may have this method
-    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     model = peft if wrapped else model
+    args = training_arguments(tmp_path)
     MyTrainer(model=model, args=args, low_rank=mock.Mock(state_dict=dict)).save_model(str(tmp_path / "saved"))
     saved = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {TRAINED_FILE, "adapter_model.safetensors"} <= saved if wrapped else saved == {TRAINED_FILE, STATE_FILE}
@@ -117,13 +115,11 @@ def injected(init="gaussian"):
 
 def plain(folder, accumulate=1, **changes):
     """Settings that make a Trainer equal to a plain loop over ``ROWS`` with SGD."""
-    options = {
-        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4 // accumulate,
-        "gradient_accumulation_steps": accumulate, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0,
-        "lr_scheduler_type": "constant", "report_to": [], "train_sampling_strategy": "sequential",
-        "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no", "use_cpu": True, **changes,
-    }  # fmt: skip
-    return TrainingArguments(**options)
+    return training_arguments(
+        folder, max_steps=STEPS, per_device_train_batch_size=4 // accumulate, gradient_accumulation_steps=accumulate,
+        learning_rate=0.1, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant",
+        train_sampling_strategy="sequential", **changes,
+    )  # fmt: skip
 
 
 def mean_loss(outputs, labels, num_items_in_batch=None):
@@ -168,7 +164,7 @@ def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, acc
         optimizer.zero_grad()
     # BERT's own loss ignores num_items_in_batch, so it would count twice with two batches per step
     loss = mean_loss if trainer_class is MyTrainer else lambda outputs, labels, **_: mean_loss(outputs, labels)
-    args = plain(tmp_path, accumulate, logging_strategy="steps", logging_steps=1, report_to="none")
+    args = plain(tmp_path, accumulate, logging_strategy="steps", logging_steps=1)
     trainer = trainer_class(model=models[1], args=args, train_dataset=ROWS,
                             low_rank=trainings[1], compute_loss_func=loss)  # fmt: skip
     trainer.train()
