@@ -71,7 +71,6 @@ def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier"
     """Random factors and a trainable head; one singular value of the first layer and all of the second are pruned."""
     model = Net() if model is None else model
     loralib.inject(model, kind, list(modules), r=r, **options)
-    loralib.mark_only_lora_as_trainable(model)
     model.get_submodule(head).requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -156,7 +155,6 @@ def blocks(kind, count=3, features=(9, 7), std=None, seed=0, **options):
     layers = (nn.ModuleDict({"q": nn.Linear(*features)}) for _ in range(count))
     model = nn.ModuleDict({"layer": nn.ModuleList(layers)})
     loralib.inject(model, kind, ["q"], **options)
-    loralib.mark_only_lora_as_trainable(model)
     return model if std is None else randomise(model, std)
 
 

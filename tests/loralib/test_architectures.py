@@ -96,7 +96,6 @@ def base(shape):
 
 def adapt(model, modules):
     loralib.inject(model, "lora2", modules, r=4, k=6, lora_alpha=8, lora_dropout=0.3)
-    loralib.mark_only_lora_as_trainable(model)
     for layer in loralib.lora_layers(randomise(model, 0.3, seed=1)).values():
         layer.lora_E.data[0] = 0
     return model

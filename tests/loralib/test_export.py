@@ -78,7 +78,6 @@ def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path):
 def test_adapter_that_peft_would_load_wrongly_is_not_exported_but_loads_here(tmp_path, base, modules, trained, says):
     model, again = base(), base()
     loralib.inject(model, "lora", modules)
-    loralib.mark_only_lora_as_trainable(model)
     if trained:
         model.get_parameter(trained).requires_grad_(True)
     loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"), allow_other_base=True)

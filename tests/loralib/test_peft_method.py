@@ -26,7 +26,6 @@ def net(modules=("q", "v"), base=None, **options):
 def injected(modules=("q", "v"), base=None, **options):
     model = Net() if base is None else base
     loralib.inject(model, "lora2", list(modules), **{**SHAPE, **options})
-    loralib.mark_only_lora_as_trainable(model)
     return randomise(model)
 
 

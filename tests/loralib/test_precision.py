@@ -39,7 +39,6 @@ def trained(kind="lora2", modules=("query", "intermediate"), also=("classifier",
     model = encoder()
     loralib.inject(model, kind, list(modules), r=4)
     randomise(model, 0.3)
-    loralib.mark_only_lora_as_trainable(model)
     for name, parameter in model.named_parameters():
         if any(part in name for part in also):
             parameter.requires_grad_(True)
@@ -102,7 +101,6 @@ class ByKeyword(nn.Sequential):
 def test_inputs_of_the_model_may_be_floating_point(stem):
     model = ByKeyword(copy.deepcopy(stem), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     loralib.inject(model, "lora2", ["1"], r=2, k=2)
-    loralib.mark_only_lora_as_trainable(model)
     model[3].requires_grad_(True)
     x = torch.randn(5, 16)
     expected = model(x)

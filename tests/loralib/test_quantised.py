@@ -32,7 +32,6 @@ def quantise(model, form):
 
 def adapt(model, kind):
     loralib.inject(model, kind, ["0", "2"], r=4, lora_dropout=0.0)
-    loralib.mark_only_lora_as_trainable(model)
     return randomise(model, 0.2, seed=1)
 
 

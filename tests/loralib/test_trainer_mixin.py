@@ -47,7 +47,6 @@ def trained(make, folder, resume=None, **changes):
     modules = r".*\.(query|value|q_proj|v_proj)"
     torch.manual_seed(1)
     loralib.inject(model, "lora2", modules, r=4, init="orthogonal")
-    loralib.mark_only_lora_as_trainable(model)
     model.classifier.requires_grad_(True)
     args = training_arguments(folder, max_steps=STEPS, per_device_train_batch_size=4, learning_rate=0.05,
                               save_strategy="steps", save_steps=2, **changes)  # fmt: skip
@@ -106,7 +105,6 @@ def injected(init="gaussian"):
     model = encoder("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, classifier_dropout=0.0)
     torch.manual_seed(0)
     loralib.inject(model, "lora2", ["query", "value"], r=4, init=init)
-    loralib.mark_only_lora_as_trainable(model)
     for layer in loralib.lora_layers(model).values():
         if init == "gaussian":
             nn.init.normal_(layer.lora_E)  # the scores are too far apart for rounding to change their order
