@@ -1,7 +1,7 @@
 """Convert loralib adapters to peft's LoRA, and peft's LoRA, AdaLoRA and LoRA² to loralib. peft need not be installed.
 
-A layer with singular values becomes an ordinary LoRA pair of its true rank: ΔW = U diag(σ) Vᵀ is stored as
-(U √σ, √σ Vᵀ), and peft's scaling lora_alpha / r is 1.
+A layer with singular values becomes an ordinary LoRA pair of its true rank: the factors of ΔW = s · B₀ … diag(e) … A₀
+are multiplied out on both sides of the narrowest place, and peft's scaling lora_alpha / r is 1.
 """
 
 from __future__ import annotations
@@ -105,39 +105,14 @@ def export_peft(
 
 
 def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, A) of one module with live singular values: ΔW = B A, shapes (out, ρ) and (ρ, in), float32; ρ may be 0.
-
-    For plain LoRA, A is unchanged and B is multiplied by the scaling.
-    """
-
-    def stored(part: str) -> Tensor:
-        return tensors[f"{name}.{part}"].double()
-
-    scaling = group.lora_alpha / group.r
+    """(B, A) of one module with live singular values: ΔW = B A, shapes (out, ρ) and (ρ, in), float32."""
     scales = range(len(group.widths) + 1)
-    left = reduce(torch.matmul, [stored(f"lora_B.{i}") for i in scales])
-    right = reduce(torch.matmul, [stored(f"lora_A.{i}") for i in reversed(scales)])
-    if group.kind == "lora":
-        return (left * scaling).float(), right.float()
-    u, sigma, vt = decompose(left, torch.diag(stored("lora_E") * scaling), right)
-    root = sigma.sqrt()
-    return (u * root).float(), (root[:, None] * vt).float()
-
-
-def decompose(left: Tensor, core: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """left · core · right = U diag(σ) Vᵀ at its numerical rank ρ: U (out, ρ), σ (ρ,) descending, Vᵀ (ρ, in), float64.
-
-    The product is never formed: after the thin QR decompositions left = Q_l R_l and rightᵀ = Q_r R_r, only the small
-    matrix R_l · core · R_rᵀ is decomposed. Values of σ below float32's rounding of the largest are dropped.
-
-    Args:
-        left: (out, p). core: (p, q). right: (q, in).
-    """
-    q_left, r_left = torch.linalg.qr(left.double())
-    q_right, r_right = torch.linalg.qr(right.double().T)
-    u, sigma, vt = torch.linalg.svd(r_left @ core.double() @ r_right.T, full_matrices=False)
-    rank = int((sigma > float(sigma.max()) * torch.finfo(torch.float32).eps).sum())
-    return q_left @ u[:, :rank], sigma[:rank], vt[:rank] @ q_right.T
+    names = [*(f"lora_B.{i}" for i in scales), "lora_E", *(f"lora_A.{i}" for i in reversed(scales))]
+    stored = [tensors[f"{name}.{part}"].double() for part in names if group.kind != "lora" or part != "lora_E"]
+    factors = [values if values.dim() == 2 else torch.diag(values) for values in stored]
+    narrowest = min(range(1, len(factors)), key=lambda i: len(factors[i]))
+    left, right = (reduce(torch.matmul, part) for part in (factors[:narrowest], factors[narrowest:]))
+    return (left * group.lora_alpha / group.r).float(), right.float()
 
 
 def _write_peft(
@@ -148,8 +123,8 @@ def _write_peft(
     fields: dict[str, Any],
     card: str | None,
 ) -> dict[str, int]:
-    """Write the pairs (B, A) with ΔW = B A, without those of rank 0, and ``adapter``'s tokenizer. Returns the ranks."""
-    ranks = {name: right.shape[0] for name, (_, right) in pairs.items() if right.shape[0]}
+    """Write the pairs (B, A) with ΔW = B A, and ``adapter``'s tokenizer. Returns the ranks."""
+    ranks = {name: len(right) for name, (_, right) in pairs.items()}
     if not ranks:
         raise ValueError("the adapter holds no low-rank update: peft's LoRA format cannot express it")
     state = {PREFIX + name: tensor for name, tensor in head.items()}
