@@ -134,7 +134,6 @@ def build(peer: Peer, shape: Shape) -> Trained:
         kind: dict[str, Any] = {"k": peer.k} if peer.method == "lora2" else {}
         kind |= {"init": "orthogonal"} if peer.exact else {}
         loralib.inject(model, peer.method, SIX, r=RANK, lora_alpha=ALPHA, **kind)
-        loralib.mark_only_lora_as_trainable(model)
         head = head_modules(model)
         for module in head:
             module.requires_grad_(True)
