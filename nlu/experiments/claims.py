@@ -47,13 +47,13 @@ class Question:
     test: Sequence[str] = ()
 
     def reference(self, label: str, sizes: pd.Series) -> str | None:
-        """The row that a row is compared with; None for the first reference row, and if no reference row has runs.
+        """The row that a row is compared with; None for the first reference row, and if it or all others have no runs.
 
         Args:
             sizes: label → trained parameters.
         """
         there = [other for other in self.against if other in sizes.index]
-        if not there or label == there[0]:
+        if not there or label == there[0] or label not in sizes.index:
             return None
         return min((other for other in there if other != label), key=lambda other: abs(sizes[other] - sizes[label]))
 

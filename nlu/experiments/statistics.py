@@ -25,17 +25,17 @@ SHORT = 1.0  # final Λ below which a low-rank method has hardly left its start
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
-_NAMES = [
-    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "effective_batch_size",
-    "module_ranks", "training_loss",
-]  # fmt: skip
 _MAPPINGS = ["tried", "axes", "asked", "arguments", "machine", "digests"]  # {} if a line lacks one
 _FIGURES = [
-    "steps", "adapter_params", "live_adapter_params", "rate_sum", "delta_norm", "seconds_per_step", "train_seconds",
-    "peak_memory_bytes", "constant_loss",
+    "adapter_params", "constant_loss", "delta_norm", "live_adapter_params", "peak_memory_bytes", "rate_sum",
+    "seconds_per_step", "steps", "train_seconds",
 ]  # fmt: skip
 _COMPUTED = [
-    "steps_at", "scores", "losses", "last", "best", "loss", "lowest_loss", "mismatched_accuracy", "test", "validation",
+    "best", "last", "loss", "losses", "lowest_loss", "mismatched_accuracy", "scores", "steps_at", "test", "validation",
+]  # fmt: skip
+_COLUMNS = [
+    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "module_ranks", "training_loss",
+    "data", "settings", *_MAPPINGS, *_FIGURES, *_COMPUTED,
 ]  # fmt: skip
 
 
@@ -58,49 +58,49 @@ def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
 
     Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
     over the evaluations; `last`, `best`, `loss` (the last) and `lowest_loss`; `mismatched_accuracy`, on MNLI's
-    mismatched set; `test`, on a labelled test set; `data`, which data files were read; `failed`, see
-    :func:`have_failed`. If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also
-    counts as failed.
+    mismatched set; `test`, on a labelled test set; `data`, which data files were read; `settings`, what the runs of one
+    mean must have in common; `failed`, see :func:`have_failed`. If a failed run was rerun with its seed + 100, the
+    rerun takes its place and its seed, and also counts as failed.
     If final runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
         UsageError: two final runs are equal, seed included.
     """
-    frame = pd.DataFrame([_row(*each) for each in lines], columns=[*_NAMES, *_MAPPINGS, *_FIGURES, *_COMPUTED])
+    frame = pd.DataFrame([_row(*each) for each in lines], columns=_COLUMNS)
     frame[_FIGURES] = frame[_FIGURES].astype(float)
-    frame["data"] = [_data_files(*each) for each in zip(frame.digests, frame.asked, strict=True)]
     frame["failed"] = have_failed(frame)
     _tell_apart(frame)
     return _ordered(_with_reruns(frame))
 
 
 def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
-    row = {name: line.get(name) for name in (*_NAMES, *_FIGURES)} | {"experiment": experiment}
-    row |= {name: line.get(name, {}) for name in _MAPPINGS}
-    row |= {"stage": line.get("stage", "final"), "steps_at": [], "scores": [], "losses": []}
+    row = {"stage": "final"} | {name: {} for name in _MAPPINGS} | line | dict.fromkeys(_COMPUTED)
+    asked, digests = row["asked"], row["digests"]
+    data = [digests.get(name) or asked.get(name) for name in ("glue_dir", "train_file", "validation_file")]
+    # The contents of what a run reads are compared by a checksum.
+    contents = [*data, *(digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config"))]
+    kept = {name: value for name, value in row["arguments"].items() if name not in _NO_SETTINGS and "seed" not in name}
+    batch, checksum = line.get("effective_batch_size"), f"{zlib.crc32(json.dumps(contents).encode()):08x}"
+    settings = kept | {"effective_batch_size": batch, "contents": checksum}
+    row |= {"experiment": experiment, "data": json.dumps(data), "settings": settings}
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
-        scores = evaluations[line["metric"]]  # the metric is Task.metric
-        second = evaluations.get("mismatched_accuracy")
+        scores = [100 * score for score in evaluations[line["metric"]]]  # the metric is Task.metric
+        mismatched = evaluations.get("mismatched_accuracy")
         own = {Path(name).stem for name, _ in task.submission_files[:1]} if task else line.get("test_scores", {})
         tests = [each[line["metric"]] for name, each in line.get("test_scores", {}).items() if name in own]
         row |= {
             "steps_at": evaluations["step"],
-            "scores": [100 * score for score in scores],
+            "scores": scores,
             "losses": evaluations["loss"],
-            "last": 100 * scores[-1],
-            "best": 100 * max(scores),
+            "last": scores[-1],
+            "best": max(scores),
             "loss": evaluations["loss"][-1],
             "lowest_loss": min(evaluations["loss"]),
-            "mismatched_accuracy": 100 * second[-1] if second else None,
+            "mismatched_accuracy": 100 * mismatched[-1] if mismatched else None,
             "test": 100 * np.mean(tests) if tests else None,
         }
     return row
-
-
-def _data_files(digests: dict[str, str], asked: dict[str, Any]) -> str:
-    names = ("glue_dir", "train_file", "validation_file")
-    return json.dumps([digests.get(name) or asked.get(name) for name in names])
 
 
 def have_failed(runs: pd.DataFrame) -> pd.Series:
@@ -116,13 +116,10 @@ def have_failed(runs: pd.DataFrame) -> pd.Series:
 
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Extend the labels of final runs that share experiment, label and task by the settings that differ."""
-    columns = frame.arguments, frame.effective_batch_size, frame.data, frame.digests
-    settings = pd.Series([_settings(*each) for each in zip(*columns, strict=True)], frame.index)
-    runs = finished(frame)
-    for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
+    for (experiment, label), own in finished(frame).groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
-        for name in sorted({name for each in settings[own.index] for name in each}):
-            values = settings[same].map(lambda each, name=name: each.get(name, DEFAULTS.get(name)))
+        for name in sorted({name for each in own.settings for name in each}):
+            values = frame.settings[same].map(lambda each, name=name: each.get(name, DEFAULTS.get(name)))
             if values[own.index].map(str).groupby(own.task).nunique().max() > 1:
                 frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
     if len(twice := finished(frame)[finished(frame).duplicated(["experiment", "label", "task", "seed"])]):
@@ -130,13 +127,6 @@ def _tell_apart(frame: pd.DataFrame) -> None:
         raise UsageError(
             f"{run.experiment}.jsonl has {run.label} on {run.task} with seed {run.seed} twice: delete a line"
         )
-
-
-def _settings(arguments: dict[str, Any], batch: int | None, data: str, digests: dict[str, str]) -> dict[str, Any]:
-    """What the runs of one mean must have in common; the contents of what they read are compared by a checksum."""
-    read = data + json.dumps([digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config")])
-    own = {name: value for name, value in arguments.items() if name not in _NO_SETTINGS and "seed" not in name}
-    return own | {"effective_batch_size": batch, "contents": f"{zlib.crc32(read.encode()):08x}"}
 
 
 def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
@@ -189,73 +179,40 @@ def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
 class Estimate:
     """A mean over tasks of means over seeds, its standard error and degrees of freedom.
 
-    The last two are None if there are too few values, or all are equal.
+    The last two are NaN if there are too few values, or all are equal.
     """
 
-    mean: float
-    error: float | None
-    freedom: float | None
+    mean: float = np.nan
+    error: float = np.nan
+    freedom: float = np.nan
 
     @property
-    def interval(self) -> tuple[float, float] | None:
+    def interval(self) -> tuple[float, float]:
         """The 95 % interval (Student's t)."""
-        if self.error is None:
-            return None
-        half = float(stats.t.ppf(0.975, self.freedom)) * self.error
+        half = stats.t.ppf(0.975, self.freedom) * self.error
         return self.mean - half, self.mean + half
 
-    def p_value(self, expect: str) -> float | None:
+    def p_value(self, expect: str) -> float:
         """The two-sided p value of a claim: small if the claim holds, and if its opposite does.
 
         "higher" tests against a difference of 0, "not lower" against -`LEVEL`. "level" has two tests: that the
         difference is smaller than `LEVEL` in both directions (two one-sided tests), and that it is not.
         """
-        if self.error is None:
-            return None
-        above = {
-            bound: float(stats.t.sf((self.mean - bound) / self.error, self.freedom)) for bound in (-LEVEL, 0.0, LEVEL)
-        }
-        if expect == "level":
-            lost, gained = 1 - above[-LEVEL], above[LEVEL]
-            smaller = min(max(1 - lost, 1 - gained), lost, gained)
-        else:
-            smaller = min(above[_BOUNDS[expect]], 1 - above[_BOUNDS[expect]])
-        return min(1.0, 2 * smaller)
 
-    def verdict(self, expect: str, p: float | None) -> str:
+        def p_above(bound: float) -> float:
+            return stats.t.sf((self.mean - bound) / self.error, self.freedom)
+
+        if expect == "level":
+            within = max(p_above(-LEVEL), 1 - p_above(LEVEL))
+            return 2 * min(within, 1 - p_above(-LEVEL), p_above(LEVEL))
+        return 2 * min(p_above(_BOUNDS[expect]), 1 - p_above(_BOUNDS[expect]))
+
+    def verdict(self, expect: str, p: float) -> str:
         """The verdict on a claim with the corrected p value `p`: holds, contradicted, no gain or not shown."""
-        if self.interval is None or p is None:
-            return "not shown"
         if p < 0.05:
             holds = abs(self.mean) < LEVEL if expect == "level" else self.mean > _BOUNDS[expect]
             return "holds" if holds else "contradicted"
         return f"no gain of {LEVEL}" if expect == "higher" and self.interval[1] < LEVEL else "not shown"
-
-
-Spread = dict[str, tuple[float, int]]  # task → the variance of one value, and its degrees of freedom
-
-
-def estimate(values: pd.Series, tasks: pd.Series, pooled: Spread | None = None) -> Estimate:
-    """The mean over tasks of the mean over seeds; NaN values are ignored.
-
-    The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
-    (Biometrics Bulletin 2, 1946). Each task's variance is that of its own values, or the one in `pooled`.
-    """
-    values = values.dropna()
-    groups = values.groupby(tasks, sort=False)
-    mean, sizes = float(groups.mean().mean()), groups.size()
-    if pooled is None:
-        variances, freedoms = groups.var(ddof=1), sizes - 1
-    else:
-        variances, freedoms = (pd.Series({t: pooled[t][i] for t in sizes.index}, dtype=float) for i in (0, 1))
-    if not len(values) or freedoms.min() < 1:
-        return Estimate(mean, None, None)
-    parts = variances / sizes / len(sizes) ** 2
-    variance = float(parts.sum())
-    if variance < 1e-18:  # points²: only rounding errors
-        return Estimate(mean, None, None)
-    freedom = 1 / float(((parts / variance) ** 2 / freedoms).sum())
-    return Estimate(mean, variance**0.5, freedom)
 
 
 def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
@@ -265,8 +222,27 @@ def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
     return pairs[["task", "seed"]].assign(difference=(pairs.last_x - pairs.last_y).astype(float).round(9))
 
 
-def pooled_spread(runs: pd.DataFrame) -> Spread:
-    """The variance of a paired difference on each task, pooled over all labels.
+def estimate(pairs: pd.DataFrame, pooled: pd.DataFrame | None = None) -> Estimate:
+    """The mean over tasks of the mean over seeds of paired differences.
+
+    The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
+    (Biometrics Bulletin 2, 1946). Each task's variance is that of its own differences, or the one in `pooled`.
+    """
+    groups = pairs.groupby("task", sort=False).difference
+    mean, sizes = groups.mean().mean(), groups.size()
+    if pooled is None:
+        pooled = pd.DataFrame({"variance": groups.var(), "freedom": sizes - 1})
+    spread = pooled.loc[sizes.index]
+    parts = spread.variance / sizes / len(sizes) ** 2
+    variance = parts.sum()
+    if not len(pairs) or spread.freedom.min() < 1 or variance < 1e-18:  # points²: only rounding errors
+        return Estimate(mean)
+    freedom = 1 / ((parts / variance) ** 2 / spread.freedom).sum()
+    return Estimate(mean, variance**0.5, freedom)
+
+
+def pooled_spread(runs: pd.DataFrame) -> pd.DataFrame:
+    """For each task the variance of a paired difference, pooled over all labels, and its degrees of freedom.
 
     It is twice the residual variance of score = label + seed, the two-way layout of the task's runs.
     """
@@ -278,85 +254,63 @@ def pooled_spread(runs: pd.DataFrame) -> Spread:
         freedom = len(own) - int(rank)
         residual = float(((scores - dummies @ fitted) ** 2).sum())
         spread[task] = (2 * residual / freedom if freedom > 0 else np.nan, freedom)
-    return spread
+    return pd.DataFrame(spread, ["variance", "freedom"]).T
 
 
-def student_t(runs: pd.DataFrame, column: str = "last") -> StudentT | None:
+def student_t(runs: pd.DataFrame, column: str = "last") -> pd.DataFrame | None:
     """Fit a location for each label and task with Student-t errors; all labels of a task share one scale.
 
     Maximum likelihood by iterated reweighting with `FREEDOM` degrees of freedom: an outlying run counts little, and no
     run is left out. None if there is a task on which no label has two runs.
+
+    Returns:
+        For each label and task: `centre`, the location; its `variance`; `freedom`, the same for all.
     """
     scores = runs[column].to_numpy(float)
-    cells = pd.MultiIndex.from_frame(runs[["label", "task"]])
-    cell, cell_names = cells.factorize()
-    task, task_names = runs.task.factorize()
-    sizes = np.bincount(cell)
-    freedoms = np.bincount(task) - np.bincount(task_names.get_indexer(cell_names.get_level_values(1)))
+    tasks, cells = runs.groupby("task"), runs.groupby(["label", "task"])
+    task, cell = tasks.ngroup().to_numpy(), cells.ngroup().to_numpy()
+    freedoms = (tasks.size() - tasks.label.nunique()).to_numpy()
     if not len(runs) or freedoms.min() < 1:
         return None
     weights = np.ones(len(runs))
     for _ in range(1000):
         centres = np.bincount(cell, weights * scores) / np.bincount(cell, weights)
         squares = (scores - centres[cell]) ** 2
-        variances = np.bincount(task, weights * squares) / freedoms
-        scales = variances[task]
+        scales = (np.bincount(task, weights * squares) / freedoms)[task]
         ratio = np.divide(squares, scales, out=np.zeros_like(squares), where=scales > 0)  # equal scores have no scale
         before, weights = weights, (FREEDOM + 1) / (FREEDOM + ratio)
         if np.abs(weights - before).max() < 1e-10:
             break
     inflation = (FREEDOM + 3) / (FREEDOM + 1)  # variance of a location's estimate, in units of scale² / runs
-    return StudentT(
-        pd.Series(centres, cell_names),
-        pd.Series(sizes, cell_names),
-        pd.Series(variances * inflation, task_names),
-        int(freedoms.sum()),
-    )
+    variances = inflation * scales / np.bincount(cell)[cell]
+    fit = runs.assign(centre=centres[cell], variance=variances, freedom=freedoms.sum())
+    return fit.groupby(["label", "task"])[["centre", "variance", "freedom"]].first()
 
 
-@dataclass(frozen=True)
-class StudentT:
-    """The fit of :func:`student_t`: (label, task) → location and runs, task → variance of one run's location."""
-
-    centres: pd.Series
-    sizes: pd.Series
-    variances: pd.Series
-    freedom: int
-
-    def difference(self, label: str, against: str) -> Estimate:
-        """The mean, over the tasks that both labels have, of the difference of their locations."""
-        tasks = [task for task in self.centres[label].index if task in self.centres[against].index]
-        mean = float(np.mean([self.centres[label, task] - self.centres[against, task] for task in tasks]))
-        shares = [
-            self.variances[task] * (1 / self.sizes[label, task] + 1 / self.sizes[against, task]) for task in tasks
-        ]
-        error = float(np.sqrt(sum(shares))) / len(tasks)
-        return Estimate(mean, error or None, self.freedom)
+def fitted_difference(fit: pd.DataFrame, label: str, against: str) -> Estimate:
+    """The mean, over the tasks that both labels have, of the difference of their locations in :func:`student_t`."""
+    one, other = fit.loc[label], fit.loc[against]
+    differences = (one.centre - other.centre).dropna()
+    error = (one.variance + other.variance).sum() ** 0.5 / len(differences)
+    return Estimate(differences.mean(), error or np.nan, fit.freedom.iloc[0])
 
 
-def clopper_pearson(failed: int, runs: int) -> tuple[float, float]:
-    """The exact 95 % interval of a rate (Clopper and Pearson, Biometrika 26, 1934)."""
-    interval = stats.binomtest(failed, runs).proportion_ci(method="exact")
-    return float(interval.low), float(interval.high)
-
-
-def holm(p_values: list[float | None]) -> list[float | None]:
+def holm(p_values: list[float]) -> list[float]:
     """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
 
-    A claim without runs yet is None. It counts and stays None, so that a later measurement cannot undo a verdict.
+    A claim without runs yet is NaN. It counts and stays NaN, so that a later measurement cannot undo a verdict.
     """
-    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
-    highest = 0.0
-    for rank, (p, i) in enumerate(known):
-        highest = max(highest, min(1.0, p * (len(p_values) - rank)))
-        corrected[i] = highest
-    return corrected
+    ordered = pd.Series(p_values, dtype=float).sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).clip(upper=1).cummax().sort_index().to_list()
 
 
-def seeds_for(points: float, spread: Spread) -> int | None:
-    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %); None without a spread."""
-    variance = sum(each for each, _ in spread.values()) / len(spread) ** 2
+def seeds_for(points: float, spread: pd.DataFrame) -> int | None:
+    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %); None without a spread.
+
+    Args:
+        spread: see :func:`pooled_spread`.
+    """
+    variance = spread.variance.sum(skipna=False) / len(spread) ** 2
     if not variance > 0:
         return None
     for n in range(2, 10_001):

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from nlu import ROOT
 from nlu.experiments.claims import Question
 from nlu.experiments.statistics import (
     Estimate,
     choose_rates,
-    clopper_pearson,
     estimate,
     finished,
+    fitted_difference,
     holm,
     paired,
     pooled_spread,
@@ -36,9 +37,9 @@ PUBLISHED = ROOT / "results/published"
 # ---- frames of figures -----------------------------------------------------------------------------------------------
 
 
-def _figures(prefix: str, result: Estimate | None) -> dict[str, float]:
-    low, high = (result.interval if result else None) or (np.nan, np.nan)
-    return {f"{prefix}difference": result.mean if result else np.nan, f"{prefix}low": low, f"{prefix}high": high}
+def _figures(prefix: str, result: Estimate) -> dict[str, float]:
+    low, high = result.interval
+    return {f"{prefix}difference": result.mean, f"{prefix}low": low, f"{prefix}high": high}
 
 
 def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
@@ -64,21 +65,23 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
             "runs": len(planned),
             "failed": int(planned.failed.sum()),
         }
-        row["failed_low"], row["failed_high"] = clopper_pearson(row["failed"], row["runs"])
+        interval = stats.binomtest(row["failed"], row["runs"]).proportion_ci(method="exact")  # Clopper and Pearson
+        row["failed_low"], row["failed_high"] = interval
         for task in tasks:
             scores = own[own.task == task]
             columns = {task: "last", f"{task}_test": "test", f"{task}_validation": "validation"}
-            for name, column in {**columns, "mismatched_accuracy": "mismatched_accuracy"}.items():
-                if column == "last" or scores[column].notna().any():
-                    row |= {name: scores[column].mean(), f"{name}_std": scores[column].std(ddof=1)}
+            for name, column in (*columns.items(), ("mismatched_accuracy", "mismatched_accuracy")):
+                if name == task or scores[column].notna().any():
+                    row |= {name: scores[column].mean(), f"{name}_std": scores[column].std()}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
         row["average"], row["best"] = by_task.mean(skipna=False)  # NaN if a task is missing
         against = question.reference(label, sizes)
-        pairs = paired(done, label, against) if against else []
+        pairs = paired(done, label, against)
         row["against"] = against or ""
-        row |= _figures("", estimate(pairs.difference, pairs.task, pooled) if len(pairs) else None)
-        for name, model in models.items():
-            row |= _figures(name, model.difference(label, against) if model and len(pairs) else None)
+        row |= _figures("", estimate(pairs, pooled))
+        for name, fit in models.items():
+            known = fit is not None and len(pairs)
+            row |= _figures(name, fitted_difference(fit, label, against) if known else Estimate())
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -87,22 +90,20 @@ def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, each with a row for all tasks and one per task; p is corrected for their number (Holm)."""
     done = finished(every)
     sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
-    references = [
-        claim.against or (question.reference(claim.label, sizes) if claim.label in sizes else None)
-        for claim in question.claims
-    ]
-    pairs = [paired(done, claim.label, other) for claim, other in zip(question.claims, references, strict=True)]
-    whole = [estimate(each.difference, each.task, pooled) if len(each) else None for each in pairs]
-    p_values = holm([a and a.p_value(claim.expect) for claim, a in zip(question.claims, whole, strict=True)])
+    measured = []
+    for claim in question.claims:
+        against = claim.against or question.reference(claim.label, sizes)
+        pairs = paired(done, claim.label, against)
+        measured.append((claim, against, pairs, estimate(pairs, pooled)))
+    p_values = holm([result.p_value(claim.expect) for claim, *_, result in measured])
     rows = []
-    for claim, against, own, result, p in zip(question.claims, references, pairs, whole, p_values, strict=True):
+    for (claim, against, pairs, result), p in zip(measured, p_values, strict=True):
         named = {"row": claim.label, "against": against, "expected": claim.expect}
-        verdict = result.verdict(claim.expect, p) if result else "not measured yet"
-        rows.append(named | {"task": ALL, "pairs": len(own)} | _figures("", result) | {"p_holm": p, "verdict": verdict})
-        rows[-1] |= {"published": claim.published, "source": claim.source}
-        for task, part in own.groupby("task", sort=False) if own.task.nunique() > 1 else ():
-            part_result = estimate(part.difference, part.task, pooled)
-            rows.append(named | {"task": task, "pairs": len(part)} | _figures("", part_result))
+        verdict = result.verdict(claim.expect, p) if len(pairs) else "not measured yet"
+        rows.append(named | {"task": ALL, "pairs": len(pairs)} | _figures("", result) | {"p_holm": p})
+        rows[-1] |= {"verdict": verdict, "published": claim.published, "source": claim.source}
+        for task, own in pairs.groupby("task", sort=False) if pairs.task.nunique() > 1 else ():
+            rows.append(named | {"task": task, "pairs": len(own)} | _figures("", estimate(own, pooled)))
     return pd.DataFrame(rows)
 
 

@@ -5,6 +5,7 @@ import re
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
 
 from nlu import report
 from nlu.experiments.claims import Question
@@ -140,6 +141,7 @@ def test_failed_runs_are_counted_and_a_crashed_one_has_no_score(make, tmp_path):
     assert make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed])[0] == 0
     row = scores(tmp_path).iloc[0]
     assert (row.failed, row.runs) == (2, 4) and row.cola == pytest.approx(110 / 3)
+    assert [row.failed_low, row.failed_high] == pytest.approx(stats.beta.ppf([0.025, 0.975], [2, 3], [3, 2]), abs=1e-5)
     assert "1 run(s) ended early and have no score." in (tmp_path / "README.md").read_text()
 
 
