@@ -13,7 +13,7 @@ from nlu.arguments import positive_int
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.sweep_loop import Places, command_line, parsed_command, run_experiment
+from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 
@@ -84,7 +84,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         states = places.states(experiment.runs)
         for run in experiment.runs:
-            print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(command_line(run, places))}")
+            print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(places.command_line(run))}")
         return 0
     if args.slurm:
         parameters = _pairs(args.slurm, "--slurm")

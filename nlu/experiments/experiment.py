@@ -23,7 +23,6 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +59,6 @@ class Experiment:
     name: str
     description: str
     runs: list[Run]
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """The combinations that have the labels in `when`, and the arguments that an override sets for them."""
-
-    when: dict[str, Any]
-    set: dict[str, Any] | None = None
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -110,15 +101,13 @@ def _experiment(
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
     choices = {axis: _choices(axis, labels) for axis, labels in grid.items()}
     every = [dict(zip(choices, labels, strict=True)) for labels in itertools.product(*choices.values())]
-    excluded = [_Rule(when) for when in exclude or []]
-    rules = [_Rule(**rule) for rule in overrides or []]
     runs = []
     for axes in every:
-        if _matching(excluded, axes, choices):
+        if any(_matches(when, axes, choices) for when in exclude or []):
             continue
         arguments = (base or {}) | _of_labels(axes, choices)
-        for rule in _matching(rules, axes, choices):
-            arguments |= rule.set or {}
+        for rule in overrides or []:
+            arguments |= _override(axes, choices, **rule)
         runs.append(Run(run_name(axes), axes, arguments | settings))
     _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
     return Experiment(name, description, runs)
@@ -143,16 +132,19 @@ def _of_labels(axes: dict[str, Any], choices: dict[str, dict]) -> dict[str, Any]
     return arguments
 
 
-def _matching(rules: Iterable[_Rule], axes: dict[str, Any], choices: dict[str, dict]) -> list[_Rule]:
-    """The rules that match a combination; raises UsageError for a label that the grid does not have."""
-    found = []
-    for rule in rules:
-        when = {axis: labels if isinstance(labels, list) else [labels] for axis, labels in rule.when.items()}
-        for axis, label in [(axis, label) for axis, labels in when.items() for label in labels]:
+def _override(axes: dict[str, Any], choices: dict[str, dict], when: dict[str, Any], set: dict) -> dict[str, Any]:
+    """The arguments that an override sets for a combination."""
+    return set if _matches(when, axes, choices) else {}
+
+
+def _matches(when: dict[str, Any], axes: dict[str, Any], choices: dict[str, dict]) -> bool:
+    """Whether a combination has these labels; raises UsageError for a label that the grid does not have."""
+    wanted = {axis: labels if isinstance(labels, list) else [labels] for axis, labels in when.items()}
+    for axis, labels in wanted.items():
+        for label in labels:
             if label not in choices.get(axis, ()):
                 raise UsageError(f"a rule names {axis} {label}, which the grid does not have")
-        found += [rule] * all(axes[axis] in labels for axis, labels in when.items())
-    return found
+    return all(axes[axis] in labels for axis, labels in wanted.items())
 
 
 def _check(runs: list[Run], flags: list[str]) -> None:
@@ -163,11 +155,11 @@ def _check(runs: list[Run], flags: list[str]) -> None:
     """
     seen = {"", "logs"}
     for run in runs:
-        for key, instead in (("method", ""), ("seed", ""), ("task_name", "train_file"),
-                             ("model_name_or_path", "published")):  # fmt: skip
-            if run.arguments.get(key) is None and run.arguments.get(instead) is None:
-                what = f"{key} or {instead}" if instead else key
-                raise UsageError(f"no {what} is given: add --{key} VALUE, or --set {key}=VALUE for sweep.py")
+        for names in ("method",), ("seed",), ("task_name", "train_file"), ("model_name_or_path", "published"):
+            if all(run.arguments.get(name) is None for name in names):
+                raise UsageError(
+                    f"no {' or '.join(names)} is given: add --{names[0]} VALUE, or --set {names[0]}=VALUE for sweep.py"
+                )
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
                 raise UsageError(f"{run.folder}: {flag} is an axis of the grid; do not set it elsewhere too")

@@ -41,6 +41,9 @@ class Places:
     def working(self, run: Run) -> Path:
         return self.output / run.folder
 
+    def command_line(self, run: Run) -> list[str]:
+        return [*self.command, *run.flags, "--root_output_dir", str(self.working(run))]
+
     def log(self, run: Run) -> Path:
         return self.output / "logs" / f"{run.folder}.log"
 
@@ -85,14 +88,6 @@ class Places:
         line = measured_line(run, record)
         write_line(self.measured, run.folder, line)
         return line
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
-
-
-def command_line(run: Run, places: Places) -> list[str]:
-    """The command of one run."""
-    return [*places.command, *run.flags, "--root_output_dir", str(places.working(run))]
 
 
 def parsed_command(run: Run) -> Arguments:
@@ -187,7 +182,7 @@ class SweepLoop:
         return 1 if self.failures else 0
 
     def _start(self, run: Run, state: str) -> LocalJob | SlurmJob:
-        command = command_line(run, self.places)
+        command = self.places.command_line(run)
         if state == "failed" or self.rerun_changed:
             command.append("--overwrite_output_dir")  # replaces another run, and resumes an unchanged one
         if state in ("failed", "changed"):

@@ -10,7 +10,7 @@ from nlu.command_line import parse_arguments
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, place_of
-from nlu.experiments.sweep_loop import Places, command_line
+from nlu.experiments.sweep_loop import Places
 from nlu.json_yaml import parse_yaml, read_json
 from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC
@@ -38,7 +38,7 @@ def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(p
         if flags <= seen:  # one run for each value of a flag
             continue
         seen |= flags
-        record = parse_arguments(command_line(run, places)).record
+        record = parse_arguments(places.command_line(run)).record
         for key, value in run.arguments.items():
             if value is not None and key not in ("method", "bf16", "eval_strategy", "save_strategy"):
                 assert record[key] == value, key
@@ -81,7 +81,7 @@ TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"overrides": [{"when": {"method": "sora"}}]}, "names method sora, which the grid does not have"),
+        ({"overrides": [{"when": {"method": "sora"}, "set": {}}]}, "names method sora, which the grid does not have"),
         ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is an axis of the grid; do not set"),
         ({"grid": {**BASIC["grid"], **TWO}}, "which another axis sets"),
         ({"grid": {**BASIC["grid"], "orth_terms": ["uv", "UV"]}}, "share the folder"),
