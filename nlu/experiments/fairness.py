@@ -117,9 +117,8 @@ def _matching(run: Run, wanted: Shape) -> Iterator[str]:
         except UsageError:  # the run's own settings contradict that file
             continue
         if alike(own.size, wanted.size):
-            kept = [each for each in settings if not each.startswith("lora_alpha=")]
             if not alike(own.scale, wanted.scale):
-                kept.append(f"lora_alpha={wanted.scale * own.rank:g}")
-            elif len(kept) < len(settings):
-                kept = settings
-            yield ":".join([file, *kept])
+                others = [each for each in settings if not each.startswith("lora_alpha=")]
+                yield ":".join([file, *others, f"lora_alpha={wanted.scale * own.rank:g}"])
+            else:
+                yield ":".join([file, *settings])
