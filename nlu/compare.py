@@ -109,7 +109,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         notes.append(f"Learning rates chosen by the held-out score: {rates}.")
     code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    write(final.name, lines, tried, scales, notes, args.output_dir / final.name)
+    write(lines, tried, scales, notes, args.output_dir / final.name)
     return max(code, tuned)
 
 

@@ -20,7 +20,7 @@ def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
 
     If all rates of a method are barred, the best score decides; `advice` reports final runs that learned nothing.
     """
-    table = tuning_frame(as_frame(("tuning", line) for line in tuning))
+    table = tuning_frame(as_frame(tuning))
     if not len(table):
         return {}
     scored = table[table.chosen | ~table.row.isin(table[table.chosen].row) & table.z.notna()]
@@ -29,7 +29,6 @@ def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def write(
-    name: str,
     lines: list[dict[str, Any]],
     tuning: list[dict[str, Any]],
     scales: dict[str, float | None],
@@ -43,13 +42,13 @@ def write(
         tuning: the lines of the tuning runs.
         scales: label → α/r, in the order of the rows.
     """
-    frame = as_frame((name, line) for line in lines)
+    frame = as_frame(lines)
     order = {label: place for place, label in enumerate(scales)}
-    frame = frame.assign(place=frame.label.map(order)).sort_values(["place", "seed"])
+    frame = frame.sort_values("label", key=lambda labels: labels.map(order), kind="stable")
     done = finished(frame)
     if not len(done):
         return
-    scores = score_frame(frame, Question("", name, against=(done.label.iloc[0],), pooled=True))
+    scores = score_frame(frame, Question("", "comparison", against=(done.label.iloc[0],), pooled=True))
     scores["scale"] = [scales.get(label) for label in scores.row]
     scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
     notes = [f"- {note}" for note in [*advice(frame), *notes]]
@@ -60,9 +59,9 @@ def write(
     print(f"\n{text}")
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    tried = tuning_runs(as_frame((name, line) for line in tuning))
-    for drawing in draw("comparison", frame, scores, tried):
-        write_bytes(folder / f"{drawing.name}.png", drawing.png())
+    tried = tuning_runs(as_frame(tuning))
+    for drawing in draw(frame, scores, tried):
+        write_bytes(folder / f"comparison_{drawing.kind}.png", drawing.png())
     print(f"written: {folder}/comparison.md, its figures and comparison.csv")
 
 
@@ -74,21 +73,21 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
     """
     done = finished(every)
     first, others = scores.row[0], scores[1:]
+    differ = (others.low > 0) | (others.high < 0)
     sentences = []
-    for row in others[(others.low > 0) | (others.high < 0)].itertuples():
+    for row in others[differ].itertuples():
         which = "higher" if row.difference > 0 else "lower"
         low, high = sorted((abs(row.low), abs(row.high)))
         sentences.append(
             f"{row.row} scores {number(abs(row.difference))} points {which} than {first} (95 % interval {number(low)} "
             f"to {number(high)})."
         )
-    level = others[~((others.low > 0) | (others.high < 0))]
     if len(done) > 1 and done["last"].nunique() == 1:
         sentences.append("All runs have the same score: they have learned nothing, or the evaluation set is too small.")
-    elif len(level):
+    elif not differ.all():
         seeds = seeds_for(1.0, pooled_spread(done))
         hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
-        sentences.append(f"No difference shown between {first} and {', '.join(level.row)}; {hint}.")
+        sentences.append(f"No difference shown between {first} and {', '.join(others.row[~differ])}; {hint}.")
     return " ".join(sentences)
 
 

@@ -20,7 +20,7 @@ from nlu.experiments.statistics import finished
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-KINDS = ("differences", "rates", "curves", "ranks")  # the suffixes of the figures' names, in the order of the page
+KINDS = ("differences", "rates", "curves", "ranks")  # in the order of the page
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE = {
     "font.size": 9.0,
@@ -45,7 +45,7 @@ WIDTH = 5.0  # inches: 9-point letters stay readable when a page scales the figu
 class Drawing:
     """A figure; `text` describes it in words, for captions and for readers who cannot see it."""
 
-    name: str
+    kind: str
     text: str
     figure: Figure
 
@@ -57,28 +57,21 @@ class Drawing:
         return output.getvalue()
 
 
-def draw(name: str, every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> list[Drawing]:
+def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> list[Drawing]:
     """The figures for which there is data, in the order of `KINDS`.
 
     Args:
-        name: the prefix of the figures' names. every: all runs of an experiment.
-        scores: the scores of the finished final runs, see `tables.score_frame`.
+        every: all runs of an experiment. scores: those of the finished final runs, see `tables.score_frame`.
         tuning: the runs that tried learning rates, see `tables.tuning_runs`.
     """
     final = finished(every)
-    labels = list(dict.fromkeys(every.label))
-    styles = dict(zip(labels, cycle(STYLES), strict=False))
+    styles = dict(zip(dict.fromkeys(every.label), cycle(STYLES), strict=False))
     with matplotlib.rc_context(STYLE):
-        drawn = (
-            _differences(f"{name}_differences", scores, final),
-            _rates(f"{name}_rates", tuning),
-            _curves(f"{name}_curves", final, styles),
-            _ranks(f"{name}_ranks", final),
-        )
-    return [each for each in drawn if each is not None]
+        drawn = _differences(scores, final), _rates(tuning), _curves(final, styles), _ranks(final)
+    return [Drawing(kind, *each) for kind, each in zip(KINDS, drawn, strict=True) if each is not None]
 
 
-def _differences(name: str, scores: pd.DataFrame, runs: pd.DataFrame) -> Drawing | None:
+def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> tuple[str, Figure] | None:
     """Each row's difference from its reference, by both estimates with their intervals."""
     rows = scores[scores.low.notna()].iloc[::-1].reset_index(drop=True)
     if not len(rows):
@@ -98,23 +91,23 @@ def _differences(name: str, scores: pd.DataFrame, runs: pd.DataFrame) -> Drawing
     axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
     _legend(figure, [axes])
     text = f"Differences of the average over {_names(runs.task)} with 95 % intervals, by both estimates."
-    return Drawing(name, text, figure)
+    return text, figure
 
 
-def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
+def _ranks(runs: pd.DataFrame) -> tuple[str, Figure] | None:
     """Singular values left in each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
     pruned = runs[runs.module_ranks.notna()]
     if not len(pruned):
         return None
-    rows = list(pruned.groupby("label", sort=False))
-    means = [pd.DataFrame(own.module_ranks.tolist()).mean() for _, own in rows]
-    kinds = list(dict.fromkeys(module_type(module) for mean in means for module in mean.index))
+    by_label = pruned.groupby("label", sort=False).module_ranks
+    means = {label: pd.DataFrame(ranks.tolist()).mean() for label, ranks in by_label}
+    kinds = list(dict.fromkeys(module_type(module) for mean in means.values() for module in mean.index))
     owners = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
     shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, owners)))  # leading parts that all names share
-    figure = Figure(figsize=(WIDTH, (0.8 + 0.27 * len(kinds)) * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), squeeze=False)[:, 0]
-    most = max(mean.max() for mean in means)
-    for (label, _), mean, axes in zip(rows, means, panels, strict=True):
+    figure = Figure(figsize=(WIDTH, (0.8 + 0.27 * len(kinds)) * len(means)), layout="constrained")
+    panels = figure.subplots(len(means), squeeze=False)[:, 0]
+    most = max(mean.max() for mean in means.values())
+    for (label, mean), axes in zip(means.items(), panels, strict=True):
         layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna("0").astype(int)
         # A module with two numbers in its name (one of a block's several networks) shares its cell with the others.
         values = mean.groupby([mean.index.map(module_type), layers.values]).mean().unstack().reindex(kinds)
@@ -130,21 +123,21 @@ def _ranks(name: str, runs: pd.DataFrame) -> Drawing | None:
         axes.set_title(f"{label}: singular values left", loc="left")
     panels[-1].set_xlabel("layer")
     text = f"Singular values left in each module at the end on {_names(runs.task)}: means over runs."
-    return Drawing(name, text, figure)
+    return text, figure
 
 
-def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] | None:
     """Score and validation loss against the step, a row for each task; None if no run has two evaluations."""
     if runs.steps_at.map(len).max() < 2:
         return None
     tasks = list(dict.fromkeys(runs.task))
+    runs = runs.explode(["steps_at", "scores", "losses"]).astype({"scores": float, "losses": float})
     figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
     for task, row in zip(tasks, panels, strict=True):
         for source, axes in zip(("scores", "losses"), row, strict=True):
             for label, own in runs[runs.task == task].groupby("label", sort=False):
-                steps, values = (np.concatenate(own[name].tolist()) for name in ("steps_at", source))
-                medians = pd.Series(values).groupby(steps).median()
+                medians = own.groupby("steps_at")[source].median()
                 axes.plot(medians.index, medians, label=label, **styles[label])
             what = "score" if source == "scores" else "loss"
             axes.set_title(f"{HEADINGS.get(task, task)}: median {what}", loc="left")
@@ -155,10 +148,10 @@ def _curves(name: str, runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing |
         axes.set_xlabel("step")
     _legend(figure, list(panels.ravel()))
     text = f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds."
-    return Drawing(name, text, figure)
+    return text, figure
 
 
-def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
+def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
     """Score against the learning rate, from the tuning runs."""
     if not len(runs):
         return None
@@ -191,16 +184,15 @@ def _rates(name: str, runs: pd.DataFrame) -> Drawing | None:
         "tuned too, the best of them at that rate. A cross marks a failed run, if its record has the loss of a "
         "constant answer."
     )
-    return Drawing(name, text, figure)
+    return text, figure
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:
     """One legend below all panels with every label once."""
     handles: dict[str, object] = {}
     for axes in panels:
-        for handle in axes.containers or axes.get_lines():
-            if getattr(handle, "get_marker", str)() != "x":  # a cross needs no entry: its line has one
-                handles.setdefault("\n".join(textwrap.wrap(handle.get_label(), 28)), handle)
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault("\n".join(textwrap.wrap(label, 28)), handle)
     lines = sum(text.count("\n") + 1 for text in handles) / 2
     figure.set_figheight(figure.get_figheight() + 0.2 * lines)  # the panels keep their size
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)

@@ -108,9 +108,10 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     claims, tuning = claims_frame(every, question), tuning_frame(every)
     held_out = all("holdout_fraction" in asked for asked in done.asked)
     printed = tuning_text(tuning) if held_out and len(tuning) else score_text(scores, claims)
-    drawings = draw(question.experiment, every, scores, tuning_runs(every))
+    drawn = draw(every, scores, tuning_runs(every))
+    drawings = {f"figures/{question.experiment}_{each.kind}.png": each for each in drawn}
     shown, *others = drawings or [None]
-    links = [f"[{drawing.name.rpartition('_')[2]}](figures/{drawing.name}.png)" for drawing in others]
+    links = [f"[{drawings[file].kind}]({file})" for file in others]
     more = f" More figures: {', '.join(links)}." if links else ""
     lines = [f"## {_heading(question, done)}", "", f"Measured: {markdown_text(setting(every))}.{more}"]
     crashed = int(((every.stage == "final") & (every.status == "failed")).sum())
@@ -119,10 +120,10 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     lines += [f"Claimed and not measured yet: {', '.join(missing)}."] if missing else []
     lines += ["", markdown(printed), ""]
     if shown is not None:
-        alternative = re.sub(r"([\[\]])", r"\\\1", " ".join(shown.text.split()))  # a bracket would end the text
-        lines += [f"![{alternative}](figures/{shown.name}.png)", ""]
+        alternative = re.sub(r"([\[\]])", r"\\\1", drawings[shown].text)  # a bracket would end the text
+        lines += [f"![{alternative}]({shown})", ""]
     tables = {"scores": scores, "claims": claims, "training": training_frame(every), "tuning": tuning}
-    return "\n".join(lines), tables, {f"figures/{each.name}.png": each.png() for each in drawings}
+    return "\n".join(lines), tables, {file: each.png() for file, each in drawings.items()}
 
 
 def _measured(question: Question, every: pd.DataFrame) -> tuple[int, int]:

@@ -25,17 +25,15 @@ SHORT = 1.0  # final Λ below which a low-rank method has hardly left its start
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
-_MAPPINGS = ["tried", "axes", "asked", "arguments", "machine", "digests"]  # {} if a line lacks one
+_MAPPINGS = ["arguments", "asked", "axes", "digests", "machine", "tried"]  # {} if a line lacks one
+_NAMES = [
+    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "processor", "module_ranks",
+    "data", "settings", "steps_at", "scores", "losses",
+]  # fmt: skip
 _FIGURES = [
-    "adapter_params", "constant_loss", "delta_norm", "live_adapter_params", "peak_memory_bytes", "rate_sum",
-    "seconds_per_step", "steps", "train_seconds",
-]  # fmt: skip
-_COMPUTED = [
-    "best", "last", "loss", "losses", "lowest_loss", "mismatched_accuracy", "scores", "steps_at", "test", "validation",
-]  # fmt: skip
-_COLUMNS = [
-    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "module_ranks", "training_loss",
-    "data", "settings", *_MAPPINGS, *_FIGURES, *_COMPUTED,
+    "adapter_params", "best", "constant_loss", "delta_norm", "last", "live_adapter_params", "loss", "lowest_loss",
+    "mismatched_accuracy", "peak_memory_bytes", "rate_sum", "seconds_per_step", "steps", "test", "train_seconds",
+    "training_loss_end", "validation",
 ]  # fmt: skip
 
 
@@ -50,31 +48,35 @@ def load_measured(folder: Path) -> pd.DataFrame:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; name the sweep's --measured_dir")
-    return as_frame((path.stem, line) for path in sorted(folder.glob("*.jsonl")) for line in read_lines(path))
+    files = sorted(folder.glob("*.jsonl"))
+    return as_frame(line | {"experiment": path.stem} for path in files for line in read_lines(path))
 
 
-def as_frame(lines: Iterable[tuple[str, dict[str, Any]]]) -> pd.DataFrame:
-    """Lines, each given with its experiment's name, as one frame.
+def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """Lines as one frame; those of several experiments have its name in `experiment`.
 
     Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
     over the evaluations; `last`, `best`, `loss` (the last) and `lowest_loss`; `mismatched_accuracy`, on MNLI's
-    mismatched set; `test`, on a labelled test set; `data`, which data files were read; `settings`, what the runs of one
-    mean must have in common; `failed`, see :func:`have_failed`. If a failed run was rerun with its seed + 100, the
-    rerun takes its place and its seed, and also counts as failed.
+    mismatched set; `test`, on a labelled test set; `training_loss_end`, the mean over the last tenth of the steps;
+    `data`, which data files were read; `settings`, what the runs of one mean must have in common; `failed`, whether a
+    run ended early or learned nothing: its mean training loss over the last tenth of the steps exceeds 0.95 of the loss
+    of the best constant answer (old records without training loss: no evaluation's loss is below 0.99 of it).
+    If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also counts as failed.
     If final runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
         UsageError: two final runs are equal, seed included.
     """
-    frame = pd.DataFrame([_row(*each) for each in lines], columns=_COLUMNS)
+    frame = pd.DataFrame(map(_row, lines), columns=[*_NAMES, *_MAPPINGS, *_FIGURES])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
-    frame["failed"] = have_failed(frame)
+    shares = (frame.training_loss_end / 0.95).fillna(frame.lowest_loss / 0.99)
+    frame["failed"] = (shares > frame.constant_loss) | (frame.status == "failed")
     _tell_apart(frame)
     return _ordered(_with_reruns(frame))
 
 
-def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
-    row = {"stage": "final"} | {name: {} for name in _MAPPINGS} | line | dict.fromkeys(_COMPUTED)
+def _row(line: dict[str, Any]) -> dict[str, Any]:
+    row = {"experiment": "", "stage": "final"} | {name: {} for name in _MAPPINGS} | line
     asked, digests = row["asked"], row["digests"]
     data = [digests.get(name) or asked.get(name) for name in ("glue_dir", "train_file", "validation_file")]
     # The contents of what a run reads are compared by a checksum.
@@ -82,7 +84,14 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in row["arguments"].items() if name not in _NO_SETTINGS and "seed" not in name}
     batch, checksum = line.get("effective_batch_size"), f"{zlib.crc32(json.dumps(contents).encode()):08x}"
     settings = kept | {"effective_batch_size": batch, "contents": checksum}
-    row |= {"experiment": experiment, "data": json.dumps(data), "settings": settings}
+    row |= {
+        "processor": row["machine"].get("cpu", ""),
+        "training_loss_end": np.mean(line["training_loss"][-2:]) if "training_loss" in line else np.nan,
+        "data": json.dumps(data),
+        "settings": settings,
+        "last": None,  # a line has fractions
+        "best": None,
+    }
     if line["status"] == "finished":
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
         scores = [100 * score for score in evaluations[line["metric"]]]  # the metric is Task.metric
@@ -103,30 +112,20 @@ def _row(experiment: str, line: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def have_failed(runs: pd.DataFrame) -> pd.Series:
-    """Whether each run has learned nothing, judged without its score.
-
-    A run has failed if its mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
-    constant answer (old records without training loss: if no evaluation's loss is below 0.99 of it), or it ended early.
-    """
-    ends = np.array([np.mean(losses[-2:]) if isinstance(losses, list) else np.nan for losses in runs.training_loss])
-    shares = np.where(np.isnan(ends), runs.lowest_loss.astype(float) / 0.99, ends / 0.95)
-    return (shares > runs.constant_loss) | (runs.status == "failed")
-
-
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Extend the labels of final runs that share experiment, label and task by the settings that differ."""
-    for (experiment, label), own in finished(frame).groupby(["experiment", "label"], sort=False):
+    runs = finished(frame)
+    for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
         for name in sorted({name for each in own.settings for name in each}):
             values = frame.settings[same].map(lambda each, name=name: each.get(name, DEFAULTS.get(name)))
             if values[own.index].map(str).groupby(own.task).nunique().max() > 1:
                 frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
-    if len(twice := finished(frame)[finished(frame).duplicated(["experiment", "label", "task", "seed"])]):
-        run = twice.iloc[0]
-        raise UsageError(
-            f"{run.experiment}.jsonl has {run.label} on {run.task} with seed {run.seed} twice: delete a line"
-        )
+    runs = finished(frame)
+    twice = runs[runs.duplicated(["experiment", "label", "task", "seed"])]
+    if len(twice):
+        message = "{experiment}.jsonl has {label} on {task} with seed {seed} twice: delete a line"
+        raise UsageError(message.format_map(twice.iloc[0]))
 
 
 def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
@@ -140,20 +139,14 @@ def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """The frame sorted by method and task in the order of their registries; a method's larger adapters come first."""
-    names = list(TASKS)
-    keys = pd.DataFrame(
-        {
-            "experiment": frame.experiment,
-            "method": [METHODS[name].order if name in METHODS else np.inf for name in frame.method],
-            "size": -frame.groupby(["experiment", "label"]).adapter_params.transform("max"),
-            "label": frame.label,
-            "task": [names.index(name) if name in names else len(names) for name in frame.task],
-            "task_name": frame.task,
-            "seed": frame.seed,
-            "run": frame.run,
-        }
-    )
-    return frame.loc[keys.sort_values(list(keys)).index].reset_index(drop=True)
+    methods = {name: method.order for name, method in METHODS.items()}
+    tasks = {name: place for place, name in enumerate(TASKS)}
+    keys = frame.assign(
+        method=frame.method.map(methods),
+        size=-frame.groupby(["experiment", "label"]).adapter_params.transform("max"),
+        place=frame.task.map(tasks),
+    ).sort_values(["experiment", "method", "size", "label", "place", "task", "seed", "run"])
+    return frame.loc[keys.index].reset_index(drop=True)
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
@@ -168,8 +161,8 @@ def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
     """
     done = finished(runs)
     there = runs.task.isin({*tasks} - {*done.task[done.test.isna()]}) & runs.test.notna()
-    last, test = runs["last"], runs.test
-    return runs.assign(validation=last.where(there), last=last.mask(there, test), test=test.mask(there))
+    scores = runs["last"].mask(there, runs.test)
+    return runs.assign(validation=runs["last"].where(there), last=scores, test=runs.test.mask(there))
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
@@ -219,7 +212,7 @@ def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
     """The paired differences of two labels over common tasks, seeds and data: columns task, seed, difference."""
     pairs = runs[runs.label == label].merge(runs[runs.label == against], on=["task", "seed", "data"])
     # Rounded, so that equal scores give exactly 0 despite the rounding of the multiplication by 100.
-    return pairs[["task", "seed"]].assign(difference=(pairs.last_x - pairs.last_y).astype(float).round(9))
+    return pairs[["task", "seed"]].assign(difference=(pairs.last_x - pairs.last_y).round(9))
 
 
 def estimate(pairs: pd.DataFrame, pooled: pd.DataFrame | None = None) -> Estimate:
@@ -330,9 +323,9 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
         For each row and value: `z`, its mean over tasks; `failed`, whether a run with it failed on any task; `barred`,
         whether a run failed with this or the next higher value; `chosen`.
     """
-    scores = runs["last"].astype(float)
-    means, deviations = (scores.groupby(runs.task).transform(each) for each in ("mean", "std"))
-    z = (scores - means) / deviations.where(deviations > 0, 1.0)  # equal scores all get z = 0
+    scores = runs.groupby("task")["last"]
+    means, deviations = scores.transform("mean"), scores.transform("std")
+    z = (runs["last"] - means) / deviations.where(deviations > 0, 1.0)  # equal scores all get z = 0
     by_task = runs.assign(z=z).groupby(["row", "value", "task"]).agg({"z": "mean", "failed": "any"})
     table = by_task.groupby(["row", "value"]).agg({"z": "mean", "failed": "any"}).reset_index()
     table["barred"] = table.failed | table.groupby("row").failed.shift(-1, fill_value=False).astype(bool)

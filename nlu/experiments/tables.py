@@ -117,8 +117,6 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     done = done.assign(
         minutes=done.train_seconds / 60,
         memory_mib=done.peak_memory_bytes / 2**20,
-        training_loss_end=[np.mean(each[-2:]) if isinstance(each, list) else np.nan for each in done.training_loss],
-        processor=[each.get("cpu", "") for each in done.machine],
     )
     columns = {"rate_sum": "Λ", "delta_norm": "‖ΔW‖"}
     names = [*columns, "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
@@ -138,9 +136,9 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
         return tried.assign(row=tried.label, value=[float(values["learning_rate"]) for values in tried.tried])
     grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
     rows = []
-    for label, rate in zip(grid.label, (axes["learning_rate"] for axes in grid["axes"]), strict=True):
-        own = rate if isinstance(rate, str) else f"learning_rate={rate}"
-        rows.append(", ".join(part for part in label.split(", ") if part != own))
+    for label, axes in zip(grid.label, grid["axes"], strict=True):
+        own = {axes["learning_rate"], f"learning_rate={axes['learning_rate']}"}
+        rows.append(", ".join(part for part in label.split(", ") if part not in own))
     return grid.assign(row=rows, value=[float(asked["learning_rate"]) for asked in grid.asked])
 
 
@@ -150,14 +148,13 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
     For a selection stage in old records: for each row, task and set of values the mean score and loss, and whether the
     final runs used these values.
     """
-    tried = every[every.stage == "select"]
-    if len(tried):
-        final = finished(every)
-        taken = set(zip(final.label, final.task, final.tried.map(str), strict=True))
-        grouped = tried.assign(tried=tried.tried.map(str)).groupby(["label", "task", "tried"], sort=False)
-        frame = grouped.agg(score=("last", "mean"), loss=("loss", "mean"), runs=("seed", "size")).reset_index()
-        keys = zip(frame.label, frame.task, frame.tried, strict=True)
-        return frame.assign(chosen=[key in taken for key in keys]).rename(columns={"label": "row"})
+    keys = ["label", "task", "tried"]
+    runs = every.assign(tried=every.tried.map(str))
+    selection = runs[runs.stage == "select"].groupby(keys, sort=False)
+    if len(selection):
+        frame = selection.agg(score=("last", "mean"), loss=("loss", "mean"), runs=("seed", "size"))
+        chosen = frame.index.isin(finished(runs).set_index(keys).index)
+        return frame.assign(chosen=chosen).reset_index(names=["row", "task", "tried"])
     rates = tuning_runs(every)
     if not len(rates):
         return pd.DataFrame()
@@ -173,9 +170,8 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
     done = finished(every)
     tables = [read_json(path) or {} for path in sorted(PUBLISHED.glob("*.json"))]
     printed = [row for table in tables if {table.get("model")} == set(done.model) for row in table["rows"]]
-    configs = {each.label: each.arguments.get("method_config") for each in done.itertuples()}
-    names = list(configs.values())
-    of_config = {row["config"]: row for row in printed if names.count(row.get("config")) == 1}
+    configs = done.groupby("label").arguments.first().map(lambda each: each.get("method_config"))
+    of_config = {row["config"]: row for row in printed if (configs == row.get("config")).sum() == 1}
     rows = [of_config.get(configs[label], {}) for label in frame.row]
     for task in [name for name in frame.columns if name in HEADINGS]:
         column = {"mnli": "mnli_m", "mismatched_accuracy": "mnli_mm", "qqp": "qqp_acc"}.get(task, task)
@@ -198,12 +194,12 @@ def setting(every: pd.DataFrame) -> str:
     seeds = done.groupby(["label", "task"]).seed.nunique()
     epochs = sorted({each.get("num_train_epochs", 0) for each in arguments if not each.get("max_steps")} - {0})
     parts = [
-        " and ".join(sorted(set(done.model.dropna()))),
+        " and ".join(sorted(done.model.dropna().unique())),
         f"{spread(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",
         f"{spread(done.steps.min(), done.steps.max())} steps",
         *sorted(limits),
         f"{spread(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",
-        ", ".join(sorted({each["cpu"] for each in done.machine if each.get("cpu")})),
+        ", ".join(sorted({*done.processor} - {""})),
     ]
     return "; ".join(filter(None, parts))
 
@@ -213,12 +209,12 @@ def setting(every: pd.DataFrame) -> str:
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A figure with a fixed number of digits, or a dash."""
-    return NONE if value is None or pd.isna(value) else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    return NONE if pd.isna(value) else f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
 
 
 def count(value: float | None) -> str:
     """A whole number with separators, or a dash."""
-    return NONE if value is None or pd.isna(value) else f"{value:,.0f}"
+    return number(value, 0)
 
 
 def spread(low: float, high: float, form: Callable[[Any], str] = count) -> str:
@@ -228,10 +224,8 @@ def spread(low: float, high: float, form: Callable[[Any], str] = count) -> str:
 
 def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
     """A difference and its interval in brackets."""
-    if pd.isna(low):
-        return number(mean, digits, sign=True)
-    mean, low, high = (number(value, digits, sign=True) for value in (mean, low, high))
-    return f"{mean} ({low} to {high})"
+    mean, *ends = (number(value, digits, sign=True) for value in (mean, low, high))
+    return mean if pd.isna(low) else f"{mean} ({' to '.join(ends)})"
 
 
 def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -60,12 +60,12 @@ def write(folder: Path, experiment: str, lines: list[dict]) -> Path:
     return folder
 
 
-def trial(seeds: int = 3) -> list[dict]:
+def trial() -> list[dict]:
     """Five methods on two tasks."""
     lines = []
     for number, label in enumerate(SIZES):
         for task, level in (("cola", 0.4), ("stsb", 0.8)):
-            for seed in range(1, seeds + 1):
-                end = level + number / 100 + seed / 500 + number * (seed - (seeds + 1) / 2) / 2000
+            for seed in (1, 2, 3):
+                end = level + number / 100 + seed / 500 + number * (seed - 2) / 2000
                 lines.append(line(label, task, seed, [end - 0.1, end - 0.02, end + 0.01, end]))
     return lines

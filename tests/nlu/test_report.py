@@ -129,10 +129,10 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     page = (tmp_path / "README.md").read_text()
     marks = dict(re.findall(r"^\| LoRA r=8 \| +([\d.]+) \|.*\| +(\w*) \|$", page, re.M))
     assert marks == {"0.001": "", "0.002": "chosen", "0.004": "barred", "0.008": "barred"}
-    runs = as_frame(("trial", each) for each in lines)
-    (rates,) = draw("trial", runs, score_frame(runs, Question("", "trial")), tuning_runs(runs))
+    runs = as_frame(lines)
+    (rates,) = draw(runs, score_frame(runs, Question("", "trial")), tuning_runs(runs))
     drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in rates.figure.axes[0].get_lines()]
-    assert rates.name == "trial_rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]
+    assert rates.kind == "rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]
 
 
 def test_failed_runs_are_counted_and_a_crashed_one_has_no_score(make, tmp_path):
@@ -150,7 +150,7 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
         lines = [
             line(label, "rte", s, [0.4, 0.5, x], **changes) for label, own in scores.items() for s, x in enumerate(own)
         ]
-        runs = as_frame(("one", each) for each in lines)
+        runs = as_frame(lines)
         sentence = answer(score_frame(runs, Question("", "one", against=("LoRA r=8",), pooled=True)), runs)
         return " ".join([sentence, *advice(runs)])
 
@@ -170,21 +170,21 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
 
 def test_score_axis_ends_at_100_and_a_single_evaluation_has_no_curve():
     lines = [line("LoRA r=8", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
-    runs = as_frame(("one", each) for each in lines)
-    (curves,) = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])
+    runs = as_frame(lines)
+    (curves,) = draw(runs, score_frame(runs, Question("", "one")), runs[:0])
     assert curves.figure.axes[0].get_ylim()[1] == 100
     assert curves.figure.axes[0].get_lines()[0].get_xydata().tolist() == [[100, 82.5], [200, 100]]  # medians
-    single = as_frame(("one", each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]}) for each in lines)
-    assert draw("one", single, score_frame(single, Question("", "one")), single[:0]) == []
+    single = as_frame(each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]} for each in lines)
+    assert draw(single, score_frame(single, Question("", "one")), single[:0]) == []
 
 
 def test_live_ranks_are_drawn_for_each_row_that_prunes():
     ranks = {f"encoder.layer.{i}.attention.{name}": i + 1 for i in (0, 1) for name in ("query", "key")}
     lines = [line("LoRA² k=8", "rte", 1, [0.5, 0.6], module_ranks=ranks), line("LoRA r=8", "rte", 1, [0.5, 0.6])]
-    runs = as_frame(("one", each) for each in lines)
-    drawing = draw("one", runs, score_frame(runs, Question("", "one")), runs[:0])[-1]
+    runs = as_frame(lines)
+    drawing = draw(runs, score_frame(runs, Question("", "one")), runs[:0])[-1]
     titles = [axes.get_title(loc="left") for axes in drawing.figure.axes]
-    assert drawing.name == "one_ranks" and titles == ["LoRA² k=8: singular values left"]
+    assert drawing.kind == "ranks" and titles == ["LoRA² k=8: singular values left"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]
     assert drawing.png()[:4] == b"\x89PNG"
 

@@ -13,7 +13,6 @@ from nlu.experiments.statistics import (
     as_frame,
     choose_rates,
     estimate,
-    finished,
     fitted_difference,
     holm,
     load_measured,
@@ -23,13 +22,13 @@ from nlu.experiments.statistics import (
     student_t,
 )
 from nlu.experiments.tables import tuning_runs
-from tests.nlu.measured_lines import line, trial, write
+from tests.nlu.measured_lines import line, write
 
 
 def frame_of(scores, **changes):
     """Runs of (label, task) → scores, one for each seed."""
     return as_frame(
-        ("trial", line(label, task, seed, [0.1, score], **changes))
+        line(label, task, seed, [0.1, score], **changes)
         for (label, task), own in scores.items()
         for seed, score in enumerate(own, 1)
     )
@@ -142,17 +141,16 @@ def test_failed_runs_are_found_by_training_loss_and_not_by_score():
         "old": {"evaluations": {"step": [1, 2], "loss": [0.61, 0.595], "matthews_correlation": [0.1, 0.9]}},
         "unknown": {"constant_loss": None},
     }
-    runs = as_frame(("trial", line(name, "cola", 1, [0.1, 0.9], **{**constant, **own})) for name, own in losses.items())
+    runs = as_frame(line(name, "cola", 1, [0.1, 0.9], **{**constant, **own}) for name, own in losses.items())
     assert set(runs[runs.failed].label) == {"failed", "old"}
 
 
 def test_rerun_gives_its_score_to_the_seed_of_the_failed_run():
     def run(label, seed, score, loss):
-        return "trial", line(label, "cola", seed, [score], training_loss=[loss], constant_loss=0.6)
+        return line(label, "cola", seed, [score], training_loss=[loss], constant_loss=0.6)
 
     scores = [(1, 0.5, 0.3), (2, 0.0, 0.6), (102, 0.52, 0.3)]
-    lines = [run("LoRA r=8", *each) for each in scores] + [run("LoRA² k=8", s, 0.5, 0.3) for s in (1, 2)]
-    runs = as_frame(lines)
+    runs = as_frame([run("LoRA r=8", *each) for each in scores] + [run("LoRA² k=8", s, 0.5, 0.3) for s in (1, 2)])
     assert list(runs[runs.failed].seed) == [2]  # it counts as failed, and keeps its rerun's score
     pairs = paired(runs, "LoRA r=8", "LoRA² k=8")
     assert dict(zip(pairs.seed, pairs.difference, strict=True)) == {1: 0.0, 2: 2.0}
@@ -184,14 +182,14 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
 def test_the_score_of_mnli_is_that_of_the_matched_set():
     both = {"step": [1], "loss": [0.5], "accuracy": [0.8], "mismatched_accuracy": [0.6]}
     partial = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}  # an early record's 1,000 rows
-    runs = as_frame(("a", line("LoRA r=8", "mnli", i, [0.8], evaluations=e)) for i, e in enumerate((both, partial)))
+    runs = as_frame(line("LoRA r=8", "mnli", i, [0.8], evaluations=e) for i, e in enumerate((both, partial)))
     assert list(runs["last"]) == [80, 80] and list(runs.mismatched_accuracy.fillna(0)) == [60, 0]
 
 
 def test_the_test_score_is_of_the_tasks_own_test_set():
     scores = {"MNLI-m": {"accuracy": 0.7}, "MNLI-mm": {"accuracy": 0.72}, "AX": {"accuracy": 0.3}}
     own = line("LoRA r=8", "custom", 1, [0.5], test_scores={"custom_test": {"accuracy": 0.6}}, metric="accuracy")
-    frame = as_frame([("a", line("LoRA r=8", "mnli", 1, [0.5], test_scores=scores)), ("a", own)])
+    frame = as_frame([line("LoRA r=8", "mnli", 1, [0.5], test_scores=scores), own])
     assert sorted(frame.test) == pytest.approx([60, 70])
 
 
@@ -199,23 +197,18 @@ def test_the_test_score_is_of_the_tasks_own_test_set():
 def test_runs_are_paired_if_their_data_are_the_same(name, pairs):
     arms = (("LoRA r=8", "a"), ("LoRA² k=8", "b"))
     lines = [line(label, "cola", 1, [0.5], digests={name: digest}) for label, digest in arms]
-    assert len(paired(as_frame(("a", each) for each in lines), "LoRA r=8", "LoRA² k=8")) == pairs
+    assert len(paired(as_frame(lines), "LoRA r=8", "LoRA² k=8")) == pairs
 
 
-def test_as_frame_orders_methods_and_tasks_and_tells_equal_labels_apart(tmp_path):
-    runs = load_measured(write(tmp_path, "trial", trial(2)[::-1]))
-    final = finished(runs)
-    assert list(dict.fromkeys(final.label)) == ["LoRA r=8", "LoRA r=1", "AdaLoRA", "LoRA² k=8", "LoRA² k=1"]
-    assert list(final.task[:4]) == ["cola", "cola", "stsb", "stsb"] and list(final.seed[:2]) == [1, 2]
-    twice = [line("LoRA", "cola", 1, [0.1], run=f"{n}", arguments={"max_steps": n, "bf16": True}) for n in (10, 20)]
-    assert list(as_frame(("a", each) for each in twice).label) == ["LoRA, max_steps=10", "LoRA, max_steps=20"]
+def test_equal_runs_are_refused(tmp_path):
+    run = line("LoRA", "cola", 1, [0.1])
     with pytest.raises(UsageError, match=r"a.jsonl has LoRA on cola with seed 1 twice"):
-        as_frame(("a", each | {"arguments": {}}) for each in twice)
+        load_measured(write(tmp_path, "a", [run, run | {"run": "another"}]))
 
 
 def test_seeds_with_other_settings_or_data_are_not_averaged():
     def labels(*changes):
-        return list(as_frame(("a", line("LoRA", "cola", i, [0.1], **each)) for i, each in enumerate(changes)).label)
+        return list(as_frame(line("LoRA", "cola", i, [0.1], **each) for i, each in enumerate(changes)).label)
 
     rates = ({"arguments": {"learning_rate": rate, "seed": rate}} for rate in (1, 2))
     assert labels(*rates) == ["LoRA, learning_rate=1", "LoRA, learning_rate=2"]
@@ -231,7 +224,7 @@ def test_rates_with_names_of_their_own_are_a_tuning():
         line(f"{name}, LoRA", "cola", 1, [0.1], run=name, axes={"learning_rate": name}, asked={"learning_rate": rate})
         for name, rate in (("low", 1e-3), ("high", 1e-2))
     ]
-    tried = tuning_runs(as_frame(("a", each) for each in lines))
+    tried = tuning_runs(as_frame(lines))
     assert set(zip(tried.row, tried.value, strict=True)) == {("LoRA", 1e-3), ("LoRA", 1e-2)}
 
 
