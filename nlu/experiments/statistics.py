@@ -280,12 +280,11 @@ def student_t(runs: pd.DataFrame, column: str = "last") -> pd.DataFrame | None:
     return fit.groupby(["label", "task"])[["centre", "variance", "freedom"]].first()
 
 
-def fitted_difference(fit: pd.DataFrame, label: str, against: str) -> Estimate:
-    """The mean, over the tasks that both labels have, of the difference of their locations in :func:`student_t`."""
-    one, other = fit.loc[label], fit.loc[against]
-    differences = (one.centre - other.centre).dropna()
-    error = (one.variance + other.variance).sum() ** 0.5 / len(differences)
-    return Estimate(differences.mean(), error or np.nan, fit.freedom.iloc[0])
+def fitted_difference(fit: pd.DataFrame, label: str, against: str, tasks: Iterable[str]) -> Estimate:
+    """The mean, over these tasks, of the difference of two labels' locations in :func:`student_t`."""
+    one, other = (fit.loc[each].loc[tasks] for each in (label, against))
+    error = (one.variance + other.variance).sum() ** 0.5 / len(one)
+    return Estimate((one.centre - other.centre).mean(), error or np.nan, fit.freedom.iloc[0])
 
 
 def holm(p_values: list[float]) -> list[float]:

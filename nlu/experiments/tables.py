@@ -81,7 +81,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         row |= _figures("", estimate(pairs, pooled))
         for name, fit in models.items():
             known = fit is not None and len(pairs)
-            row |= _figures(name, fitted_difference(fit, label, against) if known else Estimate())
+            row |= _figures(name, fitted_difference(fit, label, against, pairs.task.unique()) if known else Estimate())
         rows.append(row)
     return pd.DataFrame(rows)
 

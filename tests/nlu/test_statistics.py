@@ -6,6 +6,7 @@ import pytest
 from scipy import optimize, stats
 
 from nlu.errors import UsageError
+from nlu.experiments.claims import Question
 from nlu.experiments.comparison import chosen_rates
 from nlu.experiments.statistics import (
     FREEDOM,
@@ -21,7 +22,7 @@ from nlu.experiments.statistics import (
     seeds_for,
     student_t,
 )
-from nlu.experiments.tables import tuning_runs
+from nlu.experiments.tables import score_frame, tuning_runs
 from tests.nlu.measured_lines import line, write
 
 
@@ -93,7 +94,7 @@ def test_student_t_maximises_the_likelihood_and_a_failed_run_has_little_weight()
 
     best = optimize.minimize(loss, np.median(values, axis=1)).x
     assert list(fit.centre) == pytest.approx(list(best), abs=1e-3)
-    result = fitted_difference(fit, "LoRA² k=8", "LoRA r=8")
+    result = fitted_difference(fit, "LoRA² k=8", "LoRA r=8", ["cola"])
     normal = (2 * np.var(values, axis=1, ddof=1).mean() / 5) ** 0.5
     assert result.mean == pytest.approx(2.5, abs=0.3) and result.error < normal / 3
     assert student_t(runs[runs.seed == 1]) is None
@@ -191,6 +192,17 @@ def test_the_test_score_is_of_the_tasks_own_test_set():
     own = line("LoRA r=8", "custom", 1, [0.5], test_scores={"custom_test": {"accuracy": 0.6}}, metric="accuracy")
     frame = as_frame([line("LoRA r=8", "mnli", 1, [0.5], test_scores=scores), own])
     assert sorted(frame.test) == pytest.approx([60, 70])
+
+
+def test_both_estimates_leave_out_a_task_whose_data_differ():
+    lines = [
+        line(label, task, seed, [score + seed / 100], digests={"glue_dir": f"{task}{label}" if task == "rte" else ""})
+        for label, cola, rte in (("LoRA r=8", 0.4, 0.5), ("LoRA² k=8", 0.42, 0.9))
+        for task, score in (("cola", cola), ("rte", rte))
+        for seed in (1, 2, 3)
+    ]
+    row = score_frame(as_frame(lines), Question("", "", against=["LoRA r=8"])).iloc[1]
+    assert [row.difference, row.t_difference] == pytest.approx([2, 2])
 
 
 @pytest.mark.parametrize("name, pairs", [("glue_dir", 0), ("peft_config", 1)])
