@@ -122,7 +122,7 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     names = [*columns, "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
     grouped = done.groupby(["label", "task"], sort=False)
     means = grouped[names].mean().rename(columns=columns)
-    means["processors"] = grouped.processor.agg(lambda each: ", ".join(sorted(set(each))))
+    means["processors"] = grouped.processor.agg(lambda each: ", ".join(sorted({*each} - {""})))
     return means.reset_index().rename(columns={"label": "row"})
 
 
