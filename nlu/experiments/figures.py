@@ -87,6 +87,7 @@ def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> tuple[str, Figure]
         axes.errorbar(means, rows.index + shift, xerr=errors, fmt=marker, color=colour, label=label, capsize=2, ms=4)
     several = rows.against.nunique() > 1
     axes.set_yticks(rows.index, [f"{row.row} − {row.against}" if several else row.row for row in rows.itertuples()])
+    axes.set_ylim(-0.5, len(rows) - 0.5)  # one row has room too
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
     _legend(figure, [axes])
