@@ -59,6 +59,8 @@ def _check_method(args: Any, given: Collection[str]) -> None:
 
 def _check_data(args: Any, given: Collection[str]) -> None:
     """Check that the data are either a GLUE task or the user's own files."""
+    if args.predict_task is not None and args.task_name != "mnli":
+        raise UsageError(f"--predict_task {args.predict_task} goes with --task_name mnli, whose classes it has")
     if args.task_name is None:
         if args.train_file is None:
             raise UsageError("no data: give --task_name, or --train_file, whose labels decide what the task is")

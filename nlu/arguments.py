@@ -144,7 +144,7 @@ DATA_FLAGS = (
          "pearson for regression."),
     Flag("class_weights", ("balanced",), None,
          "balanced: the training loss weighs each class by the inverse of its share of the rows."),
-    Flag("predict_task", tuple(TASKS), None, "Predict this task's test set too (ax after training on mnli)."),
+    Flag("predict_task", ("ax",), None, "Predict this task's test set too, after training on mnli."),
     Flag("max_seq_length", int, 128, "Maximum input length in tokens; longer inputs are truncated.", AT_LEAST_1),
     Flag("pad_to_max_length", bool, False, "Pad every batch to max_seq_length instead of to its longest row."),
     Flag("length_bucketing", bool, False,

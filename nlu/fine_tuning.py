@@ -20,7 +20,7 @@ from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPre
 from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
-from nlu.data.predictions import predict_sets, to_labels
+from nlu.data.predictions import predict_splits, to_labels
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
@@ -76,13 +76,9 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     training = trainer_arguments(arguments, loaded.task.metric)
     config, tokenizer, unfit = load_config(arguments, loaded.task)
     check_model_arguments(arguments, config, tokenizer, total_steps)
-    sets = [(loaded.task, loaded.rows), *loaded.others]
-    if not loaded.task.is_regression:
-        sets = [(reorder_labels(each, list(config.id2label.values())), rows) for each, rows in sets]
-    tokens, cuts = zip(*(tokenize(*each, tokenizer) for each in sets), strict=True)
-    tasks = [each for each, _ in sets]
-    task, splits = tasks[0], tokens[0]
-    described = describe(loaded, cuts[0])
+    task = loaded.task if loaded.task.is_regression else reorder_labels(loaded.task, list(config.id2label.values()))
+    splits, cut = tokenize(task, loaded.rows, tokenizer)
+    described = describe(loaded, cut)
     weights = class_weights(arguments, task, splits.get("train"))
 
     set_seed(training.seed)
@@ -121,10 +117,10 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     if is_first():
         say_start(record.static, trainer)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
-    run_recorded(list(zip(tasks, tokens, strict=True)), trainer, record, checkpoint)
+    run_recorded(splits, trainer, record, checkpoint)
 
 
-def run_recorded(sets: list, trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:
+def run_recorded(splits: dict[str, Dataset], trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:
     """Train, evaluate, predict and save the adapter; an error that ends the run early goes into the record."""
     arguments = trainer.arguments
     try:
@@ -132,7 +128,7 @@ def run_recorded(sets: list, trainer: GlueTrainer, record: RunRecord, checkpoint
         if is_first():
             save_run_adapter(trainer, record.write("running"))
         if arguments.do_predict:
-            record.static["test_scores"], record.static["class_reports"] = predict_sets(sets, trainer)
+            record.static["test_scores"], record.static["class_reports"] = predict_splits(splits, trainer)
         if is_first():
             finished = record.write("finished")
             if arguments.save_strategy == "no":  # checkpoints served only to resume

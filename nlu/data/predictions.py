@@ -23,19 +23,21 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
-def predict_sets(
-    sets: list[tuple[Task, dict[str, Dataset]]], trainer: GlueTrainer
+def predict_splits(
+    splits: dict[str, Dataset], trainer: GlueTrainer
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
-    """Predict the validation and test splits of each task, and write them into ``predictions/``.
+    """Predict the validation and test splits, and write the predictions into ``predictions/``.
 
     Returns:
         File stem -> metrics of each test set, and file stem -> :func:`~nlu.metrics.class_report` of each set with
         classes. Both cover only sets whose labels are known (validation sets, MRPC's test set, a user's own). Each
         report's confusion matrix is drawn beside the predictions.
     """
-    scores, reports, folder = {}, {}, Path(trainer.arguments.root_output_dir) / "predictions"
-    predicted = [(task, split, rows) for task, splits in sets for split, rows in splits.items() if split != "train"]
-    for task, split, rows in predicted:
+    task, folder = trainer.task, Path(trainer.arguments.root_output_dir) / "predictions"
+    scores, reports = {}, {}
+    for split, rows in splits.items():
+        if split == "train":
+            continue
         known = "labels" in rows.column_names  # tokenize leaves hidden labels out
         output = trainer.predict(rows.remove_columns("labels") if known else rows)
         if not trainer.args.should_save:

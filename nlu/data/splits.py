@@ -28,14 +28,13 @@ class Data(NamedTuple):
     """The data of one run.
 
     Attributes:
+        task: with the test set of --predict_task among its own.
         rows: the task's splits, cut to --max_*_samples. skipped: bad rows left out of each of the user's own files.
-        others: the task of --predict_task, if there is one, and the rows of its test sets.
     """
 
     task: Task
     rows: Rows
     skipped: dict[str, int]
-    others: list[tuple[Task, Rows]]
 
 
 def load_data(arguments: Any) -> Data:
@@ -48,8 +47,7 @@ def load_data(arguments: Any) -> Data:
         arguments: the run's, see ``nlu/arguments.py``.
 
     Raises:
-        UsageError: if a split is missing, a file is malformed (the message names the file and the line), or the task of
-            --predict_task has other classes than the trained one.
+        UsageError: if a split is missing or a file is malformed; the message names the file and the line.
     """
     held_out, skipped = arguments.holdout_fraction is not None, {}
     wanted = {
@@ -73,21 +71,17 @@ def load_data(arguments: Any) -> Data:
         rows = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
     if held_out:
         rows |= _hold_out(task, rows["train"], arguments.holdout_fraction, arguments.holdout_seed)
+    if arguments.predict_task is not None:
+        other = TASKS[arguments.predict_task]
+        rows |= _load_glue(other, other.test_splits, arguments)
+        files = task.submission_files + other.submission_files
+        task = replace(task, test_splits=task.test_splits + other.test_splits, submission_files=files)
     rows = _limit(rows, arguments)
     second = task.validation_splits[-1] if task.second_rows else ""
     if second in rows and (part := len(rows[second])) != task.second_rows:
         del rows[second]
         logger.warning("%s has %d rows instead of the official %d: it is not scored", second, part, task.second_rows)
-    return Data(task, rows, skipped, _other_tasks(arguments, task))
-
-
-def _other_tasks(arguments: Any, task: Task) -> list[tuple[Task, Rows]]:
-    if arguments.predict_task is None:
-        return []
-    other = TASKS[arguments.predict_task]
-    if sorted(other.labels or ()) != sorted(task.labels or ()) or len(other.text_fields) != len(task.text_fields):
-        raise UsageError(f"--predict_task {other.name} has other classes than {task.name}: ax goes with mnli")
-    return [(other, _limit(_load_glue(other, other.test_splits, arguments), arguments))]
+    return Data(task, rows, skipped)
 
 
 def reorder_labels(task: Task, order: Sequence[str]) -> Task:

@@ -126,6 +126,7 @@ WRONG = """
 --bf16 --fp16 | exclude each other
 --report_to trackio | pip install trackio
 --load_best_model_at_end | need evaluations
+--predict_task ax | goes with --task_name mnli
 """.strip().splitlines()
 
 

@@ -113,19 +113,6 @@ def test_scores_and_submissions_do_not_depend_on_the_label_order(tmp_path, name)
     assert paths[0].read_text() == paths[1].read_text()
 
 
-def test_ax_is_loaded_with_mnli_and_takes_the_models_label_order(tmp_path):
-    for task in (TASKS["mnli"], TASKS["ax"]):
-        for split in task.splits:
-            write_rows(tmp_path / task.name / f"{split}.jsonl", sample_rows(task, split, 9))
-    data = load(["train"], task_name="mnli", predict_task="ax", glue_dir=str(tmp_path))
-    ((ax, rows),) = data.others
-    order = ["contradiction", "neutral", "entailment"]
-    ax = reorder_labels(ax, order)
-    assert ax.name == "ax" and ax.labels == tuple(order) == ax.submission_labels and len(rows["test"]) == 9
-    with pytest.raises(UsageError, match="--predict_task cola has other classes"):
-        load(["train"], task_name="mnli", predict_task="cola", glue_dir=str(tmp_path))
-
-
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 WORDS = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "a": 4, "b": 5, "c": 6}

@@ -13,7 +13,7 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from nlu import predict, run_glue, submission
-from nlu.data.predictions import draw_confusion, predict_sets, write_predictions
+from nlu.data.predictions import draw_confusion, predict_splits, write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
 from nlu.tasks import TASKS, Task
@@ -137,10 +137,12 @@ def test_the_matrix_of_an_earlier_test_file_with_labels_is_deleted(tmp_path):
     task = Task("custom", "own data", ("text",), ("a", "b"), ("accuracy",))
     output = SimpleNamespace(predictions=np.eye(2))
     arguments = SimpleNamespace(root_output_dir=tmp_path)
-    trainer = SimpleNamespace(args=SimpleNamespace(should_save=True), arguments=arguments, predict=lambda rows: output)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(should_save=True), arguments=arguments, task=task, predict=lambda rows: output
+    )
     matrix = tmp_path / "predictions" / "custom_test.png"
     for rows in ({"idx": [0, 1], "labels": [0, 1]}, {"idx": [0, 1]}):
-        predict_sets([(task, {"test": Dataset.from_dict(rows)})], trainer)
+        predict_splits({"test": Dataset.from_dict(rows)}, trainer)
         assert matrix.exists() == ("labels" in rows)
 
 
