@@ -6,7 +6,6 @@ Training, prediction and GLUE's official files use this reader.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -218,42 +217,6 @@ def _tsv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:
     for place, line in enumerate(text, 1):
         if line.strip("\r\n"):
             yield place, line.removesuffix("\n").removesuffix("\r").split("\t")
-
-
-# ---- whole files -----------------------------------------------------------------------------------------------------
-
-_digests: dict[tuple, str] = {}  # SHA-256 of the files read so far
-
-
-def open_file(path: str | Path, header: Sequence[str] = (), encoding: str = "utf-8") -> Reader:
-    """Read a file into memory and return its reader; :func:`file_digest` need not read it again.
-
-    Raises:
-        OSError: if the file cannot be read.
-    """
-    content = Path(path).read_bytes()
-    _digests[_state(path)] = hashlib.sha256(content).hexdigest()
-    return Reader(io.BytesIO(content), path, header=header, encoding=encoding)
-
-
-def file_digest(path: str | Path) -> str:
-    """The SHA-256 of a file's contents, in hexadecimal.
-
-    A process reads a file again only if its size, times or inode have changed.
-    """
-    state = _state(path)
-    if state not in _digests:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        _digests[state] = digest.hexdigest()
-    return _digests[state]
-
-
-def _state(path: str | Path) -> tuple:
-    stat = Path(path).stat()
-    return Path(path).resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino
 
 
 def shown(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from pathlib import Path
 
-from nlu.data.file_formats import Reader, Row, open_file, shown
+from nlu.data.file_formats import Reader, Row, shown
 from nlu.errors import UsageError, reason
 from nlu.tasks import Task
 
@@ -42,17 +42,18 @@ def load_split(
     label = task.official_label if official else "label"
     header = task.official_header if official and not hidden else ()
     columns: dict[str, list] = {name: [] for name in (*task.text_fields, "label", "idx")}
+    on_error = "skip" if official and task.short_rows_skipped else None
     for path in paths:
-        reader, first = open_file(path, header), len(columns["idx"])
-        on_error = "skip" if official and task.short_rows_skipped else None
-        for row in reader.good_rows(text, [] if hidden else [label], on_error=on_error):
-            for field, name in zip(task.text_fields, text, strict=True):
-                columns[field].append(row.values[name])
-            columns["label"].append(_label(reader, row, row.values.get(label, "-1"), task, split))
-            number = row.values.get("idx", first + row.number)
-            if not str(number).isdecimal():
-                raise reader.error(row.place, f"column 'idx' must be a row number, got {shown(number)}")
-            columns["idx"].append(int(number))
+        with open(path, "rb") as stream:
+            reader, first = Reader(stream, path, header=header), len(columns["idx"])
+            for row in reader.good_rows(text, [] if hidden else [label], on_error=on_error):
+                for field, name in zip(task.text_fields, text, strict=True):
+                    columns[field].append(row.values[name])
+                columns["label"].append(_label(reader, row, row.values.get(label, "-1"), task, split))
+                number = row.values.get("idx", first + row.number)
+                if not str(number).isdecimal():
+                    raise reader.error(row.place, f"column 'idx' must be a row number, got {shown(number)}")
+                columns["idx"].append(int(number))
     return columns
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nlu.data.file_formats import Reader, Row, open_file, shown
+from nlu.data.file_formats import Reader, Row, shown
 from nlu.data.glue import as_number
 from nlu.errors import UsageError
 from nlu.tasks import METRICS, TASKS, Task
@@ -54,12 +54,14 @@ def load_own_files(
     tables: dict[str, tuple[Reader, list[Row]]] = {}
     text = tuple(text_columns)
     for split, path in paths.items():
-        reader = open_file(path, encoding=encoding)
-        text = text or _find_text_columns(reader, label_column)
-        if not 1 <= len(set(text)) == len(text) <= 2 or not {*text}.isdisjoint({label_column, *_OWN_NAMES}):
-            raise UsageError(f"--text_columns {','.join(text)}: give one or two columns other than the label and idx")
-        other = [] if split == "test" else [label_column]
-        tables[split] = reader, list(reader.good_rows(text, other, blank=False, on_error=on_error))
+        with open(path, "rb") as stream:
+            reader = Reader(stream, path, encoding=encoding)
+            text = text or _find_text_columns(reader, label_column)
+            if not 1 <= len(set(text)) == len(text) <= 2 or not {*text}.isdisjoint({label_column, *_OWN_NAMES}):
+                names = ",".join(text)
+                raise UsageError(f"--text_columns {names}: give one or two columns other than the label and idx")
+            other = [] if split == "test" else [label_column]
+            tables[split] = reader, list(reader.good_rows(text, other, blank=False, on_error=on_error))
     names = _class_names(*tables["train"], label_column)
     task = Task("custom", "own data", text, names, _metrics(metric, names))
     splits = {}

@@ -5,6 +5,7 @@ Nothing here imports torch or transformers.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER
-from nlu.data.file_formats import file_digest
 from nlu.data.glue import split_files
 from nlu.json_yaml import read_yaml
 from nlu.tasks import TASKS
@@ -92,3 +92,18 @@ def _matching(folder: Any, patterns: Iterable[str]) -> list[Path]:
 
 def _together(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's contents; a process reads a file again only if its size, times or inode have changed."""
+    stat = path.stat()
+    return _digest(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
+
+
+@functools.cache
+def _digest(path: Path, *_state: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
