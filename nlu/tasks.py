@@ -33,8 +33,7 @@ class Task:
         value_range: the lowest and highest label of a regression task, or None for no bounds.
         official_file: the official release's file, if it is not `train.tsv`, `dev*.tsv` or `test*.tsv` in the folder
             `name` or `display`.
-        official_text: the TSV columns of `text_fields`, in the same order; empty if the names are the same.
-        official_label: the TSV column of the label.
+        official_names: pairs (hub's column, TSV column) of the columns that the official release calls otherwise.
         official_header: the columns of a train or dev TSV file that has no header line.
         short_rows_skipped: whether to skip the release's rows with missing fields, which the hub's copy lacks.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
@@ -53,8 +52,7 @@ class Task:
     second_rows: int | None = None
     value_range: tuple[float, float] | None = None
     official_file: str | None = None
-    official_text: tuple[str, ...] = ()
-    official_label: str = "label"
+    official_names: tuple[tuple[str, str], ...] = ()
     official_header: tuple[str, ...] = ()
     short_rows_skipped: bool = False
     submission_files: tuple[tuple[str, int], ...] = ()
@@ -94,6 +92,7 @@ _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
 _NUMBERS = ("0", "1")
 _PAIR = ("sentence1", "sentence2")
+_PREMISE = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 
 _ROWS = (
     Task(
@@ -121,8 +120,7 @@ _ROWS = (
         _PAIR,
         ("not_equivalent", "equivalent"),
         ("accuracy", "f1"),
-        official_text=("#1 String", "#2 String"),
-        official_label="Quality",
+        official_names=(("sentence1", "#1 String"), ("sentence2", "#2 String"), ("label", "Quality")),
         submission_files=(("MRPC.tsv", 1725),),
         server_labels=_NUMBERS,
     ),
@@ -132,7 +130,7 @@ _ROWS = (
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
-        official_label="is_duplicate",
+        official_names=(("label", "is_duplicate"),),
         short_rows_skipped=True,
         submission_files=(("QQP.tsv", 390965),),
         server_labels=_NUMBERS,
@@ -144,7 +142,7 @@ _ROWS = (
         None,
         ("pearson", "spearmanr"),
         value_range=(0.0, 5.0),
-        official_label="score",
+        official_names=(("label", "score"),),
         submission_files=(("STS-B.tsv", 1379),),
     ),
     Task(
@@ -156,8 +154,7 @@ _ROWS = (
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
         second_rows=9832,
-        official_text=_PAIR,
-        official_label="gold_label",
+        official_names=(*_PREMISE, ("label", "gold_label")),
         submission_files=(("MNLI-m.tsv", 9796), ("MNLI-mm.tsv", 9847)),
     ),
     Task("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT, ("accuracy",), submission_files=(("QNLI.tsv", 5463),)),
@@ -181,7 +178,7 @@ _ROWS = (
         train_splits=(),
         validation_splits=(),
         official_file="diagnostic/diagnostic.tsv",
-        official_text=_PAIR,
+        official_names=_PREMISE,
         submission_files=(("AX.tsv", 1104),),
     ),
 )

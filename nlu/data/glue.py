@@ -38,8 +38,8 @@ def load_split(
         named = Path(glue_dir) / task.name / split
         raise UsageError(f"no {split} split of {task.name}: looked for {named}.jsonl (.json, .parquet, .csv), {places}")
     official, hidden = paths[0].suffix == ".tsv", split in task.test_splits
-    text = task.official_text if official and task.official_text else task.text_fields
-    label = task.official_label if official else "label"
+    names = dict(task.official_names) if official else {}
+    text, label = [names.get(field, field) for field in task.text_fields], names.get("label", "label")
     header = task.official_header if official and not hidden else ()
     columns: dict[str, list] = {name: [] for name in (*task.text_fields, "label", "idx")}
     on_error = "skip" if official and task.short_rows_skipped else None
