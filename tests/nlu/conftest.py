@@ -67,6 +67,7 @@ def finished(encoder, tiny_glue, tmp_path_factory):
     folder, seen, printed = tmp_path_factory.mktemp("finished") / "run", [], io.StringIO()
     build = fine_tuning.build_trainer
     flags = [*tiny_run(encoder, tiny_glue, folder), "--method", "lora2", "--lora_k", "3", "--report_to", "tensorboard"]
+    flags += ["--max_seq_length", "8"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "../earlier"))  # as an earlier run left it
         patch.setattr(fine_tuning, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])

@@ -9,15 +9,12 @@ from unittest import mock
 
 import huggingface_hub
 import pytest
-import torch
 from peft import AutoPeftModelForSequenceClassification
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 from loralib import export
 from nlu import predict
-from nlu.data.file_formats import Row
-from nlu.predictor import load_predictor
 from nlu.run_glue import main
 from nlu.runs.log import log_to, say
 from nlu.runs.record import best_and_last
@@ -40,32 +37,20 @@ def test_progress_lines_logged_numbers_and_printed_commands(finished, tmp_path):
 
     assert f"trained {record['adapter_params']:,} parameters in the encoder and {record['head_params']:,} in" in shown
     assert f"{record['live_adapter_params']:,} of the encoder's remain after pruning" in shown
-    rows = tmp_path / "rows.jsonl"
-    write_rows(rows, [{"sentence": "the good cat"}, {"sentence": "a bad dog"}])
+    rows, out, exported = (tmp_path / name for name in ("rows.jsonl", "out.jsonl", "peft"))
+    text = "the good cat ran on the small mat"  # longer than --max_seq_length
+    write_rows(rows, [{"sentence": text}, {"sentence": "a bad dog"}])
     commands = dict(re.findall(r"^(predict|export):\s+(.*)$", shown, re.MULTILINE))
     assert commands["predict"].startswith("python -m nlu.predict --adapter")
-    assert predict.main(shlex.split(commands["predict"].replace("FILE", str(rows)))[3:]) == 0
+    assert predict.main([*shlex.split(commands["predict"].replace("FILE", str(rows)))[3:], "--output", str(out)]) == 0
     assert commands["export"].split()[4:6] == ["--to", "peft"]
-    assert export.main(shlex.split(commands["export"].replace("OUT", str(tmp_path / "peft")))[3:]) == 0
-
-
-def test_other_tools_find_the_tokenizer_beside_the_adapter(base_flags, encoder, tmp_path):
-    """peft loads the exported folder alone; its predictions are those of predict.py, also for a truncated text."""
-    flags, text = [*base_flags, "--method", "lora", "--max_seq_length", "6"], "the good cat ran on the small mat"
-    assert main(flags) == 0
-    folder = tmp_path / "peft"
-    assert export.main([str(tmp_path / "run/adapter"), "--to", "peft", str(folder), "--base", str(encoder)]) == 0
-    for place in (tmp_path / "run/adapter", folder):
-        cut = AutoTokenizer.from_pretrained(place)(text, truncation=True)
-        assert cut.data == AutoTokenizer.from_pretrained(encoder)(text, truncation=True, max_length=6).data
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(folder).eval()
-    arguments = predict.build_parser().parse_args(
-        ["--adapter", str(tmp_path / "run/adapter"), "--base", str(encoder), "--input", "-"]
-    )
-    predictor = load_predictor(arguments)
-    with torch.no_grad():
-        logits = loaded(**AutoTokenizer.from_pretrained(folder)(text, truncation=True, return_tensors="pt")).logits
-    torch.testing.assert_close(logits.softmax(-1)[0].tolist(), predictor([Row(0, 1, {"sentence": text})], 1)[0])
+    assert export.main(shlex.split(commands["export"].replace("OUT", str(exported)))[3:]) == 0
+    # peft loads the exported folder alone, with a tokenizer that cuts texts as in training
+    model = AutoPeftModelForSequenceClassification.from_pretrained(exported).eval()
+    for place in (run / "adapter", exported):
+        tokens = AutoTokenizer.from_pretrained(place)(text, truncation=True, return_tensors="pt")
+        answer = json.loads(out.read_text().splitlines()[0])["probabilities"]
+        assert list(answer.values()) == pytest.approx(model(**tokens).logits.softmax(-1)[0].tolist(), abs=1e-5)
 
 
 @pytest.mark.slow
