@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
                 except UnicodeEncodeError:  # in a kept column; the reader has checked the text columns
                     message = f"a column is not {arguments.encoding} text: give --encoding"
                     raise reader.error(record["line"], message) from None
-    cut = f", {predictor.cut} cut at {predictor.tokenizer.model_max_length} tokens" if predictor.cut else ""
+    most = predictor.tokenizer.model_max_length
+    cut = f", {predictor.cut} cut at {most} tokens (--max_seq_length)" if predictor.cut else ""
     print(f"{count} rows predicted{cut}, {reader.skipped} skipped", file=sys.stderr)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +43,6 @@ class Predictor:
         """Class probabilities, or one predicted number, for each row; raises UsageError if any is not finite."""
         texts = [[row.values[column] for row in rows] for column in self.columns]
         encoded, too_long = encode(self.tokenizer, texts)
-        if too_long and not self.cut:
-            most = self.tokenizer.model_max_length
-            print(f"rows of more than {most} tokens are cut (--max_seq_length)", file=sys.stderr)
         self.cut += len(too_long)
         order = sorted(range(len(rows)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
         results: list[list[float]] = [[]] * len(rows)
@@ -65,9 +61,6 @@ class Predictor:
 
 def load_predictor(arguments: argparse.Namespace) -> Predictor:
     """Load the adapter and its base, or the merged checkpoint, onto the accelerator if there is one.
-
-    Args:
-        arguments: those of ``nlu/predict.py``.
 
     Raises:
         UsageError: if the adapter is damaged, its base is missing or does not fit, or the model does not predict one

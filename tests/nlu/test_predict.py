@@ -95,7 +95,7 @@ def test_classes_come_with_probabilities_and_the_columns_of_the_input(encoder, i
     found = [json.loads(line) for line in captured.out.splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     too_long = sum(len(tokenizer(*row.values())["input_ids"]) > 12 for row in ROWS)
-    last = f"40 rows predicted, {too_long} cut at 12 tokens, 0 skipped"
+    last = f"40 rows predicted, {too_long} cut at 12 tokens (--max_seq_length), 0 skipped"
     assert 0 < too_long < 40 and captured.err.splitlines()[-1] == last
     assert main([*flags, "--output", str(tmp_path / "out.csv")]) == 0
     table = list(csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text())))
