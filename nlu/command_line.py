@@ -11,7 +11,6 @@ import copy
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from nlu.errors import OneLineParser, UsageError
 from nlu.json_yaml import read_yaml
 from nlu.methods.registry import FLAGS as METHOD_FLAGS
 from nlu.methods.registry import METHODS
-from nlu.runs.processes import is_first
+from nlu.runs.processes import world_size
 
 logger = logging.getLogger("nlu")
 
@@ -66,8 +65,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     config, published = chosen_method(given)
     base, of_method = method_file(config)
     chosen = published_settings(given, base) | published | of_method | given
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    args = Arguments(**DEFAULTS | chosen | {"method": base, "method_config": config, "world_size": processes})
+    args = Arguments(**DEFAULTS | chosen | {"method": base, "method_config": config, "world_size": world_size()})
     check(args, given, chosen)
     if args.root_output_dir is None:
         data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
@@ -175,11 +173,10 @@ def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:
     made_for = arguments.schedule_steps
     if made_for is None or not 0 < total_steps < made_for:
         return arguments
-    if is_first():
-        logger.warning(
-            "the training has %d steps, but its schedule was made for %d: warm-ups and masking interval shrink in "
-            "proportion", total_steps, made_for,
-        )  # fmt: skip
+    logger.warning(
+        "the training has %d steps, but its schedule was made for %d: warm-ups and masking interval shrink in "
+        "proportion", total_steps, made_for,
+    )  # fmt: skip
     fitted = copy.copy(arguments)
     if fitted.warmup_steps >= 1:
         fitted.warmup_steps = int(fitted.warmup_steps) * total_steps // made_for

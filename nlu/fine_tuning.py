@@ -55,9 +55,8 @@ def run(arguments: Arguments, data: Data) -> None:
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
-            if is_first():
-                say(f"this run has finished already, in {folder.path}: give --overwrite_output_dir to run it again")
-                _publish(arguments, read_json(folder.path / RECORD))
+            say(f"this run has finished already, in {folder.path}: give --overwrite_output_dir to run it again")
+            _publish(arguments, read_json(folder.path / RECORD))
         else:
             _run_in(folder, state, arguments, data, held)
         if arguments.push_to_hub and is_first():
@@ -107,15 +106,14 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     if is_first():
         folder.clean(state)
         held.enter_context(log_to(path / "log" / "run.log"))
-        for line in description_lines(task, described, tokenizer.model_max_length):
-            say(line)
     wait_for_all()
+    for line in description_lines(task, described, tokenizer.model_max_length):
+        say(line)
     facts = {"data": described, "warm_start": warm_start, "digests": folder.digests}
     record = RunRecord(trainer, facts, previous)
     trainer.add_callback(record)
     record.write("running")
-    if is_first():
-        say_start(record.static, trainer)
+    say_start(record.static, trainer)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
     run_recorded(splits, trainer, record, checkpoint)
 
@@ -125,14 +123,14 @@ def run_recorded(splits: dict[str, Dataset], trainer: GlueTrainer, record: RunRe
     arguments = trainer.arguments
     try:
         train_and_evaluate(trainer, checkpoint)
+        trained = record.write("running")
         if is_first():
-            save_run_adapter(trainer, record.write("running"))
+            save_run_adapter(trainer, trained)
         if arguments.do_predict:
             record.static["test_scores"], record.static["class_reports"] = predict_splits(splits, trainer)
-        if is_first():
-            finished = record.write("finished")
-            if arguments.save_strategy == "no":  # checkpoints served only to resume
-                shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        finished = record.write("finished")
+        if is_first() and arguments.save_strategy == "no":  # checkpoints served only to resume
+            shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     except BaseException as error:
         record.error = one_line(error)
         with contextlib.suppress(OSError):  # a full disk: the record stays as it was
@@ -141,9 +139,8 @@ def run_recorded(splits: dict[str, Dataset], trainer: GlueTrainer, record: RunRe
             else:
                 _publish(arguments, record.write("failed"))
         raise
-    if is_first():
-        say_outcome(finished)
-        _publish(arguments, finished)
+    say_outcome(finished)
+    _publish(arguments, finished)
 
 
 def _publish(arguments: Arguments, record: dict[str, Any]) -> None:
@@ -186,7 +183,7 @@ def build_trainer(
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
 
-    callbacks = [ProgressLines(task.metric)] if is_first() else []
+    callbacks = [ProgressLines(task.metric)]
     if arguments.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold))
     validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]
@@ -209,7 +206,7 @@ def build_trainer(
 def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:
     """Train from the checkpoint, or from scratch without one, and evaluate the final weights if not yet done."""
     if trainer.args.do_train:
-        if checkpoint is not None and is_first():
+        if checkpoint is not None:
             logger.warning("continuing from %s", checkpoint)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)

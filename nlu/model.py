@@ -20,7 +20,6 @@ from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.method import head_modules, head_parameters
 from nlu.methods.registry import METHODS, check_method_fits
-from nlu.runs.processes import is_first
 from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
@@ -178,8 +177,7 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
         with torch.no_grad():
             for parameter in (p for key, p in output.items() if key not in mismatched):  # those are new already
                 parameter.normal_(std=getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0)
-        if is_first():
-            logger.warning("a new output layer is made, because the checkpoint's has %s", unfit)
+        logger.warning("a new output layer is made, because the checkpoint's has %s", unfit)
     if (missing or unfit is not None) and not arguments.do_train:
         raise UsageError(
             f"--model_name_or_path {name} has no trained head for the task, and nothing trains it first: give "

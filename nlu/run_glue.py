@@ -10,6 +10,7 @@ rank_pattern.json) to root_output_dir; the same command continues an interrupted
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from nlu.command_line import parse_arguments
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     2: bad arguments or input. 1: a run that cannot continue. 128 + the signal's number: stopped by a signal; the same
     command continues the run.
     """
+    if not is_first():  # the first process warns for all
+        logging.getLogger("nlu").setLevel(logging.ERROR)
     with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)

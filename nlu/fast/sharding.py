@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nlu.runs.processes import world_size
+
 _ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it if its file has distributed_type: FSDP
 
 
@@ -22,7 +24,7 @@ def without_accelerates_own() -> Iterator[bool]:
     """
     asked = os.environ.pop(_ASKED, None)
     try:
-        yield asked is not None and asked.lower() == "true" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        yield asked is not None and asked.lower() == "true" and world_size() > 1
     finally:
         if asked is not None:
             os.environ[_ASKED] = asked

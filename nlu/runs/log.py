@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from nlu.command_line import given_command
-from nlu.json_yaml import finite
 from nlu.runs.machine import now, peak_memory_bytes
+from nlu.runs.processes import is_first
 
 logger = logging.getLogger("nlu")
 
@@ -25,9 +25,10 @@ _SILENCE = 20.0  # seconds: the longest time without a line during an evaluation
 
 
 def say(text: str) -> None:
-    """Print a line for people on the console, and write it to the log."""
-    print(text, flush=True)
-    logger.info(text)
+    """Print a line for people on the console, and write it to the log; the first process speaks for all."""
+    if is_first():
+        print(text, flush=True)
+        logger.info(text)
 
 
 @contextlib.contextmanager
@@ -58,11 +59,7 @@ def log_to(path: Path) -> Iterator[None]:
 
 
 class ProgressLines(TrainerCallback):
-    """Prints a line at each logging step and during a long evaluation; all numbers go into the log.
-
-    Args:
-        metric: key of the task's main metric.
-    """
+    """Prints a line at each logging step and during a long evaluation; all numbers go into the log."""
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -93,7 +90,7 @@ class ProgressLines(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
-        logger.info("step %s %s", state.global_step, json.dumps(finite(logs)))
+        logger.info("step %s %s", state.global_step, json.dumps(logs))
         if "loss" in logs:
             self.loss = logs["loss"]
         elif f"eval_{self.metric}" in logs:

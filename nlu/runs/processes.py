@@ -1,4 +1,7 @@
-"""One run in several processes: work that rank 0 does for all, waiting for each other, and ending together."""
+"""One run in several processes: work that rank 0 does for all, waiting for each other, and ending together.
+
+The launcher says in the environment how many processes there are, and which one this is.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,28 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def world_size() -> int:
+    """The number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_processes(use_cpu: bool) -> None:
     """Join the process group if a launcher started several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         import torch
         from accelerate import PartialState
 
         PartialState(cpu=use_cpu or not torch.accelerator.is_available())
 
 
-def several() -> bool:
-    """Whether other processes take part in this run."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def first_computes(compute: Callable[[], T]) -> T:
     """Call ``compute`` on rank 0 alone; all processes return its result or raise its exception."""
-    if not several():
+    if world_size() == 1:
         return compute()
     import torch.distributed as dist
 
     answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if is_first():
         try:
             answer[0] = compute()
         except Exception as error:
@@ -52,7 +53,7 @@ def wait_for_all() -> None:
     """Wait until all processes have reached this point."""
     import torch.distributed as dist
 
-    if several():
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -60,6 +61,6 @@ def end_processes() -> None:
     """Leave the process group together: a process that ends early can abort one that still communicates with it."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nlu.runs.processes import several
+from nlu.runs.processes import world_size
 
 _SAME = 1.0  # seconds within which two signals count as one: a launcher and the terminal may both send it
 
@@ -36,13 +36,13 @@ def handled_by(
             signal.signal(number, theirs)
 
 
-def _stop(number: int, _frame: object) -> None:
-    raise Interrupted(number)
-
-
 def stopped_by_signals() -> contextlib.AbstractContextManager[None]:
     """A block that SIGTERM and Ctrl-C end at once, with :class:`Interrupted`."""
-    return handled_by(_stop)
+
+    def stop(number: int, _frame: object) -> None:
+        raise Interrupted(number)
+
+    return handled_by(stop)
 
 
 class StopRequest:
@@ -65,7 +65,7 @@ class StopRequest:
 
     def agreed(self) -> int | None:
         """The signal to stop for, or None; the same on all processes, which must all call this at the same step."""
-        if not several():
+        if world_size() == 1:
             return self._signum
         import torch
         import torch.distributed as dist
