@@ -13,7 +13,7 @@ from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
-from nlu.json_yaml import finite, read_json
+from nlu.json_yaml import read_json
 from nlu.runs.checkpoints import UNFINISHED
 from nlu.runs.files import locked
 
@@ -31,17 +31,6 @@ FREE = frozenset({
 })  # fmt: skip
 # Arguments that may be added to a finished run: it resumes from its last checkpoint, to predict.
 PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
-
-
-def changed_arguments(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments that make ``new`` a different run from ``old``.
-
-    An argument that the record's version did not have counts as left at its default. One that this version no longer
-    has is ignored.
-    """
-    compared = finite(dict(new)).items()
-    free = FREE | PREDICTING
-    return sorted(name for name, value in compared if name not in free and old.get(name, DEFAULTS.get(name)) != value)
 
 
 @dataclass(frozen=True)
@@ -119,11 +108,16 @@ class RunFolder:
         return previous
 
     def _differences(self, previous: dict[str, Any]) -> list[str]:
-        """How this run differs from the recorded one; an argument with a digest is compared by the digest alone."""
+        """How this run differs from the recorded one; an argument with a digest is compared by the digest alone.
+
+        An argument that the record's version did not have counts as left at its default. One that this version no
+        longer has is ignored.
+        """
         old, new = previous.get("digests", {}), self.digests
         flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
-        changed = changed_arguments(previous.get("arguments", {}), self.arguments.record)
-        names = [name for name in changed if name not in {*old, *new}]
+        before = DEFAULTS | previous.get("arguments", {})
+        changed = {name for name, value in self.arguments.record.items() if before.get(name) != value}
+        names = sorted(changed - FREE - PREDICTING - {*old, *new})
         parts = [f"other contents of {', '.join(flags)}"] if flags else []
         parts += [f"other {', '.join(names[:5])}"] if names else []
         then, now = previous.get("effective_batch_size"), effective_batch_size(self.arguments)
