@@ -116,11 +116,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _tune(
     tuning: Experiment, final: Experiment, labels: dict[str, str], args: argparse.Namespace
 ) -> tuple[int, list[dict[str, Any]], Experiment]:
-    """Run the tuning; returns its exit code and lines, and the comparison with the chosen rates.
-
-    Args:
-        labels: the methods' names in tables.
-    """
+    """Run the tuning; returns its exit code and lines, and the comparison with the chosen rates."""
     from nlu.experiments.comparison import chosen_rates
 
     code, lines = _run(tuning, args)

@@ -18,12 +18,7 @@ _POOL_BATCHES = 50  # batches sorted together: more of them give less padding, f
 
 
 class SeededRandomSampler(Sampler[int]):
-    """A random order of n examples that depends on (seed, epoch) alone, never on a global generator.
-
-    Args:
-        n: number of examples, at least 1.
-        seed: a whole number, at least 0.
-    """
+    """A random order of n examples that depends on (seed, epoch) alone, never on a global generator."""
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed, self.epoch = n, seed, 0
@@ -46,12 +41,8 @@ class LengthBucketSampler(SeededRandomSampler):
     """A random order that puts examples of similar length into the same effective batch, which saves padding.
 
     It cuts a random order into pools of 50 batches, sorts each pool by length, cuts it into batches, and puts the
-    batches into random order. The examples that do not fill a batch are a random choice and come last.
-
-    Args:
-        lengths: tokens of each example.
-        effective_batch_size: examples of one optimiser step, over all processes and accumulation steps.
-        seed: as for :class:`SeededRandomSampler`.
+    batches into random order. The examples that do not fill a batch are a random choice and come last. A batch has the
+    examples of one optimiser step, over all processes and accumulation steps.
     """
 
     def __init__(self, lengths: Sequence[int], effective_batch_size: int, seed: int):

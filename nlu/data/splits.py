@@ -43,9 +43,6 @@ def load_data(arguments: Any) -> Data:
     These are the splits that --do_train, --do_eval and --do_predict ask for. With --holdout_fraction, held-out training
     rows replace the validation sets. Needs neither torch nor transformers.
 
-    Args:
-        arguments: the run's, see ``nlu/arguments.py``.
-
     Raises:
         UsageError: if a split is missing or a file is malformed; the message names the file and the line.
     """
@@ -88,9 +85,6 @@ def reorder_labels(task: Task, order: Sequence[str]) -> Task:
     """The task with its classes numbered in another order, such as the one a checkpoint was trained with.
 
     The rows are not changed here: :func:`tokenize` renumbers their labels.
-
-    Args:
-        order: the task's labels in their new order.
     """
     server = dict(zip(task.labels, task.submission_labels, strict=True))
     return replace(
@@ -188,10 +182,10 @@ def _labels(task: Task, split: str, dataset: Dataset) -> np.ndarray | None:
 
 
 def encode(tokenizer: Any, texts: Sequence[Sequence[str]], **options: Any) -> tuple[Any, list[int]]:
-    """Tokenize rows, cut to the tokenizer's maximum; returns the encoding and the indices of the rows that were cut.
+    """Tokenize one or two columns of texts, each row cut to the tokenizer's maximum.
 
-    Args:
-        texts: one or two columns of texts.
+    Returns:
+        The encoding, and the indices of the rows that were cut.
     """
     encoded = tokenizer(*map(list, texts), truncation=True, **options)
     max_length = tokenizer.model_max_length

@@ -20,8 +20,7 @@ from nlu.runs.log import say
 def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
     """Write ``rank_pattern.json`` and ``adapter/`` of a finished run from the trainer's current weights.
 
-    Args:
-        trainer: the run's GlueTrainer. record: the run's record; the score of these weights goes onto the card.
+    The adapter's card has the score of these weights.
 
     Raises:
         RunError: if a weight is not finite, or a file of ``adapter/`` would be replaced that is not an adapter's.

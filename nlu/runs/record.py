@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
 from loralib import lora_layers
@@ -137,19 +136,15 @@ def best_and_last(evaluations: list[dict[str, Any]], metric: str) -> tuple[float
 
 def say_start(record: dict[str, Any], trainer: Any) -> None:
     """Print what will be trained, with the numbers of parameters."""
+    types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(trainer.model)})
+    adapted = f"; adapted: {', '.join(types)}" if types else ""
     final = record["final_budget"] or "set by the gates"
     budget = f", singular values {record['initial_budget']} → {final}" if trainer.applied.ranks else ""
     say(
         f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
-        f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{_adapted(trainer.model)}; "
+        f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
         f"batch {record['effective_batch_size']}, seed {record['seed']}"
     )
-
-
-def _adapted(model: nn.Module) -> str:
-    """The types of the modules with a low-rank update: their names without layer numbers."""
-    types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(model)})
-    return f"; adapted: {', '.join(types)}" if types else ""
 
 
 def _constant_loss(trainer: Any) -> float | None:
