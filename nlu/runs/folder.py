@@ -56,17 +56,12 @@ class RunFolder:
         A run that is refused leaves no new folder.
 
         Raises:
-            UsageError: as :meth:`state`; also if another run uses the folder, or it cannot be written to.
+            UsageError: as :meth:`state`, or if another run uses the folder. OSError: if it cannot be written to.
         """
         made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
         in_use = f"{self.path} is in use by another run: wait until it ends, or name another --root_output_dir"
-        with contextlib.ExitStack() as held:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                held.enter_context(locked(self.path / LOCK, in_use))
-            except OSError as error:
-                reason = error.strerror or error
-                raise UsageError(f"--root_output_dir {self.path} cannot be written to ({reason})") from None
+        with locked(self.path / LOCK, in_use):
             try:
                 yield self.state()
             finally:

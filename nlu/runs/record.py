@@ -163,12 +163,9 @@ def say_outcome(record: dict[str, Any]) -> None:
     for name, scores in record.get("test_scores", {}).items():
         say(f"{name}: {', '.join(f'{metric} {score:.4f}' for metric, score in scores.items())}")
     if record["steps"]:
-        encoder, live, head = (record[name] for name in ("adapter_params", "live_adapter_params", "head_params"))
-        pruned = "" if live == encoder else f"; {live:,} of the encoder's remain after pruning"
-        say(
-            f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each, trained {encoder:,} parameters in the "
-            f"encoder and {head:,} in the head, {(encoder + head) / record['total_params']:.2%} of the model{pruned}"
-        )
+        live, trained = record["live_adapter_params"], record["adapter_params"]
+        pruned = "" if live == trained else f"; {live:,} of the encoder's trained parameters remain after pruning"
+        say(f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each{pruned}")
     adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
     say(f"folder:  {folder}")
     if (folder / "predictions").is_dir():
