@@ -117,18 +117,20 @@ def longest_input(model: Any) -> int | None:
     return None
 
 
+def limit_length(tokenizer: Any, asked: int, model: nn.Module) -> None:
+    """Make rows be cut at the length asked for, or at the limit of the tokenizer or of the model if that is lower."""
+    limits = (asked, tokenizer.model_max_length, longest_input(model))
+    tokenizer.model_max_length = min(limit for limit in limits if limit)
+
+
 def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int) -> None:
     """Check module patterns and pruning schedule on a model without weights, before anything is loaded.
-
-    The tokenizer's ``model_max_length`` becomes the length at which rows are cut: ``--max_seq_length``, or the limit of
-    the tokenizer or of the model if that is lower.
 
     Raises:
         UsageError: if something does not fit.
     """
     model = without_weights(arguments, config)
-    limits = (arguments.max_seq_length, tokenizer.model_max_length, longest_input(model))
-    tokenizer.model_max_length = min(limit for limit in limits if limit)
+    limit_length(tokenizer, arguments.max_seq_length, model)
     with torch.device("meta"):
         check_method_fits(model, arguments, total_steps)
 

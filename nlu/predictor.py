@@ -19,7 +19,7 @@ from nlu.data.splits import encode
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
-from nlu.model import check_tokenizer, longest_input
+from nlu.model import check_tokenizer, limit_length
 from nlu.tasks import TASKS
 
 
@@ -77,8 +77,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     check_tokenizer(tokenizer, source)
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # no warning: rows are padded after sorting
     speed_up(model)
-    length = arguments.max_seq_length or card.get("max_seq_length") or 512
-    tokenizer.model_max_length = min(length, tokenizer.model_max_length, longest_input(model) or length)
+    limit_length(tokenizer, arguments.max_seq_length or card.get("max_seq_length") or 512, model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     columns, names = _text_columns(arguments.text_columns, card), _class_names(model.config, source)
     return Predictor(model.eval().to(device), tokenizer, columns, names)
