@@ -60,9 +60,12 @@ class RunRecord(TrainerCallback):
             "command": given_command(),
             **facts,
             **count_parameters(trainer.applied.model),
-            "started_at": previous["started_at"] if previous else now(),
-            "resumes": previous["resumes"] + 1 if previous else 0,
+            "started_at": now(),
+            "resumes": 0,
         }
+        if previous:  # the start of the run counts: a later process may only predict
+            self.static |= {name: previous[name] for name in ("versions", "git_commit", "machine", "started_at")}
+            self.static["resumes"] = previous["resumes"] + 1
 
     def write(self, status: str) -> dict[str, Any]:
         """Write the record with this status (running, finished, failed, interrupted), and return it."""
