@@ -127,7 +127,7 @@ MODEL_FLAGS = (
          "Use transformers' own attention and compute every token in the last layer, not the faster equivalents."),
 )  # fmt: skip
 DATA_FLAGS = (
-    Flag("task_name", tuple(TASKS), None, "Name of the GLUE task."),
+    Flag("task_name", tuple(name for name, task in TASKS.items() if task.train_splits), None, "Name of the GLUE task."),
     Flag("glue_dir", str, None, "Folder with GLUE data: <task>/<split>.jsonl|parquet|csv, or the TSV folders of the "
          "official release. Default: the environment variable GLUE_DIR if set, otherwise nyu-mll/glue on the hub."),
     Flag("train_file", str, None, "File with your own training data: CSV, TSV, JSONL or Parquet."),

@@ -104,7 +104,7 @@ def advice(every: pd.DataFrame) -> list[str]:
         sums = runs.rate_sum[runs.delta_norm.notna()]  # low-rank methods only
         if (sums < SHORT).any():
             found.append(
-                f"{failed or f'{label} has hardly left its start'} (Λ, the sum of the learning rates, is "
+                f"{failed or f'{label} may have hardly left its start'} (Λ, the sum of the learning rates, is "
                 f"{number(sums.min())}): train it longer, or raise its learning rate."
             )
         elif failed:

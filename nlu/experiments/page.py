@@ -10,7 +10,7 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import KINDS, draw
-from nlu.experiments.statistics import LEVEL, SHORT, finished, load_measured, scored_on_test
+from nlu.experiments.statistics import LEVEL, finished, load_measured, scored_on_test
 from nlu.experiments.tables import (
     claims_frame,
     markdown,
@@ -43,10 +43,10 @@ NOTES = f"""\
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
-  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate.
+  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate. In old records (with
+  values under “tried” in the table of tunings) each row has for each task the values with the lowest held-out loss.
 - All numbers to six digits: [scores](tables/scores.csv), [claims](tables/claims.csv) with each task,
-  [training](tables/training.csv) (Λ is the sum of the learning rates over the steps; below {SHORT:g} the method has
-  hardly moved from its start) and [tuning](tables/tuning.csv).
+  [training](tables/training.csv) (Λ is the sum of the learning rates over the steps) and [tuning](tables/tuning.csv).
 """
 
 

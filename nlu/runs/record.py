@@ -63,9 +63,10 @@ class RunRecord(TrainerCallback):
             "started_at": now(),
             "resumes": 0,
         }
-        if previous:  # the start of the run counts: a later process may only predict
-            self.static |= {name: previous[name] for name in ("versions", "git_commit", "machine", "started_at")}
-            self.static["resumes"] = previous["resumes"] + 1
+        if previous:
+            self.static |= {"started_at": previous["started_at"], "resumes": previous["resumes"] + 1}
+            if previous["status"] == "finished":  # this process only predicts
+                self.static |= {name: previous[name] for name in ("versions", "git_commit", "machine")}
 
     def write(self, status: str) -> dict[str, Any]:
         """Write the record with this status (running, finished, failed, interrupted), and return it."""
@@ -159,7 +160,7 @@ def _constant_loss(trainer: Any) -> float | None:
 
 
 def say_outcome(record: dict[str, Any]) -> None:
-    """Print the scores, what was trained, the folder, and the commands to use next."""
+    """Print the scores, the time of a step, the folder, and the commands to use next."""
     folder = Path(record["arguments"]["root_output_dir"])
     if record["best"] is not None:
         say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
