@@ -94,18 +94,18 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
 def advice(every: pd.DataFrame) -> list[str]:
     """Why a method should not be judged by its runs yet, and what to change.
 
-    Λ, the sum of the learning rates over the steps, distinguishes a low-rank method that has hardly left its start from
-    one whose rate is too high. Without Λ, a failure is reported without advice.
+    If a low-rank method has learned nothing, Λ, the sum of the learning rates over the steps, tells whether it has
+    hardly left its start or its rate is too high. Without Λ, a failure is reported without advice.
     """
     found = []
     for label, runs in finished(every).groupby("label", sort=False):
         failed = f"{runs.failed.sum()} of {len(runs)} runs of {label} learned nothing" if runs.failed.any() else ""
         rise = np.mean([scores[-1] - scores[-2] for scores in runs.scores if len(scores) > 1] or [0.0])
         sums = runs.rate_sum[runs.delta_norm.notna()]  # low-rank methods only
-        if (sums < SHORT).any():
+        if failed and (sums < SHORT).any():
             found.append(
-                f"{failed or f'{label} may have hardly left its start'} (Λ, the sum of the learning rates, is "
-                f"{number(sums.min())}): train it longer, or raise its learning rate."
+                f"{failed} (Λ, the sum of the learning rates, is {number(sums.min())}): train it longer, or raise its "
+                "learning rate."
             )
         elif failed:
             found.append(f"{failed}{': lower its learning rate, or tune it' if sums.notna().any() else ''}.")

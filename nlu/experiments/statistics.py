@@ -21,7 +21,7 @@ from nlu.runs.folder import FREE, PREDICTING
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
-SHORT = 1.0  # final Λ below which a low-rank method may have hardly left its start
+SHORT = 1.0  # final Λ below which a low-rank method that learned nothing has hardly left its start
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
 _BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score

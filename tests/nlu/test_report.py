@@ -165,7 +165,7 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
     assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in said(clear, **lost)
     started = "(Λ, the sum of the learning rates, is 0.20): train it longer, or raise its learning rate."
     assert f"3 of 3 runs of LoRA r=8 learned nothing {started}" in said(clear, **lost, rate_sum=0.2)
-    assert f"LoRA r=8 may have hardly left its start {started}" in said(clear, rate_sum=0.2)
+    assert "Λ" not in said(clear, rate_sum=0.2)  # the runs have learned something
 
 
 def test_score_axis_ends_at_100_and_a_single_evaluation_has_no_curve():
