@@ -8,6 +8,7 @@ predicted with the MNLI model. Every file must have all rows of the official tes
 
 from __future__ import annotations
 
+import io
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.runs.files import open_new
+from nlu.runs.files import write_bytes
 from nlu.tasks import TASKS
 
 _SERVER = {name: rows for task in TASKS.values() for name, rows in task.submission_files}
@@ -63,9 +64,11 @@ def make_submission(folders: Sequence[str | Path], out: str | Path) -> dict[str,
     if missing:
         raise UsageError(f"the server wants all eleven files; missing: {', '.join(missing)}: name their folders too")
     found = {name: found[name] for name in _SERVER}
-    with open_new(out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in found.items():
             archive.writestr(name, path.read_bytes())
+    write_bytes(out, content.getvalue())
     return found
 
 

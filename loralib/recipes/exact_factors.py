@@ -88,8 +88,7 @@ class ExactFactors:
 
 def _wide(factors: list[Tensor]) -> Tensor:
     """Factors of one shape as one tensor (n, s, m), s ≤ m; tall ones are transposed."""
-    x = torch.stack(factors)
-    return x if x.shape[1] <= x.shape[2] else x.mT
+    return torch.stack([x if x.shape[0] <= x.shape[1] else x.T for x in factors])
 
 
 def _write(targets: list[Tensor], wide: Tensor) -> None:

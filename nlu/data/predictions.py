@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 from nlu.metrics import class_report, compute_glue_metrics
 from nlu.runs.files import write_text
-from nlu.tasks import Task
+from nlu.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from nlu.trainer import GlueTrainer
@@ -45,7 +46,8 @@ def predict_splits(
         labels, truth = to_labels(task, output.predictions), rows["labels"][:] if known else None
         path = write_predictions(task, split, rows["idx"][:], labels, folder, truth)
         if known and split in task.test_splits:
-            scores[path.stem] = compute_glue_metrics(task, labels, truth)
+            metrics = TASKS.get(split.removeprefix("test_"), task).metrics  # AX has its own
+            scores[path.stem] = compute_glue_metrics(replace(task, metrics=metrics), labels, truth)
         if known and not task.is_regression:
             reports[path.stem] = class_report(task, labels, truth)
             draw_confusion(reports[path.stem], path.with_suffix(".png"))

@@ -69,10 +69,10 @@ def load_data(arguments: Any) -> Data:
     if held_out:
         rows |= _hold_out(task, rows["train"], arguments.holdout_fraction, arguments.holdout_seed)
     if arguments.predict_task is not None:
-        other = TASKS[arguments.predict_task]
-        rows |= _load_glue(other, other.test_splits, arguments)
+        other, split = TASKS[arguments.predict_task], f"test_{arguments.predict_task}"
+        rows |= {split: _load_glue(other, other.test_splits, arguments)["test"]}
         files = task.submission_files + other.submission_files
-        task = replace(task, test_splits=task.test_splits + other.test_splits, submission_files=files)
+        task = replace(task, test_splits=(*task.test_splits, split), submission_files=files)
     rows = _limit(rows, arguments)
     second = task.validation_splits[-1] if task.second_rows else ""
     if second in rows and (part := len(rows[second])) != task.second_rows:

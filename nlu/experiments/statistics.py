@@ -86,7 +86,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
     settings = kept | {"effective_batch_size": batch, "contents": checksum}
     row |= {
         "processor": row["machine"].get("cpu", ""),
-        "training_loss_end": np.mean(line["training_loss"][-2:]) if "training_loss" in line else np.nan,
+        "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps(data),
         "settings": settings,
         "last": None,  # a line has fractions

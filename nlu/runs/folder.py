@@ -13,7 +13,7 @@ from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
-from nlu.json_yaml import read_json
+from nlu.json_yaml import finite, read_json
 from nlu.runs.checkpoints import UNFINISHED
 from nlu.runs.files import locked
 
@@ -111,7 +111,7 @@ class RunFolder:
         old, new = previous.get("digests", {}), self.digests
         flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
         before = DEFAULTS | previous.get("arguments", {})
-        changed = {name for name, value in self.arguments.record.items() if before.get(name) != value}
+        changed = {name for name, value in finite(dict(self.arguments.record)).items() if before.get(name) != value}
         names = sorted(changed - FREE - PREDICTING - {*old, *new})
         parts = [f"other contents of {', '.join(flags)}"] if flags else []
         parts += [f"other {', '.join(names[:5])}"] if names else []

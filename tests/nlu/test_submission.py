@@ -112,17 +112,19 @@ def test_ax_is_predicted_by_the_trained_model_at_once_or_later(base_flags, tiny_
     glue = shutil.copytree(tiny_glue, tmp_path / "glue")
     for path, count in (("mnli/test_matched", 5), ("mnli/test_mismatched", 7), ("ax/test", 7)):
         rows = make_rows(("premise", "hypothesis"), False, count, seed=count, labels=3)
-        write_rows(glue / f"{path}.jsonl", [row | {"label": -1} for row in rows])
+        write_rows(glue / f"{path}.jsonl", rows if path == "ax/test" else [row | {"label": -1} for row in rows])
     flags = changed(base_flags, task_name="mnli", glue_dir=glue, max_steps=2, eval_strategy="no", lora_alpha=64)
     flags.remove("--do_eval")
     asked = ["--do_predict", "--predict_task", "ax"]
     assert run_glue.main([*changed(flags, save_strategy="no"), *asked]) == 0
     folder = tmp_path / "run/predictions"
-    counts = {path.name: len(rows_of(path)) for path in folder.iterdir()}
+    counts = {path.name: len(rows_of(path)) for path in folder.glob("*.tsv")}
     assert counts == {"MNLI-m.tsv": 5, "MNLI-mm.tsv": 7, "AX.tsv": 7}
     rows = rows_of(folder / "AX.tsv")
     assert rows == rows_of(folder / "MNLI-mm.tsv") and [row["index"] for row in rows] == [str(i) for i in range(7)]
     assert {row["prediction"] for row in rows} <= {"entailment", "neutral", "contradiction"}
+    scores = json.loads((tmp_path / "run/results.json").read_text())["test_scores"]
+    assert {name: list(metrics) for name, metrics in scores.items()} == {"AX": ["matthews_correlation", "accuracy"]}
 
     later = changed(flags, root_output_dir=tmp_path / "steps", save_steps=1)
     assert run_glue.main(later) == 0
