@@ -56,8 +56,8 @@ def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, t
     assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
 
 
-def test_question_has_no_table_before_its_last_seed_has_finished(make, tmp_path):
-    question = QUESTIONS["questions"][0] | {"seeds": 3, "against": ["LoRA r=8"], "claims": []}
+def test_question_has_no_table_before_its_last_run_has_finished(make, tmp_path):
+    question = QUESTIONS["questions"][0] | {"runs": 12, "against": ["LoRA r=8"], "claims": []}
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
     make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
     page = (tmp_path / "README.md").read_text()
