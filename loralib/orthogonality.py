@@ -73,7 +73,8 @@ def _grams(
             yield own[[place for place, key in enumerate(unique) if key not in counted]]
             counted.update(unique)
         if with_product:
-            places = [list(unique).index(id(factor)) for factor in factors]  # a shared factor has a copy for each side
+            place_of = {key: place for place, key in enumerate(unique)}
+            places = [place_of[id(factor)] for factor in factors]  # a shared factor has a copy for each side
             product = inner[places] if product is None else x[places].mT @ product @ x[places]
     if product is not None:
         yield product
