@@ -10,7 +10,7 @@ number at a time and multiplies strided heads; without dropout its bfloat16 kern
 `AttentionInterface` describes; whatever it does not cover goes to transformers' own `sdpa`.
 
 A query that may attend to nothing, as in a row of padding alone, gets the mean of the values, as in transformers' eager
-attention; `sdpa`, which also computes the first token alone (`nlu.fast.first_token`), gives it zeros.
+attention; `sdpa` gives it zeros.
 """
 
 import torch

@@ -20,7 +20,6 @@ more than it reads.
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -164,20 +163,6 @@ def _scores(query, key, pos_key, pos_query, mask) -> torch.Tensor:
     return scores.add_(mask.to(scores.dtype).sub_(1).mul_(-lowest))
 
 
-def _first_token_attention(query, key, value, pos_key, pos_query, mask, heads: int, scale: float, dropout: Callable):
-    """The same attention for the first token's query alone, (B, 1, H·d), in ordinary differentiable operations: its
-    distance to key j is −j, so there is nothing to skew."""
-    length = key.size(1)
-    query, key, value = (x.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3) for x in (query * scale, key, value))
-    scores = torch.matmul(query, key.transpose(-1, -2))
-    if pos_key is not None:
-        scores = scores + torch.matmul(query, pos_key[:, length - 1 :].unsqueeze(1).transpose(-1, -2))
-    if pos_query is not None:
-        scores = scores + (key * pos_query[:, :length].flip(1).unsqueeze(1)).sum(-1).unsqueeze(-2)
-    probs = dropout(torch.softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), dim=-1))
-    return torch.matmul(probs.to(value.dtype), value).permute(1, 2, 0, 3).flatten(2)
-
-
 @functools.lru_cache(maxsize=1024)
 def _bucket_rows(length: int, span: int, buckets: int, farthest: int, device: torch.device) -> torch.Tensor:
     """The row of the embeddings for each distance −(length−1) … length−1, (2·length − 1,).
@@ -204,13 +189,12 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         rel_embeddings: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the stock module. `relative_pos` is the ordered distances (1-D) that `FastDebertaV2Encoder` passes, or
-        None; with it a single query is the first token's. The stock method handles any other relative positions (a
-        caller's own), queries of another length, requests for attention weights, and `torch.compile`."""
+        None. The stock method handles any other relative positions (a caller's own), queries of another length,
+        requests for attention weights, and `torch.compile`."""
         queries = hidden_states if query_states is None else query_states
         ordered = relative_pos is None or relative_pos.dim() == 1
-        alone = queries.size(-2) == 1 and ordered and (relative_pos is not None or not self.relative_attention)
-        whole = queries.size(-2) == hidden_states.size(-2) and not torch.compiler.is_compiling()
-        if output_attentions or not ordered or not (alone or whole):
+        whole = queries.size(-2) == hidden_states.size(-2)
+        if output_attentions or not ordered or not whole or torch.compiler.is_compiling():
             relative_pos = None if ordered else relative_pos
             return super().forward(
                 hidden_states, attention_mask, output_attentions, query_states, relative_pos, rel_embeddings
@@ -221,11 +205,9 @@ class FastDisentangledSelfAttention(stock.DisentangledSelfAttention):
         pos_key, pos_query = self._positions(rel_embeddings, hidden_states.size(-2), scale, query.dtype)
         mask = attention_mask.bool()
         mask = mask.view((1,) * (4 - mask.dim()) + mask.shape).transpose(0, 1)
-        inputs = (query, key, value, pos_key, pos_query, mask, self.num_attention_heads, scale)
-        if alone:
-            return _first_token_attention(*inputs, self.dropout), None
         dropout_p = self.dropout.p if self.dropout.training else 0.0
-        return DisentangledAttention.apply(*inputs, dropout_p), None
+        heads = self.num_attention_heads
+        return DisentangledAttention.apply(query, key, value, pos_key, pos_query, mask, heads, scale, dropout_p), None
 
     def _positions(
         self, rel_embeddings: torch.Tensor | None, length: int, scale: float, dtype: torch.dtype
