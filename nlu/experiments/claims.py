@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from nlu.errors import UsageError, reason
+from nlu.experiments.statistics import EXPECTED
 from nlu.json_yaml import read_yaml
 
 
@@ -32,6 +33,10 @@ class Claim:
     against: str | None = None
     published: float | None = None
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.expect not in EXPECTED:
+            raise ValueError(f"expect: {self.expect} is none of {', '.join(EXPECTED)}")
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,15 @@ def load_questions(path: Path) -> list[Question]:
     """The questions of a file.
 
     Raises:
-        UsageError: the file cannot be read, or a key is unknown or missing.
+        UsageError: the file cannot be read, or a key or value is unknown or missing.
     """
+    content = read_yaml(path)
     try:
         return [
             Question(**raw | {"claims": [Claim(**claim) for claim in raw.get("claims", ())]})
-            for raw in read_yaml(path)["questions"]
+            for raw in content["questions"]
         ]
-    except (AttributeError, TypeError, KeyError) as error:
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise UsageError(
             f"{path}: {reason(error, 200)}; the format is explained in nlu/experiments/claims.py"
         ) from None

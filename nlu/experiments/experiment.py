@@ -134,7 +134,7 @@ def _of_labels(axes: dict[str, Any], choices: dict[str, dict]) -> dict[str, Any]
 
 def _override(axes: dict[str, Any], choices: dict[str, dict], when: dict[str, Any], set: dict) -> dict[str, Any]:
     """The arguments that an override sets for a combination."""
-    return set if _matches(when, axes, choices) else {}
+    return {**(set or {})} if _matches(when, axes, choices) else {}
 
 
 def _matches(when: dict[str, Any], axes: dict[str, Any], choices: dict[str, dict]) -> bool:
@@ -153,6 +153,8 @@ def _check(runs: list[Run], flags: list[str]) -> None:
     Args:
         flags: the axes that are flags; their values are part of the runs' names.
     """
+    if not runs:
+        raise UsageError("no run is left: the grid has an axis without values, or exclude removes every combination")
     seen = {"", "logs"}
     for run in runs:
         for names in ("method",), ("seed",), ("task_name", "train_file"), ("model_name_or_path", "published"):

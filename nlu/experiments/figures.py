@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle, takewhile
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from cycler import cycler
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loralib.injection import module_type
@@ -78,19 +78,21 @@ def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> tuple[str, Figure]
         return None
     figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
+    handles = {}
     for shift, prefix, marker, colour, label in (
         (0.12, "", "o", COLOURS[0], "mean of paired differences"),
         (-0.12, "t_", "s", COLOURS[1], "Student-t errors"),
     ):
         means = rows[f"{prefix}difference"]
         errors = np.abs(rows[[f"{prefix}low", f"{prefix}high"]].to_numpy().T - means.to_numpy())
-        axes.errorbar(means, rows.index + shift, xerr=errors, fmt=marker, color=colour, label=label, capsize=2, ms=4)
+        style = {"fmt": marker, "color": colour, "capsize": 2, "ms": 4}
+        handles[label] = axes.errorbar(means, rows.index + shift, xerr=errors, **style)
     several = rows.against.nunique() > 1
     axes.set_yticks(rows.index, [f"{row.row} − {row.against}" if several else row.row for row in rows.itertuples()])
     axes.set_ylim(-0.5, len(rows) - 0.5)  # one row has room too
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
-    _legend(figure, [axes])
+    _legend(figure, handles)
     text = f"Differences of the average over {_names(runs.task)} with 95 % intervals, by both estimates."
     return text, figure
 
@@ -135,11 +137,12 @@ def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] |
     runs = runs.explode(["steps_at", "scores", "losses"]).astype({"scores": float, "losses": float})
     figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
+    handles = {}
     for task, row in zip(tasks, panels, strict=True):
         for source, axes in zip(("scores", "losses"), row, strict=True):
             for label, own in runs[runs.task == task].groupby("label", sort=False):
                 medians = own.groupby("steps_at")[source].median()
-                axes.plot(medians.index, medians, label=label, **styles[label])
+                (handles[label],) = axes.plot(medians.index, medians, **styles[label])
             what = "score" if source == "scores" else "loss"
             axes.set_title(f"{HEADINGS.get(task, task)}: median {what}", loc="left")
             axes.set_xlim(left=0)
@@ -147,7 +150,7 @@ def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] |
                 axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-1]:
         axes.set_xlabel("step")
-    _legend(figure, list(panels.ravel()))
+    _legend(figure, handles)
     text = f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds."
     return text, figure
 
@@ -162,11 +165,12 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.3), layout="constrained")
     panels = [figure.add_subplot(lines, columns, number) for number in range(1, len(tasks) + 1)]
+    handles = {}
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
         for label, own in runs[runs.task == task].groupby("row", sort=False):
             best = own.groupby(["value", own.tried.map(str)])["last"].mean().groupby(level=0).max().dropna()
-            axes.plot(best.index, best, label=label, **styles[label])
+            (handles[label],) = axes.plot(best.index, best, **styles[label])
             for rate in own[own.failed].value:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
@@ -179,7 +183,7 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
-    _legend(figure, panels)
+    _legend(figure, handles)
     text = (
         f"Mean score at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
         "tuned too, the best of them at that rate. A cross marks a failed run, if its record has the loss of a "
@@ -188,15 +192,12 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
     return text, figure
 
 
-def _legend(figure: Figure, panels: list[Axes]) -> None:
-    """One legend below all panels with every label once."""
-    handles: dict[str, object] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault("\n".join(textwrap.wrap(label, 28)), handle)
-    lines = sum(text.count("\n") + 1 for text in handles) / 2
+def _legend(figure: Figure, handles: dict[str, Any]) -> None:
+    """One legend of labels and their lines below all panels; matplotlib's own leaves out a label that begins with _."""
+    texts = ["\n".join(textwrap.wrap(label, 28)) for label in handles]
+    lines = sum(text.count("\n") + 1 for text in texts) / 2
     figure.set_figheight(figure.get_figheight() + 0.2 * lines)  # the panels keep their size
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+    figure.legend(handles.values(), texts, loc="outside lower center", ncols=2)
 
 
 def _names(tasks: Iterable[str]) -> str:

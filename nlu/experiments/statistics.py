@@ -23,7 +23,8 @@ from nlu.tasks import TASKS
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
 SHORT = 1.0  # final Λ below which a low-rank method that learned nothing has hardly left its start
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
-_BOUNDS = {"higher": 0.0, "not lower": -LEVEL}  # points: the difference that a claim is tested against
+# What a claim may expect → the difference in points that it is tested against; "level" has two tests.
+EXPECTED = {"higher": 0.0, "not lower": -LEVEL, "level": None}
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _MAPPINGS = ["arguments", "asked", "axes", "digests", "machine", "tried"]  # {} if a line lacks one
 _NAMES = [
@@ -198,12 +199,12 @@ class Estimate:
         if expect == "level":
             within = max(p_above(-LEVEL), 1 - p_above(LEVEL))
             return 2 * min(within, 1 - p_above(-LEVEL), p_above(LEVEL))
-        return 2 * min(p_above(_BOUNDS[expect]), 1 - p_above(_BOUNDS[expect]))
+        return 2 * min(p_above(EXPECTED[expect]), 1 - p_above(EXPECTED[expect]))
 
     def verdict(self, expect: str, p: float) -> str:
         """The verdict on a claim with the corrected p value `p`: holds, contradicted, no gain or not shown."""
         if p < 0.05:
-            holds = abs(self.mean) < LEVEL if expect == "level" else self.mean > _BOUNDS[expect]
+            holds = abs(self.mean) < LEVEL if expect == "level" else self.mean > EXPECTED[expect]
             return "holds" if holds else "contradicted"
         return f"no gain of {LEVEL}" if expect == "higher" and self.interval[1] < LEVEL else "not shown"
 

@@ -36,6 +36,7 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     table = (tmp_path / "compare-cola/comparison.md").read_text()
     assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA²", "LoRA"]
     assert re.search(r"\| +CoLA \|", table) and "\nAll runs have the same score" in table
+    assert "- Score: accuracy at the last evaluation, in percent." in table
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)

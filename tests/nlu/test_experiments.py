@@ -83,6 +83,8 @@ TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
     [
         ({"overrides": [{"when": {"method": "sora"}, "set": {}}]}, "names method sora, which the grid does not have"),
         ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is an axis of the grid; do not set"),
+        ({"overrides": [{"when": {"method": "lora"}, "set": ["ab"]}]}, "the format is explained"),
+        ({"exclude": [{"seed": [1, 2]}]}, "no run is left"),
         ({"grid": {**BASIC["grid"], **TWO}}, "which another axis sets"),
         ({"grid": {**BASIC["grid"], "orth_terms": ["uv", "UV"]}}, "share the folder"),
     ],

@@ -73,6 +73,12 @@ def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
     assert "score more on its tasks? Measured so far: 0 of 1 runs (`" in page and "1 run(s) failed." in page
 
 
+def test_claim_that_expects_something_unknown_is_refused(make):
+    claims = [{"label": "LoRA² k=8", "expect": "lower"}]
+    code, _, said = make(trial(), questions={"questions": [QUESTIONS["questions"][0] | {"claims": claims}]})
+    assert code == 2 and "expect: lower is none of higher, not lower, level" in said
+
+
 def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
     """Runs with another model, for six steps and on 100 rows are not called the paper's table."""
     changes = {"steps": 6, "arguments": {"max_eval_samples": 100, "num_train_epochs": 3, "method_config": "lora2"}}
@@ -169,11 +175,13 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
 
 
 def test_score_axis_ends_at_100_and_a_single_evaluation_has_no_curve():
-    lines = [line("LoRA r=8", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
+    lines = [line("_LoRA", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
     runs = as_frame(lines)
     (curves,) = draw(runs, score_frame(runs, Question("", "one")), runs[:0])
     assert curves.figure.axes[0].get_ylim()[1] == 100
     assert curves.figure.axes[0].get_lines()[0].get_xydata().tolist() == [[100, 82.5], [200, 100]]  # medians
+    (named,) = curves.figure.legends[0].get_texts()
+    assert named.get_text() == "_LoRA"  # matplotlib itself leaves out a name that begins with _
     single = as_frame(each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]} for each in lines)
     assert draw(single, score_frame(single, Question("", "one")), single[:0]) == []
 
