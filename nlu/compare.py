@@ -23,7 +23,7 @@ from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import place_of, settings_of
-from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
+from nlu.experiments.sweep_loop import Sweep
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
@@ -86,7 +86,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     """
     tuning, final = plan(args, flags)
     firsts = [run for run in final.runs if run.axes["seed"] == 1]
-    parsed = {run.axes["method"]: parsed_command(run) for run in firsts}
+    parsed = {run.axes["method"]: run.parse() for run in firsts}
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
     from nlu.experiments.comparison import write
@@ -137,9 +137,8 @@ def _tune(
 
 def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
     """Run an experiment; returns its exit code and the lines of its runs that have ended."""
-    measured = args.output_dir / "measured" / f"{experiment.name}.jsonl"
-    places = Places(measured, args.output_dir / experiment.name, COMMAND)
-    code, lines = run_experiment(experiment, places, LocalLauncher(args.jobs), args.rerun_changed), places.lines()
+    sweep = Sweep(experiment, args.output_dir / "measured", args.output_dir, COMMAND)
+    code, lines = sweep.run(LocalLauncher(args.jobs), args.rerun_changed), sweep.lines()
     return code, [lines[run.folder] for run in experiment.runs if run.folder in lines]
 
 
@@ -157,7 +156,7 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
     base = {**usual, **flags}
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
-    final = make_experiment({"name": name, "description": description, "base": base, "grid": grid})
+    final = make_experiment(name, grid, description, base)
     if args.tune is None:
         return None, final
     for flag in ("learning_rate", "holdout_fraction"):
@@ -166,14 +165,14 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
     own = {spec: _rates(args.tune, values["method"]) for spec, values in specs.items()}
     rates = sorted({rate for each in own.values() for rate in each})
     others = {spec: [rate for rate in rates if rate not in each] for spec, each in own.items()}
-    tuning = {
-        "name": f"{name}-tuning",
-        "description": f"learning rates of {description}",
-        "base": base | {"holdout_fraction": 0.1, "seed": 101},
-        "grid": {"method": specs, "learning_rate": rates},
-        "exclude": [{"method": spec, "learning_rate": each} for spec, each in others.items()],
-    }
-    return make_experiment(tuning), final
+    tuning = make_experiment(
+        name=f"{name}-tuning",
+        description=f"learning rates of {description}",
+        base=base | {"holdout_fraction": 0.1, "seed": 101},
+        grid={"method": specs, "learning_rate": rates},
+        exclude=[{"method": spec, "learning_rate": each} for spec, each in others.items()],
+    )
+    return tuning, final
 
 
 def _spec(spec: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from nlu.arguments import positive_int
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.sweep_loop import Places, parsed_command, run_experiment
+from nlu.experiments.sweep_loop import Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 
@@ -72,26 +72,25 @@ def run_sweep(args: argparse.Namespace) -> int:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
     """
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
-    command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
-    measured, output = args.measured_dir / f"{experiment.name}.jsonl", args.output_dir / experiment.name
-    places = Places(measured, output, command)
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     if args.command is None:  # a wrong flag shows now, not after hours; runs that differ only in seed are read once
         for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
-            parsed_command(run)
+            run.parse()
+    command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
+    sweep = Sweep(experiment, args.measured_dir, args.output_dir, command)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
-        states = places.states(experiment.runs)
+        states = sweep.states()
         for run in experiment.runs:
-            print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(places.command_line(run))}")
+            print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(sweep.command_line(run))}")
         return 0
     if args.slurm:
         parameters = _pairs(args.slurm, "--slurm")
-        launcher = SlurmLauncher(output / "logs/submitit", parameters, args.jobs or len(experiment.runs))
+        launcher = SlurmLauncher(sweep.folder / "logs/submitit", parameters, args.jobs or len(experiment.runs))
     else:
         launcher = LocalLauncher(args.jobs or 1)
-    return run_experiment(experiment, places, launcher, args.rerun_changed)
+    return sweep.run(launcher, args.rerun_changed)
 
 
 def _only(runs: list[Run], only: str) -> list[Run]:

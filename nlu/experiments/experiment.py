@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nlu.command_line import as_words
+from nlu.arguments import Arguments
+from nlu.command_line import as_words, parse_arguments
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
 from nlu.runs.digests import INPUTS
@@ -35,6 +36,7 @@ from nlu.runs.digests import INPUTS
 # Only the last part of these paths is compared and recorded, so that records name no folder of this machine.
 _PATH_ARGUMENTS = tuple(name for name in INPUTS if name != "glue_dir")
 NO_LABEL = ("task_name", "seed")  # axes that are not part of a row's label in tables
+_ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 
 
@@ -51,6 +53,13 @@ class Run:
         """The arguments as words of a command, without those that are null."""
         return as_words(self.arguments, self.folder)
 
+    def parse(self) -> Arguments:
+        """The arguments as run_glue reads them; raises UsageError, which names the run, if it refuses them."""
+        try:
+            return parse_arguments(self.flags)
+        except UsageError as error:
+            raise UsageError(f"{self.folder}: {error}") from None
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -62,11 +71,7 @@ class Experiment:
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
-    """Read and check an experiment file.
-
-    Args:
-        path: the YAML file.
-        settings: arguments given on the command line; they win over `base`, labels and `overrides`.
+    """Read and check an experiment file; see :func:`make_experiment`.
 
     Raises:
         UsageError: the file cannot be read, a key is unknown or missing, a flag is set to two different values, or runs
@@ -74,29 +79,29 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
     """
     content = read_yaml(path)
     try:
-        return make_experiment(content, settings)
+        return make_experiment(**content, settings=settings)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def make_experiment(content: Any, settings: dict[str, Any] | None = None) -> Experiment:
-    """Check the content of an experiment file; arguments and errors are those of :func:`load_experiment`."""
-    try:
-        return _experiment(settings or {}, **content)
     except (TypeError, KeyError, AttributeError) as error:  # an unknown key, or a list instead of a mapping
-        what = reason(error, 200).replace("_experiment()", "the file")
-        raise UsageError(f"{what}; the format is explained at the top of nlu/experiments/experiment.py") from None
+        what = reason(error, 200).replace(f"{make_experiment.__name__}()", "the file")
+        format_is = "the format is explained at the top of nlu/experiments/experiment.py"
+        raise UsageError(f"{path}: {what}; {format_is}") from None
 
 
-def _experiment(
-    settings: dict[str, Any],
+def make_experiment(
     name: str,
     grid: dict[str, list | dict],
     description: str = "",
     base: dict[str, Any] | None = None,
     exclude: list[dict] | None = None,
     overrides: list[dict] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Experiment:
+    """A checked experiment from the keys of an experiment file.
+
+    Args:
+        settings: arguments given on the command line; they win over `base`, labels and `overrides`.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
     choices = {axis: _choices(axis, labels) for axis, labels in grid.items()}
@@ -108,7 +113,7 @@ def _experiment(
         arguments = (base or {}) | _of_labels(axes, choices)
         for rule in overrides or []:
             arguments |= _override(axes, choices, **rule)
-        runs.append(Run(run_name(axes), axes, arguments | settings))
+        runs.append(Run(run_name(axes), axes, arguments | (settings or {})))
     _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
     return Experiment(name, description, runs)
 
@@ -176,17 +181,24 @@ def _check(runs: list[Run], flags: list[str]) -> None:
 
 def run_name(axes: dict[str, Any]) -> str:
     """A folder's name from the labels of a run's axes (LoRA² becomes LoRA2); numbers carry their axis' name."""
-    parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in place_free(axes).items()]
+    parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in portable(axes).items()]
     return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts)))
 
 
-def place_free(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with every path cut to its last part. A name on the hub stays whole."""
-    return {
-        key: Path(value).name if key in _PATH_ARGUMENTS and isinstance(value, str) and _is_place(value) else value
-        for key, value in arguments.items()
-    }
+def portable(value: Any) -> Any:
+    """A value without this machine's folders: arguments that are paths are cut to their last part.
+
+    Elsewhere in a text, an absolute path becomes an ellipsis and its last part. A name on the hub stays whole.
+    """
+    if isinstance(value, dict):
+        return {
+            key: Path(item).name if key in _PATH_ARGUMENTS and _is_place(item) else portable(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list):
+        return [portable(item) for item in value]
+    return _ABSOLUTE.sub(r"…/\1", value) if isinstance(value, str) else value
 
 
-def _is_place(value: str) -> bool:
-    return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1
+def _is_place(value: Any) -> bool:
+    return isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1)

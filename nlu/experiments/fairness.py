@@ -14,7 +14,6 @@ from nlu.command_line import method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.records import settings_of
-from nlu.experiments.sweep_loop import parsed_command
 from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import TASKS
@@ -113,7 +112,7 @@ def _matching(run: Run, wanted: Shape) -> Iterator[str]:
         if method_file(file)[0] != base:
             continue
         try:
-            own = shape_of(parsed_command(replace(run, arguments=run.arguments | {"method": file})))
+            own = shape_of(replace(run, arguments=run.arguments | {"method": file}).parse())
         except UsageError:  # the run's own settings contradict that file
             continue
         if alike(own.size, wanted.size):

@@ -17,7 +17,7 @@ import numpy as np
 
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
-from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, place_free
+from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, portable
 from nlu.methods.registry import METHODS
 from nlu.runs.files import locked, write_text
 
@@ -29,7 +29,6 @@ COPIED = (
     "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
     "module_ranks", "digests", "constant_loss",
 )  # fmt: skip
-_ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
 # ---- from a run's record to its line ---------------------------------------------------------------------------------
@@ -74,7 +73,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
 
     Its `label`, the name in tables, joins the labels of the grid's axes, except those in `NO_LABEL`.
     """
-    axes = place_free(run.axes)
+    axes = portable(run.axes)
     names = []
     for axis, value in axes.items():
         if axis not in NO_LABEL:
@@ -104,9 +103,8 @@ def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that decide a run's result, with every path cut to its last part."""
-    kept = {key: value for key, value in arguments.items() if key not in PLACE_ARGUMENTS and value is not None}
-    return portable(place_free(kept))
+    """The arguments that decide a run's result, without this machine's folders."""
+    return portable({k: value for k, value in arguments.items() if k not in PLACE_ARGUMENTS and value is not None})
 
 
 def rate_sum(record: dict[str, Any]) -> float | None:
@@ -143,15 +141,6 @@ def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:
     """step, loss and metrics as one list each."""
     names = dict.fromkeys(name for entry in evaluations for name in entry if name != "epoch")
     return {name: [entry.get(name) for entry in evaluations] for name in names}
-
-
-def portable(value: Any) -> Any:
-    """A value without this machine's folders: every absolute path becomes an ellipsis and its last part."""
-    if isinstance(value, dict):
-        return {key: portable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [portable(item) for item in value]
-    return _ABSOLUTE.sub(r"…/\1", value) if isinstance(value, str) else value
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

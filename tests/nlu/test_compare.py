@@ -77,7 +77,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
 @pytest.mark.slow
 def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_path, monkeypatch, capsys):
     """RTE has α = 32 with r = 4 (LoRA²), 8 (LoRA), 2 (AdaLoRA); AdaLoRA has a quarter of the others' parameters."""
-    monkeypatch.setattr(compare, "run_experiment", lambda *_: 0)
+    monkeypatch.setattr(compare.Sweep, "run", lambda *_: 0)
     monkeypatch.setattr("nlu.data.splits.load_data", lambda *_: None)  # the data of RTE are not needed
     deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
     AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # parameter counts need no weights

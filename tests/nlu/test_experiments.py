@@ -6,11 +6,9 @@ import pytest
 import yaml
 
 from nlu import sweep
-from nlu.command_line import parse_arguments
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, place_of
-from nlu.experiments.sweep_loop import Places
 from nlu.json_yaml import parse_yaml, read_json
 from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC
@@ -27,8 +25,7 @@ def test_parse_yaml_reads_signed_exponents_as_numbers_and_commits_and_dates_as_t
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(path, tmp_path):
-    places = Places(tmp_path, tmp_path, [])
+def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(path):
     undecided = {"learning_rate": 1e-3} if path.stem == "base" else {}  # base_tuning.yaml will give its rates
     experiment = load_experiment(path, {"model_name_or_path": "encoder"} | undecided)
     assert experiment.name == path.stem and experiment.description
@@ -38,7 +35,7 @@ def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(p
         if flags <= seen:  # one run for each value of a flag
             continue
         seen |= flags
-        record = parse_arguments(places.command_line(run)).record
+        record = run.parse().record
         for key, value in run.arguments.items():
             if value is not None and key not in ("method", "bf16", "eval_strategy", "save_strategy"):
                 assert record[key] == value, key

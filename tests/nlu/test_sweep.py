@@ -14,9 +14,9 @@ import yaml
 from nlu import sweep
 from nlu.errors import UsageError
 from nlu.experiments import launchers
-from nlu.experiments.experiment import make_experiment, place_free
+from nlu.experiments.experiment import make_experiment, portable
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
-from nlu.experiments.sweep_loop import Places, SweepLoop
+from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.files import write_text
 from nlu.runs.machine import git_commit
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
@@ -103,9 +103,8 @@ def test_rerun_of_a_failed_run_removes_its_old_line_first(run_sweep, tmp_path):
         seen.append(("--overwrite_output_dir" in command, list(lines_of(tmp_path))))
         raise UsageError("enough")
 
-    loop, runs = loop_of(tmp_path, start, content)
     with pytest.raises(UsageError, match="enough"):
-        loop.run(loop.places.states(runs))
+        sweep_here(tmp_path, start, content)
     assert seen == [(True, ["lora-cola-seed=2", "lora-cola-seed=3"])]
 
 
@@ -153,7 +152,7 @@ def test_own_files_replace_a_task_and_their_folder_is_not_recorded(run_sweep, tm
 
 
 def test_hub_models_of_different_owners_are_different():
-    names = [place_free({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
+    names = [portable({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
     assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
 
 
@@ -166,13 +165,11 @@ def test_path_that_looks_like_a_number_stays_text():
 # ---- the loop, with stand-ins for started runs -----------------------------------------------------------------------
 
 
-def loop_of(tmp_path, start, content=THREE):
-    """The loop of an experiment that starts runs with `start`, two at once; and its runs."""
-    places = Places(tmp_path / "measured/trial.jsonl", tmp_path / "output/trial", ["run"])
+def sweep_here(tmp_path, start, content):
+    """Sweep an experiment, starting its runs with `start`; returns the exit code."""
     launcher = LocalLauncher(2)
     launcher.start = start
-    runs = make_experiment(content).runs
-    return SweepLoop(launcher, places, runs), runs
+    return Sweep(make_experiment(**content), tmp_path / "measured", tmp_path / "output", ["run"]).run(launcher)
 
 
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
@@ -188,9 +185,8 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
             heard.append(at_once)
 
     signals, heard, looks = [signal.SIGINT, signal.SIGTERM], [], []
-    loop, runs = loop_of(tmp_path, lambda command, log: Job())
-    loop.run({run.folder: "to do" if run is runs[0] else "finished" for run in runs})
-    assert heard == [False, True] and loop.summary() == 128 + signal.SIGINT
+    code = sweep_here(tmp_path, lambda command, log: Job(), BASIC | {"grid": ONE})
+    assert heard == [False, True] and code == 128 + signal.SIGINT
 
 
 # ---- how a run is started here and on a cluster ----------------------------------------------------------------------
