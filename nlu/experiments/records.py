@@ -41,7 +41,9 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         run: what the sweep asked for.
         record: the run's `results.json`; its status is "finished" or "failed".
     """
-    evaluations = _columns(record.get("evaluations") or [])
+    entries = record.get("evaluations") or []
+    names = dict.fromkeys(name for entry in entries for name in entry if name != "epoch")
+    evaluations = {name: [entry.get(name) for entry in entries] for name in names}
     status, error = record["status"], record.get("error")
     scores = [record.get("last"), *evaluations.get("loss", [None]), *evaluations.get(record.get("metric"), [None])]
     if status == "finished" and None in scores:
@@ -135,12 +137,6 @@ def training_losses(record: dict[str, Any]) -> list[float] | None:
     steps, losses = zip(*logged, strict=True)
     by_step = np.repeat(losses, np.diff(steps, prepend=0))
     return [_figures(part.mean()) for part in np.array_split(by_step, min(20, len(by_step)))]
-
-
-def _columns(evaluations: list[dict[str, Any]]) -> dict[str, list]:
-    """step, loss and metrics as one list each."""
-    names = dict.fromkeys(name for entry in evaluations for name in entry if name != "epoch")
-    return {name: [entry.get(name) for entry in evaluations] for name in names}
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -183,8 +183,7 @@ class Estimate:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval (Student's t)."""
-        half = stats.t.ppf(0.975, self.freedom) * self.error
-        return self.mean - half, self.mean + half
+        return stats.t.interval(0.95, self.freedom, self.mean, self.error)
 
     def p_value(self, expect: str) -> float:
         """The two-sided p value of a claim: small if the claim holds, and if its opposite does.
@@ -192,14 +191,12 @@ class Estimate:
         "higher" tests against a difference of 0, "not lower" against -`LEVEL`. "level" has two tests: that the
         difference is smaller than `LEVEL` in both directions (two one-sided tests), and that it is not.
         """
-
-        def p_above(bound: float) -> float:
-            return stats.t.sf((self.mean - bound) / self.error, self.freedom)
-
+        t = stats.t(self.freedom, self.mean, self.error)
         if expect == "level":
-            within = max(p_above(-LEVEL), 1 - p_above(LEVEL))
-            return 2 * min(within, 1 - p_above(-LEVEL), p_above(LEVEL))
-        return 2 * min(p_above(EXPECTED[expect]), 1 - p_above(EXPECTED[expect]))
+            below, above = t.cdf(-LEVEL), t.sf(LEVEL)
+            return 2 * min(max(below, above), 1 - below, 1 - above)
+        below = t.cdf(EXPECTED[expect])
+        return 2 * min(below, 1 - below)
 
     def verdict(self, expect: str, p: float) -> str:
         """The verdict on a claim with the corrected p value `p`: holds, contradicted, no gain or not shown."""

@@ -114,16 +114,12 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     the adapted layers.
     """
     done = finished(every)
-    done = done.assign(
-        minutes=done.train_seconds / 60,
-        memory_mib=done.peak_memory_bytes / 2**20,
-    )
-    columns = {"rate_sum": "Λ", "delta_norm": "‖ΔW‖"}
-    names = [*columns, "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
-    grouped = done.groupby(["label", "task"], sort=False)
-    means = grouped[names].mean().rename(columns=columns)
-    means["processors"] = grouped.processor.agg(lambda each: ", ".join(sorted({*each} - {""})))
-    return means.reset_index().rename(columns={"label": "row"})
+    done = done.assign(minutes=done.train_seconds / 60, memory_mib=done.peak_memory_bytes / 2**20)
+    done = done.rename(columns={"label": "row", "rate_sum": "Λ", "delta_norm": "‖ΔW‖"})
+    grouped = done.groupby(["row", "task"], sort=False)
+    names = ["Λ", "‖ΔW‖", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
+    processors = grouped.processor.agg(lambda each: ", ".join(sorted({*each} - {""})))
+    return grouped[names].mean().assign(processors=processors).reset_index()
 
 
 def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
@@ -135,10 +131,10 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
     if len(tried):
         return tried.assign(row=tried.label, value=[float(values["learning_rate"]) for values in tried.tried])
     grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
-    rows = []
-    for label, axes in zip(grid.label, grid["axes"], strict=True):
-        own = {axes["learning_rate"], f"learning_rate={axes['learning_rate']}"}
-        rows.append(", ".join(part for part in label.split(", ") if part not in own))
+    rows = [
+        ", ".join(part for part in label.split(", ") if part not in (rate, f"learning_rate={rate}"))
+        for label, rate in zip(grid.label, (axes["learning_rate"] for axes in grid["axes"]), strict=True)
+    ]
     return grid.assign(row=rows, value=[float(asked["learning_rate"]) for asked in grid.asked])
 
 
