@@ -147,32 +147,24 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
 
     Without --tune the tuning is None; with it the comparison's runs do not have the rates yet that it will choose.
     """
-    task = flags.get("task_name")
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
-    name = args.name or f"compare-{task or re.sub('[^A-Za-z0-9_.-]+', '_', Path(flags.get('train_file', 'own')).stem)}"
-    description = f"{', '.join(specs)} on {task or 'own data'}"
+    data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
+    name = args.name or f"compare-{data}"
     usual = {"do_train": True, "do_eval": True}
     if "published" not in flags:
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
     base = {**usual, **flags}
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
-    final = make_experiment(name, grid, description, base)
+    final = make_experiment(name, grid, base=base)
     if args.tune is None:
         return None, final
     for flag in ("learning_rate", "holdout_fraction"):
         if any(flag in values for values in (flags, *specs.values())):
             raise UsageError(f"--tune sets --{flag} itself: leave it out")
-    own = {spec: _rates(args.tune, values["method"]) for spec, values in specs.items()}
-    rates = sorted({rate for each in own.values() for rate in each})
-    others = {spec: [rate for rate in rates if rate not in each] for spec, each in own.items()}
-    tuning = make_experiment(
-        name=f"{name}-tuning",
-        description=f"learning rates of {description}",
-        base=base | {"holdout_fraction": 0.1, "seed": 101},
-        grid={"method": specs, "learning_rate": rates},
-        exclude=[{"method": spec, "learning_rate": each} for spec, each in others.items()],
-    )
-    return tuning, final
+    held_out = base | {"holdout_fraction": 0.1, "seed": 101}
+    grids = [{"method": {spec: own}, "learning_rate": _rates(args.tune, own["method"])} for spec, own in specs.items()]
+    tried = [run for each in grids for run in make_experiment(f"{name}-tuning", each, base=held_out).runs]
+    return Experiment(f"{name}-tuning", tried), final
 
 
 def _spec(spec: str) -> dict[str, Any]:

@@ -66,8 +66,8 @@ class Experiment:
     """A checked experiment."""
 
     name: str
-    description: str
     runs: list[Run]
+    description: str = ""
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -115,7 +115,7 @@ def make_experiment(
             arguments |= _override(axes, choices, **rule)
         runs.append(Run(run_name(axes), axes, arguments | (settings or {})))
     _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
-    return Experiment(name, description, runs)
+    return Experiment(name, runs, description)
 
 
 def _choices(axis: str, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
