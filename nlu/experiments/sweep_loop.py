@@ -73,16 +73,6 @@ class Sweep:
             return (self.folder / run.folder / "results.json").stat().st_mtime_ns
         return None
 
-    def publish(self, run: Run) -> dict[str, Any] | None:
-        """Write the line of a run that has finished or failed; returns it, or None if there is no such record."""
-        folder = self.folder / run.folder
-        record = read_json(folder / "results.json", f"delete {folder} to run it again")
-        if record is None or record.get("status") not in ("finished", "failed"):
-            return None
-        line = measured_line(run, record)
-        write_line(self.measured, run.folder, line)
-        return line
-
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False) -> int:
@@ -170,8 +160,15 @@ class Sweep:
             bar.close()
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
-        try:  # a start that failed before it wrote a record leaves the record of an earlier start
-            line = self.publish(run) if code == 0 or self.record_time(run) != found else None
+        """Write the line of a run that has finished or failed, and note a failure."""
+        folder, line = self.folder / run.folder, None
+        try:
+            # A start that failed before it wrote a record leaves the record of an earlier start.
+            if code == 0 or self.record_time(run) != found:
+                record = read_json(folder / "results.json", f"delete {folder} to run it again") or {}
+                if record.get("status") in ("finished", "failed"):
+                    line = measured_line(run, record)
+                    write_line(self.measured, run.folder, line)
         except UsageError as error:  # this run's record is damaged; the others continue
             self.failures[run.folder] = str(error)
             return

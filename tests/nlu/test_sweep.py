@@ -23,8 +23,6 @@ from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
 
-THREE = BASIC | {"grid": ONE | {"seed": [1, 2, 3]}}
-
 
 def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path):
     assert run_sweep(BASIC, "--jobs", "2", "--set", "glue_dir=/data/glue")[0] == 0
@@ -95,7 +93,7 @@ def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
 
 def test_rerun_of_a_failed_run_removes_its_old_line_first(run_sweep, tmp_path):
     """If the rerun were interrupted, the old line would make it restart instead of resume."""
-    content = THREE | {"base": BASIC["base"] | {"weight_decay": 1}}
+    content = BASIC | {"grid": ONE | {"seed": [1, 2, 3]}, "base": BASIC["base"] | {"weight_decay": 1}}
     assert run_sweep(content)[0] == 1 and len(lines_of(tmp_path)) == 3
     seen = []
 
