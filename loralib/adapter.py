@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from loralib.adapter_folder import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
-from loralib.injection import KINDS, check_replaceable, is_linear, refuse_offloaded, replace_modules
+from loralib.injection import KINDS, check_replaceable, is_linear, replace_modules
 from loralib.layers import LoRALayer
 from loralib.model import (
     factors_of,
     head_tensors,
     keep_flags,
-    layers_outside_peft,
     live_singular_values,
-    lora_layers,
+    own_layers,
     plain_names,
     unwrapped,
 )
@@ -67,11 +66,11 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if no parameter is trainable, peft wraps the layers, a file would replace one that is not an
-            adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
+        ValueError: if no parameter is trainable, peft or a MultiAdapter holds the layers, a file would replace one that
+            is not an adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
     """
     with plain_names(unwrapped(model)) as model:
-        layers = layers_outside_peft(model, "save_pretrained()")
+        layers = own_layers(model, "save_pretrained()")
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
         live = live_singular_values(layers)
@@ -208,7 +207,7 @@ def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str
             weights are not checked here.
     """
     with keep_flags(model):
-        layers = lora_layers(model) or _new_layers(model, config, tensors)
+        layers = own_layers(model, "load_adapter()") or _new_layers(model, config, tensors)
     check_factors(layers, config, tensors)
     state = model.state_dict(keep_vars=True)
     stored: dict[int, str] = {}
@@ -229,7 +228,7 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
     for name, group in config.modules.items():
         if name not in modules:
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
-        refuse_offloaded(name, modules[name])
+        check_replaceable({name: modules[name]})
         check_choice("kind", group.kind, KINDS)
         most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
         # A folder from an untrusted source must not make this allocate unbounded memory.
@@ -299,7 +298,7 @@ def install(
     """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`.
 
     Raises:
-        ValueError: for a head of other shapes, or a hook on a module to be replaced. The model is unchanged then.
+        ValueError: for a head of other shapes. The model is unchanged then.
     """
     state = model.state_dict(keep_vars=True)
     for name in config.head:
@@ -308,9 +307,7 @@ def install(
                 f"{name} has shape {tuple(tensors[name].shape)} in the adapter, the model needs "
                 f"{tuple(state[name].shape)}: load the base with a head of that size; {_origin(config)}"
             )
-    new = {name: layer for name, layer in layers.items() if model.get_submodule(name) is not layer}
-    check_replaceable({name: model.get_submodule(name) for name in new})
-    replace_modules(model, new)
+    replace_modules(model, layers)
     write_factors(layers, config, tensors)
     model.requires_grad_(False)
     for factor in factors_of(model):
@@ -368,7 +365,7 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
         ValueError: for a damaged folder, no or other layers, or a base with other weights. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    layers = lora_layers(model)
+    layers = own_layers(model, "load_adapter()")
     if not layers:
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
     check_factors(layers, config, tensors)

@@ -12,7 +12,7 @@ from torch import nn
 from loralib.checks import check_choice
 from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.model import factors_of, lora_layers
-from loralib.stored_weight import is_conv1d
+from loralib.stored_weight import is_conv1d, is_dispatched
 
 KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
 
@@ -158,37 +158,20 @@ def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
     """Raises ValueError if accelerate has offloaded one of the linear layers, its forward method was replaced, or it
     has hooks, which may compute its weight or output."""
     for name, module in modules.items():
-        refuse_offloaded(name, module)
+        if getattr(vars(module).get("_hf_hook"), "offload", False):  # the module itself has no values
+            raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
         own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
         usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
-        if not usual and not _is_dispatched(module):
+        if not usual and not is_dispatched(module):
             raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
         hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
         if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
-            raise ValueError(f"{name} has a hook (pruning, weight_norm, MultiAdapter), which would be lost: remove it")
-
-
-def refuse_offloaded(name: str, module: nn.Module) -> None:
-    """Raises ValueError if accelerate keeps the layer's weight elsewhere, so that the module itself has no values."""
-    if getattr(vars(module).get("_hf_hook"), "offload", False):
-        raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
-
-
-def _is_dispatched(module: nn.Module) -> bool:
-    """Whether accelerate has replaced the forward method by one that first moves the inputs to the weight's device."""
-    return getattr(vars(module).get("_hf_hook"), "offload", None) is False
+            raise ValueError(f"{name} has a hook (pruning, weight_norm), which would be lost: remove it")
 
 
 def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each layer wherever the model holds the module of that name. The layer gets accelerate's ``device_map`` hook.
-    Call :func:`check_replaceable` for the modules before."""
-    old = {name: model.get_submodule(name) for name in layers}
-    put_in_place(model, {id(old[name]): layer for name, layer in layers.items()})
-    for name, layer in layers.items():
-        if _is_dispatched(old[name]):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(layer, old[name]._hf_hook)  # type: ignore[arg-type]
+    """Put each layer wherever the model holds the module of that name; call :func:`check_replaceable` before."""
+    put_in_place(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
             module.use_nested_tensor = False  # low-rank layers do not support packed batches

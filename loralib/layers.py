@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_number, check_whole_number
 from loralib.fused import adapted_linear, add_low_rank, autocast_dtype, without_autocast
-from loralib.stored_weight import frozen_shape, is_transposed, stored_form
+from loralib.stored_weight import frozen_shape, is_dispatched, is_transposed, stored_form
 
 GAUSSIAN_STD = 0.02
 INITS = ("gaussian", "orthogonal")
@@ -55,7 +55,7 @@ class LoRALayer(nn.Linear):
 
     kind: ClassVar[str]  # the preset's name, see :func:`loralib.inject`
     has_singular_values: ClassVar[bool] = True
-    in_peft: ClassVar[bool] = False  # whether peft wraps the layer, and saves, merges and shrinks it
+    managed: bool = False  # whether peft or a MultiAdapter holds the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
     # The replaced layer, if its weight is quantised: only that layer can compute the product. The tuple hides it from
     # nn.Module, so that the weight has only one name.
@@ -93,7 +93,8 @@ class LoRALayer(nn.Linear):
         lora_dropout: float = 0.0,
         **options: Any,
     ) -> LoRALayer:
-        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen.
+        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen. If
+        accelerate has dispatched it to a device (``device_map``), so is the new layer.
 
         Args:
             linear: an ``nn.Linear``, whose weight may be quantised by torchao; bitsandbytes' ``Linear4bit``; or a layer
@@ -112,6 +113,10 @@ class LoRALayer(nn.Linear):
             layer._quantised = (linear,)
         layer.register_parameter("bias", linear.bias)
         layer._add_factors(r, lora_alpha, lora_dropout, *scales, fan_in_fan_out=is_transposed(linear))
+        if is_dispatched(linear):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(layer, linear._hf_hook)  # type: ignore[arg-type]
         return layer.train(linear.training)
 
     def _add_factors(
@@ -313,7 +318,7 @@ class LoRALayer(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Undoes a merge first, because loading changes W and ΔW. In peft the layer does not own W."""
-        if not self.in_peft:
+        if not self.managed:
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._has_values |= any(name.startswith(f"{prefix}lora_") for name in state_dict)

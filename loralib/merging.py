@@ -8,7 +8,7 @@ from torch import nn
 
 from loralib.injection import put_in_place
 from loralib.layers import LoRALayer
-from loralib.model import layers_outside_peft, lora_layers, unwrapped
+from loralib.model import lora_layers, own_layers, unwrapped
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -18,9 +18,9 @@ def merge_adapter(model: nn.Module) -> None:
 
     Raises:
         ValueError: if a weight is quantised, sharded or computed by a hook, if another module uses it too (tied
-            weights), or if peft wraps the layers. Nothing is merged then.
+            weights), or if peft or a MultiAdapter holds the layers. Nothing is merged then.
     """
-    layers = layers_outside_peft(model, "merge_and_unload()")
+    layers = own_layers(model, "merge_and_unload()")
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in unwrapped(model).named_modules():
         for own, parameter in module.named_parameters(name, recurse=False):
@@ -40,9 +40,9 @@ def unmerge_adapter(model: nn.Module) -> None:
     """Undo :func:`merge_adapter` bit for bit.
 
     Raises:
-        ValueError: if peft wraps the layers.
+        ValueError: if peft or a MultiAdapter holds the layers.
     """
-    for layer in layers_outside_peft(model, "unmerge_adapter()").values():
+    for layer in own_layers(model, "unmerge_adapter()").values():
         layer.unmerge()
 
 

@@ -48,15 +48,15 @@ def factors_of(model: nn.Module) -> list[nn.Parameter]:
     return list({id(factor): factor for factor in found}.values())
 
 
-def layers_outside_peft(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
-    """:func:`lora_layers`, refusing layers that peft wraps, because peft manages their names and ranks.
+def own_layers(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
+    """:func:`lora_layers`, refusing layers whose names, ranks and weights peft or a MultiAdapter manages.
 
     Raises:
-        ValueError: if peft wraps a layer; the message says what to call ``instead``.
+        ValueError: for such a layer; the message says what to call ``instead``.
     """
     layers = lora_layers(model)
-    if any(layer.in_peft for layer in layers.values()):
-        raise ValueError(f"the low-rank layers are peft's: call {instead} of the PeftModel")
+    if any(layer.managed for layer in layers.values()):
+        raise ValueError(f"the low-rank layers are peft's: call {instead} of the PeftModel; or close() a MultiAdapter")
     return layers
 
 
@@ -91,9 +91,9 @@ def compact(model: nn.Module) -> dict[str, int]:
         Module name -> new rank.
 
     Raises:
-        ValueError: if peft wraps the layers.
+        ValueError: if peft or a MultiAdapter holds the layers.
     """
-    layers = layers_outside_peft(model, "base_model.compact()")
+    layers = own_layers(model, "base_model.compact()")
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}

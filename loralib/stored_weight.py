@@ -13,6 +13,11 @@ def stored_form(weight: Tensor) -> str | None:
     return "quantised" if hasattr(weight, "quant_state") or hasattr(weight, "__tensor_flatten__") else None
 
 
+def is_dispatched(module: nn.Module) -> bool:
+    """Whether accelerate has replaced the forward method by one that first moves the inputs to the weight's device."""
+    return getattr(vars(module).get("_hf_hook"), "offload", None) is False
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, weight stored (in, out); recognised by name and shape, without an import."""
     weight = getattr(module, "weight", None)

@@ -1,37 +1,34 @@
-"""Several adapters on one base: switch by name, or give every row of a batch its own. The base never changes."""
+"""Several adapters on one base: switch by name, or give every row of a batch its own. The base's weights stay."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from loralib.adapter import check_base, fitting_layers, write_factors
 from loralib.adapter_folder import AdapterConfig, read_adapter
-from loralib.injection import modules_never_called
-from loralib.layers import LoRALayer
-from loralib.model import keep_flags, lora_layers, unwrapped
+from loralib.model import lora_layers, unwrapped
 
 NOT_PER_ROW = (
     "run() can join only tensors whose first dimension is the rows, and one of the outputs is something else: give "
     "use_cache=False to a decoder, leave labels out, or use one adapter for all rows"
 )
-torch._dynamo.config.skip_nnmodule_hook_guards = False  # torch.compile then recompiles a model when it gets hooks
-_RUNS = threading.RLock()  # held by run(), which switches the active adapter
+_TURNS = threading.RLock()  # held while another adapter than the user's is active
 
 
 class MultiAdapter:
-    """Holds adapters for the plain base ``model`` and applies them through forward hooks, for inference.
+    """Holds adapters for the plain base ``model``, for inference.
 
-    The model's modules and weights are not changed. With no adapter active the model computes what it did before, and
-    :meth:`close` removes the hooks. ::
+    The layers and the head of the active adapter stand in the model in place of the base's, as after
+    :func:`loralib.load_adapter`. With no adapter active, and after :meth:`close`, it is the plain base again. ::
 
         adapters = MultiAdapter(model)
         adapters.load("similarity", folder_a)
@@ -40,26 +37,17 @@ class MultiAdapter:
         model(**batch)
         adapters.run(["similarity", "entailment", None], **batch_of_three)
 
-    Adapters may differ in everything, the size of the head included. Hooks change only the outputs of modules: if the
-    model's code reads a trained parameter without calling its module, it gets the base's value. ``load_adapter`` has no
-    such limit.
-
-    A compiled model is recompiled when adapters are loaded, if this module was imported before the model's first call.
+    Adapters may differ in everything, the size of the head included.
 
     Args:
         model: has no low-rank layers and is on the device where it will run; of a wrapper the model inside is used.
-
-    Raises:
-        ValueError: for a model with low-rank layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if lora_layers(model):
-            raise ValueError("the model has low-rank layers already: give MultiAdapter the plain base")
         self.model = unwrapped(model)
-        # Adapter → (module name → layer over the base's weight, module name → the head's tensors by their own name).
-        self._adapters: dict[str, tuple[dict[str, LoRALayer], dict[str, dict[str, Tensor]]]] = {}
-        self._hooks: dict[str, Any] = {}
+        # Adapter → its places in the model: (module, attribute, the adapter's layer or tensor).
+        self._adapters: dict[str, list[tuple[nn.Module, str, Any]]] = {}
+        self._placed: list[tuple[nn.Module, str, Any, Any]] = []  # the active adapter's places, and the base's values
         self.active: str | None = None  # the adapter that plain calls of the model use, see activate()
 
     @property
@@ -71,42 +59,39 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: if the name is in use, another MultiAdapter has adapters on the model, or a parameter of the
-                adapter is in a module that is never called (a ``ParameterList``, ``out_proj`` in
-                ``nn.MultiheadAttention``) or has children; also as :func:`loralib.load_adapter`. Nothing is changed.
+            ValueError: if the name is in use, or the model has low-rank layers of its own or of another MultiAdapter;
+                also as :func:`loralib.load_adapter`. Nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
-        hooks = (hook for module in self.model.modules() for hook in module._forward_hooks.values())
-        if any(isinstance(hook, _Hook) and getattr(hook.func, "__self__", None) is not self for hook in hooks):
-            raise ValueError("another MultiAdapter holds adapters for this model: load into that one, or close() it")
-        config, tensors = read_adapter(folder)
-        layers = fitting_layers(self.model, config, tensors)
-        if not allow_other_base:
-            check_base(self.model, config)
-        write_factors(layers, config, tensors)
-        with keep_flags(self.model):
-            for layer in layers.values():
-                layer.eval().requires_grad_(False)
-        state = self.model.state_dict(keep_vars=True)
-        never_called = modules_never_called(self.model)
-        trained = {id(state[n]): n for n in config.head}
-        served: set[int] = set()
-        heads: dict[str, dict[str, Tensor]] = {}
-        for owner, module in self.model.named_modules():  # a tied tensor has several owners
-            called = owner not in never_called and type(module).forward is not nn.Module.forward
-            if not called or next(module.children(), None) is not None:  # a hook would run its children twice
-                continue
-            for own, tensor in (module._parameters | module._buffers).items():
-                if id(tensor) in trained:
-                    heads.setdefault(owner, {})[own] = tensors[trained[id(tensor)]].to(tensor)
-                    served.add(id(tensor))
-        if alone := [n for number, n in trained.items() if number not in served]:
-            raise ValueError(f"no hook can apply the adapter's {alone[0]}: its module is never called or has children")
-        self._adapters[name] = layers, heads
-        for module_name in (layers.keys() | heads.keys()) - self._hooks.keys():
-            module, hook = self.model.get_submodule(module_name), _Hook(self._after_forward, module_name)
-            self._hooks[module_name] = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+        with self._turn():
+            self.activate(None)
+            if lora_layers(self.model):
+                raise ValueError("the model has low-rank layers: give the plain base, and close() another MultiAdapter")
+            config, tensors = read_adapter(folder)
+            layers = fitting_layers(self.model, config, tensors)
+            if not allow_other_base:
+                check_base(self.model, config)
+            write_factors(layers, config, tensors)
+            new: dict[int, Any] = {}  # id of a module or tensor of the base -> what stands in its place
+            for module_name, layer in layers.items():
+                layer.managed, layer.lora_dropout.p = True, 0.0
+                for factor in layer.lora_parameters():
+                    factor.requires_grad_(False)
+                new[id(self.model.get_submodule(module_name))] = layer
+            state = self.model.state_dict(keep_vars=True)
+            for tensor_name in config.head:
+                own, value = state[tensor_name], tensors[tensor_name].to(state[tensor_name])
+                new[id(own)] = nn.Parameter(value, requires_grad=False) if isinstance(own, nn.Parameter) else value
+            self._adapters[name] = [
+                (owner, attribute, new[id(value)])
+                for owner in [*self.model.modules(), *layers.values()]
+                for values in (owner._modules, owner._parameters, owner._buffers)
+                for attribute, value in values.items()
+                if id(value) in new
+            ]
+            encoders = [module for module in self.model.modules() if isinstance(module, nn.TransformerEncoder)]
+            self._adapters[name] += [(encoder, "use_nested_tensor", False) for encoder in encoders if layers]
         return config
 
     def remove(self, name: str) -> None:
@@ -117,7 +102,7 @@ class MultiAdapter:
         """
         self._known(name)
         if self.active == name:
-            self.active = None
+            self.activate(None)
         del self._adapters[name]
 
     def activate(self, name: str | None) -> None:
@@ -125,17 +110,24 @@ class MultiAdapter:
 
         Raises:
             ValueError: for a name that is not loaded.
+            RuntimeError: if a layer or tensor of the active adapter was replaced in the model, or a layer was merged.
         """
         self._known(name)
+        for owner, attribute, value, _ in self._placed:
+            if getattr(owner, attribute) is not value or getattr(value, "merged", False):
+                raise RuntimeError(f"{attribute} was replaced or merged while the adapter {self.active!r} was active")
+        for owner, attribute, _, of_base in self._placed:
+            setattr(owner, attribute, of_base)
+        places = [] if name is None else self._adapters[name]
+        self._placed = [(*place, getattr(place[0], place[1])) for place in places]
+        for owner, attribute, value in places:
+            setattr(owner, attribute, value)
         self.active = name
 
     def close(self) -> None:
-        """Remove all hooks from the model, and all adapters."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+        """Remove all adapters."""
+        self.activate(None)
         self._adapters.clear()
-        self.active = None
 
     @torch.no_grad()
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:
@@ -171,55 +163,29 @@ class MultiAdapter:
         if len(rows) > 1 and kwargs.get("past_key_values") is not None:  # each call would write to it
             raise ValueError("give no past_key_values to run() if the rows have different adapters")
         parts = []
-        with _RUNS:
-            before = self.active
-            try:
-                for self.active, places in rows.items():
-                    if len(rows) == 1:
-                        return self.model(*args, **kwargs)
-                    rows_of = partial(_rows, index=torch.tensor(places), count=len(adapters))
-                    parts.append(self.model(*tree_map(rows_of, args), **tree_map(rows_of, kwargs)))
-            finally:
-                self.active = before
+        with self._turn():
+            for name, places in rows.items():
+                self.activate(name)
+                if len(rows) == 1:
+                    return self.model(*args, **kwargs)
+                rows_of = partial(_rows, index=torch.tensor(places), count=len(adapters))
+                parts.append(self.model(*tree_map(rows_of, args), **tree_map(rows_of, kwargs)))
         order = torch.tensor([i for places in rows.values() for i in places], device=batch.device).argsort()
         return tree_map(partial(_join_rows, [len(places) for places in rows.values()], order), *parts)
 
-    # ---- inside ------------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Within the block any adapter may be activated; at its end the present one is active again."""
+        with _TURNS:
+            before = self.active
+            try:
+                yield
+            finally:
+                self.activate(before)
 
     def _known(self, name: str | None) -> None:
         if name is not None and name not in self._adapters:
             raise ValueError(f"no adapter {name!r} is loaded; there are: {', '.join(self._adapters) or 'none'}")
-
-    def _after_forward(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """The hook of one module. If the active adapter changes the module, recompute its output with the head's
-        tensors and add the update; returning None keeps the output as it is."""
-        layers, heads = self._adapters[self.active] if self.active is not None else ({}, {})
-        layer, head = layers.get(name), heads.get(name)
-        if layer is None and head is None:
-            return None
-        if self.model.get_submodule(name) is not module:  # get_peft_model does this; both updates would be added
-            raise RuntimeError(f"{name} was replaced while a MultiAdapter serves the model: close() it first")
-        if head is not None:
-            tensors = {f"module.{tensor}": value for tensor, value in head.items()}
-            output = functional_call(_ForwardAlone(module), tensors, args, kwargs)
-        if layer is None:
-            return output
-        return layer.add_update(output, args[0] if args else next(iter(kwargs.values())))
-
-
-class _Hook(partial):
-    """A hook of a MultiAdapter; its type distinguishes it from the user's hooks."""
-
-
-class _ForwardAlone(nn.Module):
-    """A module's forward pass without its hooks: its caller runs them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
 
 
 def _rows(value: Any, index: Tensor, count: int) -> Any:
