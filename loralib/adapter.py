@@ -199,22 +199,24 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_othe
     return config
 
 
-def fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoRALayer]:
+def fitting_layers(
+    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], *, any_head_size: bool = False
+) -> dict[str, LoRALayer]:
     """The layers for an adapter by module name: the model's own, or new ones over its weights. Nothing is changed.
 
     Raises:
-        ValueError: if the adapter does not fit the model, see :func:`load_adapter`. The head's shapes and the base's
-            weights are not checked here.
+        ValueError: if the adapter does not fit the model, see :func:`load_adapter`. The base's weights are not checked
+            here, and with ``any_head_size`` neither are the shapes of the head.
     """
     with keep_flags(model):
         layers = own_layers(model, "load_adapter()") or _new_layers(model, config, tensors)
-    check_factors(layers, config, tensors)
     state = model.state_dict(keep_vars=True)
-    stored: dict[int, str] = {}
+    sized = tensors if any_head_size else state
+    head = {name: sized[name] for name in config.head if name in state and name in sized}
+    check_tensors(layers, head, config, tensors)
+    names: dict[int, str] = {}  # id of a tensor of the model -> its first name
     for name in config.head:
-        if name not in state or name not in tensors:
-            raise ValueError(f"the adapter's {name} is missing in its file or in the model: {_origin(config)}")
-        first = stored.setdefault(id(state[name]), name)
+        first = names.setdefault(id(state[name]), name)
         if first != name and not torch.equal(tensors[first], tensors[name]):
             raise ValueError(f"{first} and {name} are one tensor in the model (tied weights), two in the adapter")
     return layers
@@ -247,35 +249,33 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
     return layers
 
 
-def check_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor], config: AdapterConfig, tensors: Mapping[str, Tensor]
+) -> None:
     """Raises ValueError unless each layer has the initial rank that the adapter has for its module, the file holds
-    exactly the factors of these layers and the head, every factor that layers share is shared in the adapter too, and
-    no layer is merged."""
+    exactly the factors of these layers and the ``head``, in these shapes, every factor that layers share is shared in
+    the adapter too, and no layer is merged."""
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
         raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
-    found: dict[int, Tensor] = {}  # id of a factor -> the stored tensor
+    needed = dict(head)
+    found: dict[int, Tensor | None] = {}  # id of a factor -> the stored tensor
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
-        wanted = f"method ({group.kind}), rank ({group.r}) and widths ({group.widths})"
         if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
-            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): give the adapter's {wanted}")
-        if not live:
-            continue
-        for (factor, parameter), values in zip(_named_factors(name, layer).items(), layer.select(live), strict=True):
-            stored = tensors.get(factor)
-            if stored is None or stored.shape != values.shape:
-                has = "is not in the file" if stored is None else f"has shape {tuple(stored.shape)}"
-                raise ValueError(
-                    f"{factor} {has}, the model needs {tuple(values.shape)}: give the adapter's {wanted} and its "
-                    f"base; {_origin(config)}"
-                )
-            if found.setdefault(id(parameter), stored) is not stored:
-                raise ValueError("the model's layers share outer factors, the adapter's do not: leave share_outer out")
-    used = set(map(id, found.values()))
-    if unknown := {name for name, tensor in tensors.items() if id(tensor) not in used} - set(config.head):
-        raise ValueError(f"the model has no {min(unknown)}, which the adapter's file holds: {_origin(config)}")
+            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): {_origin(config)}")
+        if live:
+            named = _named_factors(name, layer)
+            needed |= zip(named, layer.select(live), strict=True)
+            for factor, parameter in named.items():
+                stored = tensors.get(factor)
+                if found.setdefault(id(parameter), stored) is not stored:
+                    raise ValueError("only the model's layers share outer factors: leave share_outer out")
+    for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
+        there, here = (tuple(of[name].shape) if name in of else "nothing" for of in (tensors, needed))
+        if there != here or there == "nothing":
+            raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
 
 
 def check_base(model: nn.Module, config: AdapterConfig) -> None:
@@ -289,24 +289,15 @@ def check_base(model: nn.Module, config: AdapterConfig) -> None:
 
 def _origin(config: AdapterConfig) -> str:
     base = ", revision ".join(filter(None, (config.base_model, config.base_revision)))
-    return f"the adapter was made for a {config.architecture}" + (f" ({base})" if base else "")
+    layers = " and ".join(sorted({f"{each.kind} (r={each.r}, widths={each.widths})" for each in config.groups}))
+    made_for = f"the adapter was made for a {config.architecture}" + (f" ({base})" if base else "")
+    return made_for + (f" with layers {layers:.200}" if layers else "")
 
 
 def install(
     model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LoRALayer]
 ) -> None:
-    """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`.
-
-    Raises:
-        ValueError: for a head of other shapes. The model is unchanged then.
-    """
-    state = model.state_dict(keep_vars=True)
-    for name in config.head:
-        if tensors[name].shape != state[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensors[name].shape)} in the adapter, the model needs "
-                f"{tuple(state[name].shape)}: load the base with a head of that size; {_origin(config)}"
-            )
+    """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`."""
     replace_modules(model, layers)
     write_factors(layers, config, tensors)
     model.requires_grad_(False)
@@ -368,7 +359,7 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
     layers = own_layers(model, "load_adapter()")
     if not layers:
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
-    check_factors(layers, config, tensors)
+    check_tensors(layers, {name: tensors[name] for name in config.head if name in tensors}, config, tensors)
     check_base(model, config)
     _write_live_values(layers, config, tensors)
     return config

@@ -69,7 +69,7 @@ class MultiAdapter:
             if lora_layers(self.model):
                 raise ValueError("the model has low-rank layers: give the plain base, and close() another MultiAdapter")
             config, tensors = read_adapter(folder)
-            layers = fitting_layers(self.model, config, tensors)
+            layers = fitting_layers(self.model, config, tensors, any_head_size=True)
             if not allow_other_base:
                 check_base(self.model, config)
             write_factors(layers, config, tensors)
