@@ -70,7 +70,7 @@ def save_adapter(
             is not an adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
     """
     with plain_names(unwrapped(model)) as model:
-        layers = own_layers(model, "save_pretrained()")
+        layers = own_layers(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
         live = live_singular_values(layers)
@@ -209,7 +209,7 @@ def fitting_layers(
             here, and with ``any_head_size`` neither are the shapes of the head.
     """
     with keep_flags(model):
-        layers = own_layers(model, "load_adapter()") or _new_layers(model, config, tensors)
+        layers = own_layers(model) or _new_layers(model, config, tensors)
     state = model.state_dict(keep_vars=True)
     sized = tensors if any_head_size else state
     head = {name: sized[name] for name in config.head if name in state and name in sized}
@@ -356,7 +356,7 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
         ValueError: for a damaged folder, no or other layers, or a base with other weights. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    layers = own_layers(model, "load_adapter()")
+    layers = own_layers(model)
     if not layers:
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
     check_tensors(layers, {name: tensors[name] for name in config.head if name in tensors}, config, tensors)

@@ -20,7 +20,7 @@ def merge_adapter(model: nn.Module) -> None:
         ValueError: if a weight is quantised, sharded or computed by a hook, if another module uses it too (tied
             weights), or if peft or a MultiAdapter holds the layers. Nothing is merged then.
     """
-    layers = own_layers(model, "merge_and_unload()")
+    layers = own_layers(model)
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in unwrapped(model).named_modules():
         for own, parameter in module.named_parameters(name, recurse=False):
@@ -42,7 +42,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     Raises:
         ValueError: if peft or a MultiAdapter holds the layers.
     """
-    for layer in own_layers(model, "unmerge_adapter()").values():
+    for layer in own_layers(model).values():
         layer.unmerge()
 
 

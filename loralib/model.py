@@ -48,15 +48,17 @@ def factors_of(model: nn.Module) -> list[nn.Parameter]:
     return list({id(factor): factor for factor in found}.values())
 
 
-def own_layers(model: nn.Module, instead: str) -> dict[str, LoRALayer]:
-    """:func:`lora_layers`, refusing layers whose names, ranks and weights peft or a MultiAdapter manages.
+def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """:func:`lora_layers`.
 
     Raises:
-        ValueError: for such a layer; the message says what to call ``instead``.
+        ValueError: if peft or a MultiAdapter manages the names, ranks and weights of a layer.
     """
     layers = lora_layers(model)
     if any(layer.managed for layer in layers.values()):
-        raise ValueError(f"the low-rank layers are peft's: call {instead} of the PeftModel; or close() a MultiAdapter")
+        raise ValueError(
+            "peft or a MultiAdapter holds the low-rank layers: use the PeftModel's methods, or call close()"
+        )
     return layers
 
 
@@ -93,7 +95,7 @@ def compact(model: nn.Module) -> dict[str, int]:
     Raises:
         ValueError: if peft or a MultiAdapter holds the layers.
     """
-    layers = own_layers(model, "base_model.compact()")
+    layers = own_layers(model)
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
