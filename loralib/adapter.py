@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from loralib.adapter_folder import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
-from loralib.injection import KINDS, check_replaceable, is_linear, replace_modules
+from loralib.injection import KINDS, check_replaceable, is_linear, put_in_place
 from loralib.layers import LoRALayer
 from loralib.model import (
     factors_of,
@@ -298,7 +298,7 @@ def install(
     model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LoRALayer]
 ) -> None:
     """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`."""
-    replace_modules(model, layers)
+    put_in_place(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
     write_factors(layers, config, tensors)
     model.requires_grad_(False)
     for factor in factors_of(model):

@@ -147,7 +147,7 @@ def inject(
     layers = {name: new(module, r, lora_alpha, lora_dropout, **options) for name, module in modules.items()}
     if share_outer:
         _share_outer_factors(layers)
-    replace_modules(model, layers)
+    put_in_place(model, {id(modules[name]): layer for name, layer in layers.items()})
     factors = set(map(id, factors_of(model)))
     for parameter in model.parameters():
         parameter.requires_grad = parameter.requires_grad and id(parameter) in factors
@@ -169,20 +169,15 @@ def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"{name} has a hook (pruning, weight_norm), which would be lost: remove it")
 
 
-def replace_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each layer wherever the model holds the module of that name; call :func:`check_replaceable` before."""
-    put_in_place(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
-            module.use_nested_tensor = False  # low-rank layers do not support packed batches
-
-
 def put_in_place(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Replace each module whose id is a key of ``new``, under all of its parents."""
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):  # named_children() lists a shared module only once
             if id(module) in new:
                 setattr(parent, child, new[id(module)])
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
+            module.use_nested_tensor = False  # low-rank layers do not support packed batches
 
 
 def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:
