@@ -230,7 +230,7 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
     for name, group in config.modules.items():
         if name not in modules:
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
-        check_replaceable({name: modules[name]})
+        check_replaceable(name, modules[name])
         check_choice("kind", group.kind, KINDS)
         most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
         # A folder from an untrusted source must not make this allocate unbounded memory.

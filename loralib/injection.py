@@ -142,7 +142,7 @@ def inject(
     for name, module in modules.items():
         if isinstance(module, LoRALayer):
             raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
-    check_replaceable(modules)
+        check_replaceable(name, module)
     new = KINDS[kind].from_linear
     layers = {name: new(module, r, lora_alpha, lora_dropout, **options) for name, module in modules.items()}
     if share_outer:
@@ -154,19 +154,18 @@ def inject(
     return list(layers)
 
 
-def check_replaceable(modules: Mapping[str, nn.Module]) -> None:
-    """Raises ValueError if accelerate has offloaded one of the linear layers, its forward method was replaced, or it
-    has hooks, which may compute its weight or output."""
-    for name, module in modules.items():
-        if getattr(vars(module).get("_hf_hook"), "offload", False):  # the module itself has no values
-            raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
-        own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
-        usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
-        if not usual and not is_dispatched(module):
-            raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
-        hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
-        if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
-            raise ValueError(f"{name} has a hook (pruning, weight_norm), which would be lost: remove it")
+def check_replaceable(name: str, module: nn.Module) -> None:
+    """Raises ValueError if accelerate has offloaded the linear layer, its forward method was replaced, or it has hooks,
+    which may compute its weight or output."""
+    if getattr(vars(module).get("_hf_hook"), "offload", False):  # the module itself has no values
+        raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
+    own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
+    usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
+    if not usual and not is_dispatched(module):
+        raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
+        raise ValueError(f"{name} has a hook (pruning, weight_norm), which would be lost: remove it")
 
 
 def put_in_place(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
