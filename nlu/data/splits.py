@@ -193,7 +193,8 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]], **options: Any) -> tu
     if not full:
         return encoded, []
     whole = tokenizer(*([column[row] for row in full] for column in texts), verbose=False)["input_ids"]
-    return encoded, [row for row, ids in zip(full, whole, strict=True) if len(ids) > max_length]
+    # A tokenizer returns a row whole if not even its special tokens fit.
+    return encoded, [row for row, ids in zip(full, whole, strict=True) if len(ids) > len(encoded["input_ids"][row])]
 
 
 # ---- what the data are -----------------------------------------------------------------------------------------------

@@ -148,6 +148,8 @@ def test_pairs_keep_their_order_and_truncated_rows_are_counted():
     assert tokens["input_ids"][:] == [[1, 4, 5, 2, 6, 2], [1, 4, 4, 2, 5, 5, 2], [1, 4, 4, 2, 5, 5, 2]]
     assert tokens["token_type_ids"][0] == [0, 0, 0, 0, 1, 1] and tokens["length"][:] == [6, 7, 7] and cut == 1
     assert tokens["labels"][:] == [0.5, 1.0, 5.0]
+    tokens, cut = tokens_of(TASKS["stsb"], texts, [0.5, 1.0, 5.0], model_max_length=2)  # a pair has 3 special tokens
+    assert tokens["length"][:] == [6, 7, 11] and cut == 0
 
 
 @pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
