@@ -162,7 +162,7 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset]
             new_fingerprint=f"tokens-{split}",
             desc=f"Tokenizing {task.name} {split}",
         )
-        if (labels := _labels(task, split, dataset)) is not None:
+        if (labels := _labels(task, dataset)) is not None:
             encoded = encoded.add_column("labels", labels)
         if split != "train":
             encoded = encoded.select(np.argsort(encoded["length"][:], kind="stable"))
@@ -170,11 +170,16 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset]
     return tokens, cut
 
 
-def _labels(task: Task, split: str, dataset: Dataset) -> np.ndarray | None:
-    """A split's labels in the task's numbering; None if a test set hides any (NaN, or -1 if that is not a label)."""
-    labels = np.asarray(dataset["label"][:])
+def _are_hidden(task: Task, labels: np.ndarray) -> np.ndarray:
+    """Which labels a test set hides: NaN, and -1 if that is not a label."""
     bounded = not task.is_regression or task.value_range is not None
-    if split in task.test_splits and (np.isnan(labels).any() or (bounded and labels.min() < 0)):
+    return np.isnan(labels) | (bounded & (labels < 0))
+
+
+def _labels(task: Task, dataset: Dataset) -> np.ndarray | None:
+    """A split's labels in the task's numbering; None if any is hidden."""
+    labels = np.asarray(dataset["label"][:])
+    if _are_hidden(task, labels).any():
         return None
     if task.is_regression:
         return labels
@@ -201,12 +206,15 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]], **options: Any) -> tu
 
 
 def describe(data: Data, cut: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """For the record, count in each split: all rows, rows left out, rows cut, and rows of each class."""
+    """For the record, count in each split: all rows, rows left out, cut, without a label, and of each class."""
     found, names = {}, data.task.labels
     for split, rows in data.rows.items():
-        found[split] = {"rows": len(rows), "skipped": data.skipped.get(split, 0), "cut": cut[split]}
-        if names and (labels := [label for label in rows["label"] if label >= 0]):
-            counts = np.bincount(labels, minlength=len(names)).tolist()
+        labels = np.asarray(rows["label"][:])
+        hidden = _are_hidden(data.task, labels)
+        counted = {"rows": len(rows), "skipped": data.skipped.get(split, 0), "cut": cut[split]}
+        found[split] = counted | {"hidden": int(hidden.sum())}
+        if names and not hidden.all():
+            counts = np.bincount(labels[~hidden], minlength=len(names)).tolist()
             found[split]["classes"] = dict(zip(names, counts, strict=True))
     return found
 
@@ -220,6 +228,7 @@ def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_leng
             line += f" ({shown(of['classes'])[1:-1]})"
         if task.name not in TASKS and task.is_regression:
             line += " of a regression: labels have a decimal point"
+        line += f", {of['hidden']:,} without a label, so not scored" if 0 < of["hidden"] < of["rows"] else ""
         line += f", {of['skipped']:,} bad and left out" if of["skipped"] else ""
         line += f", {of['cut']:,} cut at {max_seq_length} tokens (--max_seq_length)" if of["cut"] else ""
         lines.append(line)

@@ -185,7 +185,18 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")
     found = describe(data, tokenize(data.task, data.rows, make_tokenizer(model_max_length=4))[1])
-    assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "classes": {"Kritik": 10, "Lob": 10, "lob": 1}}}
+    classes = {"Kritik": 10, "Lob": 10, "lob": 1}
+    assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "hidden": 0, "classes": classes}}
     assert description_lines(data.task, found, 4) == [
         "train: 21 rows ('Kritik': 10, 'Lob': 10, 'lob': 1), 20 cut at 4 tokens (--max_seq_length)",
     ]
+
+
+@pytest.mark.parametrize("train", [("a", "b"), ("0.5", "2")])
+def test_description_says_that_a_test_set_with_some_hidden_labels_is_not_scored(tmp_path, train):
+    for name, labels in (("train", train), ("test", (train[0], "", ""))):
+        write_rows(tmp_path / f"{name}.csv", [{"text": "a", "label": label} for label in labels])
+    data = load(["train", "predict"], train_file=tmp_path / "train.csv", test_file=tmp_path / "test.csv")
+    tokens, cut = tokenize(data.task, data.rows, make_tokenizer())
+    assert "labels" not in tokens["test"].column_names
+    assert description_lines(data.task, describe(data, cut), 32)[1].endswith(", 2 without a label, so not scored")

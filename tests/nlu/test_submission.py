@@ -174,7 +174,7 @@ def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags,
     assert record["last"] == pytest.approx(expected["macro_f1"])
     assert (tmp_path / "run/predictions/custom_validation.png").stat().st_size > 2000
     counts = {name: truth.count(name) for name in labels}
-    assert record["data"]["validation"] == {"rows": 15, "skipped": 1, "cut": 0, "classes": counts}
+    assert record["data"]["validation"] == {"rows": 15, "skipped": 1, "cut": 0, "hidden": 0, "classes": counts}
     # The adapter has the names of the text columns.
     adapter = ["--adapter", str(tmp_path / "run/adapter"), "--base", own_flags[1], "--on_error", "skip"]
     output = tmp_path / "out.jsonl"
