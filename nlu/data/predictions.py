@@ -51,8 +51,6 @@ def predict_splits(
         if known and not task.is_regression:
             reports[path.stem] = class_report(task, labels, truth)
             draw_confusion(reports[path.stem], path.with_suffix(".png"))
-        else:  # an earlier test file may have had labels
-            path.with_suffix(".png").unlink(missing_ok=True)
     return scores, reports
 
 

@@ -127,8 +127,8 @@ class RunFolder:
         return changed or old.get("test_file") != self.digests.get("test_file")
 
     def clean(self, state: str) -> None:
-        """Delete a killed run's half-written files and, if this run starts from scratch, the previous run's files."""
-        for name in PARTS if state == "new" and (self.path / RECORD).exists() else ():
+        """Delete half-written files, and what an earlier process predicted; for a new run, the whole previous run."""
+        for name in PARTS if state == "new" and (self.path / RECORD).exists() else ("predictions",):
             part = self.path / name
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         shutil.rmtree(self.path / "model" / UNFINISHED, ignore_errors=True)

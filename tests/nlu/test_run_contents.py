@@ -94,6 +94,10 @@ def test_missing_predictions_of_a_finished_run_are_made(arguments, tmp_path):
     assert folder_of(asked, tmp_path).state() == folder_of(arguments, tmp_path).state() == "finished"
     edit(tmp_path / "glue/cola/test.jsonl", *FLIP)
     assert folder_of(asked, tmp_path).state() == "resume"
+    for name in ("model", "predictions"):
+        (tmp_path / "run" / name).mkdir()
+    folder_of(asked, tmp_path).clean("resume")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "results.json"}  # no older test file's
 
 
 def test_which_folders_a_run_may_write_to(arguments, tmp_path):

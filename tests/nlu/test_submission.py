@@ -5,15 +5,13 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from nlu import predict, run_glue, submission
-from nlu.data.predictions import draw_confusion, predict_splits, write_predictions
+from nlu.data.predictions import draw_confusion, write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
 from nlu.tasks import TASKS, Task
@@ -133,19 +131,6 @@ def test_ax_is_predicted_by_the_trained_model_at_once_or_later(base_flags, tiny_
     assert (tmp_path / "steps/adapter/adapter_model.safetensors").read_bytes() == weights
     for path in folder.iterdir():
         assert (tmp_path / "steps/predictions" / path.name).read_bytes() == path.read_bytes()
-
-
-def test_the_matrix_of_an_earlier_test_file_with_labels_is_deleted(tmp_path):
-    task = Task("custom", "own data", ("text",), ("a", "b"), ("accuracy",))
-    output = SimpleNamespace(predictions=np.eye(2))
-    arguments = SimpleNamespace(root_output_dir=tmp_path)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(should_save=True), arguments=arguments, task=task, predict=lambda rows: output
-    )
-    matrix = tmp_path / "predictions" / "custom_test.png"
-    for rows in ({"idx": [0, 1], "labels": [0, 1]}, {"idx": [0, 1]}):
-        predict_splits({"test": Dataset.from_dict(rows)}, trainer)
-        assert matrix.exists() == ("labels" in rows)
 
 
 def test_confusion_matrix_is_drawn_of_labels_that_look_like_formulas(tmp_path):
