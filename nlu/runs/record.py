@@ -40,6 +40,7 @@ class RunRecord(TrainerCallback):
         self.error: str | None = None
         self._last_write = 0.0
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
+        self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine()}  # of this process
         task, ranks = trainer.task, trainer.applied.ranks
         self.static = {
             "task": task.name,
@@ -54,19 +55,16 @@ class RunRecord(TrainerCallback):
             "effective_batch_size": effective_batch_size(arguments),
             "constant_loss": _constant_loss(trainer),
             "arguments": arguments.record,
-            "versions": versions(),
-            "git_commit": COMMIT,
-            "machine": machine(),
             "command": given_command(),
             **facts,
             **count_parameters(trainer.applied.model),
             "started_at": now(),
             "resumes": 0,
+            **self._environment,
         }
         if previous:
             self.static |= {"started_at": previous["started_at"], "resumes": previous["resumes"] + 1}
-            if previous["status"] == "finished":  # this process only predicts
-                self.static |= {name: previous[name] for name in ("versions", "git_commit", "machine")}
+            self.static |= {name: previous[name] for name in self._environment}  # until this process trains
 
     def write(self, status: str) -> dict[str, Any]:
         """Write the record with this status (running, finished, failed, interrupted), and return it."""
@@ -122,6 +120,9 @@ class RunRecord(TrainerCallback):
         apart = ("epoch", "train_runtime", "train_tokens_per_second")
         logged = [entry for entry in self.trainer.state.log_history if "loss" in entry]
         return [{key: value for key, value in entry.items() if key not in apart} for entry in logged]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.static |= self._environment
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self._last_write > _WRITE_INTERVAL:

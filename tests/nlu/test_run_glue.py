@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import loralib
 from nlu import fine_tuning
 from nlu.run_glue import main
+from nlu.runs.record import RunRecord
 from nlu.tasks import TASKS
 from tests.nlu.tiny import changed, error_line, read
 
@@ -52,6 +53,15 @@ def test_run_writes_a_complete_record(finished, encoder):
     config = loralib.read_adapter_config(folder / "adapter")
     assert config.ranks == {name: sum(flags) for name, flags in pattern.items()}
     assert (config.card["task"], config.base_model) == ("cola", encoder.name)
+
+
+def test_record_has_the_machine_that_took_the_last_step(finished):
+    """A process that resumes a finished run may only predict, or train again."""
+    _, before, _, trainer = finished
+    record = RunRecord(trainer, {}, before | {"machine": {"cpu": "another"}})
+    assert record.static["machine"] == {"cpu": "another"}
+    record.on_step_begin(trainer.args, trainer.state, trainer.control)
+    assert record.static["machine"] == before["machine"]
 
 
 def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags, monkeypatch):
