@@ -23,52 +23,30 @@ from nlu.tasks import TASKS
 _SERVER = {name: rows for task in TASKS.values() for name, rows in task.submission_files}
 
 
-def find_predictions(folder: str | Path) -> dict[str, Path]:
-    """The server's files in a folder or its subfolder `predictions`, by name.
+def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """The server's file name -> that file in one of the folders or in its subfolder `predictions`.
 
     Raises:
-        UsageError: if there are none, or a file does not have a prediction for each row of the official test set, by
-            index from 0.
+        UsageError: if a file is missing, is there twice, or does not have a prediction for each row of the official
+            test set, by index from 0.
     """
     found: dict[str, Path] = {}
     for name, rows in _SERVER.items():
-        for path in (Path(folder) / name, Path(folder) / "predictions" / name):
-            if path.is_file():
-                try:
-                    table = pd.read_csv(path, sep="\t").reindex(columns=["index", "prediction"])
-                except ValueError:  # empty, or not UTF-8
-                    table = pd.DataFrame(columns=["index", "prediction"])
-                if table["index"].tolist() != list(range(rows)) or table.prediction.isna().any():
-                    raise UsageError(f"{path} does not have the test set's {rows} rows, each predicted: predict them")
-                found[name] = path
-    if not found:
-        raise UsageError(f"{folder}: no predictions there; run with --do_predict first")
-    return found
-
-
-def make_submission(folders: Sequence[str | Path], out: str | Path) -> dict[str, Path]:
-    """Check the predictions of several runs and put them into one zip, its files at the top level.
-
-    Returns:
-        The server's file name -> the file taken, in the server's order.
-
-    Raises:
-        UsageError: as `find_predictions`; if two folders have one test set, or one is missing.
-    """
-    found: dict[str, Path] = {}
-    for folder in folders:
-        for name, path in find_predictions(folder).items():
+        places = [Path(folder) / part / name for folder in folders for part in ("", "predictions")]
+        for path in filter(Path.is_file, places):
             if not found.setdefault(name, path).samefile(path):
                 raise UsageError(f"{name} is there twice: {found[name]} and {path}; leave out one of the folders")
-    missing = [name for name in _SERVER if name not in found]
-    if missing:
-        raise UsageError(f"the server wants all eleven files; missing: {', '.join(missing)}: name their folders too")
-    found = {name: found[name] for name in _SERVER}
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, path in found.items():
-            archive.writestr(name, path.read_bytes())
-    write_bytes(out, content.getvalue())
+            try:
+                table = pd.read_csv(path, sep="\t").reindex(columns=["index", "prediction"])
+            except ValueError:  # empty, or not UTF-8
+                table = pd.DataFrame(columns=["index", "prediction"])
+            if table["index"].tolist() != list(range(rows)) or table.prediction.isna().any():
+                raise UsageError(f"{path} does not have the test set's {rows} rows, each predicted: predict them")
+    if missing := [name for name in _SERVER if name not in found]:
+        raise UsageError(
+            f"the server wants all eleven files; missing: {', '.join(missing)}: name the folders of their runs, which "
+            "need --do_predict"
+        )
     return found
 
 
@@ -81,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
     try:
         options = parser.parse_args(arguments)
-        taken = make_submission(options.folders, options.out)
+        taken = find_predictions(options.folders)
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, path in taken.items():
+                archive.write(path, name)
+        write_bytes(options.out, content.getvalue())
     except BaseException as error:
         return exit_code(error)
     for name, path in taken.items():

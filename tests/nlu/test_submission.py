@@ -50,13 +50,12 @@ def test_files_have_the_names_rows_and_words_of_the_server(runs):
     """The rows are in the order of the test set."""
     sizes = {name: (task.name, rows) for task in TASKS.values() for name, rows in task.submission_files}
     assert sizes == {name: (task, rows) for name, (task, _, rows, _) in OFFICIAL.items()}
-    for folder in runs:
-        for name, path in find_predictions(folder).items():
-            task, _, rows, words = OFFICIAL[name]
-            lines = [line.split("\t") for line in path.read_text().splitlines()]
-            assert task == folder.name and lines[0] == ["index", "prediction"]
-            assert [index for index, _ in lines[1:]] == [str(i) for i in range(500 if task == "qqp" else rows)]
-            assert words is None or {word for _, word in lines[1:]} == set(words)
+    for name, path in find_predictions(runs).items():
+        task, _, rows, words = OFFICIAL[name]
+        lines = [line.split("\t") for line in path.read_text().splitlines()]
+        assert path.parts[-3:] == (task, "predictions", name) and lines[0] == ["index", "prediction"]
+        assert [index for index, _ in lines[1:]] == [str(i) for i in range(500 if task == "qqp" else rows)]
+        assert words is None or {word for _, word in lines[1:]} == set(words)
 
 
 def test_predictions_follow_their_index(tmp_path):
@@ -82,7 +81,9 @@ def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, c
     written = out.read_bytes()
     write_predictions(TASKS["wnli"], "test", range(146), [0] * 146, tmp_path / "other")
     assert main([*map(str, runs), str(tmp_path / "other"), "--out", str(out)]) == 2
-    assert "WNLI.tsv is there twice" in capsys.readouterr().err and out.read_bytes() == written
+    assert "WNLI.tsv is there twice" in capsys.readouterr().err
+    assert main([str(tmp_path / "other"), "--out", str(out)]) == 2
+    assert "missing: CoLA.tsv, SST-2.tsv" in capsys.readouterr().err and out.read_bytes() == written
 
 
 @pytest.mark.parametrize("content", [
@@ -93,7 +94,7 @@ def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, c
 def test_a_file_without_a_prediction_for_each_row_of_the_test_set_is_refused(tmp_path, header, content):
     (tmp_path / "WNLI.tsv").write_text(header and header + content)
     with pytest.raises(UsageError, match="does not have the test set's 146 rows, each predicted"):
-        find_predictions(tmp_path)
+        find_predictions([tmp_path])
 
 
 # ---- what a run predicts -------------------------------------------------------------------------------------------
