@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from copy import copy
 from pathlib import Path
@@ -15,26 +14,24 @@ import numpy as np
 from datasets import Dataset
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, EvalPrediction, TrainingArguments, set_seed
+from transformers import set_seed
 
 from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
-from nlu.data.predictions import predict_splits, to_labels
+from nlu.data.predictions import predict_splits
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import without_accelerates_own
 from nlu.json_yaml import read_json
-from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
-from nlu.metrics import compute_glue_metrics
 from nlu.model import check_model_arguments, load_config, load_model, set_precision
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.digests import content_digests
 from nlu.runs.folder import RECORD, RunFolder
-from nlu.runs.log import ProgressLines, log_to, say
+from nlu.runs.log import log_to, say
 from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
 from nlu.runs.record import RunRecord, say_outcome, say_start
 from nlu.tasks import Task
@@ -93,7 +90,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
                 shard_frozen(model, training.device.type)
             except (ValueError, RuntimeError) as error:
                 raise UsageError(f"FSDP: {error}") from None
-        trainer = build_trainer(arguments, training, task, applied, splits, tokenizer, weights)
+        trainer = GlueTrainer(arguments, training, task, applied, splits, tokenizer, weights)
     if training.do_train:  # a missing package or a wrong argument of theirs shows before an older run is deleted
         try:
             trainer.create_optimizer_and_scheduler(total_steps)
@@ -115,10 +112,10 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
     record.write("running")
     say_start(record.static, trainer)
     checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
-    run_recorded(splits, trainer, record, checkpoint)
+    run_recorded(trainer, record, checkpoint)
 
 
-def run_recorded(splits: dict[str, Dataset], trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:
+def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:
     """Train, evaluate, predict and save the adapter; an error that ends the run early goes into the record."""
     arguments = trainer.arguments
     try:
@@ -127,7 +124,7 @@ def run_recorded(splits: dict[str, Dataset], trainer: GlueTrainer, record: RunRe
         if is_first():
             save_run_adapter(trainer, trained)
         if arguments.do_predict:
-            record.static["test_scores"], record.static["class_reports"] = predict_splits(splits, trainer)
+            record.static["test_scores"], record.static["class_reports"] = predict_splits(trainer)
         finished = record.write("finished")
         if is_first() and arguments.save_strategy == "no":  # checkpoints served only to resume
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
@@ -166,41 +163,6 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
         return compute_class_weight(asked, classes=np.arange(task.num_labels), y=np.array(train["labels"][:])).tolist()
     except ValueError as error:
         raise UsageError(f"--class_weights: not every class has a training row ({reason(error)})") from None
-
-
-def build_trainer(
-    arguments: Arguments,
-    training: TrainingArguments,
-    task: Task,
-    applied: AppliedMethod,
-    splits: dict[str, Dataset],
-    tokenizer: Any,
-    class_weights: list[float] | None = None,
-) -> GlueTrainer:
-    """The Trainer with data, metrics and the folders of this run."""
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.output_dir).parent / "log")  # not that of an earlier run
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return compute_glue_metrics(task, to_labels(task, prediction.predictions), prediction.label_ids)
-
-    callbacks = [ProgressLines(task.metric)]
-    if arguments.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience, arguments.early_stopping_threshold))
-    validation = [*(splits[split] for split in task.validation_splits if split in splits), None, None]
-    return GlueTrainer(
-        arguments,
-        task,
-        applied,
-        class_weights=class_weights,
-        second_eval_dataset=validation[1],
-        args=training,
-        train_dataset=splits.get("train"),
-        eval_dataset=validation[0],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer, "max_length" if arguments.pad_to_max_length else True),
-        compute_metrics=metrics,
-        callbacks=callbacks,
-    )
 
 
 def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,18 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)  # fmt: skip
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer import LowRankTrainerMixin
 from nlu.arguments import Arguments
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
+from nlu.data.predictions import to_labels
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import METHODS
+from nlu.metrics import compute_glue_metrics
 from nlu.runs.checkpoints import WholeCheckpoints, last_checkpoint
+from nlu.runs.log import ProgressLines
 from nlu.runs.machine import peak_memory_bytes
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.tasks import Task
@@ -74,32 +88,43 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     """transformers' Trainer for one task and one method.
 
     Args:
-        arguments: the run's. task: decides whether the loss is a squared error or a cross entropy.
-        applied: the method, already applied to its model.
-        second_eval_dataset: MNLI's mismatched set, evaluated with the prefix ``eval_mismatched``.
+        arguments: the run's. training: transformers' arguments, made from them.
+        task: decides whether the loss is a squared error or a cross entropy.
+        applied: the method, already applied to its model. splits: the tokens of each split.
         class_weights: weight of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
-        kwargs: the Trainer's.
     """
 
     def __init__(
         self,
         arguments: Arguments,
+        training: TrainingArguments,
         task: Task,
         applied: AppliedMethod,
-        second_eval_dataset: Any = None,
+        splits: dict[str, Dataset],
+        tokenizer: Any,
         class_weights: list[float] | None = None,
-        **kwargs: Any,
     ) -> None:
-        self.arguments, self.task, self.applied = arguments, task, applied
-        self.second_eval_dataset = second_eval_dataset
+        self.arguments, self.task, self.applied, self.splits = arguments, task, applied, splits
+        self.validation = [splits[split] for split in task.validation_splits if split in splits]
         self.clock = StepClock(self)
         self.stop_request = StopRequest()
+        callbacks: list[TrainerCallback] = [ProgressLines(task.metric)]
+        if arguments.early_stopping_patience is not None:
+            patience = arguments.early_stopping_patience, arguments.early_stopping_threshold
+            callbacks.append(EarlyStoppingCallback(*patience))
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.output_dir).parent / "log")  # not an earlier run's
         super().__init__(
             model=applied.model,
             low_rank=applied.low_rank,
+            args=training,
+            train_dataset=splits.get("train"),
+            eval_dataset=self.validation[0] if self.validation else None,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer, "max_length" if arguments.pad_to_max_length else True),
             compute_loss_func=self.task_loss,
+            compute_metrics=self.task_metrics,
             preprocess_logits_for_metrics=_logits_alone,
-            **kwargs,
+            callbacks=callbacks,
         )
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
@@ -109,7 +134,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         if applied.gates is not None:
             self.add_callback(applied.gates)
 
-    # ---- loss ---------------------------------------------------------------------------------------------------
+    # ---- metrics and loss ---------------------------------------------------------------------------------------
+
+    def task_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return compute_glue_metrics(self.task, to_labels(self.task, prediction.predictions), prediction.label_ids)
 
     def task_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss summed over the rows, divided by the rows of the whole optimiser step.
@@ -273,9 +301,9 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if eval_dataset is None and self.second_eval_dataset is not None:
+        if eval_dataset is None and len(self.validation) > 1:  # MNLI's mismatched set
             # Not with evaluate(), after which early stopping would look for its metric.
-            second = self.predict(self.second_eval_dataset, ignore_keys, f"{metric_key_prefix}_mismatched").metrics
+            second = self.predict(self.validation[1], ignore_keys, f"{metric_key_prefix}_mismatched").metrics
             self.log(second)
             metrics |= second
         return metrics

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 
 from nlu.metrics import class_report, compute_glue_metrics
 from nlu.runs.files import write_text
@@ -24,9 +23,7 @@ def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
-def predict_splits(
-    splits: dict[str, Dataset], trainer: GlueTrainer
-) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+def predict_splits(trainer: GlueTrainer) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
     """Predict the validation and test splits, and write the predictions into ``predictions/``.
 
     Returns:
@@ -36,7 +33,7 @@ def predict_splits(
     """
     task, folder = trainer.task, Path(trainer.arguments.root_output_dir) / "predictions"
     scores, reports = {}, {}
-    for split, rows in splits.items():
+    for split, rows in trainer.splits.items():
         if split == "train":
             continue
         known = "labels" in rows.column_names  # tokenize leaves hidden labels out

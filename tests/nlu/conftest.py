@@ -65,12 +65,12 @@ def own_flags(base_flags, tmp_path):
 def finished(encoder, tiny_glue, tmp_path_factory):
     """A finished LoRA² run with k=3 and predictions: (its folder, its record, its printed output, its trainer)."""
     folder, seen, printed = tmp_path_factory.mktemp("finished") / "run", [], io.StringIO()
-    build = fine_tuning.build_trainer
+    build = fine_tuning.GlueTrainer
     flags = [*tiny_run(encoder, tiny_glue, folder), "--method", "lora2", "--lora_k", "3", "--report_to", "tensorboard"]
     flags += ["--max_seq_length", "8"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "../earlier"))  # as an earlier run left it
-        patch.setattr(fine_tuning, "build_trainer", lambda *args: seen.append(build(*args)) or seen[0])
+        patch.setattr(fine_tuning, "GlueTrainer", lambda *args: seen.append(build(*args)) or seen[0])
         assert run_glue.main([*flags, "--do_predict"]) == 0
     return folder, read(flags), printed.getvalue(), seen[0]
 

@@ -51,7 +51,7 @@ def kill() -> None:
 @contextmanager
 def dying(point: str, step: int, die: Callable[[], None]):
     """A block in which a run calls ``die`` at the first ``point`` after ``step`` finished optimiser steps."""
-    build, torch_save, rename = fine_tuning.build_trainer, torch.save, os.rename
+    build, torch_save, rename = fine_tuning.GlueTrainer, torch.save, os.rename
     built = []
 
     def callback(self, args, state, control, **kwargs):
@@ -76,7 +76,7 @@ def dying(point: str, step: int, die: Callable[[], None]):
         rename(*args)
 
     with (
-        mock.patch.object(fine_tuning, "build_trainer", build_dying),
+        mock.patch.object(fine_tuning, "GlueTrainer", build_dying),
         mock.patch.object(torch, "save", save_half),
         mock.patch.object(os, "rename", rename_dying),
     ):

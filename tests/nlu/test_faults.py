@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from loralib.recipes import trainer as mixin
-from nlu import fine_tuning
 from nlu.data import splits
 from nlu.experiments.records import read_lines
 from nlu.run_glue import main
@@ -85,11 +84,11 @@ def test_signal_finishes_the_step_and_saves_a_checkpoint(flags, run_folder, caps
 )
 def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch, options, last):
     scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
-    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
+    monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = [*changed(flags, eval_steps=2, max_steps=10, save_steps=3), *options]
     assert main(flags) == 0 and (before := read(flags))["best_step"] == 4
     monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": 0.5})
+    monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": 0.5})
     monkeypatch.setattr(record, "peak_memory_bytes", lambda: 1)  # predicting takes less
     monkeypatch.setattr(record, "machine", lambda: {"cpu": "another"})
     assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()

@@ -65,8 +65,8 @@ def test_record_has_the_machine_that_took_the_last_step(finished):
 
 
 def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags, monkeypatch):
-    build, made = fine_tuning.build_trainer, []
-    monkeypatch.setattr(fine_tuning, "build_trainer", lambda *args: made.append(build(*args)) or made[0])
+    build, made = fine_tuning.GlueTrainer, []
+    monkeypatch.setattr(fine_tuning, "GlueTrainer", lambda *args: made.append(build(*args)) or made[0])
     assert main([*own_flags, "--on_error", "skip", "--class_weights", "balanced", "--max_steps", "1"]) == 0
     (trainer,) = made
     counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
@@ -121,7 +121,7 @@ def test_best_checkpoint_is_restored_with_its_ranks(
 ):
     """Weights, live ranks and the adapter's score are those of the best step."""
     given = iter(scores)
-    monkeypatch.setattr(fine_tuning, "compute_glue_metrics", lambda *_: {"matthews_correlation": next(given)})
+    monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": next(given)})
     flags = changed(base_flags, max_steps=steps, save_steps=every, eval_steps=every)
     assert main([*flags, *options, "--load_best_model_at_end"]) == 0
     record, run = read(flags), tmp_path / "run"
