@@ -20,7 +20,6 @@ from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild
 from nlu.model import check_tokenizer, limit_length
-from nlu.tasks import TASKS
 
 
 @dataclass
@@ -128,8 +127,7 @@ def _class_names(config: Any, source: str) -> list[str] | None:
 
 def _text_columns(asked: str | None, card: dict[str, Any]) -> tuple[str, ...]:
     """The text columns, from --text_columns or else from the training; raises UsageError if neither names any."""
-    task = TASKS.get(str(card.get("task")))
-    trained = tuple(card.get("text_fields") or (task.text_fields if task else ()))
+    trained = tuple(card.get("text_fields") or ())
     columns = tuple(asked.split(",")) if asked else trained
     if len(columns) not in ([len(trained)] if trained else [1, 2]) or len({*columns}) < len(columns):
         raise UsageError(f"--text_columns: name the {len(trained) or '1 or 2'} different column(s) that hold the text")
