@@ -241,8 +241,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """
         with self.stop_request.awaited():
             result = super().train(resume_from_checkpoint, **kwargs)
-            self.clock.stop()
-            self.check_finite(result.training_loss)
             if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
                 self._save_checkpoint(self.model, None)  # a run that stops while it predicts need not train again
             signum = self.stop_request.agreed()  # it came after the last step
