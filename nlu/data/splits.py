@@ -107,8 +107,7 @@ def _limit(rows: Rows, arguments: Any) -> Rows:
         "validation": arguments.max_eval_samples,
         "test": arguments.max_predict_samples,
     }
-    most = {split: limits[split.partition("_")[0]] or len(each) for split, each in rows.items()}
-    return {split: each.select(range(min(most[split], len(each)))) for split, each in rows.items()}
+    return {split: each.select(range(len(each))[: limits[split.partition("_")[0]]]) for split, each in rows.items()}
 
 
 def _dataset(task: Task, columns: dict[str, list]) -> Dataset:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,11 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         OSError: if a file cannot be read. UsageError: if a method's file is damaged.
     """
     found = {}
-    # In YAML a name may be a number.
-    arguments = {**arguments, **{flag: str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}}
-    for flag in INPUTS:
-        if files := _files(flag, arguments):
-            # Of the name of a user's own file only the suffix matters: it decides how the file is read.
-            own = Path(arguments.get(flag) or "")
-            names = [path.suffix if path == own else path.name for path in files]
+    for flag, files in _files(arguments).items():
+        # Of the name of a user's own file only the suffix matters: it decides how the file is read.
+        own = Path(str(arguments.get(flag)))
+        names = [file.suffix if file == own else file.name for file in files]
+        if files:
             found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
     path = METHOD_FOLDER / f"{arguments.get('method_config') or arguments.get('method')}.yaml"
     if path.is_file():  # only the values count: comments and the order of lines change no run
@@ -64,30 +62,24 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _files(flag: str, arguments: Mapping[str, Any]) -> list[Path]:
-    """The files whose contents make the digest of a flag."""
-    value, predicts = arguments.get(flag), arguments.get("do_predict")
-    folder = arguments.get("glue_dir") or os.environ.get("GLUE_DIR")
+def _files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """Flag → the files whose contents make its digest."""
+    paths = {flag: str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}  # in YAML a name may be a number
+    files = {flag: [Path(path)] for flag, path in paths.items() if os.path.isfile(path)}  # not JSON of --peft_config
+    for flag, patterns in (("model_name_or_path", _MODEL_FILES), ("lora_path", _ADAPTER_FILES)):
+        if flag in paths:
+            found = {path for pattern in patterns for path in Path(paths[flag]).glob(pattern)}
+            files[flag] = sorted(filter(Path.is_file, found))
+    folder = paths.get("glue_dir") or os.environ.get("GLUE_DIR")
     task = TASKS.get(str(arguments.get("task_name")))  # an experiment's own command may have other tasks
-    if flag == "model_name_or_path":
-        return _matching(value, _MODEL_FILES)
-    if flag == "lora_path":
-        return _matching(value, _ADAPTER_FILES)
-    if flag == "glue_dir" and folder:
-        held_out = arguments.get("holdout_fraction")
-        splits = [] if task is None else [*task.train_splits, *([] if held_out else task.validation_splits)]
-        return [path for split in splits for path in split_files(task, split, folder)]
-    if flag == "test_file" and task is not None:
-        tasks = [task, TASKS.get(str(arguments.get("predict_task")))] if predicts and folder else []
-        return [path for t in tasks if t for split in t.test_splits for path in split_files(t, split, folder)]
-    wanted = value and (flag != "test_file" or predicts)
-    return [Path(value)] if wanted and os.path.isfile(value) else []  # --peft_config may be JSON text
-
-
-def _matching(folder: Any, patterns: Iterable[str]) -> list[Path]:
-    if not folder:
-        return []
-    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()})
+    if folder and task:
+        splits = [*task.train_splits, *([] if arguments.get("holdout_fraction") else task.validation_splits)]
+        files["glue_dir"] = [file for split in splits for file in split_files(task, split, folder)]
+        tested = filter(None, [task, TASKS.get(str(arguments.get("predict_task")))])
+        files["test_file"] = [file for t in tested for split in t.test_splits for file in split_files(t, split, folder)]
+    if not arguments.get("do_predict"):
+        files.pop("test_file", None)
+    return files
 
 
 def _together(parts: Any) -> str:
