@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, PrinterCallback
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, default_data_collator
 from transformers.utils import logging
 
 from nlu.arguments import Arguments
@@ -35,6 +35,7 @@ from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
 from nlu.model import set_precision
+from nlu.runs.log import ProgressLines
 from nlu.runs.machine import processor, versions
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, trainer_arguments
@@ -136,11 +137,11 @@ def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str
     """The losses of the first steps, the regulariser included: float32 numbers in their shortest decimal form."""
     with tempfile.TemporaryDirectory() as folder:
         arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
-        trainer = _Recording(
-            arguments, TASKS["cola"], applied, args=trainer_arguments(arguments, TASKS["cola"].metric),
-            train_dataset=rows,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
+        task = TASKS["cola"]
+        training = trainer_arguments(arguments, task.metric)
+        trainer = _Recording(arguments, training, task, applied, {"train": rows}, tokenizer=None)
+        trainer.data_collator = default_data_collator  # all rows have one length
+        trainer.remove_callback(ProgressLines)  # standard output is for the result
         trainer.train()
     return [float(str(loss)) for loss in torch.stack(trainer.losses).float().cpu().numpy()]
 

@@ -201,4 +201,6 @@ def portable(value: Any) -> Any:
 
 
 def _is_place(value: Any) -> bool:
-    return isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1)
+    if not isinstance(value, str) or value.startswith("{"):  # JSON of --peft_config
+        return False
+    return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1

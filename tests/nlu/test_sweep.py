@@ -152,6 +152,10 @@ def test_own_files_replace_a_task_and_their_folder_is_not_recorded(run_sweep, tm
 def test_hub_models_of_different_owners_are_different():
     names = [portable({"model_name_or_path": name}) for name in ("a/bert", "b/bert", "/models/bert", "./x/bert")]
     assert [named["model_name_or_path"] for named in names] == ["a/bert", "b/bert", "bert", "bert"]
+    configs = [
+        portable({"peft_config": text})["peft_config"] for text in ('{"a": "b/c/d"}', "conf/a.json", "/x/a.json")
+    ]
+    assert configs == ['{"a": "b/c/d"}', "conf/a.json", "a.json"]
 
 
 def test_path_that_looks_like_a_number_stays_text():
