@@ -27,15 +27,18 @@ def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
     """The server's file name -> that file in one of the folders or in its subfolder `predictions`.
 
     Raises:
-        UsageError: if a file is missing, is there twice, or does not have a prediction for each row of the official
-            test set, by index from 0.
+        UsageError: if a folder has no such file, if one is missing or there twice, or if it does not have a prediction
+            for each row of the official test set, by index from 0.
     """
     found: dict[str, Path] = {}
-    for name, rows in _SERVER.items():
-        places = [Path(folder) / part / name for folder in folders for part in ("", "predictions")]
-        for path in filter(Path.is_file, places):
+    for folder in folders:
+        places = [Path(folder) / part / name for name in _SERVER for part in ("", "predictions")]
+        if not (paths := list(filter(Path.is_file, places))):
+            raise UsageError(f"{folder}: no predictions there; run with --do_predict first")
+        for path in paths:
+            name, rows = path.name, _SERVER[path.name]
             if not found.setdefault(name, path).samefile(path):
-                raise UsageError(f"{name} is there twice: {found[name]} and {path}; leave out one of the folders")
+                raise UsageError(f"{name} is there twice, {found[name]} and {path}: leave out or delete one of them")
             try:
                 table = pd.read_csv(path, sep="\t").reindex(columns=["index", "prediction"])
             except ValueError:  # empty, or not UTF-8
@@ -43,11 +46,8 @@ def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
             if table["index"].tolist() != list(range(rows)) or table.prediction.isna().any():
                 raise UsageError(f"{path} does not have the test set's {rows} rows, each predicted: predict them")
     if missing := [name for name in _SERVER if name not in found]:
-        raise UsageError(
-            f"the server wants all eleven files; missing: {', '.join(missing)}: name the folders of their runs, which "
-            "need --do_predict"
-        )
-    return found
+        raise UsageError(f"the server wants all eleven files; missing: {', '.join(missing)}: name their folders too")
+    return {name: found[name] for name in _SERVER}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = io.BytesIO()
         with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, path in taken.items():
-                archive.write(path, name)
+                archive.writestr(name, path.read_bytes())  # write() refuses files older than 1980
         write_bytes(options.out, content.getvalue())
     except BaseException as error:
         return exit_code(error)

@@ -182,7 +182,7 @@ def _check(runs: list[Run], flags: list[str]) -> None:
 def run_name(axes: dict[str, Any]) -> str:
     """A folder's name from the labels of a run's axes (LoRA² becomes LoRA2); numbers carry their axis' name."""
     parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in portable(axes).items()]
-    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts)))
+    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts).replace("…/", "")))
 
 
 def portable(value: Any) -> Any:

@@ -128,10 +128,11 @@ class Sweep:
             while (pending and not self.signals) or running:
                 while pending and not self.signals and len(running) < launcher.jobs:
                     run = pending.pop(0)
-                    command, log, state = self.command_line(run), self.log(run), states[run.folder]
-                    if state == "failed" or rerun_changed:
-                        command.append("--overwrite_output_dir")  # replaces another run, and resumes an unchanged one
+                    log, state = self.log(run), states[run.folder]
                     try:
+                        command = self.command_line(run)
+                        if state == "failed" or rerun_changed:
+                            command.append("--overwrite_output_dir")  # replaces another run, resumes an unchanged one
                         if state in ("failed", "changed"):
                             write_line(self.measured, run.folder, None)
                         log.parent.mkdir(parents=True, exist_ok=True)
