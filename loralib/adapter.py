@@ -259,7 +259,7 @@ def check_tensors(
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
         raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
-    needed = dict(head)
+    factors: dict[str, Tensor] = {}
     found: dict[int, Tensor | None] = {}  # id of a factor -> the stored tensor
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
@@ -267,11 +267,12 @@ def check_tensors(
             raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): {_origin(config)}")
         if live:
             named = _named_factors(name, layer)
-            needed |= zip(named, layer.select(live), strict=True)
+            factors |= zip(named, layer.select(live), strict=True)
             for factor, parameter in named.items():
                 stored = tensors.get(factor)
                 if found.setdefault(id(parameter), stored) is not stored:
                     raise ValueError("only the model's layers share outer factors: leave share_outer out")
+    needed = {name: factor for name, factor in factors.items() if name not in config.head} | dict(head)
     for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
         there, here = (tuple(of[name].shape) if name in of else "nothing" for of in (tensors, needed))
         if there != here or there == "nothing":

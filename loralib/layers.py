@@ -55,7 +55,7 @@ class LoRALayer(nn.Linear):
 
     kind: ClassVar[str]  # the preset's name, see :func:`loralib.inject`
     has_singular_values: ClassVar[bool] = True
-    managed: bool = False  # whether peft or a MultiAdapter holds the layer, and saves, merges and shrinks it
+    in_peft: ClassVar[bool] = False  # whether peft wraps the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
     # The replaced layer, if its weight is quantised: only that layer can compute the product. The tuple hides it from
     # nn.Module, so that the weight has only one name.
@@ -318,7 +318,7 @@ class LoRALayer(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Undoes a merge first, because loading changes W and ΔW. In peft the layer does not own W."""
-        if not self.managed:
+        if not self.in_peft:
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._has_values |= any(name.startswith(f"{prefix}lora_") for name in state_dict)

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from loralib.checks import check_choice
 from loralib.layers import LoRALayer
 
+HOLDER = "_multi_adapter"  # the attribute of a model with the MultiAdapter that has adapters for it
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -52,13 +53,13 @@ def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """:func:`lora_layers`.
 
     Raises:
-        ValueError: if peft or a MultiAdapter manages the names, ranks and weights of a layer.
+        ValueError: if peft or a MultiAdapter manages them: it saves, merges and shrinks them.
     """
     layers = lora_layers(model)
-    if any(layer.managed for layer in layers.values()):
-        raise ValueError(
-            "peft or a MultiAdapter holds the low-rank layers: use the PeftModel's methods, or call close()"
-        )
+    if any(layer.in_peft for layer in layers.values()):
+        raise ValueError("peft holds the low-rank layers: use the PeftModel's methods")
+    if getattr(getattr(unwrapped(model), HOLDER, None), "active", None) is not None:
+        raise ValueError("the model holds the active adapter of a MultiAdapter: call its activate(None) first")
     return layers
 
 

@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from loralib.adapter import check_base, fitting_layers, write_factors
 from loralib.adapter_folder import AdapterConfig, read_adapter
-from loralib.model import lora_layers, unwrapped
+from loralib.layers import LoRALayer
+from loralib.model import HOLDER, lora_layers, unwrapped
 
 NOT_PER_ROW = (
     "run() can join only tensors whose first dimension is the rows, and one of the outputs is something else: give "
     "use_cache=False to a decoder, leave labels out, or use one adapter for all rows"
 )
-_TURNS = threading.RLock()  # held while another adapter than the user's is active
+_TURNS = threading.RLock()  # held while the active adapter changes
 
 
 class MultiAdapter:
@@ -59,15 +60,17 @@ class MultiAdapter:
         """Load a folder of :func:`loralib.save_adapter` under a name of your choice.
 
         Raises:
-            ValueError: if the name is in use, or the model has low-rank layers of its own or of another MultiAdapter;
-                also as :func:`loralib.load_adapter`. Nothing is changed.
+            ValueError: if the name is in use, the model has low-rank layers of its own, or another MultiAdapter has
+                adapters for it; also as :func:`loralib.load_adapter`. Nothing is changed.
         """
         if name in self._adapters:
             raise ValueError(f"an adapter {name!r} is loaded already: remove it first, or choose another name")
+        if getattr(self.model, HOLDER, self) is not self:
+            raise ValueError("another MultiAdapter has adapters for this model: load into that one, or close() it")
         with self._turn():
             self.activate(None)
             if lora_layers(self.model):
-                raise ValueError("the model has low-rank layers: give the plain base, and close() another MultiAdapter")
+                raise ValueError("the model has low-rank layers already: give MultiAdapter the plain base")
             config, tensors = read_adapter(folder)
             layers = fitting_layers(self.model, config, tensors, any_head_size=True)
             if not allow_other_base:
@@ -75,13 +78,14 @@ class MultiAdapter:
             write_factors(layers, config, tensors)
             new: dict[int, Any] = {}  # id of a module or tensor of the base -> what stands in its place
             for module_name, layer in layers.items():
-                layer.managed, layer.lora_dropout.p = True, 0.0
+                layer.lora_dropout.p = 0.0
                 for factor in layer.lora_parameters():
                     factor.requires_grad_(False)
                 new[id(self.model.get_submodule(module_name))] = layer
             state = self.model.state_dict(keep_vars=True)
             for tensor_name in config.head:
-                own, value = state[tensor_name], tensors[tensor_name].to(state[tensor_name])
+                own = state[tensor_name]
+                value = tensors[tensor_name].to(own, copy=True)  # the file's values are not aligned
                 new[id(own)] = nn.Parameter(value, requires_grad=False) if isinstance(own, nn.Parameter) else value
             self._adapters[name] = [
                 (owner, attribute, new[id(value)])
@@ -92,6 +96,7 @@ class MultiAdapter:
             ]
             encoders = [module for module in self.model.modules() if isinstance(module, nn.TransformerEncoder)]
             self._adapters[name] += [(encoder, "use_nested_tensor", False) for encoder in encoders if layers]
+            setattr(self.model, HOLDER, self)
         return config
 
     def remove(self, name: str) -> None:
@@ -101,33 +106,42 @@ class MultiAdapter:
             ValueError: for a name that is not loaded.
         """
         self._known(name)
-        if self.active == name:
-            self.activate(None)
-        del self._adapters[name]
+        with _TURNS:
+            if self.active == name:
+                self.activate(None)
+            del self._adapters[name]
 
     def activate(self, name: str | None) -> None:
         """Use this adapter for plain calls of the model; None uses the base alone.
 
         Raises:
             ValueError: for a name that is not loaded.
-            RuntimeError: if a layer or tensor of the active adapter was replaced in the model, or a layer was merged.
+            RuntimeError: if a layer or tensor of the active adapter was replaced in the model. The plain base is
+                restored then.
         """
         self._known(name)
-        for owner, attribute, value, _ in self._placed:
-            if getattr(owner, attribute) is not value or getattr(value, "merged", False):
-                raise RuntimeError(f"{attribute} was replaced or merged while the adapter {self.active!r} was active")
-        for owner, attribute, _, of_base in self._placed:
-            setattr(owner, attribute, of_base)
-        places = [] if name is None else self._adapters[name]
-        self._placed = [(*place, getattr(place[0], place[1])) for place in places]
-        for owner, attribute, value in places:
-            setattr(owner, attribute, value)
-        self.active = name
+        with _TURNS:
+            lost = [attribute for owner, attribute, value, _ in self._placed if getattr(owner, attribute) is not value]
+            for owner, attribute, value, of_base in self._placed:
+                if isinstance(value, LoRALayer):
+                    value.unmerge()
+                setattr(owner, attribute, of_base)
+            before, self.active, self._placed = self.active, None, []
+            if lost:
+                raise RuntimeError(f"{lost[0]} was replaced while the adapter {before!r} was active: the base is back")
+            places = [] if name is None else self._adapters[name]
+            self._placed = [(*place, getattr(place[0], place[1])) for place in places]
+            for owner, attribute, value in places:
+                setattr(owner, attribute, value)
+            self.active = name
 
     def close(self) -> None:
         """Remove all adapters."""
-        self.activate(None)
-        self._adapters.clear()
+        with _TURNS:
+            self._adapters.clear()
+            if getattr(self.model, HOLDER, None) is self:
+                delattr(self.model, HOLDER)
+            self.activate(None)
 
     @torch.no_grad()
     def run(self, adapters: Sequence[str | None], *args: Any, **kwargs: Any) -> Any:

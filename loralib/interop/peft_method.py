@@ -86,7 +86,7 @@ class LoRA2Adapter(LoRA2Linear):
     follows it.
     """
 
-    managed = True
+    in_peft = True
 
     def __init__(self, base: nn.Module, config: LoRA2Config) -> None:
         nn.Module.__init__(self)

@@ -17,20 +17,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BertForSequenceClassification,
-    DebertaV2ForSequenceClassification,
-    MPNetForSequenceClassification,
-    RobertaForSequenceClassification,
-)
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
+from transformers.models.mpnet import modeling_mpnet as mpnet
+from transformers.models.roberta import modeling_roberta as roberta
 
-CLASSIFIERS = (
-    BertForSequenceClassification,
-    DebertaV2ForSequenceClassification,
-    MPNetForSequenceClassification,
-    RobertaForSequenceClassification,
-)
-_ALONE: ContextVar[bool] = ContextVar("first token alone", default=False)
+# Classifier → its layers, in which nothing mixes tokens after the attention.
+COVERED = {
+    bert.BertForSequenceClassification: bert.BertLayer,
+    deberta.DebertaV2ForSequenceClassification: deberta.DebertaV2Layer,
+    mpnet.MPNetForSequenceClassification: mpnet.MPNetLayer,
+    roberta.RobertaForSequenceClassification: roberta.RobertaLayer,
+}
+# Both hold in one thread, as other threads may call the model in other ways.
+_ALONE: ContextVar[bool] = ContextVar("in a call of the classifier", default=False)
+_CUT: ContextVar[bool] = ContextVar("in a layer that computes the first token alone", default=False)
 _signature = functools.cache(inspect.signature)
 
 
@@ -40,34 +41,38 @@ class _FirstToken:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs, first_token_alone=_ALONE.get())
 
-    def forward(self, *args: Any, first_token_alone: bool, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, first_token_alone: bool = False, **kwargs: Any) -> Any:
         if not first_token_alone:
             return super().forward(*args, **kwargs)
-        cut = self.attention.register_forward_hook(lambda module, args, output: (output[0][:, :1], *output[1:]))
-        with cut:
+        before = _CUT.set(True)
+        try:
             return super().forward(*args, **kwargs)
+        finally:
+            _CUT.reset(before)
+
+
+def _cut(attention: nn.Module, args: tuple, output: tuple) -> tuple:
+    """The attention's output (B, L, hidden), or its first token, and what else it returns."""
+    return (output[0][:, :1], *output[1:]) if _CUT.get() else output
 
 
 def enable_first_token(model: nn.Module) -> bool:
-    """Let the last layer of one of ``CLASSIFIERS`` compute its first token alone.
+    """Let the last layer of a classifier in ``COVERED`` compute its first token alone.
 
     Only the layer's class changes. Subclasses and other models are left alone. Returns whether the layer was changed.
     """
-    if type(model) not in CLASSIFIERS or not _covers(model.base_model):
+    if type(model) not in COVERED:
         return False
-    last = model.base_model.encoder.layer[-1]
-    last.__class__ = type(f"FirstToken{type(last).__name__}", (_FirstToken, type(last)), {})
+    encoder = model.base_model.encoder
+    last, kind = encoder.layer[-1], COVERED[type(model)]
+    convolved = getattr(encoder, "conv", None) is not None and len(encoder.layer) == 1  # after DeBERTa's first layer
+    if type(last) is not kind or "forward" in vars(last) or convolved or getattr(last, "chunk_size_feed_forward", 0):
+        return False
+    last.__class__ = type(f"FirstToken{kind.__name__}", (_FirstToken, kind), {})
+    last.attention.register_forward_hook(_cut)
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
     return True
-
-
-def _covers(base: nn.Module) -> bool:
-    """Whether nothing mixes tokens after the last layer's attention, and no option reads the whole sequence."""
-    layers, last = base.encoder.layer, base.encoder.layer[-1]
-    convolved = getattr(base.encoder, "conv", None) is not None and len(layers) == 1  # it follows DeBERTa's first layer
-    chunked = getattr(last, "chunk_size_feed_forward", 0)
-    return not (isinstance(last, _FirstToken) or "forward" in vars(last) or convolved or chunked)
 
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -81,6 +81,7 @@ FORGED = {
         lambda c, t: c.update(base_config={"id2label": {"0": []}, "problem_type": None}), "base_config holds no labels"
     ),
     "a head of numbers": (lambda c, t: c.update(head=[1]), "head cannot be"),
+    "a head that is a factor": (lambda c, t: c["head"].append("layers.0.q.lora_E"), "lora_E: the adapter holds"),
     "a huge rank": (
         lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"
     ),
