@@ -128,15 +128,10 @@ class Sweep:
             while (pending and not self.signals) or running:
                 while pending and not self.signals and len(running) < launcher.jobs:
                     run = pending.pop(0)
-                    log, state = self.log(run), states[run.folder]
+                    overwrite = states[run.folder] == "failed" or rerun_changed
+                    found = self.record_time(run)
                     try:
-                        command = self.command_line(run)
-                        if state == "failed" or rerun_changed:
-                            command.append("--overwrite_output_dir")  # replaces another run, resumes an unchanged one
-                        if state in ("failed", "changed"):
-                            write_line(self.measured, run.folder, None)
-                        log.parent.mkdir(parents=True, exist_ok=True)
-                        running[run.folder] = run, self.record_time(run), launcher.start(command, log)
+                        running[run.folder] = run, found, self._start(launcher, run, states[run.folder], overwrite)
                     except UsageError as error:
                         if not running and not self.finished:  # the others would be refused as well
                             raise
@@ -159,6 +154,18 @@ class Sweep:
             raise
         finally:
             bar.close()
+
+    def _start(
+        self, launcher: LocalLauncher | SlurmLauncher, run: Run, state: str, overwrite: bool
+    ) -> LocalJob | SlurmJob:
+        """Start a run without its old line; to `overwrite` replaces another run in its folder, or resumes its own."""
+        command, log = self.command_line(run), self.log(run)
+        if overwrite:
+            command.append("--overwrite_output_dir")
+        if state in ("failed", "changed"):
+            write_line(self.measured, run.folder, None)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return launcher.start(command, log)
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""

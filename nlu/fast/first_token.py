@@ -59,7 +59,7 @@ def _cut(attention: nn.Module, args: tuple, output: tuple) -> tuple:
 def enable_first_token(model: nn.Module) -> bool:
     """Let the last layer of a classifier in ``COVERED`` compute its first token alone.
 
-    Only the layer's class changes. Subclasses and other models are left alone. Returns whether the layer was changed.
+    The state dict stays as it is. Subclasses and other models are left alone. Returns whether the layer was changed.
     """
     if type(model) not in COVERED:
         return False
