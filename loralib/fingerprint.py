@@ -43,17 +43,15 @@ def base_fingerprint(model: nn.Module, exclude: Collection[str] = ()) -> str:
             parts += [(f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0]]
         else:
             parts.append((name, tensor))
-    chunks: list[tuple[bytes, Tensor]] = []
+    pieces: list[bytes | Tensor] = []
     for name, tensor in sorted(parts, key=lambda part: part[0]):
-        flat = tensor.detach().flatten()
-        chunks.append((f"{name} {tuple(tensor.shape)}".encode(), flat[:0]))
-        chunks += [(b"", part) for part in flat.split(_CHUNK)]
+        pieces += [f"{name} {tuple(tensor.shape)}".encode(), *tensor.detach().flatten().split(_CHUNK)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.sha256(b"".join(pool.map(_chunk_digest, chunks))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(_digest, pieces))).hexdigest()
 
 
-def _chunk_digest(chunk: tuple[bytes, Tensor]) -> bytes:
-    label, values = chunk
-    rounded = values.to(torch.bfloat16) if values.is_floating_point() else values
-    data = rounded.cpu().contiguous().view(torch.uint8).numpy() if values.numel() else b""
-    return hashlib.sha256(label + data if label else data).digest()
+def _digest(piece: bytes | Tensor) -> bytes:
+    if isinstance(piece, Tensor):
+        rounded = piece.to(torch.bfloat16) if piece.is_floating_point() else piece
+        piece = rounded.cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(piece).digest()
