@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter_folder import VERSION, AdapterConfig, LayerGroup, read_adapter, write_adapter
+from loralib.adapter_folder import AdapterConfig, LayerGroup, read_adapter, write_adapter
 from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import KINDS, check_replaceable, is_linear, put_in_place
@@ -93,8 +93,6 @@ def save_adapter(
             base_revision=base_revision,
             base_fingerprint=base_fingerprint(model, head),
             card=dict(card or {}) | ({"peft_lacks": second} if second else {}),
-            library_version=VERSION,
-            weights_sha256="",  # write_adapter fills it in
         )
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
     write_adapter(folder, config, stored, adapter_card(config), save_tokenizer)

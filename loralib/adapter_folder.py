@@ -62,7 +62,7 @@ class LayerGroup:
         return [i for i, flag in enumerate(self.rank_pattern[name]) if flag == "1"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdapterConfig:
     """The content of ``adapter_config.json``.
 
@@ -83,18 +83,18 @@ class AdapterConfig:
 
     kind: str
     groups: list[LayerGroup]
-    tied: dict[str, str]
+    tied: dict[str, str] = field(default_factory=dict)
     head: list[str]
     architecture: str
-    base_config: dict[str, Any]
-    base_model: str | None
-    base_revision: str | None
-    base_fingerprint: str
-    card: dict[str, Any]
-    library_version: str
-    weights_sha256: str
-    library: str = field(default="loralib")
-    format_version: int = field(default=FORMAT_VERSION)
+    base_config: dict[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    base_revision: str | None = None
+    base_fingerprint: str = ""
+    card: dict[str, Any] = field(default_factory=dict)
+    library_version: str = VERSION
+    weights_sha256: str = ""  # write_adapter fills it in
+    library: str = "loralib"
+    format_version: int = FORMAT_VERSION
 
     @property
     def modules(self) -> dict[str, LayerGroup]:

@@ -205,15 +205,14 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             the base's weights (PiSSA, OLoRA), or one that does not fit the base. The model is unchanged then.
     """
     values, pairs, head = read_pairs(folder)
-    groups: dict[str, LayerGroup] = {}
+    groups: list[LayerGroup] = []
     tensors = dict(head)
     for name, (left, right, scaling) in pairs.items():
         rank = right.shape[0]
         tensors |= {f"{name}.lora_B.0": left.float(), f"{name}.lora_A.0": right.float()}
         # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
-        group = LayerGroup("lora", rank, [], scaling * rank, 0.0, "gaussian", False, {})
-        groups.setdefault(str(group), group).rank_pattern[name] = "1" * rank
-    config = AdapterConfig("lora", list(groups.values()), {}, list(head), _ORIGIN, {}, None, None, "", {}, "", "")
+        groups.append(LayerGroup("lora", rank, [], scaling * rank, 0.0, "gaussian", False, {name: "1" * rank}))
+    config = AdapterConfig(kind="lora", groups=groups, head=list(head), architecture=_ORIGIN)
     layers = fitting_layers(model, config, tensors)
     state = model.state_dict(keep_vars=True)
     second = second_name(model, {}, {name: state[name] for name in head})
