@@ -83,11 +83,10 @@ def export_peft(
             parameter was trained in addition to its low-rank update, or tied weights give it a second name.
     """
     if is_peft(adapter):
-        values, scaled, head = read_pairs(adapter)
+        values, pairs, head = read_pairs(adapter)
         fields = {name: values.get(name) for name in _KEPT}
         if base_model not in (None, fields["base_model_name_or_path"]):
             fields |= {"base_model_name_or_path": base_model, "revision": None}
-        pairs = {name: (left * scaling, right) for name, (left, right, scaling) in scaled.items()}
         return _write_peft(adapter, folder, pairs, head, fields, None)
     config, tensors = read_adapter(adapter)
     for name in config.head:
@@ -98,21 +97,28 @@ def export_peft(
                          "cannot hold: load the adapter with load_adapter()")  # fmt: skip
     if base_model not in (None, config.base_model):
         config = replace(config, base_model=base_model, base_revision=None)
-    pairs = {name: layer_pair(group, name, tensors) for name, group in config.modules.items() if group.live(name)}
+    modules = {name: group for name, group in config.modules.items() if group.live(name)}
+    pairs = {name: _pair(_factors(name, group, tensors), group.lora_alpha / group.r) for name, group in modules.items()}
     head = {name: tensors[name] for name in config.head}
     card = adapter_card(config, "peft", _how_to_load(config))
     return _write_peft(adapter, folder, pairs, head, _peft_fields(config), card)
 
 
-def layer_pair(group: LayerGroup, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, A) of one module with live singular values: ΔW = B A, shapes (out, ρ) and (ρ, in), float32."""
+def _factors(name: str, group: LayerGroup, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """The stored factors of one module, in the order of their product."""
     scales = range(len(group.widths) + 1)
-    names = [*(f"lora_B.{i}" for i in scales), "lora_E", *(f"lora_A.{i}" for i in reversed(scales))]
-    stored = [tensors[f"{name}.{part}"].double() for part in names if group.kind != "lora" or part != "lora_E"]
-    factors = [values if values.dim() == 2 else torch.diag(values) for values in stored]
-    narrowest = min(range(1, len(factors)), key=lambda i: len(factors[i]))
-    left, right = (reduce(torch.matmul, part) for part in (factors[:narrowest], factors[narrowest:]))
-    return (left * group.lora_alpha / group.r).float(), right.float()
+    values = [] if group.kind == "lora" else ["lora_E"]
+    names = [*(f"lora_B.{i}" for i in scales), *values, *(f"lora_A.{i}" for i in reversed(scales))]
+    return [tensors[f"{name}.{part}"] for part in names]
+
+
+def _pair(factors: list[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """(B, A) in float32, shapes (out, ρ) and (ρ, in): B A is the scaled product of the factors, split at its narrowest
+    place. A factor with one dimension stands for a diagonal matrix."""
+    matrices = [factor.double() if factor.dim() == 2 else torch.diag(factor.double()) for factor in factors]
+    narrowest = min(range(1, len(matrices)), key=lambda i: len(matrices[i]))
+    left, right = (reduce(torch.matmul, part) for part in (matrices[:narrowest], matrices[narrowest:]))
+    return (left * scaling).float(), right.float()
 
 
 def _write_peft(
@@ -207,11 +213,11 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     values, pairs, head = read_pairs(folder)
     groups: list[LayerGroup] = []
     tensors = dict(head)
-    for name, (left, right, scaling) in pairs.items():
-        rank = right.shape[0]
-        tensors |= {f"{name}.lora_B.0": left.float(), f"{name}.lora_A.0": right.float()}
+    for name, (b, a) in pairs.items():
+        rank = len(a)
+        tensors |= {f"{name}.lora_B.0": b, f"{name}.lora_A.0": a}
         # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
-        groups.append(LayerGroup("lora", rank, [], scaling * rank, 0.0, "gaussian", False, {name: "1" * rank}))
+        groups.append(LayerGroup("lora", rank, [], rank, 0.0, "gaussian", False, {name: "1" * rank}))
     config = AdapterConfig(kind="lora", groups=groups, head=list(head), architecture=_ORIGIN)
     layers = fitting_layers(model, config, tensors)
     state = model.state_dict(keep_vars=True)
@@ -241,15 +247,12 @@ def refuse_other_format(folder: str | os.PathLike[str], peft: bool) -> None:
 
 def read_pairs(
     folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """Read a LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs.
-
-    For AdaLoRA, ΔW = B diag(e) A · lora_alpha / (init_r + 1e-5), as peft computes it; for LoRA² see
-    :mod:`loralib.interop.peft_method`. In both cases e and the scaling go into B, so that s = 1. Pruned singular values
-    are left out, and so are modules without any others.
+) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Read a LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs. Pruned singular values are left out, and so are
+    modules without any others.
 
     Returns:
-        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
+        The configuration; module name -> (B (out, ρ), A (ρ, in)) with ΔW = B A; and the head's tensors.
 
     Raises:
         ValueError: see :func:`import_peft`.
@@ -257,25 +260,24 @@ def read_pairs(
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path)
     _refuse_other_than_lora(path, values)
-    kind = values["peft_type"]
     tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}
-    parts = _PARTS[kind]
+    parts = _PARTS[values["peft_type"]]
     names = [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]
     pairs = {}
     for name in names:
         try:
-            first, *factors = (state.pop(name + part) for part in parts)
-            if kind == "LORA2":
-                first, factors = first @ factors[0], [factors[1][:, None], factors[2] @ factors[3]]
-            left, *e, right = first, *factors
-            if kind == "LORA":
-                pairs[name] = left, right, _scaling(values, name, right.shape[0])
-            elif len(live := e[0].flatten().nonzero().flatten()):
-                scaled = left.double() * e[0].double().T * _scaling(values, name, 0)
-                pairs[name] = scaled[:, live].float(), right[live].float(), 1.0
-            if not left.dim() == right.dim() == 2 or left.shape[1] != right.shape[0]:
-                raise ValueError("its matrices have no common rank")
+            factors = [state.pop(name + part) for part in parts]
+            if len(factors) > 2:  # e in the middle: keep what belongs to its live singular values
+                i = len(factors) // 2
+                e = factors[i].flatten()
+                live = e.nonzero().flatten()
+                factors[i - 1 : i + 2] = factors[i - 1][:, live], e[live], factors[i + 1][live]
+            b, a = _pair(factors, _scaling(values, name, len(factors[-1])))
+            if b.shape[1] != len(a) or not b.isfinite().all():
+                raise ValueError("its matrices have no common rank, or the scaling is not finite")
+            if len(a):
+                pairs[name] = b, a
         except Exception as error:  # a factor is missing or has a wrong shape, or the configuration lacks the scaling
             raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
     if odd := next((name for name in state if ".base_layer." in name), None):
