@@ -228,13 +228,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Ctrl-C. argparse itself reports unknown arguments."""
     try:
         run(argv)
-    except ModuleNotFoundError as error:  # loralib is installed without the extra "glue"
-        print(f"error: this needs the package {error.name}: in a clone, pip install '.[glue]'", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("stopped: no file is left half-written", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:  # loralib is installed without the extra "glue"
+        reason = f"this needs the package {error.name}: in a clone, pip install '.[glue]'"
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    else:
-        return 0
+        reason = " ".join(str(error).split())
+    print(f"error: {reason}", file=sys.stderr)
     return 2

@@ -49,7 +49,12 @@ _KEPT = (
     "task_type", "base_model_name_or_path", "revision", "lora_dropout", "modules_to_save", "fan_in_fan_out",
     "trainable_token_indices",
 )  # fmt: skip
-_ORIGIN = "model that peft adapted"  # in place of the model's class, which peft does not record
+# peft's type -> endings of the names of a module's factors, in the order of their product
+_PARTS = {
+    "LORA": (".lora_B.weight", ".lora_A.weight"),
+    "ADALORA": (".lora_B", ".lora_E", ".lora_A"),
+    "LORA2": tuple(f".lora2_adapters.lora_{part}" for part in ("B_0", "B_1", "E", "A_1", "A_0")),
+}
 _LOAD = """```python
 from peft import PeftModel
 {base}
@@ -186,8 +191,9 @@ def _peft_fields(config: AdapterConfig) -> dict[str, Any]:
 def task_type_of(architecture: str, head: Iterable[str]) -> str | None:
     """peft's task type for a transformers class; None if there is none or the head it requires is not in ``head``."""
     task_type = next((t for ending, t in TASK_TYPES.items() if architecture.endswith(ending)), None)
-    insists = task_type not in (None, "CAUSAL_LM")
-    return None if insists and not any(_HEADS & set(name.split(".")) for name in head) else task_type
+    needs_head = task_type not in (None, "CAUSAL_LM")
+    has_head = any(_HEADS & set(name.split(".")) for name in head)
+    return None if needs_head and not has_head else task_type
 
 
 def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
@@ -204,7 +210,8 @@ def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
 
 
 def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` in place, as loralib's LoRA layers.
+    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` in place, as loralib's LoRA layers with
+    a scaling of 1: peft's is multiplied into B.
 
     Raises:
         ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
@@ -218,7 +225,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         tensors |= {f"{name}.lora_B.0": b, f"{name}.lora_A.0": a}
         # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
         groups.append(LayerGroup("lora", rank, [], rank, 0.0, "gaussian", False, {name: "1" * rank}))
-    config = AdapterConfig(kind="lora", groups=groups, head=list(head), architecture=_ORIGIN)
+    # peft does not record the class of the model.
+    config = AdapterConfig(kind="lora", groups=groups, head=list(head), architecture="model that peft adapted")
     layers = fitting_layers(model, config, tensors)
     state = model.state_dict(keep_vars=True)
     second = second_name(model, {}, {name: state[name] for name in head})
@@ -289,14 +297,6 @@ def read_pairs(
     if not pairs:
         raise ValueError(f"{folder}: every singular value is 0: there is no update to import")
     return values, pairs, state
-
-
-# peft's type -> endings of the names of a module's factors, in the order of their product
-_PARTS = {
-    "LORA": (".lora_B.weight", ".lora_A.weight"),
-    "ADALORA": (".lora_B", ".lora_E", ".lora_A"),
-    "LORA2": tuple(f".lora2_adapters.lora_{part}" for part in ("B_0", "B_1", "E", "A_1", "A_0")),
-}
 
 
 def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
