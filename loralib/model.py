@@ -96,7 +96,11 @@ def compact(model: nn.Module) -> dict[str, int]:
     Raises:
         ValueError: if peft or a MultiAdapter holds the layers.
     """
-    layers = own_layers(model)
+    return drop_pruned(own_layers(model))
+
+
+def drop_pruned(layers: Mapping[str, LoRALayer]) -> dict[str, int]:
+    """:func:`compact` for these layers alone."""
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from loralib.injection import HOOKS, NEVER_CALLED
 from loralib.layers import INITS, LoRA2Linear
-from loralib.model import live_singular_values
+from loralib.model import drop_pruned, lora_layers
 from loralib.stored_weight import frozen_shape, is_conv1d
 
 NAME = "lora2"
@@ -255,12 +255,8 @@ class LoRA2Model(BaseTuner):
         Returns:
             Module name -> rank it has now.
         """
-        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, LoRA2Layer)}
-        adapters = {name: layer.lora2_adapters[adapter_name] for name, layer in layers.items()
-                    if adapter_name in layer.lora2_adapters}  # fmt: skip
-        for name, kept in live_singular_values(adapters).items():
-            adapters[name].keep_singular_values(kept)
-        ranks = {name: adapter.r for name, adapter in adapters.items()}
+        ending, found = f".lora2_adapters.{adapter_name}", lora_layers(self.model)
+        ranks = drop_pruned({name.removesuffix(ending): found[name] for name in found if name.endswith(ending)})
         self.peft_config[adapter_name].rank_pattern = dict(ranks)
         return ranks
 
