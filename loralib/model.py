@@ -68,6 +68,12 @@ def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
 
 
+def svd_factors(model: nn.Module) -> list[nn.Parameter]:
+    """The factors, without e, of all layers with singular values. One that layers share is listed once."""
+    found = (factor for layer in svd_layers(model).values() for factor in [*layer.lora_B, *layer.lora_A])
+    return list({id(factor): factor for factor in found}.values())
+
+
 def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     """The low-rank layers whose singular values are trainable. A frozen adapter is neither pruned nor regularised.
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from loralib.fused import without_autocast
 from loralib.layers import LoRALayer
-from loralib.model import lora_layers, svd_layers
-from loralib.recipes.exact_factors import deviations, distinct_factors
+from loralib.model import lora_layers, svd_factors, svd_layers
+from loralib.recipes.exact_factors import deviations
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def update_statistics(model: nn.Module) -> UpdateStatistics:
         values = torch.cat([layer.lora_E.detach().abs().cpu() for layer in layers.values()])
         live = values[values > 0]
         largest, smallest = (float(live.max()), float(live.min())) if len(live) else (None, None)
-        deviation = float(deviations(distinct_factors(layers.values())).max())
+        deviation = float(deviations(svd_factors(model)).max())
     squares = {name: _squared_norm(layer).cpu() for name, layer in lora_layers(model).items()}
     norms = {name: float(square.clamp(min=0).sqrt()) for name, square in squares.items()}
     return UpdateStatistics(norms, largest, smallest, deviation)

@@ -22,20 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.layers import LoRALayer
-from loralib.model import svd_layers
+from loralib.model import svd_factors, svd_layers
 
 # Four steps of degree five bring eigenvalues of the Gram between 0.3 and 1.6 to 1 in float32. What is left of a larger
 # drift, or after the scaling below, shrinks further with every later retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
 ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
-
-
-def distinct_factors(layers: Iterable[LoRALayer], trained: bool = False) -> list[nn.Parameter]:
-    """The factors of the layers, or only the trainable ones; a factor that layers share is there once."""
-    found = {id(f): f for layer in layers for f in [*layer.lora_B, *layer.lora_A]}.values()
-    return [factor for factor in found if factor.requires_grad or not trained]
 
 
 class ExactFactors:
@@ -61,8 +54,9 @@ class ExactFactors:
         """Begin a training: make the factors orthonormal. Raises as :func:`make_orthonormal`."""
         make_orthonormal(self.model)
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
-        for factor in distinct_factors(svd_layers(self.model).values(), trained=True):
-            groups[(factor.device, factor.dtype, factor.shape)].append(factor)
+        for factor in svd_factors(self.model):
+            if factor.requires_grad:
+                groups[(factor.device, factor.dtype, factor.shape)].append(factor)
         self._groups = list(groups.values())
 
     @torch.no_grad()
@@ -104,7 +98,7 @@ def make_orthonormal(model: nn.Module) -> None:
         ValueError: for a model without such factors, and if a layer with ΔW ≠ 0 has factors that are not orthonormal
             (as after pruning), which cannot be replaced without changing ΔW. The model is unchanged then.
     """
-    trained = distinct_factors(svd_layers(model).values(), trained=True)
+    trained = [factor for factor in svd_factors(model) if factor.requires_grad]
     if not trained:
         raise ValueError(
             "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
