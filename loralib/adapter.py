@@ -30,8 +30,8 @@ from loralib.model import (
     keep_flags,
     live_singular_values,
     own_layers,
-    plain_names,
     unwrapped,
+    unwrapped_throughout,
 )
 from loralib.model_card import adapter_card
 from loralib.stored_weight import frozen_shape
@@ -69,7 +69,7 @@ def save_adapter(
         ValueError: if no parameter is trainable, peft or a MultiAdapter holds the layers, a file would replace one that
             is not an adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
     """
-    with plain_names(unwrapped(model)) as model:
+    with unwrapped_throughout(model) as model:
         layers = own_layers(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
@@ -77,22 +77,24 @@ def save_adapter(
         factors, tied = _stored_factors(layers, live)
         head = head_tensors(model)
         groups = _groups(layers, live)
-        second = second_name(model, layers, head) if layers else None
+        card = dict(card or {})
+        if layers and (second := second_name(model, layers, head)):
+            card["peft_lacks"] = second
+        of_transformers = getattr(model, "config", None)
         if base_model is None:
-            base_config = getattr(model, "config", None)
-            base_model = getattr(base_config, "_name_or_path", None)
-            base_revision = base_revision or getattr(base_config, "_commit_hash", None)
+            base_model = getattr(of_transformers, "_name_or_path", None)
+            base_revision = base_revision or getattr(of_transformers, "_commit_hash", None)
         config = AdapterConfig(
             kind="+".join(sorted({group.kind for group in groups})) or "parameters",
             groups=groups,
             tied=tied,
             head=sorted(head),
             architecture=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds this prefix
-            base_config=_head_config(model),
+            base_config=_base_config(of_transformers),
             base_model=name_on_hub(base_model),
             base_revision=base_revision,
             base_fingerprint=base_fingerprint(model, head),
-            card=dict(card or {}) | ({"peft_lacks": second} if second else {}),
+            card=card,
         )
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
     write_adapter(folder, config, stored, adapter_card(config), save_tokenizer)
@@ -142,9 +144,8 @@ def name_on_hub(recorded: Any) -> str | None:
     return name if on_the_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
 
 
-def _head_config(model: nn.Module) -> dict[str, Any]:
-    """Labels, problem type and padding token of a transformers model's configuration; empty for any other model."""
-    config = getattr(model, "config", None)
+def _base_config(config: Any) -> dict[str, Any]:
+    """Labels, problem type and padding token of a transformers model's configuration; empty for any other object."""
     labels = getattr(config, "id2label", None)
     if not isinstance(labels, Mapping):
         return {}
@@ -158,11 +159,11 @@ def _head_config(model: nn.Module) -> dict[str, Any]:
 
 def second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
     """A second name that weight tying gives an adapted module or a trained tensor; None if there is none."""
-    trained = set(map(id, head.values()))
-    modules = model.named_modules(remove_duplicate=False)
-    names = [name for name, module in modules if isinstance(module, LoRALayer) and name not in layers]
-    state = model.state_dict(keep_vars=True)
-    return next(iter(names + [n for n, t in state.items() if id(t) in trained and n not in head]), None)
+    named = model.named_modules(remove_duplicate=False)
+    of_modules = [name for name, module in named if isinstance(module, LoRALayer) and name not in layers]
+    trained, state = set(map(id, head.values())), model.state_dict(keep_vars=True)
+    of_tensors = [name for name, tensor in state.items() if id(tensor) in trained and name not in head]
+    return next(iter(of_modules + of_tensors), None)
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -209,8 +210,9 @@ def fitting_layers(
     with keep_flags(model):
         layers = own_layers(model) or _new_layers(model, config, tensors)
     state = model.state_dict(keep_vars=True)
-    sized = tensors if any_head_size else state
-    head = {name: sized[name] for name in config.head if name in state and name in sized}
+    head = {name: state[name] for name in config.head if name in state}
+    if any_head_size:
+        head = {name: tensors[name] for name in head if name in tensors}
     check_tensors(layers, head, config, tensors)
     names: dict[int, str] = {}  # id of a tensor of the model -> its first name
     for name in config.head:
@@ -230,7 +232,8 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
             raise ValueError(f"the model has no linear layer {name}: {_origin(config)}")
         check_replaceable(name, modules[name])
         check_choice("kind", group.kind, KINDS)
-        most, flags = max(1024, *frozen_shape(modules[name])), group.rank_pattern[name]
+        flags = group.rank_pattern[name]
+        most = max(1024, *frozen_shape(modules[name]))
         # A folder from an untrusted source must not make this allocate unbounded memory.
         if max(group.r, len(flags), *group.widths) > most or len(group.widths) > 16:
             raise ValueError(f"the adapter's rank or a width of {name} is beyond {most}, or it has more than 16 widths")
@@ -250,9 +253,8 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
 def check_tensors(
     layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor], config: AdapterConfig, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raises ValueError unless each layer has the initial rank that the adapter has for its module, the file holds
-    exactly the factors of these layers and the ``head``, in these shapes, every factor that layers share is shared in
-    the adapter too, and no layer is merged."""
+    """Raises ValueError if a layer is merged, if the adapter has other modules, initial ranks or shapes than the layers
+    and the ``head``, if a tensor is missing or left over, or if only the layers share a factor."""
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):

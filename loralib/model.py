@@ -25,17 +25,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def plain_names(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block, each part of the model that is wrapped stands in its wrapper's place."""
-    parts = [(parent, *part) for parent in model.modules() for part in parent._modules.items() if part[1] is not None]
-    wrapped = [(parent, name, part) for parent, name, part in parts if unwrapped(part) is not part]
+def unwrapped_throughout(model: nn.Module) -> Iterator[nn.Module]:
+    """The :func:`unwrapped` model; within the block, its parts are unwrapped too."""
+    model = unwrapped(model)
+    parts = [(parent._modules, *part) for parent in model.modules() for part in parent._modules.items()]
+    wrapped = [(children, name, part) for children, name, part in parts if unwrapped(part) is not part]
     try:
-        for parent, name, part in wrapped:
-            parent._modules[name] = unwrapped(part)
+        for children, name, part in wrapped:
+            children[name] = unwrapped(part)
         yield model
     finally:
-        for parent, name, part in wrapped:
-            parent._modules[name] = part
+        for children, name, part in wrapped:
+            children[name] = part
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
