@@ -3,6 +3,7 @@
 import importlib
 import sys
 import warnings
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -74,21 +75,15 @@ def __getattr__(name: str) -> Any:
     return getattr(_from_new_place(f"loralib.{name}", _NAMES[name]), name)
 
 
-class _MovedModules:
+class _MovedModules(MetaPathFinder, Loader):
     """Imports a module from its new location when it is imported by its old name."""
 
-    @classmethod
-    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, cls) if name in _MODULES else None  # type: ignore[arg-type]
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _MODULES else None
 
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> None:
-        return None
-
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         sys.modules[old] = _from_new_place(old, _MODULES[old])
 
 
-sys.meta_path.append(_MovedModules)  # type: ignore[arg-type]
+sys.meta_path.append(_MovedModules())

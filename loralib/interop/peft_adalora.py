@@ -98,15 +98,10 @@ class AdaLoraTraining:
                 if (factor := factors[self.adapter]).grad is None:  # the step did not use this module
                     factor.grad = torch.zeros_like(factor)
         self.tuner.update_and_allocate(self.step)
-        if not self.ranks_are_final:
+        if self.step < self.total_steps - self.config.tfinal:  # the last masking is still to come
             # With a pattern, peft would save the factors without the singular values that the last mask pruned, though
             # the optimiser has moved them away from 0 since. A model with other ranks could not load such a file.
             self.config.rank_pattern = None
-
-    @property
-    def ranks_are_final(self) -> bool:
-        """Whether the step of the last masking has been reached."""
-        return self.step >= self.total_steps - self.config.tfinal
 
     def pruned_params(self) -> int:
         """Number of parameters of pruned singular values: for each, e, a row of A and a column of B."""
