@@ -250,7 +250,7 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a file of a tokenizer."""
-    return any(True for name in _TOKENIZER for _ in Path(folder).glob(name))
+    return any(any(Path(folder).glob(name)) for name in _TOKENIZER)
 
 
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:

@@ -175,7 +175,10 @@ class RankAllocator:
         totals: list[Any] = [0.0] * len(self._layers)  # a list: a tensor of indices would be copied to the device
         for part, (parameter, axis, rows) in zip(entries, scored, strict=True):
             values = part.view(parameter.shape)
-            values = values.mean() if axis is None else values.mean(1 - axis) if values.dim() == 2 else values
+            if axis is None:
+                values = values.mean()
+            elif values.dim() == 2:
+                values = values.mean(1 - axis)
             for row in rows:
                 totals[row] = totals[row] + values
         return torch.stack(totals)

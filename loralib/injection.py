@@ -82,8 +82,8 @@ def modules_never_called(model: nn.Module) -> set[str]:
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:
-    published = PUBLISHED_MODULES.get(pattern, r"\b\B")  # this matches nothing
-    found = [n for n in names if n == pattern or n.endswith(f".{pattern}") or re.fullmatch(published, n)]
+    published = PUBLISHED_MODULES.get(pattern)
+    found = [n for n in names if f".{n}".endswith(f".{pattern}") or (published and re.fullmatch(published, n))]
     if found:
         return found
     try:

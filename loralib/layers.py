@@ -124,8 +124,9 @@ class LoRALayer(nn.Linear):
     ) -> None:
         self.r = self.initial_r = r
         self.widths = tuple(widths)
-        for name, size in (("r", r), *(("a width (k)", k) for k in self.widths)):
-            check_whole_number(name, size)
+        check_whole_number("r", r)
+        for k in self.widths:
+            check_whole_number("a width (k)", k)
         check_number("lora_alpha", lora_alpha, lambda alpha: 0 < alpha < math.inf, "a positive number")
         check_number("lora_dropout", lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
         check_choice("init", init, INITS)

@@ -65,9 +65,12 @@ def _how_to_load(config: AdapterConfig) -> str:
     """Only what works for an adapter of this kind."""
     if "method_arguments" in config.card:  # a method of the pipeline without low-rank layers of loralib
         return _REBUILD
-    to_peft = config.groups and "peft_lacks" not in config.card
-    exports = [_TO_PEFT] * bool(to_peft) + [_TO_MERGED] * bool(config.base_config)  # only for transformers models
-    return "\n\n".join([_LOAD, *(["Or export it:", "\n".join(exports)] if exports else [])])
+    exports = []
+    if config.groups and "peft_lacks" not in config.card:
+        exports.append(_TO_PEFT)
+    if config.base_config:  # a transformers model's
+        exports.append(_TO_MERGED)
+    return "\n\n".join([_LOAD, "Or export it:", "\n".join(exports)] if exports else [_LOAD])
 
 
 def _cell(value: object) -> str:
