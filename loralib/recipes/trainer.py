@@ -38,7 +38,7 @@ STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 
 
 class LowRankTrainerMixin(_Trainer):
-    """To be put before transformers' Trainer (or a subclass) in the bases of a class.
+    """Goes before transformers' Trainer (or a subclass) in the bases of a class.
 
     It adds the regulariser's gradient, calls the allocator after every optimiser step, and saves its state
     in the checkpoints, so that ``resume_from_checkpoint`` continues exactly where the training stopped.
@@ -49,8 +49,8 @@ class LowRankTrainerMixin(_Trainer):
     :func:`loralib.save_adapter` writes an adapter.
 
     Args:
-        low_rank: made for the same model; its ``total_steps`` is set to the Trainer's. Any object will do that has
-            ``start``, ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict``.
+        low_rank: made for the same model; its ``total_steps`` is set to the Trainer's. Any object with ``start``,
+            ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
         args, kwargs: the Trainer's.
     """
 
@@ -100,16 +100,16 @@ def _state_in(checkpoint: str) -> dict[str, Any]:
 
 
 def _with_penalty(
-    of: Callable[[], Any],
+    trainer_reference: Callable[[], Any],
     compute_loss: Callable[..., Any],
     model: nn.Module,
     inputs: Any,
     return_outputs: bool = False,
     num_items_in_batch: Any = None,
 ) -> Any:
-    """The trainer's loss with the penalty's gradient, which counts once for each optimiser step. The value is the
+    """The trainer's loss, with the gradient of the penalty added once for each optimiser step. The value stays the
     trainer's, so that the logged losses of all methods can be compared."""
-    trainer = of()
+    trainer = trainer_reference()
     result = compute_loss(trainer, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
     if not model.training:
         return result
