@@ -73,7 +73,7 @@ def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier"
     loralib.inject(model, kind, list(modules), r=r, **options)
     model.get_submodule(head).requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
-    for parameter in (p for p in model.parameters() if p.requires_grad):
+    for parameter in trainable(model):
         nn.init.normal_(parameter, generator=generator)
     for pruned, layer in zip(([1], range(r)), loralib.lora_layers(model).values(), strict=False):
         if layer.lora_E is not None:
@@ -111,6 +111,10 @@ def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):
     """``count`` linear layers with random factors of rank ``r``."""
     options = {"r": r, "widths": widths, "share_outer": share_outer}
     return blocks("multiscale", count, (6, 5), std=1.0, seed=seed, **options)
+
+
+def trainable(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def random_step(model, generator, skip=()):

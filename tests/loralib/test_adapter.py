@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.model import load_trained_tensors, trained_tensors
-from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, randomise, refused
+from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, randomise, refused, trainable
 
 KINDS = [
     ("lora", {}),
@@ -36,7 +36,7 @@ def test_trained_adapter_stores_only_live_values_and_reloads_bit_for_bit(tmp_pat
     model, base, small, ids = encoder(), encoder(), encoder(), torch.arange(2, 26).view(4, 6)
     adapted(modules=["query", "value", "intermediate"], r=4, k=3, model=model)
     low_rank = loralib.LowRankTraining(model, 6, target_rank=2, init_warmup=2, mask_interval=1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for _ in range(6):
         (model(ids, labels=torch.arange(4) % 2).loss + low_rank.penalty()).backward()
         low_rank.step(optimizer)
@@ -126,7 +126,7 @@ def test_compacted_layers_train_merge_save_and_load(kind, options, tmp_path):
         assert layer.scaling == before[name][1] and (layer.lora_parameters() == []) == (expected[name] == 0)
     loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
     assert torch.equal(again(INPUTS), model(INPUTS))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
     (model(INPUTS).square().mean() + loralib.compute_orth_regu(model)).backward()
     optimizer.step()
     trained, fingerprint = model(INPUTS), loralib.base_fingerprint(model)

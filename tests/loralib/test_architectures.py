@@ -12,7 +12,7 @@ from loralib.interop.peft_format import export_peft
 from loralib.interop.precision import cast_frozen
 from nlu.methods.method import head_parameters, train_only
 from nlu.model import head_modules
-from tests.loralib.small import DEBERTA, SIZES, decoder, encoder, randomise
+from tests.loralib.small import DEBERTA, SIZES, decoder, encoder, randomise, trainable
 
 BERT = SIZES | {"max_position_embeddings": 64, "pad_token_id": 1}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_embeddings": 64, "pad_index": 1}
@@ -44,7 +44,7 @@ def adapted(model):
 
 
 def train(model, ids, labels, steps=10):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     for _ in range(steps):
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
         optimizer.zero_grad()

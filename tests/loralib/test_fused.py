@@ -6,7 +6,7 @@ from torch import nn
 
 import loralib
 from loralib.fused import adapted_linear, product
-from tests.loralib.small import randomise
+from tests.loralib.small import randomise, trainable
 
 
 def separate(x, weight, bias, a, core, b, dropped=None):
@@ -130,7 +130,7 @@ def test_the_compilers_default_backend_agrees_with_eager(kind, options, dynamic)
     compiled = torch.compile(model, dynamic=dynamic, fullgraph=True)
     for rows in (5, 9) if dynamic else (5,):
         x = torch.randn(rows, 3, 12, requires_grad=True)
-        leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+        leaves = [x, *trainable(model)]
         results = []
         for run in (model, compiled):
             out = run(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loralib
-from tests.loralib.small import blocks, factors_of
+from tests.loralib.small import blocks, factors_of, trainable
 
 
 def model_of(widths, share_outer=False):
@@ -51,7 +51,7 @@ def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks)
         for layer, pruned in zip(loralib.lora_layers(model).values(), (1, 2, 1), strict=False):
             layer.keep_singular_values(range(pruned, 4))
     value = loralib.compute_orth_regu(model, 0.3, terms, squared)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = trainable(model)
     got = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
     expected = 0.3 * loop_value(model, terms, squared)
     want = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)

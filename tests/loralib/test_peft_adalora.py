@@ -11,7 +11,7 @@ from transformers import Trainer
 from loralib.interop.export import main
 from loralib.interop.peft_adalora import AdaLoraTraining, SortingAllocator
 from loralib.recipes.trainer import LowRankTrainerMixin
-from tests.loralib.small import training_arguments
+from tests.loralib.small import trainable, training_arguments
 from tests.nlu.tiny import tiny_bert
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
@@ -81,7 +81,7 @@ def test_trainer_equals_the_loop_of_pefts_documentation(tmp_path):
             module.p = 0.0
     trainer = train(ours, tmp_path, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant",
                     train_sampling_strategy="sequential")  # fmt: skip
-    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD(trainable(theirs), lr=0.05)
     for step in range(8):
         batch = [ROWS[(2 * step + i) % 8] for i in range(2)]
         inputs = {name: torch.tensor([row[name] for row in batch]) for name in ("input_ids", "labels")}

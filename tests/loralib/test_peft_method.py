@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 import loralib
 from loralib.interop.export import main
 from loralib.interop.peft_method import LORA2, LoRA2Config
-from tests.loralib.small import INPUTS, Linear4bit, Net, encoder, gpt2, randomise, refused
+from tests.loralib.small import INPUTS, Linear4bit, Net, encoder, gpt2, randomise, refused, trainable
 
 SHAPE = {"r": 3, "k": 4, "lora_alpha": 6}
 
@@ -30,10 +30,6 @@ def injected(modules=("q", "v"), base=None, **options):
     return randomise(model)
 
 
-def trained(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 @pytest.mark.parametrize("base, modules, training", [
     (Net, ["q", "v"], False), (lambda: gpt2(2), ["c_attn", "c_proj"], True),
 ])  # fmt: skip
@@ -46,7 +42,7 @@ def test_outputs_and_gradients_are_those_of_inject(base, modules, training):
         out = model(INPUTS) if base is Net else model(input_ids=ids).logits
         out.square().sum().backward()
         outputs.append(out)
-        gradients.append([parameter.grad for parameter in trained(model)])
+        gradients.append([parameter.grad for parameter in trainable(model)])
     assert torch.equal(*outputs) and len(gradients[0]) == len(gradients[1]) >= 30
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -55,10 +51,10 @@ def test_adapter_is_saved_and_loaded_under_another_name(tmp_path):
     model = net(modules_to_save=["classifier"])
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "adapter_model.safetensors")
-    assert sum(tensor.numel() for tensor in state.values()) == sum(p.numel() for p in trained(model))
+    assert sum(tensor.numel() for tensor in state.values()) == sum(p.numel() for p in trainable(model))
     again = PeftModel.from_pretrained(Net(), tmp_path, adapter_name="other", low_cpu_mem_usage=True, is_trainable=True)
     assert again.peft_config["other"].peft_type is LORA2 and again.peft_config["other"].k == 4
-    assert torch.equal(again(INPUTS), model(INPUTS)) and len(trained(again)) == len(trained(model))
+    assert torch.equal(again(INPUTS), model(INPUTS)) and len(trainable(again)) == len(trainable(model))
     full = copy.deepcopy(again)
     randomise(full, seed=5)
     assert {n for n, _ in full.named_parameters()} <= full.state_dict().keys()
@@ -116,7 +112,7 @@ def prune(model, steps=6):
     for _ in range(steps):
         (model(INPUTS).square().mean() + low_rank.penalty()).backward()
         with torch.no_grad():
-            for parameter in trained(model):
+            for parameter in trainable(model):
                 parameter -= 1e-6 * parameter.grad
         low_rank.after_step()
         model.zero_grad()
@@ -129,7 +125,7 @@ def test_regulariser_and_allocator_work_and_do_not_change_other_adapters(tmp_pat
     frozen = {n: p.clone() for n, p in model.named_parameters() if "frozen" in n}
     masks = prune(model)
     assert list(masks.values()) == list(prune(ours := injected()).values()) and sum(map(sum, masks.values())) == 6
-    assert all(torch.equal(a, b) for a, b in zip(trained(model), trained(ours), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trainable(model), trainable(ours), strict=True))
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in frozen.items())
 
     expected = model(INPUTS)

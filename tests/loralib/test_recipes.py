@@ -8,7 +8,7 @@ import loralib
 from loralib.recipes.diagnostics import update_statistics
 from loralib.recipes.exact_factors import ExactFactors, deviations
 from loralib.recipes.learning_rates import parameter_groups
-from tests.loralib.small import blocks, factors_of, refused
+from tests.loralib.small import blocks, factors_of, refused, trainable
 
 
 def model_of(widths=(4,), share_outer=False, init="orthogonal", features=(12, 9), r=4, count=3):
@@ -110,7 +110,7 @@ def test_exactly_the_trainable_factors_are_kept_orthonormal(frozen):
             nn.init.normal_(factor).requires_grad_(False)
     before = [factor.clone() for factor in own]
     exact, x = ExactFactors(model), torch.randn(8, 12)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.1)
     for _ in range(20):
         sum(layer(x).square().mean() for layer in loralib.lora_layers(model).values()).backward()
         exact.before_step()

@@ -9,7 +9,7 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
 from loralib.stored_weight import stored_form
-from tests.loralib.small import INPUTS, SIZES, Net, adapted, decoder, randomise
+from tests.loralib.small import INPUTS, SIZES, Net, adapted, decoder, randomise, trainable
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_sharded_decoder_trains_as_an_unsharded_one(tied, checkpointing, dtype, 
     shard_frozen(sharded)
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
     for model in (whole, DistributedDataParallel(sharded)):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
         for _ in range(2):
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()

@@ -13,7 +13,7 @@ from transformers import Trainer, ViTConfig, ViTForImageClassification
 import loralib
 from loralib.recipes.exact_factors import ExactFactors
 from loralib.recipes.trainer import STATE_FILE, TRAINED_FILE, LowRankTrainerMixin
-from tests.loralib.small import encoder, training_arguments
+from tests.loralib.small import encoder, trainable, training_arguments
 
 STEPS = 8
 
@@ -151,7 +151,7 @@ def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, acc
         for model in models
     ]  # fmt: skip
     trainings[0].start(STEPS)
-    optimizer = torch.optim.SGD([p for p in models[0].train().parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(trainable(models[0].train()), lr=0.1)
     losses = []
     for start in range(0, len(ROWS), 4):
         part = ROWS[start : start + 4]

@@ -12,17 +12,13 @@ from torch import nn
 
 import loralib
 from loralib.recipes.exact_factors import ExactFactors
-from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step
+from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, trainable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def parameters(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def stepped(training, steps, optimizer=None):
-    optimizer = optimizer or torch.optim.SGD(parameters(training.model), lr=1e-5)
+    optimizer = optimizer or torch.optim.SGD(trainable(training.model), lr=1e-5)
     for _ in range(steps):
         (training.model(INPUTS).square().sum() + training.penalty()).backward()
         training.step(optimizer)
@@ -43,7 +39,7 @@ def test_an_optimiser_without_all_factors_is_refused():
     """Without the error, e of some layers would silently stay 0."""
     model = Net()
     loralib.inject(model, "lora2", ["q"], r=3)
-    early = torch.optim.SGD(parameters(model), lr=0.1)
+    early = torch.optim.SGD(trainable(model), lr=0.1)
     loralib.inject(model, "lora2", ["v"], r=3)
     training = loralib.LowRankTraining(model, 9)
     with pytest.raises(ValueError, match="lacks low-rank factors that train"):
@@ -57,15 +53,15 @@ def test_accumulating_with_accelerate_equals_whole_batches():
     accumulating, whole = (loralib.LowRankTraining(m, 4, target_rank=1, init_warmup=0, mask_interval=1) for m in models)
     plugin = GradientAccumulationPlugin(num_steps=2, sync_with_dataloader=False)  # there is no data loader here
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
-    optimizer = accelerator.prepare(torch.optim.SGD(parameters(models[0]), lr=1e-7))
+    optimizer = accelerator.prepare(torch.optim.SGD(trainable(models[0]), lr=1e-7))
     for _ in range(8):
         with accelerator.accumulate(models[0]):
             accelerator.backward(models[0](INPUTS).square().sum() + accumulating.penalty())
             accumulating.step(optimizer)
             optimizer.zero_grad()
-    stepped(whole, 4, torch.optim.SGD(parameters(models[1]), lr=1e-7))
+    stepped(whole, 4, torch.optim.SGD(trainable(models[1]), lr=1e-7))
     assert accumulating.steps_done == 4
-    assert all(torch.equal(a, b) for a, b in zip(parameters(models[0]), parameters(models[1]), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trainable(models[0]), trainable(models[1]), strict=True))
 
 
 @pytest.mark.parametrize("constraint", [False, True])
@@ -80,7 +76,7 @@ def test_loss_scale_changes_no_mask(constraint):
         exact = ExactFactors(model) if constraint else None
         training = loralib.LowRankTraining(model, 8, target_rank=2, mask_interval=1, regu_weight=0, constraint=exact)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
-        optimizer, generator = torch.optim.SGD(parameters(model), lr=1e-3), torch.Generator().manual_seed(0)
+        optimizer, generator = torch.optim.SGD(trainable(model), lr=1e-3), torch.Generator().manual_seed(0)
         for step in range(8):
             x = torch.randn(16, 12, generator=generator)
             if step == 1:
@@ -108,7 +104,7 @@ def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     def parts():
         model = adapted("lora2", r=4, k=3)
         training = loralib.LowRankTraining(model, 8, target_rank=1, mask_interval=1)
-        return model, training, torch.optim.AdamW(parameters(model), lr=0.05)
+        return model, training, torch.optim.AdamW(trainable(model), lr=0.05)
 
     model, training, optimizer = parts()
     stepped(training, stop, optimizer)
@@ -116,7 +112,7 @@ def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     exec(save, names | {"model": model, "low_rank": training, "optimizer": optimizer})
     stepped(training, 8 - stop, optimizer)
     again, low_rank, other = parts()
-    for parameter in parameters(again):
+    for parameter in trainable(again):
         nn.init.zeros_(parameter)
     exec(load, names | {"model": again, "low_rank": low_rank, "optimizer": other})
     stepped(low_rank, 8 - stop, other)
