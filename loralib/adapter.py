@@ -27,7 +27,6 @@ from loralib.layers import LoRALayer
 from loralib.model import (
     factors_of,
     head_tensors,
-    keep_flags,
     live_singular_values,
     own_layers,
     unwrapped,
@@ -207,8 +206,7 @@ def fitting_layers(
         ValueError: if the adapter does not fit the model, see :func:`load_adapter`. The base's weights are not checked
             here, and with ``any_head_size`` neither are the shapes of the head.
     """
-    with keep_flags(model):
-        layers = own_layers(model) or _new_layers(model, config, tensors)
+    layers = own_layers(model) or _new_layers(model, config, tensors)
     state = model.state_dict(keep_vars=True)
     head = {name: state[name] for name in config.head if name in state}
     if any_head_size:

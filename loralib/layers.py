@@ -82,6 +82,7 @@ class LoRALayer(nn.Linear):
     ) -> None:
         scales = self.scales(*args, **options)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.requires_grad_(False)
         self._add_factors(r, lora_alpha, lora_dropout, *scales, fan_in_fan_out=False)
 
     @classmethod
@@ -93,7 +94,7 @@ class LoRALayer(nn.Linear):
         lora_dropout: float = 0.0,
         **options: Any,
     ) -> LoRALayer:
-        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, not copied, and frozen. If
+        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, neither copied nor frozen. If
         accelerate has dispatched it to a device (``device_map``), so is the new layer.
 
         Args:
@@ -136,9 +137,6 @@ class LoRALayer(nn.Linear):
         self.lora_dropout = nn.Dropout(float(lora_dropout))  # JSON cannot hold a NumPy number
         # A buffer moves with the layer to another device. A state dict holds it under the name of the weight.
         self.register_buffer("_weight_before_merge", None, persistent=False)
-        for frozen in (self.weight, self.bias):
-            if frozen is not None:
-                frozen.requires_grad_(False)
 
         # Half precision would lose small steps, so the factors are at least float32, even beside a bfloat16 weight.
         options = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}

@@ -202,14 +202,3 @@ def head_tensors(model: nn.Module) -> dict[str, Tensor]:
     """:func:`trained_tensors` without the low-rank factors."""
     factors = set(map(id, factors_of(model)))
     return {name: tensor for name, tensor in trained_tensors(model).items() if id(tensor) not in factors}
-
-
-@contextmanager
-def keep_flags(model: nn.Module) -> Iterator[None]:
-    """Restore every ``requires_grad`` of the model at the end of the block."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
