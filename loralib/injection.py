@@ -58,7 +58,8 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
             output projection of ``nn.MultiheadAttention``, which reads its weight and never calls it.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    never_called = modules_never_called(model)
+    # The output projections of nn.MultiheadAttention.
+    never_called = {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     names = [n for n, module in model.named_modules() if n and n not in never_called and is_linear(module)]
     if patterns == [AUTO]:
         patterns = list(PUBLISHED_MODULES) if all(_match_one(p, names) for p in PUBLISHED_MODULES) else [ALL_LINEAR]
@@ -74,11 +75,6 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     if not chosen:
         raise ValueError("target_modules is empty: name at least one module, for example query and value")
     return [name for name in names if name in chosen]
-
-
-def modules_never_called(model: nn.Module) -> set[str]:
-    """Names of the output projections of ``nn.MultiheadAttention``, which reads their weight and bypasses forward."""
-    return {f"{n}.out_proj" for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
 
 
 def _match_one(pattern: str, names: list[str]) -> list[str]:
