@@ -22,7 +22,7 @@ from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.records import place_of, settings_of
+from nlu.experiments.records import place_of, read_lines, settings_of
 from nlu.experiments.sweep_loop import Sweep
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
@@ -123,7 +123,7 @@ def _tune(
     if code > 1:
         return code, lines, final
     rates, ended = chosen_rates(lines), {line["run"] for line in lines}
-    waiting = {run.axes["method"] for run in tuning.runs if run.folder not in ended}
+    waiting = {run.axes["method"] for run in tuning.runs if run.name not in ended}
     chosen = {spec: rates[label] for spec, label in labels.items() if label in rates and spec not in waiting}
     for spec in [spec for spec in labels if spec not in chosen]:
         print(
@@ -138,8 +138,8 @@ def _tune(
 def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
     """Run an experiment; returns its exit code and the lines of its runs that have ended."""
     sweep = Sweep(experiment, args.output_dir / "measured", args.output_dir, COMMAND)
-    code, lines = sweep.run(LocalLauncher(args.jobs), args.rerun_changed), sweep.lines()
-    return code, [lines[run.folder] for run in experiment.runs if run.folder in lines]
+    code, lines = sweep.run(LocalLauncher(args.jobs), args.rerun_changed), read_lines(sweep.measured)
+    return code, [lines[run.name] for run in experiment.runs if run.name in lines]
 
 
 def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | None, Experiment]:

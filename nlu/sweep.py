@@ -83,7 +83,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     if args.dry_run:
         states = sweep.states()
         for run in experiment.runs:
-            print(f"{states[run.folder]:<10}{run.folder}\n    {shlex.join(sweep.command_line(run))}")
+            print(f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}")
         return 0
     if args.slurm:
         parameters = _pairs(args.slurm, "--slurm")
@@ -99,7 +99,7 @@ def _only(runs: list[Run], only: str) -> list[Run]:
         pattern = re.compile(only)
     except re.error as error:
         raise UsageError(f"--only {only} is not a regular expression: {error}") from None
-    matching = [run for run in runs if pattern.search(run.folder)]
+    matching = [run for run in runs if pattern.search(run.name)]
     if not matching:
         raise UsageError(f"--only {only} matches no run; --dry_run lists their names")
     return matching

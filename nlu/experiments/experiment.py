@@ -42,23 +42,23 @@ SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 
 @dataclass(frozen=True)
 class Run:
-    """One call of nlu/run_glue.py. `folder` is its unique path below the experiment's folder."""
+    """One call of nlu/run_glue.py. `name` is unique, and that of its folder below the experiment's."""
 
-    folder: str
+    name: str
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
 
     @property
     def flags(self) -> list[str]:
         """The arguments as words of a command, without those that are null."""
-        return as_words(self.arguments, self.folder)
+        return as_words(self.arguments, self.name)
 
     def parse(self) -> Arguments:
         """The arguments as run_glue reads them; raises UsageError, which names the run, if it refuses them."""
         try:
             return parse_arguments(self.flags)
         except UsageError as error:
-            raise UsageError(f"{self.folder}: {error}") from None
+            raise UsageError(f"{self.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def _check(runs: list[Run], flags: list[str]) -> None:
                 )
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
-                raise UsageError(f"{run.folder}: {flag} is an axis of the grid; do not set it elsewhere too")
-        folder = run.folder.lower()  # some file systems ignore case
+                raise UsageError(f"{run.name}: {flag} is an axis of the grid; do not set it elsewhere too")
+        folder = run.name.lower()  # some file systems ignore case
         if folder in seen or folder.startswith("."):
             raise UsageError(
                 f"two runs would share the folder {folder!r}, or the sweep needs it: give the axes labels that differ "

@@ -82,7 +82,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
             text = value if isinstance(value, str) else f"{axis}={value}"
             names.append(_method_name(text, method) if axis == "method" else text)
     label = ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
-    return portable({"run": run.folder, "label": label, "axes": axes})
+    return portable({"run": run.name, "label": label, "axes": axes})
 
 
 def _method_name(name: str, base: str) -> str:
@@ -161,13 +161,13 @@ def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
     """Replace a run's line, or remove it if `line` is None; the whole file is rewritten, under a lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / ".lock"):
-        lines = {old["run"]: old for old in read_lines(path) if old["run"] != run} | ({run: line} if line else {})
-        ordered = sorted(lines.values(), key=lambda each: each["run"])
-        write_text(path, "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in ordered))
+        lines = read_lines(path) | {run: line}
+        kept = [lines[name] for name in sorted(lines) if lines[name] is not None]
+        write_text(path, "".join(json.dumps(each, ensure_ascii=False, allow_nan=False) + "\n" for each in kept))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a file; none if there is no such file.
+def read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Name of a run → its line; empty if there is no such file.
 
     Raises:
         UsageError: a line is damaged; the message names the file and the line number.
@@ -183,4 +183,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             what = f"{path}:{number}: damaged ({one_line(error)})"
             raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
         lines[run] = line
-    return list(lines.values())
+    return lines

@@ -50,7 +50,7 @@ def load_measured(folder: Path) -> pd.DataFrame:
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; name the sweep's --measured_dir")
     files = sorted(folder.glob("*.jsonl"))
-    return as_frame(line | {"experiment": path.stem} for path in files for line in read_lines(path))
+    return as_frame(line | {"experiment": path.stem} for path in files for line in read_lines(path).values())
 
 
 def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:

@@ -30,31 +30,30 @@ class Sweep:
         self.runs, self.command = experiment.runs, command
         self.measured, self.folder = measured_dir / f"{experiment.name}.jsonl", output_dir / experiment.name
         self.finished = 0
-        self.failures: dict[str, str] = {}  # folder of a run → why it failed
+        self.failures: dict[str, str] = {}  # name of a run → why it failed
         self.signals: list[int] = []  # those received
 
     # ---- the state of a run ------------------------------------------------------------------------------------------
 
     def command_line(self, run: Run) -> list[str]:
-        return [*self.command, *run.flags, "--root_output_dir", str(self.folder / run.folder)]
+        return [*self.command, *run.flags, "--root_output_dir", str(self.folder / run.name)]
 
     def log(self, run: Run) -> Path:
-        return self.folder / "logs" / f"{run.folder}.log"
-
-    def lines(self) -> dict[str, dict[str, Any]]:
-        """Folder of a run → its line; raises UsageError, which names the line, if one is damaged."""
-        return {line["run"]: line for line in read_lines(self.measured)}
+        return self.folder / "logs" / f"{run.name}.log"
 
     def states(self) -> dict[str, str]:
-        """Folder → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or `to do`.
+        """Name → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or `to do`.
 
         Interrupted runs are `to do` as well: nlu/run_glue.py resumes them from what their folder holds.
+
+        Raises:
+            UsageError: a line is damaged; the message names it.
         """
-        lines, states = self.lines(), {}
+        lines, states = read_lines(self.measured), {}
         for run in self.runs:
-            line = lines.get(run.folder, {"status": "to do"})
+            line = lines.get(run.name, {"status": "to do"})
             changed = line["status"] == "finished" and self.changes(run, line)
-            states[run.folder] = "changed" if changed else line["status"]
+            states[run.name] = "changed" if changed else line["status"]
         return states
 
     def changes(self, run: Run, line: dict[str, Any]) -> list[str]:
@@ -70,7 +69,7 @@ class Sweep:
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""
         with contextlib.suppress(OSError):
-            return (self.folder / run.folder / "results.json").stat().st_mtime_ns
+            return (self.folder / run.name / "results.json").stat().st_mtime_ns
         return None
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -91,11 +90,11 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"another sweep is running in {self.folder}; wait for it or stop it"):
             states = self.states()
-            changed = [run for run in self.runs if states[run.folder] == "changed"]
+            changed = [run for run in self.runs if states[run.name] == "changed"]
             if changed and not rerun_changed:
-                differences = ", ".join(self.changes(changed[0], self.lines()[changed[0].folder]))
+                differences = ", ".join(self.changes(changed[0], read_lines(self.measured)[changed[0].name]))
                 raise UsageError(
-                    f"{len(changed)} run(s), for example {changed[0].folder}, were made with other arguments or "
+                    f"{len(changed)} run(s), for example {changed[0].name}, were made with other arguments or "
                     f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
                     "(with compare.py: --name)"
                 )
@@ -105,8 +104,8 @@ class Sweep:
                 caught.append(signal.SIGHUP)
             with handled_by(lambda number, _: self.signals.append(number), caught):
                 self._keep_running(launcher, states, rerun_changed)
-        for folder, reason in self.failures.items():
-            print(f"failed: {folder}: {reason}", file=sys.stderr)
+        for name, reason in self.failures.items():
+            print(f"failed: {name}: {reason}", file=sys.stderr)
         counts = f"{self.finished} run(s) finished now, {len(self.failures)} failed"
         print(f"{counts}; the results of all are in {self.measured}")
         if self.signals:
@@ -117,30 +116,30 @@ class Sweep:
     def _keep_running(
         self, launcher: LocalLauncher | SlurmLauncher, states: dict[str, str], rerun_changed: bool
     ) -> None:
-        pending = [run for run in self.runs if states[run.folder] != "finished"]
+        pending = [run for run in self.runs if states[run.name] != "finished"]
         interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
         bar = tqdm(total=len(self.runs), desc=self.measured.stem, unit="run", mininterval=interval)
         bar.update(len(self.runs) - len(pending))
-        # Folder → the run, the time of the record that it found when it started, and its job.
+        # Name → the run, the time of the record that it found when it started, and its job.
         running: dict[str, tuple[Run, int | None, LocalJob | SlurmJob]] = {}
         told = 0  # signals that have been passed on
         try:
             while (pending and not self.signals) or running:
                 while pending and not self.signals and len(running) < launcher.jobs:
                     run = pending.pop(0)
-                    overwrite = states[run.folder] == "failed" or rerun_changed
+                    overwrite = states[run.name] == "failed" or rerun_changed
                     found = self.record_time(run)
                     try:
-                        running[run.folder] = run, found, self._start(launcher, run, states[run.folder], overwrite)
+                        running[run.name] = run, found, self._start(launcher, run, states[run.name], overwrite)
                     except UsageError as error:
                         if not running and not self.finished:  # the others would be refused as well
                             raise
-                        self.failures[run.folder] = str(error)
+                        self.failures[run.name] = str(error)
                     bar.set_postfix_str(", ".join(running))
-                for folder, (run, found, job) in list(running.items()):
+                for name, (run, found, job) in list(running.items()):
                     code = job.poll()
                     if code is not None:
-                        del running[folder]
+                        del running[name]
                         bar.update()
                         self._ended(run, code, found)
                 if len(self.signals) > told:
@@ -163,28 +162,28 @@ class Sweep:
         if overwrite:
             command.append("--overwrite_output_dir")
         if state in ("failed", "changed"):
-            write_line(self.measured, run.folder, None)
+            write_line(self.measured, run.name, None)
         log.parent.mkdir(parents=True, exist_ok=True)
         return launcher.start(command, log)
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""
-        folder, line = self.folder / run.folder, None
+        folder, line = self.folder / run.name, None
         try:
             # A start that failed before it wrote a record leaves the record of an earlier start.
             if code == 0 or self.record_time(run) != found:
                 record = read_json(folder / "results.json", f"delete {folder} to run it again") or {}
                 if record.get("status") in ("finished", "failed"):
                     line = measured_line(run, record)
-                    write_line(self.measured, run.folder, line)
+                    write_line(self.measured, run.name, line)
         except UsageError as error:  # this run's record is damaged; the others continue
-            self.failures[run.folder] = str(error)
+            self.failures[run.name] = str(error)
             return
         if code == 0 and line is not None and line["status"] == "finished":
             self.finished += 1
         elif not self.signals:
             error = (line or {}).get("error") or _last_line(self.log(run)) or "it left no message"
-            self.failures[run.folder] = f"exit code {code}: {error} (log: {self.log(run)})"
+            self.failures[run.name] = f"exit code {code}: {error} (log: {self.log(run)})"
 
 
 def _last_line(log: Path) -> str:

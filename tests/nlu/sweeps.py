@@ -37,7 +37,7 @@ def places_of(folder):
 
 
 def lines_of(folder, experiment="trial"):
-    return {line["run"]: line for line in read_lines(folder / f"measured/{experiment}.jsonl")}
+    return read_lines(folder / f"measured/{experiment}.jsonl")
 
 
 def record_of(folder, run, experiment="trial"):

@@ -37,7 +37,7 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA²", "LoRA"]
     assert re.search(r"\| +CoLA \|", table) and "\nAll runs have the same score" in table
     assert "- Score: accuracy at the last evaluation, in percent." in table
-    lines = read_lines(tmp_path / "measured/compare-cola.jsonl")
+    lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
     assert "0 run(s) finished now" in call(*flags)[1]
@@ -60,11 +60,11 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
     assert "heads without their own learning rate train at the one chosen" in err
     assert code == 1 and "failed: lora2:weight_decay=1 has no final runs: " in err
     assert "Learning rates chosen by the held-out score: LoRA 0.003, full fine-tuning 6e-05." in shown
-    final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl")]
+    final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl").values()]
     # 3e-3 is nearest to 2e-3; full's file has 2e-5
     assert [(each["method"], each["learning_rate"]) for each in final] == [("full", 6e-5)] * 2 + [("lora", 3e-3)] * 2
     assert not any("holdout_fraction" in each for each in final)
-    held_out = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola-tuning.jsonl")]
+    held_out = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola-tuning.jsonl").values()]
     assert {(each["seed"], each["holdout_fraction"]) for each in held_out} == {(101, 0.1)} and len(held_out) == 9
     assert (tmp_path / "compare-cola/comparison_rates.png").exists()
     run = compare._run  # as if one run of the tuning had left no line

@@ -101,5 +101,5 @@ def test_any_experiment_file_gives_runs_below_its_folder_or_a_one_line_error(tmp
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     experiment = one_line_or_result(lambda: load_experiment(path))
     for run in experiment.runs if experiment else ():
-        assert Path("top", run.folder).resolve().is_relative_to(Path("top").resolve())
-        assert Path(run.folder).name not in ("", ".", "..")
+        assert Path("top", run.name).resolve().is_relative_to(Path("top").resolve())
+        assert Path(run.name).name not in ("", ".", "..")

@@ -47,11 +47,11 @@ def test_committed_lines_match_their_experiment_files(lines):
     path = REPOSITORY / f"configs/experiments/{lines.stem}.yaml"
     asked = {line["run"]: line["asked"] for line in map(json.loads, lines.open(encoding="utf-8"))}
     runs = load_experiment(path, {"model_name_or_path": "minilm"}).runs
-    there = [run for run in runs if run.folder in asked]
+    there = [run for run in runs if run.name in asked]
     assert there
     for run in there:
-        ours, theirs = comparable(run.arguments), asked[run.folder]
-        assert ours | {"model_name_or_path": ""} == theirs | {"model_name_or_path": ""}, run.folder
+        ours, theirs = comparable(run.arguments), asked[run.name]
+        assert ours | {"model_name_or_path": ""} == theirs | {"model_name_or_path": ""}, run.name
 
 
 def test_every_claim_names_rows_that_its_experiment_has():

@@ -207,7 +207,7 @@ def test_a_value_that_is_not_finite_ends_the_run_and_is_never_saved(
     assert main([*flags, "--measured_dir", str(measured)]) == 1
     assert "the loss or a trained weight is not finite at step" in error_line(capsys)
     assert read(flags)["status"] == "failed" and not (run_folder / "adapter").exists()
-    (line,) = read_lines(measured / "tiny-bert.jsonl")
+    (line,) = read_lines(measured / "tiny-bert.jsonl").values()
     assert (line["status"], line["method"]) == ("failed", "lora2") and "is not finite" in line["error"]
     assert [path.name for path in (run_folder / "model").glob("*")] == saved
 

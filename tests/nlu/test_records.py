@@ -99,11 +99,11 @@ def test_run_outside_a_sweep_has_a_line_in_the_file_of_its_model(finished, tmp_p
     folder, record = finished[0], finished[1]
     path = publish_run(folder, tmp_path / "output/measured", record)
     assert path == tmp_path / f"output/measured/{record['model']}.jsonl"
-    (made,) = read_lines(path)
+    (made,) = read_lines(path).values()
     assert made["label"] == "LoRA²" and made["last"] == record["last"]
     assert made["axes"] == {"method": "lora2", "task_name": "cola", "seed": 3}
     publish_run(folder, tmp_path / "output/measured", record | {"status": "failed", "error": "boom"})
-    assert [line["status"] for line in read_lines(path)] == ["failed"]  # a folder has one line
+    assert [line["status"] for line in read_lines(path).values()] == ["failed"]  # a folder has one line
 
 
 def test_lines_are_sorted_replaced_and_removed(tmp_path):
@@ -114,14 +114,14 @@ def test_lines_are_sorted_replaced_and_removed(tmp_path):
     for each in lines:
         write_line(path, each["run"], each)
     whole = path.read_bytes()
-    assert read_lines(path) == [lines[1], lines[2], lines[0]]
+    assert list(read_lines(path).values()) == [lines[1], lines[2], lines[0]]
     for each in lines:  # the same lines in another order give the same bytes
         write_line(path, each["run"], each)
     assert path.read_bytes() == whole
     write_line(path, lines[0]["run"], lines[0] | {"last": 0.2})
-    assert read_lines(path)[2]["last"] == 0.2
+    assert read_lines(path)[lines[0]["run"]]["last"] == 0.2
     write_line(path, lines[0]["run"], None)
-    assert [each["seed"] for each in read_lines(path)] == [1, 2]
+    assert [each["seed"] for each in read_lines(path).values()] == [1, 2]
 
 
 @pytest.mark.parametrize(
