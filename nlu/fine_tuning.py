@@ -25,8 +25,8 @@ from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import without_accelerates_own
 from nlu.json_yaml import read_json
-from nlu.methods.registry import METHODS
-from nlu.model import check_model_arguments, load_config, load_model, set_precision
+from nlu.methods.registry import METHODS, apply_without_weights
+from nlu.model import limit_length, load_config, load_model, set_precision, without_weights
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.digests import content_digests
@@ -60,21 +60,43 @@ def run(arguments: Arguments, data: Data) -> None:
             upload_adapter(arguments)
 
 
-def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, held: contextlib.ExitStack) -> None:
-    """Carry out the run in its folder; the log is opened once all arguments have been accepted."""
-    path = folder.path
-    previous = read_json(path / RECORD) if state == "resume" else None
+def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, held: contextlib.ExitStack) -> None:
+    """Carry out the run in its folder, which is changed only once all arguments have been accepted."""
+    previous = read_json(folder.path / RECORD) if state == "resume" else None
     if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
         arguments = copy(arguments)
         arguments.model_revision = previous["model_commit"]
-    total_steps = planned_steps(arguments, len(loaded.rows.get("train", ())))
+    trainer, facts = build_trainer(arguments, data)
+    wait_for_all()  # until every process has read what it needs from the folder
+    if is_first():
+        folder.clean(state)
+        held.enter_context(log_to(folder.path / "log" / "run.log"))
+    wait_for_all()
+    for line in description_lines(trainer.task, facts["data"], trainer.processing_class.model_max_length):
+        say(line)
+    record = RunRecord(trainer, facts | {"digests": folder.digests}, previous)
+    trainer.add_callback(record)
+    record.write("running")
+    say_start(record.static, trainer)
+    resumes = state == "resume" and trainer.args.do_train
+    run_recorded(trainer, record, last_checkpoint(folder.path / "model") if resumes else None)
+
+
+def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[str, Any]]:
+    """Load the model and apply the method; cheap checks come first, and the run's folder is not changed.
+
+    Returns:
+        The trainer, and what the record says of its data and of the adapter that it starts from.
+    """
+    total_steps = planned_steps(arguments, len(data.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
-    training = trainer_arguments(arguments, loaded.task.metric)
-    config, tokenizer, unfit = load_config(arguments, loaded.task)
-    check_model_arguments(arguments, config, tokenizer, total_steps)
-    task = loaded.task if loaded.task.is_regression else reorder_labels(loaded.task, list(config.id2label.values()))
-    splits, cut = tokenize(task, loaded.rows, tokenizer)
-    described = describe(loaded, cut)
+    training = trainer_arguments(arguments, data.task.metric)
+    config, tokenizer, unfit = load_config(arguments, data.task)
+    blank = without_weights(arguments, config)
+    limit_length(tokenizer, arguments.max_seq_length, blank)
+    apply_without_weights(blank, arguments, total_steps)
+    task = data.task if data.task.is_regression else reorder_labels(data.task, list(config.id2label.values()))
+    splits, cut = tokenize(task, data.rows, tokenizer)
     weights = class_weights(arguments, task, splits.get("train"))
 
     set_seed(training.seed)
@@ -98,21 +120,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, loaded: Data, h
             names = f"--optim {training.optim.value}, --lr_scheduler_type {training.lr_scheduler_type.value}"
             raise UsageError(f"{names}: {reason(error, 200)}") from None
         trainer.optimizer = trainer.lr_scheduler = None
-
-    wait_for_all()  # until every process has read what it needs from the folder
-    if is_first():
-        folder.clean(state)
-        held.enter_context(log_to(path / "log" / "run.log"))
-    wait_for_all()
-    for line in description_lines(task, described, tokenizer.model_max_length):
-        say(line)
-    facts = {"data": described, "warm_start": warm_start, "digests": folder.digests}
-    record = RunRecord(trainer, facts, previous)
-    trainer.add_callback(record)
-    record.write("running")
-    say_start(record.static, trainer)
-    checkpoint = last_checkpoint(path / "model") if state == "resume" and training.do_train else None
-    run_recorded(trainer, record, checkpoint)
+    return trainer, {"data": describe(data, cut), "warm_start": warm_start}
 
 
 def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:

@@ -19,7 +19,7 @@ from nlu.arguments import Arguments
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.method import head_modules, head_parameters
-from nlu.methods.registry import METHODS, check_method_fits
+from nlu.methods.registry import METHODS
 from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
@@ -121,18 +121,6 @@ def limit_length(tokenizer: Any, asked: int, model: nn.Module) -> None:
     """Make rows be cut at the length asked for, or at the limit of the tokenizer or of the model if that is lower."""
     limits = (asked, tokenizer.model_max_length, longest_input(model))
     tokenizer.model_max_length = min(limit for limit in limits if limit)
-
-
-def check_model_arguments(arguments: Arguments, config: Any, tokenizer: Any, total_steps: int) -> None:
-    """Check module patterns and pruning schedule on a model without weights, before anything is loaded.
-
-    Raises:
-        UsageError: if something does not fit.
-    """
-    model = without_weights(arguments, config)
-    limit_length(tokenizer, arguments.max_seq_length, model)
-    with torch.device("meta"):
-        check_method_fits(model, arguments, total_steps)
 
 
 def without_weights(arguments: Arguments, config: Any) -> nn.Module:

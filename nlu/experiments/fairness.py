@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 import loralib
 from nlu import METHOD_FOLDER
 from nlu.arguments import Arguments
@@ -14,7 +12,7 @@ from nlu.command_line import method_file
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run
 from nlu.experiments.records import settings_of
-from nlu.methods.registry import check_method_fits, count_parameters, flag_methods
+from nlu.methods.registry import apply_without_weights, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import TASKS
 
@@ -60,8 +58,7 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     trained = size = None
     # Only the adapter counts, and it is the same for every task, so a user's own data need not be read.
     model = without_weights(arguments, load_config(arguments, TASKS[arguments.task_name or "sst2"])[0])
-    with torch.device("meta"):
-        applied = check_method_fits(model, arguments, 10**9)
+    applied = apply_without_weights(model, arguments, 10**9)
     if applied is not None:  # otherwise the size is known only after the run
         trained = size = count_parameters(model)["adapter_params"]
         if applied.allocator is not None:

@@ -42,14 +42,18 @@ def flag_methods(name: str) -> list[str]:
     return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
 
 
-def check_method_fits(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod | None:
-    """Apply the method to a model without weights (on the meta device), which raises the errors of ``apply``.
+def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod | None:
+    """Apply the method to a model on the meta device, so that its errors and sizes are known before a model is loaded.
 
     Returns:
-        The applied method; None if it cannot be applied without weights.
+        The applied method; None for layers of peft that read the weights when they are made.
+
+    Raises:
+        UsageError: as the method's ``apply``.
     """
-    # Some of peft's layers read the weights when they are made.
-    with contextlib.suppress(NotImplementedError, RuntimeError):
+    import torch
+
+    with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
         return METHODS[args.method].apply(model, args, total_steps)
     return None
 

@@ -15,7 +15,7 @@ from loralib.interop.export import export_merged
 from nlu import predict as predict_program
 from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
-from nlu.model import check_model_arguments, choose_head, load_config, longest_input, without_weights
+from nlu.model import choose_head, limit_length, load_config, longest_input, without_weights
 from nlu.run_glue import main
 from nlu.tasks import TASKS
 from tests.nlu.killed_runs import run_broken_off
@@ -123,12 +123,12 @@ def test_cls_dropout_sets_the_dropout_of_alberts_head(base_flags, tmp_path, monk
     assert model.dropout.p == 0.37
 
 
-@pytest.mark.parametrize(("flag", "own", "cut"), [("32", 60, 32), ("99", 60, 60), ("99", 10**30, 64)])
+@pytest.mark.parametrize(("flag", "own", "cut"), [(32, 60, 32), (99, 60, 60), (99, 10**30, 64)])
 def test_rows_are_cut_at_the_lowest_of_three_limits(base_flags, flag, own, cut):
-    arguments = parse_arguments([*base_flags, "--max_seq_length", flag])
+    arguments = parse_arguments(base_flags)
     config, tokenizer, _ = load_config(arguments, TASKS["cola"])
     tokenizer.model_max_length = own
-    check_model_arguments(arguments, config, tokenizer, 100)
+    limit_length(tokenizer, flag, without_weights(arguments, config))
     assert tokenizer.model_max_length == cut
 
 

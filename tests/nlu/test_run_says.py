@@ -48,6 +48,7 @@ def test_progress_lines_logged_numbers_and_printed_commands(finished, tmp_path):
     model = AutoPeftModelForSequenceClassification.from_pretrained(exported).eval()
     for place in (run / "adapter", exported):
         tokens = AutoTokenizer.from_pretrained(place)(text, truncation=True, return_tensors="pt")
+        assert tokens["input_ids"].shape == (1, 8)
         answer = json.loads(out.read_text().splitlines()[0])["probabilities"]
         assert list(answer.values()) == pytest.approx(model(**tokens).logits.softmax(-1)[0].tolist(), abs=1e-5)
 
