@@ -105,7 +105,7 @@ class Arguments(SimpleNamespace):
     Attributes:
         method, method_config: the base method, and the name of its file in configs/methods/.
         world_size: the number of processes, from the launcher.
-        record: the value of every flag by name, and ``method_config``, in types that JSON can hold; it never changes.
+        values: the value of every flag by name, and ``method_config``, in types that JSON can hold; they never change.
     """
 
 

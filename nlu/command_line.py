@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
         folder = data.format(Path(args.model_name_or_path).name)
         args.root_output_dir = f"output/{folder}/{config}/seed-{args.seed}"
-    args.record = {name: getattr(args, name) for name in (*DEFAULTS, "method_config")}
+    args.values = {name: getattr(args, name) for name in (*DEFAULTS, "method_config")}
     return args
 
 

@@ -48,7 +48,7 @@ def run(arguments: Arguments, data: Data) -> None:
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
     start_processes(arguments.use_cpu)
-    folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.record)))
+    folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.values)))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
@@ -77,7 +77,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
     record = RunRecord(trainer, facts | {"digests": folder.digests}, previous)
     trainer.add_callback(record)
     record.write("running")
-    say_start(record.static, trainer)
+    say_start(record.fields, trainer)
     resumes = state == "resume" and trainer.args.do_train
     run_recorded(trainer, record, last_checkpoint(folder.path / "model") if resumes else None)
 
@@ -132,7 +132,7 @@ def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None
         if is_first():
             save_run_adapter(trainer, trained)
         if arguments.do_predict:
-            record.static["test_scores"], record.static["class_reports"] = predict_splits(trainer)
+            record.fields["test_scores"], record.fields["class_reports"] = predict_splits(trainer)
         finished = record.write("finished")
         if is_first() and arguments.save_strategy == "no":  # checkpoints served only to resume
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)

@@ -111,7 +111,7 @@ class RunFolder:
         old, new = previous.get("digests", {}), self.digests
         flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
         before = DEFAULTS | previous.get("arguments", {})
-        changed = {name for name, value in finite(dict(self.arguments.record)).items() if before.get(name) != value}
+        changed = {name for name, value in finite(self.arguments.values).items() if before.get(name) != value}
         names = sorted(changed - FREE - PREDICTING - {*old, *new})
         parts = [f"other contents of {', '.join(flags)}"] if flags else []
         parts += [f"other {', '.join(names[:5])}"] if names else []
@@ -120,7 +120,7 @@ class RunFolder:
 
     def _lacks_predictions(self, previous: dict[str, Any]) -> bool:
         """Whether predictions are requested that the recorded run did not make, or made from other test rows."""
-        asked, made, old = self.arguments.record, previous.get("arguments", {}), previous.get("digests", {})
+        asked, made, old = self.arguments.values, previous.get("arguments", {}), previous.get("digests", {})
         if not asked.get("do_predict"):
             return False
         changed = any(made.get(name) != asked.get(name) for name in PREDICTING)

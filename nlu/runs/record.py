@@ -42,7 +42,7 @@ class RunRecord(TrainerCallback):
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
         self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine()}  # of this process
         task, ranks = trainer.task, trainer.applied.ranks
-        self.static = {
+        self.fields = {
             "task": task.name,
             "labels": list(task.labels) if task.labels else None,
             "method": arguments.method,
@@ -54,7 +54,7 @@ class RunRecord(TrainerCallback):
             "final_budget": ranks.target_total_rank if ranks else None,
             "effective_batch_size": effective_batch_size(arguments),
             "constant_loss": _constant_loss(trainer),
-            "arguments": arguments.record,
+            "arguments": arguments.values,
             "command": given_command(),
             **facts,
             **count_parameters(trainer.applied.model),
@@ -63,8 +63,8 @@ class RunRecord(TrainerCallback):
             **self._environment,
         }
         if previous:
-            self.static |= {"started_at": previous["started_at"], "resumes": previous["resumes"] + 1}
-            self.static |= {name: previous[name] for name in self._environment}  # until this process trains
+            self.fields |= {"started_at": previous["started_at"], "resumes": previous["resumes"] + 1}
+            self.fields |= {name: previous[name] for name in self._environment}  # until this process trains
 
     def write(self, status: str) -> dict[str, Any]:
         """Write the record with this status (running, finished, failed, interrupted), and return it."""
@@ -74,7 +74,7 @@ class RunRecord(TrainerCallback):
             "format_version": FORMAT_VERSION,
             "status": status,
             "error": self.error,
-            **self.static,
+            **self.fields,
             "metric": metric,
             "best": best,
             "best_step": best_step,
@@ -93,7 +93,7 @@ class RunRecord(TrainerCallback):
         applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.clock.seconds
         pattern = applied.ranks.rank_pattern if applied.ranks else None
         return {
-            "live_adapter_params": self.static["adapter_params"] - applied.pruned_params(),
+            "live_adapter_params": self.fields["adapter_params"] - applied.pruned_params(),
             "live_budget": applied.ranks.live_rank if applied.ranks else None,
             "module_ranks": pattern and {name: sum(flags) for name, flags in pattern.items()},
             "steps": steps,
@@ -122,7 +122,7 @@ class RunRecord(TrainerCallback):
         return [{key: value for key, value in entry.items() if key not in apart} for entry in logged]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.static |= self._environment
+        self.fields |= self._environment
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self._last_write > _WRITE_INTERVAL:

@@ -191,7 +191,7 @@ SCHEDULE = "--warmup_steps 200 --init_warmup 600 --final_warmup 1800 --mask_inte
 ])  # fmt: skip
 def test_fit_schedule_shrinks_in_proportion_and_keeps_the_arguments(flags, steps, expected):
     arguments = parse(f"{BASE} {flags}")
-    before = dict(arguments.record)
+    before = dict(arguments.values)
     fitted = fit_schedule(arguments, steps)
     assert (fitted.warmup_steps, fitted.init_warmup, fitted.final_warmup, fitted.mask_interval) == expected
     assert all(getattr(arguments, name) == before[name] for name in ("init_warmup", "mask_interval"))

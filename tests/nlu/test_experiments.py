@@ -35,10 +35,10 @@ def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(p
         if flags <= seen:  # one run for each value of a flag
             continue
         seen |= flags
-        record = run.parse().record
+        parsed = run.parse().values
         for key, value in run.arguments.items():
             if value is not None and key not in ("method", "bf16", "eval_strategy", "save_strategy"):
-                assert record[key] == value, key
+                assert parsed[key] == value, key
 
 
 @pytest.mark.parametrize("lines", sorted(REPOSITORY.glob("results/measured/*.jsonl")), ids=lambda lines: lines.stem)

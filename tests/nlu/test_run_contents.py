@@ -39,7 +39,7 @@ def arguments(encoder, tiny_glue, tmp_path, monkeypatch):
 def folder_of(arguments, tmp_path, status=None, overwrite=False, rows=8):
     """The folder of a run with those arguments; if ``status`` is given, with a record that has it."""
     batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "world_size": 1}
-    own = Arguments(root_output_dir=tmp_path / "run", overwrite_output_dir=overwrite, record=arguments, **batch)
+    own = Arguments(root_output_dir=tmp_path / "run", overwrite_output_dir=overwrite, values=arguments, **batch)
     folder = RunFolder(own, content_digests(arguments))
     if status:
         folder.path.mkdir(exist_ok=True)
@@ -123,7 +123,7 @@ def test_which_folders_a_run_may_write_to(arguments, tmp_path):
 
 def test_resumed_run_loads_the_same_commit_of_a_model_on_the_hub(base_flags, tmp_path, monkeypatch):
     """A model name on the hub has no digest, but the record has the commit that was loaded."""
-    begun, seen = parse_arguments(base_flags).record, []
+    begun, seen = parse_arguments(base_flags).values, []
     record = {"status": "interrupted", "model_commit": "a" * 40, "arguments": begun, "effective_batch_size": 8}
     (tmp_path / "run").mkdir()
     (tmp_path / "run/results.json").write_text(json.dumps(record | {"digests": content_digests(begun)}))

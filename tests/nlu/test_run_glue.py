@@ -59,9 +59,9 @@ def test_record_has_the_machine_that_took_the_last_step(finished):
     """A process that resumes a finished run may only predict, or train again."""
     _, before, _, trainer = finished
     record = RunRecord(trainer, {}, before | {"machine": {"cpu": "another"}})
-    assert record.static["machine"] == {"cpu": "another"}
+    assert record.fields["machine"] == {"cpu": "another"}
     record.on_step_begin(trainer.args, trainer.state, trainer.control)
-    assert record.static["machine"] == before["machine"]
+    assert record.fields["machine"] == before["machine"]
 
 
 def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags, monkeypatch):

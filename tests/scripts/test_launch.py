@@ -45,13 +45,13 @@ def settings(backbone, task, method, *flags):
     """The published settings of a task; the next test compares the scripts' flags with them."""
     choice = ["--published", backbone, "--task_name", task, "--method", method, "--do_train", "--do_eval",
               "--measured_dir", "output/measured"]  # fmt: skip
-    return parse_arguments([*choice, *flags]).record
+    return parse_arguments([*choice, *flags]).values
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_starts_its_task_with_the_published_settings(script):
     _, short, task = script.stem.split("_")
-    assert arguments_of(words_of(script.name, METHOD="lora")).record == settings(BACKBONES[short], task, "lora")
+    assert arguments_of(words_of(script.name, METHOD="lora")).values == settings(BACKBONES[short], task, "lora")
 
 
 def test_every_task_and_backbone_has_a_script_and_a_file_of_settings():
@@ -122,7 +122,7 @@ def test_every_methods_file_overrides_the_published_settings(path):
      {"lora_r": 2, "seed": 3, "root_output_dir": "output/glue/mine/rte/adalora/seed-3"}),
 ])  # fmt: skip
 def test_environment_sets_flags_and_given_flags_override_it(flags, environment, expected):
-    found = arguments_of(words_of("run_debertav3_rte.sh", *flags.split(), **environment)).record
+    found = arguments_of(words_of("run_debertav3_rte.sh", *flags.split(), **environment)).values
     assert {key: found[key] for key in expected} == expected
 
 
@@ -137,7 +137,7 @@ def test_several_machines_and_accelerate_start_the_same_command():
     given = dict(itertools.pairwise(other))
     assert other[:3] == ["python", "-m", "accelerate.commands.launch"]
     assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == ("8", "4", "3")
-    assert arguments_of(other).record == arguments_of(words).record
+    assert arguments_of(other).values == arguments_of(words).values
 
 
 def test_without_DRY_RUN_the_command_is_started_and_help_starts_nothing():
