@@ -15,7 +15,7 @@ from nlu.methods.registry import METHODS, flag_methods
 _OF_OWN_FILES = ("train_file", "validation_file", "test_file", "text_columns", "label_column", "metric")
 
 
-def check(args: Any, given: Collection[str], chosen: Collection[str]) -> None:
+def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str]) -> None:
     """Reject arguments that contradict each other, and fill in the values that follow from others.
 
     Args:
@@ -40,7 +40,7 @@ def check(args: Any, given: Collection[str], chosen: Collection[str]) -> None:
     if args.report_to != "none" and find_spec(args.report_to) is None:
         raise UsageError(f"--report_to {args.report_to} needs its package: pip install {args.report_to}")
     _plan_evaluations(args)
-    share_batch(args, chosen)
+    _share_batch(args, chosen)
 
 
 def _check_method(args: Any, given: Collection[str]) -> None:
@@ -58,7 +58,7 @@ def _check_method(args: Any, given: Collection[str]) -> None:
 
 
 def _check_data(args: Any, given: Collection[str]) -> None:
-    """Check that the data are either a GLUE task or the user's own files."""
+    """Refuse data that are neither a GLUE task nor the user's own files."""
     if args.predict_task is not None and args.task_name != "mnli":
         raise UsageError(f"--predict_task {args.predict_task} goes with --task_name mnli, whose classes it has")
     if args.task_name is None:
@@ -87,7 +87,7 @@ def _plan_evaluations(args: Any) -> None:
         args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps or args.save_steps
 
 
-def share_batch(args: Any, chosen: Collection[str]) -> None:
+def _share_batch(args: Any, chosen: Collection[str]) -> None:
     """Split ``--total_batch_size`` into the batch size of a process and the number of batches that it accumulates.
 
     The batch size is the largest divisor of a process's share that ``--per_device_train_batch_size`` allows.

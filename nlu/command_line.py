@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER, TASK_FOLDER
-from nlu.argument_conflicts import check
+from nlu.argument_conflicts import check_and_complete
 from nlu.arguments import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS, Arguments
 from nlu.errors import OneLineParser, UsageError
 from nlu.json_yaml import read_yaml
@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     base, of_method = method_file(config)
     chosen = published_settings(given, base) | published | of_method | given
     args = Arguments(**DEFAULTS | chosen | {"method": base, "method_config": config, "world_size": world_size()})
-    check(args, given, chosen)
+    check_and_complete(args, given, chosen)
     if args.root_output_dir is None:
         data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
         folder = data.format(Path(args.model_name_or_path).name)

@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         from nlu.experiments.page import write_report  # takes seconds, so wrong flags are refused first
 
-        return write_report(args)
+        write_report(args.measured_dir, args.output_dir or args.measured_dir.absolute().parent, args.claims)
     except BaseException as error:
         return exit_code(error)
+    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import re
+from pathlib import Path
 
 import pandas as pd
 
@@ -50,17 +50,16 @@ NOTES = f"""\
 """
 
 
-def write_report(args: argparse.Namespace) -> int:
-    """Read the records, and write the report.
+def write_report(measured: Path, output: Path, claims: Path) -> None:
+    """Read the lines of measured runs and the file of claims, and write the report to the folder ``output``.
 
     Raises:
         UsageError: for a damaged line or file, which the message names. Nothing is written then.
     """
-    output = args.output_dir or args.measured_dir.absolute().parent
     page = output / "README.md"
     if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(GENERATED):
         raise UsageError(f"{page} was not written by report.py and would be replaced: give another --output_dir")
-    runs, questions = load_measured(args.measured_dir), load_questions(args.claims)
+    runs, questions = load_measured(measured), load_questions(claims)
     asked = {question.experiment for question in questions}
     questions += [Question("How do the methods compare on {tasks} with {model}?", name)
                   for name in dict.fromkeys(runs.experiment) if name not in asked]  # fmt: skip
@@ -97,7 +96,6 @@ def write_report(args: argparse.Namespace) -> int:
         write_bytes(output / name, content)
     write_text(page, "\n".join([GENERATED, "# Measured results\n", *parts, NOTES]))
     print(f"written: {page}, with {len(files)} tables and figures beside it")
-    return 0
 
 
 def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.DataFrame], dict[str, bytes]]:

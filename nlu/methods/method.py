@@ -105,7 +105,8 @@ class Method:
             ``total_steps`` is the number of optimiser steps, over which pruning is scheduled; 0 without training.
             Raises UsageError for arguments that do not fit the model or the length of the training.
         flags: the flags that the method reads; the command line refuses other methods' flags.
-        check: (args, given): refuses contradictions between flags; ``given`` has the names on the command line.
+        check: (args, given): refuses contradictions between flags, and sets values that follow from others in ``args``;
+            ``given`` has the names on the command line.
         rebuild: (model, args, card): puts the method's modules into a base before an adapter's tensors are loaded;
             None if loading the tensors needs no such modules.
         card: (args) → what ``rebuild`` needs from the card beside the values of the flags.
