@@ -85,8 +85,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         UsageError: anything that the user can correct, before the first run starts.
     """
     tuning, final = plan(args, flags)
-    firsts = [run for run in final.runs if run.axes["seed"] == 1]
-    parsed = {run.axes["method"]: run.parse() for run in firsts}
+    firsts = {run.axes["method"]: run for run in final.runs if run.axes["seed"] == 1}
+    parsed = {spec: run.parse() for spec, run in firsts.items()}
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
     from nlu.experiments.comparison import write
@@ -94,23 +94,23 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
 
     load_data(next(iter(parsed.values())))  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
-    labels = {run.axes["method"]: place_of(run, parsed[run.axes["method"]].method)["label"] for run in firsts}
+    labels = {spec: place_of(run, parsed[spec].method)["label"] for spec, run in firsts.items()}
     warnings = unlike(firsts, shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     notes = [f"Not alike: {warning}." for warning in warnings]
-    tuned, tried = 0, []
+    code, tried = 0, []
     if tuning is not None:
-        tuned, tried, final = _tune(tuning, final, labels, args)
-        if tuned > 1:  # stopped
-            return tuned
+        code, tried, final = _tune(tuning, final, labels, args)
+        if code > 1:  # stopped
+            return code
         chosen = {labels[run.axes["method"]]: run.arguments["learning_rate"] for run in final.runs}
         rates = ", ".join(f"{label} {rate:g}" for label, rate in chosen.items())
         notes.append(f"Learning rates chosen by the held-out score: {rates}.")
-    code, lines = _run(final, args)
+    final_code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
     write(lines, tried, scales, notes, args.output_dir / final.name)
-    return max(code, tuned)
+    return max(code, final_code)
 
 
 def _tune(

@@ -72,17 +72,17 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     return Shape(trained, size, scale, arguments.lora_r, arguments.head_learning_rate or rate)
 
 
-def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:
+def unlike(runs: dict[str, Run], shapes: dict[str, Shape]) -> list[str]:
     """Warnings about methods that differ from the first in size, α/r or head rate, with settings that would match.
 
     Args:
-        runs: one of each method; their axis ``method`` is NAME or NAME:flag=value. shapes: by that axis.
+        runs: one of each method, by NAME or NAME:flag=value. shapes: theirs.
     """
-    first, *others = (run.axes["method"] for run in runs)
+    first, *others = runs
     lines = []
-    for run, spec in zip(runs[1:], others, strict=True):
+    for spec in others:
         if not (alike(shapes[spec].size, shapes[first].size) and alike(shapes[spec].scale, shapes[first].scale)):
-            matching = _matching(run, shapes[first])
+            matching = _matching(spec, runs[spec], shapes[first])
             match = next((each for each in matching if each not in shapes), None)
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
             lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
@@ -100,9 +100,9 @@ def unlike(runs: list[Run], shapes: dict[str, Shape]) -> list[str]:
     return lines
 
 
-def _matching(run: Run, wanted: Shape) -> Iterator[str]:
+def _matching(spec: str, run: Run, wanted: Shape) -> Iterator[str]:
     """Specifications of the same base method with the wanted size and scale, the run's own file first."""
-    name, *settings = settings_of(run.axes["method"])
+    name, *settings = settings_of(spec)
     base = method_file(name)[0]
     files = [path.stem for path in sorted(METHOD_FOLDER.glob("*.yaml"))]
     for file in dict.fromkeys([name, *files]):
