@@ -68,9 +68,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     args = Arguments(**DEFAULTS | chosen | {"method": base, "method_config": config, "world_size": world_size()})
     check_and_complete(args, given, chosen)
     if args.root_output_dir is None:
-        data = f"glue/{{}}/{args.task_name}" if args.task_name else f"own/{{}}/{Path(args.train_file).stem}"
-        folder = data.format(Path(args.model_name_or_path).name)
-        args.root_output_dir = f"output/{folder}/{config}/seed-{args.seed}"
+        model = Path(args.model_name_or_path).name
+        data = f"glue/{model}/{args.task_name}" if args.task_name else f"own/{model}/{Path(args.train_file).stem}"
+        args.root_output_dir = f"output/{data}/{config}/seed-{args.seed}"
     args.values = {name: getattr(args, name) for name in (*DEFAULTS, "method_config")}
     return args
 

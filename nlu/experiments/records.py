@@ -17,7 +17,7 @@ import numpy as np
 
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
-from nlu.experiments.experiment import NO_LABEL, SET_BY_THE_SWEEP, Run, portable
+from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, portable
 from nlu.methods.registry import METHODS
 from nlu.runs.files import locked, write_text
 
@@ -73,12 +73,12 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
 def place_of(run: Run, method: str) -> dict[str, Any]:
     """The part of a line that identifies the run within the experiment; `method` is the base method.
 
-    Its `label`, the name in tables, joins the labels of the grid's axes, except those in `NO_LABEL`.
+    Its `label`, the name in tables, joins the labels of the grid's axes, except task and seed.
     """
     axes = portable(run.axes)
     names = []
     for axis, value in axes.items():
-        if axis not in NO_LABEL:
+        if axis not in ("task_name", "seed"):
             text = value if isinstance(value, str) else f"{axis}={value}"
             names.append(_method_name(text, method) if axis == "method" else text)
     label = ", ".join(names) or _method_name(str(run.arguments.get("method")), method)

@@ -157,7 +157,7 @@ class Sweep:
     def _start(
         self, launcher: LocalLauncher | SlurmLauncher, run: Run, state: str, overwrite: bool
     ) -> LocalJob | SlurmJob:
-        """Start a run without its old line; to `overwrite` replaces another run in its folder, or resumes its own."""
+        """Remove a run's old line and start it; `overwrite` replaces another run in its folder and resumes its own."""
         command, log = self.command_line(run), self.log(run)
         if overwrite:
             command.append("--overwrite_output_dir")
