@@ -12,26 +12,26 @@ TEXTS = [
     "it 's",
     "",
 ]
-OFFICIAL_FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "ax": "diagnostic"}
-OFFICIAL_COLUMNS = {
-    # as in the official release; test files have `index` and no label
-    "cola": ["sentence"],
-    "sst2": ["sentence"],
-    "mrpc": ["#1 ID", "#2 ID", "#1 String", "#2 String"],
-    "qqp": ["qid1", "qid2", "question1", "question2"],
-    "stsb": ["genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"],
-    "mnli": ["promptID", "pairID", "genre", "sentence1_binary_parse", "sentence1", "sentence2", "label1"],
-    "qnli": ["question", "sentence"],
-    "rte": ["sentence1", "sentence2"],
-    "wnli": ["sentence1", "sentence2"],
-    "ax": ["sentence1", "sentence2"],
-}
-OFFICIAL_TEXT = {
-    "mrpc": {"sentence1": "#1 String", "sentence2": "#2 String"},
-    "mnli": {"premise": "sentence1", "hypothesis": "sentence2"},
-    "ax": {"premise": "sentence1", "hypothesis": "sentence2"},
-}
-OFFICIAL_LABEL = {"mrpc": "Quality", "qqp": "is_duplicate", "stsb": "score", "mnli": "gold_label"}
+# The official release: a task's folder, and the columns of its files with labels and of its test files, without some
+# that nothing reads. NAME=FIELD is the column NAME with a field of the row; a column without one holds "none".
+OFFICIAL = {
+    "cola": ("CoLA", "source|label|mark|sentence", "index=idx|sentence"),  # without this header
+    "sst2": ("SST-2", "sentence|label", "index=idx|sentence"),
+    "mrpc": (
+        "MRPC", "Quality=label|#1 ID|#2 ID|#1 String=sentence1|#2 String=sentence2",
+        "index=idx|#1 ID|#2 ID|#1 String=sentence1|#2 String=sentence2",
+    ),
+    "qqp": ("QQP", "id=idx|qid1|qid2|question1|question2|is_duplicate=label", "id=idx|question1|question2"),
+    "stsb": ("STS-B", "index=idx|genre|sentence1|sentence2|score=label", "index=idx|genre|sentence1|sentence2"),
+    "mnli": (
+        "MNLI", "index=idx|genre|sentence1_parse|sentence1=premise|sentence2=hypothesis|label1|gold_label=label",
+        "index=idx|genre|sentence1_parse|sentence1=premise|sentence2=hypothesis",
+    ),
+    "qnli": ("QNLI", "index=idx|question|sentence|label", "index=idx|question|sentence"),
+    "rte": ("RTE", "index=idx|sentence1|sentence2|label", "index=idx|sentence1|sentence2"),
+    "wnli": ("WNLI", "index=idx|sentence1|sentence2|label", "index=idx|sentence1|sentence2"),
+    "ax": ("diagnostic", "", "index=idx|sentence1=premise|sentence2=hypothesis"),
+}  # fmt: skip
 # the hub's class names, in the order of its label numbers
 HUB_WORDS = {
     "cola": "unacceptable acceptable",
@@ -60,22 +60,17 @@ def sample_rows(task: Task, split: str, n: int = 12) -> list[dict]:
 
 def write_official(root: Path, task: Task, split: str, rows: list[dict]) -> Path:
     """Write a TSV file in the official format, in the official release's folder; returns its path."""
-    name = "diagnostic.tsv" if task.name == "ax" else split.replace("validation", "dev") + ".tsv"
-    path = root / OFFICIAL_FOLDERS.get(task.name, task.name.upper()) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    names, label = OFFICIAL_TEXT.get(task.name, {}), OFFICIAL_LABEL.get(task.name, "label")
+    folder, labelled, unlabelled = OFFICIAL[task.name]
     test = split.startswith("test")
-    columns = ["index", *OFFICIAL_COLUMNS[task.name]] + ([] if test else [label])
-    if task.name in ("cola", "sst2", "mrpc") and not test:
-        columns = columns[1:]
-    lines = ["\t".join(columns)]
+    columns = [column.partition("=") for column in (unlabelled if test else labelled).split("|")]
+    lines = [[name for name, *_ in columns]]
     for row in rows:
-        values = {names.get(field, field): row[field] for field in task.text_fields}
-        code, worded = row["label"], task.name in ("mnli", "qnli", "rte") and not test
-        values[label] = HUB_WORDS[task.name].split()[code] if worded else str(code)
-        values |= {"index": str(row["idx"]), "#1 ID": f"1{row['idx']}", "#2 ID": f"2{row['idx']}", "label1": "neutral"}
-        lines.append("\t".join(values.get(column, "none") for column in columns))
+        if task.name in ("mnli", "qnli", "rte") and not test:
+            row = row | {"label": HUB_WORDS[task.name].split()[row["label"]]}
+        lines.append([str(row.get(field or name, "none")) for name, _, field in columns])
     if task.name == "cola" and not test:
-        lines = [f"gj04\t{row['label']}\t{'' if row['label'] else '*'}\t{row['sentence']}" for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        del lines[0]
+    path = root / folder / ("diagnostic.tsv" if task.name == "ax" else split.replace("validation", "dev") + ".tsv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""The samplers: every example once, an order that depends on seed and epoch only, equal steps for all processes."""
+"""The samplers: every example once, in an order that depends on seed and epoch only."""
 
 import random
 from types import SimpleNamespace
@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler
 
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, planned_steps
 
@@ -42,24 +40,6 @@ def test_order_differs_between_epochs_and_seeds():
                 sampler.set_epoch(epoch)
                 orders.add(tuple(sampler))
         assert len(orders) == 25
-
-
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 4), (2, 1), (2, 2), (4, 2)])
-def test_steps_have_the_same_examples_for_any_number_of_processes(processes, accumulation):
-    lengths = np.random.default_rng(0).integers(5, 90, 32 * 40)
-    sampler = LengthBucketSampler(lengths, 32, seed=6)
-    sampler.set_epoch(2)
-    expected = [sorted(batch) for batch in BatchSampler(sampler, 32, drop_last=False)]
-    per_device = 32 // processes // accumulation
-    shards = [
-        list(BatchSamplerShard(BatchSampler(sampler, per_device, drop_last=False), processes, rank))
-        for rank in range(processes)
-    ]
-    steps = [
-        sorted(i for shard in shards for batch in shard[first : first + accumulation] for i in batch)
-        for first in range(0, len(shards[0]), accumulation)
-    ]
-    assert steps == expected
 
 
 def test_batches_are_of_similar_length_in_random_order():
