@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("adapter", help="folder of the adapter")
-    add("out", help="folder to write: a new one, or that of an earlier adapter of the same format")
+    add("out", help="folder to write: a new one, or (peft, loralib) that of an earlier adapter of this format")
     add("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="with --to merged: dtype of the weights (float32)")

@@ -88,7 +88,8 @@ def export_peft(
             parameter was trained in addition to its low-rank update, or tied weights give it a second name.
     """
     if is_peft(adapter):
-        values, pairs, head = read_pairs(adapter)
+        values, scaled, head = read_pairs(adapter)
+        pairs = {name: (b * s, a) for name, (b, a, s) in scaled.items()}
         fields = {name: values.get(name) for name in _KEPT}
         if base_model not in (None, fields["base_model_name_or_path"]):
             fields |= {"base_model_name_or_path": base_model, "revision": None}
@@ -210,8 +211,7 @@ def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
 
 
 def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` in place, as loralib's LoRA layers with
-    a scaling of 1: peft's is multiplied into B.
+    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` in place, as loralib's LoRA layers.
 
     Raises:
         ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
@@ -220,11 +220,11 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     values, pairs, head = read_pairs(folder)
     groups: list[LayerGroup] = []
     tensors = dict(head)
-    for name, (b, a) in pairs.items():
+    for name, (b, a, s) in pairs.items():
         rank = len(a)
         tensors |= {f"{name}.lora_B.0": b, f"{name}.lora_A.0": a}
         # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
-        groups.append(LayerGroup("lora", rank, [], rank, 0.0, "gaussian", False, {name: "1" * rank}))
+        groups.append(LayerGroup("lora", rank, [], s * rank, 0.0, "gaussian", False, {name: "1" * rank}))
     # peft does not record the class of the model.
     config = AdapterConfig(kind="lora", groups=groups, head=list(head), architecture="model that peft adapted")
     layers = fitting_layers(model, config, tensors)
@@ -255,12 +255,13 @@ def refuse_other_format(folder: str | os.PathLike[str], peft: bool) -> None:
 
 def read_pairs(
     folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
     """Read a LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs. Pruned singular values are left out, and so are
     modules without any others.
 
     Returns:
-        The configuration; module name -> (B (out, ρ), A (ρ, in)) with ΔW = B A; and the head's tensors.
+        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors. A LoRA
+        keeps its scaling s, so that it can be trained on; in other adapters s = 1, and the scaling is in B.
 
     Raises:
         ValueError: see :func:`import_peft`.
@@ -281,11 +282,13 @@ def read_pairs(
                 e = factors[i].flatten()
                 live = e.nonzero().flatten()
                 factors[i - 1 : i + 2] = factors[i - 1][:, live], e[live], factors[i + 1][live]
-            b, a = _pair(factors, _scaling(values, name, len(factors[-1])))
+            scaling = _scaling(values, name, len(factors[-1]))
+            s = scaling if len(factors) == 2 else 1.0
+            b, a = _pair(factors, scaling / s)
             if b.shape[1] != len(a) or not b.isfinite().all():
                 raise ValueError("its matrices have no common rank, or the scaling is not finite")
             if len(a):
-                pairs[name] = b, a
+                pairs[name] = b, a, s
         except Exception as error:  # a factor is missing or has a wrong shape, or the configuration lacks the scaling
             raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
     if odd := next((name for name in state if ".base_layer." in name), None):

@@ -206,12 +206,15 @@ def test_a_peft_lora_with_two_ranks_and_alphas_imports_with_the_same_logits(tmp_
     settings = LoraConfig(task_type="SEQ_CLS", r=6, lora_alpha=9, target_modules=["query", "value"],
                           use_rslora=rank_stabilised, rank_pattern={"value": 3},
                           alpha_pattern={r"layer\.1\..*value": 5})  # fmt: skip
-    logits, ours = saved_by_peft(tmp_path / "theirs", base, settings)(IDS).logits, tmp_path / "ours"
+    theirs, ours = saved_by_peft(tmp_path / "theirs", base, settings), tmp_path / "ours"
+    logits = theirs(IDS).logits
     command = [str(tmp_path / "theirs"), "--to", "loralib", str(ours), "--base", str(tmp_path / "base")]
     assert main(command) == 0
     config = loralib.load_adapter(model := encoder(), ours)
     assert config.kind == "lora" and set(config.ranks.values()) == {3, 6}
     assert (config.base_model, config.base_revision) == ("base", None)  # the folder may hold another revision
+    scalings = [layer.scaling["default"] for layer in theirs.modules() if isinstance(layer, LoraLayer)]
+    assert [layer.scaling for layer in loralib.lora_layers(model).values()] == pytest.approx(scalings)  # trains alike
     torch.testing.assert_close(model(IDS).logits, logits, **CLOSE)
     export_peft(ours, tmp_path / "back")  # and back
     back = PeftModel.from_pretrained(encoder(), tmp_path / "back").eval()
