@@ -48,6 +48,8 @@ class SortingAllocator(RankAllocator):
 class AdaLoraTraining:
     """Runs peft's AdaLoRA in a training loop. It has the methods of :class:`loralib.LowRankTraining`.
 
+    The regulariser is in :meth:`penalty` alone: the model's loss no longer includes it.
+
     Args:
         model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
     """
@@ -55,8 +57,10 @@ class AdaLoraTraining:
     allocator = None  # peft allocates the ranks
 
     def __init__(self, model: nn.Module) -> None:
-        self.in_loss = isinstance(model, PeftModel)
-        tuner: Any = model.base_model if self.in_loss else model
+        tuner: Any = model.base_model if isinstance(model, PeftModel) else model
+        # peft adds its regulariser to the loss that the model returns: a Trainer that accumulates gradients would count
+        # it several times, and one that computes its own loss not at all.
+        tuner.forward = tuner.model.forward
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
         tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)
@@ -74,13 +78,8 @@ class AdaLoraTraining:
         self.config.total_step = self.total_steps = total_steps
         self.step = 0
 
-    def penalty(self) -> Tensor | float:
-        """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers.
-
-        0 for a ``PeftModel``, whose forward pass adds it to the loss.
-        """
-        if self.in_loss:
-            return 0.0
+    def penalty(self) -> Tensor:
+        """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers."""
         sides = ((layer.lora_A[self.adapter], layer.lora_B[self.adapter]) for layer in self.layers.values())
         grams = [gram for a, b in sides for gram in (a @ a.T, b.T @ b)]
         eyes = (torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams)
