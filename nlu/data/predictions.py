@@ -63,13 +63,17 @@ def write_predictions(
 
     A GLUE test set goes into the server's file (`MNLI-m.tsv`), with the columns `index` and `prediction`. Any other set
     goes into `<task>_<split>.tsv`, with the true `label` too if it is known. Classes are written in the server's words,
-    STS-B's scores clipped to [0, 5] with three decimals, other numbers with seven significant digits.
+    numbers with seven significant digits; the server's file of STS-B has three decimals, and scores between 0 and 5.
 
     Args:
         indices: the `idx` of each row. predictions, labels: (n,) class numbers, or numbers for a regression task.
     """
     server = dict(zip(task.test_splits, (name for name, _ in task.submission_files), strict=False)).get(split)
-    table = pd.DataFrame({"index": indices, "prediction": [_word(task, value) for value in predictions]})
+    if server and task.value_range:
+        words = [f"{value:.3f}" for value in np.clip(predictions, *task.value_range)]
+    else:
+        words = [_word(task, value) for value in predictions]
+    table = pd.DataFrame({"index": indices, "prediction": words})
     if server is None and labels is not None:
         table["label"] = [_word(task, value) for value in labels]
     path = Path(folder) / (server or f"{task.name}_{split}.tsv")
@@ -78,11 +82,7 @@ def write_predictions(
 
 
 def _word(task: Task, value: float) -> str:
-    if not task.is_regression:
-        return task.submission_labels[int(value)]
-    if task.value_range is None:
-        return f"{value:.7g}"
-    return f"{np.clip(value, *task.value_range):.3f}"
+    return f"{value:.7g}" if task.is_regression else task.submission_labels[int(value)]
 
 
 def draw_confusion(report: dict[str, Any], path: Path) -> None:

@@ -63,6 +63,8 @@ def test_predictions_follow_their_index(tmp_path):
     assert path.read_text() == "index\tprediction\n0\tentailment\n1\tnot_entailment\n2\tnot_entailment\n"
     path = write_predictions(TASKS["stsb"], "test", [0, 1, 2], np.float32([5.5, -0.2, 3.14159]), tmp_path)
     assert path.read_text() == "index\tprediction\n0\t5.000\n1\t0.000\n2\t3.142\n"
+    path = write_predictions(TASKS["stsb"], "validation", [0], np.float32([5.25]), tmp_path, [5.0])
+    assert path.read_text() == "index\tprediction\tlabel\n0\t5.25\t5\n"  # as it was scored
     own = Task("custom", "own data", ("text",), ("sad", "glad"), ("accuracy",))
     path = write_predictions(own, "validation", [4], [1], tmp_path, [0])
     assert (path.name, path.read_text()) == ("custom_validation.tsv", "index\tprediction\tlabel\n4\tglad\tsad\n")
