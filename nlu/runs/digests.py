@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER
+from nlu.command_line import chosen_method, method_file, published_settings
 from nlu.data.glue import split_files
 from nlu.json_yaml import read_yaml
 from nlu.tasks import TASKS
@@ -43,8 +44,8 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
         glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
-        validation_file, peft_config, method (the values in the method's file) and, with --do_predict, test_file (the
-        test rows, including those of GLUE's tasks).
+        validation_file, peft_config, method (the values in the method's file), published (the settings it selects) and,
+        with --do_predict, test_file (the test rows, including those of GLUE's tasks).
 
     Raises:
         OSError: if a file cannot be read. UsageError: if a method's file is damaged.
@@ -56,9 +57,13 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         names = [file.suffix if file == own else file.name for file in files]
         if files:
             found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
-    path = METHOD_FOLDER / f"{arguments.get('method_config') or arguments.get('method')}.yaml"
+    config = arguments.get("method_config") or arguments.get("method")
+    path = METHOD_FOLDER / f"{config}.yaml"
     if path.is_file():  # only the values count: comments and the order of lines change no run
         found["method"] = _together(read_yaml(path))
+    if arguments.get("published"):
+        base, _ = method_file(config or chosen_method(arguments)[0])
+        found["published"] = _together(published_settings(arguments, base))
     return found
 
 

@@ -109,7 +109,8 @@ class RunFolder:
         longer has is ignored.
         """
         old, new = previous.get("digests", {}), self.digests
-        flags = sorted(f"--{flag}" for flag in {*old, *new} - {"test_file"} if old.get(flag) != new.get(flag))
+        compared = {*old, *new} - {"test_file", "published"}  # what --published selects is among the arguments
+        flags = sorted(f"--{flag}" for flag in compared if old.get(flag) != new.get(flag))
         before = DEFAULTS | previous.get("arguments", {})
         changed = {name for name, value in finite(self.arguments.values).items() if before.get(name) != value}
         names = sorted(changed - FREE - PREDICTING - {*old, *new})

@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from loralib.adapter_folder import has_tokenizer
-from nlu import fine_tuning
+from nlu import command_line, fine_tuning
 from nlu.arguments import Arguments
 from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
@@ -226,6 +226,18 @@ def test_digest_of_a_configuration_depends_on_its_values_only(tmp_path, monkeypa
     edit(own, "1", "2")
     assert of(peft_config=str(own)) != one
     assert of(peft_config='{"r": 1}') == {}  # JSON text is the argument itself
+
+
+def test_digest_of_published_settings_depends_on_the_tasks_file_as_far_as_the_method_reads_it(tmp_path, monkeypatch):
+    shutil.copytree(command_line.TASK_FOLDER, tmp_path / "tasks")
+    monkeypatch.setattr(command_line, "TASK_FOLDER", tmp_path / "tasks")
+    (tmp_path / "tasks/cola.yaml").write_text("roberta-large: {learning_rate: 1.0e-4, lora: {lora_r: 2}}\n")
+    given = {"task_name": "cola", "published": "roberta-large"}
+    lora, bitfit = of(**given, method="lora")["published"], of(**given, method="bitfit")["published"]
+    edit(tmp_path / "tasks/cola.yaml", "lora_r: 2", "lora_r: 4")
+    assert of(**given, method="lora")["published"] != lora and of(**given, method="bitfit")["published"] == bitfit
+    edit(tmp_path / "tasks/cola.yaml", "1.0e-4", "2.0e-4")
+    assert of(**given, method="bitfit")["published"] != bitfit
 
 
 # ---- digests that are computed once ---------------------------------------------------------------------------------
