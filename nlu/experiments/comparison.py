@@ -87,7 +87,7 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
         sentences.append("All runs have the same score: they have learned nothing, or the evaluation set is too small.")
     elif not differ.all():
         seeds = seeds_for(1.0, pooled_spread(done))
-        hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give --seeds 3 or more"
+        hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give more --seeds"
         sentences.append(f"No difference shown between {first} and {', '.join(others.row[~differ])}; {hint}.")
     return " ".join(sentences)
 

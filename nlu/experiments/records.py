@@ -24,10 +24,10 @@ from nlu.runs.files import locked, write_text
 # These say where a run happens, not what it computes: runs that differ only in them count as the same.
 PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
 COPIED = (
-    "metric", "best", "best_step", "last", "test_scores", "steps", "model", "adapter_params", "head_params",
-    "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget", "effective_batch_size",
-    "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions", "machine", "git_commit",
-    "module_ranks", "digests", "constant_loss",
+    "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "adapter_params",
+    "head_params", "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget",
+    "effective_batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions",
+    "machine", "git_commit", "module_ranks", "digests", "constant_loss",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
 SHORT = 1.0  # final Λ below which a low-rank method that learned nothing has hardly left its start
+ROUNDING = 1e-18  # points²: a smaller variance is only the rounding of equal differences
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
 # What a claim may expect → the difference in points that it is tested against; "level" has two tests.
 EXPECTED = {"higher": 0.0, "not lower": -LEVEL, "level": None}
@@ -57,12 +58,14 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """Lines as one frame; those of several experiments have its name in `experiment`.
 
     Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
-    over the evaluations; `last`, `best`, `loss` (the last) and `lowest_loss`; `mismatched_accuracy`, on MNLI's
+    over the evaluations; `last` and `loss`, of the final weights (with --load_best_model_at_end the best checkpoint's);
+    `best` and `lowest_loss`; `mismatched_accuracy`, on MNLI's
     mismatched set; `test`, on a labelled test set; `training_loss_end`, the mean over the last tenth of the steps;
     `data`, which data files were read; `settings`, what the runs of one mean must have in common; `failed`, whether a
     run ended early or learned nothing: its mean training loss over the last tenth of the steps exceeds 0.95 of the loss
     of the best constant answer (old records without training loss: no evaluation's loss is below 0.99 of it).
-    If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also counts as failed.
+    If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also counts as failed;
+    `rerun` marks it.
     If final runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
@@ -97,17 +100,19 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         evaluations, task = line["evaluations"], TASKS.get(line["task"])
         scores = [100 * score for score in evaluations[line["metric"]]]  # the metric is Task.metric
         mismatched = evaluations.get("mismatched_accuracy")
+        # The evaluation of the weights that the run kept: the last, or the best checkpoint's.
+        place = {step: i for i, step in enumerate(evaluations["step"])}.get(line.get("weights_step"), -1)
         own = {Path(name).stem for name, _ in task.submission_files[:1]} if task else line.get("test_scores", {})
         tests = [each[line["metric"]] for name, each in line.get("test_scores", {}).items() if name in own]
         row |= {
             "steps_at": evaluations["step"],
             "scores": scores,
             "losses": evaluations["loss"],
-            "last": scores[-1],
+            "last": scores[place],
             "best": max(scores),
-            "loss": evaluations["loss"][-1],
+            "loss": evaluations["loss"][place],
             "lowest_loss": min(evaluations["loss"]),
-            "mismatched_accuracy": 100 * mismatched[-1] if mismatched else None,
+            "mismatched_accuracy": 100 * mismatched[place] if mismatched else None,
             "test": 100 * np.mean(tests) if tests else None,
         }
     return row
@@ -125,7 +130,10 @@ def _tell_apart(frame: pd.DataFrame) -> None:
     runs = finished(frame)
     twice = runs[runs.duplicated(["experiment", "label", "task", "seed"])]
     if len(twice):
-        message = "{experiment}.jsonl has {label} on {task} with seed {seed} twice: delete a line"
+        message = (
+            "{experiment}.jsonl has {label} on {task} with seed {seed} twice: delete a line (runs that differ only in "
+            "data_seed or holdout_seed need different seeds too)"
+        )
         raise UsageError(message.format_map(twice.iloc[0]))
 
 
@@ -134,7 +142,7 @@ def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
     key, seeds = ["experiment", "stage", "label", "task", "seed"], frame.seed - 100
     runs, repeated = (pd.MultiIndex.from_frame(each[key]) for each in (frame, frame.assign(seed=seeds)))
     rerun = repeated.isin(runs[frame.failed])
-    frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun)
+    frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun, rerun=rerun)
     return frame[~runs.isin(repeated[rerun])]
 
 
@@ -226,7 +234,7 @@ def estimate(pairs: pd.DataFrame, pooled: pd.DataFrame | None = None) -> Estimat
     spread = pooled.loc[sizes.index]
     parts = spread.variance / sizes / len(sizes) ** 2
     variance = parts.sum()
-    if not len(pairs) or spread.freedom.min() < 1 or variance < 1e-18:  # points²: only rounding errors
+    if not len(pairs) or spread.freedom.min() < 1 or variance < ROUNDING:
         return Estimate(mean)
     freedom = 1 / ((parts / variance) ** 2 / spread.freedom).sum()
     return Estimate(mean, variance**0.5, freedom)
@@ -301,7 +309,7 @@ def seeds_for(points: float, spread: pd.DataFrame) -> int | None:
         spread: see :func:`pooled_spread`.
     """
     variance = spread.variance.sum(skipna=False) / len(spread) ** 2
-    if not variance > 0:
+    if not variance > ROUNDING:
         return None
     for n in range(2, 10_001):
         quantiles = stats.t.ppf([0.975, 0.8], len(spread) * (n - 1)).sum()

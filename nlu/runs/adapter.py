@@ -40,7 +40,7 @@ def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
                 "task": record["task"],
                 "method": record["method_config"],
                 "metric": record["metric"],
-                "score": scores.get(trainer.weights_step, record["last"]),
+                "score": scores.get(record["weights_step"], record["last"]),
                 "seed": record["seed"],
                 "max_seq_length": trainer.processing_class.model_max_length,
                 "text_fields": list(trainer.task.text_fields),

@@ -97,6 +97,7 @@ class RunRecord(TrainerCallback):
             "live_budget": applied.ranks.live_rank if applied.ranks else None,
             "module_ranks": pattern and {name: sum(flags) for name, flags in pattern.items()},
             "steps": steps,
+            "weights_step": self.trainer.weights_step,
             "planned_steps": self.trainer.state.max_steps,
             "train_seconds": seconds,
             "seconds_per_step": seconds / steps if steps else None,

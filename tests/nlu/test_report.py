@@ -56,21 +56,27 @@ def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, t
     assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
 
 
-def test_question_has_no_table_before_its_last_run_has_finished(make, tmp_path):
+def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_were_repeated(make, tmp_path):
     question = QUESTIONS["questions"][0] | {"runs": 12, "against": ["LoRA r=8"], "claims": []}
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
     make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
     page = (tmp_path / "README.md").read_text()
-    assert "score more on CoLA and STS-B? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
+    assert "score more on CoLA and STS-B? Ended so far: 11 of 12 runs (`" in page and "| LoRA" not in page
     assert not (tmp_path / "tables").exists()
-    make(lines, questions={"questions": [question]})
+    for status in ("finished", "failed"):  # one that learned nothing, and one that ended early
+        lost = lines[-1] | {"training_loss": [0.6] * 20, "constant_loss": 0.6, "status": status}
+        make([*lines[:-1], lost], questions={"questions": [question]})
+        page = (tmp_path / "README.md").read_text()
+        assert f"11 of 12 runs (`configs/experiments/trial.yaml`). 1 run(s) failed. To be repeated with seed + 100: " \
+            f"{lost['run']}." in page and "| LoRA" not in page  # fmt: skip
+    make([*lines[:-1], lost, lines[-1] | {"run": "again", "seed": 103}], questions={"questions": [question]})
     assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
 
 
 def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
     make([line("LoRA r=8", "cola", 1, [0.5], status="failed")])
     page = (tmp_path / "README.md").read_text()
-    assert "score more on its tasks? Measured so far: 0 of 1 runs (`" in page and "1 run(s) failed." in page
+    assert "score more on its tasks? Ended so far: 1 of 1 runs (`" in page and "1 run(s) failed." in page
 
 
 def test_claim_that_expects_something_unknown_is_refused(make):
@@ -131,7 +137,7 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     make(lines, questions={"questions": [question]})
     assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set
     lines = [each | {"asked": each["asked"] | {"holdout_fraction": 0.1}} for each in lines]
-    assert make(lines, questions={"questions": [question]})[0] == 0
+    assert make(lines, questions={"questions": [question | {"runs": 4}]})[0] == 0  # no run of a tuning is repeated
     page = (tmp_path / "README.md").read_text()
     marks = dict(re.findall(r"^\| LoRA r=8 \| +([\d.]+) \|.*\| +(\w*) \|$", page, re.M))
     assert marks == {"0.001": "", "0.002": "chosen", "0.004": "barred", "0.008": "barred"}
@@ -166,6 +172,8 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
     noisy = {"LoRA r=8": [0.50, 0.40, 0.45], "LoRA² k=8": [0.44, 0.50, 0.46]}
     seeds = re.match(r"No difference shown between LoRA r=8 and LoRA² k=8; about (\d+) seeds would", said(noisy))
     assert int(seeds[1]) > 100
+    steady = {"LoRA r=8": [0.707, 0.714, 0.721], "LoRA² k=8": [0.757, 0.764, 0.771]}
+    assert said(steady).startswith("No difference shown between LoRA r=8 and LoRA² k=8; give more --seeds.")
     assert "All runs have the same score" in said({label: [0.5, 0.5, 0.5] for label in clear})
     lost = {"training_loss": [0.6] * 20, "constant_loss": 0.6}
     assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in said(clear, **lost)

@@ -157,6 +157,12 @@ def test_rerun_gives_its_score_to_the_seed_of_the_failed_run():
     assert dict(zip(pairs.seed, pairs.difference, strict=True)) == {1: 0.0, 2: 2.0}
 
 
+def test_score_is_that_of_the_weights_that_the_run_kept():
+    best = line("LoRA r=8", "cola", 1, [0.3, 0.5, 0.4], weights_step=200)  # --load_best_model_at_end
+    runs = as_frame([best, line("LoRA r=8", "cola", 2, [0.3, 0.5, 0.4], weights_step=300)])
+    assert list(runs["last"]) == [50, 40] and list(runs.loss) == pytest.approx([0.1 + 1 / 200, 0.1 + 1 / 300])
+
+
 def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_failure():
     rows = []
     for row, scores in (
