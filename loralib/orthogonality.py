@@ -22,6 +22,7 @@ from loralib.fused import without_autocast
 from loralib.model import trained_svd_layers
 
 TERMS = ("uv", "UV", "PQ")
+ROUNDING = 1e-5  # ‖Gram − I‖_F of factors that are orthonormal in float32 is smaller
 
 
 def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "all", squared: bool = False) -> Tensor:
@@ -81,10 +82,15 @@ def _grams(
 
 
 def _deviation(gram: Tensor, squared: bool) -> Tensor:
-    """(n, s, s) → (n,): ‖Gram − I‖_F, or its square if ``squared``; the gradient at exactly 0 is 0."""
+    """(n, s, s) → (n,): ‖Gram − I‖_F, or its square if ``squared``; 0 if it is smaller than rounding errors.
+
+    The gradient of the norm has length 1 however small the norm is, and Adam scales every gradient to its rate: factors
+    that start orthonormal would move in the direction of their rounding errors.
+    """
     flat = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).flatten(1)
     squares = flat.square().sum(1)
+    zero = squares < ROUNDING**2
     if squared:
-        return squares
-    zero = squares == 0  # the second derivative of a norm is NaN there
+        return torch.where(zero, 0.0, squares)
+    # Without the inner selection the second derivative at 0 would be NaN.
     return torch.where(zero, 0.0, torch.linalg.vector_norm(torch.where(zero.unsqueeze(1), 1.0, flat), dim=1))

@@ -1,7 +1,8 @@
 """Compare methods on one task: train each with the same seeds, and write a table, an answer and figures.
 
-    python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --seeds 3
-    python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR --methods lora2,lora
+    python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --tune
+    python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR \\
+        --methods lora2,lora --seeds 5 --learning_rate 1e-3
     python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64,adalora_r8
 
 All other flags go to nlu/run_glue.py, for every method; NAME:flag=value in --methods sets a flag for one method.
@@ -107,6 +108,12 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         chosen = {labels[run.axes["method"]]: run.arguments["learning_rate"] for run in final.runs}
         rates = ", ".join(f"{label} {rate:g}" for label, rate in chosen.items())
         notes.append(f"Learning rates chosen by the held-out score: {rates}.")
+        tried_rates: dict[str, list[float]] = {}
+        for run in tuning.runs:
+            tried_rates.setdefault(labels[run.axes["method"]], []).append(run.arguments["learning_rate"])
+        ends = [label for label, rate in chosen.items() if rate in (min(tried_rates[label]), max(tried_rates[label]))]
+        if ends:
+            notes.append(f"Rates at an end of those tried: {', '.join(ends)}. Give --tune RATES with rates beyond it.")
     final_code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
     write(lines, tried, scales, notes, args.output_dir / final.name)
@@ -157,6 +164,9 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
     final = make_experiment(name, grid, base=base)
     if args.tune is None:
+        for spec, own in specs.items():
+            if not {"published", "learning_rate"} & {*flags, *own, *method_file(own["method"])[1]}:
+                raise UsageError(f"{spec} has no learning rate: give --tune, --learning_rate or --published")
         return None, final
     for flag in ("learning_rate", "holdout_fraction"):
         if any(flag in values for values in (flags, *specs.values())):

@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
@@ -48,6 +49,8 @@ def run(arguments: Arguments, data: Data) -> None:
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
     start_processes(arguments.use_cpu)
+    if arguments.measured_dir:  # one that cannot be written to shows now, not after the training
+        Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
     folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.values)))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
@@ -120,6 +123,8 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
             names = f"--optim {training.optim.value}, --lr_scheduler_type {training.lr_scheduler_type.value}"
             raise UsageError(f"{names}: {reason(error, 200)}") from None
         trainer.optimizer = trainer.lr_scheduler = None
+    if training.process_index > 0:  # until here all processes drew the same numbers; now each has its own dropout masks
+        torch.manual_seed(training.seed + training.process_index)
     return trainer, {"data": describe(data, cut), "warm_start": warm_start}
 
 

@@ -57,5 +57,7 @@ PROCESSES=(--nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 FLAGS=(--measured_dir output/measured ${MODEL:+--model_name_or_path "$MODEL"} ${SEED:+--seed "$SEED"}
     ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"})
+# PYTHON may belong to another checkout, whose code it would import.
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 # Seconds that torchrun gives its processes to end their step and save it before it kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}

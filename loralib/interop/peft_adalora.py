@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraLayer, RankAllocator
+from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
 from loralib.allocator import check_schedule, most_important
@@ -45,6 +45,14 @@ class SortingAllocator(RankAllocator):
         return self._element_score(name).view(-1) + a.mean(1) + b.mean(0)
 
 
+class _Unregularised(AdaLoraModel):
+    """peft's model, whose loss is the task's alone. With peft's regulariser in it, a Trainer that accumulates gradients
+    would count the regulariser several times, and one that computes its own loss not at all."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+
 class AdaLoraTraining:
     """Runs peft's AdaLoRA in a training loop. It has the methods of :class:`loralib.LowRankTraining`.
 
@@ -58,9 +66,7 @@ class AdaLoraTraining:
 
     def __init__(self, model: nn.Module) -> None:
         tuner: Any = model.base_model if isinstance(model, PeftModel) else model
-        # peft adds its regulariser to the loss that the model returns: a Trainer that accumulates gradients would count
-        # it several times, and one that computes its own loss not at all.
-        tuner.forward = tuner.model.forward
+        tuner.__class__ = _Unregularised
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
         tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)

@@ -277,15 +277,19 @@ def read_pairs(
     for name in names:
         try:
             factors = [state.pop(name + part) for part in parts]
+            s, inside = _scaling(values, name, len(factors[-1])), 1.0
             if len(factors) > 2:  # e in the middle: keep what belongs to its live singular values
+                s, inside = 1.0, s
                 i = len(factors) // 2
                 e = factors[i].flatten()
+                if not factors[i - 1].shape[1] == len(factors[i]) == len(e) == len(factors[i + 1]):
+                    raise ValueError("its singular values do not fit its matrices")
                 live = e.nonzero().flatten()
                 factors[i - 1 : i + 2] = factors[i - 1][:, live], e[live], factors[i + 1][live]
-            scaling = _scaling(values, name, len(factors[-1]))
-            s = scaling if len(factors) == 2 else 1.0
-            b, a = _pair(factors, scaling / s)
-            if b.shape[1] != len(a) or not b.isfinite().all():
+            if sum(factor.dim() != 2 for factor in factors) != len(factors) % 2:  # only e is a vector
+                raise ValueError("a factor is not a matrix")
+            b, a = _pair(factors, inside)
+            if b.shape[1] != len(a) or not (math.isfinite(s) and b.isfinite().all()):
                 raise ValueError("its matrices have no common rank, or the scaling is not finite")
             if len(a):
                 pairs[name] = b, a, s

@@ -52,7 +52,7 @@ def write(
     scores["scale"] = [scales.get(label) for label in scores.row]
     scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
     metric = next(line["metric"] for line in lines if line["status"] == "finished")
-    notes = [f"- {note}" for note in [f"Score: {metric} at the last evaluation, in percent.", *advice(frame), *notes]]
+    notes = [f"- {note}" for note in [f"Score: {metric} of the final weights, in percent.", *advice(frame), *notes]]
     table = score_text(scores)
     table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
     table["s/step"] = [number(value, 3) for value in scores.seconds_per_step]

@@ -68,15 +68,17 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
         every = runs[runs.experiment == question.experiment]
-        waiting = every[every.failed & ~every.rerun & ~_held_out(every)] if question.runs else every[:0]
-        ended, failed = len(every) - len(waiting), int(every.failed.sum())
+        final, done = every[every.stage == "final"], finished(every)
+        lost = done[done.failed & ~done.rerun & ~_held_out(done)]  # they learned nothing
+        settled = len(final[_held_out(final)]) + len(done[~_held_out(done)]) - len(lost)
         # Whoever sees a difference earlier may stop when it is favourable.
-        if ended < question.runs or not len(finished(every)):
-            if len(every):
+        if settled < question.runs or not len(done):
+            if len(final):
+                failed = int(final.failed.sum())
                 said = f" {failed} run(s) failed." if failed else ""
-                said += f" To be repeated with seed + 100: {', '.join(waiting.run)}." if len(waiting) else ""
+                said += f" To be repeated with seed + 100: {', '.join(lost.run)}." if len(lost) else ""
                 open_questions.append(
-                    f"- {_heading(question, finished(every))} Ended so far: {ended} of {question.runs or ended} runs "
+                    f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(final)} runs "
                     f"(`configs/experiments/{question.experiment}.yaml`).{said}"
                 )
             continue

@@ -67,7 +67,8 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "training_loss": training_losses(record),
         "delta_norm": norms[-1] if norms else None,  # ‖ΔW‖_F at the end, the mean over the adapted layers
     }
-    return portable({name: value for name, value in line.items() if value is not None})
+    # The name, by which the line is found again, stays as it is.
+    return portable({name: value for name, value in line.items() if value is not None}) | {"run": run.name}
 
 
 def place_of(run: Run, method: str) -> dict[str, Any]:

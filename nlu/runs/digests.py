@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER
-from nlu.command_line import chosen_method, method_file, published_settings
+from nlu.command_line import method_file, published_settings
 from nlu.data.glue import split_files
 from nlu.json_yaml import read_yaml
 from nlu.tasks import TASKS
@@ -61,9 +61,8 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     path = METHOD_FOLDER / f"{config}.yaml"
     if path.is_file():  # only the values count: comments and the order of lines change no run
         found["method"] = _together(read_yaml(path))
-    if arguments.get("published"):
-        base, _ = method_file(config or chosen_method(arguments)[0])
-        found["published"] = _together(published_settings(arguments, base))
+        if arguments.get("published") and arguments.get("task_name") in TASKS:
+            found["published"] = _together(published_settings(arguments, method_file(config)[0]))
     return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralib.adapter_folder import CONFIG_FILE
 from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.batching import effective_batch_size
@@ -133,5 +134,7 @@ class RunFolder:
             part = self.path / name
             shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
         shutil.rmtree(self.path / "model" / UNFINISHED, ignore_errors=True)
+        if not (self.path / "adapter" / CONFIG_FILE).exists():  # it is written last
+            shutil.rmtree(self.path / "adapter", ignore_errors=True)
         for part in self.path.glob(".*.json.*"):
             part.unlink()

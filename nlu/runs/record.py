@@ -145,7 +145,7 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(trainer.model)})
     adapted = f"; adapted: {', '.join(types)}" if types else ""
     final = record["final_budget"] or "set by the gates"
-    budget = f", singular values {record['initial_budget']} → {final}" if trainer.applied.ranks else ""
+    budget = f", singular values {record['initial_budget']} to {final}" if trainer.applied.ranks else ""
     say(
         f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
         f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "

@@ -59,10 +59,11 @@ def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_orthonormal_factors_give_zero_with_a_finite_gradient():
+@pytest.mark.parametrize("squared", [False, True])
+def test_orthonormal_factors_give_zero_and_are_not_moved_by_their_rounding_errors(squared):
     model = blocks("lora2", 1, r=4, k=4)
     for factor in factors_of(model):
-        factor.data.copy_(torch.eye(*factor.shape))
-    value = loralib.compute_orth_regu(model, 1.0)
+        torch.nn.init.orthogonal_(factor)
+    value = loralib.compute_orth_regu(model, 1.0, squared=squared)
     value.backward()
     assert value.item() == 0 and all(torch.equal(f.grad, torch.zeros_like(f)) for f in factors_of(model))

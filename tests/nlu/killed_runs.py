@@ -145,6 +145,7 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
             "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
             "batch": effective_batch_size(trainer.args),
+            "dropout_seed": torch.initial_seed(),
             # of the part that this process holds
             "frozen_bytes": sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in frozen),
         }

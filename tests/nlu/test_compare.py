@@ -30,13 +30,13 @@ def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
 
 
 def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(call, tmp_path):
-    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "8"]
+    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "8", "--learning_rate", "1e-3"]
     code, out, _ = call(*flags)
     assert code == 0 and "4 run(s) finished now" in out
     table = (tmp_path / "compare-cola/comparison.md").read_text()
     assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA²", "LoRA"]
     assert re.search(r"\| +CoLA \|", table) and "\nAll runs have the same score" in table
-    assert "- Score: accuracy at the last evaluation, in percent." in table
+    assert "- Score: accuracy of the final weights, in percent." in table
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
@@ -48,7 +48,7 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
 
 
 def test_method_whose_runs_failed_has_no_row_and_the_exit_code_is_1(call, tmp_path):
-    code, out, err = call("--methods", "lora2,lora:weight_decay=1", "--seeds", "2")
+    code, out, err = call("--methods", "lora2,lora:weight_decay=1", "--seeds", "2", "--learning_rate", "1e-3")
     assert code == 1 and "failed: lora_weight_decay=1-seed=1: " in err
     assert re.findall(r"^\| (LoRA\S*) ", out, re.MULTILINE) == ["LoRA²"]
 
@@ -60,6 +60,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
     assert "heads without their own learning rate train at the one chosen" in err
     assert code == 1 and "failed: lora2:weight_decay=1 has no final runs: " in err
     assert "Learning rates chosen by the held-out score: LoRA 0.003, full fine-tuning 6e-05." in shown
+    assert "Rates at an end of those tried: LoRA, full fine-tuning. Give --tune RATES with rates beyond it." in shown
     final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl").values()]
     # 3e-3 is nearest to 2e-3; full's file has 2e-5
     assert [(each["method"], each["learning_rate"]) for each in final] == [("full", 6e-5)] * 2 + [("lora", 3e-3)] * 2
@@ -107,6 +108,7 @@ def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_pat
     ("flags", "message"),
     [
         (["--methods", "lora2,lora:task_name=mrpc"], "give --task_name for all methods"),
+        (["--methods", "full,lora"], "lora has no learning rate: give --tune, --learning_rate or --published"),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
         (["--methods", "lora", "--tune", "--holdout_fraction", "0.2"], "--tune sets --holdout_fraction itself"),
     ],
@@ -123,6 +125,6 @@ def test_value_of_one_methods_flag_may_contain_a_colon():
 
 
 def test_evaluation_is_every_eval_steps_if_they_are_given():
-    words = ["--methods", "lora", "--task_name", "cola", "--model_name_or_path", "base", "--eval_steps", "5"]
+    words = ["--methods", "lora", "--task_name", "cola", "--model_name_or_path", "base", "--eval_steps", "5", "--tune"]
     args, rest = compare.own_parser().parse_known_args(words)
     assert compare.plan(args, compare.flag_values(rest))[1].runs[0].arguments["eval_strategy"] == "steps"

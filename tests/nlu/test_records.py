@@ -104,6 +104,9 @@ def test_run_outside_a_sweep_has_a_line_in_the_file_of_its_model(finished, tmp_p
     assert made["axes"] == {"method": "lora2", "task_name": "cola", "seed": 3}
     publish_run(folder, tmp_path / "output/measured", record | {"status": "failed", "error": "boom"})
     assert [line["status"] for line in read_lines(path).values()] == ["failed"]  # a folder has one line
+    for _ in range(2):
+        publish_run(tmp_path / "output/my runs (1)/seed-1", tmp_path / "output/measured", record)
+    assert len(read_lines(path)) == 2 and "my runs (1)/seed-1" in read_lines(path)
 
 
 def test_lines_are_sorted_replaced_and_removed(tmp_path):

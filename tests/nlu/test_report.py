@@ -61,22 +61,24 @@ def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_wer
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
     make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
     page = (tmp_path / "README.md").read_text()
-    assert "score more on CoLA and STS-B? Ended so far: 11 of 12 runs (`" in page and "| LoRA" not in page
+    assert "score more on CoLA and STS-B? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
     assert not (tmp_path / "tables").exists()
-    for status in ("finished", "failed"):  # one that learned nothing, and one that ended early
-        lost = lines[-1] | {"training_loss": [0.6] * 20, "constant_loss": 0.6, "status": status}
-        make([*lines[:-1], lost], questions={"questions": [question]})
+    lost = lines[-1] | {"training_loss": [0.6] * 20, "constant_loss": 0.6}
+    again = lines[-1] | {"run": "again", "seed": 103}
+    for more in ([], [again | {"status": "failed"}]):  # not repeated yet, and the repetition ended early
+        make([*lines[:-1], lost, *more], questions={"questions": [question]})
         page = (tmp_path / "README.md").read_text()
-        assert f"11 of 12 runs (`configs/experiments/trial.yaml`). 1 run(s) failed. To be repeated with seed + 100: " \
-            f"{lost['run']}." in page and "| LoRA" not in page  # fmt: skip
-    make([*lines[:-1], lost, lines[-1] | {"run": "again", "seed": 103}], questions={"questions": [question]})
+        repeat = "" if more else f" To be repeated with seed + 100: {lost['run']}."
+        assert f"11 of 12 runs (`configs/experiments/trial.yaml`). 1 run(s) failed.{repeat}\n" in page
+        assert "| LoRA" not in page
+    make([*lines[:-1], lost, again], questions={"questions": [question]})
     assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
 
 
 def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
     make([line("LoRA r=8", "cola", 1, [0.5], status="failed")])
     page = (tmp_path / "README.md").read_text()
-    assert "score more on its tasks? Ended so far: 1 of 1 runs (`" in page and "1 run(s) failed." in page
+    assert "score more on its tasks? Measured so far: 0 of 1 runs (`" in page and "1 run(s) failed." in page
 
 
 def test_claim_that_expects_something_unknown_is_refused(make):

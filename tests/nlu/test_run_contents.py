@@ -101,6 +101,14 @@ def test_missing_predictions_of_a_finished_run_are_made(arguments, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "results.json"}  # no older test file's
 
 
+def test_half_written_adapter_of_a_killed_run_is_deleted(arguments, tmp_path):
+    folder, half = folder_of(arguments, tmp_path, "failed"), tmp_path / "run/adapter"
+    half.mkdir()
+    (half / "adapter_model.safetensors").touch()  # the configuration is written last
+    folder.clean(folder.state())
+    assert not half.exists()
+
+
 def test_which_folders_a_run_may_write_to(arguments, tmp_path):
     """Files that belong to no run are not replaced; leftovers of a killed run are no obstacle; one run at a time."""
     folder, run = folder_of(arguments, tmp_path), tmp_path / "run"

@@ -106,6 +106,7 @@ def test_two_processes_equal_one(launch, method, two, flags, tmp_path):
     folders = [tmp_path / "one", tmp_path / "accumulated", two(launch) / method]
     one, *others = everyone = list(itertools.chain.from_iterable(map(states, folders)))
     assert len(everyone) == 4 and {state["batch"] for state in everyone} == {8}
+    assert [state["dropout_seed"] - one["dropout_seed"] for state in everyone] == [0, 0, 0, 1]
     assert all(state["ranks"] == one["ranks"] for state in others)
     if one["ranks"] is not None:
         assert 0 < sum(map(sum, one["ranks"].values())) < sum(map(len, one["ranks"].values()))
