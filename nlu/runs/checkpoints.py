@@ -72,8 +72,8 @@ class WholeCheckpoints:
             # torch's exception does not say that a disk is full.
             raise RunError(
                 f"the checkpoint of step {state.global_step} cannot be written ({one_line(error)}); last good "
-                f"checkpoint: {last_checkpoint(folder) or 'none'}. If another process ended first, see its message; if "
-                "the disk is full, make room. Then give the same command again"
+                f"checkpoint: {last_checkpoint(folder) or 'none'}. If the disk is full, make room; if another process "
+                "ended first, see its message. Then give the same command again"
             ) from error
         wait_for_all()
         if self.args.should_save:
