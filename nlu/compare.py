@@ -105,15 +105,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         code, tried, final = _tune(tuning, final, labels, args)
         if code > 1:  # stopped
             return code
-        chosen = {labels[run.axes["method"]]: run.arguments["learning_rate"] for run in final.runs}
-        rates = ", ".join(f"{label} {rate:g}" for label, rate in chosen.items())
-        notes.append(f"Learning rates chosen by the held-out score: {rates}.")
-        tried_rates: dict[str, list[float]] = {}
-        for run in tuning.runs:
-            tried_rates.setdefault(labels[run.axes["method"]], []).append(run.arguments["learning_rate"])
-        ends = [label for label, rate in chosen.items() if rate in (min(tried_rates[label]), max(tried_rates[label]))]
-        if ends:
-            notes.append(f"Rates at an end of those tried: {', '.join(ends)}. Give --tune RATES with rates beyond it.")
+        notes += _about_rates(tuning, final, labels)
     final_code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
     write(lines, tried, scales, notes, args.output_dir / final.name)
@@ -140,6 +132,21 @@ def _tune(
     runs = [run for run in final.runs if run.axes["method"] in chosen]
     runs = [replace(run, arguments=run.arguments | {"learning_rate": chosen[run.axes["method"]]}) for run in runs]
     return code, lines, replace(final, runs=runs)
+
+
+def _about_rates(tuning: Experiment, final: Experiment, labels: dict[str, str]) -> list[str]:
+    """Notes: the chosen rates, and the methods for which a better one may lie beyond those tried."""
+    chosen = {run.axes["method"]: run.arguments["learning_rate"] for run in final.runs}
+    rates = ", ".join(f"{labels[spec]} {rate:g}" for spec, rate in chosen.items())
+    notes = [f"Learning rates chosen by the held-out score: {rates}."]
+    at_an_end = []
+    for spec, rate in chosen.items():
+        tried = [run.arguments["learning_rate"] for run in tuning.runs if run.axes["method"] == spec]
+        if rate in (min(tried), max(tried)):
+            at_an_end.append(labels[spec])
+    if at_an_end:
+        notes.append(f"Rates at an end of those tried: {', '.join(at_an_end)}. Give --tune RATES with rates beyond it.")
+    return notes
 
 
 def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:

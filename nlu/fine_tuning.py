@@ -49,8 +49,6 @@ def run(arguments: Arguments, data: Data) -> None:
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
     start_processes(arguments.use_cpu)
-    if arguments.measured_dir:  # one that cannot be written to shows now, not after the training
-        Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
     folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.values)))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state = first_computes(lambda: held.enter_context(folder.hold()))
@@ -72,6 +70,8 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
     trainer, facts = build_trainer(arguments, data)
     wait_for_all()  # until every process has read what it needs from the folder
     if is_first():
+        if arguments.measured_dir:  # one that cannot be made shows now, not after the training
+            Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
         folder.clean(state)
         held.enter_context(log_to(folder.path / "log" / "run.log"))
     wait_for_all()

@@ -69,14 +69,15 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     for question in questions:
         every = runs[runs.experiment == question.experiment]
         final, done = every[every.stage == "final"], finished(every)
-        lost = done[done.failed & ~done.rerun & ~_held_out(done)]  # they learned nothing
-        settled = len(final[_held_out(final)]) + len(done[~_held_out(done)]) - len(lost)
+        tuning, complete = _held_out(final), final.status == "finished"
+        lost = complete & final.failed & ~final.rerun & ~tuning  # they learned nothing
+        settled = int((tuning | (complete & ~lost)).sum())
         # Whoever sees a difference earlier may stop when it is favourable.
         if settled < question.runs or not len(done):
             if len(final):
                 failed = int(final.failed.sum())
                 said = f" {failed} run(s) failed." if failed else ""
-                said += f" To be repeated with seed + 100: {', '.join(lost.run)}." if len(lost) else ""
+                said += f" To be repeated with seed + 100: {', '.join(final.run[lost])}." if lost.any() else ""
                 open_questions.append(
                     f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(final)} runs "
                     f"(`configs/experiments/{question.experiment}.yaml`).{said}"

@@ -68,13 +68,13 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "delta_norm": norms[-1] if norms else None,  # ‖ΔW‖_F at the end, the mean over the adapted layers
     }
     # The name, by which the line is found again, stays as it is.
-    return portable({name: value for name, value in line.items() if value is not None}) | {"run": run.name}
+    return {"run": run.name} | portable({name: value for name, value in line.items() if value is not None})
 
 
 def place_of(run: Run, method: str) -> dict[str, Any]:
-    """The part of a line that identifies the run within the experiment; `method` is the base method.
+    """A run's axes and `label` without this machine's folders; `method` is the base method.
 
-    Its `label`, the name in tables, joins the labels of the grid's axes, except task and seed.
+    The label, the name in tables, joins the labels of the grid's axes, except task and seed.
     """
     axes = portable(run.axes)
     names = []
@@ -83,7 +83,7 @@ def place_of(run: Run, method: str) -> dict[str, Any]:
             text = value if isinstance(value, str) else f"{axis}={value}"
             names.append(_method_name(text, method) if axis == "method" else text)
     label = ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
-    return portable({"run": run.name, "label": label, "axes": axes})
+    return {"label": portable(label), "axes": axes}
 
 
 def _method_name(name: str, base: str) -> str:

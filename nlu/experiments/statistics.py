@@ -59,11 +59,11 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
     Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
     over the evaluations; `last` and `loss`, of the final weights (with --load_best_model_at_end the best checkpoint's);
-    `best` and `lowest_loss`; `mismatched_accuracy`, on MNLI's
-    mismatched set; `test`, on a labelled test set; `training_loss_end`, the mean over the last tenth of the steps;
-    `data`, which data files were read; `settings`, what the runs of one mean must have in common; `failed`, whether a
-    run ended early or learned nothing: its mean training loss over the last tenth of the steps exceeds 0.95 of the loss
-    of the best constant answer (old records without training loss: no evaluation's loss is below 0.99 of it).
+    `best` and `lowest_loss`; `mismatched_accuracy`, on MNLI's mismatched set; `test`, on a labelled test set;
+    `training_loss_end`, the mean over the last tenth of the steps; `data`, which data files were read; `settings`, what
+    the runs of one mean must have in common; `failed`, whether a run ended early or learned nothing: its mean training
+    loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant answer (old records without
+    training loss: no evaluation's loss is below 0.99 of it).
     If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also counts as failed;
     `rerun` marks it.
     If final runs that share label and task differ in more than the seed, their labels are extended by what differs.
