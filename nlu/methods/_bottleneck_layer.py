@@ -1,4 +1,4 @@
-"""The layer of the Houlsby and Pfeiffer adapters."""
+"""The layers of the Houlsby and Pfeiffer adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ INIT_STD = 1e-2  # Houlsby et al., section 3.6: near the identity at the start; 
 
 
 class BottleneckAdapter(nn.Module):
-    """x + up(activation(down(x))) over the last dimension; near the identity at the start.
+    """x + up(activation(down(x))) over the last dimension, or another residual in place of the first x.
+
+    The second term is near zero at the start.
 
     Args:
         features: size d of the last dimension. size: size m of the bottleneck. activation: class of the activation.
@@ -24,8 +26,22 @@ class BottleneckAdapter(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, d) → (…, d) in x's dtype; the bottleneck is computed in the adapter's dtype."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (…, d) → (…, d) in the residual's dtype; the bottleneck is computed in the adapter's dtype."""
+        residual = x if residual is None else residual
         # Not called as modules: cast_frozen would cast the output of each to the dtype of the frozen weights.
         narrow = F.linear(x.to(self.down.weight.dtype), self.down.weight, self.down.bias)
-        return x + F.linear(self.activation(narrow), self.up.weight, self.up.bias).to(x.dtype)
+        return residual + F.linear(self.activation(narrow), self.up.weight, self.up.bias).to(residual.dtype)
+
+
+class AdaptedLayerNorm(nn.LayerNorm):
+    """LN(z + up(activation(down(LN(z))))) with the parameters of a given LN, which keep their names."""
+
+    def __init__(self, norm: nn.LayerNorm, adapter: BottleneckAdapter) -> None:
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+        self.adapter = adapter
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (…, d) → (…, d)."""
+        return super().forward(self.adapter(super().forward(z), residual=z))

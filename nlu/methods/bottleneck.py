@@ -2,8 +2,9 @@
 
 An adapter is x + up(activation(down(x))), two linear layers with biases around a bottleneck of m features:
 2·d·m + m + d parameters at hidden size d. Houlsby puts one after the attention's output projection and one after the
-feed-forward network's, Pfeiffer only the latter. Each comes after the projection's dropout and before the residual
-is added and the sum normalised. The layer norms stay frozen: the parameter counts of the published DeBERTaV3-base
+feed-forward network's; each comes after the projection's dropout, before the residual is added and the sum normalised.
+Pfeiffer has only the latter. It reads the normalised sum and is added to the sum z, which is then normalised again:
+LN(z + up(activation(down(LN(z))))). The layer norms stay frozen: the parameter counts of the published DeBERTaV3-base
 tables (arXiv 2303.10512, Table 1) are those of the adapters alone.
 """
 
@@ -41,20 +42,24 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
     from torch import nn
 
     from loralib import match_modules
-    from nlu.methods._bottleneck_layer import BottleneckAdapter
+    from nlu.methods._bottleneck_layer import AdaptedLayerNorm, BottleneckAdapter
 
+    host, host_type = ("dropout", nn.Module) if kind == "hadapter" else ("LayerNorm", nn.LayerNorm)
     activation = getattr(nn, ACTIVATIONS[kind])
     try:
         projections = match_modules(model, PLACES[kind])
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name in projections]
-        if not all(isinstance(getattr(block, "dropout", None), nn.Module) for block in blocks):
-            raise ValueError(f"{projections[0]} has no dropout beside it, after which an adapter could be put")
+        if not all(isinstance(getattr(block, host, None), host_type) for block in blocks):
+            raise ValueError(f"{projections[0]} has no {host} beside it, where an adapter could be put")
         adapters = [BottleneckAdapter(block.dense.out_features, size, activation) for block in blocks]
     except ValueError as error:
         raise UsageError(f"method {kind}: {error}") from None
     for block, adapter in zip(blocks, adapters, strict=True):
         adapter.to(block.dense.weight.device)
-        block.dropout = nn.Sequential(OrderedDict(dropout=block.dropout, adapter=adapter))
+        if kind == "hadapter":
+            block.dropout = nn.Sequential(OrderedDict(dropout=block.dropout, adapter=adapter))
+        else:
+            block.LayerNorm = AdaptedLayerNorm(block.LayerNorm, adapter)
     return adapters
 
 

@@ -38,21 +38,30 @@ def test_adapter_starts_near_the_identity_and_computes_the_papers_formula():
 
 @pytest.mark.parametrize("model_type", SHAPES)
 @pytest.mark.parametrize("kind, a_layer", [("hadapter", 2), ("padapter", 1)])
-def test_adapters_are_placed_before_the_residual_and_the_norm(model_type, kind, a_layer):
+def test_adapters_are_placed_as_in_their_papers(model_type, kind, a_layer):
     model = tiny_classifier(model_type).eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapters = add_adapters(model, kind, 4)
     assert len(adapters) == 2 * a_layer
     assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in before.items())
-    # After the feed-forward network's projection: LayerNorm(x + adapter(projection)), with x of the attention block.
+    # After the feed-forward network's projection: LN(x + adapter(projection)) with x of the attention block, or
+    # LN(z + adapter(LN(z)) - LN(z)) with z = x + projection.
     block = model.base_model.encoder.layer[1].output
+
+    def norm(z):
+        return torch.nn.LayerNorm.forward(block.LayerNorm, z)
+
     seen = {}
     block.register_forward_hook(lambda module, inputs, output: seen.update(inputs=inputs, output=output))
     for adapter in adapters:
         torch.nn.init.normal_(adapter.up.weight, std=0.5)
     model(INPUT)
     hidden, residual = seen["inputs"]
-    expected = block.LayerNorm(residual + adapters[-1](block.dense(hidden)))
+    z = residual + block.dense(hidden)
+    if kind == "hadapter":
+        expected = norm(residual + adapters[-1](block.dense(hidden)))
+    else:
+        expected = norm(z + adapters[-1](norm(z)) - norm(z))
     torch.testing.assert_close(seen["output"], expected)
 
 

@@ -30,7 +30,7 @@ MOVES = {
     "full": r".*",
     "bitfit": r".*\.bias",
     "hadapter": LAYER + r"(attention\.)?output\.dropout\.adapter\.(down|up)\.(weight|bias)",
-    "padapter": LAYER + r"output\.dropout\.adapter\.(down|up)\.(weight|bias)",
+    "padapter": LAYER + r"output\.LayerNorm\.adapter\.(down|up)\.(weight|bias)",
     "lora": LAYER + SIX + r"\.lora_[AB]\.0",
     "adalora": LAYER + SIX + r"\.lora_([AB]\.0|E)",
     "sora": LAYER + SIX + r"\.lora_([AB]\.0|E)",
