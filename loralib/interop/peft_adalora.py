@@ -54,9 +54,10 @@ class _Unregularised(AdaLoraModel):
 
 
 class AdaLoraTraining:
-    """Runs peft's AdaLoRA in a training loop. It has the methods of :class:`loralib.LowRankTraining`.
+    """Runs peft's AdaLoRA with the methods of :class:`loralib.LowRankTraining` that the Trainer mix-in calls.
 
-    The regulariser is in :meth:`penalty` alone: the model's loss no longer includes it.
+    The regulariser is in :meth:`penalty` alone: the model's loss no longer includes it. In a loop of your own, add the
+    penalty to the loss, and call :meth:`after_step` after the optimiser's step.
 
     Args:
         model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
@@ -72,7 +73,7 @@ class AdaLoraTraining:
         tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)
         self.layers = {name: module for name, module in tuner.model.named_modules()
                        if isinstance(module, AdaLoraLayer) and self.adapter in module.lora_E}  # fmt: skip
-        self.total_steps, self.step = self.config.total_step, 0
+        self.steps_done = 0
 
     def start(self, total_steps: int) -> None:
         """Begin a training of ``total_steps`` optimiser steps.
@@ -81,8 +82,8 @@ class AdaLoraTraining:
             ValueError: unless tinit + tfinal < total_steps.
         """
         check_schedule(self.config.tinit, self.config.tfinal, total_steps, ("tinit", "tfinal"))
-        self.config.total_step = self.total_steps = total_steps
-        self.step = 0
+        self.config.total_step = total_steps
+        self.steps_done = 0
 
     def penalty(self) -> Tensor:
         """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers."""
@@ -97,13 +98,13 @@ class AdaLoraTraining:
 
     def after_step(self) -> None:
         """Call peft's allocator, as peft documents it: after the step, before the gradients are cleared."""
-        self.step += 1
+        self.steps_done += 1
         for layer in self.layers.values():
             for factors in (layer.lora_A, layer.lora_E, layer.lora_B):
                 if (factor := factors[self.adapter]).grad is None:  # the step did not use this module
                     factor.grad = torch.zeros_like(factor)
-        self.tuner.update_and_allocate(self.step)
-        if self.step < self.total_steps - self.config.tfinal:  # the last masking is still to come
+        self.tuner.update_and_allocate(self.steps_done)
+        if self.steps_done < self.config.total_step - self.config.tfinal:  # the last masking is still to come
             # With a pattern, peft would save the factors without the singular values that the last mask pruned, though
             # the optimiser has moved them away from 0 since. A model with other ranks could not load such a file.
             self.config.rank_pattern = None
@@ -120,11 +121,11 @@ class AdaLoraTraining:
         """The moving averages of the scores, the ranks and the step, for a checkpoint."""
         allocator = self.tuner.rankallocator
         scores = {key: dict(getattr(allocator, key)) for key in _SCORES}
-        return {"step": self.step, "rank_pattern": self.config.rank_pattern, **scores}
+        return {"step": self.steps_done, "rank_pattern": self.config.rank_pattern, **scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a saved state."""
         devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
         for key in _SCORES:
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})
-        self.config.rank_pattern, self.step = state["rank_pattern"], state["step"]
+        self.config.rank_pattern, self.steps_done = state["rank_pattern"], state["step"]
