@@ -130,7 +130,7 @@ def test_a_loss_or_a_cache_needs_one_adapter_for_all_rows(two):
 )
 def test_output_that_cannot_be_joined_by_rows_is_refused(two, of_rows):
     two.model.forward = of_rows
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"can join only tensors|arity mismatch"):
         two.run(["a", "b", "b", "b"], torch.arange(12.0).view(4, 3))
 
 
