@@ -47,7 +47,7 @@ __all__ = [
     "unmerge_adapter",
 ]
 
-# The modules that moved in the last release: old name -> (new subpackage, public names of the module).
+# Modules that moved in 0.3.0; the next release drops their old names: old name -> (subpackage, public names).
 _MOVED = {
     "diagnostics": ("recipes", ["update_statistics"]),
     "exact_factors": ("recipes", ["ExactFactors"]),

@@ -234,15 +234,15 @@ def refuse_files(folder: str | os.PathLike[str], names: Iterable[str] = ("*",)) 
 def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
     """Lock a folder among the processes of this machine, for one writer or for any number of readers. A process that
     is killed releases it. Yields False if it cannot be locked: on Windows, and on some network disks."""
-    descriptor, alone = None, False
+    descriptor, locked = None, False
     try:
         with suppress(ImportError, OSError):
             import fcntl
 
             descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-            alone = True
-        yield alone
+            locked = True
+        yield locked
     finally:
         if descriptor is not None:
             os.close(descriptor)

@@ -134,7 +134,7 @@ class LoRALayer(nn.Linear):
         self.lora_alpha, self.init = float(lora_alpha), init
         self.fan_in_fan_out = fan_in_fan_out
         self.merged = False
-        self.lora_dropout = nn.Dropout(float(lora_dropout))  # JSON cannot hold a NumPy number
+        self.lora_dropout = nn.Dropout(float(lora_dropout))  # an adapter's configuration takes no NumPy number
         # A buffer moves with the layer to another device. A state dict holds it under the name of the weight.
         self.register_buffer("_weight_before_merge", None, persistent=False)
 

@@ -51,10 +51,10 @@ def factors_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """:func:`lora_layers`.
+    """:func:`lora_layers` of a model in which no other tool holds them.
 
     Raises:
-        ValueError: if peft or a MultiAdapter manages them: it saves, merges and shrinks them.
+        ValueError: if peft or a MultiAdapter holds them: it saves, merges and shrinks them.
     """
     layers = lora_layers(model)
     if any(layer.in_peft for layer in layers.values()):
@@ -125,7 +125,7 @@ def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze everything but the factors of the low-rank layers, as :func:`loralib.inject` does, and the chosen biases.
+    """Make the factors of the low-rank layers and the chosen biases trainable, and freeze everything else.
 
     Args:
         bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` for those of the low-rank layers.
@@ -166,7 +166,7 @@ def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
 
 
 def is_bias(name: str) -> bool:
-    """Also true for nn.MultiheadAttention (in_proj_bias) and nn.LSTM (bias_ih_l0); false for a position-bias table."""
+    """Whether a parameter is a bias: also in_proj_bias and nn.LSTM's bias_ih_l0, not a table of position biases."""
     own = name.rpartition(".")[2]
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 

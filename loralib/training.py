@@ -27,7 +27,7 @@ class LowRankTraining:
     """What AdaLoRA and LoRA² add to a training loop.
 
     Args:
-        model: has low-rank layers: with singular values for the regulariser, and of one rank for pruning.
+        model: has low-rank layers. The regulariser needs layers with singular values, pruning those of one rank.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
         target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
         constraint: an object with ``start()``, called before the first step, ``before_step()``, which changes the
@@ -75,7 +75,7 @@ class LowRankTraining:
         """Begin a training of ``total_steps`` optimiser steps, with a new pruning schedule.
 
         Raises:
-            ValueError: if the steps are too few for the pruning.
+            ValueError: as :class:`loralib.RankAllocator`; for example if the steps are too few for the pruning.
         """
         if self.target_rank is not None:
             self.allocator = RankAllocator(self.model, total_steps, self.target_rank, **self._pruning)
@@ -97,7 +97,7 @@ class LowRankTraining:
             scaler: a ``torch.amp.GradScaler``, whose ``step(optimizer)`` is then called; call its ``update()`` after.
 
         Raises:
-            ValueError: as :meth:`before_step`.
+            ValueError, RuntimeError: as :meth:`before_step` and :meth:`after_step`.
         """
         if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
             return

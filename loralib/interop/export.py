@@ -107,7 +107,7 @@ def export_merged(
 ) -> None:
     """Merge an adapter into its base, and write a plain transformers checkpoint with its label names and model card.
 
-    The tokenizer is the adapter's, or else the base's. ``config.json`` also has ``text_fields`` and ``max_seq_length``.
+    The tokenizer is the adapter's, or else the base's. ``config.json`` gets the card's text_fields and max_seq_length.
 
     Args:
         base: name or path of the base model. dtype: of the written weights; the merge itself is done in float32.
@@ -122,7 +122,7 @@ def export_merged(
     load_adapter(model, adapter, allow_other_base=allow_other_base)
     merge_and_unload(model)
     processor = None if has_tokenizer(adapter) else _processor(base, config)
-    for name in ("text_fields", "max_seq_length"):  # the columns with the text; both are needed to read data
+    for name in ("text_fields", "max_seq_length"):  # nlu/predict.py reads data by them
         if name in config.card:
             setattr(model.config, name, config.card[name])
     # In a process group transformers saves on rank 0 only, so that another rank's checkpoint would lack the weights.

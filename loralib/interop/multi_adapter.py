@@ -29,7 +29,7 @@ class MultiAdapter:
     """Holds adapters for the plain base ``model``, for inference.
 
     The layers and the head of the active adapter stand in the model in place of the base's, as after
-    :func:`loralib.load_adapter`. With no adapter active, and after :meth:`close`, it is the plain base again. ::
+    :func:`loralib.load_adapter`. With none active, and after :meth:`close`, the model is the plain base again. ::
 
         adapters = MultiAdapter(model)
         adapters.load("similarity", folder_a)

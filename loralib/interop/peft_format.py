@@ -84,8 +84,8 @@ def export_peft(
         Module name -> rank.
 
     Raises:
-        ValueError: for a damaged adapter, one without a low-rank update, or one that peft's format cannot hold: a
-            parameter was trained in addition to its low-rank update, or tied weights give it a second name.
+        ValueError: for a damaged adapter; one without a low-rank update; one that peft's format cannot hold, because a
+            weight was trained beside its low-rank update or is tied; or if ``folder`` holds files that are not peft's.
     """
     if is_peft(adapter):
         values, scaled, head = read_pairs(adapter)

@@ -192,7 +192,7 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: for a quantised or sharded weight, or, with ``safe_merge``, a result that is not finite. The
-                weight is unchanged then.
+                adapter at fault is not merged then; those before it are.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora2_adapters:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from loralib.fused import without_autocast
 from loralib.model import svd_factors, svd_layers
 
-# Four steps of degree five bring eigenvalues of the Gram between 0.3 and 1.6 to 1 in float32. What is left of a larger
+# Four steps of degree five bring eigenvalues of the Gram between 0.2 and 2 to 1 in float32. What is left of a larger
 # drift, or after the scaling below, shrinks further with every later retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
@@ -32,7 +32,7 @@ ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonor
 
 
 class ExactFactors:
-    """Keeps every factor that is trainable when a training starts orthonormal along its smaller side.
+    """Keeps factors orthonormal along their smaller side: all that are trainable when a training starts.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
     product, and a factor that layers share is handled once. All work is done on the device. A frozen factor is left

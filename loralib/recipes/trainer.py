@@ -58,8 +58,8 @@ class LowRankTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
         self.add_callback(_loop_callback(low_rank))
-        # Around the outermost method: a subclass that replaces compute_loss keeps the penalty. The weak reference makes
-        # no cycle, so that a deleted trainer frees its memory at once.
+        # The outermost method is wrapped, so that a subclass with its own compute_loss keeps the penalty. The weak
+        # reference makes no cycle, so that a deleted trainer frees its memory at once.
         own: Any = type(self)
         self.compute_loss = partial(_with_penalty, weakref.ref(self), own.compute_loss)
 
