@@ -109,8 +109,7 @@ def refused(says=None, model=None):
 
 def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):
     """``count`` linear layers with random factors of rank ``r``."""
-    options = {"r": r, "widths": widths, "share_outer": share_outer}
-    return blocks("multiscale", count, (6, 5), std=1.0, seed=seed, **options)
+    return blocks("multiscale", count, (6, 5), std=1.0, seed=seed, r=r, widths=widths, share_outer=share_outer)
 
 
 def trainable(model):
@@ -171,5 +170,5 @@ def randomise(model, std=1.0, seed=0):
     return model
 
 
-def factors_of(model):
+def matrices_of(model):
     return [f for layer in loralib.lora_layers(model).values() for f in [*layer.lora_B, *layer.lora_A]]

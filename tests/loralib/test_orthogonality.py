@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loralib
-from tests.loralib.small import blocks, factors_of, trainable
+from tests.loralib.small import blocks, matrices_of, trainable
 
 
 def model_of(widths, share_outer=False):
@@ -62,8 +62,8 @@ def test_value_and_gradient_equal_the_loop(widths, share, terms, squared, ranks)
 @pytest.mark.parametrize("squared", [False, True])
 def test_orthonormal_factors_give_zero_and_are_not_moved_by_their_rounding_errors(squared):
     model = blocks("lora2", 1, r=4, k=4)
-    for factor in factors_of(model):
+    for factor in matrices_of(model):
         torch.nn.init.orthogonal_(factor)
     value = loralib.compute_orth_regu(model, 1.0, squared=squared)
     value.backward()
-    assert value.item() == 0 and all(torch.equal(f.grad, torch.zeros_like(f)) for f in factors_of(model))
+    assert value.item() == 0 and all(torch.equal(f.grad, torch.zeros_like(f)) for f in matrices_of(model))

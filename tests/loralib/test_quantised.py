@@ -31,7 +31,7 @@ def quantise(model, form):
 
 
 def adapt(model, kind):
-    loralib.inject(model, kind, ["0", "2"], r=4, lora_dropout=0.0)
+    loralib.inject(model, kind, ["0", "2"], r=4)
     return randomise(model, 0.2, seed=1)
 
 

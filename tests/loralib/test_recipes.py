@@ -8,12 +8,11 @@ import loralib
 from loralib.recipes.diagnostics import update_statistics
 from loralib.recipes.exact_factors import ExactFactors, deviations
 from loralib.recipes.learning_rates import parameter_groups
-from tests.loralib.small import blocks, factors_of, refused, trainable
+from tests.loralib.small import blocks, matrices_of, refused, trainable
 
 
-def model_of(widths=(4,), share_outer=False, init="orthogonal", features=(12, 9), r=4, count=3):
-    options = {"r": r, "widths": widths, "share_outer": share_outer, "init": init}
-    return blocks("multiscale", count, features, **options)
+def model_of(widths=(4,), share_outer=False, init="orthogonal", r=4):
+    return blocks("multiscale", features=(12, 9), r=r, widths=widths, share_outer=share_outer, init=init)
 
 
 def polar(x):
@@ -30,19 +29,19 @@ def test_projected_gradients_equal_the_formula(widths, share_outer, r):
     model = model_of(widths, share_outer, r=r)
     exact = ExactFactors(model)
     expected = {}
-    for factor in factors_of(model):
+    for factor in matrices_of(model):
         factor.grad = torch.randn_like(factor)
-    for factor in factors_of(model):
+    for factor in matrices_of(model):
         x, g = factor.detach().double(), factor.grad.double()
         x, g = (x, g) if x.shape[0] >= x.shape[1] else (x.T, g.T)
         result = g - x @ (x.T @ g + g.T @ x) / 2
         expected[id(factor)] = result if factor.shape[0] >= factor.shape[1] else result.T
-    without, *_ = factors_of(model)
+    without, *_ = matrices_of(model)
     without.grad = None
     with torch.autocast("cpu", torch.bfloat16):
         exact.before_step()
     assert without.grad is None
-    for factor in (f for f in factors_of(model) if f is not without):
+    for factor in (f for f in matrices_of(model) if f is not without):
         torch.testing.assert_close(factor.grad.double(), expected[id(factor)], atol=1e-6, rtol=0)
 
 
@@ -51,12 +50,12 @@ def test_retractions_make_factors_orthonormal_after_any_drift(size):
     model = model_of()
     exact = ExactFactors(model)
     with torch.no_grad():
-        for factor in factors_of(model):
+        for factor in matrices_of(model):
             factor.add_(size * torch.randn_like(factor))
-    before = deviations(factors_of(model)).max()
+    before = deviations(matrices_of(model)).max()
     for _ in range(12):
         exact.after_step()
-        after = deviations(factors_of(model)).max()
+        after = deviations(matrices_of(model)).max()
         assert after < max(float(before), 1e-6)
         before = after
     assert after < 1e-6
@@ -67,7 +66,7 @@ def test_initial_factors_are_made_orthonormal_and_a_trained_update_is_refused():
     for layer in list(loralib.lora_layers(model).values())[1:]:
         nn.init.zeros_(layer.lora_B[1])
     ExactFactors(model)
-    assert deviations(factors_of(model)).max() < 1e-5
+    assert deviations(matrices_of(model)).max() < 1e-5
     trained = model_of(init="gaussian")
     for layer in loralib.lora_layers(trained).values():
         nn.init.ones_(layer.lora_E)
@@ -82,7 +81,7 @@ def test_initial_factors_are_made_orthonormal_and_a_trained_update_is_refused():
 def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share_outer, r, fused):
     """A fused optimiser changes parameters without increasing their version counters."""
     model = model_of(widths, share_outer, r=r)
-    exact, factors = ExactFactors(model), factors_of(model)
+    exact, factors = ExactFactors(model), matrices_of(model)
     optimizer = torch.optim.AdamW(list({id(f): f for f in factors}.values()), lr=0.05, fused=fused)
     for _ in range(2):
         for factor in factors:
@@ -94,7 +93,7 @@ def test_retraction_is_the_polar_factor_of_what_the_optimiser_left(widths, share
             exact.after_step()
         for factor, wanted in zip(factors, expected, strict=True):
             torch.testing.assert_close(factor.detach().double(), wanted, rtol=0, atol=1e-5)
-    assert deviations(factors_of(model)).max() < 1e-6
+    assert deviations(matrices_of(model)).max() < 1e-6
 
 
 @pytest.mark.parametrize("frozen", ["values", "factors"])
@@ -117,7 +116,7 @@ def test_exactly_the_trainable_factors_are_kept_orthonormal(frozen):
         optimizer.step()
         exact.after_step()
         optimizer.zero_grad()
-    trained = [factor for factor in factors_of(model) if factor.requires_grad]
+    trained = [factor for factor in matrices_of(model) if factor.requires_grad]
     assert deviations(trained).max() < 1e-5
     assert all(torch.equal(f, b) for f, b in zip(own, before, strict=True)) == (frozen == "factors")
     for factor in trained:
@@ -145,7 +144,7 @@ def test_statistics_agree_with_the_dense_update(kind, options):
         return
     values = torch.cat([layer.lora_E.detach().abs() for layer in layers.values()])
     assert found.largest_value == float(values.max()) and found.smallest_value == float(values[values > 0].min())
-    grams = [f @ f.T if f.shape[0] <= f.shape[1] else f.T @ f for f in factors_of(model)]
+    grams = [f @ f.T if f.shape[0] <= f.shape[1] else f.T @ f for f in matrices_of(model)]
     expected = max(float(torch.linalg.matrix_norm(g - torch.eye(len(g)))) for g in grams)
     assert found.deviation == pytest.approx(expected, rel=1e-4)
 
