@@ -230,11 +230,11 @@ def most_important(scores: Tensor, budget: int) -> Tensor:
 
 
 def check_schedule(
-    init_warmup: int, final_warmup: int, total_step: int, names: tuple[str, str] = ("init_warmup", "final_warmup")
+    init_warmup: int, final_warmup: int, total_steps: int, names: tuple[str, str] = ("init_warmup", "final_warmup")
 ) -> None:
-    """Raises ValueError unless init_warmup + final_warmup < total_step; the message uses the two ``names``."""
-    if init_warmup + final_warmup >= total_step:
+    """Raises ValueError unless init_warmup + final_warmup < total_steps; the message uses the two ``names``."""
+    if init_warmup + final_warmup >= total_steps:
         raise ValueError(
             f"{' + '.join(names)} = {init_warmup} + {final_warmup} = {init_warmup + final_warmup} leaves no step to "
-            f"prune in: the training has {total_step}; lower them or train longer"
+            f"prune in: the training has {total_steps}; lower them or train longer"
         )
