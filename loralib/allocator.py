@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.checks import check_choice, check_number, check_whole_number
+from loralib.checks import check_choice, check_whole_number
 from loralib.model import trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
@@ -70,8 +70,6 @@ class RankAllocator:
         least = {"total_steps": 1, "target_rank": 1, "mask_interval": 1, "init_warmup": 0, "final_warmup": 0}
         for name, value in least.items():
             check_whole_number(name, getattr(self, name), value)
-        for name, rate in (("beta1", beta1), ("beta2", beta2)):
-            check_number(name, rate, lambda beta: 0 < beta < 1, "a number in (0, 1)")
         check_schedule(self.init_warmup, self.final_warmup, total_steps)
         check_choice("importance", importance, IMPORTANCES)
         self.beta1, self.beta2, self.importance = beta1, beta2, importance

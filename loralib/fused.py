@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Whether a transform of torch.func is active: these do not support autograd functions of the form below.
-transformed = torch._C._are_functorch_transforms_active
-
 
 def _onednn_is_faster() -> bool:
     """Whether oneDNN is faster for float32 products. torch uses MKL for them, which on CPUs not made by Intel reached
@@ -147,7 +144,7 @@ def adapted_linear(
     device = x.device.type
     dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(device) or weight.dtype
     with without_autocast(device):
-        if transformed():
+        if torch._C._are_functorch_transforms_active():  # torch.func does not support the function below
             out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
             return add_low_rank(out, x if dropped is None else dropped, a, core, b)
         rows, kept = x.reshape(-1, x.shape[-1]), None if dropped is None else dropped.reshape(-1, x.shape[-1])

@@ -29,7 +29,7 @@ import loralib
 
 loralib.load_adapter(model, "path/to/this/folder")
 ```"""
-_REBUILD = """The adapter's method adds its own modules to the base, which the GLUE pipeline's predict.py can rebuild:
+_REBUILD = """The adapter's method adds modules of its own. The GLUE pipeline's predict.py rebuilds them:
 
     python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
 _TO_PEFT = "    python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import loralib
 from loralib.interop import export
 from nlu import ROOT, command_line, compare, predict, report, sweep
 from nlu.experiments.claims import load_questions
@@ -115,3 +116,10 @@ def test_committed_page_and_tables_match_the_records(tmp_path, monkeypatch):
     for made in [tmp_path / "README.md", *sorted((tmp_path / "tables").iterdir())]:
         committed = ROOT / "results" / made.relative_to(tmp_path)
         assert committed.read_text(encoding="utf-8") == made.read_text(encoding="utf-8"), made.name
+
+
+def test_library_page_lists_exactly_the_public_names():
+    text = (ROOT / "docs/library.md").read_text()
+    rows = [line for line in text[text.index("## Names") :].splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(loralib.__all__)

@@ -181,9 +181,6 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
         delta = self.lora2_adapters[adapter].delta_weight()
         return delta.T if self.lora2_adapters[adapter].fan_in_fan_out else delta
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + ΔW into the base layer's weight.
 
