@@ -86,7 +86,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
 
 
 def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[str, Any]]:
-    """Load the model and apply the method; cheap checks come first, and the run's folder is not changed.
+    """Load the model and apply the method; cheap checks come first. Of the run's folder only an empty model/ is made.
 
     Returns:
         The trainer, and what the record says of its data and of the adapter that it starts from.

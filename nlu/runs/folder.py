@@ -54,7 +54,7 @@ class RunFolder:
     def hold(self) -> Iterator[str]:
         """Lock the folder for this run, and yield its :meth:`state`. The lock ends with the process at the latest.
 
-        A run that is refused leaves no new folder.
+        A run that is refused leaves no new folder, so that the corrected command can start.
 
         Raises:
             UsageError: as :meth:`state`, or if another run uses the folder. OSError: if it cannot be written to.
@@ -66,6 +66,8 @@ class RunFolder:
             try:
                 yield self.state()
             finally:
+                with contextlib.suppress(OSError):  # the Trainer makes it empty before all arguments are checked
+                    (self.path / "model").rmdir()
                 if made and [path.name for path in self.path.iterdir()] == [LOCK]:
                     shutil.rmtree(self.path)
 
