@@ -1,4 +1,23 @@
-"""Run an experiment: every combination of methods, tasks, seeds and flags that a file in configs/experiments/ names."""
+"""Run an experiment: every combination of methods, tasks, seeds and flags that a file in configs/experiments/ names.
+
+    python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --set glue_dir=DIR --jobs 2
+    python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
+    python nlu/sweep.py configs/experiments/paper_table1.yaml \\
+        --slurm slurm_partition=gpu --slurm gpus_per_node=1 --slurm timeout_min=240
+
+It starts the runs that are not finished and continues interrupted ones, so the command can be stopped (Ctrl-C or
+SIGTERM: the runs save and end) and given again at any time. A failing run does not stop the others; the exit code is
+then 1.
+
+A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXPERIMENT/RUN/. When a run ends, one line
+with what tables and figures need is added to MEASURED_DIR/EXPERIMENT.jsonl, without paths of this machine;
+python nlu/report.py makes tables and figures from these lines.
+
+If a finished run had arguments that the file no longer gives, or a model, data or files whose contents have changed,
+the sweep does not start; --rerun_changed replaces such runs.
+
+The top of nlu/experiments/experiment.py explains the format of an experiment file.
+"""
 
 import argparse
 import os
@@ -17,30 +36,10 @@ from nlu.experiments.sweep_loop import Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.digests import INPUTS
 
-DESCRIPTION = """\
-Starts the runs that are not finished and continues interrupted ones, so the command can be stopped (Ctrl-C or
-SIGTERM: the runs save and end) and given again at any time. A failing run does not stop the others; the sweep then ends
-with exit code 1.
-
-A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXPERIMENT/RUN/. When a run ends, one line
-with what tables and figures need is added to MEASURED_DIR/EXPERIMENT.jsonl, without paths of this machine;
-python nlu/report.py makes tables and figures from these lines.
-
-If a finished run had arguments that the file no longer gives, or a model, data or files whose contents have changed,
-the sweep does not start; --rerun_changed replaces such runs."""
-
-EPILOG = """\
-examples:
-  python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --set glue_dir=DIR --jobs 2
-  python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
-  python nlu/sweep.py configs/experiments/paper_table1.yaml \\
-      --slurm slurm_partition=gpu --slurm gpus_per_node=1 --slurm timeout_min=240
-The format of an experiment file is explained at the top of nlu/experiments/experiment.py."""
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the sweep."""
-    parser = OneLineParser(prog="sweep.py", description=DESCRIPTION, epilog=EPILOG)
+    parser = OneLineParser(prog="sweep.py", description=__doc__)
     add = parser.add_argument
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
     add("--set", action="append", default=[], metavar="FLAG=VALUE", help="an argument for every run; repeat as needed")
