@@ -18,9 +18,9 @@ from nlu.runs.log import say
 
 
 def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
-    """Write ``rank_pattern.json`` and ``adapter/`` of a finished run from the trainer's current weights.
+    """Write ``rank_pattern.json`` and ``adapter/`` of a trained run from the trainer's current weights.
 
-    The adapter's card has the score of these weights.
+    The adapter's card has the score of these weights; null without an evaluation.
 
     Raises:
         RunError: if a weight is not finite, or a file of ``adapter/`` would be replaced that is not an adapter's.
@@ -40,7 +40,7 @@ def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
                 "task": record["task"],
                 "method": record["method_config"],
                 "metric": record["metric"],
-                "score": scores.get(record["weights_step"], record["last"]),
+                "score": scores.get(record["weights_step"]),
                 "seed": record["seed"],
                 "max_seq_length": trainer.processing_class.model_max_length,
                 "text_fields": list(trainer.task.text_fields),
