@@ -1,14 +1,14 @@
-"""Techniques that make a training step cheaper; ``speed_up`` applies them. Results differ only in the dropout masks,
-and in rows of padding alone.
+"""Techniques that make a training step cheaper; ``speed_up`` applies them. Apart from rounding, results differ only in
+the dropout masks, and in rows that hold nothing but padding.
 
-Each file holds one technique, and its first lines say what that gains. ``sharding.py`` saves memory when several
-processes train, and is switched on by the launcher instead.
+The first lines of each file say what it gains. ``speed_up`` does not apply ``sharding.py``, which saves memory when
+several processes train: the launcher switches it on.
 """
 
 from torch import nn
 
 from nlu.fast.cpu_attention import enable_cpu_attention
-from nlu.fast.deberta_attention import enable_fast_attention
+from nlu.fast.deberta_attention import enable_deberta_attention
 from nlu.fast.dropout import enable_fast_dropout
 from nlu.fast.first_token import enable_first_token
 from nlu.fast.process import keep_freed_memory, keep_kernels
@@ -25,5 +25,5 @@ def speed_up(model: nn.Module, fast_attention: bool = True) -> None:
     enable_fast_dropout(model)
     if fast_attention:
         enable_cpu_attention(model)
-        enable_fast_attention(model)
+        enable_deberta_attention(model)
         enable_first_token(model)

@@ -264,7 +264,7 @@ def _covers(module: nn.Module) -> bool:
     )
 
 
-def enable_fast_attention(model: nn.Module) -> int:
+def enable_deberta_attention(model: nn.Module) -> int:
     """Replace the self-attention of every DeBERTa-v2/v3 encoder in `model`; returns the number of attention modules.
 
     Only the class of the modules changes, so parameters, hooks and the state dict stay as they are. An encoder with

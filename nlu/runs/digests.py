@@ -56,13 +56,13 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         own = Path(str(arguments.get(flag)))
         names = [file.suffix if file == own else file.name for file in files]
         if files:
-            found[flag] = _together(sorted(zip(names, map(file_digest, files), strict=True)))
+            found[flag] = _value_digest(sorted(zip(names, map(file_digest, files), strict=True)))
     config = arguments.get("method_config") or arguments.get("method")
     path = METHOD_FOLDER / f"{config}.yaml"
     if path.is_file():  # only the values count: comments and the order of lines change no run
-        found["method"] = _together(read_yaml(path))
+        found["method"] = _value_digest(read_yaml(path))
         if arguments.get("published") and arguments.get("task_name") in TASKS:
-            found["published"] = _together(published_settings(arguments, method_file(config)[0]))
+            found["published"] = _value_digest(published_settings(arguments, method_file(config)[0]))
     return found
 
 
@@ -86,8 +86,8 @@ def _files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
     return files
 
 
-def _together(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+def _value_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertFor
 import loralib
 from nlu.fast import speed_up
 from nlu.fast.cpu_attention import NAME, cpu_attention, enable_cpu_attention
-from nlu.fast.deberta_attention import enable_fast_attention
+from nlu.fast.deberta_attention import enable_deberta_attention
 from nlu.fast.dropout import FastDropout, drop_mask
 from nlu.fast.first_token import enable_first_token
 from tests.nlu.tiny import DEBERTA
@@ -69,7 +69,7 @@ def assert_same(found, expected, rtol=1e-6):
 
 # Technique → the function that enables it, and the encoders that it supports.
 TECHNIQUES = {
-    "deberta attention": (enable_fast_attention, ["deberta-v2"]),
+    "deberta attention": (enable_deberta_attention, ["deberta-v2"]),
     "cpu attention": (enable_cpu_attention, ["bert", "roberta", "electra", "xlm-roberta"]),
     "first token": (enable_first_token, ["bert", "roberta", "deberta-v2", "mpnet"]),
 }
@@ -135,7 +135,7 @@ def test_requested_hidden_states_and_attentions_are_complete(technique, kind):
 @pytest.mark.parametrize(
     ("switch_on", "model"),
     [
-        (enable_fast_attention, lambda: build("bert")),
+        (enable_deberta_attention, lambda: build("bert")),
         (enable_first_token, lambda: build(num_hidden_layers=1, conv_kernel_size=3, conv_act="gelu")),
         (enable_first_token, lambda: build("electra")),
         (enable_first_token, lambda: BertForTokenClassification(build("bert").config)),
@@ -292,8 +292,8 @@ def test_speed_up_replaces_the_attention_that_it_supports():
     model = build()
     speed_up(model, fast_attention=False)
     speed_up(whole := copy.deepcopy(model))
-    assert enable_fast_attention(model) == 2 and enable_first_token(model)
-    assert not enable_fast_attention(whole) and not enable_first_token(whole)  # already enabled
+    assert enable_deberta_attention(model) == 2 and enable_first_token(model)
+    assert not enable_deberta_attention(whole) and not enable_first_token(whole)  # already enabled
     bert = build("bert")
     speed_up(bert, fast_attention=False)
     assert bert.config._attn_implementation == "sdpa"
