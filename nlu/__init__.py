@@ -1,4 +1,4 @@
-"""Fine-tuning encoders on GLUE: run_glue.py, predict.py, compare.py, sweep.py and report.py are the programs."""
+"""Fine-tuning encoders on GLUE. Programs: run_glue.py, predict.py, compare.py, sweep.py, report.py, submission.py."""
 
 import os
 from pathlib import Path

@@ -58,7 +58,7 @@ def _check_method(args: Any, given: Collection[str]) -> None:
 
 
 def _check_data(args: Any, given: Collection[str]) -> None:
-    """Refuse data that are neither a GLUE task nor the user's own files."""
+    """Refuse a run without training data or rows to evaluate on, and flags that do not go with its data."""
     if args.predict_task is not None and args.task_name != "mnli":
         raise UsageError(f"--predict_task {args.predict_task} goes with --task_name mnli, whose classes it has")
     if args.task_name is None:

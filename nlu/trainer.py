@@ -109,9 +109,9 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.clock = StepClock(self)
         self.stop_request = StopRequest()
         callbacks: list[TrainerCallback] = [ProgressLines(task.metric)]
-        if arguments.early_stopping_patience is not None:
-            patience = arguments.early_stopping_patience, arguments.early_stopping_threshold
-            callbacks.append(EarlyStoppingCallback(*patience))
+        patience, threshold = arguments.early_stopping_patience, arguments.early_stopping_threshold
+        if patience is not None:
+            callbacks.append(EarlyStoppingCallback(patience, threshold))
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.output_dir).parent / "log")  # not an earlier run's
         super().__init__(
             model=applied.model,
@@ -348,7 +348,7 @@ def trainer_arguments(arguments: Arguments, metric: str) -> TrainingArguments:
         "greater_is_better": True,
         "push_to_hub": False,  # the run uploads its adapter itself
     }
-    if not values["gradient_checkpointing"]:  # transformers warns about its older name whenever it is given
+    if not values["gradient_checkpointing"]:  # newer transformers renamed it, and warn even if it is given as False
         del values["gradient_checkpointing"]
     try:
         training = TrainingArguments(**values)

@@ -1,4 +1,4 @@
-"""Any layer-changing method of the ``peft`` package, from its own config.
+"""Methods of the ``peft`` package that change layers, from their own configs; ``_REFUSED`` lists the exceptions.
 
 The layers are put into the model in place, without peft's wrapper, so that names and the head are the same as for the
 other methods. AdaLoRA, the only one of peft's methods that acts inside the training loop, is driven by
