@@ -125,9 +125,7 @@ def _tune(
     waiting = {run.axes["method"] for run in tuning.runs if run.name not in ended}
     chosen = {spec: rates[label] for spec, label in labels.items() if label in rates and spec not in waiting}
     for spec in [spec for spec in labels if spec not in chosen]:
-        print(
-            f"failed: {spec} has no final runs: runs of its tuning have not ended, or all have crashed", file=sys.stderr
-        )
+        print(f"failed: {spec} has no final runs: runs of its tuning have not ended, or all crashed", file=sys.stderr)
         code = 1
     runs = [run for run in final.runs if run.axes["method"] in chosen]
     runs = [replace(run, arguments=run.arguments | {"learning_rate": chosen[run.axes["method"]]}) for run in runs]

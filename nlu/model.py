@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
 
     For such a folder transformers makes a tokenizer of special tokens alone, to which every text is unknown.
     """
-    if os.path.isdir(source) and not has_tokenizer(source):
+    if Path(source).is_dir() and not has_tokenizer(source):
         raise UsageError(f"{flag}{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
     if tokenizer.pad_token is None:
         raise UsageError(f"{flag}{source}: its tokenizer has no padding token: save a copy with pad_token set")

@@ -5,9 +5,8 @@
     python nlu/sweep.py configs/experiments/paper_table1.yaml \\
         --slurm slurm_partition=gpu --slurm gpus_per_node=1 --slurm timeout_min=240
 
-It starts the runs that are not finished and continues interrupted ones, so the command can be stopped (Ctrl-C or
-SIGTERM: the runs save and end) and given again at any time. A failing run does not stop the others; the exit code is
-then 1.
+It starts the runs that are not finished and continues interrupted ones. The command can be stopped (Ctrl-C or SIGTERM:
+the runs save and end) and given again at any time. A failing run does not stop the others; the exit code is then 1.
 
 A run's folder, with its full record, checkpoints and adapter, is OUTPUT_DIR/EXPERIMENT/RUN/. When a run ends, one line
 with what tables and figures need is added to MEASURED_DIR/EXPERIMENT.jsonl, without paths of this machine;
