@@ -104,6 +104,8 @@ def make_orthonormal(model: nn.Module) -> None:
             "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
             "and let their factors train"
         )
+    if trained[0].is_meta:  # the model is only counted: there are no contents
+        return
     pairs = zip(trained, deviations(trained).tolist(), strict=True)
     replaced = {id(factor): factor for factor, deviation in pairs if not deviation < ORTHONORMAL}
     for name, layer in svd_layers(model).items():

@@ -61,7 +61,7 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     applied = apply_without_weights(model, arguments, 10**9)
     if applied is not None:  # otherwise the size is known only after the run
         trained = size = count_parameters(model)["adapter_params"]
-        if applied.allocator is not None:
+        if applied.low_rank.allocator is not None:
             kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
             for layer in loralib.lora_layers(model).values():
                 pairs = zip(layer.lora_parameters(), layer.singular_axes(), strict=True)
@@ -112,7 +112,7 @@ def _matching(spec: str, run: Run, wanted: Shape) -> Iterator[str]:
             own = shape_of(replace(run, arguments=run.arguments | {"method": file}).parse())
         except UsageError:  # the run's own settings contradict that file
             continue
-        if alike(own.size, wanted.size):
+        if own.size is not None and alike(own.size, wanted.size):
             if not alike(own.scale, wanted.scale):
                 others = [each for each in settings if not each.startswith("lora_alpha=")]
                 yield ":".join([file, *others, f"lora_alpha={wanted.scale * own.rank:g}"])

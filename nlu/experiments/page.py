@@ -32,8 +32,9 @@ NOTES = f"""\
 ## How to read the tables
 
 - Score: that of the last evaluation on the validation set (with --load_best_model_at_end: of the best checkpoint) in
-  percent, mean ± standard deviation over the seeds. “Test” is a labelled test set, “published” the number that the
-  paper prints for another encoder or protocol.
+  percent, mean ± standard deviation over the seeds. MNLI has its matched accuracy and QQP its accuracy; the papers'
+  averages take the means with the mismatched accuracy and with F1. “Test” is a labelled test set, “published” the
+  number that the paper prints for another encoder or protocol.
 - Difference: between runs of the same task and seed, averaged over the tasks, with its 95 % interval (Student's t, the
   tasks as strata), which covers only the variation between seeds. Student-t errors: the same difference by a model of
   all runs in which a failed run counts little. Read both: neither replaces the other.

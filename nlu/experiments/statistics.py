@@ -138,10 +138,14 @@ def _tell_apart(frame: pd.DataFrame) -> None:
 
 
 def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with each rerun in place of the failed run that it repeats."""
+    """The frame with each rerun in place of the failed run that it repeats.
+
+    All runs of a rerun's seed repeat failed runs: a planned seed may be a hundred above another.
+    """
     key, seeds = ["experiment", "stage", "label", "task", "seed"], frame.seed - 100
     runs, repeated = (pd.MultiIndex.from_frame(each[key]) for each in (frame, frame.assign(seed=seeds)))
-    rerun = repeated.isin(runs[frame.failed])
+    rerun = pd.Series(repeated.isin(runs[frame.failed]), frame.index)
+    rerun = rerun.groupby([frame.experiment, frame.stage, frame.seed]).transform("all")
     frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun, rerun=rerun)
     return frame[~runs.isin(repeated[rerun])]
 

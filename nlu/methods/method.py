@@ -17,8 +17,6 @@ from nlu.arguments import Flag
 if TYPE_CHECKING:
     from torch import nn
 
-    import loralib
-
 
 @dataclass
 class AppliedMethod:
@@ -43,14 +41,9 @@ class AppliedMethod:
         self.low_rank = self.low_rank or loralib.LowRankTraining(self.model, regu_weight=0)
 
     @property
-    def allocator(self) -> loralib.RankAllocator | None:
-        """The allocator that prunes singular values to a budget; None without pruning to a budget."""
-        return self.low_rank.allocator
-
-    @property
     def ranks(self) -> Any:
         """The object that knows which ranks are live (the allocator or SoRA's gates); None without pruning."""
-        return self.allocator or self.gates
+        return self.low_rank.allocator or self.gates
 
     def statistics(self) -> dict[str, float]:
         """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; empty without low-rank layers."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nlu import METHOD_FOLDER
+from nlu.arguments import MATCH
 from nlu.command_line import method_file, published_settings
 from nlu.data.glue import split_files
 from nlu.json_yaml import read_yaml
@@ -44,8 +45,9 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
         glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
-        validation_file, peft_config, method (the values in the method's file), published (the settings it selects) and,
-        with --do_predict, test_file (the test rows, including those of GLUE's tasks).
+        validation_file, peft_config, method (the values in the method's file), lora_k (those in the file that it
+        matches), published (the settings it selects) and, with --do_predict, test_file (the test rows, including those
+        of GLUE's tasks).
 
     Raises:
         OSError: if a file cannot be read. UsageError: if a method's file is damaged.
@@ -60,7 +62,12 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     config = arguments.get("method_config") or arguments.get("method")
     path = METHOD_FOLDER / f"{config}.yaml"
     if path.is_file():  # only the values count: comments and the order of lines change no run
-        found["method"] = _value_digest(read_yaml(path))
+        values = read_yaml(path)
+        found["method"] = _value_digest(values)
+        width = str(arguments.get("lora_k", values.get("lora_k")))
+        matched = METHOD_FOLDER / f"{width.removeprefix(MATCH)}.yaml"
+        if width.startswith(MATCH) and matched.is_file():
+            found["lora_k"] = _value_digest(read_yaml(matched))
         if arguments.get("published") and arguments.get("task_name") in TASKS:
             found["published"] = _value_digest(published_settings(arguments, method_file(config)[0]))
     return found

@@ -90,5 +90,5 @@ def test_training_step_stays_on_the_device(name, dtype, no_contents):
     with NoWaiting(may_look=name in WAITING):
         loss = step(applied, optimizer, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32
-    if applied.allocator is not None:
+    if applied.low_rank.allocator is not None:
         assert applied.low_rank.steps_done == applied.low_rank.total_steps

@@ -99,6 +99,9 @@ def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_pat
         "adalora_r8:lora_alpha=96 matches",
     ]
     assert said("lora2,lora:lora_alpha=64,adalora_r8:lora_alpha=96") == ""
+    # Exact factors, which need contents, have a size all the same.
+    plus_k1 = "lora2_plus_k1:lora_r=8:lora_alpha=32"
+    assert f"{plus_k1} has 167,616 parameters" in said(f"lora,{plus_k1}")
     plus = "lora,lora2_plus:lora_r=8:lora_alpha=32"
     assert "trains the head at 0.001, lora at 0.0012: --head_learning_rate 0.0012 for all makes them" in said(plus)
     assert said(plus, "--head_learning_rate", "2e-3") == said(plus, "--learning_rate", "1e-3") == ""

@@ -224,7 +224,7 @@ def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
 
 
 def test_digest_of_a_configuration_depends_on_its_values_only(tmp_path, monkeypatch):
-    path, own = tmp_path / "method.yaml", tmp_path / "own.json"
+    path, own, narrow = tmp_path / "method.yaml", tmp_path / "own.json", tmp_path / "narrow.yaml"
     path.write_text("method: peft\npeft_config: {r: 1}\n")
     own.write_text('{"r": 1}')
     monkeypatch.setattr(digests, "METHOD_FOLDER", tmp_path)
@@ -234,6 +234,11 @@ def test_digest_of_a_configuration_depends_on_its_values_only(tmp_path, monkeypa
     edit(own, "1", "2")
     assert of(peft_config=str(own)) != one
     assert of(peft_config='{"r": 1}') == {}  # JSON text is the argument itself
+    narrow.write_text("method: lora\nlora_r: 1\n")
+    path.write_text("method: lora2\nlora_k: match:narrow\n")
+    matched, given = of(method="method")["lora_k"], of(method="method", lora_k="match:narrow")["lora_k"]
+    edit(narrow, "1", "2")
+    assert of(method="method")["lora_k"] != matched == given
 
 
 def test_digest_of_published_settings_depends_on_the_tasks_file_as_far_as_the_method_reads_it(tmp_path, monkeypatch):

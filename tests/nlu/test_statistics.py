@@ -157,6 +157,13 @@ def test_rerun_gives_its_score_to_the_seed_of_the_failed_run():
     assert dict(zip(pairs.seed, pairs.difference, strict=True)) == {1: 0.0, 2: 2.0}
 
 
+def test_planned_seed_a_hundred_above_a_failed_one_is_no_rerun():
+    scores = [("cola", 1, 0.0), ("cola", 101, 0.5), ("rte", 1, 0.5), ("rte", 101, 0.5)]
+    failing = {"training_loss": [0.6], "constant_loss": 0.6}
+    runs = as_frame(line("LoRA r=8", task, seed, [score], **({} if score else failing)) for task, seed, score in scores)
+    assert len(runs) == 4 and not runs.rerun.any() and set(runs.seed[runs.failed]) == {1}
+
+
 def test_score_is_that_of_the_weights_that_the_run_kept():
     best = line("LoRA r=8", "cola", 1, [0.3, 0.5, 0.4], weights_step=200)  # --load_best_model_at_end
     runs = as_frame([best, line("LoRA r=8", "cola", 2, [0.3, 0.5, 0.4], weights_step=300)])
