@@ -93,7 +93,8 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     from nlu.experiments.comparison import write
     from nlu.experiments.fairness import shape_of, unlike
 
-    load_data(next(iter(parsed.values())))  # an error in the data shows now, not in every run
+    for experiment in filter(None, (tuning, final)):
+        load_data(experiment.runs[0].parse())  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
     labels = {spec: place_of(run, parsed[spec].method)["label"] for spec, run in firsts.items()}
     warnings = unlike(firsts, shapes)

@@ -5,6 +5,7 @@ Training, prediction and GLUE's official files use this reader.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import itertools
@@ -141,8 +142,9 @@ class Reader:
 
     def _lines(self, stream: BinaryIO, kind: str) -> _Found:
         # A carriage return ends a line of CSV; in TSV and JSON it is an ordinary character, as in GLUE's texts.
-        known = "utf-8-sig" if self.encoding == "utf-8" else self.encoding
         try:
+            known = codecs.lookup(self.encoding).name
+            known = "utf-8-sig" if known == "utf-8" else known
             text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
         except LookupError as error:
             raise UsageError(f"--encoding: {error}; use, for example, cp1252 or utf-16") from None
@@ -176,7 +178,7 @@ class Reader:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line, parse_constant=lambda name: None)  # NaN: pandas' missing value
             except (ValueError, RecursionError) as error:
                 yield place, f"not valid JSON ({getattr(error, 'msg', error)})"
                 continue

@@ -104,15 +104,10 @@ def _metrics(asked: str | None, names: tuple[str, ...] | None) -> tuple[str, ...
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _number(reader: Reader, value: object) -> float | None:
-    """A label as a number; None if it is a word, as a quoted number in JSON is."""
-    return None if reader.typed and type(value) is str else as_number(value)
-
-
 def _class_names(reader: Reader, rows: list[Row], label_column: str) -> tuple[str, ...] | None:
     """The sorted classes of the training labels; None for a regression."""
     values = [row.values[label_column] for row in rows]
-    numbers = [value for value in values if _number(reader, value) is not None]
+    numbers = [value for value in values if as_number(value) is not None]
     if len(numbers) > len(values) / 2 and not all(_WHOLE.fullmatch(str(value)) for value in numbers):
         return None
     names = {str(value).strip() for value in values}
@@ -128,7 +123,7 @@ def _label(reader: Reader, row: Row, column: str, names: tuple[str, ...] | None,
     if may_hide and (not word or (names is not None and word == "-1" and word not in names)):
         return math.nan if names is None else -1
     if names is None:
-        if (number := _number(reader, value)) is None:
+        if (number := as_number(value)) is None:
             raise reader.error(row.place, f"label {shown(value)} is not a number, but most training labels are")
         return number
     if word not in names:

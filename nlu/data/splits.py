@@ -227,7 +227,7 @@ def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_leng
             line += f" ({shown(of['classes'])[1:-1]})"
         if task.name not in TASKS and task.is_regression:
             line += " of a regression: labels have a decimal point"
-        line += f", {of['hidden']:,} without a label, so not scored" if 0 < of["hidden"] < of["rows"] else ""
+        line += f", not scored: {of['hidden']:,} have no label" if 0 < of["hidden"] < of["rows"] else ""
         line += f", {of['skipped']:,} bad and left out" if of["skipped"] else ""
         line += f", {of['cut']:,} cut at {max_seq_length} tokens (--max_seq_length)" if of["cut"] else ""
         lines.append(line)

@@ -48,7 +48,7 @@ def write(
     done = finished(frame)
     if not len(done):
         return
-    scores = score_frame(frame, Question("", "comparison", against=(done.label.iloc[0],), pooled=True))
+    scores = score_frame(frame, Question("", "comparison", against=(done.label.iloc[0],)))
     scores["scale"] = [scales.get(label) for label in scores.row]
     scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
     metric = next(line["metric"] for line in lines if line["status"] == "finished")

@@ -165,7 +165,7 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
             line(label, "rte", s, [0.4, 0.5, x], **changes) for label, own in scores.items() for s, x in enumerate(own)
         ]
         runs = as_frame(lines)
-        sentence = answer(score_frame(runs, Question("", "one", against=("LoRA r=8",), pooled=True)), runs)
+        sentence = answer(score_frame(runs, Question("", "one", against=("LoRA r=8",))), runs)
         return " ".join([sentence, *advice(runs)])
 
     clear = {"LoRA r=8": [0.50, 0.51, 0.52], "LoRA² k=8": [0.60, 0.612, 0.618]}

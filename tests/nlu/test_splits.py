@@ -199,4 +199,4 @@ def test_description_says_that_a_test_set_with_some_hidden_labels_is_not_scored(
     data = load(["train", "predict"], train_file=tmp_path / "train.csv", test_file=tmp_path / "test.csv")
     tokens, cut = tokenize(data.task, data.rows, make_tokenizer())
     assert "labels" not in tokens["test"].column_names
-    assert description_lines(data.task, describe(data, cut), 32)[1].endswith(", 2 without a label, so not scored")
+    assert description_lines(data.task, describe(data, cut), 32)[1].endswith(", not scored: 2 have no label")
