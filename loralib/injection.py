@@ -92,9 +92,10 @@ def _match_one(pattern: str, names: list[str]) -> list[str]:
 def _all_linear(model: Any, names: list[str]) -> list[str]:
     if not hasattr(model, "base_model_prefix"):
         raise ValueError(f"{ALL_LINEAR!r} needs a transformers model, whose head is known: name the modules")
-    inside = set(model.base_model.modules()) - {model.get_output_embeddings()}
-    if model.base_model is model and "For" in type(model).__name__:  # its head is a child, as in T5ForQuestionAnswering
-        inside -= set(model.children())
+    head = model.get_output_embeddings()
+    inside = set(model.base_model.modules()) - {head}
+    if head is None and model.base_model is model and "For" in type(model).__name__:
+        inside -= set(model.children())  # the head is one of them, as in T5ForQuestionAnswering
     return [name for name in names if model.get_submodule(name) in inside]
 
 
@@ -170,9 +171,14 @@ def put_in_place(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         for child, module in list(parent._modules.items()):  # named_children() lists a shared module only once
             if id(module) in new:
                 setattr(parent, child, new[id(module)])
+    refuse_packed_batches(model)
+
+
+def refuse_packed_batches(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoder`` from packing padded batches: low-rank layers cannot read nested tensors."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and lora_layers(module):
-            module.use_nested_tensor = False  # low-rank layers do not support packed batches
+            module.use_nested_tensor = False
 
 
 def _share_outer_factors(layers: dict[str, LoRALayer]) -> None:

@@ -21,7 +21,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, regis
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loralib.injection import HOOKS, NEVER_CALLED
+from loralib.injection import HOOKS, NEVER_CALLED, refuse_packed_batches
 from loralib.layers import INITS, LoRA2Linear
 from loralib.model import drop_pruned, lora_layers
 from loralib.stored_weight import frozen_shape, is_conv1d
@@ -72,15 +72,17 @@ class LoRA2Config(PeftConfig):
         super().__post_init__()
         self.peft_type = LORA2
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:  # peft ignores the latter
-            raise ValueError("layers_to_transform is ignored if target_modules is a regex: put the numbers into it")
+            raise ValueError("layers_to_transform needs a list of target_modules; a regex holds the numbers itself")
+        if self.layers_pattern and self.layers_to_transform is None:  # peft ignores the former
+            raise ValueError("layers_pattern needs layers_to_transform")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), list):
                 setattr(self, name, set(value))
 
 
 class LoRA2Adapter(LoRA2Linear):
-    """One adapter of a :class:`LoRA2Layer`. It uses the frozen weight and bias of the base layer without owning them:
-    its parameters and its state dict are only the factors.
+    """One adapter of a :class:`LinearWithLoRA2`. It uses the frozen weight and bias of the base layer without owning
+    them: its parameters and its state dict are only the factors.
 
     A factor's name is ``lora_B_0``, not ``lora_B.0``: peft finds the adapter's name in a key only if at most one part
     follows it.
@@ -131,8 +133,10 @@ class LoRA2Adapter(LoRA2Linear):
         nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
 
 
-class LoRA2Layer(nn.Module, BaseTunerLayer):
+class LinearWithLoRA2(nn.Module, BaseTunerLayer):
     """peft's wrapper around a frozen linear layer, with one :class:`LoRA2Adapter` for each adapter's name.
+
+    By "Linear" in the class's name peft recognises it if a second adapter targets ``"all-linear"``.
 
     Raises:
         ValueError: if the layer is not a linear one, or a setting is out of range.
@@ -153,6 +157,8 @@ class LoRA2Layer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: LoRA2Config, rank: int | None) -> None:
         """Add an adapter with ``rank`` of its r singular values (None: all)."""
+        if rank not in (None, *range(config.r + 1)):
+            raise ValueError(f"rank_pattern: {rank} is not between 0 and r = {config.r}")
         adapter = LoRA2Adapter(self.get_base_layer(), config)
         if rank is not None:
             adapter.keep_singular_values(range(rank))
@@ -215,8 +221,13 @@ class LoRA2Model(BaseTuner):
     """
 
     prefix = f"{NAME}_"
-    tuner_layer_cls = LoRA2Layer
+    tuner_layer_cls = LinearWithLoRA2
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As peft's."""
+        super().inject_adapter(model, *args, **kwargs)
+        refuse_packed_batches(model)
 
     def _create_and_replace(
         self,
@@ -232,10 +243,10 @@ class LoRA2Model(BaseTuner):
             raise ValueError(NEVER_CALLED.format(current_key))
         ranks = peft_config.rank_pattern
         rank = ranks.get(current_key, ranks.get(get_pattern_key(ranks, current_key)))
-        if isinstance(target, LoRA2Layer):
+        if isinstance(target, LinearWithLoRA2):
             target.update_layer(adapter_name, peft_config, rank)
             return
-        layer = LoRA2Layer(target, adapter_name, peft_config, rank)
+        layer = LinearWithLoRA2(target, adapter_name, peft_config, rank)
         if adapter_name not in self.active_adapters:  # a further adapter is trainable only once it is set active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

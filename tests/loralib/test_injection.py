@@ -105,6 +105,9 @@ def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_name
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     t5 = transformers.T5ForQuestionAnswering(config)  # it has no base model inside
     assert {n.split(".")[0] for n in loralib.match_modules(t5, "all-linear")} == {"encoder", "decoder"}
+    t5.add_module("projection", nn.Linear(8, 8))  # as in BLIP-2, which has a head inside and none of its own
+    t5.get_output_embeddings = lambda: t5.qa_outputs
+    assert {n.split(".")[0] for n in loralib.match_modules(t5, "all-linear")} == {"encoder", "decoder", "projection"}
     with refused("name the modules"):
         loralib.inject(nn.Sequential(nn.Linear(2, 2)), "lora2", "all-linear")
 

@@ -195,3 +195,32 @@ def test_transformers_loads_the_saved_folder(tmp_path):
     assert main([folder, "--to", "peft", str(tmp_path / "peft")]) == 0
     theirs = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "peft").eval()
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_second_adapter_on_all_linear_layers_includes_those_of_the_first():
+    base = gpt2(2)
+    model = get_peft_model(base, LoRA2Config(r=2, k=2, target_modules=["c_attn"]))
+    for name in ("second", "third"):
+        model.add_adapter(name, LoRA2Config(r=2, k=2, target_modules="all-linear"))
+        adapted = {n.partition(".lora2_adapters")[0] for n, _ in base.named_modules() if n.endswith(f"adapters.{name}")}
+        assert {n.rpartition(".")[2] for n in adapted} == {"c_attn", "c_proj", "c_fc"} and len(adapted) == 8
+
+
+def test_transformer_encoder_takes_a_padding_mask_in_evaluation():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+    model = net(["linear1", "linear2"], encoder)
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad():
+        expected = model.train()(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(model.eval()(x, src_key_padding_mask=mask)[~mask], expected[~mask])
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_rank_pattern_beyond_the_singular_values_is_refused(rank):
+    with refused("rank_pattern"):
+        net(rank_pattern={"q": rank})
+
+
+def test_layers_pattern_without_layers_is_refused_as_by_pefts_lora():
+    with refused("layers_pattern needs layers_to_transform"):
+        LoRA2Config(target_modules=["q"], layers_pattern="layers")
