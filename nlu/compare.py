@@ -3,7 +3,7 @@
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --tune
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR \\
         --methods lora2,lora --seeds 5 --learning_rate 1e-3
-    python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64,adalora_r8
+    python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64
 
 All other flags go to nlu/run_glue.py, for every method; NAME:flag=value in --methods sets a flag for one method.
 The first method is the reference for the others. After an interruption, the same command continues.
@@ -23,7 +23,7 @@ from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, exit_code
 from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.records import place_of, read_lines, settings_of
+from nlu.experiments.records import label_of, read_lines, settings_of
 from nlu.experiments.sweep_loop import Sweep
 
 COMMAND = [sys.executable, str(RUN_GLUE)]
@@ -59,7 +59,7 @@ def own_parser() -> argparse.ArgumentParser:
         help="first choose each method's learning rate by its score on a held-out tenth of the training set, from "
         f"RATES or {RATES} (a method whose file has a rate, such as full: from three around it); these runs are named "
         "NAME-tuning")  # fmt: skip
-    add("--name", help="name of the comparison (default: compare-TASK)")
+    add("--name", help="name of the comparison (default: compare-TASK, or compare-FILE for your own data)")
     add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (1); with more, step times vary more")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
     add("--rerun_changed", action="store_true", help="repeat the runs made with other arguments or contents")
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     for experiment in filter(None, (tuning, final)):
         load_data(experiment.runs[0].parse())  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
-    labels = {spec: place_of(run, parsed[spec].method)["label"] for spec, run in firsts.items()}
+    labels = {spec: label_of(run, parsed[spec].method) for spec, run in firsts.items()}
     warnings = unlike(firsts, shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -144,7 +144,7 @@ def _about_rates(tuning: Experiment, final: Experiment, labels: dict[str, str]) 
         if rate in (min(tried), max(tried)):
             at_an_end.append(labels[spec])
     if at_an_end:
-        notes.append(f"Rates at an end of those tried: {', '.join(at_an_end)}. Give --tune RATES with rates beyond it.")
+        notes.append(f"{', '.join(at_an_end)}: the chosen rate is an end of those tried; give --tune RATES beyond it.")
     return notes
 
 

@@ -92,7 +92,7 @@ def unlike(runs: dict[str, Run], shapes: dict[str, Shape]) -> list[str]:
                 f"{spec} trains the head at {own:g}, {first} at {wanted:g}: --head_learning_rate {wanted:g} for all "
                 "makes them equal"
             )
-    if any(shapes[spec].head_rate is None for spec in (first, *others)):
+    if any(shape.head_rate is None for shape in shapes.values()):
         lines.append(
             "heads without their own learning rate train at the one chosen for their method: --head_learning_rate "
             "gives all heads the same rate"

@@ -53,7 +53,8 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     if status == "finished" and str(record.get("seed")) != str(asked):
         status, error = "failed", f"its record is of seed {record.get('seed')}, and {asked} was asked for"
     line = {
-        **place_of(run, str(record.get("method"))),
+        "label": label_of(run, str(record.get("method"))),
+        "axes": run.axes,
         "status": status,
         "error": error,
         "task": record.get("task"),
@@ -71,19 +72,14 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     return {"run": run.name} | portable({name: value for name, value in line.items() if value is not None})
 
 
-def place_of(run: Run, method: str) -> dict[str, Any]:
-    """A run's axes and `label` without this machine's folders; `method` is the base method.
-
-    The label, the name in tables, joins the labels of the grid's axes, except task and seed.
-    """
-    axes = portable(run.axes)
+def label_of(run: Run, method: str) -> str:
+    """A run's name in tables: the labels of the grid's axes, except task and seed; `method` is the base method."""
     names = []
-    for axis, value in axes.items():
+    for axis, value in portable(run.axes).items():
         if axis not in ("task_name", "seed"):
             text = value if isinstance(value, str) else f"{axis}={value}"
             names.append(_method_name(text, method) if axis == "method" else text)
-    label = ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
-    return {"label": portable(label), "axes": axes}
+    return portable(", ".join(names) or _method_name(str(run.arguments.get("method")), method))
 
 
 def _method_name(name: str, base: str) -> str:
@@ -119,11 +115,10 @@ def rate_sum(record: dict[str, Any]) -> float | None:
     arguments = record.get("arguments") or {}
     if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type") != "constant":
         logged = {1: 0.0} | logged
-    return _figures(np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values())).sum())
+    return _six_digits(np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values())).sum())
 
 
-def _figures(value: float) -> float:
-    """The value with six significant digits."""
+def _six_digits(value: float) -> float:
     return float(f"{value:.6g}")
 
 
@@ -137,7 +132,7 @@ def training_losses(record: dict[str, Any]) -> list[float] | None:
         return None
     steps, losses = zip(*logged, strict=True)
     by_step = np.repeat(losses, np.diff(steps, prepend=0))
-    return [_figures(part.mean()) for part in np.array_split(by_step, min(20, len(by_step)))]
+    return [_six_digits(part.mean()) for part in np.array_split(by_step, min(20, len(by_step)))]
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ def _figures(prefix: str, result: Estimate) -> dict[str, float]:
 def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """One row for each method of the final runs: scores in percent, the difference from its reference, and failed runs.
 
-    Columns: `row`, `parameters`, `remaining`, `runs`; for each task its mean and `TASK_std`, and if there are such
-    scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and `best` (best
-    ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by the
-    Student-t model of all runs, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
+    Columns: `row`, `parameters`, `remaining` (after pruning), `runs`; for each task its mean and `TASK_std`, and if
+    there are such scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and
+    `best` (best ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by
+    the Student-t model, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
     """
     final, done = every[every.stage == "final"], finished(every)
     sizes = done.groupby("label").adapter_params.max()

@@ -60,7 +60,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
     assert "heads without their own learning rate train at the one chosen" in err
     assert code == 1 and "failed: lora2:weight_decay=1 has no final runs: " in err
     assert "Learning rates chosen by the held-out score: LoRA 0.003, full fine-tuning 6e-05." in shown
-    assert "Rates at an end of those tried: LoRA, full fine-tuning. Give --tune RATES with rates beyond it." in shown
+    assert "LoRA, full fine-tuning: the chosen rate is an end of those tried; give --tune RATES beyond it." in shown
     final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl").values()]
     # 3e-3 is nearest to 2e-3; full's file has 2e-5
     assert [(each["method"], each["learning_rate"]) for each in final] == [("full", 6e-5)] * 2 + [("lora", 3e-3)] * 2

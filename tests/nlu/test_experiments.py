@@ -8,7 +8,7 @@ import yaml
 from nlu import sweep
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
-from nlu.experiments.records import comparable, place_of
+from nlu.experiments.records import comparable, label_of
 from nlu.json_yaml import parse_yaml, read_json
 from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC
@@ -55,14 +55,14 @@ def test_committed_lines_match_their_experiment_files(lines):
 
 
 def test_every_claim_names_rows_that_its_experiment_has():
-    def label_of(run):
+    def row_of(run):
         name = run.arguments["method"]
         base = max((base for base in METHODS if name.startswith(base)), key=len, default=name)
-        return place_of(run, base)["label"]
+        return label_of(run, base)
 
     for question in load_questions(REPOSITORY / "configs/experiments/claims.yaml"):
         path = REPOSITORY / f"configs/experiments/{question.experiment}.yaml"
-        known = {label_of(run) for run in load_experiment(path, {"model_name_or_path": "m"}).runs}
+        known = {row_of(run) for run in load_experiment(path, {"model_name_or_path": "m"}).runs}
         asked = {name for claim in question.claims for name in (claim.label, claim.against) if name}
         assert asked | set(question.against) <= known, question.question
     for table in (REPOSITORY / "results/published").glob("*.json"):

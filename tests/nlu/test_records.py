@@ -32,7 +32,7 @@ def test_measured_line_has_the_results_of_a_real_run(finished):
     assert str(finished[0].parent) not in json.dumps(made)
     every = [entry["learning_rate"] for entry in record["history"]]  # logged at each step
     assert made["rate_sum"] == pytest.approx(sum(every))
-    norms = [float(layer.delta_weight().norm()) for layer in loralib.lora_layers(finished[3].model).values()]
+    norms = [layer.delta_weight().norm().item() for layer in loralib.lora_layers(finished[3].model).values()]
     assert made["delta_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
     assert {"versions", "git_commit", "live_budget", "adapter_params", "train_seconds"} <= made.keys()
     assert made["live_budget"] < made["initial_budget"]
