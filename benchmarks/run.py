@@ -46,7 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
 TASKS = ("mrpc", "rte")  # whose estimated lengths can be asked for
 QUICK = {"layers": 2, "lengths": [64], "rounds": 3}
-SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by cost
+SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by length
 TOKENS_A_WORD = 1.3  # an estimate for English, because DeBERTaV3's tokenizer is not available offline
 SPECIAL_TOKENS = 3
 
