@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import finished
+from nlu.experiments.statistics import finished, held_out
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -143,13 +144,13 @@ def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] |
             for label, own in runs[runs.task == task].groupby("label", sort=False):
                 medians = own.groupby("steps_at")[source].median()
                 (handles[label],) = axes.plot(medians.index, medians, **styles[label])
-            what = "score" if source == "scores" else "loss"
-            axes.set_title(f"{HEADINGS.get(task, task)}: median {what}", loc="left")
+            what = "score" if source == "scores" else "validation loss"
+            axes.set_title(f"{HEADINGS.get(task, task)}: {what}", loc="left")
             axes.set_xlim(left=0)
             if source == "scores":
                 axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-1]:
-        axes.set_xlabel("step")
+        axes.set_xlabel("step (medians over the seeds)")
     _legend(figure, handles)
     text = f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds."
     return text, figure
@@ -161,6 +162,7 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         return None
     labels, tasks = list(dict.fromkeys(runs.row)), list(dict.fromkeys(runs.task.dropna()))
     styles = dict(zip(labels, cycle(STYLES), strict=False))
+    what = "held-out score" if held_out(runs).all() else "score"
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.3), layout="constrained")
@@ -179,13 +181,15 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         axes.set_xticks(rates[np.diff(np.log(rates), prepend=-np.inf) > 0.3])  # closer labels would overlap
         axes.xaxis.set_major_formatter("{x:.2g}")
         axes.tick_params(axis="x", rotation=45, labelsize=7.5)
-        axes.set_title(f"{HEADINGS.get(task, task)}: score", loc="left")
+        axes.set_title(f"{HEADINGS.get(task, task)}: {what}", loc="left")
         axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
+    if runs.failed.any():
+        handles["failed run"] = Line2D([], [], linestyle="", marker="x", color="#888888")
     _legend(figure, handles)
     text = (
-        f"Mean score at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
+        f"Mean {what} at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
         "tuned too, the best of them at that rate. A cross marks a failed run, if its record has the loss of a "
         "constant answer."
     )

@@ -10,7 +10,7 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import KINDS, draw
-from nlu.experiments.statistics import LEVEL, finished, load_measured, scored_on_test
+from nlu.experiments.statistics import LEVEL, finished, held_out, load_measured, scored_on_test
 from nlu.experiments.tables import (
     claims_frame,
     markdown,
@@ -34,7 +34,7 @@ NOTES = f"""\
 - Score: that of the last evaluation on the validation set (with --load_best_model_at_end: of the best checkpoint) in
   percent, mean ± standard deviation over the seeds. MNLI has its matched accuracy and QQP its accuracy; the papers'
   averages take the means with the mismatched accuracy and with F1. “Test” is a labelled test set, “published” the
-  number that the paper prints for another encoder or protocol.
+  number that a paper prints for the same encoder and method, by its own protocol.
 - Difference: between runs of the same task and seed, averaged over the tasks, with its 95 % interval (Student's t, the
   tasks as strata), which covers only the variation between seeds. Student-t errors: the same difference by a model of
   all runs in which a failed run counts little. Read both: neither replaces the other.
@@ -70,7 +70,7 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     for question in questions:
         every = runs[runs.experiment == question.experiment]
         final, done = every[every.stage == "final"], finished(every)
-        tuning, complete = _held_out(final), final.status == "finished"
+        tuning, complete = held_out(final), final.status == "finished"
         lost = complete & final.failed & ~final.rerun & ~tuning  # they learned nothing
         settled = int((tuning | (complete & ~lost)).sum())
         # Whoever sees a difference earlier may stop when it is favourable.
@@ -112,7 +112,7 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     done = finished(every)
     scores = with_published(score_frame(every, question), every)
     claims, tuning = claims_frame(every, question), tuning_frame(every)
-    printed = tuning_text(tuning) if _held_out(done).all() and len(tuning) else score_text(scores, claims)
+    printed = tuning_text(tuning) if held_out(done).all() and len(tuning) else score_text(scores, claims)
     drawn = draw(every, scores, tuning_runs(every))
     drawings = {f"figures/{question.experiment}_{each.kind}.png": each for each in drawn}
     shown, *others = drawings or [None]
@@ -129,11 +129,6 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
         lines += [f"![{alternative}]({shown})", ""]
     tables = {"scores": scores, "claims": claims, "training": training_frame(every), "tuning": tuning}
     return "\n".join(lines), tables, {file: each.png() for file, each in drawings.items()}
-
-
-def _held_out(runs: pd.DataFrame) -> pd.Series:
-    """Which runs were scored on held-out rows of the training set, to choose a setting."""
-    return runs.asked.map(lambda asked: "holdout_fraction" in asked).astype(bool)
 
 
 def _heading(question: Question, done: pd.DataFrame) -> str:

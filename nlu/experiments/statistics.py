@@ -167,6 +167,11 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[(runs.stage == "final") & (runs.status == "finished")]
 
 
+def held_out(runs: pd.DataFrame) -> pd.Series:
+    """Which runs were scored on held-out rows of the training set, to choose a setting."""
+    return runs.asked.map(lambda asked: "holdout_fraction" in asked).astype(bool)
+
+
 def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
     """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's score.
 

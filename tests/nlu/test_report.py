@@ -145,7 +145,10 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     assert marks == {"0.001": "", "0.002": "chosen", "0.004": "barred", "0.008": "barred"}
     runs = as_frame(lines)
     (rates,) = draw(runs, score_frame(runs, Question("", "trial")), tuning_runs(runs))
-    drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in rates.figure.axes[0].get_lines()]
+    (panel,) = rates.figure.axes
+    assert panel.get_title(loc="left") == "CoLA: held-out score"
+    drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in panel.get_lines()]
+    assert [text.get_text() for text in rates.figure.legends[0].get_texts()] == ["LoRA r=8", "failed run"]
     assert rates.kind == "rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]
 
 
