@@ -90,7 +90,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     parsed = {spec: run.parse() for spec, run in firsts.items()}
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
-    from nlu.experiments.comparison import write
+    from nlu.experiments.comparison import write_comparison
     from nlu.experiments.fairness import shape_of, unlike
 
     for experiment in filter(None, (tuning, final)):
@@ -109,7 +109,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         notes += _about_rates(tuning, final, labels)
     final_code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    write(lines, tried, scales, notes, args.output_dir / final.name)
+    write_comparison(lines, tried, scales, notes, args.output_dir / final.name)
     return max(code, final_code)
 
 

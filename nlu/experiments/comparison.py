@@ -28,7 +28,7 @@ def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
     return dict(zip(best.row, best.value, strict=True))
 
 
-def write(
+def write_comparison(
     lines: list[dict[str, Any]],
     tuning: list[dict[str, Any]],
     scales: dict[str, float | None],

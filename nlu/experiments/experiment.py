@@ -82,7 +82,7 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except (TypeError, KeyError, AttributeError) as error:  # an unknown key, or a list instead of a mapping
-        what = reason(error, 200).replace(f"{make_experiment.__name__}()", "the file")
+        what = re.sub(rf"\S*{make_experiment.__name__}\(\)", "the file", reason(error, 200))
         format_is = "the format is explained at the top of nlu/experiments/experiment.py"
         raise UsageError(f"{path}: {what}; {format_is}") from None
 

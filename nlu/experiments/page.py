@@ -72,20 +72,8 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
         every = runs[runs.experiment == question.experiment]
-        final, done = every[every.stage == "final"], finished(every)
-        tuning, complete = held_out(final), final.status == "finished"
-        lost = complete & final.failed & ~final.rerun & ~tuning  # they learned nothing
-        settled = int((tuning | (complete & ~lost)).sum())
-        # Whoever sees a difference earlier may stop when it is favourable.
-        if settled < question.runs or not len(done):
-            if len(final):
-                failed = int(final.failed.sum())
-                said = f" {failed} run(s) failed." if failed else ""
-                said += f" To be repeated with seed + 100: {', '.join(final.run[lost])}." if lost.any() else ""
-                open_questions.append(
-                    f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(final)} runs "
-                    f"(`configs/experiments/{question.experiment}.yaml`).{said}"
-                )
+        if (missing := still_open(question, every)) is not None:
+            open_questions += [missing] if (every.stage == "final").any() else []
             continue
         text, tables, written = section(question, every)
         parts.append(text)
@@ -107,6 +95,25 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
         write_bytes(output / name, content)
     write_text(page, "\n".join([GENERATED, "# Measured results\n", INTRODUCTION, *parts, NOTES]))
     print(f"written: {page}, with {len(files)} tables and figures beside it")
+
+
+def still_open(question: Question, every: pd.DataFrame) -> str | None:
+    """What is missing before a question's runs are shown; None if nothing is.
+
+    Whoever sees a difference earlier may stop when it is favourable.
+    """
+    final, done = every[every.stage == "final"], finished(every)
+    tuning, complete = held_out(final), final.status == "finished"
+    lost = complete & final.failed & ~final.rerun & ~tuning  # they learned nothing
+    settled = int((tuning | (complete & ~lost)).sum())
+    if settled >= question.runs and len(done):
+        return None
+    failed = f" {final.failed.sum()} run(s) failed." if final.failed.any() else ""
+    again = f" To be repeated with seed + 100: {', '.join(final.run[lost])}." if lost.any() else ""
+    return (
+        f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(final)} runs "
+        f"(`configs/experiments/{question.experiment}.yaml`).{failed}{again}"
+    )
 
 
 def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.DataFrame], dict[str, bytes]]:

@@ -21,6 +21,7 @@ from nlu.experiments.statistics import (
     estimate,
     finished,
     fitted_difference,
+    held_out,
     holm,
     paired,
     pooled_spread,
@@ -139,7 +140,8 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
 
 
 def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
-    """What tuning tried: for each row and rate the mean score on each task, and the choice, see :func:`choose_rates`.
+    """What tuning tried on held-out rows: for each row and rate the mean score on each task, and the choice, see
+    :func:`choose_rates`.
 
     For a selection stage in old records: for each row, task and set of values the mean score and loss, and whether the
     final runs used these values.
@@ -152,6 +154,7 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
         chosen = frame.index.isin(finished(runs).set_index(keys).index)
         return frame.assign(chosen=chosen).reset_index(names=["row", "task", "tried"])
     rates = tuning_runs(every)
+    rates = rates[held_out(rates)]
     if not len(rates):
         return pd.DataFrame()
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
@@ -191,10 +194,10 @@ def setting(every: pd.DataFrame) -> str:
     epochs = sorted({each.get("num_train_epochs", 0) for each in arguments if not each.get("max_steps")} - {0})
     parts = [
         " and ".join(sorted(done.model.dropna().unique())),
-        f"{spread(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",
-        f"{spread(done.steps.min(), done.steps.max())} steps",
+        f"{range_text(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",
+        f"{range_text(done.steps.min(), done.steps.max())} steps",
         *sorted(limits),
-        f"{spread(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",
+        f"{range_text(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",
         ", ".join(sorted({*done.processor} - {""})),
     ]
     return "; ".join(filter(None, parts))
@@ -213,7 +216,7 @@ def count(value: float | None) -> str:
     return number(value, 0)
 
 
-def spread(low: float, high: float, form: Callable[[Any], str] = count) -> str:
+def range_text(low: float, high: float, form: Callable[[Any], str] = count) -> str:
     """A range, or one figure if both ends print alike."""
     return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
 
@@ -243,7 +246,7 @@ def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.Da
             columns = [frame[f"{prefix}{name}"] for name in ("difference", "low", "high")]
             text[heading] = [with_interval(*each) for each in zip(*columns, strict=True)]
     text["failed runs"] = [
-        f"{row.failed} ({spread(100 * row.failed_low, 100 * row.failed_high)} %)" for row in frame.itertuples()
+        f"{row.failed} ({range_text(100 * row.failed_low, 100 * row.failed_high)} %)" for row in frame.itertuples()
     ]
     if claims is not None and len(claims):
         against = dict(zip(frame.row, frame.against, strict=True))

@@ -259,7 +259,7 @@ def test_comparison_takes_the_best_rate_if_all_are_barred():
     def tried(label, rate, score, **changes):
         name = f"{label}, learning_rate={rate}"
         axes = {"method": label, "learning_rate": rate, "task_name": "rte"}
-        same = {"axes": axes, "asked": axes, "training_loss": [0.7], "constant_loss": 0.7}
+        same = {"axes": axes, "asked": axes | {"holdout_fraction": 0.1}, "training_loss": [0.7], "constant_loss": 0.7}
         return line(name, "rte", 101, [score], run=name, **same, **changes)
 
     crashed = {"status": "failed", "evaluations": None, "last": None}
