@@ -13,6 +13,7 @@ A plain loop calls the model's optimiser through ``step``::
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -115,14 +116,7 @@ class LowRankTraining:
             ValueError: if the optimisers lack trainable factors, which would never change: they were created before
                 ``inject()`` or ``compact()``, or for another model.
         """
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        if any(factor.requires_grad and id(factor) not in held for factor in factors_of(self.model)):
-            raise ValueError(
-                "the optimiser lacks low-rank factors that train: make it after inject() and compact(), for the model "
-                "that LowRankTraining was made for (in a Trainer: model=, not model_init=); if several optimisers "
-                "hold them, call before_step() with all of them, and after_step()"
-            )
+        check_optimizers(optimizers, factors_of(self.model))
         if self.constraint is not None:
             if self.steps_done == 0:
                 self.constraint.start()
@@ -191,3 +185,15 @@ class LowRankTraining:
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
+
+
+def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], factors: Iterable[nn.Parameter]) -> None:
+    """Raises ValueError if the optimisers lack trainable factors, which would never change."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    if any(factor.requires_grad and id(factor) not in held for factor in factors):
+        raise ValueError(
+            "the optimiser lacks low-rank factors that train: make it after the model has them (and after compact()), "
+            "for the model whose training this is (in a Trainer: model=, not model_init=); if several optimisers hold "
+            "them, call before_step() with all of them, and after_step()"
+        )

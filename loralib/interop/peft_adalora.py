@@ -17,6 +17,7 @@ from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
 from loralib.allocator import check_schedule, most_important
+from loralib.training import check_optimizers
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 
@@ -57,7 +58,7 @@ class AdaLoraTraining:
     """Runs peft's AdaLoRA with the methods of :class:`loralib.LowRankTraining` that the Trainer mix-in calls.
 
     The regulariser is in :meth:`penalty` alone: the model's loss no longer includes it. In a loop of your own, add the
-    penalty to the loss, and call :meth:`after_step` after the optimiser's step.
+    penalty to the loss, and call :meth:`before_step` and :meth:`after_step` around the optimiser's step.
 
     Args:
         model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
@@ -94,7 +95,13 @@ class AdaLoraTraining:
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Do nothing: peft does not change gradients."""
+        """Call this before the optimiser's step.
+
+        Raises:
+            ValueError: if the optimisers lack trainable factors: they were made for another model.
+        """
+        sides = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers.values())
+        check_optimizers(optimizers, (factors[self.adapter] for side in sides for factors in side))
 
     def after_step(self) -> None:
         """Call peft's allocator, as peft documents it: after the step, before the gradients are cleared."""
@@ -121,10 +128,17 @@ class AdaLoraTraining:
         """The moving averages of the scores, the ranks and the step, for a checkpoint."""
         allocator = self.tuner.rankallocator
         scores = {key: dict(getattr(allocator, key)) for key in _SCORES}
-        return {"step": self.steps_done, "rank_pattern": self.config.rank_pattern, **scores}
+        rank_pattern, total_steps = self.config.rank_pattern, self.config.total_step
+        return {"step": self.steps_done, "total_steps": total_steps, "rank_pattern": rank_pattern, **scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state."""
+        """Restore a saved state.
+
+        Raises:
+            ValueError: if it belongs to a training of another length: peft would prune anew, and values come back.
+        """
+        if (saved := state.get("total_steps", self.config.total_step)) != self.config.total_step:
+            raise ValueError(f"the saved pruning has {saved} steps, but now there are {self.config.total_step}")
         devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
         for key in _SCORES:
             setattr(self.tuner.rankallocator, key, {n: t.to(devices[n]) for n, t in state[key].items()})

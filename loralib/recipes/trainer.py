@@ -57,11 +57,11 @@ class LowRankTrainerMixin(_Trainer):
     def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
-        self.add_callback(_loop_callback(low_rank))
-        # The outermost method is wrapped, so that a subclass with its own compute_loss keeps the penalty. The weak
-        # reference makes no cycle, so that a deleted trainer frees its memory at once.
         own: Any = type(self)
-        self.compute_loss = partial(_with_penalty, weakref.ref(self), own.compute_loss)
+        trainer = weakref.ref(self)  # no cycle, so that a deleted trainer frees its memory at once
+        self.add_callback(_loop_callback(trainer))
+        # The outermost method is wrapped, so that a subclass with its own loss or step keeps the penalty.
+        self.training_step = partial(_with_penalty, trainer, own.training_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write the trained tensors once, under the model's own names, and the state of ``low_rank``; and
@@ -99,47 +99,38 @@ def _state_in(checkpoint: str) -> dict[str, Any]:
     return torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
 
 
-def _with_penalty(
-    trainer_reference: Callable[[], Any],
-    compute_loss: Callable[..., Any],
-    model: nn.Module,
-    inputs: Any,
-    return_outputs: bool = False,
-    num_items_in_batch: Any = None,
-) -> Any:
-    """The trainer's loss, with the gradient of the penalty added once for each optimiser step. The value stays the
-    trainer's, so that the logged losses of all methods can be compared."""
-    trainer = trainer_reference()
-    result = compute_loss(trainer, model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-    if not model.training:
-        return result
-    from transformers import Trainer
+def _with_penalty(reference: Callable[[], Any], training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The trainer's step on a batch; the last one before an optimiser step adds the gradient of the penalty.
 
-    # The Trainer divides the loss by the number of accumulated batches unless it is scaled already. In versions of
-    # transformers after 5.12, a subclass can declare that its loss is.
-    scaled = trainer.loss_is_scaled_for_ga if hasattr(Trainer, "loss_is_scaled_for_ga") else None
-    if scaled is None:
-        scaled = trainer.compute_loss_func is not None or (
-            trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-        )
-    penalty = trainer.low_rank.penalty() / (trainer.current_gradient_accumulation_steps if scaled else 1)
-    if isinstance(penalty, torch.Tensor):  # 0.0 without a regulariser
-        penalty = penalty - penalty.detach()
-    return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+    The loss does not contain the penalty: neither accumulated batches nor several processes can count it twice, and the
+    logged losses of all methods can be compared.
+    """
+    trainer = reference()
+    loss = training_step(trainer, *args, **kwargs)
+    penalty = trainer.low_rank.penalty() if trainer.accelerator.sync_gradients else 0.0
+    if getattr(penalty, "requires_grad", False):  # 0.0 without a regulariser
+        scaler = trainer.accelerator.scaler
+        penalty = penalty if scaler is None else scaler.scale(penalty)
+        parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+    return loss
 
 
-def _loop_callback(low_rank: LowRankTraining) -> Any:
+def _loop_callback(trainer: Callable[[], Any]) -> Any:
     from transformers import TrainerCallback
 
     class LoopCallback(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:  # a resumed training was started when its state was loaded
-                low_rank.start(state.max_steps)
+                trainer().low_rank.start(state.max_steps)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            low_rank.before_step(kwargs["optimizer"])
+            trainer().low_rank.before_step(kwargs["optimizer"])
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            low_rank.after_step()
+            trainer().low_rank.after_step()
 
     return LoopCallback()

@@ -108,6 +108,17 @@ def test_resume_from_a_checkpoint_gives_the_same_logits_and_ranks(tmp_path):
         assert torch.equal(logits(resumed), logits(whole)) and ranks(resumed) == ranks(whole), step
 
 
+def test_training_of_another_model_and_a_resume_with_other_steps_are_refused(tmp_path):
+    training = AdaLoraTraining(adalora())
+    with pytest.raises(ValueError, match="optimiser lacks"):
+        training.before_step(torch.optim.SGD(trainable(adalora()), lr=1.0))
+    training.start(8)
+    longer = AdaLoraTraining(adalora())
+    longer.start(16)
+    with pytest.raises(ValueError, match="8 steps"):
+        longer.load_state_dict(training.state_dict())
+
+
 @pytest.mark.parametrize(("scores", "live"), [([3, 1, 1], None), ([1, 3, 1], 4)])
 def test_best_checkpoint_is_saved_with_its_own_ranks(tmp_path, scores, live):
     """The best weights of step 3 have singular values that the last masking, at step 5, would prune."""

@@ -125,23 +125,17 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
     return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
-class MeanTrainer(MyTrainer):
-    """Declares that its loss is the mean over one of several accumulated batches."""
+class OwnStepTrainer(MyTrainer):
+    """Computes the loss and its gradient itself, as adversarial training does, and leaves the model in eval mode."""
 
-    loss_is_scaled_for_ga = False
-
-
-class OwnLossTrainer(MeanTrainer):
-    """Computes the loss itself, without a call of the inherited method."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        loss = mean_loss(outputs, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model.eval()(**inputs).loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
 
 
 @pytest.mark.parametrize("trainer_class, accumulate, exact", [
-    (MyTrainer, 2, False), (MeanTrainer, 2, False), (OwnLossTrainer, 2, False), (MyTrainer, 1, True),
+    (MyTrainer, 2, False), (OwnStepTrainer, 2, False), (MyTrainer, 1, True),
 ])  # fmt: skip
 def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, accumulate, exact):
     models = [injected("orthogonal" if exact else "gaussian") for _ in range(2)]
@@ -160,11 +154,9 @@ def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, acc
         losses.append(loss.item())
         trainings[0].step(optimizer)
         optimizer.zero_grad()
-    # BERT's own loss ignores num_items_in_batch, so it would count twice with two batches per step
-    loss = mean_loss if trainer_class is MyTrainer else lambda outputs, labels, **_: mean_loss(outputs, labels)
     args = plain(tmp_path, accumulate, logging_strategy="steps", logging_steps=1)
     trainer = trainer_class(model=models[1], args=args, train_dataset=ROWS,
-                            low_rank=trainings[1], compute_loss_func=loss)  # fmt: skip
+                            low_rank=trainings[1], compute_loss_func=mean_loss)  # fmt: skip
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-3)  # the model's own, without the penalty
@@ -175,6 +167,19 @@ def test_trainer_with_the_mixin_equals_a_plain_loop(tmp_path, trainer_class, acc
         assert trainings[1].allocator.live_rank == 4
     trainer.train()  # another training of the same model
     assert (trainings[1].steps_done, trainings[1].total_steps) == (STEPS, STEPS)
+
+
+def test_penalty_is_scaled_as_the_gradients_of_float16_are(tmp_path):
+    model = encoder("bert")
+    loralib.inject(model, "lora2", ["query"], r=4)  # e is 0: its factors get the gradient of the penalty alone
+    low_rank, factor = loralib.LowRankTraining(model), next(iter(loralib.lora_layers(model).values())).lora_B[0]
+    before, (expected,) = factor.detach().clone(), torch.autograd.grad(low_rank.penalty(), factor)
+    args = plain(tmp_path)
+    args.max_steps = 1
+    trainer = MyTrainer(model=model, args=args, low_rank=low_rank, train_dataset=ROWS)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.train()
+    torch.testing.assert_close(before - factor, 0.1 * expected)
 
 
 def test_a_deleted_trainer_is_freed_at_once(tmp_path):
