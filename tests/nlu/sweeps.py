@@ -40,8 +40,8 @@ def lines_of(folder, experiment="trial"):
     return read_lines(folder / f"measured/{experiment}.jsonl")
 
 
-def record_of(folder, run, experiment="trial"):
-    return json.loads((folder / f"output/{experiment}/{run}/results.json").read_text())
+def record_of(folder, run):
+    return json.loads((folder / f"output/trial/{run}/results.json").read_text())
 
 
 def without_processes(monkeypatch):

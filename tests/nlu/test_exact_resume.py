@@ -115,7 +115,7 @@ def test_two_processes_resume_exactly(base_flags, tmp_path):
     command = [sys.executable, *LAUNCH, str(REPOSITORY / "nlu" / "run_glue.py"), *stopped]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen(command, cwd=REPOSITORY, env=OFFLINE, **pipes)
-    wait_until((tmp_path / "stopped" / "model" / "checkpoint-5").is_dir, every=0.01)
+    wait_until((tmp_path / "stopped" / "model" / "checkpoint-5").is_dir)
     launcher.terminate()
     _, told = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode != 0

@@ -20,7 +20,7 @@ from nlu.fast.first_token import enable_first_token
 from tests.nlu.tiny import DEBERTA
 
 
-def build(kind="deberta-v2", dtype=torch.float64, seed=0, implementation=None, **changes):
+def build(kind="deberta-v2", seed=0, implementation=None, **changes):
     """A classifier without dropout whose weights are large enough for attention to be far from uniform."""
     settings = {
         "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -30,7 +30,7 @@ def build(kind="deberta-v2", dtype=torch.float64, seed=0, implementation=None, *
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **settings | (DEBERTA if kind == "deberta-v2" else {}) | changes)
     extra = {} if implementation is None else {"attn_implementation": implementation}
-    return AutoModelForSequenceClassification.from_config(config, **extra).to(dtype).train()
+    return AutoModelForSequenceClassification.from_config(config, **extra).double().train()
 
 
 def batch(lengths=(11, 4, 7), longest=None):

@@ -24,12 +24,12 @@ from tests.nlu.tiny import SHAPES, changed, error_line, make_encoder, make_rows,
 PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
 
 
-def classifier(folder, names, problem_type=None, seed=1):
+def classifier(folder, names):
     """A tiny checkpoint with a head for labels of those names."""
     make_encoder(folder)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     options = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, problem_type=problem_type, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **options)
     torch.nn.init.normal_(model.classifier.weight)
     model.save_pretrained(folder)
     return folder

@@ -26,10 +26,10 @@ from nlu.experiments.tables import score_frame, tuning_runs
 from tests.nlu.measured_lines import line, write
 
 
-def frame_of(scores, **changes):
+def frame_of(scores):
     """Runs of (label, task) → scores, one for each seed."""
     return as_frame(
-        line(label, task, seed, [0.1, score], **changes)
+        line(label, task, seed, [0.1, score])
         for (label, task), own in scores.items()
         for seed, score in enumerate(own, 1)
     )

@@ -134,12 +134,12 @@ def run_python(*words: object, folder: Path = REPOSITORY) -> subprocess.Complete
     return subprocess.run(command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def wait_until(met: Callable[[], bool], every: float = 0.05) -> None:
+def wait_until(met: Callable[[], bool]) -> None:
     """Wait for another process until ``met()`` is true."""
     end = time.monotonic() + PATIENCE
     while not met():
         assert time.monotonic() < end, "timed out"
-        time.sleep(every)
+        time.sleep(0.01)
 
 
 def error_line(capsys):
