@@ -156,7 +156,7 @@ def test_nan_logits_are_refused(encoder):
         predictor([Row(0, 1, {"text": "a cat"})], 2)
 
 
-@pytest.mark.parametrize(("asked", "trained"), [("a,a", ["a"]), ("a", ["a", "b"]), ("a,b,c", []), ("a,a", [])])
+@pytest.mark.parametrize(("asked", "trained"), [("a", ["a", "b"]), ("a,b,c", []), ("a,a", [])])
 def test_text_columns_of_another_number_than_in_training_are_refused(asked, trained):
     """A column named twice would be a pair of texts, and a third one would become the tokenizer's text_target."""
     with pytest.raises(UsageError, match="different column"):

@@ -1,7 +1,6 @@
 """The rows that a run uses, and their tokens: held-out rows, limits, class order, token ids, truncation counts."""
 
 import math
-from itertools import permutations
 
 import datasets
 import numpy as np
@@ -82,9 +81,8 @@ def test_mnlis_mismatched_set_is_scored_only_if_it_is_complete(tiny_glue, monkey
 # ---- the order of the classes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", list(permutations(TASKS["mnli"].labels))[3:])
-def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tiny_glue, tmp_path, order):
-    task = TASKS["mnli"]
+def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tiny_glue, tmp_path):
+    task, order = TASKS["mnli"], ("neutral", "contradiction", "entailment")  # its inverse is another order
     rows = loaded(["train"], task_name="mnli", glue_dir=str(tiny_glue))
     reordered = reorder_labels(task, order)
     labels = tokenize(reordered, rows, make_tokenizer())[0]["train"]["labels"]

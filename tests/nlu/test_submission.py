@@ -88,13 +88,12 @@ def test_zip_has_the_eleven_files_and_a_second_one_replaces_it(runs, tmp_path, c
     assert "missing: CoLA.tsv, SST-2.tsv" in capsys.readouterr().err and out.read_bytes() == written
 
 
-@pytest.mark.parametrize("content", [
-    "".join(f"{i}\t0\n" for i in range(145)), "".join(f"{i}\t0\n" for i in (*range(5), *range(6, 147))),
-    "".join(f"{i}\t\n" for i in range(146)),
+@pytest.mark.parametrize("header, rows, answer", [
+    ("index\tprediction\n", range(145), "0"), ("index\tprediction\n", (*range(5), *range(6, 147)), "0"),
+    ("index\tprediction\n", range(146), ""), ("id\tlabel\n", range(146), "0"), ("", (), ""),
 ])  # fmt: skip
-@pytest.mark.parametrize("header", ["index\tprediction\n", "id\tlabel\n", ""])
-def test_a_file_without_a_prediction_for_each_row_of_the_test_set_is_refused(tmp_path, header, content):
-    (tmp_path / "WNLI.tsv").write_text(header and header + content)
+def test_a_file_without_a_prediction_for_each_row_of_the_test_set_is_refused(tmp_path, header, rows, answer):
+    (tmp_path / "WNLI.tsv").write_text(header + "".join(f"{row}\t{answer}\n" for row in rows))
     with pytest.raises(UsageError, match="does not have the test set's 146 rows, each predicted"):
         find_predictions([tmp_path])
 
