@@ -5,8 +5,7 @@ import math
 import datasets
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BertTokenizerFast
 
 from nlu.command_line import parse_arguments
 from nlu.data.predictions import write_predictions
@@ -110,16 +109,8 @@ def test_scores_and_submissions_do_not_depend_on_the_label_order(tmp_path, name)
 WORDS = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "a": 4, "b": 5, "c": 6}
 
 
-def make_tokenizer(**options) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    kinds = ["input_ids", "token_type_ids", "attention_mask"]
-    options = {"model_input_names": kinds, "model_max_length": 32, **options}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
+def make_tokenizer(**options) -> BertTokenizerFast:
+    return BertTokenizerFast(vocab=WORDS, **{"model_max_length": 32, **options})
 
 
 def tokens_of(task, texts, labels, split="train", **options):
