@@ -219,7 +219,8 @@ def test_live_parameters_are_those_that_compact_keeps(method, shared):
 
 
 @pytest.mark.parametrize("method, modules, message", [
-    ("lora", "classifier", "selects only the head"), ("peft", "query", "names its own target_modules"),
+    ("lora", "nothing", "matches no linear layer"), ("lora", "classifier", "selects only the head"),
+    ("peft", "query", "names its own target_modules"),
 ])  # fmt: skip
 def test_modules_that_would_be_silently_ignored_are_refused(method, modules, message):
     named = {"peft_config": {"peft_type": "LORA", "target_modules": ["value"]}} if method == "peft" else {}

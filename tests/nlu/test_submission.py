@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
-from nlu import predict, run_glue, submission
+from nlu import run_glue, submission
 from nlu.data.predictions import draw_confusion, write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
@@ -162,8 +162,3 @@ def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags,
     assert (tmp_path / "run/predictions/custom_validation.png").stat().st_size > 2000
     counts = {name: truth.count(name) for name in labels}
     assert record["data"]["validation"] == {"rows": 15, "skipped": 1, "cut": 0, "hidden": 0, "classes": counts}
-    # The adapter has the names of the text columns.
-    adapter = ["--adapter", str(tmp_path / "run/adapter"), "--base", own_flags[1], "--on_error", "skip"]
-    output = tmp_path / "out.jsonl"
-    assert predict.main([*adapter, "--input", str(tmp_path / "dev.jsonl"), "--output", str(output)]) == 0
-    assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == found
