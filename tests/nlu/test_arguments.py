@@ -108,6 +108,7 @@ def test_load_best_model_at_end_saves_a_checkpoint_at_every_evaluation():
     training = parse(f"{BASE} --eval_strategy steps --eval_steps 2 --save_steps 4 --load_best_model_at_end")
     assert (training.save_strategy, training.save_steps) == ("steps", 2)
     assert parse(f"{BASE} --eval_strategy epoch --load_best_model_at_end").save_strategy == "epoch"
+    assert parse(f"{BASE} --eval_strategy steps --logging_steps 3").eval_steps == 3
 
 
 # If accepted, each of these would silently give a wrong number or a run other than the one asked for.

@@ -80,13 +80,16 @@ def test_signal_finishes_the_step_and_saves_a_checkpoint(flags, run_folder, caps
 
 @pytest.mark.parametrize(
     "options, last",
-    [(["--early_stopping_patience", "2"], 8), pytest.param(["--save_total_limit", "1"], 10, marks=pytest.mark.slow)],
+    [
+        (["--early_stopping_patience", "2", "--early_stopping_threshold", "0.05"], 8),
+        pytest.param(["--save_total_limit", "1"], 10, marks=pytest.mark.slow),
+    ],
 )
 def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch, options, last):
-    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4])
+    scores = iter([0.1, 0.9, 0.93, 0.3, 0.4])
     monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = [*changed(flags, eval_steps=2, max_steps=10, save_steps=3), *options]
-    assert main(flags) == 0 and (before := read(flags))["best_step"] == 4
+    assert main(flags) == 0 and (before := read(flags))["best_step"] == 6
     monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": 0.5})
     monkeypatch.setattr(record, "peak_memory_bytes", lambda: 1)  # predicting takes less
@@ -243,8 +246,9 @@ def test_interrupted_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
         assert "é" in path.read_text(encoding="utf-8") and list(path.parent.iterdir()) == [path]
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
+    path.chmod(0o600)
     write_text(path, "new")
-    assert path.read_text() == "new"
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
 
 
 def test_waiting_thread_gets_the_lock_when_it_is_released(tmp_path):

@@ -18,6 +18,7 @@ from nlu.errors import UsageError
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
 from nlu.methods.registry import METHODS, count_parameters, method_arguments
+from nlu.model import set_precision
 from nlu.run_glue import main
 from tests.nlu.tiny import DEBERTA_BASE, SHAPES, changed, make_encoder, quick_peft_adalora, read, run_python, tiny_bert
 
@@ -249,13 +250,16 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
     assert [p.numel() for p in head_parameters(model)] == [16 * 2, 2, 16 * 16, 16]
 
 
-def test_the_regulariser_and_the_dropout_are_those_of_the_flags(base_flags):
-    flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3"]
+def test_regulariser_dropout_and_precision_are_those_of_the_flags(base_flags):
+    flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3", "--bf16"]
     arguments = parse_arguments([*base_flags, *flags, "--lora_dropout", "0.25"])
     applied = apply(tiny_bert(), arguments)
     expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
     torch.testing.assert_close(applied.low_rank.penalty(), expected)
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
+    set_precision(arguments, applied.model)
+    dtypes = {(p.requires_grad, p.dtype) for p in applied.model.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_programs_set_threads_and_refuse_wrong_flags_before_importing_torch():

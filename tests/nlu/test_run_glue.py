@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_fla
     (trainer,) = made
     counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
     torch.testing.assert_close(trainer.class_weights, 39 / (3 * counts.float()))
+    assert read(own_flags)["constant_loss"] == pytest.approx(math.log(3))  # of three classes that count equally
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
     losses = -logits.log_softmax(-1)[:4]
     own = losses[range(4), labels[:4]]
@@ -172,8 +174,8 @@ def weights(folder, step):
 PLUS = ["--method", "lora2_plus"]
 
 
-def test_retraction_keeps_factors_orthonormal(flags, tmp_path):
-    record = run(flags, tmp_path, *PLUS)
+def test_retraction_keeps_factors_orthonormal_and_own_rates_keep_the_weight_decay(flags, tmp_path):
+    record = run(flags, tmp_path, *PLUS, "--weight_decay", "0.1")
     for name, factor in weights(tmp_path, 4).items():
         if "lora_A" in name or "lora_B" in name:
             wide = (factor if factor.shape[0] <= factor.shape[1] else factor.T).double()
@@ -184,6 +186,9 @@ def test_retraction_keeps_factors_orthonormal(flags, tmp_path):
     assert entries[-1]["smallest_value"] <= entries[-1]["largest_value"]
     by_type = [value for name, value in entries[-1].items() if name.startswith("delta_norm/")]
     assert sum(by_type) / len(by_type) == pytest.approx(entries[-1]["delta_norm"])  # as many layers of each type
+    groups = torch.load(tmp_path / "model/checkpoint-4/optimizer.pt", weights_only=True)["param_groups"]
+    decays = {(group["lr"], group["weight_decay"]) for group in groups if group["params"]}
+    assert decays == {(2e-3, 0.1), (8e-3, 0.1), (1e-3, 0.1), (1e-3, 0.0)}  # factors, e, and the head with its biases
 
 
 def test_the_head_has_its_own_rate(flags, tmp_path):

@@ -108,10 +108,10 @@ def test_holm_against_its_definition():
 
 
 def test_seeds_for_gives_a_power_of_eighty_percent():
-    variance = 4.0
-    n = seeds_for(1.0, pd.DataFrame({"variance": [variance]}))
-    threshold = stats.t.ppf(0.975, n - 1)
-    power = stats.nct.sf(threshold, n - 1, 1 / (variance / n) ** 0.5)
+    variances = [1.0, 2.0]  # of two tasks
+    n = seeds_for(1.0, pd.DataFrame({"variance": variances}))
+    threshold = stats.t.ppf(0.975, 2 * (n - 1))
+    power = stats.nct.sf(threshold, 2 * (n - 1), 1 / (sum(variances) / 4 / n) ** 0.5)
     assert 0.78 < power < 0.84 and seeds_for(1.0, pd.DataFrame({"variance": [4.0, np.nan]})) is None
 
 
@@ -123,7 +123,7 @@ def test_seeds_for_gives_a_power_of_eighty_percent():
         (0.1, 0.1, "higher", "no gain of 0.5"),
         (0.3, 1.0, "higher", "not shown"),
         (0.1, 0.1, "level", "holds"),
-        (2.0, 0.5, "level", "contradicted"),
+        (-2.0, 0.5, "level", "contradicted"),
         (0.5, 0.3, "not lower", "holds"),
         (-0.4, 0.3, "not lower", "not shown"),
         (2.0, np.nan, "higher", "not shown"),
@@ -137,7 +137,7 @@ def test_verdict_of_a_claim(mean, error, expect, answer):
 def test_failed_runs_are_found_by_training_loss_and_not_by_score():
     constant = {"constant_loss": 0.6}
     losses = {
-        "learned": {"training_loss": [0.61] * 18 + [0.5, 0.56]},
+        "learned": {"training_loss": [0.61] * 18 + [0.5, 0.6]},
         "failed": {"training_loss": [0.3] * 18 + [0.57, 0.58]},  # over 0.95 of 0.6
         "old": {"evaluations": {"step": [1, 2], "loss": [0.61, 0.595], "matthews_correlation": [0.1, 0.9]}},
         "unknown": {"constant_loss": None},
@@ -194,9 +194,9 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
 
 
 def test_the_score_of_mnli_is_that_of_the_matched_set():
-    both = {"step": [1], "loss": [0.5], "accuracy": [0.8], "mismatched_accuracy": [0.6]}
-    partial = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}  # an early record's 1,000 rows
-    runs = as_frame(line("LoRA r=8", "mnli", i, [0.8], evaluations=e) for i, e in enumerate((both, partial)))
+    both = {"step": [1, 2], "loss": [0.5, 0.5], "accuracy": [0.8, 0.7], "mismatched_accuracy": [0.6, 0.5]}
+    early = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}  # of 1,000 rows
+    runs = as_frame(line("LoRA", "mnli", i, [0.8], evaluations=e, weights_step=1) for i, e in enumerate((both, early)))
     assert list(runs["last"]) == [80, 80] and list(runs.mismatched_accuracy.fillna(0)) == [60, 0]
 
 
@@ -216,6 +216,11 @@ def test_both_estimates_leave_out_a_task_whose_data_differ():
     ]
     row = score_frame(as_frame(lines), Question("", "", against=["LoRA r=8"])).iloc[1]
     assert [row.difference, row.t_difference] == pytest.approx([2, 2])
+
+
+def test_row_that_lacks_a_task_has_no_average():
+    runs = frame_of({("LoRA r=8", "cola"): [0.5], ("LoRA r=8", "rte"): [0.6], ("LoRA² k=8", "cola"): [0.7]})
+    assert list(score_frame(runs, Question("", "")).average.fillna(0)) == pytest.approx([55, 0])
 
 
 @pytest.mark.parametrize("name, pairs", [("glue_dir", 0), ("peft_config", 1)])
