@@ -173,6 +173,8 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
 
     clear = {"LoRA r=8": [0.50, 0.51, 0.52], "LoRA² k=8": [0.60, 0.612, 0.618]}
     assert said(clear).startswith("LoRA² k=8 scores 10.00 points higher than LoRA r=8 (95 % interval ")
+    swapped = dict(zip(clear, reversed(clear.values()), strict=True))
+    assert said(swapped).startswith("LoRA² k=8 scores 10.00 points lower than LoRA r=8 (95 % interval ")
     assert "LoRA² k=8 still rose by 11.00 points at its last evaluation: train it longer." in said(clear)
     noisy = {"LoRA r=8": [0.50, 0.40, 0.45], "LoRA² k=8": [0.44, 0.50, 0.46]}
     seeds = re.match(r"No difference shown between LoRA r=8 and LoRA² k=8; about (\d+) seeds would", said(noisy))

@@ -6,7 +6,7 @@ import pytest
 from scipy import optimize, stats
 
 from nlu.errors import UsageError
-from nlu.experiments.claims import Question
+from nlu.experiments.claims import Claim, Question
 from nlu.experiments.comparison import chosen_rates
 from nlu.experiments.statistics import (
     FREEDOM,
@@ -22,7 +22,7 @@ from nlu.experiments.statistics import (
     seeds_for,
     student_t,
 )
-from nlu.experiments.tables import score_frame, tuning_runs
+from nlu.experiments.tables import claims_frame, score_frame, tuning_runs
 from tests.nlu.measured_lines import line, write
 
 
@@ -78,6 +78,10 @@ def test_pooled_spread_is_twice_the_residual_mean_square_of_the_two_way_layout()
     pairs = paired(runs, "LoRA² k=8", "LoRA r=8")
     result = estimate(pairs, spread)
     assert result.error == pytest.approx((spread.variance["cola"] / 3) ** 0.5) and result.freedom == pytest.approx(4)
+    question = Question("", "", ["LoRA r=8"], [Claim("LoRA² k=8", "higher")], pooled=True)
+    for frame in (score_frame(runs, question), claims_frame(runs, question)):
+        row = frame.set_index("row").loc["LoRA² k=8"]
+        assert (row.low, row.high) == pytest.approx(result.interval)
     both = runs[runs.label != "AdaLoRA"]  # for two labels: the variance of their differences
     assert pooled_spread(both).variance["cola"] == pytest.approx(pairs.difference.var(ddof=1))
 
