@@ -11,9 +11,12 @@ from packaging.version import Version
 from torch.utils.data import BatchSampler
 from transformers import Trainer
 
+from loralib import lora_layers
 from loralib.recipes.trainer import LowRankTrainerMixin
 from nlu.command_line import parse_arguments
 from nlu.data.batching import SeededRandomSampler
+from nlu.data.splits import load_data
+from nlu.fine_tuning import build_trainer
 from nlu.run_glue import main
 from nlu.runs.checkpoints import WholeCheckpoints
 from nlu.tasks import TASKS
@@ -65,6 +68,16 @@ def test_time_of_steps_excludes_evaluations_and_checkpoints(base_flags, monkeypa
     assert record["train_seconds"] == 6 + waited and record["seconds_per_step"] == record["train_seconds"] / 6
     assert record["history"][0]["seconds"] == {1: 1.5, 4: 5.5}[logging_steps]
     assert record["history"][-1]["step"] == 6  # so that the record has the loss of every step
+
+
+def test_seed_determines_the_initial_values(base_flags):
+    starts = []
+    for seed in (3, 3, 4):
+        arguments = parse_arguments([*changed(base_flags, seed=seed), "--method", "lora"])
+        trainer, _ = build_trainer(arguments, load_data(arguments))
+        starts.append([layer.lora_A[0] for layer in lora_layers(trainer.model).values()])
+    for one, same, other in zip(*starts, strict=True):
+        assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_precision_is_that_of_the_flags_under_accelerate_launch(base_flags, monkeypatch):
