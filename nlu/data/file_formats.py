@@ -146,9 +146,9 @@ class Reader:
             known = codecs.lookup(self.encoding).name
             known = "utf-8-sig" if known == "utf-8" else known
             text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
-        except LookupError as error:
-            raise UsageError(f"--encoding: {error}; use, for example, cp1252 or utf-16") from None
-        yield from self._json(text) if self.typed else self._delimited(text, kind)
+            yield from self._json(text) if self.typed else self._delimited(text, kind)
+        except (LookupError, UnicodeError) as error:
+            raise UsageError(f"{self.name}: --encoding {self.encoding}: {error}; try, for example, cp1252") from None
 
     def _delimited(self, text: io.TextIOWrapper, kind: str) -> _Found:
         """CSV with quotes as in RFC 4180, and TSV in which quotes are ordinary characters, as in GLUE's release."""
@@ -178,7 +178,8 @@ class Reader:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line, parse_constant=lambda name: None)  # NaN: pandas' missing value
+                # NaN is pandas' missing value.
+                record = json.loads(line, parse_constant=lambda name: None if name == "NaN" else float(name))
             except (ValueError, RecursionError) as error:
                 yield place, f"not valid JSON ({getattr(error, 'msg', error)})"
                 continue

@@ -86,9 +86,10 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
     if len(done) > 1 and done["last"].nunique() == 1:
         sentences.append("All runs have the same score: they have learned nothing, or the evaluation set is too small.")
     elif not differ.all():
-        seeds = seeds_for(1.0, pooled_spread(done))
-        hint = f"about {seeds} seeds would show one of 1 point" if seeds else "give more --seeds"
-        sentences.append(f"No difference shown between {first} and {', '.join(others.row[~differ])}; {hint}.")
+        equal = others.row[~differ]
+        needed = [seeds_for(1.0, pooled_spread(done[done.label.isin([first, label])])) for label in equal]
+        hint = f"about {max(needed)} seeds would show one of 1 point" if all(needed) else "give more --seeds"
+        sentences.append(f"No difference shown between {first} and {', '.join(equal)}; {hint}.")
     return " ".join(sentences)
 
 

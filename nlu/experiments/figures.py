@@ -144,9 +144,6 @@ def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] |
             for label, own in runs[runs.task == task].groupby("label", sort=False):
                 medians = own.groupby("steps_at")[source].median()
                 (handles[label],) = axes.plot(medians.index, medians, **styles[label])
-            constant = runs[runs.task == task].constant_loss.mean()
-            if source == "losses" and not np.isnan(constant):
-                handles["best constant answer"] = axes.axhline(constant, color="#888888", linewidth=1)
             what = "score" if source == "scores" else "validation loss"
             axes.set_title(f"{HEADINGS.get(task, task)}: {what}", loc="left")
             axes.set_xlim(left=0)

@@ -312,7 +312,8 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def seeds_for(points: float, spread: pd.DataFrame) -> int | None:
-    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %); None without a spread.
+    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %); None without a spread, and if
+    a thousand do not suffice.
 
     Args:
         spread: see :func:`pooled_spread`.
@@ -320,11 +321,11 @@ def seeds_for(points: float, spread: pd.DataFrame) -> int | None:
     variance = spread.variance.sum(skipna=False) / len(spread) ** 2
     if not variance > ROUNDING:
         return None
-    for n in range(2, 10_001):
+    for n in range(2, 1001):
         quantiles = stats.t.ppf([0.975, 0.8], len(spread) * (n - 1)).sum()
         if quantiles**2 * variance / n <= points**2:
-            break
-    return n
+            return n
+    return None
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:

@@ -45,9 +45,9 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
         glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
-        validation_file, peft_config, method (the values in the method's file), lora_k (those in the file that it
-        matches), published (the settings it selects) and, with --do_predict, test_file (the test rows, including those
-        of GLUE's tasks).
+        validation_file, peft_config, method (the values in the method's file), lora_k (the rank in the file
+        that it matches), published (the settings it selects) and, with --do_predict, test_file (the test rows,
+        including those of GLUE's tasks).
 
     Raises:
         OSError: if a file cannot be read. UsageError: if a method's file is damaged.
@@ -67,7 +67,7 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         width = str(arguments.get("lora_k", values.get("lora_k")))
         matched = METHOD_FOLDER / f"{width.removeprefix(MATCH)}.yaml"
         if width.startswith(MATCH) and matched.is_file():
-            found["lora_k"] = _value_digest(read_yaml(matched))
+            found["lora_k"] = _value_digest(read_yaml(matched).get("lora_r"))
         if arguments.get("published") and arguments.get("task_name") in TASKS:
             found["published"] = _value_digest(published_settings(arguments, method_file(config)[0]))
     return found
