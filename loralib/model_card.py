@@ -28,12 +28,15 @@ _LOAD = """Load the base model with its own library, with a head of the same siz
 import loralib
 
 loralib.load_adapter(model, "path/to/this/folder")
-```"""
+```
+
+Or export it, if the format can hold it:
+
+    python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft
+    python -m loralib.export path/to/this/folder --to merged OUT --base BASE      # a plain transformers checkpoint"""
 _REBUILD = """The adapter's method adds modules of its own. The GLUE pipeline's predict.py rebuilds them:
 
     python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
-_TO_PEFT = "    python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft"
-_TO_MERGED = "    python -m loralib.export path/to/this/folder --to merged OUT --base BASE      # a plain checkpoint"
 
 
 def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: str | None = None) -> str:
@@ -52,25 +55,14 @@ def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: s
         rows["labels"] = ", ".join(f"{number} {name}" for number, name in sorted(labels.items()))
     if ranks := config.ranks.values():
         rows["low-rank layers"] = f"{len(ranks)}, stored ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
+    of_loralib = _REBUILD if "method_arguments" in config.card else _LOAD
     return _CARD.format(
         library=library,
         kind=config.kind,
         architecture=config.architecture,
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
-        how_to_load=how_to_load or _how_to_load(config),
+        how_to_load=how_to_load or of_loralib,
     )
-
-
-def _how_to_load(config: AdapterConfig) -> str:
-    """Only what works for an adapter of this kind."""
-    if "method_arguments" in config.card:  # a method of the pipeline without low-rank layers of loralib
-        return _REBUILD
-    exports = []
-    if config.groups and "peft_lacks" not in config.card:
-        exports.append(_TO_PEFT)
-    if config.base_config:  # a transformers model's
-        exports.append(_TO_MERGED)
-    return "\n\n".join([_LOAD, "Or export it:", "\n".join(exports)] if exports else [_LOAD])
 
 
 def _cell(value: object) -> str:
