@@ -102,9 +102,8 @@ def save_adapter(
 
 def _named_factors(layer_name: str, layer: LoRALayer) -> dict[str, nn.Parameter]:
     """``layer.lora_parameters()``, in that order, by the names that they have in the model."""
-    own = {id(parameter): name for name, parameter in layer.named_parameters()}
-    prefix = f"{layer_name}." if layer_name else ""
-    return {prefix + own[id(parameter)]: parameter for parameter in layer.lora_parameters()}
+    names = {id(parameter): name for name, parameter in layer.named_parameters(layer_name)}
+    return {names[id(parameter)]: parameter for parameter in layer.lora_parameters()}
 
 
 def _stored_factors(

@@ -190,9 +190,9 @@ def write_adapter(
 def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
     """Yield an empty temporary folder. At the end of the block its files are moved into ``folder``.
 
-    An error inside the block leaves ``folder`` as it was. The files are replaced one by one, the weights first and
-    ``last`` at the end, so that a kill in between leaves an adapter that :func:`read_adapter` refuses. Processes that
-    write to the same folder take turns if it can be locked.
+    An error inside the block leaves all files of ``folder`` as they were. They are replaced one by one, the weights
+    first and ``last`` at the end, so that a kill in between leaves an adapter that :func:`read_adapter` refuses.
+    Processes that write to the same folder take turns if it can be locked.
 
     Args:
         folder: one without files of these names, or an older one that contains ``last``. Its other files stay.
@@ -201,26 +201,20 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
         ValueError: if a file would replace another program's. OSError: if it is a file or cannot be written to.
     """
     target = Path(os.path.realpath(folder))
-    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(target, exclusive=True) as alone, tempfile.TemporaryDirectory(prefix=_NEW, dir=target) as new:
-            for left in target.glob(f"{_NEW}*") if alone else ():  # left by a killed writer
-                if str(left) != new:
-                    shutil.rmtree(left)
-            yield Path(new)
-            files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix != ".safetensors"))
-            if not (target / last).exists():
-                refuse_files(target, [file.name for file in files])
-            for file in files:
-                with open(file, "rb+") as written:
-                    os.fsync(written.fileno())
-            for file in files:
-                os.replace(file, target / file.name)
-    finally:
-        if is_new:
-            with suppress(OSError):  # rmdir fails, as it should, if files were written
-                target.rmdir()
+    with _locked(target, exclusive=True) as alone, tempfile.TemporaryDirectory(prefix=_NEW, dir=target) as new:
+        for left in target.glob(f"{_NEW}*") if alone else ():  # left by a killed writer
+            if str(left) != new:
+                shutil.rmtree(left)
+        yield Path(new)
+        files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix != ".safetensors"))
+        if not (target / last).exists():
+            refuse_files(target, [file.name for file in files])
+        for file in files:
+            with open(file, "rb+") as written:
+                os.fsync(written.fileno())
+        for file in files:
+            os.replace(file, target / file.name)
 
 
 def refuse_files(folder: str | os.PathLike[str], names: Iterable[str] = ("*",)) -> None:
