@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 import loralib
 from loralib.interop.precision import cast_frozen
@@ -98,17 +99,19 @@ def test_model_without_low_rank_layers_saves_its_trainable_parameters(tmp_path, 
 
 @pytest.mark.parametrize("norm_trains", [True, False])
 def test_buffers_load_into_a_plain_and_into_an_injected_model(tmp_path, norm_trains):
-    """Running statistics change in training even if the module's parameters are frozen. The injected model has another
-    lora_alpha before, and loading keeps its parameter objects, so that an optimiser stays valid."""
+    """Running statistics change in training even if the module's parameters are frozen. The injected model has other
+    settings before, and loading keeps its parameter objects, so that an optimiser stays valid."""
     options = {"head": "1" if norm_trains else "0.classifier", "k": 2}
     model, plain, injected = (nn.Sequential(Net(), nn.BatchNorm1d(2)) for _ in range(3))
     adapted(model=model, **options).train()(torch.randn(16, 6))
     folder = shutil.move(loralib.save_adapter(model.eval(), tmp_path / "a"), tmp_path / "moved")
-    before = list(adapted(model=injected, **options, lora_alpha=7).parameters())
+    before = list(adapted(model=injected, **options, lora_alpha=7, lora_dropout=0.5, init="orthogonal").parameters())
     for other in (plain, injected):
         loralib.load_adapter(other.eval(), folder)
         assert torch.equal(other(INPUTS), model(INPUTS)) and other[1].num_batches_tracked == 1
     assert all(one is other for one, other in zip(before, injected.parameters(), strict=True))
+    configs = (loralib.read_adapter_config(each) for each in (folder, loralib.save_adapter(injected, tmp_path / "b")))
+    assert next(configs).groups == next(configs).groups
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -221,7 +224,13 @@ def compiled_by_accelerate(model):  # as compile_regions does it
     return wrapped
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, compiled_by_accelerate])
+def averaged(model):
+    wrapped = AveragedModel(model)
+    wrapped.module = model  # not a copy
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [averaged, compiled, compiled_by_accelerate])
 def test_wrapped_model_is_saved_under_the_names_of_the_inner_model(tmp_path, wrap):
     model, base = adapted(k=2), Net()
     wrapped = wrap(model)

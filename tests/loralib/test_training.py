@@ -130,6 +130,8 @@ def test_training_without_total_steps_takes_it_from_the_state_and_cannot_prune_b
     assert (unplanned.total_steps, unplanned.allocator.total_steps, unplanned.allocator.final_warmup) == (12, 12, 6)
     with pytest.raises(ValueError, match="same target_rank"):
         loralib.LowRankTraining(model_to_prune(), 12).load_state_dict(saved)
+    with pytest.warns(UserWarning, match="more steps than total_steps"):
+        stepped(loralib.LowRankTraining(adapted(), 1), 2)
 
 
 @pytest.mark.parametrize("total, options", [(1, {}), (10, {"final_warmup": 9, "mask_interval": 1})])
