@@ -85,13 +85,6 @@ def test_adapter_that_peft_would_load_wrongly_is_not_exported_but_loads_here(tmp
         export_peft(tmp_path / "a", tmp_path / "peft")
 
 
-def test_low_rank_output_layer_tied_to_the_embedding_is_exported_to_peft(tmp_path):
-    model = adapted(modules=["c_attn", "lm_head"], r=4, k=3, model=gpt2(), head="transformer.ln_f")
-    export_peft(loralib.save_adapter(model, tmp_path / "a"), tmp_path / "peft")
-    theirs, ids = PeftModel.from_pretrained(gpt2(), tmp_path / "peft").eval(), torch.ones(1, 8).long()
-    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
-
-
 def test_peft_export_records_the_revision_only_for_the_base_of_the_adapter(tmp_path):
     model = adapted(k=2, lora_dropout=0.1)
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
