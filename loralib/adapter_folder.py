@@ -255,8 +255,7 @@ def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
 
 
 def _config_digest(values: dict[str, Any]) -> str:
-    rest = {key: value for key, value in values.items() if key != "config_sha256"}
-    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -288,8 +287,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     if "peft_type" in values:
         command = f"python -m loralib.export {shlex.quote(str(folder))} --to loralib OUT --base BASE"
         raise ValueError(f"{folder} is a peft adapter: `{command}` imports it")
-    if values.get("format_version") != FORMAT_VERSION:
-        version = values.get("format_version")
+    if (version := values.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version is {version!r}, this loralib reads {FORMAT_VERSION}: update loralib")
     if values.pop("config_sha256", None) != _config_digest(values):
         raise ValueError(f"{path} was changed after it was saved (its checksum does not match): save the adapter again")
