@@ -75,7 +75,8 @@ class OneLineParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         for flag in (word.partition("=")[0] for word in words):
             if flag.startswith("--") and flag not in self._option_string_actions:
-                near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.7)
+                listed = [name for name, at in self._option_string_actions.items() if at.help != argparse.SUPPRESS]
+                near = difflib.get_close_matches(flag, listed, 1, 0.7)
                 raise UsageError(
                     f"unknown argument {flag[:80]}: {f'did you mean {near[0]}?' if near else 'see --help'}"
                 )

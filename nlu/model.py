@@ -87,7 +87,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
 
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     name = arguments.model_name_or_path
-    absent = "" if Path(name).exists() else "there is no such folder, and the hub returned no such model: "
+    absent = "" if Path(name).exists() else "there is no such folder, and the hub gave no model: "
     return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
 
 

@@ -2,6 +2,8 @@
 # Makes .venv with everything the project needs; does nothing where that is done. Usage: bash scripts/setup.sh [test]
 # PYTHON=python3.12 bash scripts/setup.sh chooses the interpreter.
 set -euo pipefail
+extra=${1:-}
+[[ -z $extra || $extra == test ]] || { echo "usage: bash scripts/setup.sh [test]" >&2; exit 2; }
 python=${PYTHON:-python3}
 [[ $python != */* ]] || python=$(CDPATH= cd "$(dirname "$python")" && pwd)/$(basename "$python") # from the caller's folder
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +17,6 @@ if [ ! -x .venv/bin/python ]; then
 fi
 .venv/bin/python -c 'import pip' 2>/dev/null || .venv/bin/python -m ensurepip >/dev/null # uv makes environments without pip
 
-extra=${1:-}
 requirements=(-r requirements.txt)
 [ "$extra" != test ] || requirements+=(-r requirements-test.txt)
 wanted=$(cat requirements*.txt requirements.lock pyproject.toml scripts/setup.sh | cksum)

@@ -118,7 +118,10 @@ class Reader:
     def _fault(self, values: dict[str, Any], text: Sequence[str], other: Sequence[str], blank: bool) -> str | None:
         for name in (*text, *other):
             if name not in values:
-                return f"no column {name!r}; the columns are {shown(list(values))}"
+                fault = f"no column {name!r}; the columns are {shown(list(values))}"
+                if self.typed:
+                    return fault
+                raise self.error(1, fault)  # no row has it
             value = values[name]
             if not blank and (value is None or not str(value).strip()):
                 return f"column {name!r} is empty"

@@ -149,7 +149,7 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     say(
         f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
         f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
-        f"batch {record['effective_batch_size']}, seed {record['seed']}"
+        f"learning rate {trainer.args.learning_rate:g}, batch {record['effective_batch_size']}, seed {record['seed']}"
     )
 
 

@@ -59,6 +59,12 @@ def test_names_of_classes_that_look_like_numbers(tmp_path, values, names):
     assert load_own_files(own(tmp_path, "a.csv", f"text,label\n{rows}"))[0].labels == names
 
 
+def test_missing_label_of_pandas_in_json_lines_is_no_class(tmp_path):
+    train = own(tmp_path, "a.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": NaN}\n')
+    with pytest.raises(UsageError, match="line 2: column 'label' is empty"):
+        load_own_files(train)
+
+
 def test_decimal_numbers_make_a_regression(tmp_path):
     train = own(tmp_path, "a.csv", "sentence,label\na,0.5\nb,2\n")
     task, splits = load_own_files(train, test=own(tmp_path, "t.csv", "sentence\na\n"))
@@ -112,6 +118,8 @@ def test_file_in_another_encoding_is_refused_until_encoding_is_given(tmp_path):
     path = own(tmp_path, "a.csv", "".join(["text,label\n", *lines]).encode("cp1252"))
     with pytest.raises(UsageError, match=r"11 of the first 11 .*line 2: .*not utf-8 text: give --encoding"):
         load_own_files(path, on_error="skip")
+    with pytest.raises(UsageError, match="--encoding utf-16"):
+        load_own_files(path, encoding="utf-16")
     task, splits = load_own_files(path, encoding="cp1252")
     assert task.labels == ("groß", "klein") and splits["train"]["text"][0] == "größe 0"
 
