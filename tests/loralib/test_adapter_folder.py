@@ -228,6 +228,7 @@ def _call_or_die(call, calls, moment, *args, **kwargs):
 
 def _save_load_and_export(rank, folder, shards):
     """Run by two processes, which save one adapter and load it, then export one merged checkpoint and load that."""
+    torch.set_num_threads(1)  # renews the thread pool that a fork breaks, before several threads do so at once
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, adapter = adapted(k=2), folder / "adapter"
     if shards:
