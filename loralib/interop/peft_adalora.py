@@ -86,6 +86,10 @@ class AdaLoraTraining:
         self.config.total_step = total_steps
         self.steps_done = 0
 
+    def _factors(self) -> list[nn.Parameter]:
+        sides = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers.values())
+        return [factors[self.adapter] for side in sides for factors in side]
+
     def penalty(self) -> Tensor:
         """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers."""
         sides = ((layer.lora_A[self.adapter], layer.lora_B[self.adapter]) for layer in self.layers.values())
@@ -100,16 +104,14 @@ class AdaLoraTraining:
         Raises:
             ValueError: if the optimisers lack trainable factors: they were made for another model.
         """
-        sides = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers.values())
-        check_optimizers(optimizers, (factors[self.adapter] for side in sides for factors in side))
+        check_optimizers(optimizers, self._factors())
 
     def after_step(self) -> None:
         """Call peft's allocator, as peft documents it: after the step, before the gradients are cleared."""
         self.steps_done += 1
-        for layer in self.layers.values():
-            for factors in (layer.lora_A, layer.lora_E, layer.lora_B):
-                if (factor := factors[self.adapter]).grad is None:  # the step did not use this module
-                    factor.grad = torch.zeros_like(factor)
+        for factor in self._factors():
+            if factor.grad is None:  # the step did not use this module
+                factor.grad = torch.zeros_like(factor)
         self.tuner.update_and_allocate(self.steps_done)
         if self.steps_done < self.config.total_step - self.config.tfinal:  # the last masking is still to come
             # With a pattern, peft would save the factors without the singular values that the last mask pruned, though

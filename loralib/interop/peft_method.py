@@ -225,7 +225,7 @@ class LoRA2Model(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As peft's."""
+        """As peft's; it also switches off what the new layers cannot read."""
         super().inject_adapter(model, *args, **kwargs)
         refuse_packed_batches(model)
 

@@ -54,6 +54,7 @@ class Reader:
         columns: the columns of the file; in JSON, those of its first object.
         typed: whether the format distinguishes numbers from text (JSON, Parquet); otherwise every value is text.
         unit: what `Row.place` counts, "line" or "row".
+        has_header: whether all rows have the same columns; in JSON each line has its own.
         skipped: the bad rows that `good_rows` has left out.
 
     Raises:
@@ -73,6 +74,7 @@ class Reader:
             raise UsageError(f"{name}: the format must be one of {', '.join(FORMATS)}; save a spreadsheet as CSV")
         self.name, self.encoding, self.columns, self.skipped = name, encoding, list(header), 0
         self.typed, self.unit = kind not in ("csv", "tsv"), "row" if kind == "parquet" else "line"
+        self.has_header = kind in ("csv", "tsv", "parquet")
         found = self._parquet(stream) if kind == "parquet" else self._lines(stream, kind)
         read: list[tuple[int, dict[str, Any] | str]] = []
         while not (read and self.columns) and (one := next(found, None)):
@@ -98,6 +100,9 @@ class Reader:
         Raises:
             UsageError: for a bad row, for too many of them, or if no row is good.
         """
+        absent = next((name for name in (*text, *other) if name not in self.columns), None)
+        if absent is not None and self.has_header:  # no row has it
+            raise self.error(1, f"no column {absent!r}; the columns are {shown(self.columns)}")
         number, first = -1, None
         for number, (place, found) in enumerate(self._found):
             fault = found if isinstance(found, str) else self._fault(found, text, other, blank)
@@ -118,10 +123,7 @@ class Reader:
     def _fault(self, values: dict[str, Any], text: Sequence[str], other: Sequence[str], blank: bool) -> str | None:
         for name in (*text, *other):
             if name not in values:
-                fault = f"no column {name!r}; the columns are {shown(list(values))}"
-                if self.typed:
-                    return fault
-                raise self.error(1, fault)  # no row has it
+                return f"no column {name!r}; the columns are {shown(list(values))}"
             value = values[name]
             if not blank and (value is None or not str(value).strip()):
                 return f"column {name!r} is empty"
@@ -149,9 +151,15 @@ class Reader:
             known = codecs.lookup(self.encoding).name
             known = "utf-8-sig" if known == "utf-8" else known
             text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
+        except LookupError as error:
+            raise self._wrong_encoding(error) from None
+        try:
             yield from self._json(text) if self.typed else self._delimited(text, kind)
-        except (LookupError, UnicodeError) as error:
-            raise UsageError(f"{self.name}: --encoding {self.encoding}: {error}; try, for example, cp1252") from None
+        except UnicodeError as error:  # the file is not in this encoding
+            raise self._wrong_encoding(error) from None
+
+    def _wrong_encoding(self, error: Exception) -> UsageError:
+        return UsageError(f"{self.name}: --encoding {self.encoding}: {error}; try, for example, cp1252")
 
     def _delimited(self, text: io.TextIOWrapper, kind: str) -> _Found:
         """CSV with quotes as in RFC 4180, and TSV in which quotes are ordinary characters, as in GLUE's release."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from nlu import METHOD_FOLDER
 from nlu.arguments import MATCH
-from nlu.command_line import method_file, published_settings
+from nlu.command_line import published_settings
 from nlu.data.glue import split_files
 from nlu.json_yaml import read_yaml
 from nlu.tasks import TASKS
@@ -69,7 +69,7 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         if width.startswith(MATCH) and matched.is_file():
             found["lora_k"] = _value_digest(read_yaml(matched).get("lora_r"))
         if arguments.get("published") and arguments.get("task_name") in TASKS:
-            found["published"] = _value_digest(published_settings(arguments, method_file(config)[0]))
+            found["published"] = _value_digest(published_settings(arguments, values["method"]))
     return found
 
 
