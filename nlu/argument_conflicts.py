@@ -32,6 +32,10 @@ def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str
     args.do_predict = args.do_predict or args.predict_task is not None
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
+    if args.do_train and args.learning_rate is None:
+        raise UsageError(
+            f"{args.method_config} has no learning rate: give --learning_rate (compare.py: or --tune), or --published"
+        )
     _check_data(args, given)
     if args.bf16 and args.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")

@@ -158,7 +158,7 @@ def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[di
 def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | None, Experiment]:
     """The tuning (methods × learning rates, scored on held-out rows) and the comparison (methods × seeds).
 
-    Without --tune the tuning is None; with it the comparison's runs do not have the rates yet that it will choose.
+    Without --tune the tuning is None; with it the comparison's runs have the first rate until it has chosen one.
     """
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
@@ -168,19 +168,17 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | 
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
     base = {**usual, **flags}
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
-    final = make_experiment(name, grid, base=base)
     if args.tune is None:
-        for spec, own in specs.items():
-            if not {"published", "learning_rate"} & {*flags, *own, *method_file(own["method"])[1]}:
-                raise UsageError(f"{spec} has no learning rate: give --tune, --learning_rate or --published")
-        return None, final
+        return None, make_experiment(name, grid, base=base)
     for flag in ("learning_rate", "holdout_fraction"):
         if any(flag in values for values in (flags, *specs.values())):
             raise UsageError(f"--tune sets --{flag} itself: leave it out")
     held_out = base | {"holdout_fraction": 0.1, "seed": 101}
-    grids = [{"method": {spec: own}, "learning_rate": _rates(args.tune, own["method"])} for spec, own in specs.items()]
+    rates = {spec: _rates(args.tune, own["method"]) for spec, own in specs.items()}
+    grids = [{"method": {spec: own}, "learning_rate": rates[spec]} for spec, own in specs.items()]
     tried = [run for each in grids for run in make_experiment(f"{name}-tuning", each, base=held_out).runs]
-    return Experiment(f"{name}-tuning", tried), final
+    first = {spec: own | {"learning_rate": rates[spec][0]} for spec, own in specs.items()}
+    return Experiment(f"{name}-tuning", tried), make_experiment(name, grid | {"method": first}, base=base)
 
 
 def _spec(spec: str) -> dict[str, Any]:

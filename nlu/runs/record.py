@@ -146,10 +146,11 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     adapted = f"; adapted: {', '.join(types)}" if types else ""
     final = record["final_budget"] or "set by the gates"
     budget = f", singular values {record['initial_budget']} to {final}" if trainer.applied.ranks else ""
+    rate = f"learning rate {trainer.args.learning_rate:g}, " if trainer.args.do_train else ""
     say(
         f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
         f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
-        f"learning rate {trainer.args.learning_rate:g}, batch {record['effective_batch_size']}, seed {record['seed']}"
+        f"{rate}batch {record['effective_batch_size']}, seed {record['seed']}"
     )
 
 

@@ -24,7 +24,7 @@ TEMPLATE = """--model_name_or_path microsoft/deberta-v3-base --task_name mnli --
     --eval_steps {eval} --save_strategy steps --save_steps {save} --logging_steps {log} --seed 6
     --root_output_dir ./output/glue/mnli --overwrite_output_dir"""
 PUBLISHED = TEMPLATE.format(init=8000, final=50000, mask=100, warmup=1000, eval=3000, save=30000, log=500)
-BASE = "--model_name_or_path m --task_name cola --do_train --root_output_dir out"
+BASE = "--model_name_or_path m --task_name cola --do_train --learning_rate 1e-3 --root_output_dir out"
 
 
 def parse(text):
@@ -100,7 +100,7 @@ def test_method_file_and_flags_override_the_published_settings(flags, rate, rank
     assert found == (rate, rank, seed)
     folder = f"output/glue/deberta-v3-base/rte/{arguments.method_config}/seed-{seed}"
     assert arguments.root_output_dir == folder
-    own = parse(f"--model_name_or_path models/m --train_file data/x.csv --do_train {flags}")
+    own = parse(f"--model_name_or_path models/m --train_file data/x.csv --do_train --learning_rate 1 {flags}")
     assert own.root_output_dir == f"output/own/m/x/{own.method_config}/seed-42"
 
 
@@ -146,7 +146,7 @@ def test_training_flags_have_the_trainers_defaults():
     theirs = {field.name: field.default for field in fields(TrainingArguments)}
     ours = {flag.name: flag.default for flag in TRAINING_FLAGS if flag.name in theirs}
     different = {name for name, default in ours.items() if (default or None) != (theirs[name] or None)}
-    chosen_here = {"logging_steps", "per_device_eval_batch_size", "save_total_limit"}
+    chosen_here = {"learning_rate", "logging_steps", "per_device_eval_batch_size", "save_total_limit"}
     assert different == chosen_here
 
 

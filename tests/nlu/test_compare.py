@@ -111,7 +111,7 @@ def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_pat
     ("flags", "message"),
     [
         (["--methods", "lora2,lora:task_name=mrpc"], "give --task_name for all methods"),
-        (["--methods", "full,lora"], "lora has no learning rate: give --tune, --learning_rate or --published"),
+        (["--methods", "full,lora"], "lora has no learning rate: give --learning_rate (compare.py: or --tune)"),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
         (["--methods", "lora", "--tune", "--holdout_fraction", "0.2"], "--tune sets --holdout_fraction itself"),
     ],
