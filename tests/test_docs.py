@@ -73,8 +73,7 @@ def scores() -> dict[str, pd.DataFrame]:
     """Experiment → the scores of its committed records, by row."""
     runs = load_measured(ROOT / "results/measured")
     questions = {each.experiment: each for each in load_questions(ROOT / "configs/experiments/claims.yaml")}
-    final = runs[runs.stage == "final"]
-    return {name: score_frame(own, questions[name]).set_index("row") for name, own in final.groupby("experiment")}
+    return {name: score_frame(own, questions[name]).set_index("row") for name, own in runs.groupby("experiment")}
 
 
 def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:

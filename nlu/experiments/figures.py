@@ -62,7 +62,7 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> lis
     """The figures for which there is data, in the order of `KINDS`.
 
     Args:
-        every: all runs of an experiment. scores: those of the finished final runs, see `tables.score_frame`.
+        every: all runs of an experiment. scores: those of the finished runs, see `tables.score_frame`.
         tuning: the runs that tried learning rates, see `tables.tuning_runs`.
     """
     final = finished(every)
@@ -171,8 +171,8 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
     for task, axes in zip(tasks, panels, strict=True):
         axes.set_xscale("log")
         for label, own in runs[runs.task == task].groupby("row", sort=False):
-            best = own.groupby(["value", own.tried.map(str)])["last"].mean().groupby(level=0).max().dropna()
-            (handles[label],) = axes.plot(best.index, best, **styles[label])
+            means = own.groupby("value")["last"].mean().dropna()
+            (handles[label],) = axes.plot(means.index, means, **styles[label])
             for rate in own[own.failed].value:  # a cross on the lower edge
                 place = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 3}
                 axes.plot(rate, 0, "x", color=styles[label]["color"], **place)
@@ -189,9 +189,8 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         handles["failed run"] = Line2D([], [], linestyle="", marker="x", color="#888888")
     _legend(figure, handles)
     text = (
-        f"Mean {what} at the last evaluation against the learning rate on {_names(tasks)}; where other settings are "
-        "tuned too, the best of them at that rate. A cross marks a failed run, if its record has the loss of a "
-        "constant answer."
+        f"Mean {what} at the last evaluation against the learning rate on {_names(tasks)}. A cross marks a failed run, "
+        "if its record has the loss of a constant answer."
     )
     return text, figure
 

@@ -48,8 +48,7 @@ NOTES = f"""\
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
-  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate. In old records (with
-  values under “tried” in the table of tunings) each row has for each task the values with the lowest held-out loss.
+  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate.
 - All numbers to six digits: [scores](tables/scores.csv) with the best evaluations, [claims](tables/claims.csv) with
   each task, [training](tables/training.csv) (Λ is the sum of the learning rates over the steps) and
   [tuning](tables/tuning.csv).
@@ -73,7 +72,7 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     for question in questions:
         every = runs[runs.experiment == question.experiment]
         if (missing := still_open(question, every)) is not None:
-            open_questions += [missing] if (every.stage == "final").any() else []
+            open_questions += [missing] if len(every) else []
             continue
         text, tables, written = section(question, every)
         parts.append(text)
@@ -102,16 +101,16 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
 
     Whoever sees a difference earlier may stop when it is favourable.
     """
-    final, done = every[every.stage == "final"], finished(every)
-    tuning, complete = held_out(final), final.status == "finished"
-    lost = complete & final.failed & ~final.rerun & ~tuning  # they learned nothing
+    done = finished(every)
+    tuning, complete = held_out(every), every.status == "finished"
+    lost = complete & every.failed & ~every.rerun & ~tuning  # they learned nothing
     settled = int((tuning | (complete & ~lost)).sum())
     if settled >= question.runs and len(done):
         return None
-    failed = f" {final.failed.sum()} run(s) failed." if final.failed.any() else ""
-    again = f" To be repeated with seed + 100: {', '.join(final.run[lost])}." if lost.any() else ""
+    failed = f" {every.failed.sum()} run(s) failed." if every.failed.any() else ""
+    again = f" To be repeated with seed + 100: {', '.join(every.run[lost])}." if lost.any() else ""
     return (
-        f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(final)} runs "
+        f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(every)} runs "
         f"(`configs/experiments/{question.experiment}.yaml`).{failed}{again}"
     )
 
@@ -129,7 +128,7 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     links = [f"[{drawings[file].kind}]({file})" for file in others]
     more = f" More figures: {', '.join(links)}." if links else ""
     lines = [f"## {_heading(question, done)}", "", f"Measured: {markdown_text(setting(every))}.{more}"]
-    crashed = int(((every.stage == "final") & (every.status == "failed")).sum())
+    crashed = int((every.status == "failed").sum())
     lines += [f"{crashed} run(s) ended early and have no score."] if crashed else []
     missing = [each.label for each in question.claims if each.label not in set(done.label)]
     lines += [f"Claimed and not measured yet: {', '.join(missing)}."] if missing else []

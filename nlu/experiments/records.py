@@ -3,8 +3,7 @@
 A line identifies the run (`run`, `axes`, `label`, `task`, `method`, `seed`) and has the arguments that the sweep set
 (`asked`), those that differ from the defaults, every evaluation, the mean training loss of each twentieth of the steps,
 the final sizes and norms, times, versions, the commit, the processor and the digests of what the run read. The full
-record stays in the run's own folder. Lines up to 2026-11-27 also have a `stage`, "select" for tuning runs (experiments
-then included their tuning), and in `tried` the values that a tuning run tried, or that were chosen for a final run.
+record stays in the run's own folder.
 """
 
 import json

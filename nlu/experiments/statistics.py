@@ -27,10 +27,10 @@ FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 198
 # What a claim may expect → the difference in points that it is tested against; "level" has two tests.
 EXPECTED = {"higher": 0.0, "not lower": -LEVEL, "level": None}
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
-_MAPPINGS = ["arguments", "asked", "axes", "digests", "machine", "tried"]  # {} if a line lacks one
+_MAPPINGS = ["arguments", "asked", "axes", "digests", "machine"]  # {} if a line lacks one
 _NAMES = [
-    "experiment", "run", "stage", "status", "task", "method", "label", "seed", "model", "processor", "module_ranks",
-    "data", "settings", "steps_at", "scores", "losses",
+    "experiment", "run", "status", "task", "method", "label", "seed", "model", "processor", "module_ranks", "data",
+    "settings", "steps_at", "scores", "losses",
 ]  # fmt: skip
 _FIGURES = [
     "adapter_params", "best", "constant_loss", "delta_norm", "last", "live_adapter_params", "loss", "lowest_loss",
@@ -66,10 +66,10 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     training loss: no evaluation's loss is below 0.99 of it).
     If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also counts as failed;
     `rerun` marks it.
-    If final runs that share label and task differ in more than the seed, their labels are extended by what differs.
+    If runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
-        UsageError: two final runs are equal, seed included.
+        UsageError: two runs are equal, seed included.
     """
     frame = pd.DataFrame(map(_row, lines), columns=[*_NAMES, *_MAPPINGS, *_FIGURES])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
@@ -80,7 +80,7 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
-    row = {"experiment": "", "stage": "final"} | {name: {} for name in _MAPPINGS} | line
+    row = {"experiment": ""} | {name: {} for name in _MAPPINGS} | line
     asked, digests = row["asked"], row["digests"]
     data = [digests.get(name) or asked.get(name) for name in ("glue_dir", "train_file", "validation_file")]
     # The contents of what a run reads are compared by a checksum.
@@ -119,7 +119,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell_apart(frame: pd.DataFrame) -> None:
-    """Extend the labels of final runs that share experiment, label and task by the settings that differ."""
+    """Extend the labels of runs that share experiment, label and task by the settings that differ."""
     runs = finished(frame)
     for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
@@ -142,10 +142,10 @@ def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
 
     All runs of a rerun's seed repeat failed runs: a planned seed may be a hundred above another.
     """
-    key, seeds = ["experiment", "stage", "label", "task", "seed"], frame.seed - 100
+    key, seeds = ["experiment", "label", "task", "seed"], frame.seed - 100
     runs, repeated = (pd.MultiIndex.from_frame(each[key]) for each in (frame, frame.assign(seed=seeds)))
     rerun = pd.Series(repeated.isin(runs[frame.failed]), frame.index)
-    rerun = rerun.groupby([frame.experiment, frame.stage, frame.seed]).transform("all")
+    rerun = rerun.groupby([frame.experiment, frame.seed]).transform("all")
     frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun, rerun=rerun)
     return frame[~runs.isin(repeated[rerun])]
 
@@ -163,8 +163,8 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
-    """The finished final runs."""
-    return runs[(runs.stage == "final") & (runs.status == "finished")]
+    """The finished runs."""
+    return runs[runs.status == "finished"]
 
 
 def held_out(runs: pd.DataFrame) -> pd.Series:

@@ -44,21 +44,21 @@ def _figures(prefix: str, result: Estimate) -> dict[str, float]:
 
 
 def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """One row for each method of the final runs: scores in percent, the difference from its reference, and failed runs.
+    """One row for each method: scores in percent, the difference from its reference, and failed runs.
 
     Columns: `row`, `parameters`, `remaining` (after pruning), `runs`; for each task its mean and `TASK_std`, and if
     there are such scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and
     `best` (best ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by
     the Student-t model, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
     """
-    final, done = every[every.stage == "final"], finished(every)
+    done = finished(every)
     sizes = done.groupby("label").adapter_params.max()
     pooled = pooled_spread(done) if question.pooled else None
     models = {"t_": student_t(done), "best_": student_t(done, "best")}
     tasks = list(dict.fromkeys(done.task))
     rows = []
     for label, own in done.groupby("label", sort=False):
-        planned = final[final.label == label]
+        planned = every[every.label == label]
         row = {
             "row": label,
             "parameters": sizes[label],
@@ -124,13 +124,7 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
 
 
 def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
-    """The runs that tried learning rates, with `row`, the label without the rate, and `value`, the rate.
-
-    They are the runs of a grid that has the learning rate as an axis; in old records, those of the selection stage.
-    """
-    tried = every[every.stage == "select"]
-    if len(tried):
-        return tried.assign(row=tried.label, value=[float(values["learning_rate"]) for values in tried.tried])
+    """The runs of a grid with a learning rate as an axis, with `row`, the label without it, and `value`, the rate."""
     grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
     rows = [
         ", ".join(part for part in label.split(", ") if part not in (rate, f"learning_rate={rate}"))
@@ -142,17 +136,7 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
 def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
     """What tuning tried on held-out rows: for each row and rate the mean score on each task, and the choice, see
     :func:`choose_rates`.
-
-    For a selection stage in old records: for each row, task and set of values the mean score and loss, and whether the
-    final runs used these values.
     """
-    keys = ["label", "task", "tried"]
-    runs = every.assign(tried=every.tried.map(str))
-    selection = runs[runs.stage == "select"].groupby(keys, sort=False)
-    if len(selection):
-        frame = selection.agg(score=("last", "mean"), loss=("loss", "mean"), runs=("seed", "size"))
-        chosen = frame.index.isin(finished(runs).set_index(keys).index)
-        return frame.assign(chosen=chosen).reset_index(names=["row", "task", "tried"])
     rates = tuning_runs(every)
     rates = rates[held_out(rates)]
     if not len(rates):

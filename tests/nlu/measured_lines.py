@@ -22,7 +22,7 @@ QUESTIONS = {
 
 
 def line(label: str, task: str, seed: int, scores: list[float], **changes) -> dict:
-    """A finished final run; `scores` are fractions, one for each evaluation. A field changed to None is left out."""
+    """A finished run; `scores` are fractions, one for each evaluation. A field changed to None is left out."""
     metric = METRIC.get(task, "accuracy")
     steps = [100 * (i + 1) for i in range(len(scores))]
     prunes = label.startswith(("LoRA²", "AdaLoRA"))
