@@ -139,7 +139,7 @@ class AdaLoraTraining:
         Raises:
             ValueError: if it belongs to a training of another length: peft would prune anew, and values come back.
         """
-        if (saved := state.get("total_steps", self.config.total_step)) != self.config.total_step:
+        if (saved := state["total_steps"]) != self.config.total_step:
             raise ValueError(f"the saved pruning has {saved} steps, but now there are {self.config.total_step}")
         devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
         for key in _SCORES:

@@ -146,7 +146,7 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset]
 
     def encode_rows(batch: dict[str, list], split: str) -> dict[str, list]:
         texts = [batch[field] for field in task.text_fields]
-        encoded, too_long = encode(tokenizer, texts, return_attention_mask=True)
+        encoded, too_long = encode(tokenizer, texts)
         cut[split] += len(too_long)
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
@@ -185,13 +185,13 @@ def _labels(task: Task, dataset: Dataset) -> np.ndarray | None:
     return np.array([task.labels.index(word) for word in dataset.features["label"].names])[labels]
 
 
-def encode(tokenizer: Any, texts: Sequence[Sequence[str]], **options: Any) -> tuple[Any, list[int]]:
+def encode(tokenizer: Any, texts: Sequence[Sequence[str]]) -> tuple[Any, list[int]]:
     """Tokenize one or two columns of texts, each row cut to the tokenizer's maximum.
 
     Returns:
         The encoding, and the indices of the rows that were cut.
     """
-    encoded = tokenizer(*map(list, texts), truncation=True, **options)
+    encoded = tokenizer(*map(list, texts), truncation=True)
     max_length = tokenizer.model_max_length
     full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
     if not full:

@@ -47,7 +47,7 @@ MANY = settings(
     derandomize="GENERATED_CASES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
-GOOD = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out"}
+GOOD = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "learning_rate": 1, "root_output_dir": "out"}
 # Also published spellings and near misses.
 NAMES = [*DEFAULTS, "evaluation_strategy", "warmup_ratio", "output_dir", "local-rank", "lora", "lora-r", "", "=", "-"]
 ODD = """nan inf -inf 1e999 -1 0 1 2.5 1e-3 99999999999999999999 True no None {} [1 {"a":1} ../../etc/passwd cola lora
