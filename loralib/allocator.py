@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.checks import check_choice, check_whole_number
+from loralib.checks import check_choice, check_number, check_whole_number
 from loralib.model import trained_svd_layers
 
 IMPORTANCES = ("inner", "full")
@@ -72,6 +72,8 @@ class RankAllocator:
             check_whole_number(name, getattr(self, name), value)
         check_schedule(self.init_warmup, self.final_warmup, total_steps)
         check_choice("importance", importance, IMPORTANCES)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            check_number(name, beta, lambda value: 0 < value < 1, "a number in (0, 1)")
         self.beta1, self.beta2, self.importance = beta1, beta2, importance
         # By name, so that ties do not depend on the order in which modules were registered.
         layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))

@@ -316,9 +316,17 @@ class LoRALayer(nn.Linear):
             destination[f"{prefix}weight"] = self._weight_before_merge
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Undoes a merge first, because loading changes W and ΔW. In peft the layer does not own W."""
+        """Undoes a merge first, because loading changes W and ΔW. In peft the layer does not own W.
+
+        States of Microsoft's and AdaLoRA's ``loralib`` load too: there a factor has no number, and e the shape (r, 1).
+        """
         if not self.in_peft:
             self.unmerge()
+        for name in (f"{prefix}lora_A", f"{prefix}lora_B"):
+            if name in state_dict:
+                state_dict[f"{name}.0"] = state_dict.pop(name)
+        if (values := state_dict.get(f"{prefix}lora_E")) is not None:
+            state_dict[f"{prefix}lora_E"] = values.flatten()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._has_values |= any(name.startswith(f"{prefix}lora_") for name in state_dict)
 

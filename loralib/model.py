@@ -83,7 +83,7 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
     """
     found = {name: layer for name, layer in svd_layers(model).items() if layer.lora_E.requires_grad}
     if not found:
-        advice = "unfreeze their lora_E" if svd_layers(model) else "inject such layers first"
+        advice = "unfreeze their lora_E" if svd_layers(model) else "inject such layers; for LoRA give regu_weight=0"
         raise ValueError(f"no trainable layers with singular values (AdaLoRA, LoRA²) to {purpose}: {advice}")
     return found
 

@@ -1,4 +1,4 @@
-"""LoRA² as a method of the peft package. Importing this module registers it; peft >= 0.18 must be installed.
+"""LoRA² as a method of the peft package. Importing this module registers it; peft >= 0.19 must be installed.
 
     import loralib.interop.peft_method as lora2
     model = peft.get_peft_model(base, lora2.LoRA2Config(r=8, k=8, target_modules=["query", "value"]))

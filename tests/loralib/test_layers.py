@@ -152,6 +152,17 @@ def test_forward_is_refused_until_factors_from_the_meta_device_have_values():
     assert torch.equal(layer(torch.ones(2, 11)), other(torch.ones(2, 11)))
 
 
+@pytest.mark.parametrize("kind, names", [("lora", ["lora_B", "lora_A"]), ("adalora", ["lora_B", "lora_E", "lora_A"])])
+def test_states_of_microsofts_and_adaloras_loralib_load(kind, names):
+    model = nn.Sequential(nn.Linear(6, 5))
+    loralib.inject(model, kind, "0", r=3, lora_alpha=12)
+    factors = [torch.randn(5, 3), *([torch.randn(3, 1)] if kind == "adalora" else []), torch.randn(3, 6)]
+    state = {f"0.{name}": factor for name, factor in zip(names, factors, strict=True)}
+    assert not model.load_state_dict(state, strict=False).unexpected_keys
+    b, *e, a = factors
+    torch.testing.assert_close(model[0].delta_weight(), 4 * b @ (e[0] * a if e else a))
+
+
 # ---- in place of an nn.Linear ---------------------------------------------------------------------------------------
 
 
