@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="-", help="file to write, or - for standard output (default)")
     add("--output_format", choices=("jsonl", "csv"), help="output format (default: csv for a .csv file, else jsonl)")
     add("--keep_columns", action=argparse.BooleanOptionalAction,
-        help="write the input's columns too (default: only for CSV and TSV input)")  # fmt: skip
+        help="write the input's columns too, to CSV only the first row's (default: for CSV and TSV)")  # fmt: skip
     add("--on_error", choices=("stop", "skip"), default="stop",
         help="on a bad row: stop, or skip it (up to ten, or a tenth of those read so far; default: stop)")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="rows computed at once (default: 64)")

@@ -148,8 +148,9 @@ class MultiAdapter:
         """Call the model on a batch whose rows each have their own adapter.
 
         The model is called once for each adapter, on the rows that use it, and the outputs are joined row by row, also
-        inside containers. A cache, or an output over all rows such as a loss, needs one adapter for all rows. Calls of
-        this method from several threads take turns; a plain call of the model at the same time would use their adapter.
+        inside containers. A cache needs one adapter for all rows. Leave labels out: the loss would be the one of the
+        base's configuration. Calls of this method from several threads take turns; a plain call of the model at the
+        same time would use their adapter.
 
         Args:
             adapters: for each row the name of an adapter, or None for the base alone.

@@ -169,7 +169,8 @@ def _write_peft(
 
 
 def _how_to_load(config: AdapterConfig) -> str:
-    arguments = [repr(config.base_model or "BASE"), *(f"{n}={value!r}" for n, value in config.head_options().items())]
+    options = config.head_options() | {"ignore_mismatched_sizes": True}  # the base's head may have another size
+    arguments = [repr(config.base_model or "BASE"), *(f"{name}={value!r}" for name, value in options.items())]
     name = config.architecture
     base = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"
     if not config.base_config:  # not a transformers model

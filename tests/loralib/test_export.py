@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -95,11 +96,12 @@ def test_peft_export_records_the_revision_only_for_the_base_of_the_adapter(tmp_p
 
 
 def test_exports_keep_the_order_of_the_labels(tmp_path):
-    """A checkpoint may number its classes in another order than the task; every README.md keeps its order."""
+    """A checkpoint may number its classes in another order than the task, and its own head may have another size."""
     names = {0: "contradiction", 1: "neutral", 2: "entailment"}
     numbers = {name: number for number, name in names.items()}
-    encoder("roberta", num_labels=3).save_pretrained(tmp_path / "base")
-    start = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", id2label=names, label2id=numbers)
+    encoder("roberta", num_labels=2).save_pretrained(tmp_path / "base")
+    load = partial(AutoModelForSequenceClassification.from_pretrained, ignore_mismatched_sizes=True)
+    start = load(tmp_path / "base", id2label=names, label2id=numbers)
     model = adapted(modules=["query"], r=2, k=2, model=start)
     folder = loralib.save_adapter(model, tmp_path / "a", base_model=str(tmp_path / "base"))
     ids = torch.arange(4, 16).view(2, 6)
@@ -115,8 +117,9 @@ def test_exports_keep_the_order_of_the_labels(tmp_path):
     torch.testing.assert_close(scope["model"].eval()(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
     assert main([str(folder), "--to", "merged", str(tmp_path / "m"), "--base", str(tmp_path / "base")]) == 0
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").config
-    assert merged.id2label == names and merged.label2id == numbers
+    loralib.load_adapter(loaded := load(tmp_path / "base", num_labels=3, problem_type="regression"), folder)
+    for config in (load(tmp_path / "m").config, loaded.config):
+        assert config.id2label == names and config.label2id == numbers and config.problem_type is None
     for written in (folder, tmp_path / "peft", tmp_path / "m"):
         assert "| labels | 0 contradiction, 1 neutral, 2 entailment |" in (written / "README.md").read_text()
 
