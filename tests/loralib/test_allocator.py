@@ -6,8 +6,6 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from torch import nn
 
@@ -78,10 +76,9 @@ def test_whole_schedule_equals_the_published_loop(widths, share, importance):
         assert allocator.budget(t) == loop.step(t)
         for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(mine, theirs), t
-        assert allocator.importance_scores().dtype == torch.float32
+        live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
+        assert allocator.rank_pattern == live and allocator.importance_scores().dtype == torch.float32
     assert allocator.live_rank == allocator.target_total_rank == 6
-    for name, layer in loralib.lora_layers(model).items():
-        assert [value != 0 for value in layer.lora_E.tolist()] == allocator.rank_pattern[name]
 
 
 def test_agrees_with_pefts_adalora_over_a_whole_schedule():
@@ -160,26 +157,3 @@ def test_a_state_of_other_layers_or_settings_is_refused(shape, changes):
 def test_invalid_settings_are_refused_by_name(changes):
     with refused(next(iter(changes))):
         allocator_of(model_to_prune(), **changes)
-
-
-@settings(max_examples=25, deadline=None)
-@given(r=st.integers(1, 6), count=st.integers(1, 4), data=st.data(), every=st.integers(1, 5), seed=st.integers(0, 99))
-def test_budget_falls_monotonically_to_the_target_and_equals_the_live_rank(r, count, data, every, seed):
-    target = data.draw(st.integers(1, r))
-    warm, final, extra = (data.draw(st.integers(0, 8)) for _ in range(3))
-    total = warm + final + extra + 1
-    model = model_to_prune((2,), r=r, count=count, seed=seed)
-    layers = loralib.lora_layers(model)
-    allocator = loralib.RankAllocator(model, total, target, warm, final, every)
-    budgets = [allocator.budget(t) for t in range(1, total + 1)]
-    for t, budget in enumerate(budgets, 1):
-        random_step(model, torch.Generator().manual_seed(seed + t))
-        for layer in layers.values():  # AdamW moves pruned values too
-            layer.lora_E.data += 1e-3
-        allocator.update_and_mask(t)
-        live = {name: (layer.lora_E != 0).tolist() for name, layer in layers.items()}
-        assert allocator.rank_pattern == live and allocator.live_rank == sum(map(sum, live.values()))
-        masked = t > warm and (t % every == 0 or t > total - final or t == total)
-        assert allocator.live_rank == (budget if masked else r * count)
-    assert budgets == sorted(budgets, reverse=True) and budgets[-1] == allocator.live_rank == target * count
-    assert all(budget == r * count for budget in budgets[:warm])

@@ -1,4 +1,4 @@
-"""The fused layer against its separate operations, in every mode that training may use."""
+"""The fused layer in every mode that training may use; test_layers.py compares its values with the formula."""
 
 import pytest
 import torch
@@ -9,45 +9,16 @@ from loralib.fused import adapted_linear, product
 from tests.loralib.small import randomise, trainable
 
 
-def separate(x, weight, bias, a, core, b, dropped=None):
-    core = core if isinstance(core, torch.Tensor) else core * torch.eye(a.shape[0], dtype=a.dtype)
-    low = (x if dropped is None else dropped) @ a.T @ core.T @ b.T
-    return x @ weight.T + (0 if bias is None else bias) + low
-
-
-def arguments(n, in_features=11, out_features=7, k=3, **without):
-    torch.manual_seed(0)
-    shapes = {"x": (*n, in_features), "weight": (out_features, in_features), "bias": (out_features,),
-              "a": (k, in_features), "core": (k, k), "b": (out_features, k), "dropped": (*n, in_features)}  # fmt: skip
-    drawn = {name: torch.randn(shape, dtype=torch.float64, requires_grad=True) for name, shape in shapes.items()}
-    return drawn | without
-
-
-MISSING = [{}, {"dropped": None}, {"core": 1.7}, {"bias": None, "dropped": None, "core": 1.7}]
-
-
-@pytest.mark.parametrize("without", MISSING)
-@pytest.mark.parametrize("n", [(2, 5), (), (0, 5)])
-def test_values_and_gradients_equal_the_separate_operations(without, n):
-    given = arguments(n, **without)
-    expected, found = (function(**given) for function in (separate, adapted_linear))
-    torch.testing.assert_close(found, expected)
-    leaves = [t for t in given.values() if isinstance(t, torch.Tensor)]
-    weight = torch.randn_like(expected)
-    mine, theirs = (torch.autograd.grad(output, leaves, weight) for output in (found, expected))
-    torch.testing.assert_close(mine, theirs)
-
-
-@pytest.mark.parametrize("without", MISSING[1:3])
+@pytest.mark.parametrize("without", [{"dropped": None}, {"core": 1.7, "bias": None}])
 def test_first_and_second_derivatives_equal_finite_differences(without):
-    names, tensors = zip(*arguments((3,), 4, 3, 2, **without).items(), strict=True)
-    present = [i for i, t in enumerate(tensors) if isinstance(t, torch.Tensor)]
-    fixed = dict(zip(names, tensors, strict=True))
+    torch.manual_seed(0)
+    shapes = {"x": (3, 4), "weight": (3, 4), "bias": (3,), "a": (2, 4), "core": (2, 2), "b": (3, 2), "dropped": (3, 4)}
+    names = [name for name in shapes if name not in without]
+    leaves = [torch.randn(shapes[name], dtype=torch.float64, requires_grad=True) for name in names]
 
     def run(*leaves):
-        return adapted_linear(**fixed | {names[i]: leaf for i, leaf in zip(present, leaves, strict=True)})
+        return adapted_linear(**dict(zip(names, leaves, strict=True)), **without)
 
-    leaves = tuple(tensors[i] for i in present)
     assert torch.autograd.gradcheck(run, leaves) and torch.autograd.gradgradcheck(run, leaves)
 
 

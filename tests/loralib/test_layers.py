@@ -116,28 +116,6 @@ def test_dropout_acts_on_the_update_only():
     torch.testing.assert_close(layer(x) - frozen, kept, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scales", SCALES)
-def test_updates_of_two_selections_add_up_and_scatter_restores_selected_values(scales):
-    layer = random_layer(scales).double()  # in float32 some draws would fail by rounding
-    before = [p.detach().clone() for p in layer.lora_parameters()]
-    kept, others = [1, 3], [0, 2]
-    parts = []
-    for indices in (kept, others):
-        part = copy.deepcopy(layer)
-        part.keep_singular_values(indices)
-        assert all(torch.equal(p, t) for p, t in zip(part.lora_parameters(), layer.select(indices), strict=True))
-        parts.append(part.delta_weight())
-    torch.testing.assert_close(sum(parts), layer.delta_weight())
-    selected = [t.clone() for t in layer.select(kept)]
-    with torch.no_grad():
-        for p, axis in zip(layer.lora_parameters(), layer.singular_axes(), strict=True):
-            p.index_fill_(axis, torch.tensor(kept), 0) if axis is not None else p.zero_()
-    layer.scatter(kept, selected)
-    assert all(torch.equal(p, t) for p, t in zip(layer.lora_parameters(), before, strict=True))
-    empty = zip(layer.select([]), layer.singular_axes(), strict=True)
-    assert {t.shape[axis] for t, axis in empty if axis is not None} == {0}
-
-
 def test_forward_is_refused_until_factors_from_the_meta_device_have_values():
     """transformers' from_pretrained gives the factors of a model that injects in its __init__ uninitialised memory."""
     with torch.device("meta"):
@@ -180,12 +158,13 @@ X = torch.linspace(-1, 1, 24).reshape(4, 6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora2"])
-@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 2, 6)])
+@pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 2, 6)])
 def test_the_output_may_be_written_to_in_place(kind, shape):
     torch.manual_seed(0)
     model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
     expected = nn.functional.relu(model(torch.ones(shape)) + 1)
     out = model(torch.ones(shape))
+    assert out.shape == (*shape[:-1], 5)
     out += 1
     nn.functional.relu_(out)
     torch.testing.assert_close(out, expected)

@@ -113,14 +113,6 @@ def test_method_trains_exactly_the_parameters_that_it_names(method, shape, task,
     assert SCORES[task] <= set(record["evaluations"][-1])
 
 
-@pytest.mark.parametrize("method, factor, ratio", [("lora2_plus", "lora_E", 4), ("lora_plus", "lora_B", 16)])
-def test_own_rates_multiply_the_learning_rate_of_e_or_b_only(method, factor, ratio):
-    applied = apply(tiny_bert(), arguments_of(method))
-    ((parameters, multiplied_by),) = applied.own_rates()
-    named = {id(p) for name, p in applied.model.named_parameters() if factor in name}
-    assert {id(p) for p in parameters} == named and len(named) == 12 and multiplied_by == ratio
-
-
 @pytest.mark.slow
 def test_step_of_every_method_stays_on_a_fake_device():
     """Runs in a process of its own, because a registered device cannot be removed."""
