@@ -1,7 +1,3 @@
 #!/usr/bin/env bash
 # QNLI on DeBERTaV3-base with the settings in configs/tasks/qnli.yaml. --help explains the environment variables.
-set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-
-run torchrun "${PROCESSES[@]}" "$ROOT/nlu/run_glue.py" --published deberta-v3-base --task_name qnli --method "${METHOD:-lora2}" \
-    --do_train --do_eval "${FLAGS[@]}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/start_run.sh" deberta-v3-base qnli "$@"

@@ -1,5 +1,5 @@
-# Sourced by scripts/run_*.sh: prints --help, sets PROCESSES and FLAGS from the environment variables, and defines `run`.
-
+# Sourced by scripts/run_*.sh with a backbone, a task and further flags: starts the run that they and the environment ask for.
+set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 
 show_help() {
@@ -27,23 +27,8 @@ own; --schedule_steps sets the length that they were chosen for.
 END
 }
 
-# run torchrun ARGUMENT… PROGRAM ARGUMENT…: starts the program, or prints its command for DRY_RUN. One process needs no
-# torchrun, and ACCELERATE replaces it.
-run() {
-    if [[ -n ${ACCELERATE:-} ]] || ((NPROC * NNODES == 1)); then
-        while [[ $1 != *.py ]]; do shift; done
-    else
-        set -- -m torch.distributed.run "${@:2}"
-    fi
-    if [[ -n ${ACCELERATE:-} ]]; then
-        set -- -m accelerate.commands.launch --config_file "$ACCELERATE" --num_processes $((NPROC * NNODES)) \
-            --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
-            --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
-    fi
-    [[ ${DRY_RUN:-0} == 0 ]] && exec "$PYTHON" "$@"
-    printf '%q ' "$PYTHON" "$@" && echo
-}
-
+backbone=$1 task=$2
+shift 2
 for word in "$@"; do
     if [[ $word == -h || $word == --help ]]; then
         show_help
@@ -53,11 +38,21 @@ done
 
 NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
-PROCESSES=(--nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK"
-    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-FLAGS=(--measured_dir output/measured ${MODEL:+--model_name_or_path "$MODEL"} ${SEED:+--seed "$SEED"}
-    ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"})
 # PYTHON may belong to another checkout, whose code it would import.
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 # Seconds that torchrun gives its processes to end their step and save it before it kills them.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+set -- "$ROOT/nlu/run_glue.py" --published "$backbone" --task_name "$task" --method "${METHOD:-lora2}" \
+    --do_train --do_eval --measured_dir output/measured ${MODEL:+--model_name_or_path "$MODEL"} \
+    ${SEED:+--seed "$SEED"} ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"} "$@"
+if [[ -n ${ACCELERATE:-} ]]; then
+    set -- -m accelerate.commands.launch --config_file "$ACCELERATE" --num_processes $((NPROC * NNODES)) \
+        --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
+        --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" "$@"
+elif ((NPROC * NNODES > 1)); then
+    set -- -m torch.distributed.run --nproc_per_node "$NPROC" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
+fi
+[[ ${DRY_RUN:-0} == 0 ]] && exec "$PYTHON" "$@"
+printf '%q ' "$PYTHON" "$@" && echo
