@@ -10,11 +10,8 @@ Without --model, the base is a tiny random model that reads bytes. --out gets ad
 
 import argparse
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -6,11 +6,7 @@ A tiny BERT reads scikit-learn's 8×8 digits as 64 tokens, one for the darkness 
 """
 
 import argparse
-import sys
 import tempfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from sklearn.datasets import load_digits

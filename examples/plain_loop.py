@@ -5,11 +5,7 @@ python examples/plain_loop.py
 
 import argparse
 import copy
-import sys
 import tempfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from sklearn.datasets import load_digits

@@ -5,10 +5,6 @@ python examples/vision_transformer.py --model path/or/name
 """
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from sklearn.datasets import load_digits

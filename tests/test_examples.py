@@ -1,10 +1,8 @@
 """Every example runs and learns; the saved adapters load again."""
 
 import argparse
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -14,16 +12,9 @@ from nbclient import NotebookClient
 from peft import PeftModel
 
 import loralib
+from examples import decoder_lm, own_trainer, plain_loop, vision_transformer
 from loralib.stored_weight import stored_form
-
-FOLDER = Path(__file__).parents[1] / "examples"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from nlu import ROOT
 
 
 @pytest.fixture
@@ -39,43 +30,42 @@ def sst2(tmp_path):
     *(pytest.param(shape, [], marks=pytest.mark.slow) for shape in ("qwen2", "qwen3")),
 ])  # fmt: skip
 def test_decoder_lm(shape, quantise, sst2, tmp_path, capsys):
-    example = load("decoder_lm")
     text = ["--sst2", sst2] if shape == "llama" else []
-    losses = example.main(["--shape", shape, "--steps", "40", "--out", str(tmp_path / "a"), *text, *quantise])
+    losses = decoder_lm.main(["--shape", shape, "--steps", "40", "--out", str(tmp_path / "a"), *text, *quantise])
     assert sum(losses[-3:]) < sum(losses[:3]) - 2
     without, with_it = capsys.readouterr().out.splitlines()[-2:]
     held_out = [float(re.search(r"held-out loss ([\d.]+)", line)[1]) for line in (without, with_it)]
     assert held_out[1] < held_out[0] - 0.5
     arguments = argparse.Namespace(shape=shape, model=None, quantise=bool(quantise))
-    model = example.load_base(arguments)
+    model = decoder_lm.load_base(arguments)
     assert any(stored_form(p) == "quantised" for p in model.parameters()) is bool(quantise)
     config = loralib.load_adapter(model, tmp_path / "a/adapter")
     assert sum(config.ranks.values()) == 4 * len(config.ranks)
-    peft = PeftModel.from_pretrained(example.load_base(arguments), tmp_path / "a/peft_adapter").eval()
-    prompt = torch.tensor([list((b"a charming film 0 => " if text else example.LICENCE.read_bytes())[:8])])
-    generated = example.Bytes().decode(example.generate(model.eval(), prompt))
+    peft = PeftModel.from_pretrained(decoder_lm.load_base(arguments), tmp_path / "a/peft_adapter").eval()
+    prompt = torch.tensor([list((b"a charming film 0 => " if text else decoder_lm.LICENCE.read_bytes())[:8])])
+    generated = decoder_lm.Bytes().decode(decoder_lm.generate(model.eval(), prompt))
     assert with_it.endswith(f"generates {generated!r}")
     with torch.no_grad():
         torch.testing.assert_close(peft(prompt).logits, model(prompt).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_vision_transformer(tmp_path):
-    assert load("vision_transformer").main(["--steps", "60", "--out", str(tmp_path / "a")]) > 0.3  # chance is 0.1
+    assert vision_transformer.main(["--steps", "60", "--out", str(tmp_path / "a")]) > 0.3  # chance is 0.1
     assert loralib.read_adapter_config(tmp_path / "a").architecture == "ViTForImageClassification"
 
 
 def test_plain_loop():
-    before, after = load("plain_loop").main(["--steps", "150"])
+    before, after = plain_loop.main(["--steps", "150"])
     assert before < 0.5 and after > 0.9
 
 
 def test_own_trainer():
-    assert load("own_trainer").main(["--steps", "100"])["eval_accuracy"] > 0.3
+    assert own_trainer.main(["--steps", "100"])["eval_accuracy"] > 0.3
 
 
 def test_own_task_notebook(encoder_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
-    notebook = nbformat.read(FOLDER / "own_task.ipynb", as_version=4)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples/own_task.ipynb", as_version=4)
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert parameters.source.startswith("MODEL = ")
     parameters.source = f"MODEL = {str(encoder_path)!r}"
