@@ -1,14 +1,13 @@
 """The first losses of every method equal those in tests/nlu/golden_losses.json, which change only on purpose."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.losses import losses, machine, method_flags
+from nlu import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = json.loads((ROOT / "tests/nlu/golden_losses.json").read_text())
 
 

@@ -8,19 +8,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
 import loralib
+from tests.nlu.tiny import SIZES
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
 # Settings of an allocator over 40 steps.
 SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_steps": 40}
-
-# The configuration of a tiny encoder, and the settings that DeBERTa adds to it.
-SIZES = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
-}  # fmt: skip
-DEBERTA = {
-    "relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-    "pos_att_type": "p2c|c2p", "type_vocab_size": 0,
-}  # fmt: skip
 
 
 class Net(nn.Module):

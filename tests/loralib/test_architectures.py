@@ -10,7 +10,8 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from nlu.methods.method import head_parameters, train_only
 from nlu.model import head_modules
-from tests.loralib.small import DEBERTA, SIZES, decoder, encoder, gpt2, randomise, trainable
+from tests.loralib.small import decoder, encoder, gpt2, randomise, trainable
+from tests.nlu.tiny import DEBERTA, SIZES
 
 BERT = SIZES | {"max_position_embeddings": 64, "pad_token_id": 1}
 XLM = {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "n_words": 50, "max_position_embeddings": 64, "pad_index": 1}
@@ -18,7 +19,7 @@ ENCODERS = {
     "albert": BERT | {"embedding_size": 8},
     "bert": BERT,
     "deberta": BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
-    "deberta-v2": BERT | DEBERTA,
+    "deberta-v2": BERT | DEBERTA | {"position_buckets": 8},
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50},
     "electra": BERT | {"embedding_size": 8},
     "funnel": {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1], "vocab_size": 50},

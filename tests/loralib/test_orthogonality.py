@@ -9,10 +9,6 @@ import loralib
 from tests.loralib.small import blocks, matrices_of, trainable
 
 
-def model_of(widths, share_outer=False):
-    return blocks("multiscale", 4, std=1.0, seed=3, r=4, widths=widths, share_outer=share_outer)
-
-
 def norm_of_deviation(x, squared):
     """The Frobenius norm of xᵀx − I, or its square."""
     square = (x.T @ x - torch.eye(x.shape[1])).square().sum()
@@ -46,7 +42,7 @@ SHAPES = [((), False), ((2,), False), ((6,), False), ((20,), False), ((20,), Tru
 @pytest.mark.parametrize("squared", [False, True])
 def test_value_and_gradient_equal_the_loop(widths, share, terms, squared):
     """The first and the third of the layers have the same rank, the others have other ranks."""
-    model = model_of(widths, share)
+    model = blocks("multiscale", 4, std=1.0, seed=3, r=4, widths=widths, share_outer=share)
     for layer, pruned in zip(loralib.lora_layers(model).values(), (1, 2, 1), strict=False):
         layer.keep_singular_values(range(pruned, 4))
     value = loralib.compute_orth_regu(model, 0.3, terms, squared)

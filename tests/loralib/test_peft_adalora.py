@@ -9,8 +9,7 @@ from transformers import Trainer
 from loralib.interop.export import main
 from loralib.interop.peft_adalora import AdaLoraTraining, SortingAllocator
 from loralib.recipes.trainer import LowRankTrainerMixin
-from tests.loralib.small import trainable, training_arguments
-from tests.nlu.tiny import tiny_bert
+from tests.loralib.small import encoder, trainable, training_arguments
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
 ROWS = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(8)]
@@ -20,7 +19,7 @@ SCHEDULE = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 3, "deltaT": 1, "t
 def adalora(**options):
     torch.manual_seed(0)
     settings = SCHEDULE | {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"} | options
-    return get_peft_model(tiny_bert(), AdaLoraConfig(**settings))
+    return get_peft_model(encoder(), AdaLoraConfig(**settings))
 
 
 class MyTrainer(LowRankTrainerMixin, Trainer): ...
@@ -130,7 +129,7 @@ def test_best_checkpoint_is_saved_with_its_own_ranks(tmp_path, scores, live):
     pattern = model.peft_config["default"].rank_pattern
     assert pattern is None if live is None else sum(map(sum, pattern.values())) == live
     model.save_pretrained(tmp_path / "saved")
-    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "saved").eval()
+    again = PeftModel.from_pretrained(encoder(), tmp_path / "saved").eval()
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=1e-6)
 
 
@@ -146,11 +145,11 @@ def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, capsys
     model.peft_config["default"].rank_pattern = pattern
     expected = logits(model)
     model.save_pretrained(tmp_path / "ada")
-    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "ada").eval()
+    again = PeftModel.from_pretrained(encoder(), tmp_path / "ada").eval()
     torch.testing.assert_close(logits(again), expected)
     assert main([str(tmp_path / "ada"), "--to", "peft", str(tmp_path / "lora"), "--base", "some/base"]) == 0
     assert "2 modules of rank 2 to 3" in capsys.readouterr().out
-    lora = PeftModel.from_pretrained(tiny_bert(), tmp_path / "lora").eval()
+    lora = PeftModel.from_pretrained(encoder(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(lora), expected, atol=1e-5, rtol=1e-5)
     config = lora.peft_config["default"]
     assert type(config) is LoraConfig and config.base_model_name_or_path == "some/base"

@@ -9,7 +9,8 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
 from loralib.stored_weight import stored_form
-from tests.loralib.small import INPUTS, SIZES, Net, adapted, decoder, randomise, trainable
+from tests.loralib.small import INPUTS, Net, adapted, decoder, randomise, trainable
+from tests.nlu.tiny import SIZES
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch import nn
 
 import loralib
 from loralib.recipes.exact_factors import ExactFactors
+from nlu import ROOT
 from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, trainable
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def stepped(training, steps, optimizer=None):
@@ -96,7 +94,7 @@ def test_loss_scale_changes_no_mask(constraint):
 def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     """Stopping and resuming a training with the code in docs/library.md does not change a bit of it. From step 5 on
     the mask is fixed."""
-    text = (REPOSITORY / "docs/library.md").read_text()
+    text = (ROOT / "docs/library.md").read_text()
     blocks_of_code = re.findall(r"```python\n(.*?)```", text, re.S)
     save, load = (next(block for block in blocks_of_code if call in block) for call in ("torch.save(", "torch.load("))
     monkeypatch.chdir(tmp_path)

@@ -60,10 +60,6 @@ def pretended_device():
         yield
 
 
-def on_device(rows):
-    return {name: torch.stack([row[name] for row in rows]).to(DEVICE) for name in rows[0]}
-
-
 @pytest.fixture
 def no_contents(monkeypatch):
     """Disables the functions that read tensor contents once per training."""
@@ -82,7 +78,7 @@ def test_training_step_stays_on_the_device(name, dtype, no_contents):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    batch = on_device(rows[:BATCH])
+    batch = {name: torch.stack([row[name] for row in rows[:BATCH]]).to(DEVICE) for name in rows[0]}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
         step(applied, optimizer, batch)

@@ -11,7 +11,8 @@ from loralib.interop.precision import cast_frozen
 from nlu.methods._bottleneck_layer import BottleneckAdapter
 from nlu.methods.bottleneck import add_adapters
 from nlu.methods.registry import METHODS, method_arguments
-from tests.nlu.tiny import SHAPES, tiny_bert, tiny_classifier
+from tests.loralib import small
+from tests.nlu.tiny import SHAPES, SIZES
 
 INPUT = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 8, 3, 0]])
 
@@ -39,7 +40,7 @@ def test_adapter_starts_near_the_identity_and_computes_the_papers_formula():
 @pytest.mark.parametrize("model_type", SHAPES)
 @pytest.mark.parametrize("kind, a_layer", [("hadapter", 2), ("padapter", 1)])
 def test_adapters_are_placed_as_in_their_papers(model_type, kind, a_layer):
-    model = tiny_classifier(model_type).eval()
+    model = small.encoder(model_type, SIZES | SHAPES[model_type])
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapters = add_adapters(model, kind, 4)
     assert len(adapters) == 2 * a_layer
@@ -73,7 +74,7 @@ def apply_sora(model, modules, **flags):
 
 
 def test_sora_starts_at_the_base_and_is_lora_with_a_gate():
-    model = tiny_bert().eval()
+    model = small.encoder()
     expected = model(INPUT).logits
     apply_sora(model, "query,value", lora_r=3, lora_alpha=6.0)
     assert torch.equal(model(INPUT).logits, expected)
@@ -89,7 +90,7 @@ def test_sora_gates_follow_a_proximal_gradient_reference():
 
     The threshold is λ times the gates' own learning rate; the other parameters have a different rate.
     """
-    model = tiny_bert().eval()
+    model = small.encoder()
     gates = apply_sora(model, "query", lora_r=4, lora_alpha=4.0, sora_lambda=0.5).gates
     layer = next(iter(loralib.lora_layers(model).values()))
     values = [each.lora_E for each in loralib.lora_layers(model).values()]

@@ -10,10 +10,11 @@ import sys
 
 import pytest
 
+from nlu import ROOT
 from nlu.run_glue import main
 from tests.nlu import killed_runs
 from tests.nlu.killed_runs import EVENTS, WRITES, outcome, run_broken_off, run_killed
-from tests.nlu.tiny import OFFLINE, PATIENCE, REPOSITORY, changed, quick_peft_adalora, read, run_python, wait_until
+from tests.nlu.tiny import OFFLINE, PATIENCE, changed, quick_peft_adalora, read, run_python, wait_until
 
 TRIALS = int(os.environ.get("SOAK_TRIALS", "1"))  # each is killed twice
 # 50 rows give 7 batches of 8, so 4 optimiser steps an epoch; saving, evaluation and logging are at different steps.
@@ -112,9 +113,9 @@ def test_two_processes_resume_exactly(base_flags, tmp_path):
     does an error in both.
     """
     whole, broken, stopped = (flags_of(base_flags, tmp_path / name, TWO) for name in ("whole", "broken", "stopped"))
-    command = [sys.executable, *LAUNCH, str(REPOSITORY / "nlu" / "run_glue.py"), *stopped]
+    command = [sys.executable, *LAUNCH, str(ROOT / "nlu" / "run_glue.py"), *stopped]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    launcher = subprocess.Popen(command, cwd=REPOSITORY, env=OFFLINE, **pipes)
+    launcher = subprocess.Popen(command, cwd=ROOT, env=OFFLINE, **pipes)
     wait_until((tmp_path / "stopped" / "model" / "checkpoint-5").is_dir)
     launcher.terminate()
     _, told = launcher.communicate(timeout=PATIENCE)

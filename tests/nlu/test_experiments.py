@@ -5,16 +5,15 @@ import json
 import pytest
 import yaml
 
-from nlu import sweep
+from nlu import ROOT, sweep
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, label_of
 from nlu.json_yaml import parse_yaml, read_json
 from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC
-from tests.nlu.tiny import REPOSITORY
 
-FILES = [path for path in sorted((REPOSITORY / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
+FILES = [path for path in sorted((ROOT / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
 
 
 def test_parse_yaml_reads_signed_exponents_as_numbers_and_commits_and_dates_as_text():
@@ -41,10 +40,10 @@ def test_experiments_of_the_repository_load_and_run_glue_accepts_every_command(p
                 assert parsed[key] == value, key
 
 
-@pytest.mark.parametrize("lines", sorted(REPOSITORY.glob("results/measured/*.jsonl")), ids=lambda lines: lines.stem)
+@pytest.mark.parametrize("lines", sorted(ROOT.glob("results/measured/*.jsonl")), ids=lambda lines: lines.stem)
 def test_committed_lines_match_their_experiment_files(lines):
     """A final run's line has the arguments that its experiment file gives now: the same sweep would not repeat it."""
-    path = REPOSITORY / f"configs/experiments/{lines.stem}.yaml"
+    path = ROOT / f"configs/experiments/{lines.stem}.yaml"
     asked = {line["run"]: line["asked"] for line in map(json.loads, lines.open(encoding="utf-8"))}
     runs = load_experiment(path, {"model_name_or_path": "minilm"}).runs
     there = [run for run in runs if run.name in asked]
@@ -60,15 +59,15 @@ def test_every_claim_names_rows_that_its_experiment_has():
         base = max((base for base in METHODS if name.startswith(base)), key=len, default=name)
         return label_of(run, base)
 
-    for question in load_questions(REPOSITORY / "configs/experiments/claims.yaml"):
-        path = REPOSITORY / f"configs/experiments/{question.experiment}.yaml"
+    for question in load_questions(ROOT / "configs/experiments/claims.yaml"):
+        path = ROOT / f"configs/experiments/{question.experiment}.yaml"
         known = {row_of(run) for run in load_experiment(path, {"model_name_or_path": "m"}).runs}
         asked = {name for claim in question.claims for name in (claim.label, claim.against) if name}
         assert asked | set(question.against) <= known, question.question
-    for table in (REPOSITORY / "results/published").glob("*.json"):
+    for table in (ROOT / "results/published").glob("*.json"):
         rows = read_json(table).get("rows", [])
         assert {row["config"] for row in rows if isinstance(row, dict) and "config" in row} <= {
-            file.stem for file in (REPOSITORY / "configs/methods").glob("*.yaml")
+            file.stem for file in (ROOT / "configs/methods").glob("*.yaml")
         }
 
 

@@ -20,7 +20,8 @@ from nlu.methods.peft_methods import make_peft_config
 from nlu.methods.registry import METHODS, count_parameters, method_arguments
 from nlu.model import set_precision
 from nlu.run_glue import main
-from tests.nlu.tiny import DEBERTA_BASE, SHAPES, changed, make_encoder, quick_peft_adalora, read, run_python, tiny_bert
+from tests.loralib import small
+from tests.nlu.tiny import DEBERTA_BASE, SHAPES, changed, make_encoder, quick_peft_adalora, read, run_python
 
 CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs/methods").glob("*.yaml")}
 SIX = r"(attention\.(self\.(query|key|value)(_proj)?|output\.dense)|intermediate\.dense|(?<!attention\.)output\.dense)"
@@ -202,7 +203,7 @@ def test_width_of_shared_lora2_matches_loras_parameter_count(kind, shared, plain
 @pytest.mark.parametrize("method, shared", [("adalora", False), ("sora", False), ("lora2", False), ("lora2", True)])
 def test_live_parameters_are_those_that_compact_keeps(method, shared):
     """A layer without live singular values keeps none; a shared factor stays if one of its layers does."""
-    applied = apply(tiny_bert(), arguments_of(method, lora_share_outer=shared))
+    applied = apply(small.encoder(), arguments_of(method, lora_share_outer=shared))
     every = count_parameters(applied.model)["adapter_params"]
     for number, layer in enumerate(loralib.lora_layers(applied.model).values()):
         layer.lora_E.data = (torch.arange(8) < number % 9).float()
@@ -218,12 +219,12 @@ def test_live_parameters_are_those_that_compact_keeps(method, shared):
 def test_modules_that_would_be_silently_ignored_are_refused(method, modules, message):
     named = {"peft_config": {"peft_type": "LORA", "target_modules": ["value"]}} if method == "peft" else {}
     with pytest.raises(UsageError, match=message):
-        apply(tiny_bert(), arguments_of(method, lora_module=modules, **named))
+        apply(small.encoder(), arguments_of(method, lora_module=modules, **named))
 
 
 def test_a_config_saved_by_peft_trains_its_layers_and_the_head_once():
     saved = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "inference_mode": True}
-    model = tiny_bert()
+    model = small.encoder()
     apply(model, arguments_of("peft", peft_config=saved | {"modules_to_save": ["classifier", "score"]}))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sum("lora_" in name for name in trained) == 4 and not any("original_module" in name for name in trained)
@@ -235,7 +236,7 @@ def test_a_config_saved_by_peft_trains_its_layers_and_the_head_once():
 @pytest.mark.parametrize("method", ["lora2", "sora", "dora"])
 def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, modules, expected):
     """``.*`` also matches the pooler and the classifier; these are trained in full and get no update."""
-    model = tiny_bert()
+    model = small.encoder()
     apply(model, arguments_of(method, lora_module=modules))
     layers = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
     assert len(layers) == expected and all(".encoder." in name for name in layers)
@@ -245,7 +246,7 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
 def test_regulariser_dropout_and_precision_are_those_of_the_flags(base_flags):
     flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3", "--bf16"]
     arguments = parse_arguments([*base_flags, *flags, "--lora_dropout", "0.25"])
-    applied = apply(tiny_bert(), arguments)
+    applied = apply(small.encoder(), arguments)
     expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
     torch.testing.assert_close(applied.low_rank.penalty(), expected)
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
@@ -271,7 +272,7 @@ def test_programs_set_threads_and_refuse_wrong_flags_before_importing_torch():
 
 
 def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zeros():
-    applied = apply(tiny_bert(), arguments_of("peft_adalora"), 1000)
+    applied = apply(small.encoder(), arguments_of("peft_adalora"), 1000)
     with torch.no_grad():
         for layer in applied.low_rank.layers.values():
             layer.lora_E["default"][:3] = 0

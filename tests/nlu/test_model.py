@@ -18,8 +18,9 @@ from nlu.errors import UsageError
 from nlu.model import choose_head, limit_length, load_config, longest_input, without_weights
 from nlu.run_glue import main
 from nlu.tasks import TASKS
+from tests.loralib import small
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import SHAPES, changed, error_line, make_encoder, make_rows, read, tiny_classifier, write_rows
+from tests.nlu.tiny import SHAPES, SIZES, changed, error_line, make_encoder, make_rows, read, write_rows
 
 PERMUTED = ["Contradiction", "NEUTRAL", "entailment"]
 
@@ -133,7 +134,8 @@ def test_rows_are_cut_at_the_lowest_of_three_limits(base_flags, flag, own, cut):
 
 
 def test_position_embeddings_limit_the_input_length():
-    assert [longest_input(tiny_classifier(kind)) for kind in ("bert", "roberta", "deberta-v2")] == [64, 64, None]
+    limits = {kind: longest_input(small.encoder(kind, SIZES | shape)) for kind, shape in SHAPES.items()}
+    assert limits == {"bert": 64, "roberta": 64, "deberta-v2": None}
     assert longest_input(nn.ModuleDict({"wte": nn.Embedding(9, 2), "wpe": nn.Embedding(32, 2)})) == 32
     for kind in ("opt", "nystromformer", "openai-gpt"):
         with torch.device("meta"):

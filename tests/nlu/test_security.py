@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nlu import ROOT
 from nlu.run_glue import main
 from tests.nlu.killed_runs import run_broken_off
-from tests.nlu.tiny import REPOSITORY
 
 FOLDERS = ("loralib", "nlu", "scripts", "benchmarks", "examples")
-SOURCES = [path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py")]
+SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 
 
 def breaches(source: str) -> list[str]:

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import yaml
 
-from nlu import sweep
+from nlu import ROOT, sweep
 from nlu.errors import UsageError
 from nlu.experiments import launchers
 from nlu.experiments.experiment import make_experiment, portable
@@ -21,7 +21,7 @@ from nlu.runs.files import write_text
 from nlu.runs.machine import git_commit
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
-from tests.nlu.tiny import PATIENCE, REPOSITORY, wait_until
+from tests.nlu.tiny import PATIENCE, wait_until
 
 
 def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path):
@@ -113,7 +113,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_continues(tmp_path):
     content = BASIC | {"grid": ONE | {"seed": [1, 2]}, "base": base}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     command = [sys.executable, "nlu/sweep.py", str(path), *places_of(tmp_path)]
-    start = partial(subprocess.Popen, command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    start = partial(subprocess.Popen, command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process = start(text=True)
     wait_until(lambda: list(tmp_path.rglob("started")))
     process.send_signal(signal.SIGTERM)

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from loralib import lora_layers
 from loralib.recipes.trainer import LowRankTrainerMixin
+from nlu import ROOT
 from nlu.command_line import parse_arguments
 from nlu.data.batching import SeededRandomSampler
 from nlu.data.splits import load_data
@@ -21,7 +22,7 @@ from nlu.run_glue import main
 from nlu.runs.checkpoints import WholeCheckpoints
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, StepClock, trainer_arguments
-from tests.nlu.tiny import REPOSITORY, changed, read
+from tests.nlu.tiny import changed, read
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
 # 5.19 and 5.20 were tried too. With 5.12, pip installs older versions of tokenizers and huggingface_hub.
@@ -35,7 +36,7 @@ OVERRIDDEN = {
 
 def test_overridden_private_methods_of_the_trainer_are_those_that_were_tried():
     installed, (oldest, newest) = Version(transformers.__version__), map(Version, TRIED)
-    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
     allowed = next(Requirement(line) for line in lines if line.startswith("transformers"))
     assert oldest in allowed.specifier and Version(f"{oldest.major}.{oldest.minor - 1}") not in allowed.specifier
     assert oldest <= installed < Version(f"{newest.major}.{newest.minor + 1}"), "try this version and name it in TRIED"

@@ -13,17 +13,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertTokenizerFast
+from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
+from nlu import ROOT
 from nlu.command_line import method_file
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-GLUE = Path(os.environ.get("GLUE_TEST_DIR", REPOSITORY.parent / "shared" / "data" / "glue"))
+GLUE = Path(os.environ.get("GLUE_TEST_DIR", ROOT.parent / "shared" / "data" / "glue"))
 
 WORDS = "the a cat dog sat ran on under mat tree big small red old it was not very good bad".split()  # noqa: SIM905
-TINY = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-    "max_position_embeddings": 64,
+SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
 }  # fmt: skip
 DEBERTA = {
     "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
@@ -34,9 +33,9 @@ DEBERTA_BASE = DEBERTA | {
     "intermediate_size": 3072,
 }  # fmt: skip
 SHAPES = {
-    "bert": {},
+    "bert": {"max_position_embeddings": 64},
     "roberta": {"pad_token_id": 1, "max_position_embeddings": 66},
-    "deberta-v2": DEBERTA | {"position_buckets": 8},
+    "deberta-v2": DEBERTA | {"position_buckets": 8, "max_position_embeddings": 64},
 }
 
 
@@ -50,7 +49,7 @@ def make_encoder(folder: Path, model_type: str = "bert") -> Path:
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **TINY | {"vocab_size": len(vocabulary)} | SHAPES[model_type])
+    config = AutoConfig.for_model(model_type, **SIZES | {"vocab_size": len(vocabulary)} | SHAPES[model_type])
     AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
@@ -79,17 +78,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
             writer.writerows(rows)
     else:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def tiny_classifier(model_type: str) -> torch.nn.Module:
-    """A random classifier of two layers, in memory."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **TINY | {"vocab_size": 30} | SHAPES[model_type])
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-def tiny_bert() -> torch.nn.Module:
-    return tiny_classifier("bert")
 
 
 def tiny_run(encoder: Path, glue: Path, folder: Path) -> list[str]:
@@ -128,7 +116,7 @@ PATIENCE = 600  # seconds; only a hang takes this long, however loaded the machi
 OFFLINE = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run_python(*words: object, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
+def run_python(*words: object, folder: Path = ROOT) -> subprocess.CompletedProcess:
     """Run Python in a new process in ``folder``; the result has its output."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=folder, env=OFFLINE, capture_output=True, text=True, timeout=PATIENCE)

@@ -5,15 +5,14 @@ import json
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 
+from nlu import ROOT
 from nlu.command_line import parse_arguments
 from nlu.tasks import TASKS
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("run_*.sh"))
 BACKBONES = {"debertav3": "deberta-v3-base", "robertalarge": "roberta-large"}
 # The rows of the GLUE training sets, which determine the lengths of the published schedules.
