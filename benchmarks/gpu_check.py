@@ -30,10 +30,10 @@ from transformers.utils import logging
 from benchmarks import losses, run
 from benchmarks.peers import Shape
 from benchmarks.report import section
+from nlu import ROOT
 from nlu.runs.files import write_text
-from nlu.runs.machine import COMMIT, now
+from nlu.runs.machine import COMMIT, machine, now, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
@@ -229,29 +229,17 @@ def check_apart(name: str, seconds: float) -> dict[str, Any]:
     return {"check": name, "status": status, "found": found, "seconds": round(time.monotonic() - started, 1)}
 
 
-def machine() -> dict[str, Any]:
-    """Versions, processor and the GPU, if there is one."""
-    described = losses.machine()
-    if DEVICE == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        described |= {
-            "gpu": torch.cuda.get_device_name(0), "compute_capability": list(torch.cuda.get_device_capability(0)),
-            "gpu_memory_bytes": properties.total_memory, "cuda": torch.version.cuda,
-        }  # fmt: skip
-    return described
-
-
 def report(record: dict[str, Any]) -> str:
     """The results as Markdown."""
     results, found_on = record["results"], record["machine"]
     counts = {status: sum(r["status"] == status for r in results) for status in ("passed", "failed", "skipped")}
-    small = f"on a CPU ({found_on['cpu']}), in a small form: it shows that the checks work, and nothing about a GPU"
-    versions = ", ".join(f"{name} {version}" for name, version in found_on["versions"].items())
+    small = f"a CPU ({found_on['cpu']}), in a small form: it shows that the checks work, and nothing about a GPU"
+    shown = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"# GPU check {'on ' + found_on['gpu'] if 'gpu' in found_on else small}", "",
+        f"# GPU check on {small if found_on['device'] == 'cpu' else found_on['device']}", "",
         f"**{', '.join(f'{count} {status}' for status, count in counts.items())}** after {record['seconds']:.0f} s; "
         "a skipped check shows nothing.", "",
-        f"{record['started_at']}, commit {record['commit']}, {versions}", "",
+        f"{record['started_at']}, commit {record['commit']}, {shown}", "",
         "| check | result | seconds | what it shows if it passes |", "| --- | --- | ---: | --- |",
     ]  # fmt: skip
     lines += [f"| {r['check']} | {r['status']} | {r['seconds']} | {CHECKS[r['check']][0].__doc__} |" for r in results]
@@ -264,7 +252,7 @@ def run_checks(out: Path) -> list[dict[str, Any]]:
     """Run every check, within :data:`SECONDS` in total, and write the results so far after each."""
     started, results = time.monotonic(), []
     shares = [seconds for _, seconds in CHECKS.values()]
-    record = {"started_at": now(), "commit": COMMIT, "device": DEVICE, "machine": machine(), "results": results}
+    record = {"started_at": now(), "commit": COMMIT, "machine": machine(), "versions": versions(), "results": results}
     for i, name in enumerate(CHECKS):
         left = started + SECONDS - time.monotonic() - sum(shares[i + 1 :])
         print(f"{name}: at most {left:.0f} s", flush=True)

@@ -23,11 +23,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, default_data_collator
+from transformers import default_data_collator
 from transformers.utils import logging
 
+from benchmarks.peers import Shape, Trained, deberta, train_step
 from nlu.arguments import Arguments
 from nlu.command_line import METHOD_FOLDER, method_file, parse_arguments
 from nlu.errors import OneLineParser, UsageError, exit_code
@@ -61,15 +61,12 @@ def method_flags() -> dict[str, list[str]]:
 
 def problem() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
     """The model and the rows, on the CPU."""
-    torch.manual_seed(0)
-    config = DebertaV2Config(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, relative_attention=True, position_buckets=8, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0,
-        initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
-        num_labels=2,
+    shape = Shape("float32", 2, ((BATCH, TOKENS),), "cpu", hidden=32, intermediate=64, heads=4, vocabulary=VOCABULARY)
+    model = deberta(
+        shape, max_position_embeddings=64, position_buckets=8, initializer_range=0.2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
+        problem_type="single_label_classification",  # without it DeBERTa's loss makes the host wait
     )  # fmt: skip
-    model = DebertaV2ForSequenceClassification(config)
     ids = torch.randint(5, VOCABULARY, (ROWS, TOKENS))
     mask = (torch.arange(TOKENS) < torch.randint(3, TOKENS + 1, (ROWS, 1))).long()
     labels = (ids[:, 1] > VOCABULARY // 2).long()
@@ -107,19 +104,10 @@ def step(
     applied: AppliedMethod, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], autocast: bool = False
 ) -> torch.Tensor:
     """Take one step as the Trainer does, with only the model's and the method's own work. Returns the loss."""
-    labels = batch["labels"]
-    with torch.autocast(labels.device.type, torch.bfloat16, enabled=autocast):
-        logits = applied.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    loss = F.cross_entropy(logits.float(), labels) + applied.low_rank.penalty()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    applied.low_rank.before_step(optimizer)
-    optimizer.step()
-    applied.low_rank.after_step()
+    loss = train_step(Trained(applied.model, optimizer, autocast, applied.low_rank), batch)
     if applied.gates is not None:
         applied.gates.on_optimizer_step(None, None, None, optimizer=optimizer)
-    optimizer.zero_grad()
-    return loss.detach()
+    return loss
 
 
 class _Recording(GlueTrainer):

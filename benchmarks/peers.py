@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import signal
-import sys
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loralib
 from loralib.fused import product
@@ -104,16 +103,16 @@ class Trained:
     loop: loralib.LowRankTraining | PeftAdaLora | None = None
 
 
-def build_model(shape: Shape) -> nn.Module:
+def deberta(shape: Shape, **settings: Any) -> nn.Module:
     """DeBERTaV3 with random weights: no download, the same arithmetic."""
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
     torch.manual_seed(0)
     config = DebertaV2Config(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, intermediate_size=shape.intermediate, max_position_embeddings=512,
-        relative_attention=True, position_buckets=256, norm_rel_ebd="layer_norm", share_att_key=True,
-        pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, layer_norm_eps=1e-7, num_labels=2,
+        num_attention_heads=shape.heads, intermediate_size=shape.intermediate, relative_attention=True,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+        type_vocab_size=0, num_labels=2, **{"position_buckets": 256} | settings,
     )  # fmt: skip
     return DebertaV2ForSequenceClassification(config).train()
 
@@ -121,7 +120,7 @@ def build_model(shape: Shape) -> nn.Module:
 def build(peer: Peer, shape: Shape) -> Trained:
     """The peer's model, adapters and optimiser on the shape's device."""
     with torch.device(shape.device):  # a GPU draws the weights a hundred times faster
-        model = build_model(shape)
+        model = deberta(shape)
     half = shape.precision == "bfloat16"
     cast = half and peer.weights == "bfloat16"
     loop: loralib.LowRankTraining | PeftAdaLora | None = None
@@ -186,8 +185,9 @@ def make_batches(shape: Shape) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
-    """Do what transformers' Trainer does in a step: forward, backward, clip, update, with the method's own part."""
+def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Do what transformers' Trainer does in a step: forward, backward, clip, update, with the method's own part.
+    Returns the loss."""
     loop = trained.loop
     with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=trained.autocast):
         loss = trained.model(**batch).loss
@@ -201,6 +201,7 @@ def train_step(trained: Trained, batch: dict[str, torch.Tensor]) -> None:
     if loop is not None:
         loop.after_step()
     trained.optimizer.zero_grad()
+    return loss.detach()
 
 
 def method_step(trained: Trained) -> None:
@@ -251,9 +252,11 @@ class Limit:
                 product(values[weight.shape[1]], weight)
                 product(values[weight.shape[0]], weight.T)
 
-    def flops(self, tokens: int) -> int:
-        """Operations of `step`; a multiplication and an addition count as two."""
-        return self.layers * sum(4 * tokens * weight.numel() for weight in self.weights)
+
+def limit_flops(shape: Shape) -> float:
+    """Mean number of operations of a :class:`Limit`'s step; a multiplication and an addition count as two."""
+    weights = 4 * shape.hidden * shape.hidden + 2 * shape.intermediate * shape.hidden
+    return shape.layers * 4 * weights * statistics.fmean(rows * tokens for rows, tokens in shape.batches)
 
 
 # ---- the process of one peer ---------------------------------------------------------------------------------------
@@ -286,61 +289,56 @@ def _release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def serve(connection: Any, key: str, threads: int) -> None:
-    """Answer ("build", shape), ("step", n[, "last"]), ("method", n) and ("memory",) until the process is ended."""
+_here: dict[str, Any] = {}  # what this process has: its peer, its baseline of memory, its work, shape and batches
+
+
+def start(key: str, threads: int) -> None:
+    """Prepare this process for a peer. Libraries are loaded now, so that they count in the baseline."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent reports it
     torch.set_num_threads(threads)
+    import transformers.models.deberta_v2.modeling_deberta_v2  # noqa: F401
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    peer, state = PEERS[key], None
-    import transformers.models.deberta_v2.modeling_deberta_v2  # noqa: F401  (so that it counts in the baseline)
-
-    if peer.maker == "peft":
+    if PEERS[key].maker == "peft":
         import peft  # noqa: F401
-    baseline = _memory("cpu", reset=True)
-    while True:
-        request = connection.recv()
-        answer: Any = None
-        try:
-            if request[0] == "build":
-                state = None  # freed before the next model is built, so that it does not count in its peak
-                state = _built(peer, *request[1:])
-            else:
-                answer = _answer(request, peer, *state, baseline)
-        except Exception as error:
-            answer = error
-        connection.send(answer)
+    _here.update(peer=PEERS[key], baseline=_memory("cpu", reset=True))
 
 
-def _built(peer: Peer, shape: Shape) -> tuple[Shape, Any, list[dict[str, torch.Tensor]]]:
-    """Build the peer's work after memory was released. Returns the shape, the work and its batches."""
+def prepare(shape: Shape) -> None:
+    """Build the peer's work. An earlier one is freed before, so that it does not count in the peak."""
+    _here.update(work=None, batches=None)
     _release()
+    peer = _here["peer"]
     work = Limit(shape) if peer.maker == "limit" else build(peer, shape)
     _release()
     _memory(shape.device, reset=True)
-    return shape, work, make_batches(shape)
+    _here.update(work=work, shape=shape, batches=make_batches(shape))
 
 
-def _answer(request: tuple, peer: Peer, shape: Shape, work: Any, batches: list, baseline: int) -> Any:
-    kind, *values = request
-    if kind == "memory":
-        return max(0, _memory(shape.device, reset=False) - (0 if shape.device == "cuda" else baseline))
-    seconds = []
-    for i in range(values[0]):
-        batch = batches[i % len(batches)]
-        _synchronise(shape.device)
-        start = time.perf_counter()
-        if kind == "method":
-            method_step(work)
-        elif peer.maker == "limit":
-            work.step(batch["input_ids"].numel())
-        else:
-            train_step(work, batch)
-        _synchronise(shape.device)
-        seconds.append(time.perf_counter() - start)
-    if kind == "step" and isinstance(work, Limit):
-        return seconds, [work.flops(b["input_ids"].numel()) for b in batches]
-    if kind == "step" and work.loop and values[1:] == ["last"]:
-        prepare_method_step(work)
-    return seconds, None
+def _seconds(call: Callable[..., Any], *values: Any) -> float:
+    _synchronise(_here["shape"].device)
+    started = time.perf_counter()
+    call(*values)
+    _synchronise(_here["shape"].device)
+    return time.perf_counter() - started
+
+
+def steps() -> list[float]:
+    """Take a step on each batch. Returns their seconds."""
+    work, batches = _here["work"], _here["batches"]
+    if isinstance(work, Limit):
+        return [_seconds(work.step, batch["input_ids"].numel()) for batch in batches]
+    return [_seconds(train_step, work, batch) for batch in batches]
+
+
+def method_steps(count: int) -> list[float]:
+    """Do the method's own part of a step ``count`` times. Returns their seconds. No step can follow."""
+    prepare_method_step(_here["work"])
+    return [_seconds(method_step, _here["work"]) for _ in range(count)]
+
+
+def peak_memory() -> int:
+    """Peak bytes since the work was built, without the baseline."""
+    device = _here["shape"].device
+    return max(0, _memory(device, reset=False) - (0 if device == "cuda" else _here["baseline"]))

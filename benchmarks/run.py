@@ -21,6 +21,8 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.peers import PEERS, Shape, serve
+from benchmarks import peers
+from benchmarks.peers import PEERS, Shape, limit_flops
 from benchmarks.report import Measurement, section
 from nlu import tasks
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
@@ -114,8 +116,9 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
     return settings
 
 
-def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
-    """Estimated number of tokens of every training example: 1.3 per word and three special ones.
+def real_batches(task_name: str, glue_dir: str | None, batch: int, bucketed: bool) -> tuple[tuple[int, int], ...]:
+    """(rows, tokens) of a few batches whose mean cost is near an epoch's: the middles of equal parts of its batches
+    sorted by length. Each is padded to its longest text; they are made in buckets of lengths or in random order.
 
     Raises:
         UsageError: if the data cannot be read.
@@ -123,80 +126,49 @@ def token_lengths(task_name: str, glue_dir: str | None) -> list[int]:
     task = tasks.TASKS[task_name]
     rows = load_split(task, "train", glue_dir)
     words = [sum(len(text.split()) for text in texts) for texts in zip(*map(rows.get, task.text_fields), strict=True)]
-    return [SPECIAL_TOKENS + round(TOKENS_A_WORD * count) for count in words]
-
-
-def epoch_batches(lengths: list[int], batch: int, bucketed: bool) -> list[tuple[int, int]]:
-    """(rows, tokens) of each batch of an epoch, padded to its longest: in buckets of lengths, or in random order."""
+    lengths = [SPECIAL_TOKENS + round(TOKENS_A_WORD * count) for count in words]
     sampler = LengthBucketSampler(lengths, batch, seed=0) if bucketed else SeededRandomSampler(len(lengths), seed=0)
-    order = np.asarray(lengths)[list(sampler)]
-    return [(len(order[i : i + batch]), int(order[i : i + batch].max())) for i in range(0, len(order), batch)]
+    order = [lengths[row] for row in sampler]
+    parts = sorted((order[first : first + batch] for first in range(0, len(order), batch)), key=max)
+    middles = [parts[int((i + 0.5) * len(parts) / SAMPLED)] for i in range(SAMPLED)]
+    return tuple((len(part), max(part)) for part in middles)
 
 
-def real_batches(task_name: str, glue_dir: str | None, batch: int, bucketed: bool) -> tuple[tuple[int, int], ...]:
-    """A few batches whose mean cost is near the epoch's: the middles of equal parts of the batches sorted by length."""
-    batches = sorted(epoch_batches(token_lengths(task_name, glue_dir), batch, bucketed), key=lambda b: b[1])
-    return tuple(batches[int((i + 0.5) * len(batches) / SAMPLED)] for i in range(SAMPLED))
+def ask(workers: dict[str, ProcessPoolExecutor], key: str, call: Callable[..., Any], *values: Any) -> Any:
+    """Call a function in the process of a peer. Raises RuntimeError if the process has ended or the function raises."""
+    try:
+        return workers[key].submit(call, *values).result()
+    except BrokenProcessPool:
+        advice = "too little memory? measure fewer --peers at once, or a smaller --batch"
+        raise RuntimeError(f"the process of {key} ended: {advice}") from None
+    except Exception as error:
+        raise RuntimeError(f"{key}: {error}") from error
 
 
-class Workers:
-    """One process per peer, alive for the whole run."""
-
-    def __init__(self, peers: list[str], threads: int) -> None:
-        context = mp.get_context("spawn")
-        self.connections, self.processes = {}, []
-        for key in peers:
-            self.connections[key], theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, key, threads), daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process)
-
-    def ask(self, key: str, *request: Any) -> Any:
-        """Send a request and return the answer. Raises RuntimeError if the peer's process has ended or raises."""
-        try:
-            self.connections[key].send(request)
-            answer = self.connections[key].recv()
-        except (EOFError, OSError):
-            advice = "too little memory? measure fewer --peers at once, or a smaller --batch"
-            raise RuntimeError(f"the process of {key} ended: {advice}") from None
-        if isinstance(answer, Exception):
-            raise RuntimeError(f"{key}: {answer}") from answer
-        return answer
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.terminate()
-            process.join()
-
-
-def measure(workers: Workers, name: str, shapes: dict[str, Shape], rounds: int) -> list[Measurement]:
+def measure(
+    workers: dict[str, ProcessPoolExecutor], name: str, shapes: dict[str, Shape], rounds: int
+) -> list[Measurement]:
     """Time the steps of every peer in turn, after a warm-up round; then the methods' own part of a step by itself."""
     keys = list(shapes)
     seconds: dict[str, list[float]] = {key: [] for key in keys}
     method: dict[str, list[float]] = {key: [] for key in keys}
-    flops: dict[str, list[int]] = {}
     for key in tqdm(keys, desc=f"build: {name}", leave=False):
-        workers.ask(key, "build", shapes[key])
+        ask(workers, key, peers.prepare, shapes[key])
     for turn in tqdm(range(rounds + 1), desc=name, leave=False):
         # In another order each time: a peer runs with the caches and memory that the one before it left.
         for key in random.Random(turn).sample(keys, len(keys)):
-            count = len(shapes[key].batches)
-            times, products = workers.ask(key, "step", count, *(["last"] if turn == rounds else []))
-            if products is not None:
-                flops[key] = products
+            times = ask(workers, key, peers.steps)
             if turn > 0:
                 seconds[key].append(statistics.fmean(times))
-    memory = {key: workers.ask(key, "memory") for key in keys}
+    memory = {key: ask(workers, key, peers.peak_memory) for key in keys}
     with_method = [key for key in keys if PEERS[key].method in ("adalora", "lora2")]
     for _ in range(2 * rounds):
         for key in with_method:
-            times, _ = workers.ask(key, "method", 5)  # the first of them is a warm-up
-            method[key].append(statistics.median(times[1:]))
+            method[key].append(statistics.median(ask(workers, key, peers.method_steps, 5)[1:]))  # after a warm-up
     found = []
-    for key in keys:
-        tokens = statistics.fmean(rows * length for rows, length in shapes[key].batches)
-        work = statistics.fmean(flops[key]) if key in flops else None
+    for key, shape in shapes.items():
+        tokens = statistics.fmean(rows * length for rows, length in shape.batches)
+        work = limit_flops(shape) if key == "limit" else None
         found.append(Measurement(name, key, PEERS[key].title, seconds[key], method[key], tokens, memory[key], work))
     return found
 
@@ -211,7 +183,13 @@ def measure_all(
     """
     found: list[Measurement] = []
     name = "before the first setting"
-    workers = Workers(list(dict.fromkeys(key for _, shapes in settings for key in shapes)), arguments.threads)
+    context = mp.get_context("spawn")
+    workers = {
+        key: ProcessPoolExecutor(1, context, peers.start, (key, arguments.threads))
+        for key in dict.fromkeys(key for _, shapes in settings for key in shapes)
+    }
+    for worker in workers.values():
+        worker.submit(int)  # the processes start at the same time
     try:
         for name, shapes in tqdm(settings, desc="settings"):
             found += measure(workers, name, shapes, arguments.rounds)
@@ -220,7 +198,8 @@ def measure_all(
     except KeyboardInterrupt:
         return found, f"{name}: stopped", 128 + signal.SIGINT
     finally:
-        workers.close()
+        for worker in workers.values():
+            worker.shutdown(wait=False, cancel_futures=True)
     return found, None, 0
 
 

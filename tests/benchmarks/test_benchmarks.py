@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_check, run
-from benchmarks.peers import PEERS, Limit, Shape, build, make_batches, method_step, prepare_method_step, train_step
+from benchmarks import gpu_check, peers, run
+from benchmarks.peers import PEERS, Limit, Shape, build, limit_flops, make_batches, train_step
 from benchmarks.report import Measurement, section
 from tests.nlu.tiny import write_rows
 
@@ -33,8 +33,8 @@ def test_every_peer_lowers_its_loss(key, precision):
         train_step(trained, batch)
     assert losses[-1] < losses[0]
     if trained.loop is not None:
-        prepare_method_step(trained)
-        method_step(trained)
+        peers.prepare_method_step(trained)
+        peers.method_step(trained)
 
 
 def test_adapter_peers_train_the_same_number_of_parameters():
@@ -47,10 +47,10 @@ def test_adapter_peers_train_the_same_number_of_parameters():
 
 
 def test_limit_counts_its_floating_point_operations():
-    limit = Limit(dataclasses.replace(SMALL, layers=3))
+    shape = dataclasses.replace(SMALL, layers=3)
     forward = 2 * 12 * (4 * 24 * 24 + 2 * 24 * 32)
-    assert limit.flops(12) == 3 * 2 * forward
-    limit.step(12)
+    assert limit_flops(shape) == 3 * 2 * forward
+    Limit(shape).step(12)
 
 
 @pytest.mark.slow
