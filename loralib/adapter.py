@@ -302,8 +302,9 @@ def install(
     model.requires_grad_(False)
     for factor in factors_of(model):
         factor.requires_grad_(True)
-    for name, value in config.head_options().items() if config.head else ():  # what the head's outputs mean
-        setattr(model.config, name, value)
+    if config.head and hasattr(model, "config"):
+        for name, value in config.head_options().items():  # what the head's outputs mean
+            setattr(model.config, name, value)
     state = model.state_dict(keep_vars=True)
     for name in config.head:
         with torch.no_grad():
