@@ -172,7 +172,8 @@ TRAINING_FLAGS = (
     Flag("head_learning_rate", float, None,
          "Learning rate of the classification head. Default: --learning_rate.", POSITIVE),
     Flag("lr_scheduler_type", _SCHEDULES, "linear", "Learning-rate schedule after the warm-up (constant: no warm-up)."),
-    Flag("lr_scheduler_kwargs", json_object, None, "Further arguments of the schedule, as a JSON object."),
+    Flag("lr_scheduler_kwargs", json_object, None, "Further arguments of the schedule, as a JSON object (constant and "
+         "constant_with_warmup ignore them)."),
     Flag("warmup_steps", float, 0.0, "Warm-up steps; a value below 1 is a fraction of all steps.", NOT_NEGATIVE,
          ("warmup_ratio",)),
     Flag("schedule_steps", int, None, "Number of training steps that --warmup_steps, --init_warmup, --final_warmup and "

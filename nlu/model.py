@@ -109,7 +109,7 @@ def longest_input(model: Any) -> int | None:
     and BART, or rows beyond the configured maximum (Nyströmformer).
     """
     for name, table in model.named_modules():
-        if name.rpartition(".")[2] in _POSITIONS and hasattr(table, "padding_idx"):
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(table, nn.Embedding):
             first = 0 if table.padding_idx is None else table.padding_idx + 1
             rows = table.num_embeddings - getattr(table, "offset", first)
             return min(rows, getattr(getattr(model, "config", None), "max_position_embeddings", rows))

@@ -82,12 +82,14 @@ def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
 
 
 def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
-    """Load the base model of a loralib adapter, with the adapter's class and labels; ``source`` is a name or path.
+    """Load the base model of a loralib adapter, with its class and number of labels; ``source`` is a name or path.
 
     Raises:
         ValueError: as :func:`load_base`.
     """
-    options: dict[str, Any] = config.head_options() | revision_of(config.base_model, config.base_revision, source)
+    options: dict[str, Any] = revision_of(config.base_model, config.base_revision, source)
+    if config.base_config:
+        options["num_labels"] = len(config.base_config["id2label"])
     # The adapter's head replaces the checkpoint's, which may have another size.
     return load_base(source, config.architecture, ignore_mismatched_sizes=True, **options)
 

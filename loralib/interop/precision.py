@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from loralib.stored_weight import stored_form
 def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:
     """Store every frozen floating-point parameter in ``dtype``; trainable ones and the head's become float32.
 
-    If every linear layer of the model is trainable, nothing has been frozen for a training yet, and everything but the
-    head counts as frozen: cast first, then quantise or inject.
+    If every linear layer outside the head is trainable, nothing has been frozen for a training yet, and everything but
+    the head counts as frozen: cast first, then quantise or inject.
 
     The low-rank layers compute in the dtype of their frozen weight and accept inputs, factors and a bias in either
     dtype. Any other module with a trainable parameter of its own, or with a floating-point buffer beside its parameters
@@ -73,11 +73,12 @@ def _computing(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in parameters if p.is_floating_point()]
 
 
-def _kept_parameters(model: nn.Module, chosen: Iterable[nn.Module]) -> set[int]:
+def _kept_parameters(model: nn.Module, chosen: Collection[nn.Module]) -> set[int]:
     """Ids of the parameters that stay float32: trainable ones, those of the chosen modules, and all that one module
     uses together with such a parameter, also if modules share it."""
     parameters = list(model.parameters())
-    weights = [module.weight for module in model.modules() if is_linear(module)] or parameters
+    outside = [module for module in model.modules() if module not in chosen]
+    weights = [module.weight for module in outside if is_linear(module)] or parameters
     fresh = all(weight.requires_grad for weight in weights)
     kept = {id(p) for p in parameters if p.requires_grad and not fresh}
     kept.update(id(p) for module in chosen for p in module.parameters(recurse=False))

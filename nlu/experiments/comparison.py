@@ -106,7 +106,7 @@ def advice(every: pd.DataFrame) -> list[str]:
         sums = runs.rate_sum[runs.delta_norm.notna()]  # low-rank methods only
         if failed and (sums < SHORT).any():
             found.append(
-                f"{failed} (Λ, the sum of the learning rates, is {number(sums.min())}): train it longer, or raise its "
+                f"{failed} (Λ, the sum of the learning rates, is {sums.min():.2g}): train it longer, or raise its "
                 "learning rate."
             )
         elif failed:

@@ -26,7 +26,7 @@ COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "adapter_params",
     "head_params", "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget",
     "effective_batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions",
-    "machine", "git_commit", "module_ranks", "digests", "constant_loss",
+    "machine", "git_commit", "module_ranks", "digests", "constant_loss", "rate_sum",
 )  # fmt: skip
 
 
@@ -63,7 +63,6 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "arguments": not_default(record.get("arguments") or {}),
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
-        "rate_sum": rate_sum(record),
         "training_loss": training_losses(record),
         "delta_norm": norms[-1] if norms else None,  # ‖ΔW‖_F at the end, the mean over the adapted layers
     }
@@ -105,22 +104,6 @@ def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
     return portable({k: value for k, value in arguments.items() if k not in PLACE_ARGUMENTS and value is not None})
 
 
-def rate_sum(record: dict[str, Any]) -> float | None:
-    """Λ, the sum of the learning rates over the steps, interpolated between logging steps."""
-    history = record.get("history") or []
-    logged = {entry["step"]: entry["learning_rate"] for entry in history if entry.get("learning_rate") is not None}
-    if not logged or not record.get("steps"):
-        return None
-    arguments = record.get("arguments") or {}
-    if arguments.get("warmup_steps") and arguments.get("lr_scheduler_type") != "constant":
-        logged = {1: 0.0} | logged
-    return _six_digits(np.interp(np.arange(1, record["steps"] + 1), list(logged), list(logged.values())).sum())
-
-
-def _six_digits(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
 def training_losses(record: dict[str, Any]) -> list[float] | None:
     """The mean training loss in each twentieth of the steps; the last two are the last tenth of them.
 
@@ -131,7 +114,7 @@ def training_losses(record: dict[str, Any]) -> list[float] | None:
         return None
     steps, losses = zip(*logged, strict=True)
     by_step = np.repeat(losses, np.diff(steps, prepend=0))
-    return [_six_digits(part.mean()) for part in np.array_split(by_step, min(20, len(by_step)))]
+    return [float(f"{part.mean():.6g}") for part in np.array_split(by_step, min(20, len(by_step)))]
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class RunRecord(TrainerCallback):
         """Write the record with this status (running, finished, failed, interrupted), and return it."""
         evaluations, metric = self.evaluations(), self.trainer.task.metric
         best, best_step, last = best_and_last(evaluations, metric)
-        record = {
+        record = finite({
             "format_version": FORMAT_VERSION,
             "status": status,
             "error": self.error,
@@ -82,9 +82,9 @@ class RunRecord(TrainerCallback):
             "evaluations": evaluations,
             **self.progress(),
             "history": self.history(),
-        }
+        })  # fmt: skip
         if is_first():
-            write_json(self.path, finite(record))
+            write_json(self.path, record)
         self._last_write = time.monotonic()
         return record
 
@@ -101,6 +101,7 @@ class RunRecord(TrainerCallback):
             "planned_steps": self.trainer.state.max_steps,
             "train_seconds": seconds,
             "seconds_per_step": seconds / steps if steps else None,
+            "rate_sum": _rate_sum(self.trainer, steps),
             "peak_memory_bytes": max(self._peak_before, peak_memory_bytes()),
         }
 
@@ -160,6 +161,13 @@ def _constant_loss(trainer: Any) -> float | None:
     weights = None if trainer.class_weights is None else trainer.class_weights.tolist()
     labels, smoothing = trainer.train_dataset["labels"][:], trainer.args.label_smoothing_factor
     return constant_loss(trainer.task, labels, weights, smoothing)
+
+
+def _rate_sum(trainer: Any, steps: int) -> float | None:
+    """Λ, the sum of the learning rates over the steps; None before the first step of this process."""
+    if not steps or trainer.lr_scheduler is None:
+        return None
+    return trainer.args.learning_rate * sum(map(trainer.lr_scheduler.lr_lambdas[0], range(steps)))
 
 
 def say_outcome(record: dict[str, Any]) -> None:

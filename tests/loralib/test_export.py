@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
-from loralib.interop.export import main
+from loralib.interop.export import load_base_of, main
 from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, refused
 from tests.loralib.test_adapter_folder import FOLDER
+from tests.loralib.test_architectures import ENCODERS
 from tests.nlu.tiny import make_encoder
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -122,6 +123,18 @@ def test_exports_keep_the_order_of_the_labels(tmp_path):
         assert config.id2label == names and config.label2id == numbers and config.problem_type is None
     for written in (folder, tmp_path / "peft", tmp_path / "m"):
         assert "| labels | 0 contradiction, 1 neutral, 2 entailment |" in (written / "README.md").read_text()
+
+
+def test_the_padding_token_of_a_run_comes_after_the_base_is_built(tmp_path):
+    """Funnel zeroes the token's embedding if it is built with one, so that the base would not be the adapter's."""
+    model = encoder("funnel", ENCODERS["funnel"])
+    model.save_pretrained(tmp_path / "base")
+    loralib.inject(model, "lora", "all-linear")
+    model.config.pad_token_id = 0  # as the Trainer sets it from the tokenizer
+    folder = loralib.save_adapter(model, tmp_path / "a")
+    base = load_base_of(loralib.read_adapter_config(folder), str(tmp_path / "base"))
+    loralib.load_adapter(base, folder)
+    assert base.config.pad_token_id is None  # without a head the base's own configuration stays
 
 
 # ---- merged ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
-from nlu.methods.registry import METHODS, count_parameters, method_arguments
+from nlu.methods.registry import METHODS, _by_name, count_parameters, method_arguments
 from nlu.model import set_precision
 from nlu.run_glue import main
 from tests.loralib import small
@@ -291,3 +292,11 @@ def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zero
 def test_a_peft_config_that_would_train_something_else_is_refused(content, message):
     with pytest.raises(UsageError, match=message):
         make_peft_config(content, 10)
+
+
+def test_two_flags_or_methods_of_one_name_are_refused():
+    """One of them would be ignored, or change the published methods."""
+    lora = METHODS["lora"]
+    assert _by_name([lora, lora]) == {"lora": lora}
+    with pytest.raises(ValueError, match="two Methods are named lora"):
+        _by_name([lora, replace(METHODS["sora"], name="lora")])

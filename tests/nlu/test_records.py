@@ -12,7 +12,7 @@ from torch.nn import functional
 import loralib
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run, portable
-from nlu.experiments.records import measured_line, publish_run, rate_sum, read_lines, training_losses, write_line
+from nlu.experiments.records import measured_line, publish_run, read_lines, training_losses, write_line
 from nlu.metrics import constant_loss
 from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line
@@ -68,19 +68,6 @@ def test_constant_loss_is_the_lowest_cross_entropy_of_one_answer(weights, smooth
     lowest = minimize(loss, np.zeros(3)).fun
     assert constant_loss(TASKS["mnli"], labels, weights, smoothing) == pytest.approx(lowest, rel=1e-5)
     assert constant_loss(TASKS["stsb"], [1.0, 2.0, 5.0]) == pytest.approx(np.var([1, 2, 5]))
-
-
-@pytest.mark.parametrize("every", [1, 5, 10])
-def test_rate_sum_is_the_sum_of_the_learning_rates(every):
-    """Linear warm-up and decay; each logged entry has the learning rate that its step used."""
-    rates = [1e-2 * min(step / 10, (100 - step) / 90) for step in range(100)]
-    history = [{"step": step, "learning_rate": rates[step - 1]} for step in range(every, 101, every)]
-    record = {"history": history, "steps": 100, "arguments": {"warmup_steps": 10}}
-    assert rate_sum(record) == pytest.approx(sum(rates), rel=1e-5 if every == 1 else 0.02)
-    assert rate_sum({"history": []}) is None
-    constant = [{"step": step, "learning_rate": 0.01} for step in (50, 100)]
-    arguments = {"warmup_steps": 10, "lr_scheduler_type": "constant"}  # which has no warm-up
-    assert rate_sum(record | {"history": constant, "arguments": arguments}) == pytest.approx(1.0)
 
 
 def test_run_without_a_valid_result_counts_as_failed():

@@ -184,7 +184,7 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
     assert "All runs have the same score" in said({label: [0.5, 0.5, 0.5] for label in clear})
     lost = {"training_loss": [0.6] * 20, "constant_loss": 0.6}
     assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in said(clear, **lost)
-    started = "(Λ, the sum of the learning rates, is 0.20): train it longer, or raise its learning rate."
+    started = "(Λ, the sum of the learning rates, is 0.2): train it longer, or raise its learning rate."
     assert f"3 of 3 runs of LoRA r=8 learned nothing {started}" in said(clear, **lost, rate_sum=0.2)
     assert "Λ" not in said(clear, rate_sum=0.2)  # the runs have learned something
 
