@@ -140,3 +140,11 @@ def test_damaged_or_repeated_line_is_named(tmp_path, second):
 def test_portable_removes_folders_and_nothing_else(text, expected):
     assert portable({"a": [text, 1, None]}) == {"a": [expected, 1, None]}
     assert portable(expected) == expected
+
+
+def test_portable_keeps_a_name_on_the_hub_and_the_last_part_of_a_path():
+    for name, values, expected in (
+        ("model_name_or_path", ("a/bert", "/models/bert", "./x/bert"), ["a/bert", "bert", "bert"]),
+        ("peft_config", ('{"a": "b/c/d"}', "conf/a.json", "/x/a.json"), ['{"a": "b/c/d"}', "conf/a.json", "a.json"]),
+    ):
+        assert [portable({name: value})[name] for value in values] == expected
