@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForTokenClassification
 
@@ -20,21 +18,21 @@ from nlu.fast.first_token import enable_first_token
 from tests.nlu.tiny import DEBERTA
 
 
-def build(kind="deberta-v2", seed=0, implementation=None, **changes):
+def build(kind="deberta-v2", implementation=None, **changes):
     """A classifier without dropout whose weights are large enough for attention to be far from uniform."""
     settings = {
         "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
         "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0, "cls_dropout": 0.0,
     }  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **settings | (DEBERTA if kind == "deberta-v2" else {}) | changes)
     extra = {} if implementation is None else {"attn_implementation": implementation}
     return AutoModelForSequenceClassification.from_config(config, **extra).double().train()
 
 
-def batch(lengths=(11, 4, 7), longest=None):
-    longest = longest or max(lengths)
+def batch(lengths=(11, 4, 7)):
+    longest = max(lengths)
     generator = torch.Generator().manual_seed(longest)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(1, 200, mask.shape, generator=generator) * mask
@@ -150,26 +148,6 @@ def test_unsupported_models_are_not_changed(switch_on, model):
 # ---- DeBERTa's attention --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=10, deadline=None)
-@given(data=st.data())
-def test_deberta_attention_equals_stock_for_any_configuration(data):
-    draw = data.draw
-    buckets = draw(st.sampled_from([-1, 4, 8, 32, 256]))
-    model = build(
-        position_buckets=buckets,
-        max_relative_positions=draw(st.sampled_from([-1, 40] if buckets < 64 else [-1, 200])),
-        relative_attention=draw(st.sampled_from([True, True, True, False])),
-        pos_att_type=draw(st.sampled_from([[], ["c2p"], ["p2c"], ["p2c", "c2p"], ["c2p", "p2c"]])),
-        share_att_key=draw(st.booleans()),
-        num_attention_heads=draw(st.sampled_from([1, 2, 4])),
-        conv_kernel_size=draw(st.sampled_from([0, 3])),
-        seed=draw(st.integers(0, 100)),
-    )
-    lengths = draw(st.lists(st.integers(1, 60), min_size=1, max_size=3))
-    inputs = batch(lengths, longest=max(lengths) + draw(st.integers(0, 3)))
-    assert_same(outcome(fast_copy(model, "deberta attention"), inputs, True), outcome(model, inputs, True))
-
-
 BEYOND = {"max_position_embeddings": 60}  # the texts are longer than the largest relative position
 
 
@@ -180,9 +158,14 @@ BEYOND = {"max_position_embeddings": 60}  # the texts are longer than the larges
         (BEYOND | {"max_relative_positions": 60, "position_buckets": 16}, 150),
         (BEYOND | {"position_buckets": -1}, 150),
         ({"position_buckets": 152, "max_relative_positions": 80}, 150),  # buckets spread wider than the distances
+        ({"pos_att_type": ["c2p"], "position_buckets": 4}, 40),
+        ({"pos_att_type": ["p2c"], "num_attention_heads": 1}, 40),
+        ({"pos_att_type": [], "conv_kernel_size": 3}, 40),
+        ({"share_att_key": False, "position_buckets": 8}, 40),
+        ({"relative_attention": False}, 40),
     ],
 )
-def test_deberta_attention_equals_stock_for_long_texts(changes, length):
+def test_deberta_attention_equals_stock_for_any_length_and_configuration(changes, length):
     model, inputs = build(num_hidden_layers=1, **changes), batch([length, max(1, length // 2)])
     assert_same(outcome(fast_copy(model, "deberta attention"), inputs, True), outcome(model, inputs, True))
 
@@ -207,8 +190,6 @@ def test_deberta_attention_equals_stock_for_any_mask_and_fully_masked_rows(own):
 
 @pytest.mark.parametrize(("kind", "changes"), [
     ("bert", {"implementation": "eager"}), ("roberta", {}), ("deberta-v2", {"num_hidden_layers": 1}),
-    ("deberta-v2", {"share_att_key": False}), ("deberta-v2", {"pos_att_type": ["c2p"]}),
-    ("deberta-v2", {"relative_attention": False, "position_biased_input": True}),
     ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
 ])  # fmt: skip
 def test_one_token_is_enough_for_the_classifier(kind, changes):
@@ -236,20 +217,6 @@ def test_direct_call_of_the_encoder_gives_the_whole_sequence(kind):
     with pytest.raises((AttributeError, TypeError)):
         model(input_ids="no tensor")  # a failed call must not affect the next one
     assert model.base_model(**asked).last_hidden_state.shape[1] == 11
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])  # MPNet has no activation checkpointing
-def test_checkpointed_layers_are_recomputed_the_same_after_another_call(kind):
-    model, inputs = build(kind), batch()
-    expected = outcome(model, inputs)
-    speed_up(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    result = model(**inputs)
-    with torch.no_grad():
-        model(**inputs, output_hidden_states=True)
-    model.zero_grad()
-    result.loss.backward()
-    assert_same((result.logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}), expected)
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------
