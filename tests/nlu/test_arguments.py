@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
-from nlu import run_glue
+from nlu import fine_tuning, run_glue
 from nlu.arguments import TRAINING_FLAGS
 from nlu.command_line import fit_schedule, parse_arguments
 from nlu.errors import UsageError
@@ -32,7 +32,7 @@ def parse(text):
 
 
 def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
-    """Only its schedule is shortened to fit 60 rows; the original schedule is refused."""
+    """Only its schedule is shortened to fit 60 rows; the original schedule is refused before a model is loaded."""
     make_encoder(tmp_path / "microsoft" / "deberta-v3-base", "deberta-v2")
     for seed, (split, count) in enumerate({"train": 60, "validation_matched": 10, "validation_mismatched": 8}.items()):
         rows = make_rows(("premise", "hypothesis"), False, count, seed, labels=3)
@@ -55,6 +55,7 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
     assert {name: record["arguments"][name] for name in expected} == expected
     assert (tmp_path / "output/glue/mnli/adapter/adapter_config.json").is_file()
 
+    monkeypatch.setattr(fine_tuning, "load_model", lambda *_: pytest.fail("a model was loaded"))
     assert run_glue.main(PUBLISHED.split()) == 2
     error = capsys.readouterr().err
     assert "8000 + 50000 = 58000" in error and "the training has 14" in error and "--schedule_steps" in error
@@ -150,7 +151,8 @@ def test_training_flags_have_the_trainers_defaults():
     assert different == chosen_here
 
 
-def test_trainer_arguments_has_every_value_of_the_command(tmp_path):
+def test_trainer_arguments_has_every_value_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` may set it
     text = (
         f"{BASE} --root_output_dir {tmp_path} --eval_strategy steps --max_steps 7 --warmup_ratio 0.1 --adam_beta2 0.9"
     )
@@ -160,7 +162,8 @@ def test_trainer_arguments_has_every_value_of_the_command(tmp_path):
         assert getattr(training, name) == getattr(arguments, name), name
     assert training.max_steps == 7 and training.report_to == [] and training.output_dir == str(tmp_path / "model")
     assert training.metric_for_best_model == "eval_matthews_correlation" and training.greater_is_better
-    assert not training.bf16  # LoRA²'s layers and the head stay in float32 without autocast
+    # LoRA²'s layers and the head stay in float32 without autocast.
+    assert not training.bf16 and training.mixed_precision == "no"
     assert trainer_arguments(parse(f"{text} --bf16 --use_cpu --method full"), "matthews_correlation").bf16
 
 

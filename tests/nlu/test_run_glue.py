@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 import loralib
-from nlu import fine_tuning
+from nlu.command_line import parse_arguments
+from nlu.data.splits import load_data
+from nlu.fine_tuning import build_trainer
 from nlu.run_glue import main
 from nlu.runs.record import RunRecord
 from nlu.tasks import TASKS
@@ -59,14 +61,13 @@ def test_record_has_the_machine_that_took_the_last_step(finished):
     assert record.fields["machine"] == before["machine"]
 
 
-def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags, monkeypatch):
-    build, made = fine_tuning.GlueTrainer, []
-    monkeypatch.setattr(fine_tuning, "GlueTrainer", lambda *args: made.append(build(*args)) or made[0])
-    assert main([*own_flags, "--on_error", "skip", "--class_weights", "balanced", "--max_steps", "1"]) == 0
-    (trainer,) = made
+def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags):
+    arguments = parse_arguments([*own_flags, "--on_error", "skip", "--class_weights", "balanced"])
+    trainer, _ = build_trainer(arguments, load_data(arguments))
     counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
     torch.testing.assert_close(trainer.class_weights, 39 / (3 * counts.float()))
-    assert read(own_flags)["constant_loss"] == pytest.approx(math.log(3))  # of three classes that count equally
+    constant_loss = RunRecord(trainer, {}, None).fields["constant_loss"]
+    assert constant_loss == pytest.approx(math.log(3))  # of three classes that count equally
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
     losses = -logits.log_softmax(-1)[:4]
     own = losses[range(4), labels[:4]]
@@ -95,12 +96,6 @@ def test_finished_run_is_not_repeated_and_another_run_is_refused(base_flags, tmp
     assert (run / "results.json").read_bytes() == before
     assert main([*another, "--overwrite_output_dir"]) == 0
     assert read(base_flags)["arguments"]["lora_dropout"] == 0.1 and (run / "thesis.tex").read_text() == "mine"
-
-
-def test_wrong_flags_are_refused_before_a_model_is_loaded(base_flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fine_tuning, "load_model", lambda *args: pytest.fail("a model was loaded"))
-    assert main([*base_flags, "--method", "lora2", "--init_warmup", "4", "--final_warmup", "2"]) == 2
-    assert "4 + 2 = 6" in error_line(capsys) and not (tmp_path / "run").exists()
 
 
 SCHEDULE = ["--method", "lora2", "--init_warmup", "0", "--final_warmup", "0", "--mask_interval", "10"]
@@ -154,44 +149,30 @@ def test_mnlis_second_set_is_scored_separately_and_does_not_stop_training(base_f
 # ---- exact factors, own learning rates, and the adapter that a run saves or starts from -----------------------------
 
 
-@pytest.fixture
-def flags(base_flags):
-    """Flags of a run on sentence pairs at a constant learning rate."""
-    values = {"task_name": "mrpc", "max_steps": 4, "learning_rate": 2e-3, "eval_strategy": "no", "lora_r": None}
-    kept = changed(base_flags, **values, lora_alpha=None, root_output_dir=None)
-    return [*kept, "--lr_scheduler_type", "constant", "--save_total_limit", "9"]
-
-
-def run(flags, folder, *more):
-    assert main([*flags, *more, "--root_output_dir", str(folder)]) == 0
-    return json.loads((folder / "results.json").read_text())
-
-
-PLUS = ["--method", "lora2_plus"]
-
-
-def test_retraction_keeps_factors_orthonormal_and_own_rates_keep_the_weight_decay(flags, tmp_path):
-    record = run(flags, tmp_path, *PLUS, "--weight_decay", "0.1")
-    for name, factor in load_file(tmp_path / "model/checkpoint-4/trained.safetensors").items():
+def test_retraction_keeps_factors_orthonormal_and_own_rates_keep_the_weight_decay(base_flags, run_folder):
+    flags = changed(base_flags, max_steps=4, learning_rate=2e-3, eval_strategy="no", lora_r=None, lora_alpha=None)
+    options = ["--method", "lora2_plus", "--weight_decay", "0.1", "--lr_scheduler_type", "constant"]
+    assert main([*flags, *options]) == 0
+    checkpoint = run_folder / "model/checkpoint-4"
+    for name, factor in load_file(checkpoint / "trained.safetensors").items():
         if "lora_A" in name or "lora_B" in name:
             wide = (factor if factor.shape[0] <= factor.shape[1] else factor.T).double()
             assert torch.linalg.matrix_norm(wide @ wide.T - torch.eye(len(wide))) < 2e-6
-    entries = record["history"]
+    entries = read(flags)["history"]
     assert [entry["orthonormality"] < 2e-6 for entry in entries] == [True] * 4
     assert 0 < entries[0]["delta_norm"] < entries[-1]["delta_norm"]
     assert entries[-1]["smallest_value"] <= entries[-1]["largest_value"]
     by_type = [value for name, value in entries[-1].items() if name.startswith("delta_norm/")]
     assert sum(by_type) / len(by_type) == pytest.approx(entries[-1]["delta_norm"])  # as many layers of each type
-    groups = torch.load(tmp_path / "model/checkpoint-4/optimizer.pt", weights_only=True)["param_groups"]
+    groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
     decays = {(group["lr"], group["weight_decay"]) for group in groups if group["params"]}
     assert decays == {(2e-3, 0.1), (8e-3, 0.1), (1e-3, 0.1), (1e-3, 0.0)}  # factors, e, and the head with its biases
 
 
-def test_a_warm_start_of_exact_factors_needs_orthonormal_ones(flags, tmp_path, capsys):
-    run(flags, tmp_path / "plain", "--method", "lora2", "--rank_allocation", "False", "--max_steps", "1")
-    refused = [*flags, *PLUS, "--lora_path", str(tmp_path / "plain/adapter"), "--root_output_dir", str(tmp_path / "no")]
-    assert main(refused) == 2
-    assert "not orthonormal" in capsys.readouterr().err and not (tmp_path / "no").exists()
+def test_a_warm_start_of_exact_factors_needs_orthonormal_ones(base_flags, run_folder, finished, capsys):
+    options = ["--method", "lora2_plus", "--lora_k", "3", "--lora_path", str(finished[0] / "adapter")]
+    assert main([*base_flags, *options]) == 2
+    assert "not orthonormal" in error_line(capsys) and not run_folder.exists()
 
 
 def test_warm_start_takes_the_factors_and_records_the_source(base_flags, run_folder, finished):

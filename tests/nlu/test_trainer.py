@@ -21,7 +21,7 @@ from nlu.fine_tuning import build_trainer
 from nlu.run_glue import main
 from nlu.runs.checkpoints import WholeCheckpoints
 from nlu.tasks import TASKS
-from nlu.trainer import GlueTrainer, StepClock, trainer_arguments
+from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import changed, read
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
@@ -79,11 +79,6 @@ def test_seed_determines_the_initial_values(base_flags):
         starts.append([layer.lora_A[0] for layer in lora_layers(trainer.model).values()])
     for one, same, other in zip(*starts, strict=True):
         assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_precision_is_that_of_the_flags_under_accelerate_launch(base_flags, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert trainer_arguments(parse_arguments(base_flags), "accuracy").mixed_precision == "no"
 
 
 @pytest.mark.parametrize("task, rows, processes, accumulation", [
