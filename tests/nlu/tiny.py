@@ -1,6 +1,5 @@
 """Tiny encoders and tiny tasks on disk, so that a whole run takes a second or two."""
 
-import csv
 import json
 import os
 import random
@@ -10,8 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import torch
 from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
@@ -70,12 +68,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     """Write rows in the format that the suffix of the path names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pd.DataFrame(rows).to_parquet(path)
     elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        pd.DataFrame(rows).to_csv(path, index=False)
     else:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
