@@ -122,12 +122,9 @@ def test_wrong_flags_are_refused_in_one_line_before_any_run(call, tmp_path, flag
     assert not (tmp_path / "compare-cola").exists()
 
 
-def test_value_of_one_methods_flag_may_contain_a_colon():
-    spec = "lora2:lora_k=match:lora:lora_r=4"
-    assert compare._spec(spec) == {"method": "lora2", "lora_k": "match:lora", "lora_r": 4}
-
-
-def test_evaluation_is_every_eval_steps_if_they_are_given():
-    words = ["--methods", "lora", "--task_name", "cola", "--model_name_or_path", "base", "--eval_steps", "5", "--tune"]
-    args, rest = compare.own_parser().parse_known_args(words)
-    assert compare.plan(args, compare.flag_values(rest))[1].runs[0].arguments["eval_strategy"] == "steps"
+def test_plan_splits_a_methods_flags_at_their_colons_and_evaluates_every_eval_steps_if_they_are_given():
+    words = "--methods lora2:lora_k=match:lora:lora_r=4 --task_name cola --model_name_or_path base --eval_steps 5"
+    args, rest = compare.own_parser().parse_known_args(words.split())
+    found = compare.plan(args, compare.flag_values(rest))[1].runs[0].arguments
+    expected = {"method": "lora2", "lora_k": "match:lora", "lora_r": 4, "eval_strategy": "steps"}
+    assert {name: found[name] for name in expected} == expected
