@@ -116,12 +116,15 @@ def test_encoder_whose_shapes_differ_from_its_configuration_is_refused(base_flag
     assert "position_embeddings.weight has the shape (64, 16)" in error_line(capsys)
 
 
-def test_cls_dropout_sets_the_dropout_of_alberts_head(base_flags, tmp_path, monkeypatch):
+def test_cls_dropout_sets_that_of_alberts_head_and_is_refused_for_a_head_without_one(base_flags, tmp_path, monkeypatch):
     monkeypatch.setitem(SHAPES, "albert", {"embedding_size": 8})
     folder = make_encoder(tmp_path / "encoder", "albert")
     arguments = parse_arguments([*changed(base_flags, model_name_or_path=folder), "--cls_dropout", "0.37"])
     model = without_weights(arguments, load_config(arguments, TASKS["cola"])[0])
     assert model.dropout.p == 0.37
+    AutoConfig.for_model("gpt_neox").save_pretrained(folder)
+    with pytest.raises(UsageError, match="gpt_neox has no dropout of its own in the head"):
+        load_config(arguments, TASKS["cola"])
 
 
 @pytest.mark.parametrize(("flag", "own", "cut"), [(32, 60, 32), (99, 60, 60), (99, 10**30, 64)])
@@ -141,11 +144,3 @@ def test_position_embeddings_limit_the_input_length():
         with torch.device("meta"):
             model = AutoModel.from_config(AutoConfig.for_model(kind, max_position_embeddings=30))
         assert longest_input(model) == 30, kind
-
-
-def test_cls_dropout_of_a_head_without_one_is_refused(base_flags, tmp_path):
-    folder = make_encoder(tmp_path / "encoder")
-    AutoConfig.for_model("gpt_neox").save_pretrained(folder)
-    arguments = parse_arguments([*changed(base_flags, model_name_or_path=folder), "--cls_dropout", "0.3"])
-    with pytest.raises(UsageError, match="gpt_neox has no dropout of its own in the head"):
-        load_config(arguments, TASKS["cola"])
