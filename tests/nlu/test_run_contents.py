@@ -88,7 +88,7 @@ def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_pa
         folder_of(same, tmp_path, rows=16).state()
 
 
-def test_missing_predictions_of_a_finished_run_are_made(arguments, tmp_path):
+def test_missing_predictions_of_a_finished_run_are_made_and_what_they_replace_is_deleted(arguments, tmp_path):
     folder_of(arguments, tmp_path, "finished")
     asked = arguments | {"do_predict": True}
     assert folder_of(asked, tmp_path).state() == "resume"
@@ -96,18 +96,11 @@ def test_missing_predictions_of_a_finished_run_are_made(arguments, tmp_path):
     assert folder_of(asked, tmp_path).state() == folder_of(arguments, tmp_path).state() == "finished"
     edit(tmp_path / "glue/cola/test.jsonl", *FLIP)
     assert folder_of(asked, tmp_path).state() == "resume"
-    for name in ("model", "predictions"):
+    for name in ("model", "adapter", "predictions"):
         (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run/adapter/adapter_model.safetensors").touch()  # half an adapter: its configuration is written last
     folder_of(asked, tmp_path).clean("resume")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "results.json"}  # no older test file's
-
-
-def test_half_written_adapter_of_a_killed_run_is_deleted(arguments, tmp_path):
-    folder, half = folder_of(arguments, tmp_path, "failed"), tmp_path / "run/adapter"
-    half.mkdir()
-    (half / "adapter_model.safetensors").touch()  # the configuration is written last
-    folder.clean(folder.state())
-    assert not half.exists()
 
 
 def test_which_folders_a_run_may_write_to(arguments, tmp_path):
