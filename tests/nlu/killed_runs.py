@@ -83,11 +83,8 @@ def dying(point: str, step: int, die: Callable[[], None]):
         yield
 
 
-def run_killed(flags: list[str], point: str | None, step: int) -> None:
-    """Target of a process that kills itself at ``point``; if ``point`` is None, the run finishes."""
-    torch.set_num_threads(1)
-    if point is None:
-        sys.exit(run_glue.main(flags))
+def run_killed(flags: list[str], point: str, step: int) -> None:
+    """Target of a process that kills itself at ``point``."""
     with dying(point, step, kill):
         run_glue.main(flags)
 

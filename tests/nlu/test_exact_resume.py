@@ -55,6 +55,7 @@ SLOW_CASES = {
     "saved before the epoch is evaluated": (f"{EPOCHS} --save_steps 7 --method lora", 7),
     "early stopping at step 9": (STOPPED, 7),
     "stopped early": (STOPPED, 9),
+    "after the last step, best model": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 10),
     "only the best checkpoint": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8),
 }
 
@@ -65,14 +66,17 @@ SLOW_CASES = {
     + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW_CASES.items()],
 )
 def test_resume_from_a_checkpoint_is_exact(base_flags, tmp_path, monkeypatch, options, step):
+    """Also if the run's folder was moved."""
     monkeypatch.chdir(quick_peft_adalora(tmp_path).parent)
     assert main(flags_of(base_flags, tmp_path / "whole", options)) == 0
     flags = flags_of(base_flags, tmp_path / "broken", options)
     run_broken_off(flags, step)
     before = read(flags)
     (tmp_path / "broken/results.json").write_text(json.dumps(before | {"started_at": "2020-02-02T00:00:00+00:00"}))
+    (tmp_path / "broken").rename(tmp_path / "moved")
+    flags = changed(flags, root_output_dir=tmp_path / "moved")
     assert main(flags) == 0
-    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "moved") == outcome(tmp_path / "whole")
     assert (read(flags)["resumes"], read(flags)["started_at"]) == (1, "2020-02-02T00:00:00+00:00")
 
 
@@ -81,13 +85,7 @@ def test_run_killed_at_random_points_resumes_exactly(base_flags, tmp_path):
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tests.nlu.killed_runs"])  # each process starts with all modules imported
 
-    def start(flags, point, step):
-        process = processes.Process(target=run_killed, args=(flags, point, step))
-        process.start()
-        process.join(PATIENCE)
-        return process.exitcode
-
-    assert start(flags_of(base_flags, tmp_path / "whole", UNALIGNED), None, 0) == 0
+    assert main(flags_of(base_flags, tmp_path / "whole", UNALIGNED)) == 0
     expected = outcome(tmp_path / "whole")
     source = random.Random(int(os.environ.get("SOAK_SEED", "0")))
     for trial in range(TRIALS):
@@ -95,8 +93,11 @@ def test_run_killed_at_random_points_resumes_exactly(base_flags, tmp_path):
         first = source.randint(0, 5)
         points = [(source.choice(EVENTS + WRITES), step) for step in (first, source.randint(first, 7))]
         for point, step in points:
-            assert start(flags, point, step) == -signal.SIGKILL, (point, step)
-        assert start(flags, None, 0) == 0
+            process = processes.Process(target=run_killed, args=(flags, point, step))
+            process.start()
+            process.join(PATIENCE)
+            assert process.exitcode == -signal.SIGKILL, (point, step)
+        assert main(flags) == 0
         assert outcome(tmp_path / str(trial)) == expected, points
         assert not list((tmp_path / str(trial) / "model").glob(".*")), points
 

@@ -157,16 +157,6 @@ def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_checkpoint_named(fl
     assert outcome(run_folder) == expected
 
 
-@pytest.mark.slow
-def test_best_checkpoint_is_found_after_the_folder_was_moved(flags, run_folder, tmp_path):
-    flags = [*flags, "--load_best_model_at_end", "--eval_steps", "2", "--save_total_limit", "20"]
-    expected = straight_outcome(flags, run_folder)
-    run_broken_off(flags, 6)
-    run_folder.rename(tmp_path / "moved")
-    assert main([*flags, "--root_output_dir", str(tmp_path / "moved")]) == 0
-    assert outcome(tmp_path / "moved") == expected
-
-
 def test_two_signals_in_quick_succession_count_as_one():
     """A launcher and the terminal may both send one."""
     request = StopRequest()
