@@ -22,7 +22,7 @@ from nlu.experiments.statistics import (
     seeds_for,
     student_t,
 )
-from nlu.experiments.tables import claims_frame, score_frame, tuning_runs
+from nlu.experiments.tables import claims_frame, score_frame
 from tests.nlu.measured_lines import line, write
 
 
@@ -168,12 +168,6 @@ def test_planned_seed_a_hundred_above_a_failed_one_is_no_rerun():
     assert len(runs) == 4 and not runs.rerun.any() and set(runs.seed[runs.failed]) == {1}
 
 
-def test_score_is_that_of_the_weights_that_the_run_kept():
-    best = line("LoRA r=8", "cola", 1, [0.3, 0.5, 0.4], weights_step=200)  # --load_best_model_at_end
-    runs = as_frame([best, line("LoRA r=8", "cola", 2, [0.3, 0.5, 0.4], weights_step=300)])
-    assert list(runs["last"]) == [50, 40] and list(runs.loss) == pytest.approx([0.1 + 1 / 200, 0.1 + 1 / 300])
-
-
 def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_failure():
     rows = []
     for row, scores in (
@@ -197,11 +191,12 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
     assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
 
-def test_the_score_of_mnli_is_that_of_the_matched_set():
-    both = {"step": [1, 2], "loss": [0.5, 0.5], "accuracy": [0.8, 0.7], "mismatched_accuracy": [0.6, 0.5]}
+def test_score_is_that_of_the_weights_that_the_run_kept_on_mnlis_matched_set():
+    both = {"step": [1, 2], "loss": [0.5, 0.4], "accuracy": [0.8, 0.7], "mismatched_accuracy": [0.6, 0.5]}
     early = {"step": [1], "loss": [0.5], "accuracy": [0.8], "accuracy_mm": [0.6]}  # of 1,000 rows
     runs = as_frame(line("LoRA", "mnli", i, [0.8], evaluations=e, weights_step=1) for i, e in enumerate((both, early)))
     assert list(runs["last"]) == [80, 80] and list(runs.mismatched_accuracy.fillna(0)) == [60, 0]
+    assert list(runs.loss) == [0.5, 0.5]
 
 
 def test_the_test_score_is_of_the_tasks_own_test_set():
@@ -252,22 +247,14 @@ def test_seeds_with_other_settings_or_data_are_not_averaged():
     assert labels({"arguments": {"logging_steps": 5}}, {"arguments": {"report_to": ["wandb"]}}) == ["LoRA"] * 2
 
 
-def test_rates_with_names_of_their_own_are_a_tuning():
-    lines = [
-        line(f"{name}, LoRA", "cola", 1, [0.1], run=name, axes={"learning_rate": name}, asked={"learning_rate": rate})
-        for name, rate in (("low", 1e-3), ("high", 1e-2))
-    ]
-    tried = tuning_runs(as_frame(lines))
-    assert set(zip(tried.row, tried.value, strict=True)) == {("LoRA", 1e-3), ("LoRA", 1e-2)}
-
-
 def test_comparison_takes_the_best_rate_if_all_are_barred():
-    """A run that has learned nothing has a score; one that crashed has none."""
+    """A run that has learned nothing has a score; one that crashed has none. The rates have names of their own."""
 
     def tried(label, rate, score, **changes):
-        name = f"{label}, learning_rate={rate}"
-        axes = {"method": label, "learning_rate": rate, "task_name": "rte"}
-        same = {"axes": axes, "asked": axes | {"holdout_fraction": 0.1}, "training_loss": [0.7], "constant_loss": 0.7}
+        axes = {"method": label, "learning_rate": f"rate {rate}", "task_name": "rte"}
+        asked = axes | {"learning_rate": rate, "holdout_fraction": 0.1}
+        same = {"axes": axes, "asked": asked, "training_loss": [0.7], "constant_loss": 0.7}
+        name = f"{label}, rate {rate}"
         return line(name, "rte", 101, [score], run=name, **same, **changes)
 
     crashed = {"status": "failed", "evaluations": None, "last": None}
