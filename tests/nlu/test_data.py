@@ -22,14 +22,13 @@ from tests.nlu.tiny import GLUE, write_rows
 # ---- the reader ------------------------------------------------------------------------------------------------------
 
 
-def reader_of(kind: str, content: str | bytes, **how) -> Reader:
-    return Reader(io.BytesIO(content if isinstance(content, bytes) else content.encode()), "name", kind, **how)
+def reader_of(kind: str, content: str | bytes) -> Reader:
+    return Reader(io.BytesIO(content if isinstance(content, bytes) else content.encode()), "name", kind)
 
 
-def read(kind: str, content: str | bytes, *columns: str, **how):
+def read(kind: str, content: str | bytes, columns=("a", "b")):
     """(place, values) of each row."""
-    columns = columns or ("a", "b")
-    return [(row.place, [row.values[c] for c in columns]) for row in reader_of(kind, content, **how).good_rows(columns)]
+    return [(row.place, [row.values[c] for c in columns]) for row in reader_of(kind, content).good_rows(columns)]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r\0"), min_size=1, max_size=8)
@@ -83,7 +82,7 @@ def test_rows_and_places_of_unusual_files(kind, content, row):
 )
 def test_the_first_fault_is_named_with_its_place(kind, content, message):
     with pytest.raises(UsageError, match=message):
-        read(kind, content, "a")
+        read(kind, content, ["a"])
 
 
 def test_damaged_csv_rows_do_not_affect_later_rows():

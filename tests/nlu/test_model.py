@@ -46,7 +46,6 @@ def flags_of(base_flags, folder, task, *more):
     ("mnli", ["joy", "anger", "fear"], None, ("entailment", "neutral", "contradiction"), "the labels joy"),
     ("mnli", PERMUTED, "regression", ("entailment", "neutral", "contradiction"), "regression"),
     ("rte", PERMUTED, None, ("entailment", "not_entailment"), "Contradiction"),
-    ("rte", ["score"], "regression", ("entailment", "not_entailment"), "regression"),
     ("stsb", ["similarity"], None, None, None),
     ("stsb", ["toxic"], "multi_label_classification", None, "exclude"),
 ])  # fmt: skip

@@ -15,50 +15,44 @@ from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
 from tests.nlu.tiny import write_rows
 
-ALL = ("train", "eval", "predict")
-
 
 def load(need=("train", "eval"), **given):
     flags = [*(f"--{name}={value}" for name, value in given.items()), *(f"--do_{name}" for name in need)]
     return load_data(parse_arguments(["--model_name_or_path=m", "--root_output_dir=out", "--learning_rate=1", *flags]))
 
 
-def loaded(need=("train", "eval"), **given):
-    return load(need, **given).rows
-
-
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def test_held_out_rows_are_not_trained_on_and_replace_every_validation_set(tiny_glue):
-    rows = loaded(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25)
+    rows = load(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25).rows
     assert set(rows) == {"train", "validation_matched"} and len(rows["validation_matched"]) == math.ceil(50 / 4)
     assert sorted([*rows["train"]["idx"], *rows["validation_matched"]["idx"]]) == list(range(50))
-    again, other = (loaded(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25, holdout_seed=seed)
+    again, other = (load(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25, holdout_seed=seed).rows
                     for seed in (0, 6))  # fmt: skip
     assert again["train"]["idx"][:] == rows["train"]["idx"][:] != other["train"]["idx"][:]
-    few = loaded(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25, max_train_samples=9)
+    few = load(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25, max_train_samples=9).rows
     assert few["train"]["idx"][:] == rows["train"]["idx"][:9] and len(few["validation_matched"]) == 13
 
 
 def test_held_out_rows_of_own_files_are_stratified_by_class(tmp_path):
     lines = [{"id": f"n{i}", "text": f'"a,\n{i}', "label": "rare" if i % 10 == 0 else "common"} for i in range(60)]
     write_rows(tmp_path / "all.csv", lines)
-    rows = loaded(train_file=tmp_path / "all.csv", text_columns="text", holdout_fraction=0.5)
+    rows = load(train_file=tmp_path / "all.csv", text_columns="text", holdout_fraction=0.5).rows
     parts = [rows[part]["label"] for part in ("train", "validation")]
     assert [np.bincount(labels).tolist() for labels in parts] == [[27, 3], [27, 3]]
 
 
 def test_glue_dir_flag_overrides_the_environment(tiny_glue, monkeypatch):
     monkeypatch.setenv("GLUE_DIR", "nowhere")
-    assert len(loaded(task_name="cola", glue_dir=str(tiny_glue))["train"]) == 50
+    assert len(load(task_name="cola", glue_dir=str(tiny_glue)).rows["train"]) == 50
     with pytest.raises(UsageError, match="no train split of cola: looked for nowhere"):
-        loaded(task_name="cola", glue_dir="nowhere")
+        load(task_name="cola", glue_dir="nowhere")
 
 
 def test_every_split_has_its_own_limit(tiny_glue):
     limits = {"max_train_samples": 9, "max_eval_samples": 7, "max_predict_samples": 5}
-    rows = loaded(ALL, task_name="cola", glue_dir=str(tiny_glue), **limits)
+    rows = load(("train", "eval", "predict"), task_name="cola", glue_dir=str(tiny_glue), **limits).rows
     assert {name: each["idx"][:] for name, each in rows.items()} == {
         "train": list(range(9)), "validation": list(range(7)), "test": list(range(5)),
     }  # fmt: skip
@@ -66,13 +60,13 @@ def test_every_split_has_its_own_limit(tiny_glue):
 
 def test_mnlis_mismatched_set_is_scored_only_if_it_is_complete(tiny_glue, monkeypatch, caplog):
     given = {"task_name": "mnli", "glue_dir": str(tiny_glue)}
-    assert set(loaded(**given)) == {"train", "validation_matched"}
+    assert set(load(**given).rows) == {"train", "validation_matched"}
     assert "validation_mismatched has 14 rows instead of the official 9832: it is not scored" in caplog.text
     monkeypatch.setitem(vars(TASKS["mnli"]), "second_rows", 14)
-    assert {name: len(each) for name, each in loaded(**given).items()} == {
+    assert {name: len(each) for name, each in load(**given).rows.items()} == {
         "train": 50, "validation_matched": 20, "validation_mismatched": 14,
     }  # fmt: skip
-    assert set(loaded(**given, max_eval_samples=7)) == {"train", "validation_matched"}
+    assert set(load(**given, max_eval_samples=7).rows) == {"train", "validation_matched"}
 
 
 # ---- the order of the classes ----------------------------------------------------------------------------------------
@@ -80,7 +74,7 @@ def test_mnlis_mismatched_set_is_scored_only_if_it_is_complete(tiny_glue, monkey
 
 def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tiny_glue, tmp_path):
     task, order = TASKS["mnli"], ("neutral", "contradiction", "entailment")  # its inverse is another order
-    rows = loaded(["train"], task_name="mnli", glue_dir=str(tiny_glue))
+    rows = load(["train"], task_name="mnli", glue_dir=str(tiny_glue)).rows
     reordered = reorder_labels(task, order)
     labels = tokenize(reordered, rows, make_tokenizer())[0]["train"]["labels"]
     assert [order[label] for label in labels] == [task.labels[label] for label in rows["train"]["label"]]
@@ -146,7 +140,7 @@ def test_hidden_labels_are_left_out_and_known_ones_are_kept(task, labels, there)
 
 
 def test_training_rows_keep_their_order_and_others_are_sorted_by_length(tiny_glue):
-    rows = loaded(task_name="cola", glue_dir=str(tiny_glue))
+    rows = load(task_name="cola", glue_dir=str(tiny_glue)).rows
     tokens, _ = tokenize(TASKS["cola"], rows, make_tokenizer())
     assert tokens["train"]["idx"][:] == rows["train"]["idx"][:] and tokens["train"].cache_files == []
     order = list(zip(tokens["validation"]["length"], tokens["validation"]["idx"], strict=True))
