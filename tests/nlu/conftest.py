@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from nlu import fine_tuning, run_glue, sweep
+from nlu.tasks import TASKS
 from tests.nlu.sweeps import places_of, without_processes
 from tests.nlu.tiny import changed, make_encoder, make_rows, read, tiny_run, write_rows
 
@@ -21,17 +22,13 @@ def encoder(tmp_path_factory):
 def tiny_glue(tmp_path_factory):
     """GLUE folder with tiny cola (one sentence), mrpc (pairs), stsb (regression) and mnli (two validation sets)."""
     root = tmp_path_factory.mktemp("glue")
-    for task, fields, regression, labels in (
-        ("cola", ("sentence",), False, 2),
-        ("mrpc", ("sentence1", "sentence2"), False, 2),
-        ("stsb", ("sentence1", "sentence2"), True, 1),
-        ("mnli", ("premise", "hypothesis"), False, 3),
-    ):
-        names = {"train": 50, "validation": 20, "test": 12}
-        if task == "mnli":
-            names = {"train": 50, "validation_matched": 20, "validation_mismatched": 14}
-        for seed, (split, count) in enumerate(names.items()):
-            write_rows(root / task / f"{split}.jsonl", make_rows(fields, regression, count, seed, labels))
+    for name in ("cola", "mrpc", "stsb", "mnli"):
+        task, sizes = TASKS[name], {"train": 50, "validation": 20, "test": 12}
+        if name == "mnli":
+            sizes = {"train": 50, "validation_matched": 20, "validation_mismatched": 14}
+        for seed, (split, count) in enumerate(sizes.items()):
+            rows = make_rows(task.text_fields, task.is_regression, count, seed, task.num_labels)
+            write_rows(root / name / f"{split}.jsonl", rows)
     return root
 
 
