@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from safetensors import SafetensorError
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import set_seed
@@ -27,6 +26,7 @@ from nlu.experiments.records import publish_run
 from nlu.fast.sharding import without_accelerates_own
 from nlu.json_yaml import read_json
 from nlu.methods.registry import METHODS, apply_without_weights
+from nlu.metrics import constant_loss
 from nlu.model import limit_length, load_config, load_model, set_precision, without_weights
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint
@@ -89,7 +89,7 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     """Load the model and apply the method; cheap checks come first. Of the run's folder only an empty model/ is made.
 
     Returns:
-        The trainer, and what the record says of its data and of the adapter that it starts from.
+        The trainer, and what the record says of its data, of the loss of a constant answer, and of a warm start.
     """
     total_steps = planned_steps(arguments, len(data.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
@@ -100,7 +100,8 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     apply_without_weights(blank, arguments, total_steps)
     task = data.task if data.task.is_regression else reorder_labels(data.task, list(config.id2label.values()))
     splits, cut = tokenize(task, data.rows, tokenizer)
-    weights = class_weights(arguments, task, splits.get("train"))
+    labels = np.array(splits["train"]["labels"][:]) if "train" in splits else None
+    weights = class_weights(arguments, task, labels)
 
     set_seed(training.seed)
     with without_accelerates_own() as sharded:
@@ -125,7 +126,8 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
         trainer.optimizer = trainer.lr_scheduler = None
     if training.process_index > 0:  # until here all processes drew the same numbers; now each has its own dropout masks
         torch.manual_seed(training.seed + training.process_index)
-    return trainer, {"data": describe(data, cut), "warm_start": warm_start}
+    constant = None if labels is None else constant_loss(task, labels, weights, arguments.label_smoothing_factor)
+    return trainer, {"data": describe(data, cut), "warm_start": warm_start, "constant_loss": constant}
 
 
 def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:
@@ -160,7 +162,7 @@ def _publish(arguments: Arguments, record: dict[str, Any]) -> None:
         say(f"line:    {path}")
 
 
-def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> list[float] | None:
+def class_weights(arguments: Arguments, task: Task, labels: np.ndarray | None) -> list[float] | None:
     """The weight n / (classes · rows of the class) of each class in the training loss; None if all count equally.
 
     Raises:
@@ -170,10 +172,10 @@ def class_weights(arguments: Arguments, task: Task, train: Dataset | None) -> li
     if task.is_regression and (asked or arguments.label_smoothing_factor):
         flag = "class_weights" if asked else "label_smoothing_factor"
         raise UsageError(f"--{flag} is for classification, but the labels of {task.name} are numbers: leave it out")
-    if asked is None or train is None:
+    if asked is None or labels is None:
         return None
     try:
-        return compute_class_weight(asked, classes=np.arange(task.num_labels), y=np.array(train["labels"][:])).tolist()
+        return compute_class_weight(asked, classes=np.arange(task.num_labels), y=labels).tolist()
     except ValueError as error:
         raise UsageError(f"--class_weights: not every class has a training row ({reason(error)})") from None
 

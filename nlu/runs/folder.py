@@ -78,8 +78,16 @@ class RunFolder:
             UsageError: if the folder holds another run and --overwrite_output_dir is not given, or files without a
                 run's record.
         """
-        previous = self._previous()
+        try:
+            previous = read_json(self.path / RECORD, "give --overwrite_output_dir to start the run again")
+        except UsageError:
+            if self.arguments.overwrite_output_dir:
+                return "new"
+            raise
         if previous is None:
+            own = [name for name in PARTS if name != "log" and (self.path / name).exists()]
+            if own:
+                raise UsageError(f"{self.path} holds {own[0]} but no run's {RECORD}: name another --root_output_dir")
             return "new"
         differences, finished = self._differences(previous), previous.get("status") == "finished"
         if self.arguments.overwrite_output_dir and (differences or finished):
@@ -90,20 +98,6 @@ class RunFolder:
                 "--root_output_dir, or give --overwrite_output_dir (sweep.py: --rerun_changed) to replace the run"
             )
         return "finished" if finished and not self._lacks_predictions(previous) else "resume"
-
-    def _previous(self) -> dict[str, Any] | None:
-        """The record in the folder; None if the run starts from scratch."""
-        try:
-            previous = read_json(self.path / RECORD, "give --overwrite_output_dir to start the run again")
-        except UsageError:
-            if self.arguments.overwrite_output_dir:
-                return None
-            raise
-        if previous is None:
-            own = [name for name in PARTS if name != "log" and (self.path / name).exists()]
-            if own:
-                raise UsageError(f"{self.path} holds {own[0]} but no run's {RECORD}: name another --root_output_dir")
-        return previous
 
     def _differences(self, previous: dict[str, Any]) -> list[str]:
         """How this run differs from the recorded one; an argument with a digest is compared by the digest alone.

@@ -15,7 +15,6 @@ from nlu.command_line import given_command
 from nlu.data.batching import effective_batch_size
 from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
-from nlu.metrics import constant_loss
 from nlu.runs.files import write_json
 from nlu.runs.folder import RECORD
 from nlu.runs.log import say
@@ -53,7 +52,6 @@ class RunRecord(TrainerCallback):
             "initial_budget": ranks.initial_total_rank if ranks else None,
             "final_budget": ranks.target_total_rank if ranks else None,
             "effective_batch_size": effective_batch_size(arguments),
-            "constant_loss": _constant_loss(trainer),
             "arguments": arguments.values,
             "command": given_command(),
             **facts,
@@ -153,14 +151,6 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
         f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
         f"{rate}batch {record['effective_batch_size']}, seed {record['seed']}"
     )
-
-
-def _constant_loss(trainer: Any) -> float | None:
-    if trainer.train_dataset is None:
-        return None
-    weights = None if trainer.class_weights is None else trainer.class_weights.tolist()
-    labels, smoothing = trainer.train_dataset["labels"][:], trainer.args.label_smoothing_factor
-    return constant_loss(trainer.task, labels, weights, smoothing)
 
 
 def _rate_sum(trainer: Any, steps: int) -> float | None:
