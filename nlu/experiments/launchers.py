@@ -30,17 +30,14 @@ class LocalLauncher:
             UsageError: the command cannot be run at all.
         """
         with open(log, "ab") as output:
-            try:
-                return LocalJob(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=self.environment,
-                    start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
-                )
-            except OSError as error:
-                raise UsageError(f"cannot run {command[0]}: {error.strerror}; check --command") from None
+            return LocalJob(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.environment,
+                start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
+            )
 
 
 class LocalJob(subprocess.Popen):

@@ -86,7 +86,7 @@ class Sweep:
             UsageError: runs were made with other arguments or contents (without `rerun_changed`), the folder is in use,
                 or the first run cannot be started.
         """
-        for folder in (self.folder, self.measured.parent):
+        for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".lock", f"another sweep is running in {self.folder}; wait for it or stop it"):
             states = self.states()
@@ -127,11 +127,14 @@ class Sweep:
             while (pending and not self.signals) or running:
                 while pending and not self.signals and len(running) < launcher.jobs:
                     run = pending.pop(0)
-                    overwrite = states[run.name] == "failed" or rerun_changed
-                    found = self.record_time(run)
+                    command, found = self.command_line(run), self.record_time(run)
+                    if states[run.name] == "failed" or rerun_changed:
+                        command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
+                    if states[run.name] in ("failed", "changed"):
+                        write_line(self.measured, run.name, None)
                     try:
-                        running[run.name] = run, found, self._start(launcher, run, states[run.name], overwrite)
-                    except UsageError as error:
+                        running[run.name] = run, found, launcher.start(command, self.log(run))
+                    except UsageError as error:  # from a cluster
                         if not running and not self.finished:  # the others would be refused as well
                             raise
                         self.failures[run.name] = str(error)
@@ -153,18 +156,6 @@ class Sweep:
             raise
         finally:
             bar.close()
-
-    def _start(
-        self, launcher: LocalLauncher | SlurmLauncher, run: Run, state: str, overwrite: bool
-    ) -> LocalJob | SlurmJob:
-        """Remove a run's old line and start it; `overwrite` replaces another run in its folder and resumes its own."""
-        command, log = self.command_line(run), self.log(run)
-        if overwrite:
-            command.append("--overwrite_output_dir")
-        if state in ("failed", "changed"):
-            write_line(self.measured, run.name, None)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        return launcher.start(command, log)
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""
