@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         from nlu.predictor import load_predictor  # imported here so that a bad file is refused before libraries load
 
         predictor = load_predictor(arguments)
-        keep = not reader.typed if arguments.keep_columns is None else arguments.keep_columns
+        keep = reader.kind in ("csv", "tsv") if arguments.keep_columns is None else arguments.keep_columns
         rows = reader.good_rows(predictor.columns, blank=False, on_error=arguments.on_error)
         answers = predict_rows(rows, predictor, arguments.batch_size)
         count = 0

@@ -52,9 +52,6 @@ class Reader:
 
     Attributes:
         columns: the columns of the file; in JSON, those of its first object.
-        typed: whether the format distinguishes numbers from text (JSON, Parquet); otherwise every value is text.
-        unit: what `Row.place` counts, "line" or "row".
-        has_header: whether all rows have the same columns; in JSON each line has its own.
         skipped: the bad rows that `good_rows` has left out.
 
     Raises:
@@ -72,10 +69,8 @@ class Reader:
         kind = kind or Path(name).suffix.lower().removeprefix(".")
         if kind not in FORMATS:
             raise UsageError(f"{name}: the format must be one of {', '.join(FORMATS)}; save a spreadsheet as CSV")
-        self.name, self.encoding, self.columns, self.skipped = name, encoding, list(header), 0
-        self.typed, self.unit = kind not in ("csv", "tsv"), "row" if kind == "parquet" else "line"
-        self.has_header = kind in ("csv", "tsv", "parquet")
-        found = self._parquet(stream) if kind == "parquet" else self._lines(stream, kind)
+        self.name, self.kind, self.encoding, self.columns, self.skipped = name, kind, encoding, list(header), 0
+        found = self._parquet(stream) if kind == "parquet" else self._lines(stream)
         read: list[tuple[int, dict[str, Any] | str]] = []
         while not (read and self.columns) and (one := next(found, None)):
             read.append(one)
@@ -85,7 +80,7 @@ class Reader:
 
     def error(self, place: int, message: str) -> UsageError:
         """The error for one row, naming the file and the place."""
-        return UsageError(f"{self.name}, {self.unit} {place}: {message}")
+        return UsageError(f"{self.name}, {'row' if self.kind == 'parquet' else 'line'} {place}: {message}")
 
     def good_rows(
         self, text: Sequence[str] = (), other: Sequence[str] = (), blank: bool = True, on_error: str | None = None
@@ -101,7 +96,7 @@ class Reader:
             UsageError: for a bad row, for too many of them, or if no row is good.
         """
         absent = next((name for name in (*text, *other) if name not in self.columns), None)
-        if absent is not None and self.has_header:  # no row has it
+        if absent is not None and self.kind not in ("json", "jsonl"):  # no row has it; in JSON each has its own columns
             raise self.error(1, f"no column {absent!r}; the columns are {shown(self.columns)}")
         number, first = -1, None
         for number, (place, found) in enumerate(self._found):
@@ -145,25 +140,25 @@ class Reader:
 
     # ---- formats -----------------------------------------------------------------------------------------------------
 
-    def _lines(self, stream: BinaryIO, kind: str) -> _Found:
+    def _lines(self, stream: BinaryIO) -> _Found:
         # A carriage return ends a line of CSV; in TSV and JSON it is an ordinary character, as in GLUE's texts.
         try:
             known = codecs.lookup(self.encoding).name
             known = "utf-8-sig" if known == "utf-8" else known
-            text = io.TextIOWrapper(stream, known, "surrogateescape", "" if kind == "csv" else "\n")
+            text = io.TextIOWrapper(stream, known, "surrogateescape", "" if self.kind == "csv" else "\n")
         except LookupError as error:
             raise self._wrong_encoding(error) from None
         try:
-            yield from self._json(text) if self.typed else self._delimited(text, kind)
+            yield from self._delimited(text) if self.kind in ("csv", "tsv") else self._json(text)
         except UnicodeError as error:  # the file is not in this encoding
             raise self._wrong_encoding(error) from None
 
     def _wrong_encoding(self, error: Exception) -> UsageError:
         return UsageError(f"{self.name}: --encoding {self.encoding}: {error}; try, for example, cp1252")
 
-    def _delimited(self, text: io.TextIOWrapper, kind: str) -> _Found:
+    def _delimited(self, text: io.TextIOWrapper) -> _Found:
         """CSV with quotes as in RFC 4180, and TSV in which quotes are ordinary characters, as in GLUE's release."""
-        for place, fields in _csv_fields(text) if kind == "csv" else _tsv_fields(text):
+        for place, fields in _csv_fields(text) if self.kind == "csv" else _tsv_fields(text):
             width = len(self.columns)
             if isinstance(fields, str):
                 yield place, fields

@@ -94,7 +94,7 @@ def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> tuple[str, Figure]
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
     _legend(figure, handles)
-    text = f"Differences of the average over {_names(runs.task)} with 95 % intervals, by both estimates."
+    text = f"Differences of the average over {task_names(runs.task)} with 95 % intervals, by both estimates."
     return text, figure
 
 
@@ -126,7 +126,7 @@ def _ranks(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         axes.set_xticks(range(values.shape[1]), values.columns)
         axes.set_title(f"{label}: singular values left", loc="left")
     panels[-1].set_xlabel("layer")
-    text = f"Singular values left in each module at the end on {_names(runs.task)}: means over runs."
+    text = f"Singular values left in each module at the end on {task_names(runs.task)}: means over runs."
     return text, figure
 
 
@@ -152,7 +152,7 @@ def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] |
     for axes in panels[-1]:
         axes.set_xlabel("step (medians over the seeds)")
     _legend(figure, handles)
-    text = f"Score and validation loss at each evaluation on {_names(tasks)}: medians over the seeds."
+    text = f"Score and validation loss at each evaluation on {task_names(tasks)}: medians over the seeds."
     return text, figure
 
 
@@ -189,8 +189,8 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         handles["failed run"] = Line2D([], [], linestyle="", marker="x", color="#888888")
     _legend(figure, handles)
     text = (
-        f"Mean {what} at the last evaluation against the learning rate on {_names(tasks)}. A cross marks a failed run, "
-        "if its record has the loss of a constant answer."
+        f"Mean {what} at the last evaluation against the learning rate on {task_names(tasks)}. A cross marks a failed "
+        "run, if its record has the loss of a constant answer."
     )
     return text, figure
 
@@ -203,5 +203,6 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> None:
     figure.legend(handles.values(), texts, loc="outside lower center", ncols=2)
 
 
-def _names(tasks: Iterable[str]) -> str:
+def task_names(tasks: Iterable[str]) -> str:
+    """The names of tasks in texts, each once."""
     return ", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(tasks))

@@ -88,8 +88,7 @@ class ProgressLines(TrainerCallback):
             say(f"evaluation: batch {self.batches} of {total}")
         self.batches %= total
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         logger.info("step %s %s", state.global_step, json.dumps(logs))
         if "loss" in logs:
             self.loss = logs["loss"]
