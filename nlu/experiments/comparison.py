@@ -11,7 +11,7 @@ import pandas as pd
 from nlu.experiments.claims import Question
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, pooled_spread, seeds_for
-from nlu.experiments.tables import NONE, markdown, number, score_frame, score_text, tuning_frame, tuning_runs
+from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text, tuning_frame, tuning_runs
 from nlu.runs.files import write_bytes, write_text
 
 
@@ -59,7 +59,7 @@ def write_comparison(
     text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
     print(f"\n{text}")
     write_text(folder / "comparison.md", text)
-    write_text(folder / "comparison.csv", scores.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    write_text(folder / "comparison.csv", as_csv(scores))
     tried = tuning_runs(as_frame(tuning))
     for drawing in draw(frame, scores, tried):
         write_bytes(folder / f"comparison_{drawing.kind}.png", drawing.png())

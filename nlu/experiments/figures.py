@@ -21,7 +21,7 @@ from nlu.experiments.statistics import finished, held_out
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-KINDS = ("differences", "rates", "curves", "ranks")  # in the order of the page
+KINDS = ("differences", "rates", "curves", "ranks")
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE = {
     "font.size": 9.0,
@@ -59,7 +59,7 @@ class Drawing:
 
 
 def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> list[Drawing]:
-    """The figures for which there is data, in the order of `KINDS`.
+    """The figures for which there is data, in the order of the page.
 
     Args:
         every: all runs of an experiment. scores: those of the finished runs, see `tables.score_frame`.
@@ -69,10 +69,10 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> lis
     styles = dict(zip(dict.fromkeys(every.label), cycle(STYLES), strict=False))
     with matplotlib.rc_context(STYLE):
         drawn = _differences(scores, final), _rates(tuning), _curves(final, styles), _ranks(final)
-    return [Drawing(kind, *each) for kind, each in zip(KINDS, drawn, strict=True) if each is not None]
+    return [drawing for drawing in drawn if drawing is not None]
 
 
-def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> tuple[str, Figure] | None:
+def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> Drawing | None:
     """Each row's difference from its reference, by both estimates with their intervals."""
     rows = scores[scores.low.notna()].iloc[::-1].reset_index(drop=True)
     if not len(rows):
@@ -95,10 +95,10 @@ def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> tuple[str, Figure]
     axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
     _legend(figure, handles)
     text = f"Differences of the average over {task_names(runs.task)} with 95 % intervals, by both estimates."
-    return text, figure
+    return Drawing("differences", text, figure)
 
 
-def _ranks(runs: pd.DataFrame) -> tuple[str, Figure] | None:
+def _ranks(runs: pd.DataFrame) -> Drawing | None:
     """Singular values left in each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
     pruned = runs[runs.module_ranks.notna()]
     if not len(pruned):
@@ -127,10 +127,10 @@ def _ranks(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         axes.set_title(f"{label}: singular values left", loc="left")
     panels[-1].set_xlabel("layer")
     text = f"Singular values left in each module at the end on {task_names(runs.task)}: means over runs."
-    return text, figure
+    return Drawing("ranks", text, figure)
 
 
-def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] | None:
+def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
     """Score and validation loss against the step, a row for each task; None if no run has two evaluations."""
     if runs.steps_at.map(len).max() < 2:
         return None
@@ -153,10 +153,10 @@ def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> tuple[str, Figure] |
         axes.set_xlabel("step (medians over the seeds)")
     _legend(figure, handles)
     text = f"Score and validation loss at each evaluation on {task_names(tasks)}: medians over the seeds."
-    return text, figure
+    return Drawing("curves", text, figure)
 
 
-def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
+def _rates(runs: pd.DataFrame) -> Drawing | None:
     """Score against the learning rate, from the tuning runs."""
     if not len(runs):
         return None
@@ -192,7 +192,7 @@ def _rates(runs: pd.DataFrame) -> tuple[str, Figure] | None:
         f"Mean {what} at the last evaluation against the learning rate on {task_names(tasks)}. A cross marks a failed "
         "run, if its record has the loss of a constant answer."
     )
-    return text, figure
+    return Drawing("rates", text, figure)
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import KINDS, draw, task_names
 from nlu.experiments.statistics import LEVEL, finished, held_out, load_measured, scored_on_test
 from nlu.experiments.tables import (
+    as_csv,
     claims_frame,
     markdown,
     markdown_text,
@@ -84,11 +85,7 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     for old in (output / "figures").glob("*.*") if page.exists() else ():
         if f"figures/{old.name}" not in files and old.stem.rpartition("_")[2] in KINDS:
             old.unlink()  # a figure of an earlier report
-    for kind, each in frames.items():
-        # Six digits: further ones may differ between library versions, and equal records must give equal bytes.
-        files[f"tables/{kind}.csv"] = (
-            pd.concat(each).to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-        )
+    files |= {f"tables/{kind}.csv": as_csv(pd.concat(each)).encode() for kind, each in frames.items()}
     for name, content in files.items():
         write_bytes(output / name, content)
     write_text(page, "\n".join([GENERATED, "# Measured results\n", INTRODUCTION, *parts, NOTES]))

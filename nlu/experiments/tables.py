@@ -71,7 +71,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         for task in tasks:
             scores = own[own.task == task]
             columns = {task: "last", f"{task}_test": "test", f"{task}_validation": "validation"}
-            for name, column in (*columns.items(), ("mismatched_accuracy", "mismatched_accuracy")):
+            for name, column in (columns | {"mismatched_accuracy": "mismatched_accuracy"}).items():
                 if name == task or scores[column].notna().any():
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std()}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
@@ -266,6 +266,11 @@ def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
         | {HEADINGS[task]: frame[task].map(lambda score: number(score, 1)) for task in tasks}
         | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
     )
+
+
+def as_csv(frame: pd.DataFrame) -> str:
+    """A table as CSV to six digits: further ones may differ between versions of the libraries."""
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def markdown_text(text: str) -> str:
