@@ -51,7 +51,7 @@ class Reader:
         encoding: of the text of CSV, TSV and JSON files.
 
     Attributes:
-        columns: the columns of the file; in JSON, those of its first object.
+        kind: its format. columns: the columns of the file; in JSON, those of its first object.
         skipped: the bad rows that `good_rows` has left out.
 
     Raises:

@@ -27,7 +27,7 @@ class LocalLauncher:
         """Start a command; its output is appended to the log.
 
         Raises:
-            UsageError: the command cannot be run at all.
+            OSError: the command cannot be run at all.
         """
         with open(log, "ab") as output:
             return LocalJob(

@@ -84,7 +84,7 @@ class Sweep:
 
         Raises:
             UsageError: runs were made with other arguments or contents (without `rerun_changed`), the folder is in use,
-                or the first run cannot be started.
+                or the cluster refuses the first run. OSError: the command cannot be run.
         """
         for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)

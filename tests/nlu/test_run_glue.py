@@ -63,11 +63,10 @@ def test_record_has_the_machine_that_took_the_last_step(finished):
 
 def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags):
     arguments = parse_arguments([*own_flags, "--on_error", "skip", "--class_weights", "balanced"])
-    trainer, _ = build_trainer(arguments, load_data(arguments))
+    trainer, facts = build_trainer(arguments, load_data(arguments))
     counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
     torch.testing.assert_close(trainer.class_weights, 39 / (3 * counts.float()))
-    constant_loss = RunRecord(trainer, {}, None).fields["constant_loss"]
-    assert constant_loss == pytest.approx(math.log(3))  # of three classes that count equally
+    assert facts["constant_loss"] == pytest.approx(math.log(3))  # of three classes that count equally
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
     losses = -logits.log_softmax(-1)[:4]
     own = losses[range(4), labels[:4]]
