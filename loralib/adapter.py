@@ -172,7 +172,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_othe
 
     The model is the plain base, or it has low-rank layers for exactly the adapter's modules, with the same rank and
     widths. Their factors are then overwritten. Afterwards only the adapter's parameters are trainable, and the
-    ``config`` of a transformers model has the labels and the problem type of the adapter's head.
+    ``config`` of a transformers model has the labels, the problem type and the padding token of the saved one.
 
     Factors that were saved in half precision are loaded as float32; the logits then agree up to rounding. Load an
     adapter that was trained on frozen bfloat16 weights onto the float32 base and call ``cast_frozen`` afterwards. A
@@ -302,9 +302,8 @@ def install(
     model.requires_grad_(False)
     for factor in factors_of(model):
         factor.requires_grad_(True)
-    if config.head and hasattr(model, "config"):
-        for name, value in config.head_options().items():  # what the head's outputs mean
-            setattr(model.config, name, value)
+    for name, value in config.head_options().items() if hasattr(model, "config") else ():
+        setattr(model.config, name, value)
     state = model.state_dict(keep_vars=True)
     for name in config.head:
         with torch.no_grad():
