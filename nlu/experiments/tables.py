@@ -71,7 +71,8 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         for task in tasks:
             scores = own[own.task == task]
             columns = {task: "last", f"{task}_test": "test", f"{task}_validation": "validation"}
-            for name, column in (columns | {"mismatched_accuracy": "mismatched_accuracy"}).items():
+            columns |= {"mismatched_accuracy": "mismatched_accuracy"}
+            for name, column in columns.items():
                 if name == task or scores[column].notna().any():
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std()}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)

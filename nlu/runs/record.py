@@ -79,6 +79,7 @@ class RunRecord(TrainerCallback):
             "last": last,
             "evaluations": evaluations,
             **self.progress(),
+            "rate_sum": None if status == "running" else _rate_sum(self.trainer),  # it calls the schedule at every step
             "history": self.history(),
         })  # fmt: skip
         if is_first():
@@ -99,7 +100,6 @@ class RunRecord(TrainerCallback):
             "planned_steps": self.trainer.state.max_steps,
             "train_seconds": seconds,
             "seconds_per_step": seconds / steps if steps else None,
-            "rate_sum": _rate_sum(self.trainer, steps),
             "peak_memory_bytes": max(self._peak_before, peak_memory_bytes()),
         }
 
@@ -153,8 +153,9 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     )
 
 
-def _rate_sum(trainer: Any, steps: int) -> float | None:
+def _rate_sum(trainer: Any) -> float | None:
     """Λ, the sum of the learning rates over the steps; None before the first step of this process."""
+    steps = trainer.state.global_step
     if not steps or trainer.lr_scheduler is None:
         return None
     return trainer.args.learning_rate * sum(map(trainer.lr_scheduler.lr_lambdas[0], range(steps)))
