@@ -21,7 +21,6 @@ from nlu.experiments.statistics import finished, held_out
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-KINDS = ("differences", "rates", "curves", "ranks")
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
 STYLE = {
     "font.size": 9.0,

@@ -9,7 +9,7 @@ import pandas as pd
 
 from nlu.errors import UsageError
 from nlu.experiments.claims import Question, load_questions
-from nlu.experiments.figures import KINDS, draw, task_names
+from nlu.experiments.figures import draw, task_names
 from nlu.experiments.statistics import LEVEL, finished, held_out, load_measured, scored_on_test
 from nlu.experiments.tables import (
     as_csv,
@@ -62,7 +62,8 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
         UsageError: for a damaged line or file, which the message names. Nothing is written then.
     """
     page = output / "README.md"
-    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(GENERATED):
+    earlier = page.read_text(encoding="utf-8", errors="replace") if page.exists() else GENERATED
+    if not earlier.startswith(GENERATED):
         raise UsageError(f"{page} was not written by report.py and would be replaced: give another --output_dir")
     runs, questions = load_measured(measured), load_questions(claims)
     asked = {question.experiment for question in questions}
@@ -82,9 +83,8 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
             frames.setdefault(kind, []).append(frame)
     if open_questions:
         parts += ["## Open questions\n", *open_questions, ""]
-    for old in (output / "figures").glob("*.*") if page.exists() else ():
-        if f"figures/{old.name}" not in files and old.stem.rpartition("_")[2] in KINDS:
-            old.unlink()  # a figure of an earlier report
+    for old in set(re.findall(r"\((figures/[^/)]+)\)", earlier)) - {*files}:
+        (output / old).unlink(missing_ok=True)
     files |= {f"tables/{kind}.csv": as_csv(pd.concat(each)).encode() for kind, each in frames.items()}
     for name, content in files.items():
         write_bytes(output / name, content)

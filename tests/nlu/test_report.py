@@ -50,6 +50,8 @@ def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, t
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
     for name in ("mine.png", "old_curves.png"):
         (tmp_path / f"figures/{name}").touch()
+    with (tmp_path / "README.md").open("a") as page:
+        page.write("[curves](figures/old_curves.png)")
     make(trial()[::-1])
     assert all(path.read_bytes() == content for path, content in first.items())
     names = {path.name for path in (tmp_path / "figures").iterdir()}
