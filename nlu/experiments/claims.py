@@ -1,7 +1,7 @@
 """The questions that a report answers (`configs/experiments/claims.yaml`), each about one experiment.
 
 questions:
-  - question: Does LoRA² score higher than LoRA on {tasks}?   # {model} and {tasks} are those of the runs
+  - question: Does LoRA² score higher than LoRA on {tasks}?   # {model}, {tasks}, {experiment}: those of the runs
     experiment: base
     against: [LoRA r=8, LoRA r=1]       # optional: each row is compared with the listed row that is closest in size
     claims:                             # optional, written down before the runs; labels as tables print them

@@ -10,7 +10,7 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import draw, task_names
-from nlu.experiments.statistics import LEVEL, finished, held_out, load_measured, scored_on_test
+from nlu.experiments.statistics import LEVEL, finished, held_out, load_measured, scored_on_test, with_reruns
 from nlu.experiments.tables import (
     as_csv,
     claims_frame,
@@ -43,8 +43,8 @@ NOTES = f"""\
   all runs in which a failed run counts little. Read both: neither replaces the other.
 - Failed runs: those whose mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
   constant answer (in records without training losses: no evaluation's loss is below 0.99 of it), with the exact
-  interval of their rate (Clopper and Pearson). A failed run that was repeated with seed + 100 has the score of the
-  repetition.
+  interval of their rate (Clopper and Pearson). Where the number of runs was planned, a failed run that was repeated
+  with seed + 100 has the score of the repetition.
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
@@ -67,11 +67,13 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
         raise UsageError(f"{page} was not written by report.py and would be replaced: give another --output_dir")
     runs, questions = load_measured(measured), load_questions(claims)
     asked = {question.experiment for question in questions}
-    questions += [Question("How do the methods compare on {tasks} with {model}?", name)
+    questions += [Question("How do the methods compare on {tasks} with {model} ({experiment})?", name)
                   for name in dict.fromkeys(runs.experiment) if name not in asked]  # fmt: skip
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
         every = runs[runs.experiment == question.experiment]
+        if question.runs:  # only where their number is planned: elsewhere a seed is a hundred higher by chance
+            every = with_reruns(every)
         if (missing := still_open(question, every)) is not None:
             open_questions += [missing] if len(every) else []
             continue
@@ -139,4 +141,5 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
 def _heading(question: Question, done: pd.DataFrame) -> str:
     models = " and ".join(sorted(set(done.model.dropna())))
     tasks = " and ".join(task_names(done.task).rsplit(", ", 1))
-    return markdown_text(question.question.format(model=models or "the encoder", tasks=tasks or "its tasks"))
+    names = {"experiment": question.experiment, "model": models or "the encoder", "tasks": tasks or "its tasks"}
+    return markdown_text(question.question.format_map(names))

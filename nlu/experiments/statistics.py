@@ -64,8 +64,6 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     the runs of one mean must have in common; `failed`, whether a run ended early or learned nothing: its mean training
     loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant answer (old records without
     training loss: no evaluation's loss is below 0.99 of it).
-    If a failed run was rerun with its seed + 100, the rerun takes its place and its seed, and also counts as failed;
-    `rerun` marks it.
     If runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
@@ -75,8 +73,9 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame[_FIGURES] = frame[_FIGURES].astype(float)
     shares = (frame.training_loss_end / 0.95).fillna(frame.lowest_loss / 0.99)
     frame["failed"] = (shares > frame.constant_loss) | (frame.status == "failed")
+    frame["rerun"] = False
     _tell_apart(frame)
-    return _ordered(_with_reruns(frame))
+    return _ordered(frame)
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +123,8 @@ def _tell_apart(frame: pd.DataFrame) -> None:
     for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
         for name in sorted({name for each in own.settings for name in each}):
-            values = frame.settings[same].map(lambda each, name=name: each.get(name, DEFAULTS.get(name)))
-            if values[own.index].map(str).groupby(own.task).nunique().max() > 1:
+            values = frame.settings[same].map(lambda each, name=name: str(each.get(name, DEFAULTS.get(name))))
+            if values[own.index].groupby(own.task).nunique().max() > 1:
                 frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
     runs = finished(frame)
     twice = runs[runs.duplicated(["experiment", "label", "task", "seed"])]
@@ -135,19 +134,6 @@ def _tell_apart(frame: pd.DataFrame) -> None:
             "data_seed or holdout_seed need different seeds too)"
         )
         raise UsageError(message.format_map(twice.iloc[0]))
-
-
-def _with_reruns(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with each rerun in place of the failed run that it repeats.
-
-    All runs of a rerun's seed repeat failed runs: a planned seed may be a hundred above another.
-    """
-    key, seeds = ["experiment", "label", "task", "seed"], frame.seed - 100
-    runs, repeated = (pd.MultiIndex.from_frame(each[key]) for each in (frame, frame.assign(seed=seeds)))
-    rerun = pd.Series(repeated.isin(runs[frame.failed]), frame.index)
-    rerun = rerun.groupby([frame.experiment, frame.seed]).transform("all")
-    frame = frame.assign(seed=frame.seed.mask(rerun, seeds), failed=frame.failed | rerun, rerun=rerun)
-    return frame[~runs.isin(repeated[rerun])]
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,6 +146,18 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
         place=frame.task.map(tasks),
     ).sort_values(["experiment", "method", "size", "label", "place", "task", "seed", "run"])
     return frame.loc[keys.index].reset_index(drop=True)
+
+
+def with_reruns(runs: pd.DataFrame) -> pd.DataFrame:
+    """An experiment's runs, with each rerun of a failed run in its place: a run whose seed is a hundred higher.
+
+    It takes the failed run's seed and also counts as failed; `rerun` marks it.
+    """
+    keys, seeds = ["label", "task", "seed"], runs.seed - 100
+    own, repeated = (pd.MultiIndex.from_frame(each[keys]) for each in (runs, runs.assign(seed=seeds)))
+    rerun = repeated.isin(own[runs.failed])
+    runs = runs.assign(seed=runs.seed.mask(rerun, seeds), failed=runs.failed | rerun, rerun=rerun)
+    return runs[~own.isin(repeated[rerun])]
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
@@ -268,8 +266,9 @@ def pooled_spread(runs: pd.DataFrame) -> pd.DataFrame:
 def student_t(runs: pd.DataFrame, column: str = "last") -> pd.DataFrame | None:
     """Fit a location for each label and task with Student-t errors; all labels of a task share one scale.
 
-    Maximum likelihood by iterated reweighting with `FREEDOM` degrees of freedom: an outlying run counts little, and no
-    run is left out. None if there is a task on which no label has two runs.
+    Iterated reweighting with `FREEDOM` degrees of freedom: an outlying run counts little, and no run is left out. The
+    scale has one degree of freedom less for each label; that of maximum likelihood is too small for a few seeds. None
+    if there is a task on which no label has two runs.
 
     Returns:
         For each label and task: `centre`, the location; its `variance`; `freedom`, the same for all.

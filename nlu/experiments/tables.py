@@ -260,11 +260,11 @@ def _with_deviation(mean: float, deviation: float) -> str:
 
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
     """The printed form of :func:`tuning_frame` for a grid of learning rates."""
-    tasks = [name for name in frame.columns if name in HEADINGS]
+    tasks = list(frame.columns)[list(frame.columns).index("chosen") + 1 :]
     marks = ["barred" if row.barred else "chosen" if row.chosen else "" for row in frame.itertuples()]
     return pd.DataFrame(
         {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
-        | {HEADINGS[task]: frame[task].map(lambda score: number(score, 1)) for task in tasks}
+        | {HEADINGS.get(task, task): frame[task].map(lambda score: number(score, 1)) for task in tasks}
         | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
     )
 

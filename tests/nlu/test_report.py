@@ -98,7 +98,7 @@ def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report.main([]) == 0  # the user's own runs, in the default folders
     page = (tmp_path / "output/README.md").read_text()
-    assert "## How do the methods compare on RTE with minilm?" in page and "RTE published" not in page
+    assert "## How do the methods compare on RTE with minilm (own)?" in page and "RTE published" not in page
     assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows; 1 seed; AMD EPYC." in page
 
 
@@ -133,22 +133,23 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     scores = {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.7, 8e-3: None}
     lines = []
     for rate, score in scores.items():
-        axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "cola"}
+        axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "custom"}
         status = "finished" if score else "failed"
         label = f"LoRA r=8, learning_rate={rate:g}"
-        lines.append(line(label, "cola", 201, [score or 0.0], axes=axes, asked=axes, status=status))
+        lines.append(line(label, "custom", 201, [score or 0.0], axes=axes, asked=axes, status=status))
     question = {"question": "Which rate?", "experiment": "trial"}
     make(lines, questions={"questions": [question]})
     assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set
     lines = [each | {"asked": each["asked"] | {"holdout_fraction": 0.1}} for each in lines]
     assert make(lines, questions={"questions": [question | {"runs": 4}]})[0] == 0  # no run of a tuning is repeated
     page = (tmp_path / "README.md").read_text()
-    marks = dict(re.findall(r"^\| LoRA r=8 \| +([\d.]+) \|.*\| +(\w*) \|$", page, re.M))
-    assert marks == {"0.001": "", "0.002": "chosen", "0.004": "barred", "0.008": "barred"}
+    rows = re.findall(r"^\| LoRA r=8 \| +([\d.]+) \| +(\S+) \|.*\| +(\w*) \|$", page, re.M)
+    marks = [("50.0", ""), ("60.0", "chosen"), ("70.0", "barred"), ("–", "barred")]
+    assert [each[1:] for each in rows] == marks and [float(each[0]) for each in rows] == list(scores)
     runs = as_frame(lines)
     (rates,) = draw(runs, score_frame(runs, Question("", "trial")), tuning_runs(runs))
     (panel,) = rates.figure.axes
-    assert panel.get_title(loc="left") == "CoLA: held-out score"
+    assert panel.get_title(loc="left") == "custom: held-out score"
     drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in panel.get_lines()]
     assert [text.get_text() for text in rates.figure.legends[0].get_texts()] == ["LoRA r=8", "failed run"]
     assert rates.kind == "rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]

@@ -21,6 +21,7 @@ from nlu.experiments.statistics import (
     pooled_spread,
     seeds_for,
     student_t,
+    with_reruns,
 )
 from nlu.experiments.tables import claims_frame, score_frame
 from tests.nlu.measured_lines import line, write
@@ -155,17 +156,12 @@ def test_rerun_gives_its_score_to_the_seed_of_the_failed_run():
         return line(label, "cola", seed, [score], training_loss=[loss], constant_loss=0.6)
 
     scores = [(1, 0.5, 0.3), (2, 0.0, 0.6), (102, 0.52, 0.3)]
-    runs = as_frame([run("LoRA r=8", *each) for each in scores] + [run("LoRA² k=8", s, 0.5, 0.3) for s in (1, 2)])
+    planned = as_frame([run("LoRA r=8", *each) for each in scores] + [run("LoRA² k=8", s, 0.5, 0.3) for s in (1, 2)])
+    assert set(planned.seed) == {1, 2, 102} and not planned.rerun.any()  # where reruns are not part of the protocol
+    runs = with_reruns(planned)
     assert list(runs[runs.failed].seed) == [2]  # it counts as failed, and keeps its rerun's score
     pairs = paired(runs, "LoRA r=8", "LoRA² k=8")
     assert dict(zip(pairs.seed, pairs.difference, strict=True)) == {1: 0.0, 2: 2.0}
-
-
-def test_planned_seed_a_hundred_above_a_failed_one_is_no_rerun():
-    scores = [("cola", 1, 0.0), ("cola", 101, 0.5), ("rte", 1, 0.5), ("rte", 101, 0.5)]
-    failing = {"training_loss": [0.6], "constant_loss": 0.6}
-    runs = as_frame(line("LoRA r=8", task, seed, [score], **({} if score else failing)) for task, seed, score in scores)
-    assert len(runs) == 4 and not runs.rerun.any() and set(runs.seed[runs.failed]) == {1}
 
 
 def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_failure():
