@@ -325,12 +325,13 @@ def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
 
 @torch.no_grad()
 def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the live singular values and their part of the factors; pruned singular values become 0. If a layer's
-    scaling is not the adapter's, e (for LoRA: B) is rescaled, so that ΔW is the adapter's."""
+    """Write the live singular values and their part of the factors; pruned singular values become 0 unless their column
+    of B is 0, as at SoRA's start: both could never grow. If a layer's scaling is not the adapter's, e (for LoRA: B) is
+    rescaled, so that ΔW is the adapter's."""
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
         if layer.lora_E is not None:
-            layer.lora_E.zero_()
+            layer.lora_E.mul_(~layer.lora_B[-1].any(0))
         if live:
             layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E

@@ -236,9 +236,10 @@ class LoRALayer(nn.Linear):
         values = self.lora_E * self.scaling
         if not self.widths:
             return torch.diag(values)
-        left, right = self.lora_B[1], self.lora_A[1]
+        # Not by slices: those of a ParameterList detach the tensors that torch.func puts into it.
+        (_, left, *inner_bs), (_, right, *inner_as) = self.lora_B, self.lora_A
         with without_autocast(left.device.type):
-            for inner_b, inner_a in zip(self.lora_B[2:], self.lora_A[2:], strict=True):
+            for inner_b, inner_a in zip(inner_bs, inner_as, strict=True):
                 left, right = left @ inner_b, inner_a @ right
             return (left * values) @ right
 

@@ -12,6 +12,7 @@ A plain loop calls the model's optimiser through ``step``::
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -102,6 +103,7 @@ class LowRankTraining:
         """
         if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
             return
+        unscale(optimizer, scaler)
         self.before_step(optimizer)
         if scaler is None:
             optimizer.step()
@@ -185,6 +187,20 @@ class LowRankTraining:
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
+
+
+def unscale(optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
+    """Unscale the gradients of float16, unless clipping has.
+
+    A fused optimiser that skips a step leaves them scaled: the pruning would count them thousands of times too large.
+
+    Args:
+        scaler: by default that of an optimiser that accelerate has prepared.
+    """
+    scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+    if scaler is not None:
+        with contextlib.suppress(RuntimeError):  # they are unscaled already
+            scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
 
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], factors: Iterable[nn.Parameter]) -> None:

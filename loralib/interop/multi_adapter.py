@@ -28,8 +28,9 @@ _TURNS = threading.RLock()  # held while the active adapter changes
 class MultiAdapter:
     """Holds adapters for the plain base ``model``, for inference.
 
-    The layers and the head of the active adapter stand in the model in place of the base's, as after
-    :func:`loralib.load_adapter`. With none active, and after :meth:`close`, the model is the plain base again. ::
+    The layers and the head of the active adapter stand in the model in place of the base's, and its labels in the
+    model's ``config``, as after :func:`loralib.load_adapter`. With none active, and after :meth:`close`, the model is
+    the plain base again. ::
 
         adapters = MultiAdapter(model)
         adapters.load("similarity", folder_a)
@@ -46,9 +47,9 @@ class MultiAdapter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
-        # Adapter → its places in the model: (module, attribute, the adapter's layer or tensor).
-        self._adapters: dict[str, list[tuple[nn.Module, str, Any]]] = {}
-        self._placed: list[tuple[nn.Module, str, Any, Any]] = []  # the active adapter's places, and the base's values
+        # Adapter → its places in the model: (module or configuration, attribute, the adapter's value).
+        self._adapters: dict[str, list[tuple[Any, str, Any]]] = {}
+        self._placed: list[tuple[Any, str, Any, Any]] = []  # the active adapter's places, and the base's values
         self.active: str | None = None  # the adapter that plain calls of the model use, see activate()
 
     @property
@@ -94,6 +95,8 @@ class MultiAdapter:
                 for attribute, value in values.items()
                 if id(value) in new
             ]
+            options = config.head_options().items() if hasattr(self.model, "config") else ()
+            self._adapters[name] += [(self.model.config, *option) for option in options]
             encoders = [module for module in self.model.modules() if isinstance(module, nn.TransformerEncoder)]
             self._adapters[name] += [(encoder, "use_nested_tensor", False) for encoder in encoders if layers]
             setattr(self.model, HOLDER, self)
@@ -121,7 +124,8 @@ class MultiAdapter:
         """
         self._known(name)
         with _TURNS:
-            lost = [attribute for owner, attribute, value, _ in self._placed if getattr(owner, attribute) is not value]
+            of_modules = [place for place in self._placed if isinstance(place[0], nn.Module)]
+            lost = [attribute for owner, attribute, value, _ in of_modules if getattr(owner, attribute) is not value]
             for owner, attribute, value, of_base in self._placed:
                 if isinstance(value, LoRALayer):
                     value.unmerge()
@@ -130,7 +134,7 @@ class MultiAdapter:
             if lost:
                 raise RuntimeError(f"{lost[0]} was replaced while the adapter {before!r} was active: the base is back")
             places = [] if name is None else self._adapters[name]
-            self._placed = [(*place, getattr(place[0], place[1])) for place in places]
+            self._placed = [(*place, getattr(place[0], place[1], None)) for place in places]
             for owner, attribute, value in places:
                 setattr(owner, attribute, value)
             self.active = name
@@ -148,8 +152,8 @@ class MultiAdapter:
         """Call the model on a batch whose rows each have their own adapter.
 
         The model is called once for each adapter, on the rows that use it, and the outputs are joined row by row, also
-        inside containers. A cache needs one adapter for all rows. Leave labels out: the loss would be the one of the
-        base's configuration. Calls of this method from several threads take turns; a plain call of the model at the
+        inside containers. A cache needs one adapter for all rows. Leave labels out: the model computes a loss for the
+        base's number of labels. Calls of this method from several threads take turns; a plain call of the model at the
         same time would use their adapter.
 
         Args:

@@ -32,7 +32,7 @@ ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonor
 
 
 class ExactFactors:
-    """Keeps factors orthonormal along their smaller side: all that are trainable when a training starts.
+    """Keeps all trainable factors orthonormal along their smaller side.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
     product, and a factor that layers share is handled once. All work is done on the device. A frozen factor is left
@@ -53,16 +53,19 @@ class ExactFactors:
     def start(self) -> None:
         """Begin a training: make the factors orthonormal. Raises as :func:`make_orthonormal`."""
         make_orthonormal(self.model)
+
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """The trainable factors, those of one shape together."""
         groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
         for factor in svd_factors(self.model):
             if factor.requires_grad:
                 groups[(factor.device, factor.dtype, factor.shape)].append(factor)
-        self._groups = list(groups.values())
+        return list(groups.values())
 
     @torch.no_grad()
     def before_step(self) -> None:
         """g ← g − X sym(Xᵀg) for every trainable factor that has a gradient, in place."""
-        for group in self._groups:
+        for group in self._groups():
             factors = [factor for factor in group if factor.grad is not None]
             if factors:
                 gradients = [factor.grad for factor in factors]
@@ -74,7 +77,7 @@ class ExactFactors:
     @torch.no_grad()
     def after_step(self) -> None:
         """X ← X (XᵀX)^(−1/2) for every trainable factor, in place."""
-        for factors in self._groups:
+        for factors in self._groups():
             with without_autocast(factors[0].device.type):
                 x = _wide(factors)
                 _write(factors, inverse_root(x @ x.mT) @ x)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loralib.model import load_trained_tensors, trained_tensors, unwrapped
-from loralib.training import LowRankTraining
+from loralib.training import LowRankTraining, unscale
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -128,6 +128,7 @@ def _loop_callback(trainer: Callable[[], Any]) -> Any:
                 trainer().low_rank.start(state.max_steps)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            unscale(kwargs["optimizer"])
             trainer().low_rank.before_step(kwargs["optimizer"])
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

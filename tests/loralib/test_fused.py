@@ -71,8 +71,13 @@ def test_only_the_input_and_the_hidden_values_are_saved_for_backward():
     assert large == {(50, 16), (50, 3)}
 
 
-def test_torch_func_gives_the_gradients_of_each_row():
-    layer, x = trained_layer(), torch.randn(6, 16)
+KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"widths": (4, 3)})]
+
+
+@pytest.mark.parametrize("kind, options", KINDS)
+def test_torch_func_gives_the_gradients_of_each_row(kind, options):
+    torch.manual_seed(1)
+    layer, x = randomise(loralib.injection.KINDS[kind](16, 24, 4, 8, **options), 0.3), torch.randn(6, 16)
     names = {p: name for name, p in layer.named_parameters()}
     factors = {names[p]: p.detach() for p in layer.lora_parameters()}
 
@@ -83,9 +88,6 @@ def test_torch_func_gives_the_gradients_of_each_row():
     for i, row in enumerate(x):
         expected = dict(zip(factors, gradients(layer, lambda m, row=row: m(row)), strict=True))
         torch.testing.assert_close({n: t[i] for n, t in found.items()}, expected, rtol=1e-4, atol=1e-4)
-
-
-KINDS = [("lora", {}), ("adalora", {}), ("lora2", {"k": 3}), ("multiscale", {"widths": (4, 3)})]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def three(tmp_path):
     """Name -> (folder, logits with that adapter alone): LoRA², LoRA with a pooler, and AdaLoRA with three labels."""
     wide = encoder()
     wide.classifier = nn.Linear(16, 3)
+    wide.config.id2label = {0: "low", 1: "middle", 2: "high"}
     models = {
         "lora2": adapted("lora2", ["query", "key", "layer.output"], 3, encoder(), k=2),
         "lora": adapted("lora", ["query", "value"], 2, encoder(), "bert.pooler"),
@@ -44,7 +45,7 @@ def test_switching_and_mixing_adapters_do_not_change_the_base(three):
     assert torch.equal(base(IDS).logits, bare)
     for name in ("lora", "lora2", "wide", "lora"):
         adapters.activate(name)
-        assert adapters.active == name
+        assert adapters.active == name and (base.config.id2label[0] == "low") == (name == "wide")
         torch.testing.assert_close(base(IDS).logits, three[name][1], atol=2e-6, rtol=1e-5)
     adapters.activate(None)
 

@@ -49,6 +49,7 @@ def test_projected_gradients_equal_the_formula(widths, share_outer, r):
 def test_retractions_make_factors_orthonormal_after_any_drift(size):
     model = model_of()
     exact = ExactFactors(model)
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)  # new parameters
     with torch.no_grad():
         for factor in matrices_of(model):
             factor.add_(size * torch.randn_like(factor))

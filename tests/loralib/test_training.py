@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
@@ -88,6 +89,31 @@ def test_loss_scale_changes_no_mask(constraint):
         return training.allocator.rank_pattern
 
     assert masks(1024.0) == masks(1)
+
+
+def test_step_that_a_scaler_skips_counts_the_same_with_a_fused_optimiser():
+    """A fused optimiser does not unscale the gradients of a step that it skips."""
+
+    def scores(fused, prepared):
+        model = blocks("lora2", 2, (12, 9), std=0.3, r=4, k=4)
+        training = loralib.LowRankTraining(model, 8, target_rank=2, regu_weight=0)
+        optimizer, scaler = torch.optim.AdamW(trainable(model), fused=fused), torch.amp.GradScaler("cpu")
+        for step in range(3):
+            outputs = [layer(torch.ones(2, 12)) for layer in loralib.lora_layers(model).values()]
+            scaler.scale(sum(out.square().sum() for out in outputs)).backward()
+            if step == 1:
+                trainable(model)[0].grad.view(-1)[0] = torch.inf
+            if prepared:
+                training.step(AcceleratedOptimizer(optimizer, False, scaler))
+            else:
+                training.step(optimizer, scaler)
+                scaler.update()
+            optimizer.zero_grad()
+        return training.allocator.importance_scores()
+
+    expected = scores(False, False)
+    for prepared in (False, True):
+        torch.testing.assert_close(scores(True, prepared), expected)
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])

@@ -85,6 +85,18 @@ def test_sora_starts_at_the_base_and_is_lora_with_a_gate():
         torch.testing.assert_close(layer.delta_weight(), gated)
 
 
+def test_gates_that_a_warm_start_finds_pruned_can_grow_again(tmp_path):
+    model, start = small.encoder(), small.encoder()
+    for each in (model, start):
+        apply_sora(each, "query", lora_r=4)
+    for layer in loralib.lora_layers(model).values():
+        layer.lora_E.data[1:3] = 0
+    loralib.start_from_adapter(start, loralib.save_adapter(model, tmp_path / "a"))
+    for name, layer in loralib.lora_layers(start).items():
+        assert layer.lora_E.all() and not layer.lora_B[0][:, 1:3].any()
+        torch.testing.assert_close(layer.delta_weight(), model.get_submodule(name).delta_weight())
+
+
 def test_sora_gates_follow_a_proximal_gradient_reference():
     """SGD on ½‖g − c‖² with the proximal step equals a NumPy loop of the paper's update and reaches its limit T(c, λ).
 
