@@ -71,12 +71,14 @@ def _grams(
         inner = x.mT @ x
         if with_factors:
             own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
-            yield own[[place for place, key in enumerate(unique) if key not in counted]]
+            # Not own[[…]]: a list of indices would be copied to the device in every step.
+            fresh = [gram for key, gram in zip(unique, own.unbind(), strict=True) if key not in counted]
+            yield torch.stack(fresh) if fresh else own[:0]
             counted.update(unique)
         if with_product:
-            place_of = {key: place for place, key in enumerate(unique)}
-            places = [place_of[id(factor)] for factor in factors]  # a shared factor has a copy for each side
-            product = inner[places] if product is None else x[places].mT @ product @ x[places]
+            rows = dict(zip(unique, (inner if product is None else x).unbind(), strict=True))
+            every = torch.stack([rows[id(factor)] for factor in factors])  # a shared factor has a copy for each side
+            product = every if product is None else every.mT @ product @ every
     if product is not None:
         yield product
 
