@@ -71,7 +71,7 @@ def no_contents(monkeypatch):
 @pytest.mark.parametrize("name, dtype", KINDS)
 def test_training_step_stays_on_the_device(name, dtype, no_contents):
     with tempfile.TemporaryDirectory() as folder:
-        _, applied, rows = prepared(method_flags()[name], folder, 4, "cpu", dtype)
+        _, applied, rows = prepared(method_flags()[name], folder, 6, "cpu", dtype)
     model = applied.model
     for tensor in [*model.parameters(), *model.buffers()]:  # .to() cannot exchange the contents of a fake parameter
         tensor.fake_device = torch.device(DEVICE, 0)
@@ -80,11 +80,10 @@ def test_training_step_stays_on_the_device(name, dtype, no_contents):
             module.p = 0.1
     batch = {name: torch.stack([row[name] for row in rows[:BATCH]]).to(DEVICE) for name in rows[0]}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    for _ in range(3):
-        step(applied, optimizer, batch)
-    # The last step applies the rank mask; everything kept between steps is on the device by now.
-    with NoWaiting(may_look=name in WAITING):
-        loss = step(applied, optimizer, batch)
+    step(applied, optimizer, batch)  # moves to the device what is kept between steps
+    with NoWaiting(may_look=name in WAITING):  # scores in step 2, selects in step 4, masks in steps 4 to 6
+        for _ in range(5):
+            loss = step(applied, optimizer, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32
     if applied.low_rank.allocator is not None:
         assert applied.low_rank.steps_done == applied.low_rank.total_steps
