@@ -40,10 +40,10 @@ def _rows(rows: dict[str, Measurement]) -> list[str]:
         ratio = f"{m.median / base.median:.2f}" if base and key != "limit" else ""
         share = f"{limit.median / m.median:.0%}" if limit and key != "limit" else ""
         extra = f"{m.method_median * 1e3:.2f} ms ({m.method_median / m.median:.1%})" if m.method_median else ""
-        speed = f"{m.flops / m.median / 1e9:.0f} GFLOP/s" if m.flops else f"{m.memory_bytes / 2**30:.2f} GiB"
+        title = f"{m.title} ({m.flops / m.median / 1e9:.0f} GFLOP/s)" if m.flops else m.title
         lines.append(
-            f"| {m.title} | {m.median:.3f} | {min(m.seconds):.3f}–{max(m.seconds):.3f} | {m.tokens / m.median:.0f} "
-            f"| {ratio} | {share} | {speed} | {extra} |"
+            f"| {title} | {m.median:.3f} | {min(m.seconds):.3f}–{max(m.seconds):.3f} | {m.tokens / m.median:.0f} "
+            f"| {ratio} | {share} | {m.memory_bytes / 2**30:.2f} GiB | {extra} |"
         )
     return lines
 
