@@ -6,7 +6,7 @@ method is applied and trained as ``nlu/run_glue.py`` does it, in one process and
 The tests compare the losses with tests/nlu/golden_losses.json. If a change is meant to alter them, write that file
 again, and say in the commit message why they changed::
 
-    PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json
+    python -m benchmarks.losses > tests/nlu/golden_losses.json
 
 If methods are named, only those are measured.
 """
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     measured = {name: losses(flags) for name, flags in known.items() if not names or name in names}
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in measured.items())
-    renew = "PYTHONPATH=. python benchmarks/losses.py > tests/nlu/golden_losses.json; say in the commit why they moved"
+    renew = "python -m benchmarks.losses > tests/nlu/golden_losses.json; say in the commit why they moved"
     head = json.dumps({"renew": renew, "machine": machine()}, indent=1)
     print(f'{head[:-2]},\n "losses": {{\n{rows}\n }}\n}}')
     return 0
