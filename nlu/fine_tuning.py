@@ -23,7 +23,7 @@ from nlu.data.predictions import predict_splits
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
-from nlu.fast.sharding import without_accelerates_own
+from nlu.fast.sharding import without_accelerate_fsdp
 from nlu.json_yaml import read_json
 from nlu.methods.registry import METHODS, apply_without_weights
 from nlu.metrics import constant_loss
@@ -104,7 +104,7 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     weights = class_weights(arguments, task, labels)
 
     set_seed(training.seed)
-    with without_accelerates_own() as sharded:
+    with without_accelerate_fsdp() as sharded:
         model = load_model(arguments, config, unfit)
         applied = METHODS[arguments.method].apply(model, arguments, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None

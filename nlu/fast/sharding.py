@@ -17,7 +17,7 @@ _ASKED = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it if its file has di
 
 
 @contextmanager
-def without_accelerates_own() -> Iterator[bool]:
+def without_accelerate_fsdp() -> Iterator[bool]:
     """A block in which accelerate and transformers see no request for FSDP, and set up a plain distributed run.
 
     It yields whether the run was launched with FSDP, on more than one process.
